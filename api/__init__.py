@@ -1,0 +1,1 @@
+"""The web process: takes orders, answers from the database, never loads torch."""

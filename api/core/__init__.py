@@ -1,0 +1,1 @@
+"""The half of the service that is not HTTP; all that the worker may import."""

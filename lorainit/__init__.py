@@ -1,0 +1,1 @@
+"""LoRA fine-tuning with the initialization as a first-class choice; knows nothing of the service."""

@@ -1,0 +1,120 @@
+"""What the library may refuse, as one small tree.
+
+Every error carries a `code` from the closed list of job errors, a complete sentence, and the
+field it is about. It knows nothing of HTTP, of jobs or of the database.
+
+    LorainitError
+    ├── InvalidTrainingFile, InvalidValidationFile, NoTrainableTokens, SequenceTooLong
+    ├── UnsupportedModel, UnsupportedInit, RankTooLarge, UnknownTarget
+    ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
+    ├── ExportCheckFailed, CheckpointMismatch
+    └── Stopped                (not a failure: somebody asked the run to stop)
+"""
+
+from typing import ClassVar
+
+
+class LorainitError(Exception):
+    """Base of everything this library raises on purpose.
+
+    Args:
+        message: one sentence that is complete on its own.
+        param: dotted path of the field it is about, as the caller spelled it.
+    """
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidTrainingFile(LorainitError):
+    """The training file has rows that cannot be used."""
+
+    code = "invalid_training_file"
+
+
+class InvalidValidationFile(LorainitError):
+    """The validation file has rows that cannot be used."""
+
+    code = "invalid_validation_file"
+
+
+class NoTrainableTokens(LorainitError):
+    """Every token is masked: the run would learn nothing and call it success."""
+
+    code = "no_trainable_tokens"
+
+
+class SequenceTooLong(LorainitError):
+    """`max_length` is above what the base model can represent."""
+
+    code = "sequence_too_long"
+
+
+class UnsupportedModel(LorainitError):
+    """The base model cannot be loaded or is not a causal language model we can train."""
+
+    code = "unsupported_model"
+
+
+class UnsupportedInit(LorainitError):
+    """The method cannot work on this module or this base; the message names the module."""
+
+    code = "unsupported_init_for_model"
+
+
+class RankTooLarge(LorainitError):
+    """The rank exceeds the smaller side of a target matrix."""
+
+    code = "rank_too_large"
+
+
+class UnknownTarget(LorainitError):
+    """A target module matches nothing that can carry a LoRA."""
+
+    code = "invalid_value"
+
+
+class InitFailed(LorainitError):
+    """The initialization ran and did not deliver what it promised."""
+
+    code = "init_failed"
+
+
+class NonFiniteLoss(LorainitError):
+    """The loss or the gradient norm became NaN or infinite."""
+
+    code = "non_finite_loss"
+
+
+class OutOfMemory(LorainitError):
+    """The device or the host ran out of memory."""
+
+    code = "out_of_memory"
+
+
+class DiskFull(LorainitError):
+    """A file could not be written for lack of space."""
+
+    code = "disk_full"
+
+
+class ExportCheckFailed(LorainitError):
+    """The exported adapter, reloaded on the untouched base, is not the trained model."""
+
+    code = "export_check_failed"
+
+
+class CheckpointMismatch(LorainitError):
+    """A checkpoint was made by another recipe than the one that wants to resume from it."""
+
+    code = "internal_error"
+
+
+class Stopped(LorainitError):
+    """The caller's `on_event` asked the run to stop. Nothing is wrong."""
+
+    code = "stopped"

@@ -1,0 +1,124 @@
+"""What a run says while it works: the only door between the library and whoever started it.
+
+`run(spec, out, on_event)` calls `on_event` with these models, per layer and per batch as well as
+per step. In the child they become JSON lines on a pipe, on the command line a progress bar, in
+tests a list. What `on_event` raises stops the run.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+StageName = Literal["loading", "initializing", "training", "evaluating", "exporting", "verifying", "done"]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Stage(_Event):
+    """The run entered a stage."""
+
+    kind: Literal["stage"] = "stage"
+    stage: StageName
+    message: str
+
+
+class Tick(_Event):
+    """Still alive: `done` of `total` units of the current stage (layers, batches). Not stored."""
+
+    kind: Literal["tick"] = "tick"
+    done: int
+    total: int
+
+
+class Message(_Event):
+    """A sentence for the job's event list; `data["kind"]` is `data`, `init`, `export`, ..."""
+
+    kind: Literal["message"] = "message"
+    level: Literal["info", "warn", "error"] = "info"
+    message: str
+    data: dict[str, Any] = {}
+
+
+class Plan(_Event):
+    """What will run, once data and model are known: resolved numbers and sizes."""
+
+    kind: Literal["plan"] = "plan"
+    total_steps: int
+    steps_per_epoch: int
+    rows: int
+    trained_tokens_per_epoch: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    modules: int
+    trainable_parameters: int
+    target_modules: list[str]
+    device: str
+    precision: str
+
+
+class Metrics(_Event):
+    """One optimizer step, or one evaluation of the validation file (then `full_valid_loss` is set).
+
+    Losses are nats per trained token; `tokens` counts all non-padding tokens processed so far.
+    Non-finite values are None.
+    """
+
+    kind: Literal["metrics"] = "metrics"
+    step: int
+    total_steps: int
+    epoch: float
+    tokens: int
+    seconds: float
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+
+
+class Checkpoint(_Event):
+    """A complete checkpoint lies in `path`: `adapter/` (plain PEFT) and the training state."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    metrics: dict[str, float | int | None]
+
+
+class InitReport(_Event):
+    """The initialization is done; `report` is the object shown as `job.init_report`."""
+
+    kind: Literal["init_report"] = "init_report"
+    report: dict[str, Any]
+
+
+class Done(_Event):
+    """The run succeeded: the adapter lies in `adapter`, reloaded and compared."""
+
+    kind: Literal["done"] = "done"
+    adapter: str
+    trained_tokens: int
+    export_check: dict[str, Any]
+    resources: dict[str, Any]
+
+
+class Failed(_Event):
+    """The run ended with an error the caller should see."""
+
+    kind: Literal["failed"] = "failed"
+    code: str
+    message: str
+    param: str | None = None
+
+
+Event = Annotated[
+    Stage | Tick | Message | Plan | Metrics | Checkpoint | InitReport | Done | Failed,
+    Field(discriminator="kind"),
+]
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)
