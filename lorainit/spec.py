@@ -333,6 +333,29 @@ class Hyperparameters(Strict):
     checkpoint_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
 
 
+class Target(Strict):
+    """One kind of linear layer of a base: its name's suffix, its place and its matrix, out x in.
+
+    `count` = how many layers have it; `group` is what `target_modules` can ask for.
+    """
+
+    name: str
+    group: Literal["attention", "mlp", "other"]
+    out_features: Annotated[int, Field(ge=1)]
+    in_features: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1)]
+
+
+class ModelFacts(Strict):
+    """What a request can be checked against without opening the model (`lorainit.inspect`)."""
+
+    root: str
+    max_length: Annotated[int, Field(ge=8)]
+    chat: bool
+    base_sha256: str | None = None
+    targets: list[Target]
+
+
 class BaseModelRef(Strict):
     """Where the base model is.
 

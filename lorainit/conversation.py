@@ -1,0 +1,288 @@
+"""What one row of a training file may look like: chat, prompt and completion, preference.
+
+Each check is a generator of faults, so that a row shows everything that is wrong with it at once.
+`normalized` turns a checked row into one shape (text as strings, deprecated spellings converted).
+Torch-free; knows nothing of lines, files, tokenizers or models.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["chat", "prompt_completion", "preference"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_CHAT_KEYS = {"messages", "tools", "parallel_tool_calls", "functions"}
+_PREFERENCE_KEYS = {"input", "preferred_output", "non_preferred_output"}
+_MESSAGE_KEYS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"}
+
+
+class Fault(NamedTuple):
+    """One thing wrong with a row: a code of the closed list, the place, and what is wrong there."""
+
+    code: str
+    param: str | None
+    text: str
+
+
+def kind_of(row: dict[str, Any]) -> Kind | None:
+    """The kind a row claims to be by its keys, None if they name none."""
+    if "messages" in row:
+        return "chat"
+    if _PREFERENCE_KEYS & row.keys():
+        return "preference"
+    return "prompt_completion" if {"prompt", "completion"} & row.keys() else None
+
+
+def faults(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
+    """Everything wrong with a row of this kind, without looking at tokens."""
+    check = {"chat": _chat, "prompt_completion": _prompt_completion, "preference": _preference}[kind]
+    return check(row)
+
+
+def warnings(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
+    """What the owner of a valid row should know."""
+    if kind == "preference" and row["preferred_output"] == row["non_preferred_output"]:
+        yield Fault("identical_preferences", None, "both outputs are the same, so the row teaches nothing.")
+    if kind != "chat":
+        return
+    messages = row["messages"]
+    if "functions" in row or any("function_call" in m or m["role"] == "function" for m in messages):
+        yield Fault("deprecated_functions", None, "functions and function_call are deprecated; converted to tools.")
+    last = max(i for i, m in enumerate(messages) if trained(m))
+    if last + 1 < len(messages):
+        text = f"the {len(messages) - last - 1} messages after the last trained turn are not used."
+        yield Fault("trailing_messages_dropped", f"messages[{last + 1}]", text)
+
+
+def trained(message: dict[str, Any]) -> bool:
+    """Whether the loss looks at this message: an assistant turn whose weight is not 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def _chat(row: dict[str, Any]) -> Iterator[Fault]:
+    for key in sorted(row.keys() - _CHAT_KEYS):
+        yield Fault("message_unrecognized_key", key, f"'{key}' is not a key of a chat row.")
+    yield from _tools(row)
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        yield Fault("missing_messages_list", "messages", "messages is not a list of at least one message.")
+        return
+    found = list(_messages(messages, "messages"))
+    yield from found
+    if found:
+        return
+    if not any(m["role"] == "assistant" for m in messages):
+        yield Fault("example_missing_assistant_message", "messages", "no message has the role assistant.")
+    elif not any(trained(m) for m in messages):
+        yield Fault("no_trainable_tokens", "messages", "every assistant message has weight 0.")
+
+
+def _prompt_completion(row: dict[str, Any]) -> Iterator[Fault]:
+    for key in sorted(row.keys() - {"prompt", "completion"}):
+        yield Fault("message_unrecognized_key", key, f"'{key}' is not a key of a prompt and completion row.")
+    for key in ("prompt", "completion"):
+        if key not in row:
+            yield Fault("message_missing_key", key, f"{key} is missing.")
+        elif not isinstance(row[key], str):
+            yield Fault("data_type", key, f"{key} is not a string.")
+    if row.get("completion") == "":
+        yield Fault("missing_content", "completion", "completion is empty.")
+
+
+def _preference(row: dict[str, Any]) -> Iterator[Fault]:
+    for key in sorted(row.keys() - _PREFERENCE_KEYS):
+        yield Fault("message_unrecognized_key", key, f"'{key}' is not a key of a preference row.")
+    start = row.get("input")
+    if not isinstance(start, dict) or not isinstance(start.get("messages"), list) or not start["messages"]:
+        yield Fault("missing_messages_list", "input.messages", "input.messages is not a list of at least one message.")
+    else:
+        found = list(_messages(start["messages"], "input.messages"))
+        yield from found
+        if not found and start["messages"][-1]["role"] not in ("user", "tool"):
+            last = f"input.messages[{len(start['messages']) - 1}].role"
+            yield Fault("unrecognized_role", last, "the last message of input is neither user nor tool.")
+    for key in ("preferred_output", "non_preferred_output"):
+        yield from _output(row.get(key), key)
+
+
+def _output(output: Any, key: str) -> Iterator[Fault]:
+    if not isinstance(output, list) or len(output) != 1:
+        yield Fault("missing_preference", key, f"{key} is not a list of exactly one message.")
+        return
+    found = list(_messages(output, key))
+    yield from found
+    if not found and output[0]["role"] != "assistant":
+        yield Fault("unrecognized_role", f"{key}[0].role", f"the message of {key} is not an assistant message.")
+
+
+def _messages(messages: list[Any], at: str) -> Iterator[Fault]:
+    called: set[str] = set()
+    for index, message in enumerate(messages):
+        where = f"{at}[{index}]"
+        if not isinstance(message, dict):
+            yield Fault("data_type", where, f"{where} is not an object.")
+            continue
+        yield from _message(message, where, called)
+        calls = message.get("tool_calls")
+        called |= {c["id"] for c in calls if _is_call(c)} if isinstance(calls, list) else set()
+
+
+def _message(message: dict[str, Any], where: str, called: set[str]) -> Iterator[Fault]:
+    for key in sorted(message.keys() - _MESSAGE_KEYS):
+        yield Fault("message_unrecognized_key", f"{where}.{key}", f"'{key}' is not a key of a message.")
+    role = message.get("role")
+    if "role" not in message:
+        yield Fault("message_missing_key", f"{where}.role", f"{where}.role is missing.")
+        return
+    if role not in ROLES and role != "function":
+        text = f"role {json.dumps(role)[:80]} is not one of {', '.join(ROLES)}.".replace('"', "'")
+        yield Fault("unrecognized_role", f"{where}.role", text)
+        return
+    yield from _content(message, where)
+    yield from _extras(message, where)
+    if role == "tool":
+        yield from _answer(message, where, called)
+    if "tool_calls" in message or "function_call" in message:
+        yield from _calls(message, where)
+
+
+def _content(message: dict[str, Any], where: str) -> Iterator[Fault]:
+    place, content = f"{where}.content", message.get("content")
+    calls = message["role"] == "assistant" and (message.get("tool_calls") or message.get("function_call"))
+    if content is None and not calls:
+        if "content" not in message:
+            yield Fault("message_missing_key", place, f"{place} is missing.")
+        else:
+            yield Fault("missing_content", place, f"{place} is null, but the message has no tool_calls.")
+    elif isinstance(content, list):
+        if not content:
+            yield Fault("missing_content", place, f"{place} is an empty list.")
+        for index, part in enumerate(content):
+            yield from _part(part, f"{place}[{index}]")
+    elif content is not None and not isinstance(content, str):
+        yield Fault("data_type", place, f"{place} is neither a string nor a list of text parts.")
+    elif content == "" and message["role"] == "assistant" and not calls:
+        yield Fault("missing_content", place, f"{place} is empty, and the message has no tool_calls.")
+
+
+def _part(part: Any, place: str) -> Iterator[Fault]:
+    if not isinstance(part, dict):
+        yield Fault("data_type", place, f"{place} is not an object.")
+    elif part.get("type") != "text":
+        kind = json.dumps(part.get("type"))[:80].replace('"', "'")
+        yield Fault("unsupported_content_type", f"{place}.type", f"content of type {kind} is not text.")
+    elif not isinstance(part.get("text"), str):
+        yield Fault("data_type", f"{place}.text", f"{place}.text is not a string.")
+
+
+def _extras(message: dict[str, Any], where: str) -> Iterator[Fault]:
+    if "name" in message and not isinstance(message["name"], str):
+        yield Fault("data_type", f"{where}.name", f"{where}.name is not a string.")
+    if "weight" in message:
+        weight = message["weight"]
+        if message["role"] != "assistant":
+            yield Fault("invalid_weight", f"{where}.weight", "weight is only for assistant messages.")
+        elif type(weight) is not int or weight not in (0, 1):
+            yield Fault("invalid_weight", f"{where}.weight", f"{where}.weight is not the integer 0 or 1.")
+
+
+def _answer(message: dict[str, Any], where: str, called: set[str]) -> Iterator[Fault]:
+    place, name = f"{where}.tool_call_id", message.get("tool_call_id")
+    if name is None:
+        yield Fault("message_missing_key", place, f"{place} is missing.")
+    elif not isinstance(name, str) or name not in called:
+        yield Fault("tool_call_not_found", place, f"{place} names no earlier tool call.")
+
+
+def _calls(message: dict[str, Any], where: str) -> Iterator[Fault]:
+    if message["role"] != "assistant":
+        yield Fault("invalid_tool_call", where, "only assistant messages can call tools.")
+        return
+    if "function_call" in message and not _is_function(message["function_call"]):
+        place = f"{where}.function_call"
+        yield Fault("invalid_tool_call", place, f"{place} needs a name and arguments that are a string holding JSON.")
+    calls = message.get("tool_calls", [{}] if "function_call" not in message else None)
+    if calls is None:
+        return
+    if not isinstance(calls, list) or not calls:
+        yield Fault("invalid_tool_call", f"{where}.tool_calls", f"{where}.tool_calls is not a list of calls.")
+        return
+    for index, call in enumerate(calls):
+        if not _is_call(call):
+            place = f"{where}.tool_calls[{index}]"
+            text = "needs id, type 'function' and function with a name and arguments that are a string holding JSON."
+            yield Fault("invalid_tool_call", place, f"{place} {text}")
+
+
+def _is_call(call: Any) -> bool:
+    if not isinstance(call, dict) or not isinstance(call.get("id"), str) or call.get("type") != "function":
+        return False
+    return _is_function(call.get("function"))
+
+
+def _is_function(function: Any) -> bool:
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        return False
+    try:
+        json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(function["arguments"], str)
+
+
+def _tools(row: dict[str, Any]) -> Iterator[Fault]:
+    if not isinstance(row.get("parallel_tool_calls", True), bool):
+        yield Fault("data_type", "parallel_tool_calls", "parallel_tool_calls is not a boolean.")
+    for key in ("tools", "functions"):
+        if not isinstance(row.get(key, []), list):
+            yield Fault("data_type", key, f"{key} is not a list.")
+            continue
+        for index, tool in enumerate(row.get(key, [])):
+            function = tool.get("function") if key == "tools" and isinstance(tool, dict) else tool
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                yield Fault("data_type", f"{key}[{index}]", f"{key}[{index}] does not describe a function with a name.")
+
+
+# --- one shape ---------------------------------------------------------------------------------
+
+
+def normalized(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """A valid row in one shape.
+
+    Chat becomes `{"messages", "tools"}`: contents are strings (None beside tool calls), `developer`
+    is `system`, call arguments are parsed JSON (as chat templates expect), and the deprecated
+    `functions`, `function_call` and role `function` are tools and tool calls.
+    """
+    if kind == "prompt_completion":
+        return {"prompt": row["prompt"], "completion": row["completion"]}
+    if kind == "preference":
+        return row
+    tools = [*row.get("tools", []), *({"type": "function", "function": f} for f in row.get("functions", []))]
+    messages: list[dict[str, Any]] = []
+    for index, message in enumerate(row["messages"]):
+        messages.append(_normalized_message(message, f"call_{index}", messages))
+    return {"messages": messages, "tools": tools}
+
+
+def _normalized_message(message: dict[str, Any], name: str, before: list[dict[str, Any]]) -> dict[str, Any]:
+    role, content = message["role"], message.get("content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    out = {**message, "role": "system" if role == "developer" else role, "content": content}
+    calls = list(message.get("tool_calls") or [])
+    if function := out.pop("function_call", None):
+        calls.append({"id": name, "type": "function", "function": function})
+    if calls:
+        out["tool_calls"] = [{**c, "function": _parsed(c["function"])} for c in calls]
+    if role == "function":
+        ids = [c["id"] for m in before for c in m.get("tool_calls", []) if c["function"]["name"] == message.get("name")]
+        out |= {"role": "tool", "tool_call_id": ids[-1] if ids else name}
+    return out
+
+
+def _parsed(function: dict[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": json.loads(function["arguments"])}

@@ -1,0 +1,228 @@
+"""Training files: JSONL rows with their line numbers, and the verdict on a whole file.
+
+Streams with bounded memory: a file may be far larger than it. Model-independent, torch-free; what
+one row may look like is in `conversation`, what a tokenizer makes of it in `data`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorainit.conversation import Fault, Kind, faults, kind_of, normalized, warnings
+
+MAX_LINE_BYTES = 8 * 1024 * 1024
+KEPT_PROBLEMS = 20
+FEW_ROWS = 10
+# Digests are kept of the first so many rows only, so that memory stays bounded (about 50 MB).
+DUPLICATE_WINDOW = 500_000
+
+
+class Problem(BaseModel):
+    """One error or warning; `line` counts from 1, null when it is about the whole file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    line: int | None
+    code: str
+    param: str | None
+    message: str
+
+
+class FileReport(BaseModel):
+    """What `check_file` found. `model_dump()` is exactly the `validation` object of a File.
+
+    `error_count` and `warning_count` are complete, the lists hold the first 20. The attributes
+    `status` (`processed` or `error`), `status_details` (a sentence, or None when there is nothing
+    to say) and `duplicates` belong beside that object and are not dumped.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Kind | None
+    rows: int
+    valid_rows: int
+    error_count: int
+    warning_count: int
+    errors: list[Problem]
+    warnings: list[Problem]
+    duplicates: int = Field(exclude=True)
+    status: Literal["processed", "error"] = Field(exclude=True)
+    status_details: str | None = Field(exclude=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A valid row in normalized shape (see `conversation.normalized`)."""
+
+    line: int
+    kind: Kind
+    value: dict[str, Any]
+    warnings: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and everything wrong with it."""
+
+    line: int
+    problems: tuple[Problem, ...]
+
+
+def problem(line: int, fault: Fault) -> Problem:
+    """A fault of a row, placed in its file."""
+    return Problem(line=line, code=fault.code, param=fault.param, message=f"Line {line}: {fault.text}")
+
+
+def read_rows(path: str | Path) -> Iterator[Row | BadRow]:
+    """The rows of a JSONL file in order, good and bad; blank lines are skipped but counted."""
+    with Path(path).open("rb") as stream:
+        yield from _scan(stream)
+
+
+def check_file(source: BinaryIO | str | Path) -> FileReport:
+    """Read a whole file once and report on it. Never raises for what the file contains.
+
+    Args:
+        source: a path, or a binary stream at its beginning (only `readline` is used).
+    """
+    if isinstance(source, str | Path):
+        with Path(source).open("rb") as stream:
+            return check_file(stream)
+    tally = _Tally()
+    for row in _scan(source, tally):
+        tally.add(row)
+    return tally.report()
+
+
+@dataclass
+class _Tally:
+    """The running counts of one pass over a file."""
+
+    kind: Kind | None = None
+    rows: int = 0
+    valid: int = 0
+    errors: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    error_count: int = 0
+    warning_count: int = 0
+    mixed: bool = False
+    duplicates: int = 0
+    digests: set[bytes] = field(default_factory=set)
+
+    def add(self, row: Row | BadRow) -> None:
+        self.rows += 1
+        if isinstance(row, Row):
+            self.valid += 1
+            self._keep_warnings(row.warnings)
+            return
+        self.error_count += len(row.problems)
+        self.mixed |= any(p.code == "mixed_formats" for p in row.problems)
+        self.errors += row.problems[: KEPT_PROBLEMS - len(self.errors)]
+
+    def _keep_warnings(self, found: tuple[Problem, ...]) -> None:
+        self.warning_count += len(found)
+        self.duplicates += sum(p.code == "duplicate_row" for p in found)
+        self.warnings += found[: KEPT_PROBLEMS - len(self.warnings)]
+
+    def report(self) -> FileReport:
+        if 0 < self.rows < FEW_ROWS:
+            text = f"The file has only {self.rows} {'row' if self.rows == 1 else 'rows'}."
+            self._keep_warnings((Problem(line=None, code="few_rows", param=None, message=text),))
+        return FileReport(
+            kind=self.kind,
+            rows=self.rows,
+            valid_rows=self.valid,
+            error_count=self.error_count,
+            warning_count=self.warning_count,
+            errors=self.errors,
+            warnings=self.warnings,
+            duplicates=self.duplicates,
+            status="error" if self.mixed or not self.valid else "processed",
+            status_details=self._details(),
+        )
+
+    def _details(self) -> str | None:
+        if not self.rows:
+            return "the file has no rows"
+        if self.rows == self.valid:
+            return None
+        first = next((p for p in self.errors if p.code == "mixed_formats" or not self.mixed), self.errors[0])
+        where = f"first: line {first.line}: {first.code}"
+        if self.mixed:
+            return f"the rows are of mixed kinds; {where}"
+        bad = self.rows - self.valid
+        return f"{bad} of {self.rows} {'row is' if self.rows == 1 else 'rows are'} invalid; {where}"
+
+
+def _scan(stream: BinaryIO, tally: _Tally | None = None) -> Iterator[Row | BadRow]:
+    """Rows of a stream; the first row that names a kind decides that of the file."""
+    tally = tally or _Tally()
+    for line, raw in _lines(stream):
+        row = _parse(raw)
+        if isinstance(row, dict):
+            kind = kind_of(row)
+            tally.kind = tally.kind or kind
+            yield _judge(line, row, kind, tally, raw or b"")
+        else:
+            yield BadRow(line, (problem(line, row),))
+
+
+def _judge(line: int, row: dict[str, Any], kind: Kind | None, tally: _Tally, raw: bytes) -> Row | BadRow:
+    if kind is None:
+        return BadRow(line, (problem(line, Fault("missing_messages_list", "messages", "messages is missing.")),))
+    if kind != tally.kind:
+        text = f"this is a {kind} row in a {tally.kind} file."
+        return BadRow(line, (problem(line, Fault("mixed_formats", None, text)),))
+    if found := tuple(problem(line, fault) for fault in faults(row, kind)):
+        return BadRow(line, found)
+    notes = [problem(line, fault) for fault in warnings(row, kind)]
+    digest = blake2b(raw.strip(), digest_size=8).digest()
+    if digest in tally.digests:
+        notes.append(problem(line, Fault("duplicate_row", None, "the same row appears earlier in the file.")))
+    elif len(tally.digests) < DUPLICATE_WINDOW:
+        tally.digests.add(digest)
+    return Row(line, kind, normalized(row, kind), tuple(notes))
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, bytes without line end) of non-blank lines; None for a line that is too long."""
+    number = 0
+    while raw := stream.readline(MAX_LINE_BYTES + 2):
+        number += 1
+        complete = raw.endswith(b"\n")
+        text = raw.rstrip(b"\r\n")
+        if number == 1:
+            text = text.removeprefix(b"\xef\xbb\xbf")
+        if len(text) > MAX_LINE_BYTES:
+            yield number, None
+        elif text.strip():
+            yield number, text
+        while not complete and (rest := stream.readline(MAX_LINE_BYTES)):
+            complete = rest.endswith(b"\n")
+
+
+def _parse(raw: bytes | None) -> dict[str, Any] | Fault:
+    if raw is None:
+        return Fault("line_too_long", None, f"the line is longer than {MAX_LINE_BYTES} bytes.")
+    try:
+        row = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        if b"\\u" in raw:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+    except UnicodeDecodeError as error:
+        return Fault("invalid_utf8", None, f"byte {error.start + 1} of the line is not UTF-8.")
+    except UnicodeEncodeError:
+        return Fault("invalid_utf8", None, "an escape stands for half a surrogate pair.")
+    except json.JSONDecodeError as error:
+        return Fault("invalid_json", None, f"not JSON: {error.msg} at column {error.colno}.")
+    except (ValueError, RecursionError) as error:
+        return Fault("invalid_json", None, f"not JSON that can be read: {str(error)[:120]}.")
+    return row if isinstance(row, dict) else Fault("data_type", None, "the row is not an object.")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
