@@ -1,0 +1,39 @@
+"""What a core function may refuse. No HTTP here: `api.errors` gives each class its status.
+
+Refusal
+├── NotFound          the object named in the path is unknown, or another project's
+├── BadReference      an object named in the body does not exist or cannot be used
+├── WrongState        the object's state forbids the call
+├── InvalidValue      a value outside its range or catalogue
+└── Unavailable       try again in a few seconds
+"""
+
+
+class Refusal(Exception):
+    """A refusal with a code from the closed list, a sentence, and the field it is about."""
+
+    def __init__(self, message: str, *, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+
+
+class NotFound(Refusal):
+    """Unknown here. Another project's object looks exactly the same."""
+
+
+class BadReference(Refusal):
+    """The body names something that does not exist or cannot be used for this."""
+
+
+class WrongState(Refusal):
+    """The object's state forbids the call."""
+
+
+class InvalidValue(Refusal):
+    """A value outside its range or its catalogue."""
+
+
+class Unavailable(Refusal):
+    """Not now; a retry in a few seconds may help."""

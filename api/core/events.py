@@ -1,0 +1,72 @@
+"""A job's story: events numbered 1, 2, 3 ... without gaps. Functions take a session, never commit."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from api.core.errors import InvalidValue
+from api.core.ids import new_event_id
+from api.core.models import Event, Job
+
+Level = Literal["info", "warn", "error"]
+
+
+def append(
+    session: Session,
+    job_id: str,
+    message: str,
+    *,
+    at: datetime,
+    level: Level = "info",
+    type: Literal["message", "metrics"] = "message",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Add one event. The counter's row lock orders writers, so sequences have no gap.
+
+    The caller holds the right to write: it has just changed the job's row in this transaction.
+    """
+    taken = update(Job).where(Job.id == job_id).values(event_count=Job.event_count + 1).returning(Job.event_count)
+    session.add(
+        Event(
+            id=new_event_id(),
+            job_id=job_id,
+            sequence=session.execute(taken.execution_options(synchronize_session=False)).scalar_one(),
+            created_at=at,
+            level=level,
+            type=type,
+            message=message,
+            data=data or {},
+        )
+    )
+    session.flush()
+
+
+def status_event(
+    session: Session,
+    job_id: str,
+    message: str,
+    *,
+    at: datetime,
+    status: str,
+    previous: str | None,
+    level: Level = "info",
+    **data: Any,
+) -> None:
+    """The one event every status change has."""
+    payload = {"kind": "status", "status": status, "previous": previous, **data}
+    append(session, job_id, message, at=at, level=level, data=payload)
+
+
+def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Event], bool]:
+    """Newest first, `limit` of them after the event `after`; True when there are more."""
+    query = select(Event).where(Event.job_id == job_id).order_by(Event.sequence.desc()).limit(limit + 1)
+    if after is not None:
+        cursor = session.get(Event, after)
+        if cursor is None or cursor.job_id != job_id:
+            raise InvalidValue(f"after {after!r} is not an event of this job.", code="invalid_value", param="after")
+        query = query.where(Event.sequence < cursor.sequence)
+    rows = session.scalars(query).all()
+    return rows[:limit], len(rows) > limit

@@ -1,0 +1,230 @@
+"""The tables. Constraints carry the invariants; times are UTC.
+
+A job's row is the truth about it. Everything a tenant owns carries `project_id`.
+"""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import Mapped, mapped_column
+
+from api.core.db import Base, Json, UTCDateTime
+
+JOB_STATUSES = ("validating_files", "queued", "running", "succeeded", "failed", "cancelled")
+FINAL_STATUSES = ("succeeded", "failed", "cancelled")
+
+Bytes = BigInteger()
+
+
+class Project(Base):
+    """A tenant."""
+
+    __tablename__ = "projects"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(255), unique=True)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+
+class ApiKey(Base):
+    """A key of one project; only its SHA-256 is kept."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    name: Mapped[str] = mapped_column(String(255))
+    secret_sha256: Mapped[str] = mapped_column(String(64))
+    hint: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+
+class File(Base):
+    """Bytes in storage. A deleted file keeps its row: cursors and jobs refer to it."""
+
+    __tablename__ = "files"
+    __table_args__ = (
+        CheckConstraint("status IN ('uploaded', 'processed', 'error')", name="status"),
+        Index("ix_files_project_created", "project_id", "created_at", "id"),
+        Index("ix_files_unchecked", "created_at", postgresql_where=text("status = 'uploaded'")),
+    )
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    purpose: Mapped[str] = mapped_column(String(32))
+    filename: Mapped[str] = mapped_column(String(255))
+    bytes: Mapped[int] = mapped_column(Bytes)
+    sha256: Mapped[str] = mapped_column(String(64))
+    storage_key: Mapped[str] = mapped_column(String(512))
+    status: Mapped[str] = mapped_column(String(16))
+    status_details: Mapped[str | None] = mapped_column(Text)
+    validation: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    deleted_by: Mapped[str | None] = mapped_column(String(64))
+
+
+class Job(Base):
+    """One fine-tuning job: request, recipe, life and results."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"status IN {JOB_STATUSES}", name="status"),
+        CheckConstraint(f"(finished_at IS NULL) = (status NOT IN {FINAL_STATUSES})", name="finished"),
+        CheckConstraint("(error IS NOT NULL) = (status = 'failed')", name="error_only_when_failed"),
+        Index("ix_jobs_project_created", "project_id", "created_at", "id"),
+        Index("ix_jobs_open", "status", "created_at", postgresql_where=text("finished_at IS NULL")),
+    )
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    status: Mapped[str] = mapped_column(String(20))
+    error: Mapped[dict[str, Any] | None] = mapped_column(Json)
+
+    # What was ordered. `recipe` is {"lora": Lora, "training": Hyperparameters}; autos until admitted.
+    model: Mapped[str] = mapped_column(String(255))
+    training_file_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    validation_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    suffix: Mapped[str | None] = mapped_column(String(64))
+    seed: Mapped[int] = mapped_column(Integer)
+    # "metadata" is taken by SQLAlchemy
+    labels: Mapped[dict[str, str] | None] = mapped_column("metadata", Json)
+    integrations: Mapped[list[Any]] = mapped_column(Json)
+    recipe: Mapped[dict[str, Any]] = mapped_column(Json)
+    choices: Mapped[list[Any]] = mapped_column(Json)
+    priority: Mapped[int] = mapped_column(Integer)
+    on_row_error: Mapped[str] = mapped_column(String(8))
+    deterministic: Mapped[bool] = mapped_column()
+
+    # Who runs it. `lease_token` counts claims: a write that carries an older one is refused.
+    lease_token: Mapped[int] = mapped_column(Integer)
+    lease_owner: Mapped[str | None] = mapped_column(String(128))
+    lease_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    attempts: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    # The outbox: a queued job with rung_at NULL has not been announced to the workers yet.
+    rung_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    event_count: Mapped[int] = mapped_column(Integer)
+
+    # What came of it.
+    progress: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    plan: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    init_report: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    export_check: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    resources: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    trained_tokens: Mapped[int | None] = mapped_column(Bytes)
+    result_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+
+
+class Adapter(Base):
+    """The finished adapter of a job, as the model it is called by. One per job."""
+
+    __tablename__ = "adapters"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    name: Mapped[str] = mapped_column(String(255), unique=True)
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id"), unique=True)
+    rank: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    deleted_by: Mapped[str | None] = mapped_column(String(64))
+
+
+class Checkpoint(Base):
+    """A stored checkpoint: a loadable adapter (`file_id`) and the state to resume from (`state_key`)."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    name: Mapped[str] = mapped_column(String(255), unique=True)
+    step: Mapped[int] = mapped_column(Integer)
+    metrics: Mapped[dict[str, Any]] = mapped_column(Json)
+    best: Mapped[bool] = mapped_column()
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    state_key: Mapped[str] = mapped_column(String(512))
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    deleted_by: Mapped[str | None] = mapped_column(String(64))
+
+
+class Event(Base):
+    """One line of a job's story; `sequence` is 1, 2, 3 ... per job without gaps."""
+
+    __tablename__ = "events"
+    __table_args__ = (UniqueConstraint("job_id", "sequence"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    sequence: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    level: Mapped[str] = mapped_column(String(8))
+    type: Mapped[str] = mapped_column(String(16))
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class Metric(Base):
+    """One optimizer step of the attempt that counts; `values` holds the numbers, None if not finite."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step: Mapped[int] = mapped_column(Integer, primary_key=True)
+    lease_token: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    values: Mapped[dict[str, Any]] = mapped_column("values", Json)
+
+
+class Creation(Base):
+    """What a create request made, so that a retry finds it instead of making it twice.
+
+    `idempotency_key` is unique per project and path; without one, a retry is recognised by the
+    same API key and the same fingerprint within a window.
+    """
+
+    __tablename__ = "creations"
+    __table_args__ = (
+        UniqueConstraint("project_id", "path", "idempotency_key"),
+        Index("ix_creations_retry", "api_key_id", "fingerprint", "created_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    api_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"))
+    path: Mapped[str] = mapped_column(String(128))
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    object_id: Mapped[str] = mapped_column(String(64))
+    response: Mapped[dict[str, Any]] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+
+class Worker(Base):
+    """A worker that says it is alive; how many jobs it can hold."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    slots: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    seen_at: Mapped[datetime] = mapped_column(UTCDateTime)

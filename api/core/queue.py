@@ -1,0 +1,66 @@
+"""The doorbell: a Celery message that carries an id and says "there is work".
+
+Losing or doubling a message does no harm: the row decides, and the reconciler rings again. Ring
+after the commit, never before.
+"""
+
+from functools import cache
+
+from celery import Celery
+
+from api.core.settings import get_settings
+
+TASK = "lorainit.run_job"
+QUEUE = "train"
+
+
+class BrokerUnavailable(Exception):
+    """The message could not be sent; the job stays unannounced and the reconciler will ring."""
+
+
+@cache
+def get_celery() -> Celery:
+    """The Celery application of this process, with the settings long jobs need."""
+    app = Celery("lorainit", broker=get_settings().broker_url, set_as_current=False)
+    app.conf.update(
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,  # the row is the truth; a result backend would be a second one
+        # Redis redelivers late-acknowledged messages, so a long job would start twice. We acknowledge
+        # early and let the lease bring a lost job back.
+        task_acks_late=False,
+        task_reject_on_worker_lost=False,
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        task_default_queue=QUEUE,
+        task_publish_retry=False,  # the outbox retries
+        broker_connection_max_retries=None,
+        broker_connection_retry_on_startup=True,
+        worker_hijack_root_logger=False,
+        broker_transport_options={
+            "global_keyprefix": "lora:",
+            "visibility_timeout": 3600,
+            "socket_timeout": 5,
+            "socket_connect_timeout": 3,
+            "socket_keepalive": True,
+            "health_check_interval": 5,
+            "queue_order_strategy": "priority",
+        },
+    )
+    return app
+
+
+def ring(job_id: str) -> None:
+    """Send one message.
+
+    Raises:
+        BrokerUnavailable: no broker is configured or it did not take the message.
+    """
+    if get_settings().broker_url is None:
+        raise BrokerUnavailable("no broker is configured")
+    try:
+        get_celery().send_task(TASK, args=[job_id], retry=False)
+    except Exception as error:
+        # kombu raises many kinds (OperationalError, redis errors, socket errors): all mean "not sent".
+        raise BrokerUnavailable(str(error)) from error

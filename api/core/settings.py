@@ -1,0 +1,73 @@
+"""Every setting of the service, in one class; the README's table is checked against it.
+
+Read from the environment with the prefix `LORAINIT_`, only when `get_settings()` is first called.
+No setting has a default secret.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """The service's settings; times are seconds, sizes are bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="LORAINIT_", extra="ignore", frozen=True)
+
+    state_dir: Path = Field(Path(".state"), description="Folder of the embedded default: database, files, caches.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; empty = SQLite (WAL) in the state folder.")
+    broker_url: str | None = Field(None, description="Redis or Valkey URL; empty = `lorainit serve` starts its own.")
+    storage_url: str | None = Field(
+        None, description="`file:///folder` or `s3://bucket/prefix`; empty = a folder in the state folder."
+    )
+    s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store; empty = AWS.")
+    s3_region: str = Field("us-east-1", description="Region of the bucket.")
+    s3_access_key_id: str | None = Field(None, description="Access key of the bucket.")
+    s3_secret_access_key: SecretStr | None = Field(None, description="Secret of the bucket.")
+    catalogue: Path | None = Field(None, description="TOML file of base models; empty = the built-in SmolLM2 entry.")
+
+    host: str = Field("127.0.0.1", description="Address the API listens on.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port of the API; 0 = any free one.")
+    organization: str = Field("local", description="Name in `organization_id` and in fine-tuned model names.")
+    max_upload_bytes: int = Field(512 * 2**20, description="Largest file `POST /v1/files` takes.")
+    max_body_bytes: int = Field(2 * 2**20, description="Largest JSON body.")
+    log_format: str = Field("json", description="`json` or `console`.")
+    log_level: str = Field("info", description="Lowest level written.")
+
+    worker_slots: Annotated[int, Field(ge=1)] = Field(1, description="Jobs one worker runs at once (one per GPU).")
+    worker_scratch: Path | None = Field(None, description="Where runs work; empty = a folder in the state folder.")
+    worker_queues: str = Field("train", description="Queues this worker listens on, comma-separated.")
+    model_cache: Path | None = Field(None, description="Converted base models; empty = a folder in the state folder.")
+    lease_seconds: Annotated[float, Field(gt=0)] = Field(30.0, description="A silent worker loses its job after this.")
+    beat_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="Lease renewal and cancel check interval.")
+    stop_grace_seconds: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="Between asking a run to stop and killing it."
+    )
+    max_attempts: Annotated[int, Field(ge=1)] = Field(3, description="Runs of a job whose workers were lost.")
+    reconcile_seconds: Annotated[float, Field(gt=0)] = Field(0.5, description="Pause between two reconciler rounds.")
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="Checkpoints kept beside the best one.")
+
+    def database(self) -> str:
+        """The SQLAlchemy URL in effect."""
+        return self.database_url or f"sqlite:///{self.state_dir.resolve()}/lorainit.db"
+
+    def storage(self) -> str:
+        """The storage URL in effect."""
+        return self.storage_url or (self.state_dir.resolve() / "storage").as_uri()
+
+    def scratch(self) -> Path:
+        """The folder runs work in."""
+        return (self.worker_scratch or self.state_dir / "runs").resolve()
+
+    def models(self) -> Path:
+        """The folder of converted base models."""
+        return (self.model_cache or self.state_dir / "models").resolve()
+
+
+@cache
+def get_settings() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()

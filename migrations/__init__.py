@@ -1,0 +1,1 @@
+"""The database's history; nothing creates a table anywhere else."""
