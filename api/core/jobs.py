@@ -120,8 +120,11 @@ def beat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
 
 
 def note(session: Session, lease: Lease, **values: Any) -> bool:
-    """Write columns that are no status (progress, plan, init_report ...) if the job is still ours."""
-    return _write(session, lease, **values)
+    """Write columns that are no status (progress, plan, init_report ...) if the job is still ours.
+
+    Called before any other write of a run: the row's lock keeps the job ours until the commit.
+    """
+    return _write(session, lease, **values or {"lease_token": lease.token})
 
 
 def succeed(
@@ -262,6 +265,15 @@ def _recover(session: Session, job: Job, *, at: datetime, max_attempts: int) -> 
             attempt=job.attempts,
         )
     return moved
+
+
+def attach_result(session: Session, job_id: str, file_id: str) -> bool:
+    """Give an ended job its result file; False when it has one already."""
+    return _change(
+        session,
+        [Job.id == job_id, Job.finished_at.is_not(None), Job.result_file_id.is_(None)],
+        {"result_file_id": file_id},
+    )
 
 
 def _failed_event(session: Session, job_id: str, failure: Failure, *, at: datetime, previous: str) -> None:

@@ -1,0 +1,122 @@
+"""From `validating_files` to `queued`: are the files good, and what do the autos become?
+
+`consider` is called by the web process right after it accepted a job whose files are known, and by
+the reconciler for all others. Nothing here commits.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Literal
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from api.core import catalogue, jobs, workers
+from api.core.db import now
+from api.core.errors import Refusal
+from api.core.jobs import Failure
+from api.core.models import File, Job
+from lorainit.errors import LorainitError
+from lorainit.resolve import resolve
+from lorainit.spec import Hyperparameters, Lora
+
+Verdict = Literal["queued", "failed", "waiting"]
+
+
+def waiting(session: Session, *, limit: int = 100) -> Sequence[str]:
+    """Ids of jobs whose files have all been checked, oldest first."""
+    unchecked = select(File.id).where(File.status == "uploaded")
+    return session.scalars(
+        select(Job.id)
+        .where(
+            Job.status == "validating_files",
+            Job.training_file_id.not_in(unchecked),
+            or_(Job.validation_file_id.is_(None), Job.validation_file_id.not_in(unchecked)),
+        )
+        .order_by(Job.created_at)
+        .limit(limit)
+    ).all()
+
+
+def consider(session: Session, job_id: str) -> Verdict:
+    """Admit or reject a job whose files have been checked; "waiting" while one has not."""
+    job = session.get(Job, job_id)
+    if job is None or job.status != "validating_files":
+        return "waiting"
+    training = session.get(File, job.training_file_id)
+    validation = session.get(File, job.validation_file_id) if job.validation_file_id else None
+    assert training is not None
+    if "uploaded" in (training.status, validation.status if validation else "processed"):
+        return "waiting"
+    failure = _unusable(training, "training_file", job) or (
+        _unusable(validation, "validation_file", job) if validation else None
+    )
+    if failure is None:
+        failure = _resolve(session, job, rows=(training.validation or {})["valid_rows"])
+    if failure is None:
+        return "queued"
+    jobs.reject(session, job.id, failure)
+    return "failed"
+
+
+def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
+    lora = Lora.model_validate(job.recipe["lora"])
+    training = Hyperparameters.model_validate(job.recipe["training"])
+    try:
+        model = catalogue.require(job.model).reference()
+        training, choices = resolve(training, rows=rows, model=model, method=lora.method)
+    except (Refusal, LorainitError) as refusal:
+        code = "unsupported_model" if refusal.code == "model_not_available" else "internal_error"
+        return Failure(code, refusal.message, refusal.param)
+    recipe = {"lora": job.recipe["lora"], "training": training.model_dump(mode="json")}
+    chosen = [*job.choices, *(choice.model_dump(mode="json") for choice in choices)]
+    jobs.admit(session, job.id, recipe=recipe, choices=chosen)
+    return None
+
+
+def _unusable(file: File, field: str, job: Job) -> Failure | None:
+    code, report = f"invalid_{field}", file.validation or {}
+    if file.deleted_at is not None:
+        return Failure(code, f"{field} {file.id} has been deleted.", field)
+    if file.status == "error":
+        return Failure(code, f"{field} {file.id} cannot be used: {file.status_details}", field)
+    if report.get("error_count") and job.on_row_error == "fail":
+        return Failure(code, f"{field} {file.id}: {file.status_details}", field)
+    if report.get("kind") == "preference":
+        return Failure(code, f"{field} {file.id} holds preference rows, which supervised training cannot use.", field)
+    return None
+
+
+# --- the outbox: queued jobs nobody has been told about -----------------------------------------
+
+
+def unannounced(session: Session, *, limit: int = 100) -> Sequence[str]:
+    """Ids of queued jobs whose doorbell has not been rung, oldest first."""
+    return session.scalars(
+        select(Job.id).where(Job.status == "queued", Job.rung_at.is_(None)).order_by(Job.created_at).limit(limit)
+    ).all()
+
+
+def mark_rung(session: Session, job_id: str) -> None:
+    """Remember that the doorbell was rung for a job."""
+    session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.status == "queued")
+        .values(rung_at=now(session))
+        .execution_options(synchronize_session=False)
+    )
+
+
+def unheard(session: Session, *, patience: timedelta) -> Sequence[str]:
+    """Queued jobs to ring again: rung long ago while a living worker has a free slot.
+
+    A message that waits behind busy workers is not lost, so nothing is rung while all are busy; the
+    number of free slots bounds how many are rung.
+    """
+    running = session.scalar(select(func.count()).where(Job.status == "running")) or 0
+    return session.scalars(
+        select(Job.id)
+        .where(Job.status == "queued", Job.rung_at < now(session) - patience)
+        .order_by(Job.priority.desc(), Job.created_at)
+        .limit(workers.free_slots(session, running=running))
+    ).all()

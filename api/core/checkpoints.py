@@ -1,0 +1,92 @@
+"""Stored checkpoints of a job: the last few and the best one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
+
+from api.core.db import now
+from api.core.errors import InvalidValue
+from api.core.ids import new_id
+from api.core.models import Checkpoint, File, Job
+from api.core.settings import get_settings
+
+
+def add(session: Session, job: Job, *, step: int, metrics: dict[str, Any], file: File, state_key: str) -> Checkpoint:
+    """A row for a checkpoint whose bytes are in storage. A repeated step replaces the earlier row."""
+    for old in session.scalars(select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)):
+        session.delete(old)
+    session.add(file)
+    session.flush()
+    checkpoint = Checkpoint(
+        id=new_id("ftckpt_"),
+        job_id=job.id,
+        project_id=job.project_id,
+        name="",
+        step=step,
+        metrics=metrics,
+        best=False,
+        file_id=file.id,
+        state_key=state_key,
+        created_at=now(session),
+        deleted_at=None,
+        deleted_by=None,
+    )
+    checkpoint.name = checkpoint_name(job, step)
+    session.add(checkpoint)
+    session.flush()
+    _mark_best(session, job.id)
+    return checkpoint
+
+
+def latest(session: Session, job_id: str) -> Checkpoint | None:
+    """The checkpoint a run resumes from."""
+    return session.scalar(_kept(job_id).limit(1))
+
+
+def superseded(session: Session, job_id: str, *, keep: int) -> Sequence[Checkpoint]:
+    """Checkpoints beyond the last `keep` that are not the best; marked deleted here."""
+    old = [checkpoint for checkpoint in session.scalars(_kept(job_id).offset(keep)) if not checkpoint.best]
+    for checkpoint in old:
+        checkpoint.deleted_at = now(session)
+    return old
+
+
+def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Checkpoint], bool]:
+    """Newest first, `limit` of them after the checkpoint `after`; True when there are more."""
+    query = _kept(job_id).limit(limit + 1)
+    if after is not None:
+        cursor = session.get(Checkpoint, after)
+        if cursor is None or cursor.job_id != job_id:
+            raise InvalidValue(f"after {after!r} is not a checkpoint of this job.", code="invalid_value", param="after")
+        query = query.where(Checkpoint.step < cursor.step)
+    rows = session.scalars(query).all()
+    return rows[:limit], len(rows) > limit
+
+
+def model_name(job: Job) -> str:
+    """`ft:<base>:<org>:<suffix>:<id8>`, opaque to everyone."""
+    short = job.id.removeprefix("ftjob-")[:8]
+    return f"ft:{job.model}:{get_settings().organization}:{job.suffix or ''}:{short}"
+
+
+def checkpoint_name(job: Job, step: int) -> str:
+    """The name a checkpoint is called by as a model."""
+    return f"{model_name(job)}:ckpt-step-{step}"
+
+
+def _kept(job_id: str) -> Select[Checkpoint]:
+    return (
+        select(Checkpoint)
+        .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+        .order_by(Checkpoint.step.desc())
+    )
+
+
+def _mark_best(session: Session, job_id: str) -> None:
+    rows = session.scalars(_kept(job_id)).all()
+    scored = [(row.metrics["full_valid_loss"], row) for row in rows if row.metrics.get("full_valid_loss") is not None]
+    best = min(scored, key=lambda pair: pair[0])[1] if scored else None
+    for row in rows:
+        row.best = row is best

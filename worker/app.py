@@ -1,0 +1,76 @@
+"""The Celery worker: which tasks, a heartbeat row while it lives, and a drain flag when it leaves.
+
+celery -A worker.app worker -P prefork -c SLOTS --without-gossip --without-mingle -Q train
+"""
+
+import os
+import socket
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from celery.signals import setup_logging, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
+
+from api.core import workers
+from api.core.db import get_engine, session_scope
+from api.core.logs import configure, get_logger
+from api.core.queue import get_celery
+from api.core.settings import get_settings
+
+app = get_celery()
+app.conf.imports = ("worker.tasks",)
+
+_stopped = threading.Event()
+
+
+def name(pid: int) -> str:
+    """The public name of the worker whose parent process is `pid`."""
+    return f"{socket.gethostname()}:{pid}"
+
+
+def drain_file(pid: int) -> Path:
+    """Exists while the worker whose parent process is `pid` wants its jobs back in the queue."""
+    return get_settings().scratch() / f"drain-{pid}"
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def _logs(**_: Any) -> None:
+    configure()
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator]
+def _ready(**_: Any) -> None:
+    drain_file(os.getpid()).unlink(missing_ok=True)
+    threading.Thread(target=_say_alive, name="heartbeat", daemon=True).start()
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _child(**_: Any) -> None:
+    # A connection opened before the fork belongs to the parent.
+    get_engine().dispose(close=False)
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _drain(**_: Any) -> None:
+    drain_file(os.getpid()).parent.mkdir(parents=True, exist_ok=True)
+    drain_file(os.getpid()).touch()
+
+
+@worker_shutdown.connect  # type: ignore[untyped-decorator]
+def _gone(**_: Any) -> None:
+    _stopped.set()
+    drain_file(os.getpid()).unlink(missing_ok=True)
+
+
+def _say_alive() -> None:
+    log, me, started = get_logger(__name__), name(os.getpid()), datetime.now(UTC)
+    while True:
+        try:
+            with session_scope() as session:
+                workers.say_alive(session, me, slots=get_settings().worker_slots, started_at=started)
+                session.commit()
+        except Exception as error:
+            log.warning("heartbeat failed", error=str(error))
+        if _stopped.wait(10):
+            return

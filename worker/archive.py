@@ -1,0 +1,42 @@
+"""Folders as tar files that are byte-identical for equal contents."""
+
+import hashlib
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A finished tar: where it lies, bytes, lower-case hex SHA-256."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+def pack(folder: Path, target: Path, *, mtime: int) -> Archive:
+    """Write `folder`'s files into an uncompressed tar: sorted names, owner 0, one time.
+
+    Links are refused: the files are ours and we made none.
+
+    Raises:
+        ValueError: a link or a special file lies in the folder.
+    """
+    with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path.name} is neither a file nor a folder")
+            if path.is_file():
+                info = tarfile.TarInfo(path.relative_to(folder).as_posix())
+                info.size, info.mtime, info.mode = path.stat().st_size, mtime, 0o644
+                with path.open("rb") as file:
+                    tar.addfile(info, file)
+    with target.open("rb") as file:
+        return Archive(target, target.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar we made; nothing may leave `folder`."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")

@@ -1,0 +1,140 @@
+"""Bytes in and out of a run: its files and last checkpoint before, its adapter and checkpoints after.
+
+Upload first, row after: a row never points at nothing. Every key carries the fencing token, so a
+run that has lost its job cannot overwrite what the winner stored.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from api.core import catalogue, checkpoints, events, jobs, metrics
+from api.core.db import now, session_scope
+from api.core.jobs import Lease
+from api.core.models import Adapter, File, Job
+from api.core.settings import get_settings
+from api.core.storage import Storage
+from lorainit.events import Checkpoint, Done
+from lorainit.spec import Data, Hyperparameters, Lora, RunSpec
+from worker.archive import Archive, pack, unpack
+from worker.progress import Lost
+
+
+def prepare(job: Job, folder: Path, storage: Storage) -> Path:
+    """Fetch a job's files and its last checkpoint; write `spec.json` and return its path."""
+    with session_scope(read_only=True) as session:
+        training = session.get_one(File, job.training_file_id)
+        validation = session.get(File, job.validation_file_id) if job.validation_file_id else None
+        checkpoint = checkpoints.latest(session, job.id)
+    data = Data(
+        training=str(_fetch(storage, training.storage_key, folder / "training.jsonl")),
+        validation=str(_fetch(storage, validation.storage_key, folder / "validation.jsonl")) if validation else None,
+        on_row_error="skip" if job.on_row_error == "skip" else "fail",
+    )
+    resume = None
+    if checkpoint is not None:
+        unpack(_fetch(storage, checkpoint.state_key, folder / "state.tar"), folder / "resume")
+        resume = str(folder / "resume")
+    with session_scope() as session:
+        metrics.forget_after(session, job.id, checkpoint.step if checkpoint else 0)
+        session.commit()
+    spec = RunSpec(
+        model=catalogue.require(job.model).reference(),
+        data=data,
+        lora=Lora.model_validate(job.recipe["lora"]),
+        training=Hyperparameters.model_validate(job.recipe["training"]),
+        seed=job.seed,
+        deterministic=job.deterministic,
+        cache=str(get_settings().models()),
+        resume_from=resume,
+    )
+    path = folder / "spec.json"
+    path.write_text(spec.model_dump_json(indent=2))
+    return path
+
+
+def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, storage: Storage) -> None:
+    """Upload a checkpoint's adapter and state, then write its row and let old ones go.
+
+    Raises:
+        Lost: the job is not ours any more.
+    """
+    at = int(time.time())
+    source, prefix = Path(event.path), f"jobs/{job.id}/attempt-{lease.token}/step-{event.step}"
+    adapter = pack(source / "adapter", folder / "checkpoint.tar", mtime=at)
+    state = pack(source, folder / "state.tar", mtime=at)
+    for archive, key in ((adapter, f"{prefix}/adapter.tar"), (state, f"{prefix}/state.tar")):
+        storage.put(key, archive.path)
+    with session_scope() as session:
+        if not jobs.note(session, lease):
+            raise Lost
+        file = _row(session, job, f"{job.id}-step-{event.step}.tar", f"{prefix}/adapter.tar", adapter)
+        row = checkpoints.add(
+            session, job, step=event.step, metrics=event.metrics, file=file, state_key=f"{prefix}/state.tar"
+        )
+        events.append(
+            session,
+            job.id,
+            f"Checkpoint created at step {event.step}: {row.name}",
+            at=now(session),
+            data={"kind": "checkpoint", "step": event.step},
+        )
+        old = checkpoints.superseded(session, job.id, keep=get_settings().keep_checkpoints)
+        gone = [key for each in old for key in (each.state_key, session.get_one(File, each.file_id).storage_key)]
+        session.commit()
+    for key in gone:
+        storage.delete(key)
+
+
+def store_result(job: Job, lease: Lease, done: Done, folder: Path, storage: Storage, progress: dict[str, Any]) -> None:
+    """Upload the adapter and the metrics, then write all rows and `succeeded` in one transaction.
+
+    Raises:
+        Lost: the job is not ours any more.
+    """
+    archive = pack(Path(done.adapter), folder / "adapter.tar", mtime=int(time.time()))
+    key = f"jobs/{job.id}/attempt-{lease.token}/adapter.tar"
+    storage.put(key, archive.path)
+    with session_scope(read_only=True) as session:
+        result = metrics.store_csv(session, storage, job)
+    with session_scope() as session:
+        file = _row(session, job, f"{job.id}.tar", key, archive)
+        moved = jobs.succeed(
+            session,
+            lease,
+            adapter=_adapter(job, file, done),
+            files=[file, *([result] if result else [])],
+            result_file_id=result.id if result else None,
+            trained_tokens=done.trained_tokens,
+            export_check={**done.export_check, "adapter_sha256": archive.sha256},
+            resources={**done.resources, "attempts": job.attempts},
+            progress={**progress, "stage": "done", "percent": 100.0, "remaining_seconds": 0},
+        )
+        if not moved:
+            raise Lost
+        session.commit()
+
+
+def _adapter(job: Job, file: File, done: Done) -> Adapter:
+    return Adapter(
+        job_id=job.id,
+        project_id=job.project_id,
+        name=checkpoints.model_name(job),
+        file_id=file.id,
+        rank=int(done.export_check["export_rank"]),
+        deleted_at=None,
+        deleted_by=None,
+    )
+
+
+def _row(session: Any, job: Job, filename: str, key: str, archive: Archive) -> File:
+    return metrics.result_file(
+        session, job.project_id, filename=filename, key=key, size=archive.size, sha256=archive.sha256
+    )
+
+
+def _fetch(storage: Storage, key: str, path: Path) -> Path:
+    with path.open("wb") as file:
+        for chunk in storage.read(key):
+            file.write(chunk)
+    return path

@@ -1,0 +1,70 @@
+"""Holding on to a job: a thread that renews the lease and the file that keeps the child alive.
+
+Two things end a run from here: the database says the job is not ours (cancelled, or lost and taken
+over), or the database cannot be reached for most of a lease (then somebody else may already have
+the job, so we let go by ourselves). The child dies on its own when the file's deadline passes, even
+if this process is frozen.
+"""
+
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from api.core import jobs
+from api.core.db import session_scope
+from api.core.jobs import Lease
+from api.core.logs import get_logger
+
+# Let go before the lease runs out: the reconciler may hand the job on the moment it does.
+MARGIN = 0.8
+
+
+class LeaseKeeper:
+    """Renews `lease` every `beat` seconds while the context is open.
+
+    `lost` is set once the job is not ours any more; nothing may be written for it from then on.
+    """
+
+    def __init__(self, lease: Lease, file: Path, *, seconds: float, beat: float) -> None:
+        self.lost = threading.Event()
+        self._lease, self._file, self._seconds, self._beat = lease, file, seconds, beat
+        self._closed = threading.Event()
+        self._deadline = time.monotonic() + seconds * MARGIN
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._write_file()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._beat) and not self.lost.is_set():
+            asked = time.monotonic()
+            ours = self._renew()
+            if ours:
+                self._deadline = asked + self._seconds * MARGIN
+                self._write_file()
+            elif ours is False or time.monotonic() > self._deadline:
+                self.lost.set()
+
+    def _renew(self) -> bool | None:
+        try:
+            with session_scope() as session:
+                ours = jobs.beat(session, self._lease, lease_seconds=self._seconds)
+                session.commit()
+        except Exception as error:
+            get_logger(__name__).warning("the lease could not be renewed", error=str(error))
+            return None
+        return ours
+
+    def _write_file(self) -> None:
+        draft = self._file.with_suffix(".new")
+        draft.write_text(repr(self._deadline))
+        os.replace(draft, self._file)  # noqa: PTH105  (atomic: the child never reads half a number)

@@ -1,0 +1,145 @@
+"""From the child's events to rows: progress, metrics, events, reports. Every write is fenced."""
+
+import time
+from typing import Any
+
+from api.core import events, jobs, metrics
+from api.core.db import now, session_scope
+from api.core.jobs import Lease
+from lorainit.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
+
+# Where each stage ends on a scale of 100, so that the bar never falls and is full only at the end.
+BANDS = {
+    "loading": (0.0, 3.0),
+    "initializing": (3.0, 8.0),
+    "training": (8.0, 92.0),
+    "evaluating": (8.0, 92.0),
+    "exporting": (92.0, 95.0),
+    "verifying": (95.0, 99.0),
+}
+FLUSH_SECONDS = 0.5
+EVENT_POINTS = 200
+
+
+class Lost(Exception):
+    """The job is not ours any more; nothing was written."""
+
+
+class Recorder:
+    """Collects a run's events and writes them in short fenced transactions."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self._pending: list[Event] = []
+        self._flushed = self._started = time.monotonic()
+        self._percent = 0.0
+        self._tokens = 0
+        self._loss: float | None = None
+        self.progress: dict[str, Any] = {
+            "stage": "loading",
+            "percent": 0.0,
+            "step": 0,
+            "total_steps": None,
+            "epoch": 0.0,
+            "tokens_seen": 0,
+            "tokens_per_second": None,
+            "train_loss": None,
+            "elapsed_seconds": 0,
+            "remaining_seconds": None,
+            "updated_at": None,
+        }
+
+    def __call__(self, event: Event) -> None:
+        """Take one event; writes when enough time has passed or the event is no mere tick.
+
+        Raises:
+            Lost: a write was refused.
+        """
+        self._advance(event)
+        if not isinstance(event, Tick):
+            self._pending.append(event)
+        urgent = isinstance(event, Stage | Plan | InitReport)
+        if urgent or time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending in one transaction, or nothing at all.
+
+        Raises:
+            Lost: the job is not ours any more.
+        """
+        pending, self._pending = self._pending, []
+        with session_scope() as session:
+            at = now(session)
+            self.progress["updated_at"] = int(at.timestamp())
+            self.progress["elapsed_seconds"] = round(time.monotonic() - self._started)
+            columns: dict[str, Any] = {"progress": dict(self.progress)}
+            for event in pending:
+                if isinstance(event, Plan):
+                    columns["plan"] = event.model_dump(mode="json", exclude={"kind"})
+                elif isinstance(event, InitReport):
+                    columns["init_report"] = event.report
+            # First the fence: if this row is not ours, nothing below is written either.
+            if not jobs.note(session, self._lease, **columns):
+                raise Lost
+            for event in pending:
+                if isinstance(event, Metrics):
+                    values = event.model_dump(mode="json", exclude={"kind", "step"})
+                    metrics.put(session, self._lease.job_id, self._lease.token, event.step, values)
+                self._append(session, event, at)
+            session.commit()
+        self._flushed = time.monotonic()
+
+    def _append(self, session: Any, event: Event, at: Any) -> None:
+        if isinstance(event, Message):
+            events.append(session, self._lease.job_id, event.message, at=at, level=event.level, data=event.data)
+        elif isinstance(event, Metrics) and _worth_an_event(event):
+            text, data = _describe(event)
+            events.append(session, self._lease.job_id, text, at=at, type="metrics", data=data)
+
+    def _advance(self, event: Event) -> None:
+        progress = self.progress
+        if isinstance(event, Stage):
+            progress["stage"] = event.stage
+            self._reach(
+                BANDS[event.stage][0] if event.stage in ("loading", "initializing", "exporting", "verifying") else 0
+            )
+        elif isinstance(event, Tick) and progress["stage"] in ("initializing", "verifying"):
+            low, high = BANDS[progress["stage"]]
+            self._reach(low + (high - low) * event.done / max(1, event.total))
+        elif isinstance(event, Plan):
+            progress["total_steps"] = event.total_steps
+        elif isinstance(event, Metrics):
+            low, high = BANDS["training"]
+            share = event.step / max(1, event.total_steps)
+            self._reach(low + (high - low) * share)
+            remaining = event.seconds / share * (1 - share) if event.step else None
+            progress.update(
+                step=event.step,
+                total_steps=event.total_steps,
+                epoch=round(event.epoch, 4),
+                tokens_seen=event.tokens,
+                tokens_per_second=event.tokens_per_second or progress["tokens_per_second"],
+                train_loss=event.train_loss if event.train_loss is not None else progress["train_loss"],
+                remaining_seconds=None if remaining is None else round(remaining),
+            )
+
+    def _reach(self, percent: float) -> None:
+        self._percent = max(self._percent, percent)
+        self.progress["percent"] = round(self._percent, 1)
+
+
+def _worth_an_event(event: Metrics) -> bool:
+    """About 200 training points per job, and every evaluation."""
+    every = max(1, event.total_steps // EVENT_POINTS)
+    return event.full_valid_loss is not None or event.step % every == 0 or event.step == event.total_steps
+
+
+def _describe(event: Metrics) -> tuple[str, dict[str, Any]]:
+    data = event.model_dump(mode="json", exclude={"kind", "seconds"}, exclude_none=True)
+    parts = [f"Step {event.step}/{event.total_steps}:"]
+    if event.train_loss is not None:
+        parts.append(f"training loss={event.train_loss:.2f}")
+    if event.full_valid_loss is not None:
+        parts.append(f"validation loss={event.full_valid_loss:.2f}")
+    return " ".join(parts), data

@@ -1,0 +1,129 @@
+"""The housekeeper: a loop on the database alone that repairs whatever a crash or a lost message left.
+
+    python -m worker.reconciler
+
+Each round: take jobs back from workers that fell silent, admit jobs whose files are checked, ring
+for queued jobs nobody was told about, finish what cancelled jobs left. A thread of its own checks
+the rows of new files. Not Celery beat: beat needs the broker whose losses this loop repairs.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+from api.core import admission, jobs, metrics, queue, validation
+from api.core.db import session_scope
+from api.core.logs import configure, get_logger
+from api.core.settings import get_settings
+from api.core.storage import get_storage
+
+PATIENCE = timedelta(seconds=15)
+
+log = get_logger(__name__)
+
+
+def recover() -> None:
+    """Jobs whose lease ran out go back to the queue, or fail when their attempts are used up."""
+    with session_scope() as session:
+        for job_id in jobs.recover_lost(session, max_attempts=get_settings().max_attempts):
+            log.warning("took a job back from a silent worker", job_id=job_id)
+        session.commit()
+
+
+def admit() -> None:
+    """Jobs whose files are checked become queued or failed, one transaction each."""
+    with session_scope(read_only=True) as session:
+        ready = admission.waiting(session)
+    for job_id in ready:
+        with session_scope() as session:
+            verdict = admission.consider(session, job_id)
+            session.commit()
+        log.info("considered", job_id=job_id, verdict=verdict)
+
+
+def announce() -> None:
+    """Ring for jobs that were never announced, and again for those whose message got lost."""
+    with session_scope(read_only=True) as session:
+        new = list(admission.unannounced(session))
+        forgotten = list(admission.unheard(session, patience=PATIENCE))
+    for job_id in [*new, *forgotten]:
+        try:
+            queue.ring(job_id)
+        except queue.BrokerUnavailable as error:
+            log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=job_id)
+            return
+        with session_scope() as session:
+            admission.mark_rung(session, job_id)
+            session.commit()
+
+
+def leave_results() -> None:
+    """Ended jobs that logged steps get their result file."""
+    with session_scope(read_only=True) as session:
+        ended = metrics.ended_without_csv(session)
+    for job in ended:
+        with session_scope(read_only=True) as session:
+            file = metrics.store_csv(session, get_storage(), job)
+        with session_scope() as session:
+            if file is not None:
+                session.add(file)
+                session.flush()
+                jobs.attach_result(session, job.id, file.id)
+            session.commit()
+
+
+def check_files() -> bool:
+    """Check the oldest unchecked file; False when there is none."""
+    with session_scope(read_only=True) as session:
+        file = validation.next_unchecked(session)
+    if file is None:
+        return False
+    verdict = validation.check(get_storage(), file)
+    with session_scope() as session:
+        validation.record(session, file.id, verdict)
+        session.commit()
+    log.info("checked a file", file_id=file.id, status=verdict["status"])
+    return True
+
+
+ROUND: tuple[Callable[[], object], ...] = (recover, admit, announce, leave_results)
+
+
+def run(stop: threading.Event) -> None:
+    """Until `stop` is set; a failing step is logged and tried again in the next round."""
+    checker = threading.Thread(target=_check_until, args=(stop,), name="files", daemon=True)
+    checker.start()
+    while not stop.is_set():
+        for step in ROUND:
+            _try(step)
+        stop.wait(get_settings().reconcile_seconds)
+    checker.join(timeout=5)
+
+
+def _check_until(stop: threading.Event) -> None:
+    while not stop.is_set():
+        if not _try(check_files):
+            stop.wait(get_settings().reconcile_seconds)
+
+
+def _try(step: Callable[[], object]) -> object:
+    try:
+        return step()
+    except Exception:
+        log.exception("a step of the reconciler failed", step=step.__name__)
+        return None
+
+
+def main() -> None:
+    """Entry point."""
+    configure()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    log.info("the reconciler is running")
+    run(stop)
+
+
+if __name__ == "__main__":
+    main()

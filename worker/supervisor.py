@@ -1,0 +1,147 @@
+"""The child process: start it, read what it says, stop its whole tree. Loads no torch itself.
+
+A process per job means that a crash or an out-of-memory kill takes the run and not the worker, and
+that the end of the process frees every byte of device memory. The child gets no credentials of
+database, broker or storage.
+"""
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import ValidationError
+
+from api.core.logs import get_logger
+from lorainit.events import EVENT, Done, Event, Failed
+
+POLL_SECONDS = 0.2
+# glibc hands freed logits back to the system and page-faults them in again at every step.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its last word, or the exit code when it had none, or that we stopped it."""
+
+    end: Done | Failed | None
+    returncode: int
+    stopped: bool
+    stderr_tail: str
+
+
+def run_child(
+    spec: Path,
+    out: Path,
+    *,
+    lease_file: Path,
+    grace: float,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], Literal["", "drain", "lost"]],
+) -> Outcome:
+    """Run `python -m lorainit` on `spec` until it ends or `should_stop` says why it must.
+
+    `on_event` is called from this thread for each event; `should_stop` several times a second.
+    """
+    reader, writer = os.pipe()
+    stderr = out.parent / "stderr.log"
+    command = [sys.executable, "-m", "lorainit", str(spec), str(out)]
+    command += ["--events-fd", str(writer), "--lease", str(lease_file)]
+    with stderr.open("wb") as log:
+        child = subprocess.Popen(
+            command,
+            env=_environment(out.parent),
+            cwd=out.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[writer],
+            start_new_session=True,
+        )
+    os.close(writer)
+    try:
+        end, stopped = _listen(reader, on_event, should_stop)
+    except BaseException:
+        stop_tree(child, grace=0)
+        raise
+    finally:
+        os.close(reader)
+    if stopped:
+        stop_tree(child, grace=grace if stopped == "drain" else 0)
+    returncode = child.wait()
+    return Outcome(end=end, returncode=returncode, stopped=bool(stopped), stderr_tail=_tail(stderr))
+
+
+def _listen(
+    reader: int, on_event: Callable[[Event], None], should_stop: Callable[[], Literal["", "drain", "lost"]]
+) -> tuple[Done | Failed | None, str]:
+    end: Done | Failed | None = None
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(reader, selectors.EVENT_READ)
+        while True:
+            if reason := should_stop():
+                return end, reason
+            if not selector.select(POLL_SECONDS):
+                continue
+            chunk = os.read(reader, 1 << 16)
+            if not chunk:
+                return end, ""
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                event = _parse(line)
+                if isinstance(event, Done | Failed):
+                    end = event
+                elif event is not None:
+                    on_event(event)
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        return EVENT.validate_json(line)
+    except ValidationError as error:
+        get_logger(__name__).error("unreadable event from the run", line=line[:200], error=str(error))
+        return None
+
+
+def stop_tree(child: subprocess.Popen[bytes], *, grace: float) -> None:
+    """SIGTERM, wait `grace` seconds, SIGKILL the whole tree as it was before the first signal."""
+    try:
+        tree = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    if grace > 0:
+        child.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    child.wait()
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """What the child may know: no settings of the service, so none of its secrets."""
+    hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return {**ALLOCATOR, **kept, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _tail(path: Path, size: int = 8000) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read().decode("utf-8", "replace")
