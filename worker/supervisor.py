@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,15 +49,15 @@ def run_child(
     grace: float,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], Literal["", "drain", "lost"]],
+    program: Sequence[str] = (sys.executable, "-m", "lorainit"),
 ) -> Outcome:
-    """Run `python -m lorainit` on `spec` until it ends or `should_stop` says why it must.
+    """Run `program` on `spec` until it ends or `should_stop` says why it must.
 
     `on_event` is called from this thread for each event; `should_stop` several times a second.
     """
     reader, writer = os.pipe()
     stderr = out.parent / "stderr.log"
-    command = [sys.executable, "-m", "lorainit", str(spec), str(out)]
-    command += ["--events-fd", str(writer), "--lease", str(lease_file)]
+    command = [*program, str(spec), str(out), "--events-fd", str(writer), "--lease", str(lease_file)]
     with stderr.open("wb") as log:
         child = subprocess.Popen(
             command,

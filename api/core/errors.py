@@ -5,6 +5,8 @@ Refusal
 ├── BadReference      an object named in the body does not exist or cannot be used
 ├── WrongState        the object's state forbids the call
 ├── InvalidValue      a value outside its range or catalogue
+├── TooLarge          more bytes than we take
+├── InProgress        the same order is being carried out right now
 └── Unavailable       try again in a few seconds
 """
 
@@ -33,6 +35,14 @@ class WrongState(Refusal):
 
 class InvalidValue(Refusal):
     """A value outside its range or its catalogue."""
+
+
+class TooLarge(Refusal):
+    """More bytes than we take."""
+
+
+class InProgress(Refusal):
+    """The same order is being carried out right now; a retry finds its result."""
 
 
 class Unavailable(Refusal):

@@ -20,7 +20,7 @@ CHUNK = 1 << 20
 class Storage(Protocol):
     """What the service asks of storage."""
 
-    def put(self, key: str, source: BinaryIO | Path) -> None:
+    def put(self, key: str, source: BinaryIO | Path | Iterator[bytes]) -> None:
         """Store the bytes of `source` under `key`, replacing what was there."""
 
     def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -39,7 +39,7 @@ class ObjectStorage:
     def __init__(self, store: LocalStore | S3Store) -> None:
         self._store = store
 
-    def put(self, key: str, source: BinaryIO | Path) -> None:
+    def put(self, key: str, source: BinaryIO | Path | Iterator[bytes]) -> None:
         """Store `source`; large objects go up in parts."""
         obstore.put(self._store, key, source)
 

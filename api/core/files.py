@@ -1,0 +1,194 @@
+"""Files: bytes in storage and a row about them. Upload first, row after.
+
+A deleted file keeps its row as a tombstone. A file is in use while an open job needs it, or while
+it holds the bytes of a model.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import BinaryIO, Literal
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from api.core import paging
+from api.core.db import now
+from api.core.errors import BadReference, NotFound, TooLarge, WrongState
+from api.core.ids import new_id
+from api.core.idempotency import Attempt
+from api.core.models import Adapter, Checkpoint, File, Job
+from api.core.storage import CHUNK, Storage
+
+UPLOADABLE = ("fine-tune", "evals", "user_data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Bytes that lie in storage and have no row yet."""
+
+    file_id: str
+    storage_key: str
+    bytes: int
+    sha256: str
+
+
+def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) -> Stored:
+    """Stream `source` to storage, hashing it on the way.
+
+    Raises:
+        TooLarge: there are more than `limit` bytes; nothing is kept.
+    """
+    file_id = new_id("file-")
+    key = f"files/{project_id}/{file_id}"
+    digest, size = hashlib.sha256(), 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal size
+        while chunk := source.read(CHUNK):
+            size += len(chunk)
+            if size > limit:
+                raise too_large(limit)
+            digest.update(chunk)
+            yield chunk
+
+    try:
+        storage.put(key, chunks())
+    except BaseException:
+        storage.delete(key)
+        raise
+    return Stored(file_id=file_id, storage_key=key, bytes=size, sha256=digest.hexdigest())
+
+
+def too_large(limit: int) -> TooLarge:
+    """The refusal for a file above `limit`."""
+    return TooLarge(f"file is larger than {limit} bytes, the largest upload.", code="file_too_large", param="file")
+
+
+@contextmanager
+def removed_on_error(storage: Storage, stored: Stored) -> Iterator[None]:
+    """Take the bytes back when their row could not be written."""
+    try:
+        yield
+    except BaseException:
+        storage.delete(stored.storage_key)
+        raise
+
+
+def add(
+    session: Session, stored: Stored, *, project_id: str, filename: str, purpose: str, lifetime: int | None
+) -> File:
+    """The row of an uploaded file; its rows are checked later."""
+    at = now(session)
+    file = File(
+        id=stored.file_id,
+        project_id=project_id,
+        purpose=purpose,
+        filename=filename,
+        bytes=stored.bytes,
+        sha256=stored.sha256,
+        storage_key=stored.storage_key,
+        status="uploaded" if purpose == "fine-tune" else "processed",
+        status_details=None,
+        validation=None,
+        created_at=at,
+        expires_at=None if lifetime is None else at + timedelta(seconds=lifetime),
+        deleted_at=None,
+        deleted_by=None,
+    )
+    session.add(file)
+    session.flush()
+    return file
+
+
+def find(session: Session, project_id: str, file_id: str) -> File:
+    """A file of this project, by the id in the path."""
+    file = session.get(File, file_id)
+    if file is None or file.project_id != project_id or file.deleted_at is not None:
+        raise NotFound(f"No such File object: {file_id}", code="file_not_found", param="file_id")
+    return file
+
+
+def readable(session: Session, project_id: str, file_id: str) -> File:
+    """A file whose bytes may be read: known and not expired."""
+    file = find(session, project_id, file_id)
+    if expired(file, now(session)):
+        raise NotFound(f"File {file_id} has expired.", code="file_not_found", param="file_id")
+    return file
+
+
+def expired(file: File, at: datetime) -> bool:
+    """Past its `expires_after`."""
+    return file.expires_at is not None and file.expires_at <= at
+
+
+def usable(session: Session, project_id: str, file_id: str, *, param: str) -> File:
+    """A file that a job of this project may train on; locked against deletion until the commit."""
+    query = select(File).where(File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None))
+    file = session.scalar(query.with_for_update(read=True))
+    if file is None:
+        raise BadReference(f"{param}: no such file {file_id!r}.", code="file_not_found", param=param)
+    if file.purpose != "fine-tune":
+        raise BadReference(
+            f"{param}: file {file_id} has purpose {file.purpose!r}; a job needs 'fine-tune'.",
+            code="invalid_file_purpose",
+            param=param,
+        )
+    if expired(file, now(session)):
+        raise BadReference(f"{param}: file {file_id} has expired.", code="file_expired", param=param)
+    return file
+
+
+def page(
+    session: Session, project_id: str, *, after: str | None, limit: int, purpose: str | None, order: Literal["asc", "desc"]
+) -> tuple[Sequence[File], bool]:
+    """Files of a project by time of upload; True when there are more."""
+    query = select(File).where(File.project_id == project_id, File.deleted_at.is_(None))
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    return paging.page(
+        session, query, File, project_id=project_id, after=after, limit=limit, descending=order == "desc"
+    )
+
+
+def delete(session: Session, attempt: Attempt, file_id: str) -> str | None:
+    """Delete a file; the storage key to clear after the commit, None when a retry finds it gone.
+
+    Raises:
+        NotFound: no such file here.
+        WrongState: a job or a model needs it.
+    """
+    file = session.scalar(select(File).where(File.id == file_id).with_for_update())
+    if file is not None and gone_by(attempt, file.deleted_at, file.deleted_by, at=now(session)):
+        return None
+    file = find(session, attempt.caller.project_id, file_id)
+    user = _user_of(session, file)
+    if user is not None:
+        raise WrongState(f"File {file_id} is in use by {user}.", code="file_in_use", param="file_id")
+    file.deleted_at, file.deleted_by = now(session), attempt.caller.key_id
+    session.flush()
+    return file.storage_key
+
+
+def gone_by(attempt: Attempt, deleted_at: datetime | None, deleted_by: str | None, *, at: datetime) -> bool:
+    """True when this request repeats a delete by the same key whose answer was lost."""
+    if deleted_at is None or not attempt.is_retry or deleted_by != attempt.caller.key_id:
+        return False
+    return deleted_at > at - attempt.window
+
+
+def _user_of(session: Session, file: File) -> str | None:
+    job = session.scalar(
+        select(Job.id)
+        .where(Job.finished_at.is_(None), or_(Job.training_file_id == file.id, Job.validation_file_id == file.id))
+        .limit(1)
+    )
+    if job is not None:
+        return f"job {job}, which has not ended"
+    for table in (Adapter, Checkpoint):
+        name = session.scalar(select(table.name).where(table.file_id == file.id, table.deleted_at.is_(None)))
+        if name is not None:
+            return f"model {name}; delete the model instead"
+    return None

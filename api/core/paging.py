@@ -1,0 +1,63 @@
+"""Keyset pages: total order by (time, id), so that new rows never shift a later page.
+
+A cursor is a row's position, not the row's existence: rows that a caller deletes stay as
+tombstones, and `after` works on them.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import ColumnElement, Select, and_, or_
+from sqlalchemy.orm import Mapped, Session
+
+from api.core.errors import InvalidValue
+
+
+class Ordered(Protocol):
+    """A table whose rows have a place in time and belong to a project."""
+
+    id: Mapped[str]
+    project_id: Mapped[str]
+    created_at: Mapped[datetime]
+
+
+R = TypeVar("R", bound=Ordered)
+
+
+def page(
+    session: Session,
+    query: Select[R],
+    table: type[R],
+    *,
+    project_id: str,
+    after: str | None,
+    limit: int,
+    descending: bool = True,
+) -> tuple[Sequence[R], bool]:
+    """`limit` rows of `query` after the row `after`; True when there are more.
+
+    Raises:
+        InvalidValue: `after` is no row of this project.
+    """
+    if after is not None:
+        cursor = session.get(table, after)
+        if cursor is None or cursor.project_id != project_id:
+            raise unknown_cursor(after)
+        query = query.where(_beyond(table, cursor, descending=descending))
+    columns: list[Any] = [table.created_at, table.id]
+    query = query.order_by(*(column.desc() if descending else column.asc() for column in columns))
+    rows = session.scalars(query.limit(limit + 1)).all()
+    return rows[:limit], len(rows) > limit
+
+
+def unknown_cursor(after: str) -> InvalidValue:
+    """The refusal for a cursor that is malformed or somebody else's."""
+    return InvalidValue(f"after: {after!r} is no position in this list.", code="invalid_value", param="after")
+
+
+def _beyond(table: type[R], cursor: R, *, descending: bool) -> ColumnElement[bool]:
+    time, key = table.created_at, table.id
+    if descending:
+        return or_(time < cursor.created_at, and_(time == cursor.created_at, key < cursor.id))
+    return or_(time > cursor.created_at, and_(time == cursor.created_at, key > cursor.id))

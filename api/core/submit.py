@@ -1,0 +1,129 @@
+"""From an order to a job: every check that is fast, cheapest first; nothing here waits or commits."""
+
+import secrets
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api.core import catalogue, files, jobs
+from api.core.db import now
+from api.core.errors import BadReference, InvalidValue
+from api.core.ids import new_id
+from api.core.models import Adapter, Checkpoint, File, Job
+from lorainit.spec import Hyperparameters, Lora
+
+PRIORITIES = {"low": 0, "normal": 1, "high": 2}
+_RATES = "method.supervised.hyperparameters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a caller asks for, already well formed."""
+
+    model: str
+    training_file: str
+    validation_file: str | None
+    suffix: str | None
+    seed: int | None
+    metadata: dict[str, str] | None
+    lora: Lora
+    training: Hyperparameters
+    priority: Literal["low", "normal", "high"]
+    on_row_error: Literal["fail", "skip"]
+    deterministic: bool
+
+
+def submit(session: Session, project_id: str, order: Order) -> Job:
+    """A new job, status `validating_files`.
+
+    Raises:
+        Refusal: the model, a file, the adapter's shape or a feature cannot be had.
+    """
+    entry = _base(session, project_id, order.model)
+    training, validation = _files(session, project_id, order)
+    _offered(order)
+    if order.training.max_length != "auto" and order.training.max_length > entry.max_length:
+        raise InvalidValue(
+            f"{_RATES}.max_length {order.training.max_length} is above the limit of model {entry.id!r},"
+            f" {entry.max_length}.",
+            code="invalid_value",
+            param=f"{_RATES}.max_length",
+        )
+    lora, choices = order.lora.resolved()
+    lora = catalogue.place(lora, entry)
+    _known_bad(training, "training_file", order)
+    if validation is not None:
+        _known_bad(validation, "validation_file", order)
+    job = Job(
+        id=new_id("ftjob-"),
+        project_id=project_id,
+        created_at=now(session),
+        status="validating_files",
+        model=entry.id,
+        training_file_id=training.id,
+        validation_file_id=validation.id if validation else None,
+        suffix=order.suffix,
+        seed=secrets.randbelow(2**31) if order.seed is None else order.seed,
+        labels=order.metadata,
+        integrations=[],
+        recipe={"lora": lora.model_dump(mode="json"), "training": order.training.model_dump(mode="json")},
+        choices=[choice.model_dump(mode="json") for choice in choices],
+        priority=PRIORITIES[order.priority],
+        on_row_error=order.on_row_error,
+        deterministic=order.deterministic,
+        lease_token=0,
+        attempts=0,
+        event_count=0,
+    )
+    return jobs.create(session, job)
+
+
+def _base(session: Session, project_id: str, name: str) -> catalogue.Entry:
+    if catalogue.find(name) is None:
+        for table in (Adapter, Checkpoint):
+            if session.scalar(select(table.name).where(table.name == name, table.project_id == project_id)):
+                raise InvalidValue(
+                    f"model {name!r} is an adapter: continuing from one is planned; use its base model for now.",
+                    code="not_supported",
+                    param="model",
+                )
+    return catalogue.require(name)
+
+
+def _files(session: Session, project_id: str, order: Order) -> tuple[File, File | None]:
+    training = files.usable(session, project_id, order.training_file, param="training_file")
+    if order.validation_file is None:
+        return training, None
+    if order.validation_file == order.training_file:
+        raise InvalidValue(
+            f"validation_file must be another file than training_file (both are {order.training_file!r}).",
+            code="invalid_value",
+            param="validation_file",
+        )
+    return training, files.usable(session, project_id, order.validation_file, param="validation_file")
+
+
+def _offered(order: Order) -> None:
+    for field, asked in (("use_dora", order.lora.use_dora), ("quantization", order.lora.quantization)):
+        if asked:
+            raise InvalidValue(
+                f"lora.{field} (got {asked!r}) is planned and not offered by this release.",
+                code="not_supported",
+                param=f"lora.{field}",
+            )
+
+
+def _known_bad(file: File, field: str, order: Order) -> None:
+    """Refuse at once what the file check already found; an unchecked file is judged later."""
+    report = file.validation or {}
+    faulty = file.status == "error" or (bool(report.get("error_count")) and order.on_row_error == "fail")
+    if faulty:
+        lines = [str(error["line"]) for error in report.get("errors", []) if error["line"] is not None][:5]
+        where = f" Lines: {', '.join(lines)}." if lines else ""
+        message = f"{field} {file.id} cannot be used: {file.status_details}.{where}"
+        raise BadReference(message, code=f"invalid_{field}", param=field)
+    if report.get("kind") == "preference":
+        message = f"{field} {file.id} holds preference rows, which supervised training cannot use."
+        raise BadReference(message, code=f"invalid_{field}", param=field)

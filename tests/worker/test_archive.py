@@ -1,0 +1,37 @@
+"""Tar files: equal contents give equal bytes, and nothing follows a link."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from worker.archive import pack, unpack
+
+
+def a_folder(path: Path) -> Path:
+    (path / "sub").mkdir(parents=True)
+    (path / "b.txt").write_text("b")
+    (path / "sub" / "a.txt").write_text("a")
+    return path
+
+
+def test_equal_contents_give_equal_bytes(tmp_path: Path) -> None:
+    first = pack(a_folder(tmp_path / "one"), tmp_path / "one.tar", mtime=100)
+    second = pack(a_folder(tmp_path / "two"), tmp_path / "two.tar", mtime=100)
+    assert first.sha256 == second.sha256
+    assert first.size == (tmp_path / "one.tar").stat().st_size
+
+
+def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+    archive = pack(a_folder(tmp_path / "one"), tmp_path / "one.tar", mtime=100)
+    unpack(archive.path, tmp_path / "out")
+    assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "a"
+    with tarfile.open(archive.path) as tar:
+        assert [(member.name, member.uid, member.mtime) for member in tar] == [("b.txt", 0, 100), ("sub/a.txt", 0, 100)]
+
+
+def test_a_link_is_refused(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "one")
+    (folder / "link").symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="link"):
+        pack(folder, tmp_path / "one.tar", mtime=100)

@@ -1,0 +1,66 @@
+"""Holding a job: renewed while it is ours, let go when it is not or when nobody can tell."""
+
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from api.core import jobs
+from api.core.db import session_scope
+from api.core.jobs import Lease
+from api.core.models import Job
+from tests.things import a_project, a_running_job
+from worker.lease import LeaseKeeper
+
+pytestmark = pytest.mark.usefixtures("service")
+
+
+def running() -> tuple[Job, Lease]:
+    with session_scope() as session:
+        job, lease = a_running_job(session, a_project(session))
+        session.commit()
+    return job, lease
+
+
+def keeper(lease: Lease, folder: Path, *, seconds: float = 5) -> LeaseKeeper:
+    return LeaseKeeper(lease, folder / "lease", seconds=seconds, beat=0.05)
+
+
+def test_the_lease_and_its_file_are_renewed(tmp_path: Path) -> None:
+    job, lease = running()
+    with keeper(lease, tmp_path) as held:
+        first = float((tmp_path / "lease").read_text())
+        time.sleep(0.3)
+        assert float((tmp_path / "lease").read_text()) > first > time.monotonic()
+        assert not held.lost.is_set()
+    with session_scope() as session:
+        renewed = session.get_one(Job, job.id).lease_until
+    assert renewed is not None
+    assert job.lease_until is not None
+    assert renewed != job.lease_until
+
+
+def test_a_cancelled_job_is_let_go_within_a_beat(tmp_path: Path) -> None:
+    job, lease = running()
+    with keeper(lease, tmp_path) as held:
+        with session_scope() as session:
+            jobs.cancel(session, session.get_one(Job, job.id))
+            session.commit()
+        assert held.lost.wait(1)
+
+
+def test_without_a_database_the_job_is_let_go_before_the_lease_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
+        raise OperationalError("UPDATE jobs", {}, Exception("connection refused"))
+
+    _, lease = running()
+    monkeypatch.setattr(jobs, "beat", unreachable)
+    started = time.monotonic()
+    with keeper(lease, tmp_path, seconds=1.0) as held:
+        assert held.lost.wait(2)
+        assert 0.7 < time.monotonic() - started < 1.0
+        assert float((tmp_path / "lease").read_text()) < started + 1.0

@@ -1,0 +1,114 @@
+"""The child's events become rows, or nothing at all when the job is not ours any more."""
+
+import pytest
+from sqlalchemy import select
+
+from api.core import jobs, metrics
+from api.core.db import session_scope
+from api.core.jobs import Lease
+from api.core.models import Event, Job
+from lorainit.events import InitReport, Message, Metrics, Plan, Stage, Tick
+from tests.things import a_project, a_running_job
+from worker.progress import Lost, Recorder
+
+pytestmark = pytest.mark.usefixtures("service")
+
+
+@pytest.fixture
+def lease() -> Lease:
+    with session_scope() as session:
+        _, lease = a_running_job(session, a_project(session))
+        session.commit()
+    return lease
+
+
+def step(number: int, *, total: int = 10, **values: float) -> Metrics:
+    return Metrics(step=number, total_steps=total, epoch=0.1, tokens=5, seconds=float(number), **values)
+
+
+def job_of(lease: Lease) -> Job:
+    with session_scope() as session:
+        return session.get_one(Job, lease.job_id)
+
+
+def test_metrics_become_rows_and_events(lease: Lease) -> None:
+    recorder = Recorder(lease)
+    recorder(step(1, train_loss=2.5))
+    recorder(step(2, train_loss=2.0, full_valid_loss=2.2))
+    recorder.flush()
+    with session_scope() as session:
+        rows = list(metrics.read(session, lease.job_id))
+        events = session.scalars(select(Event).where(Event.type == "metrics").order_by(Event.sequence)).all()
+    assert [(row["step"], row["train_loss"]) for row in rows] == [(1, 2.5), (2, 2.0)]
+    assert [event.message for event in events if event.job_id == lease.job_id] == [
+        "Step 1/10: training loss=2.50",
+        "Step 2/10: training loss=2.00 validation loss=2.20",
+    ]
+
+
+def test_a_long_run_writes_every_row_but_few_events(lease: Lease) -> None:
+    recorder = Recorder(lease)
+    for number in range(1, 1001):
+        recorder(step(number, total=1000, train_loss=1.0))
+    recorder.flush()
+    with session_scope() as session:
+        assert len(list(metrics.read(session, lease.job_id))) == 1000
+        points = session.scalars(select(Event).where(Event.job_id == lease.job_id, Event.type == "metrics")).all()
+    assert len(points) == 200
+
+
+def test_plan_report_and_messages_reach_the_job(lease: Lease) -> None:
+    recorder = Recorder(lease)
+    recorder(Message(message="Initializing", data={"kind": "init"}))
+    recorder(InitReport(report={"method": "loram"}))
+    job = job_of(lease)
+    assert job.init_report == {"method": "loram"}
+    assert job.event_count == 4
+
+
+def test_the_percentage_never_falls_and_stays_below_100(lease: Lease) -> None:
+    recorder, seen = Recorder(lease), list[float]()
+    story = [
+        Stage(stage="loading", message=""),
+        Stage(stage="initializing", message=""),
+        *[Tick(done=n, total=4) for n in range(5)],
+        Stage(stage="evaluating", message=""),
+        Stage(stage="training", message=""),
+        *[step(n, train_loss=1.0) for n in range(1, 11)],
+        Stage(stage="exporting", message=""),
+        Stage(stage="verifying", message=""),
+    ]
+    for event in story:
+        recorder(event)
+        seen.append(recorder.progress["percent"])
+    assert seen == sorted(seen)
+    assert 90 < seen[-1] < 100
+
+
+def test_the_plan_is_stored_for_the_job_object(lease: Lease) -> None:
+    plan = Plan(
+        total_steps=10, steps_per_epoch=5, rows=40, trained_tokens_per_epoch=100, micro_batch_size=4,
+        gradient_accumulation_steps=2, modules=3, trainable_parameters=9, target_modules=["q_proj"], device="cpu",
+        precision="fp32",
+    )  # fmt: skip
+    Recorder(lease)(plan)
+    stored = job_of(lease).plan
+    assert stored is not None
+    assert stored["total_steps"] == 10
+
+
+def test_a_writer_that_lost_the_job_writes_nothing(lease: Lease) -> None:
+    recorder = Recorder(lease)
+    with session_scope() as session:
+        jobs.cancel(session, session.get_one(Job, lease.job_id))
+        session.commit()
+    before = job_of(lease).event_count
+    with pytest.raises(Lost):
+        recorder(Stage(stage="training", message="late"))
+    recorder = Recorder(lease)
+    recorder(step(1, train_loss=1.0))
+    with pytest.raises(Lost):
+        recorder.flush()
+    with session_scope() as session:
+        assert list(metrics.read(session, lease.job_id)) == []
+    assert job_of(lease).event_count == before

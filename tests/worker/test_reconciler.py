@@ -1,0 +1,136 @@
+"""The housekeeper: what a crash, a lost message or a cancel left undone gets done."""
+
+import io
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import update
+
+from api.core import jobs, metrics, queue
+from api.core.db import session_scope
+from api.core.models import File, Job
+from api.core.storage import get_storage
+from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
+from worker import reconciler
+
+pytestmark = pytest.mark.usefixtures("service")
+
+ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def job_of(job_id: str) -> Job:
+    with session_scope() as session:
+        return session.get_one(Job, job_id)
+
+
+def a_stored_file(text: str) -> str:
+    get_storage().put("files/x", io.BytesIO(text.encode()))
+    with session_scope() as session:
+        file = a_file(session, a_project(session), storage_key="files/x", status="uploaded", validation=None)
+        session.commit()
+    return file.id
+
+
+def test_a_good_file_becomes_processed() -> None:
+    file_id = a_stored_file(json.dumps(ROW) + "\n")
+    assert reconciler.check_files() is True
+    assert reconciler.check_files() is False
+    with session_scope() as session:
+        file = session.get_one(File, file_id)
+    assert file.status == "processed"
+    assert file.validation is not None
+    assert (file.validation["kind"], file.validation["valid_rows"]) == ("chat", 1)
+
+
+def test_a_hopeless_file_becomes_error_with_a_line_number() -> None:
+    file_id = a_stored_file("nonsense\n")
+    reconciler.check_files()
+    with session_scope() as session:
+        file = session.get_one(File, file_id)
+    assert file.status == "error"
+    assert file.status_details is not None
+    assert "line 1" in file.status_details
+
+
+def test_a_waiting_job_is_queued_once_its_file_is_checked() -> None:
+    file_id = a_stored_file((json.dumps(ROW) + "\n") * 12)
+    with session_scope() as session:
+        file = session.get_one(File, file_id)
+        job = a_job(session, a_project(session), file=file)
+        session.commit()
+    reconciler.admit()
+    assert job_of(job.id).status == "validating_files"
+    reconciler.check_files()
+    reconciler.admit()
+    assert job_of(job.id).status == "queued"
+
+
+def test_a_dead_broker_leaves_jobs_unannounced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(job_id: str) -> None:
+        raise queue.BrokerUnavailable("connection refused")
+
+    with session_scope() as session:
+        job = a_queued_job(session, a_project(session))
+        session.commit()
+    monkeypatch.setattr(queue, "ring", refuse)
+    reconciler.announce()
+    assert job_of(job.id).rung_at is None
+
+
+def test_every_queued_job_is_rung_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with session_scope() as session:
+        project = a_project(session)
+        wanted = [a_queued_job(session, project).id for _ in range(3)]
+        session.commit()
+    rung = list[str]()
+    monkeypatch.setattr(queue, "ring", rung.append)
+    reconciler.announce()
+    reconciler.announce()
+    assert sorted(rung) == sorted(wanted)
+
+
+def test_a_silent_workers_job_goes_back_and_is_rung_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with session_scope() as session:
+        job, _ = a_running_job(session, a_project(session))
+        past = datetime.now(UTC) - timedelta(seconds=1)
+        session.execute(update(Job).where(Job.id == job.id).values(lease_until=past))
+        session.commit()
+    rung = list[str]()
+    monkeypatch.setattr(queue, "ring", rung.append)
+    reconciler.recover()
+    reconciler.announce()
+    assert rung == [job.id]
+
+
+def test_a_cancelled_job_still_gets_its_result_file() -> None:
+    with session_scope() as session:
+        job, lease = a_running_job(session, a_project(session))
+        metrics.put(session, job.id, lease.token, 1, {"train_loss": 2.0, "epoch": 0.5, "tokens": 9})
+        jobs.cancel(session, job)
+        session.commit()
+    reconciler.leave_results()
+    file_id = job_of(job.id).result_file_id
+    assert file_id is not None
+    with session_scope() as session:
+        file = session.get_one(File, file_id)
+    text = b"".join(get_storage().read(file.storage_key)).decode()
+    assert text.splitlines()[1].startswith("1,2.0,")
+    assert file.bytes == len(text.encode())
+
+
+def test_a_step_that_fails_does_not_stop_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    stop, done = threading.Event(), list[str]()
+
+    def broken() -> None:
+        raise RuntimeError("no database")
+
+    def last() -> None:
+        done.append("last")
+        stop.set()
+
+    monkeypatch.setattr(reconciler, "ROUND", (broken, last))
+    reconciler.run(stop)
+    assert done == ["last"]

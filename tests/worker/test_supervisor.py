@@ -1,0 +1,150 @@
+"""The child process under its supervisor, with small scripts in the child's place."""
+
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lorainit.events import Done, Event, Failed, Stage
+from worker.supervisor import Outcome, run_child
+
+PREAMBLE = """
+import json, os, signal, subprocess, sys, time
+fd = int(sys.argv[sys.argv.index("--events-fd") + 1])
+def say(**event): os.write(fd, json.dumps(event).encode() + b"\\n")
+"""
+
+
+class Child:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.events: list[Event] = []
+
+    def run(self, script: str, *, stop_after: float | None = None, why: str = "lost", grace: float = 2.0) -> Outcome:
+        path = self.folder / "child.py"
+        path.write_text(PREAMBLE + textwrap.dedent(script))
+        started = time.monotonic()
+        due = lambda: stop_after is not None and time.monotonic() - started > stop_after  # noqa: E731
+        return run_child(
+            self.folder / "spec.json",
+            self.folder / "out",
+            lease_file=self.folder / "lease",
+            grace=grace,
+            on_event=self.events.append,
+            should_stop=lambda: why if due() else "",  # type: ignore[arg-type,return-value]
+            program=(sys.executable, str(path)),
+        )
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Child:
+    return Child(tmp_path)
+
+
+def test_events_arrive_in_order_and_the_last_word_is_the_outcome(child: Child) -> None:
+    outcome = child.run("""
+        say(kind="stage", stage="loading", message="a")
+        say(kind="stage", stage="training", message="b")
+        say(kind="done", adapter="x", trained_tokens=3, export_check={}, resources={})
+    """)
+    assert [event.stage for event in child.events if isinstance(event, Stage)] == ["loading", "training"]
+    assert isinstance(outcome.end, Done)
+    assert (outcome.end.trained_tokens, outcome.returncode, outcome.stopped) == (3, 0, False)
+
+
+def test_a_failure_carries_the_childs_words(child: Child) -> None:
+    outcome = child.run("""
+        say(kind="failed", code="non_finite_loss", message="NaN at step 3.", param=None)
+        sys.exit(1)
+    """)
+    assert outcome.end == Failed(code="non_finite_loss", message="NaN at step 3.")
+
+
+def test_a_killed_child_is_seen_as_killed(child: Child) -> None:
+    outcome = child.run("os.kill(os.getpid(), signal.SIGKILL)")
+    assert (outcome.end, outcome.returncode) == (None, -9)
+
+
+def test_a_line_that_is_no_event_is_skipped(child: Child) -> None:
+    child.run("""
+        os.write(fd, b"garbage\\n")
+        say(kind="stage", stage="loading", message="a")
+    """)
+    assert len(child.events) == 1
+
+
+def test_an_event_written_in_pieces_arrives_whole(child: Child) -> None:
+    child.run("""
+        line = json.dumps({"kind": "stage", "stage": "loading", "message": "é" * 500}).encode() + b"\\n"
+        for byte in range(0, len(line), 100):
+            os.write(fd, line[byte:byte + 100]); time.sleep(0.01)
+    """)
+    assert [event.message for event in child.events if isinstance(event, Stage)] == ["é" * 500]
+
+
+def test_losing_the_job_kills_the_whole_tree_at_once(child: Child) -> None:
+    started = time.monotonic()
+    outcome = child.run(
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        grandchild = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        say(kind="stage", stage="loading", message=f"{os.getpid()} {grandchild.pid}")
+        time.sleep(60)
+        """,
+        stop_after=0.5,
+    )
+    assert outcome.stopped
+    assert time.monotonic() - started < 3
+    assert isinstance(child.events[0], Stage)
+    for pid in map(int, child.events[0].message.split()):
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_draining_lets_the_child_leave_by_itself(child: Child) -> None:
+    outcome = child.run(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+        say(kind="stage", stage="loading", message="up")
+        time.sleep(60)
+        """,
+        stop_after=0.7,
+        why="drain",
+        grace=5,
+    )
+    assert (outcome.stopped, outcome.returncode) == (True, 7)
+
+
+def test_an_exception_in_a_handler_leaves_no_child_behind(child: Child) -> None:
+    def refuse(event: Event) -> None:
+        child.events.append(event)
+        raise RuntimeError("the database is gone")
+
+    path = child.folder / "child.py"
+    path.write_text(PREAMBLE + 'say(kind="stage", stage="loading", message=str(os.getpid()))\ntime.sleep(60)')
+    with pytest.raises(RuntimeError, match="database"):
+        run_child(
+            child.folder / "spec.json",
+            child.folder / "out",
+            lease_file=child.folder / "lease",
+            grace=1,
+            on_event=refuse,
+            should_stop=lambda: "",
+            program=(sys.executable, str(path)),
+        )
+    assert isinstance(child.events[0], Stage)
+    assert not psutil.pid_exists(int(child.events[0].message))
+
+
+def test_the_child_sees_no_secret_of_the_service(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LORAINIT_DATABASE_URL", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, "secret-value")
+    child.run('say(kind="message", message="env", data=dict(os.environ))')
+    assert "secret-value" not in json.dumps(child.events[0].model_dump())
+
+
+def test_what_the_child_prints_is_kept_for_the_log(child: Child) -> None:
+    assert "Traceback" in child.run('raise ValueError("boom")').stderr_tail
