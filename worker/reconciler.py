@@ -2,9 +2,9 @@
 
     python -m worker.reconciler
 
-Each round: take jobs back from workers that fell silent, admit jobs whose files are checked, ring
-for queued jobs nobody was told about, finish what cancelled jobs left. A thread of its own checks
-the rows of new files. Not Celery beat: beat needs the broker whose losses this loop repairs.
+Take jobs back from workers that fell silent, check the rows of new files, admit jobs whose files
+are checked, ring for queued jobs nobody was told about, finish what cancelled jobs left. Not Celery
+beat: beat needs the broker whose losses this loop repairs.
 """
 
 import signal
@@ -87,32 +87,30 @@ def check_files() -> bool:
     return True
 
 
-ROUND: tuple[Callable[[], object], ...] = (recover, admit, announce, leave_results)
+CHORES: tuple[Callable[[], object], ...] = (recover, admit, announce, leave_results, check_files)
 
 
 def run(stop: threading.Event) -> None:
-    """Until `stop` is set; a failing step is logged and tried again in the next round."""
-    checker = threading.Thread(target=_check_until, args=(stop,), name="files", daemon=True)
-    checker.start()
-    while not stop.is_set():
-        for step in ROUND:
-            _try(step)
-        stop.wait(get_settings().reconcile_seconds)
-    checker.join(timeout=5)
+    """Every chore over and over, each in its own thread, until `stop` is set.
+
+    A broker that does not answer (seconds per message) or a file of gigabytes holds up nobody else.
+    """
+    threads = [threading.Thread(target=_repeat, args=(chore, stop), name=chore.__name__) for chore in CHORES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
-def _check_until(stop: threading.Event) -> None:
+def _repeat(chore: Callable[[], object], stop: threading.Event) -> None:
     while not stop.is_set():
-        if not _try(check_files):
+        more = None
+        try:
+            more = chore()
+        except Exception:
+            log.exception("a chore of the reconciler failed; it will be tried again", chore=chore.__name__)
+        if not more:
             stop.wait(get_settings().reconcile_seconds)
-
-
-def _try(step: Callable[[], object]) -> object:
-    try:
-        return step()
-    except Exception:
-        log.exception("a step of the reconciler failed", step=step.__name__)
-        return None
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ after the commit, never before.
 """
 
 from functools import cache
+from typing import Any
 
 from celery import Celery
 
@@ -20,25 +21,31 @@ class BrokerUnavailable(Exception):
 
 @cache
 def get_celery() -> Celery:
-    """The Celery application of this process, with the settings long jobs need."""
-    app = Celery("lorainit", broker=get_settings().broker_url, set_as_current=False)
-    app.conf.update(
-        task_serializer="json",
-        accept_content=["json"],
-        task_ignore_result=True,  # the row is the truth; a result backend would be a second one
+    """The Celery application of this process. Settings are read when it is first used, not here."""
+    app = Celery("lorainit", set_as_current=False)
+    app.add_defaults(_configuration)
+    return app
+
+
+def _configuration() -> dict[str, Any]:
+    return {
+        "broker_url": get_settings().broker_url,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "task_ignore_result": True,  # the row is the truth; a result backend would be a second one
         # Redis redelivers late-acknowledged messages, so a long job would start twice. We acknowledge
         # early and let the lease bring a lost job back.
-        task_acks_late=False,
-        task_reject_on_worker_lost=False,
-        worker_disable_prefetch=True,
-        worker_prefetch_multiplier=1,
-        worker_cancel_long_running_tasks_on_connection_loss=False,
-        task_default_queue=QUEUE,
-        task_publish_retry=False,  # the outbox retries
-        broker_connection_max_retries=None,
-        broker_connection_retry_on_startup=True,
-        worker_hijack_root_logger=False,
-        broker_transport_options={
+        "task_acks_late": False,
+        "task_reject_on_worker_lost": False,
+        "worker_disable_prefetch": True,
+        "worker_prefetch_multiplier": 1,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "task_default_queue": QUEUE,
+        "task_publish_retry": False,  # the outbox retries
+        "broker_connection_max_retries": None,
+        "broker_connection_retry_on_startup": True,
+        "worker_hijack_root_logger": False,
+        "broker_transport_options": {
             "global_keyprefix": "lora:",
             "visibility_timeout": 3600,
             "socket_timeout": 5,
@@ -47,8 +54,7 @@ def get_celery() -> Celery:
             "health_check_interval": 5,
             "queue_order_strategy": "priority",
         },
-    )
-    return app
+    }
 
 
 def ring(job_id: str) -> None:

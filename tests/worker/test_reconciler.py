@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -119,18 +120,21 @@ def test_a_cancelled_job_still_gets_its_result_file() -> None:
     assert file.bytes == len(text.encode())
 
 
-def test_a_step_that_fails_does_not_stop_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
-    stop, done = threading.Event(), list[str]()
+def test_a_chore_that_fails_or_hangs_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, rounds = threading.Event(), list[str]()
 
     def broken() -> None:
         raise RuntimeError("no database")
 
-    def last() -> None:
-        done.append("last")
-        stop.set()
+    def stuck() -> None:
+        stop.wait(10)
 
-    monkeypatch.setattr(reconciler, "ROUND", (broken, last))
+    def works() -> bool:
+        rounds.append("again")
+        if len(rounds) == 3:
+            stop.set()
+        return True
+
+    monkeypatch.setattr(reconciler, "CHORES", (broken, stuck, works))
     reconciler.run(stop)
-    assert done == ["last"]
+    assert len(rounds) == 3
