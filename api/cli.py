@@ -1,0 +1,269 @@
+"""The `lorainit` command: run the service, and use any server of this API from a terminal.
+
+Imports of the service stand inside the commands: `lorainit --help` should not load a database.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from openai import OpenAIError
+from rich.console import Console
+from rich.markup import escape
+from typer import Argument, Option
+from typer.core import TyperGroup
+
+from api.terminal import client as remote
+from api.terminal import tables
+from api.terminal.client import Problem
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class Commands(TyperGroup):
+    """Commands whose expected errors are one readable line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; show what the person can mend."""
+        try:
+            return super().invoke(ctx)
+        except Problem as error:
+            self._refuse(str(error))
+        except OpenAIError as error:
+            self._refuse(remote.explain(error))
+
+    @staticmethod
+    def _refuse(text: str) -> None:
+        err.print(f"[red]error:[/red] {escape(text)}")
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LoRA fine-tuning as a service, with the initialization as a typed choice. "
+    "Client commands read OPENAI_BASE_URL and OPENAI_API_KEY.",
+)
+keys_app = typer.Typer(no_args_is_help=True, help="API keys (on the server's machine).")
+models_app = typer.Typer(no_args_is_help=True, help="Base models (on the server's machine).")
+app.add_typer(keys_app, name="keys", rich_help_panel="Service")
+app.add_typer(models_app, name="models", rich_help_panel="Service")
+
+State = Annotated[Path | None, Option("--state", help="Folder of database, files and logs (LORAINIT_STATE_DIR).")]
+
+
+# --- the service ---------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Service")
+def serve(
+    state: State = None,
+    host: Annotated[str | None, Option(help="Address to listen on (LORAINIT_HOST).")] = None,
+    port: Annotated[int | None, Option(help="Port; 0 = any free one (LORAINIT_PORT).")] = None,
+) -> None:
+    """Run the whole service here: broker, worker, reconciler and API in one process tree."""
+    _configure(state=state, host=host, port=port)
+    from api.embedded import service as embedded
+
+    try:
+        with embedded.running(say=lambda text: err.print(escape(text), style="dim")) as (service, first_key):
+            _announce(service.url, service.state, first_key)
+            service.watch()
+            err.print("stopping ...", style="dim")
+    except embedded.CannotServe as error:
+        raise Problem(str(error)) from error
+
+
+@app.command(rich_help_panel="Service")
+def demo(
+    state: Annotated[Path, Option(help="Folder for this demo; emptied first if an earlier demo made it.")] = Path(
+        ".state/demo"
+    ),
+) -> None:
+    """Train, download and check an adapter through the whole service; exit 0 only if it learned and reloads."""
+    from api.terminal import demo as demonstration
+
+    raise typer.Exit(demonstration.run(state, out))
+
+
+@app.command(rich_help_panel="Service")
+def migrate(
+    state: State = None,
+    check: Annotated[bool, Option("--check", help="Compare migrations and tables on an empty database.")] = False,
+) -> None:
+    """Bring the database to the newest revision."""
+    _configure(state=state)
+    from api.core import db, migrate
+    from api.core.settings import get_settings
+
+    if not check:
+        if get_settings().database_url is None:
+            get_settings().state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        migrate.upgrade(db.get_engine())
+        out.print(f"database at the newest revision: {db.get_engine().url!r}")
+        return
+    engine = db.make_engine("sqlite://")
+    migrate.upgrade(engine)
+    if found := migrate.drift(engine):
+        raise Problem("the migrations do not lead to the tables in code: " + "; ".join(str(item) for item in found))
+    out.print("migrations and tables agree")
+
+
+@keys_app.command("create")
+def keys_create(
+    state: State = None,
+    project: Annotated[str, Option(help="Project, created when it is new.")] = "default",
+    name: Annotated[str, Option(help="What the key is for.")] = "command line",
+) -> None:
+    """Make an API key. It is printed once, on standard output, and kept only as a hash."""
+    _configure(state=state)
+    from api.core import keys, migrate
+    from api.core.db import get_engine, session_scope
+    from api.core.settings import get_settings
+
+    settings = get_settings()
+    if (settings.database_url is None and not settings.state_dir.is_dir()) or not migrate.is_current(get_engine()):
+        raise Problem(f"no database at {settings.database()}; `lorainit serve` or `lorainit migrate` makes it.")
+    with session_scope() as session:
+        key, secret = keys.create_key(session, keys.get_or_create_project(session, project), name=name)
+        session.commit()
+    err.print(f"{key.id} of project {project}; it is shown only now:", style="dim")
+    out.print(secret, markup=False)
+
+
+@models_app.command("inspect")
+def models_inspect(
+    source: Annotated[str, Argument(help="Folder, .gguf file, package:PACKAGE/FILE or hub:OWNER/NAME[@REVISION].")],
+    model_id: Annotated[str, Option("--id", help="Name by which requests call the model.")],
+) -> None:
+    """Print the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
+    from lorainit.spec import ModelFacts
+
+    answer = subprocess.run([sys.executable, "-m", "lorainit", "inspect", source], stdout=subprocess.PIPE, check=False)
+    if answer.returncode:
+        raise Problem(f"{source} cannot be used as a base model; see above.")
+    facts = ModelFacts.model_validate_json(answer.stdout)
+    out.print(tables.catalogue_entry(facts, model_id=model_id, source=source), markup=False, end="")
+
+
+# --- at a server ---------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Jobs")
+def submit(
+    train: Annotated[Path, Argument(help="Training rows: OpenAI chat or prompt/completion JSONL.")],
+    model: Annotated[str, Option("--model", "-m", help="Base model.")],
+    init: Annotated[str, Option(help='Method, or JSON such as \'{"method": "pissa", "niter": 4}\'.')] = "kaiming",
+    r: Annotated[int, Option("--r", help="Rank.")] = 16,
+    alpha: Annotated[float | None, Option(help="LoRA alpha; default: recommended for the method.")] = None,
+    validation: Annotated[Path | None, Option(help="Validation rows.")] = None,
+    lr: Annotated[float | None, Option(help="Absolute peak learning rate.")] = None,
+    epochs: Annotated[int | None, Option(help="Passes over the training rows.")] = None,
+    steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None,
+    batch: Annotated[int | None, Option(help="Effective batch size in rows.")] = None,
+    suffix: Annotated[str | None, Option(help="Part of the new model's name.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of everything random.")] = None,
+    follow: Annotated[bool, Option("--watch", help="Follow the job to its end.")] = False,
+) -> None:
+    """Upload rows and order a fine-tuning job. Prints the job's id."""
+    lora = {"init": remote.parse_init(init), "r": r, "alpha": alpha}
+    client = remote.connect()
+    training_file = remote.upload(client, train)
+    job = remote.submit(
+        client,
+        model=model,
+        training_file=training_file,
+        validation_file=None if validation is None else remote.upload(client, validation),
+        hyperparameters={"learning_rate": lr, "n_epochs": epochs, "max_steps": steps, "batch_size": batch},
+        lora=lora,
+        suffix=suffix,
+        seed=seed,
+    )
+    out.print(job.id, markup=False)
+    if follow:
+        watch(job.id)
+
+
+@app.command(rich_help_panel="Jobs")
+def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
+    """Follow a job to its end; exit code 0 only when it succeeded."""
+    from api.terminal.watch import watch as follow
+
+    try:
+        ended = follow(remote.connect(), job, err)
+    except KeyboardInterrupt:
+        err.print(f"The job goes on. Again: lorainit watch {job}; stop it: lorainit cancel {job}")
+        raise typer.Exit(130) from None
+    if ended.status == "succeeded":
+        err.print(f"[green]succeeded[/green]: {ended.fine_tuned_model}. Get it: lorainit download {job}")
+        return
+    error = ended.error
+    reason = f": {error.message} (code {error.code}{f', {error.param}' if error.param else ''})" if error else ""
+    raise Problem(f"job {job} {ended.status}{reason}")
+
+
+@app.command("list", rich_help_panel="Jobs")
+def list_jobs(limit: Annotated[int, Option(min=1, help="How many.")] = 20) -> None:
+    """The newest jobs."""
+    rows = [tables.job_row(job) for job in remote.jobs(remote.connect(), limit)]
+    out.print(tables.table(tables.JOB_COLUMNS, rows))
+
+
+@app.command(rich_help_panel="Jobs")
+def cancel(job: Annotated[str, Argument(help="Job id.")]) -> None:
+    """Cancel a job, at once and for good."""
+    out.print(f"{job} {remote.connect().fine_tuning.jobs.cancel(job).status}", markup=False)
+
+
+@app.command(rich_help_panel="Jobs")
+def download(
+    job: Annotated[str, Argument(help="Job id.")],
+    folder: Annotated[Path | None, Argument(help="Where to; default: a new folder named like the job.")] = None,
+) -> None:
+    """Fetch a job's adapter, check its SHA-256 and unpack it. Prints the folder."""
+    out.print(str(remote.download(remote.connect(), job, folder or Path(job))), markup=False)
+
+
+@app.command(rich_help_panel="Jobs")
+def methods() -> None:
+    """The initializations: the server's if OPENAI_BASE_URL is set, else those of this installation."""
+    if os.environ.get("OPENAI_BASE_URL"):
+        answer: Any = remote.connect().get("/lora/methods", cast_to=object)
+        rows = tables.offered_methods(answer["data"])
+    else:
+        err.print("OPENAI_BASE_URL is not set: these are the methods of this installation.", style="dim")
+        rows = tables.installed_methods()
+    out.print(tables.table(tables.METHOD_COLUMNS, rows))
+
+
+def _configure(**options: Path | str | int | None) -> None:
+    """Options are settings: written where this process and its children read them."""
+    names = {"state": "LORAINIT_STATE_DIR", "host": "LORAINIT_HOST", "port": "LORAINIT_PORT"}
+    for option, value in options.items():
+        if value is not None:
+            os.environ[names[option]] = str(value)
+
+
+def _announce(url: str, state: Path, first_key: str | None) -> None:
+    base = f"{url}/v1"
+    out.print(f"\n[bold]Lorainit[/bold] is ready at [bold]{base}[/bold]")
+    out.print(f"State and logs: {state}. Ctrl+C stops everything.\n", markup=False)
+    another = f"lorainit keys create --state {state}"
+    if first_key is None:
+        out.print(f"API keys exist already. Another one: {another}", markup=False)
+    else:
+        out.print(f"API key, shown only now: [bold]{first_key}[/bold]\nAnother one: {another}")
+    out.print("\nTry, in another terminal:", style="dim")
+    out.print(f"  export OPENAI_BASE_URL={base} OPENAI_API_KEY={first_key or '...'}", markup=False)
+    out.print('  curl -H "Authorization: Bearer $OPENAI_API_KEY" $OPENAI_BASE_URL/models', markup=False)
+    submit = "lorainit submit examples/train.jsonl --model smollm2-135m-instruct --init loram --steps 20 --watch"
+    out.print(f"  {submit}\n", markup=False)
+
+
+if __name__ == "__main__":
+    app()

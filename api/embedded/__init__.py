@@ -1,0 +1,1 @@
+"""The service on one machine as one process tree: `lorainit serve`."""

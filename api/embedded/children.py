@@ -1,0 +1,138 @@
+"""Child processes of `lorainit serve`: they die with their parent, and come back when they fall.
+
+Knows processes and log files, nothing of what runs in them.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+LONGEST_PAUSE = 30.0
+HEALTHY_AFTER = 60.0
+LOG_LIMIT = 16 * 2**20
+
+
+@dataclass
+class Child:
+    """One process that should be running; its output goes to `log`."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path
+    pass_fds: Sequence[int] = ()
+    grace: float = 5.0
+    falls: int = 0
+    start_at: float = 0.0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        """Start it now; it dies when the calling thread's process does, `kill -9` included."""
+        if self.log.exists() and self.log.stat().st_size > LOG_LIMIT:
+            self.log.replace(self.log.with_suffix(".log.1"))
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=self.pass_fds,
+                # Ctrl+C in a terminal reaches the whole foreground group; stopping in order is ours to do.
+                start_new_session=True,
+                preexec_fn=tether(),
+            )
+        self.start_at = time.monotonic()
+
+    def tend(self) -> str | None:
+        """Start it again when it has fallen, later each time; a sentence when something happened."""
+        clock = time.monotonic()
+        if self.process is None:
+            if clock >= self.start_at:
+                self.start()
+            return None
+        code = self.process.poll()
+        if code is None:
+            return None
+        self.falls = 1 if clock - self.start_at > HEALTHY_AFTER else self.falls + 1
+        pause = min(LONGEST_PAUSE, 0.5 * 2.0 ** (self.falls - 1))
+        self.process, self.start_at = None, clock + pause
+        return f"{self.name} ended ({_ending(code)}); starting it again in {pause:.1f} s, see {self.log}"
+
+    def stop(self) -> None:
+        """SIGTERM, wait `grace` seconds, then kill it with everything below it."""
+        if self.process is None:
+            return
+        family = _family(self.process.pid)
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(self.grace)
+            except subprocess.TimeoutExpired:
+                family += _family(self.process.pid)
+        for member in family:
+            if member.is_running():
+                member.kill()
+        self.process.wait()
+        self.process = None
+
+
+def tether() -> Callable[[], None]:
+    """What a child does before it becomes its program: ask the kernel to die with its parent.
+
+    The signal is sent when the *thread* that started the child ends, so start children from a
+    thread that lives as long as the service does. Only Linux has it.
+    """
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def before_exec() -> None:
+        if libc is not None:
+            libc.prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)  # the parent died before the request was in place
+
+    return before_exec
+
+
+def tail(path: Path, *, lines: int = 15) -> str:
+    """The end of a log, for an error message."""
+    if not path.exists():
+        return ""
+    return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:])
+
+
+def follow(path: Path, *, start: int) -> Iterator[list[str]]:
+    """What was added to `path` since the last call of next(), in whole lines; never ends."""
+    position = start
+    while True:
+        size = path.stat().st_size if path.exists() else 0
+        position = min(position, size)  # the file was rotated
+        lines: list[str] = []
+        if size > position:
+            with path.open("rb") as file:
+                file.seek(position)
+                fresh = file.read(size - position)
+            complete = fresh[: fresh.rfind(b"\n") + 1]
+            position += len(complete)
+            lines = complete.decode("utf-8", "replace").splitlines()
+        yield lines
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _ending(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

@@ -1,0 +1,245 @@
+"""The service on one machine, as one process tree: broker, reconciler, worker, API.
+
+The same four programs run as separate containers in production; here a parent starts them, brings
+back what falls, and takes everything down with it. All state lies in one folder.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from api.core import keys, migrate
+from api.core.db import get_engine, session_scope
+from api.core.models import ApiKey
+from api.core.settings import Settings, get_settings
+from api.embedded import broker
+from api.embedded.children import Child, follow, tail
+
+READY_SECONDS = 60.0
+TICK_SECONDS = 0.2
+
+Say = Callable[[str], None]
+
+
+class CannotServe(Exception):
+    """The service cannot start; the message says why and what to do."""
+
+
+class Service:
+    """A running tree. `start()`, then `watch()` until `stop()` is asked for."""
+
+    def __init__(self, settings: Settings, *, say: Say) -> None:
+        self.settings = settings
+        self.state = settings.state_dir.resolve()
+        self.say = say
+        self.url = ""
+        self.children: list[Child] = []
+        self._asked_to_stop = False
+        self._lock: IO[str] | None = None
+        self._socket: socket.socket | None = None
+
+    def start(self) -> str | None:
+        """Everything up and answering. Returns a first API key if the database had none.
+
+        Raises:
+            CannotServe: the folder or port is taken, there is no broker, or a part does not come up.
+        """
+        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self.state / "logs").mkdir(exist_ok=True)
+        self._lock = _lock(self.state)
+        self._socket = _listen(self.settings.host, self.settings.port)
+        self.url = _url(self.settings.host, self._socket)
+        environment = self._environment()
+        migrate.upgrade(get_engine())
+        get_engine().dispose()
+        python, slots = sys.executable, str(self.settings.worker_slots)
+        self._add("reconciler", [python, "-m", "worker.reconciler"], environment)
+        celery = ["-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", slots]
+        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", self.settings.worker_queues]
+        self._add("worker", [python, *celery, *quiet], environment, grace=15.0)
+        descriptor = self._socket.fileno()
+        api = self._add("api", [python, "-m", "api.server", "--fd", str(descriptor)], environment, fds=(descriptor,))
+        self._wait_until_ready(api)
+        self._write_service_file()
+        return _first_key()
+
+    def watch(self) -> None:
+        """Keep the children alive and pass on what they have to say, until somebody asks to stop."""
+        logs = {child.name: follow(child.log, start=_size(child.log)) for child in self.children}
+        while not self._asked_to_stop:
+            for child in self.children:
+                pid = child.process and child.process.pid
+                if (news := child.tend()) is not None:
+                    self.say(news)
+                if child.process and child.process.pid != pid:
+                    self._write_service_file()
+            for name, lines in logs.items():
+                for line in next(lines):
+                    if (text := _worth_showing(name, line)) is not None:
+                        self.say(text)
+            time.sleep(TICK_SECONDS)
+
+    def ask_to_stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """A signal handler: the next tick ends `watch()`; asked twice, everything dies at once."""
+        if self._asked_to_stop:
+            os._exit(130)  # the children die with us
+        self._asked_to_stop = True
+
+    def stop(self) -> None:
+        """Stop in order: no new requests, then the worker (its job goes back to the queue), then the rest."""
+        if self._lock is None:
+            return  # the folder is somebody else's
+        (self.state / "service.json").unlink(missing_ok=True)
+        order = {"api": 0, "worker": 1, "reconciler": 2, "broker": 3}
+        for child in sorted(self.children, key=lambda child: order[child.name]):
+            child.stop()
+        if self._socket is not None:
+            self._socket.close()
+        self._lock.close()
+
+    def _environment(self) -> Mapping[str, str]:
+        environment = {**os.environ, "LORAINIT_STATE_DIR": str(self.state), "PYTHONUNBUFFERED": "1"}
+        if self.settings.broker_url is None:
+            try:
+                child, url = broker.start(
+                    self.state / "broker", log=self.state / "logs" / "broker.log", environment=environment
+                )
+            except broker.BrokerMissing as error:
+                raise CannotServe(str(error)) from error
+            self.children.append(child)
+            environment["LORAINIT_BROKER_URL"] = url
+        return environment
+
+    def _add(
+        self,
+        name: str,
+        command: list[str],
+        environment: Mapping[str, str],
+        *,
+        grace: float = 5.0,
+        fds: tuple[int, ...] = (),
+    ) -> Child:
+        child = Child(name, command, environment, self.state / "logs" / f"{name}.log", pass_fds=fds, grace=grace)
+        child.start()
+        self.children.append(child)
+        return child
+
+    def _wait_until_ready(self, api: Child) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while not _answers(f"{self.url}/readyz"):
+            if self._asked_to_stop:
+                raise CannotServe("stopped while starting")
+            fallen = api.process is None or api.process.poll() is not None
+            if fallen or time.monotonic() > deadline:
+                why = "ended" if fallen else f"does not answer after {READY_SECONDS:.0f} s"
+                raise CannotServe(f"the API {why}. The end of {api.log}:\n{tail(api.log)}")
+            time.sleep(TICK_SECONDS)
+
+    def _write_service_file(self) -> None:
+        pids = {child.name: child.process.pid for child in self.children if child.process}
+        text = json.dumps({"url": f"{self.url}/v1", "pid": os.getpid(), "children": pids}, indent=2)
+        fresh = self.state / "service.json.new"
+        fresh.write_text(text + "\n")
+        fresh.replace(self.state / "service.json")
+
+
+@contextmanager
+def running(*, say: Say) -> Iterator[tuple[Service, str | None]]:
+    """The service, up for the length of the block; SIGINT, SIGTERM and SIGHUP end it in order.
+
+    Raises:
+        CannotServe: see `Service.start`.
+    """
+    service = Service(get_settings(), say=say)
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {kind: signal.signal(kind, service.ask_to_stop) for kind in kinds}
+    try:
+        yield service, service.start()
+    finally:
+        service.stop()
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _lock(state: Path) -> IO[str]:
+    # Held by the open file: it goes away with the process however that ends.
+    lock = (state / "serve.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise CannotServe(f"another `lorainit serve` uses {state}; stop it or choose another --state") from error
+    return lock
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise CannotServe(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or 0") from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  (our own http address)
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _first_key() -> str | None:
+    with session_scope() as session:
+        if _has_key(session):
+            return None
+        project = keys.get_or_create_project(session, "default")
+        _, secret = keys.create_key(session, project, name="first key")
+        session.commit()
+        return secret
+
+
+def _has_key(session: Session) -> bool:
+    usable = select(func.count()).select_from(ApiKey).where(ApiKey.deleted_at.is_(None))
+    return bool(session.scalar(usable))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _worth_showing(name: str, line: str) -> str | None:
+    """Warnings and errors of anybody, and what the worker says about jobs."""
+    try:
+        record = json.loads(line)
+        level, event = record["level"], record["event"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    job = record.get("job_id")
+    if level not in ("warning", "error", "critical") and not (name == "worker" and job):
+        return None
+    return f"{name}: {event}" + (f" [{job}]" if job else "")

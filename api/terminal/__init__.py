@@ -1,0 +1,1 @@
+"""What the command line does as a client: nothing here knows the service's inside."""

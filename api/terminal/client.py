@@ -1,0 +1,158 @@
+"""What the command line does at a server: the unmodified `openai` client, as any user would.
+
+Knows no database and no process; it works the same against a server far away.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI, OpenAIError
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+
+FINAL = ("succeeded", "failed", "cancelled")
+
+
+class Problem(Exception):
+    """Something the person at the terminal can mend; shown as one line."""
+
+
+def connect() -> OpenAI:
+    """A client of the server the environment names.
+
+    Raises:
+        Problem: an address or a key is missing. There is no default: that would be somebody else's service.
+    """
+    for name, meaning in (("OPENAI_BASE_URL", "the server, as http://127.0.0.1:8000/v1"), ("OPENAI_API_KEY", "a key")):
+        if not os.environ.get(name):
+            raise Problem(f"{name} is not set. It names {meaning}; `lorainit serve` prints both.")
+    return OpenAI()
+
+
+def explain(error: OpenAIError) -> str:
+    """One readable line: the sentence, the code and the field."""
+    body = getattr(error, "body", None)
+    if not isinstance(body, dict):
+        cause = error.__cause__ or error
+        return f"no usable answer from {os.environ.get('OPENAI_BASE_URL')}: {cause}"
+    marks = [f"{name} {body[name]}" for name in ("code", "param") if body.get(name)]
+    return f"{body.get('message', error)}" + (f" ({', '.join(marks)})" if marks else "")
+
+
+def upload(client: OpenAI, path: Path) -> str:
+    """Send a training or validation file; its id.
+
+    Raises:
+        Problem: there is no such file here.
+    """
+    if not path.is_file():
+        raise Problem(f"{path} is not a file.")
+    return client.files.create(file=path, purpose="fine-tune").id
+
+
+def parse_init(text: str) -> str | dict[str, Any]:
+    """`pissa`, or an object with parameters: `{"method": "pissa", "niter": 4}`.
+
+    Raises:
+        Problem: it starts like an object and is none.
+    """
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        parsed: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise Problem(f"--init is not JSON: {error}") from error
+    return parsed
+
+
+def submit(
+    client: OpenAI,
+    *,
+    model: str,
+    training_file: str,
+    validation_file: str | None,
+    hyperparameters: dict[str, Any],
+    lora: dict[str, Any],
+    suffix: str | None,
+    seed: int | None,
+) -> FineTuningJob:
+    """Create a job; absent values are left to the server."""
+    given: Any = {key: value for key, value in hyperparameters.items() if value is not None}
+    job: FineTuningJob = client.fine_tuning.jobs.create(
+        model=model,
+        training_file=training_file,
+        validation_file=validation_file,
+        suffix=suffix,
+        seed=seed,
+        method={"type": "supervised", "supervised": {"hyperparameters": given}},
+        extra_body={"lora": {key: value for key, value in lora.items() if value is not None}},
+    )
+    return job
+
+
+def events_after(client: OpenAI, job_id: str, seen: int) -> list[FineTuningJobEvent]:
+    """The events with a sequence above `seen`, oldest first."""
+    newest_first = client.fine_tuning.jobs.list_events(job_id, limit=100)
+    return list(takewhile(lambda event: sequence(event) > seen, newest_first))[::-1]
+
+
+def sequence(event: FineTuningJobEvent) -> int:
+    """The event's number within its job."""
+    return int((event.model_extra or {})["sequence"])
+
+
+def field_of(job: FineTuningJob, name: str) -> Any:
+    """A field of ours that the client's own type does not know."""
+    return (job.model_extra or {}).get(name)
+
+
+def download(client: OpenAI, job_id: str, folder: Path) -> Path:
+    """The job's adapter, checked against its digest and unpacked into `folder`, which must not exist yet.
+
+    Raises:
+        Problem: the job has no adapter, the folder is taken, or the bytes are not the server's.
+    """
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    adapter = field_of(job, "adapter")
+    if adapter is None:
+        raise Problem(f"job {job_id} is {job.status}; it has no adapter.")
+    if folder.exists():
+        raise Problem(f"{folder} exists already; name another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
+        archive = Path(place) / "adapter.tar"
+        _fetch(client, adapter, archive)
+        unpacked = Path(place) / "adapter"
+        with tarfile.open(archive) as tar:
+            tar.extractall(unpacked, filter="data")
+        shutil.move(unpacked, folder)
+    return folder
+
+
+def _fetch(client: OpenAI, adapter: dict[str, Any], archive: Path) -> None:
+    digest = hashlib.sha256()
+    with (
+        client.files.with_streaming_response.content(adapter["file_id"]) as answer,
+        archive.open("wb") as file,
+    ):
+        promised = {adapter["sha256"], answer.headers.get("etag", "").strip('"') or adapter["sha256"]}
+        for chunk in answer.iter_bytes(1 << 20):
+            digest.update(chunk)
+            file.write(chunk)
+    if promised != {digest.hexdigest()}:
+        raise Problem(f"the download is damaged: SHA-256 {digest.hexdigest()}, promised {' and '.join(promised)}.")
+
+
+def jobs(client: OpenAI, limit: int) -> Iterator[FineTuningJob]:
+    """The newest jobs, newest first."""
+    for index, job in enumerate(client.fine_tuning.jobs.list(limit=min(limit, 100))):
+        if index == limit:
+            return
+        yield job

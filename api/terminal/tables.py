@@ -1,0 +1,75 @@
+"""Rows for the terminal: methods, jobs, and a base model's catalogue entry."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from openai.types.fine_tuning import FineTuningJob
+from rich.markup import escape
+from rich.table import Table
+
+from api.terminal.client import field_of
+from lorainit.spec import INITS, ModelFacts
+
+METHOD_COLUMNS = ("method", "looks at", "base", "rank of the download", "what it does")
+JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "fine-tuned model or error")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table, cells as they are."""
+    drawn = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        drawn.add_row(*(escape(cell) for cell in row))
+    return drawn
+
+
+def installed_methods() -> list[tuple[str, ...]]:
+    """The initializations of this installation."""
+    facts = ((name, model.facts) for name, model in INITS.items())
+    return [_method(name, [f.needs], f.offset, f.description) for name, f in facts]
+
+
+def offered_methods(catalogue: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The initializations a server offers, from its `/v1/lora/methods`."""
+    return [_method(m["id"], m["needs"], m["offset"], m["description"]) for m in catalogue]
+
+
+def job_row(job: FineTuningJob) -> tuple[str, ...]:
+    """One job in `lorainit list`."""
+    lora, progress = field_of(job, "lora") or {}, field_of(job, "progress") or {}
+    init = lora.get("init", {})
+    return (
+        job.id,
+        job.status,
+        f"{progress['percent']:.0f}" if progress.get("percent") is not None else "",
+        job.model,
+        init if isinstance(init, str) else init.get("method", ""),
+        str(lora.get("r", "")),
+        job.fine_tuned_model or (job.error.code if job.error and job.error.code else ""),
+    )
+
+
+def catalogue_entry(facts: ModelFacts, *, model_id: str, source: str) -> str:
+    """One `[[models]]` block of the file that LORAINIT_CATALOGUE names."""
+    lines = [
+        "[[models]]",
+        f"id = {json.dumps(model_id)}",
+        f"root = {json.dumps(facts.root)}",
+        f"source = {json.dumps(source)}",
+        f"max_length = {facts.max_length}",
+        f"chat = {json.dumps(facts.chat)}",
+        *([f"base_sha256 = {json.dumps(facts.base_sha256)}"] if facts.base_sha256 else []),
+        "# Measure it: the best peak rate of a few short runs with init = kaiming.",
+        "base_learning_rate = 2e-4",
+        "targets = [",
+    ]
+    for target in facts.targets:
+        values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in target.model_dump().items())
+        lines.append(f"  {{ {values} }},")
+    return "\n".join([*lines, "]"]) + "\n"
+
+
+def _method(name: str, needs: list[str], offset: str, description: str) -> tuple[str, ...]:
+    looks_at = ", ".join(need for need in needs if need != "none") or "nothing"
+    subtracts = offset == "subtract"
+    return (name, looks_at, "start subtracted" if subtracts else "as it is", "2r" if subtracts else "r", description)
