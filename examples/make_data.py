@@ -26,16 +26,16 @@ PROBLEMS = {
     "noisy": ("makes a terrible noise", "rattles all day", "hums loudly"),
 }
 WISHES = {
-    "refund": ("I want my money back", "please refund me", "give me a refund"),
-    "replacement": ("please send a new one", "I would like another one", "swap it, please"),
-    "help": ("what should I do?", "can someone help me?", "please call me"),
+    "refund": ("I want my money back.", "Please refund me.", "Give me a refund."),
+    "replacement": ("Please send a new one.", "I would like another one.", "Swap it, please."),
+    "help": ("What should I do?", "Can someone help me?", "Please call me."),
 }
 URGENT = {True: ("It is urgent.", "I need it today!", "Quickly, please."), False: ("No hurry.", "Thanks!", "")}
-OPENINGS = ("Hello,", "Hi!", "Good morning,", "Hey there,", "")
+OPENINGS = ("Hello,", "Hi,", "Good morning,", "Hey there,", "Dear shop,")
 SHAPES = (
-    "{opening} order {order}: the {item} {problem}, {wish}. {urgent}",
-    "{opening} my {item} {problem}. The order was {order}. {wish}. {urgent}",
-    "{opening} the {item} from {order} {problem} and so {wish}. {urgent}",
+    "{opening} order {order}: the {item} {problem}. {wish} {urgent}",
+    "{opening} my {item} {problem}. The order was {order}. {wish} {urgent}",
+    "{opening} the {item} from {order} {problem}. {wish} {urgent}",
 )
 
 
@@ -56,7 +56,7 @@ def row(draw: random.Random, items: list[str]) -> dict[str, object]:
     return {
         "messages": [
             {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": " ".join(message.replace("?.", "?").split())},
+            {"role": "user", "content": message.strip()},
             {"role": "assistant", "content": json.dumps(answer)},
         ]
     }

