@@ -6,6 +6,7 @@ Refusal
 ├── WrongState        the object's state forbids the call
 ├── InvalidValue      a value outside its range or catalogue
 ├── TooLarge          more bytes than we take
+├── StorageFull       no room for the bytes; a quick retry does not help
 ├── InProgress        the same order is being carried out right now
 └── Unavailable       try again in a few seconds
 """
@@ -39,6 +40,10 @@ class InvalidValue(Refusal):
 
 class TooLarge(Refusal):
     """More bytes than we take."""
+
+
+class StorageFull(Refusal):
+    """No room for the bytes; trying again at once does not help."""
 
 
 class InProgress(Refusal):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import chain
 from typing import BinaryIO, Literal
 
 from sqlalchemy import or_, select
@@ -16,9 +17,9 @@ from sqlalchemy.orm import Session
 
 from api.core import paging
 from api.core.db import now
-from api.core.errors import BadReference, NotFound, TooLarge, WrongState
-from api.core.ids import new_id
+from api.core.errors import BadReference, NotFound, StorageFull, TooLarge, Unavailable, WrongState
 from api.core.idempotency import Attempt
+from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
 from api.core.storage import CHUNK, Storage
 
@@ -56,8 +57,10 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
 
     try:
         storage.put(key, chunks())
-    except BaseException:
+    except BaseException as error:
         storage.delete(key)
+        if "No space left on device" in str(error):  # from the spool or, as text only, from the store
+            raise StorageFull("The server has no room for this file.", code="insufficient_storage") from error
         raise
     return Stored(file_id=file_id, storage_key=key, bytes=size, sha256=digest.hexdigest())
 
@@ -119,6 +122,23 @@ def readable(session: Session, project_id: str, file_id: str) -> File:
     return file
 
 
+def stream(storage: Storage, file: File, *, start: int, end: int) -> Iterator[bytes]:
+    """The bytes [start, end) of a file; the first chunk is read before this returns.
+
+    Raises:
+        NotFound: storage does not have the bytes.
+        Unavailable: storage does not answer.
+    """
+    chunks = storage.read(file.storage_key, start=start, end=end)
+    try:
+        first = next(chunks, b"")
+    except FileNotFoundError as error:
+        raise NotFound(f"The bytes of file {file.id} are gone.", code="file_not_found", param="file_id") from error
+    except Exception as error:  # every store has its own kinds
+        raise Unavailable("Storage cannot be reached; try again shortly.", code="not_ready") from error
+    return chain((first,), chunks)
+
+
 def expired(file: File, at: datetime) -> bool:
     """Past its `expires_after`."""
     return file.expires_at is not None and file.expires_at <= at
@@ -142,7 +162,13 @@ def usable(session: Session, project_id: str, file_id: str, *, param: str) -> Fi
 
 
 def page(
-    session: Session, project_id: str, *, after: str | None, limit: int, purpose: str | None, order: Literal["asc", "desc"]
+    session: Session,
+    project_id: str,
+    *,
+    after: str | None,
+    limit: int,
+    purpose: str | None,
+    order: Literal["asc", "desc"],
 ) -> tuple[Sequence[File], bool]:
     """Files of a project by time of upload; True when there are more."""
     query = select(File).where(File.project_id == project_id, File.deleted_at.is_(None))

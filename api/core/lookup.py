@@ -72,7 +72,7 @@ def _has(dialect: str, index: int, key: str, value: str) -> ColumnElement[bool]:
     # Any character may stand in a key, so it travels as a parameter and never inside a JSON path.
     k, v = f"k{index}", f"v{index}"
     if dialect == "postgresql":
-        clause = text(f"jobs.metadata ->> CAST(:{k} AS text) = CAST(:{v} AS text)")  # noqa: S608
+        clause = text(f"jobs.metadata ->> CAST(:{k} AS text) = CAST(:{v} AS text)")
     else:
         clause = text(f"EXISTS (SELECT 1 FROM json_each(jobs.metadata) m WHERE m.key = :{k} AND m.value = :{v})")  # noqa: S608
     return clause.bindparams(**{k: key, v: value})  # type: ignore[return-value]

@@ -5,24 +5,15 @@ tombstones, and `after` works on them.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, and_, or_
-from sqlalchemy.orm import Mapped, Session
+from sqlalchemy.orm import Session
 
 from api.core.errors import InvalidValue
+from api.core.models import File, Job
 
-
-class Ordered(Protocol):
-    """A table whose rows have a place in time and belong to a project."""
-
-    id: Mapped[str]
-    project_id: Mapped[str]
-    created_at: Mapped[datetime]
-
-
-R = TypeVar("R", bound=Ordered)
+R = TypeVar("R", File, Job)
 
 
 def page(

@@ -41,15 +41,10 @@ def find(session: Session, project_id: str, name: str) -> Model:
     entry = catalogue.find(name)
     if entry is not None:
         return Model(entry, entry)
-    for table in (Adapter, Checkpoint):
-        row = session.execute(
-            select(table, Job.model)
-            .join(Job, Job.id == table.job_id)
-            .where(table.name == name, table.project_id == project_id, table.deleted_at.is_(None))
-        ).first()
-        if row is not None:
-            return Model(row[0], catalogue.find(row[1]))
-    raise _unknown(name)
+    found = _named(session, project_id, name)
+    if found is None or found.deleted_at is not None:
+        raise _unknown(name)
+    return Model(found, catalogue.find(session.get_one(Job, found.job_id).model))
 
 
 def delete(session: Session, attempt: Attempt, name: str) -> list[str]:
@@ -64,7 +59,7 @@ def delete(session: Session, attempt: Attempt, name: str) -> list[str]:
     """
     if catalogue.find(name) is not None:
         raise WrongState(f"Model {name!r} is a base model and cannot be deleted.", code="model_not_deletable")
-    found = _mine(session, attempt, name)
+    found = _named(session, attempt.caller.project_id, name, lock=True)
     if found is None:
         raise _unknown(name)
     if found.deleted_at is not None:
@@ -74,13 +69,12 @@ def delete(session: Session, attempt: Attempt, name: str) -> list[str]:
     return list(_bury(session, attempt, found))
 
 
-def _mine(session: Session, attempt: Attempt, name: str) -> Adapter | Checkpoint | None:
-    for table in (Adapter, Checkpoint):
-        query = select(table).where(table.name == name, table.project_id == attempt.caller.project_id)
-        row = session.scalar(query.with_for_update())
-        if row is not None:
-            return row
-    return None
+def _named(session: Session, project_id: str, name: str, *, lock: bool = False) -> Adapter | Checkpoint | None:
+    adapters = select(Adapter).where(Adapter.name == name, Adapter.project_id == project_id)
+    checkpoints = select(Checkpoint).where(Checkpoint.name == name, Checkpoint.project_id == project_id)
+    if lock:
+        adapters, checkpoints = adapters.with_for_update(), checkpoints.with_for_update()
+    return session.scalar(adapters) or session.scalar(checkpoints)
 
 
 def _bury(session: Session, attempt: Attempt, found: Adapter | Checkpoint) -> Iterator[str]:
@@ -96,9 +90,7 @@ def _bury(session: Session, attempt: Attempt, found: Adapter | Checkpoint) -> It
 
 
 def _checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
-    return session.scalars(
-        select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
-    ).all()
+    return session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))).all()
 
 
 def _unknown(name: str) -> NotFound:

@@ -1,0 +1,190 @@
+"""One error tree, one handler, one shape: OpenAI's. The codes are a closed list, here.
+
+Refusal (api.core.errors)      status
+├── NotFound                   404
+├── BadReference, WrongState,
+│   InvalidValue               400
+├── TooLarge                   413
+├── StorageFull                429   (x-should-retry: false)
+├── InProgress                 409   (the one status that asks the client to retry a 4xx)
+├── Unavailable                503
+└── only over HTTP:
+    ├── BadRequest             400
+    ├── Unauthenticated        401
+    ├── WrongVerb              405
+    └── OutOfRange             416
+"""
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from api.core import logs
+from api.core.errors import (
+    BadReference,
+    InProgress,
+    InvalidValue,
+    NotFound,
+    Refusal,
+    StorageFull,
+    TooLarge,
+    Unavailable,
+    WrongState,
+)
+from api.invalid import first_fault
+from api.offered import Table, planned
+
+
+class BadRequest(Refusal):
+    """The request itself is malformed."""
+
+
+class Unauthenticated(Refusal):
+    """No key, or one that opens nothing here."""
+
+
+class WrongVerb(Refusal):
+    """The path exists, the verb does not."""
+
+
+class OutOfRange(Refusal):
+    """The byte range lies outside the file."""
+
+
+STATUS: Mapping[type[Refusal], int] = {
+    NotFound: 404,
+    BadReference: 400,
+    WrongState: 400,
+    InvalidValue: 400,
+    TooLarge: 413,
+    StorageFull: 429,
+    InProgress: 409,
+    Unavailable: 503,
+    BadRequest: 400,
+    Unauthenticated: 401,
+    WrongVerb: 405,
+    OutOfRange: 416,
+}
+
+# Every code there is, with every status it may come with. New ones need an entry in the docs too.
+CODES: Mapping[str, tuple[int, ...]] = {
+    "missing_api_key": (401,),
+    "invalid_api_key": (401,),
+    "mismatched_project": (401,),
+    "fine_tune_not_found": (404,),
+    "file_not_found": (400, 404),
+    "model_not_found": (404,),
+    "model_not_available": (400,),
+    "checkpoint_not_found": (404,),
+    "unsupported_endpoint": (404,),
+    "method_not_allowed": (405,),
+    "invalid_json": (400,),
+    "missing_required_parameter": (400,),
+    "unknown_parameter": (400,),
+    "invalid_type": (400,),
+    "invalid_value": (400,),
+    "not_supported": (400,),
+    "unsupported_method": (400,),
+    "unsupported_init_method": (400, 404),
+    "unsupported_combination": (400,),
+    "rank_too_large": (400,),
+    "invalid_training_file": (400,),
+    "invalid_validation_file": (400,),
+    "invalid_file_purpose": (400,),
+    "file_in_use": (400,),
+    "file_expired": (400,),
+    "invalid_job_state": (400,),
+    "adapter_not_ready": (400,),
+    "model_not_deletable": (400,),
+    "integration_not_configured": (400,),
+    "idempotency_key_reused": (400,),
+    "idempotency_in_progress": (409,),
+    "file_too_large": (413,),
+    "request_too_large": (413,),
+    "range_not_satisfiable": (416,),
+    "insufficient_storage": (429,),
+    "internal_error": (500,),
+    "not_ready": (503,),
+}
+
+
+def status_of(refusal: Refusal) -> int:
+    """The HTTP status of a refusal: its class decides."""
+    return next(STATUS[kind] for kind in type(refusal).__mro__ if kind in STATUS)
+
+
+def error_body(message: str, *, code: str, status: int, param: str | None = None) -> dict[str, dict[str, str | None]]:
+    """The one shape of every answer that is not a success."""
+    kind = "server_error" if status >= 500 else "insufficient_quota" if status == 429 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def respond(refusal: Refusal, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """A refusal as a response; what a retry may hope for stands in the headers."""
+    status = status_of(refusal)
+    advice: dict[str, str] = {}
+    if status == 409:
+        advice = {"retry-after-ms": "500"}
+    elif status == 429:
+        advice = {"x-should-retry": "false"}
+    elif status == 503:
+        advice = {"retry-after": "2"}
+    elif status == 401:
+        advice = {"www-authenticate": "Bearer"}
+    body = error_body(refusal.message, code=refusal.code, status=status, param=refusal.param)
+    return JSONResponse(body, status_code=status, headers={**advice, **(headers or {})})
+
+
+def install(app: FastAPI) -> None:
+    """Every way to fail, in our shape. Unhandled exceptions are the request log's (api.envelope)."""
+
+    @app.exception_handler(Refusal)
+    def refused(_: Request, error: Refusal) -> JSONResponse:
+        return respond(error)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        fault = first_fault(error.errors(), error.body)
+        return respond(BadRequest(fault.message, code=fault.code, param=fault.param))
+
+    @app.exception_handler(HTTPException)
+    def refused_by_framework(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, Refusal):  # raised while the body was being read
+            return respond(error.__cause__)
+        if error.status_code in (404, 405):
+            return _no_such_route(request, error)
+        return respond(BadRequest(f"The body could not be read: {error.detail}.", code="invalid_json"))
+
+    @app.exception_handler(DataError)
+    @app.exception_handler(UnicodeEncodeError)
+    def unstorable(_: Request, error: Exception) -> JSONResponse:
+        logs.get_logger(__name__).info("unstorable_text", error=type(error).__name__)
+        message = "The request holds text that cannot be stored (a NUL character or half a surrogate pair)."
+        return respond(BadRequest(message, code="invalid_value"))
+
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(PoolTimeout)
+    def database_down(_: Request, error: Exception) -> JSONResponse:
+        logs.get_logger(__name__).warning("database_unavailable", error=str(error))
+        return respond(Unavailable("The database cannot be reached; try again shortly.", code="not_ready"))
+
+
+def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
+    routes: Table = request.app.state.table
+    later = planned(request.method, request.url.path, routes)
+    if later is not None:
+        return respond(later)
+    verbs = routes.verbs(request.url.path)
+    if error.status_code == 405 or verbs:
+        allowed = ", ".join(sorted(verbs))
+        message = f"{request.method} is not possible on {request.url.path}. Possible: {allowed}."
+        return respond(WrongVerb(message, code="method_not_allowed"), {"allow": allowed})
+    known = ", ".join(routes.paths())
+    message = f"{request.method} {request.url.path} does not exist. Routes: {known}."
+    return respond(NotFound(message, code="unsupported_endpoint"))

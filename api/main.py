@@ -1,0 +1,71 @@
+"""The web application: routers, the one error shape, the envelope around every request.
+
+Nothing happens at import. Settings are read when the application is made; the database is touched
+when the first request needs it.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from api import errors
+from api.core import logs
+from api.core.settings import get_settings
+from api.envelope import Envelope
+from api.offered import Table
+from api.routes import files, health, jobs, models
+from api.schemas.wire import ErrorBody
+
+ROUTERS = (files.router, jobs.router, models.router, health.router)
+DOCUMENTED = (400, 401, 404, 413, 429, 500, 503)
+
+
+@asynccontextmanager
+async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
+    logs.get_logger(__name__).info("started", version=version("lorainit"))
+    yield
+    logs.get_logger(__name__).info("stopped")
+
+
+def create_app() -> FastAPI:
+    """The application, from the settings in effect."""
+    app = FastAPI(
+        title="Lorainit",
+        version=version("lorainit"),
+        description="LoRA fine-tuning as a service; the OpenAI fine-tuning API with the initialization as a choice.",
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        responses={status: {"model": ErrorBody} for status in DOCUMENTED},
+    )
+    for router in ROUTERS:
+        app.include_router(router)
+    app.state.table = Table(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
+    app.add_middleware(Envelope, settings=get_settings())
+    errors.install(app)
+    _document(app)
+    return app
+
+
+def _document(app: FastAPI) -> None:
+    """An OpenAPI document that tells the truth: this API never answers 422."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        bearer = {"type": "http", "scheme": "bearer"}
+        document["components"]["securitySchemes"] = {"key": bearer}
+        document["security"] = [{"key": []}]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,53 @@
+"""Which routes there are, and what is said about those there are not (yet)."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from starlette.routing import Match, Route
+
+from api.core.errors import InvalidValue
+
+# Planned for later releases; a pattern per feature and the sentence that names it.
+_JOB = r"/v1/fine_tuning/jobs/[^/]+"
+PLANNED: Sequence[tuple[re.Pattern[str], str]] = [
+    (re.compile(pattern), feature)
+    for pattern, feature in (
+        (r"/v1/uploads(/.*)?", "Uploading in parts"),
+        (r"/v1/fine_tuning/jobs/plan", "Planning a job"),
+        (rf"{_JOB}/(pause|resume)", "Pausing and resuming jobs"),
+        (rf"{_JOB}/metrics", "The metrics series of a job"),
+        (rf"{_JOB}/events/stream", "Streaming events"),
+        (r"/v1/experiments(/.*)?", "Experiments"),
+        (r"/v1/(chat/)?completions", "Chat with a fine-tuned model"),
+        (r"/v1/webhook_(endpoints|event_types)(/.*)?", "Webhooks"),
+        (r"/v1/organization/.*", "Administration over HTTP"),
+    )
+]
+
+
+class Table:
+    """The application's own routes, readable."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = list(routes)
+
+    def verbs(self, path: str) -> set[str]:
+        """The verbs that some route takes on `path`."""
+        scope = {"type": "http", "path": path, "root_path": "", "method": "GET"}
+        hits = (route for route in self.routes if route.matches(scope)[0] is not Match.NONE)
+        return {verb for route in hits for verb in route.methods or ()}
+
+    def paths(self) -> list[str]:
+        """Every route as `VERB path`, sorted by path."""
+        lines = ((route.path, verb) for route in self.routes for verb in route.methods or () if verb != "HEAD")
+        return [f"{verb} {path}" for path, verb in sorted(lines)]
+
+
+def planned(verb: str, path: str, routes: Table) -> InvalidValue | None:
+    """The refusal for a route of a later release; None when it is none."""
+    for pattern, feature in PLANNED:
+        if pattern.fullmatch(path) and verb not in routes.verbs(path):
+            return InvalidValue(
+                f"{feature} ({verb} {path}) is planned and not offered by this release.", code="not_supported"
+            )
+    return None

@@ -1,0 +1,73 @@
+"""Bytes over HTTP: one file with ETag, ranges and conditions, never encoded on the way."""
+
+import base64
+import re
+from typing import Literal
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+
+from api.core import files
+from api.core.models import File
+from api.core.storage import Storage
+from api.errors import OutOfRange, respond
+
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+
+def download(
+    request: Request, storage: Storage, file: File, *, media_type: str, name: str, digest: bool = False
+) -> Response:
+    """Answer a GET or HEAD for the bytes of `file`."""
+    etag = f'"{file.sha256}"'
+    headers = {
+        "etag": etag,
+        "accept-ranges": "bytes",
+        "content-type": media_type,
+        "content-disposition": f'attachment; filename="{_ascii(name)}"',
+    }
+    if digest:
+        headers["repr-digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(file.sha256)).decode()}:"
+    if _matches(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=headers)
+    span = _span(request, etag, file.bytes)
+    if span == "outside":
+        text = f"Range {request.headers['range']!r} lies outside the {file.bytes} bytes of this file."
+        refusal = OutOfRange(text, code="range_not_satisfiable", param="Range")
+        return respond(refusal, {"content-range": f"bytes */{file.bytes}"})
+    start, end = (0, file.bytes) if span is None else span
+    headers["content-length"] = str(end - start)
+    if span is not None:
+        headers["content-range"] = f"bytes {start}-{end - 1}/{file.bytes}"
+    status = 200 if span is None else 206
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers)
+    chunks = files.stream(storage, file, start=start, end=end)
+    return StreamingResponse(chunks, status_code=status, headers=headers)
+
+
+def _span(request: Request, etag: str, size: int) -> tuple[int, int] | Literal["outside"] | None:
+    """[start, end) of the one range asked for; None = everything."""
+    condition = request.headers.get("if-range")
+    wanted = _RANGE.fullmatch(request.headers.get("range", "").strip())
+    if wanted is None or wanted[0] == "bytes=-" or (condition is not None and condition.strip() != etag):
+        return None  # none, several or malformed ranges, or a copy of other bytes
+    first, last = wanted[1], wanted[2]
+    if first == "":
+        start, end = max(0, size - int(last)), size
+    else:
+        start, end = int(first), min(size, int(last) + 1) if last else size
+        if last and int(last) < start:
+            return None
+    return (start, end) if start < end else "outside"
+
+
+def _matches(condition: str | None, etag: str) -> bool:
+    if condition is None:
+        return False
+    tags = [tag.strip().removeprefix("W/") for tag in condition.split(",")]
+    return "*" in tags or etag in tags
+
+
+def _ascii(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9 ._()+-]", "_", name)

@@ -1,0 +1,90 @@
+"""Files: upload, list, look, delete, read."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, BackgroundTasks, Query, Request
+from fastapi.responses import Response
+
+from api.core import files
+from api.core.errors import NotFound
+from api.core.idempotency import once
+from api.core.settings import get_settings
+from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.routes.download import download
+from api.routes.query import After, Empty, Limit10000
+from api.routes.upload import SCHEMA, UploadDep
+from api.schemas.file import FileObject, file_object, fingerprint_of
+from api.schemas.wire import Deleted, Page, listed
+
+router = APIRouter(prefix="/v1", tags=["files"])
+
+
+@router.post("/files", openapi_extra=SCHEMA, response_model=FileObject)
+def create(upload: UploadDep, attempt: AttemptDep, session: Writing, storage: StorageDep, reply: Response) -> Any:
+    """Store a file. Its rows are checked afterwards: `status` is `uploaded` until then."""
+    project, about = attempt.caller.project_id, {"purpose": upload.purpose, "filename": upload.filename}
+    stored = files.store(storage, upload.stream, project_id=project, limit=get_settings().max_upload_bytes)
+
+    def make() -> tuple[str, dict[str, Any]]:
+        file = files.add(session, stored, project_id=project, lifetime=upload.lifetime, **about)
+        return file.id, file_object(file).model_dump()
+
+    def again(file_id: str) -> dict[str, Any] | None:
+        try:
+            return file_object(files.find(session, project, file_id)).model_dump()
+        except NotFound:
+            return None
+
+    with files.removed_on_error(storage, stored):
+        content = fingerprint_of(stored, lifetime=upload.lifetime, **about)
+        outcome = once(session, attempt, content, make=make, again=again)
+        session.commit()
+    if outcome.replayed:
+        storage.delete(stored.storage_key)
+        reply.headers["idempotency-replayed"] = "true"
+    return outcome.body
+
+
+@router.get("/files")
+def list_files(
+    caller: CallerDep,
+    session: Reading,
+    after: After = None,
+    limit: Limit10000 = None,
+    purpose: Annotated[str | None, Empty, Query()] = None,
+    order: Annotated[Literal["asc", "desc"] | None, Empty, Query()] = None,
+) -> Page[FileObject]:
+    """Files of the project, newest first."""
+    rows, more = files.page(
+        session, caller.project_id, after=after, limit=limit or 10_000, purpose=purpose, order=order or "desc"
+    )
+    return listed([file_object(row) for row in rows], has_more=more)
+
+
+@router.get("/files/{file_id}")
+def retrieve(file_id: str, caller: CallerDep, session: Reading) -> FileObject:
+    """One file."""
+    return file_object(files.find(session, caller.project_id, file_id))
+
+
+@router.delete("/files/{file_id}")
+def delete(
+    file_id: str, attempt: AttemptDep, session: Writing, storage: StorageDep, background: BackgroundTasks
+) -> Deleted:
+    """Delete a file that no open job and no model needs."""
+    key = files.delete(session, attempt, file_id)
+    session.commit()
+    if key is not None:
+        background.add_task(storage.delete, key)
+    return Deleted(id=file_id, object="file")
+
+
+@router.head("/files/{file_id}/content", include_in_schema=False)
+@router.get("/files/{file_id}/content", response_class=Response)
+def content(file_id: str, request: Request, caller: CallerDep, session: Reading, storage: StorageDep) -> Response:
+    """Exactly the uploaded bytes; ranges and conditions are honoured."""
+    file = files.readable(session, caller.project_id, file_id)
+    kind = "text/csv; charset=utf-8" if file.filename.endswith(".csv") else "application/octet-stream"
+    if file.purpose != "fine-tune-results":
+        kind = "application/octet-stream"
+    return download(request, storage, file, media_type=kind, name=file.filename)

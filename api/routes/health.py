@@ -1,0 +1,62 @@
+"""Is the process alive, and can it do its work? Outside /v1, without a key."""
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from api.core import logs, migrate, workers
+from api.core.db import get_engine, session_scope
+from api.core.settings import get_settings
+from api.core.storage import get_storage
+
+router = APIRouter(tags=["health"])
+REMEMBERED_SECONDS = 5.0
+_remembered: dict[str, tuple[float, bool]] = {}
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process runs. Looks at nothing else."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+def readyz() -> JSONResponse:
+    """Jobs can be accepted. No worker, and no broker, is still ready: the rows wait."""
+    checks: dict[str, Any] = {"database": "ok", "storage": "ok", "queue": "ok", "migrations": "ok", "workers": 0}
+    try:
+        with session_scope(read_only=True) as session:
+            checks["workers"] = workers.online(session)
+        if not _lately("migrations", lambda: migrate.is_current(get_engine())):
+            checks["migrations"] = "missing"
+    except Exception as error:
+        logs.get_logger(__name__).warning("database_unavailable", error=str(error))
+        checks |= {"database": "unreachable", "migrations": "unknown"}
+    if not _lately("storage", _storage_works):
+        checks["storage"] = "unreachable"
+    if get_settings().broker_url is None:
+        checks["queue"] = "not configured"
+    ready = (checks["database"], checks["migrations"], checks["storage"]) == ("ok", "ok", "ok")
+    body = {"status": "ready" if ready else "not ready", "version": version("lorainit"), "checks": checks}
+    return JSONResponse(body, status_code=200 if ready else 503)
+
+
+def _storage_works() -> bool:
+    try:
+        get_storage().probe()
+    except Exception as error:
+        logs.get_logger(__name__).warning("storage_unavailable", error=str(error))
+        return False
+    return True
+
+
+def _lately(name: str, look: Any) -> bool:
+    """What `look` found within the last few seconds."""
+    at, found = _remembered.get(name, (0.0, False))
+    if not at or time.monotonic() - at > REMEMBERED_SECONDS:
+        found = bool(look())
+        _remembered[name] = (time.monotonic(), found)
+    return found

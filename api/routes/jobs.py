@@ -1,0 +1,144 @@
+"""Fine-tuning jobs: order, list, look, cancel, follow, fetch the adapter."""
+
+import re
+from typing import Annotated, Any
+
+from fastapi import APIRouter, BackgroundTasks, Query, Request
+from fastapi.responses import Response
+
+from api.core import admission, checkpoints, events, jobs, logs, lookup, queue, results
+from api.core.db import session_scope
+from api.core.errors import InvalidValue
+from api.core.idempotency import once
+from api.core.submit import submit
+from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.routes.download import download
+from api.routes.query import After, Empty, Limit100, Limit1000
+from api.schemas.event import CheckpointObject, EventObject, checkpoint_object, event_object
+from api.schemas.job import JobObject, job_object
+from api.schemas.job_request import JobRequest
+from api.schemas.wire import Page, listed
+
+router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"])
+JOBS = "/fine_tuning/jobs"
+_METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+
+
+@router.post(JOBS, response_model=JobObject)
+def create(
+    body: JobRequest, attempt: AttemptDep, session: Writing, background: BackgroundTasks, reply: Response
+) -> Any:
+    """Order a job. The answer never waits for files to be checked or for a worker."""
+    project = attempt.caller.project_id
+
+    def make() -> tuple[str, dict[str, Any]]:
+        job = submit(session, project, body.order())
+        return job.id, _shown(session, project, job.id)
+
+    content = body.model_dump(mode="json", exclude_unset=True)
+    outcome = once(session, attempt, content, make=make, again=lambda job_id: _shown(session, project, job_id))
+    session.commit()
+    background.add_task(announce, outcome.object_id)
+    if outcome.replayed:
+        reply.headers["idempotency-replayed"] = "true"
+    return outcome.body
+
+
+@router.get(JOBS)
+def list_jobs(
+    request: Request, caller: CallerDep, session: Reading, after: After = None, limit: Limit100 = None
+) -> Page[JobObject]:
+    """Jobs of the project, newest first; `metadata[key]=value` filters."""
+    pairs, unlabelled = _filter(request)
+    rows, more = lookup.page(
+        session, caller.project_id, after=after, limit=limit or 20, metadata=pairs, unlabelled=unlabelled
+    )
+    return listed([job_object(sight) for sight in lookup.sights(session, rows)], has_more=more)
+
+
+@router.get(JOBS + "/{fine_tuning_job_id}")
+def retrieve(fine_tuning_job_id: str, caller: CallerDep, session: Reading) -> JobObject:
+    """One job, from the database alone."""
+    return job_object(lookup.sight(session, lookup.find(session, caller.project_id, fine_tuning_job_id)))
+
+
+@router.post(JOBS + "/{fine_tuning_job_id}/cancel")
+def cancel(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobObject:
+    """Cancel at once and for good; a cancelled job stays cancelled."""
+    job = jobs.cancel(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
+    answer = job_object(lookup.sight(session, job))
+    session.commit()
+    return answer
+
+
+@router.get(JOBS + "/{fine_tuning_job_id}/events")
+def list_events(
+    fine_tuning_job_id: str, caller: CallerDep, session: Reading, after: After = None, limit: Limit1000 = None
+) -> Page[EventObject]:
+    """The story of a job, newest first."""
+    job = lookup.find(session, caller.project_id, fine_tuning_job_id)
+    rows, more = events.page(session, job.id, after=after, limit=limit or 20)
+    return listed([event_object(row) for row in rows], has_more=more)
+
+
+@router.get(JOBS + "/{fine_tuning_job_id}/checkpoints")
+def list_checkpoints(
+    fine_tuning_job_id: str, caller: CallerDep, session: Reading, after: After = None, limit: Limit100 = None
+) -> Page[CheckpointObject]:
+    """Stored checkpoints, newest first."""
+    job = lookup.find(session, caller.project_id, fine_tuning_job_id)
+    rows, more = checkpoints.page(session, job.id, after=after, limit=limit or 10)
+    stored = results.files_of(session, rows)
+    return listed([checkpoint_object(row, stored[row.file_id]) for row in rows], has_more=more)
+
+
+@router.head(JOBS + "/{fine_tuning_job_id}/adapter", include_in_schema=False)
+@router.get(JOBS + "/{fine_tuning_job_id}/adapter", response_class=Response)
+def adapter(
+    fine_tuning_job_id: str,
+    request: Request,
+    caller: CallerDep,
+    session: Reading,
+    storage: StorageDep,
+    checkpoint: Annotated[str | None, Empty, Query(description="Id or step of a checkpoint.")] = None,
+) -> Response:
+    """The trained adapter as one tar; loads with stock PEFT on the untouched base."""
+    job = lookup.find(session, caller.project_id, fine_tuning_job_id)
+    file = results.tar(session, job, checkpoint=checkpoint)
+    return download(request, storage, file, media_type="application/x-tar", name=f"{job.id}.tar", digest=True)
+
+
+def _shown(session: Writing, project_id: str, job_id: str) -> dict[str, Any]:
+    return job_object(lookup.sight(session, lookup.find(session, project_id, job_id))).model_dump(mode="json")
+
+
+def _filter(request: Request) -> tuple[dict[str, str], bool]:
+    """The metadata pairs of a list, and whether jobs without metadata are wanted."""
+    items = [(key, value) for key, value in request.query_params.multi_items() if key.startswith("metadata")]
+    pairs = {match[1]: value for key, value in items if (match := _METADATA.fullmatch(key))}
+    plain = [value for key, value in items if key == "metadata" and value != ""]
+    if plain and (pairs or plain != ["null"]):
+        raise InvalidValue(
+            f"metadata must be 'null' or pairs metadata[key]=value, not both (got {plain[0]!r}).",
+            code="invalid_value",
+            param="metadata",
+        )
+    return pairs, bool(plain)
+
+
+def announce(job_id: str) -> None:
+    """Admit a new job if its files are known, then ring. The reconciler does both if this fails."""
+    log = logs.get_logger(__name__).bind(job_id=job_id)
+    try:
+        with session_scope() as session:
+            verdict = admission.consider(session, job_id)
+            session.commit()
+        if verdict == "queued":
+            queue.ring(job_id)
+            with session_scope() as session:
+                admission.mark_rung(session, job_id)
+                session.commit()
+    except queue.BrokerUnavailable as error:
+        log.warning("broker_unavailable", error=str(error))
+    except Exception:
+        log.exception("announce_failed")

@@ -1,0 +1,60 @@
+"""Models: bases, finished adapters, checkpoints; and the catalogue of initializations."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, BackgroundTasks, Query
+
+from api.core import catalogue, registry
+from api.core.errors import NotFound
+from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.routes.query import Empty
+from api.schemas.model import MethodObject, ModelList, ModelObject, method_object, model_object
+from api.schemas.wire import Deleted, Page, listed
+from lorainit.spec import INITS
+
+router = APIRouter(prefix="/v1", tags=["models"])
+Base = Annotated[str | None, Empty, Query(description="A base model: fills in rates and availability.")]
+Rank = Annotated[int | None, Empty, Query(ge=1, le=1024)]
+
+
+@router.get("/models")
+def list_models(caller: CallerDep, session: Reading) -> ModelList:
+    """Every base, then this project's adapters, newest first."""
+    rows = [model_object(model) for model in registry.every(session, caller.project_id)]
+    return ModelList(data=rows, first_id=rows[0].id if rows else None, last_id=rows[-1].id if rows else None)
+
+
+# A hub name has a slash, raw or encoded: nothing may live below a model's name.
+@router.get("/models/{model:path}")
+def retrieve(model: str, caller: CallerDep, session: Reading) -> ModelObject:
+    """One model by its name."""
+    return model_object(registry.find(session, caller.project_id, model))
+
+
+@router.delete("/models/{model:path}")
+def delete(
+    model: str, attempt: AttemptDep, session: Writing, storage: StorageDep, background: BackgroundTasks
+) -> Deleted:
+    """Delete an adapter with its checkpoints, or one checkpoint. The job stays."""
+    keys = registry.delete(session, attempt, model)
+    session.commit()
+    for key in keys:
+        background.add_task(storage.delete, key)
+    return Deleted(id=model, object="model")
+
+
+@router.get("/lora/methods")
+def list_methods(_: CallerDep, model: Base = None, r: Rank = None) -> Page[MethodObject]:
+    """Every initialization this server offers, with its parameters as JSON Schema."""
+    entry = catalogue.require(model) if model else None
+    return listed([method_object(name, entry=entry, r=r or 16) for name in INITS], has_more=False)
+
+
+@router.get("/lora/methods/{method}")
+def retrieve_method(method: str, _: CallerDep, model: Base = None, r: Rank = None) -> MethodObject:
+    """One initialization."""
+    entry = catalogue.require(model) if model else None
+    if method not in INITS:
+        text = f"There is no initialization {method!r}. Available: {', '.join(INITS)}."
+        raise NotFound(text, code="unsupported_init_method", param="method")
+    return method_object(method, entry=entry, r=r or 16)

@@ -1,0 +1,114 @@
+"""The multipart body of `POST /v1/files`: authenticated first, then spooled to disk, never in memory."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import PureWindowsPath
+from typing import Annotated, Any, BinaryIO
+
+from fastapi import Depends, Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from api.core.errors import InvalidValue
+from api.core.files import UPLOADABLE
+from api.deps import CallerDep
+from api.errors import BadRequest
+
+FIELD_BYTES = 64 * 1024
+LIFETIME = (3600, 2_592_000)
+_FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
+
+SCHEMA: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+                        "purpose": {"enum": list(UPLOADABLE)},
+                        "expires_after[anchor]": {"const": "created_at"},
+                        "expires_after[seconds]": {"type": "integer", "minimum": LIFETIME[0], "maximum": LIFETIME[1]},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A complete upload, in a temporary file."""
+
+    stream: BinaryIO
+    filename: str
+    purpose: str
+    lifetime: int | None
+
+
+async def _upload(request: Request, _caller: CallerDep) -> AsyncIterator[Upload]:
+    try:
+        form = await request.form(max_files=1, max_fields=8, max_part_size=FIELD_BYTES)
+    except HTTPException as error:
+        text = f"file: the upload could not be read: {error.detail}"
+        raise BadRequest(text, code="invalid_value", param="file") from error
+    async with form_closed(form):
+        yield _read(form)
+
+
+class form_closed:  # noqa: N801  (a context manager)
+    """Close the temporary files of a form, whatever happens."""
+
+    def __init__(self, form: FormData) -> None:
+        self.form = form
+
+    async def __aenter__(self) -> None:
+        return
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.form.close()
+
+
+def _read(form: FormData) -> Upload:
+    for name in form:
+        if name not in _FIELDS:
+            raise BadRequest(f"{name} is not a known field.", code="unknown_parameter", param=name)
+    file, purpose = form.get("file"), form.get("purpose")
+    for name, value in (("file", file), ("purpose", purpose)):
+        if value is None:
+            raise BadRequest(f"{name} is required.", code="missing_required_parameter", param=name)
+    if not isinstance(file, UploadFile):
+        raise BadRequest("file must be a file part, with a file name.", code="invalid_type", param="file")
+    if purpose not in UPLOADABLE:
+        text = f"purpose must be one of {', '.join(UPLOADABLE)} (got {purpose!r})."
+        raise InvalidValue(text, code="invalid_value", param="purpose")
+    return Upload(file.file, _filename(file.filename), str(purpose), _lifetime(form))
+
+
+def _filename(given: str | None) -> str:
+    name = PureWindowsPath(given or "").name  # knows both separators
+    if not 1 <= len(name) <= 255 or "\x00" in name:
+        text = f"file: its name must have 1 to 255 characters (got {len(name)})."
+        raise InvalidValue(text, code="invalid_value", param="file")
+    return name
+
+
+def _lifetime(form: FormData) -> int | None:
+    anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        text = f"expires_after[anchor] must be 'created_at' (got {anchor!r})."
+        raise InvalidValue(text, code="invalid_value", param="expires_after[anchor]")
+    text = str(seconds)
+    if not (text.isascii() and text.isdecimal() and LIFETIME[0] <= int(text[:12]) <= LIFETIME[1]):
+        text = f"expires_after[seconds] must be an integer from {LIFETIME[0]} to {LIFETIME[1]} (got {seconds!r})."
+        raise InvalidValue(text, code="invalid_value", param="expires_after[seconds]")
+    return int(text)
+
+
+UploadDep = Annotated[Upload, Depends(_upload)]

@@ -1,0 +1,187 @@
+"""The job object. Every field is always there; what has no value yet is null."""
+
+from typing import Any, Literal
+
+from api.core import catalogue
+from api.core.lookup import Result, Sight
+from api.core.models import Job
+from api.core.settings import get_settings
+from api.core.submit import PRIORITIES
+from api.schemas.wire import Element, Wire, finite, unix, unix_or_none
+from lorainit.spec import Lora
+
+PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
+_NO_RESUME = {
+    "validating_files": "the job has not started",
+    "queued": "the job has not started",
+    "running": "the job is running",
+    "succeeded": "the job has succeeded",
+    "cancelled": "a cancelled job cannot be resumed",
+    "failed": "resuming failed jobs is not offered by this release",
+}
+
+
+class JobError(Wire):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class Progress(Wire):
+    """How far a run is; `percent` is over the whole job."""
+
+    stage: str = "loading"
+    percent: float | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: float | None = None
+    tokens_seen: int | None = None
+    tokens_per_second: float | None = None
+    elapsed_seconds: float | None = None
+    remaining_seconds: float | None = None
+    updated_at: int | None = None
+
+
+class Resume(Wire):
+    """Whether the job can be resumed, and if not, why."""
+
+    possible: bool
+    from_step: int | None
+    reason: str | None
+
+
+class AdapterObject(Wire):
+    """The finished adapter and the File that holds it."""
+
+    file_id: str
+    bytes: int
+    format: Literal["peft"] = "peft"
+    r: int
+    base_model: str
+    sha256: str
+
+
+class JobObject(Element):
+    """A fine-tuning job."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    finished_at: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: str
+    training_file: str
+    validation_file: str | None
+    result_files: list[str]
+    trained_tokens: int | None
+    hyperparameters: dict[str, Any]
+    method: dict[str, Any]
+    seed: int
+    error: JobError | None
+    estimated_finish: int | None
+    integrations: list[Any]
+    metadata: dict[str, str] | None
+    user_provided_suffix: str | None
+    project_id: str
+    priority: str
+    on_row_error: str
+    deterministic: bool
+    experiment_id: str | None
+    queue_position: int | None
+    queue_reason: str | None
+    estimated_start: int | None
+    resume: Resume
+    progress: Progress | None
+    lora: dict[str, Any]
+    init_report: dict[str, Any] | None
+    export_check: dict[str, Any] | None
+    resources: dict[str, Any] | None
+    adapter: AdapterObject | None
+
+
+def job_object(sight: Sight) -> JobObject:
+    """A row and what belongs to it, as the caller sees it."""
+    job, training = sight.job, finite(sight.job.recipe["training"])
+    progress = Progress.model_validate(finite(job.progress)) if job.progress else None
+    return JobObject(
+        id=job.id,
+        created_at=unix(job.created_at),
+        finished_at=unix_or_none(job.finished_at),
+        model=job.model,
+        fine_tuned_model=sight.result.adapter.name if sight.result else None,
+        organization_id=f"org-{get_settings().organization}",
+        status=job.status,
+        training_file=job.training_file_id,
+        validation_file=job.validation_file_id,
+        result_files=[job.result_file_id] if job.result_file_id else [],
+        trained_tokens=job.trained_tokens,
+        hyperparameters=training,
+        method={"type": "supervised", "supervised": {"hyperparameters": training, "auto": _choices(job, "method.")}},
+        seed=job.seed,
+        error=JobError.model_validate(job.error) if job.error else None,
+        estimated_finish=_finish(job, progress),
+        integrations=job.integrations,
+        metadata=job.labels,
+        user_provided_suffix=job.suffix,
+        project_id=job.project_id,
+        priority=PRIORITY_NAMES[job.priority],
+        on_row_error=job.on_row_error,
+        deterministic=job.deterministic,
+        experiment_id=None,
+        queue_position=sight.place.position if sight.place else None,
+        queue_reason=sight.place.reason if sight.place else None,
+        estimated_start=None,
+        resume=Resume(possible=False, from_step=None, reason=_NO_RESUME[job.status]),
+        progress=progress,
+        lora=_lora(job),
+        init_report=finite(job.init_report),
+        export_check=finite(job.export_check),
+        resources=finite(job.resources),
+        adapter=_adapter(job, sight.result) if sight.result else None,
+    )
+
+
+def _choices(job: Job, prefix: str) -> list[Any]:
+    return [choice for choice in job.choices if choice["param"].startswith(prefix)]
+
+
+def _lora(job: Job) -> dict[str, Any]:
+    """The resolved adapter: what was asked for, what it comes to, and what we chose."""
+    lora, entry = Lora.model_validate(job.recipe["lora"]), catalogue.find(job.model)
+    modules, parameters = catalogue.size(lora, entry) if entry else (None, None)
+    plan = job.plan or {}
+    init = {**job.recipe["lora"]["init"]}
+    if init.get("seed") is None:
+        init["seed"] = job.seed
+    return {
+        **job.recipe["lora"],
+        "init": init,
+        "scaling": lora.scaling,
+        "rank_pattern": {},
+        "modules": plan.get("modules", modules),
+        "trainable_parameters": plan.get("trainable_parameters", parameters),
+        "auto": _choices(job, "lora."),
+    }
+
+
+def _finish(job: Job, progress: Progress | None) -> int | None:
+    if job.status != "running" or progress is None or progress.remaining_seconds is None:
+        return None
+    return int((progress.updated_at or unix(job.created_at)) + progress.remaining_seconds)
+
+
+def _adapter(job: Job, result: Result) -> AdapterObject | None:
+    if result.adapter.deleted_at is not None:
+        return None
+    entry = catalogue.find(job.model)
+    return AdapterObject(
+        file_id=result.file.id,
+        bytes=result.file.bytes,
+        r=result.adapter.rank,
+        base_model=entry.root if entry else job.model,
+        sha256=result.file.sha256,
+    )

@@ -1,0 +1,124 @@
+"""The body of `POST /v1/fine_tuning/jobs`: OpenAI's fields and ours, strict and closed."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from api.core.submit import Order
+from lorainit.spec import Hyperparameters, Lora, Seed, Strict
+
+MAX_MULTIPLIER = 100.0
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]+$")]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
+LabelValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
+
+
+class Supervised(Strict):
+    """`method.supervised`."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+    @field_validator("hyperparameters")
+    @classmethod
+    def one_rate(cls, given: Hyperparameters) -> Hyperparameters:
+        """An absolute rate and a multiplier are two answers to one question."""
+        multiplier = given.learning_rate_multiplier
+        if multiplier == "auto":
+            return given
+        if given.learning_rate is not None:
+            text = f"learning_rate_multiplier (got {multiplier:g}) cannot be given together with learning_rate."
+            raise _fault("invalid_value", "learning_rate_multiplier", text)
+        if multiplier > MAX_MULTIPLIER:
+            text = f"learning_rate_multiplier must be at most {MAX_MULTIPLIER:g} (got {multiplier:g})."
+            raise _fault("invalid_value", "learning_rate_multiplier", text)
+        return given
+
+
+class Method(Strict):
+    """`method`: a type and the block of that name."""
+
+    type: Literal["supervised"]
+    supervised: Supervised = Supervised()
+
+    @model_validator(mode="before")
+    @classmethod
+    def offered(cls, data: Any) -> Any:
+        """Name what is never or not yet offered, and refuse a block that belongs to another type."""
+        if not isinstance(data, dict):
+            return data
+        kind = data.get("type")
+        if kind == "reinforcement":
+            raise _fault("unsupported_method", "type", "Method 'reinforcement' is not offered here.")
+        if kind == "dpo":
+            raise _fault("not_supported", "type", "Method 'dpo' is planned and not offered by this release.")
+        for other in ("dpo", "reinforcement"):
+            if data.get(other) is not None:
+                raise _fault("invalid_value", other, f"{other} does not belong to a method of type {kind!r}.")
+        return {key: value for key, value in data.items() if key not in ("dpo", "reinforcement")}
+
+
+class JobRequest(Strict):
+    """A fine-tuning job as ordered. `null` counts as absent everywhere."""
+
+    model: Name = Field(description="Base model: its id or its hub name.")
+    training_file: Name = Field(description="Id of a file with purpose `fine-tune`.")
+    validation_file: Name | None = None
+    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    seed: Seed | None = None
+    metadata: Annotated[dict[Label, LabelValue], Field(max_length=16)] | None = None
+    integrations: list[dict[str, Any]] | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = Field(None, deprecated=True)
+    lora: Lora = Field(Lora(), description="The adapter and its initialization (extension).")
+    priority: Literal["low", "normal", "high"] = "normal"
+    on_row_error: Literal["fail", "skip"] = "fail"
+    deterministic: bool = True
+
+    @field_validator("integrations")
+    @classmethod
+    def none_configured(cls, given: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """There is no integration to configure yet."""
+        if given:
+            kind = given[0].get("type")
+            raise PydanticCustomError(
+                "integration_not_configured", "{text}", {"text": f"integration {kind!r} is not configured here."}
+            )
+        return given
+
+    @field_validator("hyperparameters")
+    @classmethod
+    def one_rate(cls, given: Hyperparameters | None) -> Hyperparameters | None:
+        """The same rule as in the method's block."""
+        return given if given is None else Supervised.one_rate(given)
+
+    @model_validator(mode="after")
+    def one_recipe(self) -> "JobRequest":
+        """The deprecated spelling may repeat the method's block, not contradict it."""
+        legacy = self.hyperparameters
+        if self.method and legacy and legacy.model_dump() != self.method.supervised.hyperparameters.model_dump():
+            text = "hyperparameters and method.supervised.hyperparameters differ: give one of them."
+            raise _fault("invalid_value", "hyperparameters", text)
+        return self
+
+    def order(self) -> Order:
+        """The same, without the wire's spelling."""
+        training = self.method.supervised.hyperparameters if self.method else self.hyperparameters
+        return Order(
+            model=self.model,
+            training_file=self.training_file,
+            validation_file=self.validation_file,
+            suffix=self.suffix,
+            seed=self.seed,
+            metadata=self.metadata,
+            lora=self.lora,
+            training=training or Hyperparameters(),
+            priority=self.priority,
+            on_row_error=self.on_row_error,
+            deterministic=self.deterministic,
+        )
+
+
+def _fault(code: str, param: str, text: str) -> PydanticCustomError:
+    return PydanticCustomError(code, "{text}", {"text": text, "param": param})

@@ -1,0 +1,148 @@
+"""Models and initialization methods as the caller sees them."""
+
+from typing import Any, Literal
+
+from api.core.catalogue import Entry
+from api.core.models import Checkpoint
+from api.core.registry import Model
+from api.schemas.wire import Element, Wire, unix
+from lorainit.resolve import base_learning_rate
+from lorainit.spec import INITS, AnyInit
+
+ModelType = Literal["base", "adapter", "checkpoint"]
+
+
+class ModelLimits(Wire):
+    """What a base can be asked for."""
+
+    max_r: int
+    max_length: int
+    quantization: list[str]
+    methods: list[str]
+    base_learning_rate: float
+    target_modules: list[str]
+
+
+class Capabilities(Wire):
+    """What a model can be used for on this server."""
+
+    fine_tuning: bool
+    chat: bool
+
+
+class ModelObject(Element):
+    """A base model, a finished adapter or a checkpoint."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    shutdown_date: str | None = None
+    type: ModelType
+    parent: str | None
+    root: str | None
+    fine_tuning_job_id: str | None
+    capabilities: Capabilities
+    limits: ModelLimits | None
+
+
+class ModelList(Wire):
+    """All models; this list does not page."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: Literal[False] = False
+
+
+class MethodObject(Element):
+    """An initialization: its facts, its parameters as JSON Schema, what we recommend."""
+
+    id: str
+    object: Literal["lora.method"] = "lora.method"
+    name: str
+    description: str
+    paper: dict[str, str | None] | None
+    available: bool
+    maturity: Literal["stable", "experimental"]
+    needs: list[str]
+    function_preserving: bool
+    offset: Literal["none", "subtract"]
+    export_rank: Literal["r", "2r"]
+    supports: dict[str, Any]
+    parameters: dict[str, Any]
+    recommended: dict[str, Any]
+    base_learning_rate: float | None
+    estimate: dict[str, Any] | None
+
+
+def model_object(model: Model) -> ModelObject:
+    """A base, adapter or checkpoint as the caller sees it."""
+    named = model.named
+    if isinstance(named, Entry):
+        return _base(named)
+    return ModelObject(
+        id=named.name,
+        created=unix(named.created_at),
+        owned_by=named.project_id,
+        type="checkpoint" if isinstance(named, Checkpoint) else "adapter",
+        parent=model.base.id if model.base else None,
+        root=model.base.root if model.base else None,
+        fine_tuning_job_id=named.job_id,
+        capabilities=Capabilities(fine_tuning=False, chat=False),
+        limits=None,
+    )
+
+
+def _base(entry: Entry) -> ModelObject:
+    return ModelObject(
+        id=entry.id,
+        created=entry.created,
+        owned_by="system",
+        type="base",
+        parent=None,
+        root=entry.root,
+        fine_tuning_job_id=None,
+        capabilities=Capabilities(fine_tuning=True, chat=False),
+        limits=ModelLimits(
+            max_r=entry.max_r,
+            max_length=entry.max_length,
+            quantization=[],
+            methods=["supervised"],
+            base_learning_rate=entry.base_learning_rate,
+            target_modules=[target.name for target in entry.targets],
+        ),
+    )
+
+
+def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
+    """A method; rates and availability are filled in for a base and a rank."""
+    kind = INITS[name]
+    facts = kind.facts
+    fits = r >= facts.min_rank and not (facts.even_rank and r % 2) and (entry is None or r <= entry.max_r)
+    return MethodObject(
+        id=name,
+        name=facts.title,
+        description=facts.description,
+        paper={"title": facts.paper, "arxiv": facts.arxiv} if facts.paper else None,
+        available=fits,
+        maturity=facts.maturity,
+        needs=[facts.needs],
+        function_preserving=facts.function_preserving,
+        offset=facts.offset,
+        export_rank="2r" if facts.offset == "subtract" else "r",
+        supports={"quantization": [], "dora": False, "rslora": True},
+        parameters=parameters(kind),
+        recommended={"r": r, "alpha": r, "use_rslora": False, "dropout": 0.0},
+        base_learning_rate=base_learning_rate(entry.reference(), kind.model_validate({"method": name}))
+        if entry
+        else None,
+        estimate=None,
+    )
+
+
+def parameters(kind: type[AnyInit]) -> dict[str, Any]:
+    """The JSON Schema of a method, from the very class that checks requests."""
+    schema = kind.model_json_schema()
+    return {key: schema[key] for key in ("type", "additionalProperties", "properties", "required")}

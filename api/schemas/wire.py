@@ -1,0 +1,85 @@
+"""What every answer has in common: the list envelope, the error, Unix times, numbers JSON can hold."""
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Wire(BaseModel):
+    """An answer: every documented field is present, null where there is no value."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Element(Wire):
+    """An answer that can stand in a list."""
+
+    id: str
+
+
+T = TypeVar("T", bound=Element)
+
+
+class Page(Wire, Generic[T]):
+    """A list. `last_id` and `has_more` are always there: clients page by them."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(Wire):
+    """The answer to a delete."""
+
+    id: str
+    object: Literal["file", "model"]
+    deleted: Literal[True] = True
+
+
+class ErrorDetail(Wire):
+    """What went wrong: a sentence, the kind, the field, a code from the closed list."""
+
+    message: str
+    type: Literal["invalid_request_error", "requests", "insufficient_quota", "server_error"]
+    param: str | None
+    code: str
+
+
+class ErrorBody(Wire):
+    """The one shape of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+def listed(rows: Sequence[T], *, has_more: bool) -> Page[T]:
+    """The envelope around `rows`."""
+    return Page(
+        data=list(rows),
+        first_id=rows[0].id if rows else None,
+        last_id=rows[-1].id if rows else None,
+        has_more=has_more,
+    )
+
+
+def unix(at: datetime) -> int:
+    """Whole seconds since 1970."""
+    return int(at.timestamp())
+
+
+def unix_or_none(at: datetime | None) -> int | None:
+    """Like `unix`, null when there is no time."""
+    return None if at is None else unix(at)
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity replaced by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
