@@ -57,7 +57,7 @@ def warnings(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
 
 def trained(message: dict[str, Any]) -> bool:
     """Whether the loss looks at this message: an assistant turn whose weight is not 0."""
-    return message["role"] == "assistant" and message.get("weight", 1) != 0
+    return bool(message["role"] == "assistant" and message.get("weight", 1) != 0)
 
 
 # --- checks ------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def _tools(row: dict[str, Any]) -> Iterator[Fault]:
 def normalized(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """A valid row in one shape.
 
-    Chat becomes `{"messages", "tools"}`: contents are strings (None beside tool calls), `developer`
-    is `system`, call arguments are parsed JSON (as chat templates expect), and the deprecated
+    Chat becomes `{"messages", "tools"[, "parallel_tool_calls"]}`: contents are strings (None beside
+    tool calls), `developer` is `system`, call arguments are parsed JSON (as chat templates expect), and the deprecated
     `functions`, `function_call` and role `function` are tools and tool calls.
     """
     if kind == "prompt_completion":
@@ -265,7 +265,8 @@ def normalized(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     for index, message in enumerate(row["messages"]):
         messages.append(_normalized_message(message, f"call_{index}", messages))
-    return {"messages": messages, "tools": tools}
+    parallel = {"parallel_tool_calls": row["parallel_tool_calls"]} if "parallel_tool_calls" in row else {}
+    return {"messages": messages, "tools": tools, **parallel}
 
 
 def _normalized_message(message: dict[str, Any], name: str, before: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,1 +1,30 @@
-"""The initializations."""
+"""The initializations: one paper per file, and the table of them, by hand.
+
+A method is a pure function on one layer: `(weight, evidence, *, rank, scale, config, generator) ->
+Factors(A, B)`. `weight` is out×in in float32 (never changed), A is r×in, B is out×r, both float32
+on the weight's device. What a method needs and promises stands beside its parameters in
+`lorainit.spec`.
+"""
+
+from collections.abc import Callable
+
+from lorainit.methods._linalg import Factors
+from lorainit.methods.gaussian import gaussian
+from lorainit.methods.kaiming import kaiming
+from lorainit.methods.loram import loram
+from lorainit.methods.milora import milora
+from lorainit.methods.olora import olora
+from lorainit.methods.orthogonal import orthogonal
+from lorainit.methods.pissa import pissa
+
+METHODS: dict[str, Callable[..., Factors]] = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "pissa": pissa,
+    "milora": milora,
+    "olora": olora,
+    "loram": loram,
+}
+
+__all__ = ["METHODS", "Factors"]

@@ -1,0 +1,189 @@
+"""`python -m lorainit spec.json out/`: the product without the service, and the worker's child.
+
+Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 143 asked to stop.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from pydantic import ValidationError
+
+from lorainit.errors import LorainitError, Stopped
+from lorainit.events import Event, Failed
+from lorainit.spec import RunSpec
+
+FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
+LEASE_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
+
+OnEvent = Callable[[Event], None]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["inspect"]:
+        return _inspect(arguments[1:])
+    args = _parser().parse_args(arguments)
+    if args.events_fd is not None:
+        _die_with_parent()
+    if args.lease:
+        _guard_lease(args.lease)
+    stop = _Stop(args.lease)
+    signal.signal(signal.SIGTERM, stop.ask)
+    spec = _read_spec(args.spec)
+    if spec is None:
+        return WRONG_SPEC
+    if args.events_fd is not None:
+        with os.fdopen(args.events_fd, "w", buffering=1) as stream:
+            return _run(spec, args.out, stop, lambda event: _write(stream, event))
+    from lorainit.progress import Display
+
+    with Display() as display:
+        code = _run(spec, args.out, stop, display.show)
+    display.conclude()
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lorainit",
+        description="Fine-tune a LoRA adapter as a spec file says.",
+        epilog="python -m lorainit inspect SOURCE prints the facts of a base model as JSON.",
+    )
+    parser.add_argument("spec", type=Path, help="the run's spec, a JSON file")
+    parser.add_argument("out", type=Path, help="folder for the adapter, checkpoints and metrics")
+    parser.add_argument("--events-fd", type=int, help="write events as JSON lines to this file descriptor")
+    parser.add_argument("--lease", type=Path, help="file with a CLOCK_MONOTONIC deadline; exit 75 when it is past")
+    return parser
+
+
+def _run(spec: RunSpec, out: Path, stop: "_Stop", on_event: OnEvent) -> int:
+    """Run, and turn every way to end into events, one line on stderr and an exit code."""
+
+    def guarded(event: Event) -> None:
+        stop.check()
+        on_event(event)
+
+    try:
+        from lorainit.run import run  # loads torch: seconds
+
+        run(spec, out, guarded)
+    except (Stopped, KeyboardInterrupt):
+        return STOPPED
+    except LorainitError as error:
+        on_event(Failed(code=error.code, message=error.message, param=error.param))
+        print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201 - this is the command line
+        return FAILED
+    except BrokenPipeError:
+        return STOPPED  # nobody listens any more
+    except Exception:
+        traceback.print_exc()
+        on_event(Failed(code="internal_error", message="The run failed for a reason that is ours, not yours."))
+        return FAILED
+    return 0
+
+
+def _write(stream: TextIO, event: Event) -> None:
+    stream.write(event.model_dump_json() + "\n")
+
+
+def _read_spec(path: Path) -> RunSpec | None:
+    try:
+        return RunSpec.model_validate_json(path.read_bytes())
+    except OSError as error:
+        print(f"{path}: {error.strerror}", file=sys.stderr)  # noqa: T201
+    except ValidationError as error:
+        for fault in error.errors():
+            place = ".".join(str(part) for part in fault["loc"]) or "spec"
+            place = f"{place}.{fault['ctx']['param']}" if "param" in fault.get("ctx", {}) else place
+            print(f"{path}: {place}: {fault['msg']}", file=sys.stderr)  # noqa: T201
+    return None
+
+
+def _inspect(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lorainit inspect", description="Facts of a base model as JSON.")
+    parser.add_argument("source", help="folder, .gguf file, package:<package>/<file> or hub:<owner>/<name>[@<rev>]")
+    parser.add_argument("--cache", type=Path, help="where GGUF files are converted to (default: a temporary folder)")
+    args = parser.parse_args(arguments)
+    from tempfile import TemporaryDirectory
+
+    from lorainit.inspect import inspect
+
+    try:
+        with TemporaryDirectory() as temporary:
+            facts = inspect(args.source, cache=args.cache or Path(temporary))
+    except LorainitError as error:
+        print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201
+        return FAILED
+    print(facts.model_dump_json(indent=2))  # noqa: T201
+    return 0
+
+
+# --- staying on the supervisor's leash ---------------------------------------------------------
+
+
+class _Stop:
+    """What a signal or a lease asks for, checked at every event."""
+
+    def __init__(self, lease: Path | None) -> None:
+        self.asked = False
+        self.lease = lease
+
+    def ask(self, _signum: int, _frame: FrameType | None) -> None:
+        """The signal handler: only remembers."""
+        self.asked = True
+
+    def check(self) -> None:
+        """Exit when the lease is past; raise `Stopped` when somebody asked."""
+        if self.lease and _past(self.lease):
+            _leave()
+        if self.asked:
+            raise Stopped("The run was asked to stop.")
+
+
+def _die_with_parent() -> None:
+    """On Linux, die when the supervisor does, however it dies."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(LEASE_LOST)  # it died before we asked
+
+
+def _guard_lease(lease: Path) -> None:
+    """Watch the lease from a thread, since one layer's SVD may take longer than the lease."""
+
+    def watch() -> None:
+        while not _past(lease):
+            time.sleep(LEASE_SECONDS)
+        _leave()
+
+    threading.Thread(target=watch, name="lease", daemon=True).start()
+
+
+def _past(lease: Path) -> bool:
+    """Whether the deadline is over; a lease that cannot be read protects nobody and counts as over."""
+    try:
+        return time.monotonic() > float(lease.read_text())
+    except (OSError, ValueError):
+        return True
+
+
+def _leave() -> None:
+    os._exit(LEASE_LOST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The download: a plain LoRA in PEFT's file format, whichever method made it, and the proof of it.
+
+An adapter trained in difference form is written as rank 2r: [B, B0]·[A; -A0] at the same scale, so
+it loads on the untouched base without knowing how it was initialized.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorainit.data import Sample
+from lorainit.errors import ExportCheckFailed
+from lorainit.events import Event, Tick
+from lorainit.layer import LoRALinear, adapted
+from lorainit.model import linear_layers, load_model
+
+WEIGHTS = "adapter_model.safetensors"
+MAX_PROMPTS, PROMPT_TOKENS = 16, 64
+# Largest logit difference that is rounding, relative to the largest logit (at least 1).
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
+    """A' and B' with s·B'·A' = the trained difference from the base; rank r or 2r."""
+    A, B = layer.A.detach(), layer.B.detach()
+    if layer.A0 is None or layer.B0 is None:
+        return A, B
+    return torch.cat([A, -layer.A0]), torch.cat([B, layer.B0], dim=1)
+
+
+def plain_alpha(*, r: int, scale: float, rslora: bool) -> float:
+    """The `lora_alpha` that gives this scale at this rank; an integer where it is one."""
+    alpha = scale * (r**0.5 if rslora else r)
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
+
+
+def export(model: nn.Module, folder: Path, *, root: str, rslora: bool) -> int:
+    """Write `adapter_model.safetensors` and `adapter_config.json` into `folder`; return the rank.
+
+    Args:
+        root: the base model's public name, as stock PEFT will look for it.
+    """
+    layers = adapted(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        A, B = plain_factors(layer)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
+    first = next(iter(layers.values()))
+    rank = plain_factors(first)[0].shape[0]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=plain_alpha(r=rank, scale=first.scale, rslora=rslora),  # type: ignore[arg-type]
+        use_rslora=rslora,
+        target_modules=_target_names(model),
+        fan_in_fan_out=isinstance(first.base, Conv1D),
+        base_model_name_or_path=root,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    ).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT keeps a set: no order of its own
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", config)
+    return rank
+
+
+def _target_names(model: nn.Module) -> list[str]:
+    """Suffixes if they name exactly the adapted layers (what other loaders like best), else full names."""
+    names = set(adapted(model))
+    suffixes = {name.rpartition(".")[2] for name in names}
+    everything = {name.removesuffix(".base") for name in linear_layers(model)}
+    matched = {name for name in everything if name.rpartition(".")[2] in suffixes}
+    return sorted(suffixes if matched == names else names)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline; NaN is an error, not a token."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def model_card(folder: Path, *, root: str, method: str, paper: str, rank: int, alpha: float) -> None:
+    """A README.md a model hub understands."""
+    (folder / "README.md").write_text(
+        f"""---
+base_model: {root}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- lorainit
+---
+
+# LoRA adapter for {root}
+
+Initialized with `{method}`{f" ({paper})" if paper else ""}; exported as a plain LoRA of rank {rank}
+(`lora_alpha` {alpha:g}) that loads on the untouched base model:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{root}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+vLLM needs `--max-lora-rank` of at least {rank}. `manifest.json` says exactly what ran, `init_report.json`
+what the initialization did to each layer.
+"""
+    )
+
+
+# --- checking ----------------------------------------------------------------------------------
+
+
+def prompts(samples: Sequence[Sample]) -> list[Tensor]:
+    """The fixed prompts of the check: the beginnings of the first rows of the file."""
+    return [s.ids[:PROMPT_TOKENS].long() for s in samples[:MAX_PROMPTS]]
+
+
+@torch.no_grad()
+def record(model: nn.Module, texts: Sequence[Tensor], *, on_event: Callable[[Event], None]) -> list[Tensor]:
+    """The model's logits on each prompt, one at a time, on the CPU."""
+    device = next(model.parameters()).device
+    logits = []
+    for done, ids in enumerate(texts, start=1):
+        logits.append(model(input_ids=ids[None].to(device)).logits[0].float().cpu())
+        on_event(Tick(done=done, total=len(texts)))
+    return logits
+
+
+def check(
+    base_folder: Path,
+    folder: Path,
+    texts: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    *,
+    source_rank: int,
+    base_sha256: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """Load the exported adapter with stock PEFT on a fresh base and compare with the trained model.
+
+    The trained model should be gone by now: this holds a second copy of the base.
+
+    Returns:
+        The object shown as `job.export_check`; the caller decides with `require`.
+    """
+    base = load_model(base_folder, dtype=dtype, device=device)
+    model = PeftModel.from_pretrained(base, folder)
+    found = record(model.eval(), texts, on_event=on_event)
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    largest = max(float(a.abs().max()) for a in expected)
+    tolerance = TOLERANCE[dtype] * max(1.0, largest)
+    missing = _unread_tensors(model, folder)
+    return {
+        "passed": difference <= tolerance and not missing,
+        "checked_at": int(time.time()),
+        "format": "peft",
+        "source_rank": source_rank,
+        "export_rank": json.loads((folder / "adapter_config.json").read_text())["r"],
+        "recompressed": False,
+        "prompts": len(texts),
+        "max_abs_logit_difference": difference,
+        "tolerance": tolerance,
+        "loaders": [{"name": "peft", "version": version("peft"), "loaded": not missing, "message": missing}],
+        "base_sha256": base_sha256,
+        "adapter_sha256": file_sha256(folder / WEIGHTS),
+    }
+
+
+def _unread_tensors(model: nn.Module, folder: Path) -> str | None:
+    """What the loader left unread: an adapter that trained little would pass on logits alone."""
+    loaded = {n.replace(".default.", "."): p for n, p in model.named_parameters() if ".lora_" in n}
+    stored = load_file(folder / WEIGHTS)
+    for name in sorted(loaded.keys() | stored.keys()):
+        if name not in loaded or name not in stored or not torch.equal(loaded[name].float().cpu(), stored[name]):
+            return f"{name} was not read back as written"
+    return None
+
+
+def require(result: dict[str, Any]) -> None:
+    """Raise `ExportCheckFailed` unless the check passed."""
+    if result["passed"]:
+        return
+    unread = result["loaders"][0]["message"]
+    raise ExportCheckFailed(
+        f"The exported adapter on the untouched base is not the trained model: logits differ by"
+        f" {result['max_abs_logit_difference']:.3g} (tolerance {result['tolerance']:.3g})"
+        + (f"; {unread}." if unread else ".")
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Lower-case hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

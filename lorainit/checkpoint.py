@@ -1,0 +1,160 @@
+"""A point a run can go on from: the adapter as plain PEFT, and the training state without pickles.
+
+Written beside its final place, flushed, then renamed: a checkpoint folder is complete or absent.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorainit.errors import CheckpointMismatch
+from lorainit.layer import LoRALinear, adapted, attach
+from lorainit.methods import Factors
+from lorainit.spec import Lora
+
+STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimizer steps, non-padding tokens, seconds of training."""
+
+    step: int
+    tokens: int
+    seconds: float
+
+
+def write(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    progress: Progress,
+    recipe: dict[str, Any],
+    metrics: Path,
+    write_adapter: Callable[[Path], None],
+) -> None:
+    """Write a complete checkpoint at `folder`.
+
+    Args:
+        recipe: what a run that resumes must share (hashes of spec, data and base).
+        metrics: the run's log so far; it travels along, so no checkpoint is ahead of its metrics.
+        write_adapter: writes the plain adapter into the folder it is given.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        write_adapter(work / "adapter")
+        save_file(_tensors(model, optimizer), work / STATE)
+        (work / FACTS).write_text(json.dumps({**asdict(progress), "recipe": recipe}, indent=2) + "\n")
+        shutil.copyfile(metrics, work / METRICS)
+        work.chmod(0o755)
+        _flush(work)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    for name, layer in adapted(model).items():
+        for key, value in layer.state_dict().items():
+            if not key.startswith("base."):
+                tensors[f"layer.{name}.{key}"] = value.cpu().contiguous()
+        for key in ("A", "B"):
+            state = optimizer.state[getattr(layer, key)]
+            tensors |= {f"{m}.{name}.{key}": state[m].cpu().contiguous() for m in _MOMENTS}
+    return tensors
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- going on ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back; `optimizer` puts its state into a fresh optimizer."""
+
+    folder: Path
+    progress: Progress
+    tensors: dict[str, Tensor]
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Moments and random number generators as they were; the factors are already in the layers."""
+        for name, layer in adapted(model).items():
+            for key in ("A", "B"):
+                parameter = getattr(layer, key)
+                state = {m: self.tensors[f"{m}.{name}.{key}"] for m in _MOMENTS}
+                optimizer.state[parameter] = {
+                    m: value.clone() if m == "step" else value.to(parameter.device) for m, value in state.items()
+                }
+        torch.set_rng_state(self.tensors["rng.cpu"])
+        if torch.cuda.is_available() and "rng.cuda.0" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors["rng.cuda.0"])
+
+
+def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
+    """Read a checkpoint back.
+
+    Raises:
+        CheckpointMismatch: it is incomplete, or another recipe made it; the message says what differs.
+    """
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        tensors = load_file(folder / STATE)
+    except (OSError, ValueError) as error:
+        raise CheckpointMismatch(
+            f"The checkpoint {folder.name} cannot be read: {error}", param="resume_from"
+        ) from error
+    differing = sorted(k for k in recipe.keys() | facts["recipe"].keys() if recipe.get(k) != facts["recipe"].get(k))
+    if differing:
+        raise CheckpointMismatch(
+            f"The checkpoint {folder.name} was made by another recipe: {', '.join(differing)} differ.",
+            param="resume_from",
+        )
+    return Restored(folder, Progress(facts["step"], facts["tokens"], facts["seconds"]), tensors)
+
+
+def attach_layers(model: nn.Module, targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> None:
+    """Attach the checkpoint's factors instead of initializing again."""
+    subtract = lora.method.facts.offset == "subtract"
+    for name, module in targets.items():
+        own = {k: restored.tensors.get(f"layer.{name}.{k}") for k in ("A", "B", "A0", "B0")}
+        A, B, A0, B0 = (None if t is None else t.to(_device(module)) for t in own.values())
+        if A is None or B is None:
+            raise CheckpointMismatch(f"The checkpoint has no factors for {name}.", param="resume_from")
+        start = Factors(A, B) if A0 is None or B0 is None else Factors(A0, B0)
+        layer = LoRALinear(module, start, scale=lora.scaling, subtract=subtract, dropout=lora.dropout)
+        with torch.no_grad():
+            layer.A.copy_(A)
+            layer.B.copy_(B)
+        attach(model, name, layer)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,51 @@
+"""Facts of a base model as JSON: `python -m lorainit inspect SOURCE`. Reads, never loads, the weights."""
+
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+
+from lorainit.layer import weight_of
+from lorainit.model import Group, base_sha256, group_of, linear_layers, load_tokenizer, locate, skeleton
+from lorainit.spec import ModelFacts, Target
+
+
+def inspect(source: str, *, cache: Path) -> ModelFacts:
+    """What a catalogue needs to know of a base model.
+
+    Args:
+        source: as in `BaseModelRef.source`.
+        cache: where a GGUF file is converted to.
+
+    Raises:
+        UnsupportedModel: it cannot be loaded as a causal language model.
+    """
+    location = locate(source, cache=cache)
+    model = skeleton(location.folder)
+    tokenizer = load_tokenizer(location.folder)
+    return ModelFacts(
+        root=_root(source),
+        max_length=location.max_length or tokenizer.model_max_length,
+        chat=tokenizer.chat_template is not None,
+        base_sha256=base_sha256(location.folder),
+        targets=targets(model),
+    )
+
+
+def targets(model: nn.Module) -> list[Target]:
+    """The kinds of linear layers of a model, in order of first appearance."""
+    kinds: Counter[tuple[str, Group, int, int]] = Counter()
+    for name, module in linear_layers(model).items():
+        out, n = weight_of(module).shape
+        kinds[name.rpartition(".")[2], group_of(name), out, n] += 1
+    return [
+        Target(name=name, group=group, out_features=out, in_features=n, count=count)
+        for (name, group, out, n), count in kinds.items()
+    ]
+
+
+def _root(source: str) -> str:
+    if source.startswith("hub:"):
+        return source.removeprefix("hub:").partition("@")[0]
+    name = Path(source).name
+    return name.split(".Q")[0].removesuffix(".gguf") if name.endswith(".gguf") else name

@@ -1,0 +1,87 @@
+"""The adapted layer: a frozen linear map plus the trained low-rank branch, in difference form.
+
+The base weight is never touched, so a disabled adapter is the base model bit for bit, and several
+adapters could share one base. Knows nothing of methods, training or files.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from transformers.pytorch_utils import Conv1D
+
+from lorainit.methods import Factors
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + s·(B·A - B0·A0)·x around a frozen `nn.Linear` or transformers `Conv1D`.
+
+    `A` (r×in) and `B` (out×r) are float32 parameters. With `subtract` the starting factors are kept
+    as float32 buffers `A0`, `B0`; both branches are then one product of rank 2r. The sum is formed
+    in float32 and rounded once to the base's dtype.
+    """
+
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(
+        self, base: nn.Module, factors: Factors, *, scale: float, subtract: bool, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if subtract and dropout:
+            raise ValueError("a dropped branch would no longer cancel the offset")
+        self.base = base
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self.enabled = True
+        # Own copies: what is trained, what is subtracted and what the method returned never alias.
+        self.A = nn.Parameter(factors.A.detach().clone())
+        self.B = nn.Parameter(factors.B.detach().clone())
+        self.register_buffer("A0", factors.A.detach().clone() if subtract else None)
+        self.register_buffer("B0", factors.B.detach().clone() if subtract else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out) in the base's dtype."""
+        y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
+        A: Tensor = self.A
+        B: Tensor = self.B
+        if self.A0 is not None and self.B0 is not None:
+            A, B = torch.cat([A, self.A0]), torch.cat([B, -self.B0], dim=1)
+        h = F.linear(self.dropout(x).to(A.dtype), A)
+        return (y + self.scale * F.linear(h, B)).to(y.dtype)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear module as out×in; transformers' `Conv1D` stores in×out."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers of a model by the base's module names, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def attach(model: nn.Module, name: str, layer: LoRALinear) -> None:
+    """Put an adapted layer in the place of the module it wraps."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model itself, for as long as the context lasts."""
+    layers = list(adapted(model).values())
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled

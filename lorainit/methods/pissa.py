@@ -1,0 +1,28 @@
+"""PiSSA: the top r singular directions of W.
+
+Meng et al., arXiv 2404.02948, section 3. The fast variant is a randomized SVD; the offset is formed
+from the factors actually used, so the function at step 0 is exact even where the subspace is not.
+"""
+
+# ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
+
+import torch
+from torch import Tensor
+
+from lorainit.evidence import Evidence
+from lorainit.methods._linalg import Factors, randomized_svd, symmetric
+from lorainit.spec import PiSSA
+
+
+def pissa(
+    weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: PiSSA, generator: torch.Generator
+) -> Factors:
+    """B = U_r·sqrt(S_r/s), A = sqrt(S_r/s)·V_rᵀ, so that s·B·A is the best rank-r part of W.
+
+    With `niter` the sketch carries q = 2r directions: q = r (as in PEFT) finds poor subspaces.
+    """
+    if config.niter is None:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return symmetric(U[:, :rank], S[:rank], Vh[:rank], scale=scale)
+    U, S, Vh = randomized_svd(weight, rank=rank, oversample=rank, niter=config.niter, generator=generator)
+    return symmetric(U, S, Vh, scale=scale)

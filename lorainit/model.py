@@ -1,0 +1,284 @@
+"""The base model: where it comes from, its tokenizer, and which of its layers can carry a LoRA.
+
+Weights are read from safetensors only, never from pickles, and no code of a model repository is
+ever run. Knows nothing of data, methods or training.
+"""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedModel
+from lorainit.layer import weight_of
+
+Group = Literal["attention", "mlp", "other"]
+
+# What a conversion writes; a change here makes new cache entries instead of trusting old ones.
+CONVERTER = 1
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder with safetensors and a tokenizer, and the context length the files claim (or None)."""
+
+    folder: Path
+    max_length: int | None
+
+
+# --- sources -----------------------------------------------------------------------------------
+
+
+def locate(source: str, *, cache: Path) -> Location:
+    """Find a base model and, if it is a GGUF file, convert it once into a folder under `cache`.
+
+    Args:
+        source: a folder, a `.gguf` file, `package:<python package>/<file>` or `hub:<owner>/<name>[@rev]`.
+
+    Raises:
+        UnsupportedModel: nothing there, or nothing we are willing to load.
+    """
+    if source.startswith("hub:"):
+        path = _from_hub(source.removeprefix("hub:"))
+    elif source.startswith("package:"):
+        path = _from_package(source.removeprefix("package:"))
+    else:
+        path = Path(source)
+    if not path.exists():
+        raise UnsupportedModel(f"There is no base model at {source!r}.", param="model")
+    folder = path if path.is_dir() else _converted(path, cache)
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModel(f"{source!r} has no config.json: it is not a transformers model folder.", param="model")
+    if not list(folder.glob("*.safetensors")):
+        pickles = [p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix)]
+        why = f"only {pickles[0]}, and pickles are never loaded" if pickles else "no weights"
+        raise UnsupportedModel(f"{source!r} has no safetensors ({why}): convert it first.", param="model")
+    return Location(folder, _context_length(folder))
+
+
+def _from_package(name: str) -> Path:
+    package, _, file = name.partition("/")
+    spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise UnsupportedModel(f"The Python package {package!r} is not installed here.", param="model")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UnsupportedModel(f"The hub model {name!r} cannot be fetched: {error}", param="model") from error
+
+
+def _converted(path: Path, cache: Path) -> Path:
+    """The safetensors folder of a GGUF file: made once, complete or absent, whoever else makes it too."""
+    if path.suffix != ".gguf":
+        raise UnsupportedModel(f"{path} is neither a folder nor a .gguf file.", param="model")
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache / f"{path.stem}-{digest[:16]}-{CONVERTER}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))
+    try:
+        _convert(path, work)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another worker was faster, and its folder is as good
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, out: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except (ValueError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
+        raise UnsupportedModel(f"{path.name} cannot be read as GGUF: {error}", param="model") from error
+    # save_pretrained refuses a model that remembers having been quantized; the tensors no longer are.
+    del model.config.quantization_config
+    for trace in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(trace, None)
+    _restore_exact_floats(model.config)
+    tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF loading leaves 1e30
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _restore_exact_floats(config: Any) -> None:
+    """GGUF stores 1e-5 as float32, which reads back as 9.999999747e-06: take the shortest decimal again."""
+    epsilon = getattr(config, "rms_norm_eps", None)
+    if epsilon is not None:
+        config.rms_norm_eps = float(f"{epsilon:.6g}")
+
+
+def _context_length(folder: Path) -> int | None:
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    value = text.get("max_position_embeddings") or text.get("n_positions")
+    return value if isinstance(value, int) else None
+
+
+def check_length(location: Location, max_length: int) -> None:
+    """Refuse sequences longer than the model's positions."""
+    if location.max_length and max_length > location.max_length:
+        raise SequenceTooLong(
+            f"max_length {max_length} is above the {location.max_length} tokens the base model can represent.",
+            param="method.supervised.hyperparameters.max_length",
+        )
+
+
+def base_sha256(folder: Path) -> str:
+    """SHA-256 over (name, dtype, shape, bytes) of all tensors in order of their names."""
+    where = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
+    digest = hashlib.sha256()
+    for file, names in _runs(sorted(where), where):
+        with safe_open(file, framework="pt") as tensors:
+            for name in names:
+                tensor = tensors.get_tensor(name)
+                digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _runs(names: list[str], where: dict[str, Path]) -> Iterable[tuple[Path, list[str]]]:
+    """Consecutive names of one file together, so that each file is opened rarely."""
+    runs: list[tuple[Path, list[str]]] = []
+    for name in names:
+        if not runs or runs[-1][0] != where[name]:
+            runs.append((where[name], []))
+        runs[-1][1].append(name)
+    return runs
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a base; only fast ones, since masks need character offsets."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModel(f"The base model's tokenizer cannot be loaded: {error}", param="model") from error
+    if not tokenizer.is_fast:
+        raise UnsupportedModel("The base model has no fast tokenizer (tokenizer.json).", param="model")
+    return tokenizer
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The base model in evaluation mode with every parameter frozen.
+
+    Raises:
+        UnsupportedModel: not a causal language model of this transformers version, or quantized.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedModel("The base model is quantized: use its full-precision weights.", param="model")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModel(f"The base model cannot be loaded: {error}", param="model") from error
+    model.to(device).requires_grad_(requires_grad=False).eval()
+    model.config.use_cache = False
+    return cast(nn.Module, model)
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model's modules without any weights (on the meta device)."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+
+
+# --- targets -----------------------------------------------------------------------------------
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """All linear layers by name, in the model's order, without the output embedding."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.endswith("lm_head")
+    }
+
+
+def group_of(name: str) -> Group:
+    """Attention, MLP or neither, by the module's path."""
+    path = name.lower()
+    if "attn" in path or "attention" in path:
+        return "attention"
+    return "mlp" if any(word in path for word in ("mlp", "feed_forward", "ffn", "expert")) else "other"
+
+
+def find_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Module]:
+    """The layers a run adapts, by name.
+
+    Args:
+        wanted: `all-linear`, `attention`, `mlp`, or suffixes of module names (`q_proj`, `mlp.c_proj`).
+
+    Raises:
+        UnknownTarget: a suffix matches no linear layer, or something that cannot carry a LoRA.
+    """
+    layers = linear_layers(model)
+    if isinstance(wanted, str):
+        found = {n: m for n, m in layers.items() if wanted in ("all-linear", group_of(n))}
+        if not found:
+            raise _unknown(f"This base model has no {wanted} layers to adapt.")
+        return found
+    for suffix in wanted:
+        if not any(_matches(name, suffix) for name in layers):
+            raise _unknown(_why_not(model, suffix, layers))
+    return {n: m for n, m in layers.items() if any(_matches(n, suffix) for suffix in wanted)}
+
+
+def _matches(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _why_not(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> str:
+    others = [type(m).__name__ for n, m in model.named_modules() if n not in layers and _matches(n, suffix)]
+    if others:
+        return f"target_modules: {suffix!r} is a {others[0]}; only linear layers other than the output head qualify."
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    return f"target_modules: {suffix!r} matches nothing in this base model, which has {known}."
+
+
+def _unknown(message: str) -> UnknownTarget:
+    return UnknownTarget(message, param="lora.target_modules")
+
+
+def check_rank(targets: dict[str, nn.Module], rank: int) -> None:
+    """Refuse a rank above the smaller side of any target."""
+    for name, module in targets.items():
+        out, n = weight_of(module).shape
+        if rank > min(out, n):
+            raise RankTooLarge(f"r = {rank} is above the smaller side of {name} ({out}x{n}).", param="lora.r")

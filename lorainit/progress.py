@@ -1,0 +1,87 @@
+"""The progress bar of the command line: events in, a picture of the run out."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from lorainit.events import Done, Event, InitReport, Message, Metrics, Plan, Stage, Tick
+
+
+class Display:
+    """Draws on stderr while it is entered; `conclude` says where the adapter lies."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        columns = (TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
+        self.task: TaskID | None = None
+        self.done: Done | None = None
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        if self.task is not None:
+            self.progress.stop_task(self.task)
+        self.progress.stop()
+
+    def show(self, event: Event) -> None:
+        """Draw one event."""
+        match event:
+            case Stage(stage=stage):
+                self._enter(stage)
+            case Tick(done=done, total=total) if self.task is not None:
+                self.progress.update(self.task, completed=done, total=total)
+            case Metrics() if self.task is not None:
+                self.progress.update(self.task, note=_numbers(event))
+            case Message(level=level, message=text) if level != "info":
+                self.console.print(f"[yellow]{level}[/]: {text}", highlight=False)
+            case Plan():
+                self.console.print(_sentence(event), highlight=False)
+            case InitReport(report=report):
+                self.console.print(
+                    f"Initialized {report['modules']} modules with {report['method']} in {report['seconds']:.1f} s;"
+                    f" loss {report['base_loss']:.4f} -> {report['initial_loss']:.4f}",
+                    highlight=False,
+                )
+            case Done():
+                self.done = event
+            case _:
+                pass
+
+    def conclude(self) -> None:
+        """After a run that succeeded: the result in two lines."""
+        if self.done is None:
+            return
+        check = self.done.export_check
+        self.console.print(
+            f"Checked with PEFT {check['loaders'][0]['version']} on the untouched base:"
+            f" logits differ by {check['max_abs_logit_difference']:.1e} at most.",
+            highlight=False,
+        )
+        self.console.print(f"Adapter: {self.done.adapter}", highlight=False, soft_wrap=True)
+
+    def _enter(self, stage: str) -> None:
+        if self.task is not None:
+            self.progress.stop_task(self.task)
+        known = next((t for t in self.progress.tasks if t.description == stage), None)
+        self.task = known.id if known else self.progress.add_task(stage, total=None, note="")
+
+
+def _numbers(event: Metrics) -> str:
+    parts = [f"step {event.step}/{event.total_steps}"]
+    if event.train_loss is not None:
+        parts.append(f"loss {event.train_loss:.4f}")
+    if event.full_valid_loss is not None:
+        parts.append(f"valid {event.full_valid_loss:.4f}")
+    if event.tokens_per_second is not None:
+        parts.append(f"{event.tokens_per_second:.0f} tok/s")
+    return "  ".join(parts)
+
+
+def _sentence(plan: Plan) -> str:
+    return (
+        f"{plan.rows} rows, {plan.total_steps} steps, {plan.modules} modules"
+        f" ({', '.join(plan.target_modules)}), {plan.trainable_parameters / 1e6:.2f} M parameters,"
+        f" {plan.precision} on {plan.device}"
+    )

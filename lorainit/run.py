@@ -1,0 +1,402 @@
+"""The recipe: load, initialize, train, export, verify. One run, from a spec to an adapter.
+
+`run` is the library's front door. It talks through `on_event` only, and leaves in `out` what it
+made: `adapter/`, `checkpoints/`, `metrics.jsonl`, `step_metrics.csv`, `spec.json` (resolved).
+"""
+
+import errno
+import gc
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit import adapter, checkpoint, hardware
+from lorainit.data import Dataset, collate, load, pad_id
+from lorainit.errors import DiskFull, OutOfMemory, UnsupportedInit, UnsupportedModel
+from lorainit.events import Done, Event, InitReport, Message, Plan, Stage, Tick
+from lorainit.initialize import Report, initialize
+from lorainit.layer import weight_of
+from lorainit.model import base_sha256, check_length, check_rank, find_targets, load_model, load_tokenizer, locate
+from lorainit.resolve import resolve, steps_per_epoch, total_steps
+from lorainit.results import write_csv
+from lorainit.spec import Hyperparameters, Lora, RunSpec
+from lorainit.train import train
+
+OnEvent = Callable[[Event], None]
+
+PROBE_ROWS, PROBE_TOKENS = 4, 512
+# Rows × tokens of one forward pass when the spec leaves the micro-batch to us: the logits of a large
+# vocabulary are what fills memory first (4096 × 49152 × 4 bytes = 0.8 GB).
+TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
+MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 64}
+
+
+def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
+    """Run a spec from beginning to end.
+
+    Args:
+        out: a folder of this run's own; made if absent.
+        on_event: called with every event; what it raises stops the run. Called at least once per
+            layer initialized and per batch.
+
+    Returns:
+        The last event, which `on_event` has seen too.
+
+    Raises:
+        LorainitError: one of its subclasses, for everything a caller could have caused or can fix.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    with _as_our_errors(), hardware.reproducible(spec.seed, deterministic=spec.deterministic):
+        out.mkdir(parents=True, exist_ok=True)
+        on_event(Stage(stage="loading", message=f"Loading {spec.model.id}"))
+        job = _load(spec, out, on_event)
+        on_event(job.plan)
+
+        restored = _restored(job)
+        on_event(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
+        report = _resume(job, restored) if restored else _initialize(job, on_event)
+        on_event(InitReport(report=report.summary))
+
+        progress = train(
+            job.model,
+            job.data,
+            job.valid,
+            job.training,
+            out=out,
+            seed=spec.seed,
+            micro_batch_size=job.plan.micro_batch_size,
+            pad=job.pad,
+            checkpoint_recipe=job.recipe,
+            write_adapter=lambda folder: _write_adapter(job, folder, report),
+            resumed=restored,
+            on_event=on_event,
+        )
+        _write_csv(out)
+
+        on_event(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
+        _write_adapter(job, out / "adapter", report)
+        check = _verify(job, out / "adapter", on_event)
+
+        _write_manifest(job, out / "adapter", report, export_check=check)
+        done = Done(
+            adapter=str((out / "adapter").resolve()),
+            trained_tokens=progress.tokens,
+            export_check=check,
+            resources=_resources(job, report, out, time.monotonic() - started),
+        )
+        on_event(done)
+        return done
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    """What one run works with, everything resolved."""
+
+    spec: RunSpec
+    lora: Lora
+    training: Hyperparameters
+    folder: Path
+    base_sha256: str
+    tokenizer: Any
+    data: Dataset
+    valid: Dataset | None
+    model: nn.Module
+    targets: dict[str, nn.Module]
+    dtype: torch.dtype
+    device: torch.device
+    plan: Plan
+
+    @property
+    def pad(self) -> int:
+        return pad_id(self.tokenizer)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote the checkpoint."""
+        resolved = {
+            "lora": self.lora.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+            "seed": self.spec.seed,
+            "precision": self.plan.precision,
+        }
+        return {
+            "spec": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
+            "data": self.data.sha256,
+            "validation": self.valid.sha256 if self.valid else None,
+            "base": self.base_sha256,
+        }
+
+
+def _load(spec: RunSpec, out: Path, on_event: OnEvent) -> _Job:
+    lora, choices = spec.lora.resolved()
+    _refuse_what_is_not_built(lora)
+    device = hardware.pick_device()
+    dtype = hardware.pick_dtype(spec.precision, device)
+    location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
+    tokenizer = load_tokenizer(location.folder)
+
+    # max_length does not depend on the number of rows, and the number of usable rows depends on it.
+    max_length = resolve(spec.training, rows=1, model=spec.model, method=lora.method)[0].max_length
+    assert max_length != "auto"
+    check_length(location, max_length)
+    data, valid = _load_data(spec, tokenizer, max_length, on_event)
+    training, more = resolve(spec.training, rows=len(data.samples), model=spec.model, method=lora.method)
+    for choice in [*choices, *more]:
+        _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
+
+    model = load_model(location.folder, dtype=dtype, device=device)
+    targets = find_targets(model, lora.target_modules)
+    check_rank(targets, lora.r)
+    plan = _plan(spec, lora, training, data, targets, device=device, dtype=dtype)
+    digest = base_sha256(location.folder)
+    job = _Job(
+        spec, lora, training, location.folder, digest, tokenizer, data, valid, model, targets, dtype, device, plan
+    )
+    resolved = spec.model_copy(update={"lora": lora, "training": training, "micro_batch_size": plan.micro_batch_size})
+    adapter.write_json(out / "spec.json", resolved.model_dump(mode="json"))
+    return job
+
+
+def _refuse_what_is_not_built(lora: Lora) -> None:
+    if lora.use_dora:
+        raise UnsupportedInit("DoRA is not available in this release.", param="lora.use_dora")
+    if lora.quantization:
+        raise UnsupportedInit("Quantized bases are not available in this release.", param="lora.quantization")
+
+
+def _load_data(spec: RunSpec, tokenizer: Any, max_length: int, on_event: OnEvent) -> tuple[Dataset, Dataset | None]:
+    def tick(done: int, total: int) -> None:
+        on_event(Tick(done=done, total=total))
+
+    found: list[Dataset] = []
+    for param, path in (("training_file", spec.data.training), ("validation_file", spec.data.validation)):
+        if path is not None:
+            found.append(
+                load(
+                    path,
+                    tokenizer,
+                    max_length=max_length,
+                    on_row_error=spec.data.on_row_error,
+                    param=param,
+                    on_tick=tick,
+                )
+            )
+            _report_data(found[-1], param, on_event)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:
+    skipped = data.rows - len(data.samples)
+    text = f"{len(data.samples)} of {data.rows} rows of the {param.replace('_', ' ')} are used"
+    text += f", {data.trained_tokens} trained tokens per pass"
+    text += f", {data.truncated} rows cut at the maximum length" if data.truncated else ""
+    facts = {
+        "file": param,
+        "rows": data.rows,
+        "usable": len(data.samples),
+        "truncated": data.truncated,
+        "warnings": dict(data.warnings),
+        "errors": [p.model_dump() for p in data.problems[:20]],
+    }
+    level = "warn" if skipped or data.truncated else "info"
+    on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "data", **facts}}))
+
+
+def _say(on_event: OnEvent, text: str, **facts: Any) -> None:
+    on_event(Message(message=text, data={"kind": "data", **facts}))
+
+
+def _plan(
+    spec: RunSpec,
+    lora: Lora,
+    training: Hyperparameters,
+    data: Dataset,
+    targets: dict[str, nn.Module],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Plan:
+    assert training.batch_size != "auto"
+    longest = max(len(s.ids) for s in data.samples)
+    fitting = min(MAX_ROWS_PER_PASS[device.type], max(1, TOKENS_PER_PASS[device.type] // longest))
+    micro = min(spec.micro_batch_size or fitting, training.batch_size)
+    return Plan(
+        total_steps=total_steps(training, rows=len(data.samples)),
+        steps_per_epoch=steps_per_epoch(len(data.samples), training.batch_size),
+        rows=len(data.samples),
+        trained_tokens_per_epoch=data.trained_tokens,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=math.ceil(training.batch_size / micro),
+        modules=len(targets),
+        trainable_parameters=sum(lora.r * sum(weight_of(m).shape) for m in targets.values()),
+        target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
+        device=str(device),
+        precision=hardware.precision_name(dtype),
+    )
+
+
+# --- initializing ------------------------------------------------------------------------------
+
+
+def _initialize(job: _Job, on_event: OnEvent) -> Report:
+    rows = [
+        type(s)(s.line, s.ids[:PROBE_TOKENS], s.trained[:PROBE_TOKENS])
+        for s in job.data.samples
+        if s.trained[1:PROBE_TOKENS].any()
+    ]
+    # Rows whose first trained token comes late still count: then the probe is simply longer.
+    probe = collate((rows or job.data.samples)[:PROBE_ROWS], pad=job.pad).to(job.device)
+    return initialize(
+        job.model,
+        job.targets,
+        job.lora,
+        seed=job.spec.seed,
+        probe=probe,
+        weight_decay=job.training.weight_decay,
+        on_event=on_event,
+    )
+
+
+def _restored(job: _Job) -> checkpoint.Restored | None:
+    if job.spec.resume_from is None:
+        return None
+    return checkpoint.read(Path(job.spec.resume_from), recipe=job.recipe)
+
+
+def _resume(job: _Job, restored: checkpoint.Restored) -> Report:
+    """The layers as the checkpoint has them, and the report of the initialization they came from."""
+    checkpoint.attach_layers(job.model, job.targets, job.lora, restored)
+    report = json.loads((restored.folder / "adapter" / "init_report.json").read_text())
+    modules = report.pop("per_module")
+    return Report(report, modules)
+
+
+# --- exporting ---------------------------------------------------------------------------------
+
+
+def _write_adapter(job: _Job, folder: Path, report: Report) -> None:
+    """Everything of the download but the export check, which only the final adapter has."""
+    rslora = job.lora.use_rslora is True
+    rank = adapter.export(job.model, folder, root=job.spec.model.root, rslora=rslora)
+    job.tokenizer.save_pretrained(folder)
+    alpha = adapter.plain_alpha(r=rank, scale=job.lora.scaling, rslora=rslora)
+    facts = job.lora.method.facts
+    paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
+    adapter.model_card(
+        folder, root=job.spec.model.root, method=job.lora.method.method, paper=paper, rank=rank, alpha=alpha
+    )
+    adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
+    _write_manifest(job, folder, report, export_check=None)
+
+
+def _verify(job: _Job, folder: Path, on_event: OnEvent) -> dict[str, Any]:
+    """Trained logits first, then the trained model goes, then stock PEFT on a fresh base."""
+    on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
+    texts = adapter.prompts(job.data.samples)
+    expected: list[Tensor] = adapter.record(job.model, texts, on_event=on_event)
+    job.targets.clear()
+    job.model = nn.Module()
+    gc.collect()
+    result = adapter.check(
+        job.folder,
+        folder,
+        texts,
+        expected,
+        source_rank=job.lora.r,
+        base_sha256=job.base_sha256,
+        dtype=job.dtype,
+        device=job.device,
+        on_event=on_event,
+    )
+    level = "info" if result["passed"] else "error"
+    text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
+    on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
+    adapter.require(result)
+    return result
+
+
+def _write_manifest(job: _Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None) -> None:
+    data = {"sha256": job.data.sha256, "rows": job.data.rows, "usable": len(job.data.samples)}
+    valid = job.valid and {"sha256": job.valid.sha256, "rows": job.valid.rows, "usable": len(job.valid.samples)}
+    manifest = {
+        "base": {"id": job.spec.model.id, "root": job.spec.model.root, "sha256": job.base_sha256},
+        "lora": {**job.lora.model_dump(mode="json"), "scaling": job.lora.scaling},
+        "training": job.training.model_dump(mode="json"),
+        "seeds": {"run": job.spec.seed, "init": report.summary["seed"]},
+        "data": {"training": data, "validation": valid, "order": "by keyed hash of seed, epoch and file hash"},
+        "plan": job.plan.model_dump(exclude={"kind"}),
+        "deterministic": job.spec.deterministic,
+        "packages": hardware.versions(),
+        "hardware": hardware.description(),
+        "init_report": report.summary,
+        "export_check": export_check,
+    }
+    adapter.write_json(folder / "manifest.json", manifest)
+
+
+def _write_csv(out: Path) -> None:
+    with (out / "metrics.jsonl").open() as log, (out / "step_metrics.csv").open("w", newline="") as stream:
+        write_csv((json.loads(line) for line in log), stream)
+
+
+def _resources(job: _Job, report: Report, out: Path, seconds: float) -> dict[str, Any]:
+    gpu = hardware.gpu_name()
+    return {
+        "gpu_name": gpu,
+        "gpus": 1 if gpu else 0,
+        "gpu_seconds": round(seconds, 1) if gpu else 0.0,
+        "init_gpu_seconds": report.summary["seconds"] if gpu else 0.0,
+        "peak_memory_bytes": hardware.peak_memory_bytes(),
+        "micro_batch_size": job.plan.micro_batch_size,
+        "gradient_accumulation_steps": job.plan.gradient_accumulation_steps,
+        "oom_retries": 0,
+        "disk_bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
+    }
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _as_our_errors() -> Iterator[None]:
+    """Machine failures a caller can do something about, as errors with advice."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory() from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"No space left to write {error.filename or 'the results'}.") from error
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if "can't allocate memory" in text or "not enough memory" in text:
+            raise _out_of_memory() from error
+        if "No space left on device" in text:
+            raise DiskFull("No space left to write the results.") from error
+        if "deterministic" in text and "use_deterministic_algorithms" in text:
+            raise UnsupportedModel(
+                "This base model needs a kernel without a deterministic form: set deterministic to false.",
+                param="deterministic",
+            ) from error
+        raise
+
+
+def _out_of_memory() -> OutOfMemory:
+    return OutOfMemory(
+        "The device ran out of memory. A smaller max_length or batch_size, a lower r, or fewer target modules helps.",
+        param="method.supervised.hyperparameters.max_length",
+    )
