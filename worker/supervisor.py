@@ -118,20 +118,24 @@ def _parse(line: bytes) -> Event | None:
 def stop_tree(child: subprocess.Popen[bytes], *, grace: float) -> None:
     """SIGTERM, wait `grace` seconds, SIGKILL the whole tree as it was before the first signal."""
     try:
-        tree = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+        family = psutil.Process(child.pid).children(recursive=True)
     except psutil.NoSuchProcess:
-        return
+        family = []
     if grace > 0:
         child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + grace
         while child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-    for process in tree:
+    child.kill()
+    child.wait()
+    for process in family:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    child.wait()
+    _, left = psutil.wait_procs(family, timeout=5)
+    if left:
+        get_logger(__name__).error("processes of a stopped run are still there", pids=[one.pid for one in left])
 
 
 def _environment(folder: Path) -> dict[str, str]:

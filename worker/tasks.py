@@ -7,7 +7,7 @@ doorbell ─► claim (token + 1, lease) ─► files into a scratch folder ─�
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,3 +129,5 @@ def _scratch(lease: Lease) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another attempt's folder may lie beside it
+            folder.parent.rmdir()

@@ -1,0 +1,225 @@
+"""One job's path through the real thing: read this first.
+
+A web process, a reconciler, a Celery worker and a Valkey broker are started as a user would have
+them, on SQLite and on PostgreSQL. A stock `openai` client orders an adapter on a tiny random model;
+stock PEFT loads what comes back.
+"""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+
+from api.core import keys
+from api.core.db import session_scope
+from tests import servers
+from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama
+
+WORKER = ["-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", "-Q", "train"]
+QUIET = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+FINAL = ("succeeded", "failed", "cancelled")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama and a tokenizer, and a catalogue that offers it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    made = subprocess.run(
+        [sys.executable, "-m", "lorainit", "inspect", str(folder / "model")], check=True, capture_output=True, text=True
+    )
+    facts = json.loads(made.stdout)
+    targets = ",\n".join(
+        "{ " + ", ".join(f"{name} = {json.dumps(value)}" for name, value in target.items()) + " }"
+        for target in facts["targets"]
+    )
+    (folder / "catalogue.toml").write_text(
+        f'[[models]]\nid = "tiny"\nroot = "tests/tiny"\nsource = "{folder / "model"}"\n'
+        f"max_length = {facts['max_length']}\nchat = true\ntargets = [\n{targets}\n]\n"
+    )
+    return folder
+
+
+class Stack:
+    """The running service and a client of it."""
+
+    def __init__(self, url: str, key: str, processes: dict[str, subprocess.Popen[bytes]], logs: Path) -> None:
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
+        self.processes = processes
+        self.logs = logs
+
+    def upload(self, count: int = 16) -> str:
+        rows = "".join(json.dumps(chat(f"What is {n}?", f"It is {n} and {n}")) + "\n" for n in range(count))
+        return self.client.files.create(file=("rows.jsonl", io.BytesIO(rows.encode())), purpose="fine-tune").id
+
+    def create(self, lora: dict[str, Any], **recipe: Any) -> FineTuningJob:
+        settings = {"n_epochs": 2, "batch_size": 8, "learning_rate": 1e-2, **recipe}
+        return self.client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=self.upload(),
+            validation_file=self.upload(4),
+            seed=3,
+            method={"type": "supervised", "supervised": {"hyperparameters": settings}},  # type: ignore[typeddict-item]
+            extra_body={"lora": lora},
+        )
+
+    def wait(self, job_id: str, *until: str, seconds: float = 120) -> FineTuningJob:
+        deadline = time.monotonic() + seconds
+        while (job := self.client.fine_tuning.jobs.retrieve(job_id)).status not in until:
+            if job.status in FINAL or time.monotonic() > deadline:
+                raise AssertionError(f"{job.status}, {job.error}\n{self.log('worker')}\n{self.log('reconciler')}")
+            time.sleep(0.1)
+        return job
+
+    def messages(self, job_id: str) -> list[str]:
+        events = list(self.client.fine_tuning.jobs.list_events(job_id, limit=100))
+        return [event.message for event in reversed(events)]
+
+    def log(self, name: str) -> str:
+        return (self.logs / name).read_text()[-6000:]
+
+
+@pytest.fixture
+def stack(
+    service: None, environment: pytest.MonkeyPatch, valkey_url: str, tiny_base: Path, tmp_path: Path
+) -> Iterator[Stack]:
+    environment.setenv("LORAINIT_BROKER_URL", valkey_url)
+    environment.setenv("LORAINIT_CATALOGUE", str(tiny_base / "catalogue.toml"))
+    environment.setenv("LORAINIT_LEASE_SECONDS", "6")
+    with session_scope() as session:
+        _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="test")
+        session.commit()
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with ExitStack() as exits:
+        url = exits.enter_context(servers.web({}, log=logs / "web"))
+        processes = {
+            "worker": servers.spawn([sys.executable, *WORKER, *QUIET], log=logs / "worker"),
+            "reconciler": servers.spawn([sys.executable, "-m", "worker.reconciler"], log=logs / "reconciler"),
+        }
+        try:
+            yield Stack(url, secret, processes, logs)
+        finally:
+            for process in processes.values():
+                if process.poll() is None:
+                    servers.stopped(process, servers.signal.SIGTERM)
+
+
+def children_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The training processes below a worker."""
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if "lorainit" in p.cmdline()]
+
+
+def test_a_job_is_ordered_trained_and_downloaded(stack: Stack, tiny_base: Path, tmp_path: Path) -> None:
+    created = stack.create({"init": "loram", "r": 4})
+    assert created.status == "validating_files"
+    job = stack.wait(created.id, "succeeded")
+
+    # The job says what ran, and the numbers are there as events, metrics file and checkpoints.
+    assert job.error is None
+    assert job.lora["init"]["method"] == "loram"  # type: ignore[attr-defined]
+    assert job.init_report["function_preserving"] is True  # type: ignore[attr-defined]
+    assert job.export_check["passed"] is True  # type: ignore[attr-defined]
+    assert job.progress["percent"] == 100  # type: ignore[attr-defined]
+    story = stack.messages(job.id)
+    assert story[0].startswith("Created fine-tuning job")
+    assert story[-1] == "The job has successfully completed"
+    metrics = stack.client.files.content(job.result_files[0]).text.splitlines()
+    assert [line.split(",")[0] for line in metrics] == ["step", "0", "1", "2", "3", "4"]
+    assert [c.step_number for c in stack.client.fine_tuning.jobs.checkpoints.list(job.id)] == [4, 2]
+    assert job.fine_tuned_model in [model.id for model in stack.client.models.list()]
+
+    # The download is a plain PEFT adapter, and it holds the validation loss the job reported.
+    tar = stack.client.files.content(job.adapter["file_id"]).read()  # type: ignore[attr-defined]
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        archive.extractall(tmp_path / "adapter", filter="data")
+    reported = float(metrics[-1].split(",")[metrics[0].split(",").index("full_valid_loss")])
+    assert loss_with_stock_peft(tiny_base / "model", tmp_path / "adapter") == pytest.approx(reported, abs=1e-4)
+
+
+def loss_with_stock_peft(base: Path, adapter: Path) -> float:
+    """Mean loss over the trained tokens of the four validation rows, in a process that knows only PEFT."""
+    script = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+total = count = 0
+for n in range(4):
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": f"What is {n}?"}], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt + f"It is {n} and {n}<|im_end|>", return_tensors="pt", add_special_tokens=False).input_ids
+    skip = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(ids).logits[0, skip - 1:-1], ids[0, skip:], reduction="none")
+    total, count = total + losses.sum().item(), count + len(losses)
+print(total / count)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(base), str(adapter)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return float(ran.stdout.splitlines()[-1])
+
+
+def test_cancel_stops_the_training_process_within_five_seconds(stack: Stack) -> None:
+    job = stack.create({"init": "kaiming", "r": 4}, n_epochs=50, batch_size=1)
+    stack.wait(job.id, "running")
+    deadline = time.monotonic() + 60
+    while not children_of(stack.processes["worker"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children_of(stack.processes["worker"])
+    cancelled_at = time.monotonic()
+    assert stack.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    while children_of(stack.processes["worker"]) and time.monotonic() < cancelled_at + 10:
+        time.sleep(0.05)
+    assert time.monotonic() - cancelled_at < 5
+    assert stack.messages(job.id)[-1] == "The job was cancelled"
+
+
+def test_a_killed_worker_loses_no_job(stack: Stack) -> None:
+    job = stack.create({"init": "kaiming", "r": 4}, n_epochs=2)
+    stack.wait(job.id, "running")
+    processes = [stack.processes["worker"], *children_of(stack.processes["worker"])]
+    stack.processes["worker"].kill()
+    stack.processes["worker"].wait()
+    stack.processes["worker"] = servers.spawn([sys.executable, *WORKER, *QUIET], log=stack.logs / "worker-2")
+    assert stack.wait(job.id, "succeeded").status == "succeeded"
+    story = stack.messages(job.id)
+    assert story.count("Fine-tuning job started") == 2
+    assert any("worker was lost" in message for message in story)
+    assert not any(isinstance(p, psutil.Process) and p.is_running() for p in processes)
+
+
+def test_a_worker_that_is_asked_to_leave_gives_its_job_back(stack: Stack) -> None:
+    job = stack.create({"init": "kaiming", "r": 4}, n_epochs=50, batch_size=1)
+    stack.wait(job.id, "running")
+    stack.processes["worker"].terminate()
+    stack.processes["worker"].wait(20)
+    again = stack.wait(job.id, "queued")
+    assert again.resources is None or again.resources.get("attempts", 0) == 0  # type: ignore[attr-defined]
+    stack.client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_run_that_cannot_work_fails_with_code_and_field(stack: Stack) -> None:
+    rows = json.dumps(chat("Say <|im_end|> please", "no")) + "\n"
+    file = stack.client.files.create(file=("bad.jsonl", io.BytesIO(rows.encode())), purpose="fine-tune")
+    job = stack.client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"lora": {"r": 4}})
+    failed = stack.wait(job.id, "failed")
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.param) == ("invalid_training_file", "training_file")
+    assert "line 1" in failed.error.message.lower()
+    assert "Traceback" not in json.dumps(failed.to_dict())
