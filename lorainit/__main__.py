@@ -76,8 +76,11 @@ def _run(spec: RunSpec, out: Path, stop: "_Stop", on_event: OnEvent) -> int:
         on_event(event)
 
     try:
+        from transformers.utils.logging import disable_progress_bar
+
         from lorainit.run import run  # loads torch: seconds
 
+        disable_progress_bar()
         run(spec, out, guarded)
     except (Stopped, KeyboardInterrupt):
         return STOPPED

@@ -173,19 +173,14 @@ def _summary(
 @torch.no_grad()
 def _measure(model: nn.Module, probe: Batch) -> dict[str, Any]:
     with disabled(model):
-        before = logits_of(model, probe)
-    after = logits_of(model, probe)
+        before, base = logits_of(model, probe), tally(model, probe)
+    after, initial = logits_of(model, probe), tally(model, probe)
     real = probe.attention.bool()
     return {
-        "base_loss": _mean_loss(before, probe),
-        "initial_loss": _mean_loss(after, probe),
+        "base_loss": float(base.loss) / base.tokens,
+        "initial_loss": float(initial.loss) / initial.tokens,
         "max_abs_logit_difference": float((before - after)[real].abs().max()),
     }
-
-
-def _mean_loss(logits: Tensor, probe: Batch) -> float:
-    loss, tokens, _ = tally(logits, probe)
-    return float(loss) / tokens
 
 
 def _gate(summary: dict[str, Any], module: nn.Module) -> None:

@@ -3,7 +3,9 @@
 One place, so that training, evaluation and the gate of the initialization mean the same number.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +28,30 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def tally(logits: Tensor, batch: Batch) -> Tally:
-    """Sum, not mean: the caller divides by the tokens of the whole effective batch."""
-    mask = batch.trained[:, 1:]
-    predicted, targets = logits[:, :-1][mask].float(), batch.ids[:, 1:][mask]
+def tally(model: nn.Module, batch: Batch) -> Tally:
+    """Run a batch. Sums, not means: the caller divides by the tokens of the whole effective batch.
+
+    The output head sees only the positions that predict a trained token: with a large vocabulary its
+    logits are what fills memory first, and prompts are a third to a half of typical rows.
+    """
+    with _only(model, batch.trained[:, 1:]):
+        predicted = logits_of(model, batch).float()
+    targets = batch.ids[:, 1:][batch.trained[:, 1:]]
     loss = F.cross_entropy(predicted, targets, reduction="sum")
     with torch.no_grad():
         correct = int((predicted.argmax(-1) == targets).sum())
     return Tally(loss, targets.numel(), correct)
+
+
+@contextmanager
+def _only(model: Any, positions: Tensor) -> Iterator[None]:
+    """Let the output head see hidden states at `positions` (rows×length-1) only: logits are n×vocabulary."""
+
+    def select(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][:, :-1][positions],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

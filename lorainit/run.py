@@ -33,10 +33,10 @@ from lorainit.train import train
 
 OnEvent = Callable[[Event], None]
 
-PROBE_ROWS, PROBE_TOKENS = 4, 512
+PROBE_ROWS, PROBE_TOKENS = 4, 256
 # Rows × tokens of one forward pass when the spec leaves the micro-batch to us: the logits of a large
-# vocabulary are what fills memory first (4096 × 49152 × 4 bytes = 0.8 GB).
-TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
+# vocabulary are what fills memory first (2048 × 49152 × 4 bytes = 0.4 GB, held about three times).
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 64}
 
 

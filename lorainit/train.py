@@ -19,7 +19,7 @@ from lorainit.data import Dataset, batches, collate, order
 from lorainit.errors import NonFiniteLoss
 from lorainit.events import Checkpoint, Event, Metrics, Stage, Tick
 from lorainit.layer import LoRALinear, adapted
-from lorainit.loss import logits_of, tally
+from lorainit.loss import tally
 from lorainit.resolve import steps_per_epoch, total_steps
 from lorainit.spec import Hyperparameters
 
@@ -108,7 +108,7 @@ def train(
         loss, correct = 0.0, 0
         for done, piece in enumerate(pieces, start=1):
             batch = collate(piece, pad=pad).to(device)
-            part = tally(logits_of(model, batch), batch)
+            part = tally(model, batch)
             torch.autograd.backward(part.loss / wanted)
             loss += float(part.loss.detach()) / wanted
             correct += part.correct
@@ -187,7 +187,7 @@ def evaluate(
     loss, tokens, correct = 0.0, 0, 0
     for done, piece in enumerate(pieces, start=1):
         batch = collate(piece, pad=pad).to(device)
-        part = tally(logits_of(model, batch), batch)
+        part = tally(model, batch)
         loss, tokens, correct = loss + float(part.loss), tokens + part.tokens, correct + part.correct
         on_event(Tick(done=done, total=len(pieces)))
     found = {"loss": loss / tokens if math.isfinite(loss) else None, "mean_token_accuracy": correct / tokens}

@@ -14,7 +14,8 @@ from lorainit.methods._linalg import Factors, symmetric
 from lorainit.spec import MiLoRA
 
 # Below this share of the top singular value both factors are nearly zero and so are their gradients.
-DEAD = 1e-7
+# A float32 SVD returns 1e-7 to 3e-7 where the true value is 0, so the line lies above that.
+DEAD = 1e-6
 
 
 def milora(

@@ -1,0 +1,133 @@
+"""A tokenizer and two tiny random models, made here: no hub, no download, no pretrained weights."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorainit.spec import RunSpec
+
+TEMPLATE = (
+    "{%- if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif -%}"
+    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{%- for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+    "{%- endfor %}<|im_end|>\n{% endfor -%}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif -%}"
+)
+# No tools, and a system prompt of its own when the first message is none: SmolLM2's shape.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}<|im_start|>system\nBe good"
+    "<|im_end|>\n{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = ["system user assistant tool", "What is two and two? It is four, my friend.", "the the the cat sat"] * 3
+
+
+def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with about 300 entries and ChatML control tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=256
+    )
+    fast.chat_template = template
+    return fast
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, rectangular matrices throughout."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """Two layers of `Conv1D`, with dropout in its configuration as the real one."""
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=320,
+        n_positions=256,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.15,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """Folders of base models by name: `llama` (Linear) and `gpt2` (Conv1D)."""
+    folders = {}
+    for name, make in (("llama", tiny_llama), ("gpt2", tiny_gpt2)):
+        folders[name] = tmp_path_factory.mktemp("base") / name
+        make().save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def chat(question: str, answer: str, **extra) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]}
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve chat rows of different lengths."""
+    words = ["the", "cat", "sat", "on", "two", "mats", "and", "it", "is", "four", "my", "friend", "so", "what"]
+    made = [chat(f"What is {w}?", " ".join(words[: 2 + i])) for i, w in enumerate(words[:12])]
+    return write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", made)
+
+
+@pytest.fixture
+def spec(bases: dict[str, Path], rows: Path):
+    """Make a RunSpec from overrides: `spec("llama", lora={...}, training={...})`."""
+
+    def make(base: str = "llama", **overrides) -> RunSpec:
+        value = {
+            "model": {"id": base, "source": str(bases[base]), "root": f"tests/{base}", "max_length": 256},
+            "data": {"training": str(rows), "validation": None},
+            "lora": {"init": "loram", "r": 4},
+            "training": {"max_steps": 4, "batch_size": 5, "learning_rate": 1e-3, "checkpoint_interval": 2},
+        }
+        merged = copy.deepcopy(value)
+        for key, override in overrides.items():
+            merged[key] = merged[key] | override if isinstance(merged.get(key), dict) else override
+        return RunSpec.model_validate(merged)
+
+    return make

@@ -1,0 +1,238 @@
+"""LoRAM against the paper's identities and reference values, in float64 where the formula allows it."""
+
+import math
+
+import pytest
+import torch
+
+from lorainit.errors import UnsupportedInit
+from lorainit.evidence import Evidence
+from lorainit.methods.loram import (
+    bases,
+    loram,
+    magnitude,
+    moments,
+    product_variance,
+    rank_factor,
+    sine_basis,
+    sine_variance,
+)
+from lorainit.spec import LoRAM
+
+F64 = torch.float64
+DST = LoRAM(method="loram")
+
+
+def weight(m=64, n=96, seed=0, mean=0.0):
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=F64) * 0.02
+    return W - W.mean() + mean
+
+
+def factors(W, rank=8, scale=1.0, config=DST, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return loram(W, Evidence(), rank=rank, scale=scale, config=config, generator=generator)
+
+
+@pytest.mark.parametrize(("d", "r"), [(7, 7), (64, 8), (4096, 128)])
+def test_sine_basis_is_orthonormal(d, r):
+    P = sine_basis(d, r)
+    assert torch.allclose(P.T @ P, torch.eye(r, dtype=F64), rtol=0, atol=1e-12)
+    assert torch.allclose(P.float().T @ P.float(), torch.eye(r), rtol=0, atol=1e-5)
+
+
+def test_square_sine_basis_is_symmetric_and_its_own_inverse():
+    P = sine_basis(40, 40)
+    assert torch.allclose(P, P.T, rtol=0, atol=1e-12)
+    assert torch.allclose(P @ P, torch.eye(40, dtype=F64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 96), (4096, 1024), (896, 4864)])
+@pytest.mark.parametrize("r", [1, 2, 3, 8, 64])
+def test_variance_of_the_product_in_closed_form(m, n, r):
+    P, S = sine_basis(m, r), sine_basis(n, r)
+    expected = float((P @ S.T).var())
+    assert sine_variance(m, n, r) == pytest.approx(expected, rel=1e-10)
+    assert product_variance(P, S) == pytest.approx(expected, rel=1e-10)
+
+
+REFERENCE = {
+    (64, 96): {2: 2.158783e-4, 8: 1.151948e-3, 64: 1.025573e-2},
+    (4096, 1024): {2: 3.199998e-7, 8: 1.692097e-6, 64: 1.502311e-5},
+    (896, 4864): {2: 3.079546e-7, 8: 1.628464e-6, 64: 1.445831e-5},
+}
+
+
+@pytest.mark.parametrize(("shape", "r", "v"), [(s, r, v) for s, row in REFERENCE.items() for r, v in row.items()])
+def test_variance_of_the_product_has_its_reference_values(shape, r, v):
+    assert sine_variance(*shape, r) == pytest.approx(v, rel=1e-6)
+
+
+@pytest.mark.parametrize("r", [2, 4, 16, 64])
+def test_variance_mode_gives_the_product_the_intended_variance(r):
+    W = weight()
+    P, S = bases(64, 96, r, config=DST, generator=torch.Generator())
+    beta = magnitude(W, P, S, scale=1.0, config=DST)
+    product = beta * beta * P @ S.T
+    assert float(product.var() / W.var()) == pytest.approx(rank_factor(64, 96, r), rel=1e-10)
+    found = factors(W.float(), rank=r)
+    assert float((found.B @ found.A).var() / W.var()) == pytest.approx(rank_factor(64, 96, r), rel=1e-5)
+
+
+def test_second_moment_mode_gives_the_product_the_intended_mean_square():
+    W, config = weight(mean=0.01), LoRAM(method="loram", magnitude="second_moment")
+    found = factors(W, config=config)
+    ratio = (found.B @ found.A).double().square().mean() / W.square().mean()
+    assert float(ratio) == pytest.approx(rank_factor(64, 96, 8), rel=1e-5)
+
+
+def test_singular_values_and_sizes_are_beta_squared():
+    W = weight()
+    P, S = bases(64, 96, 8, config=DST, generator=torch.Generator())
+    beta2 = magnitude(W, P, S, scale=1.0, config=DST) ** 2
+    found = factors(W)
+    values = torch.linalg.svdvals(found.B.double() @ found.A.double())
+    assert torch.allclose(values[:8], torch.full((8,), beta2, dtype=F64), rtol=1e-5)
+    assert values[8:].max() < 1e-6 * beta2
+    assert float(found.A.square().mean()) * 96 == pytest.approx(beta2, rel=1e-5)
+    assert float(found.B.square().mean()) * 64 == pytest.approx(beta2, rel=1e-5)
+
+
+@pytest.mark.parametrize("s", [0.25, 2.0, math.sqrt(8)])
+def test_scale_aware_sizes_the_product_with_the_scale(s):
+    W, config = weight(), LoRAM(method="loram", scale_aware=True)
+    aware, plain = factors(W, scale=s, config=config), factors(W, scale=s)
+    Q = rank_factor(64, 96, 8)
+    assert float((s * aware.B @ aware.A).var() / W.var()) == pytest.approx(Q, rel=1e-5)
+    assert float((s * plain.B @ plain.A).var() / W.var()) == pytest.approx(s * s * Q, rel=1e-5)
+
+
+def test_golden_example():
+    W = torch.tensor([[(-1) ** (i + j) * (i + 1) / (j + 1) for j in range(6)] for i in range(4)], dtype=F64)
+    P, S = bases(4, 6, 2, config=DST, generator=torch.Generator())
+    a, b = 0.37174803, 0.60150096
+    expected = torch.tensor([[a, b], [b, a], [b, -a], [a, -b]], dtype=F64)
+    assert torch.allclose(P, expected, rtol=0, atol=1e-8)
+    assert rank_factor(4, 6, 2) == 0.5
+    assert sine_variance(4, 6, 2) == pytest.approx(0.0493118033, abs=1e-10)
+    squares, variance = moments(W)
+    assert variance == pytest.approx(1.9425342190, abs=1e-10)
+    assert squares * 24 == pytest.approx(44.7416666667, abs=1e-9)
+    beta = magnitude(W, P, S, scale=1.0, config=DST)
+    assert beta == pytest.approx(2.1066721275, abs=1e-9)
+    second = LoRAM(method="loram", magnitude="second_moment")
+    assert magnitude(W, P, S, scale=1.0, config=second) == pytest.approx(1.8287866454, abs=1e-9)
+    found = factors(W, rank=2)
+    assert found.B[0].tolist() == pytest.approx([0.78315122, 1.26716530], abs=1e-6)
+    assert found.A[0].tolist() == pytest.approx(
+        [0.48858069, 0.88039199, 1.09783085, 1.09783085, 0.88039199, 0.48858069], abs=1e-6
+    )
+    residual = W - beta * beta * P @ S.T
+    assert residual[0].tolist() == pytest.approx(
+        [-0.49823474, -2.58061322, -1.14554674, -0.49065508, 0.90165310, 0.56630294], abs=1e-8
+    )
+    assert float(torch.linalg.norm(residual)) == pytest.approx(9.0559844516, abs=1e-9)
+
+
+def test_no_svd_and_no_random_number_is_used(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("called")
+
+    for owner, name in ((torch.linalg, "svd"), (torch, "svd_lowrank"), (torch, "randn"), (torch, "rand")):
+        monkeypatch.setattr(owner, name, refuse)
+    W = torch.linspace(-1, 1, 24).reshape(4, 6)
+    one, two = factors(W, rank=2, seed=1), factors(W, rank=2, seed=2)
+    assert torch.equal(one.A, two.A)
+    assert torch.equal(one.B, two.B)
+
+
+def test_no_matrix_of_the_weights_size_is_made():
+    m, n, r = 512, 640, 4
+    W = weight(m, n).float()
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                sizes.append(result.numel())
+            return result
+
+    with Watch():
+        factors(W, rank=r)
+    assert sizes
+    assert max(sizes) <= max(m, n) * r
+
+
+@pytest.mark.parametrize("basis", ["random_orthogonal", "gaussian"])
+@pytest.mark.parametrize("kind", ["variance", "second_moment"])
+def test_ablation_bases_have_the_same_magnitude(basis, kind):
+    W = weight()
+    found = factors(W, config=LoRAM(method="loram", basis=basis, magnitude=kind))
+    product = (found.B @ found.A).double()
+    got, of = (product.var(), W.var()) if kind == "variance" else (product.square().mean(), W.square().mean())
+    assert float(got / of) == pytest.approx(rank_factor(64, 96, 8), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("W", "rank", "text"),
+    [
+        (weight(), 1, "2 <= r"),
+        (weight(), 65, "2 <= r <= 64"),
+        (weight(1, 9), 2, "2 <= r"),
+        (torch.ones(8, 9), 2, "equal"),
+    ],
+)
+def test_what_loram_cannot_do_is_refused(W, rank, text):
+    with pytest.raises(UnsupportedInit, match=text):
+        factors(W, rank=rank)
+
+
+# --- the theory --------------------------------------------------------------------------------
+
+
+def _path(s, A, B, rates, *, optimizer, eps=(1e-8, 1e-8), steps=50):
+    """Weight path of s·B·A under a quadratic loss; returns s·B·A after training."""
+    A, B = A.clone().requires_grad_(), B.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(5)
+    X = torch.randn(20, A.shape[1], generator=generator, dtype=F64)
+    Y = torch.randn(20, B.shape[0], generator=generator, dtype=F64)
+    groups = [{"params": [p], "lr": rate} for p, rate in zip((A, B), rates, strict=True)]
+    if optimizer is torch.optim.Adam:
+        for group, e in zip(groups, eps, strict=True):
+            group["eps"] = e
+    stepper = optimizer(groups)
+    for _ in range(steps):
+        stepper.zero_grad()
+        ((X @ (s * B @ A).T - Y) ** 2).mean().backward()
+        stepper.step()
+    return (s * B @ A).detach()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_scale_and_size_of_the_factors_are_one_parameter(optimizer):
+    """Proposition 1: (s, A, B, rates) and (s', a_A·A, a_B·B, scaled rates) walk the same path."""
+    found = factors(weight(12, 15), rank=4)
+    A, B, a_A, a_B = found.A.double(), found.B.double(), 2.0, 1.5
+    power = 2 if optimizer is torch.optim.SGD else 1
+    rate = 0.05 if optimizer is torch.optim.SGD else 0.01
+    one = _path(a_A * a_B, A, B, (rate, rate), optimizer=optimizer)
+    scaled = (rate * a_A**power, rate * a_B**power)
+    two = _path(1.0, a_A * A, a_B * B, scaled, optimizer=optimizer, eps=(1e-8 / a_A, 1e-8 / a_B))
+    control = _path(1.0, a_A * A, a_B * B, (rate, rate), optimizer=optimizer)
+    assert torch.linalg.norm(one - two) <= 1e-12 * torch.linalg.norm(one)
+    assert torch.linalg.norm(one - control) > 0.05 * torch.linalg.norm(one)
+
+
+def test_growth_of_the_update_is_the_papers():
+    """Proposition 2: with i.i.d. gradients the mean square of the update grows as k1·eta²·t."""
+    m, n, r, eta, steps = 300, 200, 8, 3e-4, 200
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(m, n, generator=generator, dtype=F64) * 0.05
+    found = factors(W, rank=r)
+    A, B = found.A.double(), found.B.double()
+    start, k1 = B @ A, r * (n * A.square().mean() ** 2 + m * B.square().mean() ** 2)
+    for _ in range(steps):
+        G = torch.randn(m, n, generator=generator, dtype=F64)
+        A, B = A - eta * B.T @ G, B - eta * G @ A.T
+    measured = (B @ A - start).square().mean()
+    assert 0.8 < float(measured / (k1 * eta**2 * steps)) < 1.25

@@ -1,0 +1,147 @@
+"""What each method promises about the factors of one layer."""
+
+import math
+
+import pytest
+import torch
+
+from lorainit.errors import UnsupportedInit
+from lorainit.evidence import Evidence
+from lorainit.methods import METHODS
+from lorainit.methods._linalg import randomized_svd
+from lorainit.spec import INITS
+
+SCALES = [0.25, 1.0, 2.0, math.sqrt(8)]
+
+
+def weight(m=48, n=64, seed=0):
+    """Singular values that fall like 1/i: what subspace methods are made for."""
+    generator = torch.Generator().manual_seed(seed)
+    U = torch.linalg.qr(torch.randn(m, m, generator=generator)).Q
+    V = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+    k = min(m, n)
+    return U[:, :k] @ torch.diag(1 / torch.arange(1.0, k + 1)) @ V[:, :k].T
+
+
+def factors(method, W, rank=8, scale=1.0, seed=0, **parameters):
+    config = INITS[method](method=method, **parameters)
+    generator = torch.Generator().manual_seed(seed)
+    return METHODS[method](W, Evidence(), rank=rank, scale=scale, config=config, generator=generator)
+
+
+def test_every_method_of_the_schema_is_built_and_no_other():
+    assert METHODS.keys() == INITS.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
+def test_factors_have_their_shapes_and_are_float32(method, shape):
+    found = factors(method, weight(*shape))
+    assert (found.A.shape, found.B.shape) == ((8, shape[1]), (shape[0], 8))
+    assert found.A.dtype == found.B.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_bits_and_the_global_generator_is_untouched(method):
+    W = weight()
+    before, state = W.clone(), torch.get_rng_state()
+    one = factors(method, W)
+    torch.rand(3)
+    two = factors(method, W)
+    torch.set_rng_state(state)
+    factors(method, W)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.A, two.A)
+    assert torch.equal(one.B, two.B)
+    assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("method", ["kaiming", "gaussian", "orthogonal"])
+def test_another_seed_gives_another_start(method):
+    assert not torch.equal(factors(method, weight(), seed=0).A, factors(method, weight(), seed=1).A)
+
+
+def test_kaiming_is_uniform_within_one_over_root_in():
+    found = factors("kaiming", torch.zeros(8, 4096), rank=16)
+    assert found.A.abs().max() <= 4096**-0.5
+    assert float(found.A.var()) * 3 * 4096 == pytest.approx(1, rel=0.02)
+    assert not found.B.any()
+
+
+def test_gaussian_has_standard_deviation_one_over_r():
+    found = factors("gaussian", torch.zeros(8, 4096), rank=16)
+    assert float(found.A.std()) * 16 == pytest.approx(1, rel=0.02)
+    assert not found.B.any()
+
+
+def test_orthogonal_factors_multiply_to_zero_with_half_rank_each():
+    found = factors("orthogonal", torch.zeros(48, 64))
+    assert (found.B @ found.A).abs().max() <= 1e-6
+    assert torch.linalg.matrix_rank(found.A) == torch.linalg.matrix_rank(found.B) == 4
+    assert found.A.std() > 0.05
+    assert found.B.std() > 0.05
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("niter", [None, 16])
+def test_pissa_is_the_best_low_rank_part_of_the_weight(scale, niter):
+    W = weight()
+    U, S, Vh = torch.linalg.svd(W)
+    found = factors("pissa", W, scale=scale, niter=niter)
+    best = U[:, :8] @ torch.diag(S[:8]) @ Vh[:8]
+    assert torch.allclose(scale * found.B @ found.A, best, atol=1e-6)
+    split = torch.diag(S[:8] / scale)
+    assert torch.allclose(found.A @ found.A.T, split, atol=1e-5)
+    assert torch.allclose(found.B.T @ found.B, split, atol=1e-5)
+    residual = torch.linalg.svdvals(W - scale * found.B @ found.A)
+    assert float(residual[0]) == pytest.approx(float(S[8]), rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_milora_is_the_bottom_part_of_the_weight(scale):
+    W = weight()
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    found = factors("milora", W, scale=scale)
+    assert torch.allclose(scale * found.B @ found.A, U[:, -8:] @ torch.diag(S[-8:]) @ Vh[-8:], atol=1e-5)
+    assert (found.A @ factors("pissa", W).A.T).abs().max() < 1e-5
+
+
+def test_milora_refuses_dead_directions():
+    W = weight()
+    W[-1] = W[0]
+    with pytest.raises(UnsupportedInit, match="no gradient"):
+        factors("milora", W)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_olora_is_the_leading_part_of_the_qr_decomposition(scale):
+    W = weight()
+    Q, R = torch.linalg.qr(W)
+    found = factors("olora", W, scale=scale)
+    assert torch.allclose(found.B.T @ found.B, torch.eye(8), atol=1e-6)
+    assert torch.equal(found.A[:, :8].tril(-1), torch.zeros(8, 8))
+    assert torch.allclose(scale * found.B @ found.A, Q[:, :8] @ R[:8], atol=1e-6)
+    assert torch.allclose(found.B @ found.B.T @ W[:, :8], W[:, :8], atol=1e-6)
+
+
+def test_olora_without_scale_awareness_is_peft():
+    W = weight()
+    Q, R = torch.linalg.qr(W)
+    found = factors("olora", W, scale=2.0, scale_aware=False)
+    assert torch.allclose(found.B @ found.A, Q[:, :8] @ R[:8], atol=1e-6)
+    reflected = W - 2 * found.B @ found.A
+    assert float(torch.linalg.norm(reflected)) == pytest.approx(float(torch.linalg.norm(W)), rel=1e-5)
+
+
+def test_randomized_svd_finds_a_flat_spectrum_with_oversampling_only():
+    W = torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
+    best = float(torch.linalg.svdvals(W)[:16].square().sum())
+
+    def energy(oversample, niter):
+        generator = torch.Generator().manual_seed(1)
+        return float(
+            randomized_svd(W, rank=16, oversample=oversample, niter=niter, generator=generator)[1].square().sum()
+        )
+
+    assert energy(16, 16) > 0.999 * best
+    assert energy(0, 0) < 0.7 * best
