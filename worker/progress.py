@@ -33,8 +33,7 @@ class Recorder:
         self._pending: list[Event] = []
         self._flushed = self._started = time.monotonic()
         self._percent = 0.0
-        self._tokens = 0
-        self._loss: float | None = None
+        self._urgent = False
         self.progress: dict[str, Any] = {
             "stage": "loading",
             "percent": 0.0,
@@ -49,26 +48,25 @@ class Recorder:
             "updated_at": None,
         }
 
-    def __call__(self, event: Event) -> None:
-        """Take one event; writes when enough time has passed or the event is no mere tick.
-
-        Raises:
-            Lost: a write was refused.
-        """
+    def take(self, event: Event) -> None:
+        """Remember one event; `flush` writes it."""
         self._advance(event)
+        self._urgent |= isinstance(event, Stage | Plan | InitReport)
         if not isinstance(event, Tick):
             self._pending.append(event)
-        urgent = isinstance(event, Stage | Plan | InitReport)
-        if urgent or time.monotonic() - self._flushed >= FLUSH_SECONDS:
-            self.flush()
+
+    @property
+    def is_due(self) -> bool:
+        """Time to write: something a watcher waits for happened, or a while has passed."""
+        return self._urgent or time.monotonic() - self._flushed >= FLUSH_SECONDS
 
     def flush(self) -> None:
-        """Write what is pending in one transaction, or nothing at all.
+        """Write what is pending in one transaction, or nothing at all; then it can be called again.
 
         Raises:
             Lost: the job is not ours any more.
         """
-        pending, self._pending = self._pending, []
+        pending = list(self._pending)
         with session_scope() as session:
             at = now(session)
             self.progress["updated_at"] = int(at.timestamp())
@@ -88,7 +86,7 @@ class Recorder:
                     metrics.put(session, self._lease.job_id, self._lease.token, event.step, values)
                 self._append(session, event, at)
             session.commit()
-        self._flushed = time.monotonic()
+        self._pending, self._urgent, self._flushed = [], False, time.monotonic()
 
     def _append(self, session: Any, event: Event, at: Any) -> None:
         if isinstance(event, Message):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,11 +50,13 @@ def run_child(
     grace: float,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], Literal["", "drain", "lost"]],
+    device: str | None = None,
     program: Sequence[str] = (sys.executable, "-m", "lorainit"),
 ) -> Outcome:
     """Run `program` on `spec` until it ends or `should_stop` says why it must.
 
     `on_event` is called from this thread for each event; `should_stop` several times a second.
+    `device` is what the child sees as its only CUDA device.
     """
     reader, writer = os.pipe()
     stderr = out.parent / "stderr.log"
@@ -61,7 +64,7 @@ def run_child(
     with stderr.open("wb") as log:
         child = subprocess.Popen(
             command,
-            env=_environment(out.parent),
+            env=_environment(out.parent, device),
             cwd=out.parent,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -70,6 +73,7 @@ def run_child(
             start_new_session=True,
         )
     os.close(writer)
+    _offer_to_the_oom_killer(child.pid)
     try:
         end, stopped = _listen(reader, on_event, should_stop)
     except BaseException:
@@ -138,11 +142,18 @@ def stop_tree(child: subprocess.Popen[bytes], *, grace: float) -> None:
         get_logger(__name__).error("processes of a stopped run are still there", pids=[one.pid for one in left])
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, device: str | None) -> dict[str, str]:
     """What the child may know: no settings of the service, so none of its secrets."""
     hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    return {**ALLOCATOR, **kept, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
+    chosen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    return {**ALLOCATOR, **kept, **chosen, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _offer_to_the_oom_killer(pid: int) -> None:
+    """When memory runs out, the system should take the run and leave the worker to report it."""
+    with suppress(OSError):  # not Linux, or the child has ended already
+        Path(f"/proc/{pid}/oom_score_adj").write_text("900")
 
 
 def _tail(path: Path, size: int = 8000) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import structlog
+from billiard.process import current_process
 
 from api.core import jobs, metrics, queue
 from api.core.db import session_scope
@@ -24,6 +25,7 @@ from lorainit.events import Checkpoint, Done, Event
 from worker import artifacts
 from worker.app import app, drain_file, name
 from worker.lease import LeaseKeeper
+from worker.patience import patiently
 from worker.progress import Lost, Recorder
 from worker.supervisor import Outcome, run_child
 
@@ -55,14 +57,16 @@ def run_job(job_id: str) -> None:
 
 
 def _run(job: Job, lease: Lease, folder: Path, keeper: LeaseKeeper) -> None:
-    settings, recorder = get_settings(), Recorder(lease)
-    spec = artifacts.prepare(job, folder, get_storage())
+    settings, recorder, storage = get_settings(), Recorder(lease), get_storage()
+    spec = patiently(lambda: artifacts.prepare(job, folder, storage), until=keeper.lost)
 
     def on_event(event: Event) -> None:
-        recorder(event)
+        recorder.take(event)
+        if recorder.is_due or isinstance(event, Checkpoint):
+            patiently(recorder.flush, until=keeper.lost)
         if isinstance(event, Checkpoint):
-            recorder.flush()  # metrics first: a resumed run never has a checkpoint ahead of its metrics
-            artifacts.store_checkpoint(job, lease, event, folder, get_storage())
+            # After its metrics: a resumed run never has a checkpoint ahead of its metrics.
+            patiently(lambda: artifacts.store_checkpoint(job, lease, event, folder, storage), until=keeper.lost)
 
     def should_stop() -> Literal["", "drain", "lost"]:
         if keeper.lost.is_set():
@@ -76,9 +80,10 @@ def _run(job: Job, lease: Lease, folder: Path, keeper: LeaseKeeper) -> None:
         grace=settings.stop_grace_seconds,
         on_event=on_event,
         should_stop=should_stop,
+        device=_device(settings.worker_slots),
     )
-    recorder.flush()
-    _finish(job, lease, folder, outcome, recorder.progress)
+    patiently(recorder.flush, until=keeper.lost)
+    patiently(lambda: _finish(job, lease, folder, outcome, recorder.progress), until=keeper.lost)
 
 
 def _finish(job: Job, lease: Lease, folder: Path, outcome: Outcome, progress: dict[str, Any]) -> None:
@@ -96,6 +101,15 @@ def _finish(job: Job, lease: Lease, folder: Path, outcome: Outcome, progress: di
     else:
         log.error("the run died", returncode=outcome.returncode, stderr=outcome.stderr_tail)
         _fail(lease, _death(outcome.returncode))
+
+
+def _device(slots: int) -> str | None:
+    """The GPU of this slot when a worker has several; None leaves the environment as it is."""
+    if slots == 1:
+        return None
+    slot = int(getattr(current_process(), "index", 0))
+    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    return visible[slot] if slot < len(visible) else str(slot)
 
 
 def _death(returncode: int) -> Failure:

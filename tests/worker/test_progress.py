@@ -1,7 +1,10 @@
 """The child's events become rows, or nothing at all when the job is not ours any more."""
 
+from collections.abc import Callable
+
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from api.core import jobs, metrics
 from api.core.db import session_scope
@@ -33,8 +36,8 @@ def job_of(lease: Lease) -> Job:
 
 def test_metrics_become_rows_and_events(lease: Lease) -> None:
     recorder = Recorder(lease)
-    recorder(step(1, train_loss=2.5))
-    recorder(step(2, train_loss=2.0, full_valid_loss=2.2))
+    recorder.take(step(1, train_loss=2.5))
+    recorder.take(step(2, train_loss=2.0, full_valid_loss=2.2))
     recorder.flush()
     with session_scope() as session:
         rows = list(metrics.read(session, lease.job_id))
@@ -49,7 +52,7 @@ def test_metrics_become_rows_and_events(lease: Lease) -> None:
 def test_a_long_run_writes_every_row_but_few_events(lease: Lease) -> None:
     recorder = Recorder(lease)
     for number in range(1, 1001):
-        recorder(step(number, total=1000, train_loss=1.0))
+        recorder.take(step(number, total=1000, train_loss=1.0))
     recorder.flush()
     with session_scope() as session:
         assert len(list(metrics.read(session, lease.job_id))) == 1000
@@ -59,8 +62,9 @@ def test_a_long_run_writes_every_row_but_few_events(lease: Lease) -> None:
 
 def test_plan_report_and_messages_reach_the_job(lease: Lease) -> None:
     recorder = Recorder(lease)
-    recorder(Message(message="Initializing", data={"kind": "init"}))
-    recorder(InitReport(report={"method": "loram"}))
+    recorder.take(Message(message="Initializing", data={"kind": "init"}))
+    recorder.take(InitReport(report={"method": "loram"}))
+    recorder.flush()
     job = job_of(lease)
     assert job.init_report == {"method": "loram"}
     assert job.event_count == 4
@@ -79,7 +83,7 @@ def test_the_percentage_never_falls_and_stays_below_100(lease: Lease) -> None:
         Stage(stage="verifying", message=""),
     ]
     for event in story:
-        recorder(event)
+        recorder.take(event)
         seen.append(recorder.progress["percent"])
     assert seen == sorted(seen)
     assert 90 < seen[-1] < 100
@@ -91,10 +95,33 @@ def test_the_plan_is_stored_for_the_job_object(lease: Lease) -> None:
         gradient_accumulation_steps=2, modules=3, trainable_parameters=9, target_modules=["q_proj"], device="cpu",
         precision="fp32",
     )  # fmt: skip
-    Recorder(lease)(plan)
+    recorder = Recorder(lease)
+    recorder.take(plan)
+    assert recorder.is_due
+    recorder.flush()
     stored = job_of(lease).plan
     assert stored is not None
     assert stored["total_steps"] == 10
+
+
+def test_what_could_not_be_written_is_written_later(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(lease)
+    recorder.take(step(1, train_loss=1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "put", raising(OperationalError("INSERT", {}, Exception("gone"))))
+        with pytest.raises(OperationalError):
+            recorder.flush()
+    recorder.flush()
+    recorder.flush()
+    with session_scope() as session:
+        assert [row["step"] for row in metrics.read(session, lease.job_id)] == [1]
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_a_writer_that_lost_the_job_writes_nothing(lease: Lease) -> None:
@@ -103,10 +130,7 @@ def test_a_writer_that_lost_the_job_writes_nothing(lease: Lease) -> None:
         jobs.cancel(session, session.get_one(Job, lease.job_id))
         session.commit()
     before = job_of(lease).event_count
-    with pytest.raises(Lost):
-        recorder(Stage(stage="training", message="late"))
-    recorder = Recorder(lease)
-    recorder(step(1, train_loss=1.0))
+    recorder.take(step(1, train_loss=1.0))
     with pytest.raises(Lost):
         recorder.flush()
     with session_scope() as session:

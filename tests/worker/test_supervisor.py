@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorainit.events import Done, Event, Failed, Stage
+from lorainit.events import Done, Event, Failed, Message, Stage
 from worker.supervisor import Outcome, run_child
 
 PREAMBLE = """
@@ -148,3 +148,12 @@ def test_the_child_sees_no_secret_of_the_service(child: Child, monkeypatch: pyte
 
 def test_what_the_child_prints_is_kept_for_the_log(child: Child) -> None:
     assert "Traceback" in child.run('raise ValueError("boom")').stderr_tail
+
+
+def test_a_run_is_what_the_oom_killer_takes_first(child: Child) -> None:
+    child.run("""
+        time.sleep(0.2)
+        say(kind="message", message=open("/proc/self/oom_score_adj").read().strip())
+    """)
+    assert isinstance(child.events[0], Message)
+    assert child.events[0].message == "900"

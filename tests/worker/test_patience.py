@@ -1,0 +1,49 @@
+"""Trouble that passes is waited out while the job is ours; anything else is raised at once."""
+
+import threading
+import time
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from worker.patience import patiently
+from worker.progress import Lost
+
+GONE = OperationalError("SELECT 1", {}, Exception("connection refused"))
+
+
+def test_an_action_is_repeated_until_it_works() -> None:
+    answers: list[Exception | str] = [GONE, GONE, "done"]
+
+    def action() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently(action, until=threading.Event()) == "done"
+
+
+def test_waiting_ends_when_the_job_is_lost() -> None:
+    lost = threading.Event()
+    threading.Timer(0.5, lost.set).start()
+    started = time.monotonic()
+
+    def action() -> None:
+        raise GONE
+
+    with pytest.raises(Lost):
+        patiently(action, until=lost)
+    assert time.monotonic() - started < 2
+
+
+def test_a_bug_is_not_waited_for() -> None:
+    calls = list[int]()
+
+    def action() -> None:
+        calls.append(1)
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        patiently(action, until=threading.Event())
+    assert len(calls) == 1

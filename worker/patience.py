@@ -1,0 +1,54 @@
+"""Waiting out a database or a store that is away for a moment, for as long as the job is ours."""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from obstore.exceptions import GenericError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_exponential,
+)
+
+from api.core.logs import get_logger
+from worker.progress import Lost
+
+Result = TypeVar("Result")
+
+# Connection trouble. A refusal, a full disk or a bug is none of these and is raised at once.
+LONGEST_SECONDS = 600
+PASSING = (OperationalError, InterfaceError, GenericError)
+
+
+def patiently(action: Callable[[], Result], *, until: threading.Event) -> Result:
+    """Repeat `action`, which must be safe to repeat, until it works or `until` is set.
+
+    Raises:
+        Lost: `until` was set first: the job may be somebody else's by now.
+        Exception: what `action` raised last, after ten minutes of trouble or at once if it will not pass.
+    """
+    tries = Retrying(
+        retry=retry_if_exception_type(PASSING),
+        wait=wait_exponential(multiplier=0.2, max=5),
+        stop=stop_when_event_set(until) | stop_after_delay(LONGEST_SECONDS),
+        sleep=sleep_using_event(until),
+        before_sleep=_say,
+        reraise=True,
+    )
+    try:
+        return tries(action)
+    except PASSING as error:
+        if until.is_set():
+            raise Lost from error
+        raise
+
+
+def _say(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    get_logger(__name__).warning("waiting for database or storage", error=str(error), attempt=state.attempt_number)
