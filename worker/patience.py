@@ -21,8 +21,8 @@ from worker.progress import Lost
 
 Result = TypeVar("Result")
 
-# Connection trouble. A refusal, a full disk or a bug is none of these and is raised at once.
 LONGEST_SECONDS = 600
+# Connection trouble. A refusal or a bug is none of these and is raised at once.
 PASSING = (OperationalError, InterfaceError, GenericError)
 
 
