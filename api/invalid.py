@@ -72,7 +72,7 @@ def first_fault(errors: Sequence[Details], body: Any) -> Fault:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return Fault("invalid_json", f"The body is not valid JSON: {reason}.", None)
-    if first["loc"][0] == "body" and len(first["loc"]) == 1:
+    if first["loc"] == ("body",) and first["type"] not in OWN_CODES:
         return Fault("invalid_json", "The body must be a JSON object (Content-Type: application/json).", None)
     path = _path(first, body)
     same = [error for error in errors if _path(error, body) == path]

@@ -8,11 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.core import catalogue, db, migrate, queue, settings, storage
 from tests import servers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_logs() -> None:
+    """One JSON object a line, as in production; the default draws tracebacks for seconds."""
+    structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()])
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, BinaryIO
 
 from fastapi import Depends, Request
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from api.core.errors import InvalidValue
 from api.core.files import UPLOADABLE
@@ -51,26 +51,19 @@ class Upload:
 
 
 async def _upload(request: Request, _caller: CallerDep) -> AsyncIterator[Upload]:
-    try:
-        form = await request.form(max_files=1, max_fields=8, max_part_size=FIELD_BYTES)
-    except HTTPException as error:
-        text = f"file: the upload could not be read: {error.detail}"
-        raise BadRequest(text, code="invalid_value", param="file") from error
-    async with form_closed(form):
-        yield _read(form)
-
-
-class form_closed:  # noqa: N801  (a context manager)
-    """Close the temporary files of a form, whatever happens."""
-
-    def __init__(self, form: FormData) -> None:
-        self.form = form
-
-    async def __aenter__(self) -> None:
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        yield _read(FormData())
         return
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.form.close()
+    parser = MultiPartParser(request.headers, request.stream(), max_files=1, max_fields=8, max_part_size=FIELD_BYTES)
+    try:
+        yield _read(await parser.parse())
+    except MultiPartException as error:
+        text = f"file: the upload could not be read: {error.message}"
+        raise BadRequest(text, code="invalid_value", param="file") from error
+    finally:
+        # Also of a body that was cut off: its file is in no form, and would be closed by chance only.
+        for spool in parser._files_to_close_on_error:
+            spool.close()
 
 
 def _read(form: FormData) -> Upload:

@@ -70,7 +70,8 @@ class JobRequest(Strict):
     metadata: Annotated[dict[Label, LabelValue], Field(max_length=16)] | None = None
     integrations: list[dict[str, Any]] | None = None
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = Field(None, deprecated=True)
+    # Not pydantic's `deprecated`: that warns whenever we read it ourselves.
+    hyperparameters: Hyperparameters | None = Field(None, json_schema_extra={"deprecated": True})
     lora: Lora = Field(Lora(), description="The adapter and its initialization (extension).")
     priority: Literal["low", "normal", "high"] = "normal"
     on_row_error: Literal["fail", "skip"] = "fail"
