@@ -1,0 +1,172 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lorainit.data import collate, load
+from lorainit.errors import InitFailed, UnsupportedInit
+from lorainit.events import Message, Tick
+from lorainit.initialize import initialize
+from lorainit.layer import LoRALinear, adapted
+from lorainit.methods import METHODS, Factors
+from lorainit.model import find_targets, load_model
+from lorainit.spec import Lora
+from tests.lorainit.conftest import make_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def probe(rows):
+    return collate(load(rows, make_tokenizer(), max_length=256).samples[:4], pad=0)
+
+
+@pytest.fixture
+def model(bases):
+    return load_model(bases["llama"], dtype=torch.float32, device=CPU)
+
+
+def start(model, probe, init="loram", wanted="all-linear", on_event=lambda event: None, seed=3, decay=0.0, **lora):
+    resolved = Lora.model_validate({"init": init, "r": 4, **lora}).resolved()[0]
+    targets = find_targets(model, wanted)
+    return initialize(model, targets, resolved, seed=seed, probe=probe, weight_decay=decay, on_event=on_event)
+
+
+def test_report_has_the_shape_of_the_contract(model, probe):
+    report = start(model, probe, "pissa")
+    summary = report.summary
+    assert summary["method"] == "pissa"
+    assert (summary["seed"], summary["cached"], summary["samples"], summary["modules"]) == (3, False, None, 14)
+    assert summary["function_preserving"] is True
+    assert summary["initial_loss"] == pytest.approx(summary["base_loss"], abs=1e-5)
+    assert summary["base_loss"] == pytest.approx(math.log(320), abs=1.5)
+    assert summary["max_abs_logit_difference"] < 1e-4
+    assert 0 < summary["captured_energy"]["min"] <= summary["captured_energy"]["mean"] <= 1
+    assert [c["name"] for c in summary["checks"]] == ["initial_loss_equals_base"]
+    assert summary["warnings"] == []
+    assert summary["peak_memory_bytes"] > 0
+
+
+def test_modules_are_reported_with_true_norms_and_energy(model, probe):
+    report = start(model, probe, "pissa")
+    for facts in report.modules:
+        layer = adapted(model)[facts["name"]]
+        W = layer.base.weight
+        product = (layer.scale * layer.B @ layer.A).detach()
+        assert facts["weight_norm"] == pytest.approx(float(W.norm()), rel=1e-5)
+        assert facts["product_norm"] == pytest.approx(float(product.norm()), rel=1e-4)
+        share = 1 - float((W - product).square().sum() / W.square().sum())  # true for projections of W
+        assert facts["captured_energy"] == pytest.approx(share, abs=1e-4)
+
+
+def test_every_layer_ticks_and_the_last_is_said(model, probe):
+    events = []
+    start(model, probe, on_event=events.append)
+    assert [(e.done, e.total) for e in events if isinstance(e, Tick)] == [(i, 14) for i in range(1, 15)]
+    said = [e for e in events if isinstance(e, Message)]
+    assert said[-1].data == {"kind": "init", "done": 14, "total": 14}
+
+
+def test_factors_of_a_module_do_not_depend_on_the_other_targets(bases, probe):
+    found = []
+    for wanted in ("all-linear", ["v_proj"]):
+        model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+        start(model, probe, "kaiming", wanted)
+        found.append(adapted(model)["model.layers.1.self_attn.v_proj"].A)
+    assert torch.equal(*found)
+
+
+def test_modules_of_one_shape_get_different_random_factors(model, probe):
+    start(model, probe, "kaiming")
+    layers = adapted(model)
+    one, two = (layers[f"model.layers.{i}.self_attn.q_proj"].A for i in (0, 1))
+    assert not torch.equal(one, two)
+
+
+def test_seed_of_the_method_wins_over_the_runs(bases, probe):
+    found = []
+    for seed in (1, 2):
+        model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+        report = start(model, probe, {"method": "kaiming", "seed": 9}, seed=seed)
+        found.append(next(iter(adapted(model).values())).A)
+    assert torch.equal(*found)
+    assert report.summary["seed"] == 9
+
+
+def spoil(model, how):
+    module = model.get_submodule("model.layers.1.mlp.up_proj")
+    if how == "nan":
+        module.weight.data[0, 0] = float("nan")
+    elif how == "zero":
+        module.weight.data.zero_()
+    elif how == "meta":
+        module.to_empty(device="meta")
+    else:
+        module.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("how", "text"), [("nan", "non-finite"), ("zero", "zero"), ("meta", "not been loaded"), ("int8", "quantized")]
+)
+def test_weight_no_method_can_use_is_refused_by_name(model, probe, how, text):
+    spoil(model, how)
+    with pytest.raises(UnsupportedInit, match=rf"model\.layers\.1\.mlp\.up_proj: .*{text}"):
+        start(model, probe, "loram")
+
+
+def test_refusal_of_a_method_names_the_module(model, probe):
+    model.get_submodule("model.layers.0.self_attn.o_proj").weight.data.fill_(0.5)
+    with pytest.raises(UnsupportedInit, match=r"model\.layers\.0\.self_attn\.o_proj: all entries"):
+        start(model, probe, "loram")
+
+
+def test_zero_weight_is_fine_for_a_method_that_does_not_look_at_it(model, probe):
+    spoil(model, "zero")
+    start(model, probe, "kaiming")
+
+
+def test_method_that_moves_the_function_fails(model, probe, monkeypatch):
+    def displaced(weight, evidence, *, rank, scale, config, generator):
+        return Factors(A=torch.ones(rank, weight.shape[1]), B=torch.ones(weight.shape[0], rank))
+
+    monkeypatch.setitem(METHODS, "kaiming", displaced)
+    with pytest.raises(InitFailed, match="promises to start as the base model"):
+        start(model, probe, "kaiming")
+
+
+def test_method_that_returns_nan_fails_by_name(model, probe, monkeypatch):
+    def broken(weight, evidence, *, rank, scale, config, generator):
+        return Factors(A=torch.full((rank, weight.shape[1]), float("nan")), B=torch.zeros(weight.shape[0], rank))
+
+    monkeypatch.setitem(METHODS, "kaiming", broken)
+    with pytest.raises(InitFailed, match=r"q_proj: kaiming produced non-finite"):
+        start(model, probe, "kaiming")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"init": "gaussian"}, "norm"),
+        ({"init": "loram", "alpha": 12.0}, "9 times"),
+        ({"init": "pissa", "decay": 0.1}, "weight decay"),
+    ],
+)
+def test_risky_choices_are_warned_about(model, probe, options, text):
+    events = []
+    report = start(model, probe, on_event=events.append, **options)
+    assert text in report.summary["warnings"][0]
+    assert any(isinstance(e, Message) and e.level == "warn" and text in e.message for e in events)
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"use_rslora": True}, {"init": {"method": "loram", "scale_aware": True}, "alpha": 12.0}]
+)
+def test_the_papers_own_settings_raise_no_warning(model, probe, lora):
+    assert start(model, probe, **lora).summary["warnings"] == []
+
+
+def test_dropout_with_an_offset_is_refused():
+    factors = Factors(A=torch.ones(2, 4), B=torch.ones(3, 2))
+    with pytest.raises(ValueError, match="cancel"):
+        LoRALinear(nn.Linear(4, 3), factors, scale=1.0, subtract=True, dropout=0.1)

@@ -1,0 +1,208 @@
+"""The command line, in a process of its own: what a person and what the worker start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorainit.events import EVENT, Done, Failed, Stage
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+
+
+@pytest.fixture
+def child(spec, tmp_path):
+    """Start `python -m lorainit` on a spec; returns (process, read end of its events or None)."""
+    started = []
+
+    def start(*options, events=False, raw=None, **overrides):
+        path = tmp_path / "spec.json"
+        path.write_text(raw if raw is not None else spec(**overrides).model_dump_json())
+        command = [sys.executable, "-m", "lorainit", str(path), str(tmp_path / "out"), *options]
+        reader, writer = os.pipe() if events else (None, None)
+        if events:
+            command += ["--events-fd", str(writer)]
+        process = subprocess.Popen(
+            command, pass_fds=[writer] if events else [], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=ENVIRONMENT,
+        )  # fmt: skip
+        if events:
+            os.close(writer)
+        started.append(process)
+        return process, os.fdopen(reader) if events else None
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_person_gets_a_picture_and_the_adapters_place(child, tmp_path):
+    process, _ = child()
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
+    assert f"Adapter: {tmp_path / 'out' / 'adapter'}" in shown
+    assert "Initialized 14 modules with loram" in shown
+    assert "on the untouched base" in shown
+    assert "Traceback" not in shown
+    assert "Loading weights" not in shown
+
+
+def test_worker_gets_events_as_lines(child):
+    process, stream = child(events=True)
+    with stream:
+        events = [EVENT.validate_json(line) for line in stream]
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, ""), errors
+    assert isinstance(events[-1], Done)
+
+
+def test_failure_is_an_event_one_line_and_code_1(child):
+    process, stream = child(events=True, lora={"r": 32})
+    with stream:
+        last = [EVENT.validate_json(line) for line in stream][-1]
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert last == Failed(code="rank_too_large", message=last.message, param="lora.r")
+    assert errors.strip().splitlines() == [f"rank_too_large: {last.message}"]
+
+
+def test_failure_nobody_foresaw_is_internal_and_says_nothing_to_the_client(child, tmp_path):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    process, stream = child(events=True)
+    with stream:
+        last = [EVENT.validate_json(line) for line in stream][-1]
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, last.code) == (1, "internal_error")
+    assert str(tmp_path) not in last.message
+    assert "Traceback" in errors
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"model": {"id": "x", "source": "x", "root": "x"}, "data": {"training": "x"}, "epochs": 3}', "epochs: Extra"),
+        (
+            '{"model": {"id": "x", "source": "x", "root": "x"}, "data": {"training": "x"},'
+            ' "lora": {"init": "loram", "r": 1}}',
+            "lora.r: loram needs a rank of at least 2",
+        ),
+    ],
+)
+def test_wrong_spec_names_the_field(child, raw, text):
+    process, _ = child(raw=raw)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert text in errors
+    assert "Traceback" not in errors
+
+
+def read_until(stream, kind):
+    for line in stream:
+        event = EVENT.validate_json(line)
+        if isinstance(event, kind):
+            return event
+    raise AssertionError(f"no {kind.__name__} came")
+
+
+LONG = {"training": {"max_steps": 100_000, "checkpoint_interval": 100_000, "batch_size": 5}}
+
+
+def test_sigterm_stops_at_the_next_event_without_a_traceback(child):
+    process, stream = child(events=True, **LONG)
+    with stream:
+        while read_until(stream, Stage).stage != "training":
+            pass
+        process.send_signal(signal.SIGTERM)
+        kinds = {json.loads(line)["kind"] for line in stream}
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert errors == ""
+    assert "failed" not in kinds
+
+
+def test_run_leaves_when_its_lease_is_past(child, tmp_path):
+    lease = tmp_path / "lease"
+    lease.write_text(str(time.monotonic() + 300))
+    process, stream = child("--lease", str(lease), events=True, **LONG)
+    with stream:
+        while read_until(stream, Stage).stage != "training":
+            pass
+        assert process.poll() is None
+        lease.write_text(str(time.monotonic() - 1))
+        stream.read()
+    assert process.wait(timeout=10) == 75
+
+
+def test_lease_that_is_past_stops_the_run_even_while_it_loads(child, tmp_path):
+    lease = tmp_path / "lease"
+    lease.write_text("0")
+    process, _ = child("--lease", str(lease))
+    assert process.wait(timeout=30) == 75
+    assert not (tmp_path / "out").exists()
+
+
+PARENT = """
+import os, subprocess, sys
+reader, writer = os.pipe()
+child = subprocess.Popen(sys.argv[1:] + ["--events-fd", str(writer)], pass_fds=[writer])
+print(child.pid, flush=True)
+os.close(writer)
+os.read(reader, 1)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_child_dies_with_its_supervisor(spec, tmp_path):
+    path = tmp_path / "spec.json"
+    path.write_text(spec(**LONG).model_dump_json())
+    command = [sys.executable, "-m", "lorainit", str(path), str(tmp_path / "out")]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    pid = int(parent.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(pid, 0)
+    parent.kill()
+    parent.communicate()
+    while time.monotonic() < deadline and alive(pid):
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid):
+    """Running, not merely waiting to be buried by init."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_inspect_prints_json(bases, tmp_path):
+    command = [sys.executable, "-m", "lorainit", "inspect", str(bases["llama"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    facts = json.loads(done.stdout)
+    assert (facts["root"], facts["max_length"], facts["chat"]) == ("llama", 256, True)
+    assert [t["name"] for t in facts["targets"]][:2] == ["q_proj", "k_proj"]
+
+
+def test_torch_is_not_needed_to_read_a_spec_or_check_a_file():
+    code = (
+        "import sys, lorainit.rows, lorainit.results, lorainit.events, lorainit.resolve, lorainit.__main__;"
+        " print(sorted({'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

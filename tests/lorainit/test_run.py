@@ -1,0 +1,274 @@
+"""A run from beginning to end, its checkpoints, and the ways it refuses or stops."""
+
+import csv
+import errno
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorainit import checkpoint, train
+from lorainit.errors import (
+    CheckpointMismatch,
+    DiskFull,
+    InvalidTrainingFile,
+    LorainitError,
+    NonFiniteLoss,
+    NoTrainableTokens,
+    OutOfMemory,
+    RankTooLarge,
+    SequenceTooLong,
+    Stopped,
+    UnknownTarget,
+    UnsupportedInit,
+)
+from lorainit.events import EVENT, Checkpoint, Done, InitReport, Metrics, Plan, Stage, Tick
+from lorainit.run import run
+from lorainit.train import schedule
+from tests.lorainit.conftest import chat, write_rows
+
+
+def go(spec, out):
+    events = []
+    run(spec, out, events.append)
+    return events
+
+
+def of(events, kind):
+    return [event for event in events if isinstance(event, kind)]
+
+
+@pytest.fixture
+def finished(spec, rows, tmp_path):
+    """A run with validation: its events and its folder."""
+    out = tmp_path / "out"
+    return go(spec(data={"validation": str(rows)}, training={"eval_interval": 2}), out), out
+
+
+def test_events_come_in_order_and_survive_the_pipe(finished):
+    events, _ = finished
+    assert [EVENT.validate_json(e.model_dump_json()) for e in events] == events
+    stages = [e.stage for e in of(events, Stage)]
+    rounds = ["evaluating", "training"] * 2 + ["evaluating"]
+    assert stages == ["loading", "initializing", *rounds, "exporting", "verifying"]
+    kinds = [e.kind for e in events if not isinstance(e, Tick | Stage)]
+    wanted = ["plan", "init_report", "metrics", "checkpoint", "done"]
+    assert [k for k in dict.fromkeys(kinds) if k != "message"] == wanted
+    assert isinstance(events[-1], Done)
+
+
+def test_metrics_have_every_step_and_the_evaluations(finished):
+    events, _ = finished
+    metrics = of(events, Metrics)
+    assert [m.step for m in metrics] == [0, 1, 2, 3, 4]
+    assert [m.full_valid_loss is not None for m in metrics] == [True, False, True, False, True]
+    assert metrics[0].full_valid_loss == pytest.approx(of(events, InitReport)[0].report["base_loss"], rel=0.1)
+    assert metrics[-1].full_valid_loss < metrics[0].full_valid_loss
+    assert [m.tokens for m in metrics] == sorted({m.tokens for m in metrics})
+    assert metrics[-1].epoch == pytest.approx(4 / 3)
+
+
+def test_checkpoints_are_plain_adapters_at_their_steps(finished):
+    events, out = finished
+    assert [(c.step, c.metrics["step"]) for c in of(events, Checkpoint)] == [(2, 2), (4, 4)]
+    assert set(of(events, Checkpoint)[0].metrics) == {
+        "step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy",
+        "full_valid_loss", "full_valid_mean_token_accuracy",
+    }  # fmt: skip
+    last, final = out / "checkpoints/step-000004/adapter", out / "adapter"
+    name = "adapter_model.safetensors"
+    assert (last / name).read_bytes() == (final / name).read_bytes()
+    assert not [p for p in out.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_folder_holds_what_the_download_promises(finished):
+    events, out = finished
+    names = {p.name for p in (out / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+            "chat_template.jinja", "README.md", "init_report.json", "manifest.json"} <= names  # fmt: skip
+    manifest = json.loads((out / "adapter/manifest.json").read_text())
+    done = events[-1]
+    assert manifest["export_check"] == done.export_check
+    assert manifest["export_check"]["passed"] is True
+    assert manifest["training"]["learning_rate"] == 1e-3
+    assert str(out) not in json.dumps(manifest)
+    assert len(json.loads((out / "adapter/init_report.json").read_text())["per_module"]) == 14
+    assert done.trained_tokens == of(events, Metrics)[-1].tokens
+    with (out / "step_metrics.csv").open() as stream:
+        assert [row["step"] for row in csv.DictReader(stream)] == ["0", "1", "2", "3", "4"]
+
+
+def test_plan_says_what_runs(finished):
+    (plan,) = of(finished[0], Plan)
+    assert (plan.total_steps, plan.steps_per_epoch, plan.rows, plan.modules) == (4, 3, 12, 14)
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == (5, 1)
+    assert plan.trainable_parameters == 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert (plan.device, plan.precision) == ("cpu", "fp32")
+
+
+def weights(out):
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def test_same_spec_gives_the_same_bits(spec, tmp_path):
+    one, two = tmp_path / "1", tmp_path / "2"
+    go(spec(lora={"init": "kaiming", "dropout": 0.1}), one)
+    torch.rand(5)
+    go(spec(lora={"init": "kaiming", "dropout": 0.1}), two)
+    name = "adapter/adapter_model.safetensors"
+    assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_micro_batch_size_does_not_change_the_result(spec, tmp_path, size):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    go(spec(micro_batch_size=5), whole)
+    events = go(spec(micro_batch_size=size), pieces)
+    assert of(events, Plan)[0].gradient_accumulation_steps == -(-5 // size)
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(pieces)[name], rtol=0, atol=2e-5), name
+
+
+def logged(out):
+    """The metrics without what a clock says."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lora", [{"init": "loram"}, {"init": "kaiming", "dropout": 0.2}], ids=["loram", "dropout"])
+def test_resumed_run_ends_with_the_same_bits(spec, rows, tmp_path, lora):
+    options = {"lora": lora, "data": {"validation": str(rows)}, "training": {"max_steps": 6}}
+    whole, first, second = tmp_path / "whole", tmp_path / "first", tmp_path / "second"
+    go(spec(**options), whole)
+
+    def die_at_step_five(event):
+        if isinstance(event, Metrics) and event.step == 5:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run(spec(**options), first, die_at_step_five)
+    events = []
+    run(spec(**options, resume_from=str(first / "checkpoints/step-000004")), second, events.append)
+    assert [m.step for m in of(events, Metrics)] == [5, 6]
+    assert of(events, InitReport)[0].report["method"] == lora["init"]
+    name = "adapter/adapter_model.safetensors"
+    assert (second / name).read_bytes() == (whole / name).read_bytes()
+    assert logged(second) == logged(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"training": {"learning_rate": 2e-3}}, "spec"),
+        ({"lora": {"init": "pissa"}}, "spec"),
+        ({"seed": 1}, "spec"),
+        ({"data": {"training": "other"}}, "data"),
+    ],
+)
+def test_checkpoint_of_another_recipe_is_refused(spec, tmp_path, change, text):
+    go(spec(), tmp_path / "first")
+    if "data" in change:
+        change = {
+            "data": {"training": str(write_rows(tmp_path / "o.jsonl", [chat(f"q{i}", "four") for i in range(12)]))}
+        }
+    with pytest.raises(CheckpointMismatch, match=f"{text} differ") as caught:
+        go(spec(**change, resume_from=str(tmp_path / "first/checkpoints/step-000002")), tmp_path / "second")
+    assert caught.value.param == "resume_from"
+
+
+def test_half_a_checkpoint_is_never_seen(spec, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(DiskFull):
+        go(spec(), tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2  # flushed before the checkpoint
+
+
+REFUSED = {
+    "rank": ({"lora": {"r": 17}}, RankTooLarge, "lora.r"),
+    "target": ({"lora": {"target_modules": ["nope"]}}, UnknownTarget, "lora.target_modules"),
+    "length": (
+        {"training": {"max_length": 512}}, SequenceTooLong, "method.supervised.hyperparameters.max_length",
+    ),
+    "dora": ({"lora": {"init": "kaiming", "use_dora": True}}, UnsupportedInit, "lora.use_dora"),
+    "quantization": ({"lora": {"quantization": "nf4"}}, UnsupportedInit, "lora.quantization"),
+    "masked": ({"training": {"max_length": 8}, "data": {"on_row_error": "skip"}}, NoTrainableTokens, "training_file"),
+    "cut": ({"training": {"max_length": 16}}, LorainitError, "training_file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_is_refused_before_training_with_its_field(spec, tmp_path, name):
+    change, error, param = REFUSED[name]
+    events = []
+    with pytest.raises(error) as caught:
+        run(spec(**change), tmp_path, events.append)
+    assert caught.value.param == param
+    assert not of(events, Metrics)
+
+
+def test_bad_rows_fail_the_run_or_are_skipped(spec, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [*(chat(f"q{i}", "it is four") for i in range(9)), "{"])
+    with pytest.raises(InvalidTrainingFile, match="Line 10"):
+        go(spec(data={"training": str(path)}), tmp_path / "fail")
+    events = go(spec(data={"training": str(path), "on_row_error": "skip"}), tmp_path / "skip")
+    assert of(events, Plan)[0].rows == 9
+
+
+def test_whatever_on_event_raises_stops_the_run(spec, tmp_path):
+    def stop(event):
+        if isinstance(event, Tick):
+            raise Stopped("enough")
+
+    with pytest.raises(Stopped):
+        run(spec(), tmp_path, stop)
+
+
+def test_loss_that_is_not_finite_ends_the_run(spec, tmp_path):
+    change = {
+        "training": {"learning_rate": 1.0, "max_grad_norm": None, "max_steps": 60},
+        "model": {"base_learning_rate": 1.0},
+    }
+    with pytest.raises(NonFiniteLoss, match="learning rate"):
+        go(spec(**change, lora={"init": "loram", "alpha": 4096.0}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory: 9")]
+)
+def test_running_out_of_memory_comes_with_advice(spec, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(train, "tally", fail)
+    with pytest.raises(OutOfMemory, match="max_length"):
+        go(spec(), tmp_path)
+
+
+def test_global_state_is_as_it_was(spec, tmp_path):
+    state = torch.get_rng_state()
+    go(spec(), tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_schedules():
+    def shape(kind, total=10, warmup=2):
+        return [schedule(kind, step, total=total, warmup=warmup) for step in range(total)]
+
+    for kind in ("cosine", "linear", "constant"):
+        assert shape(kind)[:3] == [0.5, 1.0, 1.0]
+    assert shape("constant")[2:] == [1.0] * 8
+    assert shape("linear")[6] == pytest.approx(0.5)
+    assert shape("cosine")[6] == pytest.approx(0.5)
+    assert shape("cosine")[9] == pytest.approx(0.038, abs=1e-3)
+    assert schedule("cosine", 0, total=1, warmup=0) == 1.0
