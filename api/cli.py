@@ -20,7 +20,8 @@ from api.terminal import client as remote
 from api.terminal import tables
 from api.terminal.client import Problem
 
-out = Console(soft_wrap=True, highlight=False)
+# A pipe has no width: what goes into one is never cut.
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 400)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -211,7 +212,7 @@ def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
 def list_jobs(limit: Annotated[int, Option(min=1, help="How many.")] = 20) -> None:
     """The newest jobs."""
     rows = [tables.job_row(job) for job in remote.jobs(remote.connect(), limit)]
-    out.print(tables.table(tables.JOB_COLUMNS, rows))
+    out.print(tables.table(tables.JOB_COLUMNS, rows), soft_wrap=False)
 
 
 @app.command(rich_help_panel="Jobs")
@@ -238,7 +239,7 @@ def methods() -> None:
     else:
         err.print("OPENAI_BASE_URL is not set: these are the methods of this installation.", style="dim")
         rows = tables.installed_methods()
-    out.print(tables.table(tables.METHOD_COLUMNS, rows))
+    out.print(tables.table(tables.METHOD_COLUMNS, rows), soft_wrap=False)
 
 
 def _configure(**options: Path | str | int | None) -> None:

@@ -65,7 +65,7 @@ def row(draw: random.Random, items: list[str]) -> dict[str, object]:
 def main(folder: Path) -> None:
     """Write both files."""
     draw = random.Random(20261122)
-    for name, count, items in (("train", 240, BOUGHT.split()), ("validation", 40, HELD_OUT_ITEMS)):
+    for name, count, items in (("train", 200, BOUGHT.split()), ("validation", 40, HELD_OUT_ITEMS)):
         lines = [json.dumps(row(draw, items)) + "\n" for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
 

@@ -115,7 +115,8 @@ def follow(path: Path, *, start: int) -> Iterator[list[str]]:
     position = start
     while True:
         size = path.stat().st_size if path.exists() else 0
-        position = min(position, size)  # the file was rotated
+        if size < position:
+            position = 0  # the file was rotated
         lines: list[str] = []
         if size > position:
             with path.open("rb") as file:

@@ -11,13 +11,17 @@ from rich.table import Table
 from api.terminal.client import field_of
 from lorainit.spec import INITS, ModelFacts
 
-METHOD_COLUMNS = ("method", "looks at", "base", "rank of the download", "what it does")
-JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "fine-tuned model or error")
+METHOD_COLUMNS = ("method", "looks at", "export", "what it does")
+JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "result")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A plain table, cells as they are."""
-    drawn = Table(*columns, box=None, pad_edge=False)
+    """A plain table, cells as they are; the first column, which people copy, is never cut."""
+    rows = list(rows)
+    drawn = Table(box=None, pad_edge=False)
+    drawn.add_column(columns[0], no_wrap=True, min_width=max((len(row[0]) for row in rows), default=0))
+    for column in columns[1:]:
+        drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(cell) for cell in row))
     return drawn
@@ -71,5 +75,4 @@ def catalogue_entry(facts: ModelFacts, *, model_id: str, source: str) -> str:
 
 def _method(name: str, needs: list[str], offset: str, description: str) -> tuple[str, ...]:
     looks_at = ", ".join(need for need in needs if need != "none") or "nothing"
-    subtracts = offset == "subtract"
-    return (name, looks_at, "start subtracted" if subtracts else "as it is", "2r" if subtracts else "r", description)
+    return (name, looks_at, "rank 2r" if offset == "subtract" else "rank r", description)

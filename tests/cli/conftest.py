@@ -1,0 +1,110 @@
+"""`lorainit serve` as a person starts it, on a tiny model; and the command line as a child process."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import servers
+from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This shell without any trace of a service it may be set up for."""
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("LORAINIT_", "OPENAI_"))}
+    return {**bare, **more}
+
+
+def lorainit(
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    command = [sys.executable, "-m", "api.cli", *arguments]
+    return subprocess.run(
+        command, env=env or environment(), cwd=cwd, capture_output=True, text=True, check=False, timeout=200
+    )
+
+
+@dataclass
+class Served:
+    """A running `lorainit serve`."""
+
+    process: subprocess.Popen[bytes]
+    state: Path
+    url: str
+    key: str
+    output: Path
+
+    def info(self) -> dict[str, object]:
+        return json.loads((self.state / "service.json").read_text())
+
+    def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return lorainit(
+            *arguments, env=environment(OPENAI_BASE_URL=self.url, OPENAI_API_KEY=self.key), cwd=cwd or self.state
+        )
+
+
+@contextmanager
+def serving(state: Path, *options: str, **env: str) -> Iterator[Served]:
+    """`lorainit serve` on a free port until the block ends."""
+    output = state.parent / f"{state.name}-{time.monotonic_ns()}.out"
+    command = [sys.executable, "-m", "api.cli", "serve", "--state", str(state), "--port", "0", *options]
+    process = servers.spawn(command, log=output, env=environment(**env))
+    try:
+        servers.wait_for(lambda: "Try," in output.read_text(), process, output, seconds=60)
+        url = json.loads((state / "service.json").read_text())["url"]
+        shown = output.read_text().partition("shown only now: ")[2]
+        yield Served(process, state, url, shown.split()[0] if shown else "", output)
+    finally:
+        servers.stopped(process, servers.signal.SIGTERM, patience=30)
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue that offers a tiny model, written by `lorainit models inspect`."""
+    folder = tmp_path_factory.mktemp("tiny-cli")
+    tiny_llama().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    entry = lorainit("models", "inspect", str(folder / "model"), "--id", "tiny")
+    assert entry.returncode == 0, entry.stderr
+    (folder / "catalogue.toml").write_text(entry.stdout)
+    return folder / "catalogue.toml"
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> Iterator[Served]:
+    """One service for all tests that do it no harm."""
+    with serving(tmp_path_factory.mktemp("served") / "state", LORAINIT_CATALOGUE=str(catalogue)) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen rows for the tiny model."""
+    path = tmp_path_factory.mktemp("rows") / "train.jsonl"
+    return write_rows(path, [chat(f"What is {n}?", f"It is {n} and {n}") for n in range(16)])
+
+
+def gone(pids: list[int], *, seconds: float) -> bool:
+    """Are all these processes gone within `seconds`?"""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(_alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

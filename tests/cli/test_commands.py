@@ -1,0 +1,117 @@
+"""The command line at a server: orders, follows, cancels, downloads; errors are one readable line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Served, environment, lorainit
+
+TINY = ("--model", "tiny", "--r", "4")
+
+
+def one_error(done: "object") -> str:
+    """The one line a refused command leaves, with nothing on standard output."""
+    assert done.returncode == 1  # type: ignore[attr-defined]
+    assert done.stdout == ""  # type: ignore[attr-defined]
+    lines = done.stderr.splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+def test_an_order_is_followed_and_its_adapter_downloaded(served: Served, rows: Path, tmp_path: Path) -> None:
+    options = ("--init", "loram", "--validation", str(rows), "--lr", "0.01", "--steps", "3", "--suffix", "cli")
+    done = served.run("submit", str(rows), *TINY, *options, "--batch", "4", "--seed", "7", "--watch")
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    assert job.startswith("ftjob-")
+    assert "Created fine-tuning job" in done.stderr
+    assert "Step 3/3: training loss=" in done.stderr
+    assert "succeeded: ft:tiny:local:cli:" in done.stderr
+
+    listed = served.run("list").stdout
+    assert listed.splitlines()[1].split()[:6] == [job, "succeeded", "100", "tiny", "loram", "4"]
+
+    folder = tmp_path / "adapter"
+    assert served.run("download", job, str(folder)).stdout.strip() == str(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8  # 2r: the start is subtracted
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert "exists already" in one_error(served.run("download", job, str(folder)))
+    assert "has already succeeded" in one_error(served.run("cancel", job))
+
+
+def test_a_failed_job_is_exit_code_1_with_its_reason(served: Served, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\n' * 3)
+    done = served.run("submit", str(bad), *TINY, "--watch")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: job ftjob-")
+    assert "invalid_training_file" in last
+
+
+def test_a_refusal_names_code_and_field(served: Served, rows: Path) -> None:
+    error = one_error(served.run("submit", str(rows), "--model", "gpt-4o"))
+    assert "Available: tiny" in error
+    assert error.endswith("(code model_not_available, param model)")
+    error = one_error(served.run("submit", str(rows), *TINY, "--init", '{"method": "pissa", "niter": 99}'))
+    assert error.endswith("(code invalid_value, param lora.init.niter)")
+
+
+def test_an_unknown_job_is_said_to_be_unknown(served: Served) -> None:
+    for command in ("watch", "cancel", "download"):
+        assert "code fine_tune_not_found" in one_error(served.run(command, "ftjob-000000000000000000000000"))
+
+
+def test_a_missing_file_is_named_before_anything_is_sent(served: Served, tmp_path: Path) -> None:
+    assert (
+        one_error(served.run("submit", str(tmp_path / "no.jsonl"), *TINY)) == f"{tmp_path / 'no.jsonl'} is not a file."
+    )
+
+
+def test_an_init_that_is_no_json_is_refused(served: Served, rows: Path) -> None:
+    assert one_error(served.run("submit", str(rows), *TINY, "--init", "{pissa}")).startswith("--init is not JSON")
+
+
+def test_the_methods_of_the_server_are_listed(served: Served) -> None:
+    here, there = lorainit("methods"), served.run("methods")
+    assert here.stdout == there.stdout != ""
+
+
+@pytest.mark.parametrize("name", ["OPENAI_BASE_URL", "OPENAI_API_KEY"])
+def test_without_an_address_or_a_key_nothing_is_sent_anywhere(name: str) -> None:
+    both = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "OPENAI_API_KEY": "sk-x"}
+    del both[name]
+    assert one_error(lorainit("list", env=environment(**both))).startswith(f"{name} is not set.")
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    gone = environment(OPENAI_BASE_URL="http://127.0.0.1:9/v1", OPENAI_API_KEY="sk-x")
+    assert one_error(lorainit("list", env=gone)).startswith("no usable answer from http://127.0.0.1:9/v1")
+
+
+def test_a_new_key_works_and_is_alone_on_standard_output(served: Served) -> None:
+    made = lorainit("keys", "create", "--state", str(served.state), "--project", "other")
+    key = made.stdout.strip()
+    assert made.stdout == f"{key}\n"
+    listed = lorainit("list", env=environment(OPENAI_BASE_URL=served.url, OPENAI_API_KEY=key))
+    assert listed.returncode == 0
+    assert "ftjob-" not in listed.stdout  # another project
+
+
+def test_a_key_for_a_service_that_never_ran_is_refused(tmp_path: Path) -> None:
+    assert "no database at" in one_error(lorainit("keys", "create", "--state", str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
+
+
+def test_migrations_lead_to_the_tables_in_code() -> None:
+    assert lorainit("migrate", "--check").stdout.strip() == "migrations and tables agree"
+
+
+def test_a_model_that_is_none_gets_no_entry(tmp_path: Path) -> None:
+    done = lorainit("models", "inspect", str(tmp_path), "--id", "x")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "cannot be used as a base model" in done.stderr
+    assert "Traceback" not in done.stderr

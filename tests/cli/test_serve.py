@@ -1,0 +1,89 @@
+"""The embedded service: one tree that starts whole, mends itself and dies whole."""
+
+import os
+import signal
+import socket
+import stat
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import psutil
+
+from tests.cli.conftest import Served, gone, lorainit, serving
+
+
+def tree(pid: int) -> list[int]:
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+
+
+def children(served: Served) -> dict[str, int]:
+    found = served.info()["children"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_what_it_prints_is_enough_to_use_it(served: Served) -> None:
+    client = openai.OpenAI(base_url=served.url, api_key=served.key)
+    assert "tiny" in [model.id for model in client.models.list()]
+    assert f"OPENAI_BASE_URL={served.url}" in served.output.read_text()
+
+
+def test_the_first_key_lies_nowhere_in_clear(served: Served) -> None:
+    holders = [path for path in served.state.rglob("*") if path.is_file() and served.key.encode() in path.read_bytes()]
+    assert holders == []
+
+
+def test_others_cannot_read_the_state_folder(served: Served) -> None:
+    assert stat.S_IMODE(served.state.stat().st_mode) == 0o700
+    assert stat.S_IMODE((served.state / "broker" / "valkey.conf").stat().st_mode) == 0o600
+
+
+def test_a_second_service_on_the_same_folder_is_refused(served: Served) -> None:
+    second = lorainit("serve", "--state", str(served.state), "--port", "0")
+    assert second.returncode == 1
+    assert second.stderr.startswith("error: another `lorainit serve` uses")
+    assert (served.state / "service.json").exists()
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = lorainit("serve", "--state", str(tmp_path / "state"), "--port", str(port))
+    assert refused.returncode == 1
+    assert f"127.0.0.1:{port}" in refused.stderr
+
+
+def test_an_api_that_falls_comes_back_on_its_port(served: Served) -> None:
+    before = children(served)["api"]
+    os.kill(before, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while children(served)["api"] == before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # The socket stayed open meanwhile: this request waits rather than fails.
+    with urllib.request.urlopen(served.url.removesuffix("/v1") + "/healthz", timeout=30) as answer:
+        assert answer.status == 200
+    assert "starting it again" in served.output.read_text()
+
+
+def test_sigterm_ends_the_whole_tree_in_seconds(tmp_path: Path) -> None:
+    with serving(tmp_path / "state") as service:
+        pids = tree(service.process.pid)
+        assert len(pids) >= 6  # parent, broker, reconciler, worker and its pool child, API
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(20) == 0
+        assert gone(pids, seconds=1)
+        assert not (service.state / "service.json").exists()
+
+
+def test_kill_9_takes_the_whole_tree_and_the_folder_serves_again(tmp_path: Path) -> None:
+    with serving(tmp_path / "state") as service:
+        pids = tree(service.process.pid)
+        service.process.kill()
+        assert gone(pids, seconds=5)
+    with serving(tmp_path / "state") as again:
+        # The project has a key by now, so none is made, and the old one still works.
+        assert again.key == ""
+        assert "API keys exist already" in again.output.read_text()
+        assert list(openai.OpenAI(base_url=again.url, api_key=service.key).models.list())
