@@ -39,6 +39,7 @@ class Progress(Wire):
     epoch: float | None = None
     tokens_seen: int | None = None
     tokens_per_second: float | None = None
+    train_loss: float | None = None
     elapsed_seconds: float | None = None
     remaining_seconds: float | None = None
     updated_at: int | None = None

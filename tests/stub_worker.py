@@ -1,0 +1,122 @@
+"""A worker without a GPU: the real queue, lease, progress and artifacts around a run that is only told.
+
+Everything that the web process shows of a run is written by the worker's own code.
+"""
+
+import tempfile
+import threading
+from pathlib import Path
+
+from api.core import jobs
+from api.core.db import session_scope
+from api.core.jobs import Failure, Lease
+from api.core.models import Job
+from api.core.storage import get_storage
+from lorainit.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage
+from worker import artifacts, reconciler
+from worker.progress import Lost, Recorder
+
+
+def tidy() -> None:
+    """Check every uploaded file and admit every job that waits for one."""
+    while reconciler.check_files():
+        pass
+    reconciler.admit()
+
+
+def claim() -> tuple[Job, Lease] | None:
+    """Take the next queued job."""
+    with session_scope() as session:
+        job = jobs.claim(session, "stub:1", lease_seconds=60)
+        session.commit()
+        return (job, Lease(job.id, job.lease_token)) if job else None
+
+
+def train(job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None) -> None:
+    """Tell a run of `steps` steps with a checkpoint at the last one, then finish the job."""
+    recorder = Recorder(lease)
+    plan = Plan(
+        total_steps=steps,
+        steps_per_epoch=1,
+        rows=20,
+        trained_tokens_per_epoch=100,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        modules=210,
+        trainable_parameters=1000,
+        target_modules=["q_proj"],
+        device="cpu",
+        precision="fp32",
+    )
+    recorder.take(Stage(stage="loading", message="Loading the base model"))
+    recorder.take(plan)
+    recorder.take(InitReport(report={"method": "kaiming", "seconds": 0.1}))
+    recorder.take(Message(message="Initialized", data={"kind": "init"}))
+    recorder.take(Stage(stage="training", message="Training"))
+    for step in range(1, steps + 1):
+        loss = None if step == nan_at else 2.0 / step
+        recorder.take(
+            Metrics(
+                step=step,
+                total_steps=steps,
+                epoch=float(step),
+                tokens=10 * step,
+                seconds=0.1 * step,
+                train_loss=loss,
+                train_mean_token_accuracy=0.5,
+                learning_rate=1e-4,
+            )
+        )
+    recorder.flush()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        adapter = _adapter(folder / "step")
+        event = Checkpoint(step=steps, path=str(folder / "step"), metrics={"step": steps, "train_loss": 2.0 / steps})
+        artifacts.store_checkpoint(job, lease, event, folder, get_storage())
+        done = Done(
+            adapter=str(adapter),
+            trained_tokens=10 * steps,
+            export_check={"passed": True, "format": "peft", "export_rank": job.recipe["lora"]["r"]},
+            resources={"gpu_name": None, "gpus": 0},
+        )
+        artifacts.store_result(job, lease, done, folder, get_storage(), recorder.progress)
+
+
+def _adapter(checkpoint: Path) -> Path:
+    folder = checkpoint / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 16)
+    return folder
+
+
+def fail(lease: Lease, code: str = "out_of_memory", message: str = "The device ran out of memory.") -> None:
+    """End a run with an error."""
+    with session_scope() as session:
+        jobs.fail(session, lease, Failure(code, message))
+        session.commit()
+
+
+def run_all() -> int:
+    """Check, admit and train whatever there is; how many jobs were trained."""
+    tidy()
+    count = 0
+    while (taken := claim()) is not None:
+        job, lease = taken
+        label = (job.labels or {}).get("stub")
+        try:
+            if label == "fail":
+                fail(lease)
+            elif label != "hold":
+                train(job, lease, nan_at=2 if label == "nan" else None)
+        except Lost:
+            pass
+        count += 1
+    return count
+
+
+def run(stop: threading.Event) -> None:
+    """Work until told to stop."""
+    while not stop.is_set():
+        run_all()
+        stop.wait(0.1)
