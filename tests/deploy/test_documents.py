@@ -1,0 +1,79 @@
+"""README and docs say what is there: settings, initializations, commands, files, rows."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from api.cli import app
+from api.core.settings import Settings
+from lorainit.spec import INITS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")] + sorted(
+    (ROOT / "docs").rglob("*.md")
+)
+
+
+def section(title: str) -> str:
+    """The text below a heading, up to the next one of its level."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_every_setting_is_documented_with_its_default_and_nothing_else_is() -> None:
+    rows = re.findall(r"^\| `(LORAINIT_[A-Z0-9_]+)` \| (.*?) \| (.*) \|$", section("Configuration"), re.MULTILINE)
+    documented = {name: (default.strip("`"), text) for name, default, text in rows}
+    expected = {
+        f"LORAINIT_{name.upper()}": ("" if field.default is None else str(field.default), field.description)
+        for name, field in Settings.model_fields.items()
+    }
+    assert documented == expected
+
+
+def test_the_table_of_initializations_is_the_registry() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|", section("Initializations"), re.MULTILINE)
+    expected = []
+    for name, model in INITS.items():
+        facts = model.facts
+        paper = f"[{facts.title}](https://arxiv.org/abs/{facts.arxiv})" if facts.arxiv else facts.title
+        expected.append((name, paper, facts.description, "2r" if facts.offset == "subtract" else "r"))
+    assert rows == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_named_exist(page: Path) -> None:
+    text = page.read_text()
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(re.findall(r"(?:`|^ {0,4}|exec api )lorainit (\w+)", text, re.MULTILINE)) <= set(commands)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([a-z-]+)`", text)) <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:api|worker|lorainit|migrations|tests|docs|examples|benchmarks)/[\w./-]+)`", page.read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_example_rows_are_what_the_generator_writes(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(ROOT / "examples" / "make_data.py"), str(tmp_path)], check=True)
+    for name in ("train.jsonl", "validation.jsonl"):
+        assert (ROOT / "examples" / name).read_text() == (tmp_path / name).read_text()
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    assert "exec make test\n" in (ROOT / ".ci" / "run").read_text()
+    assert "make test " in README

