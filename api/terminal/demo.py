@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from api.terminal.watch import watch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = "smollm2-135m-instruct"
 MARK = "made-by-lorainit-demo"
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 # Stock PEFT must measure the loss the job reported: same rows, same weights, another process.
 LOSS_TOLERANCE = 0.001
 
@@ -45,7 +47,7 @@ def run(state: Path, console: Console) -> int:
     environment = _clean_environment(state)
     service = _serve(state, environment)
     try:
-        client = _client(state)
+        client = _client(state, service)
         _step(console, began, f"the service is up at {client.base_url}")
         job = _order(client, console)
         _step(console, began, f"ordered {job.id}: {MODEL}, lora.init = loram")
@@ -150,14 +152,27 @@ def _serve(state: Path, environment: dict[str, str]) -> Child:
     return service
 
 
-def _client(state: Path) -> OpenAI:
-    deadline, where, log = time.monotonic() + START_SECONDS, state / "service.json", state / "logs" / "serve.log"
-    while not where.exists():
-        if time.monotonic() > deadline:
-            raise Problem(f"the service does not start:\n{tail(log)}")
-        time.sleep(0.1)
+def _client(state: Path, service: Child) -> OpenAI:
+    where, log = state / "service.json", state / "logs" / "serve.log"
+    _wait(where.exists, service, "the service does not start", log=log)
     url = json.loads(where.read_text())["url"]
+    ready = url.removesuffix("/v1") + "/readyz"
+    _wait(lambda: _workers(ready) > 0, service, "no worker reports", log=state / "logs" / "worker.log")
     return OpenAI(base_url=url, api_key=(state / "key").read_text().strip())
+
+
+def _wait(done: Callable[[], bool], service: Child, fault: str, *, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not done():
+        fallen = service.process is None or service.process.poll() is not None
+        if fallen or time.monotonic() > deadline:
+            raise Problem(f"{fault}:\n{tail(log)}")
+        time.sleep(0.1)
+
+
+def _workers(ready: str) -> int:
+    with urllib.request.urlopen(ready, timeout=5) as answer:  # noqa: S310  (our own http address)
+        return int(json.load(answer)["checks"]["workers"])
 
 
 def _lorainit(arguments: list[str], environment: dict[str, str]) -> str:
