@@ -52,7 +52,8 @@ class LoRALinear(nn.Module):
         if self.A0 is not None and self.B0 is not None:
             A, B = torch.cat([A, self.A0]), torch.cat([B, -self.B0], dim=1)
         h = F.linear(self.dropout(x).to(A.dtype), A)
-        return (y + self.scale * F.linear(h, B)).to(y.dtype)
+        # The scale goes into the small factor: on the product it would be one more pass over the output.
+        return (y + F.linear(h, self.scale * B)).to(y.dtype)
 
 
 def weight_of(module: nn.Module) -> Tensor:

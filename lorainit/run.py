@@ -6,13 +6,10 @@ made: `adapter/`, `checkpoints/`, `metrics.jsonl`, `step_metrics.csv`, `spec.jso
 
 import errno
 import gc
-import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lorainit import adapter, checkpoint, hardware
-from lorainit.data import Dataset, collate, load, pad_id
-from lorainit.errors import DiskFull, OutOfMemory, UnsupportedInit, UnsupportedModel
-from lorainit.events import Done, Event, InitReport, Message, Plan, Stage, Tick
+from lorainit.data import Sample, collate
+from lorainit.errors import DiskFull, OutOfMemory, UnsupportedModel
+from lorainit.events import Done, InitReport, Message, Stage
 from lorainit.initialize import Report, initialize
-from lorainit.layer import weight_of
-from lorainit.model import base_sha256, check_length, check_rank, find_targets, load_model, load_tokenizer, locate
-from lorainit.resolve import resolve, steps_per_epoch, total_steps
+from lorainit.prepare import Job, OnEvent, prepare
 from lorainit.results import write_csv
-from lorainit.spec import Hyperparameters, Lora, RunSpec
+from lorainit.spec import RunSpec
 from lorainit.train import train
 
-OnEvent = Callable[[Event], None]
-
 PROBE_ROWS, PROBE_TOKENS = 4, 256
-# Rows × tokens of one forward pass when the spec leaves the micro-batch to us: the logits of a large
-# vocabulary are what fills memory first (2048 × 49152 × 4 bytes = 0.4 GB, held about three times).
-TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
-MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 64}
 
 
 def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
@@ -59,7 +48,8 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
     with _as_our_errors(), hardware.reproducible(spec.seed, deterministic=spec.deterministic):
         out.mkdir(parents=True, exist_ok=True)
         on_event(Stage(stage="loading", message=f"Loading {spec.model.id}"))
-        job = _load(spec, out, on_event)
+        job = prepare(spec, out, on_event)
+        _write_spec(job, out)
         on_event(job.plan)
 
         restored = _restored(job)
@@ -98,162 +88,12 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
         return done
 
 
-# --- loading -----------------------------------------------------------------------------------
-
-
-@dataclass
-class _Job:
-    """What one run works with, everything resolved."""
-
-    spec: RunSpec
-    lora: Lora
-    training: Hyperparameters
-    folder: Path
-    base_sha256: str
-    tokenizer: Any
-    data: Dataset
-    valid: Dataset | None
-    model: nn.Module
-    targets: dict[str, nn.Module]
-    dtype: torch.dtype
-    device: torch.device
-    plan: Plan
-
-    @property
-    def pad(self) -> int:
-        return pad_id(self.tokenizer)
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that wrote the checkpoint."""
-        resolved = {
-            "lora": self.lora.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json"),
-            "seed": self.spec.seed,
-            "precision": self.plan.precision,
-        }
-        return {
-            "spec": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
-            "data": self.data.sha256,
-            "validation": self.valid.sha256 if self.valid else None,
-            "base": self.base_sha256,
-        }
-
-
-def _load(spec: RunSpec, out: Path, on_event: OnEvent) -> _Job:
-    lora, choices = spec.lora.resolved()
-    _refuse_what_is_not_built(lora)
-    device = hardware.pick_device()
-    dtype = hardware.pick_dtype(spec.precision, device)
-    location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
-    tokenizer = load_tokenizer(location.folder)
-
-    # max_length does not depend on the number of rows, and the number of usable rows depends on it.
-    max_length = resolve(spec.training, rows=1, model=spec.model, method=lora.method)[0].max_length
-    assert max_length != "auto"
-    check_length(location, max_length)
-    data, valid = _load_data(spec, tokenizer, max_length, on_event)
-    training, more = resolve(spec.training, rows=len(data.samples), model=spec.model, method=lora.method)
-    for choice in [*choices, *more]:
-        _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
-
-    model = load_model(location.folder, dtype=dtype, device=device)
-    targets = find_targets(model, lora.target_modules)
-    check_rank(targets, lora.r)
-    plan = _plan(spec, lora, training, data, targets, device=device, dtype=dtype)
-    digest = base_sha256(location.folder)
-    job = _Job(
-        spec, lora, training, location.folder, digest, tokenizer, data, valid, model, targets, dtype, device, plan
-    )
-    resolved = spec.model_copy(update={"lora": lora, "training": training, "micro_batch_size": plan.micro_batch_size})
-    adapter.write_json(out / "spec.json", resolved.model_dump(mode="json"))
-    return job
-
-
-def _refuse_what_is_not_built(lora: Lora) -> None:
-    if lora.use_dora:
-        raise UnsupportedInit("DoRA is not available in this release.", param="lora.use_dora")
-    if lora.quantization:
-        raise UnsupportedInit("Quantized bases are not available in this release.", param="lora.quantization")
-
-
-def _load_data(spec: RunSpec, tokenizer: Any, max_length: int, on_event: OnEvent) -> tuple[Dataset, Dataset | None]:
-    def tick(done: int, total: int) -> None:
-        on_event(Tick(done=done, total=total))
-
-    found: list[Dataset] = []
-    for param, path in (("training_file", spec.data.training), ("validation_file", spec.data.validation)):
-        if path is not None:
-            found.append(
-                load(
-                    path,
-                    tokenizer,
-                    max_length=max_length,
-                    on_row_error=spec.data.on_row_error,
-                    param=param,
-                    on_tick=tick,
-                )
-            )
-            _report_data(found[-1], param, on_event)
-    return found[0], found[1] if len(found) > 1 else None
-
-
-def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:
-    skipped = data.rows - len(data.samples)
-    text = f"{len(data.samples)} of {data.rows} rows of the {param.replace('_', ' ')} are used"
-    text += f", {data.trained_tokens} trained tokens per pass"
-    text += f", {data.truncated} rows cut at the maximum length" if data.truncated else ""
-    facts = {
-        "file": param,
-        "rows": data.rows,
-        "usable": len(data.samples),
-        "truncated": data.truncated,
-        "warnings": dict(data.warnings),
-        "errors": [p.model_dump() for p in data.problems[:20]],
-    }
-    level = "warn" if skipped or data.truncated else "info"
-    on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "data", **facts}}))
-
-
-def _say(on_event: OnEvent, text: str, **facts: Any) -> None:
-    on_event(Message(message=text, data={"kind": "data", **facts}))
-
-
-def _plan(
-    spec: RunSpec,
-    lora: Lora,
-    training: Hyperparameters,
-    data: Dataset,
-    targets: dict[str, nn.Module],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Plan:
-    assert training.batch_size != "auto"
-    longest = max(len(s.ids) for s in data.samples)
-    fitting = min(MAX_ROWS_PER_PASS[device.type], max(1, TOKENS_PER_PASS[device.type] // longest))
-    micro = min(spec.micro_batch_size or fitting, training.batch_size)
-    return Plan(
-        total_steps=total_steps(training, rows=len(data.samples)),
-        steps_per_epoch=steps_per_epoch(len(data.samples), training.batch_size),
-        rows=len(data.samples),
-        trained_tokens_per_epoch=data.trained_tokens,
-        micro_batch_size=micro,
-        gradient_accumulation_steps=math.ceil(training.batch_size / micro),
-        modules=len(targets),
-        trainable_parameters=sum(lora.r * sum(weight_of(m).shape) for m in targets.values()),
-        target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
-        device=str(device),
-        precision=hardware.precision_name(dtype),
-    )
-
-
 # --- initializing ------------------------------------------------------------------------------
 
 
-def _initialize(job: _Job, on_event: OnEvent) -> Report:
+def _initialize(job: Job, on_event: OnEvent) -> Report:
     rows = [
-        type(s)(s.line, s.ids[:PROBE_TOKENS], s.trained[:PROBE_TOKENS])
+        Sample(s.line, s.ids[:PROBE_TOKENS], s.trained[:PROBE_TOKENS])
         for s in job.data.samples
         if s.trained[1:PROBE_TOKENS].any()
     ]
@@ -270,13 +110,13 @@ def _initialize(job: _Job, on_event: OnEvent) -> Report:
     )
 
 
-def _restored(job: _Job) -> checkpoint.Restored | None:
+def _restored(job: Job) -> checkpoint.Restored | None:
     if job.spec.resume_from is None:
         return None
     return checkpoint.read(Path(job.spec.resume_from), recipe=job.recipe)
 
 
-def _resume(job: _Job, restored: checkpoint.Restored) -> Report:
+def _resume(job: Job, restored: checkpoint.Restored) -> Report:
     """The layers as the checkpoint has them, and the report of the initialization they came from."""
     checkpoint.attach_layers(job.model, job.targets, job.lora, restored)
     report = json.loads((restored.folder / "adapter" / "init_report.json").read_text())
@@ -287,7 +127,7 @@ def _resume(job: _Job, restored: checkpoint.Restored) -> Report:
 # --- exporting ---------------------------------------------------------------------------------
 
 
-def _write_adapter(job: _Job, folder: Path, report: Report) -> None:
+def _write_adapter(job: Job, folder: Path, report: Report) -> None:
     """Everything of the download but the export check, which only the final adapter has."""
     rslora = job.lora.use_rslora is True
     rank = adapter.export(job.model, folder, root=job.spec.model.root, rslora=rslora)
@@ -302,7 +142,7 @@ def _write_adapter(job: _Job, folder: Path, report: Report) -> None:
     _write_manifest(job, folder, report, export_check=None)
 
 
-def _verify(job: _Job, folder: Path, on_event: OnEvent) -> dict[str, Any]:
+def _verify(job: Job, folder: Path, on_event: OnEvent) -> dict[str, Any]:
     """Trained logits first, then the trained model goes, then stock PEFT on a fresh base."""
     on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
     texts = adapter.prompts(job.data.samples)
@@ -328,7 +168,7 @@ def _verify(job: _Job, folder: Path, on_event: OnEvent) -> dict[str, Any]:
     return result
 
 
-def _write_manifest(job: _Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None) -> None:
+def _write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None) -> None:
     data = {"sha256": job.data.sha256, "rows": job.data.rows, "usable": len(job.data.samples)}
     valid = job.valid and {"sha256": job.valid.sha256, "rows": job.valid.rows, "usable": len(job.valid.samples)}
     manifest = {
@@ -347,12 +187,17 @@ def _write_manifest(job: _Job, folder: Path, report: Report, *, export_check: di
     adapter.write_json(folder / "manifest.json", manifest)
 
 
+def _write_spec(job: Job, out: Path) -> None:
+    update = {"lora": job.lora, "training": job.training, "micro_batch_size": job.plan.micro_batch_size}
+    adapter.write_json(out / "spec.json", job.spec.model_copy(update=update).model_dump(mode="json"))
+
+
 def _write_csv(out: Path) -> None:
     with (out / "metrics.jsonl").open() as log, (out / "step_metrics.csv").open("w", newline="") as stream:
         write_csv((json.loads(line) for line in log), stream)
 
 
-def _resources(job: _Job, report: Report, out: Path, seconds: float) -> dict[str, Any]:
+def _resources(job: Job, report: Report, out: Path, seconds: float) -> dict[str, Any]:
     gpu = hardware.gpu_name()
     return {
         "gpu_name": gpu,
