@@ -108,7 +108,7 @@ def run_all() -> int:
             if label == "fail":
                 fail(lease)
             elif label != "hold":
-                train(job, lease, nan_at=2 if label == "nan" else None)
+                train(job, lease, steps=45 if label == "long" else 3, nan_at=2 if label == "nan" else None)
         except Lost:
             pass
         count += 1
@@ -120,3 +120,7 @@ def run(stop: threading.Event) -> None:
     while not stop.is_set():
         run_all()
         stop.wait(0.1)
+
+
+if __name__ == "__main__":
+    run(threading.Event())

@@ -1,0 +1,18 @@
+"""The application as it is, and one route that raises."""
+
+from fastapi import FastAPI
+
+from api import main
+from api.core import logs
+
+
+def create_app() -> FastAPI:
+    """For `uvicorn --factory`."""
+    logs.configure()
+    app = main.create_app()
+
+    def boom() -> None:
+        raise RuntimeError("on purpose")
+
+    app.add_api_route("/v1/boom", boom, methods=["GET"], include_in_schema=False)
+    return app

@@ -1,0 +1,109 @@
+"""The contract's numbered checks, driven by real clients of three generations.
+
+One server, one stub worker and one recording proxy; each client runs all checks once, in its own
+environment, and prints a transcript. A test looks at one line of it.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.orm import Session
+
+from api.core import db, keys, migrate
+from tests import servers
+from tests.conformance.environments import ROOT, VERSIONS, python_of
+from tests.conformance.proxy import recording
+from tests.things import MODEL
+
+SCRIPT = Path(__file__).parent / "checks.py"
+RACES = 30
+Transcript = dict[str, dict[str, Any]]
+
+
+def numbers() -> list[str]:
+    """The checks there are, read from the script without running it."""
+    decorated = (node for node in ast.parse(SCRIPT.read_text()).body if isinstance(node, ast.FunctionDef))
+    return [ast.literal_eval(node.decorator_list[0].args[0]) for node in decorated if node.decorator_list]  # type: ignore[attr-defined]
+
+
+def people(url: str) -> dict[str, str]:
+    """Projects and keys: ours, another's, one without objects per client, an expired and a deleted key."""
+    engine = db.make_engine(url)
+    migrate.upgrade(engine)
+    with Session(engine) as session:
+        lab, other = (keys.get_or_create_project(session, name) for name in ("lab", "other"))
+        _, key = keys.create_key(session, lab, name="key")
+        _, other_key = keys.create_key(session, other, name="key")
+        _, expired = keys.create_key(session, lab, name="old", expires_at=datetime.now(UTC) - timedelta(days=1))
+        row, deleted = keys.create_key(session, lab, name="gone")
+        keys.delete_key(session, row.id)
+        empty = {
+            f"empty_{n}": keys.create_key(session, keys.get_or_create_project(session, n), name="k")[1]
+            for n in VERSIONS
+        }
+        session.commit()
+        known = {"key": key, "other_key": other_key, "other_project": other.id, "expired": expired, "deleted": deleted}
+    engine.dispose()
+    return {**known, **empty}
+
+
+@pytest.fixture(scope="module")
+def transcript(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Transcript]]:
+    """All checks as one client saw them."""
+    folder = tmp_path_factory.mktemp("conformance")
+    url = f"sqlite:///{folder}/test.db"
+    config = {
+        **people(url),
+        "model": MODEL,
+        "hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "log": str(folder / "web.log"),
+    }
+    env = {**os.environ, "LORAINIT_STATE_DIR": str(folder), "LORAINIT_DATABASE_URL": url, "PYTHONPATH": str(ROOT)}
+    port = servers.free_port()
+    web = [sys.executable, "-m", "uvicorn", "--factory", "tests.conformance.server:create_app", "--port", str(port)]
+    processes = [
+        servers.spawn([*web, "--no-access-log", "--no-server-header"], log=folder / "web.log", env=env),
+        servers.spawn([sys.executable, "-m", "tests.stub_worker"], log=folder / "worker.log", env=env),
+    ]
+    try:
+        servers.wait_for(lambda: servers.listening(port), processes[0], folder / "web.log")
+        with recording(f"http://127.0.0.1:{port}") as proxy:
+
+            @cache
+            def of(major: str) -> Transcript:
+                given = {**config, "proxy": proxy.url, "empty_key": config[f"empty_{major}"], "races": RACES}
+                (folder / f"{major}.json").write_text(json.dumps(given))
+                clean = {
+                    name: value for name, value in os.environ.items() if "OPENAI" not in name and "PYTHON" not in name
+                }
+                command = [python_of(major), SCRIPT, folder / f"{major}.json"]
+                done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=240, check=False)
+                assert done.returncode == 0, done.stderr[-3000:]
+                return json.loads(done.stdout)
+
+            yield of
+    finally:
+        for process in processes:
+            servers.stopped(process, servers.signal.SIGTERM)
+
+
+@pytest.mark.parametrize("major", VERSIONS)
+@pytest.mark.parametrize("number", numbers())
+def test_check(transcript: Callable[[str], Transcript], major: str, number: str) -> None:
+    outcome = transcript(major)[number]
+    assert outcome["ok"], outcome["why"]
+
+
+@pytest.mark.parametrize("number", numbers())
+def test_three_clients_see_the_same(transcript: Callable[[str], Transcript], number: str) -> None:
+    first, second, third = (transcript(major)[number]["seen"] for major in VERSIONS)
+    assert first == second == third
