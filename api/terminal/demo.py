@@ -79,7 +79,7 @@ def _order(client: OpenAI, console: Console) -> FineTuningJob:
         model=MODEL,
         training_file=training,
         validation_file=validation,
-        hyperparameters={"max_steps": 20, "batch_size": 8, "eval_interval": 5},
+        hyperparameters={"max_steps": 30, "batch_size": 8, "eval_interval": 10},
         lora={"init": {"method": "loram"}, "r": 16},
         suffix="demo",
         seed=1,
