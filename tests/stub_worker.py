@@ -5,6 +5,7 @@ Everything that the web process shows of a run is written by the worker's own co
 
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from api.core import jobs
@@ -118,7 +119,8 @@ def run_all() -> int:
 def run(stop: threading.Event) -> None:
     """Work until told to stop."""
     while not stop.is_set():
-        run_all()
+        with suppress(FileNotFoundError):  # a file deleted while its rows were being read
+            run_all()
         stop.wait(0.1)
 
 

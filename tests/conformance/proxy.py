@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             upstream.close()
 
-    do_GET = do_POST = do_DELETE = do_HEAD = do_PUT = forward
+    do_GET = do_POST = do_DELETE = do_HEAD = do_PUT = forward  # noqa: N815
 
     def relay(self, upstream: http.client.HTTPConnection, path: str, line: str) -> None:
         upstream.putrequest(self.command, path, skip_host=False, skip_accept_encoding=True)

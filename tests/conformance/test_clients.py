@@ -25,6 +25,7 @@ from tests.conformance.proxy import recording
 from tests.things import MODEL
 
 SCRIPT = Path(__file__).parent / "checks.py"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RACES = 30
 Transcript = dict[str, dict[str, Any]]
 
