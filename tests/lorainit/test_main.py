@@ -149,12 +149,9 @@ def test_lease_that_is_past_stops_the_run_even_while_it_loads(child, tmp_path):
 
 
 PARENT = """
-import os, subprocess, sys
-reader, writer = os.pipe()
-child = subprocess.Popen(sys.argv[1:] + ["--events-fd", str(writer)], pass_fds=[writer])
+import subprocess, sys
+child = subprocess.Popen(sys.argv[1:], pass_fds=[int(sys.argv[-1])])
 print(child.pid, flush=True)
-os.close(writer)
-os.read(reader, 1)
 sys.stdin.read()
 """
 
@@ -163,24 +160,28 @@ sys.stdin.read()
 def test_child_dies_with_its_supervisor(spec, tmp_path):
     path = tmp_path / "spec.json"
     path.write_text(spec(**LONG).model_dump_json())
-    command = [sys.executable, "-m", "lorainit", str(path), str(tmp_path / "out")]
+    reader, writer = os.pipe()  # read here, so that no broken pipe ends the child
+    command = [sys.executable, "-m", "lorainit", str(path), str(tmp_path / "out"), "--events-fd", str(writer)]
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    pid = int(parent.stdout.readline())
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(pid, 0)
-    parent.kill()
-    parent.communicate()
-    while time.monotonic() < deadline and alive(pid):
-        time.sleep(0.05)
-    assert not alive(pid)
+        [sys.executable, "-c", PARENT, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        pass_fds=[writer], env=ENVIRONMENT,
+    )  # fmt: skip
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        pid = int(parent.stdout.readline())
+        try:
+            while read_until(stream, Stage).stage != "training":
+                pass
+            assert alive(pid)
+            parent.kill()
+            parent.communicate()
+            deadline = time.monotonic() + 10
+            while alive(pid) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not alive(pid)
+        finally:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid):
