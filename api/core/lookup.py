@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, func, select, text
+from sqlalchemy import ColumnElement, and_, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from api.core import paging, workers
@@ -93,12 +93,27 @@ def sight(session: Session, job: Job) -> Sight:
 def _places(session: Session, queued: Sequence[Job]) -> dict[str, Place]:
     if not queued:
         return {}
-    order = (Job.priority.desc(), Job.created_at, Job.id)
-    numbered = select(Job.id, func.row_number().over(order_by=order).label("place")).where(Job.status == "queued")
-    ranked = numbered.subquery()
-    ids = [job.id for job in queued]
-    positions = {row.id: row.place for row in session.execute(select(ranked).where(ranked.c.id.in_(ids)))}
+    # Polling one job is the commonest request of all: counting is ten times cheaper than numbering.
+    positions = {queued[0].id: _position(session, queued[0])} if len(queued) == 1 else _positions(session, queued)
     return {job.id: Place(positions.get(job.id, 1), _reason(session, job, positions)) for job in queued}
+
+
+def _position(session: Session, job: Job) -> int:
+    same = Job.priority == job.priority
+    ahead = or_(
+        Job.priority > job.priority,
+        and_(same, Job.created_at < job.created_at),
+        and_(same, Job.created_at == job.created_at, Job.id < job.id),
+    )
+    return 1 + (session.scalar(select(func.count()).where(Job.status == "queued", ahead)) or 0)
+
+
+def _positions(session: Session, queued: Sequence[Job]) -> dict[str, int]:
+    order = (Job.priority.desc(), Job.created_at, Job.id)
+    ranked = select(Job.id, func.row_number().over(order_by=order).label("place")).where(Job.status == "queued")
+    numbered = ranked.subquery()
+    ids = [job.id for job in queued]
+    return {row.id: row.place for row in session.execute(select(numbered).where(numbered.c.id.in_(ids)))}
 
 
 def _reason(session: Session, job: Job, positions: dict[str, int]) -> str:
