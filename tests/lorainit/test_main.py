@@ -174,7 +174,7 @@ def test_child_dies_with_its_supervisor(spec, tmp_path):
                 pass
             assert alive(pid)
             parent.kill()
-            parent.communicate()
+            parent.wait()
             deadline = time.monotonic() + 10
             while alive(pid) and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -182,6 +182,7 @@ def test_child_dies_with_its_supervisor(spec, tmp_path):
         finally:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+            parent.communicate()  # closes the pipes that the child shared
 
 
 def alive(pid):
