@@ -7,8 +7,11 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.core import keys
+from api.core import idempotency, keys
+from api.core.db import session_scope
+from api.core.errors import InProgress
 from api.core.models import Creation
+from api.errors import respond
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, refused
 from tests.things import MODEL
 
@@ -162,3 +165,19 @@ def test_a_retried_delete_succeeds_for_the_same_key_only(lab: Lab, session: Sess
     session.commit()
     reply = lab.client.delete(f"/v1/files/{file}", headers={**AGAIN, "authorization": f"Bearer {other}"})
     refused(reply, 404, "file_not_found", "file_id")
+
+
+def test_an_order_that_is_still_being_made_is_a_409(service: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On SQLite the second writer waits for the first anyway."""
+    monkeypatch.setattr(idempotency, "WAIT_SECONDS", 1)
+    attempt = idempotency.Attempt(
+        caller=keys.Caller("key_x", "proj_x"), path=JOBS, key="abc", retry_count=0, window=timedelta(seconds=60)
+    )
+    with session_scope() as first, session_scope() as second:
+        if first.get_bind().dialect.name == "sqlite":
+            return
+        idempotency._take_turn(first, attempt, "mark")
+        with pytest.raises(InProgress) as refusal:
+            idempotency._take_turn(second, attempt, "mark")
+    reply = respond(refusal.value)
+    assert reply.status_code == 409 and reply.headers["retry-after-ms"] == "500"

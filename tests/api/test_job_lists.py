@@ -1,0 +1,62 @@
+"""Lists of jobs: pages, and the metadata filter with all its corners."""
+
+from urllib.parse import quote_plus
+
+import pytest
+
+from tests.api.conftest import JOBS, Lab, refused
+
+LABELS: dict[str, dict[str, str] | None] = {
+    "plain": {"team": "a b/c"},
+    "two": {"team": "a b/c", "env": "dev"},
+    "empty": {"team": ""},
+    "odd": {'k"]% key': "v", "a.b[0]": "ä"},
+    "none": None,
+}
+
+
+def listed(lab: Lab, made: dict[str, str], query: str) -> set[str]:
+    reply = lab.client.get(f"{JOBS}?{query}")
+    assert reply.status_code == 200, reply.text
+    names = {job_id: name for name, job_id in made.items()}
+    return {names[job["id"]] for job in reply.json()["data"]}
+
+
+def pair(key: str, value: str) -> str:
+    return f"{quote_plus(f'metadata[{key}]')}={quote_plus(value)}"
+
+
+@pytest.fixture
+def made(lab: Lab) -> dict[str, str]:
+    file = lab.upload()["id"]
+    return {name: lab.order(file, metadata=labels)["id"] for name, labels in LABELS.items()}
+
+
+def test_metadata_pairs_match_exactly_and_together(lab: Lab, made: dict[str, str]) -> None:
+    assert listed(lab, made, pair("team", "a b/c")) == {"plain", "two"}
+    assert listed(lab, made, pair("team", "a b/c") + "&" + pair("env", "dev")) == {"two"}
+    assert listed(lab, made, pair("team", "a")) == set()
+    assert listed(lab, made, pair('k"]% key', "v")) == {"odd"}
+    assert listed(lab, made, pair("a.b[0]", "ä")) == {"odd"}
+
+
+def test_metadata_may_be_empty_null_or_not_asked_for(lab: Lab, made: dict[str, str]) -> None:
+    assert listed(lab, made, pair("team", "")) == {"empty"}
+    assert listed(lab, made, "metadata=null") == {"none"}
+    assert listed(lab, made, "metadata=") == set(LABELS)
+    assert listed(lab, made, "") == set(LABELS)
+
+
+@pytest.mark.parametrize("query", ["metadata=null&metadata%5Ba%5D=b", "metadata=other"])
+def test_metadata_filters_that_contradict_are_refused(lab: Lab, query: str) -> None:
+    refused(lab.client.get(f"{JOBS}?{query}"), 400, "invalid_value", "metadata")
+
+
+def test_job_pages_follow_each_other(lab: Lab) -> None:
+    file = lab.upload()["id"]
+    ids = [lab.order(file)["id"] for _ in range(5)]
+    first = lab.client.get(f"{JOBS}?limit=3").json()
+    lab.order(file)
+    second = lab.client.get(f"{JOBS}?limit=3&after={first['last_id']}").json()
+    assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
+    assert (first["has_more"], second["has_more"]) == (True, False)
