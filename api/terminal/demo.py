@@ -79,7 +79,7 @@ def _order(client: OpenAI, console: Console) -> FineTuningJob:
         model=MODEL,
         training_file=training,
         validation_file=validation,
-        hyperparameters={"max_steps": 30, "batch_size": 8, "eval_interval": 10},
+        hyperparameters={"max_steps": 32, "batch_size": 4, "eval_interval": 8},
         lora={"init": {"method": "loram"}, "r": 16},
         suffix="demo",
         seed=1,
