@@ -5,6 +5,7 @@ first and writes later would otherwise fail with "database is locked" instead of
 for reading (`read_only=True`) start plainly and never wait for a writer.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -72,18 +73,37 @@ def make_engine(url: str) -> Engine:
         return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
     engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False, "isolation_level": None})
     event.listen(engine, "connect", _sqlite_connect)
-    event.listen(engine, "begin", _sqlite_begin)
+    _take_turns(engine)
     return engine
+
+
+def _take_turns(engine: Engine) -> None:
+    """Writers of this process queue up here: SQLite's own waiting is a sleep of up to 100 ms a try."""
+    turn, holders = threading.Lock(), set[int]()
+
+    def begin(connection: Connection) -> None:
+        writes = not connection.get_execution_options().get("read_only", False)
+        if writes and turn.acquire(timeout=5):  # never for ever: SQLite waits and refuses by itself
+            holders.add(id(connection))
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        except BaseException:
+            end(connection)
+            raise
+
+    def end(connection: Connection) -> None:
+        if id(connection) in holders:
+            holders.discard(id(connection))
+            turn.release()
+
+    event.listen(engine, "begin", begin)
+    event.listen(engine, "commit", end)
+    event.listen(engine, "rollback", end)
 
 
 def _sqlite_connect(connection: Any, _record: object) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
         connection.execute(f"PRAGMA {pragma}")
-
-
-def _sqlite_begin(connection: Connection) -> None:
-    read_only = connection.get_execution_options().get("read_only", False)
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
 @cache
