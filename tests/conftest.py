@@ -71,9 +71,11 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: s
 
 def forget() -> None:
     """Drop every cached setting, engine, storage and queue of this process."""
-    if db.get_engine.cache_info().currsize:
-        db.get_engine().dispose()
-    for cached in (settings.get_settings, db.get_engine, db.get_sessions, storage.get_storage, queue.get_celery):
+    for made in (db.get_engine, db.get_reader):
+        if made.cache_info().currsize:
+            made().dispose()
+        made.cache_clear()
+    for cached in (settings.get_settings, db.get_sessions, storage.get_storage, queue.get_celery):
         cached.cache_clear()
     catalogue.load.cache_clear()
 
@@ -86,6 +88,7 @@ def session(environment: pytest.MonkeyPatch, engine: Engine) -> Iterator[Session
         sessions = sessionmaker(connection, expire_on_commit=False, join_transaction_mode="create_savepoint")
         with environment.context() as patch:
             patch.setattr(db, "get_engine", lambda: connection)
+            patch.setattr(db, "get_reader", lambda: connection)
             patch.setattr(db, "get_sessions", lambda: sessions)
             with sessions() as session:
                 yield session

@@ -13,7 +13,7 @@ from typing import Any
 from celery.signals import setup_logging, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
 
 from api.core import workers
-from api.core.db import get_engine, session_scope
+from api.core.db import get_engine, get_reader, session_scope
 from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings
@@ -48,7 +48,8 @@ def _ready(**_: Any) -> None:
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _child(**_: Any) -> None:
     # A connection opened before the fork belongs to the parent.
-    get_engine().dispose(close=False)
+    for engine in (get_engine(), get_reader()):
+        engine.dispose(close=False)
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]

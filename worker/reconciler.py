@@ -79,7 +79,10 @@ def check_files() -> bool:
         file = validation.next_unchecked(session)
     if file is None:
         return False
-    verdict = validation.check(get_storage(), file)
+    try:
+        verdict = validation.check(get_storage(), file)
+    except FileNotFoundError:  # deleted while we read it, or lost: neither can be used
+        verdict = {"status": "error", "status_details": "The file's bytes are gone.", "validation": None}
     with session_scope() as session:
         validation.record(session, file.id, verdict)
         session.commit()

@@ -5,17 +5,17 @@ first and writes later would otherwise fail with "database is locked" instead of
 for reading (`read_only=True`) start plainly and never wait for a writer.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import JSON, Connection, DateTime, Dialect, Engine, MetaData, create_engine, event, func, select
+from sqlalchemy import JSON, DateTime, Dialect, Engine, MetaData, create_engine, event, func, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+from sqlalchemy.pool import QueuePool
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from api.core.settings import get_settings
@@ -67,42 +67,24 @@ class Base(DeclarativeBase):
     )
 
 
-def make_engine(url: str) -> Engine:
-    """An engine for `url` with the settings each database needs."""
+def make_engine(url: str, *, read_only: bool = False) -> Engine:
+    """An engine for `url` with the settings each database needs; `read_only` matters to SQLite alone."""
     if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False, "isolation_level": None})
+    # One writing connection per process: its writers then wait in the pool, in turn and at once
+    # awake, where SQLite's own waiting sleeps up to 100 ms a try. Readers never wait for a writer.
+    pool = {"pool_size": 20, "max_overflow": 20} if read_only else {"pool_size": 1, "max_overflow": 0}
+    connect_args = {"timeout": 30, "check_same_thread": False, "isolation_level": None}
+    engine = create_engine(url, poolclass=QueuePool, connect_args=connect_args, pool_timeout=30, **pool)
     event.listen(engine, "connect", _sqlite_connect)
-    _take_turns(engine)
+    start = "BEGIN" if read_only else "BEGIN IMMEDIATE"
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(start))
     return engine
 
 
-def _take_turns(engine: Engine) -> None:
-    """Writers of this process queue up here: SQLite's own waiting is a sleep of up to 100 ms a try."""
-    turn, holders = threading.Lock(), set[int]()
-
-    def begin(connection: Connection) -> None:
-        writes = not connection.get_execution_options().get("read_only", False)
-        if writes and turn.acquire(timeout=5):  # never for ever: SQLite waits and refuses by itself
-            holders.add(id(connection))
-        try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-        except BaseException:
-            end(connection)
-            raise
-
-    def end(connection: Connection) -> None:
-        if id(connection) in holders:
-            holders.discard(id(connection))
-            turn.release()
-
-    event.listen(engine, "begin", begin)
-    event.listen(engine, "commit", end)
-    event.listen(engine, "rollback", end)
-
-
 def _sqlite_connect(connection: Any, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
+    # FULL: what a caller was told to be accepted survives a power cut, not only a crash of ours.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
         connection.execute(f"PRAGMA {pragma}")
 
 
@@ -110,6 +92,13 @@ def _sqlite_connect(connection: Any, _record: object) -> None:
 def get_engine() -> Engine:
     """This process's engine, made on first use."""
     return make_engine(get_settings().database())
+
+
+@cache
+def get_reader() -> Engine:
+    """The engine for sessions that only read; the same one on PostgreSQL."""
+    url = get_settings().database()
+    return make_engine(url, read_only=True) if url.startswith("sqlite") else get_engine()
 
 
 @cache
@@ -121,8 +110,7 @@ def get_sessions() -> sessionmaker[Session]:
 @contextmanager
 def session_scope(*, read_only: bool = False) -> Iterator[Session]:
     """A session that rolls back unless its owner commits."""
-    bind = get_engine().execution_options(read_only=True) if read_only else get_engine()
-    with get_sessions()(bind=bind) as session:
+    with get_sessions()(bind=get_reader() if read_only else get_engine()) as session:
         yield session
 
 
