@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,8 +79,9 @@ class Child:
                 self.process.wait(self.grace)
             except subprocess.TimeoutExpired:
                 family += _family(self.process.pid)
+                self.process.kill()
         for member in family:
-            if member.is_running():
+            with suppress(psutil.NoSuchProcess):  # it may end between any two lines here
                 member.kill()
         self.process.wait()
         self.process = None

@@ -70,7 +70,8 @@ def test_a_child_that_ran_well_starts_again_at_once(tmp_path: Path, monkeypatch:
 
 
 def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path: Path) -> None:
-    stubborn = "import signal, subprocess, sys; signal.signal(15, signal.SIG_IGN); subprocess.run(sys.argv[1:])"
+    ignore = "signal.signal(15, signal.SIG_IGN)"
+    stubborn = f"import signal, subprocess, sys, time; {ignore}; subprocess.run(sys.argv[1:]); time.sleep(60)"
     child = make(tmp_path, [sys.executable, "-c", stubborn, *SLEEP], grace=0.3)
     child.start()
     assert child.process is not None
