@@ -86,10 +86,10 @@ def place(lora: Lora, entry: Entry) -> Lora:
     Raises:
         InvalidValue: an unknown target, or a rank above `max_r` or above a matrix's smaller side.
     """
-    known = {target.name: target for target in entry.targets}
+    known = dict.fromkeys(target.name for target in entry.targets)
     wanted = lora.target_modules
     if isinstance(wanted, str):
-        names = [name for name, target in known.items() if wanted in ("all-linear", target.group)]
+        names = list(dict.fromkeys(t.name for t in entry.targets if wanted in ("all-linear", t.group)))
         if not names:
             raise InvalidValue(
                 f"lora.target_modules {wanted!r} matches nothing in model {entry.id!r}.",
@@ -112,12 +112,11 @@ def place(lora: Lora, entry: Entry) -> Lora:
             code="rank_too_large",
             param="lora.r",
         )
-    for name in names:
-        target = known[name]
+    for target in entry.targets:
         side = min(target.out_features, target.in_features)
-        if lora.r > side:
+        if target.name in names and lora.r > side:
             raise InvalidValue(
-                f"lora.r {lora.r} is larger than the smaller side ({side}) of {name!r} in model {entry.id!r}.",
+                f"lora.r {lora.r} is larger than the smaller side ({side}) of {target.name!r} in model {entry.id!r}.",
                 code="rank_too_large",
                 param="lora.r",
             )

@@ -1,0 +1,60 @@
+"""The catalogue: what a request is checked against without opening a model."""
+
+from pathlib import Path
+
+import pytest
+
+from api.core import catalogue
+from api.core.errors import BadReference, InvalidValue
+from lorainit.spec import Lora, Target
+
+
+def target(name: str, out: int, n: int, group: str = "attention", count: int = 2) -> Target:
+    return Target.model_validate({"name": name, "group": group, "out_features": out, "in_features": n, "count": count})
+
+
+ENTRY = catalogue.Entry(
+    id="tiny",
+    root="lab/tiny",
+    source="/models/tiny",
+    max_length=64,
+    max_r=32,
+    chat=True,
+    targets=[target("q", 32, 32), target("k", 8, 32), target("q", 16, 32), target("up", 64, 32, "mlp")],
+)
+
+
+def test_groups_become_names() -> None:
+    assert catalogue.place(Lora(r=4), ENTRY).target_modules == ["q", "k", "up"]
+    assert catalogue.place(Lora(r=4, target_modules="mlp"), ENTRY).target_modules == ["up"]
+
+
+def test_the_size_counts_every_shape_of_a_name() -> None:
+    modules, parameters = catalogue.size(catalogue.place(Lora(r=4, target_modules=["q"]), ENTRY), ENTRY)
+    assert (modules, parameters) == (4, 4 * (64 + 48) * 2)
+
+
+@pytest.mark.parametrize(("r", "names", "side"), [(9, ["k"], 8), (17, ["q"], 16), (33, ["up"], None)])
+def test_a_rank_above_any_shape_of_a_target_is_refused(r: int, names: list[str], side: int | None) -> None:
+    with pytest.raises(InvalidValue, match=str(side) if side else "between 1 and 32") as caught:
+        catalogue.place(Lora(r=r, target_modules=names), ENTRY)
+    assert (caught.value.code, caught.value.param) == ("rank_too_large", "lora.r")
+
+
+def test_an_unknown_target_is_named_with_its_place() -> None:
+    with pytest.raises(InvalidValue, match="'lm_head'") as caught:
+        catalogue.place(Lora(r=4, target_modules=["q", "lm_head"]), ENTRY)
+    assert caught.value.param == "lora.target_modules[1]"
+
+
+def test_a_hub_name_is_an_alias_and_an_unknown_one_is_refused() -> None:
+    assert catalogue.require("HuggingFaceTB/SmolLM2-135M-Instruct").id == "smollm2-135m-instruct"
+    with pytest.raises(BadReference, match="smollm2-135m-instruct"):
+        catalogue.require("nothing")
+
+
+def test_a_broken_catalogue_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text('[[models]]\nid = "x"\n')
+    with pytest.raises(ValueError, match=r"models\.toml"):
+        catalogue.load(path)
