@@ -4,6 +4,7 @@ Imports of the service stand inside the commands: `lorainit --help` should not l
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,10 +252,10 @@ def _configure(**options: Path | str | int | None) -> None:
 
 
 def _announce(url: str, state: Path, first_key: str | None) -> None:
-    base = f"{url}/v1"
+    base, command = f"{url}/v1", _own_name()
     out.print(f"\n[bold]Lorainit[/bold] is ready at [bold]{base}[/bold]")
     out.print(f"State and logs: {state}. Ctrl+C stops everything.\n", markup=False)
-    another = f"lorainit keys create --state {state}"
+    another = f"{command} keys create --state {state}"
     if first_key is None:
         out.print(f"API keys exist already. Another one: {another}", markup=False)
     else:
@@ -262,8 +263,14 @@ def _announce(url: str, state: Path, first_key: str | None) -> None:
     out.print("\nTry, in another terminal:", style="dim")
     out.print(f"  export OPENAI_BASE_URL={base} OPENAI_API_KEY={first_key or '...'}", markup=False)
     out.print('  curl -H "Authorization: Bearer $OPENAI_API_KEY" $OPENAI_BASE_URL/models', markup=False)
-    submit = "lorainit submit examples/train.jsonl --model smollm2-135m-instruct --init loram --steps 20 --watch"
-    out.print(f"  {submit}\n", markup=False)
+    submit = "submit examples/train.jsonl --model smollm2-135m-instruct --init loram --steps 20 --watch"
+    out.print(f"  {command} {submit}\n", markup=False)
+
+
+def _own_name() -> str:
+    """How this command is called from here: by name, or by path when its environment is not active."""
+    beside = Path(sys.executable).with_name("lorainit")
+    return "lorainit" if shutil.which("lorainit") == str(beside) or not beside.exists() else str(beside)
 
 
 if __name__ == "__main__":
