@@ -119,7 +119,14 @@ def stack(
 
 def children_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The training processes below a worker."""
-    return [p for p in psutil.Process(process.pid).children(recursive=True) if "lorainit" in p.cmdline()]
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if _is_a_run(child)]
+
+
+def _is_a_run(process: psutil.Process) -> bool:
+    try:
+        return "lorainit" in process.cmdline()
+    except psutil.Error:  # it ended while we looked
+        return False
 
 
 def test_a_job_is_ordered_trained_and_downloaded(stack: Stack, tiny_base: Path, tmp_path: Path) -> None:
@@ -160,7 +167,8 @@ tokenizer = AutoTokenizer.from_pretrained(adapter)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
 total = count = 0
 for n in range(4):
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": f"What is {n}?"}], add_generation_prompt=True, tokenize=False)
+    asked = [{"role": "user", "content": f"What is {n}?"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt + f"It is {n} and {n}<|im_end|>", return_tensors="pt", add_special_tokens=False).input_ids
     skip = len(tokenizer(prompt, add_special_tokens=False).input_ids)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """From the child's events to rows: progress, metrics, events, reports. Every write is fenced."""
 
 import time
+from collections import deque
 from typing import Any
 
 from api.core import events, jobs, metrics
@@ -19,6 +20,7 @@ BANDS = {
 }
 FLUSH_SECONDS = 0.5
 EVENT_POINTS = 200
+PACE_STEPS = 10
 
 
 class Lost(Exception):
@@ -34,6 +36,7 @@ class Recorder:
         self._flushed = self._started = time.monotonic()
         self._percent = 0.0
         self._urgent = False
+        self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
         self.progress: dict[str, Any] = {
             "stage": "loading",
             "percent": 0.0,
@@ -111,7 +114,7 @@ class Recorder:
             low, high = BANDS["training"]
             share = event.step / max(1, event.total_steps)
             self._reach(low + (high - low) * share)
-            remaining = event.seconds / share * (1 - share) if event.step else None
+            remaining = self._remaining(event)
             progress.update(
                 step=event.step,
                 total_steps=event.total_steps,
@@ -121,6 +124,15 @@ class Recorder:
                 train_loss=event.train_loss if event.train_loss is not None else progress["train_loss"],
                 remaining_seconds=None if remaining is None else round(remaining),
             )
+
+    def _remaining(self, event: Metrics) -> float | None:
+        """Seconds of training left at the pace of the last steps: the first ones are slow."""
+        if event.step:
+            self._pace.append((event.step, event.seconds))
+        if len(self._pace) < 2:
+            return None
+        (first, before), (last, after) = self._pace[0], self._pace[-1]
+        return (after - before) / max(1, last - first) * (event.total_steps - event.step)
 
     def _reach(self, percent: float) -> None:
         self._percent = max(self._percent, percent)

@@ -89,6 +89,15 @@ def test_the_percentage_never_falls_and_stays_below_100(lease: Lease) -> None:
     assert 90 < seen[-1] < 100
 
 
+def test_the_time_left_follows_the_pace_of_the_last_steps(lease: Lease) -> None:
+    recorder = Recorder(lease)
+    recorder.take(Metrics(step=1, total_steps=100, epoch=0, tokens=1, seconds=60.0))
+    assert recorder.progress["remaining_seconds"] is None
+    for number in range(2, 51):
+        recorder.take(Metrics(step=number, total_steps=100, epoch=0, tokens=1, seconds=60.0 + number))
+    assert recorder.progress["remaining_seconds"] == 50
+
+
 def test_the_plan_is_stored_for_the_job_object(lease: Lease) -> None:
     plan = Plan(
         total_steps=10, steps_per_epoch=5, rows=40, trained_tokens_per_epoch=100, micro_batch_size=4,
