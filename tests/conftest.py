@@ -4,8 +4,13 @@
 `service`: real commits, for what needs several connections; all rows are deleted afterwards.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Models here are tiny: a second thread helps none of them, and the waiting of several processes'
+# threads for each other made the suite several times slower. Before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import structlog
