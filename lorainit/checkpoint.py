@@ -142,7 +142,7 @@ def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
 
 def attach_layers(model: nn.Module, targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> None:
     """Attach the checkpoint's factors instead of initializing again."""
-    subtract = lora.method.facts.offset == "subtract"
+    subtract = lora.method.offset == "subtract"
     for name, module in targets.items():
         own = {k: restored.tensors.get(f"layer.{name}.{k}") for k in ("A", "B", "A0", "B0")}
         A, B, A0, B0 = (None if t is None else t.to(_device(module)) for t in own.values())

@@ -6,8 +6,9 @@ training. The base weights are read and never written.
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lorainit.data import Batch
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Event, Message, Tick
-from lorainit.evidence import Evidence, collect
+from lorainit.evidence import Evidence
 from lorainit.hardware import peak_memory_bytes
 from lorainit.layer import LoRALinear, attach, disabled, weight_of
 from lorainit.loss import logits_of, tally
@@ -26,6 +27,7 @@ from lorainit.spec import Lora, LoRAM
 # How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
 LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 MESSAGE_SECONDS = 5.0
+NO_EVIDENCE: Mapping[str, Evidence] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def initialize(
     *,
     seed: int,
     probe: Batch,
+    evidence: Mapping[str, Evidence] = NO_EVIDENCE,
     weight_decay: float = 0.0,
     on_event: Callable[[Event], None],
 ) -> Report:
@@ -52,6 +55,7 @@ def initialize(
         lora: resolved.
         seed: the run's; used when the method has none of its own.
         probe: a few training rows, on the model's device, to measure the loss before and after.
+        evidence: what `collect` gathered for the method, by module.
 
     Raises:
         UnsupportedInit: the method cannot work on a module; the message names it.
@@ -60,11 +64,10 @@ def initialize(
     started = time.monotonic()
     config = lora.method
     seed = seed if config.seed is None else config.seed
-    evidence = collect(config, targets)
     modules: list[dict[str, Any]] = []
     said = started
     for done, (name, module) in enumerate(targets.items(), start=1):
-        modules.append(_adapt(model, name, module, evidence[name], lora=lora, seed=seed))
+        modules.append(_adapt(model, name, module, evidence.get(name, Evidence()), lora=lora, seed=seed))
         on_event(Tick(done=done, total=len(targets)))
         if done == len(targets) or time.monotonic() - said > MESSAGE_SECONDS:
             said = time.monotonic()
@@ -93,13 +96,13 @@ def _adapt(
     W = _readable_weight(name, module, needed=config.facts.needs != "none")
     try:
         factors = METHODS[config.method](
-            W, evidence, rank=lora.r, scale=s, config=config, generator=generator_for(seed, name)
+            W, evidence, rank=evidence.rank or lora.r, scale=s, config=config, generator=generator_for(seed, name)
         )
     except UnsupportedInit as error:
         raise UnsupportedInit(f"{name}: {error.message}", param=error.param) from error
     if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
         raise InitFailed(f"{name}: {config.method} produced non-finite factors.", param="lora.init")
-    subtract = config.facts.offset == "subtract"
+    subtract = config.offset == "subtract"
     attach(model, name, LoRALinear(module, factors, scale=s, subtract=subtract, dropout=lora.dropout))
     return _facts(name, W, factors, s=s, subtract=subtract)
 
@@ -164,7 +167,7 @@ def _summary(
         "samples": None,
         "modules": len(modules),
         "peak_memory_bytes": peak_memory_bytes(),
-        "function_preserving": lora.method.facts.function_preserving,
+        "function_preserving": lora.method.function_preserving,
         "captured_energy": energy,
         "warnings": warnings,
     }
@@ -213,7 +216,7 @@ def _warnings(lora: Lora, targets: dict[str, nn.Module], weight_decay: float) ->
             f"LoRAM sizes B·A, and the scale s = {s:g} multiplies it again: the product starts at {s * s:.3g} times"
             f" the intended energy. Use alpha = r (s = 1), or alpha = r with rsLoRA (s = {r**0.5:g}), or scale_aware."
         )
-    if weight_decay and config.facts.offset == "subtract":
+    if weight_decay and config.offset == "subtract":
         found.append(
             f"With {config.method}, weight decay pulls A and B towards zero, that is towards W - s·B0·A0 and not"
             " towards the base model."

@@ -20,6 +20,7 @@ from lorainit import adapter, checkpoint, hardware
 from lorainit.data import Sample, collate
 from lorainit.errors import DiskFull, OutOfMemory, UnsupportedModel
 from lorainit.events import Done, InitReport, Message, Stage
+from lorainit.evidence.collect import Context, collect
 from lorainit.initialize import Report, initialize
 from lorainit.prepare import Job, OnEvent, prepare
 from lorainit.results import write_csv
@@ -99,12 +100,27 @@ def _initialize(job: Job, on_event: OnEvent) -> Report:
     ]
     # Rows whose first trained token comes late still count: then the probe is simply longer.
     probe = collate((rows or job.data.samples)[:PROBE_ROWS], pad=job.pad).to(job.device)
+    context = Context(
+        model=job.model,
+        targets=job.targets,
+        samples=job.calibration.samples if job.calibration else job.data.samples,
+        training_samples=job.data.samples,
+        pad=job.pad,
+        device=job.device,
+        micro_batch_size=job.plan.micro_batch_size,
+        lora=job.lora,
+        training=job.training,
+        total_steps=job.plan.total_steps,
+        seed=job.spec.seed,
+        on_event=on_event,
+    )
     return initialize(
         job.model,
         job.targets,
         job.lora,
         seed=job.spec.seed,
         probe=probe,
+        evidence=collect(job.lora.method, context),
         weight_decay=job.training.weight_decay,
         on_event=on_event,
     )

@@ -1,0 +1,304 @@
+"""The initializations as typed, torch-free parameters, each beside what it needs and promises.
+
+The same classes check a request, are stored with the job, configure the run and make the catalogue.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lorainit.schema import Auto, Seed, Strict
+
+Need = Literal["none", "weight", "gradient", "activation", "preheat"]
+Offset = Literal["none", "subtract"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What the catalogue says of a method beside its parameters.
+
+    `offset == "subtract"` means the run trains W + s(BA - B0·A0), so its plain export has rank 2r.
+    `rate_factor` multiplies the model's base learning rate.
+    """
+
+    title: str
+    description: str
+    paper: str
+    arxiv: str | None
+    needs: Need
+    offset: Offset = "none"
+    function_preserving: bool = True
+    maturity: Literal["stable", "experimental"] = "stable"
+    rate_factor: float = 1.0
+    min_rank: int = 1
+    even_rank: bool = False
+
+
+class InitConfig(Strict):
+    """Common to all methods. `seed` null = derived from the run's seed."""
+
+    facts: ClassVar[Method]
+    seed: Seed | None = None
+
+    @property
+    def offset(self) -> Offset:
+        """Whether this run trains on W or on W - s·B0·A0; some methods let a parameter decide."""
+        return self.facts.offset
+
+    @property
+    def function_preserving(self) -> bool:
+        """Whether the adapted model starts as the base model; False = a displaced start, on purpose."""
+        return self.facts.function_preserving
+
+
+class CalibratedConfig(InitConfig):
+    """Common to methods that look at data: rows of `calibration_file`, else the first of the training file."""
+
+    calibration_file: str | None = None
+
+
+class Kaiming(InitConfig):
+    """A ~ U(-1/sqrt(n), 1/sqrt(n)), B = 0 (Hu et al., arXiv 2106.09685; what PEFT does by default)."""
+
+    facts = Method(
+        title="Kaiming (PEFT's default)",
+        description="Random A, zero B: the adapter starts as exactly nothing.",
+        paper="LoRA: Low-Rank Adaptation of Large Language Models",
+        arxiv="2106.09685",
+        needs="none",
+    )
+    method: Literal["kaiming"]
+
+
+class Gaussian(InitConfig):
+    """A ~ N(0, 1/r^2), B = 0 (PEFT's `gaussian`; no paper)."""
+
+    facts = Method(
+        title="Gaussian",
+        description="Random normal A whose size depends on the rank, zero B.",
+        paper="",
+        arxiv=None,
+        needs="none",
+    )
+    method: Literal["gaussian"]
+
+
+class Orthogonal(InitConfig):
+    """B·A = 0 with both factors non-zero (blog "Rethink LoRA initialisation"; PEFT's `orthogonal`)."""
+
+    facts = Method(
+        title="Orthogonal",
+        description="Both factors start non-zero in orthogonal subspaces, so their product is zero.",
+        paper="",
+        arxiv=None,
+        needs="none",
+        even_rank=True,
+        min_rank=2,
+    )
+    method: Literal["orthogonal"]
+
+
+class PiSSA(InitConfig):
+    """Top-r singular directions of W (Meng et al., arXiv 2404.02948).
+
+    `niter` power iterations of a randomized SVD with q = 2r; null = the full SVD.
+    """
+
+    facts = Method(
+        title="PiSSA",
+        description="Starts from the top r singular directions of each weight; the rest stays in the base.",
+        paper="PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs",
+        arxiv="2404.02948",
+        needs="weight",
+        offset="subtract",
+    )
+    method: Literal["pissa"]
+    niter: Annotated[int, Field(ge=0, le=64)] | None = 16
+
+
+class MiLoRA(InitConfig):
+    """Bottom-r singular directions of W, by the full SVD (Wang et al., arXiv 2406.09044)."""
+
+    facts = Method(
+        title="MiLoRA",
+        description="Starts from the smallest singular directions, leaving the principal ones alone.",
+        paper="MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
+        arxiv="2406.09044",
+        needs="weight",
+        offset="subtract",
+    )
+    method: Literal["milora"]
+
+
+class OLoRA(InitConfig):
+    """Leading part of the QR decomposition of W (Büyükakyüz, arXiv 2406.01775).
+
+    `scale_aware` divides A by the adapter's multiplier, so that s·B·A = Q_r·R_r for every s.
+    """
+
+    facts = Method(
+        title="OLoRA",
+        description="Starts from the leading part of each weight's QR decomposition (orthonormal B).",
+        paper="OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
+        arxiv="2406.01775",
+        needs="weight",
+        offset="subtract",
+        rate_factor=0.2,
+    )
+    method: Literal["olora"]
+    scale_aware: bool = True
+
+
+class LoRAM(InitConfig):
+    """Fixed sine bases at the magnitude of W (Zhang et al., arXiv 2507.06558, NeurIPS 2025).
+
+    `magnitude`: "variance" (the authors' code) or "second_moment" (the paper's text).
+    `scale_aware`: size the product s·B·A rather than B·A.
+    `basis`: "dst" is the method; the others are the paper's ablations.
+    """
+
+    facts = Method(
+        title="LoRAM",
+        description="Orthonormal sine bases at the magnitude of each weight: no SVD, no data, no chance.",
+        paper="The Primacy of Magnitude in Low-Rank Adaptation",
+        arxiv="2507.06558",
+        needs="weight",
+        offset="subtract",
+        min_rank=2,
+    )
+    method: Literal["loram"]
+    magnitude: Literal["variance", "second_moment"] = "variance"
+    scale_aware: bool = False
+    basis: Literal["dst", "random_orthogonal", "gaussian"] = "dst"
+
+
+class LoRAGA(CalibratedConfig):
+    """Shifted singular vectors of the mean gradient (Wang, Yu, Li, arXiv 2407.05000; the authors' scaling)."""
+
+    facts = Method(
+        title="LoRA-GA",
+        description="Orthonormal directions of the full gradient: the first step is the best rank-2r step.",
+        paper="LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+        arxiv="2407.05000",
+        needs="gradient",
+        offset="subtract",
+    )
+    method: Literal["lora_ga"]
+    samples: Annotated[int, Field(ge=1, le=4096)] = 128
+    gamma: Annotated[float, Field(gt=0)] = 16.0
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
+    scale: Literal["stable", "unit", "gd", "weight_svd"] = "stable"
+
+
+class LoRAOne(CalibratedConfig):
+    """One-step full gradient (Zhang, Liu, Chen, arXiv 2502.01235, ICML 2025).
+
+    `version` "v3" is the camera-ready: the model starts one rank-r gradient step ahead, on purpose.
+    "v1" is the first version: orthonormal vectors, subtracted. `gamma` null = 128 (v3) or 64 (v1);
+    "auto" (v3 only, our extension) = a line search on the calibration rows.
+    """
+
+    facts = Method(
+        title="LoRA-One",
+        description="Starts one full-gradient step ahead, in the gradient's own leading directions.",
+        paper="LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models",
+        arxiv="2502.01235",
+        needs="gradient",
+        function_preserving=False,
+    )
+    method: Literal["lora_one"]
+    version: Literal["v3", "v1"] = "v3"
+    samples: Annotated[int, Field(ge=1, le=4096)] = 8
+    gamma: Annotated[float, Field(gt=0)] | Auto | None = None
+    niter: Annotated[int, Field(ge=0, le=64)] = 16
+
+    @property
+    def offset(self) -> Offset:
+        """v1 subtracts its start."""
+        return "subtract" if self.version == "v1" else "none"
+
+    @property
+    def function_preserving(self) -> bool:
+        """v3 is displaced by one step."""
+        return self.version == "v1"
+
+
+class HRP(InitConfig):
+    """High-Rank Preheating (Chen et al., arXiv 2502.07739), rebuilt without the paper's body or code.
+
+    `c` scales the orthonormal rows of A; 1/sqrt(3) matches Kaiming's norm.
+    """
+
+    facts = Method(
+        title="High-Rank Preheating",
+        description="Trains a high-rank LoRA for a few steps and starts the main run from its leading directions.",
+        paper="HRP: High-Rank Preheating for Superior LoRA Initialization",
+        arxiv="2502.07739",
+        needs="preheat",
+        maturity="experimental",
+    )
+    method: Literal["hrp"]
+    preheat_rank: Annotated[int, Field(ge=2)] | Auto = "auto"
+    preheat_steps: Annotated[int, Field(ge=1)] | Auto = "auto"
+    preheat_mode: Literal["classic", "freeze_a"] = "classic"
+    preheat_a_law: Literal["orthonormal", "kaiming"] = "orthonormal"
+    c: Annotated[float, Field(gt=0)] = 1.0
+
+
+class EVA(CalibratedConfig):
+    """Principal directions of each layer's inputs, ranks spread by explained variance (Paischer et al., 2410.07170)."""
+
+    facts = Method(
+        title="EVA",
+        description="Starts A in the principal directions of each layer's inputs and spreads the ranks by need.",
+        paper="One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
+        arxiv="2410.07170",
+        needs="activation",
+    )
+    method: Literal["eva"]
+    samples: Annotated[int, Field(ge=1, le=4096)] = 256
+    rho: Annotated[float, Field(ge=1, le=10)] = 2.0
+    tau: Annotated[float, Field(ge=0, le=1)] = 0.99
+    whiten: bool = False
+
+
+class CorDA(CalibratedConfig):
+    """Singular directions of W weighted by the inputs' second moment (Yang et al., arXiv 2406.05223)."""
+
+    facts = Method(
+        title="CorDA",
+        description="Decomposes each weight as its inputs see it: learn the data's directions, or protect them.",
+        paper="CorDA: Context-Oriented Decomposition Adaptation of Large Language Models",
+        arxiv="2406.05223",
+        needs="activation",
+        offset="subtract",
+    )
+    method: Literal["corda"]
+    mode: Literal["ipm", "kpm"] = "ipm"
+    samples: Annotated[int, Field(ge=1, le=4096)] = 256
+
+
+class Automatic(Strict):
+    """Let the server choose; the choice and its reason are reported."""
+
+    method: Literal["auto"] = "auto"
+
+
+AnyInit = Kaiming | Gaussian | Orthogonal | PiSSA | MiLoRA | OLoRA | LoRAM | LoRAGA | LoRAOne | HRP | EVA | CorDA
+Init = Annotated[AnyInit | Automatic, Field(discriminator="method")]
+
+INITS: dict[str, type[AnyInit]] = {
+    "kaiming": Kaiming,
+    "gaussian": Gaussian,
+    "orthogonal": Orthogonal,
+    "pissa": PiSSA,
+    "milora": MiLoRA,
+    "olora": OLoRA,
+    "loram": LoRAM,
+    "lora_ga": LoRAGA,
+    "lora_one": LoRAOne,
+    "hrp": HRP,
+    "eva": EVA,
+    "corda": CorDA,
+}
