@@ -6,12 +6,13 @@ The same classes check a request, are stored with the job, configure the run and
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lorainit.schema import Auto, Seed, Strict
+from lorainit.schema import Auto, Seed, Strict, refusal
 
 Need = Literal["none", "weight", "gradient", "activation", "preheat"]
 Offset = Literal["none", "subtract"]
+Drawn = Literal["nothing", "factors", "evidence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Method:
     """What the catalogue says of a method beside its parameters.
 
     `offset == "subtract"` means the run trains W + s(BA - B0·A0), so its plain export has rank 2r.
-    `rate_factor` multiplies the model's base learning rate.
+    `rate_factor` multiplies the model's base learning rate. `alpha` None = the rank.
     """
 
     title: str
@@ -31,6 +32,8 @@ class Method:
     function_preserving: bool = True
     maturity: Literal["stable", "experimental"] = "stable"
     rate_factor: float = 1.0
+    alpha: float | None = None
+    rslora: bool = False
     min_rank: int = 1
     even_rank: bool = False
 
@@ -50,6 +53,21 @@ class InitConfig(Strict):
     def function_preserving(self) -> bool:
         """Whether the adapted model starts as the base model; False = a displaced start, on purpose."""
         return self.facts.function_preserving
+
+    @property
+    def min_rank(self) -> int:
+        """The smallest rank that these parameters work with."""
+        return self.facts.min_rank
+
+    @property
+    def drawn(self) -> Drawn:
+        """What the seed shapes: what it does not, a second seed finds in the cache."""
+        return "factors"
+
+    @property
+    def rate_factor(self) -> float:
+        """What the model's base learning rate is multiplied by for this start."""
+        return self.facts.rate_factor
 
 
 class CalibratedConfig(InitConfig):
@@ -116,6 +134,11 @@ class PiSSA(InitConfig):
     method: Literal["pissa"]
     niter: Annotated[int, Field(ge=0, le=64)] | None = 16
 
+    @property
+    def drawn(self) -> Drawn:
+        """The full SVD draws nothing."""
+        return "nothing" if self.niter is None else "factors"
+
 
 class MiLoRA(InitConfig):
     """Bottom-r singular directions of W, by the full SVD (Wang et al., arXiv 2406.09044)."""
@@ -129,6 +152,11 @@ class MiLoRA(InitConfig):
         offset="subtract",
     )
     method: Literal["milora"]
+
+    @property
+    def drawn(self) -> Drawn:
+        """The full SVD draws nothing."""
+        return "nothing"
 
 
 class OLoRA(InitConfig):
@@ -149,13 +177,19 @@ class OLoRA(InitConfig):
     method: Literal["olora"]
     scale_aware: bool = True
 
+    @property
+    def drawn(self) -> Drawn:
+        """A QR decomposition draws nothing."""
+        return "nothing"
+
 
 class LoRAM(InitConfig):
     """Fixed sine bases at the magnitude of W (Zhang et al., arXiv 2507.06558, NeurIPS 2025).
 
     `magnitude`: "variance" (the authors' code) or "second_moment" (the paper's text).
     `scale_aware`: size the product s·B·A rather than B·A.
-    `basis`: "dst" is the method; the others are the paper's ablations.
+    The rest are the paper's ablations. `basis`: random instead of sine. `rank_factor`: the gain
+    log(r) or log(r/2), over log min(m, n). `tracking`: take the magnitude of another method's B·A.
     """
 
     facts = Method(
@@ -171,6 +205,26 @@ class LoRAM(InitConfig):
     magnitude: Literal["variance", "second_moment"] = "variance"
     scale_aware: bool = False
     basis: Literal["dst", "random_orthogonal", "gaussian"] = "dst"
+    rank_factor: Literal["log_r", "log_half_r"] = "log_r"
+    tracking: Literal["pissa", "milora", "olora"] | None = None
+
+    @model_validator(mode="after")
+    def tracking_replaces_the_gain(self) -> "LoRAM":
+        """The other method has fixed the magnitude: a gain or a scale on top would be ignored."""
+        for field, given in (("rank_factor", self.rank_factor != "log_r"), ("scale_aware", self.scale_aware)):
+            if self.tracking and given:
+                raise refusal(field, f"{field} does not combine with tracking: {self.tracking} sets the magnitude.")
+        return self
+
+    @property
+    def min_rank(self) -> int:
+        """Where the logarithm is positive: at 0 both factors and their gradients are zero for ever."""
+        return 3 if self.rank_factor == "log_half_r" else 2
+
+    @property
+    def drawn(self) -> Drawn:
+        """The sine bases are fixed."""
+        return "nothing" if self.basis == "dst" and self.tracking is None else "factors"
 
 
 class LoRAGA(CalibratedConfig):
@@ -183,6 +237,9 @@ class LoRAGA(CalibratedConfig):
         arxiv="2407.05000",
         needs="gradient",
         offset="subtract",
+        rate_factor=0.1,
+        alpha=16.0,
+        rslora=True,
     )
     method: Literal["lora_ga"]
     samples: Annotated[int, Field(ge=1, le=4096)] = 128
@@ -206,6 +263,8 @@ class LoRAOne(CalibratedConfig):
         arxiv="2502.01235",
         needs="gradient",
         function_preserving=False,
+        alpha=16.0,
+        rslora=True,
     )
     method: Literal["lora_one"]
     version: Literal["v3", "v1"] = "v3"
@@ -222,6 +281,18 @@ class LoRAOne(CalibratedConfig):
     def function_preserving(self) -> bool:
         """v3 is displaced by one step."""
         return self.version == "v1"
+
+    @property
+    def rate_factor(self) -> float:
+        """The authors train v1 at 2e-5 and v3 at 2e-4."""
+        return 0.1 if self.version == "v1" else self.facts.rate_factor
+
+    @model_validator(mode="after")
+    def refuse_a_search_without_a_step(self) -> "LoRAOne":
+        """v1 starts where the base model is: there is no step whose loss could be compared."""
+        if self.version == "v1" and self.gamma == "auto":
+            raise refusal("gamma", 'gamma "auto" does not combine with version v1, which takes no step.')
+        return self
 
 
 class HRP(InitConfig):
@@ -244,6 +315,11 @@ class HRP(InitConfig):
     preheat_mode: Literal["classic", "freeze_a"] = "classic"
     preheat_a_law: Literal["orthonormal", "kaiming"] = "orthonormal"
     c: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def drawn(self) -> Drawn:
+        """The preheat trains, in the run's own order of rows."""
+        return "evidence"
 
 
 class EVA(CalibratedConfig):

@@ -107,8 +107,8 @@ class Lora(Strict):
         if isinstance(self.init, Automatic):
             return self
         name, facts = self.init.method, self.init.facts
-        if self.r < facts.min_rank:
-            raise refusal("r", f"{name} needs a rank of at least {facts.min_rank} (got {self.r}).")
+        if self.r < self.init.min_rank:
+            raise refusal("r", f"{name} needs a rank of at least {self.init.min_rank} here (got {self.r}).")
         if facts.even_rank and self.r % 2:
             raise refusal("r", f"{name} needs an even rank (got {self.r}).")
         if self.dropout and self.init.offset == "subtract":
@@ -127,12 +127,18 @@ class Lora(Strict):
         if isinstance(self.init, Automatic):
             update["init"], reason = self._auto_init()
             choices.append(Choice(param="lora.init", value=update["init"].method, reason=reason))
+        init: AnyInit = update.get("init", self.init)
         if self.alpha == "auto":
-            update["alpha"] = float(self.r)
-            choices.append(Choice(param="lora.alpha", value=float(self.r), reason="recommended: alpha = r"))
+            alpha, reason = float(self.r), "recommended: alpha = r"
+            if init.facts.alpha is not None:
+                alpha, reason = init.facts.alpha, f"recommended for {init.method}: alpha = {init.facts.alpha:g}"
+            update["alpha"] = alpha
+            choices.append(Choice(param="lora.alpha", value=alpha, reason=reason))
         if self.use_rslora == "auto":
-            update["use_rslora"] = False
-            choices.append(Choice(param="lora.use_rslora", value=False, reason="recommended: scale = alpha/r"))
+            rslora = init.facts.rslora
+            reason = f"recommended for {init.method}: scale = alpha/{'sqrt(r)' if rslora else 'r'}"
+            update["use_rslora"] = rslora
+            choices.append(Choice(param="lora.use_rslora", value=rslora, reason=reason))
         return self.model_copy(update=update), choices
 
     def _auto_init(self) -> tuple[AnyInit, str]:
@@ -258,7 +264,11 @@ class Data(Strict):
 
 
 class RunSpec(Strict):
-    """Everything a run needs; the same spec on the same machine gives the same adapter."""
+    """Everything a run needs; the same spec on the same machine gives the same adapter.
+
+    `cache`: a folder for converted base models and, under `init/`, what initializations found out, of
+    which at most `cache_limit_bytes` are kept (0 = none).
+    """
 
     model: BaseModelRef
     data: Data
@@ -269,4 +279,5 @@ class RunSpec(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     cache: str | None = None
+    cache_limit_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     resume_from: str | None = None

@@ -9,7 +9,10 @@ from torch import nn
 from lorainit.data import Sample
 from lorainit.events import Event
 from lorainit.evidence import Evidence
-from lorainit.spec import Hyperparameters, InitConfig, Lora
+from lorainit.evidence.activations import principal_directions, second_moments
+from lorainit.evidence.preheat import preheat
+from lorainit.evidence.gradients import gradient_evidence
+from lorainit.spec import Hyperparameters, InitConfig, Lora, LoRAGA, LoRAOne
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Context:
     targets: the modules to adapt, by name.
     samples: calibration rows (the calibration file's, else the training file's) in file order.
     training_samples: the training rows, for methods that train.
+    order: the run's own permutation of the training rows in an epoch.
     """
 
     model: nn.Module
@@ -34,10 +38,19 @@ class Context:
     total_steps: int
     seed: int
     on_event: Callable[[Event], None]
+    order: Callable[[int], Sequence[int]]
 
 
 def collect(config: InitConfig, context: Context) -> dict[str, Evidence]:
     """The evidence of each target for this method."""
     if config.facts.needs in ("none", "weight"):
         return {name: Evidence() for name in context.targets}
+    if isinstance(config, LoRAGA | LoRAOne):
+        return gradient_evidence(config, context)
+    if isinstance(config, HRP):
+        return preheat(config, context)
+    if isinstance(config, EVA):
+        return principal_directions(config, context)
+    if isinstance(config, CorDA):
+        return second_moments(config, context)
     raise AssertionError(config.facts.needs)
