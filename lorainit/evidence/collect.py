@@ -10,9 +10,9 @@ from lorainit.data import Sample
 from lorainit.events import Event
 from lorainit.evidence import Evidence
 from lorainit.evidence.activations import principal_directions, second_moments
-from lorainit.evidence.preheat import preheat
 from lorainit.evidence.gradients import gradient_evidence
-from lorainit.spec import Hyperparameters, InitConfig, Lora, LoRAGA, LoRAOne
+from lorainit.evidence.preheat import preheat
+from lorainit.spec import EVA, HRP, CorDA, Hyperparameters, InitConfig, Lora, LoRAGA, LoRAOne
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ Random numbers are drawn on the CPU from the caller's generator, never from the 
 same seed gives the same factors on every device.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factors:
-    """A LoRA pair of one layer in float32: `A` (r×in) and `B` (out×r)."""
+    """A LoRA pair of one layer in float32: `A` (r×in) and `B` (out×r), and `facts` for the report."""
 
     A: Tensor
     B: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def normal(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
