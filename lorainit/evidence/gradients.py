@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,8 @@ def mean_gradients(
     *,
     pad: int,
     device: torch.device,
-    size: int = 1,
-    on_tick: OnTick = lambda done, total: None,
+    size: int,
+    on_tick: OnTick,
 ) -> dict[str, Tensor]:
     """∂L/∂W of each target, out×in, float32 on the CPU; L = mean over rows of the row's mean loss.
 
@@ -117,10 +117,10 @@ def _gradients_taken_away(
     handles = []
     try:
         for parameter in before:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
             parameter.grad = None
         for name, module in targets.items():
-            weight = module.get_parameter("weight").requires_grad_()
+            weight: Any = module.get_parameter("weight").requires_grad_()  # its hook method is untyped
             handles.append(weight.register_post_accumulate_grad_hook(_taker(name, module, sums)))
         with torch.enable_grad():
             yield
@@ -128,7 +128,7 @@ def _gradients_taken_away(
         for handle in handles:
             handle.remove()
         for parameter, wanted in before.items():
-            parameter.requires_grad_(wanted)
+            parameter.requires_grad = wanted
             parameter.grad = grads[parameter]
 
 
