@@ -68,9 +68,9 @@ def export(model: nn.Module, folder: Path, *, root: str, rslora: bool) -> int:
     largest = max(ranks, key=lambda name: ranks[name])
     config = LoraConfig(
         r=ranks[largest],
-        lora_alpha=alphas[largest],
+        lora_alpha=alphas[largest],  # type: ignore[arg-type]
         rank_pattern={name: r for name, r in ranks.items() if r != ranks[largest]},
-        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[largest]},  # type: ignore[misc]
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[largest]},
         use_rslora=rslora,
         target_modules=_target_names(model, set(layers)),
         fan_in_fan_out=isinstance(layers[largest].base, Conv1D),

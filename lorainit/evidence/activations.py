@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +43,7 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
 
     The inputs are those of trained tokens (PEFT's default, `use_label_mask`). Each of the first
     `samples` rows is seen once, then they are seen again until every assigned direction stands
-    still, cosine >= tau from one batch to the next. The sum of the ranks is r times the number of
+    still from one batch to the next (`converged`). The sum of the ranks is r times the number of
     layers, and no layer gets more than rho·r.
 
     Raises:
@@ -54,28 +55,43 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
     leader = shared_inputs(context, pieces[0])
     widths = {n: min(round(config.rho * context.lora.r), *weight_of(m).shape) for n, m in context.targets.items()}
     states = _states(config, context, leader, widths)
+    ranks = _settle(states, leader, widths, pieces, config=config, context=context)
+    return {n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) for n in leader}
+
+
+def _settle(
+    states: dict[str, PCA],
+    leader: dict[str, str],
+    widths: dict[str, int],
+    pieces: Sequence[Sequence[Sample]],
+    *,
+    config: EVA,
+    context: Context,
+) -> dict[str, int]:
+    """Feed the batches, again and again, until the directions stand still; the ranks they earn."""
     limit = max(MIN_BATCHES, MAX_PASSES * len(pieces))
     moving: list[str] = []
-    for number in range(limit):
+    for number in range(1, limit + 1):
         before = {name: state.directions for name, state in states.items()}
-        _forward(context, pieces[number % len(pieces)], states, lambda n, X, _: states[n].update(X), tokens="trained")
-        context.on_event(Tick(done=number + 1, total=limit))
-        if number + 1 < max(2, len(pieces)):
+        piece = pieces[(number - 1) % len(pieces)]
+        _forward(context, piece, states, lambda name, X, _: states[name].update(X), tokens="trained")
+        context.on_event(Tick(done=number, total=limit))
+        if number == len(pieces):
+            _refuse_starved({name: states[leader[name]] for name in leader}, widths)
+        if number < max(2, len(pieces)):
             continue
-        ranks = spread_ranks({n: states[leader[n]].ratios[: widths[n]] for n in leader}, context.lora.r * len(leader))
-        needed = {g: max(ranks[n] for n in leader if leader[n] == g) for g in states}
-        moving = [g for g, s in states.items() if not converged(before[g], s.directions, needed[g], config.tau)]
+        bids = {name: states[leader[name]].ratios[: widths[name]] for name in leader}
+        ranks = spread_ranks(bids, context.lora.r * len(leader))
+        needed = {g: max(ranks[name] for name in leader if leader[name] == g) for g in states}
+        moving = [g for g, state in states.items() if not converged(before[g], state.directions, needed[g], config.tau)]
         if not moving:
-            break
-    _refuse_starved({n: states[leader[n]] for n in leader}, widths)
-    if moving:
-        raise InitFailed(
-            f"EVA's directions still move after {limit} batches in {_listed(moving)}: more rows, larger"
-            f" micro-batches or a lower tau than {config.tau:g} help.",
-            param="lora.init.tau",
-        )
-    _say_ranks(ranks, number + 1, context)
-    return {n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) for n in leader}
+            _say_ranks(ranks, number, context)
+            return ranks
+    raise InitFailed(
+        f"EVA's directions still move after {limit} batches in {_listed(moving)}: more rows, larger micro-batches or"
+        f" a lower tau than {config.tau:g} help.",
+        param="lora.init.tau",
+    )
 
 
 def _states(config: EVA, context: Context, leader: dict[str, str], widths: dict[str, int]) -> dict[str, PCA]:
@@ -87,10 +103,9 @@ def _states(config: EVA, context: Context, leader: dict[str, str], widths: dict[
 
 
 def _eva_evidence(state: PCA, rank: int, *, rows: int) -> Evidence:
-    facts = {"explained_variance": float(state.ratios[:rank].sum()), "tokens": state.tokens}
-    return Evidence(
-        directions=state.directions[:rank].cpu(), spread=state.S[:rank].cpu(), rank=rank, rows=rows, facts=facts
-    )
+    V, S = state.directions[:rank].cpu(), state.S[:rank].cpu()
+    facts = {"explained_variance": float(state.ratios[:rank].sum())}
+    return Evidence(directions=V, spread=S, rank=rank, rows=rows, facts=facts)
 
 
 def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
@@ -135,9 +150,10 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
     blocks = _blocks(sides, DEVICE_BYTES if context.device.type != "cpu" else None)
     for done, block in enumerate(blocks):
         for number, piece in enumerate(pieces, start=1):
-            _forward(context, piece, block, lambda n, X, batch: _add_moments(moments, n, X, batch), tokens="all")
+            _forward(context, piece, block, partial(_add_moments, moments), tokens="all")
             context.on_event(Tick(done=done * len(pieces) + number, total=len(blocks) * len(pieces)))
-        moments |= {name: (moments[name] / len(rows)).cpu() for name in block if name in moments}
+        for name in moments.keys() & block:
+            moments[name] = (moments[name] / len(rows)).cpu()
     _refuse_moments(moments, sides)
     return {name: Evidence(second_moment=moments[g], rows=len(rows)) for name, g in leader.items()}
 
