@@ -90,12 +90,14 @@ def tracked(reference: Factors, P: Tensor, S: Tensor, *, config: LoRAM) -> float
 def _reference(
     weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: LoRAM, generator: torch.Generator
 ) -> Factors:
-    options = {"rank": rank, "scale": scale, "generator": generator}
     if config.tracking == "pissa":
-        return pissa(weight, evidence, config=PiSSA(method="pissa"), **options)
+        fast = PiSSA(method="pissa")
+        return pissa(weight, evidence, rank=rank, scale=scale, config=fast, generator=generator)
     if config.tracking == "milora":
-        return milora(weight, evidence, config=MiLoRA(method="milora"), **options)
-    return olora(weight, evidence, config=OLoRA(method="olora"), **options)
+        bottom = MiLoRA(method="milora")
+        return milora(weight, evidence, rank=rank, scale=scale, config=bottom, generator=generator)
+    leading = OLoRA(method="olora")
+    return olora(weight, evidence, rank=rank, scale=scale, config=leading, generator=generator)
 
 
 def product_size(P: Tensor, S: Tensor, *, config: LoRAM) -> float:
