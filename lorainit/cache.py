@@ -69,7 +69,8 @@ class Cache:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                # Copies: BLAS rounds differently on memory aligned as the file happens to be.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
             entry: dict[str, Any] = _unpack(json.loads(metadata["entry"]), _checked(tensors, metadata["sha256"]))
         except FileNotFoundError:
             return None  # evicted a moment ago

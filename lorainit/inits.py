@@ -284,6 +284,11 @@ class LoRAOne(CalibratedConfig):
         return self.version == "v1"
 
     @property
+    def drawn(self) -> Drawn:
+        """The line search looks at starts that are drawn."""
+        return "evidence" if self.gamma == "auto" else "factors"
+
+    @property
     def rate_factor(self) -> float:
         """The authors train v1 at 2e-5 and v3 at 2e-4."""
         return 0.1 if self.version == "v1" else self.facts.rate_factor
@@ -339,6 +344,11 @@ class EVA(CalibratedConfig):
     tau: Annotated[float, Field(ge=0, le=1)] = 0.99
     whiten: bool = False
 
+    @property
+    def drawn(self) -> Drawn:
+        """The directions come from sketches."""
+        return "evidence"
+
 
 class CorDA(CalibratedConfig):
     """Singular directions of W weighted by the inputs' second moment (Yang et al., arXiv 2406.05223)."""
@@ -354,6 +364,11 @@ class CorDA(CalibratedConfig):
     method: Literal["corda"]
     mode: Literal["ipm", "kpm"] = "ipm"
     samples: Annotated[int, Field(ge=1, le=4096)] = 256
+
+    @property
+    def drawn(self) -> Drawn:
+        """Second moments and full decompositions draw nothing."""
+        return "nothing"
 
 
 class Automatic(Strict):
