@@ -193,14 +193,14 @@ def test_kaiming_law_has_kaimings_entries(bases, rows):
 
 
 def test_modules_get_streams_of_their_own_and_the_methods_seed_wins(bases, rows):
-    def A(name, **options):
+    def frozen(name, **options):
         found = heat(hrp_context(bases, rows, preheat_mode="freeze_a", preheat_steps=1, **options))
         return found[f"model.layers.{name}"].preheated[0]
 
     q = "0.self_attn.q_proj"
-    assert torch.equal(A(q), A(q, wanted=["q_proj"]))
-    assert not torch.equal(A(q), A("1.self_attn.q_proj"))
-    assert not torch.equal(A(q), A(q, seed=8))
+    assert torch.equal(frozen(q), frozen(q, wanted=["q_proj"]))
+    assert not torch.equal(frozen(q), frozen("1.self_attn.q_proj"))
+    assert not torch.equal(frozen(q), frozen(q, seed=8))
 
 
 def test_micro_batches_do_not_change_the_preheat(bases, rows):
