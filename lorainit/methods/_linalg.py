@@ -43,14 +43,16 @@ def randomized_svd(
         niter: power iterations, each with two re-orthonormalizations.
 
     Returns:
-        U (m×rank), S (rank, descending), Vh (rank×n).
+        U (m×rank), S (rank, descending), Vh (rank×n). The largest entry of each row of Vh is positive:
+        rounding would choose the signs otherwise, and LoRA-GA pairs vectors of different triples.
     """
     q = min(rank + oversample, *W.shape)
     Q = _orthonormal(W @ normal(W.shape[1], q, generator=generator).to(W))
     for _ in range(niter):
         Q = _orthonormal(W @ _orthonormal(W.T @ Q))
     U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
-    return (Q @ U)[:, :rank], S[:rank], Vh[:rank]
+    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()
+    return (Q @ (U * signs.T))[:, :rank], S[:rank], (signs * Vh)[:rank]
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
