@@ -13,6 +13,7 @@ from lorainit.schema import Auto, Seed, Strict, refusal
 Need = Literal["none", "weight", "gradient", "activation", "preheat"]
 Offset = Literal["none", "subtract"]
 Drawn = Literal["nothing", "factors", "evidence"]
+ExportRank = Literal["r", "2r", "per module"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,11 @@ class InitConfig(Strict):
         return self.facts.function_preserving
 
     @property
+    def export_rank(self) -> ExportRank:
+        """The rank of the download, a plain LoRA on the untouched base."""
+        return "2r" if self.offset == "subtract" else "r"
+
+    @property
     def min_rank(self) -> int:
         """The smallest rank that these parameters work with."""
         return self.facts.min_rank
@@ -73,7 +79,7 @@ class InitConfig(Strict):
 class CalibratedConfig(InitConfig):
     """Common to methods that look at data: rows of `calibration_file`, else the first of the training file."""
 
-    calibration_file: str | None = None
+    calibration_file: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00]+$")] | None = None
 
 
 class Kaiming(InitConfig):
@@ -343,6 +349,11 @@ class EVA(CalibratedConfig):
     rho: Annotated[float, Field(ge=1, le=10)] = 2.0
     tau: Annotated[float, Field(ge=0, le=1)] = 0.99
     whiten: bool = False
+
+    @property
+    def export_rank(self) -> ExportRank:
+        """Spread over the layers by need."""
+        return "per module"
 
     @property
     def drawn(self) -> Drawn:
