@@ -260,7 +260,7 @@ class LoRAOne(CalibratedConfig):
     `version` "v3" is the camera-ready: the model starts one rank-r gradient step ahead, on purpose.
     "v1" is the first version: orthonormal vectors, subtracted. `gamma` null = 128 (v3) or 64 (v1);
     "auto" (v3 only, our extension) = a line search on the calibration rows. `niter` power iterations
-    of a randomized SVD with q = 2r; 2 capture 99.99 % of what the best r directions hold, 16 all of it.
+    of a randomized SVD with q = r + 8; 2 capture 99.9 % of what the best r directions hold, 16 all of it.
     """
 
     facts = Method(

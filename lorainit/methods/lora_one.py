@@ -14,6 +14,7 @@ from lorainit.evidence import Evidence
 from lorainit.methods._linalg import Factors, randomized_svd
 from lorainit.spec import LoRAOne
 
+OVERSAMPLE = 8  # directions beyond r that the sketch carries
 GAMMA = {"v3": 128.0, "v1": 64.0}  # the authors' commands
 
 
@@ -28,7 +29,7 @@ def lora_one(
     """
     assert evidence.gradient is not None
     G = evidence.gradient.to(weight.device)
-    U, S, Vh = randomized_svd(G, rank=rank, oversample=rank, niter=config.niter, generator=generator)
+    U, S, Vh = randomized_svd(G, rank=rank, oversample=OVERSAMPLE, niter=config.niter, generator=generator)
     gamma = gamma_of(config, evidence)
     if config.version == "v1":
         size = G.shape[0] ** 0.25 / gamma**0.5
