@@ -70,7 +70,8 @@ def product_norm(A: Tensor, B: Tensor) -> float:
 
 
 def _norm(X: Tensor) -> float:
-    return float(torch.linalg.vector_norm(X))
+    # By rows first: one float32 sum over millions of squares loses digits.
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=-1).double()))
 
 
 def _captured_energy(W: Tensor, factors: Factors) -> float:
@@ -134,6 +135,7 @@ def summary(
         "ranks": {"min": min(ranks), "max": max(ranks), "sum": sum(ranks)},
         "rank_pattern": spread,
         "gamma": modules[0].get("gamma"),
+        "preheat": modules[0].get("preheat"),
         "expected_displacement_change": sum(changes) if changes else None,
         "expected_first_step_change": rate * sum(slopes) if slopes else None,
     }

@@ -53,11 +53,21 @@ def preheat(config: HRP, context: "Context") -> dict[str, Evidence]:
         for name, module in context.targets.items()
     }
     with borrowed(context.model, layers):
-        _train(layers, steps, context)
+        losses = _train(layers, steps, context)
+    facts = {
+        "mode": config.preheat_mode,
+        "max_rank": max(ranks.values()),
+        "steps": steps,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        # These steps come on top of the run's own, which begins as if they had not been.
+        "main_optimizer": "fresh",
+        "main_data": "from the start",
+    }
     return {
         name: Evidence(
             preheated=(layer.A.detach().cpu(), layer.B.detach().cpu()),
-            facts={"preheat_rank": ranks[name], "preheat_steps": steps},
+            facts={"preheat_rank": ranks[name], "preheat": facts},
         )
         for name, layer in layers.items()
     }
@@ -104,12 +114,13 @@ def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator:
     return layer
 
 
-def _train(layers: dict[str, LoRALinear], steps: int, context: "Context") -> None:
+def _train(layers: dict[str, LoRALinear], steps: int, context: "Context") -> list[float]:
+    """Train for these steps; the loss before each of them."""
     recipe = context.training
     assert recipe.learning_rate is not None
     parameters = [p for layer in layers.values() for p in (layer.A, layer.B) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
-    said = time.monotonic()
+    said, losses = time.monotonic(), list[float]()
     for step, samples in enumerate(islice(_stream(context), steps), start=1):
         loss = _accumulate(samples, step, steps, context)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
@@ -118,6 +129,7 @@ def _train(layers: dict[str, LoRALinear], steps: int, context: "Context") -> Non
                 f"Preheat step {step}: loss {loss}, gradient norm {norm}. A lower learning rate usually helps.",
                 param="method.supervised.hyperparameters.learning_rate",
             )
+        losses.append(loss)
         optimizer.step()
         optimizer.zero_grad()
         if step in (1, steps) or step % SAY_STEPS == 0 or time.monotonic() - said > SAY_SECONDS:
@@ -125,6 +137,7 @@ def _train(layers: dict[str, LoRALinear], steps: int, context: "Context") -> Non
             text = f"Preheating at rank {max(layer.A.shape[0] for layer in layers.values())}: step {step}/{steps}"
             data = {"kind": "init", "step": step, "steps": steps, "loss": loss}
             context.on_event(Message(message=f"{text}, loss {loss:.4f}", data=data))
+    return losses
 
 
 def _stream(context: "Context") -> Iterator[list[Sample]]:

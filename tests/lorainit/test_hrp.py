@@ -162,7 +162,8 @@ def test_transient_memory_is_released(bases, rows, monkeypatch):
     assert all(not t.requires_grad and t.grad is None for e in evidence.values() for t in e.preheated)
 
 
-def test_progress_and_loss_are_events_and_the_loss_falls(bases, rows):
+def test_progress_and_loss_are_events_and_the_loss_falls(bases, rows, monkeypatch):
+    monkeypatch.setattr(module, "SAY_SECONDS", math.inf)
     events = []
     heat(hrp_context(bases, rows, preheat_steps=12, learning_rate=5e-3, on_event=events.append))
     said = [e.data for e in events if isinstance(e, Message)]
@@ -181,7 +182,9 @@ def test_frozen_a_stays_and_classic_a_moves(bases, rows):
     assert torch.allclose(A @ A.T, torch.eye(8), atol=1e-6)
     classic = heat(hrp_context(bases, rows, preheat_rank=8))[name].preheated[0]
     assert not torch.equal(A, classic)
-    assert frozen[name].facts == {"preheat_rank": 8, "preheat_steps": 4}
+    facts = frozen[name].facts
+    assert facts["preheat_rank"] == 8
+    assert facts["preheat"]["first_loss"] > facts["preheat"]["last_loss"]
 
 
 def test_kaiming_law_has_kaimings_entries(bases, rows):
@@ -288,6 +291,9 @@ def test_run_starts_as_the_base_with_a_fresh_optimizer_on_the_first_batch(spec, 
     assert len(made) == 2 and made[0] is not made[1]
     report = json.loads((tmp_path / "adapter/init_report.json").read_text())
     assert report["max_abs_logit_difference"] == 0.0
+    said = report["preheat"]
+    assert (said["max_rank"], said["steps"], said["mode"]) == (8, 4, "classic")
+    assert (said["main_optimizer"], said["main_data"]) == ("fresh", "from the start")
     assert all(m["product_norm"] == 0 and m["preheat_rank"] == 8 for m in report["per_module"])
     assert all(len(m["preheat_spectrum"]) == 4 and 0 < m["preheat_energy"] <= 1 for m in report["per_module"])
     assert done.export_check["passed"]
