@@ -135,7 +135,7 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
         export_rank=default.export_rank,
         supports={"quantization": [], "dora": False, "rslora": True},
         parameters=parameters(kind),
-        recommended={"r": r, "alpha": r, "use_rslora": False, "dropout": 0.0},
+        recommended={"r": r, "alpha": facts.alpha or r, "use_rslora": facts.rslora, "dropout": 0.0},
         base_learning_rate=base_learning_rate(entry.reference(), default) if entry else None,
         estimate=None,
     )
