@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo serve test test-slow check lint bench-api clean
+.PHONY: help setup demo serve test test-slow check lint bench-api bench-init clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -16,6 +16,7 @@ help:
 	@echo "make check      format, lint, types, import contracts, migration drift, tests"
 	@echo "make test-slow  the tests that need minutes"
 	@echo "make bench-api  requests per second for submit and poll"
+	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
 
 setup: $(READY)
@@ -58,6 +59,9 @@ check: lint test
 
 bench-api: setup
 	$(BIN)/python benchmarks/api.py
+
+bench-init: setup
+	$(BIN)/python benchmarks/bench_init.py --write docs/methods/benchmark.md
 
 clean:
 	rm -rf $(VENV) .venvs .state .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

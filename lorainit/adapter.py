@@ -49,25 +49,31 @@ def plain_alpha(*, r: int, scale: float, rslora: bool) -> float:
 
 
 def export(model: nn.Module, folder: Path, *, root: str, rslora: bool) -> int:
-    """Write `adapter_model.safetensors` and `adapter_config.json` into `folder`; return the rank.
+    """Write `adapter_model.safetensors` and `adapter_config.json` into `folder`; return the (largest) rank.
+
+    Layers of rank 0 are left out; other ranks than the largest become PEFT's rank and alpha patterns.
 
     Args:
         root: the base model's public name, as stock PEFT will look for it.
     """
-    layers = adapted(model)
+    layers = {name: layer for name, layer in adapted(model).items() if len(layer.A)}
+    factors = {name: plain_factors(layer) for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        A, B = plain_factors(layer)
+    for name, (A, B) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
-    first = next(iter(layers.values()))
-    rank = plain_factors(first)[0].shape[0]
+    ranks = {name: len(A) for name, (A, _) in factors.items()}
+    alphas = {name: plain_alpha(r=r, scale=layers[name].scale, rslora=rslora) for name, r in ranks.items()}
+    # The largest, because loaders reserve memory by it; layers of another rank are named.
+    largest = max(ranks, key=lambda name: ranks[name])
     config = LoraConfig(
-        r=rank,
-        lora_alpha=plain_alpha(r=rank, scale=first.scale, rslora=rslora),  # type: ignore[arg-type]
+        r=ranks[largest],
+        lora_alpha=alphas[largest],  # type: ignore[arg-type]
+        rank_pattern={name: r for name, r in ranks.items() if r != ranks[largest]},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[largest]},
         use_rslora=rslora,
-        target_modules=_target_names(model),
-        fan_in_fan_out=isinstance(first.base, Conv1D),
+        target_modules=_target_names(model, set(layers)),
+        fan_in_fan_out=isinstance(layers[largest].base, Conv1D),
         base_model_name_or_path=root,
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -76,12 +82,11 @@ def export(model: nn.Module, folder: Path, *, root: str, rslora: bool) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
-    return rank
+    return ranks[largest]
 
 
-def _target_names(model: nn.Module) -> list[str]:
-    """Suffixes if they name exactly the adapted layers (what other loaders like best), else full names."""
-    names = set(adapted(model))
+def _target_names(model: nn.Module, names: set[str]) -> list[str]:
+    """Suffixes if they name exactly these layers (what other loaders like best), else full names."""
     suffixes = {name.rpartition(".")[2] for name in names}
     everything = {name.removesuffix(".base") for name in linear_layers(model)}
     matched = {name for name in everything if name.rpartition(".")[2] in suffixes}

@@ -22,7 +22,7 @@ from lorainit.methods import Factors
 from lorainit.spec import Lora
 
 STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_ON_CPU = ("step",)  # where torch's AdamW keeps it; everything else lives beside its parameter
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
                 tensors[f"layer.{name}.{key}"] = value.cpu().contiguous()
         for key in ("A", "B"):
             state = optimizer.state[getattr(layer, key)]
-            tensors |= {f"{m}.{name}.{key}": state[m].cpu().contiguous() for m in _MOMENTS}
+            tensors |= {f"optimizer.{m}.{name}.{key}": value.cpu().contiguous() for m, value in state.items()}
     return tensors
 
 
@@ -106,16 +106,27 @@ class Restored:
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Moments and random number generators as they were; the factors are already in the layers."""
+        found = self._states()
         for name, layer in adapted(model).items():
             for key in ("A", "B"):
                 parameter = getattr(layer, key)
-                state = {m: self.tensors[f"{m}.{name}.{key}"] for m in _MOMENTS}
                 optimizer.state[parameter] = {
-                    m: value.clone() if m == "step" else value.to(parameter.device) for m, value in state.items()
+                    m: value.clone() if m in _ON_CPU else value.to(parameter.device, copy=True)
+                    for m, value in found[f"{name}.{key}"].items()
                 }
         torch.set_rng_state(self.tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda.0" in self.tensors:
             torch.cuda.set_rng_state(self.tensors["rng.cuda.0"])
+
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizer kept of each parameter, whichever optimizer it was."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, value in self.tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind == "optimizer":
+                moment, _, parameter = rest.partition(".")
+                found.setdefault(parameter, {})[moment] = value
+        return found
 
 
 def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
@@ -142,7 +153,7 @@ def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
 
 def attach_layers(model: nn.Module, targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> None:
     """Attach the checkpoint's factors instead of initializing again."""
-    subtract = lora.method.facts.offset == "subtract"
+    subtract = lora.method.offset == "subtract"
     for name, module in targets.items():
         own = {k: restored.tensors.get(f"layer.{name}.{k}") for k in ("A", "B", "A0", "B0")}
         A, B, A0, B0 = (None if t is None else t.to(_device(module)) for t in own.values())

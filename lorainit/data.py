@@ -21,6 +21,7 @@ from lorainit.template import Template
 
 TICK_ROWS = 64
 _ERRORS: dict[str, type[LorainitError]] = {
+    "lora.init.calibration_file": InvalidTrainingFile,
     "training_file": InvalidTrainingFile,
     "validation_file": InvalidValidationFile,
 }

@@ -6,34 +6,36 @@ training. The base weights are read and never written.
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorainit import init_report
 from lorainit.data import Batch
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Event, Message, Tick
-from lorainit.evidence import Evidence, collect
-from lorainit.hardware import peak_memory_bytes
-from lorainit.layer import LoRALinear, attach, disabled, weight_of
-from lorainit.loss import logits_of, tally
+from lorainit.evidence import Evidence
+from lorainit.init_report import Report
+from lorainit.layer import LoRALinear, attach, weight_of
 from lorainit.methods import METHODS, Factors
 from lorainit.spec import Lora, LoRAM
 
-# How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
-LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+__all__ = ["Known", "Report", "initialize"]
+
 MESSAGE_SECONDS = 5.0
+NO_EVIDENCE: Mapping[str, Evidence] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Report:
-    """`summary` is the object shown as `job.init_report`; `modules` has one entry per layer."""
+class Known:
+    """One layer's start as an earlier run found it: its factors and its entry in the report."""
 
-    summary: dict[str, Any]
-    modules: list[dict[str, Any]]
+    factors: Factors
+    facts: dict[str, Any]
 
 
 def initialize(
@@ -43,8 +45,14 @@ def initialize(
     *,
     seed: int,
     probe: Batch,
-    weight_decay: float = 0.0,
     on_event: Callable[[Event], None],
+    evidence: Mapping[str, Evidence] = NO_EVIDENCE,
+    known: Mapping[str, Known] | None = None,
+    calibration: Sequence[Batch] = (),
+    weight_decay: float = 0.0,
+    rate: float = 0.0,
+    started: float | None = None,
+    cached: bool = False,
 ) -> Report:
     """Attach an adapter to every target of `model`.
 
@@ -52,30 +60,44 @@ def initialize(
         lora: resolved.
         seed: the run's; used when the method has none of its own.
         probe: a few training rows, on the model's device, to measure the loss before and after.
+        evidence: what `collect` gathered for the method, by module.
+        known: the starts of every target from the cache, instead of computing them.
+        calibration: the method's rows; where the start is displaced, its loss is measured on them.
+        rate: the peak learning rate, for the first step that the report expects.
+        started: `time.monotonic()` of the beginning, where collecting evidence is to count.
+        cached: whether evidence or factors came from the cache.
 
     Raises:
         UnsupportedInit: the method cannot work on a module; the message names it.
         InitFailed: the method moved the function although it promised not to.
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     config = lora.method
     seed = seed if config.seed is None else config.seed
-    evidence = collect(config, targets)
     modules: list[dict[str, Any]] = []
-    said = started
+    said = time.monotonic()
     for done, (name, module) in enumerate(targets.items(), start=1):
-        modules.append(_adapt(model, name, module, evidence[name], lora=lora, seed=seed))
+        found = known[name] if known else None
+        modules.append(_adapt(model, name, module, evidence.get(name, Evidence()), lora=lora, seed=seed, known=found))
         on_event(Tick(done=done, total=len(targets)))
         if done == len(targets) or time.monotonic() - said > MESSAGE_SECONDS:
             said = time.monotonic()
             on_event(_progress(config.method, done, len(targets)))
     seconds = time.monotonic() - started
-    warnings = _warnings(lora, targets, weight_decay)
+    summary = init_report.summary(lora, modules, seed=seed, seconds=seconds, cached=cached, rate=rate)
+    summary |= init_report.measure(model, probe)
+    warnings = _warnings(lora, targets, modules, weight_decay)
+    if not config.function_preserving:
+        rows = calibration or [probe]
+        tick = iter(range(1, 2 * len(rows) + 1))
+        loss = init_report.displacement(model, rows, tick=lambda: on_event(Tick(done=next(tick), total=2 * len(rows))))
+        summary["calibration_loss"] = loss
+        warnings += _rise(config.method, loss)
     for text in warnings:
         on_event(Message(level="warn", message=text, data={"kind": "init"}))
-    report = Report(_summary(lora, seed, seconds, modules, warnings) | _measure(model, probe), modules)
-    _gate(report.summary, next(iter(targets.values())))
-    return report
+    summary["warnings"] = warnings
+    init_report.gate(summary, model)
+    return Report(summary, modules)
 
 
 def _progress(method: str, done: int, total: int) -> Message:
@@ -87,21 +109,37 @@ def _progress(method: str, done: int, total: int) -> Message:
 
 
 def _adapt(
-    model: nn.Module, name: str, module: nn.Module, evidence: Evidence, *, lora: Lora, seed: int
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    evidence: Evidence,
+    *,
+    lora: Lora,
+    seed: int,
+    known: Known | None,
 ) -> dict[str, Any]:
     config, s = lora.method, lora.scaling
     W = _readable_weight(name, module, needed=config.facts.needs != "none")
-    try:
-        factors = METHODS[config.method](
-            W, evidence, rank=lora.r, scale=s, config=config, generator=generator_for(seed, name)
-        )
-    except UnsupportedInit as error:
-        raise UnsupportedInit(f"{name}: {error.message}", param=error.param) from error
+    if known:
+        factors = Factors(A=known.factors.A.to(W.device), B=known.factors.B.to(W.device))
+    else:
+        factors = _factors(name, W, evidence, lora=lora, seed=seed)
     if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
         raise InitFailed(f"{name}: {config.method} produced non-finite factors.", param="lora.init")
-    subtract = config.facts.offset == "subtract"
+    subtract = config.offset == "subtract"
     attach(model, name, LoRALinear(module, factors, scale=s, subtract=subtract, dropout=lora.dropout))
-    return _facts(name, W, factors, s=s, subtract=subtract)
+    return known.facts if known else init_report.facts(name, W, factors, evidence, s=s, lora=lora)
+
+
+def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int) -> Factors:
+    config = lora.method
+    rank = lora.r if evidence.rank is None else evidence.rank
+    try:
+        return METHODS[config.method](
+            W, evidence, rank=rank, scale=lora.scaling, config=config, generator=generator_for(seed, name)
+        )
+    except (UnsupportedInit, InitFailed) as error:
+        raise type(error)(f"{name}: {error.message.removeprefix(f'{name}: ')}", param=error.param) from error
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -118,88 +156,30 @@ def _readable_weight(name: str, module: nn.Module, *, needed: bool) -> Tensor:
     if not weight.is_floating_point():
         raise UnsupportedInit(f"{name}: the weight is quantized ({weight.dtype}).", param="model")
     W = weight.to(torch.float32).contiguous()
-    if not W.isfinite().all():
+    norms = torch.linalg.vector_norm(W, dim=1)  # one read of W, and no mask of its size
+    if not norms.isfinite().all() and not W.isfinite().all():
         raise UnsupportedInit(f"{name}: the base weight has non-finite entries.", param="model")
-    if needed and not W.any():
+    if needed and not norms.any():
         raise UnsupportedInit(f"{name}: the base weight is zero, so there is nothing to start from.", param="model")
     return W
 
 
-def _facts(name: str, W: Tensor, factors: Factors, *, s: float, subtract: bool) -> dict[str, Any]:
-    A, B = factors.A.double(), factors.B.double()
-    product = float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
-    facts: dict[str, Any] = {
-        "name": name,
-        "out": W.shape[0],
-        "in": W.shape[1],
-        "rank": A.shape[0],
-        "weight_norm": float(torch.linalg.vector_norm(W)),
-        "product_norm": s * product,
-    }
-    if subtract:
-        facts["captured_energy"] = _captured_energy(W, factors)
-    return facts
+# --- what the caller should know ----------------------------------------------------------------
 
 
-def _captured_energy(W: Tensor, factors: Factors) -> float:
-    """Share of ‖W‖² between the column space of B and the row space of A: ‖Q_Bᵀ·W·Q_A‖²/‖W‖²."""
-    Q_B, Q_A = torch.linalg.qr(factors.B).Q, torch.linalg.qr(factors.A.T).Q
-    core = Q_B.T @ W @ Q_A
-    return float(torch.linalg.vector_norm(core) ** 2 / torch.linalg.vector_norm(W) ** 2)
+def _rise(method: str, loss: dict[str, Any]) -> list[str]:
+    if loss["after"] <= loss["before"]:
+        return []
+    return [
+        f"{method} starts one step ahead, and that step was too long: the loss on {loss['rows']} calibration rows"
+        f' rose from {loss["before"]:.4f} to {loss["after"]:.4f}. Use gamma "auto", or a larger gamma (the step'
+        " shrinks with it)."
+    ]
 
 
-# --- the whole ---------------------------------------------------------------------------------
-
-
-def _summary(
-    lora: Lora, seed: int, seconds: float, modules: list[dict[str, Any]], warnings: list[str]
-) -> dict[str, Any]:
-    shares = [m["captured_energy"] for m in modules if "captured_energy" in m]
-    energy = {"mean": sum(shares) / len(shares), "min": min(shares), "max": max(shares)} if shares else None
-    return {
-        "method": lora.method.method,
-        "seed": seed,
-        "seconds": round(seconds, 3),
-        "cached": False,
-        "samples": None,
-        "modules": len(modules),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "function_preserving": lora.method.facts.function_preserving,
-        "captured_energy": energy,
-        "warnings": warnings,
-    }
-
-
-@torch.no_grad()
-def _measure(model: nn.Module, probe: Batch) -> dict[str, Any]:
-    with disabled(model):
-        before, base = logits_of(model, probe), tally(model, probe)
-    after, initial = logits_of(model, probe), tally(model, probe)
-    real = probe.attention.bool()
-    return {
-        "base_loss": float(base.loss) / base.tokens,
-        "initial_loss": float(initial.loss) / initial.tokens,
-        "max_abs_logit_difference": float((before - after)[real].abs().max()),
-    }
-
-
-def _gate(summary: dict[str, Any], module: nn.Module) -> None:
-    """Add `checks` to the summary; refuse an adapter that does not start where it promised to."""
-    base, initial = summary["base_loss"], summary["initial_loss"]
-    limit = LOSS_LIMIT[weight_of(module).dtype] * max(1.0, abs(base))
-    moved = abs(initial - base)
-    passed = moved <= limit  # False for NaN too
-    check = {"name": "initial_loss_equals_base", "passed": passed, "value": moved, "limit": limit}
-    summary["checks"] = [check] if summary["function_preserving"] else []
-    if summary["function_preserving"] and not passed:
-        raise InitFailed(
-            f"{summary['method']} promises to start as the base model, but the loss on training rows went from"
-            f" {base:.4f} to {initial:.4f} (limit {limit:.2g}).",
-            param="lora.init",
-        )
-
-
-def _warnings(lora: Lora, targets: dict[str, nn.Module], weight_decay: float) -> list[str]:
+def _warnings(
+    lora: Lora, targets: dict[str, nn.Module], modules: Sequence[dict[str, Any]], weight_decay: float
+) -> list[str]:
     config, s, r = lora.method, lora.scaling, lora.r
     found = []
     if config.method == "gaussian":
@@ -213,7 +193,12 @@ def _warnings(lora: Lora, targets: dict[str, nn.Module], weight_decay: float) ->
             f"LoRAM sizes B·A, and the scale s = {s:g} multiplies it again: the product starts at {s * s:.3g} times"
             f" the intended energy. Use alpha = r (s = 1), or alpha = r with rsLoRA (s = {r**0.5:g}), or scale_aware."
         )
-    if weight_decay and config.facts.offset == "subtract":
+    dead = [m["name"] for m in modules if m.get("first_step_slope") == 0]
+    if dead:
+        found.append(
+            f"The gradient of {len(dead)} modules is zero, {dead[0]} among them: they start without a direction."
+        )
+    if weight_decay and config.offset == "subtract":
         found.append(
             f"With {config.method}, weight decay pulls A and B towards zero, that is towards W - s·B0·A0 and not"
             " towards the base model."

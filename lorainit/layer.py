@@ -20,7 +20,8 @@ class LoRALinear(nn.Module):
 
     `A` (r×in) and `B` (out×r) are float32 parameters. With `subtract` the starting factors are kept
     as float32 buffers `A0`, `B0`; both branches are then one product of rank 2r. The sum is formed
-    in float32 and rounded once to the base's dtype.
+    in float32 and rounded once to the base's dtype. A rank of 0 is a layer without an adapter: it has
+    empty factors, changes nothing and is not exported.
     """
 
     A0: Tensor | None
@@ -68,10 +69,22 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def attach(model: nn.Module, name: str, layer: LoRALinear) -> None:
-    """Put an adapted layer in the place of the module it wraps."""
+def attach(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put an adapted layer in the place of the module it wraps, or that module back."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
+
+
+@contextmanager
+def borrowed(model: nn.Module, layers: dict[str, LoRALinear]) -> Iterator[None]:
+    """The model with these layers in the places of the modules they wrap, for as long as the context lasts."""
+    try:
+        for name, layer in layers.items():
+            attach(model, name, layer)
+        yield
+    finally:
+        for name, layer in layers.items():
+            attach(model, name, layer.base)
 
 
 @contextmanager

@@ -43,6 +43,20 @@ def tally(model: nn.Module, batch: Batch) -> Tally:
     return Tally(loss, targets.numel(), correct)
 
 
+def row_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean loss over the trained tokens of each row (differentiable); every row must have one.
+
+    What a row's mean is does not depend on the rows it shares the pass with.
+    """
+    wanted = batch.trained[:, 1:]
+    with _only(model, wanted):
+        predicted = logits_of(model, batch).float()
+    losses = F.cross_entropy(predicted, batch.ids[:, 1:][wanted], reduction="none")
+    counts = wanted.sum(1)
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return torch.zeros(len(counts), device=losses.device).index_add(0, row, losses) / counts
+
+
 @contextmanager
 def _only(model: Any, positions: Tensor) -> Iterator[None]:
     """Let the output head see hidden states at `positions` (rows×length-1) only: logits are n×vocabulary."""

@@ -43,6 +43,7 @@ class Job:
     tokenizer: Any
     data: Dataset
     valid: Dataset | None
+    calibration: Dataset | None
     model: nn.Module
     targets: dict[str, nn.Module]
     dtype: torch.dtype
@@ -67,6 +68,7 @@ class Job:
             "spec": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
             "data": self.data.sha256,
             "validation": self.valid.sha256 if self.valid else None,
+            "calibration": self.calibration.sha256 if self.calibration else None,
             "base": self.base_sha256,
         }
 
@@ -91,7 +93,7 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
     max_length = resolve(spec.training, rows=1, model=spec.model, method=lora.method)[0].max_length
     assert max_length != "auto"
     check_length(location, max_length)
-    data, valid = _load_data(spec, tokenizer, max_length, on_event)
+    data, valid, calibration = _load_data(spec, tokenizer, max_length, on_event)
     training, more = resolve(spec.training, rows=len(data.samples), model=spec.model, method=lora.method)
     for choice in [*choices, *more]:
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
@@ -102,7 +104,20 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
     plan = _plan(spec, lora, training, data, targets, device=device, dtype=dtype)
     digest = base_sha256(location.folder)
     return Job(
-        spec, lora, training, location.folder, digest, tokenizer, data, valid, model, targets, dtype, device, plan
+        spec,
+        lora,
+        training,
+        location.folder,
+        digest,
+        tokenizer,
+        data,
+        valid,
+        calibration,
+        model,
+        targets,
+        dtype,
+        device,
+        plan,
     )
 
 
@@ -113,25 +128,24 @@ def _refuse_what_is_not_built(lora: Lora) -> None:
         raise UnsupportedInit("Quantized bases are not available in this release.", param="lora.quantization")
 
 
-def _load_data(spec: RunSpec, tokenizer: Any, max_length: int, on_event: OnEvent) -> tuple[Dataset, Dataset | None]:
+def _load_data(
+    spec: RunSpec, tokenizer: Any, max_length: int, on_event: OnEvent
+) -> tuple[Dataset, Dataset | None, Dataset | None]:
     def tick(done: int, total: int) -> None:
         on_event(Tick(done=done, total=total))
 
-    found: list[Dataset] = []
-    for param, path in (("training_file", spec.data.training), ("validation_file", spec.data.validation)):
-        if path is not None:
-            found.append(
-                load(
-                    path,
-                    tokenizer,
-                    max_length=max_length,
-                    on_row_error=spec.data.on_row_error,
-                    param=param,
-                    on_tick=tick,
-                )
-            )
-            _report_data(found[-1], param, on_event)
-    return found[0], found[1] if len(found) > 1 else None
+    def read(path: str | None, param: str) -> Dataset | None:
+        if path is None:
+            return None
+        rule = spec.data.on_row_error
+        data = load(path, tokenizer, max_length=max_length, on_row_error=rule, param=param, on_tick=tick)
+        _report_data(data, param, on_event)
+        return data
+
+    training = read(spec.data.training, "training_file")
+    assert training is not None
+    calibration = read(spec.data.calibration, "lora.init.calibration_file")
+    return training, read(spec.data.validation, "validation_file"), calibration
 
 
 def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:

@@ -30,7 +30,7 @@ def total_steps(training: Hyperparameters, *, rows: int) -> int:
 
 def base_learning_rate(model: BaseModelRef, method: InitConfig) -> float:
     """The rate that `learning_rate_multiplier` = 1 stands for."""
-    return model.base_learning_rate * method.facts.rate_factor
+    return model.base_learning_rate * method.rate_factor
 
 
 def resolve(

@@ -3,207 +3,73 @@
 The same classes are the request's `lora` part, the stored job, the worker's input, the command
 line's input and the method catalogue. Unknown fields are refused, nothing is coerced, and `null`
 means "absent" wherever null is not itself a value. This module never imports torch and knows
-nothing of the service.
+nothing of the service. The initializations themselves are in `lorainit.inits`.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-Need = Literal["none", "weight", "gradient", "activation", "preheat"]
-Auto = Literal["auto"]
-Seed = Annotated[int, Field(ge=0, le=2_147_483_647)]
+from lorainit.inits import (
+    EVA,
+    HRP,
+    INITS,
+    AnyInit,
+    Automatic,
+    CalibratedConfig,
+    CorDA,
+    Gaussian,
+    Init,
+    InitConfig,
+    Kaiming,
+    LoRAGA,
+    LoRAM,
+    LoRAOne,
+    Method,
+    MiLoRA,
+    Need,
+    OLoRA,
+    Orthogonal,
+    PiSSA,
+)
+from lorainit.schema import Auto, Seed, Strict, refusal
 
-
-class Strict(BaseModel):
-    """Frozen, strict, closed: the base of every model a caller can fill in."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def null_means_absent(cls, data: Any) -> Any:
-        """Drop explicit nulls of fields for which null is no value (clients send them freely)."""
-        if not isinstance(data, dict):
-            return data
-        return {
-            key: value
-            for key, value in data.items()
-            if value is not None or key not in cls.model_fields or cls._takes_null(key)
-        }
-
-    @classmethod
-    def _takes_null(cls, name: str) -> bool:
-        return type(None) in get_args(cls.model_fields[name].annotation)
-
-
-# --- methods -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """What the catalogue says of a method beside its parameters.
-
-    `offset == "subtract"` means the run trains W + s(BA - B0·A0), so its plain export has rank 2r.
-    `rate_factor` multiplies the model's base learning rate.
-    """
-
-    title: str
-    description: str
-    paper: str
-    arxiv: str | None
-    needs: Need
-    offset: Literal["none", "subtract"] = "none"
-    function_preserving: bool = True
-    maturity: Literal["stable", "experimental"] = "stable"
-    rate_factor: float = 1.0
-    min_rank: int = 1
-    even_rank: bool = False
-
-
-class InitConfig(Strict):
-    """Common to all methods. `seed` null = derived from the run's seed."""
-
-    facts: ClassVar[Method]
-    seed: Seed | None = None
-
-
-class Kaiming(InitConfig):
-    """A ~ U(-1/sqrt(n), 1/sqrt(n)), B = 0 (Hu et al., arXiv 2106.09685; what PEFT does by default)."""
-
-    facts = Method(
-        title="Kaiming (PEFT's default)",
-        description="Random A, zero B: the adapter starts as exactly nothing.",
-        paper="LoRA: Low-Rank Adaptation of Large Language Models",
-        arxiv="2106.09685",
-        needs="none",
-    )
-    method: Literal["kaiming"]
-
-
-class Gaussian(InitConfig):
-    """A ~ N(0, 1/r^2), B = 0 (PEFT's `gaussian`; no paper)."""
-
-    facts = Method(
-        title="Gaussian",
-        description="Random normal A whose size depends on the rank, zero B.",
-        paper="",
-        arxiv=None,
-        needs="none",
-    )
-    method: Literal["gaussian"]
-
-
-class Orthogonal(InitConfig):
-    """B·A = 0 with both factors non-zero (blog "Rethink LoRA initialisation"; PEFT's `orthogonal`)."""
-
-    facts = Method(
-        title="Orthogonal",
-        description="Both factors start non-zero in orthogonal subspaces, so their product is zero.",
-        paper="",
-        arxiv=None,
-        needs="none",
-        even_rank=True,
-        min_rank=2,
-    )
-    method: Literal["orthogonal"]
-
-
-class PiSSA(InitConfig):
-    """Top-r singular directions of W (Meng et al., arXiv 2404.02948).
-
-    `niter` power iterations of a randomized SVD with q = 2r; null = the full SVD.
-    """
-
-    facts = Method(
-        title="PiSSA",
-        description="Starts from the top r singular directions of each weight; the rest stays in the base.",
-        paper="PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs",
-        arxiv="2404.02948",
-        needs="weight",
-        offset="subtract",
-    )
-    method: Literal["pissa"]
-    niter: Annotated[int, Field(ge=0, le=64)] | None = 16
-
-
-class MiLoRA(InitConfig):
-    """Bottom-r singular directions of W, by the full SVD (Wang et al., arXiv 2406.09044)."""
-
-    facts = Method(
-        title="MiLoRA",
-        description="Starts from the smallest singular directions, leaving the principal ones alone.",
-        paper="MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
-        arxiv="2406.09044",
-        needs="weight",
-        offset="subtract",
-    )
-    method: Literal["milora"]
-
-
-class OLoRA(InitConfig):
-    """Leading part of the QR decomposition of W (Büyükakyüz, arXiv 2406.01775).
-
-    `scale_aware` divides A by the adapter's multiplier, so that s·B·A = Q_r·R_r for every s.
-    """
-
-    facts = Method(
-        title="OLoRA",
-        description="Starts from the leading part of each weight's QR decomposition (orthonormal B).",
-        paper="OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
-        arxiv="2406.01775",
-        needs="weight",
-        offset="subtract",
-        rate_factor=0.2,
-    )
-    method: Literal["olora"]
-    scale_aware: bool = True
-
-
-class LoRAM(InitConfig):
-    """Fixed sine bases at the magnitude of W (Zhang et al., arXiv 2507.06558, NeurIPS 2025).
-
-    `magnitude`: "variance" (the authors' code) or "second_moment" (the paper's text).
-    `scale_aware`: size the product s·B·A rather than B·A.
-    `basis`: "dst" is the method; the others are the paper's ablations.
-    """
-
-    facts = Method(
-        title="LoRAM",
-        description="Orthonormal sine bases at the magnitude of each weight: no SVD, no data, no chance.",
-        paper="The Primacy of Magnitude in Low-Rank Adaptation",
-        arxiv="2507.06558",
-        needs="weight",
-        offset="subtract",
-        min_rank=2,
-    )
-    method: Literal["loram"]
-    magnitude: Literal["variance", "second_moment"] = "variance"
-    scale_aware: bool = False
-    basis: Literal["dst", "random_orthogonal", "gaussian"] = "dst"
-
-
-class Automatic(Strict):
-    """Let the server choose; the choice and its reason are reported."""
-
-    method: Literal["auto"] = "auto"
-
-
-AnyInit = Kaiming | Gaussian | Orthogonal | PiSSA | MiLoRA | OLoRA | LoRAM
-Init = Annotated[AnyInit | Automatic, Field(discriminator="method")]
-
-INITS: dict[str, type[AnyInit]] = {
-    "kaiming": Kaiming,
-    "gaussian": Gaussian,
-    "orthogonal": Orthogonal,
-    "pissa": PiSSA,
-    "milora": MiLoRA,
-    "olora": OLoRA,
-    "loram": LoRAM,
-}
-
+__all__ = [
+    "EVA",
+    "HRP",
+    "INITS",
+    "AdamW",
+    "AdamWLoRAPlus",
+    "AdamWPreconditioned",
+    "AnyInit",
+    "Auto",
+    "Automatic",
+    "BaseModelRef",
+    "CalibratedConfig",
+    "Choice",
+    "CorDA",
+    "Data",
+    "Gaussian",
+    "Hyperparameters",
+    "Init",
+    "InitConfig",
+    "Kaiming",
+    "LoRAGA",
+    "LoRAM",
+    "LoRAOne",
+    "Lora",
+    "Method",
+    "MiLoRA",
+    "ModelFacts",
+    "Need",
+    "OLoRA",
+    "Orthogonal",
+    "PiSSA",
+    "RunSpec",
+    "Seed",
+    "Strict",
+    "Target",
+]
 
 # --- the adapter -------------------------------------------------------------------------------
 
@@ -241,18 +107,18 @@ class Lora(Strict):
         if isinstance(self.init, Automatic):
             return self
         name, facts = self.init.method, self.init.facts
-        if self.r < facts.min_rank:
-            raise _refusal("r", f"{name} needs a rank of at least {facts.min_rank} (got {self.r}).")
+        if self.r < self.init.min_rank:
+            raise refusal("r", f"{name} needs a rank of at least {self.init.min_rank} here (got {self.r}).")
         if facts.even_rank and self.r % 2:
-            raise _refusal("r", f"{name} needs an even rank (got {self.r}).")
-        if self.dropout and facts.offset == "subtract":
+            raise refusal("r", f"{name} needs an even rank (got {self.r}).")
+        if self.dropout and self.init.offset == "subtract":
             why = "its starting product is not zero, and a dropped branch would no longer cancel the offset"
-            raise _refusal("dropout", f"dropout does not combine with {name}: {why}.")
-        if self.use_dora and facts.offset == "subtract":
+            raise refusal("dropout", f"dropout does not combine with {name}: {why}.")
+        if self.use_dora and self.init.offset == "subtract":
             why = "the plain export of a base-changing method would lose DoRA's magnitudes"
-            raise _refusal("use_dora", f"use_dora does not combine with {name}: {why}.")
+            raise refusal("use_dora", f"use_dora does not combine with {name}: {why}.")
         if self.use_dora and self.quantization:
-            raise _refusal("use_dora", "use_dora does not combine with a quantized base.")
+            raise refusal("use_dora", "use_dora does not combine with a quantized base.")
         return self
 
     def resolved(self) -> tuple["Lora", list["Choice"]]:
@@ -261,12 +127,18 @@ class Lora(Strict):
         if isinstance(self.init, Automatic):
             update["init"], reason = self._auto_init()
             choices.append(Choice(param="lora.init", value=update["init"].method, reason=reason))
+        init: AnyInit = update.get("init", self.init)
         if self.alpha == "auto":
-            update["alpha"] = float(self.r)
-            choices.append(Choice(param="lora.alpha", value=float(self.r), reason="recommended: alpha = r"))
+            alpha, reason = float(self.r), "recommended: alpha = r"
+            if init.facts.alpha is not None:
+                alpha, reason = init.facts.alpha, f"recommended for {init.method}: alpha = {init.facts.alpha:g}"
+            update["alpha"] = alpha
+            choices.append(Choice(param="lora.alpha", value=alpha, reason=reason))
         if self.use_rslora == "auto":
-            update["use_rslora"] = False
-            choices.append(Choice(param="lora.use_rslora", value=False, reason="recommended: scale = alpha/r"))
+            rslora = init.facts.rslora
+            reason = f"recommended for {init.method}: scale = alpha/{'sqrt(r)' if rslora else 'r'}"
+            update["use_rslora"] = rslora
+            choices.append(Choice(param="lora.use_rslora", value=rslora, reason=reason))
         return self.model_copy(update=update), choices
 
     def _auto_init(self) -> tuple[AnyInit, str]:
@@ -297,11 +169,6 @@ class Choice(Strict):
     reason: str
 
 
-def _refusal(param: str, message: str) -> PydanticCustomError:
-    # The message is passed as a value, so braces in it are never taken for placeholders.
-    return PydanticCustomError("unsupported_combination", "{message}", {"message": message, "param": param})
-
-
 # --- training ----------------------------------------------------------------------------------
 
 
@@ -309,6 +176,23 @@ class AdamW(Strict):
     """Decoupled weight decay Adam, betas (0.9, 0.999), eps 1e-8 (Loshchilov & Hutter, 1711.05101)."""
 
     name: Literal["adamw"] = "adamw"
+
+
+class AdamWPreconditioned(Strict):
+    """LoRA-One v1's optimizer: r×r preconditioners (BᵀB + damping·I)⁻¹ and (A·Aᵀ + damping·I)⁻¹."""
+
+    name: Literal["adamw_preconditioned"]
+    damping: Annotated[float, Field(ge=0)] = 1e-6
+
+
+class AdamWLoRAPlus(Strict):
+    """LoRA+ (Hayou et al., arXiv 2402.12354): B learns `ratio` times as fast as A."""
+
+    name: Literal["adamw_lora_plus"]
+    ratio: Annotated[float, Field(ge=1)] = 16.0
+
+
+Optimizer = Annotated[AdamW | AdamWPreconditioned | AdamWLoRAPlus, Field(discriminator="name")]
 
 
 class Hyperparameters(Strict):
@@ -322,7 +206,7 @@ class Hyperparameters(Strict):
     batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1e9)] | Auto = "auto"
     learning_rate: Annotated[float, Field(ge=1e-8, le=1)] | None = None
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = AdamW()
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.03
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -375,11 +259,16 @@ class Data(Strict):
 
     training: str
     validation: str | None = None
+    calibration: str | None = None
     on_row_error: Literal["fail", "skip"] = "fail"
 
 
 class RunSpec(Strict):
-    """Everything a run needs; the same spec on the same machine gives the same adapter."""
+    """Everything a run needs; the same spec on the same machine gives the same adapter.
+
+    `cache`: a folder for converted base models and, under `init/`, what initializations found out, of
+    which at most `cache_limit_bytes` are kept (0 = none).
+    """
 
     model: BaseModelRef
     data: Data
@@ -390,4 +279,5 @@ class RunSpec(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     cache: str | None = None
+    cache_limit_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     resume_from: str | None = None

@@ -1,6 +1,6 @@
 """The training loop, top to bottom.
 
-Plain on purpose: one optimizer, one parameter group, one loop. What it logs is on disk before a
+Plain on purpose: one optimizer, one loop. What it logs is on disk before a
 checkpoint that contains it; what it minimizes does not depend on how a batch is cut into pieces.
 """
 
@@ -20,6 +20,7 @@ from lorainit.errors import NonFiniteLoss
 from lorainit.events import Checkpoint, Event, Metrics, Stage, Tick
 from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import tally
+from lorainit.optimizers import make_optimizer, set_rate
 from lorainit.resolve import steps_per_epoch, total_steps
 from lorainit.spec import Hyperparameters
 
@@ -70,7 +71,7 @@ def train(
     warmup = math.ceil(recipe.warmup_ratio * total)
     layers = adapted(model)
     parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = make_optimizer(recipe, layers)
     log = out / "metrics.jsonl"
 
     first, tokens, before = 0, 0, 0.0
@@ -120,8 +121,7 @@ def train(
                 param="method.supervised.hyperparameters.learning_rate",
             )
         rate = recipe.learning_rate * schedule(recipe.lr_scheduler, step - 1, total=total, warmup=warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad()
         _train_mode(layers, on=False)

@@ -25,10 +25,14 @@ def prepare(job: Job, folder: Path, storage: Storage) -> Path:
     with session_scope(read_only=True) as session:
         training = session.get_one(File, job.training_file_id)
         validation = session.get(File, job.validation_file_id) if job.validation_file_id else None
+        calibration = session.get(File, job.calibration_file_id) if job.calibration_file_id else None
         checkpoint = checkpoints.latest(session, job.id)
     data = Data(
         training=str(_fetch(storage, training.storage_key, folder / "training.jsonl")),
         validation=str(_fetch(storage, validation.storage_key, folder / "validation.jsonl")) if validation else None,
+        calibration=str(_fetch(storage, calibration.storage_key, folder / "calibration.jsonl"))
+        if calibration
+        else None,
         on_row_error="skip" if job.on_row_error == "skip" else "fail",
     )
     resume = None
@@ -46,6 +50,7 @@ def prepare(job: Job, folder: Path, storage: Storage) -> Path:
         seed=job.seed,
         deterministic=job.deterministic,
         cache=str(get_settings().models()),
+        cache_limit_bytes=get_settings().init_cache_bytes,
         resume_from=resume,
     )
     path = folder / "spec.json"

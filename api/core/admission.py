@@ -16,6 +16,7 @@ from api.core.db import now
 from api.core.errors import Refusal
 from api.core.jobs import Failure
 from api.core.models import File, Job
+from api.core.submit import CALIBRATION_FILE, error_code
 from lorainit.errors import LorainitError
 from lorainit.resolve import resolve
 from lorainit.spec import Hyperparameters, Lora
@@ -32,6 +33,7 @@ def waiting(session: Session, *, limit: int = 100) -> Sequence[str]:
             Job.status == "validating_files",
             Job.training_file_id.not_in(unchecked),
             or_(Job.validation_file_id.is_(None), Job.validation_file_id.not_in(unchecked)),
+            or_(Job.calibration_file_id.is_(None), Job.calibration_file_id.not_in(unchecked)),
         )
         .order_by(Job.created_at)
         .limit(limit)
@@ -43,20 +45,27 @@ def consider(session: Session, job_id: str) -> Verdict:
     job = session.get(Job, job_id)
     if job is None or job.status != "validating_files":
         return "waiting"
-    training = session.get(File, job.training_file_id)
-    validation = session.get(File, job.validation_file_id) if job.validation_file_id else None
-    assert training is not None
-    if "uploaded" in (training.status, validation.status if validation else "processed"):
+    files = _files(session, job)
+    if any(file.status == "uploaded" for file in files.values()):
         return "waiting"
-    failure = _unusable(training, "training_file", job) or (
-        _unusable(validation, "validation_file", job) if validation else None
-    )
+    failures = (_unusable(file, field, job) for field, file in files.items())
+    failure = next((found for found in failures if found), None)
     if failure is None:
-        failure = _resolve(session, job, rows=(training.validation or {})["valid_rows"])
+        failure = _resolve(session, job, rows=(files["training_file"].validation or {})["valid_rows"])
     if failure is None:
         return "queued"
     jobs.reject(session, job.id, failure)
     return "failed"
+
+
+def _files(session: Session, job: Job) -> dict[str, File]:
+    """The files of a job by the field that names them."""
+    named = {
+        "training_file": job.training_file_id,
+        "validation_file": job.validation_file_id,
+        CALIBRATION_FILE: job.calibration_file_id,
+    }
+    return {field: session.get_one(File, file_id) for field, file_id in named.items() if file_id}
 
 
 def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
@@ -75,7 +84,7 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
 
 
 def _unusable(file: File, field: str, job: Job) -> Failure | None:
-    code, report = f"invalid_{field}", file.validation or {}
+    code, report = error_code(field), file.validation or {}
     if file.deleted_at is not None:
         return Failure(code, f"{field} {file.id} has been deleted.", field)
     if file.status == "error":

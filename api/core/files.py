@@ -208,7 +208,14 @@ def gone_by(attempt: Attempt, deleted_at: datetime | None, deleted_by: str | Non
 def _user_of(session: Session, file: File) -> str | None:
     job = session.scalar(
         select(Job.id)
-        .where(Job.finished_at.is_(None), or_(Job.training_file_id == file.id, Job.validation_file_id == file.id))
+        .where(
+            Job.finished_at.is_(None),
+            or_(
+                Job.training_file_id == file.id,
+                Job.validation_file_id == file.id,
+                Job.calibration_file_id == file.id,
+            ),
+        )
         .limit(1)
     )
     if job is not None:

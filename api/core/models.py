@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    ColumnElement,
     ForeignKey,
     Index,
     Integer,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.core.db import Base, Json, UTCDateTime
@@ -130,6 +132,18 @@ class Job(Base):
     resources: Mapped[dict[str, Any] | None] = mapped_column(Json)
     trained_tokens: Mapped[int | None] = mapped_column(Bytes)
     result_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+
+    @hybrid_property
+    def calibration_file_id(self) -> str | None:
+        """`lora.init.calibration_file`; None for methods that look at no data and for the training file's rows."""
+        found: str | None = self.recipe["lora"]["init"].get("calibration_file")
+        return found
+
+    @calibration_file_id.inplace.expression
+    @classmethod
+    def _calibration_file_id(cls) -> ColumnElement[str | None]:
+        found: ColumnElement[str | None] = cls.recipe["lora"]["init"]["calibration_file"].as_string()
+        return found
 
 
 class Adapter(Base):

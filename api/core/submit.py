@@ -12,9 +12,10 @@ from api.core.db import now
 from api.core.errors import BadReference, InvalidValue
 from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
-from lorainit.spec import Hyperparameters, Lora
+from lorainit.spec import CalibratedConfig, Hyperparameters, Lora
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
+CALIBRATION_FILE = "lora.init.calibration_file"
 _RATES = "method.supervised.hyperparameters"
 
 
@@ -42,7 +43,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         Refusal: the model, a file, the adapter's shape or a feature cannot be had.
     """
     entry = _base(session, project_id, order.model)
-    training, validation = _files(session, project_id, order)
+    found = _files(session, project_id, order)
     _offered(order)
     if order.training.max_length != "auto" and order.training.max_length > entry.max_length:
         raise InvalidValue(
@@ -53,17 +54,16 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         )
     lora, choices = order.lora.resolved()
     lora = catalogue.place(lora, entry)
-    _known_bad(training, "training_file", order)
-    if validation is not None:
-        _known_bad(validation, "validation_file", order)
+    for field, file in found.items():
+        _known_bad(file, field, order)
     job = Job(
         id=new_id("ftjob-"),
         project_id=project_id,
         created_at=now(session),
         status="validating_files",
         model=entry.id,
-        training_file_id=training.id,
-        validation_file_id=validation.id if validation else None,
+        training_file_id=order.training_file,
+        validation_file_id=order.validation_file,
         suffix=order.suffix,
         seed=secrets.randbelow(2**31) if order.seed is None else order.seed,
         labels=order.metadata,
@@ -92,17 +92,30 @@ def _base(session: Session, project_id: str, name: str) -> catalogue.Entry:
     return catalogue.require(name)
 
 
-def _files(session: Session, project_id: str, order: Order) -> tuple[File, File | None]:
-    training = files.usable(session, project_id, order.training_file, param="training_file")
-    if order.validation_file is None:
-        return training, None
+def _files(session: Session, project_id: str, order: Order) -> dict[str, File]:
+    """The files of an order by the field that names them, locked against deletion until the commit."""
     if order.validation_file == order.training_file:
         raise InvalidValue(
             f"validation_file must be another file than training_file (both are {order.training_file!r}).",
             code="invalid_value",
             param="validation_file",
         )
-    return training, files.usable(session, project_id, order.validation_file, param="validation_file")
+    calibration = order.lora.init.calibration_file if isinstance(order.lora.init, CalibratedConfig) else None
+    named = {
+        "training_file": order.training_file,
+        "validation_file": order.validation_file,
+        CALIBRATION_FILE: calibration,
+    }
+    return {
+        field: files.usable(session, project_id, file_id, param=field)
+        for field, file_id in named.items()
+        if file_id is not None
+    }
+
+
+def error_code(field: str) -> str:
+    """The code for a file of that field which cannot be used; calibration rows are training rows."""
+    return "invalid_validation_file" if field == "validation_file" else "invalid_training_file"
 
 
 def _offered(order: Order) -> None:
@@ -123,7 +136,7 @@ def _known_bad(file: File, field: str, order: Order) -> None:
         lines = [str(error["line"]) for error in report.get("errors", []) if error["line"] is not None][:5]
         where = f" Lines: {', '.join(lines)}." if lines else ""
         message = f"{field} {file.id} cannot be used: {file.status_details}.{where}"
-        raise BadReference(message, code=f"invalid_{field}", param=field)
+        raise BadReference(message, code=error_code(field), param=field)
     if report.get("kind") == "preference":
         message = f"{field} {file.id} holds preference rows, which supervised training cannot use."
-        raise BadReference(message, code=f"invalid_{field}", param=field)
+        raise BadReference(message, code=error_code(field), param=field)

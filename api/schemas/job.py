@@ -162,7 +162,7 @@ def _lora(job: Job) -> dict[str, Any]:
         **job.recipe["lora"],
         "init": init,
         "scaling": lora.scaling,
-        "rank_pattern": {},
+        "rank_pattern": (job.init_report or {}).get("rank_pattern", {}),
         "modules": plan.get("modules", modules),
         "trainable_parameters": plan.get("trainable_parameters", parameters),
         "auto": _choices(job, "lora."),

@@ -6,6 +6,7 @@ from api.core.catalogue import Entry
 from api.core.models import Checkpoint
 from api.core.registry import Model
 from api.schemas.wire import Element, Wire, unix
+from lorainit.inits import ExportRank
 from lorainit.resolve import base_learning_rate
 from lorainit.spec import INITS, AnyInit
 
@@ -69,7 +70,7 @@ class MethodObject(Element):
     needs: list[str]
     function_preserving: bool
     offset: Literal["none", "subtract"]
-    export_rank: Literal["r", "2r"]
+    export_rank: ExportRank
     supports: dict[str, Any]
     parameters: dict[str, Any]
     recommended: dict[str, Any]
@@ -117,9 +118,9 @@ def _base(entry: Entry) -> ModelObject:
 
 
 def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
-    """A method; rates and availability are filled in for a base and a rank."""
+    """A method with its default parameters; rates and availability are filled in for a base and a rank."""
     kind = INITS[name]
-    facts = kind.facts
+    default, facts = kind.model_validate({"method": name}), kind.facts
     fits = r >= facts.min_rank and not (facts.even_rank and r % 2) and (entry is None or r <= entry.max_r)
     return MethodObject(
         id=name,
@@ -129,15 +130,13 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
         available=fits,
         maturity=facts.maturity,
         needs=[facts.needs],
-        function_preserving=facts.function_preserving,
-        offset=facts.offset,
-        export_rank="2r" if facts.offset == "subtract" else "r",
+        function_preserving=default.function_preserving,
+        offset=default.offset,
+        export_rank=default.export_rank,
         supports={"quantization": [], "dora": False, "rslora": True},
         parameters=parameters(kind),
-        recommended={"r": r, "alpha": r, "use_rslora": False, "dropout": 0.0},
-        base_learning_rate=base_learning_rate(entry.reference(), kind.model_validate({"method": name}))
-        if entry
-        else None,
+        recommended={"r": r, "alpha": facts.alpha or r, "use_rslora": facts.rslora, "dropout": 0.0},
+        base_learning_rate=base_learning_rate(entry.reference(), default) if entry else None,
         estimate=None,
     )
 

@@ -29,13 +29,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 def installed_methods() -> list[tuple[str, ...]]:
     """The initializations of this installation."""
-    facts = ((name, model.facts) for name, model in INITS.items())
-    return [_method(name, [f.needs], f.offset, f.description) for name, f in facts]
+    defaults = (kind.model_validate({"method": name}) for name, kind in INITS.items())
+    return [_method(d.method, [d.facts.needs], d.export_rank, d.facts.description) for d in defaults]
 
 
 def offered_methods(catalogue: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The initializations a server offers, from its `/v1/lora/methods`."""
-    return [_method(m["id"], m["needs"], m["offset"], m["description"]) for m in catalogue]
+    return [_method(m["id"], m["needs"], m["export_rank"], m["description"]) for m in catalogue]
 
 
 def job_row(job: FineTuningJob) -> tuple[str, ...]:
@@ -73,6 +73,6 @@ def catalogue_entry(facts: ModelFacts, *, model_id: str, source: str) -> str:
     return "\n".join([*lines, "]"]) + "\n"
 
 
-def _method(name: str, needs: list[str], offset: str, description: str) -> tuple[str, ...]:
+def _method(name: str, needs: list[str], export_rank: str, description: str) -> tuple[str, ...]:
     looks_at = ", ".join(need for need in needs if need != "none") or "nothing"
-    return (name, looks_at, "rank 2r" if offset == "subtract" else "rank r", description)
+    return (name, looks_at, f"rank {export_rank}", description)

@@ -9,8 +9,13 @@ on the weight's device. What a method needs and promises stands beside its param
 from collections.abc import Callable
 
 from lorainit.methods._linalg import Factors
+from lorainit.methods.corda import corda
+from lorainit.methods.eva import eva
 from lorainit.methods.gaussian import gaussian
+from lorainit.methods.hrp import hrp
 from lorainit.methods.kaiming import kaiming
+from lorainit.methods.lora_ga import lora_ga
+from lorainit.methods.lora_one import lora_one
 from lorainit.methods.loram import loram
 from lorainit.methods.milora import milora
 from lorainit.methods.olora import olora
@@ -25,6 +30,11 @@ METHODS: dict[str, Callable[..., Factors]] = {
     "milora": milora,
     "olora": olora,
     "loram": loram,
+    "hrp": hrp,
+    "eva": eva,
+    "corda": corda,
+    "lora_ga": lora_ga,
+    "lora_one": lora_one,
 }
 
 __all__ = ["METHODS", "Factors"]

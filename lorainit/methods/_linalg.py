@@ -4,7 +4,9 @@ Random numbers are drawn on the CPU from the caller's generator, never from the 
 same seed gives the same factors on every device.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factors:
-    """A LoRA pair of one layer in float32: `A` (r×in) and `B` (out×r)."""
+    """A LoRA pair of one layer in float32: `A` (r×in) and `B` (out×r), and `facts` for the report."""
 
     A: Tensor
     B: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def normal(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,14 +43,16 @@ def randomized_svd(
         niter: power iterations, each with two re-orthonormalizations.
 
     Returns:
-        U (m×rank), S (rank, descending), Vh (rank×n).
+        U (m×rank), S (rank, descending), Vh (rank×n). The largest entry of each row of Vh is positive:
+        rounding would choose the signs otherwise, and LoRA-GA pairs vectors of different triples.
     """
     q = min(rank + oversample, *W.shape)
     Q = _orthonormal(W @ normal(W.shape[1], q, generator=generator).to(W))
     for _ in range(niter):
         Q = _orthonormal(W @ _orthonormal(W.T @ Q))
     U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
-    return (Q @ U)[:, :rank], S[:rank], Vh[:rank]
+    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()
+    return (Q @ (U * signs.T))[:, :rank], S[:rank], (signs * Vh)[:rank]
 
 
 def _orthonormal(Y: Tensor) -> Tensor:

@@ -90,10 +90,28 @@ def test_every_method_is_listed_with_its_facts(lab: Lab) -> None:
     listed = lab.client.get("/v1/lora/methods").json()
     assert [method["id"] for method in listed["data"]] == list(INITS)
     for method in listed["data"]:
-        facts = INITS[method["id"]].facts
-        assert (method["needs"], method["offset"]) == ([facts.needs], facts.offset)
-        assert method["export_rank"] == ("2r" if facts.offset == "subtract" else "r")
+        default = INITS[method["id"]].model_validate({"method": method["id"]})
+        assert (method["needs"], method["maturity"]) == ([default.facts.needs], default.facts.maturity)
+        assert (method["offset"], method["export_rank"]) == (default.offset, default.export_rank)
+        assert method["function_preserving"] == default.function_preserving
         assert method["base_learning_rate"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("loram", (["weight"], "subtract", True, "2r", "stable")),
+        ("lora_ga", (["gradient"], "subtract", True, "2r", "stable")),
+        ("lora_one", (["gradient"], "none", False, "r", "stable")),
+        ("hrp", (["preheat"], "none", True, "r", "experimental")),
+        ("eva", (["activation"], "none", True, "per module", "stable")),
+        ("corda", (["activation"], "subtract", True, "2r", "stable")),
+    ],
+)
+def test_the_catalogue_says_what_a_method_does_by_default(lab: Lab, name: str, facts: tuple[object, ...]) -> None:
+    method = lab.client.get(f"/v1/lora/methods/{name}").json()
+    told = ("needs", "offset", "function_preserving", "export_rank", "maturity")
+    assert tuple(method[field] for field in told) == facts
 
 
 def test_a_model_fills_in_rate_and_availability(lab: Lab) -> None:

@@ -149,6 +149,47 @@ def test_the_training_file_cannot_be_the_validation_file(lab: Lab) -> None:
     refused(reply, 400, "invalid_value", "validation_file")
 
 
+def calibrated(file: str) -> dict[str, Any]:
+    return {"init": {"method": "lora_one", "calibration_file": file}}
+
+
+def test_a_calibration_file_is_checked_like_the_training_file(lab: Lab, stranger: Lab, traces: Traces) -> None:
+    good, foreign = lab.upload()["id"], stranger.upload()["id"]
+    other = lab.upload(purpose="evals")["id"]
+    before = traces()
+    for file, code in (("file-none", "file_not_found"), (foreign, "file_not_found"), (other, "invalid_file_purpose")):
+        reply = lab.client.post(JOBS, json={"model": MODEL, "training_file": good, "lora": calibrated(file)})
+        refused(reply, 400, code, "lora.init.calibration_file")
+    reply = lab.client.post(JOBS, json={"model": MODEL, "training_file": good, "lora": calibrated("a\x00b")})
+    refused(reply, 400, "invalid_value", "lora.init.calibration_file")
+    assert traces() == before
+
+
+def test_a_calibration_file_known_to_be_bad_is_refused(lab: Lab, session: Session) -> None:
+    good, bad = lab.upload()["id"], lab.upload()["id"]
+    report = {"kind": "chat", "rows": 3, "valid_rows": 2, "error_count": 1, "errors": [{"line": 2}]}
+    mark(session, bad, validation=report, status_details="1 of 3 rows is invalid")
+    reply = lab.client.post(JOBS, json={"model": MODEL, "training_file": good, "lora": calibrated(bad)})
+    error = refused(reply, 400, "invalid_training_file", "lora.init.calibration_file")
+    assert "Lines: 2" in error["message"]
+
+
+def test_a_method_that_looks_at_no_data_takes_no_calibration_file(lab: Lab) -> None:
+    file = lab.upload()["id"]
+    init = {"method": "loram", "calibration_file": file}
+    reply = lab.client.post(JOBS, json={"model": MODEL, "training_file": file, "lora": {"init": init}})
+    refused(reply, 400, "unknown_parameter", "lora.init.calibration_file")
+
+
+def test_a_calibration_file_is_shown_and_cannot_be_deleted_while_its_job_is_open(lab: Lab) -> None:
+    file = lab.upload()["id"]
+    job = lab.order(lora=calibrated(file))
+    assert job["lora"]["init"]["calibration_file"] == file
+    refused(lab.client.delete(f"/v1/files/{file}"), 400, "file_in_use", "file_id")
+    lab.client.post(f"{JOBS}/{job['id']}/cancel")
+    assert lab.client.delete(f"/v1/files/{file}").status_code == 200
+
+
 BAD_FILES = [
     (b"", "the file has no rows", []),
     (b"hello\nworld\n", "invalid_json", [1, 2]),

@@ -1,6 +1,7 @@
 """The life of a job: each move is a compare-and-set, and a stale writer writes nothing."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import select, update
@@ -9,7 +10,8 @@ from sqlalchemy.orm import Session
 from api.core import admission, events, jobs, metrics
 from api.core.errors import WrongState
 from api.core.jobs import Failure, Lease
-from api.core.models import Adapter, Event, Job
+from api.core.models import Adapter, Event, Job, Project
+from lorainit.spec import Hyperparameters, Lora
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job, a_worker
 
 
@@ -183,6 +185,30 @@ def test_admission_waits_for_an_unchecked_file(session: Session) -> None:
     job = a_job(session, project, file=a_file(session, project, status="uploaded", validation=None))
     assert admission.consider(session, job.id) == "waiting"
     assert admission.waiting(session) == []
+
+
+def calibrated(session: Session, project: Project, **changes: Any) -> Job:
+    file = a_file(session, project, **changes)
+    lora, _ = Lora.model_validate({"init": {"method": "eva", "calibration_file": file.id}}).resolved()
+    recipe = {"lora": lora.model_dump(mode="json"), "training": Hyperparameters().model_dump(mode="json")}
+    return a_job(session, project, recipe=recipe)
+
+
+def test_admission_waits_for_the_calibration_file(session: Session) -> None:
+    project = a_project(session)
+    job = calibrated(session, project, status="uploaded", validation=None)
+    plain, checked = a_job(session, project), calibrated(session, project)
+    assert admission.consider(session, job.id) == "waiting"
+    assert set(admission.waiting(session)) == {plain.id, checked.id}
+    assert admission.consider(session, checked.id) == "queued"
+
+
+def test_bad_calibration_rows_fail_the_job_and_name_the_field(session: Session) -> None:
+    job = calibrated(session, a_project(session), status="error", status_details="the file has no rows")
+    assert admission.consider(session, job.id) == "failed"
+    session.refresh(job)
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("invalid_training_file", "lora.init.calibration_file")
 
 
 @pytest.mark.parametrize("on_row_error", ["fail", "skip"])

@@ -1,5 +1,6 @@
 """README and docs say what is there: settings, initializations, commands, files, rows."""
 
+import json
 import re
 import subprocess
 import sys
@@ -38,10 +39,49 @@ def test_the_table_of_initializations_is_the_registry() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|", section("Initializations"), re.MULTILINE)
     expected = []
     for name, model in INITS.items():
-        facts = model.facts
+        facts, default = model.facts, model.model_validate({"method": name})
         paper = f"[{facts.title}](https://arxiv.org/abs/{facts.arxiv})" if facts.arxiv else facts.title
-        expected.append((name, paper, facts.description, "2r" if facts.offset == "subtract" else "r"))
+        expected.append((name, paper, facts.description, default.export_rank))
     assert rows == expected
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_the_readme_names_every_parameter_of_a_method(name: str) -> None:
+    (row,) = re.findall(rf"^\| `{name}` \|.*\| (.*?) \|$", section("Initializations"), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) == set(INITS[name].model_fields) - {"method", "seed"}
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_every_method_has_a_page_with_its_facts_and_parameters(name: str) -> None:
+    kind, default = INITS[name], INITS[name].model_validate({"method": name})
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    assert page.startswith(f"# {kind.facts.title}\n")
+    for part in (
+        "**When to use it.**",
+        "**Cost.**",
+        "**Learning rate.**",
+        "## Parameters",
+        "## Source",
+        "## Not verified",
+    ):
+        assert part in page
+    if kind.facts.arxiv:
+        assert f"https://arxiv.org/abs/{kind.facts.arxiv}" in page
+    (told,) = re.findall(rf"^\| {kind.facts.needs} \| (.*) \| (.*) \| (.*) \| (\w+) \|$", page, re.MULTILINE)
+    assert told[0].startswith("the base model" if default.function_preserving else "one step ahead")
+    assert told[1].startswith("yes" if default.offset == "subtract" else "no")
+    assert told[2].startswith(default.export_rank)
+    assert told[3] == kind.facts.maturity
+    documented = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| .+ \|$", page, re.MULTILINE))
+    fields = {field: info.default for field, info in kind.model_fields.items() if field not in ("method", "seed")}
+    assert {field: json.loads(value) for field, value in documented.items()} == fields
+
+
+def test_the_list_of_methods_is_the_registry() -> None:
+    index = (ROOT / "docs" / "methods" / "README.md").read_text()
+    assert re.findall(r"^\| \[`(\w+)`\]", index, re.MULTILINE) == list(INITS)
+    pages = {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")}
+    assert pages == {*INITS, "README", "benchmark"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

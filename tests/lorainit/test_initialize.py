@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,8 +8,10 @@ from torch import nn
 from lorainit.data import collate, load
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
+from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
 from lorainit.layer import LoRALinear, adapted
+from lorainit.loss import row_losses
 from lorainit.methods import METHODS, Factors
 from lorainit.model import find_targets, load_model
 from lorainit.spec import Lora
@@ -27,10 +30,27 @@ def model(bases):
     return load_model(bases["llama"], dtype=torch.float32, device=CPU)
 
 
-def start(model, probe, init="loram", wanted="all-linear", on_event=lambda event: None, seed=3, decay=0.0, **lora):
+def start(
+    model, probe, init="loram", wanted="all-linear", on_event=lambda event: None, seed=3, decay=0.0, more=None, **lora
+):
     resolved = Lora.model_validate({"init": init, "r": 4, **lora}).resolved()[0]
     targets = find_targets(model, wanted)
-    return initialize(model, targets, resolved, seed=seed, probe=probe, weight_decay=decay, on_event=on_event)
+    return initialize(
+        model, targets, resolved, seed=seed, probe=probe, weight_decay=decay, on_event=on_event, **(more or {})
+    )
+
+
+def gradients(model, batch):
+    """Mean over rows of each row's gradient, as evidence."""
+    targets = find_targets(model, "all-linear")
+    for module in targets.values():
+        module.weight.requires_grad_()
+    row_losses(model, batch).mean().backward()
+    found = {name: Evidence(gradient=module.weight.grad.clone(), rows=4) for name, module in targets.items()}
+    for module in targets.values():
+        module.weight.requires_grad_(requires_grad=False)
+        module.weight.grad = None
+    return found
 
 
 def test_report_has_the_shape_of_the_contract(model, probe):
@@ -58,6 +78,78 @@ def test_modules_are_reported_with_true_norms_and_energy(model, probe):
         assert facts["product_norm"] == pytest.approx(float(product.norm()), rel=1e-4)
         share = 1 - float((W - product).square().sum() / W.square().sum())  # true for projections of W
         assert facts["captured_energy"] == pytest.approx(share, abs=1e-4)
+
+
+def test_ranks_and_scales_are_in_the_report(model, probe):
+    evidence = {}
+    for number, (name, module) in enumerate(find_targets(model, "all-linear").items()):
+        width = module.weight.shape[1]
+        evidence[name] = Evidence(directions=torch.eye(width)[:8], spread=torch.ones(8), rank=2 + 4 * (number % 2))
+    report = start(model, probe, "eva", more={"evidence": evidence}, alpha=8.0)
+    assert {m["rank"] for m in report.modules} == {2, 6}
+    assert {m["scale"] for m in report.modules} == {2.0}
+    assert report.summary["ranks"] == {"min": 2, "max": 6, "sum": 7 * 2 + 7 * 6}
+    assert report.summary["rank_pattern"] == {m["name"]: m["rank"] for m in report.modules}
+
+
+def test_gradient_alignment_is_the_share_a_first_step_can_follow(model, probe):
+    """Against its definition with full projectors, and at its optimum for LoRA-GA's directions."""
+    evidence = gradients(model, probe)
+    report = start(model, probe, "lora_ga", more={"evidence": evidence})
+    for facts in report.modules:
+        layer, G = adapted(model)[facts["name"]], evidence[facts["name"]].gradient.double()
+        A, B = layer.A.detach().double(), layer.B.detach().double()
+        P_A, P_B = torch.linalg.pinv(A) @ A, B @ torch.linalg.pinv(B)
+        outside = (torch.eye(len(P_B)) - P_B) @ G @ (torch.eye(len(P_A)) - P_A)
+        assert facts["gradient_alignment"] == pytest.approx(
+            1 - float(outside.square().sum() / G.square().sum()), abs=1e-5
+        )
+        S = torch.linalg.svdvals(G)
+        assert facts["gradient_alignment"] == pytest.approx(float(S[:8].square().sum() / S.square().sum()), abs=1e-3)
+        assert facts["gradient_norm"] == pytest.approx(float(G.norm()), rel=1e-5)
+    assert report.summary["samples"] == 4
+
+
+def test_expected_first_step_is_what_the_loss_does_along_it(model, probe):
+    """The slope against a finite difference of the real loss along the sign of the gradient, Adam's first step."""
+    evidence = gradients(model, probe)
+    report = start(model, probe, "lora_ga", more={"evidence": evidence, "rate": 1e-6})
+    layers = adapted(model).values()
+    loss = row_losses(model, probe).mean()
+    loss.backward()
+    slope = -sum(float(p.grad.abs().sum()) for layer in layers for p in (layer.A, layer.B))
+    assert report.summary["expected_first_step_change"] == pytest.approx(1e-6 * slope, rel=1e-3)
+
+
+def displaced(model, probe, gamma, on_event=lambda event: None, sign=1):
+    init, evidence = {"method": "lora_one", "gamma": gamma}, gradients(model, probe)
+    evidence = {name: replace(found, gradient=sign * found.gradient) for name, found in evidence.items()}
+    return start(model, probe, init, on_event=on_event, more={"evidence": evidence, "calibration": [probe]})
+
+
+def test_displaced_start_reports_the_loss_before_and_after_on_its_rows(model, probe):
+    before = float(row_losses(model, probe).mean())
+    summary = displaced(model, probe, 1024.0).summary
+    assert summary["checks"] == []
+    assert summary["warnings"] == []
+    loss = summary["calibration_loss"]
+    assert (loss["before"], loss["rows"]) == (pytest.approx(before, rel=1e-6), 4)
+    assert loss["after"] == pytest.approx(float(row_losses(model, probe).mean().detach()), rel=1e-6)
+    assert loss["after"] - before == pytest.approx(summary["expected_displacement_change"], rel=0.3)
+
+
+def test_displaced_start_that_raises_the_loss_warns_with_the_remedy(model, probe):
+    events = []
+    summary = displaced(model, probe, 16.0, events.append, sign=-1).summary
+    assert summary["calibration_loss"]["after"] > summary["calibration_loss"]["before"]
+    (text,) = summary["warnings"]
+    assert 'gamma "auto"' in text
+    assert [e.message for e in events if isinstance(e, Message) and e.level == "warn"] == [text]
+
+
+def test_displaced_start_that_breaks_the_model_fails(model, probe):
+    with pytest.raises(InitFailed, match="not finite"):
+        displaced(model, probe, 1e-38)
 
 
 def test_every_layer_ticks_and_the_last_is_said(model, probe):

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from lorainit import init_report
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
+from lorainit.methods import METHODS
 from lorainit.methods.loram import (
     bases,
     loram,
@@ -17,7 +20,8 @@ from lorainit.methods.loram import (
     sine_basis,
     sine_variance,
 )
-from lorainit.spec import LoRAM
+from lorainit.run import run
+from lorainit.spec import INITS, Lora, LoRAM
 
 F64 = torch.float64
 DST = LoRAM(method="loram")
@@ -133,16 +137,47 @@ def test_golden_example():
     assert float(torch.linalg.norm(residual)) == pytest.approx(9.0559844516, abs=1e-9)
 
 
-def test_no_svd_and_no_random_number_is_used(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("called")
+SVDS = [
+    (torch, "svd"),
+    (torch, "svd_lowrank"),
+    (torch, "pca_lowrank"),
+    (torch.linalg, "svd"),
+    (torch.linalg, "svdvals"),
+    (torch.linalg, "eig"),
+    (torch.linalg, "eigh"),
+    (torch.linalg, "matrix_norm"),
+    (torch.linalg, "pinv"),
+    (torch.Tensor, "svd"),
+]
 
-    for owner, name in ((torch.linalg, "svd"), (torch, "svd_lowrank"), (torch, "randn"), (torch, "rand")):
+
+def refuse(*args, **kwargs):
+    raise AssertionError("called")
+
+
+def test_no_svd_and_no_random_number_is_used(monkeypatch):
+    for owner, name in [*SVDS, (torch, "randn"), (torch, "rand")]:
         monkeypatch.setattr(owner, name, refuse)
     W = torch.linspace(-1, 1, 24).reshape(4, 6)
     one, two = factors(W, rank=2, seed=1), factors(W, rank=2, seed=2)
     assert torch.equal(one.A, two.A)
     assert torch.equal(one.B, two.B)
+
+
+def test_global_random_state_neither_shapes_the_factors_nor_moves():
+    torch.manual_seed(1)
+    before, one = torch.get_rng_state(), factors(weight())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    two = factors(weight())
+    assert torch.equal(one.A, two.A)
+    assert torch.equal(one.B, two.B)
+
+
+def test_a_whole_run_of_loram_calls_no_svd(spec, tmp_path, monkeypatch):
+    for owner, name in SVDS:
+        monkeypatch.setattr(owner, name, refuse)
+    run(spec(training={"max_steps": 1}), tmp_path, lambda event: None)
 
 
 def test_no_matrix_of_the_weights_size_is_made():
@@ -158,9 +193,13 @@ def test_no_matrix_of_the_weights_size_is_made():
             return result
 
     with Watch():
-        factors(W, rank=r)
+        found = factors(W, rank=r)
     assert sizes
     assert max(sizes) <= max(m, n) * r
+    sizes.clear()
+    with Watch():
+        init_report.facts("layer", W, found, Evidence(), s=1.0, lora=Lora(init=DST, r=r, alpha=4.0, use_rslora=False))
+    assert max(sizes) <= max(m, n) * r  # nor by what reports on it
 
 
 @pytest.mark.parametrize("basis", ["random_orthogonal", "gaussian"])
@@ -171,6 +210,60 @@ def test_ablation_bases_have_the_same_magnitude(basis, kind):
     product = (found.B @ found.A).double()
     got, of = (product.var(), W.var()) if kind == "variance" else (product.square().mean(), W.square().mean())
     assert float(got / of) == pytest.approx(rank_factor(64, 96, 8), rel=1e-4)
+
+
+@pytest.mark.parametrize("r", [3, 8, 64])
+def test_gain_of_half_the_rank_is_the_papers_ablation(r):
+    W = weight()
+    found = factors(W, rank=r, config=LoRAM(method="loram", rank_factor="log_half_r"))
+    product = (found.B @ found.A).double()
+    assert float(product.var() / W.var()) == pytest.approx(math.log(r / 2) / math.log(64), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora", "olora"])
+@pytest.mark.parametrize("kind", ["variance", "second_moment"])
+@pytest.mark.parametrize("s", [1.0, 2.0])
+def test_tracking_takes_the_magnitude_of_another_methods_product(method, kind, s):
+    W = weight(mean=0.003)
+    config = LoRAM(method="loram", tracking=method, magnitude=kind)
+    found = factors(W.float(), scale=s, config=config)
+    generator = torch.Generator().manual_seed(0)
+    reference = METHODS[method](
+        W.float(), Evidence(), rank=8, scale=s, config=INITS[method](method=method), generator=generator
+    )
+
+    def size(pair):
+        product = (pair.B @ pair.A).double()
+        return float(product.var() if kind == "variance" else product.square().mean())
+
+    assert size(found) == pytest.approx(size(reference), rel=1e-4)
+    assert torch.allclose(found.A @ found.A.T, found.B.T @ found.B, rtol=1e-4, atol=1e-6)  # still its own directions
+
+
+@pytest.mark.parametrize(
+    ("init", "field"),
+    [
+        ({"tracking": "pissa", "scale_aware": True}, "scale_aware"),
+        ({"tracking": "pissa", "rank_factor": "log_half_r"}, "rank_factor"),
+    ],
+)
+def test_a_gain_on_top_of_tracking_is_refused(init, field):
+    with pytest.raises(ValidationError, match=f"{field} does not combine"):
+        Lora.model_validate({"init": {"method": "loram", **init}})
+
+
+@pytest.mark.parametrize(("init", "r"), [({}, 1), ({"rank_factor": "log_half_r"}, 2)])
+def test_a_rank_with_a_gain_of_zero_is_refused_in_the_schema(init, r):
+    with pytest.raises(ValidationError, match="needs a rank of at least"):
+        Lora.model_validate({"init": {"method": "loram", **init}, "r": r})
+
+
+def test_conv1d_is_the_same_start_as_linear():
+    """`Conv1D` stores in×out and hands over the transposed view."""
+    W = weight().float()
+    one, two = factors(W), factors(W.T.contiguous().T)
+    assert torch.allclose(one.A, two.A, rtol=1e-6)
+    assert torch.allclose(one.B, two.B, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -211,28 +304,57 @@ def _path(s, A, B, rates, *, optimizer, eps=(1e-8, 1e-8), steps=50):
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_scale_and_size_of_the_factors_are_one_parameter(optimizer):
     """Proposition 1: (s, A, B, rates) and (s', a_A·A, a_B·B, scaled rates) walk the same path."""
-    found = factors(weight(12, 15), rank=4)
-    A, B, a_A, a_B = found.A.double(), found.B.double(), 2.0, 1.5
-    power = 2 if optimizer is torch.optim.SGD else 1
-    rate = 0.05 if optimizer is torch.optim.SGD else 0.01
+    A, B, a_A, a_B, rate, power = *_start(), 2.0, 1.5, *((0.2, 2) if optimizer is torch.optim.SGD else (0.05, 1))
     one = _path(a_A * a_B, A, B, (rate, rate), optimizer=optimizer)
     scaled = (rate * a_A**power, rate * a_B**power)
     two = _path(1.0, a_A * A, a_B * B, scaled, optimizer=optimizer, eps=(1e-8 / a_A, 1e-8 / a_B))
+    assert _moved(one, two, A, B, a_A * a_B) <= 1e-12
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_unchanged_rates_walk_another_path(optimizer):
+    """The negative control of Proposition 1."""
+    A, B, a_A, a_B, rate = *_start(), 2.0, 1.5, 0.2 if optimizer is torch.optim.SGD else 0.05
+    one = _path(a_A * a_B, A, B, (rate, rate), optimizer=optimizer)
     control = _path(1.0, a_A * A, a_B * B, (rate, rate), optimizer=optimizer)
-    assert torch.linalg.norm(one - two) <= 1e-12 * torch.linalg.norm(one)
-    assert torch.linalg.norm(one - control) > 0.05 * torch.linalg.norm(one)
+    assert _moved(one, control, A, B, a_A * a_B) > 0.3
 
 
-def test_growth_of_the_update_is_the_papers():
-    """Proposition 2: with i.i.d. gradients the mean square of the update grows as k1·eta²·t."""
-    m, n, r, eta, steps = 300, 200, 8, 3e-4, 200
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(m, n, generator=generator, dtype=F64) * 0.05
-    found = factors(W, rank=r)
+def _start():
+    found = factors(weight(12, 15), rank=4)
+    return found.A.double(), found.B.double()
+
+
+def _moved(one, two, A, B, s):
+    """How far apart two ends are, relative to the way the first one went."""
+    return float(torch.linalg.norm(one - two) / torch.linalg.norm(one - s * B @ A))
+
+
+def _growth(found, eta, *, steps=200, correlated=False):
+    """Mean square of the update after SGD with random gradients over Proposition 2's k1·eta²·t (s = 1)."""
     A, B = found.A.double(), found.B.double()
+    (r, n), m = A.shape, B.shape[0]
     start, k1 = B @ A, r * (n * A.square().mean() ** 2 + m * B.square().mean() ** 2)
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(m, n, generator=generator, dtype=F64)
     for _ in range(steps):
-        G = torch.randn(m, n, generator=generator, dtype=F64)
+        if not correlated:
+            G = torch.randn(m, n, generator=generator, dtype=F64)
         A, B = A - eta * B.T @ G, B - eta * G @ A.T
-    measured = (B @ A - start).square().mean()
-    assert 0.8 < float(measured / (k1 * eta**2 * steps)) < 1.25
+    return float((B @ A - start).square().mean() / (k1 * eta**2 * steps))
+
+
+@pytest.mark.parametrize("eta", [1e-3, 3e-4, 1e-4])
+@pytest.mark.parametrize("method", ["loram", "pissa", "gaussian", "kaiming"])
+def test_growth_of_the_update_is_the_papers(method, eta):
+    """Proposition 2: with i.i.d. gradients the mean square of the update grows as k1·eta²·t."""
+    W = torch.randn(300, 200, generator=torch.Generator().manual_seed(1)) * 0.05
+    generator = torch.Generator().manual_seed(0)
+    found = METHODS[method](W, Evidence(), rank=8, scale=1.0, config=INITS[method](method=method), generator=generator)
+    assert 0.8 < _growth(found, eta) < 1.25
+
+
+def test_growth_of_the_update_needs_independent_gradients():
+    """The negative control of Proposition 2: along one gradient it grows as t², beyond all bounds of the law."""
+    W = torch.randn(300, 200, generator=torch.Generator().manual_seed(1)) * 0.05
+    assert _growth(factors(W), 1e-4, correlated=True) > 50

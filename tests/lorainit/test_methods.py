@@ -26,7 +26,20 @@ def weight(m=48, n=64, seed=0):
 def factors(method, W, rank=8, scale=1.0, seed=0, **parameters):
     config = INITS[method](method=method, **parameters)
     generator = torch.Generator().manual_seed(seed)
-    return METHODS[method](W, Evidence(), rank=rank, scale=scale, config=config, generator=generator)
+    return METHODS[method](W, evidence(*W.shape), rank=rank, scale=scale, config=config, generator=generator)
+
+
+def evidence(m, n, k=16):
+    """Something for every need, as a collector would have found it."""
+    g = torch.Generator().manual_seed(1)
+    X = torch.randn(4 * n, n, generator=g)
+    return Evidence(
+        gradient=torch.randn(m, n, generator=g),
+        second_moment=X.T @ X / len(X),
+        directions=torch.linalg.qr(X[:n]).Q[:k],
+        spread=torch.arange(k, 0, -1.0),
+        preheated=(torch.randn(k, n, generator=g), torch.randn(m, k, generator=g)),
+    )
 
 
 def test_every_method_of_the_schema_is_built_and_no_other():

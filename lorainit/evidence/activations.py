@@ -1,0 +1,261 @@
+"""What the targets are fed: principal directions of their inputs (EVA), or second moments (CorDA).
+
+One forward pass per batch serves all layers, and layers that are handed the very same tensor (the
+query, key and value projections of a block) share one computation. Padding is never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.data import Batch, Sample, batches, collate
+from lorainit.errors import InitFailed, UnsupportedInit
+from lorainit.events import Message, Tick
+from lorainit.evidence import Evidence
+from lorainit.evidence.pca import PCA, converged, spread_ranks
+from lorainit.initialize import generator_for
+from lorainit.layer import weight_of
+from lorainit.loss import logits_of
+from lorainit.spec import EVA, CorDA
+
+if TYPE_CHECKING:
+    from lorainit.evidence.collect import Context
+
+# A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
+MAX_PASSES, MIN_BATCHES = 8, 64
+# Second moments that lie on an accelerator at a time; more of them take one more pass over the rows.
+DEVICE_BYTES = 4 << 30
+
+See = Callable[[str, Tensor, Batch], None]
+
+
+# --- EVA ---------------------------------------------------------------------------------------
+
+
+def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
+    """Principal directions of each layer's inputs, and the rank each layer deserves.
+
+    The inputs are those of trained tokens (PEFT's default, `use_label_mask`). Each of the first
+    `samples` rows is seen once, then they are seen again until every assigned direction stands
+    still from one batch to the next (`converged`). The sum of the ranks is r times the number of
+    layers, and no layer gets more than rho·r.
+
+    Raises:
+        UnsupportedInit: a layer's inputs cannot be masked, or too few tokens reach it.
+        InitFailed: the directions have not converged; the message lists the layers.
+    """
+    rows = calibration_rows(context.samples, config.samples)
+    pieces = batches(rows, context.micro_batch_size)
+    leader = shared_inputs(context, pieces[0])
+    widths = {n: min(round(config.rho * context.lora.r), *weight_of(m).shape) for n, m in context.targets.items()}
+    states = _states(config, context, leader, widths)
+    ranks = _settle(states, leader, widths, pieces, config=config, context=context)
+    return {n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) for n in leader}
+
+
+def _settle(
+    states: dict[str, PCA],
+    leader: dict[str, str],
+    widths: dict[str, int],
+    pieces: Sequence[Sequence[Sample]],
+    *,
+    config: EVA,
+    context: Context,
+) -> dict[str, int]:
+    """Feed the batches, again and again, until the directions stand still; the ranks they earn."""
+    limit = max(MIN_BATCHES, MAX_PASSES * len(pieces))
+    moving: list[str] = []
+    for number in range(1, limit + 1):
+        before = {name: state.directions for name, state in states.items()}
+        piece = pieces[(number - 1) % len(pieces)]
+        _forward(context, piece, states, lambda name, X, _: states[name].update(X), tokens="trained")
+        context.on_event(Tick(done=number, total=limit))
+        if number == len(pieces):
+            _refuse_starved({name: states[leader[name]] for name in leader}, widths)
+        if number < max(2, len(pieces)):
+            continue
+        bids = {name: states[leader[name]].ratios[: widths[name]] for name in leader}
+        ranks = spread_ranks(bids, context.lora.r * len(leader))
+        needed = {g: max(ranks[name] for name in leader if leader[name] == g) for g in states}
+        moving = [g for g, state in states.items() if not converged(before[g], state.directions, needed[g], config.tau)]
+        if not moving:
+            _say_ranks(ranks, number, context)
+            return ranks
+    raise InitFailed(
+        f"EVA's directions still move after {limit} batches in {_listed(moving)}: more rows, larger micro-batches or"
+        f" a lower tau than {config.tau:g} help.",
+        param="lora.init.tau",
+    )
+
+
+def _states(config: EVA, context: Context, leader: dict[str, str], widths: dict[str, int]) -> dict[str, PCA]:
+    seed = context.seed if config.seed is None else config.seed
+    return {
+        g: PCA(max(widths[n] for n in leader if leader[n] == g), generator=generator_for(seed, g))
+        for g in dict.fromkeys(leader.values())
+    }
+
+
+def _eva_evidence(state: PCA, rank: int, *, rows: int) -> Evidence:
+    V, S = state.directions[:rank].cpu(), state.S[:rank].cpu()
+    facts = {"explained_variance": float(state.ratios[:rank].sum())}
+    return Evidence(directions=V, spread=S, rank=rank, rows=rows, facts=facts)
+
+
+def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
+    starved = [name for name, state in states.items() if state.tokens <= widths[name]]
+    if starved:
+        fewest = min(states[name].tokens for name in starved)
+        raise UnsupportedInit(
+            f"EVA needs more trained tokens than directions, and {_listed(starved)} got {fewest}: more or longer"
+            " calibration rows, or a smaller r.",
+            param="lora.init.samples",
+        )
+
+
+def _say_ranks(ranks: dict[str, int], seen: int, context: Context) -> None:
+    empty = [name for name, rank in ranks.items() if rank == 0]
+    text = (
+        f"EVA: directions stand still after {seen} batches; ranks from {min(ranks.values())} to {max(ranks.values())}"
+    )
+    text += f"; {len(empty)} modules get no adapter" if empty else ""
+    data = {"kind": "init", "batches": seen, "without_adapter": empty}
+    context.on_event(Message(message=text, data=data))
+
+
+# --- CorDA -------------------------------------------------------------------------------------
+
+
+def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
+    """Mean over rows of XᵀX for each layer, in×in float32, X the row's inputs over their largest |entry|.
+
+    Held on the CPU: in² · 4 bytes for every group of layers that share an input. On an accelerator
+    a few GiB of them lie at a time, at the price of one more pass over the rows for each block.
+
+    Raises:
+        UnsupportedInit: a layer's inputs cannot be masked, or none reach it.
+        InitFailed: a layer's inputs are not finite.
+    """
+    rows = calibration_rows(context.samples, config.samples)
+    pieces = batches(rows, context.micro_batch_size)
+    leader = shared_inputs(context, pieces[0])
+    sides = {g: weight_of(context.targets[g]).shape[1] for g in dict.fromkeys(leader.values())}
+    moments: dict[str, Tensor] = {}
+    blocks = _blocks(sides, DEVICE_BYTES if context.device.type != "cpu" else None)
+    for done, block in enumerate(blocks):
+        for number, piece in enumerate(pieces, start=1):
+            _forward(context, piece, block, partial(_add_moments, moments), tokens="all")
+            context.on_event(Tick(done=done * len(pieces) + number, total=len(blocks) * len(pieces)))
+        for name in moments.keys() & block:
+            moments[name] = (moments[name] / len(rows)).cpu()
+    _refuse_moments(moments, sides)
+    return {name: Evidence(second_moment=moments[g], rows=len(rows)) for name, g in leader.items()}
+
+
+def _add_moments(sums: dict[str, Tensor], name: str, X: Tensor, batch: Batch) -> None:
+    for row in torch.split_with_sizes(X, batch.attention.sum(1).tolist()):
+        scaled = row / row.abs().max().clamp(min=torch.finfo(row.dtype).tiny)
+        C = scaled.T @ scaled
+        sums[name] = sums[name].add_(C) if name in sums else C
+
+
+def _blocks(sides: dict[str, int], limit: int | None) -> list[list[str]]:
+    """Consecutive layers whose moments fit together into `limit` bytes (None = no limit)."""
+    blocks: list[list[str]] = [[]]
+    used = 0
+    for name, n in sides.items():
+        used += 4 * n * n
+        if limit is not None and used > limit and blocks[-1]:
+            blocks.append([])
+            used = 4 * n * n
+        blocks[-1].append(name)
+    return blocks
+
+
+def _refuse_moments(moments: dict[str, Tensor], sides: dict[str, int]) -> None:
+    silent = [name for name in sides if name not in moments or not moments[name].any()]
+    if silent:
+        raise UnsupportedInit(f"No input but zeros reached {_listed(silent)}.", param="lora.init")
+
+
+# --- both --------------------------------------------------------------------------------------
+
+
+def calibration_rows(samples: Sequence[Sample], wanted: int) -> Sequence[Sample]:
+    """The first rows; refused when there are none."""
+    rows = samples[:wanted]
+    if not rows:
+        raise UnsupportedInit("This method looks at rows, and there are none.", param="lora.init.calibration_file")
+    return rows
+
+
+def shared_inputs(context: Context, piece: Sequence[Sample]) -> dict[str, str]:
+    """For each target the first target that is handed the very same tensor; itself if it is the first.
+
+    Raises:
+        UnsupportedInit: a target is not reached at all.
+    """
+    # The tensors are kept until the pass is over, so that an identity cannot be used twice.
+    seen: dict[int, tuple[str, Tensor]] = {}
+    leader: dict[str, str] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        leader.setdefault(name, seen.setdefault(id(x), (name, x))[0])
+
+    batch = collate(piece, pad=context.pad).to(context.device)
+    with torch.no_grad(), _hooked(context.targets, note):
+        logits_of(context.model, batch)
+    unreached = [name for name in context.targets if name not in leader]
+    if unreached:
+        raise UnsupportedInit(f"The calibration rows never reach {_listed(unreached)}.", param="lora.target_modules")
+    return {name: leader[name] for name in context.targets}
+
+
+@torch.no_grad()
+def _forward(
+    context: Context, piece: Sequence[Sample], names: Sequence[str] | dict[str, PCA], see: See, *, tokens: str
+) -> None:
+    """One batch; `see(name, X, batch)` gets the chosen tokens' inputs of each named target, tokens×in float32."""
+    batch = collate(piece, pad=context.pad).to(context.device)
+    mask = batch.attention.bool() & batch.trained if tokens == "trained" else batch.attention.bool()
+
+    def select(name: str, x: Tensor) -> None:
+        if x.shape[:2] != mask.shape:
+            raise UnsupportedInit(
+                f"{name}: its inputs come as {tuple(x.shape)}, not as rows x tokens x features: which of them are"
+                " padding cannot be told.",
+                param="lora.target_modules",
+            )
+        X = x[mask].float()
+        if not X.isfinite().all():
+            raise InitFailed(f"{name}: its inputs are not finite on the calibration rows.", param="lora.init")
+        see(name, X, batch)
+
+    with _hooked({name: context.targets[name] for name in names}, select):
+        logits_of(context.model, batch)
+
+
+@contextmanager
+def _hooked(targets: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, input)` before each target runs."""
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: see(name, args[0])
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in targets.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,176 @@
+"""The mean full gradient of every target's weight over a few calibration rows.
+
+The weighting is the one LoRA-GA and LoRA-One use with micro-batches of one row: the mean over rows of
+each row's mean loss over its trained tokens, so short rows count as much as long ones. How many rows
+share a forward pass changes nothing but speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorainit.data import Sample, batches, collate
+from lorainit.errors import InitFailed, UnsupportedInit
+from lorainit.events import Message, Tick
+from lorainit.evidence import Evidence
+from lorainit.layer import weight_of
+from lorainit.line_search import search_step
+from lorainit.loss import row_losses
+from lorainit.spec import LoRAGA, LoRAOne
+
+if TYPE_CHECKING:
+    from lorainit.evidence.collect import Context
+
+OnTick = Callable[[int, int], None]
+
+
+def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, Evidence]:
+    """The gradient of each target and, for LoRA-One with gamma "auto", the step that suits this model.
+
+    Raises:
+        UnsupportedInit: there is no row to look at, or a module gets no gradient from the rows.
+        InitFailed: a gradient is not finite, or no step lowers the loss.
+    """
+    rows = calibration_rows(config, context)
+
+    def tick(done: int, total: int) -> None:
+        context.on_event(Tick(done=done, total=total))
+
+    found = mean_gradients(
+        context.model,
+        context.targets,
+        rows,
+        pad=context.pad,
+        device=context.device,
+        size=context.micro_batch_size,
+        on_tick=tick,
+    )
+    refuse_unusable(found)
+    evidence = {name: Evidence(gradient=G, rows=len(rows)) for name, G in found.items()}
+    if isinstance(config, LoRAOne) and config.gamma == "auto":
+        return search_step(config, context, rows, evidence)
+    return evidence
+
+
+def calibration_rows(config: LoRAGA | LoRAOne, context: Context) -> Sequence[Sample]:
+    """The first `samples` rows that have a trained token; fewer than asked for is said aloud."""
+    usable = [s for s in context.samples if s.trained[1:].any()]
+    if not usable:
+        raise UnsupportedInit(
+            f"{config.method} takes its start from the gradient, and no calibration row has a trained token.",
+            param="lora.init",
+        )
+    if len(usable) < config.samples:
+        text = f"{config.method} asked for {config.samples} calibration rows and there are {len(usable)}: all are used."
+        data = {"kind": "init", "samples": len(usable), "asked": config.samples}
+        context.on_event(Message(level="warn", message=text, data=data))
+    return usable[: config.samples]
+
+
+def mean_gradients(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    rows: Sequence[Sample],
+    *,
+    pad: int,
+    device: torch.device,
+    size: int,
+    on_tick: OnTick,
+) -> dict[str, Tensor]:
+    """∂L/∂W of each target, out×in, float32 on the CPU; L = mean over rows of the row's mean loss.
+
+    Args:
+        model: its parameters are frozen before and after; its mode is left alone.
+        size: rows per forward pass.
+        on_tick: called with (rows done, rows) after every pass.
+    """
+    sums: dict[str, Tensor] = {}
+    done = 0
+    with _gradients_taken_away(model, targets, sums):
+        for piece in batches(rows, size):
+            loss = row_losses(model, collate(piece, pad=pad).to(device)).sum()
+            torch.autograd.backward(loss)
+            done += len(piece)
+            on_tick(done, len(rows))
+    return {name: _mean(sums.get(name), module, len(rows)) for name, module in targets.items()}
+
+
+def _mean(total: Tensor | None, module: nn.Module, rows: int) -> Tensor:
+    if total is None:  # the rows never reached this module
+        return torch.zeros(weight_of(module).shape)
+    return total.div_(rows)
+
+
+@contextmanager
+def _gradients_taken_away(
+    model: nn.Module, targets: Mapping[str, nn.Module], sums: dict[str, Tensor]
+) -> Iterator[None]:
+    """Move each weight's gradient into `sums` the moment it exists, so that one at most is on the device."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    grads = {p: p.grad for p in before}
+    handles = []
+    try:
+        for parameter in before:
+            parameter.requires_grad = False
+            parameter.grad = None
+        for name, module in targets.items():
+            weight: Any = module.get_parameter("weight").requires_grad_()  # its hook method is untyped
+            handles.append(weight.register_post_accumulate_grad_hook(_taker(name, module, sums)))
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, wanted in before.items():
+            parameter.requires_grad = wanted
+            parameter.grad = grads[parameter]
+
+
+def _taker(name: str, module: nn.Module, sums: dict[str, Tensor]) -> Callable[[Tensor], None]:
+    transposed = isinstance(module, Conv1D)
+
+    def take(weight: Tensor) -> None:
+        assert weight.grad is not None
+        G = weight.grad.detach().to("cpu", torch.float32)
+        weight.grad = None
+        G = G.T if transposed else G
+        if name in sums:
+            sums[name] += G
+        else:
+            sums[name] = G.clone(memory_format=torch.contiguous_format)
+
+    return take
+
+
+def refuse_unusable(gradients: Mapping[str, Tensor]) -> None:
+    """Gradients that no direction can be taken from, with the modules and the usual causes.
+
+    Raises:
+        InitFailed: not finite.
+        UnsupportedInit: zero.
+    """
+    broken = [name for name, G in gradients.items() if not G.isfinite().all()]
+    if broken:
+        raise InitFailed(
+            f"The gradient is not finite in {_listed(broken)}: a base model that overflows on these rows, often for"
+            " want of precision, is the usual cause.",
+            param="lora.init",
+        )
+    dead = [name for name, G in gradients.items() if not G.any()]
+    if dead:
+        raise UnsupportedInit(
+            f"The gradient is zero in {_listed(dead)}: the calibration rows do not use the module, or their trained"
+            " tokens do not depend on it. Leave it out of target_modules or give other rows.",
+            param="lora.init",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,163 @@
+"""The preheated adapter of HRP: a LoRA of a higher rank, trained for a few steps and taken off again.
+
+The paper's body was not available to us (see `lorainit.methods.hrp`): what is trained, for how long
+and with which optimizer are our choices. The main run knows nothing of it: it has an optimizer of
+its own and sees the training rows from the start.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lorainit.data import Sample, batches, collate
+from lorainit.errors import NonFiniteLoss, UnsupportedInit
+from lorainit.events import Message, Tick
+from lorainit.evidence import Evidence
+from lorainit.initialize import generator_for
+from lorainit.layer import LoRALinear, borrowed, weight_of
+from lorainit.loss import tally
+from lorainit.methods import Factors
+from lorainit.methods._linalg import normal
+from lorainit.spec import HRP
+
+if TYPE_CHECKING:
+    from lorainit.evidence.collect import Context
+
+MAX_RANK, RANK_FACTOR = 128, 8
+MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02
+SAY_STEPS, SAY_SECONDS = 10, 1.0
+
+
+def preheat(config: HRP, context: "Context") -> dict[str, Evidence]:
+    """Train a rank-R adapter on every target from B' = 0 and return its factors.
+
+    AdamW of its own at the run's learning rate, held constant, without weight decay, dropout or
+    warm-up; the run's batches in the run's order, its clipping and its scale s. The model comes
+    back exactly as it was.
+
+    Raises:
+        UnsupportedInit: R does not fit a target; the message names it.
+        NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
+    """
+    ranks = {name: preheat_rank(config, name, module, r=context.lora.r) for name, module in context.targets.items()}
+    steps = preheat_steps(config, total=context.total_steps)
+    _warn_without_gain(ranks, context)
+    seed = context.seed if config.seed is None else config.seed
+    layers = {
+        name: _adapter(module, ranks[name], config, scale=context.lora.scaling, generator=generator_for(seed, name))
+        for name, module in context.targets.items()
+    }
+    with borrowed(context.model, layers):
+        losses = _train(layers, steps, context)
+    facts = {
+        "mode": config.preheat_mode,
+        "max_rank": max(ranks.values()),
+        "steps": steps,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        # These steps come on top of the run's own, which begins as if they had not been.
+        "main_optimizer": "fresh",
+        "main_data": "from the start",
+    }
+    return {
+        name: Evidence(
+            preheated=(layer.A.detach().cpu(), layer.B.detach().cpu()),
+            facts={"preheat_rank": ranks[name], "preheat": facts},
+        )
+        for name, layer in layers.items()
+    }
+
+
+def preheat_rank(config: HRP, name: str, module: nn.Module, *, r: int) -> int:
+    """R of one layer; "auto" = min(128, 8r, smaller side)."""
+    side = min(weight_of(module).shape)
+    if config.preheat_rank == "auto":
+        return max(r, min(MAX_RANK, RANK_FACTOR * r, side))
+    if not r <= config.preheat_rank <= side:
+        raise UnsupportedInit(
+            f"{name}: preheat_rank {config.preheat_rank} must lie between r = {r} and the smaller side, {side}.",
+            param="lora.init.preheat_rank",
+        )
+    return config.preheat_rank
+
+
+def preheat_steps(config: HRP, *, total: int) -> int:
+    """Preheat steps; "auto" = 2 % of the run's own, at least 20 and at most 200, never more than the run has."""
+    if config.preheat_steps != "auto":
+        return config.preheat_steps
+    return min(total, max(MIN_STEPS, min(MAX_STEPS, round(SHARE_OF_STEPS * total))))
+
+
+def _warn_without_gain(ranks: dict[str, int], context: "Context") -> None:
+    same = [name for name, R in ranks.items() if context.lora.r == R]
+    if same:
+        text = f"Preheating {len(same)} modules at the run's own rank, {same[0]} among them: no gain over random A."
+        context.on_event(Message(level="warn", message=text, data={"kind": "init"}))
+
+
+def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator: torch.Generator) -> LoRALinear:
+    """A' by its law, B' = 0, float32 on the module's device."""
+    weight = weight_of(module)
+    out, n = weight.shape
+    if config.preheat_a_law == "orthonormal":
+        A = torch.linalg.qr(normal(n, R, generator=generator)).Q.T
+    else:
+        A = (2 * torch.rand(R, n, generator=generator) - 1) / math.sqrt(n)
+    factors = Factors(A=A.contiguous().to(weight.device), B=torch.zeros(out, R, device=weight.device))
+    layer = LoRALinear(module, factors, scale=scale, subtract=False)
+    layer.A.requires_grad_(config.preheat_mode == "classic")
+    return layer
+
+
+def _train(layers: dict[str, LoRALinear], steps: int, context: "Context") -> list[float]:
+    """Train for these steps; the loss before each of them."""
+    recipe = context.training
+    assert recipe.learning_rate is not None
+    parameters = [p for layer in layers.values() for p in (layer.A, layer.B) if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    said, losses = time.monotonic(), list[float]()
+    for step, samples in enumerate(islice(_stream(context), steps), start=1):
+        loss = _accumulate(samples, step, steps, context)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteLoss(
+                f"Preheat step {step}: loss {loss}, gradient norm {norm}. A lower learning rate usually helps.",
+                param="method.supervised.hyperparameters.learning_rate",
+            )
+        losses.append(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (1, steps) or step % SAY_STEPS == 0 or time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            text = f"Preheating at rank {max(layer.A.shape[0] for layer in layers.values())}: step {step}/{steps}"
+            data = {"kind": "init", "step": step, "steps": steps, "loss": loss}
+            context.on_event(Message(message=f"{text}, loss {loss:.4f}", data=data))
+    return losses
+
+
+def _stream(context: "Context") -> Iterator[list[Sample]]:
+    """The run's effective batches from its first step on, epoch after epoch."""
+    size = context.training.batch_size
+    assert size != "auto"
+    for epoch in count():
+        shuffled = context.order(epoch)
+        for start in range(0, len(shuffled), size):
+            yield [context.training_samples[i] for i in shuffled[start : start + size]]
+
+
+def _accumulate(samples: list[Sample], step: int, steps: int, context: "Context") -> float:
+    """Gradients and loss of one effective batch, by micro-batches as in training."""
+    pieces = batches(samples, context.micro_batch_size)
+    wanted = sum(int(s.trained[1:].sum()) for s in samples)
+    loss = 0.0
+    for done, piece in enumerate(pieces, start=1):
+        part = tally(context.model, collate(piece, pad=context.pad).to(context.device))
+        torch.autograd.backward(part.loss / wanted)
+        loss += float(part.loss.detach()) / wanted
+        context.on_event(Tick(done=(step - 1) * len(pieces) + done, total=steps * len(pieces)))
+    return loss

@@ -1,0 +1,200 @@
+"""What a start looks like, in numbers: each layer by itself, and the whole model on real rows.
+
+Works on r×r and r×n products only: nothing of a weight's size is made beside the weight itself.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.data import Batch
+from lorainit.errors import InitFailed
+from lorainit.evidence import Evidence
+from lorainit.hardware import peak_memory_bytes
+from lorainit.layer import adapted, disabled, weight_of
+from lorainit.loss import logits_of, row_losses, tally
+from lorainit.methods import Factors
+from lorainit.spec import Lora
+
+# How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
+LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Report:
+    """`summary` is the object shown as `job.init_report`; `modules` has one entry per layer."""
+
+    summary: dict[str, Any]
+    modules: list[dict[str, Any]]
+
+
+# --- one layer ---------------------------------------------------------------------------------
+
+
+def facts(name: str, W: Tensor, factors: Factors, evidence: Evidence, *, s: float, lora: Lora) -> dict[str, Any]:
+    """The entry of one layer in `init_report.json`.
+
+    `captured_energy` (methods that take part of W): share of ‖W‖² that B's columns and A's rows hold.
+    `gradient_alignment` (methods with a gradient): share of ‖G‖² that a first step of A and B can
+    follow. `first_order_change`: <G, s·B·A>, the loss change a displaced start promises.
+    `first_step_slope`: loss change per unit of learning rate of the first AdamW step, first order.
+    """
+    A, B = factors.A, factors.B
+    found: dict[str, Any] = {
+        "name": name,
+        "out": W.shape[0],
+        "in": W.shape[1],
+        "rank": A.shape[0],
+        "scale": s,
+        "weight_norm": _norm(W),
+        "product_norm": s * product_norm(A, B),
+    }
+    if lora.method.offset == "subtract" and lora.method.facts.needs in ("weight", "activation"):
+        found["captured_energy"] = _captured_energy(W, factors)
+    if evidence.gradient is not None:
+        found |= _gradient_facts(evidence.gradient.to(W.device), factors, s=s, lora=lora)
+    if evidence.rows is not None:
+        found["samples"] = evidence.rows
+    if evidence.step is not None:
+        found["gamma"] = evidence.step.gamma
+    return found | dict(evidence.facts) | dict(factors.facts)
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """‖B·A‖ from the r×r Gram matrices."""
+    A, B = A.double(), B.double()
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+
+
+def _norm(X: Tensor) -> float:
+    # By rows first: one float32 sum over millions of squares loses digits.
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=-1).double()))
+
+
+def _captured_energy(W: Tensor, factors: Factors) -> float:
+    """‖Q_Bᵀ·W·Q_A‖²/‖W‖²."""
+    Q_B, Q_A = torch.linalg.qr(factors.B).Q, torch.linalg.qr(factors.A.T).Q
+    return (_norm(Q_B.T @ W @ Q_A) / _norm(W)) ** 2
+
+
+def _gradient_facts(G: Tensor, factors: Factors, *, s: float, lora: Lora) -> dict[str, Any]:
+    A, B = factors.A, factors.B
+    norm = _norm(G)
+    G_A, B_G = s * (G @ A.T), s * (B.T @ G)  # the gradients of B (out×r) and of A (r×in)
+    facts = {
+        "gradient_norm": norm,
+        "gradient_alignment": _alignment(G, factors, norm=norm),
+        # Adam's first step is the sign of the gradient, times the rate.
+        "first_step_slope": -float(G_A.abs().sum() + B_G.abs().sum()),
+    }
+    if not lora.method.function_preserving:
+        facts["first_order_change"] = float((G_A * B).sum())
+    return facts
+
+
+def _alignment(G: Tensor, factors: Factors, *, norm: float) -> float:
+    """1 - ‖(I - P_B)·G·(I - P_A)‖²/‖G‖²: what lies outside both spaces is out of the first step's reach."""
+    Q_B, Q_A = _span(factors.B), _span(factors.A.T)
+    B_G, G_A = Q_B.T @ G, G @ Q_A
+    reached = _norm(B_G) ** 2 + _norm(G_A) ** 2 - _norm(B_G @ Q_A) ** 2
+    return min(1.0, reached / norm**2) if norm else 0.0
+
+
+def _span(X: Tensor) -> Tensor:
+    """An orthonormal basis of X's columns; of a zero X, nothing."""
+    Q: Tensor = torch.linalg.qr(X).Q
+    return Q if X.any() else Q[:, :0]
+
+
+# --- the whole ---------------------------------------------------------------------------------
+
+
+def summary(
+    lora: Lora, modules: Sequence[dict[str, Any]], *, seed: int, seconds: float, cached: bool, rate: float
+) -> dict[str, Any]:
+    """Everything of `job.init_report` that needs no forward pass."""
+    method = lora.method
+    ranks = [m["rank"] for m in modules]
+    spread = {m["name"]: m["rank"] for m in modules if m["rank"] != lora.r}
+    slopes = [m["first_step_slope"] for m in modules if "first_step_slope" in m]
+    changes = [m["first_order_change"] for m in modules if "first_order_change" in m]
+    return {
+        "method": method.method,
+        "seed": seed,
+        "seconds": round(seconds, 3),
+        "cached": cached,
+        "samples": max((m["samples"] for m in modules if "samples" in m), default=None),
+        "modules": len(modules),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "function_preserving": method.function_preserving,
+        "captured_energy": _spread(modules, "captured_energy"),
+        "gradient_alignment": _spread(modules, "gradient_alignment"),
+        "ranks": {"min": min(ranks), "max": max(ranks), "sum": sum(ranks)},
+        "rank_pattern": spread,
+        "gamma": modules[0].get("gamma"),
+        "preheat": modules[0].get("preheat"),
+        "expected_displacement_change": sum(changes) if changes else None,
+        "expected_first_step_change": rate * sum(slopes) if slopes else None,
+    }
+
+
+def _spread(modules: Iterable[dict[str, Any]], key: str) -> dict[str, float] | None:
+    values = [m[key] for m in modules if key in m]
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None
+
+
+@torch.no_grad()
+def measure(model: nn.Module, probe: Batch) -> dict[str, Any]:
+    """Loss and logits of the base and of the initialized model on the same rows."""
+    with disabled(model):
+        before, base = logits_of(model, probe), tally(model, probe)
+    after, initial = logits_of(model, probe), tally(model, probe)
+    real = probe.attention.bool()
+    return {
+        "base_loss": float(base.loss) / base.tokens,
+        "initial_loss": float(initial.loss) / initial.tokens,
+        "max_abs_logit_difference": float((before - after)[real].abs().max()),
+    }
+
+
+@torch.no_grad()
+def displacement(model: nn.Module, batches: Sequence[Batch], *, tick: Callable[[], None]) -> dict[str, Any]:
+    """Mean over the calibration rows of each row's loss, before and after a displaced start."""
+
+    def loss() -> float:
+        total = 0.0
+        for batch in batches:
+            total += float(row_losses(model, batch).sum())
+            tick()
+        return total / rows
+
+    rows = sum(len(batch.ids) for batch in batches)
+    with disabled(model):
+        before = loss()
+    return {"before": before, "after": loss(), "rows": rows}
+
+
+def gate(summary: dict[str, Any], model: nn.Module) -> None:
+    """Add `checks` to the summary; refuse an adapter that does not start where it promised to.
+
+    Raises:
+        InitFailed: a function-preserving method moved the loss, or a displaced one broke the model.
+    """
+    base, initial = summary["base_loss"], summary["initial_loss"]
+    dtype = weight_of(next(iter(adapted(model).values())).base).dtype
+    limit = LOSS_LIMIT[dtype] * max(1.0, abs(base))
+    moved = abs(initial - base)
+    passed = moved <= limit  # False for NaN too
+    check = {"name": "initial_loss_equals_base", "passed": passed, "value": moved, "limit": limit}
+    summary["checks"] = [check] if summary["function_preserving"] else []
+    if summary["function_preserving"] and not passed:
+        raise InitFailed(
+            f"{summary['method']} promises to start as the base model, but the loss on training rows went from"
+            f" {base:.4f} to {initial:.4f} (limit {limit:.2g}).",
+            param="lora.init",
+        )
+    if not torch.isfinite(torch.tensor(initial)):
+        raise InitFailed(f"The model's loss is not finite after {summary['method']}.", param="lora.init")

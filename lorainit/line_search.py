@@ -1,0 +1,108 @@
+"""The step of a displaced start, by trying a few on the calibration rows (our extension of LoRA-One).
+
+LoRA-One's published gamma = 128 does not fit every model: the start moves every layer's weight by
+operator norm s/gamma, and what a model bears differs by orders of magnitude. One gamma serves all
+layers, as in the paper. The rows are those the gradient came from, so the loss found is optimistic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lorainit.data import Sample, batches, collate
+from lorainit.errors import InitFailed
+from lorainit.events import Message, Tick
+from lorainit.evidence import Evidence, StepSearch
+from lorainit.initialize import generator_for
+from lorainit.layer import LoRALinear, adapted, attach, weight_of
+from lorainit.loss import row_losses
+from lorainit.methods.lora_one import lora_one
+
+if TYPE_CHECKING:
+    from lorainit.evidence.collect import Context
+    from lorainit.spec import LoRAOne
+
+# Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.
+GAMMAS = tuple(4.0**k for k in range(8, 1, -1))
+
+
+def search_step(
+    config: LoRAOne, context: Context, rows: Sequence[Sample], evidence: Mapping[str, Evidence]
+) -> dict[str, Evidence]:
+    """The same evidence with the gamma of least loss on `rows`.
+
+    Raises:
+        InitFailed: no step lowers the loss. A start that is worse than the base model is never chosen.
+    """
+    tried: dict[float, float] = {}
+
+    def loss_at(gamma: float) -> float:
+        scale = context.lora.scaling / gamma
+        for layer in adapted(context.model).values():
+            layer.scale = scale
+        loss = calibration_loss(context.model, rows, pad=context.pad, device=context.device, size=size)
+        context.on_event(Tick(done=len(tried) + 1, total=len(GAMMAS) + 2))
+        return loss if math.isfinite(loss) else math.inf
+
+    size = context.micro_batch_size
+    base = calibration_loss(context.model, rows, pad=context.pad, device=context.device, size=size)
+    with _attached(config, context, evidence):
+        for gamma in GAMMAS:
+            tried[gamma] = loss_at(gamma)
+        best = min(tried, key=tried.__getitem__)
+        for gamma in (best * 2, best / 2):
+            tried[gamma] = loss_at(gamma)
+    best = min(tried, key=tried.__getitem__)
+    if not tried[best] < base:
+        raise _no_step(base, tried)
+    step = StepSearch(gamma=best, base_loss=base, tried=tuple(sorted(tried.items(), reverse=True)))
+    context.on_event(_found(step))
+    return {name: replace(found, step=step) for name, found in evidence.items()}
+
+
+@torch.no_grad()
+def calibration_loss(model: nn.Module, rows: Sequence[Sample], *, pad: int, device: torch.device, size: int) -> float:
+    """Mean over rows of each row's mean loss: what the gradient methods take their gradient of."""
+    pieces = (collate(piece, pad=pad).to(device) for piece in batches(rows, size))
+    return sum(float(row_losses(model, batch).sum()) for batch in pieces) / len(rows)
+
+
+@contextmanager
+def _attached(config: LoRAOne, context: Context, evidence: Mapping[str, Evidence]) -> Iterator[None]:
+    """The start at gamma = 1 in every layer for as long as the context lasts; `scale` then sets the step."""
+    unit = config.model_copy(update={"gamma": 1.0})
+    seed = context.seed if config.seed is None else config.seed
+    r = context.lora.r
+    try:
+        for name, module in context.targets.items():
+            W, generator = weight_of(module).detach(), generator_for(seed, name)
+            factors = lora_one(W, evidence[name], rank=r, scale=1.0, config=unit, generator=generator)
+            attach(context.model, name, LoRALinear(module, factors, scale=1.0, subtract=False))
+        yield
+    finally:
+        for name, module in context.targets.items():
+            attach(context.model, name, module)
+
+
+def _found(step: StepSearch) -> Message:
+    loss = dict(step.tried)[step.gamma]
+    text = f"Line search: gamma = {step.gamma:g} takes the loss on the calibration rows from {step.base_loss:.4f}"
+    tried = [{"gamma": g, "loss": x if math.isfinite(x) else None} for g, x in step.tried]
+    data = {"kind": "init", "gamma": step.gamma, "base_loss": step.base_loss, "tried": tried}
+    return Message(message=f"{text} to {loss:.4f}", data=data)
+
+
+def _no_step(base: float, tried: Mapping[float, float]) -> InitFailed:
+    shown = ", ".join(f"{g:g}: {x:.4f}" for g, x in sorted(tried.items(), reverse=True))
+    return InitFailed(
+        f"lora_one: no step along the gradient lowers the loss on the calibration rows ({base:.4f}; gamma: loss ="
+        f" {shown}). More calibration rows, precision fp32 or version v1, which starts where the base model is, help.",
+        param="lora.init.gamma",
+    )

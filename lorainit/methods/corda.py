@@ -1,0 +1,68 @@
+"""CorDA: singular directions of W as its inputs weigh them.
+
+Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of LLMs", arXiv 2406.05223, section
+3. Differs from the authors' code on purpose: inputs are divided by their largest absolute value
+(theirs: the largest value), padding does not count, and the damping has an end. The second moments
+come from `lorainit.evidence.activations`.
+"""
+
+# ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
+
+import torch
+from torch import Tensor
+
+from lorainit.errors import InitFailed
+from lorainit.evidence import Evidence
+from lorainit.methods._linalg import Factors, symmetric
+from lorainit.spec import CorDA
+
+FIRST_DAMPING, MAX_DAMPING = 0.01, 1.0
+INVERSE_ERROR = 0.05
+# As in MiLoRA: below this share of the top singular value both factors are dead. Float64, hence small.
+DEAD = 1e-9
+
+
+def corda(
+    weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: CorDA, generator: torch.Generator
+) -> Factors:
+    """From W·C = U·S·Vᵀ and V̂ᵀ = Vᵀ·C⁻¹, so U·S·V̂ᵀ = W: the first r triples (ipm) or the last (kpm), split evenly.
+
+    Raises:
+        InitFailed: nothing was collected, or C cannot be inverted.
+        InitFailed: kpm on a weight that is numerically rank deficient under its inputs.
+    """
+    if evidence.second_moment is None:
+        raise InitFailed("CorDA needs the second moment of the inputs, and none was collected.", param="lora.init")
+    # The last directions of a product whose condition number is that of C need more than 7 digits.
+    dtype = torch.float64 if config.mode == "kpm" else torch.float32
+    C, inverse, damping = damped(evidence.second_moment.to(weight.device, dtype))
+    U, S, Vh = torch.linalg.svd(weight.to(dtype) @ C, full_matrices=False)
+    if config.mode == "kpm" and S[-1] <= DEAD * S[0]:
+        raise InitFailed(
+            f"the smallest singular value of W·C is {float(S[-1]):.2g} against {float(S[0]):.2g} for the largest:"
+            " the protected directions would leave nothing to learn from.",
+            param="lora.init.mode",
+        )
+    part = slice(None, rank) if config.mode == "ipm" else slice(-rank, None)
+    found = symmetric(U[:, part], S[part], Vh[part] @ inverse, scale=scale)
+    return Factors(A=found.A.float(), B=found.B.float(), facts={"damping": damping})
+
+
+def damped(C: Tensor) -> tuple[Tensor, Tensor, float]:
+    """C + δ·mean(diag C)·I, its inverse, and the δ from 0.01 on, doubled until the inverse is one.
+
+    Raises:
+        InitFailed: no δ up to 1 is enough, or C is zero or not finite.
+    """
+    identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    damping = FIRST_DAMPING
+    while damping <= MAX_DAMPING:
+        candidate = C + damping * C.diagonal().mean() * identity
+        inverse, failed = torch.linalg.inv_ex(candidate)
+        # NaN compares false, so a broken inverse is never taken.
+        if not failed and torch.linalg.norm(candidate @ inverse - identity) < INVERSE_ERROR:
+            return candidate, inverse, damping
+        damping *= 2
+    raise InitFailed(
+        f"the second moment of the inputs cannot be inverted, even with damping {MAX_DAMPING:g}.", param="lora.init"
+    )

@@ -1,0 +1,60 @@
+"""LoRA-GA: directions of the gradient, so that the first step is the best rank-2r step.
+
+Wang, Yu, Li, arXiv 2407.05000, NeurIPS 2024, with the authors' scaling. (PEFT's `lora_ga` scales
+only B, and by the gradient's singular values.)
+"""
+
+import torch
+from torch import Tensor
+
+from lorainit.errors import UnsupportedInit
+from lorainit.evidence import Evidence
+from lorainit.methods._linalg import Factors, randomized_svd
+from lorainit.spec import LoRAGA
+
+NITER = 4  # with q = 4r, as the authors
+
+
+def lora_ga(
+    weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: LoRAGA, generator: torch.Generator
+) -> Factors:
+    """A = c·V[:, a]ᵀ, B = c·U[:, b] for disjoint index sets a, b among the top 2r of g ≈ U·diag(S)·Vᵀ.
+
+    With c = 1 the first gradient step changes W by -eta·s²·P_2r(g). The published c = m^(1/4)/sqrt(gamma),
+    m = out, does not depend on the gradient's size.
+
+    Raises:
+        UnsupportedInit: 2r exceeds the smaller side.
+    """
+    assert evidence.gradient is not None
+    m, n = weight.shape
+    if 2 * rank > min(m, n):
+        raise UnsupportedInit(f"LoRA-GA needs 2r <= {min(m, n)} here (r = {rank}).", param="lora.r")
+    G = evidence.gradient.to(weight.device)
+    U, _, Vh = randomized_svd(G, rank=2 * rank, oversample=2 * rank, niter=NITER, generator=generator)
+    a, b = _directions(rank, config=config, generator=generator)
+    c = _size(weight, rank=rank, scale=scale, config=config, generator=generator)
+    return Factors(A=c * Vh[a.to(Vh.device)], B=c * U[:, b.to(U.device)])
+
+
+def _directions(r: int, *, config: LoRAGA, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which right singular vectors make A and which left ones make B, from 0."""
+    first, second = torch.arange(r), torch.arange(r, 2 * r)
+    if config.direction == "ArB2r":
+        return first, second
+    if config.direction == "A2rBr":
+        return second, first
+    if config.direction == "ArBr":
+        return torch.arange(1, 2 * r, 2), torch.arange(0, 2 * r, 2)
+    chosen = torch.randperm(2 * r, generator=generator)
+    return chosen[:r], chosen[r:]
+
+
+def _size(W: Tensor, *, rank: int, scale: float, config: LoRAGA, generator: torch.Generator) -> float:
+    """The norm of each row of A and each column of B."""
+    if config.scale == "stable":
+        return float(W.shape[0] ** 0.25 / config.gamma**0.5)
+    if config.scale == "weight_svd":
+        S = randomized_svd(W, rank=rank, oversample=rank, niter=NITER, generator=generator)[1]
+        return float((S / scale).sqrt().mean())
+    return 1.0 if config.scale == "unit" else 1.0 / scale

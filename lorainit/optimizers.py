@@ -1,0 +1,128 @@
+"""The optimizers a run may choose, over the (A, B) pairs of the adapted layers.
+
+Every parameter group carries `factor`, its share of the scheduled rate. All state is in plain
+tensors per parameter, so a checkpoint needs to know nothing of the optimizer it stores.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.errors import NonFiniteLoss
+from lorainit.layer import LoRALinear
+from lorainit.spec import AdamWLoRAPlus, AdamWPreconditioned, Hyperparameters
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+def make_optimizer(recipe: Hyperparameters, layers: Mapping[str, LoRALinear]) -> torch.optim.Optimizer:
+    """The optimizer of a resolved recipe over the factors of `layers`."""
+    assert recipe.learning_rate is not None
+    chosen, rate, decay = recipe.optimizer, recipe.learning_rate, recipe.weight_decay
+    if isinstance(chosen, AdamWPreconditioned):
+        pairs = {name: (layer.A, layer.B) for name, layer in layers.items()}
+        return PreconditionedAdamW(pairs, lr=rate, damping=chosen.damping, weight_decay=decay)
+    if isinstance(chosen, AdamWLoRAPlus):
+        groups: list[dict[str, Any]] = [
+            {"params": [layer.A for layer in layers.values()], "factor": 1.0},
+            {"params": [layer.B for layer in layers.values()], "factor": chosen.ratio},
+        ]
+    else:
+        groups = [{"params": [p for layer in layers.values() for p in (layer.A, layer.B)], "factor": 1.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, weight_decay=decay)
+    set_rate(optimizer, rate)
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of this step, each group by its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+class PreconditionedAdamW(torch.optim.Optimizer):
+    """AdamW on gradients preconditioned by the other factor: the optimizer of LoRA-One's first version.
+
+    For each pair, with g_A (r×in) and g_B (out×r) the gradients, no factor s² and no bias correction
+    (so the first step has size (1 - β1)/sqrt(1 - β2) = 3.16 times the rate):
+
+        A moves by Adam on (BᵀB + damping·I)⁻¹·g_A
+        B moves by Adam on g_B·(A·Aᵀ + damping·I)⁻¹, with the A that has just moved
+
+    Zhang, Liu, Chen, arXiv 2502.01235v1; the preconditioner is Zhang & Pilanci's, arXiv 2402.02347.
+    Weight decay is decoupled and comes last. Each group holds one pair, so A and B cannot be mixed up.
+
+    Raises:
+        SingularPreconditioner: a factor has lost rank and the damping does not make up for it.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+        *,
+        lr: float,
+        damping: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        groups = [{"params": list(pair), "name": name, "factor": 1.0} for name, pair in pairs.items()]
+        super().__init__(groups, {"lr": lr, "damping": damping, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every pair: all A first, then all B."""
+        if closure is not None:
+            raise ValueError("closures are not supported: B's gradient would be evaluated at the old A")
+        for own, other in ((0, 1), (1, 0)):
+            grams = [_gram(g["params"][other], rows=other == 0) for g in self.param_groups]
+            inverses = _inverses(grams, self.param_groups)
+            for group, inverse in zip(self.param_groups, inverses, strict=True):
+                parameter = group["params"][own]
+                assert parameter.grad is not None
+                inverse = inverse.to(parameter.dtype)
+                self._adam(parameter, inverse @ parameter.grad if own == 0 else parameter.grad @ inverse, group)
+
+    def _adam(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        m.mul_(BETAS[0]).add_(gradient, alpha=1 - BETAS[0])
+        v.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        parameter.addcdiv_(m, v.sqrt().add_(EPS), value=-group["lr"])
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+class SingularPreconditioner(NonFiniteLoss):
+    """A Gram matrix of a factor cannot be inverted; the authors' code goes on with the identity, we do not."""
+
+
+def _gram(factor: Tensor, *, rows: bool) -> Tensor:
+    """A·Aᵀ (`rows`) or BᵀB: r×r, in float64, where its condition number is the factor's squared."""
+    F = factor.double()
+    return F @ F.T if rows else F.T @ F
+
+
+def _inverses(grams: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """(gram + damping·I)⁻¹ of each, all of one rank in one call: a GPU would spend its time on launches."""
+    inverses: list[Tensor] = [torch.empty(0)] * len(grams)
+    for rank in {len(gram) for gram in grams}:
+        where = [i for i, gram in enumerate(grams) if len(gram) == rank]
+        eye = torch.eye(rank, dtype=torch.float64, device=grams[where[0]].device)
+        damped = torch.stack([grams[i] + groups[i]["damping"] * eye for i in where])
+        factors, failed = torch.linalg.cholesky_ex(damped)
+        if failed.any():
+            raise _singular(groups[where[int(failed.nonzero()[0])]])
+        for i, inverse in zip(where, torch.cholesky_inverse(factors), strict=True):
+            inverses[i] = inverse
+    return inverses
+
+
+def _singular(group: Mapping[str, Any]) -> SingularPreconditioner:
+    return SingularPreconditioner(
+        f"The preconditioner of {group['name']} is singular at damping {group['damping']:g}: its factors have lost"
+        " rank. A larger damping, a smaller r or a lower learning rate helps.",
+        param="method.supervised.hyperparameters.optimizer.damping",
+    )

@@ -1,0 +1,317 @@
+"""What earlier runs found out: who pays, who does not, and what happens when the disk misbehaves."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorainit import cache as cache_module
+from lorainit import run as stage
+from lorainit.cache import Cache, data_digest, key
+from lorainit.events import Message
+from lorainit.evidence import Evidence, StepSearch
+from lorainit.initialize import Known
+from lorainit.layer import adapted
+from lorainit.methods import Factors
+from lorainit.prepare import prepare
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The methods whose evidence was collected, in order."""
+    calls, collect = [], stage.collect
+
+    def count(config, context):
+        if config.facts.needs not in ("none", "weight"):
+            calls.append(config.method)
+        return collect(config, context)
+
+    monkeypatch.setattr(stage, "collect", count)
+    return calls
+
+
+@pytest.fixture
+def begin(spec, tmp_path):
+    """Initialize a run and go no further: its summary, factors and events."""
+
+    def start(init, *, cache=tmp_path / "cache", **overrides):
+        events = []
+        made = spec(lora={"init": init}, cache=str(cache) if cache else None, **overrides)
+        job = prepare(made, tmp_path / "out", events.append)
+        report = stage._initialize(job, events.append)
+        start.modules = report.modules
+        factors = {n: (m.A.detach().clone(), m.B.detach().clone()) for n, m in adapted(job.model).items()}
+        return report.summary, factors, [e.message for e in events if isinstance(e, Message) and e.level == "warn"]
+
+    return start
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for n in one for a, b in zip(one[n], two[n], strict=True))
+
+
+GRADIENT = {"method": "lora_ga", "samples": 4}
+
+
+@pytest.mark.parametrize(
+    "init",
+    [GRADIENT, {"method": "lora_one", "samples": 4}, {"method": "corda", "samples": 4}],
+    ids=lambda init: init["method"],
+)
+def test_second_seed_pays_nothing_for_evidence_that_no_seed_shapes(begin, counted, init):
+    first, _, _ = begin(init)
+    second, found, _ = begin(init, seed=1)
+    assert counted == [init["method"]]
+    assert (first["cached"], second["cached"]) == (False, True)
+    assert first["samples"] == second["samples"] == 4
+    _, fresh, _ = begin(init, seed=1, cache=None)
+    assert same(found, fresh)
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        {"method": "hrp", "preheat_rank": 8, "preheat_steps": 2},
+        {"method": "eva", "samples": 4},
+        {"method": "lora_one", "samples": 4, "gamma": "auto"},
+    ],
+    ids=lambda init: init["method"],
+)
+def test_evidence_that_a_seed_shapes_is_collected_for_each(begin, counted, init):
+    begin(init)
+    assert begin(init, seed=1)[0]["cached"] is False
+    assert begin(init)[0]["cached"] is True
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lora": {"r": 2}}, {"lora": {"target_modules": ["q_proj"]}}, {"precision": "bf16"},
+     {"training": {"max_length": 24}}],
+    ids=["rank", "targets", "precision", "rows"],
+)  # fmt: skip
+def test_whatever_shapes_the_evidence_is_in_its_name(begin, counted, spec, tmp_path, change):
+    begin(GRADIENT)
+    lora = change.pop("lora", {})
+    events = []
+    made = spec(lora={"init": GRADIENT, **lora}, cache=str(tmp_path / "cache"), **change)
+    report = stage._initialize(prepare(made, tmp_path / "out", events.append), events.append)
+    assert report.summary["cached"] is False
+    assert len(counted) == 2
+
+
+def test_parameters_of_the_method_are_in_the_name(begin, counted):
+    begin(GRADIENT)
+    assert begin({**GRADIENT, "gamma": 8.0})[0]["cached"] is False
+
+
+def test_other_code_is_a_miss(begin, counted, monkeypatch):
+    begin(GRADIENT)
+    monkeypatch.setattr(cache_module, "code_version", lambda: "next release")
+    assert begin(GRADIENT)[0]["cached"] is False
+
+
+def test_starts_that_took_long_are_kept_and_are_the_same_bits(begin, monkeypatch):
+    monkeypatch.setattr(stage, "WORTH_KEEPING_SECONDS", 0.0)
+    exact = {"method": "pissa", "niter": None}
+    first, one, _ = begin(exact)
+    modules = begin.modules
+    second, two, _ = begin(exact, seed=5)  # the full SVD draws nothing
+    assert (first["cached"], second["cached"]) == (False, True)
+    assert same(one, two)
+    assert begin.modules == modules
+    assert second["captured_energy"] == first["captured_energy"]
+
+
+def test_a_start_that_draws_is_kept_for_its_seed_alone(begin, counted, monkeypatch):
+    monkeypatch.setattr(stage, "WORTH_KEEPING_SECONDS", 0.0)
+    begin(GRADIENT)
+    entries = begin.modules
+    assert begin(GRADIENT)[0]["gradient_alignment"] is not None
+    assert begin.modules == entries
+    _, one, _ = begin(GRADIENT)
+    _, two, _ = begin(GRADIENT, seed=1)
+    assert not same(one, two)
+    assert counted == ["lora_ga"]
+
+
+def test_quick_starts_are_not_kept(begin, tmp_path):
+    begin("loram")
+    assert not (tmp_path / "cache" / "init").exists()
+
+
+def test_without_a_folder_or_a_limit_nothing_is_kept(begin, counted, tmp_path):
+    for _ in range(2):
+        begin(GRADIENT, cache=None)
+        begin(GRADIENT, cache_limit_bytes=0)
+    assert len(counted) == 4
+    assert not list(tmp_path.rglob("init"))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+SPOILED = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "another format": lambda path: path.write_bytes(b"not safetensors at all" * 9),
+    "one bit": flip,
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_corrupt_entry_is_a_miss_with_a_warning_and_is_replaced(begin, counted, tmp_path, how):
+    _, one, _ = begin(GRADIENT)
+    (path,) = (tmp_path / "cache" / "init").iterdir()
+    SPOILED[how](path)
+    summary, two, warnings = begin(GRADIENT)
+    assert summary["cached"] is False
+    assert any("cannot be read" in text for text in warnings)
+    assert same(one, two)
+    assert begin(GRADIENT)[0]["cached"] is True
+    assert len(counted) == 2
+
+
+def test_a_full_disk_costs_a_warning_and_not_the_run(begin, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_module, "save_file", fail)
+    summary, _, warnings = begin(GRADIENT)
+    assert summary["cached"] is False
+    assert any("could not be cached" in text for text in warnings)
+
+
+# --- the folder by itself ----------------------------------------------------------------------
+
+
+def entry(size, fill=0.0):
+    return {"layer": Evidence(gradient=torch.full((size // 4,), fill))}
+
+
+@pytest.fixture
+def store(tmp_path):
+    events = []
+    made = Cache(tmp_path / "init", 10_000, events.append)
+    yield made
+    assert events == []
+
+
+def names(store):
+    return sorted(p.stem for p in store.folder.iterdir())
+
+
+def test_every_field_of_evidence_comes_back(store):
+    shared = torch.eye(3)
+    step = StepSearch(gamma=4.0, base_loss=1.5, tried=((16.0, 1.4), (4.0, 1.25)))
+    given = {
+        "a": Evidence(second_moment=shared, rank=0, facts={"explained": [0.5, 0.25]}, rows=3),
+        "b": Evidence(second_moment=shared, preheated=(torch.ones(2, 3), torch.arange(4.0)[::2]), step=step),
+    }
+    store.keep_evidence("k", given)
+    found = store.evidence("k")
+    assert found["b"].step == step
+    assert (found["a"].rank, found["a"].rows, found["a"].facts) == (0, 3, {"explained": [0.5, 0.25]})
+    assert found["a"].second_moment is found["b"].second_moment  # stored once
+    assert torch.equal(found["b"].preheated[0], torch.ones(2, 3))
+    assert found["b"].preheated[1].tolist() == [0.0, 2.0]
+    assert found["a"].gradient is None
+    assert store.evidence("other") is None
+
+
+def test_starts_come_back(store):
+    given = {"a": Known(Factors(A=torch.ones(1, 2), B=torch.zeros(2, 1)), {"name": "a", "rank": 1, "scale": 0.1})}
+    store.keep_starts("k", given)
+    found = store.starts("k")
+    assert found["a"].facts == given["a"].facts
+    assert torch.equal(found["a"].factors.A, given["a"].factors.A)
+
+
+def test_the_least_recently_used_go_first(store):
+    for number, name in enumerate("abc"):
+        store.keep_evidence(name, entry(2500))
+        os.utime(store.folder / f"{name}.safetensors", (1000 + number, 1000 + number))
+    store.evidence("a")
+    store.keep_evidence("d", entry(2500))
+    assert names(store) == ["a", "c", "d"]
+    assert sum(p.stat().st_size for p in store.folder.iterdir()) <= store.limit
+
+
+def test_an_entry_above_the_limit_is_not_kept_and_drives_none_out(store):
+    store.keep_evidence("a", entry(4000))
+    store.keep_evidence("b", entry(12_000))
+    assert names(store) == ["a"]
+
+
+def test_what_a_crashed_writer_left_goes_after_an_hour(store):
+    store.keep_evidence("a", entry(40))
+    old, new = store.folder / ".a-old", store.folder / ".a-new"
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 4000,) * 2)
+    store.keep_evidence("b", entry(40))
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_an_entry_that_is_evicted_while_it_is_read_stays_readable(store):
+    store.keep_evidence("a", entry(4000, 3.0))
+    found = store.evidence("a")
+    (store.folder / "a.safetensors").unlink()
+    assert float(found["layer"].gradient.sum()) == 3000.0
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from lorainit.cache import Cache
+from lorainit.evidence import Evidence
+def complain(event):
+    raise SystemExit(event.message)
+store = Cache(Path(sys.argv[1]), 30_000, complain)
+for turn in range(60):
+    name = "abcde"[(turn + int(sys.argv[2])) % 5]
+    found = store.evidence(name)
+    if found is not None:
+        assert found["layer"].gradient.eq(ord(name)).all()
+    store.keep_evidence(name, {"layer": Evidence(gradient=torch.full((2000,), float(ord(name))))})
+"""
+
+
+def test_workers_that_share_a_folder_never_see_half_an_entry(tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "error", "-c", WRITER, str(tmp_path / "init")]
+    running = [subprocess.Popen([*command, str(n)], cwd=root, stderr=subprocess.PIPE) for n in range(3)]
+    for process in running:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error.decode()
+    left = list((tmp_path / "init").iterdir())
+    assert not [p for p in left if p.name.startswith(".")]
+    assert sum(p.stat().st_size for p in left) <= 30_000
+
+
+def test_names_depend_on_every_part():
+    assert key(a=1) == key(a=1)
+    assert key(a=1) != key(a=2) != key(a=1, b=None)
+
+
+def test_digest_of_rows_sees_tokens_masks_and_borders():
+    from lorainit.data import Sample
+
+    def rows(*pairs):
+        return [Sample(1, torch.tensor(ids), torch.tensor(mask)) for ids, mask in pairs]
+
+    one = rows(([1, 2], [False, True]), ([3], [True]))
+    others = [
+        rows(([1, 2], [True, True]), ([3], [True])),
+        rows(([1, 4], [False, True]), ([3], [True])),
+        rows(([1, 2, 3], [False, True, True])),
+    ]
+    assert len({data_digest(found) for found in [one, *others]}) == 4

@@ -1,0 +1,152 @@
+"""CorDA: what it splits off is W's own, weighed by the inputs, and inverses are checked."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lorainit.errors import InitFailed
+from lorainit.evidence import Evidence
+from lorainit.methods import METHODS
+from lorainit.methods.corda import damped
+from lorainit.run import run
+from lorainit.spec import CorDA, PiSSA
+
+MODES = ["ipm", "kpm"]
+SCALES = [0.25, 1.0, 2.0, math.sqrt(8)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def weight(m=48, n=64, seed=0):
+    return torch.randn(m, n, generator=generator(seed)) / n**0.5
+
+
+def second_moment(n=64, tokens=500, seed=1):
+    """Of inputs whose standard deviations fall like 1/i in random directions."""
+    g = generator(seed)
+    V = torch.linalg.qr(torch.randn(n, n, generator=g)).Q
+    X = torch.randn(tokens, n, generator=g) / torch.arange(1.0, n + 1) @ V.T
+    return X.T @ X / tokens
+
+
+def start(W, C, rank=8, scale=1.0, **options):
+    config = CorDA(method="corda", **options)
+    evidence = Evidence(second_moment=C)
+    return METHODS["corda"](W, evidence, rank=rank, scale=scale, config=config, generator=generator())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
+@pytest.mark.parametrize("scale", SCALES)
+def test_all_triples_together_are_the_weight(mode, shape, scale):
+    W = weight(*shape)
+    found = start(W, second_moment(shape[1]), rank=48, scale=scale, mode=mode)
+    tolerance = 1e-4 if mode == "ipm" else 1e-5
+    assert (scale * found.B @ found.A - W).abs().max() < tolerance
+
+
+def test_identity_holds_to_rounding_in_double_precision():
+    W, C = weight().double(), second_moment().double()
+    damp, inverse, _ = damped(C)
+    U, S, Vh = torch.linalg.svd(W @ damp, full_matrices=False)
+    assert (U @ torch.diag(S) @ Vh @ inverse - W).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_ipm_takes_what_the_inputs_see_most_of_and_kpm_the_least(scale):
+    W, C = weight(), second_moment()
+    damp = damped(C)[0]
+    S = torch.linalg.svdvals(W @ damp)
+
+    def energy(found):
+        return float(torch.linalg.norm(scale * found.B @ found.A @ damp) ** 2)
+
+    assert energy(start(W, C, scale=scale)) == pytest.approx(float(S[:8].square().sum()), rel=1e-4)
+    assert energy(start(W, C, scale=scale, mode="kpm")) == pytest.approx(float(S[-8:].square().sum()), rel=1e-3)
+
+
+def test_ipm_leaves_less_of_w_times_c_than_pissa():
+    W, C = weight(), second_moment()
+    damp = damped(C)[0]
+
+    def left(found):
+        return float(torch.linalg.norm((W - found.B @ found.A) @ damp))
+
+    pissa = METHODS["pissa"](
+        W, Evidence(), rank=8, scale=1.0, config=PiSSA(method="pissa", niter=None), generator=generator()
+    )
+    best = float(torch.linalg.svdvals(W @ damp)[8:].square().sum().sqrt())
+    assert left(start(W, C)) == pytest.approx(best, rel=1e-4)
+    assert left(start(W, C)) < 0.6 * left(pissa)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_factors_are_balanced_and_a_is_not_orthonormal(mode):
+    found = start(weight(), second_moment(), scale=2.0, mode=mode)
+    gram = found.B.T @ found.B
+    assert (gram - torch.diag(gram.diagonal())).abs().max() < 1e-5
+    assert (found.A @ found.A.T / gram.diagonal() - torch.eye(8)).abs().max() > 0.1
+    assert (found.A.dtype, found.B.dtype) == (torch.float32, torch.float32)
+
+
+def test_damping_starts_at_one_per_cent_and_is_recorded():
+    C = second_moment()
+    damp, inverse, found = damped(C)
+    assert found == 0.01
+    assert torch.allclose(damp, C + 0.01 * C.diagonal().mean() * torch.eye(64))
+    assert (damp @ inverse - torch.eye(64)).norm() < 0.05
+    assert start(weight(), C).facts == {"damping": 0.01}
+
+
+def test_damping_doubles_until_the_inverse_is_one(monkeypatch):
+    C = second_moment()
+    errors = []
+    for k in range(7):
+        candidate = C + 0.01 * 2**k * C.diagonal().mean() * torch.eye(64)
+        errors.append(float((candidate @ torch.linalg.inv(candidate) - torch.eye(64)).norm()))
+    monkeypatch.setitem(damped.__globals__, "INVERSE_ERROR", 1.001 * min(errors[:4]))
+    assert damped(C)[2] == pytest.approx(0.01 * 2 ** errors.index(min(errors[:4])))
+    monkeypatch.setitem(damped.__globals__, "INVERSE_ERROR", 0.0)
+    with pytest.raises(InitFailed, match="even with damping 1"):
+        damped(C)
+
+
+def test_fewer_tokens_than_inputs_are_handled_by_the_damping():
+    W = weight()
+    found = start(W, second_moment(tokens=5), rank=4)
+    assert found.A.isfinite().all()
+    assert float((found.B @ found.A).norm()) > 0.1 * float(W.norm()) / 4
+
+
+@pytest.mark.parametrize("C", [torch.zeros(8, 8), torch.full((8, 8), math.nan)])
+def test_moment_that_no_damping_inverts_is_refused(C):
+    with pytest.raises(InitFailed, match="cannot be inverted"):
+        damped(C)
+
+
+def test_missing_moment_is_refused():
+    with pytest.raises(InitFailed, match="none was collected"):
+        start(weight(), None)
+
+
+def test_kpm_refuses_dead_directions_and_ipm_does_not_mind():
+    W = weight()
+    W[-1] = W[0]
+    with pytest.raises(InitFailed, match="leave nothing to learn"):
+        start(W, second_moment(), mode="kpm")
+    assert start(W, second_moment()).A.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_run_starts_as_the_base_and_its_export_reloads(spec, tmp_path, base, mode):
+    done = run(spec(base, lora={"init": {"method": "corda", "mode": mode}}), tmp_path, lambda event: None)
+    report = json.loads((tmp_path / "adapter/init_report.json").read_text())
+    assert report["max_abs_logit_difference"] < 1e-4
+    assert report["samples"] == 12
+    assert {m["damping"] for m in report["per_module"]} == {0.01}
+    assert (done.export_check["passed"], done.export_check["export_rank"]) == (True, 8)
