@@ -81,7 +81,10 @@ def base(cache: str) -> tuple[Any, list[Any]]:
 
     folder = locate(SOURCE, cache=Path(cache)).folder
     samples = load(ROOT / "examples/train.jsonl", load_tokenizer(folder), max_length=512).samples
-    return load_model(folder, dtype=torch.float32, device=torch.device("cpu")), samples
+    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+    for weight in model.parameters():
+        weight.detach().sum()  # the file is mapped: reading it in is nobody's initialization
+    return model, samples
 
 
 def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
