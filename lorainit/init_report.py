@@ -52,7 +52,8 @@ def facts(name: str, W: Tensor, factors: Factors, evidence: Evidence, *, s: floa
         "weight_norm": _norm(W),
         "product_norm": s * product_norm(A, B),
     }
-    if lora.method.offset == "subtract" and lora.method.facts.needs in ("weight", "activation"):
+    takes = lora.method.facts.needs in ("weight", "activation") and lora.method.method != "loram"  # only its size
+    if takes and lora.method.offset == "subtract":
         found["captured_energy"] = _captured_energy(W, factors)
     if evidence.gradient is not None:
         found |= _gradient_facts(evidence.gradient.to(W.device), factors, s=s, lora=lora)

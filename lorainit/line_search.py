@@ -2,7 +2,9 @@
 
 LoRA-One's published gamma = 128 does not fit every model: the start moves every layer's weight by
 operator norm s/gamma, and what a model bears differs by orders of magnitude. One gamma serves all
-layers, as in the paper. The rows are those the gradient came from, so the loss found is optimistic.
+layers, as in the paper. The rows are the ones after those the gradient came from, where there are
+any: on its own rows a step flatters itself (SmolLM2, 8 rows of 64 tokens: 4.96 to 4.22 on them while
+other text went from 4.02 to 4.11).
 """
 
 from __future__ import annotations
@@ -34,9 +36,14 @@ GAMMAS = tuple(4.0**k for k in range(8, 1, -1))
 
 
 def search_step(
-    config: LoRAOne, context: Context, rows: Sequence[Sample], evidence: Mapping[str, Evidence]
+    config: LoRAOne,
+    context: Context,
+    rows: Sequence[Sample],
+    evidence: Mapping[str, Evidence],
+    *,
+    held_out: bool,
 ) -> dict[str, Evidence]:
-    """The same evidence with the gamma of least loss on `rows`.
+    """The same evidence with the gamma of least loss on `rows`; `held_out` = the gradient has not seen them.
 
     Raises:
         InitFailed: no step lowers the loss. A start that is worse than the base model is never chosen.
@@ -62,7 +69,7 @@ def search_step(
     best = min(tried, key=tried.__getitem__)
     if not tried[best] < base:
         raise _no_step(base, tried)
-    step = StepSearch(gamma=best, base_loss=base, tried=tuple(sorted(tried.items(), reverse=True)))
+    step = StepSearch(gamma=best, base_loss=base, tried=tuple(sorted(tried.items(), reverse=True)), held_out=held_out)
     context.on_event(_found(step))
     return {name: replace(found, step=step) for name, found in evidence.items()}
 
@@ -93,9 +100,10 @@ def _attached(config: LoRAOne, context: Context, evidence: Mapping[str, Evidence
 
 def _found(step: StepSearch) -> Message:
     loss = dict(step.tried)[step.gamma]
-    text = f"Line search: gamma = {step.gamma:g} takes the loss on the calibration rows from {step.base_loss:.4f}"
+    rows = "rows that the gradient has not seen" if step.held_out else "the gradient's own rows (there are no others)"
+    text = f"Line search: gamma = {step.gamma:g} takes the loss on {rows} from {step.base_loss:.4f}"
     tried = [{"gamma": g, "loss": x if math.isfinite(x) else None} for g, x in step.tried]
-    data = {"kind": "init", "gamma": step.gamma, "base_loss": step.base_loss, "tried": tried}
+    data = {"kind": "init", "gamma": step.gamma, "base_loss": step.base_loss, "held_out": step.held_out, "tried": tried}
     return Message(message=f"{text} to {loss:.4f}", data=data)
 
 

@@ -16,13 +16,15 @@ from torch import Tensor
 class StepSearch:
     """The step of a displaced start that suits this model: `gamma`, one for all layers.
 
-    tried: (gamma, mean loss on the calibration rows), largest gamma, that is smallest step, first.
+    tried: (gamma, mean loss on the rows of the search), largest gamma, that is smallest step, first.
     base_loss: the loss of the base model on the same rows.
+    held_out: whether those are rows that the gradient was not taken from.
     """
 
     gamma: float
     base_loss: float
     tried: tuple[tuple[float, float], ...]
+    held_out: bool = False
 
 
 @dataclass(frozen=True)

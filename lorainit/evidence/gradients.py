@@ -37,7 +37,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
         UnsupportedInit: there is no row to look at, or a module gets no gradient from the rows.
         InitFailed: a gradient is not finite, or no step lowers the loss.
     """
-    rows = calibration_rows(config, context)
+    rows, unseen = calibration_rows(config, context)
 
     def tick(done: int, total: int) -> None:
         context.on_event(Tick(done=done, total=total))
@@ -54,12 +54,15 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
     refuse_unusable(found)
     evidence = {name: Evidence(gradient=G, rows=len(rows)) for name, G in found.items()}
     if isinstance(config, LoRAOne) and config.gamma == "auto":
-        return search_step(config, context, rows, evidence)
+        return search_step(config, context, unseen or rows, evidence, held_out=bool(unseen))
     return evidence
 
 
-def calibration_rows(config: LoRAGA | LoRAOne, context: Context) -> Sequence[Sample]:
-    """The first `samples` rows that have a trained token; fewer than asked for is said aloud."""
+def calibration_rows(config: LoRAGA | LoRAOne, context: Context) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """The first `samples` rows that have a trained token, and as many after them, if there are.
+
+    Fewer than asked for is said aloud.
+    """
     usable = [s for s in context.samples if s.trained[1:].any()]
     if not usable:
         raise UnsupportedInit(
@@ -70,7 +73,7 @@ def calibration_rows(config: LoRAGA | LoRAOne, context: Context) -> Sequence[Sam
         text = f"{config.method} asked for {config.samples} calibration rows and there are {len(usable)}: all are used."
         data = {"kind": "init", "samples": len(usable), "asked": config.samples}
         context.on_event(Message(level="warn", message=text, data=data))
-    return usable[: config.samples]
+    return usable[: config.samples], usable[config.samples : 2 * config.samples]
 
 
 def mean_gradients(

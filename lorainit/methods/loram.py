@@ -6,6 +6,7 @@ default magnitude is the authors' code (variance); the paper's text is `second_m
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,8 +43,12 @@ def loram(
     return Factors(A=(beta * S.T).contiguous().float().to(weight.device), B=(beta * P).float().to(weight.device))
 
 
+@lru_cache(maxsize=8)
 def sine_basis(d: int, r: int) -> Tensor:
-    """First r columns of the orthonormal type-I sine transform, lowest frequency first; d×r, float64."""
+    """First r columns of the orthonormal type-I sine transform, lowest frequency first; d×r, float64.
+
+    A model has few shapes, so the last ones are remembered: look, do not write.
+    """
     i = torch.arange(1, d + 1, dtype=F64)
     k = torch.arange(1, r + 1, dtype=F64)
     return math.sqrt(2 / (d + 1)) * torch.sin(i[:, None] * k * (math.pi / (d + 1)))

@@ -182,6 +182,7 @@ def test_search_takes_the_best_step_it_tried_and_tells():
     (step,) = {e.step for e in evidence.values()}
     losses = dict(step.tried)
     assert len(losses) == 9
+    assert not step.held_out  # eight rows, and the gradient took them all
     assert losses[step.gamma] == min(losses.values()) < step.base_loss
     for gamma in (1024.0, 64.0, 16.0):
         assert losses[gamma] == pytest.approx(TABLE[gamma][0], abs=2e-4)
@@ -192,6 +193,15 @@ def test_search_takes_the_best_step_it_tried_and_tells():
     assert len(said.data["tried"]) == 9
     ticks = [e for e in events if isinstance(e, Tick)][1:]
     assert [(t.done, t.total) for t in ticks] == [(i, 9) for i in range(1, 10)]
+
+
+def test_search_judges_the_step_on_rows_that_the_gradient_has_not_seen():
+    rows = eight_rows()
+    found = context(tiny(), rows, EXACT | {"gamma": "auto", "samples": 5})
+    step = collect(found.lora.method, found)["model.layers.0.mlp.up_proj"].step
+    unseen = context(tiny(), rows[5:], EXACT)
+    assert step.held_out
+    assert step.base_loss == pytest.approx(loss_of(unseen), abs=1e-5)
 
 
 def test_search_leaves_the_model_as_it_was():
