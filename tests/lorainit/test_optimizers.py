@@ -95,7 +95,9 @@ def test_b_uses_the_a_that_has_just_moved():
         X, Y = by_hand(X, Y, A.grad, B.grad, state, rate=1e-2, damping=1e-6, decay=0.0, sequential=False)
         optimizer.step()
         A.grad, B.grad = A.grad + 0.3, B.grad - 0.2
-    assert torch.allclose(A, X, rtol=1e-2)
+    # The same rule but for the order (entries near zero need the absolute part) ...
+    assert torch.allclose(A, X, rtol=1e-2, atol=5e-3)
+    # ... and the order shows in B.
     assert (B - Y).abs().max() > 1e-5
 
 
