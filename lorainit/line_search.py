@@ -3,8 +3,8 @@
 LoRA-One's published gamma = 128 does not fit every model: the start moves every layer's weight by
 operator norm s/gamma, and what a model bears differs by orders of magnitude. One gamma serves all
 layers, as in the paper. The rows are the ones after those the gradient came from, where there are
-any: on its own rows a step flatters itself (SmolLM2, 8 rows of 64 tokens: 4.96 to 4.22 on them while
-other text went from 4.02 to 4.11).
+any: on its own rows a step flatters itself (SmolLM2, 8 rows of 64 tokens: gamma 128 took them from
+4.96 to 4.22 and other text from 4.02 to 4.11; four unseen rows chose 256, and other text went to 3.94).
 """
 
 from __future__ import annotations
