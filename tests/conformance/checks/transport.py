@@ -1,6 +1,7 @@
 """Addresses, keys, projects, lists, errors."""
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ def request_ids() -> Seen:
     reply = CLIENT.models.with_raw_response.list()
     name = reply.headers["x-request-id"]
     assert reply.parse()._request_id == name
-    assert name in Path(CONFIG["log"]).read_text()
+    deadline = time.time() + 5  # the line is written once the answer has left
+    while name not in Path(CONFIG["log"]).read_text():
+        assert time.time() < deadline, f"{name} is not in the log"
+        time.sleep(0.02)
     return {"header": name.startswith("req_")}
 
 
