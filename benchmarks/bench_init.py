@@ -357,6 +357,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--only", choices=["model", "layer"])
     parser.add_argument("--write", type=Path, help="write the tables to this page")
+    parser.add_argument(
+        "--results", type=Path, help="JSON lines of what is measured; a run that is cut off goes on from it"
+    )
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -364,7 +367,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         print(json.dumps(CASES[setting, who](name, args.rank, cache)))
         return
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    found = earlier(args.results)
     with tempfile.TemporaryDirectory() as cache:
         if args.only != "layer":
             base(cache)  # converts the GGUF file once
@@ -372,12 +375,25 @@ def main() -> None:
             names = {"ours": list(OURS), "peft": PEFT} if setting == "model" else ON_A_LAYER
             for who, some in names.items():
                 for name in some:
+                    if (setting, who, name) in found:
+                        continue
                     row = found[setting, who, name] = measured(setting, who, name, args=args, cache=cache)
                     print(f"{setting:6} {who:5} {name:20} {shown(row)}", flush=True)
+                    if args.results:
+                        with args.results.open("a") as file:
+                            file.write(json.dumps([[setting, who, name], row]) + "\n")
     page = report(found, args)
     print("\n" + page)
     if args.write:
         args.write.write_text(page)
+
+
+def earlier(path: Path | None) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What an earlier run wrote."""
+    if path is None or not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(setting, who, name): row for (setting, who, name), row in rows}
 
 
 def shown(row: dict[str, Any]) -> str:
