@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lorainit.data import Sample
@@ -64,16 +64,17 @@ class Cache:
 
     def _read(self, key: str) -> dict[str, Any] | None:
         path = self.folder / (key + SUFFIX)
-        if not self.limit or not path.exists():
+        if not self.limit:
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                # Copies: BLAS rounds differently on memory aligned as the file happens to be.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+            # One open: `safe_open` opens a path twice, and another worker may evict it in between.
+            content = path.read_bytes()
+            metadata = _metadata(content)
+            # Copies: BLAS rounds differently on memory aligned as the file happens to be.
+            tensors = {name: tensor.clone() for name, tensor in load(content).items()}
             entry: dict[str, Any] = _unpack(json.loads(metadata["entry"]), _checked(tensors, metadata["sha256"]))
         except FileNotFoundError:
-            return None  # evicted a moment ago
+            return None
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             self._warn(f"A cached initialization cannot be read and is made again: {error}.")
             with suppress(OSError):
@@ -185,6 +186,13 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_unpack(part, tensors) for part in inner)
     return {name: _unpack(part, tensors) for name, part in inner.items()}
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The free text of a safetensors file, which `load` leaves out. The header: 8 bytes of length, then JSON."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    found: dict[str, str] = header["__metadata__"]
+    return found
 
 
 def _checked(tensors: dict[str, Tensor], sha256: str) -> dict[str, Tensor]:
