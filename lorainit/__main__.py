@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 143 ask
 
 import argparse
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -76,6 +77,8 @@ def _run(spec: RunSpec, out: Path, stop: "_Stop", on_event: OnEvent) -> int:
         on_event(event)
 
     try:
+        # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from transformers.utils.logging import disable_progress_bar
 
         from lorainit.run import run  # loads torch: seconds

@@ -17,13 +17,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorainit.data import Sample
 from lorainit.errors import ExportCheckFailed
 from lorainit.events import Event, Tick
-from lorainit.layer import LoRALinear, adapted
+from lorainit.layer import LoRALinear, adapted, was_conv1d
 from lorainit.model import linear_layers, load_model
+from lorainit.spec import Quantization
 
 WEIGHTS = "adapter_model.safetensors"
 MAX_PROMPTS, PROMPT_TOKENS = 16, 64
@@ -73,7 +73,7 @@ def export(model: nn.Module, folder: Path, *, root: str, rslora: bool) -> int:
         alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[largest]},
         use_rslora=rslora,
         target_modules=_target_names(model, set(layers)),
-        fan_in_fan_out=isinstance(layers[largest].base, Conv1D),
+        fan_in_fan_out=was_conv1d(layers[largest].base),
         base_model_name_or_path=root,
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -98,8 +98,18 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def model_card(folder: Path, *, root: str, method: str, paper: str, rank: int, alpha: float) -> None:
+def model_card(
+    folder: Path,
+    *,
+    root: str,
+    method: str,
+    paper: str,
+    rank: int,
+    alpha: float,
+    quantization: Quantization | None = None,
+) -> None:
     """A README.md a model hub understands."""
+    base, loading = _NF4_CARD if quantization else ("", "")
     (folder / "README.md").write_text(
         f"""---
 base_model: {root}
@@ -113,13 +123,13 @@ tags:
 # LoRA adapter for {root}
 
 Initialized with `{method}`{f" ({paper})" if paper else ""}; exported as a plain LoRA of rank {rank}
-(`lora_alpha` {alpha:g}) that loads on the untouched base model:
+(`lora_alpha` {alpha:g}) that loads on the untouched base model{base}:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM{", BitsAndBytesConfig" if quantization else ""}
 
-base = AutoModelForCausalLM.from_pretrained("{root}")
+base = AutoModelForCausalLM.from_pretrained("{root}"{loading})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
@@ -128,6 +138,14 @@ what the initialization did to each layer.
 """
     )
 
+
+# Which base it was trained on, and how to load that one: the adapter fits the full-precision base too.
+_NF4_CARD = (
+    " and was trained on that model\nloaded in NF4 (bitsandbytes, blocks of 64, no double quantization)",
+    """, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False
+)""",
+)
 
 # --- checking ----------------------------------------------------------------------------------
 
@@ -159,6 +177,7 @@ def check(
     dtype: torch.dtype,
     device: torch.device,
     on_event: Callable[[Event], None],
+    quantization: Quantization | None = None,
 ) -> dict[str, Any]:
     """Load the exported adapter with stock PEFT on a fresh base and compare with the trained model.
 
@@ -167,7 +186,7 @@ def check(
     Returns:
         The object shown as `job.export_check`; the caller decides with `require`.
     """
-    base = load_model(base_folder, dtype=dtype, device=device)
+    base = load_model(base_folder, dtype=dtype, device=device, quantization=quantization)
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by an old name, and only warns about what it does not find:
         # `_unread_tensors` looks for itself.

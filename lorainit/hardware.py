@@ -12,7 +12,7 @@ import torch
 
 from lorainit.errors import UnsupportedModel
 
-PACKAGES = ("lorainit", "torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "numpy")
+PACKAGES = ("lorainit", "torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "bitsandbytes", "numpy")
 
 
 def pick_device() -> torch.device:

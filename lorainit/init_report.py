@@ -135,11 +135,25 @@ def summary(
         "gradient_alignment": _spread(modules, "gradient_alignment"),
         "ranks": {"min": min(ranks), "max": max(ranks), "sum": sum(ranks)},
         "rank_pattern": spread,
+        "quantization_error": _corrected(modules),
         "gamma": modules[0].get("gamma"),
         "preheat": modules[0].get("preheat"),
         "expected_displacement_change": sum(changes) if changes else None,
         "expected_first_step_change": rate * sum(slopes) if slopes else None,
     }
+
+
+def _corrected(modules: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """‖W - Q‖/‖W‖ and ‖W - Q - s·B·A‖/‖W‖ over all modules, for a method that corrects a quantized base."""
+    found = [m for m in modules if "original_norm" in m]
+    if not found:
+        return None
+    whole = sum(m["original_norm"] ** 2 for m in found)
+    before, after = (
+        (sum((m[key] * m["original_norm"]) ** 2 for m in found) / whole) ** 0.5
+        for key in ("quantization_error", "corrected_error")
+    )
+    return {"before": before, "after": after}
 
 
 def _spread(modules: Iterable[dict[str, Any]], key: str) -> dict[str, float] | None:

@@ -20,9 +20,9 @@ from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Event, Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.init_report import Report
-from lorainit.layer import LoRALinear, attach, weight_of
+from lorainit.layer import LoRALinear, attach, shape_of, weight_of
 from lorainit.methods import METHODS, Factors
-from lorainit.spec import Lora, LoRAM
+from lorainit.spec import InitConfig, LoftQ, Lora, LoRAM
 
 __all__ = ["Known", "Report", "initialize"]
 
@@ -92,7 +92,7 @@ def initialize(
         tick = iter(range(1, 2 * len(rows) + 1))
         loss = init_report.displacement(model, rows, tick=lambda: on_event(Tick(done=next(tick), total=2 * len(rows))))
         summary["calibration_loss"] = loss
-        warnings += _rise(config.method, loss)
+        warnings += _rise(config, loss)
     for text in warnings:
         on_event(Message(level="warn", message=text, data={"kind": "init"}))
     summary["warnings"] = warnings
@@ -167,13 +167,18 @@ def _readable_weight(name: str, module: nn.Module, *, needed: bool) -> Tensor:
 # --- what the caller should know ----------------------------------------------------------------
 
 
-def _rise(method: str, loss: dict[str, Any]) -> list[str]:
+def _rise(config: InitConfig, loss: dict[str, Any]) -> list[str]:
     if loss["after"] <= loss["before"]:
         return []
+    rose = f"the loss on {loss['rows']} calibration rows rose from {loss['before']:.4f} to {loss['after']:.4f}"
+    if isinstance(config, LoftQ):
+        return [
+            f"loftq starts nearer to the full-precision base, and yet {rose}. A larger r corrects more; kaiming"
+            " starts as the NF4 base itself."
+        ]
     return [
-        f"{method} starts one step ahead, and that step was too long: the loss on {loss['rows']} calibration rows"
-        f' rose from {loss["before"]:.4f} to {loss["after"]:.4f}. Use gamma "auto", or a larger gamma (the step'
-        " shrinks with it)."
+        f'{config.facts.title} starts one step ahead, and that step was too long: {rose}. Use gamma "auto", or a'
+        " larger gamma (the step shrinks with it)."
     ]
 
 
@@ -183,7 +188,7 @@ def _warnings(
     config, s, r = lora.method, lora.scaling, lora.r
     found = []
     if config.method == "gaussian":
-        n = max(weight_of(m).shape[1] for m in targets.values())
+        n = max(shape_of(m)[1] for m in targets.values())
         found.append(
             f"The rows of A have norm sqrt(in)/r, up to {n**0.5 / r:.2f}, against 0.58 for kaiming whatever the"
             " layer: the best learning rate of gaussian differs and depends on r."

@@ -14,6 +14,7 @@ Need = Literal["none", "weight", "gradient", "activation", "preheat"]
 Offset = Literal["none", "subtract"]
 Drawn = Literal["nothing", "factors", "evidence"]
 ExportRank = Literal["r", "2r", "per module"]
+Quantization = Literal["nf4", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class Method:
     """What the catalogue says of a method beside its parameters.
 
     `offset == "subtract"` means the run trains W + s(BA - B0·A0), so its plain export has rank 2r.
-    `rate_factor` multiplies the model's base learning rate. `alpha` None = the rank.
+    `rate_factor` multiplies the model's base learning rate. `alpha` None = the rank. `quantization`:
+    the bases it works on, None = the full-precision one, the first one recommended.
     """
 
     title: str
@@ -37,6 +39,7 @@ class Method:
     rslora: bool = False
     min_rank: int = 1
     even_rank: bool = False
+    quantization: tuple[Quantization | None, ...] = (None, "nf4")
 
 
 class InitConfig(Strict):
@@ -382,13 +385,46 @@ class CorDA(CalibratedConfig):
         return "nothing"
 
 
+class LoftQ(InitConfig):
+    """Corrects what NF4 lost of each weight (Li et al., arXiv 2310.08659), in one iteration.
+
+    More iterations would quantize something else than the base model: the adapter would fit no NF4
+    base but its own. `bits` 8 waits for int8 bases.
+    """
+
+    facts = Method(
+        title="LoftQ",
+        description="Starts as the best rank-r correction of what four bits lost of each weight.",
+        paper="LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models",
+        arxiv="2310.08659",
+        needs="weight",
+        function_preserving=False,
+        quantization=("nf4",),
+    )
+    method: Literal["loftq"]
+    bits: Literal[4, 8] = 4
+    iterations: Annotated[int, Field(ge=1, le=10)] = 1
+
+    @model_validator(mode="after")
+    def refuse_another_base(self) -> "LoftQ":
+        """The base must stay the one that anybody gets by loading the untouched model in NF4."""
+        if self.bits != 4:
+            raise refusal("bits", f"bits {self.bits} is planned: this release has NF4 bases.", code="not_supported")
+        if self.iterations != 1:
+            why = "after the first one the base is no longer the untouched model in NF4, which nobody else can load"
+            raise refusal("iterations", f"iterations {self.iterations} does not combine with a plain download: {why}.")
+        return self
+
+
 class Automatic(Strict):
     """Let the server choose; the choice and its reason are reported."""
 
     method: Literal["auto"] = "auto"
 
 
-AnyInit = Kaiming | Gaussian | Orthogonal | PiSSA | MiLoRA | OLoRA | LoRAM | LoRAGA | LoRAOne | HRP | EVA | CorDA
+AnyInit = (
+    Kaiming | Gaussian | Orthogonal | PiSSA | MiLoRA | OLoRA | LoRAM | LoRAGA | LoRAOne | HRP | EVA | CorDA | LoftQ
+)
 Init = Annotated[AnyInit | Automatic, Field(discriminator="method")]
 
 INITS: dict[str, type[AnyInit]] = {
@@ -404,4 +440,5 @@ INITS: dict[str, type[AnyInit]] = {
     "hrp": HRP,
     "eva": EVA,
     "corda": CorDA,
+    "loftq": LoftQ,
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorainit.layer import weight_of
+from lorainit.layer import shape_of
 from lorainit.model import Group, base_sha256, group_of, linear_layers, load_tokenizer, locate, skeleton
 from lorainit.spec import ModelFacts, Target
 
@@ -36,7 +36,7 @@ def targets(model: nn.Module) -> list[Target]:
     """The kinds of linear layers of a model, in order of first appearance."""
     kinds: Counter[tuple[str, Group, int, int]] = Counter()
     for name, module in linear_layers(model).items():
-        out, n = weight_of(module).shape
+        out, n = shape_of(module)
         kinds[name.rpartition(".")[2], group_of(name), out, n] += 1
     return [
         Target(name=name, group=group, out_features=out, in_features=n, count=count)

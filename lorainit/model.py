@@ -21,7 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedModel
-from lorainit.layer import weight_of
+from lorainit.layer import shape_of
+from lorainit.quantize import loading_options, settle
+from lorainit.spec import Quantization
 
 Group = Literal["attention", "mlp", "other"]
 
@@ -191,22 +193,40 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> nn.Module:
     """The base model in evaluation mode with every parameter frozen.
 
+    Args:
+        dtype: "auto" = as stored; the weights then stay mapped from the files until they are read.
+        quantization: how its linear layers are held, all but the output head; None = in `dtype`.
+
     Raises:
-        UnsupportedModel: not a causal language model of this transformers version, or quantized.
+        UnsupportedModel: not a causal language model of this transformers version, quantized in its files,
+            or not one that can be quantized.
+        InitFailed: quantized weights cannot be read back on this machine.
     """
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        assert dtype != "auto"
+        options = loading_options(dtype=dtype, device=device)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModel("The base model is quantized: use its full-precision weights.", param="model")
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UnsupportedModel(f"The base model cannot be loaded: {error}", param="model") from error
     model.to(device).requires_grad_(requires_grad=False).eval()
+    if quantization is not None:
+        settle(model)
     model.config.use_cache = False
     return cast(nn.Module, model)
 
@@ -279,6 +299,6 @@ def _unknown(message: str) -> UnknownTarget:
 def check_rank(targets: dict[str, nn.Module], rank: int) -> None:
     """Refuse a rank above the smaller side of any target."""
     for name, module in targets.items():
-        out, n = weight_of(module).shape
+        out, n = shape_of(module)
         if rank > min(out, n):
             raise RankTooLarge(f"r = {rank} is above the smaller side of {name} ({out}x{n}).", param="lora.r")

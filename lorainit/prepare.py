@@ -18,8 +18,9 @@ from lorainit import hardware
 from lorainit.data import Dataset, load, pad_id
 from lorainit.errors import UnsupportedInit
 from lorainit.events import Event, Message, Plan, Tick
-from lorainit.layer import weight_of
+from lorainit.layer import shape_of
 from lorainit.model import base_sha256, check_length, check_rank, find_targets, load_model, load_tokenizer, locate
+from lorainit.quantize import require_library
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.spec import Hyperparameters, Lora, RunSpec
 
@@ -84,6 +85,8 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
     """
     lora, choices = spec.lora.resolved()
     _refuse_what_is_not_built(lora)
+    if lora.quantization:
+        require_library()
     device = hardware.pick_device()
     dtype = hardware.pick_dtype(spec.precision, device)
     location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
@@ -98,7 +101,7 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
     for choice in [*choices, *more]:
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
 
-    model = load_model(location.folder, dtype=dtype, device=device)
+    model = load_model(location.folder, dtype=dtype, device=device, quantization=lora.quantization)
     targets = find_targets(model, lora.target_modules)
     check_rank(targets, lora.r)
     plan = _plan(spec, lora, training, data, targets, device=device, dtype=dtype)
@@ -124,8 +127,6 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
 def _refuse_what_is_not_built(lora: Lora) -> None:
     if lora.use_dora:
         raise UnsupportedInit("DoRA is not available in this release.", param="lora.use_dora")
-    if lora.quantization:
-        raise UnsupportedInit("Quantized bases are not available in this release.", param="lora.quantization")
 
 
 def _load_data(
@@ -191,7 +192,7 @@ def _plan(
         micro_batch_size=micro,
         gradient_accumulation_steps=math.ceil(training.batch_size / micro),
         modules=len(targets),
-        trainable_parameters=sum(lora.r * sum(weight_of(m).shape) for m in targets.values()),
+        trainable_parameters=sum(lora.r * sum(shape_of(m)) for m in targets.values()),
         target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
         device=str(device),
         precision=hardware.precision_name(dtype),

@@ -140,6 +140,7 @@ def _context(job: Job, on_event: OnEvent) -> Context:
         seed=job.spec.seed,
         on_event=on_event,
         order=lambda epoch: order(job.data, seed=job.spec.seed, epoch=epoch),
+        folder=job.folder,
     )
 
 
@@ -197,6 +198,7 @@ def _keys(job: Job, context: Context) -> _Keys:
         "base": job.base_sha256,
         "method": config.model_dump(mode="json", exclude={"seed", "calibration_file"}),
         "lora": [job.lora.r, job.lora.scaling],
+        "quantization": job.lora.quantization,
         "targets": list(job.targets),
         "device": job.device.type,
         "precision": job.plan.precision,
@@ -238,7 +240,13 @@ def _write_adapter(job: Job, folder: Path, report: Report) -> None:
     facts = job.lora.method.facts
     paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
     adapter.model_card(
-        folder, root=job.spec.model.root, method=job.lora.method.method, paper=paper, rank=rank, alpha=alpha
+        folder,
+        root=job.spec.model.root,
+        method=job.lora.method.method,
+        paper=paper,
+        rank=rank,
+        alpha=alpha,
+        quantization=job.lora.quantization,
     )
     adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
     _write_manifest(job, folder, report, export_check=None)
@@ -261,6 +269,7 @@ def _verify(job: Job, folder: Path, on_event: OnEvent) -> dict[str, Any]:
         base_sha256=job.base_sha256,
         dtype=job.dtype,
         device=job.device,
+        quantization=job.lora.quantization,
         on_event=on_event,
     )
     level = "info" if result["passed"] else "error"

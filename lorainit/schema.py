@@ -31,7 +31,9 @@ class Strict(BaseModel):
         return type(None) in get_args(cls.model_fields[name].annotation)
 
 
-def refusal(param: str, message: str) -> PydanticCustomError:
-    """An `unsupported_combination` that names the field at fault."""
+def refusal(
+    param: str, message: str, *, code: Literal["unsupported_combination", "not_supported"] = "unsupported_combination"
+) -> PydanticCustomError:
+    """A refusal that names the field at fault; `not_supported` is what a later release may bring."""
     # The message is passed as a value, so braces in it are never taken for placeholders.
-    return PydanticCustomError("unsupported_combination", "{message}", {"message": message, "param": param})
+    return PydanticCustomError(code, "{message}", {"message": message, "param": param})

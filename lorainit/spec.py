@@ -22,6 +22,7 @@ from lorainit.inits import (
     Init,
     InitConfig,
     Kaiming,
+    LoftQ,
     LoRAGA,
     LoRAM,
     LoRAOne,
@@ -31,6 +32,7 @@ from lorainit.inits import (
     OLoRA,
     Orthogonal,
     PiSSA,
+    Quantization,
 )
 from lorainit.schema import Auto, Seed, Strict, refusal
 
@@ -38,6 +40,7 @@ __all__ = [
     "EVA",
     "HRP",
     "INITS",
+    "NF4_BLOCK",
     "AdamW",
     "AdamWLoRAPlus",
     "AdamWPreconditioned",
@@ -57,6 +60,7 @@ __all__ = [
     "LoRAGA",
     "LoRAM",
     "LoRAOne",
+    "LoftQ",
     "Lora",
     "Method",
     "MiLoRA",
@@ -65,11 +69,14 @@ __all__ = [
     "OLoRA",
     "Orthogonal",
     "PiSSA",
+    "Quantization",
     "RunSpec",
     "Seed",
     "Strict",
     "Target",
 ]
+
+NF4_BLOCK = 64  # weights that share a scale in an NF4 base; no block runs over the end of a row
 
 # --- the adapter -------------------------------------------------------------------------------
 
@@ -91,7 +98,7 @@ class Lora(Strict):
         Literal["all-linear", "attention", "mlp"]
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)]
     ) = "all-linear"
-    quantization: Literal["nf4", "int8"] | None = None
+    quantization: Quantization | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -119,6 +126,19 @@ class Lora(Strict):
             raise refusal("use_dora", f"use_dora does not combine with {name}: {why}.")
         if self.use_dora and self.quantization:
             raise refusal("use_dora", "use_dora does not combine with a quantized base.")
+        return self
+
+    @model_validator(mode="after")
+    def refuse_a_base_that_does_not_fit(self) -> "Lora":
+        """int8 is planned; and a method says which bases it works on."""
+        if self.quantization == "int8":
+            why = "is planned and not offered by this release"
+            raise refusal("quantization", f"quantization 'int8' {why}.", code="not_supported")
+        if not isinstance(self.init, Automatic) and self.quantization not in self.init.facts.quantization:
+            wanted = " or ".join(repr(name) for name in self.init.facts.quantization)
+            raise refusal(
+                "quantization", f"{self.init.method} needs quantization {wanted} (got {self.quantization!r})."
+            )
         return self
 
     def resolved(self) -> tuple["Lora", list["Choice"]]:
@@ -238,6 +258,12 @@ class ModelFacts(Strict):
     chat: bool
     base_sha256: str | None = None
     targets: list[Target]
+
+    @property
+    def quantization(self) -> list[Quantization]:
+        """What `lora.quantization` can be: NF4 where every row of every linear layer is whole blocks."""
+        whole = all(target.in_features % NF4_BLOCK == 0 for target in self.targets)
+        return ["nf4"] if whole else []
 
 
 class BaseModelRef(Strict):

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
-from lorainit.spec import BaseModelRef, Lora, ModelFacts, Strict
+from lorainit.spec import NF4_BLOCK, BaseModelRef, Lora, ModelFacts, Strict
 
 
 class Entry(ModelFacts):
@@ -84,8 +84,16 @@ def place(lora: Lora, entry: Entry) -> Lora:
     """`lora` with its target modules spelled out, checked against the model's shapes.
 
     Raises:
-        InvalidValue: an unknown target, or a rank above `max_r` or above a matrix's smaller side.
+        InvalidValue: an unknown target, a rank above `max_r` or above a matrix's smaller side, or a
+            quantization that the model cannot have.
     """
+    if lora.quantization and lora.quantization not in entry.quantization:
+        raise InvalidValue(
+            f"lora.quantization {lora.quantization!r} does not fit model {entry.id!r}: the inputs of one of its"
+            f" layers are not a multiple of the block size, {NF4_BLOCK}.",
+            code="unsupported_combination",
+            param="lora.quantization",
+        )
     known = dict.fromkeys(target.name for target in entry.targets)
     wanted = lora.target_modules
     if isinstance(wanted, str):

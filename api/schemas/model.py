@@ -8,7 +8,7 @@ from api.core.registry import Model
 from api.schemas.wire import Element, Wire, unix
 from lorainit.inits import ExportRank
 from lorainit.resolve import base_learning_rate
-from lorainit.spec import INITS, AnyInit
+from lorainit.spec import INITS, AnyInit, Quantization
 
 ModelType = Literal["base", "adapter", "checkpoint"]
 
@@ -18,7 +18,7 @@ class ModelLimits(Wire):
 
     max_r: int
     max_length: int
-    quantization: list[str]
+    quantization: list[Quantization]
     methods: list[str]
     base_learning_rate: float
     target_modules: list[str]
@@ -109,7 +109,7 @@ def _base(entry: Entry) -> ModelObject:
         limits=ModelLimits(
             max_r=entry.max_r,
             max_length=entry.max_length,
-            quantization=[],
+            quantization=entry.quantization,
             methods=["supervised"],
             base_learning_rate=entry.base_learning_rate,
             target_modules=[target.name for target in entry.targets],
@@ -122,6 +122,7 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
     kind = INITS[name]
     default, facts = kind.model_validate({"method": name}), kind.facts
     fits = r >= facts.min_rank and not (facts.even_rank and r % 2) and (entry is None or r <= entry.max_r)
+    fits = fits and (entry is None or not {None, *entry.quantization}.isdisjoint(facts.quantization))
     return MethodObject(
         id=name,
         name=facts.title,
@@ -133,9 +134,15 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
         function_preserving=default.function_preserving,
         offset=default.offset,
         export_rank=default.export_rank,
-        supports={"quantization": [], "dora": False, "rslora": True},
+        supports={"quantization": [name for name in facts.quantization if name], "dora": False, "rslora": True},
         parameters=parameters(kind),
-        recommended={"r": r, "alpha": facts.alpha or r, "use_rslora": facts.rslora, "dropout": 0.0},
+        recommended={
+            "r": r,
+            "alpha": facts.alpha or r,
+            "use_rslora": facts.rslora,
+            "dropout": 0.0,
+            "quantization": facts.quantization[0],
+        },
         base_learning_rate=base_learning_rate(entry.reference(), default) if entry else None,
         estimate=None,
     )

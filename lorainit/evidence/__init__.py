@@ -37,6 +37,7 @@ class Evidence:
     spread: singular values that belong to `directions`, k.
     rank: the rank this layer was given when the method spreads ranks over layers.
     preheated: factors (A, B) of the preheated adapter, R×in and out×R, float32.
+    original: the full-precision weight behind a quantized one, out×in, in the dtype of the base's files.
     rows: how many calibration rows it was collected from.
     step: the line search of LoRA-One's gamma "auto", the same for all layers.
     """
@@ -48,5 +49,6 @@ class Evidence:
     rank: int | None = None
     preheated: tuple[Tensor, Tensor] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    original: Tensor | None = None
     rows: int | None = None
     step: StepSearch | None = None

@@ -20,7 +20,7 @@ from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.initialize import generator_for
-from lorainit.layer import weight_of
+from lorainit.layer import shape_of
 from lorainit.loss import logits_of
 from lorainit.spec import EVA, CorDA
 
@@ -53,7 +53,7 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
     rows = calibration_rows(context.samples, config.samples)
     pieces = batches(rows, context.micro_batch_size)
     leader = shared_inputs(context, pieces[0])
-    widths = {n: min(round(config.rho * context.lora.r), *weight_of(m).shape) for n, m in context.targets.items()}
+    widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
     states = _states(config, context, leader, widths)
     ranks = _settle(states, leader, widths, pieces, config=config, context=context)
     return {n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) for n in leader}
@@ -145,7 +145,7 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
     rows = calibration_rows(context.samples, config.samples)
     pieces = batches(rows, context.micro_batch_size)
     leader = shared_inputs(context, pieces[0])
-    sides = {g: weight_of(context.targets[g]).shape[1] for g in dict.fromkeys(leader.values())}
+    sides = {g: shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values())}
     moments: dict[str, Tensor] = {}
     blocks = _blocks(sides, DEVICE_BYTES if context.device.type != "cpu" else None)
     for done, block in enumerate(blocks):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from lorainit.events import Event
 from lorainit.evidence import Evidence
 from lorainit.evidence.activations import principal_directions, second_moments
 from lorainit.evidence.gradients import gradient_evidence
+from lorainit.evidence.originals import original_weights
 from lorainit.evidence.preheat import preheat
-from lorainit.spec import EVA, HRP, CorDA, Hyperparameters, InitConfig, Lora, LoRAGA, LoRAOne
+from lorainit.spec import EVA, HRP, CorDA, Hyperparameters, InitConfig, LoftQ, Lora, LoRAGA, LoRAOne
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Context:
     samples: calibration rows (the calibration file's, else the training file's) in file order.
     training_samples: the training rows, for methods that train.
     order: the run's own permutation of the training rows in an epoch.
+    folder: where the base model's files are; None for a model that was not loaded from any.
     """
 
     model: nn.Module
@@ -39,10 +42,13 @@ class Context:
     seed: int
     on_event: Callable[[Event], None]
     order: Callable[[int], Sequence[int]]
+    folder: Path | None = None
 
 
 def collect(config: InitConfig, context: Context) -> dict[str, Evidence]:
     """The evidence of each target for this method."""
+    if isinstance(config, LoftQ):
+        return original_weights(context)
     if config.facts.needs in ("none", "weight"):
         return {name: Evidence() for name in context.targets}
     if isinstance(config, LoRAGA | LoRAOne):

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorainit.data import Sample, batches, collate
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
-from lorainit.layer import weight_of
+from lorainit.layer import shape_of
 from lorainit.line_search import search_step
 from lorainit.loss import row_losses
 from lorainit.spec import LoRAGA, LoRAOne
@@ -106,7 +105,7 @@ def mean_gradients(
 
 def _mean(total: Tensor | None, module: nn.Module, rows: int) -> Tensor:
     if total is None:  # the rows never reached this module
-        return torch.zeros(weight_of(module).shape)
+        return torch.zeros(shape_of(module))
     return total.div_(rows)
 
 
@@ -114,17 +113,19 @@ def _mean(total: Tensor | None, module: nn.Module, rows: int) -> Tensor:
 def _gradients_taken_away(
     model: nn.Module, targets: Mapping[str, nn.Module], sums: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Move each weight's gradient into `sums` the moment it exists, so that one at most is on the device."""
+    """Add each target's gradient to `sums` while it passes, so that one at most is on the device.
+
+    The weights themselves stay frozen, whatever form they have: a weight's gradient is made of the
+    layer's inputs and of the gradient of its outputs.
+    """
     before = {p: p.requires_grad for p in model.parameters()}
-    grads = {p: p.grad for p in before}
     handles = []
     try:
         for parameter in before:
             parameter.requires_grad = False
-            parameter.grad = None
         for name, module in targets.items():
-            weight: Any = module.get_parameter("weight").requires_grad_()  # its hook method is untyped
-            handles.append(weight.register_post_accumulate_grad_hook(_taker(name, module, sums)))
+            handles.append(module.register_forward_pre_hook(_begin_graph))
+            handles.append(module.register_forward_hook(_taker(name, sums)))
         with torch.enable_grad():
             yield
     finally:
@@ -132,23 +133,31 @@ def _gradients_taken_away(
             handle.remove()
         for parameter, wanted in before.items():
             parameter.requires_grad = wanted
-            parameter.grad = grads[parameter]
 
 
-def _taker(name: str, module: nn.Module, sums: dict[str, Tensor]) -> Callable[[Tensor], None]:
-    transposed = isinstance(module, Conv1D)
+def _begin_graph(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Below the first targets nothing needs a gradient: the graph begins at their inputs."""
+    x, *rest = args
+    return (x if x.requires_grad else x.detach().requires_grad_(), *rest)
 
-    def take(weight: Tensor) -> None:
-        assert weight.grad is not None
-        G = weight.grad.detach().to("cpu", torch.float32)
-        weight.grad = None
-        G = G.T if transposed else G
-        if name in sums:
-            sums[name] += G
-        else:
-            sums[name] = G.clone(memory_format=torch.contiguous_format)
 
-    return take
+def _taker(name: str, sums: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+    def watch(_module: nn.Module, args: tuple[Tensor, ...], y: Any) -> None:
+        x = args[0].detach()
+        version = x._version
+
+        def take(dy: Tensor) -> None:
+            if x._version != version:
+                raise UnsupportedInit(f"{name}: the model overwrites this layer's input in place.", param="model")
+            G = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to("cpu", torch.float32)
+            if name in sums:
+                sums[name] += G
+            else:
+                sums[name] = G
+
+        y.register_hook(take)  # untyped, hence Any
+
+    return watch
 
 
 def refuse_unusable(gradients: Mapping[str, Tensor]) -> None:

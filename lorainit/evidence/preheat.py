@@ -19,7 +19,7 @@ from lorainit.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.initialize import generator_for
-from lorainit.layer import LoRALinear, borrowed, weight_of
+from lorainit.layer import LoRALinear, borrowed, shape_of
 from lorainit.loss import tally
 from lorainit.methods import Factors
 from lorainit.methods._linalg import normal
@@ -75,7 +75,7 @@ def preheat(config: HRP, context: "Context") -> dict[str, Evidence]:
 
 def preheat_rank(config: HRP, name: str, module: nn.Module, *, r: int) -> int:
     """R of one layer; "auto" = min(128, 8r, smaller side)."""
-    side = min(weight_of(module).shape)
+    side = min(shape_of(module))
     if config.preheat_rank == "auto":
         return max(r, min(MAX_RANK, RANK_FACTOR * r, side))
     if not r <= config.preheat_rank <= side:
@@ -102,13 +102,12 @@ def _warn_without_gain(ranks: dict[str, int], context: "Context") -> None:
 
 def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator: torch.Generator) -> LoRALinear:
     """A' by its law, B' = 0, float32 on the module's device."""
-    weight = weight_of(module)
-    out, n = weight.shape
+    (out, n), device = shape_of(module), next(module.parameters()).device
     if config.preheat_a_law == "orthonormal":
         A = torch.linalg.qr(normal(n, R, generator=generator)).Q.T
     else:
         A = (2 * torch.rand(R, n, generator=generator) - 1) / math.sqrt(n)
-    factors = Factors(A=A.contiguous().to(weight.device), B=torch.zeros(out, R, device=weight.device))
+    factors = Factors(A=A.contiguous().to(device), B=torch.zeros(out, R, device=device))
     layer = LoRALinear(module, factors, scale=scale, subtract=False)
     layer.A.requires_grad_(config.preheat_mode == "classic")
     return layer

@@ -14,6 +14,7 @@ from lorainit.methods.eva import eva
 from lorainit.methods.gaussian import gaussian
 from lorainit.methods.hrp import hrp
 from lorainit.methods.kaiming import kaiming
+from lorainit.methods.loftq import loftq
 from lorainit.methods.lora_ga import lora_ga
 from lorainit.methods.lora_one import lora_one
 from lorainit.methods.loram import loram
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[..., Factors]] = {
     "corda": corda,
     "lora_ga": lora_ga,
     "lora_one": lora_one,
+    "loftq": loftq,
 }
 
 __all__ = ["METHODS", "Factors"]

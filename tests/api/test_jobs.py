@@ -78,6 +78,12 @@ def test_the_resolved_adapter_is_echoed(lab: Lab) -> None:
     assert [choice["param"] for choice in lora["auto"]] == ["lora.use_rslora"]
 
 
+@pytest.mark.parametrize("init", ["pissa", "lora_one", "loftq", "auto"])
+def test_a_quantized_base_is_echoed(lab: Lab, init: str) -> None:
+    job = lab.order(lora={"init": init, "quantization": "nf4"})
+    assert job["lora"]["quantization"] == "nf4"
+
+
 def test_an_automatic_init_says_what_and_why(lab: Lab) -> None:
     lora = lab.order(lora={"init": "auto"})["lora"]
     choice = next(choice for choice in lora["auto"] if choice["param"] == "lora.init")

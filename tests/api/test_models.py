@@ -5,6 +5,8 @@ from typing import Any
 import jsonschema
 import pytest
 
+from api.core import catalogue
+from api.schemas.model import method_object
 from lorainit.spec import INITS
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, Traces, refused
@@ -31,6 +33,7 @@ def test_models_are_bases_then_adapters_and_no_checkpoints(lab: Lab, done: dict[
     assert listed["has_more"] is False
     base, adapter = listed["data"]
     assert base["limits"]["max_r"] == 192 and base["type"] == "base"
+    assert base["limits"]["quantization"] == ["nf4"]
     assert (adapter["parent"], adapter["root"], adapter["limits"]) == (MODEL, HUB, None)
     assert adapter["fine_tuning_job_id"] == done["id"]
 
@@ -95,6 +98,8 @@ def test_every_method_is_listed_with_its_facts(lab: Lab) -> None:
         assert (method["offset"], method["export_rank"]) == (default.offset, default.export_rank)
         assert method["function_preserving"] == default.function_preserving
         assert method["base_learning_rate"] is None
+        assert method["supports"]["quantization"] == ["nf4"]
+        assert method["recommended"]["quantization"] == ("nf4" if method["id"] == "loftq" else None)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,7 @@ def test_every_method_is_listed_with_its_facts(lab: Lab) -> None:
         ("hrp", (["preheat"], "none", True, "r", "experimental")),
         ("eva", (["activation"], "none", True, "per module", "stable")),
         ("corda", (["activation"], "subtract", True, "2r", "stable")),
+        ("loftq", (["weight"], "none", False, "r", "stable")),
     ],
 )
 def test_the_catalogue_says_what_a_method_does_by_default(lab: Lab, name: str, facts: tuple[object, ...]) -> None:
@@ -119,6 +125,14 @@ def test_a_model_fills_in_rate_and_availability(lab: Lab) -> None:
     methods = {method["id"]: method for method in reply["data"]}
     assert methods["olora"]["base_learning_rate"] == pytest.approx(0.2 * methods["pissa"]["base_learning_rate"])
     assert methods["orthogonal"]["available"] is False and methods["pissa"]["available"] is True
+
+
+def test_loftq_is_not_available_on_a_base_that_cannot_be_quantized() -> None:
+    entry = catalogue.require(MODEL)
+    narrow = entry.model_copy(update={"targets": [entry.targets[0].model_copy(update={"in_features": 96})]})
+    for base, fits in ((entry, True), (narrow, False)):
+        assert method_object("loftq", entry=base, r=8).available is fits
+        assert method_object("kaiming", entry=base, r=8).available is True
 
 
 def test_an_unknown_method_or_model_is_refused(lab: Lab) -> None:

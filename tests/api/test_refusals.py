@@ -16,6 +16,10 @@ def hyper(**values: Any) -> dict[str, Any]:
     return {"method": {"type": "supervised", "supervised": {"hyperparameters": values}}}
 
 
+def loftq(**values: Any) -> dict[str, Any]:
+    return {"lora": {"quantization": "nf4", "init": {"method": "loftq", **values}}}
+
+
 ORDERS: list[tuple[dict[str, Any], str, str]] = [
     # unknown fields
     ({"loar": {}}, "unknown_parameter", "loar"),
@@ -75,7 +79,15 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"method": {"type": "magic"}}, "invalid_value", "method.type"),
     ({"method": {"type": "supervised", "dpo": {}}}, "invalid_value", "method.dpo"),
     ({"lora": {"use_dora": True}}, "not_supported", "lora.use_dora"),
-    ({"lora": {"quantization": "nf4"}}, "not_supported", "lora.quantization"),
+    # quantized bases: a width that is planned, a method that needs one, what does not go with one
+    ({"lora": {"quantization": "int8"}}, "not_supported", "lora.quantization"),
+    ({"lora": {"quantization": "int4"}}, "invalid_value", "lora.quantization"),
+    ({"lora": {"init": "loftq"}}, "unsupported_combination", "lora.quantization"),
+    ({"lora": {"use_dora": True, "quantization": "nf4"}}, "unsupported_combination", "lora.use_dora"),
+    (loftq(bits=8), "not_supported", "lora.init.bits"),
+    (loftq(bits=3), "invalid_value", "lora.init.bits"),
+    (loftq(iterations=5), "unsupported_combination", "lora.init.iterations"),
+    (loftq(iterations=0), "invalid_value", "lora.init.iterations"),
     ({"integrations": [{"type": "wandb"}]}, "integration_not_configured", "integrations"),
     ({"hyperparameters": {"n_epochs": 2}, **hyper(n_epochs=3)}, "invalid_value", "hyperparameters"),
 ]

@@ -41,6 +41,16 @@ def test_a_rank_above_any_shape_of_a_target_is_refused(r: int, names: list[str],
     assert (caught.value.code, caught.value.param) == ("rank_too_large", "lora.r")
 
 
+def test_nf4_is_offered_where_rows_are_whole_blocks_and_refused_elsewhere() -> None:
+    wide = ENTRY.model_copy(update={"targets": [target("q", 8, 64), target("up", 8, 128, "mlp")]})
+    assert (ENTRY.quantization, wide.quantization) == ([], ["nf4"])
+    order = Lora(r=4, target_modules=["q"], quantization="nf4")
+    assert catalogue.place(order, wide).quantization == "nf4"
+    with pytest.raises(InvalidValue, match="multiple of the block size, 64") as caught:
+        catalogue.place(order, ENTRY)
+    assert (caught.value.code, caught.value.param) == ("unsupported_combination", "lora.quantization")
+
+
 def test_an_unknown_target_is_named_with_its_place() -> None:
     with pytest.raises(InvalidValue, match="'lm_head'") as caught:
         catalogue.place(Lora(r=4, target_modules=["q", "lm_head"]), ENTRY)

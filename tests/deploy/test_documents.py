@@ -68,7 +68,7 @@ def test_every_method_has_a_page_with_its_facts_and_parameters(name: str) -> Non
     if kind.facts.arxiv:
         assert f"https://arxiv.org/abs/{kind.facts.arxiv}" in page
     (told,) = re.findall(rf"^\| {kind.facts.needs} \| (.*) \| (.*) \| (.*) \| (\w+) \|$", page, re.MULTILINE)
-    assert told[0].startswith("the base model" if default.function_preserving else "one step ahead")
+    assert told[0].startswith("the base model") == default.function_preserving
     assert told[1].startswith("yes" if default.offset == "subtract" else "no")
     assert told[2].startswith(default.export_rank)
     assert told[3] == kind.facts.maturity

@@ -45,13 +45,13 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(hidden: int = 32, intermediate: int = 48) -> LlamaForCausalLM:
     """Two layers, grouped-query attention, rectangular matrices throughout."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -64,13 +64,13 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def tiny_gpt2() -> GPT2LMHeadModel:
+def tiny_gpt2(hidden: int = 32) -> GPT2LMHeadModel:
     """Two layers of `Conv1D`, with dropout in its configuration as the real one."""
     torch.manual_seed(1)
     config = GPT2Config(
         vocab_size=320,
         n_positions=256,
-        n_embd=32,
+        n_embd=hidden,
         n_layer=2,
         n_head=4,
         initializer_range=0.15,
@@ -88,9 +88,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
-    """Folders of base models by name: `llama` (Linear) and `gpt2` (Conv1D)."""
+    """Folders of base models by name: `llama` (Linear) and `gpt2` (Conv1D), and both wide enough for NF4's blocks."""
     folders = {}
-    for name, make in (("llama", tiny_llama), ("gpt2", tiny_gpt2)):
+    makers = {
+        "llama": tiny_llama,
+        "gpt2": tiny_gpt2,
+        "wide-llama": lambda: tiny_llama(64, 128),
+        "wide-gpt2": lambda: tiny_gpt2(64),
+    }
+    for name, make in makers.items():
         folders[name] = tmp_path_factory.mktemp("base") / name
         make().save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])

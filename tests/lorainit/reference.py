@@ -39,7 +39,9 @@ def eight_rows() -> list[Sample]:
     return [Sample(line, row.int(), torch.ones(32, dtype=torch.bool)) for line, row in enumerate(ids)]
 
 
-def context(model, samples, init, *, r=8, size=1, on_event=lambda event: None, wanted="all-linear", **lora) -> Context:
+def context(
+    model, samples, init, *, r=8, size=1, on_event=lambda event: None, wanted="all-linear", folder=None, **lora
+) -> Context:
     """What `collect` works with, for an init written as in a request."""
     return Context(
         model=model,
@@ -55,6 +57,7 @@ def context(model, samples, init, *, r=8, size=1, on_event=lambda event: None, w
         seed=0,
         on_event=on_event,
         order=lambda epoch: range(len(samples)),
+        folder=folder,
     )
 
 

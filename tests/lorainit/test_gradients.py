@@ -1,5 +1,7 @@
 """The mean full gradient: exact, one at a time, and without a trace."""
 
+import gc
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from lorainit.events import Message, Tick
 from lorainit.evidence import gradients
 from lorainit.evidence.collect import collect
 from lorainit.evidence.gradients import mean_gradients
-from lorainit.loss import tally
+from lorainit.loss import row_losses, tally
 from lorainit.model import find_targets, load_model
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.reference import CPU, context, eight_rows, tiny
@@ -67,25 +69,41 @@ def test_neither_batching_nor_padding_changes_the_gradient(bases, samples):
         assert float((many[name] - G).norm() / G.norm()) < 1e-5
 
 
-def test_one_gradient_at_most_is_alive(monkeypatch, bases, samples):
-    model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+def test_gradients_are_taken_off_the_device_one_by_one(bases, samples):
+    model = load_model(bases["llama"], dtype=torch.bfloat16, device=CPU)
     targets = find_targets(model, "all-linear")
-    alive = []
-    original = gradients._taker
+    shapes = {module.weight.shape for module in targets.values()}
+    left = []
 
-    def spying(name, module, sums):
-        take_away = original(name, module, sums)
+    class Watching(dict):
+        """Counts gradients in the base's dtype that are still there when the next one has been taken away."""
 
-        def spy(weight):
-            alive.append(sum(p.grad is not None for p in model.parameters()))
-            take_away(weight)
-            alive.append(sum(p.grad is not None for p in model.parameters()))
+        def __setitem__(self, name, G):
+            super().__setitem__(name, G)
+            tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+            left.extend(t for t in tensors if t.dtype == torch.bfloat16 and t.shape in shapes)
+            left.extend(p for p in model.parameters() if p.grad is not None)
 
-        return spy
+    sums = Watching()
+    with gradients._gradients_taken_away(model, targets, sums):
+        row_losses(model, collate(samples[:2], pad=0)).sum().backward()
+    assert sums.keys() == targets.keys()
+    assert left == []
 
-    monkeypatch.setattr(gradients, "_taker", spying)
-    take(model, targets, samples[:3])
-    assert alive == [1, 0] * 3 * len(targets)
+
+def test_an_input_that_the_model_overwrites_is_refused(bases, samples):
+    model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+    targets = find_targets(model, ["down_proj"])
+    name, module = list(targets.items())[-1]
+    seen = []
+    module.register_forward_hook(lambda module, args, y: seen.append(args[0].detach()))
+
+    def overwrite(module, args):
+        seen[-1].mul_(2)
+
+    model.get_submodule("model.norm").register_forward_pre_hook(overwrite)
+    with pytest.raises(UnsupportedInit, match=f"{name}.*in place"):
+        take(model, targets, samples[:1])
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -108,7 +126,7 @@ def test_model_comes_back_as_it_was(bases, samples, fails):
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["model.norm.weight"]
     assert trained.grad is kept
     assert torch.equal(kept, torch.ones_like(kept))
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not model.training
     assert all(torch.equal(p, state[name]) for name, p in model.named_parameters())
 

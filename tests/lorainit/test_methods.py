@@ -39,6 +39,7 @@ def evidence(m, n, k=16):
         directions=torch.linalg.qr(X[:n]).Q[:k],
         spread=torch.arange(k, 0, -1.0),
         preheated=(torch.randn(k, n, generator=g), torch.randn(m, k, generator=g)),
+        original=torch.randn(m, n, generator=g),
     )
 
 

@@ -97,6 +97,8 @@ def inits() -> Seen:
         {"init": "orthogonal", "r": 7},
         {"init": "loram", "r": 1},
         {"init": "nope"},
+        {"init": "loftq"},
+        {"quantization": "int8"},
     ]
     refused = [refusal(lambda lora=lora: order(extra_body={"lora": lora})) for lora in wrong]
     return {"echoes": echoes, "refused": [[each["code"], each["param"]] for each in refused]}

@@ -1,0 +1,21 @@
+"""The full-precision weights behind a quantized base, for methods that look at what was lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorainit.evidence import Evidence
+from lorainit.layer import weight_of
+from lorainit.model import linear_layers, load_model
+
+if TYPE_CHECKING:
+    from lorainit.evidence.collect import Context
+
+
+def original_weights(context: Context) -> dict[str, Evidence]:
+    """Each target's weight as the base model's files have it, mapped: read when a method looks at it."""
+    assert context.folder is not None
+    layers = linear_layers(load_model(context.folder, dtype="auto", device=torch.device("cpu")))
+    return {name: Evidence(original=weight_of(layers[name]).detach()) for name in context.targets}

@@ -1,0 +1,48 @@
+"""LoftQ: the best rank-r correction of what quantization took from W.
+
+Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv 2310.08659,
+algorithm 1 with T = 1: the base is NF4(W) and nothing else, so it is the one anybody can load. Unlike
+the authors' code and PEFT the scale is divided out, so that the correction is right for every s; the
+randomized SVD replaces their full one.
+"""
+
+# ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
+
+import torch
+from torch import Tensor
+
+from lorainit.errors import UnsupportedInit
+from lorainit.evidence import Evidence
+from lorainit.methods._linalg import Factors, randomized_svd, symmetric
+from lorainit.spec import LoftQ
+
+# Rounding errors have a flat spectrum, which needs them: 99.2 % of the best energy on a 2048×2048 layer at
+# r = 16 (92.5 % after 4), where the best is itself 3 % of all.
+NITER = 16
+
+
+def loftq(
+    weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: LoftQ, generator: torch.Generator
+) -> Factors:
+    """s·B·A = SVD_r(W - Q), split evenly; `weight` is Q, the dequantized base, and W comes as evidence.
+
+    The facts: ‖W‖, ‖W - Q‖/‖W‖ and ‖W - Q - s·B·A‖/‖W‖.
+
+    Raises:
+        UnsupportedInit: four bits hold W exactly, so both factors would be zero and stay it.
+    """
+    assert evidence.original is not None
+    W = evidence.original.to(weight.device, torch.float32)
+    lost = W - weight
+    if not lost.any():
+        raise UnsupportedInit("four bits lost nothing of this weight: there is nothing to correct.", param="lora.init")
+    U, S, Vh = randomized_svd(lost, rank=rank, oversample=rank, niter=NITER, generator=generator)
+    found = symmetric(U, S, Vh, scale=scale)
+    norm, before = _norm(W), _norm(lost)
+    after = _norm(lost.addmm_(found.B, found.A, alpha=-scale))
+    facts = {"original_norm": norm, "quantization_error": before / norm, "corrected_error": after / norm}
+    return Factors(A=found.A, B=found.B, facts=facts)
+
+
+def _norm(X: Tensor) -> float:
+    return float(torch.linalg.vector_norm(X))
