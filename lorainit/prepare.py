@@ -122,8 +122,6 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
 
 
 def _refuse_what_is_not_built(lora: Lora) -> None:
-    if lora.use_dora:
-        raise UnsupportedInit("DoRA is not available in this release.", param="lora.use_dora")
     if lora.quantization:
         raise UnsupportedInit("Quantized bases are not available in this release.", param="lora.quantization")
 
@@ -191,7 +189,7 @@ def _plan(
         micro_batch_size=micro,
         gradient_accumulation_steps=math.ceil(training.batch_size / micro),
         modules=len(targets),
-        trainable_parameters=sum(lora.r * sum(weight_of(m).shape) for m in targets.values()),
+        trainable_parameters=sum(lora.parameters(*weight_of(m).shape) for m in targets.values()),
         target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
         device=str(device),
         precision=hardware.precision_name(dtype),

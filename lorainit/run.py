@@ -208,7 +208,9 @@ def _keys(job: Job, context: Context) -> _Keys:
         parts |= {"recipe": recipe}
     return _Keys(
         evidence=cache.key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
-        starts=cache.key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed),
+        starts=cache.key(
+            **parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora
+        ),
     )
 
 
@@ -238,7 +240,13 @@ def _write_adapter(job: Job, folder: Path, report: Report) -> None:
     facts = job.lora.method.facts
     paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
     adapter.model_card(
-        folder, root=job.spec.model.root, method=job.lora.method.method, paper=paper, rank=rank, alpha=alpha
+        folder,
+        root=job.spec.model.root,
+        method=job.lora.method.method,
+        paper=paper,
+        rank=rank,
+        alpha=alpha,
+        dora=job.lora.use_dora,
     )
     adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
     _write_manifest(job, folder, report, export_check=None)

@@ -119,13 +119,12 @@ def error_code(field: str) -> str:
 
 
 def _offered(order: Order) -> None:
-    for field, asked in (("use_dora", order.lora.use_dora), ("quantization", order.lora.quantization)):
-        if asked:
-            raise InvalidValue(
-                f"lora.{field} (got {asked!r}) is planned and not offered by this release.",
-                code="not_supported",
-                param=f"lora.{field}",
-            )
+    if order.lora.quantization:
+        raise InvalidValue(
+            f"lora.quantization (got {order.lora.quantization!r}) is planned and not offered by this release.",
+            code="not_supported",
+            param="lora.quantization",
+        )
 
 
 def _known_bad(file: File, field: str, order: Order) -> None:

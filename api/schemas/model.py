@@ -133,7 +133,7 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
         function_preserving=default.function_preserving,
         offset=default.offset,
         export_rank=default.export_rank,
-        supports={"quantization": [], "dora": False, "rslora": True},
+        supports={"quantization": [], "dora": default.offset == "none", "rslora": True},
         parameters=parameters(kind),
         recommended={"r": r, "alpha": facts.alpha or r, "use_rslora": facts.rslora, "dropout": 0.0},
         base_learning_rate=base_learning_rate(entry.reference(), default) if entry else None,
