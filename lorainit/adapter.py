@@ -1,7 +1,8 @@
-"""The download: a plain LoRA in PEFT's file format, whichever method made it, and the proof of it.
+"""The download: a plain LoRA (or DoRA) in PEFT's file format, whichever method made it, and the proof of it.
 
 An adapter trained in difference form is written as rank 2r: [B, B0]·[A; -A0] at the same scale, so
-it loads on the untouched base without knowing how it was initialized.
+it loads on the untouched base without knowing how it was initialized. With DoRA the magnitudes come
+beside A and B: such an adapter is no pure pair, and needs a loader that knows DoRA.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from lorainit.model import linear_layers, load_model
 from lorainit.spec import Quantization
 
 WEIGHTS = "adapter_model.safetensors"
+MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module with a `weight`
 MAX_PROMPTS, PROMPT_TOKENS = 16, 64
 # Largest logit difference that is rounding, relative to the largest logit (at least 1).
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -62,6 +64,9 @@ def export(model: nn.Module, folder: Path, *, root: str, rslora: bool) -> int:
     for name, (A, B) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
+        magnitude = layers[name].magnitude
+        if magnitude is not None:
+            tensors[f"base_model.model.{name}.{MAGNITUDE}"] = magnitude.detach().cpu().contiguous()
     ranks = {name: len(A) for name, (A, _) in factors.items()}
     alphas = {name: plain_alpha(r=r, scale=layers[name].scale, rslora=rslora) for name, r in ranks.items()}
     # The largest, because loaders reserve memory by it; layers of another rank are named.
@@ -72,6 +77,7 @@ def export(model: nn.Module, folder: Path, *, root: str, rslora: bool) -> int:
         rank_pattern={name: r for name, r in ranks.items() if r != ranks[largest]},
         alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[largest]},
         use_rslora=rslora,
+        use_dora=any(layer.magnitude is not None for layer in layers.values()),
         target_modules=_target_names(model, set(layers)),
         fan_in_fan_out=was_conv1d(layers[largest].base),
         base_model_name_or_path=root,
@@ -107,9 +113,14 @@ def model_card(
     rank: int,
     alpha: float,
     quantization: Quantization | None = None,
+    dora: bool = False,
 ) -> None:
     """A README.md a model hub understands."""
     base, loading = _NF4_CARD if quantization else ("", "")
+    kind, serving = "LoRA", f"vLLM needs `--max-lora-rank` of at least {rank}."
+    if dora:
+        kind, serving = "DoRA", "Where only plain LoRA is served, merge it into the base first."
+    source = f"`{method}` ({paper})" if paper else f"`{method}`"
     (folder / "README.md").write_text(
         f"""---
 base_model: {root}
@@ -120,9 +131,9 @@ tags:
 - lorainit
 ---
 
-# LoRA adapter for {root}
+# {kind} adapter for {root}
 
-Initialized with `{method}`{f" ({paper})" if paper else ""}; exported as a plain LoRA of rank {rank}
+Initialized with {source}; exported as a {"DoRA" if dora else "plain LoRA"} of rank {rank}
 (`lora_alpha` {alpha:g}) that loads on the untouched base model{base}:
 
 ```python
@@ -133,7 +144,7 @@ base = AutoModelForCausalLM.from_pretrained("{root}"{loading})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-vLLM needs `--max-lora-rank` of at least {rank}. `manifest.json` says exactly what ran, `init_report.json`
+{serving} `manifest.json` says exactly what ran, `init_report.json`
 what the initialization did to each layer.
 """
     )
@@ -197,12 +208,13 @@ def check(
     largest = max(float(a.abs().max()) for a in expected)
     tolerance = TOLERANCE[dtype] * max(1.0, largest)
     missing = _unread_tensors(model, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
     return {
         "passed": difference <= tolerance and not missing,
         "checked_at": int(time.time()),
-        "format": "peft",
+        "format": "peft_dora" if config["use_dora"] else "peft",
         "source_rank": source_rank,
-        "export_rank": json.loads((folder / "adapter_config.json").read_text())["r"],
+        "export_rank": config["r"],
         "recompressed": False,
         "prompts": len(texts),
         "max_abs_logit_difference": difference,
@@ -216,6 +228,7 @@ def check(
 def _unread_tensors(model: nn.Module, folder: Path) -> str | None:
     """What the loader left unread: an adapter that trained little would pass on logits alone."""
     loaded = {n.replace(".default.", "."): p for n, p in model.named_parameters() if ".lora_" in n}
+    loaded = {n.replace(f"{MAGNITUDE}.weight", MAGNITUDE): p for n, p in loaded.items()}
     stored = load_file(folder / WEIGHTS)
     for name in sorted(loaded.keys() | stored.keys()):
         if name not in loaded or name not in stored or not torch.equal(loaded[name].float().cpu(), stored[name]):

@@ -74,8 +74,8 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         for key, value in layer.state_dict().items():
             if not key.startswith("base."):
                 tensors[f"layer.{name}.{key}"] = value.cpu().contiguous()
-        for key in ("A", "B"):
-            state = optimizer.state[getattr(layer, key)]
+        for key, parameter in layer.trained().items():
+            state = optimizer.state[parameter]
             tensors |= {f"optimizer.{m}.{name}.{key}": value.cpu().contiguous() for m, value in state.items()}
     return tensors
 
@@ -108,8 +108,7 @@ class Restored:
         """Moments and random number generators as they were; the factors are already in the layers."""
         found = self._states()
         for name, layer in adapted(model).items():
-            for key in ("A", "B"):
-                parameter = getattr(layer, key)
+            for key, parameter in layer.trained().items():
                 optimizer.state[parameter] = {
                     m: value.clone() if m in _ON_CPU else value.to(parameter.device, copy=True)
                     for m, value in found[f"{name}.{key}"].items()
@@ -160,10 +159,12 @@ def attach_layers(model: nn.Module, targets: dict[str, nn.Module], lora: Lora, r
         if A is None or B is None:
             raise CheckpointMismatch(f"The checkpoint has no factors for {name}.", param="resume_from")
         start = Factors(A, B) if A0 is None or B0 is None else Factors(A0, B0)
-        layer = LoRALinear(module, start, scale=lora.scaling, subtract=subtract, dropout=lora.dropout)
+        layer = LoRALinear(
+            module, start, scale=lora.scaling, subtract=subtract, dropout=lora.dropout, dora=lora.use_dora
+        )
         with torch.no_grad():
-            layer.A.copy_(A)
-            layer.B.copy_(B)
+            for key, parameter in layer.trained().items():
+                parameter.copy_(restored.tensors[f"layer.{name}.{key}"])
         attach(model, name, layer)
 
 

@@ -34,13 +34,23 @@ class Report:
 # --- one layer ---------------------------------------------------------------------------------
 
 
-def facts(name: str, W: Tensor, factors: Factors, evidence: Evidence, *, s: float, lora: Lora) -> dict[str, Any]:
+def facts(
+    name: str,
+    W: Tensor,
+    factors: Factors,
+    evidence: Evidence,
+    *,
+    s: float,
+    lora: Lora,
+    magnitude: Tensor | None = None,
+) -> dict[str, Any]:
     """The entry of one layer in `init_report.json`.
 
     `captured_energy` (methods that take part of W): share of ‖W‖² that B's columns and A's rows hold.
     `gradient_alignment` (methods with a gradient): share of ‖G‖² that a first step of A and B can
     follow. `first_order_change`: <G, s·B·A>, the loss change a displaced start promises.
     `first_step_slope`: loss change per unit of learning rate of the first AdamW step, first order.
+    `magnitude_norm` (DoRA): ‖m‖, which is ‖W + s·B·A‖ at the start.
     """
     A, B = factors.A, factors.B
     found: dict[str, Any] = {
@@ -52,11 +62,17 @@ def facts(name: str, W: Tensor, factors: Factors, evidence: Evidence, *, s: floa
         "weight_norm": _norm(W),
         "product_norm": s * product_norm(A, B),
     }
+    if magnitude is not None:
+        magnitude = magnitude.detach()
+        found["magnitude_norm"] = _norm(magnitude)
     takes = lora.method.facts.needs in ("weight", "activation") and lora.method.method != "loram"  # only its size
     if takes and lora.method.offset == "subtract":
         found["captured_energy"] = _captured_energy(W, factors)
     if evidence.gradient is not None:
-        found |= _gradient_facts(evidence.gradient.to(W.device), factors, s=s, lora=lora)
+        G = evidence.gradient.to(W.device)
+        found |= _gradient_facts(G, factors, s=s, lora=lora)
+        if magnitude is not None:
+            found["first_step_slope"] -= _magnitude_slope(W, G, factors, magnitude, s=s)
     if evidence.rows is not None:
         found["samples"] = evidence.rows
     if evidence.step is not None:
@@ -94,6 +110,12 @@ def _gradient_facts(G: Tensor, factors: Factors, *, s: float, lora: Lora) -> dic
     if not lora.method.function_preserving:
         facts["first_order_change"] = float((G_A * B).sum())
     return facts
+
+
+def _magnitude_slope(W: Tensor, G: Tensor, factors: Factors, magnitude: Tensor, *, s: float) -> float:
+    """Sum over the outputs of |∂L/∂m_i| = |<G_i, W_i + s·(B·A)_i>|/m_i, row by row; A and B are as without DoRA."""
+    along = torch.einsum("ij,ij->i", G, W) + s * (G @ factors.A.T * factors.B).sum(1)
+    return float((along / magnitude).abs().sum())
 
 
 def _alignment(G: Tensor, factors: Factors, *, norm: float) -> float:

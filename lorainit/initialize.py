@@ -119,7 +119,7 @@ def _adapt(
     known: Known | None,
 ) -> dict[str, Any]:
     config, s = lora.method, lora.scaling
-    W = _readable_weight(name, module, needed=config.facts.needs != "none")
+    W = _readable_weight(name, module, needed=config.facts.needs != "none", dora=lora.use_dora)
     if known:
         factors = Factors(A=known.factors.A.to(W.device), B=known.factors.B.to(W.device))
     else:
@@ -127,8 +127,11 @@ def _adapt(
     if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
         raise InitFailed(f"{name}: {config.method} produced non-finite factors.", param="lora.init")
     subtract = config.offset == "subtract"
-    attach(model, name, LoRALinear(module, factors, scale=s, subtract=subtract, dropout=lora.dropout))
-    return known.facts if known else init_report.facts(name, W, factors, evidence, s=s, lora=lora)
+    layer = LoRALinear(module, factors, scale=s, subtract=subtract, dropout=lora.dropout, dora=lora.use_dora)
+    attach(model, name, layer)
+    if known:
+        return known.facts
+    return init_report.facts(name, W, factors, evidence, s=s, lora=lora, magnitude=layer.magnitude)
 
 
 def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int) -> Factors:
@@ -148,7 +151,7 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _readable_weight(name: str, module: nn.Module, *, needed: bool) -> Tensor:
+def _readable_weight(name: str, module: nn.Module, *, needed: bool, dora: bool) -> Tensor:
     """The weight as out×in float32, or the reason why no method can use it."""
     weight = weight_of(module).detach()
     if weight.is_meta:
@@ -161,6 +164,12 @@ def _readable_weight(name: str, module: nn.Module, *, needed: bool) -> Tensor:
         raise UnsupportedInit(f"{name}: the base weight has non-finite entries.", param="model")
     if needed and not norms.any():
         raise UnsupportedInit(f"{name}: the base weight is zero, so there is nothing to start from.", param="model")
+    if dora and not norms.all():
+        raise UnsupportedInit(
+            f"{name}: {int((norms == 0).sum())} rows of the base weight are zero and have no direction for DoRA to"
+            " keep: leave this module out or use plain LoRA.",
+            param="lora.use_dora",
+        )
     return W
 
 

@@ -1,4 +1,4 @@
-"""The optimizers a run may choose, over the (A, B) pairs of the adapted layers.
+"""The optimizers a run may choose, over the (A, B) pairs of the adapted layers and DoRA's magnitudes.
 
 Every parameter group carries `factor`, its share of the scheduled rate. All state is in plain
 tensors per parameter, so a checkpoint needs to know nothing of the optimizer it stores.
@@ -18,12 +18,18 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 def make_optimizer(recipe: Hyperparameters, layers: Mapping[str, LoRALinear]) -> torch.optim.Optimizer:
-    """The optimizer of a resolved recipe over the factors of `layers`."""
+    """The optimizer of a resolved recipe over what `layers` train.
+
+    Magnitudes move by plain AdamW at A's rate under all of them, and never decay: a smaller m is a
+    smaller weight, not a smaller change of it.
+    """
     assert recipe.learning_rate is not None
     chosen, rate, decay = recipe.optimizer, recipe.learning_rate, recipe.weight_decay
     if isinstance(chosen, AdamWPreconditioned):
         pairs = {name: (layer.A, layer.B) for name, layer in layers.items()}
-        return PreconditionedAdamW(pairs, lr=rate, damping=chosen.damping, weight_decay=decay)
+        return PreconditionedAdamW(
+            pairs, lr=rate, damping=chosen.damping, weight_decay=decay, magnitudes=_magnitudes(layers)
+        )
     if isinstance(chosen, AdamWLoRAPlus):
         groups: list[dict[str, Any]] = [
             {"params": [layer.A for layer in layers.values()], "factor": 1.0},
@@ -31,9 +37,15 @@ def make_optimizer(recipe: Hyperparameters, layers: Mapping[str, LoRALinear]) ->
         ]
     else:
         groups = [{"params": [p for layer in layers.values() for p in (layer.A, layer.B)], "factor": 1.0}]
+    if magnitudes := _magnitudes(layers):
+        groups.append({"params": magnitudes, "factor": 1.0, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, weight_decay=decay)
     set_rate(optimizer, rate)
     return optimizer
+
+
+def _magnitudes(layers: Mapping[str, LoRALinear]) -> list[nn.Parameter]:
+    return [layer.magnitude for layer in layers.values() if layer.magnitude is not None]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -52,7 +64,8 @@ class PreconditionedAdamW(torch.optim.Optimizer):
         B moves by Adam on g_B·(A·Aᵀ + damping·I)⁻¹, with the A that has just moved
 
     Zhang, Liu, Chen, arXiv 2502.01235v1; the preconditioner is Zhang & Pilanci's, arXiv 2402.02347.
-    Weight decay is decoupled and comes last. Each group holds one pair, so A and B cannot be mixed up.
+    Weight decay is decoupled and comes last. Each group holds one pair, so A and B cannot be mixed up;
+    a last group holds the `magnitudes`, which have no other factor: torch's AdamW moves them.
 
     Raises:
         SingularPreconditioner: a factor has lost rank and the damping does not make up for it.
@@ -65,23 +78,33 @@ class PreconditionedAdamW(torch.optim.Optimizer):
         lr: float,
         damping: float = 1e-6,
         weight_decay: float = 0.0,
+        magnitudes: Sequence[nn.Parameter] = (),
     ) -> None:
         groups = [{"params": list(pair), "name": name, "factor": 1.0} for name, pair in pairs.items()]
         super().__init__(groups, {"lr": lr, "damping": damping, "weight_decay": weight_decay})
+        self.pairs, self.plain = list(self.param_groups), None
+        if magnitudes:
+            plain = {"params": list(magnitudes), "factor": 1.0}
+            self.plain = torch.optim.AdamW([plain], lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0)
+            # One optimizer for whoever sets the rate or stores the state.
+            self.param_groups += self.plain.param_groups
+            self.state = self.plain.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every pair: all A first, then all B."""
+        """One update of every pair: all A first, then all B; then the magnitudes."""
         if closure is not None:
             raise ValueError("closures are not supported: B's gradient would be evaluated at the old A")
         for own, other in ((0, 1), (1, 0)):
-            grams = [_gram(g["params"][other], rows=other == 0) for g in self.param_groups]
-            inverses = _inverses(grams, self.param_groups)
-            for group, inverse in zip(self.param_groups, inverses, strict=True):
+            grams = [_gram(g["params"][other], rows=other == 0) for g in self.pairs]
+            inverses = _inverses(grams, self.pairs)
+            for group, inverse in zip(self.pairs, inverses, strict=True):
                 parameter = group["params"][own]
                 assert parameter.grad is not None
                 inverse = inverse.to(parameter.dtype)
                 self._adam(parameter, inverse @ parameter.grad if own == 0 else parameter.grad @ inverse, group)
+        if self.plain:
+            self.plain.step()
 
     def _adam(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]

@@ -16,7 +16,6 @@ from torch import nn
 
 from lorainit import hardware
 from lorainit.data import Dataset, load, pad_id
-from lorainit.errors import UnsupportedInit
 from lorainit.events import Event, Message, Plan, Tick
 from lorainit.layer import shape_of
 from lorainit.model import base_sha256, check_length, check_rank, find_targets, load_model, load_tokenizer, locate
@@ -84,7 +83,6 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
         LorainitError: whatever makes the run impossible, with the field at fault.
     """
     lora, choices = spec.lora.resolved()
-    _refuse_what_is_not_built(lora)
     if lora.quantization:
         require_library()
     device = hardware.pick_device()
@@ -122,11 +120,6 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
         device,
         plan,
     )
-
-
-def _refuse_what_is_not_built(lora: Lora) -> None:
-    if lora.use_dora:
-        raise UnsupportedInit("DoRA is not available in this release.", param="lora.use_dora")
 
 
 def _load_data(
@@ -192,7 +185,7 @@ def _plan(
         micro_batch_size=micro,
         gradient_accumulation_steps=math.ceil(training.batch_size / micro),
         modules=len(targets),
-        trainable_parameters=sum(lora.r * sum(shape_of(m)) for m in targets.values()),
+        trainable_parameters=sum(lora.parameters(*shape_of(m)) for m in targets.values()),
         target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
         device=str(device),
         precision=hardware.precision_name(dtype),

@@ -210,7 +210,9 @@ def _keys(job: Job, context: Context) -> _Keys:
         parts |= {"recipe": recipe}
     return _Keys(
         evidence=cache.key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
-        starts=cache.key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed),
+        starts=cache.key(
+            **parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora
+        ),
     )
 
 
@@ -247,6 +249,7 @@ def _write_adapter(job: Job, folder: Path, report: Report) -> None:
         rank=rank,
         alpha=alpha,
         quantization=job.lora.quantization,
+        dora=job.lora.use_dora,
     )
     adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
     _write_manifest(job, folder, report, export_check=None)

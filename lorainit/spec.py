@@ -180,6 +180,10 @@ class Lora(Strict):
             raise ValueError("lora.alpha or lora.use_rslora is still 'auto': call resolved() first")
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
+    def parameters(self, out: int, n: int) -> int:
+        """How many numbers are trained on an out×n matrix: A, B and, with DoRA, one magnitude per output."""
+        return self.r * (out + n) + (out if self.use_dora else 0)
+
 
 class Choice(Strict):
     """One value the server chose for the caller, and why."""
@@ -193,7 +197,10 @@ class Choice(Strict):
 
 
 class AdamW(Strict):
-    """Decoupled weight decay Adam, betas (0.9, 0.999), eps 1e-8 (Loshchilov & Hutter, 1711.05101)."""
+    """Decoupled weight decay Adam, betas (0.9, 0.999), eps 1e-8 (Loshchilov & Hutter, 1711.05101).
+
+    DoRA's magnitudes follow this rule whichever optimizer is chosen, at A's rate and without decay.
+    """
 
     name: Literal["adamw"] = "adamw"
 

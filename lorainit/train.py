@@ -70,7 +70,7 @@ def train(
     per_step = math.ceil(min(recipe.batch_size, len(data.samples)) / micro_batch_size)
     warmup = math.ceil(recipe.warmup_ratio * total)
     layers = adapted(model)
-    parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
+    parameters = [p for layer in layers.values() for p in layer.trained().values()]
     optimizer = make_optimizer(recipe, layers)
     log = out / "metrics.jsonl"
 

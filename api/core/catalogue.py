@@ -134,5 +134,5 @@ def place(lora: Lora, entry: Entry) -> Lora:
 def size(lora: Lora, entry: Entry) -> tuple[int, int]:
     """(adapted modules, trainable parameters) of a placed adapter."""
     chosen = [target for target in entry.targets if target.name in lora.target_modules]
-    parameters = sum(lora.r * (target.out_features + target.in_features) * target.count for target in chosen)
+    parameters = sum(lora.parameters(target.out_features, target.in_features) * target.count for target in chosen)
     return sum(target.count for target in chosen), parameters

@@ -44,7 +44,6 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
     """
     entry = _base(session, project_id, order.model)
     found = _files(session, project_id, order)
-    _offered(order)
     if order.training.max_length != "auto" and order.training.max_length > entry.max_length:
         raise InvalidValue(
             f"{_RATES}.max_length {order.training.max_length} is above the limit of model {entry.id!r},"
@@ -116,15 +115,6 @@ def _files(session: Session, project_id: str, order: Order) -> dict[str, File]:
 def error_code(field: str) -> str:
     """The code for a file of that field which cannot be used; calibration rows are training rows."""
     return "invalid_validation_file" if field == "validation_file" else "invalid_training_file"
-
-
-def _offered(order: Order) -> None:
-    if order.lora.use_dora:
-        raise InvalidValue(
-            "lora.use_dora (got True) is planned and not offered by this release.",
-            code="not_supported",
-            param="lora.use_dora",
-        )
 
 
 def _known_bad(file: File, field: str, order: Order) -> None:

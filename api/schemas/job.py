@@ -58,7 +58,7 @@ class AdapterObject(Wire):
 
     file_id: str
     bytes: int
-    format: Literal["peft"] = "peft"
+    format: Literal["peft", "peft_dora"]
     r: int
     base_model: str
     sha256: str
@@ -182,6 +182,7 @@ def _adapter(job: Job, result: Result) -> AdapterObject | None:
     return AdapterObject(
         file_id=result.file.id,
         bytes=result.file.bytes,
+        format="peft_dora" if job.recipe["lora"]["use_dora"] else "peft",
         r=result.adapter.rank,
         base_model=entry.root if entry else job.model,
         sha256=result.file.sha256,

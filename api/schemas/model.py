@@ -134,7 +134,11 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
         function_preserving=default.function_preserving,
         offset=default.offset,
         export_rank=default.export_rank,
-        supports={"quantization": [name for name in facts.quantization if name], "dora": False, "rslora": True},
+        supports={
+            "quantization": [name for name in facts.quantization if name],
+            "dora": default.offset == "none" and None in facts.quantization,
+            "rslora": True,
+        },
         parameters=parameters(kind),
         recommended={
             "r": r,

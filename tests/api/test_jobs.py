@@ -84,6 +84,15 @@ def test_a_quantized_base_is_echoed(lab: Lab, init: str) -> None:
     assert job["lora"]["quantization"] == "nf4"
 
 
+def test_dora_is_echoed_counted_and_named_as_the_downloads_format(lab: Lab) -> None:
+    job = lab.order(lora={"init": "kaiming", "r": 8, "use_dora": True})
+    assert job["lora"]["use_dora"] is True
+    outputs = 2 * 576 + 2 * 192 + 2 * 1536 + 576  # q, o; k, v; gate, up; down
+    assert job["lora"]["trainable_parameters"] == 30 * (8 * (2 * 1152 + 2 * 768 + 3 * 2112) + outputs)
+    stub_worker.run_all()
+    assert lab.client.get(f"{JOBS}/{job['id']}").json()["adapter"]["format"] == "peft_dora"
+
+
 def test_an_automatic_init_says_what_and_why(lab: Lab) -> None:
     lora = lab.order(lora={"init": "auto"})["lora"]
     choice = next(choice for choice in lora["auto"] if choice["param"] == "lora.init")

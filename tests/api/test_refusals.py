@@ -64,6 +64,12 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"lora": {"init": "loram", "r": 1}}, "unsupported_combination", "lora.r"),
     ({"lora": {"init": "pissa", "dropout": 0.1}}, "unsupported_combination", "lora.dropout"),
     ({"lora": {"init": "pissa", "use_dora": True}}, "unsupported_combination", "lora.use_dora"),
+    (
+        {"lora": {"init": {"method": "lora_one", "version": "v1"}, "use_dora": True}},
+        "unsupported_combination",
+        "lora.use_dora",
+    ),
+    ({"lora": {"use_dora": True, "quantization": "nf4"}}, "unsupported_combination", "lora.use_dora"),
     # rank above a target's dimensions, no such target
     ({"lora": {"r": 193}}, "rank_too_large", "lora.r"),
     ({"lora": {"r": 2000}}, "invalid_value", "lora.r"),
@@ -78,7 +84,6 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"method": {"type": "reinforcement"}}, "unsupported_method", "method.type"),
     ({"method": {"type": "magic"}}, "invalid_value", "method.type"),
     ({"method": {"type": "supervised", "dpo": {}}}, "invalid_value", "method.dpo"),
-    ({"lora": {"use_dora": True}}, "not_supported", "lora.use_dora"),
     # quantized bases: a width that is planned, a method that needs one, what does not go with one
     ({"lora": {"quantization": "int8"}}, "not_supported", "lora.quantization"),
     ({"lora": {"quantization": "int4"}}, "invalid_value", "lora.quantization"),

@@ -38,11 +38,15 @@ BASES = {
     "llama-nf4": ("wide-llama", "nf4"),
     "gpt2-nf4": ("wide-gpt2", "nf4"),
 }
+# Every method, and DoRA from every start that is not subtracted, on a base that is not quantized.
+DORA = "+dora"
 CASES = [
-    (base, method, scaling, dtype)
+    (base, method + flag, scaling, dtype)
     for base, (_, quantization) in BASES.items()
     for method, kind in INITS.items()
     if quantization in kind.facts.quantization
+    for flag in ("", DORA)
+    if not flag or (quantization is None and kind.model_validate({"method": method}).offset == "none")
     for scaling in (SCALINGS if quantization is None else ["alpha=2r"])
     for dtype in DTYPES
 ]
@@ -70,7 +74,7 @@ class Case:
     start_disabled: torch.Tensor
     trained_logits: torch.Tensor
     trained_disabled: torch.Tensor
-    gradients: tuple[float, float]
+    gradients: dict[str, float]
     hashes: tuple[str, str]
     adapter: Path
     report: dict
@@ -80,7 +84,7 @@ class Case:
 def tensors_hash(model):
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if name.rpartition(".")[2] not in ("A", "B", "A0", "B0"):
+        if name.rpartition(".")[2] not in ("A", "B", "A0", "B0", "magnitude"):
             digest.update(name.replace(".base.", ".").encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -95,13 +99,22 @@ def evidence_for(model, targets, lora, data, folder):
     return collect(lora.method, context)
 
 
-def run_case(folder, data, out, method, scaling, *, dtype="fp32", steps=2, quantization=None):
+def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quantization=None):
+    method = start.removesuffix(DORA)
     model = load_model(folder, dtype=DTYPES[dtype], device=CPU, quantization=quantization)
     batch = collate(data.samples[:4], pad=0)
     with torch.no_grad():
         base_logits, before = logits_of(model, batch), tensors_hash(model)
     init = {"method": method, **SMALL.get(method, {})}
-    lora = Lora.model_validate({"init": init, "r": 4, "quantization": quantization, **SCALINGS[scaling]}).resolved()[0]
+    lora = Lora.model_validate(
+        {
+            "init": init,
+            "r": 4,
+            "use_dora": start.endswith(DORA),
+            "quantization": quantization,
+            **SCALINGS[scaling],
+        }
+    ).resolved()[0]
     targets = find_targets(model, "all-linear")
     evidence = evidence_for(model, targets, lora, data, folder)
     report = initialize(
@@ -117,7 +130,10 @@ def run_case(folder, data, out, method, scaling, *, dtype="fp32", steps=2, quant
     start, start_disabled = both()
     tally(model, batch).loss.backward()
     layers = adapted(model).values()
-    gradients = tuple(sum(float(getattr(m, k).grad.abs().sum()) for m in layers) for k in ("A", "B"))
+    gradients = {
+        key: sum(float(layer.trained()[key].grad.abs().sum()) for layer in layers if key in layer.trained())
+        for key in ("A", "B", "magnitude")
+    }
     model.zero_grad()
     hyper = {"max_steps": steps, "batch_size": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "n_epochs": 1}
     recipe = Hyperparameters(**hyper, eval_interval=9, checkpoint_interval=9)
@@ -190,14 +206,17 @@ def test_training_moves_the_model(case):
 
 
 def test_first_gradient_reaches_both_factors_unless_b_is_zero(case):
-    A, B = case.gradients
-    assert B > 0
-    assert (A == 0) == (case.lora.method.method in ("kaiming", "gaussian", "eva", "hrp"))
+    assert case.gradients["B"] > 0
+    assert (case.gradients["magnitude"] > 0) == case.lora.use_dora
+    assert (case.gradients["A"] == 0) == (case.lora.method.method in ("kaiming", "gaussian", "eva", "hrp"))
 
 
 def test_export_has_the_stated_rank_and_the_same_scale(case):
     config = json.loads((case.adapter / "adapter_config.json").read_text())
     tensors = load_file(case.adapter / "adapter_model.safetensors")
+    magnitudes = [n for n in tensors if n.endswith("lora_magnitude_vector")]
+    assert len(magnitudes) == (case.lora.use_dora and len(tensors) // 3)
+    assert config["use_dora"] == case.lora.use_dora
     factor = 2 if case.lora.method.offset == "subtract" else 1
     ranks = [t.shape[0] for n, t in tensors.items() if "lora_A" in n]
     assert sum(ranks) == factor * case.report["ranks"]["sum"]

@@ -139,6 +139,23 @@ def test_a_start_that_draws_is_kept_for_its_seed_alone(begin, counted, monkeypat
     assert counted == ["lora_ga"]
 
 
+def test_dora_shares_the_evidence_but_not_the_starts(begin, counted, spec, tmp_path, monkeypatch):
+    """The gradients are those of the base model; the report of a start has the magnitudes in it."""
+    monkeypatch.setattr(stage, "WORTH_KEEPING_SECONDS", 0.0)
+    init = {"method": "lora_one", "samples": 4}
+    begin(init)
+    assert not any("magnitude_norm" in facts for facts in begin.modules)
+    made = spec(lora={"init": init, "use_dora": True}, cache=str(tmp_path / "cache"))
+    found = []
+    for _ in range(2):
+        job = prepare(made, tmp_path / "out", lambda event: None)
+        found.append(stage._initialize(job, lambda event: None).modules)
+        found.append([layer.magnitude.tolist() for layer in adapted(job.model).values()])
+    assert counted == ["lora_one"]
+    assert all(facts["magnitude_norm"] > 0 for facts in found[0])
+    assert found[2:] == found[:2]
+
+
 def test_quick_starts_are_not_kept(begin, tmp_path):
     begin("loram")
     assert not (tmp_path / "cache" / "init").exists()

@@ -32,8 +32,8 @@ def recipe(name, **more):
     return Hyperparameters.model_validate({"learning_rate": 0.01, "optimizer": OPTIMIZERS[name], **more})
 
 
-def layer(A, B):
-    return SimpleNamespace(A=A, B=B)
+def layer(A, B, magnitude=None):
+    return SimpleNamespace(A=A, B=B, magnitude=magnitude)
 
 
 def test_lora_plus_moves_b_ratio_times_as_fast_and_the_schedule_keeps_the_ratio():

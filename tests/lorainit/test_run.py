@@ -21,7 +21,6 @@ from lorainit.errors import (
     SequenceTooLong,
     Stopped,
     UnknownTarget,
-    UnsupportedInit,
     UnsupportedModel,
 )
 from lorainit.events import EVENT, Checkpoint, Done, InitReport, Metrics, Plan, Stage, Tick
@@ -200,7 +199,6 @@ REFUSED = {
     "length": (
         {"training": {"max_length": 512}}, SequenceTooLong, "method.supervised.hyperparameters.max_length",
     ),
-    "dora": ({"lora": {"init": "kaiming", "use_dora": True}}, UnsupportedInit, "lora.use_dora"),
     "quantization": ({"lora": {"quantization": "nf4"}}, UnsupportedModel, "lora.quantization"),
     "masked": ({"training": {"max_length": 8}, "data": {"on_row_error": "skip"}}, NoTrainableTokens, "training_file"),
     "cut": ({"training": {"max_length": 16}}, LorainitError, "training_file"),

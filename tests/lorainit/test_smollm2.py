@@ -4,8 +4,9 @@ import importlib.util
 import json
 
 import pytest
+from safetensors.torch import load_file
 
-from lorainit.events import InitReport, Metrics
+from lorainit.events import InitReport, Metrics, Plan
 from lorainit.run import run
 from lorainit.spec import RunSpec
 from tests.lorainit.conftest import chat, write_rows
@@ -19,6 +20,20 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("default"),
 ]
+# Few rows and steps: what is looked at is the path, on real weights.
+LORA = {
+    "kaiming": {"init": "kaiming"},
+    "orthogonal": {"init": "orthogonal"},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+    "loram": {"init": "loram"},
+    "lora_ga": {"init": {"method": "lora_ga", "samples": 4}},
+    "lora_one": {"init": {"method": "lora_one", "samples": 4, "gamma": "auto"}},
+    "hrp": {"init": {"method": "hrp", "preheat_rank": 16, "preheat_steps": 3}},
+    "eva": {"init": {"method": "eva", "samples": 12}},
+    "corda": {"init": {"method": "corda", "samples": 4}},
+    "dora": {"init": "kaiming", "use_dora": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +41,16 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("method", ["kaiming", "orthogonal", "pissa", "olora", "loram"])
-def test_real_model_trains_exports_and_starts_as_itself(method, cache, tmp_path):
+@pytest.mark.parametrize("name", LORA)
+def test_real_model_trains_exports_and_starts_where_it_should(name, cache, tmp_path):
     rows = [chat(f"What is {i} and {i}?", f"{i} and {i} is {2 * i}.") for i in range(12)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
     spec = RunSpec.model_validate(
         {
             "model": {"id": "smollm2", "source": SOURCE, "root": "HuggingFaceTB/SmolLM2-135M-Instruct"},
-            "data": {"training": str(write_rows(tmp_path / "rows.jsonl", rows))},
-            "lora": {"init": method, "r": 8},
-            "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 2e-4},
+            "data": {"training": path, "validation": path},
+            "lora": {"r": 8, **LORA[name]},
+            "training": {"max_steps": 3, "batch_size": 4},
             "cache": str(cache),
         }
     )
@@ -43,8 +59,17 @@ def test_real_model_trains_exports_and_starts_as_itself(method, cache, tmp_path)
     assert done.export_check["passed"]
     report = next(e.report for e in events if isinstance(e, InitReport))
     assert report["modules"] == 210
-    assert report["initial_loss"] == pytest.approx(report["base_loss"], abs=1e-4)
-    losses = [e.train_loss for e in events if isinstance(e, Metrics)]
-    assert losses[-1] < losses[0]
+    if report["function_preserving"]:
+        assert report["initial_loss"] == pytest.approx(report["base_loss"], abs=1e-4)
+    else:
+        assert report["calibration_loss"]["after"] < report["calibration_loss"]["before"]
+    losses = [e.valid_loss for e in events if isinstance(e, Metrics) and e.valid_loss is not None]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
     config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert config["use_dora"] == (name == "dora")
+    if name == "dora":
+        plan = next(e for e in events if isinstance(e, Plan))
+        tensors = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+        assert plan.trainable_parameters == sum(tensor.numel() for tensor in tensors.values())

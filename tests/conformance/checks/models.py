@@ -90,6 +90,8 @@ def inits() -> Seen:
     for name, init in {"text": "pissa", "object": {"method": "pissa", "niter": 4}, "auto": "auto"}.items():
         job = order(extra_body={"lora": {"init": init}})
         echoes[name] = [job.lora["init"]["method"], [choice["param"] for choice in job.lora["auto"]]]
+    job = order(extra_body={"lora": {"init": "kaiming", "use_dora": True}})
+    echoes["dora"] = [job.lora["init"]["method"], job.lora["use_dora"]]
     wrong = [
         {"init": {"method": "kaiming", "niter": 4}},
         {"r": 193},
