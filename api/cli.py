@@ -164,6 +164,7 @@ def submit(
     r: Annotated[int, Option("--r", help="Rank.")] = 16,
     alpha: Annotated[float | None, Option(help="LoRA alpha; default: recommended for the method.")] = None,
     quantization: Annotated[str | None, Option(help="nf4 = train on the base model in four bits.")] = None,
+    dora: Annotated[bool, Option("--dora", help="Train magnitudes too (DoRA).")] = False,
     validation: Annotated[Path | None, Option(help="Validation rows.")] = None,
     lr: Annotated[float | None, Option(help="Absolute peak learning rate.")] = None,
     epochs: Annotated[int | None, Option(help="Passes over the training rows.")] = None,
@@ -174,7 +175,7 @@ def submit(
     follow: Annotated[bool, Option("--watch", help="Follow the job to its end.")] = False,
 ) -> None:
     """Upload rows and order a fine-tuning job. Prints the job's id."""
-    lora = {"init": remote.parse_init(init), "r": r, "alpha": alpha, "quantization": quantization}
+    lora = {"init": remote.parse_init(init), "r": r, "alpha": alpha, "use_dora": dora, "quantization": quantization}
     client = remote.connect()
     training_file = remote.upload(client, train)
     job = remote.submit(
