@@ -198,6 +198,14 @@ def _warnings(
         found.append(
             f"The gradient of {len(dead)} modules is zero, {dead[0]} among them: they start without a direction."
         )
+    poor = {m["name"]: m["gradient_rank"] for m in modules if "gradient_rank" in m}
+    if poor:
+        name, rank = min(poor.items(), key=lambda item: item[1])
+        wanted = f"2r = {2 * r}" if config.method == "lora_ga" else f"r = {r}"
+        found.append(
+            f"The gradient of {len(poor)} modules has fewer directions than {config.method} takes ({wanted}), down to"
+            f" {rank} in {name}: the others carry no gradient. More calibration rows, or a smaller r."
+        )
     if weight_decay and config.offset == "subtract":
         found.append(
             f"With {config.method}, weight decay pulls A and B towards zero, that is towards W - s·B0·A0 and not"

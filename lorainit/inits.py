@@ -126,7 +126,7 @@ class Orthogonal(InitConfig):
 class PiSSA(InitConfig):
     """Top-r singular directions of W (Meng et al., arXiv 2404.02948).
 
-    `niter` power iterations of a randomized SVD with q = 2r; null = the full SVD.
+    `niter` limits the power iterations of a randomized SVD, which ends early when it is exact; null = the full SVD.
     """
 
     facts = Method(
@@ -234,7 +234,10 @@ class LoRAM(InitConfig):
 
 
 class LoRAGA(CalibratedConfig):
-    """Shifted singular vectors of the mean gradient (Wang, Yu, Li, arXiv 2407.05000; the authors' scaling)."""
+    """Shifted singular vectors of the mean gradient (Wang, Yu, Li, arXiv 2407.05000; the authors' scaling).
+
+    `norm_clip`: no entry of the offset s·B·A may exceed the largest of W.
+    """
 
     facts = Method(
         title="LoRA-GA",
@@ -252,6 +255,7 @@ class LoRAGA(CalibratedConfig):
     gamma: Annotated[float, Field(gt=0)] = 16.0
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     scale: Literal["stable", "unit", "gd", "weight_svd"] = "stable"
+    norm_clip: bool = False
 
 
 class LoRAOne(CalibratedConfig):
@@ -259,8 +263,8 @@ class LoRAOne(CalibratedConfig):
 
     `version` "v3" is the camera-ready: the model starts one rank-r gradient step ahead, on purpose.
     "v1" is the first version: orthonormal vectors, subtracted. `gamma` null = 128 (v3) or 64 (v1);
-    "auto" (v3 only, our extension) = a line search on the calibration rows. `niter` power iterations
-    of a randomized SVD with q = r + 8; 2 capture 99.9 % of what the best r directions hold, 16 all of it.
+    "auto" (v3 only, our extension) = a line search on the calibration rows. `niter` limits the power
+    iterations of a randomized SVD, which ends early when it is exact.
     """
 
     facts = Method(
@@ -277,7 +281,7 @@ class LoRAOne(CalibratedConfig):
     version: Literal["v3", "v1"] = "v3"
     samples: Annotated[int, Field(ge=1, le=4096)] = 8
     gamma: Annotated[float, Field(gt=0)] | Auto | None = None
-    niter: Annotated[int, Field(ge=0, le=64)] = 2
+    niter: Annotated[int, Field(ge=0, le=64)] = 16
 
     @property
     def offset(self) -> Offset:
