@@ -82,7 +82,7 @@ def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generat
 
 def numerical_rank(S: Tensor, W: Tensor) -> int:
     """How many of the leading singular values S of the m×n matrix W are more than rounding: above eps·max(m, n)·S_1."""
-    return int((S > S[0] * max(W.shape) * torch.finfo(W.dtype).eps).sum())
+    return int((S[0] * max(W.shape) * torch.finfo(W.dtype).eps < S).sum())
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
