@@ -60,7 +60,7 @@ def facts(name: str, W: Tensor, factors: Factors, evidence: Evidence, *, s: floa
     if evidence.rows is not None:
         found["samples"] = evidence.rows
     if evidence.step is not None:
-        found["gamma"] = evidence.step.gamma
+        found |= {"gamma": evidence.step.gamma, "line_search": evidence.step.facts()}
     return found | dict(evidence.facts) | dict(factors.facts)
 
 
@@ -136,6 +136,7 @@ def summary(
         "ranks": {"min": min(ranks), "max": max(ranks), "sum": sum(ranks)},
         "rank_pattern": spread,
         "gamma": modules[0].get("gamma"),
+        "line_search": modules[0].get("line_search"),
         "preheat": modules[0].get("preheat"),
         "expected_displacement_change": sum(changes) if changes else None,
         "expected_first_step_change": rate * sum(slopes) if slopes else None,

@@ -20,9 +20,9 @@ from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Event, Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.init_report import Report
-from lorainit.layer import LoRALinear, attach, weight_of
+from lorainit.layer import LoRALinear, adapted, attach, weight_of
 from lorainit.methods import METHODS, Factors
-from lorainit.spec import Lora, LoRAM
+from lorainit.spec import HRP, InitConfig, Lora, LoRAM
 
 __all__ = ["Known", "Report", "initialize"]
 
@@ -85,6 +85,8 @@ def initialize(
             on_event(_progress(config.method, done, len(targets)))
     seconds = time.monotonic() - started
     summary = init_report.summary(lora, modules, seed=seed, seconds=seconds, cached=cached, rate=rate)
+    trained = (p for layer in adapted(model).values() for p in layer.parameters() if p.requires_grad)
+    summary["trainable_parameters"] = sum(p.numel() for p in trained)
     summary |= init_report.measure(model, probe)
     warnings = _warnings(lora, targets, modules, weight_decay)
     if not config.function_preserving:
@@ -92,7 +94,7 @@ def initialize(
         tick = iter(range(1, 2 * len(rows) + 1))
         loss = init_report.displacement(model, rows, tick=lambda: on_event(Tick(done=next(tick), total=2 * len(rows))))
         summary["calibration_loss"] = loss
-        warnings += _rise(config.method, loss)
+        warnings += _rise(config, loss)
     for text in warnings:
         on_event(Message(level="warn", message=text, data={"kind": "init"}))
     summary["warnings"] = warnings
@@ -167,13 +169,15 @@ def _readable_weight(name: str, module: nn.Module, *, needed: bool) -> Tensor:
 # --- what the caller should know ----------------------------------------------------------------
 
 
-def _rise(method: str, loss: dict[str, Any]) -> list[str]:
+def _rise(config: InitConfig, loss: dict[str, Any]) -> list[str]:
     if loss["after"] <= loss["before"]:
         return []
+    remedy = 'Use gamma "auto", or a larger gamma (the step shrinks with it).'
+    if isinstance(config, HRP):
+        remedy = 'Use a lower preheat_learning_rate, or b_init "zero".'
     return [
-        f"{method} starts one step ahead, and that step was too long: the loss on {loss['rows']} calibration rows"
-        f' rose from {loss["before"]:.4f} to {loss["after"]:.4f}. Use gamma "auto", or a larger gamma (the step'
-        " shrinks with it)."
+        f"{config.facts.title} starts ahead of the base model, and that was too far: the loss on {loss['rows']}"
+        f" calibration rows rose from {loss['before']:.4f} to {loss['after']:.4f}. {remedy}"
     ]
 
 

@@ -109,7 +109,10 @@ class Gaussian(InitConfig):
 
 
 class Orthogonal(InitConfig):
-    """B·A = 0 with both factors non-zero (blog "Rethink LoRA initialisation"; PEFT's `orthogonal`)."""
+    """B·A = 0 with both factors non-zero (blog "Rethink LoRA initialisation"; PEFT's `orthogonal`).
+
+    Both factors are divided by `divisor`.
+    """
 
     facts = Method(
         title="Orthogonal",
@@ -121,6 +124,7 @@ class Orthogonal(InitConfig):
         min_rank=2,
     )
     method: Literal["orthogonal"]
+    divisor: Annotated[float, Field(gt=0)] = 10.0
 
 
 class PiSSA(InitConfig):
@@ -264,7 +268,7 @@ class LoRAOne(CalibratedConfig):
     `version` "v3" is the camera-ready: the model starts one rank-r gradient step ahead, on purpose.
     "v1" is the first version: orthonormal vectors, subtracted. `gamma` null = 128 (v3) or 64 (v1);
     "auto" (v3 only, our extension) = a line search on the calibration rows. `niter` limits the power
-    iterations of a randomized SVD, which ends early when it is exact.
+    iterations of a randomized SVD, which ends early when it is exact; null = the full SVD.
     """
 
     facts = Method(
@@ -281,7 +285,7 @@ class LoRAOne(CalibratedConfig):
     version: Literal["v3", "v1"] = "v3"
     samples: Annotated[int, Field(ge=1, le=4096)] = 8
     gamma: Annotated[float, Field(gt=0)] | Auto | None = None
-    niter: Annotated[int, Field(ge=0, le=64)] = 16
+    niter: Annotated[int, Field(ge=0, le=64)] | None = 16
 
     @property
     def offset(self) -> Offset:
@@ -295,7 +299,9 @@ class LoRAOne(CalibratedConfig):
 
     @property
     def drawn(self) -> Drawn:
-        """The line search looks at starts that are drawn."""
+        """The line search looks at starts that are drawn; the full SVD draws nothing."""
+        if self.niter is None:
+            return "nothing"
         return "evidence" if self.gamma == "auto" else "factors"
 
     @property
@@ -314,7 +320,11 @@ class LoRAOne(CalibratedConfig):
 class HRP(InitConfig):
     """High-Rank Preheating (Chen et al., arXiv 2502.07739), rebuilt without the paper's body or code.
 
-    `c` scales the orthonormal rows of A; 1/sqrt(3) matches Kaiming's norm.
+    `c` scales the orthonormal rows of A; 1/sqrt(3) matches Kaiming's norm. `preheat_learning_rate` "auto" =
+    the run's peak rate. Other readings of the paper: `side` "left" starts B, not A, from the left singular
+    vectors; `b_init` "carry" keeps the preheated product's leading part and so starts displaced; `main_data`
+    "continue" gives the main run the rows after the preheat's. `complete` fills directions that the preheat
+    did not find with random ones instead of refusing.
     """
 
     facts = Method(
@@ -330,7 +340,24 @@ class HRP(InitConfig):
     preheat_steps: Annotated[int, Field(ge=1)] | Auto = "auto"
     preheat_mode: Literal["classic", "freeze_a"] = "classic"
     preheat_a_law: Literal["orthonormal", "kaiming"] = "orthonormal"
+    preheat_learning_rate: Annotated[float, Field(ge=1e-8, le=1)] | Auto = "auto"
     c: Annotated[float, Field(gt=0)] = 1.0
+    side: Literal["right", "left"] = "right"
+    b_init: Literal["zero", "carry"] = "zero"
+    complete: Literal["random_orthonormal"] | None = None
+    main_data: Literal["rewind", "continue"] = "rewind"
+
+    @property
+    def function_preserving(self) -> bool:
+        """A product that is carried over is not zero."""
+        return self.b_init == "zero"
+
+    @model_validator(mode="after")
+    def carrying_needs_the_right_side(self) -> "HRP":
+        """With the left side it is A that starts at zero."""
+        if self.b_init == "carry" and self.side == "left":
+            raise refusal("b_init", 'b_init "carry" does not combine with side "left", which starts A at zero.')
+        return self
 
     @property
     def drawn(self) -> Drawn:
@@ -339,7 +366,10 @@ class HRP(InitConfig):
 
 
 class EVA(CalibratedConfig):
-    """Principal directions of each layer's inputs, ranks spread by explained variance (Paischer et al., 2410.07170)."""
+    """Principal directions of each layer's inputs, ranks spread by explained variance (Paischer et al., 2410.07170).
+
+    `use_label_mask`: look at the inputs of trained tokens only, as PEFT does; false = of all but padding.
+    """
 
     facts = Method(
         title="EVA",
@@ -352,6 +382,7 @@ class EVA(CalibratedConfig):
     samples: Annotated[int, Field(ge=1, le=4096)] = 256
     rho: Annotated[float, Field(ge=1, le=10)] = 2.0
     tau: Annotated[float, Field(ge=0, le=1)] = 0.99
+    use_label_mask: bool = True
     whiten: bool = False
 
     @property

@@ -41,7 +41,7 @@ See = Callable[[str, Tensor, Batch], None]
 def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
     """Principal directions of each layer's inputs, and the rank each layer deserves.
 
-    The inputs are those of trained tokens (PEFT's default, `use_label_mask`). Each of the first
+    The inputs are those of trained tokens (`use_label_mask`, PEFT's default) or of all but padding. Each of the first
     `samples` rows is seen once, then they are seen again until every assigned direction stands
     still from one batch to the next (`converged`). The sum of the ranks is r times the number of
     layers, and no layer gets more than rho·r.
@@ -69,12 +69,12 @@ def _settle(
     context: Context,
 ) -> dict[str, int]:
     """Feed the batches, again and again, until the directions stand still; the ranks they earn."""
-    limit = max(MIN_BATCHES, MAX_PASSES * len(pieces))
+    limit, tokens = max(MIN_BATCHES, MAX_PASSES * len(pieces)), "trained" if config.use_label_mask else "all"
     moving: list[str] = []
     for number in range(1, limit + 1):
         before = {name: state.directions for name, state in states.items()}
         piece = pieces[(number - 1) % len(pieces)]
-        _forward(context, piece, states, lambda name, X, _: states[name].update(X), tokens="trained")
+        _forward(context, piece, states, lambda name, X, _: states[name].update(X), tokens=tokens)
         context.on_event(Tick(done=number, total=limit))
         if number == len(pieces):
             _refuse_starved({name: states[leader[name]] for name in leader}, widths)
@@ -113,7 +113,7 @@ def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
     if starved:
         fewest = min(states[name].tokens for name in starved)
         raise UnsupportedInit(
-            f"EVA needs more trained tokens than directions, and {_listed(starved)} got {fewest}: more or longer"
+            f"EVA needs more tokens to look at than directions, and {_listed(starved)} got {fewest}: more or longer"
             " calibration rows, or a smaller r.",
             param="lora.init.samples",
         )

@@ -29,7 +29,11 @@ def lora_one(
     """
     assert evidence.gradient is not None
     G = evidence.gradient.to(weight.device)
-    U, S, Vh = randomized_svd(G, rank=rank, niter=config.niter, generator=generator)
+    if config.niter is None:
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+    else:
+        U, S, Vh = randomized_svd(G, rank=rank, niter=config.niter, generator=generator)
     gamma, found = gamma_of(config, evidence), numerical_rank(S, G)
     facts = {"gradient_rank": found} if found < rank else {}
     if config.version == "v1":

@@ -62,6 +62,15 @@ def test_product_is_one_gradient_step_of_rank_r(shape, power):
     assert torch.allclose(found.B.T @ found.B, balance, atol=1e-6)
 
 
+def test_product_with_the_full_svd_is_exact_to_five_digits():
+    G = matrix(200, 150, power=0.5)
+    P, S = best(G, 8)
+    found = start(G, niter=None)
+    assert apart(S0 * (found.B @ found.A), -S0 / (128 * S[0]) * P) < 1e-5
+    assert torch.equal(found.A, start(G, niter=None, seed=1).A)
+    assert LoRAOne(method="lora_one", niter=None, gamma="auto").drawn == "nothing"
+
+
 def test_analytic_case():
     found = start(torch.diag(torch.tensor([4.0, 1.0])), rank=2, gamma=128.0)
     wanted = -torch.diag(torch.tensor([0.0078125, 0.001953125]))
@@ -229,6 +238,9 @@ def test_run_with_a_searched_step_starts_below_the_base_and_exports(spec, tmp_pa
     done = run(spec(lora={"init": init}, training={"max_steps": 1}), tmp_path, events.append)
     report = next(e.report for e in events if e.kind == "init_report")
     assert report["initial_loss"] < report["base_loss"]
+    said = next(e.data for e in events if isinstance(e, Message) and "tried" in e.data)
+    assert report["line_search"] == {key: said[key] for key in ("base_loss", "held_out", "tried")}
+    assert {"gamma": report["gamma"], "loss": min(t["loss"] for t in said["tried"])} in said["tried"]
     assert done.export_check["passed"]
 
 

@@ -93,6 +93,9 @@ def test_orthogonal_factors_multiply_to_zero_with_half_rank_each():
     assert torch.linalg.matrix_rank(found.A) == torch.linalg.matrix_rank(found.B) == 4
     assert found.A.std() > 0.05
     assert found.B.std() > 0.05
+    halved = factors("orthogonal", torch.zeros(48, 64), divisor=20.0)
+    assert torch.allclose(halved.A, found.A / 2)
+    assert torch.allclose(halved.B, found.B / 2)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -105,6 +105,9 @@ def test_plan_says_what_runs(finished):
     assert (plan.total_steps, plan.steps_per_epoch, plan.rows, plan.modules) == (4, 3, 12, 14)
     assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == (5, 1)
     assert plan.trainable_parameters == 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert plan.trainable_parameters_estimated is False
+    (report,) = of(finished[0], InitReport)
+    assert report.report["trainable_parameters"] == plan.trainable_parameters
     assert (plan.device, plan.precision) == ("cpu", "fp32")
 
 
