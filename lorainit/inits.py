@@ -65,6 +65,10 @@ class InitConfig(Strict):
         """The smallest rank that these parameters work with."""
         return self.facts.min_rank
 
+    def smaller_side(self, r: int) -> int:
+        """What the smaller side of a target must have at least."""
+        return r
+
     @property
     def drawn(self) -> Drawn:
         """What the seed shapes: what it does not, a second seed finds in the cache."""
@@ -261,6 +265,10 @@ class LoRAGA(CalibratedConfig):
     scale: Literal["stable", "unit", "gd", "weight_svd"] = "stable"
     norm_clip: bool = False
 
+    def smaller_side(self, r: int) -> int:
+        """A and B take r directions of the gradient each."""
+        return 2 * r
+
 
 class LoRAOne(CalibratedConfig):
     """One-step full gradient (Zhang, Liu, Chen, arXiv 2502.01235, ICML 2025).
@@ -346,6 +354,10 @@ class HRP(InitConfig):
     b_init: Literal["zero", "carry"] = "zero"
     complete: Literal["random_orthonormal"] | None = None
     main_data: Literal["rewind", "continue"] = "rewind"
+
+    def smaller_side(self, r: int) -> int:
+        """The preheated adapter is the larger one."""
+        return r if self.preheat_rank == "auto" else max(r, self.preheat_rank)
 
     @property
     def function_preserving(self) -> bool:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
-from lorainit.spec import BaseModelRef, Lora, ModelFacts, Strict
+from lorainit.spec import Automatic, BaseModelRef, Lora, ModelFacts, Strict
 
 
 class Entry(ModelFacts):
@@ -84,7 +84,8 @@ def place(lora: Lora, entry: Entry) -> Lora:
     """`lora` with its target modules spelled out, checked against the model's shapes.
 
     Raises:
-        InvalidValue: an unknown target, or a rank above `max_r` or above a matrix's smaller side.
+        InvalidValue: an unknown target, a rank above `max_r` or above a matrix's smaller side, or an
+            initialization that needs more directions than that side has.
     """
     known = dict.fromkeys(target.name for target in entry.targets)
     wanted = lora.target_modules
@@ -119,6 +120,14 @@ def place(lora: Lora, entry: Entry) -> Lora:
                 f"lora.r {lora.r} is larger than the smaller side ({side}) of {target.name!r} in model {entry.id!r}.",
                 code="rank_too_large",
                 param="lora.r",
+            )
+        needed = lora.r if isinstance(lora.init, Automatic) else lora.init.smaller_side(lora.r)
+        if target.name in names and needed > side:
+            raise InvalidValue(
+                f"lora.init {lora.init.method!r} at rank {lora.r} needs {needed} directions, more than the smaller side"
+                f" ({side}) of {target.name!r} in model {entry.id!r}.",
+                code="rank_too_large",
+                param="lora.init",
             )
     return lora.model_copy(update={"target_modules": names})
 

@@ -18,6 +18,7 @@ from lorainit.data import Batch, Sample, batches, collate
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
+from lorainit.evidence.calibration import few_rows
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.initialize import generator_for
 from lorainit.layer import weight_of
@@ -50,7 +51,7 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
         UnsupportedInit: a layer's inputs cannot be masked, or too few tokens reach it.
         InitFailed: the directions have not converged; the message lists the layers.
     """
-    rows = calibration_rows(context.samples, config.samples)
+    rows = calibration_rows(config, context)
     pieces = batches(rows, context.micro_batch_size)
     leader = shared_inputs(context, pieces[0])
     widths = {n: min(round(config.rho * context.lora.r), *weight_of(m).shape) for n, m in context.targets.items()}
@@ -142,7 +143,7 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
         UnsupportedInit: a layer's inputs cannot be masked, or none reach it.
         InitFailed: a layer's inputs are not finite.
     """
-    rows = calibration_rows(context.samples, config.samples)
+    rows = calibration_rows(config, context)
     pieces = batches(rows, context.micro_batch_size)
     leader = shared_inputs(context, pieces[0])
     sides = {g: weight_of(context.targets[g]).shape[1] for g in dict.fromkeys(leader.values())}
@@ -187,11 +188,13 @@ def _refuse_moments(moments: dict[str, Tensor], sides: dict[str, int]) -> None:
 # --- both --------------------------------------------------------------------------------------
 
 
-def calibration_rows(samples: Sequence[Sample], wanted: int) -> Sequence[Sample]:
-    """The first rows; refused when there are none."""
-    rows = samples[:wanted]
+def calibration_rows(config: EVA | CorDA, context: Context) -> Sequence[Sample]:
+    """The first rows; refused when there are none. Fewer than asked for is said aloud."""
+    rows = context.samples[: config.samples]
     if not rows:
         raise UnsupportedInit("This method looks at rows, and there are none.", param="lora.init.calibration_file")
+    if len(rows) < config.samples:
+        context.on_event(few_rows(config, len(rows)))
     return rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorainit.errors import UnsupportedInit
+from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import Factors, numerical_rank, randomized_svd
 from lorainit.spec import LoRAGA
@@ -30,8 +30,10 @@ def lora_ga(
 
     Raises:
         UnsupportedInit: 2r exceeds the smaller side.
+        InitFailed: nothing was collected.
     """
-    assert evidence.gradient is not None
+    if evidence.gradient is None:
+        raise InitFailed("LoRA-GA needs the gradient of the weight, and none was collected.", param="lora.init")
     m, n = weight.shape
     if 2 * rank > min(m, n):
         raise UnsupportedInit(f"LoRA-GA needs 2r <= {min(m, n)} here (r = {rank}).", param="lora.r")

@@ -10,6 +10,7 @@ the start subtracted.
 import torch
 from torch import Tensor
 
+from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import Factors, numerical_rank, randomized_svd
 from lorainit.spec import LoRAOne
@@ -26,8 +27,12 @@ def lora_one(
     the best rank-r part of g: a gradient step whose operator norm is s/gamma in every layer.
     v1: B = U_r·m^(1/4)/sqrt(gamma), A = V_rᵀ·m^(1/4)/sqrt(gamma), m = out.
     Where g has fewer than r directions the fact `gradient_rank` says how many.
+
+    Raises:
+        InitFailed: nothing was collected.
     """
-    assert evidence.gradient is not None
+    if evidence.gradient is None:
+        raise InitFailed("LoRA-One needs the gradient of the weight, and none was collected.", param="lora.init")
     G = evidence.gradient.to(weight.device)
     if config.niter is None:
         U, S, Vh = torch.linalg.svd(G, full_matrices=False)

@@ -41,6 +41,28 @@ def test_a_rank_above_any_shape_of_a_target_is_refused(r: int, names: list[str],
     assert (caught.value.code, caught.value.param) == ("rank_too_large", "lora.r")
 
 
+@pytest.mark.parametrize(
+    ("init", "names", "fits"),
+    [
+        ({"method": "lora_ga"}, ["k"], False),
+        ({"method": "lora_ga"}, ["q"], True),
+        ({"method": "hrp", "preheat_rank": 17}, ["q"], False),
+        ({"method": "hrp", "preheat_rank": 16}, ["q"], True),
+        ({"method": "hrp"}, ["k"], True),
+    ],
+)
+def test_an_init_that_needs_more_directions_than_a_target_has_is_refused(
+    init: dict[str, object], names: list[str], fits: bool
+) -> None:
+    lora = Lora.model_validate({"init": init, "r": 6, "target_modules": names})
+    if fits:
+        catalogue.place(lora, ENTRY)
+        return
+    with pytest.raises(InvalidValue, match="directions, more than the smaller side") as caught:
+        catalogue.place(lora, ENTRY)
+    assert (caught.value.code, caught.value.param) == ("rank_too_large", "lora.init")
+
+
 def test_an_unknown_target_is_named_with_its_place() -> None:
     with pytest.raises(InvalidValue, match="'lm_head'") as caught:
         catalogue.place(Lora(r=4, target_modules=["q", "lm_head"]), ENTRY)

@@ -202,7 +202,7 @@ def test_every_row_is_seen_before_convergence_counts(bases, rows):
     events = []
     context = make_context(bases["llama"], rows, {"method": "eva", "tau": 0.0}, size=2, on_event=events.append)
     collect(context.lora.method, context)
-    (said,) = [e for e in events if isinstance(e, Message)]
+    (said,) = [e for e in events if isinstance(e, Message) and e.level == "info"]
     assert said.data == {"kind": "init", "batches": 6, "without_adapter": []}
 
 

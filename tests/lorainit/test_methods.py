@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lorainit.errors import UnsupportedInit
+from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.methods import METHODS
 from lorainit.methods._linalg import numerical_rank, randomized_svd
@@ -69,6 +69,14 @@ def test_same_seed_same_bits_and_the_global_generator_is_untouched(method):
     assert torch.equal(W, before)
 
 
+@pytest.mark.parametrize("method", [m for m, kind in INITS.items() if kind.facts.needs not in ("none", "weight")])
+def test_missing_evidence_is_refused(method):
+    with pytest.raises(InitFailed, match="collected"):
+        METHODS[method](
+            weight(), Evidence(), rank=4, scale=1.0, config=INITS[method](method=method), generator=torch.Generator()
+        )
+
+
 @pytest.mark.parametrize("method", ["kaiming", "gaussian", "orthogonal"])
 def test_another_seed_gives_another_start(method):
     assert not torch.equal(factors(method, weight(), seed=0).A, factors(method, weight(), seed=1).A)
@@ -78,6 +86,7 @@ def test_kaiming_is_uniform_within_one_over_root_in():
     found = factors("kaiming", torch.zeros(8, 4096), rank=16)
     assert found.A.abs().max() <= 4096**-0.5
     assert float(found.A.var()) * 3 * 4096 == pytest.approx(1, rel=0.02)
+    assert float(found.A.norm(dim=1).mean()) == pytest.approx(0.577, abs=2e-3)
     assert not found.B.any()
 
 
@@ -192,3 +201,24 @@ def test_randomized_svd_ends_when_another_block_adds_nothing():
     enough, more = svd(W, 8, 16), svd(W, 8, 64)
     assert all(torch.equal(a, b) for a, b in zip(enough, more, strict=True))
     assert not torch.equal(enough[0], svd(W, 8, 1)[0])
+
+
+# --- known sizes ---------------------------------------------------------------------------------
+
+
+def share(method, W, rank):
+    """‖B·A‖/‖W‖."""
+    found = factors(method, W, rank=rank, **({"niter": None} if method == "pissa" else {}))
+    return float((found.B @ found.A).norm() / W.norm())
+
+
+def test_pissa_takes_most_of_a_random_weight_and_milora_next_to_nothing():
+    W = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    assert share("pissa", W, 4) == pytest.approx(0.60, abs=0.03)
+    assert share("milora", W, 4) == pytest.approx(0.088, abs=0.03)
+
+
+def test_olora_takes_less_of_a_random_weight_than_pissa():
+    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert share("olora", W, 8) == pytest.approx(0.47, abs=0.03)
+    assert share("pissa", W, 8) == pytest.approx(0.61, abs=0.03)
