@@ -7,8 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from lorainit import init_report
+from lorainit.data import collate
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
+from lorainit.initialize import initialize
+from lorainit.loss import logits_of
 from lorainit.methods import METHODS
 from lorainit.methods.loram import (
     bases,
@@ -22,6 +25,7 @@ from lorainit.methods.loram import (
 )
 from lorainit.run import run
 from lorainit.spec import INITS, Lora, LoRAM
+from tests.lorainit.reference import context, eight_rows, tiny
 
 F64 = torch.float64
 DST = LoRAM(method="loram")
@@ -186,6 +190,18 @@ def test_golden_example():
         [-0.49823474, -2.58061322, -1.14554674, -0.49065508, 0.90165310, 0.56630294], abs=1e-8
     )
     assert float(torch.linalg.norm(residual)) == pytest.approx(9.0559844516, abs=1e-9)
+
+
+@pytest.mark.parametrize("scaling", [{"alpha": 8.0}, {"alpha": 8.0, "use_rslora": True}])
+@pytest.mark.parametrize("config", [{}, {"magnitude": "second_moment"}, {"scale_aware": True}, {"basis": "gaussian"}])
+def test_model_starts_as_the_base(scaling, config):
+    """s = 1 and s = sqrt(r), to 1e-6 of the largest logit."""
+    found = context(tiny(), eight_rows(), {"method": "loram", **config}, **scaling)
+    probe = collate(eight_rows()[:4], pad=0)
+    with torch.no_grad():
+        largest = float(logits_of(found.model, probe).abs().max())
+    report = initialize(found.model, found.targets, found.lora, seed=0, probe=probe, on_event=lambda event: None)
+    assert report.summary["max_abs_logit_difference"] <= 1e-6 * largest
 
 
 SVDS = [
