@@ -69,7 +69,8 @@ def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generat
         before, energy = energy, float(values[-rank:].sum())
         if number == niter or len(K) == side or energy - before <= STANDS_STILL * energy:
             break
-        Y = _novel((Z @ W.T)[: side - len(K)], K)
+        # Its size first: squares of small gradients leave the range of float32.
+        Y = _novel((Z / torch.linalg.vector_norm(Z) @ W.T)[: side - len(K)], K)
         Z = Y @ W
         K, T = torch.cat([K, Y]), torch.cat([T, Z])
     P = P[:, -rank:].flip(1).to(W)
@@ -94,12 +95,12 @@ def _orthonormal(Y: Tensor) -> Tensor:
 def _novel(Y: Tensor, K: Tensor) -> Tensor:
     """An orthonormal basis of what the rows of Y have outside the span of those of K (orthonormal), maybe empty.
 
-    A QR would fill up with rounding, and rounding may lie in the span of K: where W has equal rows, all of it does.
+    A QR alone would fill up with rounding, and rounding may lie in the span of K: where W has equal rows, all
+    of it does. Hence the eigenvalues first; what they leave is well conditioned, but for its rounding along K.
     """
-    for _ in range(2):
-        Y = Y / torch.linalg.vector_norm(Y, dim=1, keepdim=True).clamp(min=torch.finfo(Y.dtype).tiny)
-        Y = Y - (Y @ K.T) @ K
-        squares, V = torch.linalg.eigh(Y.double() @ Y.double().T)
-        kept = squares.gt(ROUNDING**2)
-        Y = (V[:, kept] / squares[kept].sqrt()).T.to(Y) @ Y
-    return Y
+    Y = Y / torch.linalg.vector_norm(Y, dim=1, keepdim=True).clamp(min=torch.finfo(Y.dtype).tiny)
+    Y = Y - (Y @ K.T) @ K
+    squares, V = torch.linalg.eigh(Y.double() @ Y.double().T)
+    kept = squares.gt(ROUNDING**2)
+    Y = (V[:, kept] / squares[kept].sqrt()).T.to(Y) @ Y
+    return _orthonormal(Y - (Y @ K.T) @ K)

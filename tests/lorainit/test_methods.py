@@ -196,6 +196,15 @@ def test_randomized_svd_of_few_directions_fills_up_with_orthonormal_ones(shape, 
     assert numerical_rank(S, W) == k
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_randomized_svd_does_not_depend_on_the_size(size):
+    W = weight(96, 128)
+    (U, S, Vh), (small_U, small_S, small_Vh) = svd(W, 8, 16), svd(size * W, 8, 16)
+    assert torch.allclose(small_S / size, S, rtol=1e-4)
+    assert torch.allclose(small_U, U, atol=1e-3)
+    assert torch.allclose(small_Vh, Vh, atol=1e-3)
+
+
 def test_randomized_svd_ends_when_another_block_adds_nothing():
     W = weight(96, 128)
     enough, more = svd(W, 8, 16), svd(W, 8, 64)
