@@ -42,7 +42,11 @@ class Message(_Event):
 
 
 class Plan(_Event):
-    """What will run, once data and model are known: resolved numbers and sizes."""
+    """What will run, once data and model are known: resolved numbers and sizes.
+
+    `trainable_parameters` counts rank r everywhere. Where the method spreads ranks over layers that is an
+    estimate (`trainable_parameters_estimated`), and `init_report` has the number.
+    """
 
     kind: Literal["plan"] = "plan"
     total_steps: int
@@ -53,6 +57,7 @@ class Plan(_Event):
     gradient_accumulation_steps: int
     modules: int
     trainable_parameters: int
+    trainable_parameters_estimated: bool = False
     target_modules: list[str]
     device: str
     precision: str

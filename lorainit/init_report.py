@@ -76,7 +76,7 @@ def facts(
     if evidence.rows is not None:
         found["samples"] = evidence.rows
     if evidence.step is not None:
-        found["gamma"] = evidence.step.gamma
+        found |= {"gamma": evidence.step.gamma, "line_search": evidence.step.facts()}
     return found | dict(evidence.facts) | dict(factors.facts)
 
 
@@ -159,6 +159,7 @@ def summary(
         "rank_pattern": spread,
         "quantization_error": _corrected(modules),
         "gamma": modules[0].get("gamma"),
+        "line_search": modules[0].get("line_search"),
         "preheat": modules[0].get("preheat"),
         "expected_displacement_change": sum(changes) if changes else None,
         "expected_first_step_change": rate * sum(slopes) if slopes else None,

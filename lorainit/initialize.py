@@ -20,9 +20,9 @@ from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Event, Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.init_report import Report
-from lorainit.layer import LoRALinear, attach, shape_of, weight_of
+from lorainit.layer import LoRALinear, adapted, attach, shape_of, weight_of
 from lorainit.methods import METHODS, Factors
-from lorainit.spec import InitConfig, LoftQ, Lora, LoRAM
+from lorainit.spec import HRP, InitConfig, LoftQ, Lora, LoRAM
 
 __all__ = ["Known", "Report", "initialize"]
 
@@ -85,6 +85,8 @@ def initialize(
             on_event(_progress(config.method, done, len(targets)))
     seconds = time.monotonic() - started
     summary = init_report.summary(lora, modules, seed=seed, seconds=seconds, cached=cached, rate=rate)
+    trained = (p for layer in adapted(model).values() for p in layer.parameters() if p.requires_grad)
+    summary["trainable_parameters"] = sum(p.numel() for p in trained)
     summary |= init_report.measure(model, probe)
     warnings = _warnings(lora, targets, modules, weight_decay)
     if not config.function_preserving:
@@ -179,15 +181,14 @@ def _readable_weight(name: str, module: nn.Module, *, needed: bool, dora: bool) 
 def _rise(config: InitConfig, loss: dict[str, Any]) -> list[str]:
     if loss["after"] <= loss["before"]:
         return []
-    rose = f"the loss on {loss['rows']} calibration rows rose from {loss['before']:.4f} to {loss['after']:.4f}"
+    remedy = 'Use gamma "auto", or a larger gamma (the step shrinks with it).'
+    if isinstance(config, HRP):
+        remedy = 'Use a lower preheat_learning_rate, or b_init "zero".'
     if isinstance(config, LoftQ):
-        return [
-            f"loftq starts nearer to the full-precision base, and yet {rose}. A larger r corrects more; kaiming"
-            " starts as the NF4 base itself."
-        ]
+        remedy = "A larger r corrects more of the quantization; kaiming starts as the NF4 base itself."
     return [
-        f'{config.facts.title} starts one step ahead, and that step was too long: {rose}. Use gamma "auto", or a'
-        " larger gamma (the step shrinks with it)."
+        f"{config.facts.title} starts away from the base model, and that made it worse: the loss on {loss['rows']}"
+        f" calibration rows rose from {loss['before']:.4f} to {loss['after']:.4f}. {remedy}"
     ]
 
 
@@ -211,6 +212,14 @@ def _warnings(
     if dead:
         found.append(
             f"The gradient of {len(dead)} modules is zero, {dead[0]} among them: they start without a direction."
+        )
+    poor = {m["name"]: m["gradient_rank"] for m in modules if "gradient_rank" in m}
+    if poor:
+        name, rank = min(poor.items(), key=lambda item: item[1])
+        wanted = f"2r = {2 * r}" if config.method == "lora_ga" else f"r = {r}"
+        found.append(
+            f"The gradient of {len(poor)} modules has fewer directions than {config.method} takes ({wanted}), down to"
+            f" {rank} in {name}: the others carry no gradient. More calibration rows, or a smaller r."
         )
     if weight_decay and config.offset == "subtract":
         found.append(

@@ -68,6 +68,10 @@ class InitConfig(Strict):
         """The smallest rank that these parameters work with."""
         return self.facts.min_rank
 
+    def smaller_side(self, r: int) -> int:
+        """What the smaller side of a target must have at least."""
+        return r
+
     @property
     def drawn(self) -> Drawn:
         """What the seed shapes: what it does not, a second seed finds in the cache."""
@@ -112,7 +116,10 @@ class Gaussian(InitConfig):
 
 
 class Orthogonal(InitConfig):
-    """B·A = 0 with both factors non-zero (blog "Rethink LoRA initialisation"; PEFT's `orthogonal`)."""
+    """B·A = 0 with both factors non-zero (blog "Rethink LoRA initialisation"; PEFT's `orthogonal`).
+
+    Both factors are divided by `divisor`.
+    """
 
     facts = Method(
         title="Orthogonal",
@@ -124,12 +131,13 @@ class Orthogonal(InitConfig):
         min_rank=2,
     )
     method: Literal["orthogonal"]
+    divisor: Annotated[float, Field(gt=0)] = 10.0
 
 
 class PiSSA(InitConfig):
     """Top-r singular directions of W (Meng et al., arXiv 2404.02948).
 
-    `niter` power iterations of a randomized SVD with q = 2r; null = the full SVD.
+    `niter` limits the power iterations of a randomized SVD, which ends early when it is exact; null = the full SVD.
     """
 
     facts = Method(
@@ -237,7 +245,10 @@ class LoRAM(InitConfig):
 
 
 class LoRAGA(CalibratedConfig):
-    """Shifted singular vectors of the mean gradient (Wang, Yu, Li, arXiv 2407.05000; the authors' scaling)."""
+    """Shifted singular vectors of the mean gradient (Wang, Yu, Li, arXiv 2407.05000; the authors' scaling).
+
+    `norm_clip`: no entry of the offset s·B·A may exceed the largest of W.
+    """
 
     facts = Method(
         title="LoRA-GA",
@@ -255,6 +266,11 @@ class LoRAGA(CalibratedConfig):
     gamma: Annotated[float, Field(gt=0)] = 16.0
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     scale: Literal["stable", "unit", "gd", "weight_svd"] = "stable"
+    norm_clip: bool = False
+
+    def smaller_side(self, r: int) -> int:
+        """A and B take r directions of the gradient each."""
+        return 2 * r
 
 
 class LoRAOne(CalibratedConfig):
@@ -262,8 +278,8 @@ class LoRAOne(CalibratedConfig):
 
     `version` "v3" is the camera-ready: the model starts one rank-r gradient step ahead, on purpose.
     "v1" is the first version: orthonormal vectors, subtracted. `gamma` null = 128 (v3) or 64 (v1);
-    "auto" (v3 only, our extension) = a line search on the calibration rows. `niter` power iterations
-    of a randomized SVD with q = r + 8; 2 capture 99.9 % of what the best r directions hold, 16 all of it.
+    "auto" (v3 only, our extension) = a line search on the calibration rows. `niter` limits the power
+    iterations of a randomized SVD, which ends early when it is exact; null = the full SVD.
     """
 
     facts = Method(
@@ -280,7 +296,7 @@ class LoRAOne(CalibratedConfig):
     version: Literal["v3", "v1"] = "v3"
     samples: Annotated[int, Field(ge=1, le=4096)] = 8
     gamma: Annotated[float, Field(gt=0)] | Auto | None = None
-    niter: Annotated[int, Field(ge=0, le=64)] = 2
+    niter: Annotated[int, Field(ge=0, le=64)] | None = 16
 
     @property
     def offset(self) -> Offset:
@@ -294,7 +310,9 @@ class LoRAOne(CalibratedConfig):
 
     @property
     def drawn(self) -> Drawn:
-        """The line search looks at starts that are drawn."""
+        """The line search looks at starts that are drawn; the full SVD draws nothing."""
+        if self.niter is None:
+            return "nothing"
         return "evidence" if self.gamma == "auto" else "factors"
 
     @property
@@ -313,7 +331,11 @@ class LoRAOne(CalibratedConfig):
 class HRP(InitConfig):
     """High-Rank Preheating (Chen et al., arXiv 2502.07739), rebuilt without the paper's body or code.
 
-    `c` scales the orthonormal rows of A; 1/sqrt(3) matches Kaiming's norm.
+    `c` scales the orthonormal rows of A; 1/sqrt(3) matches Kaiming's norm. `preheat_learning_rate` "auto" =
+    the run's peak rate. Other readings of the paper: `side` "left" starts B, not A, from the left singular
+    vectors; `b_init` "carry" keeps the preheated product's leading part and so starts displaced; `main_data`
+    "continue" gives the main run the rows after the preheat's. `complete` fills directions that the preheat
+    did not find with random ones instead of refusing.
     """
 
     facts = Method(
@@ -329,7 +351,28 @@ class HRP(InitConfig):
     preheat_steps: Annotated[int, Field(ge=1)] | Auto = "auto"
     preheat_mode: Literal["classic", "freeze_a"] = "classic"
     preheat_a_law: Literal["orthonormal", "kaiming"] = "orthonormal"
+    preheat_learning_rate: Annotated[float, Field(ge=1e-8, le=1)] | Auto = "auto"
     c: Annotated[float, Field(gt=0)] = 1.0
+    side: Literal["right", "left"] = "right"
+    b_init: Literal["zero", "carry"] = "zero"
+    complete: Literal["random_orthonormal"] | None = None
+    main_data: Literal["rewind", "continue"] = "rewind"
+
+    def smaller_side(self, r: int) -> int:
+        """The preheated adapter is the larger one."""
+        return r if self.preheat_rank == "auto" else max(r, self.preheat_rank)
+
+    @property
+    def function_preserving(self) -> bool:
+        """A product that is carried over is not zero."""
+        return self.b_init == "zero"
+
+    @model_validator(mode="after")
+    def carrying_needs_the_right_side(self) -> "HRP":
+        """With the left side it is A that starts at zero."""
+        if self.b_init == "carry" and self.side == "left":
+            raise refusal("b_init", 'b_init "carry" does not combine with side "left", which starts A at zero.')
+        return self
 
     @property
     def drawn(self) -> Drawn:
@@ -338,7 +381,10 @@ class HRP(InitConfig):
 
 
 class EVA(CalibratedConfig):
-    """Principal directions of each layer's inputs, ranks spread by explained variance (Paischer et al., 2410.07170)."""
+    """Principal directions of each layer's inputs, ranks spread by explained variance (Paischer et al., 2410.07170).
+
+    `use_label_mask`: look at the inputs of trained tokens only, as PEFT does; false = of all but padding.
+    """
 
     facts = Method(
         title="EVA",
@@ -351,6 +397,7 @@ class EVA(CalibratedConfig):
     samples: Annotated[int, Field(ge=1, le=4096)] = 256
     rho: Annotated[float, Field(ge=1, le=10)] = 2.0
     tau: Annotated[float, Field(ge=0, le=1)] = 0.99
+    use_label_mask: bool = True
     whiten: bool = False
 
     @property

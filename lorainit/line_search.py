@@ -102,9 +102,7 @@ def _found(step: StepSearch) -> Message:
     loss = dict(step.tried)[step.gamma]
     rows = "rows that the gradient has not seen" if step.held_out else "the gradient's own rows (there are no others)"
     text = f"Line search: gamma = {step.gamma:g} takes the loss on {rows} from {step.base_loss:.4f}"
-    tried = [{"gamma": g, "loss": x if math.isfinite(x) else None} for g, x in step.tried]
-    data = {"kind": "init", "gamma": step.gamma, "base_loss": step.base_loss, "held_out": step.held_out, "tried": tried}
-    return Message(message=f"{text} to {loss:.4f}", data=data)
+    return Message(message=f"{text} to {loss:.4f}", data={"kind": "init", "gamma": step.gamma, **step.facts()})
 
 
 def _no_step(base: float, tried: Mapping[float, float]) -> InitFailed:

@@ -15,6 +15,8 @@ from lorainit.layer import LoRALinear
 from lorainit.spec import AdamWLoRAPlus, AdamWPreconditioned, Hyperparameters
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+# Squared ratio of the sizes of a factor's directions below which the smallest is rounding; matters without damping.
+SINGULAR = 1e-7
 
 
 def make_optimizer(recipe: Hyperparameters, layers: Mapping[str, LoRALinear]) -> torch.optim.Optimizer:
@@ -27,9 +29,8 @@ def make_optimizer(recipe: Hyperparameters, layers: Mapping[str, LoRALinear]) ->
     chosen, rate, decay = recipe.optimizer, recipe.learning_rate, recipe.weight_decay
     if isinstance(chosen, AdamWPreconditioned):
         pairs = {name: (layer.A, layer.B) for name, layer in layers.items()}
-        return PreconditionedAdamW(
-            pairs, lr=rate, damping=chosen.damping, weight_decay=decay, magnitudes=_magnitudes(layers)
-        )
+        kind = PreconditionedAdamW if chosen.update == "sequential" else SimultaneousAdamW
+        return kind(pairs, lr=rate, damping=chosen.damping, weight_decay=decay, magnitudes=_magnitudes(layers))
     if isinstance(chosen, AdamWLoRAPlus):
         groups: list[dict[str, Any]] = [
             {"params": [layer.A for layer in layers.values()], "factor": 1.0},
@@ -118,6 +119,49 @@ class PreconditionedAdamW(torch.optim.Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
 
+class SimultaneousAdamW(torch.optim.AdamW):
+    """torch's AdamW, bias correction included, on gradients preconditioned by the other factor before either moves.
+
+    (BᵀB + damping·I)⁻¹·g_A and g_B·(A·Aᵀ + damping·I)⁻¹ take the place of the gradients: what PEFT ships as
+    `create_riemannian_optimizer`, with its damping of 1e-2 (there `reg`), and equation 9 of LoRA-One's paper.
+    The `magnitudes` of DoRA, which have no other factor, move by AdamW alone and never decay.
+
+    Raises:
+        SingularPreconditioner: as for `PreconditionedAdamW`.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+        *,
+        lr: float,
+        damping: float,
+        weight_decay: float,
+        magnitudes: Sequence[nn.Parameter] = (),
+    ) -> None:
+        groups: list[dict[str, Any]] = [
+            {"params": list(pair), "name": name, "factor": 1.0, "damping": damping} for name, pair in pairs.items()
+        ]
+        if magnitudes:
+            groups.append({"params": list(magnitudes), "factor": 1.0, "weight_decay": 0.0})
+        super().__init__(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every pair."""
+        if closure is not None:
+            raise ValueError("closures are not supported: they would overwrite the preconditioned gradients")
+        for own, other in ((0, 1), (1, 0)):
+            pairs = [group for group in self.param_groups if "damping" in group]
+            grams = [_gram(g["params"][other], rows=other == 0) for g in pairs]
+            for group, inverse in zip(pairs, _inverses(grams, pairs), strict=True):
+                parameter = group["params"][own]
+                assert parameter.grad is not None
+                inverse = inverse.to(parameter.dtype)
+                parameter.grad = inverse @ parameter.grad if own == 0 else parameter.grad @ inverse
+        super().step()
+
+
 class SingularPreconditioner(NonFiniteLoss):
     """A Gram matrix of a factor cannot be inverted; the authors' code goes on with the identity, we do not."""
 
@@ -136,11 +180,22 @@ def _inverses(grams: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> l
         eye = torch.eye(rank, dtype=torch.float64, device=grams[where[0]].device)
         damped = torch.stack([grams[i] + groups[i]["damping"] * eye for i in where])
         factors, failed = torch.linalg.cholesky_ex(damped)
-        if failed.any():
-            raise _singular(groups[where[int(failed.nonzero()[0])]])
+        singular = (failed != 0) | (_undamped(groups, where) & _near_singular(factors).cpu()).to(failed.device)
+        if singular.any():
+            raise _singular(groups[where[int(singular.nonzero()[0])]])
         for i, inverse in zip(where, torch.cholesky_inverse(factors), strict=True):
             inverses[i] = inverse
     return inverses
+
+
+def _undamped(groups: Sequence[Mapping[str, Any]], where: Sequence[int]) -> Tensor:
+    return torch.tensor([groups[i]["damping"] == 0 for i in where])
+
+
+def _near_singular(factors: Tensor) -> Tensor:
+    """Whether a Gram matrix, given its Cholesky factor, is singular but for the rounding of the float32 factors."""
+    pivots = factors.diagonal(dim1=-2, dim2=-1).square()
+    return pivots.amin(-1) <= SINGULAR * pivots.amax(-1)
 
 
 def _singular(group: Mapping[str, Any]) -> SingularPreconditioner:

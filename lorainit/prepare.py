@@ -186,6 +186,7 @@ def _plan(
         gradient_accumulation_steps=math.ceil(training.batch_size / micro),
         modules=len(targets),
         trainable_parameters=sum(lora.parameters(*shape_of(m)) for m in targets.values()),
+        trainable_parameters_estimated=lora.method.export_rank == "per module",
         target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
         device=str(device),
         precision=hardware.precision_name(dtype),

@@ -80,8 +80,9 @@ def _numbers(event: Metrics) -> str:
 
 
 def _sentence(plan: Plan) -> str:
+    about = "about " if plan.trainable_parameters_estimated else ""
     return (
         f"{plan.rows} rows, {plan.total_steps} steps, {plan.modules} modules"
-        f" ({', '.join(plan.target_modules)}), {plan.trainable_parameters / 1e6:.2f} M parameters,"
+        f" ({', '.join(plan.target_modules)}), {about}{plan.trainable_parameters / 1e6:.2f} M parameters,"
         f" {plan.precision} on {plan.device}"
     )

@@ -28,7 +28,7 @@ from lorainit.layer import adapted
 from lorainit.methods import Factors
 from lorainit.prepare import Job, OnEvent, prepare
 from lorainit.results import write_csv
-from lorainit.spec import RunSpec
+from lorainit.spec import HRP, RunSpec
 from lorainit.train import train
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
@@ -74,6 +74,7 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
             pad=job.pad,
             checkpoint_recipe=job.recipe,
             write_adapter=lambda folder: _write_adapter(job, folder, report),
+            skip=_skipped(job, report),
             resumed=restored,
             on_event=on_event,
         )
@@ -160,6 +161,12 @@ def _calibration(context: Context) -> list[Batch]:
     rows = rows[: getattr(context.lora.method, "samples", PROBE_ROWS)]
     pieces = batches(rows, context.micro_batch_size)
     return [collate(piece, pad=context.pad).to(context.device) for piece in pieces]
+
+
+def _skipped(job: Job, report: Report) -> int:
+    """Batches that the preheat has used up, where the main run is to go on after them."""
+    method = job.lora.method
+    return int(report.summary["preheat"]["steps"]) if isinstance(method, HRP) and method.main_data == "continue" else 0
 
 
 # --- what earlier runs found out ----------------------------------------------------------------

@@ -206,10 +206,15 @@ class AdamW(Strict):
 
 
 class AdamWPreconditioned(Strict):
-    """LoRA-One v1's optimizer: r×r preconditioners (BᵀB + damping·I)⁻¹ and (A·Aᵀ + damping·I)⁻¹."""
+    """r×r preconditioners (BᵀB + damping·I)⁻¹ and (A·Aᵀ + damping·I)⁻¹.
+
+    `update` "sequential" is LoRA-One v1's: B sees the A that has just moved, no bias correction.
+    "simultaneous": both from the old factors, then AdamW with its bias correction.
+    """
 
     name: Literal["adamw_preconditioned"]
     damping: Annotated[float, Field(ge=0)] = 1e-6
+    update: Literal["sequential", "simultaneous"] = "sequential"
 
 
 class AdamWLoRAPlus(Strict):

@@ -47,6 +47,7 @@ def train(
     pad: int,
     checkpoint_recipe: dict[str, Any],
     write_adapter: Callable[[Path], None],
+    skip: int = 0,
     resumed: Restored | None = None,
     on_event: Callable[[Event], None],
 ) -> Progress:
@@ -57,6 +58,7 @@ def train(
         out: gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
         micro_batch_size: rows per forward pass; changes speed and memory, not the gradient.
         pad: the padding token's id.
+        skip: batches of the data's order that are passed over before the first step.
         checkpoint_recipe, write_adapter: see `checkpoint.write`.
 
     Raises:
@@ -96,7 +98,7 @@ def train(
 
     for step in range(first + 1, total + 1):
         begun = time.monotonic()
-        epoch, position = divmod(step - 1, per_epoch)
+        epoch, position = divmod(skip + step - 1, per_epoch)
         if shuffled[0] != epoch:
             shuffled = epoch, order(data, seed=seed, epoch=epoch)
         start = position * recipe.batch_size

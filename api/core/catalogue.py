@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
-from lorainit.spec import NF4_BLOCK, BaseModelRef, Lora, ModelFacts, Strict
+from lorainit.spec import NF4_BLOCK, Automatic, BaseModelRef, Lora, ModelFacts, Strict
 
 
 class Entry(ModelFacts):
@@ -84,8 +84,9 @@ def place(lora: Lora, entry: Entry) -> Lora:
     """`lora` with its target modules spelled out, checked against the model's shapes.
 
     Raises:
-        InvalidValue: an unknown target, a rank above `max_r` or above a matrix's smaller side, or a
-            quantization that the model cannot have.
+        InvalidValue: an unknown target, a rank above `max_r` or above a matrix's smaller side, an
+            initialization that needs more directions than that side has, or a quantization that the
+            model cannot have.
     """
     if lora.quantization and lora.quantization not in entry.quantization:
         raise InvalidValue(
@@ -127,6 +128,14 @@ def place(lora: Lora, entry: Entry) -> Lora:
                 f"lora.r {lora.r} is larger than the smaller side ({side}) of {target.name!r} in model {entry.id!r}.",
                 code="rank_too_large",
                 param="lora.r",
+            )
+        needed = lora.r if isinstance(lora.init, Automatic) else lora.init.smaller_side(lora.r)
+        if target.name in names and needed > side:
+            raise InvalidValue(
+                f"lora.init {lora.init.method!r} at rank {lora.r} needs {needed} directions, more than the smaller side"
+                f" ({side}) of {target.name!r} in model {entry.id!r}.",
+                code="rank_too_large",
+                param="lora.init",
             )
     return lora.model_copy(update={"target_modules": names})
 

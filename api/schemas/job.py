@@ -154,7 +154,7 @@ def _lora(job: Job) -> dict[str, Any]:
     """The resolved adapter: what was asked for, what it comes to, and what we chose."""
     lora, entry = Lora.model_validate(job.recipe["lora"]), catalogue.find(job.model)
     modules, parameters = catalogue.size(lora, entry) if entry else (None, None)
-    plan = job.plan or {}
+    plan, report = job.plan or {}, job.init_report or {}
     init = {**job.recipe["lora"]["init"]}
     if init.get("seed") is None:
         init["seed"] = job.seed
@@ -162,9 +162,12 @@ def _lora(job: Job) -> dict[str, Any]:
         **job.recipe["lora"],
         "init": init,
         "scaling": lora.scaling,
-        "rank_pattern": (job.init_report or {}).get("rank_pattern", {}),
+        "rank_pattern": report.get("rank_pattern", {}),
         "modules": plan.get("modules", modules),
-        "trainable_parameters": plan.get("trainable_parameters", parameters),
+        "trainable_parameters": report.get("trainable_parameters", plan.get("trainable_parameters", parameters)),
+        # Until the ranks have been spread they count as r each.
+        "trainable_parameters_estimated": lora.method.export_rank == "per module"
+        and "trainable_parameters" not in report,
         "auto": _choices(job, "lora."),
     }
 

@@ -5,6 +5,7 @@ layer is initialized, and each method then sees the `Evidence` of its own layer 
 comes back as it was: no hook, no gradient, no adapter, no mode is left behind.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,11 @@ class StepSearch:
     base_loss: float
     tried: tuple[tuple[float, float], ...]
     held_out: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """For events and reports; a loss that is not finite is None."""
+        tried = [{"gamma": gamma, "loss": loss if math.isfinite(loss) else None} for gamma, loss in self.tried]
+        return {"base_loss": self.base_loss, "held_out": self.held_out, "tried": tried}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lorainit.data import Batch, Sample, batches, collate
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
+from lorainit.evidence.calibration import few_rows
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.initialize import generator_for
 from lorainit.layer import shape_of
@@ -41,7 +42,7 @@ See = Callable[[str, Tensor, Batch], None]
 def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
     """Principal directions of each layer's inputs, and the rank each layer deserves.
 
-    The inputs are those of trained tokens (PEFT's default, `use_label_mask`). Each of the first
+    The inputs are those of trained tokens (`use_label_mask`, PEFT's default) or of all but padding. Each of the first
     `samples` rows is seen once, then they are seen again until every assigned direction stands
     still from one batch to the next (`converged`). The sum of the ranks is r times the number of
     layers, and no layer gets more than rho·r.
@@ -50,7 +51,7 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
         UnsupportedInit: a layer's inputs cannot be masked, or too few tokens reach it.
         InitFailed: the directions have not converged; the message lists the layers.
     """
-    rows = calibration_rows(context.samples, config.samples)
+    rows = calibration_rows(config, context)
     pieces = batches(rows, context.micro_batch_size)
     leader = shared_inputs(context, pieces[0])
     widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
@@ -69,12 +70,12 @@ def _settle(
     context: Context,
 ) -> dict[str, int]:
     """Feed the batches, again and again, until the directions stand still; the ranks they earn."""
-    limit = max(MIN_BATCHES, MAX_PASSES * len(pieces))
+    limit, tokens = max(MIN_BATCHES, MAX_PASSES * len(pieces)), "trained" if config.use_label_mask else "all"
     moving: list[str] = []
     for number in range(1, limit + 1):
         before = {name: state.directions for name, state in states.items()}
         piece = pieces[(number - 1) % len(pieces)]
-        _forward(context, piece, states, lambda name, X, _: states[name].update(X), tokens="trained")
+        _forward(context, piece, states, lambda name, X, _: states[name].update(X), tokens=tokens)
         context.on_event(Tick(done=number, total=limit))
         if number == len(pieces):
             _refuse_starved({name: states[leader[name]] for name in leader}, widths)
@@ -113,7 +114,7 @@ def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
     if starved:
         fewest = min(states[name].tokens for name in starved)
         raise UnsupportedInit(
-            f"EVA needs more trained tokens than directions, and {_listed(starved)} got {fewest}: more or longer"
+            f"EVA needs more tokens to look at than directions, and {_listed(starved)} got {fewest}: more or longer"
             " calibration rows, or a smaller r.",
             param="lora.init.samples",
         )
@@ -142,7 +143,7 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
         UnsupportedInit: a layer's inputs cannot be masked, or none reach it.
         InitFailed: a layer's inputs are not finite.
     """
-    rows = calibration_rows(context.samples, config.samples)
+    rows = calibration_rows(config, context)
     pieces = batches(rows, context.micro_batch_size)
     leader = shared_inputs(context, pieces[0])
     sides = {g: shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values())}
@@ -187,11 +188,13 @@ def _refuse_moments(moments: dict[str, Tensor], sides: dict[str, int]) -> None:
 # --- both --------------------------------------------------------------------------------------
 
 
-def calibration_rows(samples: Sequence[Sample], wanted: int) -> Sequence[Sample]:
-    """The first rows; refused when there are none."""
-    rows = samples[:wanted]
+def calibration_rows(config: EVA | CorDA, context: Context) -> Sequence[Sample]:
+    """The first rows; refused when there are none. Fewer than asked for is said aloud."""
+    rows = context.samples[: config.samples]
     if not rows:
         raise UnsupportedInit("This method looks at rows, and there are none.", param="lora.init.calibration_file")
+    if len(rows) < config.samples:
+        context.on_event(few_rows(config, len(rows)))
     return rows
 
 

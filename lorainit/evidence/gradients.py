@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lorainit.data import Sample, batches, collate
 from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Message, Tick
+from lorainit.events import Tick
 from lorainit.evidence import Evidence
+from lorainit.evidence.calibration import few_rows
 from lorainit.layer import shape_of
 from lorainit.line_search import search_step
 from lorainit.loss import row_losses
@@ -69,9 +70,7 @@ def calibration_rows(config: LoRAGA | LoRAOne, context: Context) -> tuple[Sequen
             param="lora.init",
         )
     if len(usable) < config.samples:
-        text = f"{config.method} asked for {config.samples} calibration rows and there are {len(usable)}: all are used."
-        data = {"kind": "init", "samples": len(usable), "asked": config.samples}
-        context.on_event(Message(level="warn", message=text, data=data))
+        context.on_event(few_rows(config, len(usable)))
     return usable[: config.samples], usable[config.samples : 2 * config.samples]
 
 

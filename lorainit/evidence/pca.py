@@ -51,7 +51,7 @@ class PCA:
             fresh = self.mean + (fresh - self.mean) * (M / (N + M))
         self.mean, self.tokens, self.total = fresh, N + M, self.total + total
         _, self.S, self.directions = randomized_svd(
-            torch.cat(rows), rank=self.width, oversample=self.width, niter=NITER, generator=self.generator
+            torch.cat(rows), rank=self.width, niter=NITER, generator=self.generator
         )
 
     @property

@@ -36,9 +36,9 @@ SAY_STEPS, SAY_SECONDS = 10, 1.0
 def preheat(config: HRP, context: "Context") -> dict[str, Evidence]:
     """Train a rank-R adapter on every target from B' = 0 and return its factors.
 
-    AdamW of its own at the run's learning rate, held constant, without weight decay, dropout or
-    warm-up; the run's batches in the run's order, its clipping and its scale s. The model comes
-    back exactly as it was.
+    AdamW of its own at the run's learning rate or `preheat_learning_rate`, held constant, without
+    weight decay, dropout or warm-up; the run's batches in the run's order, its clipping and its scale s.
+    The model comes back exactly as it was.
 
     Raises:
         UnsupportedInit: R does not fit a target; the message names it.
@@ -53,16 +53,16 @@ def preheat(config: HRP, context: "Context") -> dict[str, Evidence]:
         for name, module in context.targets.items()
     }
     with borrowed(context.model, layers):
-        losses = _train(layers, steps, context)
+        losses = _train(layers, steps, config, context)
     facts = {
         "mode": config.preheat_mode,
         "max_rank": max(ranks.values()),
         "steps": steps,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        # These steps come on top of the run's own, which begins as if they had not been.
+        # These steps come on top of the run's own.
         "main_optimizer": "fresh",
-        "main_data": "from the start",
+        "main_data": "from the start" if config.main_data == "rewind" else "after the preheat's",
     }
     return {
         name: Evidence(
@@ -113,12 +113,13 @@ def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator:
     return layer
 
 
-def _train(layers: dict[str, LoRALinear], steps: int, context: "Context") -> list[float]:
+def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, context: "Context") -> list[float]:
     """Train for these steps; the loss before each of them."""
     recipe = context.training
-    assert recipe.learning_rate is not None
+    rate = recipe.learning_rate if config.preheat_learning_rate == "auto" else config.preheat_learning_rate
+    assert rate is not None
     parameters = [p for layer in layers.values() for p in (layer.A, layer.B) if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     said, losses = time.monotonic(), list[float]()
     for step, samples in enumerate(islice(_stream(context), steps), start=1):
         loss = _accumulate(samples, step, steps, context)
@@ -126,7 +127,7 @@ def _train(layers: dict[str, LoRALinear], steps: int, context: "Context") -> lis
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLoss(
                 f"Preheat step {step}: loss {loss}, gradient norm {norm}. A lower learning rate usually helps.",
-                param="method.supervised.hyperparameters.learning_rate",
+                param="lora.init.preheat_learning_rate",
             )
         losses.append(loss)
         optimizer.step()

@@ -11,12 +11,14 @@ for the main run, and everything about the preheat itself (`lorainit.evidence.pr
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
-from lorainit.methods._linalg import Factors
+from lorainit.methods._linalg import Factors, normal
 from lorainit.spec import HRP
 
 # Below this share of the top singular value a direction of the preheated product is rounding.
@@ -26,33 +28,47 @@ DEAD = 1e-7
 def hrp(
     weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: HRP, generator: torch.Generator
 ) -> Factors:
-    """A = c·V_rᵀ with D = B'·A' = U·Σ·Vᵀ, and B = 0.
+    """A = c·V_rᵀ with D = B'·A' = U·Σ·Vᵀ, and B = 0; with `side` "left", B = c·U_r and A = 0.
+
+    With `b_init` "carry" B = U_r·Σ_r/c: s·B·A is the best rank-r part of what the preheat came to, which was
+    trained at the same s. `complete` fills the directions that are missing with random orthonormal ones (fact
+    `completed`: how many).
 
     Raises:
-        InitFailed: there is no preheated adapter, or its product has fewer than r directions.
+        InitFailed: there is no preheated adapter, or its product has fewer than r directions to start from.
     """
     if evidence.preheated is None:
         raise InitFailed("HRP needs a preheated adapter, and none was collected.", param="lora.init")
     A, B = (factor.to(weight.device, torch.float64) for factor in evidence.preheated)
     if not (A.isfinite().all() and B.isfinite().all()):
         raise InitFailed("the preheated adapter has non-finite entries.", param="lora.init")
-    S, Vh = right_directions(A, B)
+    S, Vh = right_directions(A, B) if config.side == "right" else right_directions(B.T, A.T)
     alive = int((DEAD * S[0] < S).sum())
-    if alive < rank:
+    if alive < rank and config.complete is None:
         raise InitFailed(
             f"the preheated product (rank {len(S)}) has {alive} directions (singular values from {float(S[0]):.2g},"
             f" counted above {DEAD:g} of it), fewer than r = {rank}. More preheat_steps, or a smaller r.",
             param="lora.init.preheat_steps",
         )
-    facts = {
+    facts: dict[str, Any] = {
         "preheat_spectrum": [float(f"{s:.4g}") for s in S[:rank]],
         "preheat_energy": float(S[:rank].square().sum() / S.square().sum()),
     }
-    return Factors(
-        A=(config.c * Vh[:rank]).float().contiguous(),
-        B=torch.zeros(weight.shape[0], rank, device=weight.device),
-        facts=facts,
-    )
+    V = Vh[:rank]
+    if alive < rank:
+        V = _completed(V[:alive], rank, generator=generator)
+        facts["completed"] = rank - alive
+    start = (config.c * V).float().contiguous()
+    if config.side == "left":
+        return Factors(A=torch.zeros(rank, weight.shape[1], device=weight.device), B=start.T.contiguous(), facts=facts)
+    carried = B @ (A @ V.T) / config.c if config.b_init == "carry" else torch.zeros_like(B[:, :1]).expand(-1, rank)
+    return Factors(A=start, B=carried.float().contiguous(), facts=facts)
+
+
+def _completed(V: Tensor, rank: int, *, generator: torch.Generator) -> Tensor:
+    """The orthonormal rows of V and random ones orthogonal to them, `rank` in all."""
+    more = normal(V.shape[1], rank - len(V), generator=generator, dtype=V.dtype).to(V.device)
+    return torch.cat([V, torch.linalg.qr(more - V.T @ (V @ more)).Q.T])
 
 
 def right_directions(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from lorainit.evidence import Evidence
 from lorainit.methods._linalg import Factors, randomized_svd, symmetric
 from lorainit.spec import LoftQ
 
-# Rounding errors have a flat spectrum, which needs them: 99.2 % of the best energy on a 2048×2048 layer at
-# r = 16 (92.5 % after 4), where the best is itself 3 % of all.
+# Rounding errors have a flat spectrum, which needs many blocks: 99.99 % of the best energy on a 2048×2048 matrix of
+# noise at r = 16, 96 % after 4.
 NITER = 16
 
 
@@ -36,7 +36,7 @@ def loftq(
     lost = W - weight
     if not lost.any():
         raise UnsupportedInit("four bits lost nothing of this weight: there is nothing to correct.", param="lora.init")
-    U, S, Vh = randomized_svd(lost, rank=rank, oversample=rank, niter=NITER, generator=generator)
+    U, S, Vh = randomized_svd(lost, rank=rank, niter=NITER, generator=generator)
     found = symmetric(U, S, Vh, scale=scale)
     norm, before = _norm(W), _norm(lost)
     after = _norm(lost.addmm_(found.B, found.A, alpha=-scale))

@@ -10,11 +10,11 @@ the start subtracted.
 import torch
 from torch import Tensor
 
+from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
-from lorainit.methods._linalg import Factors, randomized_svd
+from lorainit.methods._linalg import Factors, numerical_rank, randomized_svd
 from lorainit.spec import LoRAOne
 
-OVERSAMPLE = 8  # directions beyond r that the sketch carries
 GAMMA = {"v3": 128.0, "v1": 64.0}  # the authors' commands
 
 
@@ -26,16 +26,26 @@ def lora_one(
     v3: B = -U_r·sqrt(S/(S_1·gamma)), A = sqrt(S/(S_1·gamma))·V_rᵀ, so that s·B·A is -s/(gamma·S_1) times
     the best rank-r part of g: a gradient step whose operator norm is s/gamma in every layer.
     v1: B = U_r·m^(1/4)/sqrt(gamma), A = V_rᵀ·m^(1/4)/sqrt(gamma), m = out.
+    Where g has fewer than r directions the fact `gradient_rank` says how many.
+
+    Raises:
+        InitFailed: nothing was collected.
     """
-    assert evidence.gradient is not None
+    if evidence.gradient is None:
+        raise InitFailed("LoRA-One needs the gradient of the weight, and none was collected.", param="lora.init")
     G = evidence.gradient.to(weight.device)
-    U, S, Vh = randomized_svd(G, rank=rank, oversample=OVERSAMPLE, niter=config.niter, generator=generator)
-    gamma = gamma_of(config, evidence)
+    if config.niter is None:
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+    else:
+        U, S, Vh = randomized_svd(G, rank=rank, niter=config.niter, generator=generator)
+    gamma, found = gamma_of(config, evidence), numerical_rank(S, G)
+    facts = {"gradient_rank": found} if found < rank else {}
     if config.version == "v1":
         size = G.shape[0] ** 0.25 / gamma**0.5
-        return Factors(A=size * Vh, B=size * U)
+        return Factors(A=size * Vh, B=size * U, facts=facts)
     root = (S / (S[0] * gamma)).sqrt()
-    return Factors(A=(root[:, None] * Vh).contiguous(), B=-(U * root))
+    return Factors(A=(root[:, None] * Vh).contiguous(), B=-(U * root), facts=facts)
 
 
 def gamma_of(config: LoRAOne, evidence: Evidence) -> float:

@@ -13,20 +13,18 @@ from lorainit.evidence import Evidence
 from lorainit.methods._linalg import Factors, normal
 from lorainit.spec import Orthogonal
 
-DIVISOR = 10.0
-
 
 def orthogonal(
     weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: Orthogonal, generator: torch.Generator
 ) -> Factors:
-    """A = (Z1·q1)ᵀ/10, B = (Z2·q2)/10 with q1, q2 the even and odd rows of one orthogonal r×r matrix.
+    """A = (Z1·q1)ᵀ/divisor, B = (Z2·q2)/divisor with q1, q2 the even and odd rows of one orthogonal r×r matrix.
 
-    B·A = Z2·q2·q1ᵀ·Z1ᵀ/100 = 0 because q2·q1ᵀ = 0. Computed in float64, so that what is left of the
+    B·A = Z2·q2·q1ᵀ·Z1ᵀ/divisor² = 0 because q2·q1ᵀ = 0. Computed in float64, so that what is left of the
     product is the rounding of the stored factors.
     """
     out, n = weight.shape
     Q = torch.linalg.qr(normal(rank, rank, generator=generator, dtype=torch.float64)).Q
     Z1 = normal(n, rank // 2, generator=generator, dtype=torch.float64)
     Z2 = normal(out, rank // 2, generator=generator, dtype=torch.float64)
-    A, B = (Z1 @ Q[0::2]).T / DIVISOR, Z2 @ Q[1::2] / DIVISOR
+    A, B = (Z1 @ Q[0::2]).T / config.divisor, Z2 @ Q[1::2] / config.divisor
     return Factors(A=A.contiguous().float().to(weight.device), B=B.float().to(weight.device))

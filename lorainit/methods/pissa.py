@@ -19,10 +19,10 @@ def pissa(
 ) -> Factors:
     """B = U_r·sqrt(S_r/s), A = sqrt(S_r/s)·V_rᵀ, so that s·B·A is the best rank-r part of W.
 
-    With `niter` the sketch carries q = 2r directions: q = r (as in PEFT) finds poor subspaces.
+    With `niter` a randomized SVD that keeps all its blocks (`randomized_svd`): PEFT's keeps the last r directions.
     """
     if config.niter is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return symmetric(U[:, :rank], S[:rank], Vh[:rank], scale=scale)
-    U, S, Vh = randomized_svd(weight, rank=rank, oversample=rank, niter=config.niter, generator=generator)
+    U, S, Vh = randomized_svd(weight, rank=rank, niter=config.niter, generator=generator)
     return symmetric(U, S, Vh, scale=scale)

@@ -93,6 +93,22 @@ def test_dora_is_echoed_counted_and_named_as_the_downloads_format(lab: Lab) -> N
     assert lab.client.get(f"{JOBS}/{job['id']}").json()["adapter"]["format"] == "peft_dora"
 
 
+def test_trainable_parameters_are_an_estimate_until_the_ranks_are_spread(lab: Lab, session: Session) -> None:
+    job = lab.order(lora={"init": "eva", "r": 8})
+    assert job["lora"]["trainable_parameters_estimated"] is True
+    stub_worker.tidy()
+    assert stub_worker.claim()
+    row = session.get_one(Job, job["id"], populate_existing=True)
+    session.expunge(row)
+    from api.core.lookup import Sight
+    from api.schemas.job import job_object
+
+    row.plan, row.init_report = {"trainable_parameters": 100}, {"trainable_parameters": 93}
+    lora = json.loads(job_object(Sight(row, None, None)).model_dump_json())["lora"]
+    assert (lora["trainable_parameters"], lora["trainable_parameters_estimated"]) == (93, False)
+    assert lab.order(lora={"init": "pissa", "r": 8})["lora"]["trainable_parameters_estimated"] is False
+
+
 def test_an_automatic_init_says_what_and_why(lab: Lab) -> None:
     lora = lab.order(lora={"init": "auto"})["lora"]
     choice = next(choice for choice in lora["auto"] if choice["param"] == "lora.init")

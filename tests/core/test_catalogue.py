@@ -51,6 +51,28 @@ def test_nf4_is_offered_where_rows_are_whole_blocks_and_refused_elsewhere() -> N
     assert (caught.value.code, caught.value.param) == ("unsupported_combination", "lora.quantization")
 
 
+@pytest.mark.parametrize(
+    ("init", "names", "fits"),
+    [
+        ({"method": "lora_ga"}, ["k"], False),
+        ({"method": "lora_ga"}, ["q"], True),
+        ({"method": "hrp", "preheat_rank": 17}, ["q"], False),
+        ({"method": "hrp", "preheat_rank": 16}, ["q"], True),
+        ({"method": "hrp"}, ["k"], True),
+    ],
+)
+def test_an_init_that_needs_more_directions_than_a_target_has_is_refused(
+    init: dict[str, object], names: list[str], fits: bool
+) -> None:
+    lora = Lora.model_validate({"init": init, "r": 6, "target_modules": names})
+    if fits:
+        catalogue.place(lora, ENTRY)
+        return
+    with pytest.raises(InvalidValue, match="directions, more than the smaller side") as caught:
+        catalogue.place(lora, ENTRY)
+    assert (caught.value.code, caught.value.param) == ("rank_too_large", "lora.init")
+
+
 def test_an_unknown_target_is_named_with_its_place() -> None:
     with pytest.raises(InvalidValue, match="'lm_head'") as caught:
         catalogue.place(Lora(r=4, target_modules=["q", "lm_head"]), ENTRY)

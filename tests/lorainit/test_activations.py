@@ -8,7 +8,7 @@ from torch import nn
 
 from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Tick
+from lorainit.events import Message, Tick
 from lorainit.evidence import activations
 from lorainit.evidence.activations import shared_inputs
 from lorainit.evidence.collect import collect
@@ -107,6 +107,15 @@ def test_blocks_on_a_small_device_give_the_same_moments(bases, rows, monkeypatch
     parts = gather(bases, rows, "corda")
     assert max(difference("corda", whole[n], parts[n]) for n in whole) == 0.0
     assert blocks({"a": 10, "b": 10, "c": 30}, 801) == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("samples", "said"), [(12, 0), (13, 1)])
+def test_fewer_rows_than_asked_for_are_said_aloud(bases, rows, method, samples, said):
+    events = []
+    gather(bases, rows, {"method": method, "samples": samples}, on_event=events.append)
+    found = [e.data for e in events if isinstance(e, Message) and e.level == "warn"]
+    assert found == said * [{"kind": "init", "samples": 12, "asked": 13}]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,12 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lorainit.adapter import check, export, prompts, record, require
 from lorainit.data import collate, load
@@ -284,6 +287,35 @@ def test_export_is_the_trained_model_for_stock_peft_in_a_new_process(reloaded, c
     on, off = reloaded["-".join(key)]
     assert on <= EXACT[key[3]] * max(1.0, float(cases[key].trained_logits.abs().max()))
     assert off == 0.0
+
+
+@pytest.mark.parametrize("names", [("pissa", "loram"), ("lora_ga", "lora_one"), ("olora", "kaiming")])
+def test_two_adapters_side_by_side_are_each_exact(cases, bases, data, names):
+    """What raw base-changing adapters cannot do: switching, mixed batches, deletion, and the base in between."""
+    wanted = [cases["llama", name, "alpha=r", "fp32"] for name in names]
+    batch = collate(data.samples[:4], pad=0)
+    base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(base, wanted[0].adapter, adapter_name="0").eval()
+        model.load_adapter(wanted[1].adapter, adapter_name="1")
+
+    def logits(**more):
+        with torch.no_grad():
+            return model(input_ids=batch.ids, attention_mask=batch.attention, **more).logits
+
+    for turn in (1, 0, 1):
+        model.set_adapter(str(turn))
+        assert largest(logits(), wanted[turn].trained_logits) <= wanted[turn].exact
+        with model.disable_adapter():
+            assert torch.equal(logits(), wanted[turn].base_logits)
+    mixed = logits(adapter_names=["0", "1", "__base__", "0"])
+    for row, case_ in enumerate((wanted[0], wanted[1], None, wanted[0])):
+        expected = case_.trained_logits if case_ else wanted[0].base_logits
+        assert largest(mixed[row], expected[row]) <= wanted[0].exact
+    model.set_adapter("0")
+    model.delete_adapter("1")
+    assert largest(logits(), wanted[0].trained_logits) <= wanted[0].exact
 
 
 def test_adapters_are_float32_whatever_the_base(cases):

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from lorainit import cache as cache_module
 from lorainit import run as stage
@@ -18,6 +20,7 @@ from lorainit.initialize import Known
 from lorainit.layer import adapted
 from lorainit.methods import Factors
 from lorainit.prepare import prepare
+from lorainit.spec import INITS
 
 
 @pytest.fixture
@@ -331,3 +334,64 @@ def test_digest_of_rows_sees_tokens_masks_and_borders():
         rows(([1, 2, 3], [False, True, True])),
     ]
     assert len({data_digest(found) for found in [one, *others]}) == 4
+
+
+# --- what each part is worth ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "init",
+    [GRADIENT, {"method": "lora_one", "samples": 4}, {"method": "corda", "samples": 4}],
+    ids=lambda init: init["method"],
+)
+def test_second_seed_costs_no_pass_over_the_calibration_rows(begin, monkeypatch, init):
+    """Only what every run measures is left: the probe with the adapter off and on, and a displaced start's loss."""
+    passes = []
+    forward = LlamaForCausalLM.forward
+
+    def counted(self, *args, **kwargs):
+        passes.append(torch.is_grad_enabled())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    begin(init)
+    first = len(passes)
+    passes.clear()
+    begin(init, seed=1)
+    displaced = init["method"] == "lora_one"
+    assert first > len(passes) == (6 if displaced else 4)
+    assert not any(passes)  # and nothing to differentiate
+
+
+@pytest.mark.parametrize("init", [GRADIENT, "pissa"], ids=["evidence", "start"])
+def test_every_named_part_is_in_both_names(spec, tmp_path, rows, init):
+    """Base, method, parameters, rank, targets, rows; rows only for a method that looks at them."""
+    made = spec(lora={"init": init}, cache=str(tmp_path / "cache"))
+    job = prepare(made, tmp_path / "out", lambda event: None)
+
+    def names(**changes):
+        changed = replace(job, **changes)
+        return stage._keys(changed, stage._context(changed, lambda event: None))
+
+    def lora(**changes):
+        return job.lora.model_copy(update=changes)
+
+    looks = init == GRADIENT
+    other = "lora_one" if looks else "milora"
+    parameter = job.lora.method.model_copy(update={"samples": 3} if looks else {"niter": 2})
+    found = [
+        names(),
+        names(base_sha256="another"),
+        names(lora=lora(init=INITS[other](method=other))),
+        names(lora=lora(init=parameter)),
+        names(lora=lora(r=2)),
+        names(lora=lora(alpha=9.0)),
+        names(targets=dict(list(job.targets.items())[1:])),
+    ]
+    fewer = replace(job.data, samples=job.data.samples[1:])
+    if looks:
+        found.append(names(data=fewer))
+    else:
+        assert names(data=fewer) == names()
+    assert len({n.evidence for n in found}) == len({n.starts for n in found}) == len(found)
+    assert names(lora=lora(init=job.lora.method.model_copy(update={"seed": 5}))).starts != names().starts

@@ -202,7 +202,7 @@ def test_every_row_is_seen_before_convergence_counts(bases, rows):
     events = []
     context = make_context(bases["llama"], rows, {"method": "eva", "tau": 0.0}, size=2, on_event=events.append)
     collect(context.lora.method, context)
-    (said,) = [e for e in events if isinstance(e, Message)]
+    (said,) = [e for e in events if isinstance(e, Message) and e.level == "info"]
     assert said.data == {"kind": "init", "batches": 6, "without_adapter": []}
 
 
@@ -218,6 +218,10 @@ def test_only_trained_tokens_count(bases, rows):
     found = collect(context.lora.method, context)[name].directions
     assert sine(found, one_shot(inputs[0][batch.trained].double(), 4)[1]) < 0.05
     assert sine(found, one_shot(inputs[0][batch.attention.bool()].double(), 4)[1]) > 0.2
+    init = {"method": "eva", "rho": 1.0, "use_label_mask": False}
+    context = make_context(bases["llama"], rows, init, size=12, wanted=["q_proj"])
+    found = collect(context.lora.method, context)[name].directions
+    assert sine(found, one_shot(inputs[0][batch.attention.bool()].double(), 4)[1]) < 0.05
 
 
 # --- scale, export, runs -----------------------------------------------------------------------
@@ -324,6 +328,10 @@ def test_run_with_a_layer_of_rank_zero_trains_resumes_and_exports(spec, tmp_path
     monkeypatch.setattr(activations, "spread_ranks", spread)
     whole = run(spec(lora={"init": "eva"}), tmp_path / "1", lambda event: None)
     assert whole.export_check["passed"]
+    report = json.loads((tmp_path / "1/adapter/init_report.json").read_text())
+    plan = json.loads((tmp_path / "1/adapter/manifest.json").read_text())["plan"]
+    assert plan["trainable_parameters_estimated"] is True
+    assert report["trainable_parameters"] == plan["trainable_parameters"] - 4 * (16 + 32)
     assert math.isfinite(whole.export_check["max_abs_logit_difference"])
     again = spec(lora={"init": "eva"}, resume_from=str(tmp_path / "1/checkpoints/step-000002"))
     run(again, tmp_path / "2", lambda event: None)

@@ -4,9 +4,11 @@ import gc
 import json
 import math
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from lorainit.data import collate
 from lorainit.errors import InitFailed, NonFiniteLoss, UnsupportedInit
@@ -102,6 +104,48 @@ def test_preheat_that_is_not_finite_or_missing_is_refused():
     B[0, 0] = math.nan
     with pytest.raises(InitFailed, match="non-finite"):
         start(A, B)
+
+
+@pytest.mark.parametrize("c", [1.0, 0.5])
+def test_left_side_starts_b_in_the_left_singular_vectors(c):
+    A, B = pair()
+    found = start(A, B, side="left", c=c)
+    U = torch.linalg.svd(B @ A).U[:, :4]
+    assert not found.A.any()
+    assert (found.A.shape, found.B.shape) == ((4, 48), (40, 4))
+    assert (found.B.double() @ found.B.double().T - c * c * U @ U.T).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("c", [1.0, 0.5])
+@pytest.mark.parametrize("s", [1.0, 2.0])
+def test_carried_start_is_the_best_part_of_the_preheated_product(c, s):
+    A, B = pair()
+    found = start(A, B, scale=s, b_init="carry", c=c)
+    U, S, Vh = torch.linalg.svd(s * B @ A)
+    best = (U[:, :4] * S[:4]) @ Vh[:4]
+    assert torch.allclose(s * found.B.double() @ found.A.double(), best, atol=1e-5 * float(S[0]))
+    assert torch.equal(found.A, start(A, B, c=c).A)
+    assert HRP(method="hrp", b_init="carry").function_preserving is False
+
+
+def test_carrying_does_not_combine_with_the_left_side():
+    with pytest.raises(ValidationError, match="starts A at zero"):
+        HRP(method="hrp", side="left", b_init="carry")
+
+
+@pytest.mark.parametrize("alive", [0, 3])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_missing_directions_are_completed_when_asked_for(alive, side):
+    A, B = pair(seed=1)  # not the seed of the directions that are drawn
+    B[:, alive:] = 0
+    found = start(A, B, side=side, complete="random_orthonormal")
+    V = found.A if side == "right" else found.B.T
+    assert torch.allclose(V @ V.T, torch.eye(4), atol=1e-6)
+    U, _, Vh = torch.linalg.svd(B @ A)
+    known = (Vh if side == "right" else U.T)[:alive].float()
+    assert torch.allclose(known @ V.T @ V, known, atol=1e-5)
+    assert found.facts["completed"] == 4 - alive
+    assert torch.equal(found.A, start(A, B, side=side, complete="random_orthonormal").A)
 
 
 # --- preheating --------------------------------------------------------------------------------
@@ -300,3 +344,42 @@ def test_run_starts_as_the_base_with_a_fresh_optimizer_on_the_first_batch(spec, 
     # The preheat's first loss and the run's are of the same rows: the data is rewound.
     first = next(e.data["loss"] for e in events if isinstance(e, Message) and e.data.get("step") == 1)
     assert next(e.train_loss for e in events if e.kind == "metrics") == pytest.approx(first, rel=1e-6)
+
+
+def test_run_that_continues_begins_with_the_batch_after_the_preheat(spec, tmp_path):
+    """Twelve rows, batches of five: after one preheat step comes the second batch, resumed or not."""
+    init = {"method": "hrp", "preheat_rank": 8, "preheat_steps": 1}
+    training = {"max_steps": 4, "checkpoint_interval": 2}
+
+    def tokens(folder, **more):
+        found = []
+        made = spec(lora={"init": init | more.pop("init", {})}, training=training, **more)
+        run(made, folder, lambda e: found.append(e.tokens) if e.kind == "metrics" else None)
+        return [b - a for a, b in pairwise([0, *found])]
+
+    rewound = tokens(tmp_path / "rewind")
+    onward = tokens(tmp_path / "onward", init={"main_data": "continue"})
+    assert onward[:3] == rewound[1:]
+    point = str(tmp_path / "onward/checkpoints/step-000002")
+    tokens(tmp_path / "again", init={"main_data": "continue"}, resume_from=point)
+    files = [(tmp_path / n / "adapter/adapter_model.safetensors").read_bytes() for n in ("onward", "again")]
+    assert files[0] == files[1]
+    assert json.loads((tmp_path / "onward/adapter/init_report.json").read_text())["preheat"]["main_data"].startswith(
+        "after"
+    )
+
+
+def test_run_that_carries_starts_ahead_and_says_so(spec, tmp_path):
+    init = {"method": "hrp", "preheat_rank": 8, "preheat_steps": 8, "preheat_learning_rate": 0.01, "b_init": "carry"}
+    done = run(spec(lora={"init": init}, training={"max_steps": 1}), tmp_path, lambda event: None)
+    report = json.loads((tmp_path / "adapter/init_report.json").read_text())
+    assert report["function_preserving"] is False
+    assert report["calibration_loss"]["after"] < report["calibration_loss"]["before"]
+    assert (done.export_check["passed"], done.export_check["export_rank"]) == (True, 4)
+
+
+def test_rate_of_the_preheat_is_its_own(bases, rows):
+    """Adam's first step has the size of the rate in every entry of B'."""
+    for rate in (1e-3, 4e-3):
+        for e in heat(hrp_context(bases, rows, preheat_steps=1, preheat_learning_rate=rate)).values():
+            assert float(e.preheated[1].abs().median()) == pytest.approx(rate, rel=1e-3)

@@ -104,6 +104,16 @@ def test_best_and_random_losses_have_closed_forms(spectrum):
     assert float(losses.mean()) == pytest.approx(expected, abs=4 * standard_error(losses))
 
 
+@pytest.mark.parametrize(
+    ("spectrum", "bounds"),
+    [("harmonic", (0.6915, 0.5729, 0.3356, 0.0983)), ("geometric", (1.196, 1.004, 0.618, 0.233))],
+)
+def test_upper_bounds_are_those_of_the_table(spectrum, bounds):
+    energy = float(SPECTRA[spectrum][:r].square().sum())
+    found = [(squares(spectrum) - R / n * energy) / 2 for R in RANKS]
+    assert found == pytest.approx(bounds, abs=6e-4)
+
+
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_preheating_is_never_worse_than_random_and_gains_with_its_rank(spectrum):
     means = [float(hrp_losses(spectrum, R, draws=200).mean()) for R in (r, *RANKS)]

@@ -251,6 +251,21 @@ def test_risky_choices_are_warned_about(model, probe, options, text):
     assert any(isinstance(e, Message) and e.level == "warn" and text in e.message for e in events)
 
 
+@pytest.mark.parametrize(("init", "wanted"), [("lora_ga", "2r = 8"), ("lora_one", "r = 4")])
+def test_gradient_of_too_few_directions_is_warned_about_with_the_module(model, probe, init, wanted):
+    evidence = gradients(model, probe)
+    name = "model.layers.0.mlp.up_proj"
+    G = evidence[name].gradient
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    evidence[name] = replace(evidence[name], gradient=(U[:, :3] * S[:3]) @ Vh[:3])
+    events = []
+    report = start(model, probe, init, on_event=events.append, more={"evidence": evidence, "calibration": [probe]})
+    (text,) = (t for t in report.summary["warnings"] if "fewer directions" in t)
+    assert f"({wanted}), down to 3 in {name}" in text
+    assert any(isinstance(e, Message) and e.level == "warn" and e.message == text for e in events)
+    assert next(m for m in report.modules if m["name"] == name)["gradient_rank"] == 3
+
+
 @pytest.mark.parametrize(
     "lora", [{}, {"use_rslora": True}, {"init": {"method": "loram", "scale_aware": True}, "alpha": 12.0}]
 )

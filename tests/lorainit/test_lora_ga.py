@@ -16,7 +16,7 @@ from lorainit.evidence.collect import collect
 from lorainit.initialize import initialize
 from lorainit.layer import weight_of
 from lorainit.loss import logits_of, tally
-from lorainit.methods.lora_ga import lora_ga
+from lorainit.methods.lora_ga import _largest_entry, lora_ga
 from lorainit.spec import LoRAGA
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny
 
@@ -116,6 +116,37 @@ def test_rank_above_half_the_smaller_side_is_refused():
         start(gradient(), rank=25)
     assert caught.value.param == "lora.r"
     start(gradient(), rank=24)
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_norm_clip_keeps_the_offset_within_the_weights_largest_entry(large):
+    G = gradient()
+    free = start(G)
+    offset = float((S0 * free.B @ free.A).abs().max())
+    W = (2 if large else 0.25) * offset * torch.nn.functional.normalize(gradient(seed=5), p=torch.inf, dim=(0, 1))
+    found = start(G, W=W, norm_clip=True)
+    if large:
+        assert torch.equal(found.A, free.A) and torch.equal(found.B, free.B)
+        assert found.facts == {}
+    else:
+        assert float((S0 * found.B @ found.A).abs().max()) == pytest.approx(float(W.abs().max()), rel=1e-5)
+        assert torch.allclose(found.A, free.A / 2, rtol=1e-4)  # the square root of a quarter, each
+        assert torch.allclose(found.B, free.B / 2, rtol=1e-4)
+        assert found.facts == {"norm_clip": pytest.approx(0.25, rel=1e-4)}
+    assert start(G, W=W).facts == {}
+
+
+def test_largest_entry_is_found_in_pieces(monkeypatch):
+    A, B = gradient(3, 40), gradient(30, 3)
+    monkeypatch.setitem(_largest_entry.__globals__, "ROWS", 7)
+    assert _largest_entry(A, B) == pytest.approx(float((B @ A).abs().max()), rel=1e-6)
+
+
+def test_rank_above_the_gradients_is_a_fact():
+    U, S, Vh = torch.linalg.svd(gradient(), full_matrices=False)
+    poor = (U[:, :5] * S[:5]) @ Vh[:5]
+    assert start(poor, rank=4).facts == {"gradient_rank": 5}
+    assert start(poor, rank=2).facts == {}
 
 
 # --- against LoRA-One ----------------------------------------------------------------------------

@@ -127,6 +127,15 @@ def test_spectral_start_improves_with_the_root_of_the_samples():
     assert errors == pytest.approx([math.sqrt(D / N) for N in (400, 1600, 6400, 25_600)], rel=0.15)
 
 
+def test_loss_at_the_spectral_start_falls_with_the_samples():
+    found = []
+    for N in (400, 1600, 6400, 25_600):
+        target, H = teacher(spread(4), N)
+        found.append(loss_ratio(torch.matmul(*spectral(H @ target, 8)), target, H))
+    # Two independent implementations: .337/.269, .069/.058, .016, .004.
+    assert found == pytest.approx([0.30, 0.064, 0.016, 0.004], rel=0.25)
+
+
 def test_too_large_a_step_is_worse_than_none():
     target, H = teacher(spread(4), 1600)
     gammas = (0.25, 0.5, 1.0, 1.5, 2.0)
@@ -165,6 +174,15 @@ def test_preconditioned_descent_tends_to_one_minus_the_rate_with_many_samples():
         found.append(factor(path, target, 10, 15))
     assert found == sorted(found, reverse=True)
     assert 0.5 < found[-1] < 0.51
+
+
+@pytest.mark.parametrize(("damping", "factor_"), [(1e-6, 0.64), (1e-3, 0.676)])
+def test_damping_carries_a_rank_above_the_targets(damping, factor_):
+    """r = 8 on a gradient of rank 4: contraction with damping, and none to be had without."""
+    target, H = teacher(spread(4), 1600)
+    start = spectral(H @ target, 8)
+    path = descend(*start, linear(target, H), rate=0.5, steps=20, preconditioned=True, damping=damping)
+    assert factor(path, target, 5, 20) == pytest.approx(factor_, abs=0.04)
 
 
 def test_plain_descent_from_the_same_start_slows_down_with_the_condition_number():

@@ -7,8 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from lorainit import init_report
+from lorainit.data import collate
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
+from lorainit.initialize import initialize
+from lorainit.loss import logits_of
 from lorainit.methods import METHODS
 from lorainit.methods.loram import (
     bases,
@@ -22,6 +25,7 @@ from lorainit.methods.loram import (
 )
 from lorainit.run import run
 from lorainit.spec import INITS, Lora, LoRAM
+from tests.lorainit.reference import context, eight_rows, tiny
 
 F64 = torch.float64
 DST = LoRAM(method="loram")
@@ -110,6 +114,57 @@ def test_scale_aware_sizes_the_product_with_the_scale(s):
     assert float((s * plain.B @ plain.A).var() / W.var()) == pytest.approx(s * s * Q, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("side", "values"),
+    [
+        (4096, (0.250, 0.333, 0.417, 0.500, 0.583)),
+        (1024, (0.300, 0.400, 0.500, 0.600, 0.700)),
+        (768, (0.313, 0.417, 0.522, 0.626, 0.730)),
+    ],
+)
+def test_rank_factors_are_those_of_the_table(side, values):
+    for r, Q in zip((8, 16, 32, 64, 128), values, strict=True):
+        assert rank_factor(side, 2 * side, r) == pytest.approx(Q, abs=6e-4)
+        assert rank_factor(2 * side, side, r) == pytest.approx(Q, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("r", "c", "beta", "energy"),
+    [(2, 0.657, 1.105, 1.489), (4, 0.811, 1.058, 1.254), (8, 0.902, 1.030, 1.127), (16, 0.950, 1.015, 1.063),
+     (64, 0.987, 1.004, 1.016)],
+)  # fmt: skip
+def test_the_two_magnitudes_differ_by_the_bases_mean(r, c, beta, energy):
+    """c = T²/(mn) in the limit of large sides; beta and mean square of B·A, variance over second moment."""
+    m, n = 40_000, 50_000
+    v = sine_variance(m, n, r)
+    assert r - v * (m * n - 1) == pytest.approx(c, abs=1e-3)
+    assert (r / (m * n) / v) ** 0.25 == pytest.approx(beta, abs=1e-3)
+    assert r / (m * n) / v == pytest.approx(energy, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["variance", "second_moment"])
+def test_growth_constant_is_that_of_pissa_with_the_logarithm_for_its_share(kind):
+    """k1 = Q·(m + n)·(mean square of W); PiSSA's own share of a random weight, 0.118, lies far below Q."""
+    W = torch.randn(300, 200, generator=torch.Generator().manual_seed(1), dtype=F64)
+    found = factors(W, config=LoRAM(method="loram", magnitude=kind))
+    A, B = found.A.double(), found.B.double()
+    k1 = 8 * (200 * A.square().mean() ** 2 + 300 * B.square().mean() ** 2)
+    expected = rank_factor(300, 200, 8) * 500 * float(W.square().mean())
+    assert float(k1) == pytest.approx(expected * (1.127 if kind == "variance" else 1), rel=0.02)
+    S = torch.linalg.svdvals(W)
+    assert rank_factor(300, 200, 8) == pytest.approx(0.392, abs=1e-3)
+    assert float(S[:8].mean() ** 2 / S.square().mean()) * 8 / 200 == pytest.approx(0.118, abs=0.005)
+
+
+def test_singular_values_exceed_those_of_a_random_weight():
+    W = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)) * 0.02
+    found = factors(W, rank=16, config=LoRAM(method="loram", magnitude="second_moment"))
+    beta2 = float(found.B[:, 0].square().sum())
+    assert beta2 == pytest.approx(math.sqrt(rank_factor(1024, 1024, 16) / 16) * float(W.norm()), rel=1e-4)
+    assert float(factors(W, rank=16).B[:, 0].square().sum()) == pytest.approx(3.24 * 1.03, rel=0.03)
+    assert float(torch.linalg.matrix_norm(W, 2)) == pytest.approx(1.28, abs=0.02)
+
+
 def test_golden_example():
     W = torch.tensor([[(-1) ** (i + j) * (i + 1) / (j + 1) for j in range(6)] for i in range(4)], dtype=F64)
     P, S = bases(4, 6, 2, config=DST, generator=torch.Generator())
@@ -135,6 +190,18 @@ def test_golden_example():
         [-0.49823474, -2.58061322, -1.14554674, -0.49065508, 0.90165310, 0.56630294], abs=1e-8
     )
     assert float(torch.linalg.norm(residual)) == pytest.approx(9.0559844516, abs=1e-9)
+
+
+@pytest.mark.parametrize("scaling", [{"alpha": 8.0}, {"alpha": 8.0, "use_rslora": True}])
+@pytest.mark.parametrize("config", [{}, {"magnitude": "second_moment"}, {"scale_aware": True}, {"basis": "gaussian"}])
+def test_model_starts_as_the_base(scaling, config):
+    """s = 1 and s = sqrt(r), to 1e-6 of the largest logit."""
+    found = context(tiny(), eight_rows(), {"method": "loram", **config}, **scaling)
+    probe = collate(eight_rows()[:4], pad=0)
+    with torch.no_grad():
+        largest = float(logits_of(found.model, probe).abs().max())
+    report = initialize(found.model, found.targets, found.lora, seed=0, probe=probe, on_event=lambda event: None)
+    assert report.summary["max_abs_logit_difference"] <= 1e-6 * largest
 
 
 SVDS = [

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from lorainit.errors import UnsupportedInit
+from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.methods import METHODS
-from lorainit.methods._linalg import randomized_svd
+from lorainit.methods._linalg import numerical_rank, randomized_svd
 from lorainit.spec import INITS
 
 SCALES = [0.25, 1.0, 2.0, math.sqrt(8)]
@@ -70,6 +70,14 @@ def test_same_seed_same_bits_and_the_global_generator_is_untouched(method):
     assert torch.equal(W, before)
 
 
+@pytest.mark.parametrize("method", [m for m, kind in INITS.items() if kind.facts.needs not in ("none", "weight")])
+def test_missing_evidence_is_refused(method):
+    with pytest.raises(InitFailed, match="collected"):
+        METHODS[method](
+            weight(), Evidence(), rank=4, scale=1.0, config=INITS[method](method=method), generator=torch.Generator()
+        )
+
+
 @pytest.mark.parametrize("method", ["kaiming", "gaussian", "orthogonal"])
 def test_another_seed_gives_another_start(method):
     assert not torch.equal(factors(method, weight(), seed=0).A, factors(method, weight(), seed=1).A)
@@ -79,6 +87,7 @@ def test_kaiming_is_uniform_within_one_over_root_in():
     found = factors("kaiming", torch.zeros(8, 4096), rank=16)
     assert found.A.abs().max() <= 4096**-0.5
     assert float(found.A.var()) * 3 * 4096 == pytest.approx(1, rel=0.02)
+    assert float(found.A.norm(dim=1).mean()) == pytest.approx(0.577, abs=2e-3)
     assert not found.B.any()
 
 
@@ -94,6 +103,9 @@ def test_orthogonal_factors_multiply_to_zero_with_half_rank_each():
     assert torch.linalg.matrix_rank(found.A) == torch.linalg.matrix_rank(found.B) == 4
     assert found.A.std() > 0.05
     assert found.B.std() > 0.05
+    halved = factors("orthogonal", torch.zeros(48, 64), divisor=20.0)
+    assert torch.allclose(halved.A, found.A / 2)
+    assert torch.allclose(halved.B, found.B / 2)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -147,15 +159,76 @@ def test_olora_without_scale_awareness_is_peft():
     assert float(torch.linalg.norm(reflected)) == pytest.approx(float(torch.linalg.norm(W)), rel=1e-5)
 
 
-def test_randomized_svd_finds_a_flat_spectrum_with_oversampling_only():
+def svd(W, rank, niter, seed=1):
+    return randomized_svd(W, rank=rank, niter=niter, generator=torch.Generator().manual_seed(seed))
+
+
+def test_randomized_svd_needs_its_iterations_on_a_flat_spectrum():
     W = torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
     best = float(torch.linalg.svdvals(W)[:16].square().sum())
+    assert float(svd(W, 16, 16)[1].square().sum()) > 0.9999 * best
+    assert float(svd(W, 16, 0)[1].square().sum()) < 0.7 * best
 
-    def energy(oversample, niter):
-        generator = torch.Generator().manual_seed(1)
-        return float(
-            randomized_svd(W, rank=16, oversample=oversample, niter=niter, generator=generator)[1].square().sum()
-        )
 
-    assert energy(16, 16) > 0.999 * best
-    assert energy(0, 0) < 0.7 * best
+@pytest.mark.parametrize(("power", "tolerance"), [(0.5, 1e-3), (1.0, 1e-4)])
+@pytest.mark.parametrize("shape", [(1024, 1024), (300, 500), (500, 300)])
+def test_randomized_svd_finds_the_leading_space(shape, power, tolerance):
+    """Subspace iteration with q = 4r and 4 iterations comes within 0.0019 for the first spectrum at 1024."""
+    g, k = torch.Generator().manual_seed(0), min(shape)
+    U, V = (torch.linalg.qr(torch.randn(d, k, generator=g, dtype=torch.float64)).Q for d in shape)
+    S = torch.arange(1, k + 1, dtype=torch.float64) ** -power
+    found, values, Vh = svd(((U * S) @ V.T).float(), 8, 16)
+    left = found.double() - U[:, :8] @ (U[:, :8].T @ found.double())
+    assert float(torch.linalg.matrix_norm(left, 2)) < tolerance  # the sine of the largest angle
+    assert torch.allclose(values.double(), S[:8], rtol=1e-5)
+    assert torch.allclose(Vh @ Vh.T, torch.eye(8), atol=1e-5)
+    assert (Vh.gather(1, Vh.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+@pytest.mark.parametrize("k", [0, 3])
+def test_randomized_svd_of_few_directions_fills_up_with_orthonormal_ones(shape, k):
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(shape[0], k, generator=g) @ torch.randn(k, shape[1], generator=g)
+    U, S, Vh = svd(W, 8, 64)
+    assert torch.allclose((U * S) @ Vh, W, atol=1e-5)
+    assert torch.allclose(U.T @ U, torch.eye(8), atol=1e-5)
+    assert torch.allclose(Vh @ Vh.T, torch.eye(8), atol=1e-5)
+    assert numerical_rank(S, W) == k
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_randomized_svd_does_not_depend_on_the_size(size):
+    W = weight(96, 128)
+    (U, S, Vh), (small_U, small_S, small_Vh) = svd(W, 8, 16), svd(size * W, 8, 16)
+    assert torch.allclose(small_S / size, S, rtol=1e-4)
+    assert torch.allclose(small_U, U, atol=1e-3)
+    assert torch.allclose(small_Vh, Vh, atol=1e-3)
+
+
+def test_randomized_svd_ends_when_another_block_adds_nothing():
+    W = weight(96, 128)
+    enough, more = svd(W, 8, 16), svd(W, 8, 64)
+    assert all(torch.equal(a, b) for a, b in zip(enough, more, strict=True))
+    assert not torch.equal(enough[0], svd(W, 8, 1)[0])
+
+
+# --- known sizes ---------------------------------------------------------------------------------
+
+
+def share(method, W, rank):
+    """‖B·A‖/‖W‖."""
+    found = factors(method, W, rank=rank, **({"niter": None} if method == "pissa" else {}))
+    return float((found.B @ found.A).norm() / W.norm())
+
+
+def test_pissa_takes_most_of_a_random_weight_and_milora_next_to_nothing():
+    W = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    assert share("pissa", W, 4) == pytest.approx(0.60, abs=0.03)
+    assert share("milora", W, 4) == pytest.approx(0.088, abs=0.03)
+
+
+def test_olora_takes_less_of_a_random_weight_than_pissa():
+    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert share("olora", W, 8) == pytest.approx(0.47, abs=0.03)
+    assert share("pissa", W, 8) == pytest.approx(0.61, abs=0.03)

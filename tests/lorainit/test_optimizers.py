@@ -5,10 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
 from lorainit.events import Metrics
-from lorainit.optimizers import PreconditionedAdamW, SingularPreconditioner, make_optimizer, set_rate
+from lorainit.optimizers import (
+    PreconditionedAdamW,
+    SimultaneousAdamW,
+    SingularPreconditioner,
+    make_optimizer,
+    set_rate,
+)
 from lorainit.run import run
 from lorainit.spec import Hyperparameters
 
@@ -17,6 +25,7 @@ OPTIMIZERS = {
     "adamw": {"name": "adamw"},
     "adamw_lora_plus": {"name": "adamw_lora_plus", "ratio": 4.0},
     "adamw_preconditioned": {"name": "adamw_preconditioned", "damping": 1e-4},
+    "simultaneous": {"name": "adamw_preconditioned", "damping": 1e-4, "update": "simultaneous"},
 }
 
 
@@ -136,6 +145,48 @@ def test_lost_rank_without_damping_is_refused_by_name_and_changes_nothing():
     PreconditionedAdamW({"model.q": (A, B)}, lr=0.01, damping=1e-6).step()
 
 
+@pytest.mark.parametrize("kind", [PreconditionedAdamW, SimultaneousAdamW])
+def test_directions_that_are_rounding_need_damping(kind):
+    """LoRA-One's start where the gradient has rank 4 < r: the surplus directions are the SVD's rounding."""
+    A, B = pair(r=6, dtype=torch.float32)
+    with torch.no_grad():
+        A.copy_(torch.eye(6, 12)), B.copy_(torch.eye(10, 6))
+        A[4:] *= 1e-4
+        B[:, 4:] *= 1e-4
+    with pytest.raises(SingularPreconditioner, match="singular at damping 0"):
+        kind({"x": (A, B)}, lr=0.01, damping=0.0, weight_decay=0.0).step()
+    kind({"x": (A, B)}, lr=0.01, damping=1e-6, weight_decay=0.0).step()
+
+
+def test_simultaneous_steps_are_pefts():
+    """PEFT's create_riemannian_optimizer over AdamW, at the same damping, on one adapted layer."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 10)), LoraConfig(r=4, target_modules=["0"])).double()
+    (a, A), (b, B) = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    assert ("lora_A" in a, "lora_B" in b) == (True, True)
+    C, D = pair()
+    with torch.no_grad():
+        A.copy_(C), B.copy_(D)
+    theirs = create_riemannian_optimizer(model, torch.optim.AdamW, lr=0.01, reg=1e-3, weight_decay=0.1)
+    ours = SimultaneousAdamW({"x": (C, D)}, lr=0.01, damping=1e-3, weight_decay=0.1)
+    for _ in range(5):
+        for p in (C, D):
+            p.grad = torch.randn_like(p)
+        A.grad, B.grad = C.grad.clone(), D.grad.clone()
+        ours.step()
+        theirs.step()
+    assert torch.allclose(A, C, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(B, D, rtol=1e-10, atol=1e-12)
+
+
+def test_simultaneous_first_step_has_the_size_of_the_rate():
+    A, B = pair()
+    A0, B0 = A.detach().clone(), B.detach().clone()
+    SimultaneousAdamW({"x": (A, B)}, lr=1e-3, damping=1e-6, weight_decay=0.0).step()
+    for before, after in ((A0, A), (B0, B)):
+        assert torch.allclose((after - before).abs(), torch.full_like(after, 1e-3), rtol=1e-4)
+
+
 def test_kaiming_start_with_zero_b_is_fine_with_damping():
     A, B = pair(dtype=torch.float32)
     with torch.no_grad():
@@ -147,9 +198,10 @@ def test_kaiming_start_with_zero_b_is_fine_with_damping():
     assert B.isfinite().all()
 
 
-def test_closure_is_refused():
+@pytest.mark.parametrize("kind", [PreconditionedAdamW, SimultaneousAdamW])
+def test_closure_is_refused(kind):
     with pytest.raises(ValueError, match="closures"):
-        PreconditionedAdamW({"x": pair()}, lr=0.01).step(lambda: 0.0)
+        kind({"x": pair()}, lr=0.01, damping=1e-6, weight_decay=0.0).step(lambda: 0.0)
 
 
 # --- in a run ----------------------------------------------------------------------------------

@@ -105,6 +105,9 @@ def test_plan_says_what_runs(finished):
     assert (plan.total_steps, plan.steps_per_epoch, plan.rows, plan.modules) == (4, 3, 12, 14)
     assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == (5, 1)
     assert plan.trainable_parameters == 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert plan.trainable_parameters_estimated is False
+    (report,) = of(finished[0], InitReport)
+    assert report.report["trainable_parameters"] == plan.trainable_parameters
     assert (plan.device, plan.precision) == ("cpu", "fp32")
 
 
@@ -271,3 +274,26 @@ def test_schedules():
     assert shape("cosine")[6] == pytest.approx(0.5)
     assert shape("cosine")[9] == pytest.approx(0.038, abs=1e-3)
     assert schedule("cosine", 0, total=1, warmup=0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("init", "least", "most"),
+    [
+        ({"method": "lora_ga"}, 0.7, 1.3),
+        ({"method": "lora_one", "gamma": 8192}, 0.7, 1.3),
+        ({"method": "lora_one"}, 0.3, 1),
+    ],
+    ids=["lora_ga", "lora_one, hardly displaced", "lora_one"],
+)
+def test_first_step_changes_the_loss_as_the_report_expects(spec, tmp_path, init, least, most):
+    """On the gradient's own rows, all in one batch. A displaced start has taken part of the way already."""
+    training = {
+        "max_steps": 2, "batch_size": 12, "learning_rate": 2e-5, "lr_scheduler": "constant", "warmup_ratio": 0.0,
+    }  # fmt: skip
+    events = []
+    run(spec(lora={"init": {**init, "samples": 12}}, training=training), tmp_path, events.append)
+    (report,) = of(events, InitReport)
+    one, two = (m.train_loss for m in of(events, Metrics) if m.train_loss is not None)
+    expected = report.report["expected_first_step_change"]
+    assert expected < 0
+    assert least < (two - one) / expected < most

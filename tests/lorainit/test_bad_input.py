@@ -1,0 +1,144 @@
+"""What cannot be initialized ends with a code, the module and the reason; nothing is replaced by something else."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lorainit.errors import InitFailed, LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
+from lorainit.model import find_targets
+from lorainit.run import run
+from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
+
+UP = "model.layers.1.mlp.up_proj"
+GRADIENT = ["lora_ga", "lora_one"]
+DATA = ["lora_ga", "lora_one", "eva", "corda"]
+
+
+@pytest.fixture
+def refused(spec, tmp_path):
+    """Run on a base of which one weight was changed; what it was refused with. No adapter may be there."""
+
+    def start(init, *, change=None, module=UP, **overrides) -> LorainitError:
+        model = tiny_llama()
+        if change is not None:
+            with torch.no_grad():
+                change(model.get_submodule(module).weight)
+        model.save_pretrained(tmp_path / "base")
+        make_tokenizer().save_pretrained(tmp_path / "base")
+        lora = {"init": init} | overrides.pop("lora", {})
+        source = {"source": str(tmp_path / "base")}
+        with pytest.raises(LorainitError) as caught:
+            run(spec(model=source, lora=lora, **overrides), tmp_path / "out", lambda event: None)
+        assert not (tmp_path / "out" / "adapter").exists()
+        return caught.value
+
+    return start
+
+
+def entry(value):
+    def change(weight):
+        weight[0, 0] = value
+
+    return change
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "milora", "olora", "loram"])
+def test_weight_that_is_not_finite(refused, init, value):
+    error = refused(init, change=entry(value))
+    assert isinstance(error, UnsupportedInit)
+    assert error.message == f"{UP}: the base weight has non-finite entries."
+    assert error.param == "model"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("init", GRADIENT)
+def test_gradient_that_is_not_finite(refused, init, value):
+    error = refused(init, change=entry(value), lora={"target_modules": ["down_proj"]})
+    assert isinstance(error, InitFailed)
+    assert "gradient is not finite in model.layers." in error.message
+    assert error.param == "lora.init"
+
+
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_input_that_is_not_finite(refused, init):
+    error = refused(init, change=entry(math.inf), lora={"target_modules": ["down_proj"]})
+    assert isinstance(error, InitFailed)
+    assert "model.layers.1.mlp.down_proj: its inputs are not finite" in error.message
+
+
+@pytest.mark.parametrize("init", GRADIENT)
+def test_gradient_that_is_zero(refused, init):
+    error = refused(init, change=torch.Tensor.zero_, module="model.layers.1.mlp.down_proj")
+    assert isinstance(error, UnsupportedInit)
+    assert f"The gradient is zero in model.layers.1.mlp.gate_proj, {UP}:" in error.message
+
+
+@pytest.mark.parametrize(
+    ("init", "change", "code", "text"),
+    [
+        ("loram", torch.Tensor.zero_, "unsupported_init_for_model", "zero"),
+        ("loram", lambda w: w.fill_(0.1), "unsupported_init_for_model", "all entries"),
+        ("milora", lambda w: w[:, 0].copy_(w[:, 1]), "unsupported_init_for_model", "smallest singular value"),
+        ({"method": "corda", "mode": "kpm"}, lambda w: w[:, :30].zero_(), "init_failed", "smallest singular value"),
+    ],
+    ids=["zero", "constant", "rank deficient", "rank deficient under its inputs"],
+)
+def test_weight_without_the_directions_a_method_takes(refused, init, change, code, text):
+    error = refused(init, change=change)
+    assert (error.code, error.message.startswith(f"{UP}: ")) == (code, True)
+    assert text in error.message
+
+
+@pytest.mark.parametrize("init", ["kaiming", "lora_one", "eva", "hrp"])
+def test_rank_above_the_smaller_side(refused, init):
+    error = refused(init, lora={"r": 17})
+    assert isinstance(error, RankTooLarge)
+    assert "smaller side of model.layers.0.self_attn.k_proj (16x32)" in error.message
+    assert (error.code, error.param) == ("rank_too_large", "lora.r")
+
+
+@pytest.mark.parametrize(
+    ("init", "param", "text"),
+    [
+        ("lora_ga", "lora.r", "LoRA-GA needs 2r <= 16"),
+        ({"method": "hrp", "preheat_rank": 17}, "lora.init.preheat_rank", "must lie between r = 12 and"),
+    ],
+)
+def test_method_that_needs_more_directions_than_the_rank(refused, init, param, text):
+    error = refused(init, lora={"r": 12})
+    assert isinstance(error, UnsupportedInit)
+    assert error.message.startswith("model.layers.0.self_attn.k_proj: ")
+    assert text in error.message
+    assert error.param == param
+
+
+@pytest.mark.parametrize("init", DATA)
+def test_calibration_file_without_a_usable_row(refused, tmp_path, init):
+    rows = write_rows(tmp_path / "calibration.jsonl", ["not a row"])
+    error = refused(init, data={"calibration": str(rows)})
+    assert error.param == "lora.init.calibration_file"
+
+
+def test_fewer_tokens_than_eva_needs(refused, tmp_path):
+    rows = write_rows(tmp_path / "calibration.jsonl", [chat("What?", "it")])
+    error = refused("eva", data={"calibration": str(rows)})
+    assert isinstance(error, UnsupportedInit)
+    assert "model.layers.0.self_attn.q_proj" in error.message
+    assert "needs more tokens" in error.message
+    assert error.param == "lora.init.samples"
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("patch", nn.Conv2d(3, 4, 2)), ("table", nn.Embedding(4, 5)), ("bank", nn.Conv1d(3, 4, 2))],
+)
+def test_targets_that_are_not_linear_layers(name, made):
+    model = tiny_llama()
+    model.model.add_module(name, made)
+    with pytest.raises(UnknownTarget, match=rf"'{name}' is a {type(made).__name__}; only linear layers") as caught:
+        find_targets(model, ["q_proj", name])
+    assert caught.value.param == "lora.target_modules"
+    assert not any(name in found for found in find_targets(model, "all-linear"))
