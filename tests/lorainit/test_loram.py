@@ -88,6 +88,9 @@ def test_variance_mode_gives_the_product_the_intended_variance(r):
 
 def test_second_moment_mode_gives_the_product_the_intended_mean_square():
     W, config = weight(mean=0.01), LoRAM(method="loram", magnitude="second_moment")
+    P, S = bases(64, 96, 8, config=config, generator=torch.Generator())
+    product = magnitude(W, P, S, scale=1.0, config=config) ** 2 * P @ S.T
+    assert float(product.square().mean() / W.square().mean()) == pytest.approx(rank_factor(64, 96, 8), rel=1e-10)
     found = factors(W, config=config)
     ratio = (found.B @ found.A).double().square().mean() / W.square().mean()
     assert float(ratio) == pytest.approx(rank_factor(64, 96, 8), rel=1e-5)
