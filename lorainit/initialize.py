@@ -73,18 +73,21 @@ def initialize(
     """
     started = time.monotonic() if started is None else started
     config = lora.method
-    seed = seed if config.seed is None else config.seed
+    drawn_from = config.seed_for(seed)
     modules: list[dict[str, Any]] = []
     said = time.monotonic()
     for done, (name, module) in enumerate(targets.items(), start=1):
         found = known[name] if known else None
-        modules.append(_adapt(model, name, module, evidence.get(name, Evidence()), lora=lora, seed=seed, known=found))
+        evidence_of = evidence.get(name, Evidence())
+        modules.append(_adapt(model, name, module, evidence_of, lora=lora, seed=drawn_from, known=found))
         on_event(Tick(done=done, total=len(targets)))
         if done == len(targets) or time.monotonic() - said > MESSAGE_SECONDS:
             said = time.monotonic()
             on_event(_progress(config.method, done, len(targets)))
     seconds = time.monotonic() - started
-    summary = init_report.summary(lora, modules, seed=seed, seconds=seconds, cached=cached, rate=rate)
+    summary = init_report.summary(
+        lora, modules, seed=seed if config.seed is None else config.seed, seconds=seconds, cached=cached, rate=rate
+    )
     trained = (p for layer in adapted(model).values() for p in layer.parameters() if p.requires_grad)
     summary["trainable_parameters"] = sum(p.numel() for p in trained)
     summary |= init_report.measure(model, probe)

@@ -77,6 +77,16 @@ class InitConfig(Strict):
         """What the seed shapes: what it does not, a second seed finds in the cache."""
         return "factors"
 
+    def seed_for(self, run: int) -> int:
+        """The seed of what is drawn; `run` is the run's own.
+
+        Where nothing is meant to be drawn, sketches of an SVD are still random: always the same ones,
+        so that the seed changes nothing.
+        """
+        if self.drawn == "nothing":
+            return 0
+        return run if self.seed is None else self.seed
+
     @property
     def rate_factor(self) -> float:
         """What the model's base learning rate is multiplied by for this start."""
@@ -153,8 +163,8 @@ class PiSSA(InitConfig):
 
     @property
     def drawn(self) -> Drawn:
-        """The full SVD draws nothing."""
-        return "nothing" if self.niter is None else "factors"
+        """The top directions are what they are."""
+        return "nothing"
 
 
 class MiLoRA(InitConfig):
@@ -241,7 +251,7 @@ class LoRAM(InitConfig):
     @property
     def drawn(self) -> Drawn:
         """The sine bases are fixed."""
-        return "nothing" if self.basis == "dst" and self.tracking is None else "factors"
+        return "nothing" if self.basis == "dst" else "factors"
 
 
 class LoRAGA(CalibratedConfig):
@@ -267,6 +277,11 @@ class LoRAGA(CalibratedConfig):
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     scale: Literal["stable", "unit", "gd", "weight_svd"] = "stable"
     norm_clip: bool = False
+
+    @property
+    def drawn(self) -> Drawn:
+        """Which of the top directions go where may be left to chance; what they are is not."""
+        return "factors" if self.direction == "random" else "nothing"
 
     def smaller_side(self, r: int) -> int:
         """A and B take r directions of the gradient each."""
@@ -310,10 +325,8 @@ class LoRAOne(CalibratedConfig):
 
     @property
     def drawn(self) -> Drawn:
-        """The line search looks at starts that are drawn; the full SVD draws nothing."""
-        if self.niter is None:
-            return "nothing"
-        return "evidence" if self.gamma == "auto" else "factors"
+        """The gradient's top directions are what they are."""
+        return "nothing"
 
     @property
     def rate_factor(self) -> float:
@@ -407,8 +420,8 @@ class EVA(CalibratedConfig):
 
     @property
     def drawn(self) -> Drawn:
-        """The directions come from sketches."""
-        return "evidence"
+        """The principal directions are what they are."""
+        return "nothing"
 
 
 class CorDA(CalibratedConfig):
@@ -451,6 +464,11 @@ class LoftQ(InitConfig):
     method: Literal["loftq"]
     bits: Literal[4, 8] = 4
     iterations: Annotated[int, Field(ge=1, le=10)] = 1
+
+    @property
+    def drawn(self) -> Drawn:
+        """The best correction is what it is."""
+        return "nothing"
 
     @model_validator(mode="after")
     def refuse_another_base(self) -> "LoftQ":

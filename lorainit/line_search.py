@@ -85,7 +85,7 @@ def calibration_loss(model: nn.Module, rows: Sequence[Sample], *, pad: int, devi
 def _attached(config: LoRAOne, context: Context, evidence: Mapping[str, Evidence]) -> Iterator[None]:
     """The start at gamma = 1 in every layer for as long as the context lasts; `scale` then sets the step."""
     unit = config.model_copy(update={"gamma": 1.0})
-    seed = context.seed if config.seed is None else config.seed
+    seed = config.seed_for(context.seed)
     r = context.lora.r
     try:
         for name, module in context.targets.items():

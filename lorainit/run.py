@@ -199,7 +199,7 @@ def _evidence(context: Context, store: Cache, keys: _Keys) -> tuple[dict[str, Ev
 def _keys(job: Job, context: Context) -> _Keys:
     """Everything that shapes evidence and starts; the seed only where it does."""
     config = job.lora.method
-    seed = job.spec.seed if config.seed is None else config.seed
+    seed = config.seed_for(job.spec.seed)
     looks_at_data = config.facts.needs not in ("none", "weight")
     parts: dict[str, Any] = {
         "base": job.base_sha256,

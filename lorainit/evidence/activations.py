@@ -96,7 +96,7 @@ def _settle(
 
 
 def _states(config: EVA, context: Context, leader: dict[str, str], widths: dict[str, int]) -> dict[str, PCA]:
-    seed = context.seed if config.seed is None else config.seed
+    seed = config.seed_for(context.seed)
     return {
         g: PCA(max(widths[n] for n in leader if leader[n] == g), generator=generator_for(seed, g))
         for g in dict.fromkeys(leader.values())

@@ -47,7 +47,7 @@ def preheat(config: HRP, context: "Context") -> dict[str, Evidence]:
     ranks = {name: preheat_rank(config, name, module, r=context.lora.r) for name, module in context.targets.items()}
     steps = preheat_steps(config, total=context.total_steps)
     _warn_without_gain(ranks, context)
-    seed = context.seed if config.seed is None else config.seed
+    seed = config.seed_for(context.seed)
     layers = {
         name: _adapter(module, ranks[name], config, scale=context.lora.scaling, generator=generator_for(seed, name))
         for name, module in context.targets.items()

@@ -60,14 +60,20 @@ def same(one, two):
 GRADIENT = {"method": "lora_ga", "samples": 4}
 
 
-@pytest.mark.parametrize(
-    "init",
-    [GRADIENT, {"method": "lora_one", "samples": 4}, {"method": "corda", "samples": 4}],
-    ids=lambda init: init["method"],
-)
+SEEDLESS = {
+    "lora_ga": GRADIENT,
+    "lora_one": {"method": "lora_one", "samples": 4},
+    "lora_one auto": {"method": "lora_one", "samples": 4, "gamma": "auto"},
+    "corda": {"method": "corda", "samples": 4},
+    "eva": {"method": "eva", "samples": 4},
+}
+
+
+@pytest.mark.parametrize("init", SEEDLESS.values(), ids=SEEDLESS)
 def test_second_seed_pays_nothing_for_evidence_that_no_seed_shapes(begin, counted, init):
-    first, _, _ = begin(init)
+    first, before, _ = begin(init)
     second, found, _ = begin(init, seed=1)
+    assert same(before, found)
     assert counted == [init["method"]]
     assert (first["cached"], second["cached"]) == (False, True)
     assert first["samples"] == second["samples"] == 4
@@ -75,16 +81,8 @@ def test_second_seed_pays_nothing_for_evidence_that_no_seed_shapes(begin, counte
     assert same(found, fresh)
 
 
-@pytest.mark.parametrize(
-    "init",
-    [
-        {"method": "hrp", "preheat_rank": 8, "preheat_steps": 2},
-        {"method": "eva", "samples": 4},
-        {"method": "lora_one", "samples": 4, "gamma": "auto"},
-    ],
-    ids=lambda init: init["method"],
-)
-def test_evidence_that_a_seed_shapes_is_collected_for_each(begin, counted, init):
+def test_evidence_that_a_seed_shapes_is_collected_for_each(begin, counted):
+    init = {"method": "hrp", "preheat_rank": 8, "preheat_steps": 2}
     begin(init)
     assert begin(init, seed=1)[0]["cached"] is False
     assert begin(init)[0]["cached"] is True
@@ -132,12 +130,13 @@ def test_starts_that_took_long_are_kept_and_are_the_same_bits(begin, monkeypatch
 
 def test_a_start_that_draws_is_kept_for_its_seed_alone(begin, counted, monkeypatch):
     monkeypatch.setattr(stage, "WORTH_KEEPING_SECONDS", 0.0)
-    begin(GRADIENT)
+    init = GRADIENT | {"direction": "random"}
+    begin(init)
     entries = begin.modules
-    assert begin(GRADIENT)[0]["gradient_alignment"] is not None
+    assert begin(init)[0]["gradient_alignment"] is not None
     assert begin.modules == entries
-    _, one, _ = begin(GRADIENT)
-    _, two, _ = begin(GRADIENT, seed=1)
+    _, one, _ = begin(init)
+    _, two, _ = begin(init, seed=1)
     assert not same(one, two)
     assert counted == ["lora_ga"]
 
@@ -339,11 +338,7 @@ def test_digest_of_rows_sees_tokens_masks_and_borders():
 # --- what each part is worth ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "init",
-    [GRADIENT, {"method": "lora_one", "samples": 4}, {"method": "corda", "samples": 4}],
-    ids=lambda init: init["method"],
-)
+@pytest.mark.parametrize("init", SEEDLESS.values(), ids=SEEDLESS)
 def test_second_seed_costs_no_pass_over_the_calibration_rows(begin, monkeypatch, init):
     """Only what every run measures is left: the probe with the adapter off and on, and a displaced start's loss."""
     passes = []
@@ -394,4 +389,6 @@ def test_every_named_part_is_in_both_names(spec, tmp_path, rows, init):
     else:
         assert names(data=fewer) == names()
     assert len({n.evidence for n in found}) == len({n.starts for n in found}) == len(found)
-    assert names(lora=lora(init=job.lora.method.model_copy(update={"seed": 5}))).starts != names().starts
+    assert names(lora=lora(init=job.lora.method.model_copy(update={"seed": 5}))) == names()
+    drawn = INITS["kaiming"](method="kaiming")
+    assert names(lora=lora(init=drawn)).starts != names(lora=lora(init=drawn.model_copy(update={"seed": 5}))).starts

@@ -14,7 +14,7 @@ from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.methods import METHODS, Factors
 from lorainit.model import find_targets, load_model
-from lorainit.spec import Lora
+from lorainit.spec import INITS, Lora
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")
@@ -277,3 +277,15 @@ def test_dropout_with_an_offset_is_refused():
     factors = Factors(A=torch.ones(2, 4), B=torch.ones(3, 2))
     with pytest.raises(ValueError, match="cancel"):
         LoRALinear(nn.Linear(4, 3), factors, scale=1.0, subtract=True, dropout=0.1)
+
+
+@pytest.mark.parametrize("method", ["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora", "loram"])
+def test_the_seed_changes_exactly_what_is_drawn(bases, probe, method):
+    def factors(seed):
+        model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+        start(model, probe, method, seed=seed)
+        return [layer.A for layer in adapted(model).values()]
+
+    same = all(torch.equal(one, other) for one, other in zip(factors(0), factors(1), strict=True))
+    assert same == (method not in ("kaiming", "gaussian", "orthogonal"))
+    assert same == (INITS[method].model_validate({"method": method}).drawn == "nothing")
