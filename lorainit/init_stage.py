@@ -12,7 +12,8 @@ from lorainit import cache
 from lorainit.cache import Cache
 from lorainit.data import Batch, Sample, batches, collate, order
 from lorainit.evidence import Evidence
-from lorainit.evidence.collect import Context, collect
+from lorainit.evidence.collect import collect
+from lorainit.evidence.context import Context
 from lorainit.initialize import Known, Report, initialize
 from lorainit.layer import adapted
 from lorainit.methods import Factors

@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from lorainit.data import load, order
-from lorainit.evidence.collect import Context
+from lorainit.evidence.context import Context
 from lorainit.model import find_targets, load_model
 from lorainit.spec import Hyperparameters, Lora
 from tests.lorainit.conftest import make_tokenizer

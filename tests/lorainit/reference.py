@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit.data import Sample
-from lorainit.evidence.collect import Context
+from lorainit.evidence.context import Context
 from lorainit.initialize import generator_for
 from lorainit.layer import LoRALinear, attach, weight_of
 from lorainit.line_search import calibration_loss

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from lorainit.adapter import check, export, prompts, record, require
 from lorainit.data import collate, load
 from lorainit.errors import ExportCheckFailed
-from lorainit.evidence.collect import Context, collect
+from lorainit.evidence.collect import collect
+from lorainit.evidence.context import Context
 from lorainit.initialize import initialize
 from lorainit.layer import adapted, disabled, weight_of
 from lorainit.loss import logits_of, tally
