@@ -17,7 +17,7 @@ from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.pca import PCA, converged, spread_ranks
-from lorainit.initialize import generator_for
+from lorainit.hardware import generator_for
 from lorainit.layer import shape_of
 from lorainit.loss import logits_of
 from lorainit.spec import EVA, CorDA

@@ -17,8 +17,8 @@ from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context, few_rows
+from lorainit.evidence.line_search import search_step
 from lorainit.layer import shape_of
-from lorainit.line_search import search_step
 from lorainit.loss import row_losses
 from lorainit.spec import LoRAGA, LoRAOne
 

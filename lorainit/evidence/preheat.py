@@ -18,7 +18,7 @@ from lorainit.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context
-from lorainit.initialize import generator_for
+from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, borrowed, shape_of
 from lorainit.loss import tally
 from lorainit.methods import Factors

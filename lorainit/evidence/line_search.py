@@ -20,7 +20,7 @@ from lorainit.errors import InitFailed
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.evidence.context import Context
-from lorainit.initialize import generator_for
+from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, adapted, attach, weight_of
 from lorainit.loss import row_losses
 from lorainit.methods.lora_one import lora_one
