@@ -5,7 +5,8 @@ import torch
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context
 from lorainit.layer import weight_of
-from lorainit.model import linear_layers, load_model
+from lorainit.model import load_model
+from lorainit.targets import linear_layers
 
 
 def original_weights(context: Context) -> dict[str, Evidence]:

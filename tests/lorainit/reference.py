@@ -9,8 +9,8 @@ from lorainit.evidence.line_search import calibration_loss
 from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, attach, weight_of
 from lorainit.methods import METHODS
-from lorainit.model import find_targets
 from lorainit.spec import Hyperparameters, Lora
+from lorainit.targets import find_targets
 
 CPU = torch.device("cpu")
 

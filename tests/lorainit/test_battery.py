@@ -27,8 +27,9 @@ from lorainit.initialize import initialize
 from lorainit.layer import adapted, disabled, weight_of
 from lorainit.loss import logits_of, tally
 from lorainit.methods import METHODS
-from lorainit.model import find_targets, load_model
+from lorainit.model import load_model
 from lorainit.spec import INITS, Hyperparameters, Lora
+from lorainit.targets import find_targets
 from lorainit.train import train
 from tests.lorainit.conftest import make_tokenizer
 
