@@ -95,8 +95,8 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from lorainit.data import collate
     from lorainit.evidence.collect import Context, collect
     from lorainit.initialize import initialize
-    from lorainit.model import find_targets
     from lorainit.spec import Hyperparameters, Lora
+    from lorainit.targets import find_targets
 
     model, samples = base(cache)
     init = {"method": name.partition(" ")[0], **OURS[name]}
@@ -140,7 +140,7 @@ def plain_passes(model: Any, samples: list[Any]) -> float:
     """Forward and backward for the same gradients with nothing else done, after one to warm up."""
     from lorainit.data import collate
     from lorainit.loss import row_losses
-    from lorainit.model import find_targets
+    from lorainit.targets import find_targets
 
     targets = find_targets(model, "all-linear")
 
@@ -208,7 +208,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
 
     from lorainit.data import batches, collate
     from lorainit.loss import row_losses
-    from lorainit.model import find_targets
+    from lorainit.targets import find_targets
 
     model, samples = base(cache)
     targets = find_targets(model, "all-linear")

@@ -23,8 +23,9 @@ from lorainit.data import Sample
 from lorainit.errors import ExportCheckFailed
 from lorainit.events import Event, Tick
 from lorainit.layer import LoRALinear, adapted, was_conv1d
-from lorainit.model import linear_layers, load_model
+from lorainit.model import load_model
 from lorainit.spec import Quantization
+from lorainit.targets import linear_layers
 
 WEIGHTS = "adapter_model.safetensors"
 MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module with a `weight`

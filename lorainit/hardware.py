@@ -1,5 +1,6 @@
-"""Where a run happens: device, number format, memory, and a description for the record."""
+"""Where a run happens: device, number format, randomness, memory, and a description for the record."""
 
+import hashlib
 import os
 import platform
 import resource
@@ -57,6 +58,12 @@ def reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
         finally:
             torch.use_deterministic_algorithms(before)
             debugging.fill_uninitialized_memory = fill
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A module's own stream of random numbers, whatever the other modules draw before it."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def peak_memory_bytes() -> int:

@@ -4,7 +4,6 @@ A method that promises to leave the function alone is held to it here, on real r
 training. The base weights are read and never written.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lorainit.data import Batch
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Event, Message, Tick
 from lorainit.evidence import Evidence
+from lorainit.hardware import generator_for
 from lorainit.init_report import Report
 from lorainit.layer import LoRALinear, adapted, attach, shape_of, weight_of
 from lorainit.methods import METHODS, Factors
@@ -148,12 +148,6 @@ def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int)
         )
     except (UnsupportedInit, InitFailed) as error:
         raise type(error)(f"{name}: {error.message.removeprefix(f'{name}: ')}", param=error.param) from error
-
-
-def generator_for(seed: int, name: str) -> torch.Generator:
-    """A module's own stream of random numbers, whatever the other modules draw before it."""
-    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _readable_weight(name: str, module: nn.Module, *, needed: bool, dora: bool) -> Tensor:

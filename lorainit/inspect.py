@@ -6,8 +6,9 @@ from pathlib import Path
 from torch import nn
 
 from lorainit.layer import shape_of
-from lorainit.model import Group, base_sha256, group_of, linear_layers, load_tokenizer, locate, skeleton
+from lorainit.model import base_sha256, load_tokenizer, locate, skeleton
 from lorainit.spec import ModelFacts, Target
+from lorainit.targets import Group, group_of, linear_layers
 
 
 def inspect(source: str, *, cache: Path) -> ModelFacts:

@@ -18,14 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 
-from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedModel
-from lorainit.layer import shape_of
+from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.quantize import loading_options, settle
 from lorainit.spec import Quantization
-
-Group = Literal["attention", "mlp", "other"]
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.
 CONVERTER = 1
@@ -236,69 +232,3 @@ def skeleton(folder: Path) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
-
-
-# --- targets -----------------------------------------------------------------------------------
-
-
-def linear_layers(model: Any) -> dict[str, nn.Module]:
-    """All linear layers by name, in the model's order, without the output embedding."""
-    head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.endswith("lm_head")
-    }
-
-
-def group_of(name: str) -> Group:
-    """Attention, MLP or neither, by the module's path."""
-    path = name.lower()
-    if "attn" in path or "attention" in path:
-        return "attention"
-    return "mlp" if any(word in path for word in ("mlp", "feed_forward", "ffn", "expert")) else "other"
-
-
-def find_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Module]:
-    """The layers a run adapts, by name.
-
-    Args:
-        wanted: `all-linear`, `attention`, `mlp`, or suffixes of module names (`q_proj`, `mlp.c_proj`).
-
-    Raises:
-        UnknownTarget: a suffix matches no linear layer, or something that cannot carry a LoRA.
-    """
-    layers = linear_layers(model)
-    if isinstance(wanted, str):
-        found = {n: m for n, m in layers.items() if wanted in ("all-linear", group_of(n))}
-        if not found:
-            raise _unknown(f"This base model has no {wanted} layers to adapt.")
-        return found
-    for suffix in wanted:
-        if not any(_matches(name, suffix) for name in layers):
-            raise _unknown(_why_not(model, suffix, layers))
-    return {n: m for n, m in layers.items() if any(_matches(n, suffix) for suffix in wanted)}
-
-
-def _matches(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
-
-
-def _why_not(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> str:
-    others = [type(m).__name__ for n, m in model.named_modules() if n not in layers and _matches(n, suffix)]
-    if others:
-        return f"target_modules: {suffix!r} is a {others[0]}; only linear layers other than the output head qualify."
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-    return f"target_modules: {suffix!r} matches nothing in this base model, which has {known}."
-
-
-def _unknown(message: str) -> UnknownTarget:
-    return UnknownTarget(message, param="lora.target_modules")
-
-
-def check_rank(targets: dict[str, nn.Module], rank: int) -> None:
-    """Refuse a rank above the smaller side of any target."""
-    for name, module in targets.items():
-        out, n = shape_of(module)
-        if rank > min(out, n):
-            raise RankTooLarge(f"r = {rank} is above the smaller side of {name} ({out}x{n}).", param="lora.r")

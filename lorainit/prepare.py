@@ -18,10 +18,11 @@ from lorainit import hardware
 from lorainit.data import Dataset, load, pad_id
 from lorainit.events import Event, Message, Plan, Tick
 from lorainit.layer import shape_of
-from lorainit.model import base_sha256, check_length, check_rank, find_targets, load_model, load_tokenizer, locate
+from lorainit.model import base_sha256, check_length, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.spec import Hyperparameters, Lora, RunSpec
+from lorainit.targets import check_rank, find_targets
 
 OnEvent = Callable[[Event], None]
 

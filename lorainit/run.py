@@ -11,28 +11,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorainit import adapter, cache, checkpoint, hardware
-from lorainit.cache import Cache
-from lorainit.data import Batch, Sample, batches, collate, order
+from lorainit import adapter, checkpoint, hardware, init_stage
 from lorainit.errors import DiskFull, OutOfMemory, UnsupportedModel
 from lorainit.events import Done, InitReport, Message, Stage
-from lorainit.evidence import Evidence
-from lorainit.evidence.collect import Context, collect
-from lorainit.initialize import Known, Report, initialize
-from lorainit.layer import adapted
-from lorainit.methods import Factors
+from lorainit.initialize import Report
 from lorainit.prepare import Job, OnEvent, prepare
 from lorainit.results import write_csv
 from lorainit.spec import HRP, RunSpec
 from lorainit.train import train
-
-PROBE_ROWS, PROBE_TOKENS = 4, 256
-WORTH_KEEPING_SECONDS = 1.0  # a start that took less is made faster than it is read
 
 
 def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
@@ -60,7 +51,7 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
 
         restored = _restored(job)
         on_event(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
-        report = _resume(job, restored) if restored else _initialize(job, on_event)
+        report = _resume(job, restored) if restored else init_stage.start(job, on_event)
         on_event(InitReport(report=report.summary))
 
         progress = train(
@@ -95,132 +86,7 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
         return done
 
 
-# --- initializing ------------------------------------------------------------------------------
-
-
-def _initialize(job: Job, on_event: OnEvent) -> Report:
-    started = time.monotonic()
-    context = _context(job, on_event)
-    store, keys = _cache(job, on_event), _keys(job, context)
-    known = store.starts(keys.starts)
-    evidence, cached = ({}, True) if known else _evidence(context, store, keys)
-    report = initialize(
-        job.model,
-        job.targets,
-        job.lora,
-        seed=job.spec.seed,
-        probe=_probe(job),
-        on_event=on_event,
-        evidence=evidence,
-        known=known,
-        calibration=[] if job.lora.method.function_preserving else _calibration(context),
-        weight_decay=job.training.weight_decay,
-        rate=job.training.learning_rate or 0.0,
-        started=started,
-        cached=cached,
-    )
-    if known is None and report.summary["seconds"] >= WORTH_KEEPING_SECONDS:
-        layers = adapted(job.model)
-        starts = {m["name"]: Known(Factors(A=layers[m["name"]].A, B=layers[m["name"]].B), m) for m in report.modules}
-        store.keep_starts(keys.starts, starts)
-    return report
-
-
-def _context(job: Job, on_event: OnEvent) -> Context:
-    return Context(
-        model=job.model,
-        targets=job.targets,
-        samples=job.calibration.samples if job.calibration else job.data.samples,
-        training_samples=job.data.samples,
-        pad=job.pad,
-        device=job.device,
-        micro_batch_size=job.plan.micro_batch_size,
-        lora=job.lora,
-        training=job.training,
-        total_steps=job.plan.total_steps,
-        seed=job.spec.seed,
-        on_event=on_event,
-        order=lambda epoch: order(job.data, seed=job.spec.seed, epoch=epoch),
-        folder=job.folder,
-    )
-
-
-def _probe(job: Job) -> Batch:
-    """A few short training rows; those whose first trained token comes late are taken whole."""
-    rows = [
-        Sample(s.line, s.ids[:PROBE_TOKENS], s.trained[:PROBE_TOKENS])
-        for s in job.data.samples
-        if s.trained[1:PROBE_TOKENS].any()
-    ]
-    return collate((rows or job.data.samples)[:PROBE_ROWS], pad=job.pad).to(job.device)
-
-
-def _calibration(context: Context) -> list[Batch]:
-    """The rows that a displaced start was made from, in passes that fit the device."""
-    rows = [s for s in context.samples if s.trained[1:].any()]
-    rows = rows[: getattr(context.lora.method, "samples", PROBE_ROWS)]
-    pieces = batches(rows, context.micro_batch_size)
-    return [collate(piece, pad=context.pad).to(context.device) for piece in pieces]
-
-
-def _skipped(job: Job, report: Report) -> int:
-    """Batches that the preheat has used up, where the main run is to go on after them."""
-    method = job.lora.method
-    return int(report.summary["preheat"]["steps"]) if isinstance(method, HRP) and method.main_data == "continue" else 0
-
-
-# --- what earlier runs found out ----------------------------------------------------------------
-
-
-class _Keys(NamedTuple):
-    evidence: str
-    starts: str
-
-
-def _cache(job: Job, on_event: OnEvent) -> Cache:
-    """A run without a cache folder keeps nothing."""
-    folder, limit = job.spec.cache, job.spec.cache_limit_bytes
-    return Cache(Path(folder or job.folder) / "init", limit if folder else 0, on_event)
-
-
-def _evidence(context: Context, store: Cache, keys: _Keys) -> tuple[dict[str, Evidence], bool]:
-    """The evidence, and whether it came from the cache."""
-    config = context.lora.method
-    if config.facts.needs in ("none", "weight"):
-        return collect(config, context), False
-    found = store.evidence(keys.evidence)
-    if found is not None:
-        return found, True
-    found = collect(config, context)
-    store.keep_evidence(keys.evidence, found)
-    return found, False
-
-
-def _keys(job: Job, context: Context) -> _Keys:
-    """Everything that shapes evidence and starts; the seed only where it does."""
-    config = job.lora.method
-    seed = config.seed_for(job.spec.seed)
-    looks_at_data = config.facts.needs not in ("none", "weight")
-    parts: dict[str, Any] = {
-        "base": job.base_sha256,
-        "method": config.model_dump(mode="json", exclude={"seed", "calibration_file"}),
-        "lora": [job.lora.r, job.lora.scaling],
-        "quantization": job.lora.quantization,
-        "targets": list(job.targets),
-        "device": job.device.type,
-        "precision": job.plan.precision,
-        "data": cache.data_digest(context.samples) if looks_at_data else None,
-        "micro_batch_size": job.plan.micro_batch_size if looks_at_data else None,
-    }
-    if config.facts.needs == "preheat":
-        recipe = job.training.model_dump(mode="json"), job.data.sha256, job.plan.total_steps, job.spec.seed
-        parts |= {"recipe": recipe}
-    return _Keys(
-        evidence=cache.key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
-        starts=cache.key(
-            **parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora
-        ),
-    )
+# --- going on from a checkpoint ------------------------------------------------------------------
 
 
 def _restored(job: Job) -> checkpoint.Restored | None:
@@ -235,6 +101,12 @@ def _resume(job: Job, restored: checkpoint.Restored) -> Report:
     report = json.loads((restored.folder / "adapter" / "init_report.json").read_text())
     modules = report.pop("per_module")
     return Report(report, modules)
+
+
+def _skipped(job: Job, report: Report) -> int:
+    """Batches that the preheat has used up, where the main run is to go on after them."""
+    method = job.lora.method
+    return int(report.summary["preheat"]["steps"]) if isinstance(method, HRP) and method.main_data == "continue" else 0
 
 
 # --- exporting ---------------------------------------------------------------------------------

@@ -4,12 +4,9 @@ One forward pass per batch serves all layers, and layers that are handed the ver
 query, key and value projections of a block) share one computation. Padding is never looked at.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +15,12 @@ from lorainit.data import Batch, Sample, batches, collate
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
-from lorainit.evidence.calibration import few_rows
+from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.pca import PCA, converged, spread_ranks
-from lorainit.initialize import generator_for
+from lorainit.hardware import generator_for
 from lorainit.layer import shape_of
 from lorainit.loss import logits_of
 from lorainit.spec import EVA, CorDA
-
-if TYPE_CHECKING:
-    from lorainit.evidence.collect import Context
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
 MAX_PASSES, MIN_BATCHES = 8, 64

@@ -5,11 +5,9 @@ each row's mean loss over its trained tokens, so short rows count as much as lon
 share a forward pass changes nothing but speed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +16,11 @@ from lorainit.data import Sample, batches, collate
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Tick
 from lorainit.evidence import Evidence
-from lorainit.evidence.calibration import few_rows
+from lorainit.evidence.context import Context, few_rows
+from lorainit.evidence.line_search import search_step
 from lorainit.layer import shape_of
-from lorainit.line_search import search_step
 from lorainit.loss import row_losses
 from lorainit.spec import LoRAGA, LoRAOne
-
-if TYPE_CHECKING:
-    from lorainit.evidence.collect import Context
 
 OnTick = Callable[[int, int], None]
 

@@ -1,17 +1,12 @@
 """The full-precision weights behind a quantized base, for methods that look at what was lost."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 
 from lorainit.evidence import Evidence
+from lorainit.evidence.context import Context
 from lorainit.layer import weight_of
-from lorainit.model import linear_layers, load_model
-
-if TYPE_CHECKING:
-    from lorainit.evidence.collect import Context
+from lorainit.model import load_model
+from lorainit.targets import linear_layers
 
 
 def original_weights(context: Context) -> dict[str, Evidence]:

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator
 from itertools import count, islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,22 +17,20 @@ from lorainit.data import Sample, batches, collate
 from lorainit.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
-from lorainit.initialize import generator_for
+from lorainit.evidence.context import Context
+from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, borrowed, shape_of
 from lorainit.loss import tally
 from lorainit.methods import Factors
 from lorainit.methods._linalg import normal
 from lorainit.spec import HRP
 
-if TYPE_CHECKING:
-    from lorainit.evidence.collect import Context
-
 MAX_RANK, RANK_FACTOR = 128, 8
 MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02
 SAY_STEPS, SAY_SECONDS = 10, 1.0
 
 
-def preheat(config: HRP, context: "Context") -> dict[str, Evidence]:
+def preheat(config: HRP, context: Context) -> dict[str, Evidence]:
     """Train a rank-R adapter on every target from B' = 0 and return its factors.
 
     AdamW of its own at the run's learning rate or `preheat_learning_rate`, held constant, without
@@ -93,7 +90,7 @@ def preheat_steps(config: HRP, *, total: int) -> int:
     return min(total, max(MIN_STEPS, min(MAX_STEPS, round(SHARE_OF_STEPS * total))))
 
 
-def _warn_without_gain(ranks: dict[str, int], context: "Context") -> None:
+def _warn_without_gain(ranks: dict[str, int], context: Context) -> None:
     same = [name for name, R in ranks.items() if context.lora.r == R]
     if same:
         text = f"Preheating {len(same)} modules at the run's own rank, {same[0]} among them: no gain over random A."
@@ -113,7 +110,7 @@ def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator:
     return layer
 
 
-def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, context: "Context") -> list[float]:
+def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, context: Context) -> list[float]:
     """Train for these steps; the loss before each of them."""
     recipe = context.training
     rate = recipe.learning_rate if config.preheat_learning_rate == "auto" else config.preheat_learning_rate
@@ -140,7 +137,7 @@ def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, context: "Con
     return losses
 
 
-def _stream(context: "Context") -> Iterator[list[Sample]]:
+def _stream(context: Context) -> Iterator[list[Sample]]:
     """The run's effective batches from its first step on, epoch after epoch."""
     size = context.training.batch_size
     assert size != "auto"
@@ -150,7 +147,7 @@ def _stream(context: "Context") -> Iterator[list[Sample]]:
             yield [context.training_samples[i] for i in shuffled[start : start + size]]
 
 
-def _accumulate(samples: list[Sample], step: int, steps: int, context: "Context") -> float:
+def _accumulate(samples: list[Sample], step: int, steps: int, context: Context) -> float:
     """Gradients and loss of one effective batch, by micro-batches as in training."""
     pieces = batches(samples, context.micro_batch_size)
     wanted = sum(int(s.trained[1:].sum()) for s in samples)

@@ -5,9 +5,10 @@ import hashlib
 import torch
 
 from lorainit.data import load, order
-from lorainit.evidence.collect import Context
-from lorainit.model import find_targets, load_model
+from lorainit.evidence.context import Context
+from lorainit.model import load_model
 from lorainit.spec import Hyperparameters, Lora
+from lorainit.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

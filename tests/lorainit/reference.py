@@ -4,13 +4,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit.data import Sample
-from lorainit.evidence.collect import Context
-from lorainit.initialize import generator_for
+from lorainit.evidence.context import Context
+from lorainit.evidence.line_search import calibration_loss
+from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, attach, weight_of
-from lorainit.line_search import calibration_loss
 from lorainit.methods import METHODS
-from lorainit.model import find_targets
 from lorainit.spec import Hyperparameters, Lora
+from lorainit.targets import find_targets
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lorainit.errors import InitFailed, LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
-from lorainit.model import find_targets
+from lorainit.errors import InitFailed, LorainitError, RankTooLarge, UnsupportedInit
 from lorainit.run import run
+from lorainit.targets import find_targets
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
 
 UP = "model.layers.1.mlp.up_proj"
@@ -138,7 +138,9 @@ def test_fewer_tokens_than_eva_needs(refused, tmp_path):
 def test_targets_that_are_not_linear_layers(name, made):
     model = tiny_llama()
     model.model.add_module(name, made)
-    with pytest.raises(UnknownTarget, match=rf"'{name}' is a {type(made).__name__}; only linear layers") as caught:
+    with pytest.raises(
+        UnsupportedInit, match=rf"{name} is of type {type(made).__name__}; only linear layers"
+    ) as caught:
         find_targets(model, ["q_proj", name])
     assert caught.value.param == "lora.target_modules"
     assert not any(name in found for found in find_targets(model, "all-linear"))

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lorainit import cache as cache_module
-from lorainit import run as stage
+from lorainit import init_stage as stage
 from lorainit.cache import Cache, data_digest, key
 from lorainit.events import Message
 from lorainit.evidence import Evidence, StepSearch
@@ -45,7 +45,7 @@ def begin(spec, tmp_path):
         events = []
         made = spec(lora={"init": init}, cache=str(cache) if cache else None, **overrides)
         job = prepare(made, tmp_path / "out", events.append)
-        report = stage._initialize(job, events.append)
+        report = stage.start(job, events.append)
         start.modules = report.modules
         factors = {n: (m.A.detach().clone(), m.B.detach().clone()) for n, m in adapted(job.model).items()}
         return report.summary, factors, [e.message for e in events if isinstance(e, Message) and e.level == "warn"]
@@ -100,7 +100,7 @@ def test_whatever_shapes_the_evidence_is_in_its_name(begin, counted, spec, tmp_p
     lora = change.pop("lora", {})
     events = []
     made = spec(lora={"init": GRADIENT, **lora}, cache=str(tmp_path / "cache"), **change)
-    report = stage._initialize(prepare(made, tmp_path / "out", events.append), events.append)
+    report = stage.start(prepare(made, tmp_path / "out", events.append), events.append)
     assert report.summary["cached"] is False
     assert len(counted) == 2
 
@@ -151,7 +151,7 @@ def test_dora_shares_the_evidence_but_not_the_starts(begin, counted, spec, tmp_p
     found = []
     for _ in range(2):
         job = prepare(made, tmp_path / "out", lambda event: None)
-        found.append(stage._initialize(job, lambda event: None).modules)
+        found.append(stage.start(job, lambda event: None).modules)
         found.append([layer.magnitude.tolist() for layer in adapted(job.model).values()])
     assert counted == ["lora_one"]
     assert all(facts["magnitude_norm"] > 0 for facts in found[0])

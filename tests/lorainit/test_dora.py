@@ -18,10 +18,11 @@ from lorainit.initialize import initialize
 from lorainit.layer import LoRALinear, adapted, weight_of
 from lorainit.loss import row_losses
 from lorainit.methods import Factors
-from lorainit.model import find_targets, load_model
+from lorainit.model import load_model
 from lorainit.optimizers import make_optimizer
 from lorainit.run import run
 from lorainit.spec import INITS, Lora
+from lorainit.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.test_initialize import gradients
 from tests.lorainit.test_optimizers import OPTIMIZERS, recipe

@@ -17,7 +17,8 @@ from lorainit.evidence import Evidence
 from lorainit.evidence import preheat as module
 from lorainit.evidence.collect import collect
 from lorainit.evidence.preheat import preheat_steps
-from lorainit.initialize import generator_for, initialize
+from lorainit.hardware import generator_for
+from lorainit.initialize import initialize
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods import METHODS, Factors

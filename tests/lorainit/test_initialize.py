@@ -13,8 +13,9 @@ from lorainit.initialize import initialize
 from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.methods import METHODS, Factors
-from lorainit.model import find_targets, load_model
+from lorainit.model import load_model
 from lorainit.spec import INITS, Lora
+from lorainit.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

@@ -15,9 +15,10 @@ from lorainit.initialize import _rise, initialize
 from lorainit.layer import disabled
 from lorainit.loss import logits_of
 from lorainit.methods import METHODS
-from lorainit.model import find_targets, linear_layers, load_model
+from lorainit.model import load_model
 from lorainit.run import run
 from lorainit.spec import LoftQ
+from lorainit.targets import find_targets, linear_layers
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.reference import context, tiny
 

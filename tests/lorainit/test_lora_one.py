@@ -6,10 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lorainit import line_search
 from lorainit.errors import InitFailed
 from lorainit.events import Message, Tick
-from lorainit.evidence import Evidence
+from lorainit.evidence import Evidence, line_search
 from lorainit.evidence.collect import collect
 from lorainit.methods import Factors
 from lorainit.methods.lora_one import lora_one

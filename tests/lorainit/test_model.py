@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorainit import model as module
-from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedModel
+from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedInit, UnsupportedModel
 from lorainit.inspect import inspect
-from lorainit.model import base_sha256, check_length, check_rank, find_targets, load_model, load_tokenizer, locate
+from lorainit.model import base_sha256, check_length, load_model, load_tokenizer, locate
+from lorainit.targets import check_rank, find_targets
 from tests.lorainit.conftest import tiny_gpt2, tiny_llama
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -42,16 +43,16 @@ def test_targets_of_a_gpt2(wanted, count):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "text"),
+    ("suffix", "kind", "text"),
     [
-        ("lm_head", "output head"),
-        ("embed_tokens", "Embedding"),
-        ("proj", "matches nothing.*q_proj"),
-        ("mlp", "LlamaMLP"),
+        ("lm_head", UnsupportedInit, "lm_head is of type Linear; .* output head"),
+        ("embed_tokens", UnsupportedInit, "model.embed_tokens is of type Embedding"),
+        ("proj", UnknownTarget, "matches nothing.*q_proj"),
+        ("mlp", UnsupportedInit, "model.layers.0.mlp is of type LlamaMLP"),
     ],
 )
-def test_what_cannot_carry_a_lora_is_refused_by_name(suffix, text):
-    with pytest.raises(UnknownTarget, match=text) as caught:
+def test_what_cannot_carry_a_lora_is_refused_by_name(suffix, kind, text):
+    with pytest.raises(kind, match=text) as caught:
         find_targets(tiny_llama(), ["q_proj", suffix])
     assert caught.value.param == "lora.target_modules"
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lorainit.data import Sample, collate
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
-from lorainit.initialize import generator_for
+from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, adapted, weight_of
 from lorainit.methods import METHODS
 from tests.lorainit.reference import eight_rows, factors_of, tiny

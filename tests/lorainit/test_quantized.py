@@ -26,9 +26,10 @@ from lorainit.evidence.gradients import mean_gradients
 from lorainit.initialize import initialize
 from lorainit.layer import attach, shape_of, was_conv1d, weight_of
 from lorainit.loss import logits_of
-from lorainit.model import find_targets, linear_layers, load_model
+from lorainit.model import load_model
 from lorainit.run import run
 from lorainit.spec import Lora
+from lorainit.targets import find_targets, linear_layers
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

@@ -7,13 +7,10 @@ any: on its own rows a step flatters itself (SmolLM2, 8 rows of 64 tokens: gamma
 4.96 to 4.22 and other text from 4.02 to 4.11; four unseen rows chose 256, and other text went to 3.94).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,14 +19,12 @@ from lorainit.data import Sample, batches, collate
 from lorainit.errors import InitFailed
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence, StepSearch
-from lorainit.initialize import generator_for
+from lorainit.evidence.context import Context
+from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, adapted, attach, weight_of
 from lorainit.loss import row_losses
 from lorainit.methods.lora_one import lora_one
-
-if TYPE_CHECKING:
-    from lorainit.evidence.collect import Context
-    from lorainit.spec import LoRAOne
+from lorainit.spec import LoRAOne
 
 # Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))

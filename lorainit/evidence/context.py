@@ -1,0 +1,46 @@
+"""What all collectors work with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorainit.data import Sample
+from lorainit.events import Event, Message
+from lorainit.spec import EVA, CorDA, Hyperparameters, Lora, LoRAGA, LoRAOne
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a collector works with.
+
+    model: the plain base model, in eval mode, all parameters frozen.
+    targets: the modules to adapt, by name.
+    samples: calibration rows (the calibration file's, else the training file's) in file order.
+    training_samples: the training rows, for methods that train.
+    order: the run's own permutation of the training rows in an epoch.
+    folder: where the base model's files are; None for a model that was not loaded from any.
+    """
+
+    model: nn.Module
+    targets: dict[str, nn.Module]
+    samples: Sequence[Sample]
+    training_samples: Sequence[Sample]
+    pad: int
+    device: torch.device
+    micro_batch_size: int
+    lora: Lora
+    training: Hyperparameters
+    total_steps: int
+    seed: int
+    on_event: Callable[[Event], None]
+    order: Callable[[int], Sequence[int]]
+    folder: Path | None = None
+
+
+def few_rows(config: LoRAGA | LoRAOne | EVA | CorDA, found: int) -> Message:
+    """The warning that fewer rows were found than the method asked for."""
+    text = f"{config.method} asked for {config.samples} calibration rows and there are {found}: all are used."
+    return Message(level="warn", message=text, data={"kind": "init", "samples": found, "asked": config.samples})

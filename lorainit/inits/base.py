@@ -1,0 +1,96 @@
+"""What every initialization's parameters have in common, and the facts that the catalogue tells of it."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lorainit.schema import Seed, Strict
+
+Need = Literal["none", "weight", "gradient", "activation", "preheat"]
+Offset = Literal["none", "subtract"]
+Drawn = Literal["nothing", "factors", "evidence"]
+ExportRank = Literal["r", "2r", "per module"]
+Quantization = Literal["nf4", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What the catalogue says of a method beside its parameters.
+
+    `offset == "subtract"` means the run trains W + s(BA - B0·A0), so its plain export has rank 2r.
+    `rate_factor` multiplies the model's base learning rate. `alpha` None = the rank. `quantization`:
+    the bases it works on, None = the full-precision one, the first one recommended.
+    """
+
+    title: str
+    description: str
+    paper: str
+    arxiv: str | None
+    needs: Need
+    offset: Offset = "none"
+    function_preserving: bool = True
+    maturity: Literal["stable", "experimental"] = "stable"
+    rate_factor: float = 1.0
+    alpha: float | None = None
+    rslora: bool = False
+    min_rank: int = 1
+    even_rank: bool = False
+    quantization: tuple[Quantization | None, ...] = (None, "nf4")
+
+
+class InitConfig(Strict):
+    """Common to all methods. `seed` null = derived from the run's seed."""
+
+    facts: ClassVar[Method]
+    seed: Seed | None = None
+
+    @property
+    def offset(self) -> Offset:
+        """Whether this run trains on W or on W - s·B0·A0; some methods let a parameter decide."""
+        return self.facts.offset
+
+    @property
+    def function_preserving(self) -> bool:
+        """Whether the adapted model starts as the base model; False = a displaced start, on purpose."""
+        return self.facts.function_preserving
+
+    @property
+    def export_rank(self) -> ExportRank:
+        """The rank of the download, a plain LoRA on the untouched base."""
+        return "2r" if self.offset == "subtract" else "r"
+
+    @property
+    def min_rank(self) -> int:
+        """The smallest rank that these parameters work with."""
+        return self.facts.min_rank
+
+    def smaller_side(self, r: int) -> int:
+        """What the smaller side of a target must have at least."""
+        return r
+
+    @property
+    def drawn(self) -> Drawn:
+        """What the seed shapes: what it does not, a second seed finds in the cache."""
+        return "factors"
+
+    def seed_for(self, run: int) -> int:
+        """The seed of what is drawn; `run` is the run's own.
+
+        Where nothing is meant to be drawn, sketches of an SVD are still random: always the same ones,
+        so that the seed changes nothing.
+        """
+        if self.drawn == "nothing":
+            return 0
+        return run if self.seed is None else self.seed
+
+    @property
+    def rate_factor(self) -> float:
+        """What the model's base learning rate is multiplied by for this start."""
+        return self.facts.rate_factor
+
+
+class CalibratedConfig(InitConfig):
+    """Common to methods that look at data: rows of `calibration_file`, else the first of the training file."""
+
+    calibration_file: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00]+$")] | None = None

@@ -1,0 +1,199 @@
+"""Starts that look at rows: their gradient, what the layers are fed, or a short training."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lorainit.inits.base import CalibratedConfig, Drawn, ExportRank, InitConfig, Method, Offset
+from lorainit.schema import Auto, refusal
+
+
+class LoRAGA(CalibratedConfig):
+    """Shifted singular vectors of the mean gradient (Wang, Yu, Li, arXiv 2407.05000; the authors' scaling).
+
+    `norm_clip`: no entry of the offset s·B·A may exceed the largest of W.
+    """
+
+    facts = Method(
+        title="LoRA-GA",
+        description="Orthonormal directions of the full gradient: the first step is the best rank-2r step.",
+        paper="LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+        arxiv="2407.05000",
+        needs="gradient",
+        offset="subtract",
+        rate_factor=0.1,
+        alpha=16.0,
+        rslora=True,
+    )
+    method: Literal["lora_ga"]
+    samples: Annotated[int, Field(ge=1, le=4096)] = 128
+    gamma: Annotated[float, Field(gt=0)] = 16.0
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
+    scale: Literal["stable", "unit", "gd", "weight_svd"] = "stable"
+    norm_clip: bool = False
+
+    @property
+    def drawn(self) -> Drawn:
+        """Which of the top directions go where may be left to chance; what they are is not."""
+        return "factors" if self.direction == "random" else "nothing"
+
+    def smaller_side(self, r: int) -> int:
+        """A and B take r directions of the gradient each."""
+        return 2 * r
+
+
+class LoRAOne(CalibratedConfig):
+    """One-step full gradient (Zhang, Liu, Chen, arXiv 2502.01235, ICML 2025).
+
+    `version` "v3" is the camera-ready: the model starts one rank-r gradient step ahead, on purpose.
+    "v1" is the first version: orthonormal vectors, subtracted. `gamma` null = 128 (v3) or 64 (v1);
+    "auto" (v3 only, our extension) = a line search on the calibration rows. `niter` limits the power
+    iterations of a randomized SVD, which ends early when it is exact; null = the full SVD.
+    """
+
+    facts = Method(
+        title="LoRA-One",
+        description="Starts one full-gradient step ahead, in the gradient's own leading directions.",
+        paper="LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models",
+        arxiv="2502.01235",
+        needs="gradient",
+        function_preserving=False,
+        alpha=16.0,
+        rslora=True,
+    )
+    method: Literal["lora_one"]
+    version: Literal["v3", "v1"] = "v3"
+    samples: Annotated[int, Field(ge=1, le=4096)] = 8
+    gamma: Annotated[float, Field(gt=0)] | Auto | None = None
+    niter: Annotated[int, Field(ge=0, le=64)] | None = 16
+
+    @property
+    def offset(self) -> Offset:
+        """v1 subtracts its start."""
+        return "subtract" if self.version == "v1" else "none"
+
+    @property
+    def function_preserving(self) -> bool:
+        """v3 is displaced by one step."""
+        return self.version == "v1"
+
+    @property
+    def drawn(self) -> Drawn:
+        """The gradient's top directions are what they are."""
+        return "nothing"
+
+    @property
+    def rate_factor(self) -> float:
+        """The authors train v1 at 2e-5 and v3 at 2e-4."""
+        return 0.1 if self.version == "v1" else self.facts.rate_factor
+
+    @model_validator(mode="after")
+    def refuse_a_search_without_a_step(self) -> "LoRAOne":
+        """v1 starts where the base model is: there is no step whose loss could be compared."""
+        if self.version == "v1" and self.gamma == "auto":
+            raise refusal("gamma", 'gamma "auto" does not combine with version v1, which takes no step.')
+        return self
+
+
+class HRP(InitConfig):
+    """High-Rank Preheating (Chen et al., arXiv 2502.07739), rebuilt without the paper's body or code.
+
+    `c` scales the orthonormal rows of A; 1/sqrt(3) matches Kaiming's norm. `preheat_learning_rate` "auto" =
+    the run's peak rate. Other readings of the paper: `side` "left" starts B, not A, from the left singular
+    vectors; `b_init` "carry" keeps the preheated product's leading part and so starts displaced; `main_data`
+    "continue" gives the main run the rows after the preheat's. `complete` fills directions that the preheat
+    did not find with random ones instead of refusing.
+    """
+
+    facts = Method(
+        title="High-Rank Preheating",
+        description="Trains a high-rank LoRA for a few steps and starts the main run from its leading directions.",
+        paper="HRP: High-Rank Preheating for Superior LoRA Initialization",
+        arxiv="2502.07739",
+        needs="preheat",
+        maturity="experimental",
+    )
+    method: Literal["hrp"]
+    preheat_rank: Annotated[int, Field(ge=2)] | Auto = "auto"
+    preheat_steps: Annotated[int, Field(ge=1)] | Auto = "auto"
+    preheat_mode: Literal["classic", "freeze_a"] = "classic"
+    preheat_a_law: Literal["orthonormal", "kaiming"] = "orthonormal"
+    preheat_learning_rate: Annotated[float, Field(ge=1e-8, le=1)] | Auto = "auto"
+    c: Annotated[float, Field(gt=0)] = 1.0
+    side: Literal["right", "left"] = "right"
+    b_init: Literal["zero", "carry"] = "zero"
+    complete: Literal["random_orthonormal"] | None = None
+    main_data: Literal["rewind", "continue"] = "rewind"
+
+    def smaller_side(self, r: int) -> int:
+        """The preheated adapter is the larger one."""
+        return r if self.preheat_rank == "auto" else max(r, self.preheat_rank)
+
+    @property
+    def function_preserving(self) -> bool:
+        """A product that is carried over is not zero."""
+        return self.b_init == "zero"
+
+    @model_validator(mode="after")
+    def carrying_needs_the_right_side(self) -> "HRP":
+        """With the left side it is A that starts at zero."""
+        if self.b_init == "carry" and self.side == "left":
+            raise refusal("b_init", 'b_init "carry" does not combine with side "left", which starts A at zero.')
+        return self
+
+    @property
+    def drawn(self) -> Drawn:
+        """The preheat trains, in the run's own order of rows."""
+        return "evidence"
+
+
+class EVA(CalibratedConfig):
+    """Principal directions of each layer's inputs, ranks spread by explained variance (Paischer et al., 2410.07170).
+
+    `use_label_mask`: look at the inputs of trained tokens only, as PEFT does; false = of all but padding.
+    """
+
+    facts = Method(
+        title="EVA",
+        description="Starts A in the principal directions of each layer's inputs and spreads the ranks by need.",
+        paper="One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
+        arxiv="2410.07170",
+        needs="activation",
+    )
+    method: Literal["eva"]
+    samples: Annotated[int, Field(ge=1, le=4096)] = 256
+    rho: Annotated[float, Field(ge=1, le=10)] = 2.0
+    tau: Annotated[float, Field(ge=0, le=1)] = 0.99
+    use_label_mask: bool = True
+    whiten: bool = False
+
+    @property
+    def export_rank(self) -> ExportRank:
+        """Spread over the layers by need."""
+        return "per module"
+
+    @property
+    def drawn(self) -> Drawn:
+        """The principal directions are what they are."""
+        return "nothing"
+
+
+class CorDA(CalibratedConfig):
+    """Singular directions of W weighted by the inputs' second moment (Yang et al., arXiv 2406.05223)."""
+
+    facts = Method(
+        title="CorDA",
+        description="Decomposes each weight as its inputs see it: learn the data's directions, or protect them.",
+        paper="CorDA: Context-Oriented Decomposition Adaptation of Large Language Models",
+        arxiv="2406.05223",
+        needs="activation",
+        offset="subtract",
+    )
+    method: Literal["corda"]
+    mode: Literal["ipm", "kpm"] = "ipm"
+    samples: Annotated[int, Field(ge=1, le=4096)] = 256
+
+    @property
+    def drawn(self) -> Drawn:
+        """Second moments and full decompositions draw nothing."""
+        return "nothing"

@@ -1,0 +1,52 @@
+"""Starts that look at nothing: the size of the layer is all they need."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lorainit.inits.base import InitConfig, Method
+
+
+class Kaiming(InitConfig):
+    """A ~ U(-1/sqrt(n), 1/sqrt(n)), B = 0 (Hu et al., arXiv 2106.09685; what PEFT does by default)."""
+
+    facts = Method(
+        title="Kaiming (PEFT's default)",
+        description="Random A, zero B: the adapter starts as exactly nothing.",
+        paper="LoRA: Low-Rank Adaptation of Large Language Models",
+        arxiv="2106.09685",
+        needs="none",
+    )
+    method: Literal["kaiming"]
+
+
+class Gaussian(InitConfig):
+    """A ~ N(0, 1/r^2), B = 0 (PEFT's `gaussian`; no paper)."""
+
+    facts = Method(
+        title="Gaussian",
+        description="Random normal A whose size depends on the rank, zero B.",
+        paper="",
+        arxiv=None,
+        needs="none",
+    )
+    method: Literal["gaussian"]
+
+
+class Orthogonal(InitConfig):
+    """B·A = 0 with both factors non-zero (blog "Rethink LoRA initialisation"; PEFT's `orthogonal`).
+
+    Both factors are divided by `divisor`.
+    """
+
+    facts = Method(
+        title="Orthogonal",
+        description="Both factors start non-zero in orthogonal subspaces, so their product is zero.",
+        paper="",
+        arxiv=None,
+        needs="none",
+        even_rank=True,
+        min_rank=2,
+    )
+    method: Literal["orthogonal"]
+    divisor: Annotated[float, Field(gt=0)] = 10.0

@@ -1,0 +1,154 @@
+"""Starts that look at the base weight."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lorainit.inits.base import Drawn, InitConfig, Method
+from lorainit.schema import refusal
+
+
+class PiSSA(InitConfig):
+    """Top-r singular directions of W (Meng et al., arXiv 2404.02948).
+
+    `niter` limits the power iterations of a randomized SVD, which ends early when it is exact; null = the full SVD.
+    """
+
+    facts = Method(
+        title="PiSSA",
+        description="Starts from the top r singular directions of each weight; the rest stays in the base.",
+        paper="PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs",
+        arxiv="2404.02948",
+        needs="weight",
+        offset="subtract",
+    )
+    method: Literal["pissa"]
+    niter: Annotated[int, Field(ge=0, le=64)] | None = 16
+
+    @property
+    def drawn(self) -> Drawn:
+        """The top directions are what they are."""
+        return "nothing"
+
+
+class MiLoRA(InitConfig):
+    """Bottom-r singular directions of W, by the full SVD (Wang et al., arXiv 2406.09044)."""
+
+    facts = Method(
+        title="MiLoRA",
+        description="Starts from the smallest singular directions, leaving the principal ones alone.",
+        paper="MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
+        arxiv="2406.09044",
+        needs="weight",
+        offset="subtract",
+    )
+    method: Literal["milora"]
+
+    @property
+    def drawn(self) -> Drawn:
+        """The full SVD draws nothing."""
+        return "nothing"
+
+
+class OLoRA(InitConfig):
+    """Leading part of the QR decomposition of W (Büyükakyüz, arXiv 2406.01775).
+
+    `scale_aware` divides A by the adapter's multiplier, so that s·B·A = Q_r·R_r for every s.
+    """
+
+    facts = Method(
+        title="OLoRA",
+        description="Starts from the leading part of each weight's QR decomposition (orthonormal B).",
+        paper="OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
+        arxiv="2406.01775",
+        needs="weight",
+        offset="subtract",
+        rate_factor=0.2,
+    )
+    method: Literal["olora"]
+    scale_aware: bool = True
+
+    @property
+    def drawn(self) -> Drawn:
+        """A QR decomposition draws nothing."""
+        return "nothing"
+
+
+class LoRAM(InitConfig):
+    """Fixed sine bases at the magnitude of W (Zhang et al., arXiv 2507.06558, NeurIPS 2025).
+
+    `magnitude`: "variance" (the authors' code) or "second_moment" (the paper's text).
+    `scale_aware`: size the product s·B·A rather than B·A.
+    The rest are the paper's ablations. `basis`: random instead of sine. `rank_factor`: the gain
+    log(r) or log(r/2), over log min(m, n). `tracking`: take the magnitude of another method's B·A.
+    """
+
+    facts = Method(
+        title="LoRAM",
+        description="Orthonormal sine bases at the magnitude of each weight: no SVD, no data, no chance.",
+        paper="The Primacy of Magnitude in Low-Rank Adaptation",
+        arxiv="2507.06558",
+        needs="weight",
+        offset="subtract",
+        min_rank=2,
+    )
+    method: Literal["loram"]
+    magnitude: Literal["variance", "second_moment"] = "variance"
+    scale_aware: bool = False
+    basis: Literal["dst", "random_orthogonal", "gaussian"] = "dst"
+    rank_factor: Literal["log_r", "log_half_r"] = "log_r"
+    tracking: Literal["pissa", "milora", "olora"] | None = None
+
+    @model_validator(mode="after")
+    def tracking_replaces_the_gain(self) -> "LoRAM":
+        """The other method has fixed the magnitude: a gain or a scale on top would be ignored."""
+        for field, given in (("rank_factor", self.rank_factor != "log_r"), ("scale_aware", self.scale_aware)):
+            if self.tracking and given:
+                raise refusal(field, f"{field} does not combine with tracking: {self.tracking} sets the magnitude.")
+        return self
+
+    @property
+    def min_rank(self) -> int:
+        """Where the logarithm is positive: at 0 both factors and their gradients are zero for ever."""
+        return 3 if self.rank_factor == "log_half_r" else 2
+
+    @property
+    def drawn(self) -> Drawn:
+        """The sine bases are fixed."""
+        return "nothing" if self.basis == "dst" else "factors"
+
+
+class LoftQ(InitConfig):
+    """Corrects what NF4 lost of each weight (Li et al., arXiv 2310.08659), in one iteration.
+
+    More iterations would quantize something else than the base model: the adapter would fit no NF4
+    base but its own. `bits` 8 waits for int8 bases.
+    """
+
+    facts = Method(
+        title="LoftQ",
+        description="Starts as the best rank-r correction of what four bits lost of each weight.",
+        paper="LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models",
+        arxiv="2310.08659",
+        needs="weight",
+        function_preserving=False,
+        quantization=("nf4",),
+    )
+    method: Literal["loftq"]
+    bits: Literal[4, 8] = 4
+    iterations: Annotated[int, Field(ge=1, le=10)] = 1
+
+    @property
+    def drawn(self) -> Drawn:
+        """The best correction is what it is."""
+        return "nothing"
+
+    @model_validator(mode="after")
+    def refuse_another_base(self) -> "LoftQ":
+        """The base must stay the one that anybody gets by loading the untouched model in NF4."""
+        if self.bits != 4:
+            raise refusal("bits", f"bits {self.bits} is planned: this release has NF4 bases.", code="not_supported")
+        if self.iterations != 1:
+            why = "after the first one the base is no longer the untouched model in NF4, which nobody else can load"
+            raise refusal("iterations", f"iterations {self.iterations} does not combine with a plain download: {why}.")
+        return self
