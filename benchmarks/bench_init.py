@@ -53,25 +53,34 @@ def main() -> None:
         warnings.simplefilter("ignore")
         print(json.dumps(CASES[setting, who](name, args.rank, cache)))
         return
-    found = earlier(args.results)
+    before, found = earlier(args.results), {}
     with tempfile.TemporaryDirectory() as cache:
         if args.only != "layer":
             base(cache)  # converts the GGUF file once
-        for setting in (args.only,) if args.only else ("model", "layer"):
-            names = {"ours": list(OURS), "peft": PEFT} if setting == "model" else ON_A_LAYER
-            for who, some in names.items():
-                for name in some:
-                    if (setting, who, name) in found:
-                        continue
-                    row = found[setting, who, name] = measured(setting, who, name, args=args, cache=cache)
-                    print(f"{setting:6} {who:5} {name:20} {shown(row)}", flush=True)
-                    if args.results:
-                        with args.results.open("a") as file:
-                            file.write(json.dumps([[setting, who, name], row]) + "\n")
+        for key in wanted(args.only):
+            if key not in before:
+                before[key] = measured(*key, args=args, cache=cache)
+                print("{:6} {:5} {:26}".format(*key), shown(before[key]), flush=True)
+                if args.results:
+                    with args.results.open("a") as file:
+                        file.write(json.dumps([key, before[key]]) + "\n")
+            found[key] = before[key]
     page = report(found, args)
     print("\n" + page)
     if args.write:
         args.write.write_text(page)
+
+
+def wanted(only: str | None) -> list[tuple[str, str, str]]:
+    """(setting, who, method) of all measurements, in the page's order."""
+    cases = {"model": {"ours": list(OURS), "peft": PEFT}, "layer": ON_A_LAYER}
+    return [
+        (setting, who, name)
+        for setting, sides in cases.items()
+        if only in (None, setting)
+        for who, names in sides.items()
+        for name in names
+    ]
 
 
 def earlier(path: Path | None) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -65,15 +65,14 @@ def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generat
     for number in range(niter + 1):
         # The lower triangle of T·Tᵀ, which is all that is read. Squares need the digits of float64.
         gram = torch.cat([torch.nn.functional.pad(gram, (0, len(Z))), Z.double() @ T.double().T])
-        values, P = torch.linalg.eigh(gram)
-        before, energy = energy, float(values[-rank:].sum())
+        before, energy = energy, float(torch.linalg.eigvalsh(gram)[-rank:].sum())
         if number == niter or len(K) == side or energy - before <= STANDS_STILL * energy:
             break
         # Its size first: squares of small gradients leave the range of float32.
         Y = _novel((Z / torch.linalg.vector_norm(Z) @ W.T)[: side - len(K)], K)
         Z = Y @ W
         K, T = torch.cat([K, Y]), torch.cat([T, Z])
-    P = P[:, -rank:].flip(1).to(W)
+    P = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).to(W)
     # Where S is rounding, only a QR still gives orthonormal directions.
     Q, R = torch.linalg.qr(T.T @ P)
     signs = Q.gather(0, Q.abs().argmax(0, keepdim=True)).sign()
