@@ -35,9 +35,7 @@ def report(found: dict[tuple[str, str, str], dict[str, Any]], args: argparse.Nam
         "by the clock, loading included, was ended.",
     ]
     if args.results:
-        lines += [
-            "The lines were collected by several calls of the command (`--results`) on one machine, one after the other."
-        ]
+        lines += ["The lines come from several calls of the command (`--results`) on one machine, one after the other."]
     titles = {
         "model": "SmolLM2-135M: 210 matrices, 106 M weights, evidence included",
         "layer": f"One {LAYER[0]}×{LAYER[1]} layer, evidence given",
