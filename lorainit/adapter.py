@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from lorainit.data import Sample
 from lorainit.errors import ExportCheckFailed
 from lorainit.events import Event, Tick
+from lorainit.inits import Quantization
 from lorainit.layer import LoRALinear, adapted, was_conv1d
 from lorainit.model import load_model
-from lorainit.spec import Quantization
 from lorainit.targets import linear_layers
 
 WEIGHTS = "adapter_model.safetensors"

@@ -20,9 +20,10 @@ from lorainit.events import Event, Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.hardware import generator_for
 from lorainit.init_report import Report
+from lorainit.inits import HRP, InitConfig, LoftQ, LoRAM
 from lorainit.layer import LoRALinear, adapted, attach, shape_of, weight_of
 from lorainit.methods import METHODS, Factors
-from lorainit.spec import HRP, InitConfig, LoftQ, Lora, LoRAM
+from lorainit.spec import Lora
 
 __all__ = ["Known", "Report", "initialize"]
 

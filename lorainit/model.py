@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorainit.errors import SequenceTooLong, UnsupportedModel
+from lorainit.inits import Quantization
 from lorainit.quantize import loading_options, settle
-from lorainit.spec import Quantization
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.
 CONVERTER = 1

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable
 
 from lorainit.errors import LorainitError
-from lorainit.spec import BaseModelRef, Choice, Hyperparameters, InitConfig
+from lorainit.inits import InitConfig
+from lorainit.spec import BaseModelRef, Choice, Hyperparameters
 
 
 class ConflictingRates(LorainitError):

@@ -20,9 +20,10 @@ from lorainit import adapter, checkpoint, hardware, init_stage
 from lorainit.errors import DiskFull, OutOfMemory, UnsupportedModel
 from lorainit.events import Done, InitReport, Message, Stage
 from lorainit.initialize import Report
+from lorainit.inits import HRP
 from lorainit.prepare import Job, OnEvent, prepare
 from lorainit.results import write_csv
-from lorainit.spec import HRP, RunSpec
+from lorainit.spec import RunSpec
 from lorainit.train import train
 
 

@@ -14,7 +14,9 @@ from pydantic import Field, ValidationError
 
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
-from lorainit.spec import NF4_BLOCK, Automatic, BaseModelRef, Lora, ModelFacts, Strict
+from lorainit.inits import Automatic
+from lorainit.schema import Strict
+from lorainit.spec import NF4_BLOCK, BaseModelRef, Lora, ModelFacts
 
 
 class Entry(ModelFacts):

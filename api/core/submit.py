@@ -12,7 +12,8 @@ from api.core.db import now
 from api.core.errors import BadReference, InvalidValue
 from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
-from lorainit.spec import CalibratedConfig, Hyperparameters, Lora
+from lorainit.inits import CalibratedConfig
+from lorainit.spec import Hyperparameters, Lora
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 CALIBRATION_FILE = "lora.init.calibration_file"

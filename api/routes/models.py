@@ -10,7 +10,7 @@ from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.query import Empty
 from api.schemas.model import MethodObject, ModelList, ModelObject, method_object, model_object
 from api.schemas.wire import Deleted, Page, listed
-from lorainit.spec import INITS
+from lorainit.inits import INITS
 
 router = APIRouter(prefix="/v1", tags=["models"])
 Base = Annotated[str | None, Empty, Query(description="A base model: fills in rates and availability.")]

@@ -6,7 +6,8 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.core.submit import Order
-from lorainit.spec import Hyperparameters, Lora, Seed, Strict
+from lorainit.schema import Seed, Strict
+from lorainit.spec import Hyperparameters, Lora
 
 MAX_MULTIPLIER = 100.0
 

@@ -6,9 +6,8 @@ from api.core.catalogue import Entry
 from api.core.models import Checkpoint
 from api.core.registry import Model
 from api.schemas.wire import Element, Wire, unix
-from lorainit.inits import ExportRank
+from lorainit.inits import INITS, AnyInit, ExportRank, Quantization
 from lorainit.resolve import base_learning_rate
-from lorainit.spec import INITS, AnyInit, Quantization
 
 ModelType = Literal["base", "adapter", "checkpoint"]
 

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from api.terminal.client import field_of
-from lorainit.spec import INITS, ModelFacts
+from lorainit.inits import INITS
+from lorainit.spec import ModelFacts
 
 METHOD_COLUMNS = ("method", "looks at", "export", "what it does")
 JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "result")

@@ -18,9 +18,9 @@ from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.hardware import generator_for
+from lorainit.inits import EVA, CorDA
 from lorainit.layer import shape_of
 from lorainit.loss import logits_of
-from lorainit.spec import EVA, CorDA
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
 MAX_PASSES, MIN_BATCHES = 8, 64

@@ -6,7 +6,7 @@ from lorainit.evidence.context import Context
 from lorainit.evidence.gradients import gradient_evidence
 from lorainit.evidence.originals import original_weights
 from lorainit.evidence.preheat import preheat
-from lorainit.spec import EVA, HRP, CorDA, InitConfig, LoftQ, LoRAGA, LoRAOne
+from lorainit.inits import EVA, HRP, CorDA, InitConfig, LoftQ, LoRAGA, LoRAOne
 
 
 def collect(config: InitConfig, context: Context) -> dict[str, Evidence]:

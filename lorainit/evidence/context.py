@@ -9,7 +9,8 @@ from torch import nn
 
 from lorainit.data import Sample
 from lorainit.events import Event, Message
-from lorainit.spec import EVA, CorDA, Hyperparameters, Lora, LoRAGA, LoRAOne
+from lorainit.inits import EVA, CorDA, LoRAGA, LoRAOne
+from lorainit.spec import Hyperparameters, Lora
 
 
 @dataclass(frozen=True)

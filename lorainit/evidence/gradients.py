@@ -18,9 +18,9 @@ from lorainit.events import Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.line_search import search_step
+from lorainit.inits import LoRAGA, LoRAOne
 from lorainit.layer import shape_of
 from lorainit.loss import row_losses
-from lorainit.spec import LoRAGA, LoRAOne
 
 OnTick = Callable[[int, int], None]
 

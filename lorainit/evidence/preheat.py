@@ -19,11 +19,11 @@ from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context
 from lorainit.hardware import generator_for
+from lorainit.inits import HRP
 from lorainit.layer import LoRALinear, borrowed, shape_of
 from lorainit.loss import tally
 from lorainit.methods import Factors
 from lorainit.methods._linalg import normal
-from lorainit.spec import HRP
 
 MAX_RANK, RANK_FACTOR = 128, 8
 MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02

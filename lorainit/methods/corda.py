@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
+from lorainit.inits import CorDA
 from lorainit.methods._linalg import Factors, symmetric
-from lorainit.spec import CorDA
 
 FIRST_DAMPING, MAX_DAMPING = 0.01, 1.0
 INVERSE_ERROR = 0.05

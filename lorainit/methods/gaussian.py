@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorainit.evidence import Evidence
+from lorainit.inits import Gaussian
 from lorainit.methods._linalg import Factors, normal
-from lorainit.spec import Gaussian
 
 
 def gaussian(

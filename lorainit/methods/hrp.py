@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
+from lorainit.inits import HRP
 from lorainit.methods._linalg import Factors, normal
-from lorainit.spec import HRP
 
 # Below this share of the top singular value a direction of the preheated product is rounding.
 DEAD = 1e-7

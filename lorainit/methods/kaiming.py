@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lorainit.evidence import Evidence
+from lorainit.inits import Kaiming
 from lorainit.methods._linalg import Factors
-from lorainit.spec import Kaiming
 
 
 def kaiming(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
+from lorainit.inits import LoftQ
 from lorainit.methods._linalg import Factors, randomized_svd, symmetric
-from lorainit.spec import LoftQ
 
 # Rounding errors have a flat spectrum, which needs many blocks: 99.99 % of the best energy on a 2048×2048 matrix of
 # noise at r = 16, 96 % after 4.

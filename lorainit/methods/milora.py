@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
+from lorainit.inits import MiLoRA
 from lorainit.methods._linalg import Factors, symmetric
-from lorainit.spec import MiLoRA
 
 # Below this share of the top singular value both factors are nearly zero and so are their gradients.
 # A float32 SVD returns 1e-7 to 3e-7 where the true value is 0, so the line lies above that.

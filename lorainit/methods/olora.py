@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorainit.evidence import Evidence
+from lorainit.inits import OLoRA
 from lorainit.methods._linalg import Factors
-from lorainit.spec import OLoRA
 
 
 def olora(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorainit.evidence import Evidence
+from lorainit.inits import PiSSA
 from lorainit.methods._linalg import Factors, randomized_svd, symmetric
-from lorainit.spec import PiSSA
 
 
 def pissa(

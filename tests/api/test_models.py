@@ -7,7 +7,7 @@ import pytest
 
 from api.core import catalogue
 from api.schemas.model import method_object
-from lorainit.spec import INITS
+from lorainit.inits import INITS
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, Traces, refused
 from tests.things import MODEL

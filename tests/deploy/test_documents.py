@@ -11,7 +11,7 @@ import typer.main
 
 from api.cli import app
 from api.core.settings import Settings
-from lorainit.spec import INITS
+from lorainit.inits import INITS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -24,11 +24,12 @@ from lorainit.errors import ExportCheckFailed
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.initialize import initialize
+from lorainit.inits import INITS
 from lorainit.layer import adapted, disabled, weight_of
 from lorainit.loss import logits_of, tally
 from lorainit.methods import METHODS
 from lorainit.model import load_model
-from lorainit.spec import INITS, Hyperparameters, Lora
+from lorainit.spec import Hyperparameters, Lora
 from lorainit.targets import find_targets
 from lorainit.train import train
 from tests.lorainit.conftest import make_tokenizer

@@ -17,10 +17,10 @@ from lorainit.cache import Cache, data_digest, key
 from lorainit.events import Message
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
+from lorainit.inits import INITS
 from lorainit.layer import adapted
 from lorainit.methods import Factors
 from lorainit.prepare import prepare
-from lorainit.spec import INITS
 
 
 @pytest.fixture

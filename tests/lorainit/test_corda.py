@@ -8,10 +8,10 @@ import torch
 
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
+from lorainit.inits import CorDA, PiSSA
 from lorainit.methods import METHODS
 from lorainit.methods.corda import damped
 from lorainit.run import run
-from lorainit.spec import CorDA, PiSSA
 
 MODES = ["ipm", "kpm"]
 SCALES = [0.25, 1.0, 2.0, math.sqrt(8)]

@@ -15,13 +15,14 @@ from lorainit.errors import UnsupportedInit
 from lorainit.events import InitReport, Metrics, Plan
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
+from lorainit.inits import INITS
 from lorainit.layer import LoRALinear, adapted, weight_of
 from lorainit.loss import row_losses
 from lorainit.methods import Factors
 from lorainit.model import load_model
 from lorainit.optimizers import make_optimizer
 from lorainit.run import run
-from lorainit.spec import INITS, Lora
+from lorainit.spec import Lora
 from lorainit.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.test_initialize import gradients

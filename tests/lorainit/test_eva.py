@@ -17,11 +17,12 @@ from lorainit.evidence import Evidence, activations
 from lorainit.evidence.collect import collect
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.initialize import initialize
+from lorainit.inits import EVA
 from lorainit.layer import adapted
 from lorainit.methods import METHODS
 from lorainit.model import load_model
 from lorainit.run import run
-from lorainit.spec import EVA, Lora
+from lorainit.spec import Lora
 from tests.lorainit.contexts import CPU, make_context
 
 F64 = torch.float64

@@ -19,12 +19,12 @@ from lorainit.evidence.collect import collect
 from lorainit.evidence.preheat import preheat_steps
 from lorainit.hardware import generator_for
 from lorainit.initialize import initialize
+from lorainit.inits import HRP
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods import METHODS, Factors
 from lorainit.methods.hrp import right_directions
 from lorainit.run import run
-from lorainit.spec import HRP
 from tests.lorainit.contexts import make_context, state
 
 F64 = torch.float64

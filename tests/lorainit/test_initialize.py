@@ -10,11 +10,12 @@ from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
+from lorainit.inits import INITS
 from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.methods import METHODS, Factors
 from lorainit.model import load_model
-from lorainit.spec import INITS, Lora
+from lorainit.spec import Lora
 from lorainit.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 

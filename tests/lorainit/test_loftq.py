@@ -12,12 +12,12 @@ from lorainit.events import InitReport, Message
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.initialize import _rise, initialize
+from lorainit.inits import LoftQ
 from lorainit.layer import disabled
 from lorainit.loss import logits_of
 from lorainit.methods import METHODS
 from lorainit.model import load_model
 from lorainit.run import run
-from lorainit.spec import LoftQ
 from lorainit.targets import find_targets, linear_layers
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.reference import context, tiny

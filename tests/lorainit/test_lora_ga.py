@@ -14,10 +14,10 @@ from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.initialize import initialize
+from lorainit.inits import LoRAGA
 from lorainit.layer import weight_of
 from lorainit.loss import logits_of, tally
 from lorainit.methods.lora_ga import _largest_entry, lora_ga
-from lorainit.spec import LoRAGA
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny
 
 S0 = 2.0

@@ -10,11 +10,12 @@ from lorainit.errors import InitFailed
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence, line_search
 from lorainit.evidence.collect import collect
+from lorainit.inits import LoRAOne
 from lorainit.methods import Factors
 from lorainit.methods.lora_one import lora_one
 from lorainit.resolve import base_learning_rate
 from lorainit.run import run
-from lorainit.spec import BaseModelRef, Lora, LoRAOne
+from lorainit.spec import BaseModelRef, Lora
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny
 
 S0 = 16 / math.sqrt(8)

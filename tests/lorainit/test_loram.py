@@ -11,6 +11,7 @@ from lorainit.data import collate
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
+from lorainit.inits import INITS, LoRAM
 from lorainit.loss import logits_of
 from lorainit.methods import METHODS
 from lorainit.methods.loram import (
@@ -24,7 +25,7 @@ from lorainit.methods.loram import (
     sine_variance,
 )
 from lorainit.run import run
-from lorainit.spec import INITS, Lora, LoRAM
+from lorainit.spec import Lora
 from tests.lorainit.reference import context, eight_rows, tiny
 
 F64 = torch.float64

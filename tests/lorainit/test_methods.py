@@ -7,9 +7,9 @@ import torch
 
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.evidence import Evidence
+from lorainit.inits import INITS
 from lorainit.methods import METHODS
 from lorainit.methods._linalg import numerical_rank, randomized_svd
-from lorainit.spec import INITS
 
 SCALES = [0.25, 1.0, 2.0, math.sqrt(8)]
 
