@@ -67,7 +67,7 @@ def facts(
         found["magnitude_norm"] = _norm(magnitude)
     takes = lora.method.facts.needs in ("weight", "activation") and lora.method.method != "loram"  # only its size
     if takes and lora.method.offset == "subtract":
-        found["captured_energy"] = _captured_energy(W, factors)
+        found["captured_energy"] = _captured_energy(W, factors, norm=found["weight_norm"])
     if evidence.gradient is not None:
         G = evidence.gradient.to(W.device)
         found |= _gradient_facts(G, factors, s=s, lora=lora)
@@ -91,10 +91,10 @@ def _norm(X: Tensor) -> float:
     return float(torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=-1).double()))
 
 
-def _captured_energy(W: Tensor, factors: Factors) -> float:
+def _captured_energy(W: Tensor, factors: Factors, *, norm: float) -> float:
     """‖Q_Bᵀ·W·Q_A‖²/‖W‖²."""
     Q_B, Q_A = torch.linalg.qr(factors.B).Q, torch.linalg.qr(factors.A.T).Q
-    return (_norm(Q_B.T @ W @ Q_A) / _norm(W)) ** 2
+    return (_norm(Q_B.T @ W @ Q_A) / norm) ** 2
 
 
 def _gradient_facts(G: Tensor, factors: Factors, *, s: float, lora: Lora) -> dict[str, Any]:
