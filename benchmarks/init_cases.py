@@ -74,7 +74,7 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     import torch
 
     from lorainit import init_report
-    from lorainit.data import collate
+    from lorainit.batches import collate
     from lorainit.evidence.collect import collect
     from lorainit.evidence.context import Context
     from lorainit.initialize import initialize
@@ -147,7 +147,7 @@ def plain_passes(model: Any, samples: list[Any], *, repeat: int) -> float:
 
     The gradients are new memory each time, as in a run: their pages alone cost more than a second.
     """
-    from lorainit.data import collate
+    from lorainit.batches import collate
     from lorainit.loss import row_losses
     from lorainit.targets import find_targets
 
@@ -227,7 +227,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from peft.tuners.lora.corda import preprocess_corda
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    from lorainit.data import batches, collate
+    from lorainit.batches import batches, collate
     from lorainit.loss import row_losses
     from lorainit.targets import find_targets
 

@@ -15,12 +15,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from pydantic import ValidationError
 
-from lorainit.errors import LorainitError, Stopped
-from lorainit.events import Event, Failed
+from lorainit.errors import Dropped, LorainitError, Stopped
+from lorainit.events import Event, Failed, Tick
 from lorainit.spec import RunSpec
 
 FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
@@ -36,68 +36,99 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["inspect"]:
         return _inspect(arguments[1:])
     args = _parser().parse_args(arguments)
+    members = [_Member(args.spec, args.out, args.lease), *(_Member(*map(Path, three)) for three in args.member)]
     if args.events_fd is not None:
         _die_with_parent()
-    if args.lease:
-        _guard_lease(args.lease)
-    stop = _Stop(args.lease)
+    leases = [member.lease for member in members if member.lease]
+    if leases:
+        _guard(leases)
+    stop = _Stop(leases)
     signal.signal(signal.SIGTERM, stop.ask)
-    spec = _read_spec(args.spec)
-    if spec is None:
+    specs = [_read_spec(member.spec) for member in members]
+    if any(spec is None for spec in specs):
         return WRONG_SPEC
+    runs = [(spec, member) for spec, member in zip(specs, members, strict=True) if spec is not None]
     if args.events_fd is not None:
         with os.fdopen(args.events_fd, "w", buffering=1) as stream:
-            return _run(spec, args.out, stop, lambda event: _write(stream, event))
+            return _run(runs, stop, lambda event: _write(stream, event))
+    if int(os.environ.get("RANK", "0")):
+        return _run(runs, stop, lambda _event: None)  # another process of this run speaks
     from lorainit.progress import Display
 
     with Display() as display:
-        code = _run(spec, args.out, stop, display.show)
+        code = _run(runs, stop, display.show)
     display.conclude()
     return code
+
+
+class _Member(NamedTuple):
+    """One run of the command line: usually the only one."""
+
+    spec: Path
+    out: Path
+    lease: Path | None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lorainit",
-        description="Fine-tune a LoRA adapter as a spec file says.",
+        description="Fine-tune a LoRA adapter as a spec file says, or several on one base in one forward pass.",
         epilog="python -m lorainit inspect SOURCE prints the facts of a base model as JSON.",
     )
     parser.add_argument("spec", type=Path, help="the run's spec, a JSON file")
     parser.add_argument("out", type=Path, help="folder for the adapter, checkpoints and metrics")
     parser.add_argument("--events-fd", type=int, help="write events as JSON lines to this file descriptor")
     parser.add_argument("--lease", type=Path, help="file with a CLOCK_MONOTONIC deadline; exit 75 when it is past")
+    parser.add_argument(
+        "--member",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("SPEC", "OUT", "LEASE"),
+        help="another run to train together with the first; past its lease it is dropped, and the others go on",
+    )
     return parser
 
 
-def _run(spec: RunSpec, out: Path, stop: "_Stop", on_event: OnEvent) -> int:
+def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent) -> int:
     """Run, and turn every way to end into events, one line on stderr and an exit code."""
+    open_runs, failed = set(range(len(runs))), False
 
-    def guarded(event: Event) -> None:
-        stop.check()
-        on_event(event)
+    def fail(who: int, error: LorainitError) -> None:
+        on_event(Failed(member=who, code=error.code, message=error.message, param=error.param))
+        print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201 - this is the command line
 
     try:
         # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from transformers.utils.logging import disable_progress_bar
 
-        from lorainit.run import run  # loads torch: seconds
+        from lorainit.run import Request, run_together  # loads torch: seconds
 
         disable_progress_bar()
-        run(spec, out, guarded)
+        requests = [
+            Request(spec, member.out, stop.listener(who, member, on_event)) for who, (spec, member) in enumerate(runs)
+        ]
+        for who, end in run_together(requests):
+            open_runs.discard(who)
+            if isinstance(end, LorainitError) and not isinstance(end, Dropped):
+                fail(who, end)
+                failed = True
     except (Stopped, KeyboardInterrupt):
         return STOPPED
     except LorainitError as error:
-        on_event(Failed(code=error.code, message=error.message, param=error.param))
-        print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201 - this is the command line
+        for who in sorted(open_runs):
+            fail(who, error)
         return FAILED
     except BrokenPipeError:
         return STOPPED  # nobody listens any more
     except Exception:
         traceback.print_exc()
-        on_event(Failed(code="internal_error", message="The run failed for a reason that is ours, not yours."))
+        text = "The run failed for a reason that is ours, not yours."
+        for who in sorted(open_runs):
+            on_event(Failed(member=who, code="internal_error", message=text))
         return FAILED
-    return 0
+    return FAILED if failed else 0
 
 
 def _write(stream: TextIO, event: Event) -> None:
@@ -142,17 +173,29 @@ def _inspect(arguments: list[str]) -> int:
 class _Stop:
     """What a signal or a lease asks for, checked at every event."""
 
-    def __init__(self, lease: Path | None) -> None:
+    def __init__(self, leases: list[Path]) -> None:
         self.asked = False
-        self.lease = lease
+        self.leases = leases
 
     def ask(self, _signum: int, _frame: FrameType | None) -> None:
         """The signal handler: only remembers."""
         self.asked = True
 
+    def listener(self, who: int, member: _Member, on_event: OnEvent) -> OnEvent:
+        """What a run's `on_event` does before it passes an event on, as that of member `who`."""
+
+        def listen(event: Event) -> None:
+            self.check()
+            # Ticks come from the middle of a pass that is everybody's; all else from the member's own work.
+            if member.lease and not isinstance(event, Tick) and _past(member.lease):
+                raise Dropped("The lease of this run is past.")
+            on_event(event.model_copy(update={"member": who}) if who else event)
+
+        return listen
+
     def check(self) -> None:
-        """Exit when the lease is past; raise `Stopped` when somebody asked."""
-        if self.lease and _past(self.lease):
+        """Exit when all leases are past; raise `Stopped` when somebody asked."""
+        if self.leases and all(map(_past, self.leases)):
             _leave()
         if self.asked:
             raise Stopped("The run was asked to stop.")
@@ -168,11 +211,11 @@ def _die_with_parent() -> None:
         os._exit(LEASE_LOST)  # it died before we asked
 
 
-def _guard_lease(lease: Path) -> None:
-    """Watch the lease from a thread, since one layer's SVD may take longer than the lease."""
+def _guard(leases: list[Path]) -> None:
+    """Watch the leases from a thread, since one layer's SVD may take longer than a lease."""
 
     def watch() -> None:
-        while not _past(lease):
+        while not all(map(_past, leases)):
             time.sleep(LEASE_SECONDS)
         _leave()
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from lorainit.data import Sample
 from lorainit.errors import ExportCheckFailed
 from lorainit.events import Event, Tick
 from lorainit.inits import Quantization
-from lorainit.layer import LoRALinear, adapted, was_conv1d
+from lorainit.layer import LoRALinear
 from lorainit.model import load_model
 from lorainit.targets import linear_layers
+from lorainit.weight import was_conv1d
 
 WEIGHTS = "adapter_model.safetensors"
 MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module with a `weight`
@@ -51,15 +52,16 @@ def plain_alpha(*, r: int, scale: float, rslora: bool) -> float:
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
 
 
-def export(model: nn.Module, folder: Path, *, root: str, rslora: bool) -> int:
+def export(model: nn.Module, layers: Mapping[str, LoRALinear], folder: Path, *, root: str, rslora: bool) -> int:
     """Write `adapter_model.safetensors` and `adapter_config.json` into `folder`; return the (largest) rank.
 
     Layers of rank 0 are left out; other ranks than the largest become PEFT's rank and alpha patterns.
 
     Args:
+        model: what the layers belong to, with or without them in their places.
         root: the base model's public name, as stock PEFT will look for it.
     """
-    layers = {name: layer for name, layer in adapted(model).items() if len(layer.A)}
+    layers = {name: layer for name, layer in layers.items() if len(layer.A)}
     factors = {name: plain_factors(layer) for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():

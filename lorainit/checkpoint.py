@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorainit.errors import CheckpointMismatch
-from lorainit.layer import LoRALinear, adapted, attach
+from lorainit.layer import LoRALinear
 from lorainit.methods import Factors
 from lorainit.spec import Lora
 
@@ -36,7 +36,7 @@ class Progress:
 
 def write(
     folder: Path,
-    model: nn.Module,
+    layers: Mapping[str, LoRALinear],
     optimizer: torch.optim.Optimizer,
     *,
     progress: Progress,
@@ -55,7 +55,7 @@ def write(
     work = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
     try:
         write_adapter(work / "adapter")
-        save_file(_tensors(model, optimizer), work / STATE)
+        save_file(_tensors(layers, optimizer), work / STATE)
         (work / FACTS).write_text(json.dumps({**asdict(progress), "recipe": recipe}, indent=2) + "\n")
         shutil.copyfile(metrics, work / METRICS)
         work.chmod(0o755)
@@ -67,10 +67,10 @@ def write(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    for name, layer in adapted(model).items():
+def _tensors(layers: Mapping[str, LoRALinear], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """No generator's state: the order of rows and dropout are functions of the seed and the step."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
         for key, value in layer.state_dict().items():
             if not key.startswith("base."):
                 tensors[f"layer.{name}.{key}"] = value.cpu().contiguous()
@@ -104,18 +104,15 @@ class Restored:
     progress: Progress
     tensors: dict[str, Tensor]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Moments and random number generators as they were; the factors are already in the layers."""
+    def restore(self, layers: Mapping[str, LoRALinear], optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's moments as they were; the factors are already in the layers."""
         found = self._states()
-        for name, layer in adapted(model).items():
+        for name, layer in layers.items():
             for key, parameter in layer.trained().items():
                 optimizer.state[parameter] = {
                     m: value.clone() if m in _ON_CPU else value.to(parameter.device, copy=True)
                     for m, value in found[f"{name}.{key}"].items()
                 }
-        torch.set_rng_state(self.tensors["rng.cpu"])
-        if torch.cuda.is_available() and "rng.cuda.0" in self.tensors:
-            torch.cuda.set_rng_state(self.tensors["rng.cuda.0"])
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
         """What the optimizer kept of each parameter, whichever optimizer it was."""
@@ -150,8 +147,9 @@ def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
     return Restored(folder, Progress(facts["step"], facts["tokens"], facts["seconds"]), tensors)
 
 
-def attach_layers(model: nn.Module, targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> None:
-    """Attach the checkpoint's factors instead of initializing again."""
+def layers_of(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> dict[str, LoRALinear]:
+    """The layers with the checkpoint's factors, instead of initializing again."""
+    layers: dict[str, LoRALinear] = {}
     subtract = lora.method.offset == "subtract"
     for name, module in targets.items():
         own = {k: restored.tensors.get(f"layer.{name}.{k}") for k in ("A", "B", "A0", "B0")}
@@ -165,7 +163,8 @@ def attach_layers(model: nn.Module, targets: dict[str, nn.Module], lora: Lora, r
         with torch.no_grad():
             for key, parameter in layer.trained().items():
                 parameter.copy_(restored.tensors[f"layer.{name}.{key}"])
-        attach(model, name, layer)
+        layers[name] = layer
+    return layers
 
 
 def _device(module: nn.Module) -> torch.device:

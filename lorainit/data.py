@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,18 +51,6 @@ class Dataset:
     def trained_tokens(self) -> int:
         """Tokens per epoch the loss looks at; the first token of a row has no prediction."""
         return sum(int(s.trained[1:].sum()) for s in self.samples)
-
-
-class Batch(NamedTuple):
-    """Right-padded rows: ids, attention mask and loss mask, each rows×length."""
-
-    ids: Tensor
-    attention: Tensor
-    trained: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        return Batch(*(t.to(device) for t in self))
 
 
 # --- one file ----------------------------------------------------------------------------------
@@ -210,39 +198,3 @@ def _count_lines(path: str | Path) -> int:
 def _file_sha256(path: str | Path) -> str:
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-# --- order and batches -------------------------------------------------------------------------
-
-
-def order(data: Dataset, *, seed: int, epoch: int) -> list[int]:
-    """A permutation of the samples that depends on seed, epoch and the file's hash, and on nothing else.
-
-    Sorted by keyed hashes rather than drawn, so no library's generator is part of the promise.
-    """
-    key = f"{seed}\0{epoch}\0{data.sha256}\0".encode()
-    return sorted(range(len(data.samples)), key=lambda i: hashlib.blake2b(key + str(i).encode()).digest())
-
-
-def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Micro-batches of at most `size` rows, rows of similar length together to save padding."""
-    ordered = sorted(samples, key=lambda s: -len(s.ids))
-    return [list(ordered[i : i + size]) for i in range(0, len(ordered), size)]
-
-
-def collate(samples: Sequence[Sample], *, pad: int) -> Batch:
-    """Pad on the right to the longest row."""
-    length = max(len(s.ids) for s in samples)
-    ids = torch.full((len(samples), length), pad, dtype=torch.long)
-    attention = torch.zeros(len(samples), length, dtype=torch.long)
-    trained = torch.zeros(len(samples), length, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        ids[row, : len(sample.ids)] = sample.ids
-        attention[row, : len(sample.ids)] = 1
-        trained[row, : len(sample.ids)] = sample.trained
-    return Batch(ids, attention, trained)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Any token will do: padding is masked in attention and loss."""
-    return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))

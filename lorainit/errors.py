@@ -7,7 +7,8 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
     ├── InvalidTrainingFile, InvalidValidationFile, NoTrainableTokens, SequenceTooLong
     ├── UnsupportedModel, UnsupportedInit, RankTooLarge, UnknownTarget
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
-    ├── ExportCheckFailed, CheckpointMismatch
+    ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
+    ├── Dropped                (not a failure: one run of a group is not ours any more)
     └── Stopped                (not a failure: somebody asked the run to stop)
 """
 
@@ -112,6 +113,18 @@ class CheckpointMismatch(LorainitError):
     """A checkpoint was made by another recipe than the one that wants to resume from it."""
 
     code = "internal_error"
+
+
+class GroupMismatch(LorainitError):
+    """Runs that were to train together cannot share a forward pass."""
+
+    code = "unsupported_combination"
+
+
+class Dropped(LorainitError):
+    """A member's `on_event` says that nobody waits for this run any more; the others of its group go on."""
+
+    code = "stopped"
 
 
 class Stopped(LorainitError):

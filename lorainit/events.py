@@ -13,7 +13,11 @@ StageName = Literal["loading", "initializing", "training", "evaluating", "export
 
 
 class _Event(BaseModel):
+    """`member`: which run of a group says it, from 0; a run alone is 0."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    member: int = 0
 
 
 class Stage(_Event):

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.data import Batch
+from lorainit.batches import Batch
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.hardware import peak_memory_bytes
-from lorainit.layer import adapted, disabled, weight_of
+from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of, row_losses, tally
 from lorainit.methods import Factors
 from lorainit.spec import Lora
+from lorainit.weight import weight_of
 
 # How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
 LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorainit import cache
+from lorainit.batches import Batch, batches, collate, order
 from lorainit.cache import Cache
-from lorainit.data import Batch, Sample, batches, collate, order
+from lorainit.data import Sample
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.initialize import Known, Report, initialize
-from lorainit.layer import adapted
+from lorainit.layer import detach
 from lorainit.methods import Factors
 from lorainit.prepare import Job, OnEvent
 
@@ -24,7 +25,7 @@ WORTH_KEEPING_SECONDS = 1.0  # a start that took less is made faster than it is 
 
 
 def start(job: Job, on_event: OnEvent) -> Report:
-    """Collect what the method needs, or find it in the cache, and attach the initialized layers to `job.model`.
+    """Collect what the method needs, or find it in the cache, and make `job.layers`; the model stays bare.
 
     Raises:
         UnsupportedInit, InitFailed: as `collect` and `initialize`.
@@ -35,7 +36,7 @@ def start(job: Job, on_event: OnEvent) -> Report:
     known = store.starts(keys.starts)
     evidence, cached = ({}, True) if known else _evidence(context, store, keys)
     report = initialize(
-        job.model,
+        job.base.model,
         job.targets,
         job.lora,
         seed=job.spec.seed,
@@ -49,8 +50,9 @@ def start(job: Job, on_event: OnEvent) -> Report:
         started=started,
         cached=cached,
     )
+    job.layers = detach(job.base.model)
     if known is None and report.summary["seconds"] >= WORTH_KEEPING_SECONDS:
-        layers = adapted(job.model)
+        layers = job.layers
         starts = {m["name"]: Known(Factors(A=layers[m["name"]].A, B=layers[m["name"]].B), m) for m in report.modules}
         store.keep_starts(keys.starts, starts)
     return report
@@ -58,12 +60,12 @@ def start(job: Job, on_event: OnEvent) -> Report:
 
 def _context(job: Job, on_event: OnEvent) -> Context:
     return Context(
-        model=job.model,
+        model=job.base.model,
         targets=job.targets,
         samples=job.calibration.samples if job.calibration else job.data.samples,
         training_samples=job.data.samples,
-        pad=job.pad,
-        device=job.device,
+        pad=job.base.pad,
+        device=job.base.device,
         micro_batch_size=job.plan.micro_batch_size,
         lora=job.lora,
         training=job.training,
@@ -71,7 +73,7 @@ def _context(job: Job, on_event: OnEvent) -> Context:
         seed=job.spec.seed,
         on_event=on_event,
         order=lambda epoch: order(job.data, seed=job.spec.seed, epoch=epoch),
-        folder=job.folder,
+        folder=job.base.location.folder,
     )
 
 
@@ -82,7 +84,7 @@ def _probe(job: Job) -> Batch:
         for s in job.data.samples
         if s.trained[1:PROBE_TOKENS].any()
     ]
-    return collate((rows or job.data.samples)[:PROBE_ROWS], pad=job.pad).to(job.device)
+    return collate((rows or job.data.samples)[:PROBE_ROWS], pad=job.base.pad).to(job.base.device)
 
 
 def _calibration(context: Context) -> list[Batch]:
@@ -104,7 +106,7 @@ class _Keys(NamedTuple):
 def _cache(job: Job, on_event: OnEvent) -> Cache:
     """A run without a cache folder keeps nothing."""
     folder, limit = job.spec.cache, job.spec.cache_limit_bytes
-    return Cache(Path(folder or job.folder) / "init", limit if folder else 0, on_event)
+    return Cache(Path(folder or job.base.location.folder) / "init", limit if folder else 0, on_event)
 
 
 def _evidence(context: Context, store: Cache, keys: _Keys) -> tuple[dict[str, Evidence], bool]:
@@ -126,12 +128,12 @@ def _keys(job: Job, context: Context) -> _Keys:
     seed = config.seed_for(job.spec.seed)
     looks_at_data = config.facts.needs not in ("none", "weight")
     parts: dict[str, Any] = {
-        "base": job.base_sha256,
+        "base": job.base.sha256,
         "method": config.model_dump(mode="json", exclude={"seed", "calibration_file"}),
         "lora": [job.lora.r, job.lora.scaling],
         "quantization": job.lora.quantization,
         "targets": list(job.targets),
-        "device": job.device.type,
+        "device": job.base.device.type,
         "precision": job.plan.precision,
         "data": cache.data_digest(context.samples) if looks_at_data else None,
         "micro_batch_size": job.plan.micro_batch_size if looks_at_data else None,

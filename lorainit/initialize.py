@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from lorainit import init_report
-from lorainit.data import Batch
+from lorainit.batches import Batch
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Event, Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.hardware import generator_for
 from lorainit.init_report import Report
 from lorainit.inits import HRP, InitConfig, LoftQ, LoRAM
-from lorainit.layer import LoRALinear, adapted, attach, shape_of, weight_of
+from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.methods import METHODS, Factors
 from lorainit.spec import Lora
+from lorainit.weight import shape_of, weight_of
 
 __all__ = ["Known", "Report", "initialize"]
 

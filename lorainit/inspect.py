@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from lorainit.layer import shape_of
 from lorainit.model import base_sha256, load_tokenizer, locate, skeleton
 from lorainit.spec import ModelFacts, Target
 from lorainit.targets import Group, group_of, linear_layers
+from lorainit.weight import shape_of
 
 
 def inspect(source: str, *, cache: Path) -> ModelFacts:

@@ -4,25 +4,25 @@ The base weight is never touched, so a disabled adapter is the base model bit fo
 adapters could share one base. Knows nothing of methods, training or files.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
-from transformers.pytorch_utils import Conv1D
 
+from lorainit.low_rank import Slot, low_rank
 from lorainit.methods import Factors
-from lorainit.quantize import dequantized, is_quantized
+from lorainit.weight import weight_of
 
 
 class LoRALinear(nn.Module):
     """y = base(x) + s·(B·A - B0·A0)·x around a frozen `nn.Linear` or transformers `Conv1D`.
 
     `A` (r×in) and `B` (out×r) are float32 parameters. With `subtract` the starting factors are kept
-    as float32 buffers `A0`, `B0`; both branches are then one product of rank 2r. The sum is formed
-    in float32 and rounded once to the base's dtype. A rank of 0 is a layer without an adapter: it has
-    empty factors, changes nothing and is not exported.
+    as float32 buffers `A0`, `B0`. See `low_rank` for how the sum is formed. A rank of 0 is a layer
+    without an adapter: it has empty factors, changes nothing and is not exported.
 
     With `dora` the weight is m ⊙ (W + s·B·A)/‖W + s·B·A‖ row by row (DoRA, Liu et al., arXiv 2402.09353).
     The norms carry no gradient (section 4.3). `magnitude` is m: a float32 parameter (out) that starts at
@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
             raise ValueError("magnitudes of W + s·B·A say nothing about W + s·(B·A - B0·A0)")
         self.base = base
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.enabled = True
         # Own copies: what is trained, what is subtracted and what the method returned never alias.
         self.A = nn.Parameter(factors.A.detach().clone())
@@ -68,26 +68,27 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out) in the base's dtype."""
-        y: Tensor = self.base(x)
-        if not self.enabled:
+        if not self.enabled or not len(self.A):
+            y: Tensor = self.base(x)
             return y
-        A: Tensor = self.A
-        B: Tensor = self.B
-        if self.A0 is not None and self.B0 is not None:
-            A, B = torch.cat([A, self.A0]), torch.cat([B, -self.B0], dim=1)
         if self.magnitude is not None:
-            return self._dora(x, y, self.magnitude)
-        h = F.linear(self.dropout(x).to(A.dtype), A)
-        # The scale goes into the small factor: on the product it would be one more pass over the output.
-        return (y + F.linear(h, self.scale * B)).to(y.dtype)
+            return self._dora(x, self.magnitude)
+        return low_rank(x, self.base, [self.slot(0, x.numel() // x.shape[-1], like=x)])
 
-    def _dora(self, x: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
-        """y + (g - 1)·W·x + g·s·B·A·x with g = m/‖W + s·B·A‖, which at the start is 1 and adds nothing to y.
+    def slot(self, start: int, stop: int, *, like: Tensor) -> Slot:
+        """This adapter on some rows of a flattened input."""
+        mask = self.dropout.mask((stop - start, like.shape[-1]), like=like)
+        return Slot(start, stop, self.A, self.B, self.A0, self.B0, self.scale, mask)
+
+    def _dora(self, x: Tensor, magnitude: Tensor) -> Tensor:
+        """y + (g - 1)·W·x + g·s·B·A·x with g = m/‖W + s·B·A‖, which at the start is 1 and adds nothing to y = W·x.
 
         With dropout W sees the dropped x in the second term too, as in PEFT: m scales what is dropped.
         """
-        dropped = self.dropout(x)
-        Wx = self.base(dropped) if self.dropout.training and self.dropout.p else y
+        y: Tensor = self.base(x)
+        mask = self.dropout.mask(x.shape, like=x)
+        dropped = x if mask is None else x * mask
+        Wx = y if mask is None else self.base(dropped)
         Wx = Wx.to(magnitude.dtype)
         bias = self.base.bias
         if isinstance(bias, Tensor):
@@ -109,27 +110,6 @@ class LoRALinear(nn.Module):
         return norms
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear module as out×in: transformers' `Conv1D` stores in×out, an NF4 layer four bits of each."""
-    if is_quantized(module):
-        return dequantized(module)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear module, whatever form its weight has."""
-    names = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
-    out, n = (getattr(module, name) for name in names)
-    return out, n
-
-
-def was_conv1d(module: nn.Module) -> bool:
-    """Whether a linear module is a `Conv1D` in the base model's own files: an NF4 layer remembers what it replaced."""
-    return issubclass(getattr(module, "source_cls", type(module)), Conv1D)
-
-
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers of a model by the base's module names, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -139,6 +119,35 @@ def attach(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put an adapted layer in the place of the module it wraps, or that module back."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
+
+
+class Dropout(nn.Module):
+    """Masks that are a function of a key and nothing else, so a pass drawn again drops the same.
+
+    Off while `key` is None; training sets it for each pass of each layer.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.key: str | None = None
+
+    def mask(self, shape: Sequence[int], *, like: Tensor) -> Tensor | None:
+        """0 with probability p, else 1/(1 - p), in the dtype and on the device of `like`; None when off."""
+        if self.key is None or not self.p:
+            return None
+        digest = hashlib.sha256(self.key.encode()).digest()
+        generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        kept = torch.rand(tuple(shape), generator=generator, device=like.device) >= self.p
+        return kept.to(like.dtype).div_(1 - self.p)
+
+
+def detach(model: nn.Module) -> dict[str, "LoRALinear"]:
+    """Take the adapted layers off again; the model is the bare base."""
+    layers = adapted(model)
+    for name, layer in layers.items():
+        attach(model, name, layer.base)
+    return layers
 
 
 @contextmanager

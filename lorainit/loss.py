@@ -3,15 +3,18 @@
 One place, so that training, evaluation and the gate of the initialization mean the same number.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from lorainit.data import Batch
+from lorainit.batches import Batch
+
+# Logits held at once: 64 MB in float32. SmolLM2's 49,152 words make that 341 positions.
+LOGITS = 1 << 24
 
 
 class Tally(NamedTuple):
@@ -19,53 +22,155 @@ class Tally(NamedTuple):
 
     loss: Tensor
     tokens: int
-    correct: int
+    correct: Tensor
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Rows×length×vocabulary, in the model's dtype."""
-    logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.attention).logits
+    logits: Tensor = model(input_ids=batch.ids, use_cache=False, **batch.layout).logits
     return logits
 
 
 def tally(model: nn.Module, batch: Batch) -> Tally:
-    """Run a batch. Sums, not means: the caller divides by the tokens of the whole effective batch.
+    """Run a batch. Sums, not means: the caller divides by the tokens of the whole effective batch."""
+    losses, correct = _losses(model, batch)
+    return Tally(losses.sum(), len(batch.targets), correct.sum())
 
-    The output head sees only the positions that predict a trained token: with a large vocabulary its
-    logits are what fills memory first, and prompts are a third to a half of typical rows.
-    """
-    with _only(model, batch.trained[:, 1:]):
-        predicted = logits_of(model, batch).float()
-    targets = batch.ids[:, 1:][batch.trained[:, 1:]]
-    loss = F.cross_entropy(predicted, targets, reduction="sum")
-    with torch.no_grad():
-        correct = int((predicted.argmax(-1) == targets).sum())
-    return Tally(loss, targets.numel(), correct)
+
+def tallies(model: nn.Module, batch: Batch, counts: list[int]) -> list[Tally]:
+    """The same for a batch of several adapters' rows: one for each, of its `counts` trained tokens in turn."""
+    losses, correct = _losses(model, batch, counts)
+    parts = zip(losses.split(counts), correct.split(counts), counts, strict=True)
+    return [Tally(loss.sum(), count, right.sum()) for loss, right, count in parts]
 
 
 def row_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean loss over the trained tokens of each row (differentiable); every row must have one.
+    """Mean loss over the trained tokens of each row of a padded batch (differentiable); every row must have one.
 
     What a row's mean is does not depend on the rows it shares the pass with.
     """
-    wanted = batch.trained[:, 1:]
-    with _only(model, wanted):
-        predicted = logits_of(model, batch).float()
-    losses = F.cross_entropy(predicted, batch.ids[:, 1:][wanted], reduction="none")
-    counts = wanted.sum(1)
-    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    losses, _ = _losses(model, batch)
+    row = batch.predicting // batch.ids.shape[1]
+    counts = torch.bincount(row, minlength=len(batch.ids))
     return torch.zeros(len(counts), device=losses.device).index_add(0, row, losses) / counts
 
 
-@contextmanager
-def _only(model: Any, positions: Tensor) -> Iterator[None]:
-    """Let the output head see hidden states at `positions` (rows×length-1) only: logits are n×vocabulary."""
+def _losses(model: Any, batch: Batch, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Loss of each trained token and whether it is predicted right, in the order of `batch.predicting`."""
+    hidden, logits = _last_hidden(model, batch)
+    head = model.get_output_embeddings()
+    if logits is None:
+        pieces = _pieces(counts or [len(batch.targets)], vocabulary=len(head.weight))
+        args = (hidden, head.weight, head.bias, batch.predicting, batch.targets, pieces)
+        losses, right = _Head.apply(*args)  # type: ignore[no-untyped-call]
+        return losses, right
+    logits = logits.float()
+    losses = F.cross_entropy(logits, batch.targets, reduction="none")
+    return losses, logits.detach().argmax(-1) == batch.targets
 
-    def select(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0][:, :-1][positions],)
+
+def _last_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """What the output head is given, positions×width, and logits where the head alone does not make them.
+
+    The head sees only the positions that predict a trained token: with a large vocabulary its logits
+    are what fills memory first, and prompts are a third to a half of typical rows.
+    """
+    plain = _is_plain(model)
+    seen: list[Tensor] = []
+
+    def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        flat = args[0].flatten(0, 1)
+        seen.append(flat)
+        return (flat[:0] if plain else flat[batch.predicting],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield
+        logits = logits_of(model, batch)
     finally:
         handle.remove()
+    return seen[0], None if plain else logits
+
+
+_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether logits are the head's output as it is: some architectures scale or cap them.
+
+    Asked of the architecture itself, once, without running a layer of it (initializations may be watching
+    them): the decoder is made to return zeros and the head to say known numbers.
+    """
+    if model not in _PLAIN:
+        head = model.get_output_embeddings()
+        _PLAIN[model] = type(head) is nn.Linear and not head.weight.requires_grad and _says_what_it_hears(model, head)
+    return _PLAIN[model]
+
+
+@torch.no_grad()
+def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
+    device, decoder = head.weight.device, model.base_model
+    said = torch.linspace(-100, 100, head.weight.shape[0], dtype=head.weight.dtype, device=device)
+    nothing = MoeModelOutputWithPast(last_hidden_state=head.weight.new_zeros(1, 1, head.weight.shape[1]))
+    handle = head.register_forward_hook(lambda *_: said.expand(1, 1, -1))
+    decoder.forward = lambda *_args, **_named: nothing
+    try:
+        heard: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
+    except (AttributeError, TypeError):  # it wants more of its decoder than hidden states: nothing is known of it
+        return False
+    finally:
+        handle.remove()
+        del decoder.forward
+    return torch.equal(heard[0, 0], said)
+
+
+def _pieces(counts: list[int], *, vocabulary: int) -> list[tuple[int, int]]:
+    """Cut each count of positions by itself, so that an adapter's sums do not depend on its company."""
+    size, pieces, start = max(1, LOGITS // vocabulary), list[tuple[int, int]](), 0
+    for count in counts:
+        pieces += [(at, min(at + size, start + count)) for at in range(start, start + count, size)]
+        start += count
+    return pieces
+
+
+class _Head(torch.autograd.Function):
+    """Cross-entropy through a frozen head, some positions at a time: no more than `LOGITS` exist at once.
+
+    The loss is a sum over positions, so each position's gradient is known in the forward pass, while its
+    logits are there; the backward pass only scales it. Nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        positions: Tensor,
+        targets: Tensor,
+        pieces: list[tuple[int, int]],
+    ) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(len(positions), dtype=torch.float32, device=W.device)
+        right = torch.empty(len(positions), dtype=torch.bool, device=W.device)
+        grads = torch.empty(len(positions), W.shape[1], dtype=W.dtype, device=W.device)
+        wanted = ctx.needs_input_grad[0]
+        for start, stop in pieces:
+            target = targets[start:stop, None]
+            logits = F.linear(hidden[positions[start:stop]], W, bias)
+            right[start:stop] = logits.argmax(-1) == target[:, 0]
+            logp = logits.float().log_softmax(-1)
+            losses[start:stop] = -logp.gather(1, target)[:, 0]
+            if wanted:
+                P = logp.exp_()
+                P.scatter_add_(1, target, -torch.ones_like(target, dtype=P.dtype))
+                torch.mm(P.to(W.dtype), W, out=grads[start:stop])
+        ctx.save_for_backward(grads, positions)
+        ctx.shape = hidden.shape
+        ctx.mark_non_differentiable(right)
+        return losses, right
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        grads, positions = ctx.saved_tensors
+        hidden = grads.new_zeros(ctx.shape)
+        hidden[positions] = (grads * outer[0][:, None]).to(grads.dtype)
+        return hidden, None, None, None, None, None

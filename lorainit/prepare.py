@@ -7,22 +7,21 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorainit import hardware
-from lorainit.data import Dataset, load, pad_id
+from lorainit.base import Base
+from lorainit.data import Dataset, load
 from lorainit.events import Event, Message, Plan, Tick
-from lorainit.layer import shape_of
-from lorainit.model import base_sha256, check_length, load_model, load_tokenizer, locate
-from lorainit.quantize import require_library
+from lorainit.layer import LoRALinear
+from lorainit.model import check_length
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.spec import Hyperparameters, Lora, RunSpec
 from lorainit.targets import check_rank, find_targets
+from lorainit.weight import shape_of
 
 OnEvent = Callable[[Event], None]
 
@@ -34,27 +33,18 @@ MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 64}
 
 @dataclass
 class Job:
-    """What one run works with, everything resolved. `model` carries the adapter once it is initialized."""
+    """What one run works with, everything resolved. `layers` is its adapter, once it is initialized."""
 
     spec: RunSpec
+    base: Base
     lora: Lora
     training: Hyperparameters
-    folder: Path
-    base_sha256: str
-    tokenizer: Any
     data: Dataset
     valid: Dataset | None
     calibration: Dataset | None
-    model: nn.Module
     targets: dict[str, nn.Module]
-    dtype: torch.dtype
-    device: torch.device
     plan: Plan
-
-    @property
-    def pad(self) -> int:
-        """The padding token's id."""
-        return pad_id(self.tokenizer)
+    layers: dict[str, LoRALinear] = field(default_factory=dict)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -70,57 +60,38 @@ class Job:
             "data": self.data.sha256,
             "validation": self.valid.sha256 if self.valid else None,
             "calibration": self.calibration.sha256 if self.calibration else None,
-            "base": self.base_sha256,
+            "base": self.base.sha256,
         }
 
 
-def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
+def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -> Job:
     """Load and check everything.
 
     Args:
-        out: where a GGUF base is converted to when the spec names no cache.
+        base: loaded here, after the data, unless an earlier run of the group has done it.
+        sharing: how many runs share a forward pass, and so its memory.
 
     Raises:
         LorainitError: whatever makes the run impossible, with the field at fault.
     """
+    base.require_same(spec)
     lora, choices = spec.lora.resolved()
-    if lora.quantization:
-        require_library()
-    device = hardware.pick_device()
-    dtype = hardware.pick_dtype(spec.precision, device)
-    location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
-    tokenizer = load_tokenizer(location.folder)
-
     # max_length does not depend on the number of rows, and the number of usable rows depends on it.
     max_length = resolve(spec.training, rows=1, model=spec.model, method=lora.method)[0].max_length
     assert max_length != "auto"
-    check_length(location, max_length)
-    data, valid, calibration = _load_data(spec, tokenizer, max_length, on_event)
+    check_length(base.location, max_length)
+    data, valid, calibration = _load_data(spec, base.tokenizer, max_length, on_event)
     training, more = resolve(spec.training, rows=len(data.samples), model=spec.model, method=lora.method)
     for choice in [*choices, *more]:
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
 
-    model = load_model(location.folder, dtype=dtype, device=device, quantization=lora.quantization)
+    model = base.load(on_event)
+    if sharing > 1:
+        base.require_packing()
     targets = find_targets(model, lora.target_modules)
     check_rank(targets, lora.r)
-    plan = _plan(spec, lora, training, data, targets, device=device, dtype=dtype)
-    digest = base_sha256(location.folder)
-    return Job(
-        spec,
-        lora,
-        training,
-        location.folder,
-        digest,
-        tokenizer,
-        data,
-        valid,
-        calibration,
-        model,
-        targets,
-        dtype,
-        device,
-        plan,
-    )
+    plan = _plan(spec, lora, training, data, targets, base=base, sharing=sharing)
+    return Job(spec, base, lora, training, data, valid, calibration, targets, plan)
 
 
 def _load_data(
@@ -171,12 +142,13 @@ def _plan(
     data: Dataset,
     targets: dict[str, nn.Module],
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    base: Base,
+    sharing: int,
 ) -> Plan:
     assert training.batch_size != "auto"
     longest = max(len(s.ids) for s in data.samples)
-    fitting = min(MAX_ROWS_PER_PASS[device.type], max(1, TOKENS_PER_PASS[device.type] // longest))
+    kind = base.device.type
+    fitting = min(MAX_ROWS_PER_PASS[kind], max(1, TOKENS_PER_PASS[kind] // (longest * sharing)))
     micro = min(spec.micro_batch_size or fitting, training.batch_size)
     return Plan(
         total_steps=total_steps(training, rows=len(data.samples)),
@@ -189,6 +161,6 @@ def _plan(
         trainable_parameters=sum(lora.parameters(*shape_of(m)) for m in targets.values()),
         trainable_parameters_estimated=lora.method.export_rank == "per module",
         target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
-        device=str(device),
-        precision=hardware.precision_name(dtype),
+        device=str(base.device),
+        precision=hardware.precision_name(base.dtype),
     )

@@ -1,30 +1,42 @@
-"""The recipe: load, initialize, train, export, verify. One run, from a spec to an adapter.
+"""The recipe: load, initialize, train, export, verify. From a spec to an adapter, or from several to as many.
 
 `run` is the library's front door. It talks through `on_event` only, and leaves in `out` what it
 made: `adapter/`, `checkpoints/`, `metrics.jsonl`, `step_metrics.csv`, `spec.json` (resolved).
 """
 
 import errno
-import gc
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from lorainit import adapter, checkpoint, hardware, init_stage
-from lorainit.errors import DiskFull, OutOfMemory, UnsupportedModel
-from lorainit.events import Done, InitReport, Message, Stage
+from lorainit import checkpoint, delivery, hardware, init_stage
+from lorainit.base import Base, open_base
+from lorainit.checkpoint import Progress, Restored
+from lorainit.course import Member
+from lorainit.errors import DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
+from lorainit.events import Done, InitReport, Stage
 from lorainit.initialize import Report
 from lorainit.inits import HRP
 from lorainit.prepare import Job, OnEvent, prepare
-from lorainit.results import write_csv
 from lorainit.spec import RunSpec
 from lorainit.train import train
+from lorainit.world import World, joined
+
+End = Done | LorainitError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of a group: its spec, a folder of its own (made if absent), and who is told."""
+
+    spec: RunSpec
+    out: Path
+    on_event: OnEvent
 
 
 def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
@@ -41,64 +53,149 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
     Raises:
         LorainitError: one of its subclasses, for everything a caller could have caused or can fix.
     """
-    started = time.monotonic()
-    out = Path(out)
-    with _as_our_errors(), hardware.reproducible(spec.seed, deterministic=spec.deterministic):
-        out.mkdir(parents=True, exist_ok=True)
-        on_event(Stage(stage="loading", message=f"Loading {spec.model.id}"))
-        job = prepare(spec, out, on_event)
-        _write_spec(job, out)
-        on_event(job.plan)
+    for _, end in run_together([Request(spec, Path(out), on_event)]):
+        if isinstance(end, Done):
+            return end
+        raise end
+    raise AssertionError("a run has an end")
 
-        restored = _restored(job)
-        on_event(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
-        report = _resume(job, restored) if restored else init_stage.start(job, on_event)
-        on_event(InitReport(report=report.summary))
 
-        progress = train(
-            job.model,
-            job.data,
-            job.valid,
-            job.training,
-            out=out,
-            seed=spec.seed,
-            micro_batch_size=job.plan.micro_batch_size,
-            pad=job.pad,
-            checkpoint_recipe=job.recipe,
-            write_adapter=lambda folder: _write_adapter(job, folder, report),
-            skip=_skipped(job, report),
-            resumed=restored,
-            on_event=on_event,
-        )
-        _write_csv(out)
+def run_together(requests: Sequence[Request]) -> Iterator[tuple[int, End]]:
+    """Run several specs on one base in one forward pass; yield each one's index and end as soon as it is there.
 
-        on_event(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
-        _write_adapter(job, out / "adapter", report)
-        check = _verify(job, out / "adapter", on_event)
+    Each gives the adapter that it would give alone. What one run does wrong ends that run and is
+    yielded; what the machine does wrong, or a `Stopped`, ends all that have not ended and is raised.
 
-        _write_manifest(job, out / "adapter", report, export_check=check)
-        done = Done(
-            adapter=str((out / "adapter").resolve()),
-            trained_tokens=progress.tokens,
-            export_check=check,
-            resources=_resources(job, report, out, time.monotonic() - started),
-        )
-        on_event(done)
-        return done
+    Raises:
+        LorainitError: as for `run`.
+    """
+    first = requests[0].spec
+    with (
+        _as_our_errors(),
+        hardware.reproducible(first.seed, deterministic=first.deterministic),
+        joined(hardware.pick_device()) as world,
+        closing(_together(requests, world)) as ends,
+    ):
+        yield from ends
+
+
+@dataclass
+class _Run:
+    """One request, initialized."""
+
+    request: Request
+    job: Job
+    report: Report
+    restored: Restored | None
+    started: float
+
+
+def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int, End], None, None]:
+    base, runs = None, dict[int, _Run]()
+    for who, request in enumerate(requests):
+        try:
+            request.out.mkdir(parents=True, exist_ok=True)
+            request.on_event(Stage(stage="loading", message=f"Loading {request.spec.model.id}"))
+            base = base or open_base(request.spec, request.out)
+            runs[who] = _begin(request, base, world, sharing=len(requests))
+        except Stopped:
+            raise
+        except LorainitError as error:
+            yield who, error
+    if base is None or not runs:
+        return
+    left = list(runs)
+    with closing(train(base.model, [_member(one) for one in runs.values()], lay=base.lay, world=world)) as ends:
+        for index, end in ends:
+            who = list(runs)[index]
+            left.remove(who)
+            if not left:
+                break  # the trained model makes room before the adapter is checked on a fresh one
+            yield who, _end(runs[who], end, world, last=False)
+    yield who, _end(runs[who], end, world, last=True)
+
+
+def _begin(request: Request, base: Base, world: World, *, sharing: int) -> _Run:
+    """Load what this run learns from, and initialize its adapter or take it from a checkpoint."""
+    started, say = time.monotonic(), request.on_event
+    job = prepare(request.spec, base, say, sharing=sharing)
+    if world.leads:
+        delivery.write_spec(job, request.out)
+    say(job.plan)
+    restored = _restored(job)
+    say(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
+    report = _resume(job, restored) if restored else init_stage.start(job, say)
+    world.agree(
+        [t for layer in job.layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
+    )
+    say(InitReport(report=report.summary))
+    return _Run(request, job, report, restored, started)
+
+
+def _member(one: _Run) -> Member:
+    job = one.job
+    return Member(
+        layers=job.layers,
+        data=job.data,
+        valid=job.valid,
+        recipe=job.training,
+        seed=job.spec.seed,
+        micro_batch_size=job.plan.micro_batch_size,
+        out=one.request.out,
+        checkpoint_recipe=job.recipe,
+        write_adapter=lambda folder: delivery.write_adapter(job, folder, one.report),
+        skip=_skipped(job, one.report),
+        resumed=one.restored,
+        on_event=one.request.on_event,
+    )
+
+
+def _end(one: _Run, end: Progress | LorainitError, world: World, *, last: bool) -> End:
+    """Export and check what has been trained, or pass the error on."""
+    if isinstance(end, LorainitError):
+        return end
+    try:
+        return _deliver(one, end, last=last) if world.leads else _nothing(one, end)
+    except Stopped:
+        raise
+    except LorainitError as error:
+        return error
+
+
+def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
+    job, out, say = one.job, one.request.out, one.request.on_event
+    delivery.write_metrics(out)
+    say(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
+    delivery.write_adapter(job, out / "adapter", one.report)
+    check = delivery.verify(job, out / "adapter", say, last=last)
+    delivery.write_manifest(job, out / "adapter", one.report, export_check=check)
+    done = Done(
+        adapter=str((out / "adapter").resolve()),
+        trained_tokens=progress.tokens,
+        export_check=check,
+        resources=delivery.resources(job, one.report, out, time.monotonic() - one.started),
+    )
+    say(done)
+    return done
+
+
+def _nothing(one: _Run, progress: Progress) -> Done:
+    """The end of a process that trained along: the leading one writes the adapter."""
+    return Done(adapter=str(one.request.out / "adapter"), trained_tokens=progress.tokens, export_check={}, resources={})
 
 
 # --- going on from a checkpoint ------------------------------------------------------------------
 
 
-def _restored(job: Job) -> checkpoint.Restored | None:
+def _restored(job: Job) -> Restored | None:
     if job.spec.resume_from is None:
         return None
     return checkpoint.read(Path(job.spec.resume_from), recipe=job.recipe)
 
 
-def _resume(job: Job, restored: checkpoint.Restored) -> Report:
+def _resume(job: Job, restored: Restored) -> Report:
     """The layers as the checkpoint has them, and the report of the initialization they came from."""
-    checkpoint.attach_layers(job.model, job.targets, job.lora, restored)
+    job.layers = checkpoint.layers_of(job.targets, job.lora, restored)
     report = json.loads((restored.folder / "adapter" / "init_report.json").read_text())
     modules = report.pop("per_module")
     return Report(report, modules)
@@ -108,102 +205,6 @@ def _skipped(job: Job, report: Report) -> int:
     """Batches that the preheat has used up, where the main run is to go on after them."""
     method = job.lora.method
     return int(report.summary["preheat"]["steps"]) if isinstance(method, HRP) and method.main_data == "continue" else 0
-
-
-# --- exporting ---------------------------------------------------------------------------------
-
-
-def _write_adapter(job: Job, folder: Path, report: Report) -> None:
-    """Everything of the download but the export check, which only the final adapter has."""
-    rslora = job.lora.use_rslora is True
-    rank = adapter.export(job.model, folder, root=job.spec.model.root, rslora=rslora)
-    job.tokenizer.save_pretrained(folder)
-    alpha = adapter.plain_alpha(r=rank, scale=job.lora.scaling, rslora=rslora)
-    facts = job.lora.method.facts
-    paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
-    adapter.model_card(
-        folder,
-        root=job.spec.model.root,
-        method=job.lora.method.method,
-        paper=paper,
-        rank=rank,
-        alpha=alpha,
-        quantization=job.lora.quantization,
-        dora=job.lora.use_dora,
-    )
-    adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
-    _write_manifest(job, folder, report, export_check=None)
-
-
-def _verify(job: Job, folder: Path, on_event: OnEvent) -> dict[str, Any]:
-    """Trained logits first, then the trained model goes, then stock PEFT on a fresh base."""
-    on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
-    texts = adapter.prompts(job.data.samples)
-    expected: list[Tensor] = adapter.record(job.model, texts, on_event=on_event)
-    job.targets.clear()
-    job.model = nn.Module()
-    gc.collect()
-    result = adapter.check(
-        job.folder,
-        folder,
-        texts,
-        expected,
-        source_rank=job.lora.r,
-        base_sha256=job.base_sha256,
-        dtype=job.dtype,
-        device=job.device,
-        quantization=job.lora.quantization,
-        on_event=on_event,
-    )
-    level = "info" if result["passed"] else "error"
-    text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
-    on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
-    adapter.require(result)
-    return result
-
-
-def _write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None) -> None:
-    data = {"sha256": job.data.sha256, "rows": job.data.rows, "usable": len(job.data.samples)}
-    valid = job.valid and {"sha256": job.valid.sha256, "rows": job.valid.rows, "usable": len(job.valid.samples)}
-    manifest = {
-        "base": {"id": job.spec.model.id, "root": job.spec.model.root, "sha256": job.base_sha256},
-        "lora": {**job.lora.model_dump(mode="json"), "scaling": job.lora.scaling},
-        "training": job.training.model_dump(mode="json"),
-        "seeds": {"run": job.spec.seed, "init": report.summary["seed"]},
-        "data": {"training": data, "validation": valid, "order": "by keyed hash of seed, epoch and file hash"},
-        "plan": job.plan.model_dump(exclude={"kind"}),
-        "deterministic": job.spec.deterministic,
-        "packages": hardware.versions(),
-        "hardware": hardware.description(),
-        "init_report": report.summary,
-        "export_check": export_check,
-    }
-    adapter.write_json(folder / "manifest.json", manifest)
-
-
-def _write_spec(job: Job, out: Path) -> None:
-    update = {"lora": job.lora, "training": job.training, "micro_batch_size": job.plan.micro_batch_size}
-    adapter.write_json(out / "spec.json", job.spec.model_copy(update=update).model_dump(mode="json"))
-
-
-def _write_csv(out: Path) -> None:
-    with (out / "metrics.jsonl").open() as log, (out / "step_metrics.csv").open("w", newline="") as stream:
-        write_csv((json.loads(line) for line in log), stream)
-
-
-def _resources(job: Job, report: Report, out: Path, seconds: float) -> dict[str, Any]:
-    gpu = hardware.gpu_name()
-    return {
-        "gpu_name": gpu,
-        "gpus": 1 if gpu else 0,
-        "gpu_seconds": round(seconds, 1) if gpu else 0.0,
-        "init_gpu_seconds": report.summary["seconds"] if gpu else 0.0,
-        "peak_memory_bytes": hardware.peak_memory_bytes(),
-        "micro_batch_size": job.plan.micro_batch_size,
-        "gradient_accumulation_steps": job.plan.gradient_accumulation_steps,
-        "oom_retries": 0,
-        "disk_bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
-    }
 
 
 # --- errors ------------------------------------------------------------------------------------

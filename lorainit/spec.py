@@ -165,7 +165,7 @@ class AdamWLoRAPlus(Strict):
     """LoRA+ (Hayou et al., arXiv 2402.12354): B learns `ratio` times as fast as A."""
 
     name: Literal["adamw_lora_plus"]
-    ratio: Annotated[float, Field(ge=1)] = 16.0
+    ratio: Annotated[float, Field(ge=1, le=10_000)] = 16.0
 
 
 Optimizer = Annotated[AdamW | AdamWPreconditioned | AdamWLoRAPlus, Field(discriminator="name")]

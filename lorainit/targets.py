@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorainit.errors import RankTooLarge, UnknownTarget, UnsupportedInit
-from lorainit.layer import shape_of
+from lorainit.weight import shape_of
 
 Group = Literal["attention", "mlp", "other"]
 

@@ -1,202 +1,114 @@
-"""The training loop, top to bottom.
+"""The training loop, top to bottom: one base, one forward pass, one adapter or several.
 
-Plain on purpose: one optimizer, one loop. What it logs is on disk before a
-checkpoint that contains it; what it minimizes does not depend on how a batch is cut into pieces.
+Plain on purpose. Each adapter's rows, optimizer and log are its own (`lorainit.course`); what they
+share is the base and the clock.
 """
 
-import json
-import math
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import itertools
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import nn
 
-from lorainit.checkpoint import Progress, Restored, write
-from lorainit.data import Dataset, batches, collate, order
-from lorainit.errors import NonFiniteLoss
-from lorainit.events import Checkpoint, Event, Metrics, Stage, Tick
-from lorainit.layer import LoRALinear, adapted
-from lorainit.loss import tally
-from lorainit.optimizers import make_optimizer, set_rate
-from lorainit.resolve import steps_per_epoch, total_steps
-from lorainit.spec import Hyperparameters
+from lorainit.batches import Batch, batches
+from lorainit.checkpoint import Progress
+from lorainit.course import Course, Evaluate, Member
+from lorainit.data import Sample
+from lorainit.errors import LorainitError, Stopped
+from lorainit.events import Stage, Tick
+from lorainit.group import Stand
+from lorainit.loss import tallies, tally
+from lorainit.world import World
 
-_CHECKPOINT_METRICS = (
-    "step",
-    "train_loss",
-    "train_mean_token_accuracy",
-    "valid_loss",
-    "valid_mean_token_accuracy",
-    "full_valid_loss",
-    "full_valid_mean_token_accuracy",
-)
+Lay = Callable[[Sequence[Sample]], Batch]
+End = Progress | LorainitError
 
 
 def train(
-    model: nn.Module,
-    data: Dataset,
-    valid: Dataset | None,
-    recipe: Hyperparameters,
-    *,
-    out: Path,
-    seed: int,
-    micro_batch_size: int,
-    pad: int,
-    checkpoint_recipe: dict[str, Any],
-    write_adapter: Callable[[Path], None],
-    skip: int = 0,
-    resumed: Restored | None = None,
-    on_event: Callable[[Event], None],
-) -> Progress:
-    """Train the adapter of `model` in place.
+    model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World
+) -> Generator[tuple[int, End], None, None]:
+    """Train the adapters of `members` in place, on a `model` that carries none of them.
+
+    Yields each member's index as it ends, with how far it came or the error it ended by. At a yield the
+    model is bare and the caller's. What `on_event` raises beside our own errors ends everything.
 
     Args:
-        recipe: resolved (no "auto" left).
-        out: gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
-        micro_batch_size: rows per forward pass; changes speed and memory, not the gradient.
-        pad: the padding token's id.
-        skip: batches of the data's order that are passed over before the first step.
-        checkpoint_recipe, write_adapter: see `checkpoint.write`.
-
-    Raises:
-        NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
+        lay: rows to a batch on the model's device; with several members it must pack.
     """
-    assert recipe.batch_size != "auto" and recipe.learning_rate is not None
-    assert recipe.eval_interval != "auto" and recipe.checkpoint_interval != "auto"
-    device = next(model.parameters()).device
-    total = total_steps(recipe, rows=len(data.samples))
-    per_epoch = steps_per_epoch(len(data.samples), recipe.batch_size)
-    per_step = math.ceil(min(recipe.batch_size, len(data.samples)) / micro_batch_size)
-    warmup = math.ceil(recipe.warmup_ratio * total)
-    layers = adapted(model)
-    parameters = [p for layer in layers.values() for p in layer.trained().values()]
-    optimizer = make_optimizer(recipe, layers)
-    log = out / "metrics.jsonl"
+    stand = Stand(model)
+    courses = {i: Course(m, world) for i, m in enumerate(members)}
+    ended: list[tuple[int, End]] = []
 
-    first, tokens, before = 0, 0, 0.0
-    if resumed:
-        resumed.restore(model, optimizer)
-        first, tokens, before = resumed.progress.step, resumed.progress.tokens, resumed.progress.seconds
-        log.write_bytes((resumed.folder / log.name).read_bytes())
-    else:
-        log.write_bytes(b"")
-    started = time.monotonic()
-    shuffled: tuple[int, list[int]] = (-1, [])
+    def attempt(who: int, work: Callable[[Evaluate], None]) -> None:
+        course = courses[who]
+        try:
+            work(lambda samples: evaluate(stand, course, samples, lay=lay))
+            if course.is_over:
+                ended.append((who, course.progress))
+        except Stopped:
+            raise
+        except LorainitError as error:
+            ended.append((who, error))
+        if ended and ended[-1][0] == who:
+            del courses[who]
 
-    def say(metrics: Metrics) -> None:
-        with log.open("a") as stream:
-            stream.write(json.dumps(metrics.model_dump(exclude={"kind"})) + "\n")
-        on_event(metrics)
-
-    if valid and not resumed:
-        found = evaluate(model, valid, size=micro_batch_size, pad=pad, on_event=on_event)
-        say(Metrics(step=0, total_steps=total, epoch=0, tokens=0, seconds=time.monotonic() - started, **found))
-    on_event(Stage(stage="training", message=f"Training: {total} steps, {per_epoch} per epoch"))
-
-    for step in range(first + 1, total + 1):
-        begun = time.monotonic()
-        epoch, position = divmod(skip + step - 1, per_epoch)
-        if shuffled[0] != epoch:
-            shuffled = epoch, order(data, seed=seed, epoch=epoch)
-        start = position * recipe.batch_size
-        samples = [data.samples[i] for i in shuffled[1][start : start + recipe.batch_size]]
-        pieces = batches(samples, micro_batch_size)
-        wanted = sum(int(s.trained[1:].sum()) for s in samples)
-        seen = sum(len(s.ids) for s in samples)
-
-        _train_mode(layers, on=True)
-        loss, correct = 0.0, 0
-        for done, piece in enumerate(pieces, start=1):
-            batch = collate(piece, pad=pad).to(device)
-            part = tally(model, batch)
-            torch.autograd.backward(part.loss / wanted)
-            loss += float(part.loss.detach()) / wanted
-            correct += part.correct
-            on_event(Tick(done=(step - 1) * per_step + done, total=total * per_step))
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteLoss(
-                f"Step {step}: loss {loss}, gradient norm {norm}. A lower learning rate usually helps.",
-                param="method.supervised.hyperparameters.learning_rate",
-            )
-        rate = recipe.learning_rate * schedule(recipe.lr_scheduler, step - 1, total=total, warmup=warmup)
-        set_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad()
-        _train_mode(layers, on=False)
-        tokens += seen
-        speed = seen / (time.monotonic() - begun)
-
-        found = {}
-        last = step == total
-        if valid and (last or step % recipe.eval_interval == 0):
-            found = evaluate(model, valid, size=micro_batch_size, pad=pad, on_event=on_event)
-            if not last:
-                on_event(Stage(stage="training", message="Training goes on"))
-        metrics = Metrics(
-            step=step,
-            total_steps=total,
-            epoch=step / per_epoch,
-            tokens=tokens,
-            seconds=before + time.monotonic() - started,
-            train_loss=loss,
-            train_mean_token_accuracy=correct / wanted,
-            learning_rate=rate,
-            grad_norm=norm,
-            tokens_per_second=speed,
-            **found,
-        )
-        say(metrics)
-
-        if last or step % recipe.checkpoint_interval == 0:
-            progress = Progress(step, tokens, before + time.monotonic() - started)
-            folder = out / "checkpoints" / f"step-{step:06d}"
-            write(
-                folder,
-                model,
-                optimizer,
-                progress=progress,
-                recipe=checkpoint_recipe,
-                metrics=log,
-                write_adapter=write_adapter,
-            )
-            shown = {name: getattr(metrics, name) for name in _CHECKPOINT_METRICS}
-            on_event(Checkpoint(step=step, path=str(folder.resolve()), metrics=shown))
-    return Progress(total, tokens, before + time.monotonic() - started)
+    try:
+        for who, course in list(courses.items()):
+            attempt(who, course.begin)
+        while courses or ended:
+            stand.clear()
+            yield from ended
+            ended.clear()
+            while courses and not ended:
+                _forward_and_backward(stand, list(courses.values()), lay)
+                poisoned = [who for who, course in courses.items() if len(courses) > 1 and course.is_poisoned()]
+                for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
+                    attempt(who, courses[who].give_up)
+                for who, course in list(courses.items()):
+                    attempt(who, course.repeat_step if poisoned else course.finish_step)
+    finally:
+        stand.clear()
 
 
-def schedule(kind: str, step: int, *, total: int, warmup: int) -> float:
-    """Share of the peak rate at `step` (from 0): linear warm-up, then cosine or linear to zero, or flat."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    if kind == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1 - done if kind == "linear" else 1.0
+def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None:
+    """Everybody's next step as far as the gradients, micro-batch by micro-batch."""
+    pieces = [course.draw() for course in courses]
+    for number, row in enumerate(itertools.zip_longest(*pieces, fillvalue=[])):
+        spans = _spans([sum(len(s.ids) for s in samples) for samples in row])
+        counts = [sum(int(s.trained[1:].sum()) for s in samples) for samples in row]
+        stand.put([course.member.layers for course in courses], spans)
+        for course in courses:
+            course.drop_by(number)
+        parts = tallies(stand.model, lay([sample for samples in row for sample in samples]), counts)
+        # A sum of each adapter's own mean: nobody's gradient depends on the others.
+        losses = [course.part(number, part) for course, part in zip(courses, parts, strict=True)]
+        torch.autograd.backward(torch.stack(losses).sum())
+    for course in courses:
+        course.drop_by(None)
+
+
+def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise([0, *itertools.accumulate(lengths)]))
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, data: Dataset, *, size: int, pad: int, on_event: Callable[[Event], None]
-) -> dict[str, float]:
-    """Loss and accuracy over the whole validation file, under both names the hosted service uses."""
-    device = next(model.parameters()).device
-    pieces = batches(data.samples, size)
-    on_event(Stage(stage="evaluating", message=f"Evaluating {len(data.samples)} validation rows"))
-    loss, tokens, correct = 0.0, 0, 0
+def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: Lay) -> dict[str, float]:
+    """Loss and accuracy over all these rows, under both names the hosted service uses."""
+    say, world = course.member.on_event, course.world
+    say(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
+    pieces = world.share(batches(samples, course.member.micro_batch_size))
+    device = next(stand.model.parameters()).device
+    loss, sums = torch.zeros((), device=device), torch.zeros(2, dtype=torch.long, device=device)
     for done, piece in enumerate(pieces, start=1):
-        batch = collate(piece, pad=pad).to(device)
-        part = tally(model, batch)
-        loss, tokens, correct = loss + float(part.loss), tokens + part.tokens, correct + part.correct
-        on_event(Tick(done=done, total=len(pieces)))
-    found = {"loss": loss / tokens if math.isfinite(loss) else None, "mean_token_accuracy": correct / tokens}
-    return {f"{prefix}_{k}": v for k, v in found.items() if v is not None for prefix in ("valid", "full_valid")}
-
-
-def _train_mode(layers: dict[str, LoRALinear], *, on: bool) -> None:
-    """Only the adapter's own dropout is ever active: the base stays as it is evaluated."""
-    for layer in layers.values():
-        layer.dropout.train(on)
+        batch = lay(piece)
+        stand.put([course.member.layers], _spans([batch.ids.numel()]))
+        part = tally(stand.model, batch)
+        loss += part.loss
+        sums += torch.stack([part.correct, torch.tensor(part.tokens, device=device)])
+        say(Tick(done=done, total=len(pieces)))
+    world.add_up([loss, sums])
+    correct, tokens = sums.tolist()
+    found = {"mean_token_accuracy": correct / tokens}
+    if loss.isfinite():
+        found["loss"] = float(loss) / tokens
+    return {f"{prefix}_{k}": v for k, v in found.items() for prefix in ("valid", "full_valid")}

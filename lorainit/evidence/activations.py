@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorainit.data import Batch, Sample, batches, collate
+from lorainit.batches import Batch, batches, collate
+from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
@@ -19,8 +20,8 @@ from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.hardware import generator_for
 from lorainit.inits import EVA, CorDA
-from lorainit.layer import shape_of
 from lorainit.loss import logits_of
+from lorainit.weight import shape_of
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
 MAX_PASSES, MIN_BATCHES = 8, 64

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.data import Sample, batches, collate
+from lorainit.batches import batches, collate
+from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.line_search import search_step
 from lorainit.inits import LoRAGA, LoRAOne
-from lorainit.layer import shape_of
 from lorainit.loss import row_losses
+from lorainit.weight import shape_of
 
 OnTick = Callable[[int, int], None]
 

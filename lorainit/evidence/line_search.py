@@ -15,16 +15,18 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorainit.data import Sample, batches, collate
+from lorainit.batches import batches, collate
+from lorainit.data import Sample
 from lorainit.errors import InitFailed
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.evidence.context import Context
 from lorainit.hardware import generator_for
 from lorainit.inits import LoRAOne
-from lorainit.layer import LoRALinear, adapted, attach, weight_of
+from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.loss import row_losses
 from lorainit.methods.lora_one import lora_one
+from lorainit.weight import weight_of
 
 # Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))

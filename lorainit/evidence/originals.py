@@ -4,9 +4,9 @@ import torch
 
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context
-from lorainit.layer import weight_of
 from lorainit.model import load_model
 from lorainit.targets import linear_layers
+from lorainit.weight import weight_of
 
 
 def original_weights(context: Context) -> dict[str, Evidence]:

@@ -13,17 +13,19 @@ from itertools import count, islice
 import torch
 from torch import nn
 
-from lorainit.data import Sample, batches, collate
+from lorainit.batches import batches, collate
+from lorainit.data import Sample
 from lorainit.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context
 from lorainit.hardware import generator_for
 from lorainit.inits import HRP
-from lorainit.layer import LoRALinear, borrowed, shape_of
+from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods import Factors
 from lorainit.methods._linalg import normal
+from lorainit.weight import shape_of
 
 MAX_RANK, RANK_FACTOR = 128, 8
 MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02

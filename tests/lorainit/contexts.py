@@ -4,7 +4,8 @@ import hashlib
 
 import torch
 
-from lorainit.data import load, order
+from lorainit.batches import order
+from lorainit.data import load
 from lorainit.evidence.context import Context
 from lorainit.model import load_model
 from lorainit.spec import Hyperparameters, Lora

@@ -19,19 +19,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorainit.adapter import check, export, prompts, record, require
-from lorainit.data import collate, load
+from lorainit.batches import collate
+from lorainit.course import Member
+from lorainit.data import load
 from lorainit.errors import ExportCheckFailed
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.initialize import initialize
 from lorainit.inits import INITS
-from lorainit.layer import adapted, disabled, weight_of
+from lorainit.layer import adapted, attach, detach, disabled
 from lorainit.loss import logits_of, tally
 from lorainit.methods import METHODS
 from lorainit.model import load_model
 from lorainit.spec import Hyperparameters, Lora
 from lorainit.targets import find_targets
 from lorainit.train import train
+from lorainit.weight import weight_of
+from lorainit.world import World
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")
@@ -143,12 +147,16 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
     model.zero_grad()
     hyper = {"max_steps": steps, "batch_size": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "n_epochs": 1}
     recipe = Hyperparameters(**hyper, eval_interval=9, checkpoint_interval=9)
-    train(
-        model, data, None, recipe, out=out, seed=7, micro_batch_size=4, pad=0, checkpoint_recipe={},
-        write_adapter=lambda path: None, on_event=lambda event: None,
+    member = Member(
+        layers=detach(model), data=data, valid=None, recipe=recipe, seed=7, micro_batch_size=4, out=out,
+        checkpoint_recipe={}, write_adapter=lambda path: None, on_event=lambda event: None,
     )  # fmt: skip
+    ((_, end),) = train(model, [member], lay=lambda samples: collate(samples, pad=0), world=World())
+    assert end.step == steps
+    for name, layer in member.layers.items():
+        attach(model, name, layer)
     trained, trained_disabled = both()
-    export(model, out / "adapter", root="tests/base", rslora=lora.use_rslora)
+    export(model, adapted(model), out / "adapter", root="tests/base", rslora=lora.use_rslora)
     return Case(
         lora, base_logits, start, start_disabled, trained, trained_disabled, gradients,
         (before, tensors_hash(model)), out / "adapter", report.summary,
@@ -344,7 +352,7 @@ def test_export_check_passes_for_the_right_adapter_and_fails_for_a_wrong_one(bas
     initialize(model, find_targets(model, "all-linear"), lora, seed=0, probe=probe, on_event=lambda e: None)
     with torch.no_grad():
         next(iter(adapted(model).values())).B.add_(0.1)
-    export(model, tmp_path, root="tests/llama", rslora=False)
+    export(model, adapted(model), tmp_path, root="tests/llama", rslora=False)
     expected = record(model, prompts(data.samples), on_event=lambda e: None)
     good = export_check(bases, data, tmp_path, expected)
     require(good)
@@ -366,7 +374,7 @@ def test_export_check_notices_tensors_that_no_loader_reads(bases, data, tmp_path
     lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
     probe = collate(data.samples[:2], pad=0)
     initialize(model, find_targets(model, "all-linear"), lora, seed=0, probe=probe, on_event=lambda e: None)
-    export(model, tmp_path, root="tests/llama", rslora=False)
+    export(model, adapted(model), tmp_path, root="tests/llama", rslora=False)
     expected = record(model, prompts(data.samples), on_event=lambda e: None)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -383,7 +391,7 @@ def test_targets_whose_suffix_also_names_other_layers_are_written_in_full(bases,
     lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
     targets = find_targets(model, "attention")
     initialize(model, targets, lora, seed=0, probe=collate(data.samples[:2], pad=0), on_event=lambda e: None)
-    export(model, tmp_path, root="tests/gpt2", rslora=False)
+    export(model, adapted(model), tmp_path, root="tests/gpt2", rslora=False)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(targets)
     assert config["fan_in_fan_out"] is True

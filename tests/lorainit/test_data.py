@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from lorainit.data import batches, collate, load, order
+from lorainit.batches import batches, collate, order
+from lorainit.data import load
 from lorainit.errors import InvalidTrainingFile, InvalidValidationFile, NoTrainableTokens, UnsupportedModel
 from tests.lorainit.conftest import PLAIN_TEMPLATE, chat, make_tokenizer, write_rows
 

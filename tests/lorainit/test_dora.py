@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorainit.data import collate, load
+from lorainit.batches import collate
+from lorainit.data import load
 from lorainit.errors import UnsupportedInit
 from lorainit.events import InitReport, Metrics, Plan
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
 from lorainit.inits import INITS
-from lorainit.layer import LoRALinear, adapted, weight_of
+from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.methods import Factors
 from lorainit.model import load_model
@@ -24,6 +25,7 @@ from lorainit.optimizers import make_optimizer
 from lorainit.run import run
 from lorainit.spec import Lora
 from lorainit.targets import find_targets
+from lorainit.weight import weight_of
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.test_initialize import gradients
 from tests.lorainit.test_optimizers import OPTIMIZERS, recipe
@@ -78,6 +80,18 @@ def pefts(kind, layer, *, dropout=0.0):
     return found, theirs
 
 
+class SameMask(nn.Module):
+    """In the place of PEFT's dropout: what ours drops."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.ours = [layer.dropout]
+
+    def forward(self, x):
+        mask = self.ours[0].mask(x.shape, like=x)
+        return x if mask is None else x * mask
+
+
 # --- the layer ---------------------------------------------------------------------------------
 
 
@@ -86,10 +100,11 @@ def pefts(kind, layer, *, dropout=0.0):
 def test_forward_and_gradients_are_stock_pefts(kind, dropout):
     layer = ours(kind, dropout=dropout)
     theirs, parameters = pefts(kind, layer, dropout=dropout)
+    layer.dropout.key = "a step of a run"
+    theirs.lora_dropout["default"] = SameMask(layer)
     outputs = []
     for module, trained in ((layer, layer.trained()), (theirs, parameters)):
         x = normal(2, 5, IN, seed=5).requires_grad_()
-        torch.manual_seed(0)  # both drop the same entries
         y = module.train()(x)
         gradients = torch.autograd.grad((y * normal(2, 5, OUT, seed=6)).sum(), [x, *trained.values()])
         outputs.append([y, *gradients])
@@ -133,7 +148,8 @@ def test_start_is_w_plus_s_b0_a0_and_with_b_zero_the_base_bit_for_bit(dtype):
     assert torch.equal(nothing(x), module(x))
     displaced = LoRALinear(module, Factors(A=A, B=B), scale=S, subtract=False, dora=True)
     plain = LoRALinear(module, Factors(A=A, B=B), scale=S, subtract=False)
-    assert torch.allclose(displaced(x), plain(x), rtol=1e-6, atol=1e-6)
+    rounding = 1e-6 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(displaced(x), plain(x), rtol=rounding, atol=rounding)
     assert displaced.magnitude.dtype == torch.float32
     assert torch.allclose(displaced.magnitude, (module.weight.float() + S * B @ A).norm(dim=1), rtol=1e-6)
 

@@ -10,7 +10,7 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 
 from lorainit.adapter import check, export, prompts, record
-from lorainit.data import collate
+from lorainit.batches import collate
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message
 from lorainit.evidence import Evidence, activations
@@ -265,7 +265,7 @@ def test_stock_peft_loads_mixed_ranks_at_one_scale(bases, rows, tmp_path, base, 
     empty = names[base][0]
     context, lora, report = initialized(bases, rows, base, change=without(*names[base]), **scaling)
     assert next(m for m in report.modules if m["name"] == empty)["rank"] == 0
-    largest = export(context.model, tmp_path, root="tests/base", rslora=lora.use_rslora)
+    largest = export(context.model, adapted(context.model), tmp_path, root="tests/base", rslora=lora.use_rslora)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     ranks = {n: len(layer.A) for n, layer in adapted(context.model).items()}
     assert largest == config["r"] == max(ranks.values())

@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 
-from lorainit.data import Sample, batches, collate, load
+from lorainit.batches import batches, collate
+from lorainit.data import Sample, load
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import gradients

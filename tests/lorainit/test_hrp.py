@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lorainit.data import collate
+from lorainit.batches import collate
 from lorainit.errors import InitFailed, NonFiniteLoss, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
@@ -300,8 +300,9 @@ def test_one_sgd_step_is_the_projected_gradient(bases, rows):
     layer = LoRALinear(target, Factors(A=A, B=torch.zeros(32, 16)), scale=s, subtract=False)
     batch = collate(context.samples[:4], pad=0)
     with borrowed(context.model, {name: layer}):
-        target.weight.requires_grad_()
         tally(context.model, batch).loss.backward()
+    target.weight.requires_grad_()
+    tally(context.model, batch).loss.backward()
     G = target.weight.grad
     assert not layer.A.grad.any()
     assert torch.allclose(layer.B.grad, s * G @ A.T, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from lorainit.data import collate, load
+from lorainit.batches import collate
+from lorainit.data import load
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence

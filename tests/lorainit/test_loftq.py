@@ -6,7 +6,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from lorainit.data import collate, load
+from lorainit.batches import collate
+from lorainit.data import load
 from lorainit.errors import UnsupportedInit
 from lorainit.events import InitReport, Message
 from lorainit.evidence import Evidence

@@ -9,15 +9,16 @@ from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 
 from lorainit.adapter import export
-from lorainit.data import collate
+from lorainit.batches import collate
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.initialize import initialize
 from lorainit.inits import LoRAGA
-from lorainit.layer import weight_of
+from lorainit.layer import adapted
 from lorainit.loss import logits_of, tally
 from lorainit.methods.lora_ga import _largest_entry, lora_ga
+from lorainit.weight import weight_of
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny
 
 S0 = 2.0
@@ -220,7 +221,7 @@ def ours(folder):
     initialize(
         found.model, found.targets, found.lora, seed=0, probe=probe, evidence=evidence, on_event=lambda event: None
     )
-    export(found.model, folder, root="tests/tiny", rslora=False)
+    export(found.model, adapted(found.model), folder, root="tests/tiny", rslora=False)
     return before, logits(found.model), logits(PeftModel.from_pretrained(tiny(), folder).eval())
 
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from lorainit import init_report
-from lorainit.data import collate
+from lorainit.batches import collate
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize

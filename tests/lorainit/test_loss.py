@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lorainit.data import Batch, collate, load
+from lorainit.batches import collate
+from lorainit.data import load
 from lorainit.loss import logits_of, tally
 from lorainit.model import load_model
 from tests.lorainit.conftest import make_tokenizer
@@ -25,7 +28,7 @@ def test_looking_at_trained_positions_only_leaves_the_model_as_it_was(bases, row
     batch = collate(load(rows, make_tokenizer(), max_length=256).samples[:2], pad=0)
     before = logits_of(model, batch)
     with pytest.raises(IndexError):
-        tally(model, Batch(batch.ids, batch.attention, batch.trained[:1]))
+        tally(model, replace(batch, predicting=batch.predicting + batch.ids.numel()))
     assert torch.equal(logits_of(model, batch), before)
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorainit.adapter import export
-from lorainit.data import collate
+from lorainit.batches import collate
 from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of
 from lorainit.spec import Lora
@@ -57,7 +57,7 @@ def ours_trained(init, folder):
     """A trained adapter in `folder`, and its logits."""
     model = ours(init)
     shaken(p for layer in adapted(model).values() for p in layer.trained().values())
-    export(model, folder, root="tests/tiny", rslora=False)
+    export(model, adapted(model), folder, root="tests/tiny", rslora=False)
     return logits(model)
 
 

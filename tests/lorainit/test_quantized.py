@@ -19,17 +19,19 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorainit import hardware, quantize
 from lorainit.adapter import check, export, prompts, record
-from lorainit.data import collate, load
+from lorainit.batches import collate
+from lorainit.data import load
 from lorainit.errors import InitFailed, UnsupportedModel
 from lorainit.events import Done, InitReport, Metrics
 from lorainit.evidence.gradients import mean_gradients
 from lorainit.initialize import initialize
-from lorainit.layer import attach, shape_of, was_conv1d, weight_of
+from lorainit.layer import adapted, attach
 from lorainit.loss import logits_of
 from lorainit.model import load_model
 from lorainit.run import run
 from lorainit.spec import Lora
 from lorainit.targets import find_targets, linear_layers
+from lorainit.weight import shape_of, was_conv1d, weight_of
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")
@@ -230,7 +232,7 @@ def test_the_adapter_loads_on_the_full_precision_base_which_is_another_model(bas
     lora = Lora.model_validate({"init": "pissa", "r": 4, "quantization": "nf4"}).resolved()[0]
     targets = find_targets(model, "all-linear")
     initialize(model, targets, lora, seed=0, probe=collate(samples[:2], pad=0), on_event=lambda event: None)
-    export(model, tmp_path, root="tests/base", rslora=False)
+    export(model, adapted(model), tmp_path, root="tests/base", rslora=False)
     texts = prompts(samples)
     expected = record(model, texts, on_event=lambda event: None)
 

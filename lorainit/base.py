@@ -1,0 +1,105 @@
+"""The frozen base that a run, or several runs together, train on: opened once, loaded when first needed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorainit import attention, hardware
+from lorainit.batches import Batch, collate, pack, pad_id
+from lorainit.data import Sample
+from lorainit.errors import GroupMismatch
+from lorainit.events import Message
+from lorainit.inits import Quantization
+from lorainit.model import Location, base_sha256, load_model, load_tokenizer, locate
+from lorainit.quantize import require_library
+from lorainit.spec import RunSpec
+
+
+@dataclass
+class Base:
+    """A base model in the format and on the device of a run. `packs`: whether it can train on packed rows."""
+
+    spec: RunSpec
+    location: Location
+    tokenizer: Any
+    dtype: torch.dtype
+    device: torch.device
+    quantization: Quantization | None
+    sha256: str
+    packs: bool = False
+    _model: nn.Module | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The loaded model; `load` comes first."""
+        assert self._model is not None
+        return self._model
+
+    @property
+    def pad(self) -> int:
+        """The padding token's id."""
+        return pad_id(self.tokenizer)
+
+    def load(self, on_event: Callable[[Message], None]) -> nn.Module:
+        """Load the weights, if nobody has, and choose the attention."""
+        if self._model is None:
+            folder, quantization = self.location.folder, self.quantization
+            self._model = load_model(folder, dtype=self.dtype, device=self.device, quantization=quantization)
+            refusal = attention.install(self._model)
+            self.packs = refusal is None
+            layout = "Rows are packed end to end" if self.packs else f"Rows are padded: {refusal}"
+            on_event(Message(message=layout, data={"kind": "machine", "packed": self.packs}))
+        return self._model
+
+    def lay(self, samples: Sequence[Sample]) -> Batch:
+        """Rows to a batch on the model's device."""
+        batch = pack(samples) if self.packs else collate(samples, pad=self.pad)
+        return batch.to(self.device)
+
+    def release(self) -> None:
+        """Let the weights go."""
+        self._model = None
+
+    def require_same(self, spec: RunSpec) -> None:
+        """Raise `GroupMismatch` where `spec` cannot share this base's forward pass."""
+        for name, ours, theirs in (
+            ("model", self.spec.model.source, spec.model.source),
+            ("precision", self.spec.precision, spec.precision),
+            ("lora.quantization", self.quantization, spec.lora.quantization),
+            ("deterministic", self.spec.deterministic, spec.deterministic),
+        ):
+            if ours != theirs:
+                raise GroupMismatch(
+                    f"This run has {name} {theirs!r} and the one it is grouped with {ours!r}: they cannot share a"
+                    " forward pass.",
+                    param=name,
+                )
+
+    def require_packing(self) -> None:
+        """Raise `GroupMismatch` where several adapters cannot share a forward pass."""
+        if not self.packs:
+            raise GroupMismatch(
+                "This base model cannot train on packed rows, which grouped runs need.", param="resources.group"
+            )
+
+
+def open_base(spec: RunSpec, out: Path) -> Base:
+    """Find the base and what can be known of it without its weights.
+
+    Args:
+        out: where a GGUF base is converted to when the spec names no cache.
+
+    Raises:
+        UnsupportedModel: it is not there, or this machine cannot run it as asked.
+    """
+    if spec.lora.quantization:
+        require_library()
+    device = hardware.pick_device()
+    dtype = hardware.pick_dtype(spec.precision, device)
+    location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
+    tokenizer = load_tokenizer(location.folder)
+    return Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, base_sha256(location.folder))

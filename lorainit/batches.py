@@ -1,0 +1,104 @@
+"""The order in which rows are seen, and the two ways to lay rows into one forward pass.
+
+Packed: rows end to end, no padding, attention kept inside each row (`lorainit.attention`). Padded:
+rows side by side, filled up on the right; what initializations look at, and what a base without
+our attention trains on. Both give the same losses. Knows nothing of adapters.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorainit.data import Dataset, Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forward pass.
+
+    `ids`, `trained`: rows×length; packed, one row of all tokens, in which no row's first token is trained.
+    `predicting`: where in the flattened rows×length a trained token is predicted; `targets`: that token.
+    `layout`: what the model is told of the rows beside the ids.
+    """
+
+    ids: Tensor
+    trained: Tensor
+    predicting: Tensor
+    targets: Tensor
+    layout: dict[str, Tensor | int]
+
+    @property
+    def attention(self) -> Tensor:
+        """Of a padded batch: which positions hold tokens, rows×length."""
+        mask = self.layout["attention_mask"]
+        assert isinstance(mask, Tensor)
+        return mask
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        there = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.layout.items()}
+        ids, trained, predicting, targets = (
+            t.to(device) for t in (self.ids, self.trained, self.predicting, self.targets)
+        )
+        return Batch(ids, trained, predicting, targets, there)
+
+
+def order(data: Dataset, *, seed: int, epoch: int) -> list[int]:
+    """A permutation of the samples that depends on seed, epoch and the file's hash, and on nothing else.
+
+    Sorted by keyed hashes rather than drawn, so no library's generator is part of the promise.
+    """
+    key = f"{seed}\0{epoch}\0{data.sha256}\0".encode()
+    return sorted(range(len(data.samples)), key=lambda i: hashlib.blake2b(key + str(i).encode()).digest())
+
+
+def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Micro-batches of at most `size` rows, rows of similar length together to save padding."""
+    ordered = sorted(samples, key=lambda s: -len(s.ids))
+    return [list(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+
+
+def collate(samples: Sequence[Sample], *, pad: int) -> Batch:
+    """Rows side by side, padded on the right to the longest."""
+    length = max(len(s.ids) for s in samples)
+    ids = torch.full((len(samples), length), pad, dtype=torch.long)
+    attention = torch.zeros(len(samples), length, dtype=torch.long)
+    trained = torch.zeros(len(samples), length, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.ids)] = sample.ids
+        attention[row, : len(sample.ids)] = 1
+        trained[row, : len(sample.ids)] = sample.trained
+    return _batch(ids, trained, {"attention_mask": attention})
+
+
+def pack(samples: Sequence[Sample]) -> Batch:
+    """Rows end to end; the layout is told in transformers' words for packed rows."""
+    lengths = [len(s.ids) for s in samples]
+    ids = torch.cat([s.ids for s in samples]).long()
+    trained = torch.cat([s.trained for s in samples])
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    trained[ends[:-1]] = False  # the token before a row's first is another row's last
+    layout: dict[str, Tensor | int] = {
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    return _batch(ids[None], trained[None], layout)
+
+
+def _batch(ids: Tensor, trained: Tensor, layout: dict[str, Tensor | int]) -> Batch:
+    """The shifted views are made here, on the CPU: finding positions on a GPU would wait for it."""
+    predicting = torch.zeros_like(trained)
+    predicting[:, :-1] = trained[:, 1:]
+    return Batch(ids, trained, predicting.flatten().nonzero()[:, 0], ids[:, 1:][trained[:, 1:]], layout)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any token will do: padding is masked in attention and loss."""
+    return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))

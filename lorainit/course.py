@@ -1,0 +1,245 @@
+"""One adapter's way through training: its rows, rate, optimizer, log, evaluations and checkpoints.
+
+What it logs is on disk before a checkpoint that contains it; what it minimizes does not depend on how
+a batch is cut into pieces, on how many processes share them, or on the adapters that train beside it.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorainit.batches import batches, order
+from lorainit.checkpoint import Progress, Restored, write
+from lorainit.data import Dataset, Sample
+from lorainit.errors import NonFiniteLoss
+from lorainit.events import Checkpoint, Event, Metrics, Stage, Tick
+from lorainit.layer import LoRALinear
+from lorainit.loss import Tally
+from lorainit.optimizers import make_optimizer, set_rate
+from lorainit.resolve import steps_per_epoch, total_steps
+from lorainit.spec import Hyperparameters
+from lorainit.world import World
+
+_CHECKPOINT_METRICS = (
+    "step",
+    "train_loss",
+    "train_mean_token_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
+Evaluate = Callable[[Sequence[Sample]], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One adapter to train.
+
+    `recipe` is resolved (no "auto" left). `micro_batch_size` is its rows in one forward pass, which changes
+    speed and memory, not the gradient. `out` gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
+    `skip`: batches of the data's order that are passed over before the first step. For
+    `checkpoint_recipe` and `write_adapter` see `checkpoint.write`.
+    """
+
+    layers: dict[str, LoRALinear]
+    data: Dataset
+    valid: Dataset | None
+    recipe: Hyperparameters
+    seed: int
+    micro_batch_size: int
+    out: Path
+    checkpoint_recipe: dict[str, Any]
+    write_adapter: Callable[[Path], None]
+    on_event: Callable[[Event], None]
+    skip: int = 0
+    resumed: Restored | None = None
+
+
+class Course:
+    """A member on its way: which step it is at and everything that step needs."""
+
+    def __init__(self, member: Member, world: World) -> None:
+        recipe = member.recipe
+        assert recipe.batch_size != "auto" and recipe.learning_rate is not None
+        self.member, self.world = member, world
+        self.batch_size, self.rate = recipe.batch_size, recipe.learning_rate
+        rows = len(member.data.samples)
+        self.total = total_steps(recipe, rows=rows)
+        self.per_epoch = steps_per_epoch(rows, recipe.batch_size)
+        self.warmup = math.ceil(recipe.warmup_ratio * self.total)
+        self.parameters = [p for layer in member.layers.values() for p in layer.trained().values()]
+        self.optimizer = make_optimizer(recipe, member.layers)
+        self.log = member.out / "metrics.jsonl"
+        self.step, self.tokens, self._before = 0, 0, 0.0
+        self._epoch: tuple[int, list[int]] = (-1, [])
+        if member.resumed:
+            member.resumed.restore(member.layers, self.optimizer)
+            done = member.resumed.progress
+            self.step, self.tokens, self._before = done.step, done.tokens, done.seconds
+            if world.leads:
+                self.log.write_bytes((member.resumed.folder / self.log.name).read_bytes())
+        elif world.leads:
+            self.log.write_bytes(b"")
+        self._started = time.monotonic()
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(self.step, self.tokens, self._before + time.monotonic() - self._started)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.step >= self.total
+
+    def begin(self, evaluate: Evaluate) -> None:
+        """Evaluate the start, unless it was evaluated before an interruption."""
+        if self.member.valid and not self.member.resumed:
+            self._say(self._metrics(**evaluate(self.member.valid.samples)))
+        text = f"Training: {self.total} steps, {self.per_epoch} per epoch"
+        self.member.on_event(Stage(stage="training", message=text))
+
+    def draw(self) -> list[list[Sample]]:
+        """This process's micro-batches of the next step."""
+        self.step += 1
+        epoch, position = divmod(self.member.skip + self.step - 1, self.per_epoch)
+        data = self.member.data
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, order(data, seed=self.member.seed, epoch=epoch)
+        start = position * self.batch_size
+        samples = [data.samples[i] for i in self._epoch[1][start : start + self.batch_size]]
+        self._wanted = sum(int(s.trained[1:].sum()) for s in samples)
+        self._seen = sum(len(s.ids) for s in samples)
+        self._begun = time.monotonic()
+        self._parts: list[Tally] = []
+        self.pieces = list(self.world.share(batches(samples, self.member.micro_batch_size)))
+        return self.pieces
+
+    def part(self, piece: int, tally: Tally) -> Tensor:
+        """Take one micro-batch's sums; returns its share of the step's loss, to be differentiated."""
+        self._parts.append(tally._replace(loss=tally.loss.detach()))
+        per_step = len(self.pieces)
+        done = (self.step - 1) * per_step + piece + 1
+        self.member.on_event(Tick(done=min(done, self.total * per_step), total=self.total * per_step))
+        return tally.loss / self._wanted
+
+    def drop_by(self, piece: int | None) -> None:
+        """Set the dropout of this micro-batch; None is none. Only the adapter's own dropout is ever active."""
+        for name, layer in self.member.layers.items():
+            if layer.dropout.p:
+                where = f"{self.member.seed}\0{self.step}\0{self.world.rank}\0{piece}\0{name}"
+                layer.dropout.key = None if piece is None else where
+
+    def is_poisoned(self) -> bool:
+        """Whether this step's loss is not finite because the adapter's own factors are not."""
+        finite = sum(part.loss for part in self._parts).isfinite()  # type: ignore[union-attr]
+        return not finite and not all(p.isfinite().all() for p in self.parameters)
+
+    def give_up(self, _evaluate: Evaluate) -> None:
+        """Raise `NonFiniteLoss`."""
+        raise _not_finite(f"Step {self.step}: factors of the adapter are not finite.")
+
+    def repeat_step(self, _evaluate: Evaluate) -> None:
+        """Forget this step's gradients; it is drawn again."""
+        self.optimizer.zero_grad()
+        self.step -= 1
+
+    def finish_step(self, evaluate: Evaluate) -> None:
+        """Clip, update, log, and where due evaluate and write a checkpoint.
+
+        Raises:
+            NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
+        """
+        recipe, valid = self.member.recipe, self.member.valid
+        loss, correct, norm = self._sums()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise _not_finite(f"Step {self.step}: loss {loss}, gradient norm {norm}.")
+        rate = self.rate * schedule(recipe.lr_scheduler, self.step - 1, total=self.total, warmup=self.warmup)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens += self._seen
+        speed = self._wanted / (time.monotonic() - self._begun)
+        found = evaluate(valid.samples) if valid and self._is_due(recipe.eval_interval) else {}
+        if found and not self.is_over:
+            self.member.on_event(Stage(stage="training", message="Training goes on"))
+        metrics = self._metrics(
+            train_loss=loss,
+            train_mean_token_accuracy=correct / self._wanted,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens_per_second=speed,
+            **found,
+        )
+        self._say(metrics)
+        if self.world.leads and self._is_due(recipe.checkpoint_interval):
+            self._write_checkpoint(metrics)
+
+    def _sums(self) -> tuple[float, int, float]:
+        """Loss, right tokens and gradient norm of the step over all pieces and processes, gradients clipped."""
+        for parameter in self.parameters:
+            if parameter.grad is None:  # another process had all the pieces
+                parameter.grad = torch.zeros_like(parameter)
+        zero = torch.zeros((), device=self.parameters[0].device)
+        loss = sum((part.loss for part in self._parts), zero) / self._wanted
+        correct = sum((part.correct for part in self._parts), zero.long())
+        self.world.add_up([loss, correct, *(p.grad for p in self.parameters if p.grad is not None)])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.member.recipe.max_grad_norm or math.inf)
+        return float(loss), int(correct), float(norm)
+
+    def _is_due(self, interval: int | str) -> bool:
+        assert isinstance(interval, int)
+        return self.is_over or self.step % interval == 0
+
+    def _metrics(self, **found: float) -> Metrics:
+        return Metrics(
+            step=self.step,
+            total_steps=self.total,
+            epoch=self.step / self.per_epoch,
+            tokens=self.tokens,
+            seconds=self.progress.seconds,
+            **found,
+        )
+
+    def _say(self, metrics: Metrics) -> None:
+        if self.world.leads:
+            with self.log.open("a") as stream:
+                stream.write(json.dumps(metrics.model_dump(exclude={"kind", "member"})) + "\n")
+        self.member.on_event(metrics)
+
+    def _write_checkpoint(self, metrics: Metrics) -> None:
+        folder = self.member.out / "checkpoints" / f"step-{self.step:06d}"
+        write(
+            folder,
+            self.member.layers,
+            self.optimizer,
+            progress=self.progress,
+            recipe=self.member.checkpoint_recipe,
+            metrics=self.log,
+            write_adapter=self.member.write_adapter,
+        )
+        shown = {name: getattr(metrics, name) for name in _CHECKPOINT_METRICS}
+        self.member.on_event(Checkpoint(step=self.step, path=str(folder.resolve()), metrics=shown))
+
+
+def _not_finite(what: str) -> NonFiniteLoss:
+    where = "method.supervised.hyperparameters.learning_rate"
+    return NonFiniteLoss(f"{what} A lower learning rate usually helps.", param=where)
+
+
+def schedule(kind: str, step: int, *, total: int, warmup: int) -> float:
+    """Share of the peak rate at `step` (from 0): linear warm-up, then cosine or linear to zero, or flat."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if kind == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if kind == "linear" else 1.0

@@ -1,0 +1,122 @@
+"""What a run leaves behind: the adapter with its papers, the proof that it loads, the metrics, the resolved spec."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorainit import adapter, hardware
+from lorainit.events import Message, Stage
+from lorainit.initialize import Report
+from lorainit.layer import borrowed
+from lorainit.prepare import Job, OnEvent
+from lorainit.results import write_csv
+
+
+def write_adapter(job: Job, folder: Path, report: Report) -> None:
+    """Everything of the download but the export check, which only the final adapter has."""
+    rslora = job.lora.use_rslora is True
+    rank = adapter.export(job.base.model, job.layers, folder, root=job.spec.model.root, rslora=rslora)
+    job.base.tokenizer.save_pretrained(folder)
+    alpha = adapter.plain_alpha(r=rank, scale=job.lora.scaling, rslora=rslora)
+    facts = job.lora.method.facts
+    paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
+    adapter.model_card(
+        folder,
+        root=job.spec.model.root,
+        method=job.lora.method.method,
+        paper=paper,
+        rank=rank,
+        alpha=alpha,
+        quantization=job.lora.quantization,
+        dora=job.lora.use_dora,
+    )
+    adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
+    write_manifest(job, folder, report, export_check=None)
+
+
+def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str, Any]:
+    """Load the written adapter with stock PEFT on a fresh base and compare it with the trained model.
+
+    Args:
+        last: nobody trains on the base any more: it goes before the fresh one is loaded.
+
+    Raises:
+        ExportCheckFailed: they differ.
+    """
+    on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
+    texts = adapter.prompts(job.data.samples)
+    with borrowed(job.base.model, job.layers):
+        expected: list[Tensor] = adapter.record(job.base.model, texts, on_event=on_event)
+    job.targets.clear()
+    job.layers.clear()
+    if last:
+        job.base.release()
+    gc.collect()
+    result = adapter.check(
+        job.base.location.folder,
+        folder,
+        texts,
+        expected,
+        source_rank=job.lora.r,
+        base_sha256=job.base.sha256,
+        dtype=job.base.dtype,
+        device=job.base.device,
+        quantization=job.lora.quantization,
+        on_event=on_event,
+    )
+    level = "info" if result["passed"] else "error"
+    text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
+    on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
+    adapter.require(result)
+    return result
+
+
+def write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None) -> None:
+    """Everything needed to tell what exactly ran."""
+    data = {"sha256": job.data.sha256, "rows": job.data.rows, "usable": len(job.data.samples)}
+    valid = job.valid and {"sha256": job.valid.sha256, "rows": job.valid.rows, "usable": len(job.valid.samples)}
+    manifest = {
+        "base": {"id": job.spec.model.id, "root": job.spec.model.root, "sha256": job.base.sha256},
+        "lora": {**job.lora.model_dump(mode="json"), "scaling": job.lora.scaling},
+        "training": job.training.model_dump(mode="json"),
+        "seeds": {"run": job.spec.seed, "init": report.summary["seed"]},
+        "data": {"training": data, "validation": valid, "order": "by keyed hash of seed, epoch and file hash"},
+        "plan": job.plan.model_dump(exclude={"kind", "member"}),
+        "deterministic": job.spec.deterministic,
+        "packages": hardware.versions(),
+        "hardware": hardware.description(),
+        "init_report": report.summary,
+        "export_check": export_check,
+    }
+    adapter.write_json(folder / "manifest.json", manifest)
+
+
+def write_spec(job: Job, out: Path) -> None:
+    """The spec with every "auto" resolved."""
+    update = {"lora": job.lora, "training": job.training, "micro_batch_size": job.plan.micro_batch_size}
+    adapter.write_json(out / "spec.json", job.spec.model_copy(update=update).model_dump(mode="json"))
+
+
+def write_metrics(out: Path) -> None:
+    """The step log as CSV."""
+    with (out / "metrics.jsonl").open() as log, (out / "step_metrics.csv").open("w", newline="") as stream:
+        write_csv((json.loads(line) for line in log), stream)
+
+
+def resources(job: Job, report: Report, out: Path, seconds: float) -> dict[str, Any]:
+    """What the run used, as shown in `job.resources`."""
+    gpu = hardware.gpu_name()
+    return {
+        "gpu_name": gpu,
+        "gpus": 1 if gpu else 0,
+        "gpu_seconds": round(seconds, 1) if gpu else 0.0,
+        "init_gpu_seconds": report.summary["seconds"] if gpu else 0.0,
+        "peak_memory_bytes": hardware.peak_memory_bytes(),
+        "micro_batch_size": job.plan.micro_batch_size,
+        "gradient_accumulation_steps": job.plan.gradient_accumulation_steps,
+        "oom_retries": 0,
+        "disk_bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
+    }

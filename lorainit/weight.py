@@ -1,0 +1,27 @@
+"""A linear layer's weight and shape, whatever form the base model stores it in."""
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorainit.quantize import dequantized, is_quantized
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear module as out×in: transformers' `Conv1D` stores in×out, an NF4 layer four bits of each."""
+    if is_quantized(module):
+        return dequantized(module)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear module, whatever form its weight has."""
+    names = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    out, n = (getattr(module, name) for name in names)
+    return out, n
+
+
+def was_conv1d(module: nn.Module) -> bool:
+    """Whether a linear module is a `Conv1D` in the base model's own files: an NF4 layer remembers what it replaced."""
+    return issubclass(getattr(module, "source_cls", type(module)), Conv1D)

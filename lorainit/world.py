@@ -1,0 +1,66 @@
+"""The processes that train one run together, usually one: each takes every n-th micro-batch.
+
+Adapters are small, so gradients are summed once per step and nothing is sharded. The order of rows
+and the effective batch do not depend on how many processes there are. Knows nothing of models.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # the others wait at their next sum while one evaluates or writes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place (`rank`) among `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def share(self, pieces: Sequence[T]) -> Sequence[T]:
+        """This process's part of the micro-batches."""
+        return pieces[self.rank :: self.size]
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in place; one message for each dtype."""
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            some = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.flatten() for t in some])
+            distributed.all_reduce(flat)
+            for tensor, part in zip(some, flat.split([t.numel() for t in some]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def agree(self, tensors: Sequence[Tensor]) -> None:
+        """Give every process the leading one's tensors, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor.detach(), src=0)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world that torchrun has started this process in, joined for as long as the context lasts."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(distributed.get_rank(), size)
+    finally:
+        distributed.destroy_process_group()
