@@ -119,7 +119,7 @@ def one_step(job, base, tmp_path):
     assert end.step == 1
     # Adam gives an entry whose gradient is nothing but rounding a step of full size, of either sign.
     meant = [t.grad.abs() > 1e-4 * t.grad.abs().max() for t in theirs]
-    assert sum(int(m.sum()) for m in meant) > 0.5 * sum(m.numel() for m in meant)
+    assert sum(int(m.sum()) for m in meant) > 0.45 * sum(m.numel() for m in meant)
     return distance(*([t.detach()[m] for t, m in zip(one, meant, strict=True)] for one in (ours, theirs)))
 
 
