@@ -21,7 +21,7 @@ from lorainit.layer import shape_of
 from lorainit.model import base_sha256, check_length, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
-from lorainit.spec import Hyperparameters, Lora, RunSpec
+from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
 from lorainit.targets import check_rank, find_targets
 
 OnEvent = Callable[[Event], None]
@@ -63,7 +63,6 @@ class Job:
             "lora": self.lora.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
             "seed": self.spec.seed,
-            "precision": self.plan.precision,
         }
         return {
             "spec": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
@@ -87,23 +86,24 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
     if lora.quantization:
         require_library()
     device = hardware.pick_device()
-    dtype = hardware.pick_dtype(spec.precision, device)
+    asked, decided_here = hardware.resolve_precision(spec.training, device)
+    dtype = hardware.dtype_of(asked.precision)
     location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
     tokenizer = load_tokenizer(location.folder)
 
     # max_length does not depend on the number of rows, and the number of usable rows depends on it.
-    max_length = resolve(spec.training, rows=1, model=spec.model, method=lora.method)[0].max_length
+    max_length = resolve(asked, rows=1, model=spec.model, method=lora.method)[0].max_length
     assert max_length != "auto"
     check_length(location, max_length)
     data, valid, calibration = _load_data(spec, tokenizer, max_length, on_event)
-    training, more = resolve(spec.training, rows=len(data.samples), model=spec.model, method=lora.method)
-    for choice in [*choices, *more]:
+    training, more = resolve(asked, rows=len(data.samples), model=spec.model, method=lora.method)
+    for choice in [*choices, *decided_here, *more]:
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
 
     model = load_model(location.folder, dtype=dtype, device=device, quantization=lora.quantization)
     targets = find_targets(model, lora.target_modules)
     check_rank(targets, lora.r)
-    plan = _plan(spec, lora, training, data, targets, device=device, dtype=dtype)
+    plan = _plan(spec, lora, training, data, targets, device=device, choices=decided_here)
     digest = base_sha256(location.folder)
     return Job(
         spec,
@@ -172,7 +172,7 @@ def _plan(
     targets: dict[str, nn.Module],
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    choices: list[Choice],
 ) -> Plan:
     assert training.batch_size != "auto"
     longest = max(len(s.ids) for s in data.samples)
@@ -190,5 +190,6 @@ def _plan(
         trainable_parameters_estimated=lora.method.export_rank == "per module",
         target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
         device=str(device),
-        precision=hardware.precision_name(dtype),
+        precision=training.precision,
+        choices=choices,
     )
