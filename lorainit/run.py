@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit import adapter, checkpoint, hardware, init_stage
+from lorainit import adapter, checkpoint, fidelity, hardware, init_stage
 from lorainit.errors import DiskFull, OutOfMemory, UnsupportedModel
 from lorainit.events import Done, InitReport, Message, Stage
 from lorainit.initialize import Report
@@ -140,6 +140,8 @@ def _verify(job: Job, folder: Path, on_event: OnEvent) -> dict[str, Any]:
     on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
     texts = adapter.prompts(job.data.samples)
     expected: list[Tensor] = adapter.record(job.model, texts, on_event=on_event)
+    rows = fidelity.held_out(job.data, job.valid)
+    losses = fidelity.token_losses(job.model, rows, on_event=on_event)
     job.targets.clear()
     job.model = nn.Module()
     gc.collect()
@@ -159,6 +161,16 @@ def _verify(job: Job, folder: Path, on_event: OnEvent) -> dict[str, Any]:
     text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
     adapter.require(result)
+    result["fidelity"] = fidelity.measure(
+        job.folder,
+        folder,
+        rows,
+        losses,
+        dtype=job.dtype,
+        device=job.device,
+        quantization=job.lora.quantization,
+        on_event=on_event,
+    )
     return result
 
 
