@@ -299,8 +299,3 @@ def test_rows_without_a_trained_token_in_reach_are_passed_over():
     data = a_file(6, 8)
     far = Sample(0, torch.arange(2000), torch.arange(2000) < 9)
     assert [len(s.ids) for s in held_out(Dataset([far, *data.samples], "", 3, 0, [], {}), None).samples] == [6, 8]
-
-
-def test_validation_rows_come_before_training_rows():
-    assert held_out(a_file(5), a_file(6)).source == "validation"
-    assert held_out(a_file(5), None).source == "training"
