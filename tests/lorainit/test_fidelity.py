@@ -274,9 +274,6 @@ def test_without_a_trained_token_within_reach_nothing_is_measured(bases, samples
     assert all("last 1024 tokens" in reason for reason in facts["missing"].values())
 
 
-# --- rows ---------------------------------------------------------------------------------------
-
-
 def a_file(*lengths, trained=2):
     """Rows of these lengths whose last `trained` tokens are trained."""
     samples = [Sample(i, torch.arange(n), torch.arange(n) >= n - trained) for i, n in enumerate(lengths)]
