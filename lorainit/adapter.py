@@ -24,7 +24,7 @@ from lorainit.errors import ExportCheckFailed
 from lorainit.events import Event, Tick
 from lorainit.inits import Quantization
 from lorainit.layer import LoRALinear
-from lorainit.model import load_model
+from lorainit.model import free, load_model
 from lorainit.targets import linear_layers
 from lorainit.weight import was_conv1d
 
@@ -201,16 +201,13 @@ def check(
         The object shown as `job.export_check`; the caller decides with `require`.
     """
     base = load_model(base_folder, dtype=dtype, device=device, quantization=quantization)
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by an old name, and only warns about what it does not find:
-        # `_unread_tensors` looks for itself.
-        warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(base, folder)
-    found = record(model.eval(), texts, on_event=on_event)
+    model = with_stock_peft(base, folder)
+    found = record(model, texts, on_event=on_event)
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
     largest = max(float(a.abs().max()) for a in expected)
     tolerance = TOLERANCE[dtype] * max(1.0, largest)
     missing = _unread_tensors(model, folder)
+    free(model)
     config = json.loads((folder / "adapter_config.json").read_text())
     return {
         "passed": difference <= tolerance and not missing,
@@ -226,6 +223,16 @@ def check(
         "base_sha256": base_sha256,
         "adapter_sha256": file_sha256(folder / WEIGHTS),
     }
+
+
+def with_stock_peft(base: nn.Module, folder: Path) -> nn.Module:
+    """The exported adapter on `base` as any user's PEFT would put it there: unmerged, its factors in float32."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by an old name, and only warns about what it does not find:
+        # `_unread_tensors` looks for itself.
+        warnings.simplefilter("ignore")
+        model: nn.Module = PeftModel.from_pretrained(base, folder)
+    return model.eval()
 
 
 def _unread_tensors(model: nn.Module, folder: Path) -> str | None:

@@ -68,7 +68,7 @@ class Base:
         """Raise `GroupMismatch` where `spec` cannot share this base's forward pass."""
         for name, ours, theirs in (
             ("model", self.spec.model.source, spec.model.source),
-            ("precision", self.spec.precision, spec.precision),
+            ("precision", self.dtype, self._dtype_of(spec)),
             ("lora.quantization", self.quantization, spec.lora.quantization),
             ("deterministic", self.spec.deterministic, spec.deterministic),
         ):
@@ -78,6 +78,9 @@ class Base:
                     " forward pass.",
                     param=name,
                 )
+
+    def _dtype_of(self, spec: RunSpec) -> torch.dtype:
+        return hardware.dtype_of(hardware.resolve_precision(spec.training, self.device)[0].precision)
 
     def require_packing(self) -> None:
         """Raise `GroupMismatch` where several adapters cannot share a forward pass."""
@@ -99,7 +102,7 @@ def open_base(spec: RunSpec, out: Path) -> Base:
     if spec.lora.quantization:
         require_library()
     device = hardware.pick_device()
-    dtype = hardware.pick_dtype(spec.precision, device)
+    dtype = hardware.dtype_of(hardware.resolve_precision(spec.training, device)[0].precision)
     location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
     tokenizer = load_tokenizer(location.folder)
     return Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, base_sha256(location.folder))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorainit import adapter, hardware
+from lorainit import adapter, fidelity, hardware
 from lorainit.events import Message, Stage
 from lorainit.initialize import Report
 from lorainit.layer import borrowed
@@ -50,6 +50,8 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     texts = adapter.prompts(job.data.samples)
     with borrowed(job.base.model, job.layers):
         expected: list[Tensor] = adapter.record(job.base.model, texts, on_event=on_event)
+        rows = fidelity.held_out(job.data, job.valid)
+        losses = fidelity.token_losses(job.base.model, rows, on_event=on_event)
     job.targets.clear()
     job.layers.clear()
     if last:
@@ -71,6 +73,16 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
     adapter.require(result)
+    result["fidelity"] = fidelity.measure(
+        job.base.location.folder,
+        folder,
+        rows,
+        losses,
+        dtype=job.base.dtype,
+        device=job.base.device,
+        quantization=job.lora.quantization,
+        on_event=on_event,
+    )
     return result
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from lorainit.spec import Choice
+
 StageName = Literal["loading", "initializing", "training", "evaluating", "exporting", "verifying", "done"]
 
 
@@ -49,7 +51,8 @@ class Plan(_Event):
     """What will run, once data and model are known: resolved numbers and sizes.
 
     `trainable_parameters` counts rank r everywhere. Where the method spreads ranks over layers that is an
-    estimate (`trainable_parameters_estimated`), and `init_report` has the number.
+    estimate (`trainable_parameters_estimated`), and `init_report` has the number. `choices` are the autos
+    that only the machine of the run could decide.
     """
 
     kind: Literal["plan"] = "plan"
@@ -65,6 +68,7 @@ class Plan(_Event):
     target_modules: list[str]
     device: str
     precision: str
+    choices: list[Choice] = []
 
 
 class Metrics(_Event):

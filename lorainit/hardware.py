@@ -12,7 +12,11 @@ from typing import Any, Literal
 import torch
 
 from lorainit.errors import UnsupportedModel
+from lorainit.spec import Choice, Hyperparameters
 
+PRECISION = "method.supervised.hyperparameters.precision"
+# torch's names for instructions that multiply bf16: x86 with AVX-512 or AMX, and ARM.
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 PACKAGES = ("lorainit", "torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "bitsandbytes", "numpy")
 
 
@@ -21,23 +25,42 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
-    """The base model's number format. "auto": bf16 on a GPU that has it, else fp32.
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 numbers in hardware; an emulation costs more than it saves."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _CPU_BF16)
+
+
+def resolve_precision(training: Hyperparameters, device: torch.device) -> tuple[Hyperparameters, list[Choice]]:
+    """`training` with `precision` "fp32" or "bf16", and the `Choice` where that was left to us.
 
     Raises:
-        UnsupportedModel: bf16 was asked for and the GPU does not have it.
+        UnsupportedModel: bf16 was asked for and the device does not have it.
     """
-    able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and not able:
-        raise UnsupportedModel("This GPU has no bf16: ask for precision fp32 or auto.", param="precision")
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and able else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    name = "GPU" if device.type == "cuda" else "processor"
+    if training.precision == "bf16" and not has_bf16(device):
+        raise UnsupportedModel(f"This {name} has no bf16: ask for precision fp32 or auto.", param=PRECISION)
+    if training.precision != "auto":
+        return training, []
+    value, reason = _automatic_precision(device)
+    choice = Choice(param=PRECISION, value=value, reason=reason)
+    return training.model_copy(update={"precision": value}), [choice]
 
 
-def precision_name(dtype: torch.dtype) -> str:
-    """`fp32` or `bf16`, as in the spec."""
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
+def _automatic_precision(device: torch.device) -> tuple[Literal["fp32", "bf16"], str]:
+    if device.type != "cuda":
+        return "fp32", "a run without a GPU is exact and the same bit for bit every time"
+    if not has_bf16(device):
+        return "fp32", "this GPU has no bf16"
+    return "bf16", "the GPU is fastest in it, and the base takes half the memory"
+
+
+def dtype_of(precision: Literal["auto", "fp32", "bf16"]) -> torch.dtype:
+    """The base model's number format, of a resolved precision."""
+    assert precision != "auto"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lorainit.events import Event, Message, Plan, Tick
 from lorainit.layer import LoRALinear
 from lorainit.model import check_length
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
-from lorainit.spec import Hyperparameters, Lora, RunSpec
+from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
 from lorainit.targets import check_rank, find_targets
 from lorainit.weight import shape_of
 
@@ -53,7 +53,6 @@ class Job:
             "lora": self.lora.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
             "seed": self.spec.seed,
-            "precision": self.plan.precision,
         }
         return {
             "spec": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
@@ -76,13 +75,14 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
     """
     base.require_same(spec)
     lora, choices = spec.lora.resolved()
+    asked, decided_here = hardware.resolve_precision(spec.training, base.device)
     # max_length does not depend on the number of rows, and the number of usable rows depends on it.
-    max_length = resolve(spec.training, rows=1, model=spec.model, method=lora.method)[0].max_length
+    max_length = resolve(asked, rows=1, model=spec.model, method=lora.method)[0].max_length
     assert max_length != "auto"
     check_length(base.location, max_length)
     data, valid, calibration = _load_data(spec, base.tokenizer, max_length, on_event)
-    training, more = resolve(spec.training, rows=len(data.samples), model=spec.model, method=lora.method)
-    for choice in [*choices, *more]:
+    training, more = resolve(asked, rows=len(data.samples), model=spec.model, method=lora.method)
+    for choice in [*choices, *decided_here, *more]:
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
 
     model = base.load(on_event)
@@ -90,7 +90,7 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
         base.require_packing()
     targets = find_targets(model, lora.target_modules)
     check_rank(targets, lora.r)
-    plan = _plan(spec, lora, training, data, targets, base=base, sharing=sharing)
+    plan = _plan(spec, lora, training, data, targets, base=base, sharing=sharing, choices=decided_here)
     return Job(spec, base, lora, training, data, valid, calibration, targets, plan)
 
 
@@ -144,6 +144,7 @@ def _plan(
     *,
     base: Base,
     sharing: int,
+    choices: list[Choice],
 ) -> Plan:
     assert training.batch_size != "auto"
     longest = max(len(s.ids) for s in data.samples)
@@ -162,5 +163,6 @@ def _plan(
         trainable_parameters_estimated=lora.method.export_rank == "per module",
         target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
         device=str(base.device),
-        precision=hardware.precision_name(base.dtype),
+        precision=training.precision,
+        choices=choices,
     )

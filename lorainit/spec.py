@@ -176,6 +176,8 @@ class Hyperparameters(Strict):
 
     `batch_size` is the effective batch in rows. Intervals are in optimizer steps. `learning_rate`
     is the absolute peak; `learning_rate_multiplier` multiplies the base rate of model and method.
+    `precision` is the number format of the base model and of the activations; what is trained stays in
+    float32. Its "auto" is decided by the machine the run finds itself on (`lorainit.hardware`).
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
@@ -189,6 +191,7 @@ class Hyperparameters(Strict):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] | Auto = "auto"
     max_steps: Annotated[int, Field(ge=1)] | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     eval_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
     checkpoint_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
 
@@ -258,7 +261,6 @@ class RunSpec(Strict):
     training: Hyperparameters = Hyperparameters()
     seed: Seed = 0
     deterministic: bool = True
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     cache: str | None = None
     cache_limit_bytes: Annotated[int, Field(ge=0)] = 8 << 30

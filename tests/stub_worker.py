@@ -14,8 +14,11 @@ from api.core.jobs import Failure, Lease
 from api.core.models import Job
 from api.core.storage import get_storage
 from lorainit.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage
+from lorainit.spec import Choice
 from worker import artifacts, reconciler
 from worker.progress import Lost, Recorder
+
+PRECISION = "method.supervised.hyperparameters.precision"
 
 
 def tidy() -> None:
@@ -36,6 +39,8 @@ def claim() -> tuple[Job, Lease] | None:
 def train(job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None) -> None:
     """Tell a run of `steps` steps with a checkpoint at the last one, then finish the job."""
     recorder = Recorder(lease)
+    precision = job.recipe["training"]["precision"]
+    automatic = precision == "auto"
     plan = Plan(
         total_steps=steps,
         steps_per_epoch=1,
@@ -47,7 +52,8 @@ def train(job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None) 
         trainable_parameters=1000,
         target_modules=["q_proj"],
         device="cpu",
-        precision="fp32",
+        precision="fp32" if automatic else precision,
+        choices=[Choice(param=PRECISION, value="fp32", reason="there is no GPU")] if automatic else [],
     )
     recorder.take(Stage(stage="loading", message="Loading the base model"))
     recorder.take(plan)

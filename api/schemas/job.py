@@ -106,7 +106,7 @@ class JobObject(Element):
 
 def job_object(sight: Sight) -> JobObject:
     """A row and what belongs to it, as the caller sees it."""
-    job, training = sight.job, finite(sight.job.recipe["training"])
+    job, training = sight.job, finite(_training(sight.job))
     progress = Progress.model_validate(finite(job.progress)) if job.progress else None
     return JobObject(
         id=job.id,
@@ -147,7 +147,17 @@ def job_object(sight: Sight) -> JobObject:
 
 
 def _choices(job: Job, prefix: str) -> list[Any]:
-    return [choice for choice in job.choices if choice["param"].startswith(prefix)]
+    return [choice for choice in [*job.choices, *_decided_by_the_run(job)] if choice["param"].startswith(prefix)]
+
+
+def _decided_by_the_run(job: Job) -> list[dict[str, Any]]:
+    """The autos that waited for the machine; none before the run has a plan."""
+    return list((job.plan or {}).get("choices", []))
+
+
+def _training(job: Job) -> dict[str, Any]:
+    decided = {choice["param"].rpartition(".")[2]: choice["value"] for choice in _decided_by_the_run(job)}
+    return {**job.recipe["training"], **decided}
 
 
 def _lora(job: Job) -> dict[str, Any]:

@@ -156,6 +156,22 @@ def test_a_rate_alone_is_shown_with_its_multiplier(lab: Lab) -> None:
     assert shown["learning_rate_multiplier"] == pytest.approx(0.5)
 
 
+def test_a_precision_is_kept_as_asked_and_an_automatic_one_is_shown_once_the_run_has_chosen(
+    lab: Lab, session: Session
+) -> None:
+    asked = lab.order(method={"type": "supervised", "supervised": {"hyperparameters": {"precision": "bf16"}}})
+    assert asked["hyperparameters"]["precision"] == "bf16"
+    job = lab.order()
+    stub_worker.tidy()
+    assert lab.client.get(f"{JOBS}/{job['id']}").json()["hyperparameters"]["precision"] == "auto"
+    stub_worker.run_all()
+    shown = lab.client.get(f"{JOBS}/{job['id']}").json()
+    supervised = shown["method"]["supervised"]
+    assert (shown["hyperparameters"]["precision"], supervised["hyperparameters"]["precision"]) == ("fp32", "fp32")
+    assert [c["value"] for c in supervised["auto"] if c["param"].endswith(".precision")] == ["fp32"]
+    assert lab.client.get(f"{JOBS}/{asked['id']}").json()["hyperparameters"]["precision"] == "bf16"
+
+
 def test_the_place_in_the_queue_is_counted(lab: Lab, session: Session) -> None:
     made = [a_queued_job(session, lab.project, priority=priority) for priority in (1, 1, 2, 0)]
     session.commit()

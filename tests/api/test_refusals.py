@@ -45,6 +45,7 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     (hyper(learning_rate_multiplier=101), "invalid_value", f"{HYPER}.learning_rate_multiplier"),
     (hyper(learning_rate=1e-4, learning_rate_multiplier=2), "invalid_value", f"{HYPER}.learning_rate_multiplier"),
     (hyper(max_length=9000), "invalid_value", f"{HYPER}.max_length"),
+    (hyper(precision="fp16"), "invalid_value", f"{HYPER}.precision"),
     (hyper(optimizer={"name": "sgd"}), "invalid_value", f"{HYPER}.optimizer.name"),
     ({"seed": -1}, "invalid_value", "seed"),
     ({"seed": "7"}, "invalid_type", "seed"),

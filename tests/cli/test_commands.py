@@ -55,6 +55,8 @@ def test_a_refusal_names_code_and_field(served: Served, rows: Path) -> None:
     error = one_error(served.run("submit", str(rows), "--model", "gpt-4o"))
     assert "Available: tiny" in error
     assert error.endswith("(code model_not_available, param model)")
+    error = one_error(served.run("submit", str(rows), *TINY, "--precision", "fp16"))
+    assert "method.supervised.hyperparameters.precision" in error
     error = one_error(served.run("submit", str(rows), *TINY, "--init", '{"method": "pissa", "niter": 99}'))
     assert error.endswith("(code invalid_value, param lora.init.niter)")
 

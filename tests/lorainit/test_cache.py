@@ -91,7 +91,7 @@ def test_evidence_that_a_seed_shapes_is_collected_for_each(begin, counted):
 
 @pytest.mark.parametrize(
     "change",
-    [{"lora": {"r": 2}}, {"lora": {"target_modules": ["q_proj"]}}, {"precision": "bf16"},
+    [{"lora": {"r": 2}}, {"lora": {"target_modules": ["q_proj"]}}, {"training": {"precision": "bf16"}},
      {"training": {"max_length": 24}}],
     ids=["rank", "targets", "precision", "rows"],
 )  # fmt: skip
