@@ -172,6 +172,7 @@ def submit(
     batch: Annotated[int | None, Option(help="Effective batch size in rows.")] = None,
     suffix: Annotated[str | None, Option(help="Part of the new model's name.")] = None,
     seed: Annotated[int | None, Option(help="Seed of everything random.")] = None,
+    group: Annotated[bool, Option("--group", help="May be trained together with other such jobs.")] = False,
     follow: Annotated[bool, Option("--watch", help="Follow the job to its end.")] = False,
 ) -> None:
     """Upload rows and order a fine-tuning job. Prints the job's id."""
@@ -185,6 +186,7 @@ def submit(
         validation_file=None if validation is None else remote.upload(client, validation),
         hyperparameters={"learning_rate": lr, "n_epochs": epochs, "max_steps": steps, "batch_size": batch},
         lora=lora,
+        group=group,
         suffix=suffix,
         seed=seed,
     )

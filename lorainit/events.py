@@ -13,7 +13,11 @@ StageName = Literal["loading", "initializing", "training", "evaluating", "export
 
 
 class _Event(BaseModel):
+    """`member`: which job of a grouped run says it, counted from 0; a run of one job has member 0 alone."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    member: Annotated[int, Field(ge=0)] = 0
 
 
 class Stage(_Event):

@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     stop_grace_seconds: Annotated[float, Field(ge=0)] = Field(
         2.0, description="Between asking a run to stop and killing it."
     )
+    group_size: Annotated[int, Field(ge=1)] = Field(
+        8, description="Most jobs trained together when they ask for it; 1 = every job runs alone."
+    )
     max_attempts: Annotated[int, Field(ge=1)] = Field(3, description="Runs of a job whose workers were lost.")
     reconcile_seconds: Annotated[float, Field(gt=0)] = Field(0.5, description="Pause between two reconciler rounds.")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="Checkpoints kept beside the best one.")
