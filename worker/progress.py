@@ -77,7 +77,7 @@ class Recorder:
             columns: dict[str, Any] = {"progress": dict(self.progress)}
             for event in pending:
                 if isinstance(event, Plan):
-                    columns["plan"] = event.model_dump(mode="json", exclude={"kind"})
+                    columns["plan"] = event.model_dump(mode="json", exclude={"kind", "member"})
                 elif isinstance(event, InitReport):
                     columns["init_report"] = event.report
             # First the fence: if this row is not ours, nothing below is written either.
@@ -85,7 +85,7 @@ class Recorder:
                 raise Lost
             for event in pending:
                 if isinstance(event, Metrics):
-                    values = event.model_dump(mode="json", exclude={"kind", "step"})
+                    values = event.model_dump(mode="json", exclude={"kind", "member", "step"})
                     metrics.put(session, self._lease.job_id, self._lease.token, event.step, values)
                 self._append(session, event, at)
             session.commit()
@@ -146,7 +146,7 @@ def _worth_an_event(event: Metrics) -> bool:
 
 
 def _describe(event: Metrics) -> tuple[str, dict[str, Any]]:
-    data = event.model_dump(mode="json", exclude={"kind", "seconds"}, exclude_none=True)
+    data = event.model_dump(mode="json", exclude={"kind", "member", "seconds"}, exclude_none=True)
     parts = [f"Step {event.step}/{event.total_steps}:"]
     if event.train_loss is not None:
         parts.append(f"training loss={event.train_loss:.2f}")

@@ -123,8 +123,9 @@ def _take(session: Session, job_id: str, owner: str, *, at: datetime, until: dat
 def _started(session: Session, job_id: str, owner: str, *, at: datetime, fellows: list[str]) -> None:
     _change(session, [Job.id == job_id], {"trained_with": fellows})
     together = f", trained together with {', '.join(fellows)}" if fellows else ""
-    message, data = f"Fine-tuning job started{together}", {"worker": owner, "trained_with": fellows}
-    events.status_event(session, job_id, message, at=at, status="running", previous="queued", **data)
+    message, told = f"Fine-tuning job started{together}", {"worker": owner, "trained_with": fellows}
+    payload = {"kind": "status", "status": "running", "previous": "queued", **told}
+    events.append(session, job_id, message, at=at, data=payload)
 
 
 def beat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
