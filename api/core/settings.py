@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     log_format: str = Field("json", description="`json` or `console`.")
     log_level: str = Field("info", description="Lowest level written.")
 
-    worker_slots: Annotated[int, Field(ge=1)] = Field(1, description="Jobs one worker runs at once (one per GPU).")
+    worker_slots: Annotated[int, Field(ge=1)] = Field(1, description="Runs one worker holds at once (one per GPU).")
     worker_scratch: Path | None = Field(None, description="Where runs work; empty = a folder in the state folder.")
     worker_queues: str = Field("train", description="Queues this worker listens on, comma-separated.")
     model_cache: Path | None = Field(None, description="Converted base models; empty = a folder in the state folder.")
