@@ -85,17 +85,10 @@ def reject(session: Session, job_id: str, failure: Failure) -> bool:
 
 
 def claim(session: Session, owner: str, *, lease_seconds: float, group_size: int = 1) -> list[Job]:
-    """Take the best queued job and, if it asks for a group, others that may be trained with it.
+    """Take the best queued job and, up to `group_size`, those that may be trained with it; best first.
 
-    The message that woke us names a job; which ones we take is decided here (`groups.next_up`), so
-    order and duplicates of messages do not matter. Each job has its own token and lease.
-
-    Args:
-        owner: the process that will run them, which runs nothing else meanwhile.
-        group_size: most jobs to take.
-
-    Returns:
-        The jobs taken, the best one first; none when the queue is empty.
+    The message that woke us names a job; which ones we take is decided here, so order and duplicates
+    of messages do not matter. `owner` is a process that runs nothing else meanwhile.
     """
     at = now(session)
     until = at + timedelta(seconds=lease_seconds)

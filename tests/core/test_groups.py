@@ -82,13 +82,16 @@ def test_a_size_of_one_switches_grouping_off(session: Session) -> None:
     assert [claim(session, 1), claim(session, 1)] == [[first], [second]]
 
 
-def test_a_second_attempt_runs_alone_and_joins_nobody(session: Session) -> None:
+@pytest.mark.parametrize("older", ["the second attempt", "the first attempts"])
+def test_a_second_attempt_runs_alone_and_joins_nobody(session: Session, older: str) -> None:
     project = a_project(session)
     tried = a_willing_job(session, project)
     assert claim(session) == [tried.id]
     assert jobs.retry(session, lease_of(session, tried), "The process was killed")
-    fresh = [a_willing_job(session, project).id for _ in range(2)]
-    assert [claim(session), claim(session)] == [[tried.id], fresh]
+    start = tried.created_at + timedelta(minutes=1 if older == "the second attempt" else -1)
+    fresh = [a_willing_job(session, project, created_at=start + timedelta(seconds=n)).id for n in range(2)]
+    expected = [[tried.id], fresh] if older == "the second attempt" else [fresh, [tried.id]]
+    assert [claim(session), claim(session)] == expected
     session.refresh(tried)
     assert (tried.attempts, tried.trained_with) == (2, [])
 

@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,12 @@ def lab(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Lab]:
 
 
 def when(condition: Any, action: Any) -> threading.Thread:
-    """Do something while a run is going on."""
+    """Do something while a run is going on; a condition that never comes true fails the test."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 10
-        while not condition() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, "what the test waits for did not happen"
             time.sleep(0.02)
         action()
 
@@ -160,7 +162,7 @@ def test_one_slow_upload_holds_up_nobody(lab: Lab, monkeypatch: pytest.MonkeyPat
 
     def slow(job: Job, *rest: Any) -> None:
         if job.seed == 1:
-            assert released.wait(10)
+            assert released.wait(15)
         store(job, *rest)
 
     monkeypatch.setattr(artifacts, "store_checkpoint", slow)
@@ -175,6 +177,23 @@ def test_one_slow_upload_holds_up_nobody(lab: Lab, monkeypatch: pytest.MonkeyPat
     assert released.is_set()
     assert lab.statuses() == ["succeeded"] * 3
     assert len(lab.losses(1)) == 399
+
+
+def test_workers_that_claim_at_the_same_time_share_no_job(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lab, start = Lab(tmp_path, environment, count=12), threading.Barrier(4)
+
+    def claim(worker: int) -> list[str]:
+        start.wait(5)
+        with session_scope() as session:
+            claimed = jobs.claim(session, f"w{worker}", lease_seconds=30, group_size=3)
+            session.commit()
+        return [job.id for job in claimed]
+
+    with ThreadPoolExecutor(4) as workers:
+        taken = [job_id for group in workers.map(claim, range(4)) for job_id in group]
+    assert len(taken) == len(set(taken))
+    assert set(taken) <= set(lab.ids)
+    assert lab.statuses().count("running") == len(taken)
 
 
 def test_a_job_alone_takes_the_same_path(lab: Lab) -> None:
