@@ -173,6 +173,7 @@ def submit(
     precision: Annotated[str | None, Option(help="fp32, bf16 or auto: bf16 on a GPU that has it.")] = None,
     suffix: Annotated[str | None, Option(help="Part of the new model's name.")] = None,
     seed: Annotated[int | None, Option(help="Seed of everything random.")] = None,
+    group: Annotated[bool, Option("--group", help="May be trained together with other such jobs.")] = False,
     follow: Annotated[bool, Option("--watch", help="Follow the job to its end.")] = False,
 ) -> None:
     """Upload rows and order a fine-tuning job. Prints the job's id."""
@@ -192,6 +193,7 @@ def submit(
             "precision": precision,
         },
         lora=lora,
+        group=group,
         suffix=suffix,
         seed=seed,
     )

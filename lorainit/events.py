@@ -19,7 +19,7 @@ class _Event(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    member: int = 0
+    member: Annotated[int, Field(ge=0)] = 0
 
 
 class Stage(_Event):

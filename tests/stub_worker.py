@@ -31,9 +31,9 @@ def tidy() -> None:
 def claim() -> tuple[Job, Lease] | None:
     """Take the next queued job."""
     with session_scope() as session:
-        job = jobs.claim(session, "stub:1", lease_seconds=60)
+        claimed = jobs.claim(session, "stub:1", lease_seconds=60)
         session.commit()
-        return (job, Lease(job.id, job.lease_token)) if job else None
+        return next(((job, Lease(job.id, job.lease_token)) for job in claimed), None)
 
 
 def train(job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None) -> None:

@@ -67,6 +67,7 @@ def a_job(session: Session, project: Project, *, file: File | None = None, **cha
         "priority": 0,
         "on_row_error": "fail",
         "deterministic": True,
+        "wants_group": False,
         "lease_token": 0,
         "attempts": 0,
         "event_count": 0,
@@ -77,15 +78,14 @@ def a_job(session: Session, project: Project, *, file: File | None = None, **cha
 
 def a_queued_job(session: Session, project: Project, **changes: Any) -> Job:
     job = a_job(session, project, **changes)
-    assert jobs.admit(session, job.id, recipe=job.recipe, choices=[])
+    assert jobs.admit(session, job.id, recipe=job.recipe, choices=[], group_key=job.group_key)
     session.refresh(job)
     return job
 
 
 def a_running_job(session: Session, project: Project, **changes: Any) -> tuple[Job, jobs.Lease]:
     a_queued_job(session, project, **changes)
-    job = jobs.claim(session, "worker:1", lease_seconds=30)
-    assert job is not None
+    (job,) = jobs.claim(session, "worker:1", lease_seconds=30)
     return job, jobs.Lease(job.id, job.lease_token)
 
 

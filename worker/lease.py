@@ -1,9 +1,9 @@
 """Holding on to a job: a thread that renews the lease and the file that keeps the child alive.
 
-Two things end a run from here: the database says the job is not ours (cancelled, or lost and taken
-over), or the database cannot be reached for most of a lease (then somebody else may already have
-the job, so we let go by ourselves). The child dies on its own when the file's deadline passes, even
-if this process is frozen.
+Two things end a job's run from here: the database says the job is not ours (cancelled, or lost and
+taken over), or the database cannot be reached for most of a lease (then somebody else may already
+have the job, so we let go by ourselves). Then the file goes, and the child drops the job. It does so
+on its own when the file's deadline passes, even if this process is frozen.
 """
 
 import os
@@ -41,8 +41,18 @@ class LeaseKeeper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop renewing. The file stays and runs out: a child that has said all leaves by itself."""
         self._closed.set()
         self._thread.join()
+
+    def let_go(self) -> None:
+        """The job is to be run no further here, whoever owns it: the child drops it at once."""
+        self.lost.set()
+        self.close()
+        self._file.unlink(missing_ok=True)
 
     def _run(self) -> None:
         while not self._closed.wait(self._beat) and not self.lost.is_set():
@@ -52,6 +62,7 @@ class LeaseKeeper:
                 self._deadline = asked + self._seconds * MARGIN
                 self._write_file()
             elif ours is False or time.monotonic() > self._deadline:
+                self._file.unlink(missing_ok=True)
                 self.lost.set()
 
     def _renew(self) -> bool | None:

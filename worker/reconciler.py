@@ -67,9 +67,7 @@ def leave_results() -> None:
             file = metrics.store_csv(session, get_storage(), job)
         with session_scope() as session:
             if file is not None:
-                session.add(file)
-                session.flush()
-                jobs.attach_result(session, job.id, file.id)
+                metrics.attach_csv(session, job.id, file)
             session.commit()
 
 

@@ -1,6 +1,6 @@
 """The child process: start it, read what it says, stop its whole tree. Loads no torch itself.
 
-A process per job means that a crash or an out-of-memory kill takes the run and not the worker, and
+A process per run means that a crash or an out-of-memory kill takes the run and not the worker, and
 that the end of the process frees every byte of device memory. The child gets no credentials of
 database, broker or storage.
 """
@@ -21,7 +21,7 @@ import psutil
 from pydantic import ValidationError
 
 from api.core.logs import get_logger
-from lorainit.events import EVENT, Done, Event, Failed
+from lorainit.events import EVENT, Event
 
 POLL_SECONDS = 0.2
 MACHINE = {
@@ -36,39 +36,46 @@ MACHINE = {
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its last word, or the exit code when it had none, or that we stopped it."""
+class Place:
+    """Where one member of a run finds its spec, leaves its files and looks for its lease."""
 
-    end: Done | Failed | None
+    spec: Path
+    out: Path
+    lease: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended: its exit code, or that we stopped it."""
+
     returncode: int
     stopped: bool
     stderr_tail: str
 
 
 def run_child(
-    spec: Path,
-    out: Path,
+    places: Sequence[Place],
     *,
-    lease_file: Path,
     grace: float,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], Literal["", "drain", "lost"]],
     device: str | None = None,
     program: Sequence[str] = (sys.executable, "-m", "lorainit"),
 ) -> Outcome:
-    """Run `program` on `spec` until it ends or `should_stop` says why it must.
+    """Run `program` for one or more members until it ends or `should_stop` says why it must.
 
-    `on_event` is called from this thread for each event; `should_stop` several times a second.
-    `device` is what the child sees as its only CUDA device.
+    `on_event` is called from this thread for each event, which names its member by its index in
+    `places`, last words included; `should_stop` several times a second. `device` is what the child
+    sees as its only CUDA device. It works in the folder of the first place.
     """
     reader, writer = os.pipe()
-    stderr = out.parent / "stderr.log"
-    command = [*program, str(spec), str(out), "--events-fd", str(writer), "--lease", str(lease_file)]
+    folder = places[0].out.parent
+    stderr = folder / "stderr.log"
     with stderr.open("wb") as log:
         child = subprocess.Popen(
-            command,
-            env=_environment(out.parent, device),
-            cwd=out.parent,
+            [*program, *_arguments(places, writer)],
+            env=_environment(folder, device),
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -78,7 +85,7 @@ def run_child(
     os.close(writer)
     _offer_to_the_oom_killer(child.pid)
     try:
-        end, stopped = _listen(reader, on_event, should_stop)
+        stopped = _listen(reader, on_event, should_stop)
     except BaseException:
         stop_tree(child, grace=0)
         raise
@@ -87,30 +94,33 @@ def run_child(
     if stopped:
         stop_tree(child, grace=grace if stopped == "drain" else 0)
     returncode = child.wait()
-    return Outcome(end=end, returncode=returncode, stopped=bool(stopped), stderr_tail=_tail(stderr))
+    return Outcome(returncode=returncode, stopped=bool(stopped), stderr_tail=_tail(stderr))
+
+
+def _arguments(places: Sequence[Place], writer: int) -> list[str]:
+    first, *others = places
+    own = [str(first.spec), str(first.out), "--events-fd", str(writer), "--lease", str(first.lease)]
+    return own + [part for one in others for part in ("--member", str(one.spec), str(one.out), str(one.lease))]
 
 
 def _listen(
     reader: int, on_event: Callable[[Event], None], should_stop: Callable[[], Literal["", "drain", "lost"]]
-) -> tuple[Done | Failed | None, str]:
-    end: Done | Failed | None = None
+) -> str:
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(reader, selectors.EVENT_READ)
         while True:
             if reason := should_stop():
-                return end, reason
+                return reason
             if not selector.select(POLL_SECONDS):
                 continue
             chunk = os.read(reader, 1 << 16)
             if not chunk:
-                return end, ""
+                return ""
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 event = _parse(line)
-                if isinstance(event, Done | Failed):
-                    end = event
-                elif event is not None:
+                if event is not None:
                     on_event(event)
 
 

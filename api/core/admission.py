@@ -11,7 +11,7 @@ from typing import Literal
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
-from api.core import catalogue, jobs, workers
+from api.core import catalogue, groups, jobs, workers
 from api.core.db import now
 from api.core.errors import Refusal
 from api.core.jobs import Failure
@@ -72,14 +72,15 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
     lora = Lora.model_validate(job.recipe["lora"])
     training = Hyperparameters.model_validate(job.recipe["training"])
     try:
-        model = catalogue.require(job.model).reference()
-        training, choices = resolve(training, rows=rows, model=model, method=lora.method)
+        base = catalogue.require(job.model)
+        training, choices = resolve(training, rows=rows, model=base.reference(), method=lora.method)
     except (Refusal, LorainitError) as refusal:
         code = "unsupported_model" if refusal.code == "model_not_available" else "internal_error"
         return Failure(code, refusal.message, refusal.param)
     recipe = {"lora": job.recipe["lora"], "training": training.model_dump(mode="json")}
     chosen = [*job.choices, *(choice.model_dump(mode="json") for choice in choices)]
-    jobs.admit(session, job.id, recipe=recipe, choices=chosen)
+    key = groups.key(base, lora, training=training, deterministic=job.deterministic) if job.wants_group else None
+    jobs.admit(session, job.id, recipe=recipe, choices=chosen, group_key=key)
     return None
 
 
@@ -120,9 +121,9 @@ def unheard(session: Session, *, patience: timedelta) -> Sequence[str]:
     """Queued jobs to ring again: rung long ago while a living worker has a free slot.
 
     A message that waits behind busy workers is not lost, so nothing is rung while all are busy; the
-    number of free slots bounds how many are rung.
+    number of free slots bounds how many are rung. Jobs trained together have one owner and fill one slot.
     """
-    running = session.scalar(select(func.count()).where(Job.status == "running")) or 0
+    running = session.scalar(select(func.count(Job.lease_owner.distinct())).where(Job.status == "running")) or 0
     return session.scalars(
         select(Job.id)
         .where(Job.status == "queued", Job.rung_at < now(session) - patience)

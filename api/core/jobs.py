@@ -18,10 +18,12 @@ from typing import Any
 from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
-from api.core import events
+from api.core import events, groups
 from api.core.db import now
 from api.core.errors import WrongState
 from api.core.models import FINAL_STATUSES, Adapter, File, Job
+
+_UNHELD: dict[str, None] = {"lease_until": None, "lease_owner": None}
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,13 @@ def create(session: Session, job: Job) -> Job:
     return job
 
 
-def admit(session: Session, job_id: str, *, recipe: dict[str, Any], choices: list[Any]) -> bool:
+def admit(
+    session: Session, job_id: str, *, recipe: dict[str, Any], choices: list[Any], group_key: str | None = None
+) -> bool:
     """`validating_files` → `queued`, with the recipe's autos resolved. False if it moved meanwhile."""
     at = now(session)
-    moved = _move(session, job_id, "validating_files", status="queued", recipe=recipe, choices=choices)
+    columns = {"recipe": recipe, "choices": choices, "group_key": group_key}
+    moved = _move(session, job_id, "validating_files", status="queued", **columns)
     if moved:
         message = "Files validated, moving job to queued state"
         events.status_event(session, job_id, message, at=at, status="queued", previous="validating_files")
@@ -79,39 +84,41 @@ def reject(session: Session, job_id: str, failure: Failure) -> bool:
     return moved
 
 
-def claim(session: Session, owner: str, *, lease_seconds: float) -> Job | None:
-    """Take the best queued job: highest priority, then oldest. None when the queue is empty.
+def claim(session: Session, owner: str, *, lease_seconds: float, group_size: int = 1) -> list[Job]:
+    """Take the best queued job and, up to `group_size`, those that may be trained with it; best first.
 
-    The message that woke us names a job; which one we take is decided here, so order and
-    duplicates of messages do not matter.
+    The message that woke us names a job; which ones we take is decided here, so order and duplicates
+    of messages do not matter. `owner` is a process that runs nothing else meanwhile.
     """
-    best = (
-        select(Job.id)
-        .where(Job.status == "queued")
-        .order_by(Job.priority.desc(), Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
-    job_id = session.scalar(best)
-    if job_id is None:
-        return None
     at = now(session)
-    taken = _move(
+    until = at + timedelta(seconds=lease_seconds)
+    chosen = groups.next_up(session, size=group_size)
+    taken = [job_id for job_id in chosen if _take(session, job_id, owner, at=at, until=until)]
+    for job_id in taken:
+        _started(session, job_id, owner, at=at, fellows=[other for other in taken if other != job_id])
+    return [session.get_one(Job, job_id, populate_existing=True) for job_id in taken]
+
+
+def _take(session: Session, job_id: str, owner: str, *, at: datetime, until: datetime) -> bool:
+    return _move(
         session,
         job_id,
         "queued",
         status="running",
         lease_token=Job.lease_token + 1,
         lease_owner=owner,
-        lease_until=at + timedelta(seconds=lease_seconds),
+        lease_until=until,
         attempts=Job.attempts + 1,
         started_at=at,
     )
-    if not taken:
-        return None
-    message = "Fine-tuning job started"
-    events.status_event(session, job_id, message, at=at, status="running", previous="queued", worker=owner)
-    return session.get(Job, job_id, populate_existing=True)
+
+
+def _started(session: Session, job_id: str, owner: str, *, at: datetime, fellows: list[str]) -> None:
+    _change(session, [Job.id == job_id], {"trained_with": fellows})
+    together = f", trained together with {', '.join(fellows)}" if fellows else ""
+    message, told = f"Fine-tuning job started{together}", {"worker": owner, "trained_with": fellows}
+    payload = {"kind": "status", "status": "running", "previous": "queued", **told}
+    events.append(session, job_id, message, at=at, data=payload)
 
 
 def beat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
@@ -148,8 +155,7 @@ def succeed(
         lease,
         status="succeeded",
         finished_at=at,
-        lease_until=None,
-        lease_owner=None,
+        **_UNHELD,
         result_file_id=result_file_id,
         trained_tokens=trained_tokens,
         export_check=export_check,
@@ -173,8 +179,7 @@ def fail(session: Session, lease: Lease, failure: Failure, **values: Any) -> boo
         lease,
         status="failed",
         finished_at=at,
-        lease_until=None,
-        lease_owner=None,
+        **_UNHELD,
         error=failure.as_json(),
         **values,
     )
@@ -185,19 +190,12 @@ def fail(session: Session, lease: Lease, failure: Failure, **values: Any) -> boo
 
 def give_back(session: Session, lease: Lease, reason: str) -> bool:
     """`running` → `queued` on purpose (the worker shuts down); costs the job no attempt."""
-    at = now(session)
-    moved = _write(
-        session,
-        lease,
-        status="queued",
-        lease_until=None,
-        lease_owner=None,
-        rung_at=None,
-        attempts=Job.attempts - 1,
-    )
-    if moved:
-        events.status_event(session, lease.job_id, reason, at=at, status="queued", previous="running")
-    return moved
+    return _requeue(session, lease, reason, columns={"attempts": Job.attempts - 1})
+
+
+def retry(session: Session, lease: Lease, reason: str) -> bool:
+    """`running` → `queued` for another attempt, which is never shared with other jobs."""
+    return _requeue(session, lease, reason, level="warn")
 
 
 def cancel(session: Session, job: Job) -> Job:
@@ -219,8 +217,7 @@ def cancel(session: Session, job: Job) -> Job:
             status="cancelled",
             finished_at=at,
             lease_token=Job.lease_token + 1,
-            lease_until=None,
-            lease_owner=None,
+            **_UNHELD,
         )
         message = "The job was cancelled"
         events.status_event(session, job.id, message, at=at, status="cancelled", previous=previous)
@@ -242,38 +239,36 @@ def recover_lost(session: Session, *, max_attempts: int) -> list[str]:
     lost = session.scalars(
         select(Job).where(Job.status == "running", Job.lease_until < at).with_for_update(skip_locked=True)
     ).all()
-    return [job.id for job in lost if _recover(session, job, at=at, max_attempts=max_attempts)]
+    return [job.id for job in lost if _recover(session, job, max_attempts=max_attempts)]
 
 
-def _recover(session: Session, job: Job, *, at: datetime, max_attempts: int) -> bool:
+def _recover(session: Session, job: Job, *, max_attempts: int) -> bool:
     lease = Lease(job.id, job.lease_token)
     stage = (job.progress or {}).get("stage", "loading")
     if job.attempts >= max_attempts:
         message = f"The worker was lost {job.attempts} times; the last one while {stage}."
         fail(session, lease, Failure("worker_lost", message))
         return False
-    moved = _write(session, lease, status="queued", lease_until=None, lease_owner=None, rung_at=None)
+    reason = f"The worker was lost while {stage}; the job goes back to the queue"
+    return _requeue(session, lease, reason, level="warn", attempt=job.attempts)
+
+
+def _requeue(
+    session: Session,
+    lease: Lease,
+    reason: str,
+    *,
+    level: events.Level = "info",
+    columns: dict[str, Any] | None = None,
+    **data: Any,
+) -> bool:
+    at = now(session)
+    moved = _write(session, lease, status="queued", rung_at=None, **_UNHELD, **(columns or {}))
     if moved:
         events.status_event(
-            session,
-            job.id,
-            f"The worker was lost while {stage}; the job goes back to the queue",
-            at=at,
-            status="queued",
-            previous="running",
-            level="warn",
-            attempt=job.attempts,
+            session, lease.job_id, reason, at=at, status="queued", previous="running", level=level, **data
         )
     return moved
-
-
-def attach_result(session: Session, job_id: str, file_id: str) -> bool:
-    """Give an ended job its result file; False when it has one already."""
-    return _change(
-        session,
-        [Job.id == job_id, Job.finished_at.is_not(None), Job.result_file_id.is_(None)],
-        {"result_file_id": file_id},
-    )
 
 
 def _failed_event(session: Session, job_id: str, failure: Failure, *, at: datetime, previous: str) -> None:

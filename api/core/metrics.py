@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -74,6 +74,18 @@ def result_file(session: Session, project_id: str, *, filename: str, key: str, s
         expires_at=None,
         deleted_at=None,
         deleted_by=None,
+    )
+
+
+def attach_csv(session: Session, job_id: str, file: File) -> None:
+    """Make `file` the result file of an ended job that has none yet."""
+    session.add(file)
+    session.flush()
+    session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.finished_at.is_not(None), Job.result_file_id.is_(None))
+        .values(result_file_id=file.id)
+        .execution_options(synchronize_session=False)
     )
 
 

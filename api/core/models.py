@@ -16,6 +16,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.ext.hybrid import hybrid_property
@@ -90,6 +91,7 @@ class Job(Base):
         CheckConstraint("(error IS NOT NULL) = (status = 'failed')", name="error_only_when_failed"),
         Index("ix_jobs_project_created", "project_id", "created_at", "id"),
         Index("ix_jobs_open", "status", "created_at", postgresql_where=text("finished_at IS NULL")),
+        Index("ix_jobs_group", "group_key", "project_id", postgresql_where=text("status = 'queued'")),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -113,6 +115,12 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(Integer)
     on_row_error: Mapped[str] = mapped_column(String(8))
     deterministic: Mapped[bool] = mapped_column()
+    wants_group: Mapped[bool] = mapped_column(server_default=false())
+
+    # Who may be trained with it (`api.core.groups`), from admission on; None = it runs alone.
+    group_key: Mapped[str | None] = mapped_column(String(64))
+    # Ids of the other jobs in the process of its last start; None before the first.
+    trained_with: Mapped[list[str] | None] = mapped_column(Json)
 
     # Who runs it. `lease_token` counts claims: a write that carries an older one is refused.
     lease_token: Mapped[int] = mapped_column(Integer)

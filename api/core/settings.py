@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     log_format: str = Field("json", description="`json` or `console`.")
     log_level: str = Field("info", description="Lowest level written.")
 
-    worker_slots: Annotated[int, Field(ge=1)] = Field(1, description="Jobs one worker runs at once (one per GPU).")
+    worker_slots: Annotated[int, Field(ge=1)] = Field(1, description="Runs one worker holds at once (one per GPU).")
     worker_scratch: Path | None = Field(None, description="Where runs work; empty = a folder in the state folder.")
     worker_queues: str = Field("train", description="Queues this worker listens on, comma-separated.")
     model_cache: Path | None = Field(None, description="Converted base models; empty = a folder in the state folder.")
@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     beat_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="Lease renewal and cancel check interval.")
     stop_grace_seconds: Annotated[float, Field(ge=0)] = Field(
         2.0, description="Between asking a run to stop and killing it."
+    )
+    group_size: Annotated[int, Field(ge=1)] = Field(
+        8, description="Most jobs trained together when they ask for it; 1 = every job runs alone."
     )
     max_attempts: Annotated[int, Field(ge=1)] = Field(3, description="Runs of a job whose workers were lost.")
     reconcile_seconds: Annotated[float, Field(gt=0)] = Field(0.5, description="Pause between two reconciler rounds.")

@@ -35,6 +35,7 @@ class Order:
     priority: Literal["low", "normal", "high"]
     on_row_error: Literal["fail", "skip"]
     deterministic: bool
+    group: bool
 
 
 def submit(session: Session, project_id: str, order: Order) -> Job:
@@ -73,6 +74,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         priority=PRIORITIES[order.priority],
         on_row_error=order.on_row_error,
         deterministic=order.deterministic,
+        wants_group=order.group,
         lease_token=0,
         attempts=0,
         event_count=0,

@@ -100,7 +100,7 @@ class JobObject(Element):
     lora: dict[str, Any]
     init_report: dict[str, Any] | None
     export_check: dict[str, Any] | None
-    resources: dict[str, Any] | None
+    resources: dict[str, Any]
     adapter: AdapterObject | None
 
 
@@ -141,7 +141,7 @@ def job_object(sight: Sight) -> JobObject:
         lora=_lora(job),
         init_report=finite(job.init_report),
         export_check=finite(job.export_check),
-        resources=finite(job.resources),
+        resources={"group": job.wants_group, "trained_with": job.trained_with, **(finite(job.resources) or {})},
         adapter=_adapter(job, sight.result) if sight.result else None,
     )
 

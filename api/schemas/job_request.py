@@ -60,6 +60,12 @@ class Method(Strict):
         return {key: value for key, value in data.items() if key not in ("dpo", "reinforcement")}
 
 
+class Resources(Strict):
+    """`resources`: on what and with whom a job may run."""
+
+    group: bool = Field(False, description="May be trained together with other such jobs of the project.")
+
+
 class JobRequest(Strict):
     """A fine-tuning job as ordered. `null` counts as absent everywhere."""
 
@@ -77,6 +83,7 @@ class JobRequest(Strict):
     priority: Literal["low", "normal", "high"] = "normal"
     on_row_error: Literal["fail", "skip"] = "fail"
     deterministic: bool = True
+    resources: Resources = Field(Resources(), description="How the job may be run (extension).")
 
     @field_validator("integrations")
     @classmethod
@@ -119,6 +126,7 @@ class JobRequest(Strict):
             priority=self.priority,
             on_row_error=self.on_row_error,
             deterministic=self.deterministic,
+            group=self.resources.group,
         )
 
 

@@ -80,6 +80,7 @@ def submit(
     validation_file: str | None,
     hyperparameters: dict[str, Any],
     lora: dict[str, Any],
+    group: bool,
     suffix: str | None,
     seed: int | None,
 ) -> FineTuningJob:
@@ -92,7 +93,10 @@ def submit(
         suffix=suffix,
         seed=seed,
         method={"type": "supervised", "supervised": {"hyperparameters": given}},
-        extra_body={"lora": {key: value for key, value in lora.items() if value is not None}},
+        extra_body={
+            "lora": {key: value for key, value in lora.items() if value is not None},
+            "resources": {"group": group},
+        },
     )
     return job
 

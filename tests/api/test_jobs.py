@@ -332,3 +332,22 @@ def test_a_job_is_shown_from_the_database_alone(
 def test_times_are_whole_seconds(lab: Lab) -> None:
     job = lab.order()
     assert abs(job["created_at"] - datetime.now(UTC).timestamp()) < 5
+
+
+# --- resources ----------------------------------------------------------------------------------
+
+
+def test_a_job_runs_alone_unless_it_asks_for_a_group(lab: Lab) -> None:
+    assert lab.order()["resources"] == {"group": False, "trained_with": None}
+    assert lab.order(resources={})["resources"]["group"] is False
+    assert lab.order(resources=None)["resources"]["group"] is False
+    assert lab.order(resources={"group": None})["resources"]["group"] is False
+    assert lab.order(resources={"group": True})["resources"]["group"] is True
+
+
+def test_a_finished_job_shows_who_shared_its_run_beside_what_it_used(lab: Lab) -> None:
+    job = lab.order(resources={"group": True})
+    stub_worker.run_all()
+    shown = lab.client.get(f"{JOBS}/{job['id']}").json()
+    assert shown["resources"] == {"group": True, "trained_with": [], "gpu_name": None, "gpus": 0, "attempts": 1}
+    typed.FineTuningJob.model_validate(shown, strict=True)

@@ -60,6 +60,8 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"priority": "urgent"}, "invalid_value", "priority"),
     ({"on_row_error": "ignore"}, "invalid_value", "on_row_error"),
     ({"deterministic": 1}, "invalid_type", "deterministic"),
+    ({"resources": {"group": "yes"}}, "invalid_type", "resources.group"),
+    ({"resources": {"gpus": 2}}, "unknown_parameter", "resources.gpus"),
     # combinations that mean nothing
     ({"lora": {"init": "orthogonal", "r": 7}}, "unsupported_combination", "lora.r"),
     ({"lora": {"init": "loram", "r": 1}}, "unsupported_combination", "lora.r"),
@@ -255,8 +257,7 @@ def test_a_finished_job_cannot_be_cancelled(lab: Lab, session: Session, traces: 
     from api.core import jobs
 
     job = a_queued_job(session, lab.project)
-    taken = jobs.claim(session, "w", lease_seconds=30)
-    assert taken is not None
+    (taken,) = jobs.claim(session, "w", lease_seconds=30)
     assert jobs.fail(session, jobs.Lease(taken.id, taken.lease_token), jobs.Failure("out_of_memory", "Too large."))
     session.commit()
     before = traces()

@@ -53,14 +53,13 @@ def test_claim_takes_the_highest_priority_then_the_oldest(session: Session) -> N
     young = a_queued_job(session, project)
     urgent = a_queued_job(session, project, priority=1)
     order = [jobs.claim(session, "w", lease_seconds=30) for _ in range(4)]
-    assert [job.id if job else None for job in order] == [urgent.id, old.id, young.id, None]
+    assert [[job.id for job in taken] for taken in order] == [[urgent.id], [old.id], [young.id], []]
 
 
 def test_each_claim_takes_a_new_token(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
     assert jobs.give_back(session, lease, "draining")
-    again = jobs.claim(session, "w2", lease_seconds=30)
-    assert again is not None
+    (again,) = jobs.claim(session, "w2", lease_seconds=30)
     assert again.id == job.id
     assert again.lease_token == lease.token + 1
 
@@ -75,7 +74,7 @@ def test_giving_a_job_back_costs_no_attempt(session: Session) -> None:
 def test_a_cancelled_job_is_not_claimed(session: Session) -> None:
     job = a_queued_job(session, a_project(session))
     jobs.cancel(session, job)
-    assert jobs.claim(session, "w", lease_seconds=30) is None
+    assert jobs.claim(session, "w", lease_seconds=30) == []
 
 
 def test_cancel_is_final_at_once_and_fences_the_worker(session: Session) -> None:
@@ -125,7 +124,7 @@ def test_a_job_whose_workers_keep_dying_fails_in_the_end(session: Session) -> No
     for _ in range(2):
         expire(session, job)
         jobs.recover_lost(session, max_attempts=3)
-        assert jobs.claim(session, "w", lease_seconds=30) is not None
+        assert jobs.claim(session, "w", lease_seconds=30)
     expire(session, job)
     assert jobs.recover_lost(session, max_attempts=3) == []
     session.refresh(job)
@@ -241,7 +240,7 @@ def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Sessi
     assert list(admission.unheard(session, patience=patience)) == []
     a_worker(session, slots=1)
     assert list(admission.unheard(session, patience=patience)) == [job.id]
-    assert jobs.claim(session, "w", lease_seconds=30) is not None
+    assert jobs.claim(session, "w", lease_seconds=30)
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     assert list(admission.unheard(session, patience=patience)) == []

@@ -49,6 +49,26 @@ def test_a_cancelled_job_is_let_go_within_a_beat(tmp_path: Path) -> None:
             jobs.cancel(session, session.get_one(Job, job.id))
             session.commit()
         assert held.lost.wait(1)
+        assert not (tmp_path / "lease").exists()
+
+
+def test_a_closed_lease_is_renewed_no_more_and_runs_out(tmp_path: Path) -> None:
+    _, lease = running()
+    with keeper(lease, tmp_path) as held:
+        held.close()
+        last = (tmp_path / "lease").read_text()
+        time.sleep(0.2)
+        assert (tmp_path / "lease").read_text() == last
+        assert not held.lost.is_set()
+
+
+def test_a_job_that_is_let_go_is_dropped_at_once(tmp_path: Path) -> None:
+    _, lease = running()
+    with keeper(lease, tmp_path) as held:
+        held.let_go()
+        time.sleep(0.2)
+        assert held.lost.is_set()
+        assert not (tmp_path / "lease").exists()
 
 
 def test_without_a_database_the_job_is_let_go_before_the_lease_ends(
@@ -63,4 +83,4 @@ def test_without_a_database_the_job_is_let_go_before_the_lease_ends(
     with keeper(lease, tmp_path, seconds=1.0) as held:
         assert held.lost.wait(2)
         assert 0.7 < time.monotonic() - started < 1.0
-        assert float((tmp_path / "lease").read_text()) < started + 1.0
+        assert not (tmp_path / "lease").exists()

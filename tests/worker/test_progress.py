@@ -113,6 +113,17 @@ def test_the_plan_is_stored_for_the_job_object(lease: Lease) -> None:
     assert stored["total_steps"] == 10
 
 
+def test_the_members_number_is_the_runs_business_and_is_not_stored(lease: Lease) -> None:
+    recorder = Recorder(lease)
+    recorder.take(step(1, train_loss=1.0).model_copy(update={"member": 3}))
+    recorder.flush()
+    with session_scope() as session:
+        (row,) = metrics.read(session, lease.job_id)
+        event = session.scalars(select(Event).where(Event.type == "metrics", Event.job_id == lease.job_id)).one()
+    assert "member" not in row
+    assert "member" not in event.data
+
+
 def test_what_could_not_be_written_is_written_later(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(lease)
     recorder.take(step(1, train_loss=1.0))

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from lorainit.events import Done, Event, Failed, Message, Stage
-from worker.supervisor import Outcome, run_child
+from worker.supervisor import Outcome, Place, run_child
 
 PREAMBLE = """
 import json, os, signal, subprocess, sys, time
@@ -23,6 +23,7 @@ class Child:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.events: list[Event] = []
+        self.places = [Place(spec=folder / "spec.json", out=folder / "out", lease=folder / "lease")]
 
     def run(self, script: str, *, stop_after: float | None = None, why: str = "lost", grace: float = 2.0) -> Outcome:
         path = self.folder / "child.py"
@@ -30,9 +31,7 @@ class Child:
         started = time.monotonic()
         due = lambda: stop_after is not None and time.monotonic() - started > stop_after  # noqa: E731
         return run_child(
-            self.folder / "spec.json",
-            self.folder / "out",
-            lease_file=self.folder / "lease",
+            self.places,
             grace=grace,
             on_event=self.events.append,
             should_stop=lambda: why if due() else "",  # type: ignore[arg-type,return-value]
@@ -45,15 +44,15 @@ def child(tmp_path: Path) -> Child:
     return Child(tmp_path)
 
 
-def test_events_arrive_in_order_and_the_last_word_is_the_outcome(child: Child) -> None:
+def test_events_arrive_in_order_with_the_last_word_at_the_end(child: Child) -> None:
     outcome = child.run("""
         say(kind="stage", stage="loading", message="a")
         say(kind="stage", stage="training", message="b")
         say(kind="done", adapter="x", trained_tokens=3, export_check={}, resources={})
     """)
     assert [event.stage for event in child.events if isinstance(event, Stage)] == ["loading", "training"]
-    assert isinstance(outcome.end, Done)
-    assert (outcome.end.trained_tokens, outcome.returncode, outcome.stopped) == (3, 0, False)
+    assert isinstance(child.events[-1], Done)
+    assert (child.events[-1].trained_tokens, outcome.returncode, outcome.stopped) == (3, 0, False)
 
 
 def test_a_failure_carries_the_childs_words(child: Child) -> None:
@@ -61,12 +60,13 @@ def test_a_failure_carries_the_childs_words(child: Child) -> None:
         say(kind="failed", code="non_finite_loss", message="NaN at step 3.", param=None)
         sys.exit(1)
     """)
-    assert outcome.end == Failed(code="non_finite_loss", message="NaN at step 3.")
+    assert child.events == [Failed(code="non_finite_loss", message="NaN at step 3.")]
+    assert outcome.returncode == 1
 
 
 def test_a_killed_child_is_seen_as_killed(child: Child) -> None:
     outcome = child.run("os.kill(os.getpid(), signal.SIGKILL)")
-    assert (outcome.end, outcome.returncode) == (None, -9)
+    assert (child.events, outcome.returncode) == ([], -9)
 
 
 def test_a_line_that_is_no_event_is_skipped(child: Child) -> None:
@@ -84,6 +84,24 @@ def test_an_event_written_in_pieces_arrives_whole(child: Child) -> None:
             os.write(fd, line[byte:byte + 100]); time.sleep(0.01)
     """)
     assert [event.message for event in child.events if isinstance(event, Stage)] == ["é" * 500]
+
+
+def test_every_member_is_named_on_the_command_line_and_by_its_events(child: Child) -> None:
+    second = child.folder / "second"
+    child.places.append(Place(spec=second / "spec.json", out=second / "out", lease=second / "lease"))
+    child.run("""
+        say(kind="message", message="first", data={"arguments": sys.argv[1:]})
+        say(kind="message", message="second", member=1)
+    """)
+    first, other = child.events
+    assert isinstance(first, Message)
+    given = first.data["arguments"]
+    assert given[:3] == [str(child.folder / "spec.json"), str(child.folder / "out"), "--events-fd"]
+    assert given[4:] == ["--lease", str(child.folder / "lease"), "--member"] + [
+        str(second / name) for name in ("spec.json", "out", "lease")
+    ]
+    assert [event.member for event in child.events] == [0, 1]
+    assert isinstance(other, Message)
 
 
 def test_losing_the_job_kills_the_whole_tree_at_once(child: Child) -> None:
@@ -127,9 +145,7 @@ def test_an_exception_in_a_handler_leaves_no_child_behind(child: Child) -> None:
     path.write_text(PREAMBLE + 'say(kind="stage", stage="loading", message=str(os.getpid()))\ntime.sleep(60)')
     with pytest.raises(RuntimeError, match="database"):
         run_child(
-            child.folder / "spec.json",
-            child.folder / "out",
-            lease_file=child.folder / "lease",
+            child.places,
             grace=1,
             on_event=refuse,
             should_stop=lambda: "",

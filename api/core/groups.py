@@ -1,0 +1,69 @@
+"""Which queued jobs are trained together: in one process, in one forward pass over one base.
+
+Only jobs that ask for it, of one project, one priority and one key. A job of lower priority may not
+join: every member makes the common step longer, so it would hold up the job it joins. Only first
+attempts: a job that took its process down may not take others with it again. Reads only; who
+takes what it names is `jobs.claim`.
+"""
+
+import hashlib
+import json
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api.core.catalogue import Entry
+from api.core.models import Job
+from lorainit.spec import Hyperparameters, Lora
+
+_ORDER = (Job.priority.desc(), Job.created_at, Job.id)
+# What the members' batches must have in common: their numeric type, and their shape, since a member with
+# longer or more rows makes all others wait.
+_SHAPE = {"precision", "batch_size", "max_length"}
+
+
+def key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bool) -> str:
+    """Equal for jobs that can share a forward pass and gain from it: 64 hex digits.
+
+    Data, ranks, targets, methods, seeds, rates, schedules, optimizers and lengths of the runs may differ.
+
+    Args:
+        training: resolved, so that an "auto" and the number it stands for are the same.
+    """
+    facts = {
+        "base": [base.id, base.base_sha256],
+        "quantization": lora.quantization,
+        "use_dora": lora.use_dora,
+        "deterministic": deterministic,
+        **training.model_dump(mode="json", include=_SHAPE),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def next_up(session: Session, *, size: int) -> list[str]:
+    """Ids of the queued jobs to start next, locked: the best one, then its fellows in queue order.
+
+    The best one has the highest priority and then is the oldest, whatever group it asks for; at most
+    `size` - 1 others join it.
+    """
+    wanted = select(Job.id, Job.project_id, Job.group_key, Job.priority, Job.attempts).where(Job.status == "queued")
+    best = session.execute(wanted.order_by(*_ORDER).limit(1).with_for_update(skip_locked=True)).one_or_none()
+    if best is None:
+        return []
+    if best.group_key is None or best.attempts or size == 1:
+        return [best.id]
+    fellows = (
+        select(Job.id)
+        .where(
+            Job.status == "queued",
+            Job.project_id == best.project_id,
+            Job.group_key == best.group_key,
+            Job.priority == best.priority,
+            Job.attempts == 0,
+            Job.id != best.id,
+        )
+        .order_by(*_ORDER)
+        .limit(size - 1)
+        .with_for_update(skip_locked=True)
+    )
+    return [best.id, *session.scalars(fellows)]

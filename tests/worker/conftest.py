@@ -1,0 +1,102 @@
+"""Queued jobs that ask for a group, and a worker whose child is a script (tests/worker/child.py)."""
+
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from api.core import jobs, metrics
+from api.core.db import session_scope
+from api.core.models import Adapter, Event, File, Job, Project
+from api.core.settings import get_settings
+from api.core.storage import get_storage
+from tests.things import a_file, a_project, a_queued_job
+from worker import tasks
+from worker.supervisor import run_child
+
+
+class Lab:
+    """Queued jobs of one project that ask for a group, told apart by their seeds 1, 2, 3 ..."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, count: int = 3) -> None:
+        self.folder, self._patch = folder, patch
+        with session_scope() as session:
+            self.project = a_project(session)
+            self.ids = [self._queued(session, self.project, seed) for seed in range(1, count + 1)]
+            session.commit()
+
+    @staticmethod
+    def _queued(session: Any, project: Project, seed: int) -> str:
+        file = a_file(session, project)
+        get_storage().put(file.storage_key, iter([b"{}\n"]))
+        return a_queued_job(session, project, file=file, seed=seed, wants_group=True, group_key="k").id
+
+    def child(self, script: str) -> None:
+        """What the next run's process does."""
+        path = self.folder / "script.py"
+        path.write_text("from tests.worker.child import *\n" + textwrap.dedent(script))
+        program = (sys.executable, str(path))
+        self._patch.setattr(tasks, "run_child", partial(run_child, program=program))
+
+    def run(self, script: str) -> None:
+        """One doorbell."""
+        self.child(script)
+        tasks.run_job("ftjob-x")
+
+    def job(self, seed: int) -> Job:
+        with session_scope() as session:
+            return session.get_one(Job, self.ids[seed - 1])
+
+    def statuses(self) -> list[str]:
+        return [self.job(seed).status for seed in range(1, len(self.ids) + 1)]
+
+    def story(self, seed: int) -> list[str]:
+        query = select(Event.message).where(Event.job_id == self.ids[seed - 1]).order_by(Event.sequence)
+        with session_scope() as session:
+            return list(session.scalars(query))
+
+    def losses(self, seed: int) -> list[tuple[int, float]]:
+        with session_scope() as session:
+            return [(row["step"], row["train_loss"]) for row in metrics.read(session, self.ids[seed - 1])]
+
+    def cancel(self, seed: int) -> None:
+        with session_scope() as session:
+            jobs.cancel(session, session.get_one(Job, self.ids[seed - 1]))
+            session.commit()
+
+    def adapter(self, seed: int) -> bytes:
+        with session_scope() as session:
+            row = session.get_one(Adapter, self.ids[seed - 1])
+            return b"".join(get_storage().read(session.get_one(File, row.file_id).storage_key))
+
+
+@pytest.fixture
+def lab(service: None, environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Lab]:
+    environment.setenv("LORAINIT_BEAT_SECONDS", "0.05")
+    environment.setenv("LORAINIT_STOP_GRACE_SECONDS", "5")
+    environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    get_settings.cache_clear()
+    yield Lab(tmp_path, environment)
+    assert not list(get_settings().scratch().glob("ftjob-*")), "a scratch folder was left behind"
+
+
+def when(condition: Any, action: Any) -> threading.Thread:
+    """Do something while a run is going on; a condition that never comes true fails the test."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, "what the test waits for did not happen"
+            time.sleep(0.02)
+        action()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread

@@ -1,0 +1,306 @@
+"""Several jobs in one run: each keeps its rows, its lease, its end; what happens to one happens to it alone.
+
+The worker, the database and the storage are real; a script stands in the child's place.
+"""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select, update
+
+from api.core import jobs
+from api.core.db import session_scope
+from api.core.jobs import Lease
+from api.core.models import Checkpoint, File, Job
+from api.core.settings import get_settings
+from api.core.storage import get_storage
+from tests.worker.conftest import Lab, when
+from worker import artifacts, tasks
+from worker.app import drain_file
+
+pytestmark = pytest.mark.usefixtures("service")
+
+
+# --- when all goes well -------------------------------------------------------------------------
+
+
+def test_every_member_gets_its_own_adapter_numbers_and_story(lab: Lab) -> None:
+    lab.run("""
+        for number in (1, 2):
+            for i in range(3): step(i, number)
+        for i in range(3): checkpoint(i, 2)
+        for i in range(3): done(i)
+    """)
+    assert lab.statuses() == ["succeeded"] * 3
+    for seed in (1, 2, 3):
+        assert lab.losses(seed) == [(1, seed), (2, seed)]
+        assert lab.job(seed).trained_tokens == seed
+        assert f"{seed}".encode() in lab.adapter(seed)[512:520]
+        assert lab.job(seed).trained_with == [lab.ids[other] for other in range(3) if other != seed - 1]
+        assert lab.story(seed)[-1] == "The job has successfully completed"
+    with session_scope() as session:
+        stored = session.scalars(select(Checkpoint.job_id).where(Checkpoint.step == 2)).all()
+    assert sorted(stored) == sorted(lab.ids)
+
+
+def test_members_that_train_together_share_one_process(lab: Lab) -> None:
+    lab.run("""
+        for i in range(len(members)):
+            say(i, kind="message", message=f"process {os.getpid()} of {len(members)}")
+            done(i)
+    """)
+    assert len({lab.story(seed)[3] for seed in (1, 2, 3)}) == 1
+    assert lab.story(1)[3].endswith("of 3")
+
+
+def test_a_member_that_finishes_is_stored_while_the_others_go_on(lab: Lab) -> None:
+    seen: list[list[str]] = []
+    waiting = when(lambda: "succeeded" in lab.statuses(), lambda: (seen.append(lab.statuses()), lab.cancel(1)))
+    lab.run("""
+        step(0, 1); step(1, 1)
+        done(2)
+        until(lambda: not held(0))
+        step(1, 2); done(1)
+    """)
+    waiting.join()
+    assert seen == [["running", "running", "succeeded"]]
+    assert lab.statuses() == ["cancelled", "succeeded", "succeeded"]
+
+
+def test_one_slow_upload_holds_up_nobody(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, store = threading.Event(), artifacts.store_checkpoint
+
+    def slow(job: Job, *rest: Any) -> None:
+        if job.seed == 1:
+            assert released.wait(15)
+        store(job, *rest)
+
+    monkeypatch.setattr(artifacts, "store_checkpoint", slow)
+    waiting = when(lambda: lab.statuses()[1:] == ["succeeded", "succeeded"], released.set)
+    lab.run("""
+        checkpoint(0, 1)
+        for number in range(1, 400):
+            for i in range(3): step(i, number, total=400)
+        for i in range(3): done(i)
+    """)
+    waiting.join()
+    assert released.is_set()
+    assert lab.statuses() == ["succeeded"] * 3
+    assert len(lab.losses(1)) == 399
+
+
+def test_workers_that_claim_at_the_same_time_share_no_job(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lab, start = Lab(tmp_path, environment, count=12), threading.Barrier(4)
+
+    def claim(worker: int) -> list[str]:
+        start.wait(5)
+        with session_scope() as session:
+            claimed = jobs.claim(session, f"w{worker}", lease_seconds=30, group_size=3)
+            session.commit()
+        return [job.id for job in claimed]
+
+    with ThreadPoolExecutor(4) as workers:
+        taken = [job_id for group in workers.map(claim, range(4)) for job_id in group]
+    assert len(taken) == len(set(taken))
+    assert set(taken) <= set(lab.ids)
+    assert lab.statuses().count("running") == len(taken)
+
+
+def test_a_job_alone_takes_the_same_path(lab: Lab) -> None:
+    lab.cancel(2)
+    lab.cancel(3)
+    lab.run("assert len(members) == 1; step(0, 1); done(0)")
+    assert lab.statuses() == ["succeeded", "cancelled", "cancelled"]
+    assert lab.job(1).trained_with == []
+
+
+# --- when something happens to one --------------------------------------------------------------
+
+
+def test_a_cancelled_members_lease_goes_and_the_others_finish(lab: Lab) -> None:
+    waiting = when(lambda: lab.losses(2), lambda: lab.cancel(2))
+    lab.run("""
+        for i in range(3): shown(i, 1)
+        until(lambda: not held(1))
+        assert held(0) and held(2)
+        step(1, 2)
+        for i in (0, 2): step(i, 2); done(i)
+    """)
+    waiting.join()
+    assert lab.statuses() == ["succeeded", "cancelled", "succeeded"]
+    assert lab.story(2)[-1] == "The job was cancelled"
+    assert [lab.losses(seed) for seed in (1, 2, 3)] == [[(1, 1), (2, 1)], [(1, 2)], [(1, 3), (2, 3)]]
+
+
+def test_when_all_members_are_cancelled_the_process_is_killed(lab: Lab) -> None:
+    def cancel_all() -> None:
+        for seed in (1, 2, 3):
+            lab.cancel(seed)
+
+    waiting, started = when(lambda: lab.losses(3), cancel_all), time.monotonic()
+    lab.run("""
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for i in range(3): shown(i, 1)
+        time.sleep(60)
+    """)
+    waiting.join()
+    assert time.monotonic() - started < 5
+    assert lab.statuses() == ["cancelled"] * 3
+
+
+def test_a_members_nan_fails_that_member_at_once(lab: Lab) -> None:
+    waiting = when(lambda: lab.job(2).status == "failed", lambda: lab.cancel(3))
+    lab.run("""
+        for i in range(3): shown(i, 1)
+        failed(1)
+        until(lambda: not held(2))
+        step(0, 2); done(0)
+        sys.exit(1)
+    """)
+    waiting.join()
+    assert lab.statuses() == ["succeeded", "failed", "cancelled"]
+    assert lab.job(2).error == {"code": "non_finite_loss", "message": "non_finite_loss of 2.", "param": None}
+    assert lab.job(2).result_file_id is not None
+    assert lab.losses(1) == [(1, 1), (2, 1)]
+
+
+def test_a_member_that_somebody_else_took_over_is_written_no_more(lab: Lab) -> None:
+    def lose() -> None:
+        with session_scope() as session:
+            session.execute(update(Job).where(Job.id == lab.ids[0]).values(lease_token=Job.lease_token + 1))
+            session.commit()
+
+    waiting = when(lambda: lab.losses(1), lose)
+    lab.run("""
+        for i in range(3): shown(i, 1)
+        until(lambda: not held(0))
+        for i in range(3): step(i, 2); done(i)
+    """)
+    waiting.join()
+    assert lab.statuses() == ["running", "succeeded", "succeeded"]
+    assert lab.losses(1) == [(1, 1)]
+
+
+def test_a_member_whose_file_is_gone_fails_alone_and_the_others_start(lab: Lab) -> None:
+    with session_scope() as session:
+        key = session.get_one(File, lab.job(1).training_file_id).storage_key
+    get_storage().delete(key)
+    lab.run("""
+        assert [member.name for member in members] == [2, 3]
+        for i in range(2): step(i, 1); done(i)
+    """)
+    assert lab.statuses() == ["failed", "succeeded", "succeeded"]
+    assert lab.job(1).error["code"] == "internal_error"  # type: ignore[index]
+    assert [lab.losses(seed) for seed in (2, 3)] == [[(1, 2)], [(1, 3)]]
+
+
+def test_a_member_whose_result_cannot_be_stored_fails_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = artifacts.store_result
+
+    def broken(job: Job, *rest: Any) -> None:
+        if job.seed == 2:
+            raise ValueError("a bug")
+        store(job, *rest)
+
+    monkeypatch.setattr(artifacts, "store_result", broken)
+    lab.run("for i in range(3): step(i, 1); done(i)")
+    assert lab.statuses() == ["succeeded", "failed", "succeeded"]
+    assert lab.job(2).error["code"] == "internal_error"  # type: ignore[index]
+
+
+# --- when something happens to all --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [("os.kill(os.getpid(), 9)", "was killed (signal 9)"), ("sys.exit(3)", "ended with exit code 3 and no word")],
+)
+def test_who_was_in_a_process_that_died_is_tried_again_alone(lab: Lab, end: str, words: str) -> None:
+    lab.run(f"""
+        for i in range(3): step(i, 1)
+        done(2)
+        time.sleep(0.5)
+        {end}
+    """)
+    assert lab.statuses() == ["queued", "queued", "succeeded"]
+    assert words in lab.story(1)[-1]
+    assert [lab.job(seed).attempts for seed in (1, 2)] == [1, 1]
+    lab.run("assert [member.name for member in members] == [1]; os.kill(os.getpid(), 9)")
+    assert lab.statuses() == ["failed", "queued", "succeeded"]
+    assert lab.job(1).error["code"] == "out_of_memory"  # type: ignore[index]
+
+
+def test_memory_that_ran_out_in_company_is_no_verdict_on_one_job(lab: Lab) -> None:
+    lab.run("for i in range(3): step(i, 1); failed(i, 'out_of_memory')\nsys.exit(1)")
+    assert lab.statuses() == ["queued"] * 3
+    assert "ran out of memory; the job will be tried again alone" in lab.story(1)[-1]
+    lab.run("failed(0, 'out_of_memory'); sys.exit(1)")
+    assert lab.statuses() == ["failed", "queued", "queued"]
+
+
+def test_a_job_whose_only_attempt_died_in_company_fails(lab: Lab, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_MAX_ATTEMPTS", "1")
+    get_settings.cache_clear()
+    lab.run("os.kill(os.getpid(), 9)")
+    assert lab.statuses() == ["failed"] * 3
+
+
+def test_a_child_that_saw_no_lease_leaves_its_jobs_to_the_reconciler(lab: Lab) -> None:
+    lab.run("for i in range(3): step(i, 1)\nsys.exit(75)")
+    assert lab.statuses() == ["running"] * 3
+    with session_scope() as session:
+        session.execute(update(Job).values(lease_until=lab.job(1).created_at))
+        assert sorted(jobs.recover_lost(session, max_attempts=3)) == sorted(lab.ids)
+        session.commit()
+    assert lab.statuses() == ["queued"] * 3
+
+
+def test_a_leaving_worker_gives_every_member_back_but_the_finished(lab: Lab) -> None:
+    flag = drain_file(os.getppid())
+    waiting = when(lambda: lab.job(1).status == "succeeded", flag.touch)
+    try:
+        lab.run("""
+            import signal
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            done(0); step(1, 1); step(2, 1)
+            time.sleep(60)
+        """)
+    finally:
+        waiting.join()
+        flag.unlink()
+    assert lab.statuses() == ["succeeded", "queued", "queued"]
+    assert [lab.job(seed).attempts for seed in (2, 3)] == [0, 0]
+    assert lab.story(2)[-1] == "The worker is shutting down; the job goes back to the queue"
+
+
+def test_a_run_that_cannot_be_started_fails_its_jobs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(tasks, "run_child", refuse)
+    tasks.run_job("ftjob-x")
+    assert lab.statuses() == ["failed"] * 3
+    assert {lab.job(seed).error["code"] for seed in (1, 2, 3)} == {"internal_error"}  # type: ignore[index]
+
+
+def test_leases_are_renewed_while_results_are_stored(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed: list[bool] = []
+    store = artifacts.store_result
+
+    def slow(job: Job, lease: Lease, *rest: Any) -> None:
+        before = lab.job(job.seed).lease_until
+        time.sleep(0.4)
+        after = lab.job(job.seed).lease_until
+        renewed.append(before is not None and after is not None and after > before)
+        store(job, lease, *rest)
+
+    monkeypatch.setattr(artifacts, "store_result", slow)
+    lab.run("for i in range(3): done(i)")
+    assert renewed == [True] * 3
+    assert lab.statuses() == ["succeeded"] * 3

@@ -1,0 +1,156 @@
+"""One job of a run: its folder, its lease and its rows. A run of one job has one member.
+
+Everything is written for a member by a thread of its own, in the order in which the child said it.
+So one member's upload, or a bucket that is away, makes no other wait and never fills the pipe, whose
+64 KiB hold few steps of many members (docs/grouped.md). What goes wrong for a member ends that
+member and no other.
+"""
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from structlog.contextvars import bind_contextvars
+
+from api.core.jobs import Lease
+from api.core.logs import get_logger
+from api.core.models import Job
+from api.core.settings import get_settings
+from api.core.storage import get_storage
+from lorainit.events import Checkpoint, Done, Event, Failed
+from worker import artifacts, endings
+from worker.lease import LeaseKeeper
+from worker.patience import Result, patiently
+from worker.progress import Lost, Recorder
+from worker.supervisor import Outcome, Place
+
+log = get_logger(__name__)
+
+
+class Member:
+    """Holds one claimed job while the context is open, and writes what comes of it.
+
+    `place` is where the child finds it, once it is prepared. What a method leaves to the member's
+    thread it returns as a `Future`, which never raises.
+    """
+
+    def __init__(self, job: Job) -> None:
+        settings = get_settings()
+        self.place: Place | None = None
+        self._job, self._lease = job, Lease(job.id, job.lease_token)
+        self._folder = settings.scratch() / job.id / f"attempt-{job.lease_token}"
+        self._keeper = LeaseKeeper(
+            self._lease, self._folder / "lease", seconds=settings.lease_seconds, beat=settings.beat_seconds
+        )
+        self._recorder = Recorder(self._lease)
+        self._ended = threading.Event()
+        bind = partial(bind_contextvars, job_id=job.id, token=job.lease_token)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=job.id, initializer=bind)
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self._keeper.__enter__()
+        log.info("claimed", job_id=self._job.id, token=self._lease.token, attempt=self._job.attempts)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None:
+            self._keeper.let_go()  # a thread that waits for a database or a store gives up
+        self._thread.shutdown(cancel_futures=True)
+        self._keeper.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # another attempt's folder may lie beside it
+            self._folder.parent.rmdir()
+
+    @property
+    def is_lost(self) -> bool:
+        """The job is not ours any more: nothing is written for it, and the child drops it."""
+        return self._keeper.lost.is_set()
+
+    @property
+    def is_over(self) -> bool:
+        """The child has nothing left to do for it."""
+        return self.is_lost or self._ended.is_set()
+
+    def prepare(self) -> Future[None]:
+        """Fetch what the child needs; `place` stays None if that failed."""
+        return self._soon(self._prepare)
+
+    def take(self, event: Event) -> None:
+        """Write what the child says; a last word ends the job at once, while others go on."""
+        if isinstance(event, Done | Failed):
+            self._ended.set()
+            self._soon(partial(self._end, event))
+        else:
+            self._soon(partial(self._record, event))
+
+    def conclude(self, outcome: Outcome) -> Future[None]:
+        """The child is gone: end the job unless a last word has."""
+        return self._soon(partial(self._end_silently, outcome))
+
+    def give_up(self) -> Future[None]:
+        """The child could not be supervised: fail the job, which is our fault."""
+        return self._soon(self._give_up)
+
+    # --- in the member's thread ------------------------------------------------------------------
+
+    def _soon(self, action: Callable[[], None]) -> Future[None]:
+        return self._thread.submit(self._guarded, action)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        if self.is_lost:
+            return
+        try:
+            action()
+        except Lost:
+            log.warning("the job is not ours any more; stopped")
+            self._keeper.let_go()
+        except Exception:
+            log.exception("the worker failed")
+            self._give_up()
+
+    def _give_up(self) -> None:
+        try:
+            endings.fail(self._lease, endings.INTERNAL)
+        except Exception:
+            log.exception("that could not be written either; the lease will run out")
+        self._keeper.let_go()
+
+    def _prepare(self) -> None:
+        spec = self._patiently(partial(artifacts.prepare, self._job, self._folder, get_storage()))
+        self.place = Place(spec=spec, out=self._folder / "out", lease=self._folder / "lease")
+
+    def _record(self, event: Event) -> None:
+        self._recorder.take(event)
+        if self._recorder.is_due or isinstance(event, Checkpoint):
+            self._patiently(self._recorder.flush)
+        if isinstance(event, Checkpoint):
+            # After its metrics: a resumed run never has a checkpoint ahead of its metrics.
+            store = partial(artifacts.store_checkpoint, self._job, self._lease, event, self._folder, get_storage())
+            self._patiently(store)
+
+    def _end(self, word: Done | Failed) -> None:
+        self._patiently(self._recorder.flush)
+        if isinstance(word, Done):
+            folder, progress = self._folder, self._recorder.progress
+            store = partial(artifacts.store_result, self._job, self._lease, word, folder, get_storage(), progress)
+            self._patiently(store)
+            log.info("succeeded")
+        else:
+            self._patiently(partial(endings.told, self._job, self._lease, word))
+        self._keeper.close()
+
+    def _end_silently(self, outcome: Outcome) -> None:
+        if self._ended.is_set():
+            return
+        self._patiently(self._recorder.flush)
+        self._patiently(partial(endings.silent, self._job, self._lease, outcome))
+
+    def _patiently(self, action: Callable[[], Result]) -> Result:
+        return patiently(action, until=self._keeper.lost)
