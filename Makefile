@@ -65,8 +65,8 @@ bench-init: setup
 	$(BIN)/python benchmarks/bench_init.py --write docs/methods/benchmark.md
 
 # The competitors get an environment of their own first: .venvs/competitors.
-DATA ?= .state/gsm8k
 bench-train: setup
+	@test -n '$(DATA)' || { echo "Say where GSM8K's train.jsonl and test.jsonl are: make bench-train DATA=folder"; exit 1; }
 	$(BIN)/python benchmarks/bench_train.py --data '$(DATA)' --write docs/speed.md
 
 clean:

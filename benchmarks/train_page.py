@@ -13,8 +13,8 @@ Key = tuple[str, str, int]
 ISA = {"amx_bf16": "AMX with bf16", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
-def write_section(page: Path, name: str, text: str) -> None:
-    """Put `text` between the page's `<!-- name -->` and `<!-- /name -->`; the rest of it is written by hand.
+def section(page: Path, name: str) -> tuple[str, str]:
+    """What stands before and after the figures: all up to `<!-- name -->`, and from `<!-- /name -->` on.
 
     Raises:
         ValueError: the page has no such place.
@@ -23,7 +23,13 @@ def write_section(page: Path, name: str, text: str) -> None:
     _, closing, after = rest.partition(f"<!-- /{name} -->")
     if not opening or not closing:
         raise ValueError(f"{page} has no place for {name}.")
-    page.write_text(f"{before}{opening}\n{text.strip()}\n\n{closing}{after}")
+    return before + opening, closing + after
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Put `text` between the two marks, in place of the figures of before; the rest of the page is written by hand."""
+    before, after = section(page, name)
+    page.write_text(f"{before}\n{text.strip()}\n\n{after}")
 
 
 def report(found: dict[Key, Row], work: Work, *, warmup: int, threads: int | None) -> str:

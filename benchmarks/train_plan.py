@@ -66,7 +66,6 @@ TRYOUTS: dict[str, dict[str, Rival]] = {
         "by length": _trl(**BY_LENGTH),
         "by length, eager attention": _trl("eager", **BY_LENGTH),
         "wrapped packing": _trl(packing=True, packing_strategy="wrapped"),
-        "wrapped packing, eager attention": _trl("eager", packing=True, packing_strategy="wrapped"),
         "bfd packing": _trl(packing=True, packing_strategy="bfd"),
     },
     "hf-bf16": {
