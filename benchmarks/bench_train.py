@@ -51,35 +51,30 @@ class Bench:
         self.competitors = competitors()
 
     def place(self, work: Work) -> Place:
-        """The rows of this much work, prepared when they are first asked for."""
+        """The rows of this much work, prepared when they are first asked for; without them nothing can be measured."""
         rows = self.temporary / f"rows-{work.rows}"
         if not rows.exists():
             cache = ROOT / ".state" / "bench-train"
             wanted = (str(x) for x in (work.rows, work.seed, work.max_length))
-            helper("train_rows.py", self.args.data, rows, *wanted, cache)
+            try:
+                helper("train_rows.py", self.args.data, rows, *wanted, cache)
+            except Failed as error:
+                raise SystemExit(f"The rows cannot be prepared: {error}") from error
         return Place(rows, self.competitors, self.args.limit, self.args.threads)
 
     def run(self, key: Key, who: Rival | str, work: Work) -> Row:
         """Measure, unless an earlier call did; what fails is a row that says why."""
         if key not in self.found:
+            place = self.place(work)
             out = self.temporary / "-".join(str(part).replace(" ", "_") for part in key)
             try:
-                self.found[key] = self._measured(who, work, out, judged=key[0] == "round" and key[2] == 0)
+                self.found[key] = measured(who, work, place, out, judged=key[0] == "round" and key[2] == 0)
                 speed(self.found[key], warmup=self.args.warmup)  # packing can leave too few steps to have one
             except (Failed, ValueError) as error:
                 self.found[key] = {"skipped": str(error)}
             print("{:7} {:34} {:2d}".format(*key), shown(self.found[key], self.args.warmup), flush=True)
             keep(self.args.results, key, self.found[key])
         return self.found[key]
-
-    def _measured(self, who: Rival | str, work: Work, out: Path, *, judged: bool) -> Row:
-        place = self.place(work)
-        row = rival(work, who, place, out) if isinstance(who, Rival) else ours(work, who, place, out)
-        if judged:
-            row["held_out"] = float(
-                helper("train_judge.py", place.rows / "base", place.rows / "held.json", row["adapter"])
-            )
-        return row
 
     def tried(self, name: str) -> Rival | None:
         """The fastest setting of a tuned competitor; None when none ran to its end."""
@@ -104,6 +99,14 @@ class Bench:
         """Our own loss in both formats over the same batches."""
         for precision in OURS.values():
             self.run((CURVE, precision, 0), precision, replace(self.work, steps=CURVE_STEPS))
+
+
+def measured(who: Rival | str, work: Work, place: Place, out: Path, *, judged: bool) -> Row:
+    """One run of a rival, or of ours in a precision; `judged`: with its adapter's held-out loss."""
+    row = rival(work, who, place, out) if isinstance(who, Rival) else ours(work, who, place, out)
+    if judged:
+        row["held_out"] = float(helper("train_judge.py", place.rows / "base", place.rows / "held.json", row["adapter"]))
+    return row
 
 
 # --- results that outlive a call ---------------------------------------------------------------

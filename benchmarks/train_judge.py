@@ -1,8 +1,8 @@
 """Held-out loss of an adapter, whoever trained it: stock PEFT on a float32 base, our `tally`.
 
-    python benchmarks/train_judge.py BASE HELD.json [ADAPTER]
+    python benchmarks/train_judge.py BASE HELD.json ADAPTER
 
-Prints nats per token, without an adapter the base's own.
+Prints nats per token.
 """
 
 import json
@@ -23,14 +23,14 @@ from lorainit.model import load_model  # noqa: E402
 ROWS_PER_PASS = 8
 
 
-def main(base: str, held: str, adapter: str | None = None) -> None:
+def main(base: str, held: str, adapter: str) -> None:
     rows = json.loads(Path(held).read_text())
     samples = [
         Sample(number, torch.tensor(row["input_ids"]), torch.tensor(row["labels"]) >= 0)
         for number, row in enumerate(rows, start=1)
     ]
     model = load_model(Path(base), dtype=torch.float32, device=torch.device("cpu"))
-    print(loss(PeftModel.from_pretrained(model, adapter) if adapter else model, samples))
+    print(loss(PeftModel.from_pretrained(model, adapter), samples))
 
 
 @torch.no_grad()
