@@ -53,7 +53,7 @@ def _headline(rows: Iterable[Row], work: Work, *, warmup: int, threads: int | No
     versions: dict[str, str] = next((row["versions"] for row in rows if "versions" in row), {})
     told = ", ".join(f"{name} {version}" for name, version in versions.items()) or "no competitor ran"
     return (
-        f"Measured {datetime.now(UTC):%Y-%m-%d} on {machine()}{f', threads: {threads}' if threads else ''}. Both sides:"
+        f"Measured {datetime.now(UTC):%Y-%m-%d} on {machine()}{f', threads: {threads}' if threads else ''}. Versions:"
         f" {told}, Python {platform.python_version()}.\n"
         f"{rounds} rounds of {work.steps} steps of {work.batch} rows, of which {warmup} warm up."
     )
