@@ -31,8 +31,9 @@ from lorainit.weight import was_conv1d
 WEIGHTS = "adapter_model.safetensors"
 MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module with a `weight`
 MAX_PROMPTS, PROMPT_TOKENS = 16, 64
-# Largest logit difference that is rounding, relative to the largest logit (at least 1).
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# Largest logit difference that is rounding, relative to the largest logit (at least 1). In bf16 PEFT rounds
+# both branches before it adds them, which we do not.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 # --- writing -----------------------------------------------------------------------------------

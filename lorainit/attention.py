@@ -158,8 +158,8 @@ class _Rows(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty(q.shape[1], len(q), q.shape[2], dtype=q.dtype)
         for first, start, stop in _blocks(ends, window):
-            P, _ = _probabilities(q, k, first, start, stop, scale, window)
-            _spread(out[start:stop], P @ v[:, first:stop])
+            P, _, _ = _probabilities(q, k, first, start, stop, scale, window)
+            _spread(out[start:stop], P @ v[:, first:stop].contiguous())
         ctx.save_for_backward(q, k, v, out)
         ctx.ends, ctx.scale, ctx.window = ends, scale, window
         return out
@@ -171,16 +171,16 @@ class _Rows(torch.autograd.Function):
         dq = torch.empty(q.shape[1], len(q), q.shape[2], dtype=q.dtype)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for first, start, stop in _blocks(ctx.ends, ctx.window):
-            P, Q = _probabilities(q, k, first, start, stop, ctx.scale, ctx.window)
+            P, Q, K = _probabilities(q, k, first, start, stop, ctx.scale, ctx.window)
             dO = _gather(grad[start:stop].transpose(0, 1), len(k))
             O = _gather(out[start:stop].transpose(0, 1), len(k))  # noqa: E741 - the papers' letter
             keys = slice(first, stop)
             dv[:, keys] += P.transpose(1, 2) @ dO
-            dP = (dO @ v[:, keys].transpose(1, 2)).float()
+            dP = (dO @ v[:, keys].contiguous().transpose(1, 2)).float()
             D = torch.linalg.vecdot(dO.float(), O.float())[..., None]
             dS = dP.sub_(D).mul_(P).mul_(ctx.scale).to(q.dtype)
             dk[:, keys] += dS.transpose(1, 2) @ Q
-            _spread(dq[start:stop], dS @ k[:, keys])
+            _spread(dq[start:stop], dS @ K)
         return dq.transpose(0, 1), dk, dv, None, None, None
 
 
@@ -194,12 +194,16 @@ def _blocks(ends: tuple[int, ...], window: int | None) -> Iterator[tuple[int, in
 
 def _probabilities(
     q: Tensor, k: Tensor, first: int, start: int, stop: int, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """P (K, g·queries, keys) of one block in the inputs' dtype, and its queries (K, g·queries, d)."""
-    Q = _gather(q[:, start:stop], len(k))
-    S = (Q @ k[:, first:stop].transpose(1, 2)).float().mul_(scale)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P (K, g·queries, keys) of one block in the inputs' dtype, its queries (K, g·queries, d) and keys (K, keys, d).
+
+    Operands of all products are copies of their own: BLAS rounds by how memory is aligned, and where a row
+    lies in the batch must not matter.
+    """
+    Q, K = _gather(q[:, start:stop], len(k)), k[:, first:stop].contiguous()
+    S = (Q @ K.transpose(1, 2)).float().mul_(scale)
     S.unflatten(1, (-1, stop - start)).add_(_mask(first, start, stop, window))
-    return S.softmax(-1).to(q.dtype), Q
+    return S.softmax(-1).to(q.dtype), Q, K
 
 
 def _mask(first: int, start: int, stop: int, window: int | None) -> Tensor:
@@ -213,7 +217,7 @@ def _mask(first: int, start: int, stop: int, window: int | None) -> Tensor:
 
 def _gather(x: Tensor, groups: int) -> Tensor:
     """(H, n, d) to (K, g·n, d): the heads of one key head one below the other."""
-    return x.reshape(groups, -1, x.shape[-1])
+    return x.contiguous().view(groups, -1, x.shape[-1])
 
 
 def _spread(out: Tensor, x: Tensor) -> None:

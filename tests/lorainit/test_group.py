@@ -1,0 +1,271 @@
+"""Several runs in one forward pass: each ends with the very bits it would have had alone.
+
+On bases whose layers are as wide as real ones in one respect, a multiple of the processor's vectors: torch's
+SiLU rounds the numbers at the end of a tensor, which fill no vector, in another way.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorainit import group
+from lorainit.batches import pack
+from lorainit.data import load
+from lorainit.errors import Dropped, GroupMismatch, InvalidTrainingFile, LorainitError, NonFiniteLoss
+from lorainit.events import Checkpoint, Done, Metrics
+from lorainit.layer import LoRALinear
+from lorainit.loss import tallies, tally
+from lorainit.methods import Factors
+from lorainit.model import load_model
+from lorainit.run import Request, run, run_together
+from lorainit.targets import find_targets
+from tests.lorainit.conftest import chat, make_tokenizer, write_rows
+
+ALIKE = {"micro_batch_size": 2}
+# As unlike as members may be: method, rank, scale, targets, seed, rate, decay, steps, dropout, DoRA, optimizer.
+UNLIKE = {
+    "loram": {"lora": {"init": "loram", "r": 4}},
+    "kaiming, few targets": {"lora": {"init": "kaiming", "r": 2, "dropout": 0.2, "target_modules": "attention"}},
+    "pissa, seed": {"lora": {"init": "pissa", "r": 8, "alpha": 3.0}, "seed": 5},
+    "lora_ga, decay": {
+        "lora": {"init": {"method": "lora_ga", "samples": 4}},
+        "training": {"weight_decay": 0.1, "learning_rate": 3e-3, "max_steps": 6},
+    },
+    "eva": {"lora": {"init": {"method": "eva", "samples": 4}}, "training": {"max_steps": 2}},
+    "preconditioned": {"training": {"optimizer": {"name": "adamw_preconditioned", "damping": 1e-4}}},
+}
+
+
+def together(specs, folder, listen=None):
+    """Run specs as a group: how each ended, and its events."""
+    events = [[] for _ in specs]
+    heard = listen or (lambda who, event: None)
+
+    def listener(who):
+        def on_event(event):
+            heard(who, event)
+            events[who].append(event)
+
+        return on_event
+
+    requests = [Request(spec, folder / str(who), listener(who)) for who, spec in enumerate(specs)]
+    ends = dict(run_together(requests))
+    assert sorted(ends) == list(range(len(specs)))
+    return ends, events
+
+
+def factors(end):
+    return load_file(f"{end.adapter}/adapter_model.safetensors")
+
+
+def same_adapter(one, two):
+    a, b = factors(one), factors(two)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(events):
+    return [(e.step, e.train_loss, e.grad_norm, e.full_valid_loss) for e in events if isinstance(e, Metrics)]
+
+
+def test_every_member_ends_with_the_bits_it_has_alone(spec, rows, tmp_path):
+    data = {"data": {"validation": str(rows)}}
+    specs = [spec("wide-llama", **ALIKE, **data, **change) for change in UNLIKE.values()]
+    ends, events = together(specs, tmp_path / "group")
+    for who, one in enumerate(specs):
+        heard = []
+        solo = run(one, tmp_path / f"solo-{who}", heard.append)
+        assert losses(events[who]) == losses(heard)
+        assert len(losses(heard)) > 2
+        assert same_adapter(ends[who], solo), list(UNLIKE)[who]
+        assert ends[who].export_check["passed"]
+        assert events[who][-1] == ends[who]
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [{"base": "wide-gpt2", **change} for change in UNLIKE.values()],
+        [{"base": "wide-llama", "lora": {"init": "kaiming", "use_dora": True}}, {"base": "wide-llama"}],
+    ],
+    ids=["gpt2", "dora"],
+)
+def test_where_sums_are_formed_in_another_order_members_end_close(spec, tmp_path, specs):
+    """GPT-2's layers, and DoRA, whose rows go alone."""
+    specs = [spec(**{**ALIKE, **change}) for change in specs]
+    ends, _ = together(specs, tmp_path / "group")
+    for who, one in enumerate(specs):
+        two = factors(run(one, tmp_path / f"solo-{who}", lambda event: None))
+        for name, tensor in factors(ends[who]).items():
+            assert torch.allclose(tensor, two[name], atol=2e-6), name
+
+
+def test_members_may_learn_from_other_rows(spec, tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", [chat(f"Count {i}", "one two three " * (1 + i % 3)) for i in range(9)])
+    specs = [spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE, data={"training": str(other)})]
+    ends, _ = together(specs, tmp_path / "group")
+    for who, one in enumerate(specs):
+        assert same_adapter(ends[who], run(one, tmp_path / f"solo-{who}", lambda event: None))
+
+
+def test_who_has_fewer_steps_is_done_while_the_others_train(spec, tmp_path):
+    order = []
+    specs = [
+        spec("wide-llama", **ALIKE, training={"max_steps": 6}),
+        spec("wide-llama", **ALIKE, training={"max_steps": 2}),
+    ]
+    together(specs, tmp_path, lambda who, event: order.append((who, type(event), getattr(event, "step", None))))
+    assert order.index((1, Done, None)) < order.index((0, Metrics, 3))
+
+
+def test_a_member_goes_on_from_its_own_checkpoint(spec, tmp_path):
+    """One resumes at step 2, the other starts: both end as if never disturbed."""
+    one, two = spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE, seed=3)
+    whole = run(one, tmp_path / "whole", lambda event: None)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000002"
+    ends, events = together([one.model_copy(update={"resume_from": str(checkpoint)}), two], tmp_path / "group")
+    assert [e.step for e in events[0] if isinstance(e, Checkpoint)] == [4]
+    assert same_adapter(ends[0], whole)
+    assert same_adapter(ends[1], run(two, tmp_path / "solo", lambda event: None))
+
+
+# --- what one does wrong -------------------------------------------------------------------------
+
+
+def poison(who, step, field="A"):
+    """A listener that spoils a member's factors after a step of its own."""
+    seen = []
+
+    def listen(member, event):
+        if member == who and isinstance(event, Metrics) and event.step == step:
+            seen.append(event)
+            layer = next(layer for layer in alive[who].values())
+            with torch.no_grad():
+                getattr(layer, field)[0, 0] = float("nan")
+
+    alive = {}
+    listen.alive, listen.seen = alive, seen
+    return listen
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("field", ["A", "B"])
+def test_one_poisoned_adapter_ends_and_the_others_never_notice(spec, tmp_path, monkeypatch, precision, field):
+    """In bf16 all adapters stand in one product, where 0·NaN would reach everybody's rows."""
+    listen = poison(1, step=2, field=field)
+    from lorainit import train as module
+
+    course = module.Course
+
+    def remember(member, world):
+        listen.alive[len(listen.alive)] = member.layers
+        return course(member, world)
+
+    specs = [spec("wide-llama", **ALIKE, seed=seed, training={"precision": precision}) for seed in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Course", remember)
+        ends, _ = together(specs, tmp_path / "group", listen)
+    assert listen.seen
+    assert isinstance(ends[1], NonFiniteLoss)
+    assert ends[1].message.startswith("Step 3: ")
+    for who in (0, 2):
+        solo = run(specs[who], tmp_path / f"solo-{who}", lambda event: None)
+        if precision == "fp32":
+            assert same_adapter(ends[who], solo)
+        else:
+            one, two = factors(ends[who]), factors(solo)
+            assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in one)
+
+
+def test_a_member_whose_file_is_bad_fails_before_the_others_train(spec, tmp_path):
+    bad = write_rows(tmp_path / "bad.jsonl", ["{"])
+    ends, events = together(
+        [spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE, data={"training": str(bad)})], tmp_path
+    )
+    assert isinstance(ends[1], InvalidTrainingFile)
+    assert isinstance(ends[0], Done)
+    assert not losses(events[1])
+
+
+def test_a_dropped_member_costs_the_others_nothing(spec, tmp_path):
+    def drop(who, event):
+        if who == 0 and isinstance(event, Metrics) and event.step == 2:
+            raise Dropped("Nobody waits for it.")
+
+    specs = [spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE, seed=1)]
+    ends, _ = together(specs, tmp_path / "group", drop)
+    assert isinstance(ends[0], Dropped)
+    assert same_adapter(ends[1], run(specs[1], tmp_path / "solo", lambda event: None))
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"base": "wide-gpt2"}, "model"),
+        ({"training": {"precision": "bf16"}}, "precision"),
+        ({"deterministic": False}, "deterministic"),
+    ],
+)
+def test_who_cannot_share_the_pass_is_told_why(spec, tmp_path, change, param):
+    ends, _ = together([spec("wide-llama", **ALIKE), spec(**{"base": "wide-llama", **ALIKE, **change})], tmp_path)
+    assert isinstance(ends[0], Done)
+    assert isinstance(ends[1], GroupMismatch)
+    assert ends[1].param == param
+    assert "cannot share a forward pass" in ends[1].message
+
+
+def test_a_base_that_cannot_pack_refuses_groups(spec, tmp_path, monkeypatch):
+    from lorainit import attention
+
+    monkeypatch.setattr(attention, "install", lambda model: "its attention is strange")
+    ends, _ = together([spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE)], tmp_path)
+    assert all(isinstance(end, LorainitError) and end.param == "resources.group" for end in ends.values())
+
+
+# --- gradients -----------------------------------------------------------------------------------
+
+
+def adapter(model, seed, r):
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, module in find_targets(model, "all-linear").items():
+        n, m = module.in_features, module.out_features
+        pair = Factors(torch.randn(r, n, generator=generator) / 8, torch.randn(m, r, generator=generator) / 8)
+        found[name] = LoRALinear(module, pair, scale=1.5, subtract=seed % 2 == 1)
+        with torch.no_grad():
+            found[name].B += torch.randn(m, r, generator=generator) / 16
+    return found
+
+
+def gradients(layers):
+    return [p.grad.clone() for layer in layers.values() for p in layer.trained().values()]
+
+
+def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(bases, rows):
+    model = load_model(bases["wide-llama"], dtype=torch.float32, device=torch.device("cpu")).requires_grad_(False)  # noqa: FBT003
+    from lorainit import attention
+
+    assert attention.install(model) is None
+    samples = load(rows, make_tokenizer(), max_length=256).samples
+    adapters = [adapter(model, seed, r=2 + seed % 3) for seed in range(8)]
+    parts = [samples[i : i + 1 + i % 3] for i in range(8)]
+    stand = group.Stand(model)
+    ends = [0]
+    for part in parts:
+        ends.append(ends[-1] + sum(len(s.ids) for s in part))
+    stand.put(adapters, list(zip(ends, ends[1:])))  # noqa: B905
+    counts = [sum(int(s.trained[1:].sum()) for s in part) for part in parts]
+    found = tallies(model, pack([s for part in parts for s in part]), counts)
+    torch.stack([part.loss for part in found]).sum().backward()
+    shared = [gradients(layers) for layers in adapters]
+    for layers, part, theirs, sums in zip(adapters, parts, shared, found, strict=True):
+        for layer in layers.values():
+            layer.zero_grad()
+        batch = pack(part)
+        stand.put([layers], [(0, batch.ids.numel())])
+        solo = tally(model, batch)
+        solo.loss.backward()
+        assert torch.equal(solo.loss, sums.loss)
+        for one, two in zip(gradients(layers), theirs, strict=True):
+            assert one.any()
+            assert torch.equal(one, two)
+    stand.clear()
