@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorainit import cache
-from lorainit.cache import Cache
+from lorainit.cache import Cache, data_digest
 from lorainit.data import Batch, Sample, batches, collate, order
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
@@ -18,6 +17,7 @@ from lorainit.initialize import Known, Report, initialize
 from lorainit.layer import adapted
 from lorainit.methods import Factors
 from lorainit.prepare import Job, OnEvent
+from lorainit.store import key
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
 WORTH_KEEPING_SECONDS = 1.0  # a start that took less is made faster than it is read
@@ -133,15 +133,15 @@ def _keys(job: Job, context: Context) -> _Keys:
         "targets": list(job.targets),
         "device": job.device.type,
         "precision": job.plan.precision,
-        "data": cache.data_digest(context.samples) if looks_at_data else None,
+        "data": data_digest(context.samples) if looks_at_data else None,
         "micro_batch_size": job.plan.micro_batch_size if looks_at_data else None,
     }
     if config.facts.needs == "preheat":
         recipe = job.training.model_dump(mode="json"), job.data.sha256, job.plan.total_steps, job.spec.seed
         parts |= {"recipe": recipe}
     return _Keys(
-        evidence=cache.key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
-        starts=cache.key(
+        evidence=key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
+        starts=key(
             **parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora
         ),
     )

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lorainit import cache as cache_module
 from lorainit import init_stage as stage
-from lorainit.cache import Cache, data_digest, key
+from lorainit import store as store_module
+from lorainit.cache import Cache, data_digest
 from lorainit.events import Message
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
@@ -21,6 +21,7 @@ from lorainit.inits import INITS
 from lorainit.layer import adapted
 from lorainit.methods import Factors
 from lorainit.prepare import prepare
+from lorainit.store import key
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_parameters_of_the_method_are_in_the_name(begin, counted):
 
 def test_other_code_is_a_miss(begin, counted, monkeypatch):
     begin(GRADIENT)
-    monkeypatch.setattr(cache_module, "code_version", lambda: "next release")
+    monkeypatch.setattr(store_module, "code_version", lambda: "next release")
     assert begin(GRADIENT)[0]["cached"] is False
 
 
@@ -202,7 +203,7 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(begin, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "save_file", fail)
+    monkeypatch.setattr(store_module, "save_file", fail)
     summary, _, warnings = begin(GRADIENT)
     assert summary["cached"] is False
     assert any("could not be cached" in text for text in warnings)
