@@ -15,14 +15,17 @@ import torch
 from torch import nn
 
 from lorainit import hardware
-from lorainit.data import Dataset, load, pad_id
+from lorainit.data import Dataset, pad_id
+from lorainit.digest import known_sha256, require_whole
 from lorainit.events import Event, Message, Plan, Tick
 from lorainit.layer import shape_of
-from lorainit.model import base_sha256, check_length, load_model, load_tokenizer, locate
+from lorainit.model import check_length, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.spec import Hyperparameters, Lora, RunSpec
+from lorainit.store import Store
 from lorainit.targets import check_rank, find_targets
+from lorainit.tokens import load_kept
 
 OnEvent = Callable[[Event], None]
 
@@ -95,7 +98,7 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
     max_length = resolve(spec.training, rows=1, model=spec.model, method=lora.method)[0].max_length
     assert max_length != "auto"
     check_length(location, max_length)
-    data, valid, calibration = _load_data(spec, tokenizer, max_length, on_event)
+    data, valid, calibration = _load_data(spec, tokenizer, location.folder, max_length, on_event)
     training, more = resolve(spec.training, rows=len(data.samples), model=spec.model, method=lora.method)
     for choice in [*choices, *more]:
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
@@ -104,7 +107,8 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
     targets = find_targets(model, lora.target_modules)
     check_rank(targets, lora.r)
     plan = _plan(spec, lora, training, data, targets, device=device, dtype=dtype)
-    digest = base_sha256(location.folder)
+    digest = known_sha256(location.folder, store(spec, "bases", on_event))
+    require_whole(location.folder, digest)
     return Job(
         spec,
         lora,
@@ -123,8 +127,13 @@ def prepare(spec: RunSpec, out: Path, on_event: OnEvent) -> Job:
     )
 
 
+def store(spec: RunSpec, kind: str, on_event: OnEvent) -> Store:
+    """What earlier runs found out, one of `store.KINDS`; a run without a cache folder keeps nothing."""
+    return Store(Path(spec.cache or "") / kind, spec.cache_limit_bytes if spec.cache else 0, on_event)
+
+
 def _load_data(
-    spec: RunSpec, tokenizer: Any, max_length: int, on_event: OnEvent
+    spec: RunSpec, tokenizer: Any, folder: Path, max_length: int, on_event: OnEvent
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
     def tick(done: int, total: int) -> None:
         on_event(Tick(done=done, total=total))
@@ -132,8 +141,16 @@ def _load_data(
     def read(path: str | None, param: str) -> Dataset | None:
         if path is None:
             return None
-        rule = spec.data.on_row_error
-        data = load(path, tokenizer, max_length=max_length, on_row_error=rule, param=param, on_tick=tick)
+        data = load_kept(
+            path,
+            tokenizer,
+            folder=folder,
+            store=store(spec, "tokens", on_event),
+            max_length=max_length,
+            on_row_error=spec.data.on_row_error,
+            param=param,
+            on_tick=tick,
+        )
         _report_data(data, param, on_event)
         return data
 

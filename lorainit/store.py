@@ -27,6 +27,7 @@ from lorainit.events import Event, Message
 
 SUFFIX = ".safetensors"
 STALE_SECONDS = 3600.0
+MAX_JSON = 32 << 20  # the format ends at 100 MB of header, and this is quoted into one
 # Folders beside each other that share one limit, and what an entry in them is called.
 KINDS = {"init": "initialization", "tokens": "tokenized file", "bases": "digest of a base model"}
 
@@ -69,7 +70,7 @@ class Store:
             return
         tensors: dict[str, Tensor] = {}
         packed = json.dumps(_pack(entry, tensors, {}))
-        if sum(t.nbytes for t in tensors.values()) + len(packed) > self.limit:
+        if len(packed) > MAX_JSON or sum(t.nbytes for t in tensors.values()) + len(packed) > self.limit:
             return
         temporary = self.folder / f".{key}-{secrets.token_hex(8)}"
         try:
