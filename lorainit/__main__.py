@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 143 ask
 
 import argparse
 import ctypes
+import importlib.util
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import TextIO
 
 from pydantic import ValidationError
 
+from lorainit import machine
 from lorainit.errors import LorainitError, Stopped
 from lorainit.events import Event, Failed
 from lorainit.spec import RunSpec
@@ -35,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["inspect"]:
         return _inspect(arguments[1:])
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments[1:])
     args = _parser().parse_args(arguments)
     if args.events_fd is not None:
         _die_with_parent()
@@ -60,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lorainit",
         description="Fine-tune a LoRA adapter as a spec file says.",
-        epilog="python -m lorainit inspect SOURCE prints the facts of a base model as JSON.",
+        epilog="python -m lorainit inspect SOURCE prints the facts of a base model as JSON,"
+        " python -m lorainit doctor what runs find on this machine.",
     )
     parser.add_argument("spec", type=Path, help="the run's spec, a JSON file")
     parser.add_argument("out", type=Path, help="folder for the adapter, checkpoints and metrics")
@@ -79,9 +84,10 @@ def _run(spec: RunSpec, out: Path, stop: "_Stop", on_event: OnEvent) -> int:
     try:
         # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        guarded(machine.set_up())  # loads torch: seconds, and only then the libraries that need it
         from transformers.utils.logging import disable_progress_bar
 
-        from lorainit.run import run  # loads torch: seconds
+        from lorainit.run import run
 
         disable_progress_bar()
         run(spec, out, guarded)
@@ -133,6 +139,21 @@ def _inspect(arguments: list[str]) -> int:
         print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201
         return FAILED
     print(facts.model_dump_json(indent=2))  # noqa: T201
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lorainit doctor", description="What runs find on this machine.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args(arguments)
+    if importlib.util.find_spec("torch") is None:
+        print("Nothing can be trained here: torch is not installed.", file=sys.stderr)  # noqa: T201
+        return FAILED
+    machine.set_up()  # before anything else loads torch
+    from lorainit import doctor
+
+    found = doctor.examine()
+    print(doctor.as_json(found) if args.json else doctor.as_text(found))  # noqa: T201
     return 0
 
 

@@ -141,7 +141,5 @@ def _keys(job: Job, context: Context) -> _Keys:
         parts |= {"recipe": recipe}
     return _Keys(
         evidence=key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
-        starts=key(
-            **parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora
-        ),
+        starts=key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora),
     )
