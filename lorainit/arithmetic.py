@@ -83,7 +83,7 @@ def measure() -> Measured:
 def route_fp32(measured: Callable[[], Measured], *, vendor: str | None) -> Choice:
     """Let oneDNN multiply float32 matrices where MKL is slow and oneDNN as exact as float32 is.
 
-    MKL takes slow paths on processors that are not Intel's: oneDNN was 1.9 to 2.3 times as fast on an AMD EPYC (Zen 5).
+    MKL takes slow paths on processors that are not Intel's: oneDNN is about twice as fast on an AMD EPYC (Zen 5).
     torch hands fp32 products to oneDNN when it is told that bf16 would be precise enough; there is no switch for the
     library alone. What oneDNN makes of that permission depends on the processor: float32 all the same, or, with AMX,
     bf16. So the error is measured first.
@@ -95,7 +95,8 @@ def route_fp32(measured: Callable[[], Measured], *, vendor: str | None) -> Choic
         vendor: as `machine.processor_vendor` has it.
     """
     name = "fp32 products"
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not onednn or not torch.backends.mkl.is_available():
         return Choice(name, "default", "this torch has no two libraries to choose from")
     if vendor in (None, "GenuineIntel"):
         return Choice(name, "default", "MKL is made for this processor" if vendor else "the processor is not known")

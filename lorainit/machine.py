@@ -124,7 +124,7 @@ def _variable(name: str, variable: str, *, value: str, why: str) -> Choice:
     return Choice(name, value, why)
 
 
-# --- the processor, and how many of its cores are ours -----------------------------------------------------------------------
+# --- the processor, and how many of its cores are ours -------------------------------------------
 
 
 def processor_vendor(root: Path = Path("/")) -> str | None:

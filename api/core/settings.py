@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     model_cache: Path | None = Field(None, description="Converted base models; empty = a folder in the state folder.")
     init_cache_bytes: Annotated[int, Field(ge=0)] = Field(
         8 * 2**30,
-        description="Gradients, activations, starts and tokenized files kept for the next run, in the model cache; 0 = none.",
+        description="Starts and tokenized files kept for the next run, in the model cache; 0 = none.",
     )
     lease_seconds: Annotated[float, Field(gt=0)] = Field(30.0, description="A silent worker loses its job after this.")
     beat_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="Lease renewal and cancel check interval.")
