@@ -7,7 +7,7 @@ exact as float32 products are.
 import os
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,8 +95,8 @@ def route_fp32(measured: Callable[[], Measured], *, vendor: str | None) -> Choic
         vendor: as `machine.processor_vendor` has it.
     """
     name = "fp32 products"
-    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not onednn or not torch.backends.mkl.is_available():
+    backends: Any = torch.backends  # whose functions have no annotations
+    if not backends.mkldnn.is_available() or not backends.mkl.is_available():
         return Choice(name, "default", "this torch has no two libraries to choose from")
     if vendor in (None, "GenuineIntel"):
         return Choice(name, "default", "MKL is made for this processor" if vendor else "the processor is not known")
