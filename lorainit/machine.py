@@ -82,8 +82,8 @@ def message() -> Message:
 def keep_freed_memory() -> Choice:
     """Let glibc keep what is freed: by default it hands freed logits back and page-faults them in again at every step.
 
-    SmolLM2 in fp32, 2 rows: about 20,000 page faults in the median step by default, 113 with the variables that
-    the supervisor used to set, 114 with these three calls, at the same peak memory (within 1 %).
+    SmolLM2 in fp32, 2 rows: 33,000 page faults in the median step by default; about 110 with these three calls, as with
+    glibc's variables for the same, and up to a tenth more peak memory. What a fault costs depends on the machine.
     """
     name = "allocator"
     if given := [variable for variable in _MALLOC_VARIABLES if variable in os.environ]:
