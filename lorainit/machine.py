@@ -83,8 +83,9 @@ def keep_freed_memory() -> Choice:
     """Let glibc keep what is freed: by default it hands freed logits back and page-faults them in again at every step.
 
     SmolLM2 in fp32, 2 rows: 33,000 to 45,000 page faults in the median step by default; about 110 with these three
-    calls, as with glibc's variables for the same. A fault was cheap where this was counted, and times did
-    not differ; it was dear on the machine where the variables were first tried (docs/machine.md). Peak memory grows by 1 to 15 %.
+    calls, as with glibc's variables for the same. A fault was cheap where this was counted, and times did not
+    differ; it was dear on the machine where the variables were first tried (docs/machine.md). Peak memory grows by
+    1 to 15 %.
     """
     name = "allocator"
     if given := [variable for variable in _MALLOC_VARIABLES if variable in os.environ]:
