@@ -153,6 +153,17 @@ def models_inspect(
     out.print(tables.catalogue_entry(facts, model_id=model_id, source=source), markup=False, end="")
 
 
+@app.command(rich_help_panel="Service")
+def doctor(
+    as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a run would find and choose on this machine."""
+    options = ["--json"] if as_json else []
+    answer = subprocess.run([sys.executable, "-m", "lorainit", "doctor", *options], check=False)
+    if answer.returncode:
+        raise Problem("this machine cannot train; see above.")
+
+
 # --- at a server ---------------------------------------------------------------------------------
 
 

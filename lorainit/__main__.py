@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 143 ask
 
 import argparse
 import ctypes
+import importlib.util
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import NamedTuple, TextIO
 
 from pydantic import ValidationError
 
+from lorainit import machine
 from lorainit.errors import Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Tick
 from lorainit.spec import RunSpec
@@ -35,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["inspect"]:
         return _inspect(arguments[1:])
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments[1:])
     args = _parser().parse_args(arguments)
     members = [_Member(args.spec, args.out, args.lease), *(_Member(*map(Path, three)) for three in args.member)]
     if args.events_fd is not None:
@@ -73,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lorainit",
         description="Fine-tune a LoRA adapter as a spec file says, or several on one base in one forward pass.",
-        epilog="python -m lorainit inspect SOURCE prints the facts of a base model as JSON.",
+        epilog="python -m lorainit inspect SOURCE prints the facts of a base model as JSON,"
+        " python -m lorainit doctor what runs find on this machine.",
     )
     parser.add_argument("spec", type=Path, help="the run's spec, a JSON file")
     parser.add_argument("out", type=Path, help="folder for the adapter, checkpoints and metrics")
@@ -101,9 +106,12 @@ def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent) 
     try:
         # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        settings = machine.set_up()  # loads torch: seconds, and only then the libraries that need it
+        for who in range(len(runs)):
+            on_event(settings.model_copy(update={"member": who}))
         from transformers.utils.logging import disable_progress_bar
 
-        from lorainit.run import Request, run_together  # loads torch: seconds
+        from lorainit.run import Request, run_together
 
         disable_progress_bar()
         requests = [
@@ -164,6 +172,21 @@ def _inspect(arguments: list[str]) -> int:
         print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201
         return FAILED
     print(facts.model_dump_json(indent=2))  # noqa: T201
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lorainit doctor", description="What runs find on this machine.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args(arguments)
+    if importlib.util.find_spec("torch") is None:
+        print("Nothing can be trained here: torch is not installed.", file=sys.stderr)  # noqa: T201
+        return FAILED
+    machine.set_up()  # before anything else loads torch
+    from lorainit import doctor
+
+    found = doctor.examine()
+    print(doctor.as_json(found) if args.json else doctor.as_text(found))  # noqa: T201
     return 0
 
 

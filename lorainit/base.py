@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit import attention, hardware
+from lorainit import attention, hardware, machine
 from lorainit.batches import Batch, collate, pack, pad_id
 from lorainit.data import Sample
+from lorainit.digest import known_sha256, require_whole
 from lorainit.errors import GroupMismatch
-from lorainit.events import Message
+from lorainit.events import Event, Message
 from lorainit.inits import Quantization
-from lorainit.model import Location, base_sha256, load_model, load_tokenizer, locate
+from lorainit.model import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
 from lorainit.spec import RunSpec
+from lorainit.store import Store
+
+OnEvent = Callable[[Event], None]
 
 
 @dataclass
@@ -44,15 +48,17 @@ class Base:
         """The padding token's id."""
         return pad_id(self.tokenizer)
 
-    def load(self, on_event: Callable[[Message], None]) -> nn.Module:
+    def load(self, on_event: OnEvent) -> nn.Module:
         """Load the weights, if nobody has, and choose the attention."""
         if self._model is None:
             folder, quantization = self.location.folder, self.quantization
             self._model = load_model(folder, dtype=self.dtype, device=self.device, quantization=quantization)
             refusal = attention.install(self._model)
             self.packs = refusal is None
-            layout = "Rows are packed end to end" if self.packs else f"Rows are padded: {refusal}"
-            on_event(Message(message=layout, data={"kind": "machine", "packed": self.packs}))
+            rows = "packed" if self.packs else "padded"
+            why = refusal or "no padding to compute, and attention inside each row only"
+            machine.note(machine.Choice("rows", rows, why))
+            on_event(Message(message=f"Rows are {rows}: {why}", data={"kind": "machine", "rows": rows}))
         return self._model
 
     def lay(self, samples: Sequence[Sample]) -> Batch:
@@ -90,7 +96,12 @@ class Base:
             )
 
 
-def open_base(spec: RunSpec, out: Path) -> Base:
+def store(spec: RunSpec, kind: str, on_event: OnEvent) -> Store:
+    """What earlier runs found out, one of `store.KINDS`; a run without a cache folder keeps nothing."""
+    return Store(Path(spec.cache or "") / kind, spec.cache_limit_bytes if spec.cache else 0, on_event)
+
+
+def open_base(spec: RunSpec, out: Path, on_event: OnEvent) -> Base:
     """Find the base and what can be known of it without its weights.
 
     Args:
@@ -105,4 +116,6 @@ def open_base(spec: RunSpec, out: Path) -> Base:
     dtype = hardware.dtype_of(hardware.resolve_precision(spec.training, device)[0].precision)
     location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
     tokenizer = load_tokenizer(location.folder)
-    return Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, base_sha256(location.folder))
+    digest = known_sha256(location.folder, store(spec, "bases", on_event))
+    require_whole(location.folder, digest)
+    return Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, digest)

@@ -78,15 +78,26 @@ def load(
         NoTrainableTokens: every row is masked or cut before its first trained token.
         UnsupportedModel: the chat template cannot do what the rows need.
     """
+    data = tokenize(path, tokenizer, max_length=max_length, on_tick=on_tick)
+    refuse(data, on_row_error, param)
+    return data
+
+
+def tokenize(
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    on_tick: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """What `load` reads, before anybody judges it: depends on the file, the tokenizer and `max_length` alone."""
     reader = _Reader(tokenizer, max_length)
     total = _count_lines(path)
     for row in read_rows(path):
         reader.read(row)
         if on_tick and reader.rows % TICK_ROWS == 0:
             on_tick(row.line, total)
-    data = Dataset(reader.samples, _file_sha256(path), reader.rows, reader.truncated, reader.problems, reader.warnings)
-    _refuse(data, on_row_error, param)
-    return data
+    return Dataset(reader.samples, file_sha256(path), reader.rows, reader.truncated, reader.problems, reader.warnings)
 
 
 class _Reader:
@@ -174,7 +185,8 @@ def _tensors(ids: list[int], mask: list[bool]) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool)
 
 
-def _refuse(data: Dataset, on_row_error: str, param: str) -> None:
+def refuse(data: Dataset, on_row_error: str, param: str) -> None:
+    """Raise what `load` promises for a file that cannot be used as it is."""
     bad = len({p.line for p in data.problems})
     name = param.replace("_", " ")
     masked = bool(data.problems) and all(p.code == "no_trainable_tokens" for p in data.problems)
@@ -195,6 +207,7 @@ def _count_lines(path: str | Path) -> int:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b"")) + 1
 
 
-def _file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path) -> str:
+    """Lower-case hex."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lorainit import adapter, fidelity, hardware
+from lorainit.base import OnEvent
 from lorainit.events import Message, Stage
 from lorainit.initialize import Report
 from lorainit.layer import borrowed
-from lorainit.prepare import Job, OnEvent
+from lorainit.prepare import Job
 from lorainit.results import write_csv
 
 

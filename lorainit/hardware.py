@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from lorainit import machine
 from lorainit.errors import UnsupportedModel
 from lorainit.spec import Choice, Hyperparameters
 
@@ -102,13 +103,14 @@ def gpu_name() -> str | None:
 
 
 def description() -> dict[str, Any]:
-    """The machine, for the manifest."""
+    """The machine and what was chosen for it, for the manifest."""
     return {
         "platform": platform.platform(),
         "processor": platform.machine(),
         "cpus": os.cpu_count(),
         "gpu": gpu_name(),
         "cuda": torch.version.cuda,
+        "settings": machine.settings(),
     }
 
 

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorainit import cache
+from lorainit.base import OnEvent
 from lorainit.batches import Batch, batches, collate, order
-from lorainit.cache import Cache
+from lorainit.cache import Cache, data_digest
 from lorainit.data import Sample
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
@@ -18,7 +18,8 @@ from lorainit.evidence.context import Context
 from lorainit.initialize import Known, Report, initialize
 from lorainit.layer import detach
 from lorainit.methods import Factors
-from lorainit.prepare import Job, OnEvent
+from lorainit.prepare import Job
+from lorainit.store import key
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
 WORTH_KEEPING_SECONDS = 1.0  # a start that took less is made faster than it is read
@@ -135,15 +136,13 @@ def _keys(job: Job, context: Context) -> _Keys:
         "targets": list(job.targets),
         "device": job.base.device.type,
         "precision": job.plan.precision,
-        "data": cache.data_digest(context.samples) if looks_at_data else None,
+        "data": data_digest(context.samples) if looks_at_data else None,
         "micro_batch_size": job.plan.micro_batch_size if looks_at_data else None,
     }
     if config.facts.needs == "preheat":
         recipe = job.training.model_dump(mode="json"), job.data.sha256, job.plan.total_steps, job.spec.seed
         parts |= {"recipe": recipe}
     return _Keys(
-        evidence=cache.key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
-        starts=cache.key(
-            **parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora
-        ),
+        evidence=key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
+        starts=key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora),
     )

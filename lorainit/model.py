@@ -9,22 +9,21 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lorainit.digest import seal
 from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inits import Quantization
 from lorainit.quantize import loading_options, settle
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.
-CONVERTER = 1
+CONVERTER = 2
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -122,6 +121,7 @@ def _convert(path: Path, out: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF loading leaves 1e30
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    seal(out)
 
 
 def _restore_exact_floats(config: Any) -> None:
@@ -145,34 +145,6 @@ def check_length(location: Location, max_length: int) -> None:
             f"max_length {max_length} is above the {location.max_length} tokens the base model can represent.",
             param="method.supervised.hyperparameters.max_length",
         )
-
-
-def base_sha256(folder: Path) -> str:
-    """SHA-256 over (name, dtype, shape, bytes) of all tensors in order of their names."""
-    where = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
-    digest = hashlib.sha256()
-    for file, names in _runs(sorted(where), where):
-        with safe_open(file, framework="pt") as tensors:
-            for name in names:
-                tensor = tensors.get_tensor(name)
-                digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
-
-
-def _runs(names: list[str], where: dict[str, Path]) -> Iterable[tuple[Path, list[str]]]:
-    """Consecutive names of one file together, so that each file is opened rarely."""
-    runs: list[tuple[Path, list[str]]] = []
-    for name in names:
-        if not runs or runs[-1][0] != where[name]:
-            runs.append((where[name], []))
-        runs[-1][1].append(name)
-    return runs
 
 
 # --- loading -----------------------------------------------------------------------------------

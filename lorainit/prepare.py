@@ -6,24 +6,22 @@ What can be refused is refused here, before the slow parts. Says what it decided
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lorainit import hardware
-from lorainit.base import Base
-from lorainit.data import Dataset, load
-from lorainit.events import Event, Message, Plan, Tick
+from lorainit.base import Base, OnEvent, store
+from lorainit.data import Dataset
+from lorainit.events import Message, Plan, Tick
 from lorainit.layer import LoRALinear
 from lorainit.model import check_length
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
 from lorainit.targets import check_rank, find_targets
+from lorainit.tokens import load_kept
 from lorainit.weight import shape_of
-
-OnEvent = Callable[[Event], None]
 
 # Rows × tokens of one forward pass when the spec leaves the micro-batch to us: the logits of a large
 # vocabulary are what fills memory first (2048 × 49152 × 4 bytes = 0.4 GB, held about three times).
@@ -80,7 +78,7 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
     max_length = resolve(asked, rows=1, model=spec.model, method=lora.method)[0].max_length
     assert max_length != "auto"
     check_length(base.location, max_length)
-    data, valid, calibration = _load_data(spec, base.tokenizer, max_length, on_event)
+    data, valid, calibration = _load_data(spec, base, max_length, on_event)
     training, more = resolve(asked, rows=len(data.samples), model=spec.model, method=lora.method)
     for choice in [*choices, *decided_here, *more]:
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
@@ -95,7 +93,7 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
 
 
 def _load_data(
-    spec: RunSpec, tokenizer: Any, max_length: int, on_event: OnEvent
+    spec: RunSpec, base: Base, max_length: int, on_event: OnEvent
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
     def tick(done: int, total: int) -> None:
         on_event(Tick(done=done, total=total))
@@ -103,8 +101,16 @@ def _load_data(
     def read(path: str | None, param: str) -> Dataset | None:
         if path is None:
             return None
-        rule = spec.data.on_row_error
-        data = load(path, tokenizer, max_length=max_length, on_row_error=rule, param=param, on_tick=tick)
+        data = load_kept(
+            path,
+            base.tokenizer,
+            folder=base.location.folder,
+            store=store(spec, "tokens", on_event),
+            max_length=max_length,
+            on_row_error=spec.data.on_row_error,
+            param=param,
+            on_tick=tick,
+        )
         _report_data(data, param, on_event)
         return data
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from lorainit import checkpoint, delivery, hardware, init_stage
-from lorainit.base import Base, open_base
+from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Progress, Restored
 from lorainit.course import Member
 from lorainit.errors import DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
 from lorainit.events import Done, InitReport, Stage
 from lorainit.initialize import Report
 from lorainit.inits import HRP
-from lorainit.prepare import Job, OnEvent, prepare
+from lorainit.prepare import Job, prepare
 from lorainit.spec import RunSpec
 from lorainit.train import train
 from lorainit.world import World, joined
@@ -96,7 +96,7 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
         try:
             request.out.mkdir(parents=True, exist_ok=True)
             request.on_event(Stage(stage="loading", message=f"Loading {request.spec.model.id}"))
-            base = base or open_base(request.spec, request.out)
+            base = base or open_base(request.spec, request.out, request.on_event)
             runs[who] = _begin(request, base, world, sharing=len(requests))
         except Stopped:
             raise

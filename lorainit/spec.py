@@ -251,8 +251,8 @@ class Data(Strict):
 class RunSpec(Strict):
     """Everything a run needs; the same spec on the same machine gives the same adapter.
 
-    `cache`: a folder for converted base models and, under `init/`, what initializations found out, of
-    which at most `cache_limit_bytes` are kept (0 = none).
+    `cache`: a folder for converted base models and, under `init/`, `tokens/` and `bases/`, what earlier runs found
+    out: starts, tokenized files and digests, of which at most `cache_limit_bytes` are kept (0 = none).
     """
 
     model: BaseModelRef

@@ -19,6 +19,8 @@ from lorainit.spec import Data, Hyperparameters, Lora, RunSpec
 from worker.archive import Archive, pack, unpack
 from worker.progress import Lost
 
+TIMES = ("stage_seconds", "seconds_to_first_step")  # of a job's progress, kept when it is over
+
 
 def prepare(job: Job, folder: Path, storage: Storage) -> Path:
     """Fetch a job's files and its last checkpoint; write `spec.json` and return its path."""
@@ -112,7 +114,7 @@ def store_result(job: Job, lease: Lease, done: Done, folder: Path, storage: Stor
             result_file_id=result.id if result else None,
             trained_tokens=done.trained_tokens,
             export_check={**done.export_check, "adapter_sha256": archive.sha256},
-            resources={**done.resources, "attempts": job.attempts},
+            resources={**done.resources, "attempts": job.attempts, **{name: progress[name] for name in TIMES}},
             progress={**progress, "stage": "done", "percent": 100.0, "remaining_seconds": 0},
         )
         if not moved:

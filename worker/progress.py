@@ -8,6 +8,7 @@ from api.core import events, jobs, metrics
 from api.core.db import now, session_scope
 from api.core.jobs import Lease
 from lorainit.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
+from worker.stopwatch import STARTING, Stopwatch
 
 # Where each stage ends on a scale of 100, so that the bar never falls and is full only at the end.
 BANDS = {
@@ -36,6 +37,7 @@ class Recorder:
         self._flushed = self._started = time.monotonic()
         self._percent = 0.0
         self._urgent = False
+        self._watch = Stopwatch()
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
         self.progress: dict[str, Any] = {
             "stage": "loading",
@@ -48,11 +50,14 @@ class Recorder:
             "train_loss": None,
             "elapsed_seconds": 0,
             "remaining_seconds": None,
+            "stage_seconds": {STARTING: 0.0},
+            "seconds_to_first_step": None,
             "updated_at": None,
         }
 
     def take(self, event: Event) -> None:
         """Remember one event; `flush` writes it."""
+        self._watch.take(event)
         self._advance(event)
         self._urgent |= isinstance(event, Stage | Plan | InitReport)
         if not isinstance(event, Tick):
@@ -74,6 +79,8 @@ class Recorder:
             at = now(session)
             self.progress["updated_at"] = int(at.timestamp())
             self.progress["elapsed_seconds"] = round(time.monotonic() - self._started)
+            self.progress["stage_seconds"] = self._watch.seconds
+            self.progress["seconds_to_first_step"] = self._watch.to_first_step
             columns: dict[str, Any] = {"progress": dict(self.progress)}
             for event in pending:
                 if isinstance(event, Plan):

@@ -24,15 +24,6 @@ from api.core.logs import get_logger
 from lorainit.events import EVENT, Event
 
 POLL_SECONDS = 0.2
-MACHINE = {
-    # Waiting threads sleep instead of spinning: 8 % slower alone on two cores, but with one core busy a
-    # step took 4.8 s instead of 7.7 (SmolLM2, 8 rows), and the API and the database share this machine.
-    "OMP_WAIT_POLICY": "passive",
-    # glibc hands freed logits back to the system and page-faults them in again at every step.
-    "MALLOC_MMAP_THRESHOLD_": "8589934592",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 
 
 @dataclass(frozen=True)
@@ -160,7 +151,7 @@ def _environment(folder: Path, device: str | None) -> dict[str, str]:
     hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     chosen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-    return {**MACHINE, **kept, **chosen, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
+    return {**kept, **chosen, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _offer_to_the_oom_killer(pid: int) -> None:

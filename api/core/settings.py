@@ -42,7 +42,8 @@ class Settings(BaseSettings):
     worker_queues: str = Field("train", description="Queues this worker listens on, comma-separated.")
     model_cache: Path | None = Field(None, description="Converted base models; empty = a folder in the state folder.")
     init_cache_bytes: Annotated[int, Field(ge=0)] = Field(
-        8 * 2**30, description="Gradients, activations and starts kept for the next run, in the model cache; 0 = none."
+        8 * 2**30,
+        description="Starts and tokenized files kept for the next run, in the model cache; 0 = none.",
     )
     lease_seconds: Annotated[float, Field(gt=0)] = Field(30.0, description="A silent worker loses its job after this.")
     beat_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="Lease renewal and cancel check interval.")

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from api.core import catalogue
 from api.core.lookup import Result, Sight
 from api.core.models import Job
@@ -30,7 +32,11 @@ class JobError(Wire):
 
 
 class Progress(Wire):
-    """How far a run is; `percent` is over the whole job."""
+    """How far a run is; `percent` is over the whole job.
+
+    `stage_seconds`: where this attempt's time went, from the worker's claim on (`starting` ends with the run's
+    first word); `seconds_to_first_step`: from the claim to the first optimizer step.
+    """
 
     stage: str = "loading"
     percent: float | None = None
@@ -42,6 +48,8 @@ class Progress(Wire):
     train_loss: float | None = None
     elapsed_seconds: float | None = None
     remaining_seconds: float | None = None
+    stage_seconds: dict[str, float] = Field(default_factory=dict)
+    seconds_to_first_step: float | None = None
     updated_at: int | None = None
 
 

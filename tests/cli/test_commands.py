@@ -127,3 +127,10 @@ def test_a_model_that_is_none_gets_no_entry(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert "cannot be used as a base model" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_doctor_says_what_a_run_would_choose_here() -> None:
+    done = lorainit("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "fp32 products" in done.stdout
+    assert {"machine", "packages", "choices"} == set(json.loads(lorainit("doctor", "--json").stdout))

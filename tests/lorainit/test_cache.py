@@ -11,16 +11,17 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lorainit import cache as cache_module
 from lorainit import init_stage as stage
+from lorainit import store as store_module
 from lorainit.base import open_base
-from lorainit.cache import Cache, data_digest, key
+from lorainit.cache import Cache, data_digest
 from lorainit.events import Message
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
 from lorainit.inits import INITS
 from lorainit.methods import Factors
 from lorainit.prepare import prepare
+from lorainit.store import key
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def begin(spec, tmp_path):
     def start(init, *, cache=tmp_path / "cache", **overrides):
         events = []
         made = spec(lora={"init": init}, cache=str(cache) if cache else None, **overrides)
-        job = prepare(made, open_base(made, tmp_path / "out"), events.append)
+        job = prepare(made, open_base(made, tmp_path / "out", lambda event: None), events.append)
         report = stage.start(job, events.append)
         start.modules = report.modules
         factors = {n: (m.A.detach().clone(), m.B.detach().clone()) for n, m in job.layers.items()}
@@ -100,7 +101,9 @@ def test_whatever_shapes_the_evidence_is_in_its_name(begin, counted, spec, tmp_p
     lora = change.pop("lora", {})
     events = []
     made = spec(lora={"init": GRADIENT, **lora}, cache=str(tmp_path / "cache"), **change)
-    report = stage.start(prepare(made, open_base(made, tmp_path / "out"), events.append), events.append)
+    report = stage.start(
+        prepare(made, open_base(made, tmp_path / "out", lambda event: None), events.append), events.append
+    )
     assert report.summary["cached"] is False
     assert len(counted) == 2
 
@@ -112,7 +115,7 @@ def test_parameters_of_the_method_are_in_the_name(begin, counted):
 
 def test_other_code_is_a_miss(begin, counted, monkeypatch):
     begin(GRADIENT)
-    monkeypatch.setattr(cache_module, "code_version", lambda: "next release")
+    monkeypatch.setattr(store_module, "code_version", lambda: "next release")
     assert begin(GRADIENT)[0]["cached"] is False
 
 
@@ -150,7 +153,7 @@ def test_dora_shares_the_evidence_but_not_the_starts(begin, counted, spec, tmp_p
     made = spec(lora={"init": init, "use_dora": True}, cache=str(tmp_path / "cache"))
     found = []
     for _ in range(2):
-        job = prepare(made, open_base(made, tmp_path / "out"), lambda event: None)
+        job = prepare(made, open_base(made, tmp_path / "out", lambda event: None), lambda event: None)
         found.append(stage.start(job, lambda event: None).modules)
         found.append([layer.magnitude.tolist() for layer in job.layers.values()])
     assert counted == ["lora_one"]
@@ -202,7 +205,7 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(begin, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "save_file", fail)
+    monkeypatch.setattr(store_module, "save_file", fail)
     summary, _, warnings = begin(GRADIENT)
     assert summary["cached"] is False
     assert any("could not be cached" in text for text in warnings)
@@ -363,7 +366,7 @@ def test_second_seed_costs_no_pass_over_the_calibration_rows(begin, monkeypatch,
 def test_every_named_part_is_in_both_names(spec, tmp_path, rows, init):
     """Base, method, parameters, rank, targets, rows; rows only for a method that looks at them."""
     made = spec(lora={"init": init}, cache=str(tmp_path / "cache"))
-    job = prepare(made, open_base(made, tmp_path / "out"), lambda event: None)
+    job = prepare(made, open_base(made, tmp_path / "out", lambda event: None), lambda event: None)
 
     def names(**changes):
         changed = replace(job, **changes)

@@ -4,6 +4,8 @@ On bases whose layers are as wide as real ones in one respect, a multiple of the
 SiLU rounds the numbers at the end of a tensor, which fill no vector, in another way.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -241,7 +243,7 @@ def gradients(layers):
 
 
 def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(bases, rows):
-    model = load_model(bases["wide-llama"], dtype=torch.float32, device=torch.device("cpu")).requires_grad_(False)  # noqa: FBT003
+    model = load_model(bases["wide-llama"], dtype=torch.float32, device=torch.device("cpu")).requires_grad_(False)
     from lorainit import attention
 
     assert attention.install(model) is None
@@ -252,7 +254,7 @@ def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + sum(len(s.ids) for s in part))
-    stand.put(adapters, list(zip(ends, ends[1:])))  # noqa: B905
+    stand.put(adapters, list(pairwise(ends)))
     counts = [sum(int(s.trained[1:].sum()) for s in part) for part in parts]
     found = tallies(model, pack([s for part in parts for s in part]), counts)
     torch.stack([part.loss for part in found]).sum().backward()

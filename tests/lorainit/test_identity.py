@@ -26,7 +26,7 @@ METHODS = {name: {"method": name} for name in sorted(INITS) if name != "loftq"} 
 def initialized(spec, tmp_path, **overrides):
     training = {"max_steps": 1, "batch_size": 5, "learning_rate": RATE, "max_grad_norm": CLIP, "warmup_ratio": 0.0}
     made = spec(**{**overrides, "training": training | overrides.get("training", {})})
-    job = prepare(made, open_base(made, tmp_path), lambda event: None)
+    job = prepare(made, open_base(made, tmp_path, lambda event: None), lambda event: None)
     start(job, lambda event: None)
     return job
 

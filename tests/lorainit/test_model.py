@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorainit import model as module
+from lorainit.digest import base_sha256
 from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedInit, UnsupportedModel
 from lorainit.inspect import inspect
-from lorainit.model import base_sha256, check_length, load_model, load_tokenizer, locate
+from lorainit.model import check_length, load_model, load_tokenizer, locate
 from lorainit.targets import check_rank, find_targets
 from tests.lorainit.conftest import tiny_gpt2, tiny_llama
 

@@ -1,0 +1,147 @@
+"""How this process multiplies: threads, the library behind fp32 products, reduced precision on a GPU.
+
+Nothing here may change what a number means: a faster library is taken only where its products are as
+exact as float32 products are.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+from lorainit import machine
+from lorainit.machine import Choice
+
+# Relative error, in the Frobenius norm, against float64: float32 sums of 576 to 4096 products have 2.5e-7 (MKL)
+# to 5.7e-7 (oneDNN); inputs rounded to bf16 give 2e-3, to TF32 3e-4.
+EXACT = 1e-6
+_INNER = (576, 1536, 4096)
+_SHAPE = (256, 576, 1536)  # tokens, in, out of the product that is timed
+_REPEATS = 5
+
+
+def set_up(*, cpus: int) -> list[Choice]:
+    """Choose and set; see each function.
+
+    Args:
+        cpus: cores this process may keep busy.
+    """
+    chosen = [use_threads(cpus)]
+    if has_gpu():
+        return [*chosen, keep_gpu_exact()]
+    return [*chosen, route_fp32(measure, vendor=machine.processor_vendor())]
+
+
+def has_gpu() -> bool:
+    """Whether runs of this process go to a GPU."""
+    return torch.cuda.is_available()
+
+
+def use_threads(cpus: int) -> Choice:
+    """As many as cores are ours: more than a cgroup's quota stand still for the rest of each period.
+
+    torch counts the machine's physical cores and knows nothing of quotas. `OMP_NUM_THREADS` wins.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return Choice("threads", str(torch.get_num_threads()), "OMP_NUM_THREADS is set in the environment")
+    threads = min(torch.get_num_threads(), cpus)
+    torch.set_num_threads(threads)
+    return Choice("threads", str(threads), f"{cpus} cores may be used, by affinity and CPU quota")
+
+
+# --- fp32 on a CPU -------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """Of oneDNN on this machine: its largest relative error, and how many times as fast as the default it was now."""
+
+    error: float
+    ratio: float
+
+
+def measure() -> Measured:
+    """Compare both on fixed random matrices; leaves the default on. Takes about 0.1 s."""
+    try:
+        _use_onednn(on=True)
+        error = max(_error(inner) for inner in _INNER)
+        seconds = {True: float("inf"), False: float("inf")}
+        tokens, n, out = _SHAPE
+        x, W = _random(tokens, n), _random(out, n)
+        for _ in range(_REPEATS):  # alternating, and the best of each: what else runs here slows single ones
+            for on in seconds:
+                _use_onednn(on=on)
+                seconds[on] = min(seconds[on], _seconds(x, W))
+    finally:
+        _use_onednn(on=False)
+    return Measured(error, seconds[False] / seconds[True])
+
+
+def route_fp32(measured: Callable[[], Measured], *, vendor: str | None) -> Choice:
+    """Let oneDNN multiply float32 matrices where MKL is slow and oneDNN as exact as float32 is.
+
+    MKL takes slow paths on processors that are not Intel's: oneDNN is about twice as fast on an AMD EPYC (Zen 5).
+    torch hands fp32 products to oneDNN when it is told that bf16 would be precise enough; there is no switch for the
+    library alone. What oneDNN makes of that permission depends on the processor: float32 all the same, or, with AMX,
+    bf16. So the error is measured first.
+
+    Vendor and error decide, and the time does not: on a busy machine it came out either way, and a resumed run
+    continues bit by bit only where the same machine chooses the same again.
+
+    Args:
+        vendor: as `machine.processor_vendor` has it.
+    """
+    name = "fp32 products"
+    backends: Any = torch.backends  # whose functions have no annotations
+    if not backends.mkldnn.is_available() or not backends.mkl.is_available():
+        return Choice(name, "default", "this torch has no two libraries to choose from")
+    if vendor in (None, "GenuineIntel"):
+        return Choice(name, "default", "MKL is made for this processor" if vendor else "the processor is not known")
+    error, ratio = found = measured()
+    if not error <= EXACT:
+        return Choice(name, "default", f"oneDNN would round: relative error {error:.1e}", found._asdict())
+    _use_onednn(on=True)
+    why = f"{ratio:.1f} times as fast as MKL just now, and as exact: relative error {error:.1e}"
+    return Choice(name, "oneDNN", why, found._asdict())
+
+
+def _use_onednn(*, on: bool) -> None:
+    # The older of torch's two switches: setting `torch.backends.mkldnn.matmul.fp32_precision` makes
+    # `torch.get_float32_matmul_precision` raise wherever a library asks (2.13). "medium" permits TF32 on GPUs too, and
+    # is set where there is none.
+    torch.set_float32_matmul_precision("medium" if on else "highest")
+
+
+def _error(inner: int) -> float:
+    x, W = _random(128, inner), _random(128, inner)
+    exact = x.double() @ W.double().T
+    return float(torch.linalg.vector_norm(F.linear(x, W) - exact) / torch.linalg.vector_norm(exact))
+
+
+def _random(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
+
+
+def _seconds(x: Tensor, W: Tensor) -> float:
+    started = time.perf_counter()
+    F.linear(x, W)
+    return time.perf_counter() - started
+
+
+# --- a GPU ---------------------------------------------------------------------------------------
+
+
+def keep_gpu_exact() -> Choice:
+    """float32 stays float32 on a GPU: who wants speed asks for bf16, and who asks for fp32 compares starts by it.
+
+    TF32 rounds what is multiplied to 10 bits of mantissa, and what a young adapter adds lies below that. Sums of bf16
+    products that cuBLAS splits are added in float32 too. Has not run: no GPU was at hand.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1":
+        return Choice("GPU products", "TF32 for fp32", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set in the environment")
+    torch.set_float32_matmul_precision("highest")
+    return Choice("GPU products", "float32 stays float32", "TF32 would lose what a young adapter adds")

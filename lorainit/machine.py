@@ -1,0 +1,179 @@
+"""What a machine is set to before a run: memory, threads, which library multiplies; each choice with its reason.
+
+For processes that are a run and nothing else: the child, and `python -m lorainit` on the command line. Who calls
+`run()` from a program of their own keeps their own settings. Settings of a process are global, and so is the
+record of them; what a person has set in the environment is never overridden. Loads torch only after the
+choices that torch reads when it is loaded.
+"""
+
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorainit.events import Message
+
+# mallopt's names (malloc.h) and the variables by which glibc takes the same from the environment.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+_TOP_PAD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting: what it is set to, why, and what was measured for it."""
+
+    name: str
+    value: str
+    why: str
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+_record: dict[str, Choice] = {}
+
+
+def note(choice: Choice) -> None:
+    """Put a choice on record, in the place of an earlier one of that name."""
+    _record[choice.name] = choice
+
+
+def report() -> tuple[Choice, ...]:
+    """What was chosen in this process, in order; empty where nobody asked for it."""
+    return tuple(_record.values())
+
+
+def settings() -> dict[str, str]:
+    """Names and values of `report()`, for the manifest."""
+    return {choice.name: choice.value for choice in report()}
+
+
+def set_up() -> Message:
+    """Set this process up for a run, once, before anything has loaded torch; takes about 0.2 s beside that.
+
+    Returns:
+        The event that says what was chosen.
+    """
+    if not _record:
+        memory = [keep_freed_memory()]
+        waiting, gpu = _sleeping_threads(), _growing_gpu_memory()
+        from lorainit import arithmetic  # loads torch, which reads the environment once
+
+        products = arithmetic.set_up(cpus=usable_cpus())
+        memory += [gpu] if arithmetic.has_gpu() else []
+        for choice in (*memory, waiting, *products):
+            note(choice)
+    return message()
+
+
+def message() -> Message:
+    """The record as an event of kind `machine`."""
+    text = "This machine: " + "; ".join(f"{choice.name} = {choice.value}" for choice in report())
+    choices = [{"name": c.name, "value": c.value, "why": c.why, **c.measured} for c in report()]
+    return Message(message=text, data={"kind": "machine", "choices": choices})
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> Choice:
+    """Let glibc keep what is freed: by default it hands freed logits back and page-faults them in again at every step.
+
+    SmolLM2 in fp32, 2 rows: 33,000 to 45,000 page faults in the median step by default; about 110 with these three
+    calls, as with glibc's variables for the same. A fault was cheap where this was counted, and times did not
+    differ; it was dear on the machine where the variables were first tried (docs/machine.md). Peak memory grows by
+    1 to 15 %.
+    """
+    name = "allocator"
+    if given := [variable for variable in _MALLOC_VARIABLES if variable in os.environ]:
+        return Choice(name, "as given", f"{', '.join(given)} is set in the environment")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return Choice(name, "the system's", "only glibc's allocator is known to need anything")
+    # No block gets a mapping of its own, none is given back (-1 = never), the heap grows in large pieces.
+    done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
+    if not done:
+        return Choice(name, "the system's", "this C library refused to keep freed memory")
+    return Choice(name, "keeps freed memory", "memory given back and fetched again costs page faults at every step")
+
+
+# --- what torch reads when it is loaded ------------------------------------------------------------
+
+
+def _sleeping_threads() -> Choice:
+    """8 % slower alone on two cores, but with one core busy a step took 4.8 s instead of 7.7 (SmolLM2, 8 rows)."""
+    why = "threads that wait sleep: what else runs here needs the core"
+    return _variable("waiting threads", "OMP_WAIT_POLICY", value="passive", why=why)
+
+
+def _growing_gpu_memory() -> Choice:
+    """Rows of many lengths leave holes that no other length fits into. Has not run: no GPU was at hand."""
+    older = "PYTORCH_CUDA_ALLOC_CONF"
+    variable = older if older in os.environ else "PYTORCH_ALLOC_CONF"
+    why = "memory grows in place instead of leaving holes"
+    return _variable("GPU memory", variable, value="expandable_segments:True", why=why)
+
+
+def _variable(name: str, variable: str, *, value: str, why: str) -> Choice:
+    if variable in os.environ:
+        return Choice(name, os.environ[variable], f"{variable} is set in the environment")
+    if "torch" in sys.modules:
+        return Choice(name, "as it was", "torch was loaded before it could be set")
+    os.environ[variable] = value
+    return Choice(name, value, why)
+
+
+# --- the processor, and how many of its cores are ours -------------------------------------------
+
+
+def processor_vendor(root: Path = Path("/")) -> str | None:
+    """`GenuineIntel`, `AuthenticAMD`, ...; None where Linux does not say (other systems, ARM)."""
+    with suppress(OSError):
+        for line in (root / "proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "vendor_id":
+                return value.strip()
+    return None
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """Cores this process may keep busy: those it may run on, and no more than its cgroup's quota, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.floor(min(allowed, cpu_quota(root))))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """CPU seconds per second that the cgroup (v1 or v2) and those above it grant; infinite without a limit.
+
+    Args:
+        root: where `proc` and `sys` lie.
+    """
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return math.inf  # not Linux
+    found = [math.inf]
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            found += [_share(f.read_text()) for f in _upwards(root / "sys/fs/cgroup", path, "cpu.max")]
+        elif "cpu" in controllers.split(","):
+            for file in _upwards(root / "sys/fs/cgroup" / controllers, path, "cpu.cfs_quota_us"):
+                found.append(_share(f"{file.read_text()} {file.with_name('cpu.cfs_period_us').read_text()}"))
+    return min(found)
+
+
+def _upwards(mount: Path, path: str, name: str) -> list[Path]:
+    """The file of a group and of all above it; in a container the lower ones are not visible, only the mount."""
+    group = mount / path.lstrip("/")
+    folders = [group, *group.parents]
+    return [folder / name for folder in folders[: folders.index(mount) + 1] if (folder / name).is_file()]
+
+
+def _share(text: str) -> float:
+    """`quota period` in microseconds; `max` and -1 are no limit."""
+    quota, period = text.split()
+    return math.inf if quota == "max" or int(quota) <= 0 else int(quota) / int(period)

@@ -1,0 +1,191 @@
+"""What earlier runs found out, on disk: named tensors and JSON, one safetensors file per entry.
+
+Without locks: an entry is written beside and renamed into place, read through its own open file, and
+evicted by unlinking the least recently used. Whatever is wrong with an entry makes it a miss, and
+whatever keeps us from writing one costs the next run some time and this run nothing. Knows nothing
+of what the entries mean: `cache` and `tokens` do.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from lorainit.events import Event, Message
+
+SUFFIX = ".safetensors"
+STALE_SECONDS = 3600.0
+MAX_JSON = 32 << 20  # the format ends at 100 MB of header, and this is quoted into one
+# Folders beside each other that share one limit, and what an entry in them is called.
+KINDS = {"init": "initialization", "tokens": "tokenized file", "bases": "digest of a base model"}
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of entries, named by one of `KINDS`. `limit`: bytes of all kinds together; 0 = nothing is kept."""
+
+    folder: Path
+    limit: int
+    on_event: Callable[[Event], None]
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """The entry under this key; None where there is none that can be trusted."""
+        path = self.folder / (key + SUFFIX)
+        if not self.limit:
+            return None
+        try:
+            # One open: `safe_open` opens a path twice, and another worker may evict it in between.
+            content = path.read_bytes()
+            metadata = _metadata(content)
+            # Copies: BLAS rounds differently on memory aligned as the file happens to be.
+            tensors = {name: tensor.clone() for name, tensor in load(content).items()}
+            packed = _checked(metadata["entry"], tensors, metadata["sha256"])
+            entry: dict[str, Any] = _unpack(json.loads(packed), tensors)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+            self._warn(f"A cached {self._noun} cannot be read and is made again: {error}.")
+            with suppress(OSError):
+                path.unlink()
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return entry
+
+    def write(self, key: str, entry: Mapping[str, Any]) -> None:
+        """Keep it; a failure is a warning, and an entry above the limit is not kept."""
+        if not self.limit:
+            return
+        tensors: dict[str, Tensor] = {}
+        packed = json.dumps(_pack(entry, tensors, {}))
+        if len(packed) > MAX_JSON or sum(t.nbytes for t in tensors.values()) + len(packed) > self.limit:
+            return
+        temporary = self.folder / f".{key}-{secrets.token_hex(8)}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata={"entry": packed, "sha256": _digest(packed, tensors)})
+            temporary.replace(self.folder / (key + SUFFIX))
+            self._evict(keep=key)
+        except (SafetensorError, OSError) as error:
+            self._warn(f"The {self._noun} could not be cached: {error}.")
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+    def _evict(self, *, keep: str) -> None:
+        """Let the least recently used go until the rest fits, and what crashed writers left."""
+        entries = []
+        for path in self._files():
+            with suppress(FileNotFoundError):
+                facts = path.stat()
+                if path.suffix == SUFFIX and not path.name.startswith("."):
+                    entries.append((path.stem == keep, facts.st_mtime_ns, facts.st_size, path))
+                elif path.name.startswith(".") and time.time() - facts.st_mtime > STALE_SECONDS:
+                    path.unlink()
+        total = sum(size for _, _, size, _ in entries)
+        for _, _, size, path in sorted(entries):
+            if total <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _files(self) -> Iterator[Path]:
+        for kind in KINDS:
+            folder = self.folder.parent / kind
+            if folder.is_dir():
+                yield from folder.iterdir()
+
+    @property
+    def _noun(self) -> str:
+        return KINDS[self.folder.name]
+
+    def _warn(self, text: str) -> None:
+        kind = "init" if self.folder.name == "init" else "data"
+        self.on_event(Message(level="warn", message=text, data={"kind": kind}))
+
+
+def key(**parts: Any) -> str:
+    """The name of an entry: everything that shapes it, the code included."""
+    text = json.dumps({**parts, "code": code_version()}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+@cache
+def code_version() -> str:
+    """A digest of this package's sources and torch's version: any change makes every entry a miss."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+# --- entries as named tensors and JSON ---------------------------------------------------------
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:
+    """JSON with `{"tensor": name}` for tensors; one that several modules share is stored once."""
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = str(len(tensors))
+            # A copy where two entries look into one storage: the format has no views.
+            tensors[seen[id(value)]] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": seen[id(value)]}
+    if isinstance(value, Mapping):
+        return {"object": {name: _pack(part, tensors, seen) for name, part in value.items()}}
+    if isinstance(value, tuple):
+        return {"tuple": [_pack(part, tensors, seen) for part in value]}
+    if isinstance(value, list):
+        return [_pack(part, tensors, seen) for part in value]
+    return value
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(part, tensors) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "tuple":
+        return tuple(_unpack(part, tensors) for part in inner)
+    return {name: _unpack(part, tensors) for name, part in inner.items()}
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The free text of a safetensors file, which `load` leaves out. The header: 8 bytes of length, then JSON."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    found: dict[str, str] = header["__metadata__"]
+    return found
+
+
+def _checked(packed: str, tensors: Mapping[str, Tensor], sha256: str) -> str:
+    if _digest(packed, tensors) != sha256:
+        raise ValueError("its bytes are not those that were written")
+    return packed
+
+
+def _digest(packed: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(packed.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(raw_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values in order, for a digest."""
+    return tensor.flatten().view(torch.uint8).numpy().data
