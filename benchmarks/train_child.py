@@ -20,7 +20,7 @@ from benchmarks.train_plan import ALLOCATOR, Rival, Work, rival_arguments, spec
 
 ROOT = Path(__file__).parents[1]
 # Ours to set, the same for all: what happens to be exported where the benchmark is started does not count.
-OWN = ("MALLOC_", "OMP_", "MKL_", "ONEDNN_", "PYTHONPATH", "HF_", "CUDA_VISIBLE_DEVICES")
+OWN = ("MALLOC_", "OMP_", "GOMP_", "MKL_", "ONEDNN_", "PYTHONPATH", "HF_", "CUDA_VISIBLE_DEVICES")
 
 
 class Failed(Exception):

@@ -16,6 +16,7 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
+    "GOMP_SPINCOUNT": "1000",
 }
 
 
@@ -113,8 +114,8 @@ def spec(work: Work, precision: str, *, base: Path, rows: Path, cache: Path) -> 
             "lr_scheduler": "cosine",
             "warmup_ratio": 0.0,
             "max_length": work.max_length,
+            "precision": precision,
         },
-        "precision": precision,
         "seed": work.seed,
         "cache": str(cache),
     }
