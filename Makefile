@@ -68,6 +68,7 @@ bench-init: setup
 bench-train: setup
 	@test -n '$(DATA)' || { echo "Say where GSM8K's train.jsonl and test.jsonl are: make bench-train DATA=folder"; exit 1; }
 	$(BIN)/python benchmarks/bench_train.py --data '$(DATA)' --write docs/speed.md
+	$(BIN)/python benchmarks/train_group.py --write docs/speed.md
 
 clean:
 	rm -rf $(VENV) .venvs .state .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -2,10 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from lorainit import loss
 from lorainit.batches import collate
 from lorainit.data import load
-from lorainit.loss import logits_of, tally
+from lorainit.loss import logits_of, tallies, tally
 from lorainit.model import load_model
 from tests.lorainit.conftest import make_tokenizer
 
@@ -39,3 +42,60 @@ def test_padding_does_not_change_the_loss(bases, rows):
     alone = [tally(model, collate([sample], pad=0)) for sample in samples]
     assert float(together.loss) == pytest.approx(sum(float(t.loss) for t in alone), rel=1e-5)
     assert together.tokens == sum(t.tokens for t in alone)
+
+
+def test_logits_in_pieces_are_the_full_loss_and_its_gradient(bases, rows, monkeypatch):
+    """And never more of them at once than allowed."""
+    model = load_model(bases["llama"], dtype=torch.float32, device=torch.device("cpu")).requires_grad_(False)
+    embedding = model.get_input_embeddings().weight.requires_grad_()
+    batch = collate(load(rows, make_tokenizer(), max_length=256).samples[:6], pad=0)
+    full = model(input_ids=batch.ids, attention_mask=batch.attention).logits[:, :-1][batch.trained[:, 1:]]
+    expected = F.cross_entropy(full, batch.targets, reduction="sum")
+    (theirs,) = torch.autograd.grad(expected, [embedding])
+    assert loss._is_plain(model)
+    most = []
+    linear = F.linear
+
+    def counted(x, weight, bias=None):
+        if weight.shape[0] == 320:
+            most.append(len(x))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(loss, "LOGITS", 3 * 320)
+    monkeypatch.setattr(F, "linear", counted)
+    found = tally(model, batch)
+    (ours,) = torch.autograd.grad(found.loss, [embedding])
+    assert max(most) == 3  # 0: what the stock forward pass is left to do
+    assert sum(most) == len(batch.targets)
+    assert float(found.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
+
+
+def test_several_adapters_rows_are_summed_apart(bases, rows):
+    model = load_model(bases["llama"], dtype=torch.float32, device=torch.device("cpu"))
+    samples = load(rows, make_tokenizer(), max_length=256).samples[:5]
+    counts = [int(s.trained[1:].sum()) for s in samples]
+    together = tallies(model, collate(samples, pad=0), [counts[0] + counts[1], 0, sum(counts[2:])])
+    apart = [tally(model, collate(part, pad=0)) for part in (samples[:2], samples[2:])]
+    assert [part.tokens for part in together] == [apart[0].tokens, 0, apart[1].tokens]
+    assert float(together[1].loss.detach()) == 0
+    for one, two in zip((together[0], together[2]), apart, strict=True):
+        assert float(one.loss.detach()) == pytest.approx(float(two.loss.detach()), rel=1e-5)
+        assert int(one.correct) == int(two.correct)
+
+
+@pytest.mark.parametrize("change", [{"final_logit_softcapping": 5.0}, {"final_logit_softcapping": None}], ids=str)
+def test_an_architecture_that_changes_its_logits_gets_the_loss_of_the_changed_ones(rows, change):
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, pad_token_id=0, initializer_range=0.5, **change,
+        )
+    ).eval().requires_grad_(False)  # fmt: skip
+    batch = collate(load(rows, make_tokenizer(), max_length=256).samples[:3], pad=0)
+    labels = batch.ids.masked_fill(~batch.trained, -100)
+    expected = model(input_ids=batch.ids, attention_mask=batch.attention, labels=labels).loss
+    found = tally(model, batch)
+    assert float(found.loss) / found.tokens == pytest.approx(float(expected), rel=1e-5)
+    assert loss._is_plain(model) is (change["final_logit_softcapping"] is None)

@@ -1,0 +1,134 @@
+"""Attention inside each row of a packed batch: the same as row by row, whatever the architecture asks for."""
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from lorainit import attention
+from lorainit.batches import collate, pack
+from lorainit.data import Sample, load
+from lorainit.loss import tally
+from lorainit.model import load_model
+from tests.lorainit.conftest import make_tokenizer
+
+CPU, F64 = torch.device("cpu"), torch.float64
+SMALL = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def reference(q, k, v, lengths, window=None):
+    """Row by row with torch's own attention and a mask written out."""
+    parts, start = [], 0
+    for n in lengths:
+        distance = torch.arange(n)[:, None] - torch.arange(n)
+        seen = (distance >= 0) & (distance < (window or n))
+        row = [t[:, :, start : start + n] for t in (q, k, v)]
+        parts.append(F.scaled_dot_product_attention(*row, attn_mask=seen, scale=0.3, enable_gqa=True))
+        start += n
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
+def test_values_and_gradients_are_those_of_rows_alone(monkeypatch, heads, window):
+    """Rows shorter than a block of queries, as long, and longer."""
+    lengths = [1, 16, 40, 33]
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, h, sum(lengths), 8, generator=generator, dtype=F64).requires_grad_()
+        for h in (heads[0], heads[1], heads[1])
+    )
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    found, none = attention.attend(
+        torch.nn.Module(), q, k, v, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=ends
+    )
+    expected = reference(q, k, v, lengths, window)
+    assert none is None
+    assert torch.allclose(found, expected, atol=1e-6)
+    upper = torch.randn(found.shape, generator=generator, dtype=F64)
+    ours, theirs = (torch.autograd.grad((y * upper).sum(), [q, k, v]) for y in (found, expected))
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_packed_rows_give_the_loss_and_gradients_of_padded_ones_under_stock_attention(bases, rows, base):
+    samples = load(rows, make_tokenizer(), max_length=256).samples[:6]
+    found = []
+    for packed in (False, True):
+        model = load_model(bases[base], dtype=torch.float32, device=CPU)
+        if packed:
+            assert attention.install(model) is None
+        frozen = model.get_output_embeddings().weight
+        moved = [p.requires_grad_() for p in model.parameters() if p is not frozen]
+        part = tally(model, pack(samples) if packed else collate(samples, pad=0))
+        found.append([part.loss.detach(), *torch.autograd.grad(part.loss, moved)])
+    for one, two in zip(*found, strict=True):
+        assert float((one - two).norm()) <= 2e-6 * float(two.norm())
+
+
+def test_no_row_sees_another(bases):
+    model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+    assert attention.install(model) is None
+    one, two = torch.arange(5, 25), torch.arange(40, 70)
+
+    def hidden(first, second):
+        batch = pack([Sample(0, ids.int(), torch.zeros(len(ids), dtype=torch.bool)) for ids in (first, second)])
+        with torch.no_grad():
+            return model.model(input_ids=batch.ids, use_cache=False, **batch.layout).last_hidden_state[0]
+
+    before, after = hidden(one, two), hidden(one + 100, two)
+    assert not torch.allclose(before[:20], after[:20])
+    assert torch.equal(before[20:], after[20:])
+
+
+def test_a_sliding_window_is_honoured():
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)).eval()
+    ids = torch.randint(320, (1, 24))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert attention.install(model) is None
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8)), "does more than weigh"),
+        (
+            lambda: BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4)),
+            "does not let its attention be chosen",
+        ),
+    ],
+    ids=["capped scores", "positions in the scores"],
+)
+def test_what_an_architecture_needs_beyond_that_keeps_its_own_attention(make, why):
+    torch.manual_seed(0)
+    model = make().eval()
+    before = model.config._attn_implementation
+    ids = torch.randint(320, (1, 9))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        assert why in attention.install(model)
+        assert model.config._attn_implementation == before
+        assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_an_architecture_that_mixes_rows_elsewhere_is_found_out(bases):
+    """Its attention would be right; something else looks at the neighbour to the left."""
+    model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+    layer = model.model.layers[1].mlp
+    layer.register_forward_hook(lambda module, args, out: out + 0.5 * out.roll(1, dims=1))
+    assert "changed its hidden states" in attention.install(model)
