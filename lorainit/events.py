@@ -74,8 +74,8 @@ class Plan(_Event):
 class Metrics(_Event):
     """One optimizer step, or one evaluation of the validation file (then `full_valid_loss` is set).
 
-    Losses are nats per trained token; `tokens` counts all non-padding tokens processed so far.
-    Non-finite values are None.
+    Losses are nats per trained token; `tokens` counts all tokens processed so far, and
+    `tokens_per_second` trained ones. Non-finite values are None.
     """
 
     kind: Literal["metrics"] = "metrics"

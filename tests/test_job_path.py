@@ -64,7 +64,7 @@ class Stack:
         rows = "".join(json.dumps(chat(f"What is {n}?", f"It is {n} and {n}")) + "\n" for n in range(count))
         return self.client.files.create(file=("rows.jsonl", io.BytesIO(rows.encode())), purpose="fine-tune").id
 
-    def create(self, lora: dict[str, Any], **recipe: Any) -> FineTuningJob:
+    def create(self, lora: dict[str, Any], *, group: bool = False, **recipe: Any) -> FineTuningJob:
         settings = {"n_epochs": 2, "batch_size": 8, "learning_rate": 1e-2, **recipe}
         return self.client.fine_tuning.jobs.create(
             model="tiny",
@@ -72,7 +72,7 @@ class Stack:
             validation_file=self.upload(4),
             seed=3,
             method={"type": "supervised", "supervised": {"hyperparameters": settings}},  # type: ignore[typeddict-item]
-            extra_body={"lora": lora},
+            extra_body={"lora": lora, "resources": {"group": group}},
         )
 
     def wait(self, job_id: str, *until: str, seconds: float = 120) -> FineTuningJob:
@@ -231,3 +231,25 @@ def test_a_run_that_cannot_work_fails_with_code_and_field(stack: Stack) -> None:
     assert (failed.error.code, failed.error.param) == ("invalid_training_file", "training_file")
     assert "line 1" in failed.error.message.lower()
     assert "Traceback" not in json.dumps(failed.to_dict())
+
+
+def test_grouped_jobs_train_in_one_process_and_each_ends_on_its_own(stack: Stack) -> None:
+    """Three wait behind a running one; one of them is cancelled while they train."""
+    first = stack.create({"init": "kaiming", "r": 4}, n_epochs=20)
+    stack.wait(first.id, "running")
+    waiting = [
+        stack.create({"init": init, "r": r}, group=True, n_epochs=epochs)
+        for init, r, epochs in (("loram", 4, 2), ("pissa", 2, 50), ("kaiming", 8, 3))
+    ]
+    loram, pissa, kaiming = (job.id for job in waiting)
+    stack.wait(loram, "succeeded")
+    assert stack.client.fine_tuning.jobs.cancel(pissa).status == "cancelled"
+    stack.wait(kaiming, "succeeded")
+    for job_id, others in ((loram, {pissa, kaiming}), (kaiming, {loram, pissa})):
+        job = stack.client.fine_tuning.jobs.retrieve(job_id)
+        assert set(job.resources["trained_with"]) == others  # type: ignore[attr-defined]
+        assert job.export_check["passed"] is True  # type: ignore[attr-defined]
+        assert list(stack.client.fine_tuning.jobs.checkpoints.list(job_id))
+    assert any("trained together with" in text for text in stack.messages(pissa))
+    # The process is gone with its last member, and the worker takes the next job.
+    stack.wait(stack.create({"init": "gaussian", "r": 2}).id, "succeeded")
