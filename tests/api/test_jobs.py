@@ -349,5 +349,8 @@ def test_a_finished_job_shows_who_shared_its_run_beside_what_it_used(lab: Lab) -
     job = lab.order(resources={"group": True})
     stub_worker.run_all()
     shown = lab.client.get(f"{JOBS}/{job['id']}").json()
-    assert shown["resources"] == {"group": True, "trained_with": [], "gpu_name": None, "gpus": 0, "attempts": 1}
+    used = shown["resources"]
+    assert set(used.pop("stage_seconds")) == {"starting", "loading", "training"}
+    assert used.pop("seconds_to_first_step") >= 0
+    assert used == {"group": True, "trained_with": [], "gpu_name": None, "gpus": 0, "attempts": 1}
     typed.FineTuningJob.model_validate(shown, strict=True)

@@ -148,8 +148,9 @@ def test_start_is_w_plus_s_b0_a0_and_with_b_zero_the_base_bit_for_bit(dtype):
     assert torch.equal(nothing(x), module(x))
     displaced = LoRALinear(module, Factors(A=A, B=B), scale=S, subtract=False, dora=True)
     plain = LoRALinear(module, Factors(A=A, B=B), scale=S, subtract=False)
-    rounding = 1e-6 if dtype == torch.float32 else 1e-2
-    assert torch.allclose(displaced(x), plain(x), rtol=rounding, atol=rounding)
+    # In bf16 the plain layer rounds once what DoRA, like PEFT, adds to a rounded W·x: half a unit of the inner sums.
+    rounding = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 5e-2}
+    assert torch.allclose(displaced(x), plain(x), **rounding)
     assert displaced.magnitude.dtype == torch.float32
     assert torch.allclose(displaced.magnitude, (module.weight.float() + S * B @ A).norm(dim=1), rtol=1e-6)
 
