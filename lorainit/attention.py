@@ -21,8 +21,8 @@ from lorainit.data import Sample
 
 NAME = "lorainit"
 BLOCK = 256  # queries of one product on a CPU
-# Keys up to which a block keeps its probabilities for the backward pass instead of forming them again: a step of
-# SmolLM2 with four rows of 215 tokens spends 0.2 s in attention instead of 0.3.
+# Keys up to which a block keeps its probabilities for the backward pass: forming them again costs another product,
+# softmax and two conversions.
 KEPT = 512
 # Largest relative difference between hidden states that is rounding; rows that see each other differ by about 1.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
