@@ -86,3 +86,15 @@ def ours(init):
         found.model, found.targets, found.lora, seed=0, probe=probe, evidence=evidence, on_event=lambda event: None
     )
     return found.model
+
+
+class SameMask(nn.Module):
+    """In the place of PEFT's dropout: what ours drops."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.ours = [layer.dropout]
+
+    def forward(self, x):
+        mask = self.ours[0].mask(x.shape, like=x)
+        return x if mask is None else x * mask

@@ -27,6 +27,7 @@ from lorainit.spec import Lora
 from lorainit.targets import find_targets
 from lorainit.weight import weight_of
 from tests.lorainit.conftest import make_tokenizer
+from tests.lorainit.stock_peft import SameMask
 from tests.lorainit.test_initialize import gradients
 from tests.lorainit.test_optimizers import OPTIMIZERS, recipe
 from tests.lorainit.test_optimizers import layer as trainee
@@ -78,18 +79,6 @@ def pefts(kind, layer, *, dropout=0.0):
         for name, parameter in layer.trained().items():
             theirs[name].copy_(parameter)
     return found, theirs
-
-
-class SameMask(nn.Module):
-    """In the place of PEFT's dropout: what ours drops."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.ours = [layer.dropout]
-
-    def forward(self, x):
-        mask = self.ours[0].mask(x.shape, like=x)
-        return x if mask is None else x * mask
 
 
 # --- the layer ---------------------------------------------------------------------------------

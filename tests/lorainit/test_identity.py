@@ -18,6 +18,7 @@ from lorainit.prepare import prepare
 from lorainit.train import train
 from lorainit.weight import weight_of
 from lorainit.world import World
+from tests.lorainit.stock_peft import SameMask
 
 RATE, CLIP = 1e-2, 0.5
 METHODS = {name: {"method": name} for name in sorted(INITS) if name != "loftq"}  # which needs a quantized base
@@ -64,16 +65,6 @@ def stock(job, base):
         theirs.lora_dropout["default"] = SameMask(layer)
         factors[name] = A, B
     return found.eval(), factors
-
-
-class SameMask(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.ours = [layer.dropout]
-
-    def forward(self, x):
-        mask = self.ours[0].mask(x.shape, like=x)
-        return x if mask is None else x * mask
 
 
 def stock_step(job, model, factors, draw):
