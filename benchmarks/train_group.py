@@ -49,6 +49,8 @@ class Bench:
         import torch
 
         from lorainit import attention, group, hardware, model
+        from lorainit.optimizers import make_optimizer
+        from lorainit.spec import Hyperparameters
         from lorainit.targets import find_targets
 
         base = model.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
@@ -59,10 +61,8 @@ class Bench:
         self.stand = group.Stand(self.model)
         targets = find_targets(self.model, "all-linear")
         self.adapters = [_adapter(targets, seed) for seed in range(ADAPTERS)]
-        self.optimizers = [
-            torch.optim.AdamW([p for layer in layers.values() for p in layer.parameters(recurse=False)], lr=1e-4)
-            for layers in self.adapters
-        ]
+        recipe = Hyperparameters(learning_rate=1e-4)
+        self.optimizers = [make_optimizer(recipe, layers) for layers in self.adapters]
 
     def step(self, members: int, tokens: int) -> float:
         """Seconds of one step of the first `members` adapters, each on rows of its own."""

@@ -155,12 +155,14 @@ class _Head(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         for start, stop in pieces:
             target = targets[start:stop, None]
-            logits = F.linear(hidden[positions[start:stop]], W, bias)
-            right[start:stop] = logits.argmax(-1) == target[:, 0]
-            logp = logits.float().log_softmax(-1)
-            losses[start:stop] = -logp.gather(1, target)[:, 0]
+            logits = F.linear(hidden[positions[start:stop]], W, bias).float()
+            best = logits.argmax(-1, keepdim=True)  # of bf16 logits it takes six times as long
+            right[start:stop] = (best == target)[:, 0]
+            # log_softmax and its exponential take three times as long as a softmax, and this is no less exact.
+            P = logits.softmax(-1)
+            loss = logits.gather(1, best) - logits.gather(1, target) - P.gather(1, best).log()
+            losses[start:stop] = loss[:, 0]
             if wanted:
-                P = logp.exp_()
                 P.scatter_add_(1, target, -torch.ones_like(target, dtype=P.dtype))
                 torch.mm(P.to(W.dtype), W, out=grads[start:stop])
         ctx.save_for_backward(grads, positions)

@@ -1,11 +1,12 @@
 """y = W·x + s·(B·A - B0·A0)·x around a frozen W, for one adapter or several on rows of their own.
 
-The one autograd function of training. Exact in bf16: the sum is formed inside one product,
-[x | x·Aᵀ]·[W | s·B]ᵀ, and rounded once. Adding a small s·B·A·x to a W·x that is already rounded
+The one autograd function of training. Exact in bf16: the branch is formed first and W·x is added to it
+inside the product, which is rounded once. Adding a small s·B·A·x to a W·x that is already rounded
 would lose most of it. Knows nothing of models, methods or files.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +35,12 @@ class Slot(NamedTuple):
 def low_rank(x: Tensor, base: nn.Module, slots: Sequence[Slot]) -> Tensor:
     """Map (..., in) to (..., out) in x's dtype; rows that no slot covers see the base alone.
 
-    Every slot's values and gradients come from products of its own shape, so on a CPU in float32 they
+    In float32 every slot's values and gradients come from products of its own shape, so on a CPU they
     are the same bits whoever else is there.
     """
+    if not slots:
+        untouched: Tensor = base(x)
+        return untouched
     factors = [factor for slot in slots for factor in (slot.A, slot.B)]
     y: Tensor = _LowRank.apply(x.flatten(0, -2), base, slots, *factors)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
@@ -45,73 +49,117 @@ def low_rank(x: Tensor, base: nn.Module, slots: Sequence[Slot]) -> Tensor:
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Module, slots: Sequence[Slot], *_factors: Tensor) -> Tensor:
-        pairs = [_down_up(slot, x.dtype) for slot in slots]
-        seen = [_dropped(x, slot) for slot in slots]
-        hidden = [F.linear(rows, down) for rows, (down, _) in zip(seen, pairs, strict=True)]
-        bias = base.bias if isinstance(base.bias, Tensor) else None
+        stacks = _stacks(slots, x.dtype)
+        W, bias = weight_of(base), base.bias if isinstance(base.bias, Tensor) else None
+        seen = [stack.dropped(x) for stack in stacks]
+        hidden = [rows @ stack.down.mT for rows, stack in zip(seen, stacks, strict=True)]
         if x.dtype.itemsize > 2:
-            y = F.linear(x, weight_of(base), bias)
-            for slot, h, (_, up) in zip(slots, hidden, pairs, strict=True):
-                y[slot.start : slot.stop].addmm_(h, up.T)
+            y = F.linear(x, W, bias)
+            for stack, h in zip(stacks, hidden, strict=True):
+                stack.rows(y).baddbmm_(h, stack.up.mT)
         else:
-            # Copying W costs 2 % of a step of SmolLM2 and less where rows are many.
-            wide = torch.cat([weight_of(base), *(up for _, up in pairs)], dim=1)
-            y = F.linear(torch.cat([x, _placed(slots, hidden, rows=len(x))], dim=1), wide, bias)
-        ctx.base, ctx.slots, ctx.pairs = base, slots, pairs
+            y = _placed(stacks, [h @ stack.up.mT for h, stack in zip(hidden, stacks, strict=True)], rows=len(x))
+            y.addmm_(*((x, W.T) if bias is None else _with_bias(x, W, bias)))
+        ctx.base, ctx.stacks = base, stacks
         ctx.save_for_backward(*seen, *hidden)
         return y
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
         (grad,) = outer
-        slots, count = ctx.slots, len(ctx.slots)
-        seen, hidden = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        dx = grad @ weight_of(ctx.base) if ctx.needs_input_grad[0] else None
+        stacks: list[_Stack] = ctx.stacks
+        seen, hidden = ctx.saved_tensors[: len(stacks)], ctx.saved_tensors[len(stacks) :]
+        inner: list[Tensor] = []
         found: list[Tensor] = []
-        for slot, rows, h, (down, up) in zip(slots, seen, hidden, ctx.pairs, strict=True):
-            g, r = grad[slot.start : slot.stop], len(slot.A)
-            dh = g @ up
-            if dx is not None:
-                _add(dx[slot.start : slot.stop], dh, down, slot.mask)
-            # Both halves of a subtracted pair end in the same A: s·(B - B0)ᵀ·g + s·B0ᵀ·g.
-            dA = (dh if slot.A0 is None else dh[:, :r] + dh[:, r:]).T @ rows
-            dB = g.T @ h[:, :r]
-            found += [dA.to(slot.A.dtype), dB.to(slot.B.dtype).mul_(slot.scale)]
+        for stack, rows, h in zip(stacks, seen, hidden, strict=True):
+            g = stack.rows(grad)
+            dh = g @ stack.up
+            inner.append(dh)
+            found += stack.gradients(dA=dh.mT @ rows, dB=(h.mT @ g).mT)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            parts = [stack.dropped_again(dh @ stack.down) for stack, dh in zip(stacks, inner, strict=True)]
+            dx = _placed(stacks, parts, rows=len(grad)).addmm_(grad, weight_of(ctx.base))
         return dx, None, None, *found
 
 
-def _down_up(slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Down (R×in) and up (out×R) with up·down = s·(B·A - B0·A0), in the base's dtype.
+@dataclass(frozen=True)
+class _Stack:
+    """Adapters on neighbouring rows whose products have one shape, multiplied at once: n·t rows from `start` on.
 
-    With a start to subtract as (B - B0)·A + B0·(A - A0), differences taken in float32: B·A and B0·A0
-    nearly cancel, and rounding them to bf16 first would leave little of their difference.
+    `down` (n×R×in) and `up` (n×out×R): up·down = s·(B·A - B0·A0), in the base's dtype.
     """
+
+    slots: Sequence[Slot]
+    down: Tensor
+    up: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], dtype: torch.dtype) -> "_Stack":
+        """With a start to subtract as (B - B0)·A + B0·(A - A0), differences taken in float32: B·A and B0·A0
+        nearly cancel, and rounding them to bf16 first would leave little of their difference.
+        """
+        down, up = zip(*(_down_up(slot) for slot in slots), strict=True)
+        masks = [slot.mask for slot in slots if slot.mask is not None]
+        return cls(slots, torch.stack(down).to(dtype), torch.stack(up).to(dtype), torch.stack(masks) if masks else None)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Its rows of x, n×t×width, a view."""
+        return x[self.slots[0].start : self.slots[-1].stop].view(len(self.slots), -1, x.shape[-1])
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Its rows of x after dropout."""
+        return self.dropped_again(self.rows(x))
+
+    def dropped_again(self, rows: Tensor) -> Tensor:
+        """Rows or their gradient, n×t×in, times the mask."""
+        return rows if self.mask is None else rows * self.mask
+
+    def gradients(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
+        """Of every slot's A and B in turn, from those of `down` and of `up` over s."""
+        dA, dB = dA.to(self.slots[0].A.dtype), dB.to(self.slots[0].B.dtype)
+        found: list[Tensor] = []
+        for slot, a, b in zip(self.slots, dA, dB, strict=True):
+            r = len(slot.A)
+            # Both halves of a subtracted pair end in the same A: s·(B - B0)ᵀ·g + s·B0ᵀ·g.
+            found += [a if slot.A0 is None else a[:r] + a[r:], b[:, :r] * slot.scale]
+        return found
+
+
+def _stacks(slots: Sequence[Slot], dtype: torch.dtype) -> list[_Stack]:
+    """All slots at once where they are alike, which is faster than several small products; else one by one.
+
+    In float32 always one by one: rounding then is what it is for the adapter alone.
+    """
+    alike = {(s.stop - s.start, len(s.A), s.A0 is None, s.mask is None) for s in slots}
+    joined = all(one.stop == two.start for one, two in zip(slots, slots[1:], strict=False))
+    together = dtype.itemsize == 2 and len(alike) == 1 and joined
+    return [_Stack.of(part, dtype) for part in ([slots] if together else [[slot] for slot in slots])]
+
+
+def _down_up(slot: Slot) -> tuple[Tensor, Tensor]:
     A, B = slot.A, slot.B
     if slot.A0 is not None and slot.B0 is not None:
         A, B = torch.cat([A, A - slot.A0]), torch.cat([B - slot.B0, slot.B0], dim=1)
-    return A.to(dtype), (slot.scale * B).to(dtype)
+    return A, slot.scale * B
 
 
-def _dropped(x: Tensor, slot: Slot) -> Tensor:
-    rows = x[slot.start : slot.stop]
-    return rows if slot.mask is None else rows * slot.mask
-
-
-def _placed(slots: Sequence[Slot], hidden: Sequence[Tensor], *, rows: int) -> Tensor:
-    """Each slot's hidden values in its own rows and columns, zero elsewhere: rows×(all ranks)."""
-    if len(slots) == 1 and len(hidden[0]) == rows:
-        return hidden[0]
-    placed = hidden[0].new_zeros(rows, sum(h.shape[1] for h in hidden))
-    column = 0
-    for slot, h in zip(slots, hidden, strict=True):
-        placed[slot.start : slot.stop, column : column + h.shape[1]] = h
-        column += h.shape[1]
+def _placed(stacks: Sequence[_Stack], parts: Sequence[Tensor], *, rows: int) -> Tensor:
+    """Each stack's part (n×t×width) in its own rows, zero elsewhere: rows×width."""
+    if len(parts) == 1 and parts[0].shape[:2].numel() == rows:
+        return parts[0].flatten(0, 1)
+    placed = parts[0].new_zeros(rows, parts[0].shape[-1])
+    for stack, part in zip(stacks, parts, strict=True):
+        stack.rows(placed).copy_(part)
     return placed
 
 
-def _add(dx: Tensor, dh: Tensor, down: Tensor, mask: Tensor | None) -> None:
-    """dx += (dh·down) ⊙ mask, in place."""
-    if mask is None:
-        dx.addmm_(dh, down)
-    else:
-        dx.add_((dh @ down).mul_(mask))
+def _with_bias(x: Tensor, W: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of x·Wᵀ + bias: the bias joins the sum inside the product too.
+
+    Eight columns more and not one: products of odd widths are slow.
+    """
+    x, W = F.pad(x, (0, 8)), F.pad(W, (0, 8))
+    x[:, -1], W[:, -1] = 1, bias
+    return x, W.T
