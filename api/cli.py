@@ -185,6 +185,7 @@ def submit(
     suffix: Annotated[str | None, Option(help="Part of the new model's name.")] = None,
     seed: Annotated[int | None, Option(help="Seed of everything random.")] = None,
     group: Annotated[bool, Option("--group", help="May be trained together with other such jobs.")] = False,
+    devices: Annotated[int, Option(help="Devices of one host that share each step's rows.")] = 1,
     follow: Annotated[bool, Option("--watch", help="Follow the job to its end.")] = False,
 ) -> None:
     """Upload rows and order a fine-tuning job. Prints the job's id."""
@@ -204,7 +205,7 @@ def submit(
             "precision": precision,
         },
         lora=lora,
-        group=group,
+        resources={"group": group, "devices": devices},
         suffix=suffix,
         seed=seed,
     )

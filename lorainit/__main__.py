@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, TextIO
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 from lorainit import machine
 from lorainit.errors import Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Tick
+from lorainit.launch import companions
 from lorainit.spec import RunSpec
 
 FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _doctor(arguments[1:])
     args = _parser().parse_args(arguments)
     members = [_Member(args.spec, args.out, args.lease), *(_Member(*map(Path, three)) for three in args.member)]
-    if args.events_fd is not None:
+    if args.events_fd is not None or _rank():
         _die_with_parent()
     leases = [member.lease for member in members if member.lease]
     if leases:
@@ -52,17 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
     if any(spec is None for spec in specs):
         return WRONG_SPEC
     runs = [(spec, member) for spec, member in zip(specs, members, strict=True) if spec is not None]
-    if args.events_fd is not None:
-        with os.fdopen(args.events_fd, "w", buffering=1) as stream:
-            return _run(runs, stop, lambda event: _write(stream, event))
-    if int(os.environ.get("RANK", "0")):
-        return _run(runs, stop, lambda _event: None)  # another process of this run speaks
-    from lorainit.progress import Display
+    with _companions(runs):
+        if args.events_fd is not None:
+            with os.fdopen(args.events_fd, "w", buffering=1) as stream:
+                return _run(runs, stop, lambda event: _write(stream, event))
+        if _rank():
+            return _run(runs, stop, lambda _event: None)  # another process of this run speaks
+        from lorainit.progress import Display
 
-    with Display() as display:
-        code = _run(runs, stop, display.show)
-    display.conclude()
-    return code
+        with Display() as display:
+            code = _run(runs, stop, display.show)
+        display.conclude()
+        return code
 
 
 class _Member(NamedTuple):
@@ -71,6 +74,19 @@ class _Member(NamedTuple):
     spec: Path
     out: Path
     lease: Path | None
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _companions(runs: list[tuple[RunSpec, _Member]]) -> AbstractContextManager[None]:
+    """The other processes of a run on several devices, unless this is one of them."""
+    spec, member = runs[0]
+    if spec.devices == 1 or "RANK" in os.environ:
+        return nullcontext()
+    lease = ["--lease", str(member.lease)] if member.lease else []
+    return companions(spec.devices, [str(member.spec), str(member.out), *lease], out=member.out, failed=FAILED)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
     ├── UnsupportedModel, UnsupportedInit, RankTooLarge, UnknownTarget
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
+    ├── TooFewDevices          (the operator's: more devices were promised than the worker has)
     ├── Dropped                (not a failure: one run of a group is not ours any more)
     └── Stopped                (not a failure: somebody asked the run to stop)
 """
@@ -119,6 +120,10 @@ class GroupMismatch(LorainitError):
     """Runs that were to train together cannot share a forward pass."""
 
     code = "unsupported_combination"
+
+
+class TooFewDevices(LorainitError):
+    """The machine has fewer devices than the run was promised."""
 
 
 class Dropped(LorainitError):

@@ -90,6 +90,13 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left."""
+    text = str(error)
+    host = "can't allocate memory" in text or "not enough memory" in text
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and host)
+
+
 def peak_memory_bytes() -> int:
     """Peak so far: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():

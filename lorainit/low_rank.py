@@ -7,6 +7,7 @@ would lose most of it. Knows nothing of models, methods or files.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +50,9 @@ def low_rank(x: Tensor, base: nn.Module, slots: Sequence[Slot]) -> Tensor:
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Module, slots: Sequence[Slot], *_factors: Tensor) -> Tensor:
-        stacks = _stacks(slots, x.dtype)
+        stacks, masks = zip(*_stacks(slots, x.dtype), strict=True)
         W, bias = weight_of(base), base.bias if isinstance(base.bias, Tensor) else None
-        seen = [stack.dropped(x) for stack in stacks]
+        seen = [_times(stack.rows(x), mask) for stack, mask in zip(stacks, masks, strict=True)]
         hidden = [rows @ stack.down.mT for rows, stack in zip(seen, stacks, strict=True)]
         if x.dtype.itemsize > 2:
             y = F.linear(x, W, bias)
@@ -61,14 +62,16 @@ class _LowRank(torch.autograd.Function):
             y = _placed(stacks, [h @ stack.up.mT for h, stack in zip(hidden, stacks, strict=True)], rows=len(x))
             y.addmm_(*((x, W.T) if bias is None else _with_bias(x, W, bias)))
         ctx.base, ctx.stacks = base, stacks
-        ctx.save_for_backward(*seen, *hidden)
+        # All that grows with the rows, so that gradient checkpointing can let it go.
+        ctx.save_for_backward(*seen, *hidden, *masks)
         return y
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
         (grad,) = outer
-        stacks: list[_Stack] = ctx.stacks
-        seen, hidden = ctx.saved_tensors[: len(stacks)], ctx.saved_tensors[len(stacks) :]
+        stacks: tuple[_Stack, ...] = ctx.stacks
+        saved, n = ctx.saved_tensors, len(stacks)
+        seen, hidden, masks = saved[:n], saved[n : 2 * n], saved[2 * n :]
         inner: list[Tensor] = []
         found: list[Tensor] = []
         for stack, rows, h in zip(stacks, seen, hidden, strict=True):
@@ -78,7 +81,8 @@ class _LowRank(torch.autograd.Function):
             found += stack.gradients(dA=dh.mT @ rows, dB=(h.mT @ g).mT)
         dx = None
         if ctx.needs_input_grad[0]:
-            parts = [stack.dropped_again(dh @ stack.down) for stack, dh in zip(stacks, inner, strict=True)]
+            zipped = zip(stacks, inner, masks, strict=True)
+            parts = [_times(dh @ stack.down, mask) for stack, dh, mask in zipped]
             dx = _placed(stacks, parts, rows=len(grad)).addmm_(grad, weight_of(ctx.base))
         return dx, None, None, *found
 
@@ -93,28 +97,10 @@ class _Stack:
     slots: Sequence[Slot]
     down: Tensor
     up: Tensor
-    mask: Tensor | None
-
-    @classmethod
-    def of(cls, slots: Sequence[Slot], dtype: torch.dtype) -> "_Stack":
-        """With a start to subtract as (B - B0)·A + B0·(A - A0), differences taken in float32: B·A and B0·A0
-        nearly cancel, and rounding them to bf16 first would leave little of their difference.
-        """
-        down, up = zip(*(_down_up(slot) for slot in slots), strict=True)
-        masks = [slot.mask for slot in slots if slot.mask is not None]
-        return cls(slots, torch.stack(down).to(dtype), torch.stack(up).to(dtype), torch.stack(masks) if masks else None)
 
     def rows(self, x: Tensor) -> Tensor:
         """Its rows of x, n×t×width, a view."""
         return x[self.slots[0].start : self.slots[-1].stop].view(len(self.slots), -1, x.shape[-1])
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """Its rows of x after dropout."""
-        return self.dropped_again(self.rows(x))
-
-    def dropped_again(self, rows: Tensor) -> Tensor:
-        """Rows or their gradient, n×t×in, times the mask."""
-        return rows if self.mask is None else rows * self.mask
 
     def gradients(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
         """Of every slot's A and B in turn, from those of `down` and of `up` over s."""
@@ -127,18 +113,28 @@ class _Stack:
         return found
 
 
-def _stacks(slots: Sequence[Slot], dtype: torch.dtype) -> list[_Stack]:
+def _stacks(slots: Sequence[Slot], dtype: torch.dtype) -> list[tuple[_Stack, Tensor | None]]:
     """All slots at once where they are alike, which is faster than several small products; else one by one.
 
-    In float32 always one by one: rounding then is what it is for the adapter alone.
+    In float32 always one by one: rounding then is what it is for the adapter alone. With each its masks, n×t×in.
     """
     alike = {(s.stop - s.start, len(s.A), s.A0 is None, s.mask is None) for s in slots}
-    joined = all(one.stop == two.start for one, two in zip(slots, slots[1:], strict=False))
+    joined = all(one.stop == two.start for one, two in pairwise(slots))
     together = dtype.itemsize == 2 and len(alike) == 1 and joined
-    return [_Stack.of(part, dtype) for part in ([slots] if together else [[slot] for slot in slots])]
+    return [_stacked(part, dtype) for part in ([slots] if together else [[slot] for slot in slots])]
+
+
+def _stacked(slots: Sequence[Slot], dtype: torch.dtype) -> tuple[_Stack, Tensor | None]:
+    down, up = zip(*(_down_up(slot) for slot in slots), strict=True)
+    masks = [slot.mask for slot in slots if slot.mask is not None]
+    stack = _Stack([s._replace(mask=None) for s in slots], torch.stack(down).to(dtype), torch.stack(up).to(dtype))
+    return stack, torch.stack(masks) if masks else None
 
 
 def _down_up(slot: Slot) -> tuple[Tensor, Tensor]:
+    """With a start to subtract as (B - B0)·A + B0·(A - A0), differences taken in float32: B·A and B0·A0
+    nearly cancel, and rounding them to bf16 first would leave little of their difference.
+    """
     A, B = slot.A, slot.B
     if slot.A0 is not None and slot.B0 is not None:
         A, B = torch.cat([A, A - slot.A0]), torch.cat([B - slot.B0, slot.B0], dim=1)
@@ -153,6 +149,10 @@ def _placed(stacks: Sequence[_Stack], parts: Sequence[Tensor], *, rows: int) -> 
     for stack, part in zip(stacks, parts, strict=True):
         stack.rows(placed).copy_(part)
     return placed
+
+
+def _times(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows * mask
 
 
 def _with_bias(x: Tensor, W: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

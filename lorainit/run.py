@@ -12,8 +12,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lorainit import checkpoint, delivery, hardware, init_stage
 from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Progress, Restored
@@ -215,7 +213,7 @@ def _as_our_errors() -> Iterator[None]:
     """Machine failures a caller can do something about, as errors with advice."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except MemoryError as error:
         raise _out_of_memory() from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -223,7 +221,7 @@ def _as_our_errors() -> Iterator[None]:
         raise
     except RuntimeError as error:
         text = str(error)
-        if "can't allocate memory" in text or "not enough memory" in text:
+        if hardware.is_out_of_memory(error):
             raise _out_of_memory() from error
         if "No space left on device" in text:
             raise DiskFull("No space left to write the results.") from error

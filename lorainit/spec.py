@@ -177,7 +177,9 @@ class Hyperparameters(Strict):
     `batch_size` is the effective batch in rows. Intervals are in optimizer steps. `learning_rate`
     is the absolute peak; `learning_rate_multiplier` multiplies the base rate of model and method.
     `precision` is the number format of the base model and of the activations; what is trained stays in
-    float32. Its "auto" is decided by the machine the run finds itself on (`lorainit.hardware`).
+    float32. `gradient_checkpointing` computes layers again instead of keeping them: "auto" when one row does
+    not fit otherwise. `compile` fuses the base's element-wise parts: "auto" where a long run gets that back.
+    These three autos are decided by the machine the run finds itself on (`lorainit.hardware`, `lorainit.fit`).
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
@@ -192,6 +194,8 @@ class Hyperparameters(Strict):
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] | Auto = "auto"
     max_steps: Annotated[int, Field(ge=1)] | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool | Auto = "auto"
+    compile: bool | Auto = "auto"
     eval_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
     checkpoint_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
 
@@ -253,6 +257,7 @@ class RunSpec(Strict):
 
     `cache`: a folder for converted base models and, under `init/`, `tokens/` and `bases/`, what earlier runs found
     out: starts, tokenized files and digests, of which at most `cache_limit_bytes` are kept (0 = none).
+    `devices`: processes of this host that share each step's rows, one to a GPU; `python -m lorainit` starts them.
     """
 
     model: BaseModelRef
@@ -262,6 +267,7 @@ class RunSpec(Strict):
     seed: Seed = 0
     deterministic: bool = True
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    devices: Annotated[int, Field(ge=1, le=64)] = 1
     cache: str | None = None
     cache_limit_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     resume_from: str | None = None

@@ -14,6 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from lorainit.errors import TooFewDevices
+from lorainit.launch import RENDEZVOUS
+
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # the others wait at their next sum while one evaluates or writes
 
@@ -54,13 +57,29 @@ class World:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """The world that torchrun has started this process in, joined for as long as the context lasts."""
+    """The world that `launch`, or torchrun, has started this process in, joined for as long as the context lasts.
+
+    Raises:
+        TooFewDevices: there are more processes than GPUs.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    rank = int(os.environ["RANK"])
+    if device.type == "cuda":
+        _take_gpu(int(os.environ.get("LOCAL_RANK", rank)), size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    meeting = os.environ.get(RENDEZVOUS, "env://")
+    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        yield World(distributed.get_rank(), size)
+        yield World(rank, size)
     finally:
         distributed.destroy_process_group()
+
+
+def _take_gpu(place: int, size: int) -> None:
+    count = torch.cuda.device_count()
+    if place >= count:
+        raise TooFewDevices(f"The run is for {size} devices, and its worker sees {count}.", param="resources.devices")
+    torch.cuda.set_device(place)

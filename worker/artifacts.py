@@ -51,6 +51,7 @@ def prepare(job: Job, folder: Path, storage: Storage) -> Path:
         training=Hyperparameters.model_validate(job.recipe["training"]),
         seed=job.seed,
         deterministic=job.deterministic,
+        devices=job.devices,
         cache=str(get_settings().models()),
         cache_limit_bytes=get_settings().init_cache_bytes,
         resume_from=resume,

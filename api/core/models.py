@@ -116,6 +116,7 @@ class Job(Base):
     on_row_error: Mapped[str] = mapped_column(String(8))
     deterministic: Mapped[bool] = mapped_column()
     wants_group: Mapped[bool] = mapped_column(server_default=false())
+    devices: Mapped[int] = mapped_column(Integer, server_default="1")
 
     # Who may be trained with it (`api.core.groups`), from admission on; None = it runs alone.
     group_key: Mapped[str | None] = mapped_column(String(64))

@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     group_size: Annotated[int, Field(ge=1)] = Field(
         8, description="Most jobs trained together when they ask for it; 1 = every job runs alone."
     )
+    devices_per_job: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Most devices a job may ask for; a worker slot must see as many."
+    )
     max_attempts: Annotated[int, Field(ge=1)] = Field(3, description="Runs of a job whose workers were lost.")
     reconcile_seconds: Annotated[float, Field(gt=0)] = Field(0.5, description="Pause between two reconciler rounds.")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="Checkpoints kept beside the best one.")

@@ -12,6 +12,7 @@ from api.core.db import now
 from api.core.errors import BadReference, InvalidValue
 from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
+from api.core.settings import get_settings
 from lorainit.inits import CalibratedConfig
 from lorainit.spec import Hyperparameters, Lora
 
@@ -36,6 +37,7 @@ class Order:
     on_row_error: Literal["fail", "skip"]
     deterministic: bool
     group: bool
+    devices: int
 
 
 def submit(session: Session, project_id: str, order: Order) -> Job:
@@ -52,6 +54,12 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
             f" {entry.max_length}.",
             code="invalid_value",
             param=f"{_RATES}.max_length",
+        )
+    if order.devices > (limit := get_settings().devices_per_job):
+        raise InvalidValue(
+            f"resources.devices {order.devices} is above what a job may have here, {limit}.",
+            code="invalid_value",
+            param="resources.devices",
         )
     lora, choices = order.lora.resolved()
     lora = catalogue.place(lora, entry)
@@ -75,6 +83,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         on_row_error=order.on_row_error,
         deterministic=order.deterministic,
         wants_group=order.group,
+        devices=order.devices,
         lease_token=0,
         attempts=0,
         event_count=0,

@@ -149,7 +149,12 @@ def job_object(sight: Sight) -> JobObject:
         lora=_lora(job),
         init_report=finite(job.init_report),
         export_check=finite(job.export_check),
-        resources={"group": job.wants_group, "trained_with": job.trained_with, **(finite(job.resources) or {})},
+        resources={
+            "group": job.wants_group,
+            "devices": job.devices,
+            "trained_with": job.trained_with,
+            **(finite(job.resources) or {}),
+        },
         adapter=_adapter(job, sight.result) if sight.result else None,
     )
 

@@ -64,6 +64,17 @@ class Resources(Strict):
     """`resources`: on what and with whom a job may run."""
 
     group: bool = Field(False, description="May be trained together with other such jobs of the project.")
+    devices: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Devices of one host that share each step's rows."
+    )
+
+    @model_validator(mode="after")
+    def a_group_has_one_device(self) -> "Resources":
+        """Several adapters in one pass and one adapter in several processes are two ways to use the machine."""
+        if self.group and self.devices > 1:
+            text = f"devices (got {self.devices}) cannot be given together with group: a grouped run has one device."
+            raise _fault("invalid_value", "devices", text)
+        return self
 
 
 class JobRequest(Strict):
@@ -127,6 +138,7 @@ class JobRequest(Strict):
             on_row_error=self.on_row_error,
             deterministic=self.deterministic,
             group=self.resources.group,
+            devices=self.resources.devices,
         )
 
 

@@ -80,7 +80,7 @@ def submit(
     validation_file: str | None,
     hyperparameters: dict[str, Any],
     lora: dict[str, Any],
-    group: bool,
+    resources: dict[str, Any],
     suffix: str | None,
     seed: int | None,
 ) -> FineTuningJob:
@@ -95,7 +95,7 @@ def submit(
         method={"type": "supervised", "supervised": {"hyperparameters": given}},
         extra_body={
             "lora": {key: value for key, value in lora.items() if value is not None},
-            "resources": {"group": group},
+            "resources": resources,
         },
     )
     return job

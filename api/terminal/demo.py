@@ -81,7 +81,7 @@ def _order(client: OpenAI, console: Console) -> FineTuningJob:
         validation_file=validation,
         hyperparameters={"max_steps": 32, "batch_size": 4, "eval_interval": 8},
         lora={"init": {"method": "loram"}, "r": 16},
-        group=False,
+        resources={},
         suffix="demo",
         seed=1,
     )

@@ -338,7 +338,7 @@ def test_times_are_whole_seconds(lab: Lab) -> None:
 
 
 def test_a_job_runs_alone_unless_it_asks_for_a_group(lab: Lab) -> None:
-    assert lab.order()["resources"] == {"group": False, "trained_with": None}
+    assert lab.order()["resources"] == {"group": False, "devices": 1, "trained_with": None}
     assert lab.order(resources={})["resources"]["group"] is False
     assert lab.order(resources=None)["resources"]["group"] is False
     assert lab.order(resources={"group": None})["resources"]["group"] is False
@@ -352,5 +352,5 @@ def test_a_finished_job_shows_who_shared_its_run_beside_what_it_used(lab: Lab) -
     used = shown["resources"]
     assert set(used.pop("stage_seconds")) == {"starting", "loading", "training"}
     assert used.pop("seconds_to_first_step") >= 0
-    assert used == {"group": True, "trained_with": [], "gpu_name": None, "gpus": 0, "attempts": 1}
+    assert used == {"group": True, "devices": 1, "trained_with": [], "gpu_name": None, "gpus": 0, "attempts": 1}
     typed.FineTuningJob.model_validate(shown, strict=True)

@@ -61,6 +61,9 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"on_row_error": "ignore"}, "invalid_value", "on_row_error"),
     ({"deterministic": 1}, "invalid_type", "deterministic"),
     ({"resources": {"group": "yes"}}, "invalid_type", "resources.group"),
+    ({"resources": {"devices": 2}}, "invalid_value", "resources.devices"),
+    ({"resources": {"devices": 0}}, "invalid_value", "resources.devices"),
+    ({"resources": {"devices": 2, "group": True}}, "invalid_value", "resources.devices"),
     ({"resources": {"gpus": 2}}, "unknown_parameter", "resources.gpus"),
     # combinations that mean nothing
     ({"lora": {"init": "orthogonal", "r": 7}}, "unsupported_combination", "lora.r"),

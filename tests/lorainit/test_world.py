@@ -5,7 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -18,7 +21,22 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_train_what_one_trains(spec, rows, tmp_path):
+def by_torchrun(command):
+    """Two processes in the environment that torchrun gives them."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(command, env={**os.environ, **world, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+
+
+def by_ourselves(command):
+    """One process, which starts the other."""
+    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
+
+
+@pytest.mark.parametrize("start", [by_torchrun, by_ourselves])
+def test_two_processes_train_what_one_trains(spec, rows, tmp_path, start):
     """Five rows a step in pieces of two: one process has two pieces, the other one."""
     one = spec(
         micro_batch_size=2, data={"validation": str(rows)}, lora={"init": "pissa", "r": 4},
@@ -26,17 +44,12 @@ def test_two_processes_train_what_one_trains(spec, rows, tmp_path):
     )  # fmt: skip
     alone = run(one, tmp_path / "alone", lambda event: None)
     file = tmp_path / "spec.json"
-    file.write_text(one.model_dump_json())
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lorainit", str(file), str(tmp_path / "shared")]
-    processes = [
-        subprocess.Popen(command, env={**os.environ, **world, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    file.write_text(one.model_copy(update={"devices": 2}).model_dump_json())
+    processes = start([sys.executable, "-m", "lorainit", str(file), str(tmp_path / "shared")])
     said = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "Adapter:" in said[0]
-    assert "Adapter:" not in said[1]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert "".join(said).count("Adapter:") == 1
+    assert not list(tmp_path.glob("shared/rendezvous*"))
     ours = load_file(tmp_path / "shared" / "adapter" / "adapter_model.safetensors")
     theirs = load_file(f"{alone.adapter}/adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -49,3 +62,47 @@ def test_two_processes_train_what_one_trains(spec, rows, tmp_path):
             assert line[name] == expected[name]
         for name in ("train_loss", "full_valid_loss", "train_mean_token_accuracy"):
             assert line[name] is expected[name] is None or abs(line[name] - expected[name]) < 1e-5
+
+
+@pytest.fixture
+def two(spec, tmp_path):
+    """A long run of two processes that is training: the leading process and the other."""
+    file, out = tmp_path / "spec.json", tmp_path / "out"
+    file.write_text(spec(devices=2, training={"max_steps": 100_000, "checkpoint_interval": 100_000}).model_dump_json())
+    leading = subprocess.Popen([sys.executable, "-m", "lorainit", str(file), str(out)], stderr=subprocess.PIPE)
+    wait(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 3)
+    (other,) = psutil.Process(leading.pid).children()
+    yield leading, other
+    leading.kill()
+    leading.communicate()
+
+
+def wait(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "that did not happen"
+        time.sleep(0.05)
+
+
+def test_a_process_that_dies_takes_its_run_with_it(two):
+    """Not to wait for it for ever in the next sum."""
+    leading, other = two
+    other.kill()
+    _, said = leading.communicate(timeout=60)
+    assert leading.returncode == 1
+    assert b"exit code -9" in said or b"gloo" in said.lower() or b"peer" in said.lower()
+
+
+def test_nothing_is_left_of_a_run_whose_leading_process_dies(two):
+    leading, other = two
+    leading.kill()
+    leading.wait()
+    wait(lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, seconds=10)
+
+
+def test_a_run_of_two_processes_stops_when_it_is_asked(two):
+    leading, other = two
+    leading.terminate()
+    leading.communicate(timeout=60)
+    assert leading.returncode == 143
+    wait(lambda: not other.is_running(), seconds=10)

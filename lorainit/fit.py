@@ -1,0 +1,162 @@
+"""Makes a step fit: the longest batch is tried, forward and backward, before the first step.
+
+Running out of memory late is what hurts, so the worst comes first. Then the micro-batch is halved
+until it fits, and last the layers are computed again in the backward pass. Neither changes the
+effective batch, the order of rows or what is minimized; both are said in an event.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from lorainit import compiled
+from lorainit.batches import Batch
+from lorainit.course import Member
+from lorainit.data import Sample
+from lorainit.errors import OutOfMemory
+from lorainit.events import Message
+from lorainit.group import Stand
+from lorainit.hardware import is_out_of_memory
+from lorainit.loss import tallies
+from lorainit.recompute import recompute
+from lorainit.resolve import total_steps
+from lorainit.world import World
+
+Lay = Callable[[Sequence[Sample]], Batch]
+PARAM = "method.supervised.hyperparameters"
+
+
+def fit(stand: Stand, members: Sequence[Member], *, lay: Lay, world: World) -> list[Member]:
+    """The members with micro-batches that fit, on a model that is set up for the run.
+
+    Raises:
+        OutOfMemory: not one row fits, whatever is done.
+    """
+    members, switches = list(members), [member.recipe.gradient_checkpointing for member in members]
+    recomputes = any(switch is True for switch in switches) and _recompute(stand, members, "it was asked for")
+    while _fails(stand, members, lay, world):
+        if any(member.micro_batch_size > 1 for member in members):
+            members = [replace(m, micro_batch_size=(m.micro_batch_size + 1) // 2) for m in members]
+            for member in members:
+                _say_smaller(member)
+        elif not recomputes and False not in switches:
+            recomputes = _recompute(stand, members, "one row did not fit into memory without it")
+            if not recomputes:
+                raise _too_large()
+        else:
+            raise _too_large()
+    if not recomputes:
+        _compile(stand, members, lay, world)
+    return members
+
+
+def _fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> bool:
+    """Whether any process runs out of memory on the longest batch."""
+    failed = False
+    try:
+        _try(stand, members, lay)
+    except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
+        if not is_out_of_memory(error):
+            raise
+        failed = True
+    if failed:  # outside of the except clause, whose traceback holds what is to be freed
+        _forget(stand, members)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    anybody = torch.tensor(float(failed), device=next(stand.model.parameters()).device)
+    world.add_up([anybody])
+    return bool(anybody)
+
+
+def _try(stand: Stand, members: Sequence[Member], lay: Lay) -> None:
+    rows = [_longest(member) for member in members]
+    stand.put([m.layers for m in members], list(pairwise([0, *accumulate(sum(len(s.ids) for s in r) for r in rows)])))
+    for member in members:
+        _drop(member, "tried")
+    counts = [sum(int(s.trained[1:].sum()) for s in some) for some in rows]
+    parts = tallies(stand.model, lay([sample for some in rows for sample in some]), counts)
+    torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
+    _forget(stand, members)
+
+
+def _longest(member: Member) -> list[Sample]:
+    """The longest micro-batch that the data can make."""
+    return sorted(member.data.samples, key=lambda s: -len(s.ids))[: member.micro_batch_size]
+
+
+def _drop(member: Member, key: str | None) -> None:
+    for layer in member.layers.values():
+        layer.dropout.key = key
+
+
+def _forget(stand: Stand, members: Sequence[Member]) -> None:
+    stand.clear()
+    for member in members:
+        _drop(member, None)
+        for layer in member.layers.values():
+            layer.zero_grad()
+
+
+# --- what is done about it ----------------------------------------------------------------------
+
+
+def _say_smaller(member: Member) -> None:
+    micro, batch = member.micro_batch_size, member.recipe.batch_size
+    assert batch != "auto"
+    pieces = -(-batch // micro)
+    text = f"The longest batch did not fit into memory: {pieces} micro-batches of {micro} rows, same effective batch"
+    _tell([member], "warn", text, micro_batch_size=micro, gradient_accumulation_steps=pieces)
+
+
+def _recompute(stand: Stand, members: Sequence[Member], why: str) -> bool:
+    works = recompute(stand.model)
+    text = "Gradient checkpointing is on" if works else "Gradient checkpointing is not possible with this architecture"
+    _tell(members, "info" if works else "warn", f"{text}: {why}", gradient_checkpointing=works)
+    return works
+
+
+def _too_large() -> OutOfMemory:
+    return OutOfMemory(
+        "One row of the longest length does not fit into the device's memory. A smaller max_length helps, as do"
+        " gradient_checkpointing where it is switched off, lora.quantization nf4, and fewer target modules.",
+        param=f"{PARAM}.max_length",
+    )
+
+
+def _compile(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> None:
+    """Compile if it was asked for, or if it pays; where it fails the run goes on without and says so."""
+    wanted = {member.recipe.compile for member in members}
+    chosen, why = True in wanted, "it was asked for"
+    if wanted == {"auto"} and world.size == 1:
+        chosen, why = compiled.pays(stand.model, tokens=sum(_tokens(member) for member in members))
+    if not chosen:
+        return
+    compiled.compile_layers(stand.model)
+    try:
+        _try(stand, members, lay)
+    except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
+        compiled.undo(stand.model)
+        _forget(stand, members)
+        reason = " ".join(str(error).split())[:300]
+        text = f"The decoder layers run uncompiled: compiling them failed with {type(error).__name__}: {reason}"
+        _tell(members, "warn", text, compiled=False)
+        return
+    _tell(members, "info", f"The decoder layers are compiled: {why}", compiled=True)
+
+
+def _tokens(member: Member) -> int:
+    samples, batch = member.data.samples, member.recipe.batch_size
+    assert batch != "auto"
+    per_row = sum(len(s.ids) for s in samples) / len(samples)
+    return int(per_row * batch * total_steps(member.recipe, rows=len(samples)))
+
+
+def _tell(members: Sequence[Member], level: str, text: str, **facts: Any) -> None:
+    for member in members:
+        event = {"level": level, "message": text, "data": {"kind": "machine", **facts}}
+        member.on_event(Message.model_validate(event))

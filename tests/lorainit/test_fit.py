@@ -1,0 +1,195 @@
+"""Before the first step: what does not fit into memory is found out and made to fit, and slow parts are compiled."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AttentionInterface
+
+from lorainit import attention, compiled
+from lorainit import base as base_module
+from lorainit.errors import OutOfMemory
+from lorainit.events import Message, Metrics
+from lorainit.group import GroupedLinear
+from lorainit.layer import LoRALinear
+from lorainit.recompute import layers_of, recompute
+from lorainit.run import Request, run, run_together
+from tests.lorainit.conftest import tiny_llama
+
+CHECKPOINTING = "gradient_checkpointing"
+
+
+class Memory:
+    """A base whose training passes run out of memory beyond `tokens`, unless layers are computed again."""
+
+    def __init__(self, monkeypatch, *, tokens, recomputed=None):
+        self.limit, self.recomputed, self.largest = tokens, recomputed, 0
+        load_model = base_module.load_model
+
+        def small(*args, **named):
+            model = load_model(*args, **named)
+            model.register_forward_pre_hook(lambda _, __, named: self.allocate(model, **named), with_kwargs=True)
+            return model
+
+        monkeypatch.setattr(base_module, "load_model", small)
+
+    def allocate(self, model, *, input_ids, **_named):
+        if not torch.is_grad_enabled():
+            return
+        again = any("forward" in vars(layer) for layer in layers_of(model))
+        if input_ids.numel() > (self.recomputed if again and self.recomputed else self.limit):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        self.largest = max(self.largest, input_ids.numel())
+
+
+def told(events):
+    return [e.data for e in events if isinstance(e, Message) and e.data["kind"] == "machine" and "rows" not in e.data]
+
+
+def adapter(done):
+    return load_file(f"{done.adapter}/adapter_model.safetensors")
+
+
+def close(one, two, *, atol=2e-6):
+    return one.keys() == two.keys() and all(torch.allclose(one[n], two[n], atol=atol, rtol=1e-4) for n in one)
+
+
+@pytest.fixture
+def wanted(spec):
+    return lambda **more: spec("wide-llama", **{"micro_batch_size": 4, "training": {"batch_size": 4}, **more})
+
+
+@pytest.fixture
+def model():
+    return tiny_llama(64, 128).requires_grad_(False)
+
+
+def test_a_batch_that_does_not_fit_is_cut_and_the_step_stays_what_it_was(wanted, tmp_path, monkeypatch):
+    plain = run(wanted(), tmp_path / "plain", lambda event: None)
+    memory, heard = Memory(monkeypatch, tokens=70), []
+    cut = run(wanted(), tmp_path / "cut", heard.append)
+    assert told(heard)[-1] == {"kind": "machine", "micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert [fact["micro_batch_size"] for fact in told(heard)] == [2, 1]
+    assert memory.largest <= 70
+    assert close(adapter(cut), adapter(plain))
+
+
+def test_gradient_checkpointing_is_the_last_resort(wanted, tmp_path, monkeypatch):
+    plain = run(wanted(micro_batch_size=1), tmp_path / "plain", lambda event: None)
+    Memory(monkeypatch, tokens=4, recomputed=70)
+    heard = []
+    done = run(wanted(), tmp_path / "again", heard.append)
+    assert [fact.get("micro_batch_size") for fact in told(heard)] == [2, 1, None]
+    assert told(heard)[-1] == {"kind": "machine", CHECKPOINTING: True}
+    ours, theirs = adapter(done), adapter(plain)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("switch", [False, "auto"])
+def test_what_cannot_fit_is_out_of_memory_with_advice(wanted, tmp_path, monkeypatch, switch):
+    Memory(monkeypatch, tokens=4, recomputed=70 if switch is False else 4)
+    heard = []
+    with pytest.raises(OutOfMemory, match="max_length") as error:
+        run(wanted(training={CHECKPOINTING: switch, "batch_size": 4}), tmp_path / "out", heard.append)
+    assert error.value.param == "method.supervised.hyperparameters.max_length"
+    assert not [event for event in heard if isinstance(event, Metrics) and event.train_loss]
+
+
+def test_any_other_failure_of_the_trial_is_itself(wanted, tmp_path, monkeypatch):
+    memory = Memory(monkeypatch, tokens=70)
+    memory.allocate = lambda *_, **__: torch.zeros(2) @ torch.zeros(3)
+    with pytest.raises(RuntimeError, match="inconsistent tensor"):
+        run(wanted(), tmp_path / "out", lambda event: None)
+
+
+def test_members_of_a_group_get_smaller_together(wanted, tmp_path, monkeypatch):
+    specs = [wanted(seed=seed) for seed in (1, 2)]
+    plain = [adapter(run(one, tmp_path / f"{i}", lambda event: None)) for i, one in enumerate(specs)]
+    Memory(monkeypatch, tokens=160)
+    heard = [[], []]
+    requests = [Request(one, tmp_path / f"g{i}", heard[i].append) for i, one in enumerate(specs)]
+    ends = dict(run_together(requests))
+    for i in (0, 1):
+        assert told(heard[i])[-1]["gradient_accumulation_steps"] > 1
+        assert close(adapter(ends[i]), plain[i])
+
+
+@pytest.mark.parametrize("name", ["wide-llama", "wide-gpt2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_computed_again_give_the_same_bits(spec, tmp_path, name, dropout):
+    ends = []
+    for switch in (False, True):
+        one = spec(name, lora={"init": "kaiming", "dropout": dropout}, training={CHECKPOINTING: switch})
+        ends.append(adapter(run(one, tmp_path / str(switch), lambda event: None)))
+    assert all(torch.equal(ends[0][tensor], ends[1][tensor]) for tensor in ends[0])
+
+
+def test_layers_computed_again_keep_less(model):
+    def kept():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(inputs_embeds=embedded, use_cache=False)
+        return sum(sizes)
+
+    embedded = torch.randn(2, 32, model.config.hidden_size, requires_grad=True)
+    before = kept()
+    assert recompute(model)
+    assert recompute(model), "switching it on again changes nothing"
+    assert kept() < before / 3
+
+
+# --- compilation --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def afterwards(monkeypatch):
+    """What is kept out of compilation is as it was, once the test is over."""
+    for kind in (LoRALinear, GroupedLinear):
+        monkeypatch.setattr(kind, "forward", kind.forward)
+    yield
+    AttentionInterface.register(attention.NAME, attention.attend)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.usefixtures("afterwards")
+def test_a_run_whose_compilation_fails_goes_on_and_says_so(wanted, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("no compiler here\nand a long story")
+
+    compile_layers = compiled.compile_layers
+
+    def with_a_broken_backend(model):
+        compile_layers(model)
+        for layer in layers_of(model):
+            layer.compile(backend=broken)
+
+    plain = run(wanted(), tmp_path / "plain", lambda event: None)
+    monkeypatch.setattr(compiled, "compile_layers", with_a_broken_backend)
+    heard = []
+    done = run(wanted(training={"compile": True, "batch_size": 4}), tmp_path / "out", heard.append)
+    (warning,) = [event for event in heard if isinstance(event, Message) and event.data.get("compiled") is False]
+    assert warning.level == "warn"
+    assert "no compiler here" in warning.message
+    assert "\n" not in warning.message
+    assert all(torch.equal(tensor, adapter(plain)[name]) for name, tensor in adapter(done).items())
+
+
+def test_when_compiling_pays(model, monkeypatch):
+    monkeypatch.setattr(compiled, "PAYS_FROM", 1e6)
+    assert not compiled.pays(model, tokens=10**9)[0], "float32"
+    model.to(torch.bfloat16)
+    assert compiled.pays(model, tokens=10**9)[0]
+    assert "too short" in compiled.pays(model, tokens=1)[1]
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "none")
+    assert "compiler" in compiled.pays(model, tokens=10**9)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.usefixtures("afterwards")
+def test_compiled_layers_train_what_plain_ones_train(wanted, tmp_path):
+    plain = run(wanted(), tmp_path / "plain", lambda event: None)
+    heard = []
+    done = run(wanted(training={"compile": True, "batch_size": 4}), tmp_path / "compiled", heard.append)
+    assert told(heard)[-1]["compiled"] is True
+    assert close(adapter(done), adapter(plain), atol=1e-5)
