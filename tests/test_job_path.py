@@ -64,7 +64,7 @@ class Stack:
         rows = "".join(json.dumps(chat(f"What is {n}?", f"It is {n} and {n}")) + "\n" for n in range(count))
         return self.client.files.create(file=("rows.jsonl", io.BytesIO(rows.encode())), purpose="fine-tune").id
 
-    def create(self, lora: dict[str, Any], *, group: bool = False, **recipe: Any) -> FineTuningJob:
+    def create(self, lora: dict[str, Any], *, group: bool = False, devices: int = 1, **recipe: Any) -> FineTuningJob:
         settings = {"n_epochs": 2, "batch_size": 8, "learning_rate": 1e-2, **recipe}
         return self.client.fine_tuning.jobs.create(
             model="tiny",
@@ -72,7 +72,7 @@ class Stack:
             validation_file=self.upload(4),
             seed=3,
             method={"type": "supervised", "supervised": {"hyperparameters": settings}},  # type: ignore[typeddict-item]
-            extra_body={"lora": lora, "resources": {"group": group}},
+            extra_body={"lora": lora, "resources": {"group": group, "devices": devices}},
         )
 
     def wait(self, job_id: str, *until: str, seconds: float = 120) -> FineTuningJob:
@@ -98,6 +98,7 @@ def stack(
     environment.setenv("LORAINIT_BROKER_URL", valkey_url)
     environment.setenv("LORAINIT_CATALOGUE", str(tiny_base / "catalogue.toml"))
     environment.setenv("LORAINIT_LEASE_SECONDS", "6")
+    environment.setenv("LORAINIT_DEVICES_PER_JOB", "2")
     with session_scope() as session:
         _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="test")
         session.commit()
@@ -253,3 +254,21 @@ def test_grouped_jobs_train_in_one_process_and_each_ends_on_its_own(stack: Stack
     assert any("trained together with" in text for text in stack.messages(pissa))
     # The process is gone with its last member, and the worker takes the next job.
     stack.wait(stack.create({"init": "gaussian", "r": 2}).id, "succeeded")
+
+
+def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None:
+    """Ends like any other, and when it is cancelled both processes go."""
+    job = stack.wait(stack.create({"init": "pissa", "r": 4}, devices=2).id, "succeeded")
+    assert job.resources["devices"] == 2  # type: ignore[attr-defined]
+    assert job.export_check["passed"] is True  # type: ignore[attr-defined]
+    events = stack.messages(job.id)
+    assert len(events) == len(set(events)), "only one of the two processes speaks"
+    long = stack.create({"init": "kaiming", "r": 4}, devices=2, n_epochs=50)
+    stack.wait(long.id, "running")
+    deadline = time.monotonic() + 60
+    while len(runs := children_of(stack.processes["worker"])) < 2:
+        assert time.monotonic() < deadline, runs
+        time.sleep(0.05)
+    assert stack.client.fine_tuning.jobs.cancel(long.id).status == "cancelled"
+    _, left = psutil.wait_procs(runs, timeout=20)
+    assert not left
