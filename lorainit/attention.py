@@ -160,38 +160,35 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float, window: int | None
     ) -> Tensor:
+        q = q * scale  # smaller than what it is multiplied with
         out = torch.empty(q.shape[1], len(q), q.shape[2], dtype=q.dtype)
         kept: list[Tensor] = []
         for first, start, stop in _blocks(ends, window):
-            P = _probabilities(_queries(q, k, start, stop, scale), k, first, start, stop, window)
+            P = _probabilities(_gather(q[:, start:stop], len(k)), k, first, start, stop, window)
             _spread(out[start:stop], P @ v[:, first:stop].contiguous())
             if stop - first <= KEPT:
                 kept.append(P)
-        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.save_for_backward(q, k, v, *kept)
         ctx.ends, ctx.scale, ctx.window = ends, scale, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *kept = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         (grad,) = grads
         found = iter(kept)
         dq = torch.empty(q.shape[1], len(q), q.shape[2], dtype=q.dtype)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for first, start, stop in _blocks(ctx.ends, ctx.window):
-            Q = _queries(q, k, start, stop, ctx.scale)
-            short = stop - first <= KEPT
-            P = next(found) if short else _probabilities(Q, k, first, start, stop, ctx.window)
+            Q, keys = _gather(q[:, start:stop], len(k)), slice(first, stop)
+            P = next(found) if stop - first <= KEPT else _probabilities(Q, k, first, start, stop, ctx.window)
             dO = _gather(grad[start:stop].transpose(0, 1), len(k))
-            O = _gather(out[start:stop].transpose(0, 1), len(k))  # noqa: E741 - the papers' letter
-            keys = slice(first, stop)
             dv[:, keys] += P.transpose(1, 2) @ dO
-            dP = (dO @ v[:, keys].contiguous().transpose(1, 2)).float()
-            D = torch.linalg.vecdot(dO.float(), O.float())[..., None]
-            dS = dP.sub_(D).mul_(P).to(q.dtype)
+            dP = dO @ v[:, keys].contiguous().transpose(1, 2)
+            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)  # sums in float32 inside
             dk[:, keys] += dS.transpose(1, 2) @ Q
-            _spread(dq[start:stop], (dS @ k[:, keys].contiguous()).mul_(ctx.scale))
-        return dq.transpose(0, 1), dk, dv, None, None, None
+            _spread(dq[start:stop], dS @ k[:, keys].contiguous())
+        return dq.mul_(ctx.scale).transpose(0, 1), dk, dv, None, None, None
 
 
 def _blocks(ends: tuple[int, ...], window: int | None) -> Iterator[tuple[int, int, int]]:
@@ -202,30 +199,25 @@ def _blocks(ends: tuple[int, ...], window: int | None) -> Iterator[tuple[int, in
             yield reach, start, min(end, start + BLOCK)
 
 
-def _queries(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> Tensor:
-    """The queries of one block times the scale, (K, g·queries, d): smaller than what they are multiplied with."""
-    return _gather(q[:, start:stop], len(k)) * scale
-
-
 def _probabilities(Q: Tensor, k: Tensor, first: int, start: int, stop: int, window: int | None) -> Tensor:
     """P (K, g·queries, keys) of one block in the inputs' dtype.
 
     Operands of all products are copies of their own: BLAS rounds by how memory is aligned, and where a row
     lies in the batch must not matter.
     """
-    S = (Q @ k[:, first:stop].contiguous().transpose(1, 2)).float()
-    S.unflatten(1, (-1, stop - start)).add_(_mask(stop - start, start - first, window))
-    return S.softmax(-1).to(k.dtype)
+    S = Q @ k[:, first:stop].contiguous().transpose(1, 2)
+    S.unflatten(1, (-1, stop - start)).add_(_mask(stop - start, start - first, window, S.dtype))
+    return S.softmax(-1)
 
 
 @lru_cache(maxsize=64)
-def _mask(queries: int, before: int, window: int | None) -> Tensor:
+def _mask(queries: int, before: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """0 where a query may look, else -inf: queries×(before + queries). Making it anew each time was 4 % of a step."""
     distance = torch.arange(before, before + queries)[:, None] - torch.arange(before + queries)
     hidden = distance < 0
     if window is not None:
         hidden |= distance >= window
-    return torch.zeros(distance.shape).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _gather(x: Tensor, groups: int) -> Tensor:
