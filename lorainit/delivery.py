@@ -119,17 +119,18 @@ def write_metrics(out: Path) -> None:
         write_csv((json.loads(line) for line in log), stream)
 
 
-def resources(job: Job, report: Report, out: Path, seconds: float) -> dict[str, Any]:
-    """What the run used, as shown in `job.resources`."""
+def resources(job: Job, report: Report, out: Path, *, seconds: float, retries: int) -> dict[str, Any]:
+    """What the run used, as shown in `job.resources`; `retries`: how often memory ran out before the first step."""
     gpu = hardware.gpu_name()
+    gpus = job.spec.devices if gpu else 0
     return {
         "gpu_name": gpu,
-        "gpus": 1 if gpu else 0,
-        "gpu_seconds": round(seconds, 1) if gpu else 0.0,
+        "gpus": gpus,
+        "gpu_seconds": round(gpus * seconds, 1),
         "init_gpu_seconds": report.summary["seconds"] if gpu else 0.0,
         "peak_memory_bytes": hardware.peak_memory_bytes(),
         "micro_batch_size": job.plan.micro_batch_size,
         "gradient_accumulation_steps": job.plan.gradient_accumulation_steps,
-        "oom_retries": 0,
+        "oom_retries": retries,
         "disk_bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
     }

@@ -9,9 +9,10 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from lorainit import compiled
 from lorainit.batches import Batch
@@ -30,15 +31,24 @@ Lay = Callable[[Sequence[Sample]], Batch]
 PARAM = "method.supervised.hyperparameters"
 
 
-def fit(stand: Stand, members: Sequence[Member], *, lay: Lay, world: World) -> list[Member]:
-    """The members with micro-batches that fit, on a model that is set up for the run.
+class Fitted(NamedTuple):
+    """The members with micro-batches that fit, and how often memory had run out before."""
+
+    members: list[Member]
+    retries: int
+
+
+def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) -> Fitted:
+    """Set the model and its members up for the run; the model is left bare.
 
     Raises:
         OutOfMemory: not one row fits, whatever is done.
     """
-    members, switches = list(members), [member.recipe.gradient_checkpointing for member in members]
+    stand, members, retries = Stand(model), list(members), 0
+    switches = [member.recipe.gradient_checkpointing for member in members]
     recomputes = any(switch is True for switch in switches) and _recompute(stand, members, "it was asked for")
     while _fails(stand, members, lay, world):
+        retries += 1
         if any(member.micro_batch_size > 1 for member in members):
             members = [replace(m, micro_batch_size=(m.micro_batch_size + 1) // 2) for m in members]
             for member in members:
@@ -51,7 +61,7 @@ def fit(stand: Stand, members: Sequence[Member], *, lay: Lay, world: World) -> l
             raise _too_large()
     if not recomputes:
         _compile(stand, members, lay, world)
-    return members
+    return Fitted(members, retries)
 
 
 def _fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> bool:

@@ -172,3 +172,10 @@ def _plan(
         precision=training.precision,
         choices=choices,
     )
+
+
+def with_micro_batch(plan: Plan, rows: int, training: Hyperparameters) -> Plan:
+    """The plan with so many rows to a forward pass; the effective batch stays what it is."""
+    assert training.batch_size != "auto"
+    pieces = math.ceil(training.batch_size / rows)
+    return plan.model_copy(update={"micro_batch_size": rows, "gradient_accumulation_steps": pieces})

@@ -14,7 +14,7 @@ class Display:
         columns = (TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.fields[note]}"))
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
         self.task: TaskID | None = None
-        self.done: Done | None = None
+        self.done: list[Done] = []
 
     def __enter__(self) -> "Display":
         self.progress.start()
@@ -45,21 +45,20 @@ class Display:
                     highlight=False,
                 )
             case Done():
-                self.done = event
+                self.done.append(event)
             case _:
                 pass
 
     def conclude(self) -> None:
-        """After a run that succeeded: the result in two lines."""
-        if self.done is None:
-            return
-        check = self.done.export_check
-        self.console.print(
-            f"Checked with PEFT {check['loaders'][0]['version']} on the untouched base:"
-            f" logits differ by {check['max_abs_logit_difference']:.1e} at most.",
-            highlight=False,
-        )
-        self.console.print(f"Adapter: {self.done.adapter}", highlight=False, soft_wrap=True)
+        """After runs that succeeded: the result of each in two lines."""
+        for done in self.done:
+            check = done.export_check
+            self.console.print(
+                f"Checked with PEFT {check['loaders'][0]['version']} on the untouched base:"
+                f" logits differ by {check['max_abs_logit_difference']:.1e} at most.",
+                highlight=False,
+            )
+            self.console.print(f"Adapter: {done.adapter}", highlight=False, soft_wrap=True)
 
     def _enter(self, stage: str) -> None:
         if self.task is not None:

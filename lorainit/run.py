@@ -18,9 +18,10 @@ from lorainit.checkpoint import Progress, Restored
 from lorainit.course import Member
 from lorainit.errors import DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
 from lorainit.events import Done, InitReport, Stage
+from lorainit.fit import fit
 from lorainit.initialize import Report
 from lorainit.inits import HRP
-from lorainit.prepare import Job, prepare
+from lorainit.prepare import Job, prepare, with_micro_batch
 from lorainit.spec import RunSpec
 from lorainit.train import train
 from lorainit.world import World, joined
@@ -86,6 +87,7 @@ class _Run:
     report: Report
     restored: Restored | None
     started: float
+    retries: int = 0  # how often memory ran out before it fitted
 
 
 def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int, End], None, None]:
@@ -103,7 +105,10 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
     if base is None or not runs:
         return
     left = list(runs)
-    with closing(train(base.model, [_member(one) for one in runs.values()], lay=base.lay, world=world)) as ends:
+    fitted = fit(base.model, [_member(one) for one in runs.values()], lay=base.lay, world=world)
+    for one, member in zip(runs.values(), fitted.members, strict=True):
+        _fitted(one, member, fitted.retries)
+    with closing(train(base.model, fitted.members, lay=base.lay, world=world)) as ends:
         for index, end in ends:
             who = list(runs)[index]
             left.remove(who)
@@ -148,6 +153,14 @@ def _member(one: _Run) -> Member:
     )
 
 
+def _fitted(one: _Run, member: Member, retries: int) -> None:
+    """Tell again what will run, where memory has changed it."""
+    job, one.retries = one.job, retries
+    if member.micro_batch_size != job.plan.micro_batch_size:
+        job.plan = with_micro_batch(job.plan, member.micro_batch_size, job.training)
+        one.request.on_event(job.plan)
+
+
 def _end(one: _Run, end: Progress | LorainitError, world: World, *, last: bool) -> End:
     """Export and check what has been trained, or pass the error on."""
     if isinstance(end, LorainitError):
@@ -171,7 +184,7 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
         adapter=str((out / "adapter").resolve()),
         trained_tokens=progress.tokens,
         export_check=check,
-        resources=delivery.resources(job, one.report, out, time.monotonic() - one.started),
+        resources=delivery.resources(job, one.report, out, seconds=time.monotonic() - one.started, retries=one.retries),
     )
     say(done)
     return done

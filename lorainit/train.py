@@ -16,7 +16,6 @@ from lorainit.course import Course, Evaluate, Member
 from lorainit.data import Sample
 from lorainit.errors import LorainitError, Stopped
 from lorainit.events import Stage, Tick
-from lorainit.fit import fit
 from lorainit.group import Stand
 from lorainit.loss import tallies, tally
 from lorainit.world import World
@@ -37,7 +36,6 @@ def train(
         lay: rows to a batch on the model's device; with several members it must pack.
     """
     stand = Stand(model)
-    members = fit(stand, members, lay=lay, world=world)
     courses = {i: Course(m, world) for i, m in enumerate(members)}
     ended: list[tuple[int, End]] = []
 

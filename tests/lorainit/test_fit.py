@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 from lorainit import attention, compiled
 from lorainit import base as base_module
 from lorainit.errors import OutOfMemory
-from lorainit.events import Message, Metrics
+from lorainit.events import Message, Metrics, Plan
 from lorainit.group import GroupedLinear
 from lorainit.layer import LoRALinear
 from lorainit.recompute import layers_of, recompute
@@ -70,6 +70,10 @@ def test_a_batch_that_does_not_fit_is_cut_and_the_step_stays_what_it_was(wanted,
     assert told(heard)[-1] == {"kind": "machine", "micro_batch_size": 1, "gradient_accumulation_steps": 4}
     assert [fact["micro_batch_size"] for fact in told(heard)] == [2, 1]
     assert memory.largest <= 70
+    plans = [(event.micro_batch_size, event.gradient_accumulation_steps) for event in heard if isinstance(event, Plan)]
+    assert plans == [(4, 1), (1, 4)], "what will run is told again"
+    used = [cut.resources[name] for name in ("oom_retries", "micro_batch_size", "gradient_accumulation_steps")]
+    assert used == [2, 1, 4]
     assert close(adapter(cut), adapter(plain))
 
 
