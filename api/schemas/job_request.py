@@ -64,6 +64,9 @@ class Resources(Strict):
     """`resources`: on what and with whom a job may run."""
 
     group: bool = Field(False, description="May be trained together with other such jobs of the project.")
+    device: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
+        "any", description="`any`, `cpu`, `gpu` or the name of a queue that workers listen on."
+    )
 
 
 class JobRequest(Strict):
@@ -127,6 +130,7 @@ class JobRequest(Strict):
             on_row_error=self.on_row_error,
             deterministic=self.deterministic,
             group=self.resources.group,
+            device=self.resources.device,
         )
 
 

@@ -41,7 +41,9 @@ def while_evaluating_after(number):
 
     def holds(event, past):
         stages = [one.stage for one in past if isinstance(one, Stage)]
-        return isinstance(event, Tick) and stages[-1:] == ["evaluating"] and max(steps_of(past), default=0) == number - 1
+        return (
+            isinstance(event, Tick) and stages[-1:] == ["evaluating"] and max(steps_of(past), default=0) == number - 1
+        )
 
     return holds
 
