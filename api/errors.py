@@ -5,7 +5,7 @@ Refusal (api.core.errors)      status
 ├── BadReference, WrongState,
 │   InvalidValue               400
 ├── TooLarge                   413
-├── StorageFull                429   (x-should-retry: false)
+├── StorageFull, QueueFull     429   (x-should-retry: false)
 ├── InProgress                 409   (the one status that asks the client to retry a 4xx)
 ├── Unavailable                503
 └── only over HTTP:
@@ -30,6 +30,7 @@ from api.core.errors import (
     InProgress,
     InvalidValue,
     NotFound,
+    QueueFull,
     Refusal,
     StorageFull,
     TooLarge,
@@ -63,6 +64,7 @@ STATUS: Mapping[type[Refusal], int] = {
     InvalidValue: 400,
     TooLarge: 413,
     StorageFull: 429,
+    QueueFull: 429,
     InProgress: 409,
     Unavailable: 503,
     BadRequest: 400,
@@ -99,6 +101,7 @@ CODES: Mapping[str, tuple[int, ...]] = {
     "file_in_use": (400,),
     "file_expired": (400,),
     "invalid_job_state": (400,),
+    "job_not_resumable": (400,),
     "adapter_not_ready": (400,),
     "model_not_deletable": (400,),
     "integration_not_configured": (400,),
@@ -108,6 +111,7 @@ CODES: Mapping[str, tuple[int, ...]] = {
     "request_too_large": (413,),
     "range_not_satisfiable": (416,),
     "insufficient_storage": (429,),
+    "queue_full": (429,),
     "internal_error": (500,),
     "not_ready": (503,),
 }

@@ -14,7 +14,6 @@ PLANNED: Sequence[tuple[re.Pattern[str], str]] = [
     for pattern, feature in (
         (r"/v1/uploads(/.*)?", "Uploading in parts"),
         (r"/v1/fine_tuning/jobs/plan", "Planning a job"),
-        (rf"{_JOB}/(pause|resume)", "Pausing and resuming jobs"),
         (rf"{_JOB}/metrics", "The metrics series of a job"),
         (rf"{_JOB}/events/stream", "Streaming events"),
         (r"/v1/experiments(/.*)?", "Experiments"),

@@ -1,6 +1,7 @@
 """`python -m lorainit spec.json out/`: the product without the service, and the worker's child.
 
-Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 143 asked to stop.
+Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 143 asked to stop (the steps taken are in a
+checkpoint).
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pydantic import ValidationError
 
 from lorainit import machine
 from lorainit.errors import Dropped, LorainitError, Stopped
-from lorainit.events import Event, Failed, Tick
+from lorainit.events import Event, Failed, Stage, Tick
 from lorainit.launch import companions
 from lorainit.spec import RunSpec
 
@@ -224,7 +225,8 @@ class _Stop:
         """What a run's `on_event` does before it passes an event on, as that of member `who`."""
 
         def listen(event: Event) -> None:
-            self.check()
+            # A stop is heeded between two pieces of work; what has been done is told all the same.
+            self.check(heed=isinstance(event, Tick | Stage))
             # Ticks come from the middle of a pass that is everybody's; all else from the member's own work.
             if member.lease and not isinstance(event, Tick) and _past(member.lease):
                 raise Dropped("The lease of this run is past.")
@@ -232,11 +234,11 @@ class _Stop:
 
         return listen
 
-    def check(self) -> None:
-        """Exit when all leases are past; raise `Stopped` when somebody asked."""
+    def check(self, *, heed: bool) -> None:
+        """Exit when all leases are past; raise `Stopped` when somebody asked and that is to be heeded now."""
         if self.leases and all(map(_past, self.leases)):
             _leave()
-        if self.asked:
+        if self.asked and heed:
             raise Stopped("The run was asked to stop.")
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,15 @@ _ON_CPU = ("step",)  # where torch's AdamW keeps it; everything else lives besid
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps, non-padding tokens, seconds of training."""
+    """How far a run is: optimizer steps, non-padding tokens, seconds of training.
+
+    `unsaid`: what the last step found, where the evaluation that is logged with it has not been finished.
+    """
 
     step: int
     tokens: int
     seconds: float
+    unsaid: dict[str, float] = field(default_factory=dict)
 
 
 def write(
@@ -144,7 +148,8 @@ def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
             f"The checkpoint {folder.name} was made by another recipe: {', '.join(differing)} differ.",
             param="resume_from",
         )
-    return Restored(folder, Progress(facts["step"], facts["tokens"], facts["seconds"]), tensors)
+    progress = Progress(facts["step"], facts["tokens"], facts["seconds"], facts.get("unsaid", {}))
+    return Restored(folder, progress, tensors)
 
 
 def layers_of(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> dict[str, LoRALinear]:

@@ -79,11 +79,18 @@ class Course:
         self.optimizer = make_optimizer(recipe, member.layers)
         self.log = member.out / "metrics.jsonl"
         self.step, self.tokens, self._before = 0, 0, 0.0
+        # Steps that the optimizer has taken, and how many of them a checkpoint has: `step` runs ahead while one is
+        # on its way. What the last step found waits in `_unsaid` until the evaluation that belongs to it is done.
+        self._taken = self._saved = 0
+        self._unsaid: dict[str, float] = {}
+        self._last: Metrics | None = None
         self._epoch: tuple[int, list[int]] = (-1, [])
         if member.resumed:
             member.resumed.restore(member.layers, self.optimizer)
             done = member.resumed.progress
             self.step, self.tokens, self._before = done.step, done.tokens, done.seconds
+            self._taken = self._saved = done.step
+            self._unsaid = done.unsaid
             if world.leads:
                 self.log.write_bytes((member.resumed.folder / self.log.name).read_bytes())
         elif world.leads:
@@ -92,8 +99,9 @@ class Course:
 
     @property
     def progress(self) -> Progress:
-        """How far it is."""
-        return Progress(self.step, self.tokens, self._before + time.monotonic() - self._started)
+        """How far it is: the steps taken, whatever is on its way."""
+        seconds = self._before + time.monotonic() - self._started
+        return Progress(self._taken, self.tokens, seconds, self._unsaid)
 
     @property
     def is_over(self) -> bool:
@@ -106,6 +114,8 @@ class Course:
             self._say(self._metrics(**evaluate(self.member.valid.samples)))
         text = f"Training: {self.total} steps, {self.per_epoch} per epoch"
         self.member.on_event(Stage(stage="training", message=text))
+        if self._unsaid:
+            self._conclude_step(evaluate)
 
     def draw(self) -> list[list[Sample]]:
         """This process's micro-batches of the next step."""
@@ -158,7 +168,7 @@ class Course:
         Raises:
             NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
         """
-        recipe, valid = self.member.recipe, self.member.valid
+        recipe = self.member.recipe
         loss, correct, norm = self._sums()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _not_finite(f"Step {self.step}: loss {loss}, gradient norm {norm}.")
@@ -167,21 +177,34 @@ class Course:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.tokens += self._seen
-        speed = self._wanted / (time.monotonic() - self._begun)
+        self._taken = self.step
+        self._unsaid = {
+            "train_loss": loss,
+            "train_mean_token_accuracy": correct / self._wanted,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens_per_second": self._wanted / (time.monotonic() - self._begun),
+        }
+        self._conclude_step(evaluate)
+
+    def _conclude_step(self, evaluate: Evaluate) -> None:
+        """Evaluate where due, log what the step found, and write a checkpoint where due."""
+        recipe, valid = self.member.recipe, self.member.valid
         found = evaluate(valid.samples) if valid and self._is_due(recipe.eval_interval) else {}
         if found and not self.is_over:
             self.member.on_event(Stage(stage="training", message="Training goes on"))
-        metrics = self._metrics(
-            train_loss=loss,
-            train_mean_token_accuracy=correct / self._wanted,
-            learning_rate=rate,
-            grad_norm=norm,
-            tokens_per_second=speed,
-            **found,
-        )
+        metrics = self._metrics(**self._unsaid, **found)
+        self._unsaid = {}
         self._say(metrics)
         if self.world.leads and self._is_due(recipe.checkpoint_interval):
             self._write_checkpoint(metrics)
+
+    def save(self) -> None:
+        """A checkpoint of the steps taken so far, unless one has them all; a step on its way is not in it."""
+        if self.world.leads and self._taken > self._saved:
+            self.step = self._taken
+            said = self._last if self._last and not self._unsaid else self._metrics(**self._unsaid)
+            self._write_checkpoint(said)
 
     def _sums(self) -> tuple[float, int, float]:
         """Loss, right tokens and gradient norm of the step over all pieces and processes, gradients clipped."""
@@ -213,6 +236,7 @@ class Course:
         if self.world.leads:
             with self.log.open("a") as stream:
                 stream.write(json.dumps(metrics.model_dump(exclude={"kind", "member"})) + "\n")
+        self._last = metrics
         self.member.on_event(metrics)
 
     def _write_checkpoint(self, metrics: Metrics) -> None:
@@ -226,6 +250,7 @@ class Course:
             metrics=self.log,
             write_adapter=self.member.write_adapter,
         )
+        self._saved = self.step
         shown = {name: getattr(metrics, name) for name in _CHECKPOINT_METRICS}
         self.member.on_event(Checkpoint(step=self.step, path=str(folder.resolve()), metrics=shown))
 

@@ -30,7 +30,8 @@ def train(
     """Train the adapters of `members` in place, on a `model` that carries none of them.
 
     Yields each member's index as it ends, with how far it came or the error it ended by. At a yield the
-    model is bare and the caller's. What `on_event` raises beside our own errors ends everything.
+    model is bare and the caller's. What `on_event` raises beside our own errors ends everything; a `Stopped`
+    does so too, once each member's steps so far are in a checkpoint.
 
     Args:
         lay: rows to a batch on the model's device; with several members it must pack.
@@ -66,6 +67,10 @@ def train(
                     attempt(who, courses[who].give_up)
                 for who, course in list(courses.items()):
                     attempt(who, course.repeat_step if poisoned else course.finish_step)
+    except Stopped:
+        for course in courses.values():
+            course.save()
+        raise
     finally:
         stand.clear()
 

@@ -89,9 +89,11 @@ def a_running_job(session: Session, project: Project, **changes: Any) -> tuple[J
     return job, jobs.Lease(job.id, job.lease_token)
 
 
-def a_worker(session: Session, *, slots: int = 1, seen_at: datetime | None = None) -> Worker:
+def a_worker(
+    session: Session, *, slots: int = 1, queues: tuple[str, ...] = ("train",), seen_at: datetime | None = None
+) -> Worker:
     at = datetime.now(UTC)
-    worker = Worker(id=new_id("host:", 6), slots=slots, started_at=at, seen_at=seen_at or at)
+    worker = Worker(id=new_id("host:", 6), slots=slots, queues=list(queues), started_at=at, seen_at=seen_at or at)
     session.add(worker)
     session.flush()
     return worker

@@ -69,7 +69,10 @@ def _say_alive() -> None:
     while True:
         try:
             with session_scope() as session:
-                workers.say_alive(session, me, slots=get_settings().worker_slots, started_at=started)
+                settings = get_settings()
+                workers.say_alive(
+                    session, me, slots=settings.worker_slots, queues=settings.queues(), started_at=started
+                )
                 session.commit()
         except Exception as error:
             log.warning("heartbeat failed", error=str(error))

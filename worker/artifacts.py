@@ -74,7 +74,7 @@ def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, st
     for archive, key in ((adapter, f"{prefix}/adapter.tar"), (state, f"{prefix}/state.tar")):
         storage.put(key, archive.path)
     with session_scope() as session:
-        if not jobs.note(session, lease):
+        if not jobs.advanced(session, lease):
             raise Lost
         file = _row(session, job, f"{job.id}-step-{event.step}.tar", f"{prefix}/adapter.tar", adapter)
         row = checkpoints.add(

@@ -1,5 +1,7 @@
 """How a run ends for one job when no adapter comes of it: each a short fenced transaction, safe to repeat."""
 
+import signal
+
 from api.core import jobs, metrics
 from api.core.db import session_scope
 from api.core.jobs import Failure, Lease
@@ -12,10 +14,12 @@ from worker.progress import Lost
 from worker.supervisor import Outcome
 
 LEASE_LOST = 75  # how the child leaves when no lease holds any more
+# Killed, or asked to leave, by somebody who was not us: the job is not to blame.
+FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
 INTERNAL = Failure("internal_error", "The worker failed while handling this job; see its log.")
 KILLED = Failure(
     "out_of_memory",
-    "The training process was killed (signal 9), which is what the system does when memory runs out. "
+    "The system ran out of memory and killed the training process. "
     "Try a smaller max_length or batch, or a smaller model.",
 )
 
@@ -31,20 +35,27 @@ def told(job: Job, lease: Lease, failed: Failed) -> None:
         fail(lease, Failure(failed.code, failed.message, failed.param))
 
 
-def silent(job: Job, lease: Lease, outcome: Outcome) -> None:
+def silent(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
     """The child ended without a word about the job.
+
+    Args:
+        reason: why we stopped the child, if we did.
 
     Raises:
         Lost: it saw no lease that held; whoever has the job now decides.
     """
     if outcome.stopped:
-        _give_back(lease)
+        _give_back(lease, reason)
     elif outcome.returncode == LEASE_LOST:
         raise Lost
     elif _may_try_alone(job):
         _retry(lease, _how(outcome.returncode))
+    elif outcome.returncode == -signal.SIGKILL and outcome.memory_ran_out:
+        fail(lease, KILLED)
+    elif outcome.returncode in FROM_OUTSIDE:
+        lose(lease, f"The training process {_how(outcome.returncode)}")
     else:
-        fail(lease, KILLED if outcome.returncode == -9 else _unexplained(outcome.returncode))
+        fail(lease, _unexplained(outcome.returncode))
 
 
 def fail(lease: Lease, failure: Failure) -> None:
@@ -60,23 +71,31 @@ def fail(lease: Lease, failure: Failure) -> None:
             session.commit()
 
 
+def lose(lease: Lease, how: str) -> None:
+    """Tried again from the last checkpoint, until that has happened too often without a new one."""
+    with session_scope() as session:
+        again = jobs.lose(session, lease, how, max_attempts=get_settings().max_attempts)
+        session.commit()
+    log.warning("the run was lost", how=how, again=again)
+
+
 def _may_try_alone(job: Job) -> bool:
     """Another member may have brought the process down, so that each is tried once more by itself."""
     return bool(job.trained_with) and job.attempts < get_settings().max_attempts
 
 
 def _retry(lease: Lease, what: str) -> None:
-    reason = f"The process that trained this job together with others {what}; the job will be tried again alone"
+    reason = f"The process that trained this job together with others {what}"
     with session_scope() as session:
         if jobs.retry(session, lease, reason):
             log.warning("to be tried alone", reason=what)
         session.commit()
 
 
-def _give_back(lease: Lease) -> None:
+def _give_back(lease: Lease, reason: str) -> None:
     with session_scope() as session:
-        if jobs.give_back(session, lease, "The worker is shutting down; the job goes back to the queue"):
-            log.info("given back")
+        if jobs.give_back(session, lease, reason):
+            log.info("given back", reason=reason)
         session.commit()
 
 

@@ -1,9 +1,9 @@
 """Holding on to a job: a thread that renews the lease and the file that keeps the child alive.
 
-Two things end a job's run from here: the database says the job is not ours (cancelled, or lost and
-taken over), or the database cannot be reached for most of a lease (then somebody else may already
-have the job, so we let go by ourselves). Then the file goes, and the child drops the job. It does so
-on its own when the file's deadline passes, even if this process is frozen.
+A pause that was asked for is noticed here, too. Two things end a job's run from here: the database says
+the job is not ours (cancelled, or lost and taken over), or the database cannot be reached for most of a
+lease (then somebody else may already have the job, so we let go by ourselves). Then the file goes, and the
+child drops the job. It does so on its own when the file's deadline passes, even if this process is frozen.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from api.core import jobs
+from api.core import jobs, pauses
 from api.core.db import session_scope
 from api.core.jobs import Lease
 from api.core.logs import get_logger
@@ -25,11 +25,12 @@ MARGIN = 0.8
 class LeaseKeeper:
     """Renews `lease` every `beat` seconds while the context is open.
 
-    `lost` is set once the job is not ours any more; nothing may be written for it from then on.
+    `lost` is set once the job is not ours any more; nothing may be written for it from then on. `pausing` is
+    set once somebody asked for a pause.
     """
 
     def __init__(self, lease: Lease, file: Path, *, seconds: float, beat: float) -> None:
-        self.lost = threading.Event()
+        self.lost, self.pausing = threading.Event(), threading.Event()
         self._lease, self._file, self._seconds, self._beat = lease, file, seconds, beat
         self._closed = threading.Event()
         self._deadline = time.monotonic() + seconds * MARGIN
@@ -69,10 +70,13 @@ class LeaseKeeper:
         try:
             with session_scope() as session:
                 ours = jobs.beat(session, self._lease, lease_seconds=self._seconds)
+                asked = ours and pauses.is_asked(session, self._lease)
                 session.commit()
         except Exception as error:
             get_logger(__name__).warning("the lease could not be renewed", error=str(error))
             return None
+        if asked:
+            self.pausing.set()
         return ours
 
     def _write_file(self) -> None:

@@ -25,7 +25,7 @@ from api.core.storage import get_storage
 from lorainit.events import Checkpoint, Done, Event, Failed
 from worker import artifacts, endings
 from worker.lease import LeaseKeeper
-from worker.patience import Result, patiently
+from worker.patience import PASSING, Result, patiently
 from worker.progress import Lost, Recorder
 from worker.supervisor import Outcome, Place
 
@@ -74,6 +74,11 @@ class Member:
         return self._keeper.lost.is_set()
 
     @property
+    def is_pausing(self) -> bool:
+        """Somebody asked for a pause: the child is to write a checkpoint and leave."""
+        return self._keeper.pausing.is_set()
+
+    @property
     def is_over(self) -> bool:
         """The child has nothing left to do for it."""
         return self.is_lost or self._ended.is_set()
@@ -90,9 +95,9 @@ class Member:
         else:
             self._soon(partial(self._record, event))
 
-    def conclude(self, outcome: Outcome) -> Future[None]:
-        """The child is gone: end the job unless a last word has."""
-        return self._soon(partial(self._end_silently, outcome))
+    def conclude(self, outcome: Outcome, reason: str) -> Future[None]:
+        """The child is gone: end the job unless a last word has. `reason`: why we stopped it, if we did."""
+        return self._soon(partial(self._end_silently, outcome, reason))
 
     def give_up(self) -> Future[None]:
         """The child could not be supervised: fail the job, which is our fault."""
@@ -111,13 +116,16 @@ class Member:
         except Lost:
             log.warning("the job is not ours any more; stopped")
             self._keeper.let_go()
-        except Exception:
+        except Exception as error:
             log.exception("the worker failed")
-            self._give_up()
+            self._give_up(error)
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: Exception | None = None) -> None:
         try:
-            endings.fail(self._lease, endings.INTERNAL)
+            if isinstance(error, PASSING):  # for ten minutes: not the job's fault, and perhaps only this worker's
+                endings.lose(self._lease, "The worker could not reach the database or the storage")
+            else:
+                endings.fail(self._lease, endings.INTERNAL)
         except Exception:
             log.exception("that could not be written either; the lease will run out")
         self._keeper.let_go()
@@ -146,11 +154,11 @@ class Member:
             self._patiently(partial(endings.told, self._job, self._lease, word))
         self._keeper.close()
 
-    def _end_silently(self, outcome: Outcome) -> None:
+    def _end_silently(self, outcome: Outcome, reason: str) -> None:
         if self._ended.is_set():
             return
         self._patiently(self._recorder.flush)
-        self._patiently(partial(endings.silent, self._job, self._lease, outcome))
+        self._patiently(partial(endings.silent, self._job, self._lease, outcome, reason))
 
     def _patiently(self, action: Callable[[], Result]) -> Result:
         return patiently(action, until=self._keeper.lost)

@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 
 def recover() -> None:
-    """Jobs whose lease ran out go back to the queue, or fail when their attempts are used up."""
+    """Jobs whose lease ran out go back to the queue, or fail when that happened too often without progress."""
     with session_scope() as session:
         for job_id in jobs.recover_lost(session, max_attempts=get_settings().max_attempts):
             log.warning("took a job back from a silent worker", job_id=job_id)
@@ -45,11 +45,11 @@ def admit() -> None:
 def announce() -> None:
     """Ring for jobs that were never announced, and again for those whose message got lost."""
     with session_scope(read_only=True) as session:
-        new = list(admission.unannounced(session))
-        forgotten = list(admission.unheard(session, patience=PATIENCE))
-    for job_id in [*new, *forgotten]:
+        new = admission.unannounced(session)
+        forgotten = admission.unheard(session, patience=PATIENCE)
+    for job_id, name in [*new, *forgotten]:
         try:
-            queue.ring(job_id)
+            queue.ring(job_id, name)
         except queue.BrokerUnavailable as error:
             log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=job_id)
             return

@@ -22,8 +22,10 @@ from pydantic import ValidationError
 
 from api.core.logs import get_logger
 from lorainit.events import EVENT, Event
+from worker.memory import oom_kills
 
 POLL_SECONDS = 0.2
+StopReason = Literal["", "drain", "lost"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: its exit code, or that we stopped it."""
+    """How a child ended: its exit code, or that we stopped it.
+
+    `memory_ran_out`: the system killed something for lack of memory meanwhile, or keeps no count of that.
+    """
 
     returncode: int
     stopped: bool
     stderr_tail: str
+    memory_ran_out: bool = False
 
 
 def run_child(
@@ -49,16 +55,18 @@ def run_child(
     *,
     grace: float,
     on_event: Callable[[Event], None],
-    should_stop: Callable[[], Literal["", "drain", "lost"]],
+    should_stop: Callable[[], StopReason],
     device: str | None = None,
     program: Sequence[str] = (sys.executable, "-m", "lorainit"),
 ) -> Outcome:
     """Run `program` for one or more members until it ends or `should_stop` says why it must.
 
     `on_event` is called from this thread for each event, which names its member by its index in
-    `places`, last words included; `should_stop` several times a second. `device` is what the child
-    sees as its only CUDA device. It works in the folder of the first place.
+    `places`, last words included; `should_stop` several times a second. On "drain" the child is asked to
+    leave and heard for `grace` more seconds: it has a checkpoint to tell. On "lost" it is killed at once.
+    `device` is what the child sees as its only CUDA device. It works in the folder of the first place.
     """
+    kills = oom_kills()
     reader, writer = os.pipe()
     folder = places[0].out.parent
     stderr = folder / "stderr.log"
@@ -75,17 +83,24 @@ def run_child(
         )
     os.close(writer)
     _offer_to_the_oom_killer(child.pid)
+    family = list[psutil.Process]()
     try:
         stopped = _listen(reader, on_event, should_stop)
+        if stopped == "drain":
+            family = _family(child)
+            child.send_signal(signal.SIGTERM)
+            _listen(reader, on_event, _until(time.monotonic() + grace, should_stop))
+            _await_end(child, 1.0 if grace else 0.0)
     except BaseException:
-        stop_tree(child, grace=0)
+        stop_tree(child)
         raise
     finally:
         os.close(reader)
     if stopped:
-        stop_tree(child, grace=grace if stopped == "drain" else 0)
+        stop_tree(child, family)
     returncode = child.wait()
-    return Outcome(returncode=returncode, stopped=bool(stopped), stderr_tail=_tail(stderr))
+    ran_out = kills is None or oom_kills() != kills
+    return Outcome(returncode, stopped=bool(stopped), stderr_tail=_tail(stderr), memory_ran_out=ran_out)
 
 
 def _arguments(places: Sequence[Place], writer: int) -> list[str]:
@@ -94,9 +109,7 @@ def _arguments(places: Sequence[Place], writer: int) -> list[str]:
     return own + [part for one in others for part in ("--member", str(one.spec), str(one.out), str(one.lease))]
 
 
-def _listen(
-    reader: int, on_event: Callable[[Event], None], should_stop: Callable[[], Literal["", "drain", "lost"]]
-) -> str:
+def _listen(reader: int, on_event: Callable[[Event], None], should_stop: Callable[[], StopReason]) -> str:
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(reader, selectors.EVENT_READ)
@@ -123,17 +136,25 @@ def _parse(line: bytes) -> Event | None:
         return None
 
 
-def stop_tree(child: subprocess.Popen[bytes], *, grace: float) -> None:
-    """SIGTERM, wait `grace` seconds, SIGKILL the whole tree as it was before the first signal."""
-    try:
-        family = psutil.Process(child.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    if grace > 0:
-        child.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + grace
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+def _until(deadline: float, should_stop: Callable[[], StopReason]) -> Callable[[], StopReason]:
+    """What ends the listening to a child that is to leave: its time is up, or nobody may run it any more."""
+
+    def ends() -> StopReason:
+        if time.monotonic() > deadline:
+            return "drain"
+        return "lost" if should_stop() == "lost" else ""
+
+    return ends
+
+
+def _await_end(child: subprocess.Popen[bytes], seconds: float) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(seconds)
+
+
+def stop_tree(child: subprocess.Popen[bytes], family: Sequence[psutil.Process] = ()) -> None:
+    """SIGKILL the child and everything below it, and those of `family` that it had before and may have left."""
+    family = [*family, *_family(child)]
     child.kill()
     child.wait()
     for process in family:
@@ -144,6 +165,13 @@ def stop_tree(child: subprocess.Popen[bytes], *, grace: float) -> None:
     _, left = psutil.wait_procs(family, timeout=5)
     if left:
         get_logger(__name__).error("processes of a stopped run are still there", pids=[one.pid for one in left])
+
+
+def _family(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(child.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _environment(folder: Path, device: str | None) -> dict[str, str]:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack
-from typing import Literal
 
 from billiard.process import current_process
 from structlog.contextvars import bound_contextvars
@@ -21,7 +20,7 @@ from api.core.settings import get_settings
 from lorainit.events import Event
 from worker.app import app, drain_file, name
 from worker.member import Member
-from worker.supervisor import Place, run_child
+from worker.supervisor import Place, StopReason, run_child
 
 log = get_logger(__name__)
 
@@ -44,7 +43,13 @@ def run_job(job_id: str) -> None:
 def _claim() -> list[Job]:
     settings, owner = get_settings(), f"{name(os.getppid())}/{os.getpid()}"
     with session_scope() as session:
-        claimed = jobs.claim(session, owner, lease_seconds=settings.lease_seconds, group_size=settings.group_size)
+        claimed = jobs.claim(
+            session,
+            owner,
+            lease_seconds=settings.lease_seconds,
+            group_size=settings.group_size,
+            queues=settings.queues(),
+        )
         session.commit()
     return claimed
 
@@ -55,10 +60,11 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
     def on_event(event: Event) -> None:
         members[event.member].take(event)
 
-    def should_stop() -> Literal["", "drain", "lost"]:
+    def should_stop() -> StopReason:
         if all(member.is_over for member in members) and any(member.is_lost for member in members):
             return "lost"
-        return "drain" if drain_file(os.getppid()).exists() else ""
+        pausing = any(member.is_pausing and not member.is_over for member in members)
+        return "drain" if pausing or _is_leaving() else ""
 
     try:
         outcome = run_child(
@@ -74,7 +80,13 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
         return
     if outcome.returncode and not outcome.stopped:
         log.error("the run ended badly", returncode=outcome.returncode, stderr=outcome.stderr_tail)
-    wait([member.conclude(outcome) for member in members])
+    # Pausing one of several stops the process of all; the others go back to the queue with a checkpoint, too.
+    reason = "The worker is shutting down" if _is_leaving() else "The run was stopped for a pause"
+    wait([member.conclude(outcome, reason) for member in members])
+
+
+def _is_leaving() -> bool:
+    return drain_file(os.getppid()).exists()
 
 
 def _device(slots: int) -> str | None:

@@ -11,7 +11,7 @@ from typing import Literal
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
-from api.core import catalogue, groups, jobs, workers
+from api.core import catalogue, groups, jobs, turns, workers
 from api.core.db import now
 from api.core.errors import Refusal
 from api.core.jobs import Failure
@@ -100,11 +100,18 @@ def _unusable(file: File, field: str, job: Job) -> Failure | None:
 # --- the outbox: queued jobs nobody has been told about -----------------------------------------
 
 
-def unannounced(session: Session, *, limit: int = 100) -> Sequence[str]:
-    """Ids of queued jobs whose doorbell has not been rung, oldest first."""
-    return session.scalars(
-        select(Job.id).where(Job.status == "queued", Job.rung_at.is_(None)).order_by(Job.created_at).limit(limit)
-    ).all()
+def unannounced(session: Session) -> list[turns.Bell]:
+    """For jobs that could start and whose doorbell has not been rung, most urgent first.
+
+    A job that its project's limit or a back-off holds is not announced before that is over: a bell that
+    finds nothing to do is gone.
+    """
+    return turns.bells(session, Job.rung_at.is_(None))
+
+
+def bell(session: Session, job_id: str) -> str | None:
+    """The queue to ring for a job; None if that has been done, or while it could not start anyway."""
+    return next((row.queue for row in turns.bells(session, Job.id == job_id, Job.rung_at.is_(None))), None)
 
 
 def mark_rung(session: Session, job_id: str) -> None:
@@ -117,16 +124,15 @@ def mark_rung(session: Session, job_id: str) -> None:
     )
 
 
-def unheard(session: Session, *, patience: timedelta) -> Sequence[str]:
-    """Queued jobs to ring again: rung long ago while a living worker has a free slot.
+def unheard(session: Session, *, patience: timedelta) -> list[turns.Bell]:
+    """For jobs to ring again: rung long ago while a living worker of their queue has a free slot.
 
     A message that waits behind busy workers is not lost, so nothing is rung while all are busy; the
     number of free slots bounds how many are rung. Jobs trained together have one owner and fill one slot.
     """
     running = session.scalar(select(func.count(Job.lease_owner.distinct())).where(Job.status == "running")) or 0
-    return session.scalars(
-        select(Job.id)
-        .where(Job.status == "queued", Job.rung_at < now(session) - patience)
-        .order_by(Job.priority.desc(), Job.created_at)
-        .limit(workers.free_slots(session, running=running))
-    ).all()
+    free = workers.free_slots(session, running=running)
+    if not free:
+        return []
+    heard_by_nobody = Job.rung_at < now(session) - patience
+    return turns.bells(session, heard_by_nobody, Job.queue.in_(workers.served(session)), limit=free)

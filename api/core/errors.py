@@ -7,6 +7,7 @@ Refusal
 ├── InvalidValue      a value outside its range or catalogue
 ├── TooLarge          more bytes than we take
 ├── StorageFull       no room for the bytes; a quick retry does not help
+├── QueueFull         the project has as many waiting jobs as it may
 ├── InProgress        the same order is being carried out right now
 └── Unavailable       try again in a few seconds
 """
@@ -44,6 +45,10 @@ class TooLarge(Refusal):
 
 class StorageFull(Refusal):
     """No room for the bytes; trying again at once does not help."""
+
+
+class QueueFull(Refusal):
+    """The project has as many waiting jobs as it may; trying again at once does not help."""
 
 
 class InProgress(Refusal):

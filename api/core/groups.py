@@ -8,15 +8,16 @@ takes what it names is `jobs.claim`.
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from api.core import turns
 from api.core.catalogue import Entry
 from api.core.models import Job
 from lorainit.spec import Hyperparameters, Lora
 
-_ORDER = (Job.priority.desc(), Job.created_at, Job.id)
 # What the members' batches must have in common: their numeric type, and their shape, since a member with
 # longer or more rows makes all others wait.
 _SHAPE = {"precision", "batch_size", "max_length"}
@@ -40,30 +41,32 @@ def key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bo
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def next_up(session: Session, *, size: int) -> list[str]:
-    """Ids of the queued jobs to start next, locked: the best one, then its fellows in queue order.
+def next_up(session: Session, *, size: int, queues: Sequence[str]) -> list[str]:
+    """Ids of the queued jobs to start next, locked: the best one (`turns`), then its fellows in queue order.
 
-    The best one has the highest priority and then is the oldest, whatever group it asks for; at most
-    `size` - 1 others join it.
+    The best one counts whatever group it asks for; at most `size` - 1 others join it, and no more than their
+    project may run.
     """
-    wanted = select(Job.id, Job.project_id, Job.group_key, Job.priority, Job.attempts).where(Job.status == "queued")
-    best = session.execute(wanted.order_by(*_ORDER).limit(1).with_for_update(skip_locked=True)).one_or_none()
+    while (best := turns.first(session, queues)) is not None:
+        if (places := turns.room(session, best.project_id, wanted=size)) > 0:
+            break  # else a claim of the same project was a moment earlier, and its jobs are counted now
     if best is None:
         return []
-    if best.group_key is None or best.attempts or size == 1:
+    if best.group_key is None or best.attempts or places == 1:
         return [best.id]
     fellows = (
         select(Job.id)
         .where(
             Job.status == "queued",
+            Job.queue == best.queue,
             Job.project_id == best.project_id,
             Job.group_key == best.group_key,
             Job.priority == best.priority,
             Job.attempts == 0,
             Job.id != best.id,
         )
-        .order_by(*_ORDER)
-        .limit(size - 1)
+        .order_by(Job.turn, Job.id)
+        .limit(places - 1)
         .with_for_update(skip_locked=True)
     )
     return [best.id, *session.scalars(fellows)]

@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     ColumnElement,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -24,10 +25,15 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from api.core.db import Base, Json, UTCDateTime
 
-JOB_STATUSES = ("validating_files", "queued", "running", "succeeded", "failed", "cancelled")
+JOB_STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 FINAL_STATUSES = ("succeeded", "failed", "cancelled")
 
 Bytes = BigInteger()
+
+
+def shown_status(status: str, pause_requested: bool) -> str:
+    """The status a caller sees."""
+    return "pausing" if pause_requested else status
 
 
 class Project(Base):
@@ -89,6 +95,8 @@ class Job(Base):
         CheckConstraint(f"status IN {JOB_STATUSES}", name="status"),
         CheckConstraint(f"(finished_at IS NULL) = (status NOT IN {FINAL_STATUSES})", name="finished"),
         CheckConstraint("(error IS NOT NULL) = (status = 'failed')", name="error_only_when_failed"),
+        CheckConstraint("NOT pause_requested OR status = 'running'", name="only_runs_are_asked_to_pause"),
+        CheckConstraint("status <> 'queued' OR turn IS NOT NULL", name="queued_has_a_turn"),
         Index("ix_jobs_project_created", "project_id", "created_at", "id"),
         Index("ix_jobs_open", "status", "created_at", postgresql_where=text("finished_at IS NULL")),
         Index("ix_jobs_group", "group_key", "project_id", postgresql_where=text("status = 'queued'")),
@@ -118,6 +126,15 @@ class Job(Base):
     wants_group: Mapped[bool] = mapped_column(server_default=false())
     devices: Mapped[int] = mapped_column(Integer, server_default="1")
 
+    # Which workers may take it, and its place among the others (`api.core.turns`); no turn before admission.
+    queue: Mapped[str] = mapped_column(String(32), server_default="train")
+    turn: Mapped[float | None] = mapped_column(Double)
+    # Runs that ended for no fault of the job since its last checkpoint, and when the next may start.
+    losses: Mapped[int] = mapped_column(Integer, server_default="0")
+    not_before: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    # A request, not a state: whoever runs the job leaves it `paused` instead of `queued`.
+    pause_requested: Mapped[bool] = mapped_column(server_default=false())
+
     # Who may be trained with it (`api.core.groups`), from admission on; None = it runs alone.
     group_key: Mapped[str | None] = mapped_column(String(64))
     # Ids of the other jobs in the process of its last start; None before the first.
@@ -141,6 +158,11 @@ class Job(Base):
     resources: Mapped[dict[str, Any] | None] = mapped_column(Json)
     trained_tokens: Mapped[int | None] = mapped_column(Bytes)
     result_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+
+    @property
+    def shown_status(self) -> str:
+        """The status a caller sees: a run that was asked to pause is `pausing`."""
+        return shown_status(self.status, self.pause_requested)
 
     @hybrid_property
     def calibration_file_id(self) -> str | None:
@@ -243,11 +265,12 @@ class Creation(Base):
 
 
 class Worker(Base):
-    """A worker that says it is alive; how many jobs it can hold."""
+    """A worker that says it is alive; how many jobs it can hold, and from which queues."""
 
     __tablename__ = "workers"
 
     id: Mapped[str] = mapped_column(String(128), primary_key=True)
     slots: Mapped[int] = mapped_column(Integer)
+    queues: Mapped[list[str]] = mapped_column(Json)
     started_at: Mapped[datetime] = mapped_column(UTCDateTime)
     seen_at: Mapped[datetime] = mapped_column(UTCDateTime)

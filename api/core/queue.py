@@ -57,8 +57,8 @@ def _configuration() -> dict[str, Any]:
     }
 
 
-def ring(job_id: str) -> None:
-    """Send one message.
+def ring(job_id: str, queue: str) -> None:
+    """Send one message to the workers that listen on `queue`.
 
     Raises:
         BrokerUnavailable: no broker is configured or it did not take the message.
@@ -66,7 +66,7 @@ def ring(job_id: str) -> None:
     if get_settings().broker_url is None:
         raise BrokerUnavailable("no broker is configured")
     try:
-        get_celery().send_task(TASK, args=[job_id], retry=False)
+        get_celery().send_task(TASK, args=[job_id], queue=queue, retry=False)
     except Exception as error:
         # kombu raises many kinds (OperationalError, redis errors, socket errors): all mean "not sent".
         raise BrokerUnavailable(str(error)) from error

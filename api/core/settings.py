@@ -39,7 +39,9 @@ class Settings(BaseSettings):
 
     worker_slots: Annotated[int, Field(ge=1)] = Field(1, description="Runs one worker holds at once (one per GPU).")
     worker_scratch: Path | None = Field(None, description="Where runs work; empty = a folder in the state folder.")
-    worker_queues: str = Field("train", description="Queues this worker listens on, comma-separated.")
+    worker_queues: str = Field(
+        "train", description="Queues (device classes) this worker takes jobs from, comma-separated."
+    )
     model_cache: Path | None = Field(None, description="Converted base models; empty = a folder in the state folder.")
     init_cache_bytes: Annotated[int, Field(ge=0)] = Field(
         8 * 2**30,
@@ -48,7 +50,7 @@ class Settings(BaseSettings):
     lease_seconds: Annotated[float, Field(gt=0)] = Field(30.0, description="A silent worker loses its job after this.")
     beat_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="Lease renewal and cancel check interval.")
     stop_grace_seconds: Annotated[float, Field(ge=0)] = Field(
-        2.0, description="Between asking a run to stop and killing it."
+        10.0, description="For a run that is paused or drained: to write a checkpoint before it is killed."
     )
     group_size: Annotated[int, Field(ge=1)] = Field(
         8, description="Most jobs trained together when they ask for it; 1 = every job runs alone."
@@ -56,7 +58,22 @@ class Settings(BaseSettings):
     devices_per_job: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="Most devices a job may ask for; a worker slot must see as many."
     )
-    max_attempts: Annotated[int, Field(ge=1)] = Field(3, description="Runs of a job whose workers were lost.")
+    max_attempts: Annotated[int, Field(ge=1)] = Field(
+        3, description="Runs a job may lose (dead worker, passing trouble) without a new checkpoint; then it fails."
+    )
+    retry_seconds: Annotated[float, Field(ge=0)] = Field(
+        10.0,
+        description="Wait after the second such loss, doubled by each further one, at most 300; the first has none.",
+    )
+    priority_seconds: Annotated[float, Field(gt=0)] = Field(
+        3600.0, description="Waiting that weighs as much as one level of priority or one running job of the project."
+    )
+    project_running: Annotated[int, Field(ge=0)] = Field(
+        0, description="Jobs of one project that run at once; 0 = any number."
+    )
+    project_queued: Annotated[int, Field(ge=0)] = Field(
+        0, description="Jobs of one project that wait (validating, queued, paused); 0 = any number."
+    )
     reconcile_seconds: Annotated[float, Field(gt=0)] = Field(0.5, description="Pause between two reconciler rounds.")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="Checkpoints kept beside the best one.")
 
@@ -71,6 +88,10 @@ class Settings(BaseSettings):
     def scratch(self) -> Path:
         """The folder runs work in."""
         return (self.worker_scratch or self.state_dir / "runs").resolve()
+
+    def queues(self) -> tuple[str, ...]:
+        """The queues this worker takes jobs from."""
+        return tuple(name.strip() for name in self.worker_queues.split(",") if name.strip())
 
     def models(self) -> Path:
         """The folder of converted base models."""

@@ -7,7 +7,7 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import catalogue, files, jobs
+from api.core import catalogue, files, jobs, turns
 from api.core.db import now
 from api.core.errors import BadReference, InvalidValue
 from api.core.ids import new_id
@@ -38,13 +38,14 @@ class Order:
     deterministic: bool
     group: bool
     devices: int
+    device: str
 
 
 def submit(session: Session, project_id: str, order: Order) -> Job:
     """A new job, status `validating_files`.
 
     Raises:
-        Refusal: the model, a file, the adapter's shape or a feature cannot be had.
+        Refusal: the model, a file, the adapter's shape or a feature cannot be had, or too many jobs wait.
     """
     entry = _base(session, project_id, order.model)
     found = _files(session, project_id, order)
@@ -65,6 +66,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
     lora = catalogue.place(lora, entry)
     for field, file in found.items():
         _known_bad(file, field, order)
+    turns.check_room(session, project_id)
     job = Job(
         id=new_id("ftjob-"),
         project_id=project_id,
@@ -84,6 +86,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         deterministic=order.deterministic,
         wants_group=order.group,
         devices=order.devices,
+        queue=turns.queue_of(order.device),
         lease_token=0,
         attempts=0,
         event_count=0,

@@ -70,7 +70,7 @@ class Service:
         self._add("reconciler", [python, "-m", "worker.reconciler"], environment)
         celery = ["-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", slots]
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", self.settings.worker_queues]
-        self._add("worker", [python, *celery, *quiet], environment, grace=15.0)
+        self._add("worker", [python, *celery, *quiet], environment, grace=self.settings.stop_grace_seconds + 15.0)
         descriptor = self._socket.fileno()
         api = self._add("api", [python, "-m", "api.server", "--fd", str(descriptor)], environment, fds=(descriptor,))
         self._wait_until_ready(api)

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: order, list, look, cancel, follow, fetch the adapter."""
+"""Fine-tuning jobs: order, list, look, cancel, pause, resume, follow, fetch the adapter."""
 
 import re
 from typing import Annotated, Any
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, BackgroundTasks, Query, Request
 from fastapi.responses import Response
 
-from api.core import admission, checkpoints, events, jobs, logs, lookup, queue, results
+from api.core import admission, checkpoints, events, jobs, logs, lookup, pauses, queue, results
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.idempotency import once
@@ -71,6 +71,25 @@ def cancel(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobO
     return answer
 
 
+@router.post(JOBS + "/{fine_tuning_job_id}/pause")
+def pause(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobObject:
+    """Free the device: a run writes a checkpoint first and is `pausing` until then."""
+    job = pauses.pause(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
+    answer = job_object(lookup.sight(session, job))
+    session.commit()
+    return answer
+
+
+@router.post(JOBS + "/{fine_tuning_job_id}/resume")
+def resume(fine_tuning_job_id: str, caller: CallerDep, session: Writing, background: BackgroundTasks) -> JobObject:
+    """Go on from the last checkpoint, or from the start if there is none."""
+    job = pauses.resume(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
+    answer = job_object(lookup.sight(session, job))
+    session.commit()
+    background.add_task(announce, job.id)
+    return answer
+
+
 @router.get(JOBS + "/{fine_tuning_job_id}/events")
 def list_events(
     fine_tuning_job_id: str, caller: CallerDep, session: Reading, after: After = None, limit: Limit1000 = None
@@ -131,10 +150,11 @@ def announce(job_id: str) -> None:
     log = logs.get_logger(__name__).bind(job_id=job_id)
     try:
         with session_scope() as session:
-            verdict = admission.consider(session, job_id)
+            admission.consider(session, job_id)
+            name = admission.bell(session, job_id)
             session.commit()
-        if verdict == "queued":
-            queue.ring(job_id)
+        if name is not None:
+            queue.ring(job_id, name)
             with session_scope() as session:
                 admission.mark_rung(session, job_id)
                 session.commit()

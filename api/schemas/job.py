@@ -1,10 +1,11 @@
 """The job object. Every field is always there; what has no value yet is null."""
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import Field
 
-from api.core import catalogue
+from api.core import catalogue, turns
 from api.core.lookup import Result, Sight
 from api.core.models import Job
 from api.core.settings import get_settings
@@ -13,14 +14,6 @@ from api.schemas.wire import Element, Wire, finite, unix, unix_or_none
 from lorainit.spec import Lora
 
 PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
-_NO_RESUME = {
-    "validating_files": "the job has not started",
-    "queued": "the job has not started",
-    "running": "the job is running",
-    "succeeded": "the job has succeeded",
-    "cancelled": "a cancelled job cannot be resumed",
-    "failed": "resuming failed jobs is not offered by this release",
-}
 
 
 class JobError(Wire):
@@ -123,7 +116,7 @@ def job_object(sight: Sight) -> JobObject:
         model=job.model,
         fine_tuned_model=sight.result.adapter.name if sight.result else None,
         organization_id=f"org-{get_settings().organization}",
-        status=job.status,
+        status=job.shown_status,
         training_file=job.training_file_id,
         validation_file=job.validation_file_id,
         result_files=[job.result_file_id] if job.result_file_id else [],
@@ -144,19 +137,19 @@ def job_object(sight: Sight) -> JobObject:
         queue_position=sight.place.position if sight.place else None,
         queue_reason=sight.place.reason if sight.place else None,
         estimated_start=None,
-        resume=Resume(possible=False, from_step=None, reason=_NO_RESUME[job.status]),
+        resume=Resume.model_validate(asdict(sight.prospect)),
         progress=progress,
         lora=_lora(job),
         init_report=finite(job.init_report),
         export_check=finite(job.export_check),
-        resources={
-            "group": job.wants_group,
-            "devices": job.devices,
-            "trained_with": job.trained_with,
-            **(finite(job.resources) or {}),
-        },
+        resources=_resources(job),
         adapter=_adapter(job, sight.result) if sight.result else None,
     )
+
+
+def _resources(job: Job) -> dict[str, Any]:
+    asked = {"group": job.wants_group, "device": turns.device_of(job.queue), "devices": job.devices}
+    return {**asked, "trained_with": job.trained_with, **(finite(job.resources) or {})}
 
 
 def _choices(job: Job, prefix: str) -> list[Any]:

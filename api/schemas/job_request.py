@@ -64,6 +64,9 @@ class Resources(Strict):
     """`resources`: on what and with whom a job may run."""
 
     group: bool = Field(False, description="May be trained together with other such jobs of the project.")
+    device: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
+        "any", description="`any`, `cpu`, `gpu` or the name of a queue that workers listen on."
+    )
     devices: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="Devices of one host that share each step's rows."
     )
@@ -139,6 +142,7 @@ class JobRequest(Strict):
             deterministic=self.deterministic,
             group=self.resources.group,
             devices=self.resources.devices,
+            device=self.resources.device,
         )
 
 

@@ -63,8 +63,6 @@ def test_an_unknown_route_names_those_that_exist(client: TestClient) -> None:
     [
         ("POST", "/v1/uploads"),
         ("POST", f"{JOBS}/plan"),
-        ("POST", f"{JOBS}/ftjob-x/pause"),
-        ("POST", f"{JOBS}/ftjob-x/resume"),
         ("GET", f"{JOBS}/ftjob-x/metrics"),
         ("GET", f"{JOBS}/ftjob-x/events/stream"),
         ("GET", "/v1/experiments"),

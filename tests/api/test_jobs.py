@@ -12,7 +12,7 @@ import pytest
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from sqlalchemy.orm import Session
 
-from api.core import jobs, queue
+from api.core import jobs, lookup, queue
 from api.core.models import Job
 from api.core.storage import ObjectStorage
 from tests import stub_worker
@@ -100,11 +100,10 @@ def test_trainable_parameters_are_an_estimate_until_the_ranks_are_spread(lab: La
     assert stub_worker.claim()
     row = session.get_one(Job, job["id"], populate_existing=True)
     session.expunge(row)
-    from api.core.lookup import Sight
     from api.schemas.job import job_object
 
     row.plan, row.init_report = {"trainable_parameters": 100}, {"trainable_parameters": 93}
-    lora = json.loads(job_object(Sight(row, None, None)).model_dump_json())["lora"]
+    lora = json.loads(job_object(lookup.sight(session, row)).model_dump_json())["lora"]
     assert (lora["trainable_parameters"], lora["trainable_parameters_estimated"]) == (93, False)
     assert lab.order(lora={"init": "pissa", "r": 8})["lora"]["trainable_parameters_estimated"] is False
 
@@ -128,14 +127,14 @@ def test_a_suffix_ends_up_in_the_models_name(lab: Lab, suffix: str | None) -> No
 def test_a_job_with_checked_files_is_queued_and_rung_after_the_answer(
     lab: Lab, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rung: list[str] = []
-    monkeypatch.setattr(queue, "ring", rung.append)
+    rung: list[tuple[str, str]] = []
+    monkeypatch.setattr(queue, "ring", lambda *bell: rung.append(bell))
     file = lab.upload()["id"]
     mark(session, file)
     job = lab.order(file)
     assert job["status"] == "validating_files"
     row = session.get_one(Job, job["id"], populate_existing=True)
-    assert row.status == "queued" and row.rung_at is not None and rung == [job["id"]]
+    assert row.status == "queued" and row.rung_at is not None and rung == [(job["id"], "train")]
     hyper = lab.client.get(f"{JOBS}/{job['id']}").json()["hyperparameters"]
     assert isinstance(hyper["n_epochs"], int) and isinstance(hyper["learning_rate"], float)
 
@@ -210,11 +209,10 @@ def test_a_number_json_cannot_hold_is_null(lab: Lab, session: Session) -> None:
     assert stub_worker.claim()
     row = session.get_one(Job, job["id"], populate_existing=True)
     session.expunge(row)
-    from api.core.lookup import Sight
     from api.schemas.job import job_object
 
     row.init_report = {"loss": float("nan"), "nested": [float("inf")]}
-    shown = json.loads(job_object(Sight(row, None, None)).model_dump_json())
+    shown = json.loads(job_object(lookup.sight(session, row)).model_dump_json())
     assert shown["init_report"] == {"loss": None, "nested": [None]}
 
 
@@ -338,7 +336,7 @@ def test_times_are_whole_seconds(lab: Lab) -> None:
 
 
 def test_a_job_runs_alone_unless_it_asks_for_a_group(lab: Lab) -> None:
-    assert lab.order()["resources"] == {"group": False, "devices": 1, "trained_with": None}
+    assert lab.order()["resources"] == {"group": False, "device": "any", "devices": 1, "trained_with": None}
     assert lab.order(resources={})["resources"]["group"] is False
     assert lab.order(resources=None)["resources"]["group"] is False
     assert lab.order(resources={"group": None})["resources"]["group"] is False
@@ -352,5 +350,13 @@ def test_a_finished_job_shows_who_shared_its_run_beside_what_it_used(lab: Lab) -
     used = shown["resources"]
     assert set(used.pop("stage_seconds")) == {"starting", "loading", "training"}
     assert used.pop("seconds_to_first_step") >= 0
-    assert used == {"group": True, "devices": 1, "trained_with": [], "gpu_name": None, "gpus": 0, "attempts": 1}
+    assert used == {
+        "group": True,
+        "device": "any",
+        "devices": 1,
+        "trained_with": [],
+        "gpu_name": None,
+        "gpus": 0,
+        "attempts": 1,
+    }
     typed.FineTuningJob.model_validate(shown, strict=True)

@@ -88,8 +88,9 @@ def test_a_second_attempt_runs_alone_and_joins_nobody(session: Session, older: s
     tried = a_willing_job(session, project)
     assert claim(session) == [tried.id]
     assert jobs.retry(session, lease_of(session, tried), "The process was killed")
-    start = tried.created_at + timedelta(minutes=1 if older == "the second attempt" else -1)
-    fresh = [a_willing_job(session, project, created_at=start + timedelta(seconds=n)).id for n in range(2)]
+    fresh = [a_willing_job(session, project).id for _ in range(2)]
+    if older == "the first attempts":
+        session.execute(update(Job).where(Job.id == tried.id).values(turn=Job.turn + 60))
     expected = [[tried.id], fresh] if older == "the second attempt" else [fresh, [tried.id]]
     assert [claim(session), claim(session)] == expected
     session.refresh(tried)
@@ -172,7 +173,8 @@ def test_a_retry_costs_an_attempt_and_is_announced_again(session: Session) -> No
     assert (job.status, job.attempts, job.rung_at, job.lease_until) == ("queued", 1, None, None)
     event = session.scalars(select(Event).where(Event.job_id == job.id).order_by(Event.sequence.desc())).first()
     assert event is not None
-    assert (event.level, event.message) == ("warn", "The process was killed")
+    told = "The process was killed; the job will be tried again alone"
+    assert (event.level, event.message) == ("warn", told)
 
 
 def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
@@ -183,7 +185,7 @@ def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     a_worker(session, slots=2)
-    assert list(admission.unheard(session, patience=timedelta(seconds=15))) == [waiting.id]
+    assert admission.unheard(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
 
 
 # --- the key ------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def test_a_job_whose_workers_keep_dying_fails_in_the_end(session: Session) -> No
     for _ in range(2):
         expire(session, job)
         jobs.recover_lost(session, max_attempts=3)
+        session.execute(update(Job).values(not_before=None))
         assert jobs.claim(session, "w", lease_seconds=30)
     expire(session, job)
     assert jobs.recover_lost(session, max_attempts=3) == []
@@ -131,6 +132,9 @@ def test_a_job_whose_workers_keep_dying_fails_in_the_end(session: Session) -> No
     assert job.status == "failed"
     assert job.error is not None
     assert job.error["code"] == "worker_lost"
+    assert job.error["message"] == (
+        "The job was lost 3 times without a new checkpoint. The last time: The worker was lost while loading."
+    )
 
 
 def test_a_failure_carries_code_message_and_param(session: Session) -> None:
@@ -227,9 +231,9 @@ def test_a_file_with_bad_rows_is_refused_or_used_as_asked(session: Session, on_r
 
 def test_a_queued_job_is_announced_once_then_left_alone(session: Session) -> None:
     job = a_queued_job(session, a_project(session))
-    assert list(admission.unannounced(session)) == [job.id]
+    assert admission.unannounced(session) == [(job.id, "train")]
     admission.mark_rung(session, job.id)
-    assert list(admission.unannounced(session)) == []
+    assert admission.unannounced(session) == []
 
 
 def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Session) -> None:
@@ -237,10 +241,10 @@ def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Sessi
     job = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == job.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     patience = timedelta(seconds=15)
-    assert list(admission.unheard(session, patience=patience)) == []
+    assert admission.unheard(session, patience=patience) == []
     a_worker(session, slots=1)
-    assert list(admission.unheard(session, patience=patience)) == [job.id]
+    assert admission.unheard(session, patience=patience) == [(job.id, "train")]
     assert jobs.claim(session, "w", lease_seconds=30)
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
-    assert list(admission.unheard(session, patience=patience)) == []
+    assert admission.unheard(session, patience=patience) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorainit.events import EVENT, Done, Failed, Stage
+from lorainit.events import EVENT, Checkpoint, Done, Failed, Metrics, Stage
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
@@ -126,6 +126,19 @@ def test_sigterm_stops_at_the_next_event_without_a_traceback(child):
     assert process.returncode == 143
     assert errors == ""
     assert "failed" not in kinds
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_steps_taken(child):
+    process, stream = child(events=True, **LONG)
+    with stream:
+        read_until(stream, Metrics)
+        process.send_signal(signal.SIGTERM)
+        rest = [EVENT.validate_json(line) for line in stream]
+    process.communicate(timeout=30)
+    last = rest[-1]
+    assert isinstance(last, Checkpoint)
+    assert last.step == max([1, *(event.step for event in rest if isinstance(event, Metrics))])
+    assert (Path(last.path) / "state.safetensors").exists()
 
 
 def test_run_leaves_when_its_lease_is_past(child, tmp_path):

@@ -68,7 +68,7 @@ def test_a_waiting_job_is_queued_once_its_file_is_checked() -> None:
 
 
 def test_a_dead_broker_leaves_jobs_unannounced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(job_id: str) -> None:
+    def refuse(job_id: str, name: str) -> None:
         raise queue.BrokerUnavailable("connection refused")
 
     with session_scope() as session:
@@ -85,7 +85,7 @@ def test_every_queued_job_is_rung_for_once(monkeypatch: pytest.MonkeyPatch) -> N
         wanted = [a_queued_job(session, project).id for _ in range(3)]
         session.commit()
     rung = list[str]()
-    monkeypatch.setattr(queue, "ring", rung.append)
+    monkeypatch.setattr(queue, "ring", lambda job_id, name: rung.append(job_id))
     reconciler.announce()
     reconciler.announce()
     assert sorted(rung) == sorted(wanted)
@@ -98,7 +98,7 @@ def test_a_silent_workers_job_goes_back_and_is_rung_again(monkeypatch: pytest.Mo
         session.execute(update(Job).where(Job.id == job.id).values(lease_until=past))
         session.commit()
     rung = list[str]()
-    monkeypatch.setattr(queue, "ring", rung.append)
+    monkeypatch.setattr(queue, "ring", lambda job_id, name: rung.append(job_id))
     reconciler.recover()
     reconciler.announce()
     assert rung == [job.id]

@@ -136,6 +136,38 @@ def test_draining_lets_the_child_leave_by_itself(child: Child) -> None:
     assert (outcome.stopped, outcome.returncode) == (True, 7)
 
 
+def test_what_a_draining_child_still_says_is_heard(child: Child) -> None:
+    outcome = child.run(
+        """
+        def leave(*_):
+            for number in range(2000):  # more than the pipe holds
+                say(kind="message", message=str(number), data={"rest": "x" * 50})
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, leave)
+        say(kind="stage", stage="loading", message="up")
+        time.sleep(60)
+        """,
+        stop_after=0.7,
+        why="drain",
+        grace=10,
+    )
+    assert (outcome.returncode, len(child.events)) == (143, 2001)
+
+
+def test_a_draining_child_that_does_not_leave_is_killed_in_the_end(child: Child) -> None:
+    outcome = child.run(
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        say(kind="stage", stage="loading", message="up")
+        time.sleep(60)
+        """,
+        stop_after=0.7,
+        why="drain",
+        grace=0.5,
+    )
+    assert (outcome.stopped, outcome.returncode) == (True, -9)
+
+
 def test_an_exception_in_a_handler_leaves_no_child_behind(child: Child) -> None:
     def refuse(event: Event) -> None:
         child.events.append(event)

@@ -1,0 +1,145 @@
+"""Pausing and resuming: the two moves a person makes between the queue and the end. Nothing here commits.
+
+A pause of a run is a request beside the status `running` (shown as `pausing`). The worker sees it when it
+renews its lease, has the run write a checkpoint, and gives the job back; a job that was asked to pause is
+left `paused` by whatever interrupts it. The fencing token knows nothing of all this.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from api.core import events, turns
+from api.core.db import now
+from api.core.errors import WrongState
+from api.core.models import FINAL_STATUSES, Checkpoint, File, Job
+from api.core.transitions import Lease, change, in_state, lock, move
+
+# What was wrong is not in the order: the same order may well succeed.
+_MAY_PASS = ("worker_lost", "out_of_memory", "disk_full", "internal_error", "quota_exceeded")
+_PAUSABLE = ("validating_files", "queued")
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """Whether resuming a job would do something, from which step (None = from the start), and why not."""
+
+    possible: bool
+    from_step: int | None
+    reason: str | None
+
+
+def pause(session: Session, job: Job) -> Job:
+    """A waiting job → `paused`; a run is asked to pause. Pausing twice changes nothing.
+
+    Raises:
+        WrongState: the job has ended.
+    """
+    row = lock(session, Job.id == job.id)
+    assert row is not None
+    if row.status in FINAL_STATUSES:
+        raise WrongState(f"Job {job.id} has already {_ended(row.status)}.", code="invalid_job_state")
+    if row.status in _PAUSABLE:
+        move(session, in_state(job.id, row.status), "paused", "The job is paused")
+    elif row.status == "running" and not row.pause_requested:
+        change(session, in_state(job.id, "running"), {"pause_requested": True})
+        message = "Pause asked for: the run writes a checkpoint and frees the device"
+        events.status_event(session, job.id, message, at=now(session), status="pausing", previous="running")
+    session.refresh(job)
+    return job
+
+
+def is_asked(session: Session, lease: Lease) -> bool:
+    """Whether somebody wants this run to pause."""
+    return bool(session.scalar(select(Job.pause_requested).where(*lease.holds())))
+
+
+def resume(session: Session, job: Job) -> Job:
+    """`paused` or `failed` → `queued`, or `validating_files` if it never got further. Others stay as they are.
+
+    Raises:
+        WrongState: the job is still pausing, has ended for good, or would only fail again.
+    """
+    row = lock(session, Job.id == job.id)
+    assert row is not None
+    session.refresh(job)
+    if row.pause_requested:
+        message = f"Job {job.id} is still pausing; resume it once it is paused."
+        raise WrongState(message, code="invalid_job_state")
+    if row.status in ("succeeded", "cancelled"):
+        raise WrongState(f"Job {job.id} has already {_ended(row.status)}.", code="invalid_job_state")
+    if row.status not in ("paused", "failed"):
+        return job
+    prospect = prospects(session, [job])[job.id]
+    if not prospect.possible:
+        raise WrongState(f"Job {job.id} cannot be resumed: {prospect.reason}.", code="job_not_resumable")
+    _wake(session, job, prospect)
+    session.refresh(job)
+    return job
+
+
+def _wake(session: Session, job: Job, prospect: Prospect) -> None:
+    where = "the start" if prospect.from_step is None else f"step {prospect.from_step}"
+    here = in_state(job.id, job.status)
+    if job.turn is None:
+        move(session, here, "validating_files", "Job resumed: its files are checked first")
+        return
+    turn = turns.new_turn(now(session))
+    message = f"Job resumed: it goes on from {where}"
+    move(session, here, "queued", message, turn=turn, losses=0, not_before=None)
+
+
+def prospects(session: Session, jobs: Iterable[Job]) -> dict[str, Prospect]:
+    """For each of these jobs, whether it can be resumed; two queries however many there are."""
+    jobs = list(jobs)
+    steps = _last_steps(session, [job.id for job in jobs if job.status in ("paused", "failed")])
+    gone = _without_files(session, [job.id for job in jobs if job.status == "failed"])
+    return {job.id: _prospect(job, steps.get(job.id), gone=job.id in gone) for job in jobs}
+
+
+def _prospect(job: Job, step: int | None, *, gone: bool) -> Prospect:
+    if job.status == "paused":
+        return Prospect(possible=True, from_step=step, reason=None)
+    reason = _why_not(job, step, gone=gone)
+    return Prospect(possible=reason is None, from_step=step if reason is None else None, reason=reason)
+
+
+def _why_not(job: Job, step: int | None, *, gone: bool) -> str | None:
+    if job.status != "failed":
+        return {
+            "validating_files": "the job has not started",
+            "queued": "the job has not started" if job.started_at is None else "the job is in the queue already",
+            "running": "the job is pausing" if job.pause_requested else "the job is running",
+            "succeeded": "the job has succeeded",
+            "cancelled": "a cancelled job cannot be resumed",
+        }[job.status]
+    code = (job.error or {}).get("code")
+    if code not in _MAY_PASS:
+        return f"the same order would fail again with {code}"
+    if step is None:
+        return "there is no checkpoint to go on from"
+    return "a file it was trained on has been deleted" if gone else None
+
+
+def _last_steps(session: Session, job_ids: list[str]) -> dict[str, int]:
+    if not job_ids:
+        return {}
+    kept = (Checkpoint.job_id.in_(job_ids), Checkpoint.deleted_at.is_(None))
+    last = func.max(Checkpoint.step).label("last")
+    rows = session.execute(select(Checkpoint.job_id, last).where(*kept).group_by(Checkpoint.job_id))
+    return {row.job_id: row.last for row in rows}
+
+
+def _without_files(session: Session, job_ids: list[str]) -> set[str]:
+    """Ended jobs whose files have gone: they are kept only while a job is open."""
+    if not job_ids:
+        return set()
+    named = File.id.in_([Job.training_file_id, Job.validation_file_id, Job.calibration_file_id])
+    query = select(Job.id).join(File, named).where(Job.id.in_(job_ids), File.deleted_at.is_not(None))
+    return set(session.scalars(query))
+
+
+def _ended(status: str) -> str:
+    return {"cancelled": "been cancelled"}.get(status, status)

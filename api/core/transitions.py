@@ -1,0 +1,95 @@
+"""The only place that changes a job's status: a compare-and-set on status and fencing token, and its event.
+
+`api.core.jobs` and `api.core.pauses` give the moves their names. What every state implies (who holds the
+job, whether it has ended, whether the doorbell is to be rung) is written here, once. Nothing here commits.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, CursorResult, Row, select, update
+from sqlalchemy.orm import Session
+
+from api.core import events
+from api.core.db import now
+from api.core.models import FINAL_STATUSES, Job, shown_status
+
+_UNHELD: dict[str, Any] = {"lease_until": None, "lease_owner": None, "pause_requested": False}
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write for one run of a job."""
+
+    job_id: str
+    token: int
+
+    def holds(self) -> list[ColumnElement[bool]]:
+        """True of the job's row as long as nobody took the job away."""
+        return [Job.id == self.job_id, Job.status == "running", Job.lease_token == self.token]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job failed: a code from the closed list, a sentence, and the field it is about."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+    def as_json(self) -> dict[str, str | None]:
+        """The object shown as `job.error`."""
+        return {"code": self.code, "message": self.message, "param": self.param}
+
+
+def lock(session: Session, *conditions: ColumnElement[bool]) -> Row[tuple[str, bool, int, Any]] | None:
+    """Status, `pause_requested`, losses and progress of one job, locked; None if it does not meet the conditions."""
+    columns = select(Job.status, Job.pause_requested, Job.losses, Job.progress)
+    return session.execute(columns.where(*conditions).with_for_update()).one_or_none()
+
+
+def in_state(job_id: str, status: str) -> list[ColumnElement[bool]]:
+    """True of the job's row while it has that status."""
+    return [Job.id == job_id, Job.status == status]
+
+
+def move(
+    session: Session,
+    conditions: list[ColumnElement[bool]],
+    status: str,
+    message: str,
+    *,
+    level: events.Level = "info",
+    told: dict[str, Any] | None = None,
+    **columns: Any,
+) -> str | None:
+    """Change the status of the job that meets `conditions` and tell it; None if there is none by now.
+
+    Returns:
+        The job's id.
+    """
+    found = session.execute(select(Job.id, Job.status, Job.pause_requested).where(*conditions).with_for_update())
+    job = found.one_or_none()
+    if job is None or not change(session, conditions, {**_implied(status, now(session)), **columns}):
+        return None
+    previous, at = shown_status(job.status, job.pause_requested), now(session)
+    events.status_event(session, job.id, message, at=at, status=status, previous=previous, level=level, **(told or {}))
+    return str(job.id)
+
+
+def _implied(status: str, at: datetime) -> dict[str, Any]:
+    """What a status says about the other columns; a failure's error comes from who moves it there."""
+    ended = at if status in FINAL_STATUSES else None
+    implied = {"status": status, "finished_at": ended, "error": None}
+    if status == "queued":
+        implied["rung_at"] = None
+    return implied if status == "running" else {**implied, **_UNHELD}
+
+
+def change(session: Session, conditions: list[ColumnElement[bool]], values: dict[str, Any]) -> bool:
+    """Write columns of the one job that meets `conditions`; False if none does."""
+    statement = update(Job).where(*conditions).values(**values).execution_options(synchronize_session=False)
+    result = session.execute(statement)
+    assert isinstance(result, CursorResult)
+    return result.rowcount == 1
