@@ -1,0 +1,146 @@
+"""`python -m tests.chaos`: the service under attack, and a table of what came of it.
+
+Exit code 0 when nothing was lost, doubled, stuck or wrong, 1 when something was.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.chaos.clients import Book, User
+from tests.chaos.fleet import LEASE_SECONDS, Fleet
+from tests.chaos.judge import BAD, Judge, Verdict
+from tests.chaos.ledger import Ledger
+from tests.chaos.mutants import MUTANTS
+from tests.chaos.nemesis import Nemesis
+from tests.chaos.orphans import Orphans
+from tests.chaos.storage import SmallDisk, enter
+
+TICK_SECONDS = 0.05
+USERS = 4
+
+
+def main() -> int:
+    """Run, print, and say by the exit code whether every promise was kept."""
+    options = _options()
+    can_mount = enter()
+    place = Path(tempfile.mkdtemp(prefix="chaos-"))
+    try:
+        verdict = attack(place, options, can_mount=can_mount)
+    finally:
+        if options.keep:
+            print(f"kept: {place}")
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+    return 0 if verdict.is_clean else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="decides every fault and its moment")
+    parser.add_argument("--seconds", type=float, default=480, help="how long faults come")
+    parser.add_argument("--kills", type=int, default=220, help="how many processes are killed in that time")
+    parser.add_argument("--settle", type=float, default=120, help="how long jobs may take to end afterwards")
+    parser.add_argument("--steps", type=int, nargs=2, default=(150, 250), help="shortest and longest job")
+    parser.add_argument("--mutant", choices=sorted(MUTANTS), help="take one safeguard out; chaos must notice")
+    parser.add_argument("--keep", action="store_true", help="keep logs and files of the run")
+    return parser.parse_args()
+
+
+def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verdict:
+    """Start everything, disturb it, let it settle, judge."""
+    with ExitStack() as exits:
+        storage = place / "storage"
+        storage.mkdir()
+        disk = SmallDisk(storage) if can_mount else None
+        if disk is not None:
+            exits.callback(disk.close)
+        fleet = Fleet(place, storage, mutant=options.mutant)
+        exits.callback(fleet.close)
+        secret, ledger = _set_up(fleet), Ledger(fleet.database)
+        nemesis = Nemesis(fleet, disk, seed=options.seed, seconds=options.seconds, kills=options.kills)
+        book, orphans = Book(), Orphans(fleet)
+        users = [_user(fleet, secret, book, number=n, options=options) for n in range(USERS)]
+        _loop(fleet, orphans, until=lambda: _is_up(fleet), seconds=90)
+        for user in users:
+            user.start()
+        _loop(fleet, orphans, until=lambda: bool(fleet.trainers()), seconds=60)
+        nemesis.start()
+        _loop(fleet, orphans, until=lambda: not nemesis.tick(), seconds=options.seconds * 3)
+        for user in users:
+            user.closed.set()
+        open_jobs = "SELECT id FROM jobs WHERE finished_at IS NULL"
+        _loop(fleet, orphans, until=lambda: not ledger.rows(open_jobs), seconds=options.settle, pause=0.5)
+        _loop(fleet, orphans, until=lambda: False, seconds=LEASE_SECONDS + 1)
+        for user in users:
+            user.gone.set()
+        verdict = Judge(ledger, book=book, storage=storage, steps=fleet.steps).decide(full=nemesis.full)
+        for sentence in orphans.found:
+            verdict.blame("orphan trainers", sentence)
+        _print(verdict, nemesis, options, can_mount=can_mount)
+        return verdict
+
+
+def _set_up(fleet: Fleet) -> str:
+    """Tables, triggers, a project and its key."""
+    os.environ.update(fleet.env)
+    from api.core import keys, migrate
+    from api.core.db import get_engine, session_scope
+
+    migrate.upgrade(get_engine())
+    Ledger(fleet.database).watch()
+    with session_scope() as session:
+        _, secret = keys.create_key(session, keys.get_or_create_project(session, "chaos"), name="chaos")
+        session.commit()
+    get_engine().dispose()
+    return secret
+
+
+def _user(fleet: Fleet, secret: str, book: Book, *, number: int, options: argparse.Namespace) -> User:
+    seed = options.seed * 1000 + number
+    return User(fleet.url, secret, book, name=f"user-{number}", seed=seed, steps=tuple(options.steps))
+
+
+def _loop(fleet: Fleet, orphans: Orphans, *, until: object, seconds: float, pause: float = TICK_SECONDS) -> None:
+    """Keep the fleet alive until something is so, or the time is up."""
+    assert callable(until)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not until():
+        fleet.tend()
+        orphans.look()
+        time.sleep(pause)
+
+
+def _is_up(fleet: Fleet) -> bool:
+    try:
+        with urllib.request.urlopen(f"{fleet.url}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _print(verdict: Verdict, nemesis: Nemesis, options: argparse.Namespace, *, can_mount: bool) -> None:
+    kills = sum(count for name, count in nemesis.did.items() if name.startswith("kill"))
+    print(f"\nchaos: seed {options.seed}, {options.seconds:.0f} s, {kills} kills, mutant {options.mutant or 'none'}\n")
+    for name, count in sorted(nemesis.did.items()):
+        print(f"  {name:32} {count:6}")
+    if not can_mount:
+        print("  storage full or read-only             -   (no user namespaces here)")
+    print()
+    for name, count in sorted(verdict.counts.items(), key=lambda item: item[0] in BAD):
+        digits, mark = 0 if count == int(count) else 1, "   <-- must be 0" if name in BAD and count else ""
+        print(f"  {name:32} {count:6.{digits}f}{mark}")
+    for sentence in verdict.complaints[:40]:
+        print(f"  ! {sentence}")
+    print("\n" + ("every promise was kept" if verdict.is_clean else "PROMISES WERE BROKEN"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
