@@ -18,6 +18,7 @@ KILLED = Failure(
     "The training process was killed (signal 9), which is what the system does when memory runs out. "
     "Try a smaller max_length or batch, or a smaller model.",
 )
+_COMPANY = "The process that trained this job together with others"
 
 log = get_logger(__name__)
 
@@ -26,13 +27,16 @@ def told(job: Job, lease: Lease, failed: Failed) -> None:
     """The child said why the job failed. A shared process that ran out of memory is no verdict on one job."""
     log.error("the run failed", code=failed.code, message=failed.message)
     if failed.code == KILLED.code and _may_try_alone(job):
-        _retry(lease, "ran out of memory")
+        _retry(lease, f"{_COMPANY} ran out of memory; the job will be tried again alone")
     else:
         fail(lease, Failure(failed.code, failed.message, failed.param))
 
 
 def silent(job: Job, lease: Lease, outcome: Outcome) -> None:
     """The child ended without a word about the job.
+
+    A kill that was not the system's, for want of memory, is a lost worker's: the job goes on from its last
+    checkpoint. Where the system does not say whose kill it was, it is one too, and the attempts run out.
 
     Raises:
         Lost: it saw no lease that held; whoever has the job now decides.
@@ -42,7 +46,9 @@ def silent(job: Job, lease: Lease, outcome: Outcome) -> None:
     elif outcome.returncode == LEASE_LOST:
         raise Lost
     elif _may_try_alone(job):
-        _retry(lease, _how(outcome.returncode))
+        _retry(lease, f"{_COMPANY} {_how(outcome.returncode)}; the job will be tried again alone")
+    elif outcome.returncode == -9 and not outcome.starved and _may_try(job):
+        _retry(lease, f"The training process {_how(outcome.returncode)}; the job goes back to the queue")
     else:
         fail(lease, KILLED if outcome.returncode == -9 else _unexplained(outcome.returncode))
 
@@ -62,14 +68,17 @@ def fail(lease: Lease, failure: Failure) -> None:
 
 def _may_try_alone(job: Job) -> bool:
     """Another member may have brought the process down, so that each is tried once more by itself."""
-    return bool(job.trained_with) and job.attempts < get_settings().max_attempts
+    return bool(job.trained_with) and _may_try(job)
 
 
-def _retry(lease: Lease, what: str) -> None:
-    reason = f"The process that trained this job together with others {what}; the job will be tried again alone"
+def _may_try(job: Job) -> bool:
+    return job.attempts < get_settings().max_attempts
+
+
+def _retry(lease: Lease, reason: str) -> None:
     with session_scope() as session:
         if jobs.retry(session, lease, reason):
-            log.warning("to be tried alone", reason=what)
+            log.warning("to be tried again", reason=reason)
         session.commit()
 
 

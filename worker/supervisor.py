@@ -37,11 +37,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: its exit code, or that we stopped it."""
+    """How a child ended: its exit code, or that we stopped it, or that the system took it for want of memory."""
 
     returncode: int
     stopped: bool
     stderr_tail: str
+    starved: bool = False
 
 
 def run_child(
@@ -60,7 +61,7 @@ def run_child(
     sees as its only CUDA device. It works in the folder of the first place.
     """
     reader, writer = os.pipe()
-    folder = places[0].out.parent
+    folder, starved_before = places[0].out.parent, _starved()
     stderr = folder / "stderr.log"
     with stderr.open("wb") as log:
         child = subprocess.Popen(
@@ -85,7 +86,8 @@ def run_child(
     if stopped:
         stop_tree(child, grace=grace if stopped == "drain" else 0)
     returncode = child.wait()
-    return Outcome(returncode=returncode, stopped=bool(stopped), stderr_tail=_tail(stderr))
+    starved = returncode == -signal.SIGKILL and _starved() > starved_before
+    return Outcome(returncode=returncode, stopped=bool(stopped), stderr_tail=_tail(stderr), starved=starved)
 
 
 def _arguments(places: Sequence[Place], writer: int) -> list[str]:
@@ -158,6 +160,13 @@ def _offer_to_the_oom_killer(pid: int) -> None:
     """When memory runs out, the system should take the run and leave the worker to report it."""
     with suppress(OSError):  # not Linux, or the child has ended already
         Path(f"/proc/{pid}/oom_score_adj").write_text("900")
+
+
+def _starved() -> int:
+    """How many processes the system has killed for want of memory, whoever's they were; 0 where it does not say."""
+    with suppress(OSError), Path("/proc/vmstat").open() as counters:
+        return next((int(line.split()[1]) for line in counters if line.startswith("oom_kill ")), 0)
+    return 0
 
 
 def _tail(path: Path, size: int = 8000) -> str:

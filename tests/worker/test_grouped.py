@@ -20,7 +20,7 @@ from api.core.models import Checkpoint, File, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from tests.worker.conftest import Lab, when
-from worker import artifacts, tasks
+from worker import artifacts, supervisor, tasks
 from worker.app import drain_file
 
 pytestmark = pytest.mark.usefixtures("service")
@@ -231,8 +231,28 @@ def test_who_was_in_a_process_that_died_is_tried_again_alone(lab: Lab, end: str,
     assert lab.statuses() == ["queued", "queued", "succeeded"]
     assert words in lab.story(1)[-1]
     assert [lab.job(seed).attempts for seed in (1, 2)] == [1, 1]
-    lab.run("assert [member.name for member in members] == [1]; os.kill(os.getpid(), 9)")
+    lab.run("assert [member.name for member in members] == [1]; failed(0)")
     assert lab.statuses() == ["failed", "queued", "succeeded"]
+
+
+def test_a_killed_process_costs_an_attempt_until_there_are_none_left(lab: Lab) -> None:
+    for _ in range(2):
+        lab.run("os.kill(os.getpid(), 9)")
+        assert lab.job(1).status == "queued"
+    assert lab.story(1)[-1] == "The training process was killed (signal 9); the job goes back to the queue"
+    lab.run("os.kill(os.getpid(), 9)")
+    assert lab.job(1).status == "failed"
+    assert lab.job(1).error["code"] == "out_of_memory"  # type: ignore[index]
+
+
+def test_a_process_that_the_system_took_for_want_of_memory_is_not_tried_again(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = iter(range(9))
+    monkeypatch.setattr(supervisor, "_starved", lambda: next(kills))
+    lab.run("os.kill(os.getpid(), 9)")
+    lab.run("os.kill(os.getpid(), 9)")
+    assert lab.statuses() == ["failed", "queued", "queued"]
     assert lab.job(1).error["code"] == "out_of_memory"  # type: ignore[index]
 
 
