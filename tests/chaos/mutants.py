@@ -4,76 +4,70 @@ Switched on by CHAOS_MUTANT, in the processes that tests/chaos starts; no produc
 """
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Engine, event, text
 
-from api.core import jobs
-from api.core.models import Job
+from api.core.db import session_scope
 from api.core.queue import get_celery
-from worker import lease, reconciler
+from worker import reconciler, tasks
+from worker.supervisor import Outcome, Place
+
+_TOKEN = re.compile(r" AND jobs\.lease_token = %\(\w+\)s(::INTEGER)?")
 
 
 def no_watchdog() -> None:
-    """The lease file never runs out: a trainer whose supervisor is frozen goes on for ever."""
+    """Nobody but its supervisor stops a trainer: the lease file that it watches never runs out."""
+    run_child = tasks.run_child
 
-    def write(keeper: lease.LeaseKeeper) -> None:
-        keeper._file.write_text("inf")
+    def run(places: Sequence[Place], **others: Any) -> Outcome:
+        return run_child([replace(place, lease=_endless(place.lease)) for place in places], **others)
 
-    lease.LeaseKeeper._write_file = write  # type: ignore[method-assign]
+    tasks.run_child = run
+
+
+def _endless(lease: Path) -> Path:
+    path = lease.with_name("endless")
+    path.write_text("inf")
+    return path
 
 
 def no_fence() -> None:
-    """Whoever writes for a running job is believed, whichever token it holds."""
+    """Whoever writes for a job is believed, whichever token it holds: no statement asks for it."""
 
-    def write(session: Any, held: jobs.Lease, **values: Any) -> bool:
-        return jobs._change(session, [Job.id == held.job_id, Job.status == "running"], values)
-
-    jobs._write = write
+    @event.listens_for(Engine, "before_cursor_execute", retval=True)
+    def unfenced(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return (_TOKEN.sub("", statement) if statement.startswith("UPDATE jobs") else statement), parameters
 
 
 def late_ack() -> None:
-    """Trust in the queue: a message is acknowledged when the job is over, comes back when that takes
-    longer than the visibility timeout, and whoever gets it runs the job it names."""
-    get_celery().conf.update(
+    """Trust in the queue: a message is acknowledged when its job is over, comes back when that takes longer than
+    the visibility timeout, and means that whoever ran the job is dead.
+    """
+    celery = get_celery()
+    options = {"visibility_timeout": 2, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    celery.conf.update(
         task_acks_late=True,
         worker_disable_prefetch=False,
-        broker_transport_options={
-            **get_celery().conf.broker_transport_options,
-            "visibility_timeout": 2,
-            "unacked_restore_interval": 1,
-            "unacked_restore_throttle": 1,
-        },
+        broker_transport_options={**celery.conf.broker_transport_options, **options},
     )
-    _claim_what_is_rung_for()
-
-
-def _claim_what_is_rung_for() -> None:
-    from worker import tasks
-
-    rung: list[str] = []
     run = tasks.run_job.run
 
-    def named(session: Any, *, size: int) -> list[str]:
-        query = select(Job.id).where(Job.id == rung[-1], Job.status.in_(("queued", "running")))
-        return list(session.scalars(query))
-
-    def take(session: Any, job_id: str, owner: str, *, at: Any, until: Any) -> bool:
-        taken = {"lease_token": Job.lease_token + 1, "lease_owner": owner, "lease_until": until}
-        again = {"attempts": Job.attempts + 1, "started_at": at}
-        return jobs._change(session, [Job.id == job_id], {"status": "running", **taken, **again})
-
     def run_job(job_id: str) -> None:
-        rung.append(job_id)
+        with session_scope() as session:
+            again = "UPDATE jobs SET status = 'queued', lease_owner = NULL, lease_until = NULL"
+            session.execute(text(f"{again} WHERE id = :id AND status = 'running'"), {"id": job_id})
+            session.commit()
         run(job_id)
 
-    jobs.groups.next_up = named  # type: ignore[assignment]
-    jobs._take = take
     tasks.run_job.run = run_job
 
 
-def no_second_ring() -> None:
+def no_ring() -> None:
     """A message that the broker forgot is never sent again."""
     reconciler.CHORES = tuple(chore for chore in reconciler.CHORES if chore is not reconciler.announce)
 
@@ -87,7 +81,7 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "no-watchdog": no_watchdog,
     "no-fence": no_fence,
     "late-ack": late_ack,
-    "no-second-ring": no_second_ring,
+    "no-ring": no_ring,
     "no-recovery": no_recovery,
 }
 

@@ -22,5 +22,5 @@ def _run_child(places: Sequence[Place], **others: Any) -> Outcome:
     return supervisor.run_child(places, **others, **({"program": _TRAINER} if stub else {}))
 
 
-mutants.apply()
 tasks.run_child = _run_child
+mutants.apply()
