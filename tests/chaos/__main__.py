@@ -49,6 +49,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=220, help="how many processes are killed in that time")
     parser.add_argument("--settle", type=float, default=120, help="how long jobs may take to end afterwards")
     parser.add_argument("--steps", type=int, nargs=2, default=(150, 250), help="shortest and longest job")
+    parser.add_argument("--only", default="", help="only troubles whose name has this in it, as in supervisor_frozen")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="take one safeguard out; chaos must notice")
     parser.add_argument("--keep", action="store_true", help="keep logs and files of the run")
     return parser.parse_args()
@@ -65,7 +66,8 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         fleet = Fleet(place, storage, mutant=options.mutant)
         exits.callback(fleet.close)
         secret, ledger = _set_up(fleet), Ledger(fleet.database)
-        nemesis = Nemesis(fleet, disk, seed=options.seed, seconds=options.seconds, kills=options.kills)
+        plan = {"seed": options.seed, "seconds": options.seconds, "kills": options.kills, "only": options.only}
+        nemesis = Nemesis(fleet, disk, **plan)
         book, orphans = Book(), Orphans(fleet)
         users = [_user(fleet, secret, book, number=n, options=options) for n in range(USERS)]
         _loop(fleet, orphans, until=lambda: _is_up(fleet), seconds=90)

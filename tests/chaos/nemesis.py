@@ -26,11 +26,17 @@ KINDS = {"trainer": 30, "supervisor": 25, "worker": 15, "reconciler": 15, "api":
 QUIET_SECONDS = 1.0
 QUEUE = "lora:train"
 
+# How long a trouble lasts, and what begins it. It is made from two numbers of [0, 1): how long, and which one.
+Lasting = tuple[float, Callable[[], None]]
+Trouble = Callable[[float, float], Lasting]
+
 
 class Nemesis:
     """A plan of faults against a fleet; `tick()` carries out what is due."""
 
-    def __init__(self, fleet: Fleet, disk: SmallDisk | None, *, seed: int, seconds: float, kills: int) -> None:
+    def __init__(
+        self, fleet: Fleet, disk: SmallDisk | None, *, seed: int, seconds: float, kills: int, only: str = ""
+    ) -> None:
         self.did: Counter[str] = Counter()
         self.full: list[tuple[float, float]] = []
         self._fleet, self._disk, self._random = fleet, disk, random.Random(seed)
@@ -43,7 +49,7 @@ class Nemesis:
         names = chance.choices(list(KINDS), list(KINDS.values()), k=kills)
         for moment, name in zip(moments, names, strict=True):
             self._at(moment, self._killer(name, chance.random()))
-        self._deal()
+        self._deal(only)
 
     def start(self) -> None:
         """The clock of the plan begins to run."""
@@ -85,10 +91,10 @@ class Nemesis:
 
     # --- troubles that last ------------------------------------------------------------------------
 
-    def _deal(self) -> None:
-        """Fill the time with troubles, one after another."""
+    def _deal(self, only: str) -> None:
+        """Fill the time with troubles, one after another; with `only`, those whose name has this in it."""
         moment = QUIET_SECONDS
-        for trouble in self._deck():
+        for trouble in self._deck([kind for kind in self._kinds() if only in kind.__name__]):
             length, pick = self._random.uniform(0, 1), self._random.random()
             duration, begin = trouble(length, pick)
             if moment + duration > self._seconds:
@@ -96,17 +102,16 @@ class Nemesis:
             self._at(moment, begin)
             moment += duration + self._random.uniform(QUIET_SECONDS, 3 * QUIET_SECONDS)
 
-    def _deck(self) -> Iterator[Callable[[float, float], tuple[float, Callable[[], None]]]]:
+    def _kinds(self) -> list[Trouble]:
         kinds = [self._broker_wiped, self._broker_crashed, self._broker_frozen, self._broker_black_holed]
-        kinds += [self._postgres_restarted, self._supervisor_frozen, self._host_frozen, self._doorbells]
-        kinds += [self._drained, self._supervisor_frozen]
-        kinds += [self._storage_full, self._storage_read_only] if self._disk else []
+        kinds += [self._postgres_restarted, self._supervisor_frozen, self._host_frozen, self._doorbells, self._drained]
+        return kinds + ([self._storage_full, self._storage_read_only] if self._disk else [])
+
+    def _deck(self, kinds: list[Trouble]) -> Iterator[Trouble]:
         while True:
             yield from self._random.sample(kinds, len(kinds))
 
-    def _lasting(
-        self, name: str, seconds: float, begin: Callable[[], None], end: Callable[[], None]
-    ) -> tuple[float, Callable[[], None]]:
+    def _lasting(self, name: str, seconds: float, begin: Callable[[], None], end: Callable[[], None]) -> Lasting:
         def start() -> None:
             self.did[name] += 1
             begin()
@@ -114,33 +119,33 @@ class Nemesis:
 
         return seconds, start
 
-    def _broker_wiped(self, _length: float, _pick: float) -> tuple[float, Callable[[], None]]:
+    def _broker_wiped(self, _length: float, _pick: float) -> Lasting:
         def wipe() -> None:
             with Redis.from_url(self._fleet.valkey.url, socket_timeout=5) as client:
                 client.flushall()
 
         return self._lasting("broker wiped", 0, wipe, _nothing)
 
-    def _broker_crashed(self, length: float, pick: float) -> tuple[float, Callable[[], None]]:
+    def _broker_crashed(self, length: float, pick: float) -> Lasting:
         """It keeps nothing on disk, so it comes back empty."""
         valkey, how = self._fleet.valkey, signal.SIGKILL if pick < 0.5 else signal.SIGTERM
         return self._lasting("broker stopped", 1 + 4 * length, lambda: valkey.stop(how), valkey.start)
 
-    def _broker_frozen(self, length: float, _pick: float) -> tuple[float, Callable[[], None]]:
+    def _broker_frozen(self, length: float, _pick: float) -> Lasting:
         valkey = self._fleet.valkey
         freeze = lambda: valkey.process.send_signal(signal.SIGSTOP)  # noqa: E731
         thaw = lambda: valkey.process.send_signal(signal.SIGCONT)  # noqa: E731
         return self._lasting("broker frozen", 3 + 5 * length, freeze, thaw)
 
-    def _broker_black_holed(self, length: float, _pick: float) -> tuple[float, Callable[[], None]]:
+    def _broker_black_holed(self, length: float, _pick: float) -> Lasting:
         hole = self._fleet.proxy.black_hole
         return self._lasting("broker black-holed", 4 + 6 * length, lambda: hole(True), lambda: hole(False))
 
-    def _postgres_restarted(self, length: float, pick: float) -> tuple[float, Callable[[], None]]:
+    def _postgres_restarted(self, length: float, pick: float) -> Lasting:
         postgres, how = self._fleet.postgres, signal.SIGQUIT if pick < 0.5 else signal.SIGINT
         return self._lasting("PostgreSQL restarted", 2 * length, lambda: postgres.stop(how), postgres.start)
 
-    def _supervisor_frozen(self, length: float, pick: float) -> tuple[float, Callable[[], None]]:
+    def _supervisor_frozen(self, length: float, pick: float) -> Lasting:
         """Past its lease, while its trainer goes on."""
 
         def freeze() -> None:
@@ -149,7 +154,7 @@ class Nemesis:
 
         return self._lasting("supervisor frozen", LEASE_SECONDS * (1.3 + 1.2 * length), freeze, self._thaw)
 
-    def _host_frozen(self, length: float, pick: float) -> tuple[float, Callable[[], None]]:
+    def _host_frozen(self, length: float, pick: float) -> Lasting:
         """A worker with everything below it, as when its machine is suspended."""
 
         def freeze() -> None:
@@ -171,7 +176,7 @@ class Nemesis:
                 victim.resume()
         self._frozen.clear()
 
-    def _drained(self, _length: float, pick: float) -> tuple[float, Callable[[], None]]:
+    def _drained(self, _length: float, pick: float) -> Lasting:
         def drain() -> None:
             workers = self._fleet.parents("worker")
             for worker in workers[int(pick * len(workers)) :][:1]:
@@ -179,7 +184,7 @@ class Nemesis:
 
         return self._lasting("worker drained", 3, drain, _nothing)
 
-    def _doorbells(self, _length: float, pick: float) -> tuple[float, Callable[[], None]]:
+    def _doorbells(self, _length: float, pick: float) -> Lasting:
         """Every message twice, in another order, with some for jobs that nobody knows."""
 
         def shake() -> None:
@@ -193,7 +198,7 @@ class Nemesis:
 
         return self._lasting("doorbells doubled and shuffled", 0, shake, _nothing)
 
-    def _storage_full(self, length: float, _pick: float) -> tuple[float, Callable[[], None]]:
+    def _storage_full(self, length: float, _pick: float) -> Lasting:
         disk = self._disk
         assert disk is not None
         began: list[float] = []
@@ -208,7 +213,7 @@ class Nemesis:
 
         return self._lasting("storage full", 2 + 4 * length, fill, drain)
 
-    def _storage_read_only(self, length: float, _pick: float) -> tuple[float, Callable[[], None]]:
+    def _storage_read_only(self, length: float, _pick: float) -> Lasting:
         disk = self._disk
         assert disk is not None
         begin, end = (lambda: disk.read_only(True)), (lambda: disk.read_only(False))
