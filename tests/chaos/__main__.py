@@ -11,10 +11,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-from tests.chaos.clients import Book, User
+from tests.chaos import real
+from tests.chaos.clients import FINAL, Book, User, stub_orders
 from tests.chaos.fleet import LEASE_SECONDS, Fleet
 from tests.chaos.judge import BAD, Judge, Verdict
 from tests.chaos.ledger import Ledger
@@ -25,6 +28,8 @@ from tests.chaos.storage import SmallDisk, enter
 
 TICK_SECONDS = 0.05
 USERS = 4
+FICKLE = 0.15
+REAL_STEPS = 300
 
 
 def main() -> int:
@@ -50,6 +55,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=120, help="how long jobs may take to end afterwards")
     parser.add_argument("--steps", type=int, nargs=2, default=(150, 250), help="shortest and longest job")
     parser.add_argument("--only", default="", help="only troubles whose name has this in it, as in supervisor_frozen")
+    parser.add_argument("--real", type=int, default=0, help="how many jobs on a real base, beside one in peace")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="take one safeguard out; chaos must notice")
     parser.add_argument("--keep", action="store_true", help="keep logs and files of the run")
     return parser.parse_args()
@@ -63,14 +69,20 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         disk = SmallDisk(storage) if can_mount else None
         if disk is not None:
             exits.callback(disk.close)
-        fleet = Fleet(place, storage, mutant=options.mutant)
+        catalogue = real.catalogue(place / "tiny") if options.real else ""
+        fleet = Fleet(place, storage, mutant=options.mutant, catalogue=catalogue)
         exits.callback(fleet.close)
         secret, ledger = _set_up(fleet), Ledger(fleet.database)
         plan = {"seed": options.seed, "seconds": options.seconds, "kills": options.kills, "only": options.only}
         nemesis = Nemesis(fleet, disk, **plan)
         book, orphans = Book(), Orphans(fleet)
-        users = [_user(fleet, secret, book, number=n, options=options) for n in range(USERS)]
+        meet = partial(User, fleet.url, secret, book)
         _loop(fleet, orphans, until=lambda: _is_up(fleet), seconds=90)
+        users = [meet(name="peace", wants=real.orders(1, steps=REAL_STEPS))] if options.real else []
+        for user in users:
+            user.start()
+        _loop(fleet, orphans, until=lambda: not users or _ended(book), seconds=90)
+        users = _users(meet, options)
         for user in users:
             user.start()
         _loop(fleet, orphans, until=lambda: bool(fleet.trainers()), seconds=60)
@@ -105,9 +117,17 @@ def _set_up(fleet: Fleet) -> str:
     return secret
 
 
-def _user(fleet: Fleet, secret: str, book: Book, *, number: int, options: argparse.Namespace) -> User:
-    seed = options.seed * 1000 + number
-    return User(fleet.url, secret, book, name=f"user-{number}", seed=seed, steps=tuple(options.steps))
+def _users(meet: Callable[..., User], options: argparse.Namespace) -> list[User]:
+    found = [meet(name="real", wants=real.orders(options.real, steps=REAL_STEPS))] if options.real else []
+    for number in range(USERS):
+        seed = options.seed * 1000 + number
+        wants = stub_orders(seed=seed, steps=tuple(options.steps))
+        found.append(meet(name=f"user-{number}", wants=wants, fickle=FICKLE, seed=seed))
+    return found
+
+
+def _ended(book: Book) -> bool:
+    return bool(book.orders) and all(order.status in FINAL for order in book.orders)
 
 
 def _loop(fleet: Fleet, orphans: Orphans, *, until: object, seconds: float, pause: float = TICK_SECONDS) -> None:

@@ -6,6 +6,7 @@ What they were promised is written down here, for the judge.
 import random
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ FINAL = ("succeeded", "failed", "cancelled")
 OUTSTANDING = 2
 # Answers that mean "not now": the order is repeated with its key.
 LATER = (409, 429, 503, 507)
-ROW = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+ROW = '{"messages": [{"role": "user", "content": "What is %d?"}, {"role": "assistant", "content": "It is %d"}]}\n'
+ROWS = "".join(ROW % (n, n) for n in range(20)).encode()
 
 
 @dataclass
@@ -39,18 +41,44 @@ class Book:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class User(threading.Thread):
-    """Keeps a few jobs going until told to order no more; then only watches."""
+def stub_orders(*, seed: int, steps: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Orders without end for the trainer of the chaos run, each with a seed of its own."""
+    chance = random.Random(seed)
+    while True:
+        length, interval = chance.randint(*steps), chance.choice((10, 20, 40))
+        numbers = {"n_epochs": 1, "batch_size": 1, "max_steps": length, "checkpoint_interval": interval}
+        yield {
+            "model": "stub",
+            "seed": chance.randrange(2**31),
+            "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},
+            "lora": {"init": "kaiming", "r": 4},
+        }
 
-    def __init__(self, url: str, secret: str, book: Book, *, name: str, seed: int, steps: tuple[int, int]) -> None:
+
+class User(threading.Thread):
+    """Keeps a few jobs going until it has ordered all it wants or is told to order no more; then only watches.
+
+    `fickle`: the share of its jobs that it cancels.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        secret: str,
+        book: Book,
+        *,
+        name: str,
+        wants: Iterator[dict[str, Any]],
+        fickle: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__(name=name, daemon=True)
         self.closed, self.gone = threading.Event(), threading.Event()
-        self._book, self._steps, self._random = book, steps, random.Random(seed)
+        self._book, self._wants, self._fickle, self._random = book, wants, fickle, random.Random(seed)
         headers = {"authorization": f"Bearer {secret}"}
         self._client = httpx2.Client(base_url=f"{url}/v1", headers=headers, timeout=20)
         self._mine: list[Order] = []
         self._doomed: dict[str, float] = {}
-        self._count = 0
         self._file: str | None = None
 
     def run(self) -> None:
@@ -64,32 +92,23 @@ class User(threading.Thread):
     def _turn(self) -> None:
         for order in [order for order in self._mine if order.status not in FINAL]:
             self._attend(order)
-        if not self.closed.is_set() and sum(order.status not in FINAL for order in self._mine) < OUTSTANDING:
-            self._mine.append(self._new())
-            self._attend(self._mine[-1])
+        waiting = sum(order.status not in FINAL for order in self._mine)
+        if not self.closed.is_set() and waiting < OUTSTANDING:
+            file = self._upload()
+            if (body := next(self._wants, None)) is not None:
+                self._mine.append(self._noted({**body, "training_file": file}))
 
-    def _new(self) -> Order:
-        self._count += 1
-        chance = self._random
-        steps, interval = chance.randint(*self._steps), chance.choice((10, 20, 40))
-        numbers = {"n_epochs": 1, "batch_size": 1, "max_steps": steps, "checkpoint_interval": interval}
-        body = {
-            "model": "stub",
-            "training_file": self._upload(),
-            "seed": chance.randrange(2**31),
-            "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},
-            "lora": {"init": "kaiming", "r": 4},
-        }
-        order = Order(key=f"{self.name}-{self._count}", body=body)
-        if chance.random() < 0.15:
-            self._doomed[order.key] = time.monotonic() + chance.uniform(0, 12)
+    def _noted(self, body: dict[str, Any]) -> Order:
+        order = Order(key=f"{self.name}-{len(self._mine)}", body=body)
+        if self._random.random() < self._fickle:
+            self._doomed[order.key] = time.monotonic() + self._random.uniform(0, 12)
         with self._book.lock:
             self._book.orders.append(order)
         return order
 
     def _upload(self) -> str:
         if self._file is None or self._random.random() < 0.2:
-            files = {"file": ("train.jsonl", ROW * 20)}
+            files = {"file": ("train.jsonl", ROWS)}
             answer = self._ask("POST", "/files", files=files, data={"purpose": "fine-tune"})
             if answer is None:
                 raise httpx2.TransportError("the upload is to be tried again")

@@ -1,16 +1,15 @@
 """What was promised, held against what happened: users' book, database, storage and the trainers' own log."""
 
 import hashlib
-import io
 import itertools
-import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tests.chaos import real
 from tests.chaos.clients import FINAL, Book, Order
 from tests.chaos.ledger import Ledger
 from tests.chaos.trainer import after, begin, loss
@@ -76,6 +75,7 @@ class Judge:
             self._overlap(job_id)
             if job["status"] == "succeeded":
                 self._adapter(job_id, job)
+        self._real()
         for row in self._stale:
             self.verdict.blame("stale writes", "{job_id} {relation} by {token}, owner {owner}, {status}".format(**row))
         for sentence in self._book.wrong:
@@ -88,9 +88,16 @@ class Judge:
             if order.job_id is not None and order.job_id not in self._jobs:
                 self.verdict.blame("lost", f"{order.job_id} was accepted and is not there")
             self._cancelled(order)
-        seeds = [job["seed"] for job in self._jobs.values()]
-        for _ in range(len(seeds) - len(set(seeds))):
-            self.verdict.blame("ordered twice", "two jobs of one order")
+        wanted, made = (Counter(keys) for keys in (self._wanted(), self._made()))
+        for (model, seed), count in made.items():
+            if count > wanted[model, seed]:
+                self.verdict.blame("ordered twice", f"{count} jobs on {model} with seed {seed}")
+
+    def _wanted(self) -> Iterator[tuple[str, int]]:
+        return ((order.body["model"], order.body["seed"]) for order in self._book.orders)
+
+    def _made(self) -> Iterator[tuple[str, int]]:
+        return ((job["model"], job["seed"]) for job in self._jobs.values())
 
     def _cancelled(self, order: Order) -> None:
         if order.cancelled_at is None or order.job_id is None:
@@ -125,6 +132,8 @@ class Judge:
     def _numbers(self, job_id: str, job: dict[str, Any]) -> None:
         """Each step has its numbers once, none is missing, and they are those of an undisturbed run."""
         rows = self._metrics[job_id]
+        if job["model"] == real.MODEL:
+            return
         wanted = itertools.islice(_losses(job["seed"]), len(rows))
         for row, (step, value) in zip(rows, wanted, strict=True):
             if (row["step"], row["values"].get("train_loss")) != (step, value):
@@ -144,8 +153,24 @@ class Judge:
             self.verdict.blame("wrong adapters", f"{job_id}'s checksum")
         elif f"/attempt-{job['lease_token']}/" not in f"/{row['storage_key']}":
             self.verdict.blame("wrong adapters", f"{job_id}'s is of another attempt: {row['storage_key']}")
-        elif _weights(content) != _last_state(job):
+        elif job["model"] != real.MODEL and real.weights(content).decode() != _last_state(job):
             self.verdict.blame("wrong adapters", f"{job_id}'s weights")
+
+    def _real(self) -> None:
+        """Jobs on the real base: the first was left in peace, and the others must be equal to it."""
+        done = [job for job in self._jobs.values() if job["model"] == real.MODEL and job["status"] == "succeeded"]
+        done.sort(key=lambda job: job["created_at"])
+        for job in done[1:]:
+            if self._content(job) != self._content(done[0]):
+                self.verdict.blame("wrong adapters", f"{job['id']}'s weights are not those of a run in peace")
+            if real.numbers(self._metrics[job["id"]]) != real.numbers(self._metrics[done[0]["id"]]):
+                self.verdict.blame("wrong metrics", f"{job['id']}'s are not those of a run in peace")
+        tokens = [{row["lease_token"] for row in self._metrics[job["id"]]} for job in done]
+        self.verdict.counts["on a real base"] = len(done)
+        self.verdict.counts["  of these resumed"] = sum(len(one) > 1 for one in tokens)
+
+    def _content(self, job: dict[str, Any]) -> bytes:
+        return real.weights((self._storage / self._adapters[job["id"]]["storage_key"]).read_bytes())
 
     def _overlap(self, job_id: str) -> None:
         """No step of an attempt begins after a later attempt's process has started."""
@@ -209,10 +234,3 @@ def _last_state(job: dict[str, Any]) -> str:
     for step in range(1, _steps(job) + 1):
         state = after(state, step)
     return state
-
-
-def _weights(content: bytes) -> str:
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        file = tar.extractfile("adapter_model.safetensors")
-        assert file is not None
-        return file.read().decode()
