@@ -85,6 +85,7 @@ class Fleet:
             "BEAT_SECONDS": 0.3,
             "RECONCILE_SECONDS": 0.3,
             "WORKER_SLOTS": SLOTS,
+            "MIN_FREE_BYTES": 0,  # a full disk is part of the plan
             "MAX_ATTEMPTS": 1000,  # every loss is ours: the run must end with each job done
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LORAINIT_")}
