@@ -55,7 +55,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=120, help="how long jobs may take to end afterwards")
     parser.add_argument("--steps", type=int, nargs=2, default=(150, 250), help="shortest and longest job")
     parser.add_argument("--only", default="", help="only troubles whose name has this in it, as in supervisor_frozen")
-    parser.add_argument("--real", type=int, default=0, help="how many jobs on a real base, beside one in peace")
+    parser.add_argument("--real", type=int, default=3, help="how many jobs on a real base, beside one in peace")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="take one safeguard out; chaos must notice")
     parser.add_argument("--keep", action="store_true", help="keep logs and files of the run")
     return parser.parse_args()

@@ -86,6 +86,7 @@ class Fleet:
             "RECONCILE_SECONDS": 0.3,
             "WORKER_SLOTS": SLOTS,
             "MIN_FREE_BYTES": 0,  # a full disk is part of the plan
+            "RETRY_SECONDS": 0.1,
             "MAX_ATTEMPTS": 1000,  # every loss is ours: the run must end with each job done
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LORAINIT_")}

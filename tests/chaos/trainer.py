@@ -52,6 +52,7 @@ class Trainer:
         attempt, job = self.out.parent.name, self.out.parent.parent.name
         self.log = Path(os.environ["CHAOS_LOG"]) / job
         self.token = attempt.removeprefix("attempt-")
+        self.asked_to_stop = False
 
     def run(self) -> None:
         """Train, from the start or from a checkpoint."""
@@ -69,9 +70,15 @@ class Trainer:
             self.write(step, began)
             state = after(state, step)
             self.say(**self.metrics(step, state))
-            if step % self.interval == 0:
+            if step % self.interval == 0 or self.asked_to_stop:
                 self.checkpoint(step, state)
+            if self.asked_to_stop:
+                sys.exit(STOPPED)
         self.finish(state)
+
+    def ask_to_stop(self, *_: Any) -> None:
+        """The signal handler: the step that is going on is finished and kept."""
+        self.asked_to_stop = True
 
     def resumed(self) -> tuple[int, str]:
         if self.resume_from is None:
@@ -143,8 +150,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(LEASE_LOST)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(STOPPED))
     trainer = Trainer(sys.argv[1:])
+    signal.signal(signal.SIGTERM, trainer.ask_to_stop)
     threading.Thread(target=trainer.guard, daemon=True).start()
     trainer.run()
 
