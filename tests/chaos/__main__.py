@@ -4,13 +4,10 @@ Exit code 0 when nothing was lost, doubled, stuck or wrong, 1 when something was
 """
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -72,12 +69,13 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         catalogue = real.catalogue(place / "tiny") if options.real else ""
         fleet = Fleet(place, storage, mutant=options.mutant, catalogue=catalogue)
         exits.callback(fleet.close)
-        secret, ledger = _set_up(fleet), Ledger(fleet.database)
+        secret, ledger = fleet.set_up(), Ledger(fleet.database)
+        ledger.watch()
         plan = {"seed": options.seed, "seconds": options.seconds, "kills": options.kills, "only": options.only}
         nemesis = Nemesis(fleet, disk, **plan)
         book, orphans = Book(), Orphans(fleet)
         meet = partial(User, fleet.url, secret, book)
-        _loop(fleet, orphans, until=lambda: _is_up(fleet), seconds=90)
+        _loop(fleet, orphans, until=fleet.is_up, seconds=90)
         users = [meet(name="peace", wants=real.orders(1, steps=REAL_STEPS))] if options.real else []
         for user in users:
             user.start()
@@ -102,23 +100,8 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         return verdict
 
 
-def _set_up(fleet: Fleet) -> str:
-    """Tables, triggers, a project and its key."""
-    os.environ.update(fleet.env)
-    from api.core import keys, migrate
-    from api.core.db import get_engine, session_scope
-
-    migrate.upgrade(get_engine())
-    Ledger(fleet.database).watch()
-    with session_scope() as session:
-        _, secret = keys.create_key(session, keys.get_or_create_project(session, "chaos"), name="chaos")
-        session.commit()
-    get_engine().dispose()
-    return secret
-
-
 def _users(meet: Callable[..., User], options: argparse.Namespace) -> list[User]:
-    found = [meet(name="real", wants=real.orders(options.real, steps=REAL_STEPS))] if options.real else []
+    found = [meet(name="real", wants=real.orders(options.real, steps=REAL_STEPS), at_once=1)] if options.real else []
     for number in range(USERS):
         seed = options.seed * 1000 + number
         wants = stub_orders(seed=seed, steps=tuple(options.steps))
@@ -138,14 +121,6 @@ def _loop(fleet: Fleet, orphans: Orphans, *, until: object, seconds: float, paus
         fleet.tend()
         orphans.look()
         time.sleep(pause)
-
-
-def _is_up(fleet: Fleet) -> bool:
-    try:
-        with urllib.request.urlopen(f"{fleet.url}/readyz", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _print(verdict: Verdict, nemesis: Nemesis, options: argparse.Namespace, *, can_mount: bool) -> None:

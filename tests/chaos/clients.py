@@ -13,7 +13,6 @@ from typing import Any
 import httpx2
 
 FINAL = ("succeeded", "failed", "cancelled")
-OUTSTANDING = 2
 # Answers that mean "not now": the order is repeated with its key.
 LATER = (409, 429, 503, 507)
 ROW = '{"messages": [{"role": "user", "content": "What is %d?"}, {"role": "assistant", "content": "It is %d"}]}\n'
@@ -58,7 +57,7 @@ def stub_orders(*, seed: int, steps: tuple[int, int]) -> Iterator[dict[str, Any]
 class User(threading.Thread):
     """Keeps a few jobs going until it has ordered all it wants or is told to order no more; then only watches.
 
-    `fickle`: the share of its jobs that it cancels.
+    `at_once`: how many jobs it waits for; `fickle`: the share of its jobs that it cancels.
     """
 
     def __init__(
@@ -69,6 +68,7 @@ class User(threading.Thread):
         *,
         name: str,
         wants: Iterator[dict[str, Any]],
+        at_once: int = 2,
         fickle: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -78,6 +78,7 @@ class User(threading.Thread):
         headers = {"authorization": f"Bearer {secret}"}
         self._client = httpx2.Client(base_url=f"{url}/v1", headers=headers, timeout=20)
         self._mine: list[Order] = []
+        self._at_once = at_once
         self._doomed: dict[str, float] = {}
         self._file: str | None = None
 
@@ -93,7 +94,7 @@ class User(threading.Thread):
         for order in [order for order in self._mine if order.status not in FINAL]:
             self._attend(order)
         waiting = sum(order.status not in FINAL for order in self._mine)
-        if not self.closed.is_set() and waiting < OUTSTANDING:
+        if not self.closed.is_set() and waiting < self._at_once:
             file = self._upload()
             if (body := next(self._wants, None)) is not None:
                 self._mine.append(self._noted({**body, "training_file": file}))

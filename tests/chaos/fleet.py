@@ -3,6 +3,7 @@
 Everything is started from the main thread, whose life the kernel ties the processes to.
 """
 
+import http.client
 import os
 import subprocess
 import sys
@@ -93,6 +94,26 @@ class Fleet:
         ours = {"PYTHONPATH": str(ROOT), "CHAOS_LOG": str(self.steps), "CHAOS_MUTANT": mutant or ""}
         threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         return {**kept, **{f"LORAINIT_{name}": str(value) for name, value in settings.items()}, **ours, **threads}
+
+    def set_up(self) -> str:
+        """Tables, a project, and a key of it."""
+        self._lorainit("migrate")
+        return self._lorainit("keys", "create", "--project", "chaos").strip()
+
+    def _lorainit(self, *arguments: str) -> str:
+        command = [sys.executable, "-m", "api.cli", *arguments]
+        return subprocess.run(command, env=self.env, check=True, capture_output=True, text=True).stdout
+
+    def is_up(self) -> bool:
+        """The web process answers and says that it is ready."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def tend(self) -> None:
         """Start what has ended, a moment later."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import psutil
+from celery import Celery
 from redis import Redis
 
 from api.core import queue
@@ -24,6 +25,7 @@ from tests.chaos.storage import SmallDisk
 # Of a hundred kills: the cheaper a process is to start, the more often it dies.
 KINDS = {"trainer": 30, "supervisor": 25, "worker": 15, "reconciler": 15, "api": 15}
 QUIET_SECONDS = 1.0
+SHARE_OF_REAL = 0.2
 QUEUE = "lora:train"
 
 # How long a trouble lasts, and what begins it. It is made from two numbers of [0, 1): how long, and which one.
@@ -73,7 +75,7 @@ class Nemesis:
         """Kill one of a kind; when there is none at this moment, wait for one."""
 
         def kill() -> None:
-            victims = self._victims(kind)
+            victims = self._victims(kind, pick)
             if not victims:
                 self._after(0.2, kill)
                 return
@@ -84,9 +86,11 @@ class Nemesis:
 
         return kill
 
-    def _victims(self, kind: str) -> list[psutil.Process]:
+    def _victims(self, kind: str, pick: float) -> list[psutil.Process]:
         if kind == "trainer":
-            return self._fleet.trainers()
+            # The real trainer loads torch for seconds. It would never get to training if it were hit as often.
+            trainers = self._fleet.trainers()
+            return (_quick(trainers) or trainers) if pick > SHARE_OF_REAL else trainers
         return self._fleet.supervisors() if kind == "supervisor" else self._fleet.parents(kind)
 
     # --- troubles that last ------------------------------------------------------------------------
@@ -193,8 +197,7 @@ class Nemesis:
                 random.Random(pick).shuffle(waiting)
                 if waiting:
                     client.rpush(QUEUE, *waiting)
-            for number in range(5):
-                queue.ring(f"ftjob-nobody-{number}")
+            _ring_for_nobody(self._fleet.valkey.url)
 
         return self._lasting("doorbells doubled and shuffled", 0, shake, _nothing)
 
@@ -218,6 +221,22 @@ class Nemesis:
         assert disk is not None
         begin, end = (lambda: disk.read_only(True)), (lambda: disk.read_only(False))
         return self._lasting("storage read-only", 2 + 4 * length, begin, end)
+
+
+def _quick(trainers: list[psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for one in trainers:
+        with suppress(psutil.Error):
+            found += [one] if any(word.endswith("trainer.py") for word in one.cmdline()) else []
+    return found
+
+
+def _ring_for_nobody(broker: str) -> None:
+    strangers = Celery("nemesis", broker=broker, set_as_current=False)
+    strangers.conf.broker_transport_options = {"global_keyprefix": "lora:"}
+    for number in range(5):
+        strangers.send_task(queue.TASK, args=[f"ftjob-nobody-{number}"], queue=queue.QUEUE)
+    strangers.close()
 
 
 def _nothing() -> None:

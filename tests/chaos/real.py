@@ -1,7 +1,7 @@
 """Jobs on a real base, a two-layer Llama: trained under attack, they must be what is trained in peace, bit for bit.
 
-`python -m tests.chaos.real FOLDER` makes the base and prints its entry of the catalogue. A process of
-its own does that, so that the one that starts everything never loads torch.
+`python -m tests.chaos.real FOLDER` makes the base, in a process of its own, so that the one that starts
+everything never loads torch.
 """
 
 import io
@@ -19,8 +19,9 @@ CLOCKS = ("seconds", "tokens_per_second")
 
 def catalogue(folder: Path) -> str:
     """A base in `folder`, and its entry."""
-    made = [sys.executable, "-m", "tests.chaos.real", str(folder)]
-    return subprocess.run(made, check=True, capture_output=True, text=True).stdout
+    subprocess.run([sys.executable, "-m", "tests.chaos.real", str(folder)], check=True, capture_output=True)
+    inspect = [sys.executable, "-m", "api.cli", "models", "inspect", str(folder), "--id", MODEL]
+    return subprocess.run(inspect, check=True, capture_output=True, text=True).stdout
 
 
 def orders(count: int, *, steps: int) -> Iterator[dict[str, Any]]:
@@ -49,18 +50,10 @@ def numbers(rows: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _make(folder: Path) -> None:
-    from lorainit.inspect import inspect
     from tests.lorainit.conftest import make_tokenizer, tiny_llama
 
     tiny_llama().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    facts = inspect(str(folder), cache=folder)
-    print(f'\n[[models]]\nid = "{MODEL}"\nroot = "tests/tiny"\nsource = "{folder}"')
-    print(f"max_length = {facts.max_length}\nchat = true\ntargets = [")
-    for one in facts.targets:
-        shape = f"out_features = {one.out_features}, in_features = {one.in_features}, count = {one.count}"
-        print(f'  {{ name = "{one.name}", group = "{one.group}", {shape} }},')
-    print("]")
 
 
 if __name__ == "__main__":
