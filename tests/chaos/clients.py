@@ -68,7 +68,7 @@ class User(threading.Thread):
         *,
         name: str,
         wants: Iterator[dict[str, Any]],
-        at_once: int = 2,
+        at_once: int = 3,
         fickle: float = 0.0,
         seed: int = 0,
     ) -> None:
