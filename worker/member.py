@@ -131,7 +131,7 @@ class Member:
         self._keeper.let_go()
 
     def _prepare(self) -> None:
-        spec = self._patiently(partial(artifacts.prepare, self._job, self._folder, get_storage()))
+        spec = self._patiently(partial(artifacts.prepare, self._job, self._lease, self._folder, get_storage()))
         self.place = Place(spec=spec, out=self._folder / "out", lease=self._folder / "lease")
 
     def _record(self, event: Event) -> None:

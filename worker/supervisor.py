@@ -41,7 +41,8 @@ class Place:
 class Outcome:
     """How a child ended: its exit code, or that we stopped it.
 
-    `memory_ran_out`: the system killed something for lack of memory meanwhile, or keeps no count of that.
+    `memory_ran_out`: the system killed something for lack of memory meanwhile. Where it keeps no count of
+    that, a kill is taken for a lost worker's, and tried again until the attempts run out.
     """
 
     returncode: int
@@ -99,7 +100,7 @@ def run_child(
     if stopped:
         stop_tree(child, family)
     returncode = child.wait()
-    ran_out = kills is None or oom_kills() != kills
+    ran_out = kills is not None and oom_kills() != kills
     return Outcome(returncode, stopped=bool(stopped), stderr_tail=_tail(stderr), memory_ran_out=ran_out)
 
 

@@ -6,12 +6,13 @@ it holds the bytes of a model.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import chain
 from typing import BinaryIO, Literal
 
+from obstore.exceptions import BaseError as StoreError
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
@@ -41,6 +42,8 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
 
     Raises:
         TooLarge: there are more than `limit` bytes; nothing is kept.
+        StorageFull: they do not fit; nothing is kept.
+        Unavailable: storage cannot be written to.
     """
     file_id = new_id("file-")
     key = f"files/{project_id}/{file_id}"
@@ -58,9 +61,12 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
     try:
         storage.put(key, chunks())
     except BaseException as error:
-        storage.delete(key)
+        with suppress(StoreError):  # what cannot be written to may not delete either
+            storage.delete(key)
         if "No space left on device" in str(error):  # from the spool or, as text only, from the store
             raise StorageFull("The server has no room for this file.", code="insufficient_storage") from error
+        if isinstance(error, StoreError):
+            raise Unavailable("Storage cannot be written to; try again shortly.", code="not_ready") from error
         raise
     return Stored(file_id=file_id, storage_key=key, bytes=size, sha256=digest.hexdigest())
 

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from obstore.exceptions import GenericError
 from sqlalchemy.orm import Session
 
 from api.core.models import File
@@ -78,6 +79,16 @@ def test_a_full_disk_is_a_429_that_is_not_retried(lab: Lab, traces: Traces, monk
     refused(reply, 429, "insufficient_storage")
     assert reply.headers["x-should-retry"] == "false"
     assert traces() == before
+
+
+def test_storage_that_cannot_be_written_to_is_a_503(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise GenericError("Unable to open file: Read-only file system (os error 30)")
+
+    monkeypatch.setattr(get_storage(), "put", refuse)
+    monkeypatch.setattr(get_storage(), "delete", refuse)
+    reply = lab.client.post("/v1/files", files={"file": ("a.jsonl", JSONL)}, data={"purpose": "fine-tune"})
+    refused(reply, 503, "not_ready")
 
 
 def test_pages_follow_each_other_without_gap_or_repeat(lab: Lab) -> None:

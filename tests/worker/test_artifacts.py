@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 from sqlalchemy.orm import Session
 
-from api.core import jobs
+from api.core import jobs, metrics
+from api.core.jobs import Lease
 from api.core.storage import get_storage
 from lorainit.spec import Hyperparameters, Lora, RunSpec
-from tests.things import a_file, a_job, a_project
+from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
 from worker import artifacts
+from worker.progress import Lost
 
 
 def test_the_calibration_file_is_fetched_beside_the_training_file(session: Session, tmp_path: Path) -> None:
@@ -21,8 +24,7 @@ def test_the_calibration_file_is_fetched_beside_the_training_file(session: Sessi
     recipe = {"lora": lora.model_dump(mode="json"), "training": Hyperparameters().model_dump(mode="json")}
     job = a_job(session, project, file=training, recipe=recipe)
     jobs.admit(session, job.id, recipe=recipe, choices=[])
-    session.commit()
-    spec = RunSpec.model_validate_json(artifacts.prepare(job, tmp_path, storage).read_text())
+    spec = _prepared(session, tmp_path)
     assert spec.data.calibration is not None
     assert Path(spec.data.calibration).read_bytes() == b"calibration"
     assert Path(spec.data.training).read_bytes() == b"training"
@@ -33,7 +35,29 @@ def test_without_a_calibration_file_none_is_named(session: Session, tmp_path: Pa
     project, storage = a_project(session), get_storage()
     training = a_file(session, project)
     storage.put(training.storage_key, iter([b"training"]))
-    job = a_job(session, project, file=training)
+    a_queued_job(session, project, file=training)
+    assert _prepared(session, tmp_path).data.calibration is None
+
+
+def test_a_worker_that_slept_since_its_claim_deletes_nothing_of_its_successors(
+    session: Session, tmp_path: Path
+) -> None:
+    project, storage = a_project(session), get_storage()
+    training = a_file(session, project)
+    storage.put(training.storage_key, iter([b"training"]))
+    job, first = a_running_job(session, project, file=training)
+    assert jobs.give_back(session, first, "lost")
+    (second,) = jobs.claim(session, "worker:2", lease_seconds=30)
+    metrics.put(session, job.id, second.lease_token, 1, {"train_loss": 2.0})
     session.commit()
-    spec = RunSpec.model_validate_json(artifacts.prepare(job, tmp_path, storage).read_text())
-    assert spec.data.calibration is None
+    with pytest.raises(Lost):
+        artifacts.prepare(job, first, tmp_path, storage)
+    assert [row["step"] for row in metrics.read(session, job.id)] == [1]
+
+
+def _prepared(session: Session, folder: Path) -> RunSpec:
+    """What the next queued job's run is told to do."""
+    (job,) = jobs.claim(session, "worker:1", lease_seconds=30)
+    session.commit()
+    lease = Lease(job.id, job.lease_token)
+    return RunSpec.model_validate_json(artifacts.prepare(job, lease, folder, get_storage()).read_text())
