@@ -19,6 +19,7 @@ from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
 from lorainit.events import Event
+from worker import room
 from worker.app import app, drain_file, name
 from worker.member import Member
 from worker.supervisor import Place, run_child
@@ -43,6 +44,8 @@ def run_job(job_id: str) -> None:
 
 def _claim() -> list[Job]:
     settings, owner = get_settings(), f"{name(os.getppid())}/{os.getpid()}"
+    if not room.for_any_job():
+        return []  # the reconciler rings again while a slot is free
     with session_scope() as session:
         claimed = jobs.claim(session, owner, lease_seconds=settings.lease_seconds, group_size=settings.group_size)
         session.commit()

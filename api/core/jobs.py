@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
-from api.core import events, groups
+from api.core import events, groups, tallies
 from api.core.db import now
 from api.core.errors import WrongState
 from api.core.models import FINAL_STATUSES, Adapter, File, Job
@@ -239,7 +239,9 @@ def recover_lost(session: Session, *, max_attempts: int) -> list[str]:
     lost = session.scalars(
         select(Job).where(Job.status == "running", Job.lease_until < at).with_for_update(skip_locked=True)
     ).all()
-    return [job.id for job in lost if _recover(session, job, max_attempts=max_attempts)]
+    back = [job.id for job in lost if _recover(session, job, max_attempts=max_attempts)]
+    tallies.add(session, "leases_lost", len(lost))
+    return back
 
 
 def _recover(session: Session, job: Job, *, max_attempts: int) -> bool:
