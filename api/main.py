@@ -17,10 +17,11 @@ from api.core import logs
 from api.core.settings import get_settings
 from api.envelope import Envelope
 from api.offered import Table
-from api.routes import files, health, jobs, models
+from api.exposition import Requests, make_registry
+from api.routes import files, health, jobs, models, prometheus
 from api.schemas.wire import ErrorBody
 
-ROUTERS = (files.router, jobs.router, models.router, health.router)
+ROUTERS = (files.router, jobs.router, models.router, health.router, prometheus.router)
 DOCUMENTED = (400, 401, 404, 413, 429, 500, 503)
 
 
@@ -46,7 +47,8 @@ def create_app() -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     app.state.table = Table(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
-    app.add_middleware(Envelope, settings=get_settings())
+    registry = app.state.registry = make_registry({"storage": health.storage_works, "broker": health.broker_works})
+    app.add_middleware(Envelope, settings=get_settings(), requests=Requests(registry))
     errors.install(app)
     _document(app)
     return app
