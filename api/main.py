@@ -16,8 +16,8 @@ from api import errors
 from api.core import logs
 from api.core.settings import get_settings
 from api.envelope import Envelope
-from api.offered import Table
 from api.exposition import Requests, make_registry
+from api.offered import Table
 from api.routes import files, health, jobs, models, prometheus
 from api.schemas.wire import ErrorBody
 
