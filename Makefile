@@ -18,7 +18,7 @@ help:
 	@echo "make bench-api  requests per second for submit and poll"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
-	@echo "make bench-load do fifty clients slow a worker down? (two minutes)"
+	@echo "make bench-load do fifty clients slow a worker down? (minutes)"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
 
 setup: $(READY)
