@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from api import errors
-from api.core import logs
+from api.core import logs, traces
 from api.core.settings import get_settings
 from api.envelope import Envelope
 from api.exposition import Requests, make_registry
@@ -34,6 +34,7 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 def create_app() -> FastAPI:
     """The application, from the settings in effect."""
+    provider = traces.provider()
     app = FastAPI(
         title="Lorainit",
         version=version("lorainit"),
@@ -43,6 +44,14 @@ def create_app() -> FastAPI:
         docs_url=None,
         redoc_url=None,
         responses={status: {"model": ErrorBody} for status in DOCUMENTED},
+        # Figures and logs are ours; its spans are the framework's, and go where ours go.
+        telemetry={
+            "tracing": provider is not None,
+            "tracer_provider": provider,
+            "auto_configure": False,
+            "metrics": False,
+            "logs": False,
+        },
     )
     for router in ROUTERS:
         app.include_router(router)

@@ -13,7 +13,7 @@ from typing import Literal
 from billiard.process import current_process
 from structlog.contextvars import bound_contextvars
 
-from api.core import jobs, queue
+from api.core import jobs, queue, traces
 from api.core.db import session_scope
 from api.core.logs import get_logger
 from api.core.models import Job
@@ -30,11 +30,14 @@ log = get_logger(__name__)
 @app.task(name=queue.TASK)  # type: ignore[untyped-decorator]
 def run_job(job_id: str) -> None:
     """Somebody rang: take the best queued job, if there is one, with those that may share its run."""
+    traces.provider()  # a fault in its set-up shows before a job is taken
     claimed = _claim()
     if not claimed:
         log.info("nothing to do", rung_for=job_id)
         return
     with bound_contextvars(jobs=[job.id for job in claimed]), ExitStack() as exits:
+        for job in claimed:
+            exits.enter_context(traces.span("run", job.traceparent, job=job.id, attempt=job.attempts))
         members = [exits.enter_context(Member(job)) for job in claimed]
         wait([member.prepare() for member in members])
         ready = {member: member.place for member in members if member.place is not None}

@@ -31,7 +31,7 @@ class Picture:
 def take(session: Session) -> Picture:
     """Read everything. Ended jobs are not counted here: their counts are in the tallies."""
     by_status = select(Job.status, func.count()).where(Job.finished_at.is_(None)).group_by(Job.status)
-    found: dict[str, int] = dict(session.execute(by_status).all())  # type: ignore[arg-type]
+    found: dict[str, int] = dict(session.execute(by_status).all())
     queued = select(func.min(Job.created_at), func.count().filter(Job.rung_at.is_(None))).where(Job.status == "queued")
     oldest, unannounced = session.execute(queued).one()
     wait = now(session) - oldest if oldest is not None else timedelta()

@@ -141,6 +141,8 @@ class Job(Base):
     # The outbox: a queued job with rung_at NULL has not been announced to the workers yet.
     rung_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     event_count: Mapped[int] = mapped_column(Integer)
+    # The trace of the request that ordered it (W3C), None without one.
+    traceparent: Mapped[str | None] = mapped_column(String(64))
 
     # What came of it.
     progress: Mapped[dict[str, Any] | None] = mapped_column(Json)

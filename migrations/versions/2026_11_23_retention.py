@@ -1,4 +1,4 @@
-"""retention and tallies
+"""retention, tallies and traces
 
 Revision: 7d20c1f4b6ae, after 1c7e5b0a94d3, 2026-11-23 01:10:00
 """
@@ -27,6 +27,8 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("cleared_at", api.core.db.UTCDateTime(timezone=True), nullable=True))
         batch_op.create_index("ix_checkpoints_uncleared", ["deleted_at"], unique=False, postgresql_where=UNCLEARED)
         batch_op.create_index("ix_checkpoints_state_key", ["state_key"], unique=False)
+    with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("traceparent", sa.String(length=64), nullable=True))
     op.create_table(
         "tallies",
         sa.Column("name", sa.String(length=64), nullable=False),
@@ -38,6 +40,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("tallies")
+    with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.drop_column("traceparent")
     with op.batch_alter_table("checkpoints", schema=None) as batch_op:
         batch_op.drop_index("ix_checkpoints_state_key")
         batch_op.drop_index("ix_checkpoints_uncleared", postgresql_where=UNCLEARED)
