@@ -22,6 +22,7 @@ from lorainit.spec import Lora
 FLOAT = 4  # bytes; states are written in fp32
 # Copies of the trained factors: A and B, their start where that is subtracted, AdamW's two moments,
 # and the plain adapter, whose rank is twice that then.
+# LoRAM at rank 16 on SmolLM2 (19.5 MB of factors) wrote 121 MB of state where this and a tokenizer say 138.
 ADAPTER_COPIES, STATE_COPIES = 2, 6
 # At once in scratch: the checkpoint being written and the one going up, its two archives, the one
 # resumed from, the final adapter with its archive.

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 from obstore.exceptions import GenericError
 
-from api.core import disk
+from api.core import catalogue, disk
 from api.core.settings import get_settings
 from api.core.storage import ObjectStorage
+from lorainit.spec import Lora
 from tests.worker.conftest import Lab
 from worker import artifacts, patience, reconciler, room
 
@@ -163,3 +164,17 @@ def test_a_stored_checkpoint_leaves_the_scratch_folder(one: Lab) -> None:
 
 def test_bytes_read_well() -> None:
     assert [disk.human(size) for size in (0, 3 * 2**20, int(1.26 * GIB))] == ["0 MiB", "3 MiB", "1.3 GiB"]
+
+
+def test_the_estimate_covers_what_a_run_was_seen_to_write_and_is_not_far_off(one: Lab) -> None:
+    # SmolLM2, rank 16 on all linear layers, LoRAM: bytes on disk of its checkpoint, adapter and converted base.
+    checkpoint, adapter, base = 121_110_668, 42_710_419, 541_619_095
+    job = one.job(1)
+    lora, _ = Lora.model_validate({"init": {"method": "loram"}, "r": 16}).resolved()
+    placed = catalogue.place(lora, catalogue.require(job.model))
+    job.recipe = {**job.recipe, "lora": placed.model_dump(mode="json")}
+    needs = room._needs(job, get_settings(), data_bytes=0)
+    stored = (get_settings().keep_checkpoints + 2) * (checkpoint + adapter) + adapter
+    assert stored < needs["storage"] < 1.5 * stored
+    assert base < needs["model cache"] < 1.5 * base
+    assert 4 * checkpoint + 3 * adapter < needs["scratch"] < 1.5 * (4 * checkpoint + 3 * adapter)
