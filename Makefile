@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo serve test test-slow chaos check lint bench-api bench-init bench-train clean
+.PHONY: help setup demo serve test test-slow chaos check lint bench-api bench-init bench-train bench-load clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-api  requests per second for submit and poll"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
+	@echo "make bench-load do fifty clients slow a worker down? (minutes)"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
 
 setup: $(READY)
@@ -75,6 +76,9 @@ bench-train: setup
 	@test -n '$(DATA)' || { echo "Say where GSM8K's train.jsonl and test.jsonl are: make bench-train DATA=folder"; exit 1; }
 	$(BIN)/python benchmarks/bench_train.py --data '$(DATA)' --write docs/speed.md
 	$(BIN)/python benchmarks/train_group.py --write docs/speed.md
+
+bench-load: setup
+	$(BIN)/python benchmarks/load.py --write docs/operations.md
 
 clean:
 	rm -rf $(VENV) .venvs .state .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -154,14 +154,13 @@ def models_inspect(
 
 
 @app.command(rich_help_panel="Service")
-def doctor(
-    as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
-) -> None:
-    """Say what a run would find and choose on this machine."""
-    options = ["--json"] if as_json else []
-    answer = subprocess.run([sys.executable, "-m", "lorainit", "doctor", *options], check=False)
-    if answer.returncode:
-        raise Problem("this machine cannot train; see above.")
+def doctor(state: State = None, as_json: Annotated[bool, Option("--json", help="For programs.")] = False) -> None:
+    """Check database, broker, storage, clock, disks, devices; say what a run would choose. Exit 1 if one fails."""
+    _configure(state=state)
+    from api.terminal import doctor as examination
+
+    if not examination.run(out, as_json=as_json):
+        raise typer.Exit(1)
 
 
 # --- at a server ---------------------------------------------------------------------------------

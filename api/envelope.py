@@ -21,6 +21,7 @@ from api.core.files import too_large
 from api.core.ids import new_id
 from api.core.settings import Settings
 from api.errors import error_body, respond
+from api.exposition import Requests
 
 # A multipart body is a little larger than the file in it.
 MULTIPART_SLACK = 64 * 1024
@@ -30,16 +31,17 @@ _UPLOAD = ("POST", "/v1/files")
 class Envelope:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, requests: Requests) -> None:
         self.app = app
         self.settings = settings
+        self.requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self.settings)
+        exchange = _Exchange(scope, receive, send, self.settings, self.requests)
         tokens = structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
         try:
             await exchange.run(self.app)
@@ -50,8 +52,9 @@ class Envelope:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings, requests: Requests) -> None:
         self.scope, self._receive, self._send = scope, receive, send
+        self._requests = requests
         self.request_id = new_id("req_")
         self.organization = settings.organization
         self.started = time.perf_counter()
@@ -98,6 +101,8 @@ class _Exchange:
 
     def _log(self) -> None:
         route = self.scope.get("route")
+        seconds = time.perf_counter() - self.started
+        self._requests.observe(self.scope["method"], getattr(route, "path", None), self.status, seconds)
         logs.get_logger(__name__).info(
             "request",
             method=self.scope["method"],

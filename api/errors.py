@@ -24,7 +24,7 @@ from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from api.core import logs
+from api.core import disk, logs
 from api.core.errors import (
     BadReference,
     InProgress,
@@ -176,7 +176,21 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(PoolTimeout)
     def database_down(_: Request, error: Exception) -> JSONResponse:
         logs.get_logger(__name__).warning("database_unavailable", error=str(error))
+        if disk.is_full(error):
+            return respond(_full())
         return respond(Unavailable("The database cannot be reached; try again shortly.", code="not_ready"))
+
+    @app.exception_handler(OSError)
+    def no_room(_: Request, error: OSError) -> JSONResponse:
+        if not disk.is_full(error):
+            raise error
+        logs.get_logger(__name__).error("disk_full", error=str(error))
+        return respond(_full())
+
+
+def _full() -> StorageFull:
+    message = "A disk of the server is full: nothing was stored. Its operator has to make room."
+    return StorageFull(message, code="insufficient_storage")
 
 
 def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:

@@ -13,14 +13,15 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from api import errors
-from api.core import logs
+from api.core import logs, traces
 from api.core.settings import get_settings
 from api.envelope import Envelope
+from api.exposition import Requests, make_registry
 from api.offered import Table
-from api.routes import files, health, jobs, models
+from api.routes import files, health, jobs, models, prometheus
 from api.schemas.wire import ErrorBody
 
-ROUTERS = (files.router, jobs.router, models.router, health.router)
+ROUTERS = (files.router, jobs.router, models.router, health.router, prometheus.router)
 DOCUMENTED = (400, 401, 404, 413, 429, 500, 503)
 
 
@@ -33,6 +34,7 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 def create_app() -> FastAPI:
     """The application, from the settings in effect."""
+    provider = traces.provider()
     app = FastAPI(
         title="Lorainit",
         version=version("lorainit"),
@@ -42,11 +44,20 @@ def create_app() -> FastAPI:
         docs_url=None,
         redoc_url=None,
         responses={status: {"model": ErrorBody} for status in DOCUMENTED},
+        # Figures and logs are ours; its spans are the framework's, and go where ours go.
+        telemetry={
+            "tracing": provider is not None,
+            "tracer_provider": provider,
+            "auto_configure": False,
+            "metrics": False,
+            "logs": False,
+        },
     )
     for router in ROUTERS:
         app.include_router(router)
     app.state.table = Table(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
-    app.add_middleware(Envelope, settings=get_settings())
+    registry = app.state.registry = make_registry({"storage": health.storage_works, "broker": health.broker_works})
+    app.add_middleware(Envelope, settings=get_settings(), requests=Requests(registry))
     errors.install(app)
     _document(app)
     return app

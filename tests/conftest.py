@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.core import catalogue, db, migrate, queue, settings, storage
+from api.core import catalogue, db, migrate, queue, settings, storage, traces
 from tests import servers
 
 
@@ -83,6 +83,7 @@ def forget() -> None:
     for cached in (settings.get_settings, db.get_sessions, storage.get_storage, queue.get_celery):
         cached.cache_clear()
     catalogue.load.cache_clear()
+    traces.provider.cache_clear()
 
 
 @pytest.fixture

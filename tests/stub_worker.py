@@ -77,11 +77,11 @@ def train(job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None) 
     recorder.flush()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        adapter = _adapter(folder / "step")
+        _adapter(folder / "step")
         event = Checkpoint(step=steps, path=str(folder / "step"), metrics={"step": steps, "train_loss": 2.0 / steps})
         artifacts.store_checkpoint(job, lease, event, folder, get_storage())
         done = Done(
-            adapter=str(adapter),
+            adapter=str(_adapter(folder / "final")),
             trained_tokens=10 * steps,
             export_check={"passed": True, "format": "peft", "export_rank": job.recipe["lora"]["r"]},
             resources={"gpu_name": None, "gpus": 0},

@@ -17,6 +17,7 @@ from api.core.db import get_engine, get_reader, session_scope
 from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings
+from worker import scratch
 
 app = get_celery()
 app.conf.imports = ("worker.tasks",)
@@ -76,5 +77,9 @@ def _say_alive() -> None:
                 session.commit()
         except Exception as error:
             log.warning("heartbeat failed", error=str(error))
+        try:
+            scratch.sweep()
+        except Exception as error:
+            log.warning("the scratch folder could not be swept", error=str(error))
         if _stopped.wait(10):
             return

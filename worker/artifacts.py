@@ -4,6 +4,7 @@ Upload first, row after: a row never points at nothing. Every key carries the fe
 run that has lost its job cannot overwrite what the winner stored.
 """
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from api.core.settings import get_settings
 from api.core.storage import Storage
 from lorainit.events import Checkpoint, Done
 from lorainit.spec import Data, Hyperparameters, Lora, RunSpec
+from worker import room
 from worker.archive import Archive, pack, unpack
 from worker.progress import Lost
 
@@ -27,12 +29,16 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
 
     Raises:
         Lost: the job is not ours any more.
+        NotNow: its disks have too little room at the moment.
+        Never: they have too little even when they are empty.
     """
     with session_scope(read_only=True) as session:
         training = session.get_one(File, job.training_file_id)
         validation = session.get(File, job.validation_file_id) if job.validation_file_id else None
         calibration = session.get(File, job.calibration_file_id) if job.calibration_file_id else None
         checkpoint = checkpoints.latest(session, job.id)
+    rows = [file for file in (training, validation, calibration) if file is not None]
+    room.require(job, data_bytes=sum(file.bytes for file in rows))
     data = Data(
         training=str(_fetch(storage, training.storage_key, folder / "training.jsonl")),
         validation=str(_fetch(storage, validation.storage_key, folder / "validation.jsonl")) if validation else None,
@@ -71,6 +77,9 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
 def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, storage: Storage) -> None:
     """Upload a checkpoint's adapter and state, then write its row and let old ones go.
 
+    The bytes of old ones are the reconciler's to remove (`worker.janitor`): a crash between their rows
+    and their bytes leaves nothing behind. The child's copy goes: many would fill its disk.
+
     Raises:
         Lost: the job is not ours any more.
     """
@@ -94,11 +103,9 @@ def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, st
             at=now(session),
             data={"kind": "checkpoint", "step": event.step},
         )
-        old = checkpoints.superseded(session, job.id, keep=get_settings().keep_checkpoints)
-        gone = [key for each in old for key in (each.state_key, session.get_one(File, each.file_id).storage_key)]
+        checkpoints.supersede(session, job.id, keep=get_settings().keep_checkpoints)
         session.commit()
-    for key in gone:
-        storage.delete(key)
+    shutil.rmtree(source, ignore_errors=True)
 
 
 def store_result(job: Job, lease: Lease, done: Done, folder: Path, storage: Storage, progress: dict[str, Any]) -> None:

@@ -2,20 +2,25 @@
 
 import signal
 
-from api.core import jobs, metrics
+from sqlalchemy.orm import Session
+
+from api.core import disk, jobs, metrics
 from api.core.db import session_scope
+from api.core.disk import human
 from api.core.jobs import Failure, Lease
 from api.core.logs import get_logger
-from api.core.models import Job
+from api.core.models import File, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from lorainit.events import Failed
+from worker.patience import PASSING
 from worker.progress import Lost
 from worker.supervisor import Outcome
 
 LEASE_LOST = 75  # how the child leaves when no lease holds any more
 # Killed, or asked to leave, by somebody who was not us: the job is not to blame.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
+DISK_FULL = "disk_full"
 INTERNAL = Failure("internal_error", "The worker failed while handling this job; see its log.")
 KILLED = Failure(
     "out_of_memory",
@@ -32,7 +37,8 @@ def told(job: Job, lease: Lease, failed: Failed) -> None:
     if failed.code == KILLED.code and _may_try_alone(job):
         _retry(lease, "ran out of memory")
     else:
-        fail(lease, Failure(failed.code, failed.message, failed.param))
+        figures = f" {_room_left()}" if failed.code == DISK_FULL else ""
+        fail(lease, Failure(failed.code, failed.message + figures, failed.param))
 
 
 def silent(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
@@ -62,7 +68,7 @@ def fail(lease: Lease, failure: Failure) -> None:
     """`failed`, with whatever steps were logged as the result file."""
     with session_scope() as session:
         job = session.get_one(Job, lease.job_id)
-        file = metrics.store_csv(session, get_storage(), job)
+        file = _results(session, job)
         session.rollback()  # the upload is done; nothing was written yet
         if file is not None:
             session.add(file)
@@ -77,6 +83,48 @@ def lose(lease: Lease, how: str) -> None:
         again = jobs.lose(session, lease, how, max_attempts=get_settings().max_attempts)
         session.commit()
     log.warning("the run was lost", how=how, again=again)
+
+
+def wait_for_room(lease: Lease, reason: str) -> None:
+    """Back to the queue without costing an attempt: this host's disks have too little room now."""
+    with session_scope() as session:
+        if jobs.give_back(session, lease, f"{reason} The job waits in the queue"):
+            log.warning("too little room", reason=reason)
+        session.commit()
+
+
+def broken(lease: Lease, error: Exception) -> None:
+    """The worker itself could not go on: its disks, what it depends on, or a bug."""
+    if isinstance(error, PASSING) and not disk.is_full(error):  # for ten minutes, and perhaps only for this worker
+        lose(lease, "The worker could not reach the database or the storage")
+    else:
+        fail(lease, failure_of(error))
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What a job ends with when the worker itself could not go on."""
+    if not disk.is_full(error):
+        return INTERNAL
+    volumes = disk.worker_volumes(get_settings())
+    volume = disk.volume_of(error, volumes)
+    where = f"the worker's volume of {volume.name}" if volume else "a volume of the worker or of storage"
+    return Failure(DISK_FULL, f"No space was left on {where}. {_room_left()}")
+
+
+def _room_left() -> str:
+    """The figures that a person who makes room needs."""
+    free = [f"{volume.name} {human(volume.free)}" for volume in disk.worker_volumes(get_settings())]
+    return f"Free now: {', '.join(free)}."
+
+
+def _results(session: Session, job: Job) -> File | None:
+    try:
+        return metrics.store_csv(session, get_storage(), job)
+    except Exception as error:
+        if not disk.is_full(error):
+            raise
+        log.warning("no room for the result file; the reconciler leaves it when there is", error=str(error))
+        return None
 
 
 def _may_try_alone(job: Job) -> bool:

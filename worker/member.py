@@ -23,9 +23,9 @@ from api.core.models import Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from lorainit.events import Checkpoint, Done, Event, Failed
-from worker import artifacts, endings
+from worker import artifacts, endings, room, scratch
 from worker.lease import LeaseKeeper
-from worker.patience import PASSING, Result, patiently
+from worker.patience import Result, patiently
 from worker.progress import Lost, Recorder
 from worker.supervisor import Outcome, Place
 
@@ -54,7 +54,7 @@ class Member:
 
     def __enter__(self) -> Self:
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        self._held = scratch.hold(self._folder)
         self._keeper.__enter__()
         log.info("claimed", job_id=self._job.id, token=self._lease.token, attempt=self._job.attempts)
         return self
@@ -65,6 +65,7 @@ class Member:
         self._thread.shutdown(cancel_futures=True)
         self._keeper.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._held.close()
         with suppress(OSError):  # another attempt's folder may lie beside it
             self._folder.parent.rmdir()
 
@@ -116,16 +117,20 @@ class Member:
         except Lost:
             log.warning("the job is not ours any more; stopped")
             self._keeper.let_go()
+        except room.NotNow as reason:
+            self._last_word(partial(endings.wait_for_room, self._lease, str(reason)))
+        except room.Never as verdict:
+            self._last_word(partial(endings.fail, self._lease, verdict.failure))
         except Exception as error:
             log.exception("the worker failed")
-            self._give_up(error)
+            self._last_word(partial(endings.broken, self._lease, error))
 
-    def _give_up(self, error: Exception | None = None) -> None:
+    def _give_up(self) -> None:
+        self._last_word(partial(endings.fail, self._lease, endings.INTERNAL))
+
+    def _last_word(self, write: Callable[[], None]) -> None:
         try:
-            if isinstance(error, PASSING):  # for ten minutes: not the job's fault, and perhaps only this worker's
-                endings.lose(self._lease, "The worker could not reach the database or the storage")
-            else:
-                endings.fail(self._lease, endings.INTERNAL)
+            write()
         except Exception:
             log.exception("that could not be written either; the lease will run out")
         self._keeper.let_go()

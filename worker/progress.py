@@ -4,7 +4,7 @@ import time
 from collections import deque
 from typing import Any
 
-from api.core import events, jobs, metrics
+from api.core import events, jobs, metrics, tallies
 from api.core.db import now, session_scope
 from api.core.jobs import Lease
 from lorainit.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
@@ -100,6 +100,8 @@ class Recorder:
 
     def _append(self, session: Any, event: Event, at: Any) -> None:
         if isinstance(event, Message):
+            if event.data.get("kind") == "oom_retry":
+                tallies.add(session, "out_of_memory", outcome="retried")
             events.append(session, self._lease.job_id, event.message, at=at, level=event.level, data=event.data)
         elif isinstance(event, Metrics) and _worth_an_event(event):
             text, data = _describe(event)

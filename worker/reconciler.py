@@ -17,6 +17,7 @@ from api.core.db import session_scope
 from api.core.logs import configure, get_logger
 from api.core.settings import get_settings
 from api.core.storage import get_storage
+from worker import janitor
 
 PATIENCE = timedelta(seconds=15)
 
@@ -88,7 +89,8 @@ def check_files() -> bool:
     return True
 
 
-CHORES: tuple[Callable[[], object], ...] = (recover, admit, announce, leave_results, check_files)
+CHORES: tuple[Callable[[], object], ...] = (recover, admit, announce, leave_results, check_files, *janitor.CHORES)
+LONGEST_PAUSE = 30.0
 
 
 def run(stop: threading.Event) -> None:
@@ -104,14 +106,18 @@ def run(stop: threading.Event) -> None:
 
 
 def _repeat(chore: Callable[[], object], stop: threading.Event) -> None:
+    pause = get_settings().reconcile_seconds
     while not stop.is_set():
         more = None
         try:
             more = chore()
+            pause = get_settings().reconcile_seconds
         except Exception:
+            # Twice a second for as long as a disk is full would fill it further.
+            pause = min(2 * pause, max(LONGEST_PAUSE, get_settings().reconcile_seconds))
             log.exception("a chore of the reconciler failed; it will be tried again", chore=chore.__name__)
         if not more:
-            stop.wait(get_settings().reconcile_seconds)
+            stop.wait(pause)
 
 
 def main() -> None:

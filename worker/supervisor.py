@@ -177,7 +177,7 @@ def _family(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def _environment(folder: Path, device: str | None) -> dict[str, str]:
     """What the child may know: no settings of the service, so none of its secrets."""
-    hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_")
+    hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_", "OTEL_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     chosen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
     return {**kept, **chosen, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}

@@ -12,12 +12,13 @@ from contextlib import ExitStack
 from billiard.process import current_process
 from structlog.contextvars import bound_contextvars
 
-from api.core import jobs, queue
+from api.core import jobs, queue, traces
 from api.core.db import session_scope
 from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
 from lorainit.events import Event
+from worker import room
 from worker.app import app, drain_file, name
 from worker.member import Member
 from worker.supervisor import Place, StopReason, run_child
@@ -28,11 +29,14 @@ log = get_logger(__name__)
 @app.task(name=queue.TASK)  # type: ignore[untyped-decorator]
 def run_job(job_id: str) -> None:
     """Somebody rang: take the best queued job, if there is one, with those that may share its run."""
+    traces.provider()  # a fault in its set-up shows before a job is taken
     claimed = _claim()
     if not claimed:
         log.info("nothing to do", rung_for=job_id)
         return
     with bound_contextvars(jobs=[job.id for job in claimed]), ExitStack() as exits:
+        for job in claimed:
+            exits.enter_context(traces.span("run", job.traceparent, job=job.id, attempt=job.attempts))
         members = [exits.enter_context(Member(job)) for job in claimed]
         wait([member.prepare() for member in members])
         ready = {member: member.place for member in members if member.place is not None}
@@ -42,6 +46,8 @@ def run_job(job_id: str) -> None:
 
 def _claim() -> list[Job]:
     settings, owner = get_settings(), f"{name(os.getppid())}/{os.getpid()}"
+    if not room.for_any_job():
+        return []  # the reconciler rings again while a slot is free
     with session_scope() as session:
         claimed = jobs.claim(
             session,

@@ -16,6 +16,7 @@ from api.core.settings import get_settings
 def add(session: Session, job: Job, *, step: int, metrics: dict[str, Any], file: File, state_key: str) -> Checkpoint:
     """A row for a checkpoint whose bytes are in storage. A repeated step replaces the earlier row."""
     for old in session.scalars(select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)):
+        session.get_one(File, old.file_id).deleted_at = now(session)
         session.delete(old)
     session.add(file)
     session.flush()
@@ -45,12 +46,18 @@ def latest(session: Session, job_id: str) -> Checkpoint | None:
     return session.scalar(_kept(job_id).limit(1))
 
 
-def superseded(session: Session, job_id: str, *, keep: int) -> Sequence[Checkpoint]:
-    """Checkpoints beyond the last `keep` that are not the best; marked deleted here."""
-    old = [checkpoint for checkpoint in session.scalars(_kept(job_id).offset(keep)) if not checkpoint.best]
-    for checkpoint in old:
-        checkpoint.deleted_at = now(session)
-    return old
+def supersede(session: Session, job_id: str, *, keep: int) -> None:
+    """Delete checkpoints beyond the last `keep` that are not the best; `retention` clears their bytes."""
+    for checkpoint in session.scalars(_kept(job_id).offset(keep)).all():
+        if not checkpoint.best:
+            bury(session, checkpoint)
+
+
+def bury(session: Session, checkpoint: Checkpoint, *, by: str | None = None) -> None:
+    """Mark a checkpoint and its adapter's file deleted."""
+    file = session.get_one(File, checkpoint.file_id)
+    checkpoint.deleted_at = file.deleted_at = now(session)
+    checkpoint.deleted_by = file.deleted_by = by
 
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Checkpoint], bool]:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from api.core import tallies
 from api.core.errors import InvalidValue
 from api.core.ids import new_event_id
-from api.core.models import Event, Job
+from api.core.models import FINAL_STATUSES, Event, Job
 
 Level = Literal["info", "warn", "error"]
 
@@ -58,6 +59,8 @@ def status_event(
     """The one event every status change has."""
     payload = {"kind": "status", "status": status, "previous": previous, **data}
     append(session, job_id, message, at=at, level=level, data=payload)
+    if status in FINAL_STATUSES:
+        tallies.job_ended(session, job_id, status=status, code=(data.get("error") or {}).get("code", ""))
 
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Event], bool]:

@@ -5,6 +5,7 @@ it holds the bytes of a model.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from obstore.exceptions import BaseError as StoreError
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from api.core import paging
+from api.core import disk, paging
 from api.core.db import now
 from api.core.errors import BadReference, NotFound, StorageFull, TooLarge, Unavailable, WrongState
 from api.core.idempotency import Attempt
 from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
+from api.core.settings import get_settings
 from api.core.storage import CHUNK, Storage
 
 UPLOADABLE = ("fine-tune", "evals", "user_data")
@@ -42,9 +44,10 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
 
     Raises:
         TooLarge: there are more than `limit` bytes; nothing is kept.
-        StorageFull: they do not fit; nothing is kept.
+        StorageFull: they do not fit, or would leave less than the floor; nothing is kept.
         Unavailable: storage cannot be written to.
     """
+    _require_room(source)
     file_id = new_id("file-")
     key = f"files/{project_id}/{file_id}"
     digest, size = hashlib.sha256(), 0
@@ -63,8 +66,8 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
     except BaseException as error:
         with suppress(StoreError):  # what cannot be written to may not delete either
             storage.delete(key)
-        if "No space left on device" in str(error):  # from the spool or, as text only, from the store
-            raise StorageFull("The server has no room for this file.", code="insufficient_storage") from error
+        if disk.is_full(error):
+            raise no_room() from error
         if isinstance(error, StoreError):
             raise Unavailable("Storage cannot be written to; try again shortly.", code="not_ready") from error
         raise
@@ -74,6 +77,21 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
 def too_large(limit: int) -> TooLarge:
     """The refusal for a file above `limit`."""
     return TooLarge(f"file is larger than {limit} bytes, the largest upload.", code="file_too_large", param="file")
+
+
+def no_room() -> StorageFull:
+    """The refusal when a disk of the server is full."""
+    return StorageFull("The server has no room for this file.", code="insufficient_storage")
+
+
+def _require_room(source: BinaryIO) -> None:
+    """Leave the floor alone: the database and running jobs write to these disks too."""
+    settings = get_settings()
+    volume = disk.storage_volume(settings)
+    size = source.seek(0, os.SEEK_END)
+    source.seek(0)
+    if volume is not None and volume.free - size < settings.min_free_bytes:
+        raise no_room()
 
 
 @contextmanager
@@ -196,7 +214,7 @@ def delete(session: Session, attempt: Attempt, file_id: str) -> str | None:
     if file is not None and gone_by(attempt, file.deleted_at, file.deleted_by, at=now(session)):
         return None
     file = find(session, attempt.caller.project_id, file_id)
-    user = _user_of(session, file)
+    user = user_of(session, file)
     if user is not None:
         raise WrongState(f"File {file_id} is in use by {user}.", code="file_in_use", param="file_id")
     file.deleted_at, file.deleted_by = now(session), attempt.caller.key_id
@@ -211,7 +229,8 @@ def gone_by(attempt: Attempt, deleted_at: datetime | None, deleted_by: str | Non
     return deleted_at > at - attempt.window
 
 
-def _user_of(session: Session, file: File) -> str | None:
+def user_of(session: Session, file: File) -> str | None:
+    """What needs this file, as words for a sentence: an open job or a model; None when it may go."""
     job = session.scalar(
         select(Job.id)
         .where(

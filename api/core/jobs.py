@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import events, groups, turns
+from api.core import events, groups, tallies, turns
 from api.core.db import now
 from api.core.errors import WrongState
 from api.core.models import FINAL_STATUSES, Adapter, File, Job
@@ -212,6 +212,7 @@ def recover_lost(session: Session, *, max_attempts: int) -> list[str]:
     silent = select(Job.id, Job.lease_token).where(Job.status == "running", Job.lease_until < now(session))
     rows = session.execute(silent.with_for_update(skip_locked=True)).all()
     leases = [Lease(row.id, row.lease_token) for row in rows]
+    tallies.add(session, "leases_lost", len(leases))
     return [one.job_id for one in leases if lose(session, one, "The worker was lost", max_attempts=max_attempts)]
 
 

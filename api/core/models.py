@@ -69,6 +69,13 @@ class File(Base):
         CheckConstraint("status IN ('uploaded', 'processed', 'error')", name="status"),
         Index("ix_files_project_created", "project_id", "created_at", "id"),
         Index("ix_files_unchecked", "created_at", postgresql_where=text("status = 'uploaded'")),
+        Index(
+            "ix_files_expiring", "expires_at", postgresql_where=text("expires_at IS NOT NULL AND deleted_at IS NULL")
+        ),
+        Index(
+            "ix_files_uncleared", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL AND cleared_at IS NULL")
+        ),
+        Index("ix_files_storage_key", "storage_key"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -85,6 +92,8 @@ class File(Base):
     expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     deleted_by: Mapped[str | None] = mapped_column(String(64))
+    # Deleted, and the bytes are gone too.
+    cleared_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
 class Job(Base):
@@ -149,6 +158,8 @@ class Job(Base):
     # The outbox: a queued job with rung_at NULL has not been announced to the workers yet.
     rung_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     event_count: Mapped[int] = mapped_column(Integer)
+    # The trace of the request that ordered it (W3C), None without one.
+    traceparent: Mapped[str | None] = mapped_column(String(64))
 
     # What came of it.
     progress: Mapped[dict[str, Any] | None] = mapped_column(Json)
@@ -196,7 +207,15 @@ class Checkpoint(Base):
     """A stored checkpoint: a loadable adapter (`file_id`) and the state to resume from (`state_key`)."""
 
     __tablename__ = "checkpoints"
-    __table_args__ = (UniqueConstraint("job_id", "step"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "step"),
+        Index(
+            "ix_checkpoints_uncleared",
+            "deleted_at",
+            postgresql_where=text("deleted_at IS NOT NULL AND cleared_at IS NULL"),
+        ),
+        Index("ix_checkpoints_state_key", "state_key"),
+    )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
@@ -210,6 +229,8 @@ class Checkpoint(Base):
     created_at: Mapped[datetime] = mapped_column(UTCDateTime)
     deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     deleted_by: Mapped[str | None] = mapped_column(String(64))
+    # Deleted, and the state's bytes are gone too.
+    cleared_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
 class Event(Base):
@@ -262,6 +283,17 @@ class Creation(Base):
     object_id: Mapped[str] = mapped_column(String(64))
     response: Mapped[dict[str, Any]] = mapped_column(Json)
     created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+
+class Tally(Base):
+    """A count that never falls, for /metrics: written in the transaction of what it counts."""
+
+    __tablename__ = "tallies"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    # JSON with sorted keys, so that equal labels are one row.
+    labels: Mapped[str] = mapped_column(String(255), primary_key=True)
+    value: Mapped[float] = mapped_column(Double)
 
 
 class Worker(Base):

@@ -57,6 +57,21 @@ def _configuration() -> dict[str, Any]:
     }
 
 
+def probe() -> None:
+    """Ask the broker for a connection.
+
+    Raises:
+        BrokerUnavailable: none is configured or it does not answer within a few seconds.
+    """
+    if get_settings().broker_url is None:
+        raise BrokerUnavailable("no broker is configured")
+    try:
+        with get_celery().connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
+    except Exception as error:  # as many kinds as in `ring`
+        raise BrokerUnavailable(str(error)) from error
+
+
 def ring(job_id: str, queue: str) -> None:
     """Send one message to the workers that listen on `queue`.
 

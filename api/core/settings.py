@@ -77,6 +77,19 @@ class Settings(BaseSettings):
     reconcile_seconds: Annotated[float, Field(gt=0)] = Field(0.5, description="Pause between two reconciler rounds.")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="Checkpoints kept beside the best one.")
 
+    min_free_bytes: Annotated[int, Field(ge=0)] = Field(
+        2**30, description="A worker takes no job, and an upload is refused, where less would be left on a disk."
+    )
+    checkpoint_days: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="Checkpoints of ended jobs are removed after this many days; 0 = kept for ever."
+    )
+    orphan_days: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Stored objects that no row names are removed after this many days; 0 = kept for ever."
+    )
+    metrics_token: SecretStr | None = Field(
+        None, description="Bearer token of `GET /metrics`; empty = it answers this host only."
+    )
+
     def database(self) -> str:
         """The SQLAlchemy URL in effect."""
         return self.database_url or f"sqlite:///{self.state_dir.resolve()}/lorainit.db"

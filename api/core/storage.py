@@ -4,6 +4,7 @@ Everything streams: a 10 GB adapter costs a few megabytes of memory.
 """
 
 from collections.abc import Iterator
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -28,6 +29,9 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove `key`; nothing happens when it is not there."""
+
+    def older_than(self, time: datetime, *, prefix: str) -> Iterator[str]:
+        """Keys under the folder `prefix` whose objects were last written before `time`, in no order."""
 
     def probe(self) -> None:
         """Write, read and delete a small object; raises when storage is not usable."""
@@ -57,6 +61,11 @@ class ObjectStorage:
             obstore.delete(self._store, key)
         except FileNotFoundError:
             return
+
+    def older_than(self, time: datetime, *, prefix: str) -> Iterator[str]:
+        """List page by page."""
+        for page in obstore.list(self._store, prefix):
+            yield from (found["path"] for found in page if found["last_modified"] < time)
 
     def probe(self) -> None:
         """Write, read and delete."""

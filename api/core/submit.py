@@ -7,7 +7,7 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import catalogue, files, jobs, turns
+from api.core import catalogue, files, jobs, traces, turns
 from api.core.db import now
 from api.core.errors import BadReference, InvalidValue
 from api.core.ids import new_id
@@ -90,6 +90,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         lease_token=0,
         attempts=0,
         event_count=0,
+        traceparent=traces.current(),
     )
     return jobs.create(session, job)
 

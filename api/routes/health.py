@@ -1,13 +1,14 @@
 """Is the process alive, and can it do its work? Outside /v1, without a key."""
 
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from api.core import logs, migrate, workers
+from api.core import logs, migrate, queue, workers
 from api.core.db import get_engine, session_scope
 from api.core.settings import get_settings
 from api.core.storage import get_storage
@@ -35,7 +36,7 @@ def readyz() -> JSONResponse:
     except Exception as error:
         logs.get_logger(__name__).warning("database_unavailable", error=str(error))
         checks |= {"database": "unreachable", "migrations": "unknown"}
-    if not _lately("storage", _storage_works):
+    if not storage_works():
         checks["storage"] = "unreachable"
     if get_settings().broker_url is None:
         checks["queue"] = "not configured"
@@ -44,11 +45,21 @@ def readyz() -> JSONResponse:
     return JSONResponse(body, status_code=200 if ready else 503)
 
 
-def _storage_works() -> bool:
+def storage_works() -> bool:
+    """A small object could be written, read and deleted within the last few seconds."""
+    return _lately("storage", lambda: _works("storage", get_storage().probe))
+
+
+def broker_works() -> bool:
+    """The broker answered within the last few seconds."""
+    return _lately("broker", lambda: _works("broker", queue.probe))
+
+
+def _works(name: str, probe: Callable[[], None]) -> bool:
     try:
-        get_storage().probe()
+        probe()
     except Exception as error:
-        logs.get_logger(__name__).warning("storage_unavailable", error=str(error))
+        logs.get_logger(__name__).warning(f"{name}_unavailable", error=str(error))
         return False
     return True
 

@@ -1,14 +1,19 @@
 """Files: what is stored, listed, read in parts and deleted."""
 
 import hashlib
+import sqlite3
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from obstore.exceptions import GenericError
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
+from starlette.formparsers import MultiPartParser
 
+from api.core import files
 from api.core.models import File
+from api.core.settings import get_settings
 from api.core.storage import get_storage
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused
 
@@ -57,8 +62,6 @@ def test_an_expired_file_cannot_be_read_or_trained_on(lab: Lab, session: Session
 
 
 def test_a_failing_row_takes_its_bytes_back(lab: Lab, traces: Traces, monkeypatch: pytest.MonkeyPatch) -> None:
-    from api.core import files
-
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no row today")
 
@@ -89,6 +92,39 @@ def test_storage_that_cannot_be_written_to_is_a_503(lab: Lab, monkeypatch: pytes
     monkeypatch.setattr(get_storage(), "delete", refuse)
     reply = lab.client.post("/v1/files", files={"file": ("a.jsonl", JSONL)}, data={"purpose": "fine-tune"})
     refused(reply, 503, "not_ready")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full")),
+    ],
+)
+def test_a_full_disk_anywhere_on_the_way_is_the_same_refusal(
+    lab: Lab, traces: Traces, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    before = traces()
+    # The spool of the body, or the database once the bytes are stored.
+    monkeypatch.setattr(*(MultiPartParser, "parse") if isinstance(error, OSError) else (files, "add"), full)
+    reply = lab.client.post("/v1/files", files={"file": ("a.jsonl", JSONL)}, data={"purpose": "fine-tune"})
+    refused(reply, 429, "insufficient_storage")
+    assert reply.headers["x-should-retry"] == "false"
+    assert traces() == before
+
+
+def test_an_upload_that_would_leave_less_than_the_floor_is_refused(
+    lab: Lab, traces: Traces, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv("LORAINIT_MIN_FREE_BYTES", str(2**62))
+    get_settings.cache_clear()
+    before = traces()
+    reply = lab.client.post("/v1/files", files={"file": ("a.jsonl", JSONL)}, data={"purpose": "fine-tune"})
+    refused(reply, 429, "insufficient_storage")
+    assert traces() == before
 
 
 def test_pages_follow_each_other_without_gap_or_repeat(lab: Lab) -> None:

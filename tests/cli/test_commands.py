@@ -133,4 +133,12 @@ def test_the_doctor_says_what_a_run_would_choose_here() -> None:
     done = lorainit("doctor")
     assert done.returncode == 0, done.stderr
     assert "fp32 products" in done.stdout
-    assert {"machine", "packages", "choices"} == set(json.loads(lorainit("doctor", "--json").stdout))
+    report = json.loads(lorainit("doctor", "--json").stdout)
+    assert {"ok", "checks", "machine", "packages", "choices"} == set(report)
+
+
+def test_the_doctor_changes_nothing_where_no_service_was_ever_started(tmp_path: Path) -> None:
+    done = lorainit("doctor", "--state", str(tmp_path / "new"))
+    assert done.returncode == 0, done.stdout
+    assert "absent  database" in done.stdout
+    assert list(tmp_path.iterdir()) == []

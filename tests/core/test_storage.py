@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,12 @@ def test_an_unwritable_folder_fails_its_probe(tmp_path: Path) -> None:
 def test_another_scheme_is_refused() -> None:
     with pytest.raises(ValueError, match="file:// or s3://"):
         make_storage("ftp://host/x", Settings())
+
+
+def test_what_is_old_under_a_folder_is_listed_and_nothing_beside_it(storage: Storage) -> None:
+    for key in ("shelf/a/b", "shelf/c", "shelflife/d", "other/e"):
+        storage.put(key, io.BytesIO(b"x"))
+    later, earlier = datetime.now(UTC) + timedelta(hours=1), datetime.now(UTC) - timedelta(hours=1)
+    assert sorted(storage.older_than(later, prefix="shelf")) == ["shelf/a/b", "shelf/c"]
+    assert list(storage.older_than(earlier, prefix="shelf")) == []
+    assert list(storage.older_than(later, prefix="nowhere")) == []

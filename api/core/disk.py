@@ -1,0 +1,126 @@
+"""Room on the volumes of this host that are really written to, and errors that say there is none.
+
+A bucket is not a volume: it has no figure to ask for, and says itself when it is full.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from sqlalchemy.engine import make_url
+
+from api.core.settings import Settings
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# As text only: from the object store's library (Rust), SQLite, PostgreSQL, safetensors.
+_SAID = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "os error 28)",
+    "os error 122)",
+    "database or disk is full",
+)
+_PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A folder the service writes to; `name` is what a message calls it."""
+
+    name: str
+    path: Path
+
+    @property
+    def free(self) -> int:
+        """Bytes this process may still write there."""
+        return shutil.disk_usage(_existing(self.path)).free
+
+    @property
+    def size(self) -> int:
+        """Bytes the volume has altogether."""
+        return shutil.disk_usage(_existing(self.path)).total
+
+    @property
+    def device(self) -> int:
+        """Equal for folders that share their room."""
+        return _existing(self.path).stat().st_dev
+
+    def probe(self) -> None:
+        """Write a block through to the disk and remove it: a quota or a read-only mount shows only so.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def storage_volume(settings: Settings) -> Volume | None:
+    """Where stored objects lie; None when that is a bucket."""
+    parts = urlsplit(settings.storage())
+    return Volume("storage", Path(unquote(parts.path))) if parts.scheme == "file" else None
+
+
+def database_volume(settings: Settings) -> Volume | None:
+    """Where SQLite's file lies; None for a server."""
+    url = make_url(settings.database())
+    return Volume("database", Path(url.database or "").parent) if url.get_backend_name() == "sqlite" else None
+
+
+def worker_volumes(settings: Settings) -> list[Volume]:
+    """What a run on this host writes to."""
+    here = [Volume("scratch", settings.scratch()), Volume("model cache", settings.models())]
+    return [*here, *_known(storage_volume(settings))]
+
+
+def service_volumes(settings: Settings) -> list[Volume]:
+    """What the web process and the reconciler write to."""
+    return list(_known(storage_volume(settings), database_volume(settings)))
+
+
+def is_full(error: BaseException) -> bool:
+    """True when this error, or what caused it, says that a disk or a quota is full."""
+    return any(_says_full(one) for one in _chain(error))
+
+
+def volume_of(error: BaseException, volumes: list[Volume]) -> Volume | None:
+    """The volume whose file the error names; None when it names none of ours."""
+    names = [Path(one.filename) for one in _chain(error) if isinstance(one, OSError) and isinstance(one.filename, str)]
+    return next((v for name in names for v in volumes if name.is_relative_to(v.path)), None)
+
+
+def human(size: int) -> str:
+    """`1.3 GiB`, `96 MiB`: for a sentence."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _says_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return True
+    return any(text in str(error) for text in _SAID)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    following: BaseException | None = error
+    seen: set[int] = set()
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or following.__context__
+
+
+def _known(*volumes: Volume | None) -> Iterator[Volume]:
+    return (volume for volume in volumes if volume is not None)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there: it lies on the volume that `path` will."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,0 +1,121 @@
+"""`lorainit doctor`: is everything there that the service needs, seen from this host? Changes nothing.
+
+A check is `ok`, `failed`, or `absent`: not set up here, which is no fault (a broker before `lorainit
+serve` starts its own, torch in the API's container).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Literal
+
+from sqlalchemy import text
+
+from api.core import disk, migrate, queue
+from api.core.db import get_engine, now, session_scope
+from api.core.disk import Volume, human
+from api.core.settings import Settings, get_settings
+from api.core.storage import get_storage
+
+# More than NTP ever leaves; a client's signature of a request to S3 may be off by 15 minutes.
+MAX_SKEW_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, how it is, and a sentence."""
+
+    name: str
+    status: Literal["ok", "failed", "absent"]
+    message: str
+
+    def as_json(self) -> dict[str, str]:
+        """For programs."""
+        return asdict(self)
+
+
+class Absent(Exception):
+    """Not set up here; the message says what would."""
+
+
+def examine() -> Iterator[Check]:
+    """Every check of the service, each as soon as it is done; one that fails keeps no other from running."""
+    settings = get_settings()
+    volumes = {volume.name: volume for volume in disk.worker_volumes(settings) + disk.service_volumes(settings)}
+    yield _check("database", partial(_database, settings))
+    yield _check("migrations", partial(_migrations, settings))
+    yield _check("clock", partial(_clock, settings))
+    yield _check("broker", partial(_broker, settings))
+    yield _check("storage", partial(_storage, settings))
+    for volume in volumes.values():
+        yield _check(f"disk of {volume.name}", partial(_room, settings, volume))
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", look())
+    except Absent as reason:
+        return Check(name, "absent", str(reason))
+    except Exception as error:  # every driver has its own kinds; the point is to say what it said
+        return Check(name, "failed", " ".join(str(error).split())[:300] or type(error).__name__)
+
+
+def _database(settings: Settings) -> str:
+    _require_state(settings, "database_url")
+    with session_scope(read_only=True) as session:
+        session.execute(text("SELECT 1"))
+        return f"answers ({session.get_bind().dialect.name})"
+
+
+def _migrations(settings: Settings) -> str:
+    _require_state(settings, "database_url")
+    if not migrate.is_current(get_engine()):
+        raise RuntimeError("the database is not at the newest revision: run `lorainit migrate`")
+    return "the database is at the newest revision"
+
+
+def _clock(settings: Settings) -> str:
+    _require_state(settings, "database_url")
+    with session_scope(read_only=True) as session:
+        if session.get_bind().dialect.name != "postgresql":
+            return "the database has this host's clock"
+        session.execute(text("SELECT 1"))  # connected before the watch starts
+        before = datetime.now(UTC)
+        theirs = now(session)
+        after = datetime.now(UTC)
+    skew = (theirs - (before + (after - before) / 2)).total_seconds()
+    if abs(skew) > MAX_SKEW_SECONDS:
+        raise RuntimeError(f"the database's clock differs from this host's by {skew:+.1f} s: set both by NTP")
+    return f"the database's clock is {skew * 1000:+.0f} ms from this host's"
+
+
+def _broker(settings: Settings) -> str:
+    if settings.broker_url is None:
+        raise Absent("LORAINIT_BROKER_URL is not set; `lorainit serve` starts a broker of its own")
+    queue.probe()
+    return "answers"
+
+
+def _storage(settings: Settings) -> str:
+    _require_state(settings, "storage_url")
+    get_storage().probe()
+    return "an object was written, read and deleted"
+
+
+def _room(settings: Settings, volume: Volume) -> str:
+    if volume.path.exists():
+        volume.probe()
+    if volume.free < settings.min_free_bytes:
+        raise RuntimeError(f"{human(volume.free)} free, less than LORAINIT_MIN_FREE_BYTES: no job is taken")
+    return f"{human(volume.free)} of {human(volume.size)} free"
+
+
+def _require_state(settings: Settings, url: str) -> None:
+    if getattr(settings, url) is None and not settings.state_dir.is_dir():
+        raise Absent(f"there is no folder {settings.state_dir} yet; `lorainit serve` makes it")
+
+
+def as_json(checks: list[Check]) -> dict[str, Any]:
+    """The checks and whether none failed."""
+    return {"ok": all(check.status != "failed" for check in checks), "checks": [check.as_json() for check in checks]}

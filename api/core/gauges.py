@@ -1,0 +1,54 @@
+"""What the database knows of the service at this moment, in one short read: the queue, the runs, the workers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from api.core import tallies, workers
+from api.core.db import now
+from api.core.models import FINAL_STATUSES, JOB_STATUSES, Job
+from api.core.tallies import Count
+
+OPEN_STATUSES = tuple(status for status in JOB_STATUSES if status not in FINAL_STATUSES)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Jobs by open status, seconds, counts; `speeds`: trained tokens per second of running jobs by method."""
+
+    jobs: Mapping[str, int]
+    oldest_wait: float
+    unannounced: int
+    workers: int
+    slots: int
+    speeds: Mapping[str, float]
+    tallies: list[Count]
+
+
+def take(session: Session) -> Picture:
+    """Read everything. Ended jobs are not counted here: their counts are in the tallies."""
+    by_status = select(Job.status, func.count()).where(Job.finished_at.is_(None)).group_by(Job.status)
+    found: dict[str, int] = dict(session.execute(by_status).all())
+    queued = select(func.min(Job.created_at), func.count().filter(Job.rung_at.is_(None))).where(Job.status == "queued")
+    oldest, unannounced = session.execute(queued).one()
+    wait = now(session) - oldest if oldest is not None else timedelta()
+    return Picture(
+        jobs={status: found.get(status, 0) for status in OPEN_STATUSES},
+        oldest_wait=max(0.0, wait.total_seconds()),
+        unannounced=unannounced,
+        workers=workers.online(session),
+        slots=workers.free_slots(session, running=0),
+        speeds=_speeds(session),
+        tallies=tallies.read(session),
+    )
+
+
+def _speeds(session: Session) -> dict[str, float]:
+    speeds: dict[str, float] = {}
+    for recipe, progress in session.execute(select(Job.recipe, Job.progress).where(Job.status == "running")):
+        method = str(recipe["lora"]["init"]["method"])
+        speeds[method] = speeds.get(method, 0.0) + float((progress or {}).get("tokens_per_second") or 0.0)
+    return speeds

@@ -1,0 +1,90 @@
+"""What may go: expired files, checkpoints of jobs long ended, the bytes of deleted rows, orphans.
+
+Row first, then bytes: a row is marked deleted, later its bytes are removed and that is noted
+(`cleared_at`). A crash in between leaves a row that is found again. Nothing that a job which has not
+ended needs is ever marked. Functions take a session first and never commit.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from datetime import timedelta
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from api.core import checkpoints, files
+from api.core.db import now
+from api.core.models import Checkpoint, File, Job, Project
+
+# Whose objects may be orphans of ours: `files/<project>/...` and `jobs/<job>/...`.
+OWNERS: dict[str, type[Project] | type[Job]] = {"files": Project, "jobs": Job}
+Row = type[File] | type[Checkpoint]
+
+
+def expire_files(session: Session, *, limit: int = 100) -> list[str]:
+    """Delete files past their `expires_after` that no open job and no model needs; their ids."""
+    past = select(File).where(File.expires_at <= now(session), File.deleted_at.is_(None))
+    # Locked first, looked at after: a job that takes the file locks it too (`files.usable`).
+    rows = session.scalars(past.order_by(File.expires_at).limit(limit).with_for_update(skip_locked=True)).all()
+    gone = [file for file in rows if files.user_of(session, file) is None]
+    for file in gone:
+        file.deleted_at = now(session)
+    session.flush()
+    return [file.id for file in gone]
+
+
+def forget_checkpoints(session: Session, *, days: float, limit: int = 100) -> list[str]:
+    """Delete checkpoints of jobs that ended `days` ago; their names. The adapter stays."""
+    old = (
+        select(Checkpoint)
+        .join(Job, Job.id == Checkpoint.job_id)
+        .where(Checkpoint.deleted_at.is_(None), Job.finished_at < now(session) - timedelta(days=days))
+        .limit(limit)
+        .with_for_update(of=Checkpoint, skip_locked=True)
+    )
+    rows = session.scalars(old).all()
+    for checkpoint in rows:
+        checkpoints.bury(session, checkpoint)
+    session.flush()
+    return [checkpoint.name for checkpoint in rows]
+
+
+def uncleared(session: Session, kind: Row, *, limit: int = 100) -> list[tuple[str, str]]:
+    """(row's id, key) of deleted rows whose bytes may still be there, longest deleted first."""
+    key = File.storage_key if kind is File else Checkpoint.state_key
+    query = select(kind.id, key).where(kind.deleted_at.is_not(None), kind.cleared_at.is_(None))
+    return [(row_id, name) for row_id, name in session.execute(query.order_by(kind.deleted_at).limit(limit))]
+
+
+def mark_cleared(session: Session, kind: Row, ids: Collection[str]) -> None:
+    """The bytes of these rows are gone."""
+    session.execute(
+        update(kind)
+        .where(kind.id.in_(ids))
+        .values(cleared_at=now(session))
+        .execution_options(synchronize_session=False)
+    )
+
+
+def unnamed(session: Session, keys: Iterable[str]) -> set[str]:
+    """Those keys that no row which is not deleted names: a repeated upload may share a key with a deleted row."""
+    wanted = set(keys)
+    live = select(File.storage_key).where(File.storage_key.in_(wanted), File.deleted_at.is_(None))
+    states = select(Checkpoint.state_key).where(Checkpoint.state_key.in_(wanted), Checkpoint.deleted_at.is_(None))
+    return wanted - set(session.scalars(live)) - set(session.scalars(states))
+
+
+def orphans(session: Session, keys: Sequence[str]) -> set[str]:
+    """Those keys that nothing names although this database knows their project or job.
+
+    An object of an unknown project or job belongs to somebody else who uses the bucket, or to a
+    database that was lost: never ours to remove.
+    """
+    ours = {key for prefix in OWNERS for key in _owned(session, prefix, keys)}
+    return unnamed(session, ours) if ours else set()
+
+
+def _owned(session: Session, prefix: str, keys: Sequence[str]) -> list[str]:
+    owners = {key: key.split("/")[1] for key in keys if key.startswith(f"{prefix}/") and key.count("/") > 1}
+    table = OWNERS[prefix]
+    known = set(session.scalars(select(table.id).where(table.id.in_(set(owners.values())))))
+    return [key for key, owner in owners.items() if owner in known]

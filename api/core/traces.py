@@ -1,0 +1,70 @@
+"""OpenTelemetry traces from a request to the run it ordered, when somebody listens.
+
+Configured by OpenTelemetry's own variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and so on) and the extra
+`otel`. Without them nothing of it is imported. The trace travels in the job's row: whichever worker
+takes the job goes on with it, days later too.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+FLUSH_MILLISECONDS = 2000
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def configured() -> bool:
+    """An address for traces is set, and tracing is not switched off."""
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    return not off and any(os.environ.get(name) for name in _ENDPOINTS)
+
+
+@cache
+def provider() -> "TracerProvider | None":
+    """This process's spans and where they go; None when nobody listens. A worker asks after its fork.
+
+    Raises:
+        ImportError: traces are configured and the extra `otel` is not installed.
+    """
+    if not configured():
+        return None
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    made = TracerProvider()
+    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return made
+
+
+def current() -> str | None:
+    """The `traceparent` of the request being answered; None without one."""
+    if provider() is None:
+        return None
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return carrier.get("traceparent")
+
+
+@contextmanager
+def span(name: str, parent: str | None, **attributes: str | int) -> Iterator[None]:
+    """A span below `parent` for the length of the block, sent off at its end; nothing when nobody listens."""
+    listening = provider()
+    if listening is None:
+        yield
+        return
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    context = TraceContextTextMapPropagator().extract({"traceparent": parent} if parent else {})
+    try:
+        with listening.get_tracer("lorainit").start_as_current_span(name, context, attributes=dict(attributes)):
+            yield
+    finally:
+        listening.force_flush(FLUSH_MILLISECONDS)

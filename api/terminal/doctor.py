@@ -1,0 +1,58 @@
+"""What `lorainit doctor` prints: a line for each check of the service, then what a run finds on this machine."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from api.core import doctor
+from api.core.doctor import Check
+
+COLOURS = {"ok": "green", "failed": "red", "absent": "yellow"}
+
+
+def run(out: Console, *, as_json: bool) -> bool:
+    """Examine and print; False when a check failed."""
+    checks = []
+    for check in doctor.examine():
+        checks.append(check)
+        if not as_json:
+            _print(out, check)
+    devices, machine = _devices()
+    if as_json:
+        report = doctor.as_json([*checks, devices])
+        out.print(json.dumps({**report, **machine}, indent=2), markup=False)
+    else:
+        _print(out, devices)
+        out.print(_words() if machine else "", markup=False, end="")
+    return all(check.status != "failed" for check in [*checks, devices])
+
+
+def _print(out: Console, check: Check) -> None:
+    colour = COLOURS[check.status]
+    out.print(f"[{colour}]{check.status:<7}[/{colour}] {check.name}: {escape(check.message)}")
+
+
+def _devices() -> tuple[Check, dict[str, Any]]:
+    """A run's own view of this machine, by a process of its own: this one loads no torch."""
+    if find_spec("torch") is None:
+        return Check("devices", "absent", "torch is not installed here; ask where the worker runs"), {}
+    answer = subprocess.run(_command("--json"), capture_output=True, text=True, check=False)
+    if answer.returncode:
+        return Check("devices", "failed", answer.stderr.strip()[-300:] or "a run cannot start here"), {}
+    found: dict[str, Any] = json.loads(answer.stdout)
+    gpu = found["machine"]["gpu"]
+    return Check("devices", "ok", gpu or "no GPU; runs go to the CPU"), found
+
+
+def _words() -> str:
+    answer = subprocess.run(_command(), capture_output=True, text=True, check=False)
+    return "\n" + answer.stdout
+
+
+def _command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "lorainit", "doctor", *options]

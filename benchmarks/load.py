@@ -1,0 +1,238 @@
+"""Do fifty people who look on slow the work down? Polls, events, and a worker's progress, in one run.
+
+    python benchmarks/load.py [--clients 50] [--jobs 1000] [--pause 0.5] [--seconds 8] [--write docs/operations.md]
+
+Real PostgreSQL, Valkey, web process and reconciler. The jobs are submitted over HTTP and stay queued; one is
+held by a stub worker that records steps through the worker's own code, at the pace of a run and as fast as it
+can. Quiet and busy phases take turns. In a busy one each client looks at a job, then at its events, then pauses.
+"""
+
+import argparse
+import http.client
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from api.core import db, jobs, keys, migrate  # noqa: E402
+from api.core.db import session_scope  # noqa: E402
+from api.core.jobs import Lease  # noqa: E402
+from benchmarks.train_page import write_section  # noqa: E402
+from lorainit.events import Metrics  # noqa: E402
+from tests import servers  # noqa: E402
+from tests.things import CHECKED, MODEL, a_file  # noqa: E402
+from worker.progress import Recorder  # noqa: E402
+
+JOBS = "/v1/fine_tuning/jobs"
+PACES = {"20 steps a second, as a run": 20, "as fast as it can": None}
+TURNS = 3
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where clients go, with which key, and what there is to look at; the first job is the running one."""
+
+    address: str
+    secret: str
+    ids: Sequence[str]
+
+
+@dataclass
+class Seen:
+    """Seconds of each request of the clients."""
+
+    polls: list[float] = field(default_factory=list)
+    events: list[float] = field(default_factory=list)
+
+
+def call(connection: http.client.HTTPConnection, door: Door, path: str, body: str | None = None) -> bytes:
+    """One request; anything but 200 ends the benchmark."""
+    head = {"authorization": f"Bearer {door.secret}", "content-type": "application/json"}
+    connection.request("GET" if body is None else "POST", path, body, head)
+    reply = connection.getresponse()
+    content = reply.read()
+    assert reply.status == 200, content
+    return content
+
+
+def look_on(door: Door, *, clients: int, seconds: float, pause: float) -> Seen:
+    """Clients that look at jobs for a while; runs in a process of its own."""
+    seen, until = Seen(), time.monotonic() + seconds
+
+    def timed(connection: http.client.HTTPConnection, path: str, took: list[float]) -> None:
+        started = time.perf_counter()
+        call(connection, door, path)
+        took.append(time.perf_counter() - started)
+
+    def client(number: int) -> None:
+        connection = http.client.HTTPConnection(door.address, timeout=60)
+        time.sleep(pause * number / clients)  # they do not all come at once
+        for turn in itertools.count():
+            job = door.ids[0 if turn % 2 else (number * 37 + turn) % len(door.ids)]
+            timed(connection, f"{JOBS}/{job}", seen.polls)
+            timed(connection, f"{JOBS}/{job}/events?limit=20", seen.events)
+            if time.monotonic() > until:
+                return
+            time.sleep(pause)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    return seen
+
+
+class Stub:
+    """A worker whose run is only told."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._recorder = Recorder(lease)
+        self._step = 0
+
+    def work(self, seconds: float, *, pace: float | None) -> float:
+        """Record steps for a while; how many a second were committed."""
+        started, first = time.monotonic(), self._step
+        while (passed := time.monotonic() - started) < seconds:
+            wanted = self._step + 1 if pace is None else first + int(passed * pace)
+            while self._step < wanted:
+                self._tell()
+            if pace is None or self._recorder.is_due:
+                self._recorder.flush()
+            else:
+                time.sleep(0.01)
+        self._recorder.flush()
+        return (self._step - first) / (time.monotonic() - started)
+
+    def _tell(self) -> None:
+        self._step += 1
+        step = {"step": self._step, "total_steps": 4000, "tokens": 100 * self._step, "seconds": 0.05 * self._step}
+        self._recorder.take(Metrics(**step, epoch=0.1, train_loss=2.0, learning_rate=1e-4, tokens_per_second=300.0))
+
+
+@contextmanager
+def service(folder: Path) -> Iterator[tuple[Door, str]]:
+    """Everything but a worker: a door without jobs, and a checked file."""
+    with servers.postgres() as server, servers.valkey() as broker:
+        settings = {
+            "LORAINIT_STATE_DIR": str(folder),
+            "LORAINIT_DATABASE_URL": servers.new_database(server, "load"),
+            "LORAINIT_BROKER_URL": broker,
+            "LORAINIT_LOG_LEVEL": "warning",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        os.environ.update(settings)
+        migrate.upgrade(db.get_engine())
+        with session_scope() as session:
+            project = keys.get_or_create_project(session, "load")
+            _, secret = keys.create_key(session, project, name="load")
+            file = a_file(session, project, validation=CHECKED).id
+            session.commit()
+        reconciler = servers.spawn([sys.executable, "-m", "worker.reconciler"], log=folder / "reconciler.log")
+        try:
+            with servers.web(settings, log=folder / "web.log") as address:
+                yield Door(urlsplit(address).netloc, secret, []), file
+        finally:
+            servers.stopped(reconciler, servers.signal.SIGTERM)
+            db.get_engine().dispose()
+
+
+def submit(door: Door, file: str, count: int) -> list[str]:
+    """Order `count` jobs over HTTP."""
+    local, made = threading.local(), list[str]()
+
+    def one(number: int) -> None:
+        if not hasattr(local, "connection"):
+            local.connection = http.client.HTTPConnection(door.address, timeout=60)
+        body = json.dumps({"model": MODEL, "training_file": file, "seed": number})
+        made.append(json.loads(call(local.connection, door, JOBS, body))["id"])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one, range(count)))
+    return made
+
+
+def claim() -> Lease:
+    """The running job of the benchmark."""
+    with session_scope() as session:
+        (job,) = jobs.claim(session, "stub:1", lease_seconds=3600)
+        session.commit()
+    return Lease(job.id, job.lease_token)
+
+
+def measure(given: argparse.Namespace) -> tuple[Seen, dict[str, list[tuple[float, float]]]]:
+    """All clients' requests, and for each pace the steps per second of its (quiet, busy) phases."""
+    seen, speeds = Seen(), defaultdict(list)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as name,
+        service(Path(name)) as (door, file),
+        ProcessPoolExecutor(1, spawn) as others,
+    ):
+        made = submit(door, file, given.jobs + 1)
+        lease = claim()
+        stub = Stub(lease)
+        door = Door(door.address, door.secret, [lease.job_id, *made])
+        others.submit(int).result()  # started before the first phase
+        for (words, pace), _ in itertools.product(PACES.items(), range(TURNS)):
+            quiet = stub.work(given.seconds, pace=pace)
+            crowd = others.submit(look_on, door, clients=given.clients, seconds=given.seconds + 1, pause=given.pause)
+            time.sleep(0.5)
+            busy = stub.work(given.seconds, pace=pace)
+            found = crowd.result()
+            seen.polls += found.polls
+            seen.events += found.events
+            speeds[words].append((quiet, busy))
+    return seen, speeds
+
+
+def page(given: argparse.Namespace, seen: Seen, speeds: dict[str, list[tuple[float, float]]]) -> str:
+    """The figures as Markdown."""
+    total = (len(seen.polls) + len(seen.events)) / (len(PACES) * TURNS * (given.seconds + 1))
+    lines = [
+        f"{given.clients} clients, {given.jobs} jobs queued, {given.pause:g} s pause: {total:.0f} requests a second;"
+        f" {os.cpu_count()} cores shared by clients, API, PostgreSQL, Valkey, reconciler and worker.",
+        "",
+        "| request | p50 | p99 | requests |",
+        "|---|---|---|---|",
+    ]
+    for words, took in (("poll a job", seen.polls), ("its last 20 events", seen.events)):
+        cuts = statistics.quantiles(took, n=100)
+        lines.append(f"| {words} | {cuts[49] * 1000:.0f} ms | {cuts[98] * 1000:.0f} ms | {len(took)} |")
+    lines += ["", "| the worker records | quiet | with the clients | ratio of each turn |", "|---|---|---|---|"]
+    for words, turns in speeds.items():
+        quiet, busy = (statistics.median(part) for part in zip(*turns, strict=True))
+        ratios = ", ".join(f"{after / before:.2f}" for before, after in turns)
+        lines.append(f"| {words} | {quiet:.1f} steps/s | {busy:.1f} steps/s | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the figures, or write them into a page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--pause", type=float, default=0.5)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--write", type=Path)
+    given = parser.parse_args()
+    text = page(given, *measure(given))
+    print(text)
+    if given.write:
+        write_section(given.write, "bench-load", text)
+
+
+if __name__ == "__main__":
+    main()

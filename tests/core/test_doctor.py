@@ -1,0 +1,88 @@
+"""The doctor: each check says what is wrong, and one that fails hides no other."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from api.core import doctor, migrate
+from api.core.settings import get_settings
+from api.core.storage import ObjectStorage
+from tests import servers
+from tests.conftest import forget
+
+pytestmark = pytest.mark.usefixtures("service")
+
+
+def found() -> dict[str, doctor.Check]:
+    return {check.name: check for check in doctor.examine()}
+
+
+def statuses() -> dict[str, str]:
+    return {name: check.status for name, check in found().items()}
+
+
+def test_a_healthy_host_passes(environment: pytest.MonkeyPatch, valkey_url: str) -> None:
+    environment.setenv("LORAINIT_BROKER_URL", valkey_url)
+    forget()
+    assert set(statuses().values()) == {"ok"}
+    assert {"database", "migrations", "clock", "broker", "storage", "disk of scratch", "disk of storage"} <= set(
+        found()
+    )
+
+
+def test_no_broker_of_its_own_is_no_fault() -> None:
+    checks = list(doctor.examine())
+    assert {check.name for check in checks if check.status == "absent"} == {"broker"}
+    assert doctor.as_json(checks)["ok"] is True
+
+
+def test_a_broker_that_does_not_answer_fails_alone(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_BROKER_URL", f"redis://127.0.0.1:{servers.free_port()}/0")
+    forget()
+    checks = list(doctor.examine())
+    assert [check.name for check in checks if check.status == "failed"] == ["broker"]
+    assert doctor.as_json(checks)["ok"] is False
+
+
+def test_a_database_that_is_not_there_fails_with_its_own_words(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_DATABASE_URL", f"postgresql://postgres@127.0.0.1:{servers.free_port()}/x")
+    forget()
+    checks = found()
+    assert (checks["database"].status, checks["storage"].status) == ("failed", "ok")
+    assert "refused" in checks["database"].message
+
+
+def test_a_missing_migration_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrate, "is_current", lambda _: False)
+    assert "lorainit migrate" in found()["migrations"].message
+    assert statuses()["migrations"] == "failed"
+
+
+def test_storage_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: object) -> None:
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(ObjectStorage, "probe", gone)
+    assert found()["storage"] == doctor.Check("storage", "failed", "read-only file system")
+
+
+def test_a_disk_below_the_floor_fails(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_MIN_FREE_BYTES", str(2**62))
+    get_settings.cache_clear()
+    assert statuses()["disk of scratch"] == "failed"
+
+
+def test_a_clock_that_is_off_fails(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
+    monkeypatch.setattr(doctor, "now", lambda _: datetime.now(UTC) + timedelta(seconds=5))
+    check = found()["clock"]
+    if database_url.startswith("sqlite"):
+        assert check.message == "the database has this host's clock"
+    else:
+        assert check.status == "failed"
+        assert "+5.0 s" in check.message
+
+
+def test_it_leaves_no_trace(tmp_path: Path) -> None:
+    list(doctor.examine())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

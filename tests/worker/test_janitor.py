@@ -1,0 +1,128 @@
+"""Retention end to end: bytes leave storage, whenever the process dies in between."""
+
+import io
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from api.core import tallies
+from api.core.db import session_scope
+from api.core.models import File, Project
+from api.core.settings import get_settings
+from api.core.storage import get_storage
+from tests.things import a_file, a_project
+from worker import janitor
+
+pytestmark = pytest.mark.usefixtures("service")
+
+PAST = datetime.now(UTC) - timedelta(days=2)
+
+
+def a_stored_file(**columns: object) -> tuple[Project, File]:
+    with session_scope() as session:
+        project = a_project(session)
+        file = a_file(session, project, storage_key=f"files/{project.id}/x", **columns)
+        get_storage().put(file.storage_key, io.BytesIO(b"rows"))
+        session.commit()
+        return project, file
+
+
+def stored(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "storage").rglob("*") if path.is_file())
+
+
+def age(folder: Path) -> None:
+    """Every object becomes two days old."""
+    for path in (folder / "storage").rglob("*"):
+        os.utime(path, (time.time() - 2 * 86400,) * 2)
+
+
+def test_an_expired_file_loses_its_row_and_then_its_bytes(tmp_path: Path) -> None:
+    _, file = a_stored_file(expires_at=PAST)
+    assert janitor.expire_files() is True
+    assert stored(tmp_path) == ["x"]
+    assert janitor.clear() is True
+    assert stored(tmp_path) == []
+    assert janitor.clear() is False
+    with session_scope() as session:
+        row = session.get_one(File, file.id)
+        assert row.deleted_at is not None
+        assert row.cleared_at is not None
+        assert [(c.name, c.value) for c in tallies.read(session)] == [("objects_removed", 1)]
+
+
+def test_bytes_left_by_a_crash_between_row_and_bytes_are_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_stored_file(deleted_at=PAST)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(get_storage()), "delete", crash)
+        with pytest.raises(KeyboardInterrupt):
+            janitor.clear()
+    assert stored(tmp_path) == ["x"]
+    janitor.clear()
+    assert stored(tmp_path) == []
+
+
+def test_a_row_whose_bytes_are_gone_already_is_noted_and_left(tmp_path: Path) -> None:
+    _, file = a_stored_file(deleted_at=PAST)
+    get_storage().delete(file.storage_key)
+    assert janitor.clear() is True
+    assert janitor.clear() is False
+
+
+def test_an_orphan_goes_a_day_after_it_was_written(tmp_path: Path) -> None:
+    project, _ = a_stored_file()
+    get_storage().put(f"files/{project.id}/orphan", io.BytesIO(b"lost"))
+    janitor.sweep_orphans()
+    assert stored(tmp_path) == ["orphan", "x"]
+    age(tmp_path)
+    janitor.sweep_orphans()
+    assert stored(tmp_path) == ["x"]
+
+
+def test_what_somebody_else_keeps_in_the_bucket_stays(tmp_path: Path) -> None:
+    for key in ("files/proj_other/file", "jobs/ftjob-other/adapter.tar", "photos/cat"):
+        get_storage().put(key, io.BytesIO(b"theirs"))
+    age(tmp_path)
+    janitor.sweep_orphans()
+    assert stored(tmp_path) == ["adapter.tar", "cat", "file"]
+
+
+@pytest.mark.parametrize("chore", [janitor.forget_checkpoints, janitor.sweep_orphans])
+def test_0_days_keep_for_ever(chore: object, tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_CHECKPOINT_DAYS", "0")
+    environment.setenv("LORAINIT_ORPHAN_DAYS", "0")
+    get_settings.cache_clear()
+    project, _ = a_stored_file()
+    get_storage().put(f"files/{project.id}/orphan", io.BytesIO(b"lost"))
+    age(tmp_path)
+    assert chore() is False  # type: ignore[operator]
+    assert stored(tmp_path) == ["orphan", "x"]
+
+
+def test_a_chore_of_its_own_pace_is_repeated_at_once_while_there_is_more() -> None:
+    left = [True, True, False]
+    chore = janitor.every(3600)(lambda: left.pop(0))
+    assert [chore() for _ in range(5)] == [True, True, False, False, False]
+    assert left == []
+
+
+def test_every_bytes_less_row_is_found_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    with session_scope() as session:
+        project = a_project(session)
+        for _ in range(130):
+            a_file(session, project, deleted_at=PAST)
+        session.commit()
+    while janitor.clear():
+        pass
+    with session_scope() as session:
+        assert session.scalars(select(File.id).where(File.cleared_at.is_(None))).all() == []

@@ -1,0 +1,111 @@
+"""Retention: chores of the reconciler that make room again. Each works in batches, in short
+transactions, and is safe to repeat, to interrupt and to run twice at once.
+
+What a run left in the scratch folder of its host is that host's worker's to remove (`worker.scratch`).
+"""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import wraps
+from itertools import islice
+
+from api.core import retention, tallies
+from api.core.db import session_scope
+from api.core.logs import get_logger
+from api.core.models import Checkpoint, File
+from api.core.settings import get_settings
+from api.core.storage import get_storage
+
+MINUTE, HOUR = 60.0, 3600.0
+BATCH = 500
+
+log = get_logger(__name__)
+
+
+def every(seconds: float) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
+    """At once when the process starts, then again `seconds` after the chore last had nothing left to do."""
+
+    def wrap(chore: Callable[[], bool]) -> Callable[[], bool]:
+        due = 0.0
+
+        @wraps(chore)
+        def when_due() -> bool:
+            nonlocal due
+            if time.monotonic() < due:
+                return False
+            if chore():
+                return True
+            due = time.monotonic() + seconds
+            return False
+
+        return when_due
+
+    return wrap
+
+
+def expire_files() -> bool:
+    """Files past their `expires_after` are deleted; True when there may be more."""
+    with session_scope() as session:
+        gone = retention.expire_files(session)
+        tallies.add(session, "objects_removed", len(gone), reason="expired")
+        session.commit()
+    return bool(gone)
+
+
+def forget_checkpoints() -> bool:
+    """Checkpoints of jobs long ended are deleted; True when there may be more."""
+    days = get_settings().checkpoint_days
+    if not days:
+        return False
+    with session_scope() as session:
+        gone = retention.forget_checkpoints(session, days=days)
+        tallies.add(session, "objects_removed", len(gone), reason="checkpoint")
+        session.commit()
+    return bool(gone)
+
+
+def clear() -> bool:
+    """The bytes of deleted rows go; True when there may be more."""
+    return any([_clear(File), _clear(Checkpoint)])
+
+
+def _clear(kind: retention.Row) -> bool:
+    with session_scope(read_only=True) as session:
+        rows = retention.uncleared(session, kind)
+        keys = retention.unnamed(session, (key for _, key in rows)) if rows else set()
+    for key in keys:
+        get_storage().delete(key)
+    if rows:
+        with session_scope() as session:
+            retention.mark_cleared(session, kind, [row_id for row_id, _ in rows])
+            session.commit()
+    return bool(rows)
+
+
+def sweep_orphans() -> bool:
+    """Stored objects that a crash left without a row go, a day after they were written."""
+    days = get_settings().orphan_days
+    if not days:
+        return False
+    before = datetime.now(UTC) - timedelta(days=days)
+    for prefix in retention.OWNERS:
+        keys = get_storage().older_than(before, prefix=prefix)
+        while batch := list(islice(keys, BATCH)):
+            _remove_orphans(batch)
+    return False
+
+
+def _remove_orphans(keys: list[str]) -> None:
+    with session_scope(read_only=True) as session:
+        gone = retention.orphans(session, keys)
+    for key in sorted(gone):
+        get_storage().delete(key)
+        log.warning("removed an object that no row names", key=key)
+    if gone:
+        with session_scope() as session:
+            tallies.add(session, "objects_removed", len(gone), reason="orphan")
+            session.commit()
+
+
+CHORES = (every(MINUTE)(expire_files), every(HOUR)(forget_checkpoints), clear, every(HOUR)(sweep_orphans))

@@ -1,0 +1,137 @@
+"""Is there room for a job on this host's volumes? Asked before it starts, from an estimate of what it writes.
+
+A job that does not fit now waits in the queue: freeing space is the operator's to do and failing a
+thousand queued jobs would not help. One that would not fit on the empty volume can never run and fails.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from api.core import catalogue, disk
+from api.core.catalogue import Entry
+from api.core.disk import Volume, human
+from api.core.jobs import Failure
+from api.core.logs import get_logger
+from api.core.models import Job
+from api.core.settings import Settings, get_settings
+from lorainit.spec import Lora
+
+FLOAT = 4  # bytes; states are written in fp32
+# Copies of the trained factors: A and B, their start where that is subtracted, AdamW's two moments,
+# and the plain adapter, whose rank is twice that then.
+# LoRAM at rank 16 on SmolLM2 (19.5 MB of factors) wrote 121 MB of state where this and a tokenizer say 138.
+ADAPTER_COPIES, STATE_COPIES = 2, 6
+# At once in scratch: the checkpoint being written and the one going up, its two archives, the one
+# resumed from, the final adapter with its archive.
+SCRATCH_COPIES = 4 * STATE_COPIES + 3 * ADAPTER_COPIES
+TOKENIZER_BYTES = 20 * 2**20  # beside every adapter; Llama 3's has 17 MB
+EMBEDDINGS = 1.5  # of a whole base over its linear layers; SmolLM2 has 1.27
+ASK_AGAIN_SECONDS = 300.0
+
+log = get_logger(__name__)
+
+
+class NotNow(Exception):
+    """There is not enough room now; the message says how much is missing and where."""
+
+
+class Never(Exception):
+    """The job does not fit on this host's volumes even when they are empty."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(frozen=True)
+class Share:
+    """Volumes on one device and the bytes that a job writes to them together."""
+
+    volumes: Sequence[Volume]
+    needed: int
+
+    @property
+    def free(self) -> int:
+        """Bytes left on the device."""
+        return self.volumes[0].free
+
+    @property
+    def name(self) -> str:
+        """`scratch and storage`."""
+        return " and ".join(volume.name for volume in self.volumes)
+
+
+# Of this process, which holds one run at a time: the share that the last job was sent back for.
+_lacking: tuple[Share, float] | None = None
+
+
+def for_any_job() -> bool:
+    """May this worker take a job? Not below the floor, and not while the room is missing that it last waited for."""
+    global _lacking
+    settings = get_settings()
+    for volume in disk.worker_volumes(settings):
+        if volume.free < settings.min_free_bytes:
+            log.warning("too little room to take a job", volume=volume.name, free=volume.free)
+            return False
+    if _lacking is not None:
+        share, since = _lacking
+        if share.free < share.needed and time.monotonic() - since < ASK_AGAIN_SECONDS:
+            return False
+        _lacking = None
+    return True
+
+
+def require(job: Job, *, data_bytes: int) -> None:
+    """Raise unless the job fits; what is missing is remembered by `for_any_job`.
+
+    Args:
+        data_bytes: of its files and of the checkpoint it resumes from.
+
+    Raises:
+        NotNow: it has to wait.
+        Never: it cannot run on this host.
+    """
+    global _lacking
+    settings = get_settings()
+    for share in shares(job, settings, data_bytes=data_bytes):
+        if share.needed > share.volumes[0].size:
+            raise Never(Failure("disk_full", _sentence(share, f"has {human(share.volumes[0].size)} altogether")))
+        if share.needed > share.free:
+            _lacking = (share, time.monotonic())
+            raise NotNow(_sentence(share, f"has {human(share.free)} free"))
+
+
+def shares(job: Job, settings: Settings, *, data_bytes: int) -> list[Share]:
+    """What the job needs by device: folders on one disk share its room."""
+    needed = _needs(job, settings, data_bytes=data_bytes)
+    volumes = sorted(disk.worker_volumes(settings), key=lambda volume: volume.device)
+    devices = [list(group) for _, group in groupby(volumes, key=lambda volume: volume.device)]
+    return [Share(group, sum(needed[volume.name] for volume in group)) for group in devices]
+
+
+def _needs(job: Job, settings: Settings, *, data_bytes: int) -> Mapping[str, int]:
+    entry, lora = catalogue.require(job.model), Lora.model_validate(job.recipe["lora"])
+    factors = catalogue.size(lora, entry)[1] * FLOAT
+    checkpoints = settings.keep_checkpoints + 2  # the best one, and the new one before an old one goes
+    adapter, state = ADAPTER_COPIES * factors + TOKENIZER_BYTES, STATE_COPIES * factors + TOKENIZER_BYTES
+    return {
+        "scratch": data_bytes + SCRATCH_COPIES * factors + 7 * TOKENIZER_BYTES,
+        "model cache": _conversion(entry, settings),
+        "storage": checkpoints * (adapter + state) + adapter,
+    }
+
+
+def _conversion(entry: Entry, settings: Settings) -> int:
+    """Bytes of a GGUF base that is yet to be converted."""
+    stem = entry.source.rpartition("/")[2].removesuffix(".gguf")
+    if not entry.source.endswith(".gguf") or any(settings.models().glob(f"{stem}-*")):
+        return 0
+    linear = sum(target.out_features * target.in_features * target.count for target in entry.targets)
+    return math.ceil(linear * FLOAT * EMBEDDINGS)
+
+
+def _sentence(share: Share, has: str) -> str:
+    return f"This job needs about {human(share.needed)} of disk for {share.name}; the worker's volume {has}."

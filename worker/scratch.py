@@ -1,0 +1,68 @@
+"""What dead attempts left in the scratch folder of this host.
+
+A run holds a lock on a file in its folder for as long as its process lives; the system lets go of it
+however the process ends. So a folder whose lock can be taken is nobody's. No database is asked: a
+job of another worker's on this host, or of a database that is away, is safe all the same.
+"""
+
+import fcntl
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from api.core.logs import get_logger
+from api.core.settings import get_settings
+
+LOCK = "held"
+# A folder is made a moment before its lock is taken.
+YOUNG_SECONDS = 60.0
+
+log = get_logger(__name__)
+
+
+def hold(folder: Path) -> IO[bytes]:
+    """Make `folder` this process's until the returned file is closed.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK).open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    return lock
+
+
+def sweep() -> list[Path]:
+    """Remove the folders of attempts nobody holds and the drain flags of workers that are gone; what was removed."""
+    scratch = get_settings().scratch()
+    left = [path for path in scratch.glob("ftjob-*/attempt-*") if _is_nobodys(path)]
+    for folder in left:
+        log.warning("removed what a dead attempt left", folder=str(folder.relative_to(scratch)))
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another attempt's folder lies beside it
+            folder.parent.rmdir()
+    flags = [path for path in scratch.glob("drain-*") if not psutil.pid_exists(int(path.name.partition("-")[2]))]
+    for flag in flags:
+        flag.unlink(missing_ok=True)
+    return [*left, *flags]
+
+
+def _is_nobodys(folder: Path) -> bool:
+    try:
+        if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
+            return False
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # the lock was never taken, or the folder has just gone
+        return folder.exists()
+    return True
