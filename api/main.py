@@ -17,11 +17,11 @@ from api.core import logs
 from api.core.settings import get_settings
 from api.envelope import Envelope
 from api.offered import Table
-from api.routes import files, health, jobs, models
+from api.routes import files, health, jobs, keys, models
 from api.schemas.wire import ErrorBody
 
-ROUTERS = (files.router, jobs.router, models.router, health.router)
-DOCUMENTED = (400, 401, 404, 413, 429, 500, 503)
+ROUTERS = (files.router, jobs.router, models.router, keys.router, health.router)
+DOCUMENTED = (400, 401, 403, 404, 409, 413, 429, 500, 503)
 
 
 @asynccontextmanager

@@ -7,6 +7,8 @@ Refusal
 ├── InvalidValue      a value outside its range or catalogue
 ├── TooLarge          more bytes than we take
 ├── StorageFull       no room for the bytes; a quick retry does not help
+├── QuotaExceeded     the project has used up what it may have
+├── Forbidden         the key lacks the right
 ├── InProgress        the same order is being carried out right now
 └── Unavailable       try again in a few seconds
 """
@@ -44,6 +46,14 @@ class TooLarge(Refusal):
 
 class StorageFull(Refusal):
     """No room for the bytes; trying again at once does not help."""
+
+
+class QuotaExceeded(Refusal):
+    """The project has used up what it may have; trying again at once does not help."""
+
+
+class Forbidden(Refusal):
+    """The key is good, and lacks the right."""
 
 
 class InProgress(Refusal):

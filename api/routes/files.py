@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, BackgroundTasks, Query, Request
 from fastapi.responses import Response
 
-from api.core import files
+from api.core import files, quota
 from api.core.errors import NotFound
 from api.core.idempotency import once
 from api.core.settings import get_settings
@@ -26,6 +26,7 @@ def create(upload: UploadDep, attempt: AttemptDep, session: Writing, storage: St
     stored = files.store(storage, upload.stream, project_id=project, limit=get_settings().max_upload_bytes)
 
     def make() -> tuple[str, dict[str, Any]]:
+        quota.take_room(session, project, adding=stored.bytes)
         file = files.add(session, stored, project_id=project, lifetime=upload.lifetime, **about)
         return file.id, file_object(file).model_dump()
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, BackgroundTasks, Query, Request
 from fastapi.responses import Response
 
-from api.core import admission, checkpoints, events, jobs, logs, lookup, queue, results
+from api.core import admission, checkpoints, events, jobs, keys, logs, lookup, queue, results
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.idempotency import once
@@ -30,6 +30,8 @@ def create(
 ) -> Any:
     """Order a job. The answer never waits for files to be checked or for a worker."""
     project = attempt.caller.project_id
+    if body.priority == "high":
+        keys.require_admin(attempt.caller, "priority 'high'", param="priority")
 
     def make() -> tuple[str, dict[str, Any]]:
         job = submit(session, project, body.order())
