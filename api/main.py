@@ -21,7 +21,9 @@ from api.routes import files, health, jobs, keys, models
 from api.schemas.wire import ErrorBody
 
 ROUTERS = (files.router, jobs.router, models.router, keys.router, health.router)
-DOCUMENTED = (400, 401, 403, 404, 409, 413, 429, 500, 503)
+# What any route under /v1 may answer beside its success; routes name what only they answer.
+DOCUMENTED = (400, 401, 403, 404, 413, 429, 500, 503)
+DOCUMENTED_OUTSIDE = (500, 503)
 
 
 @asynccontextmanager
@@ -41,10 +43,10 @@ def create_app() -> FastAPI:
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
-        responses={status: {"model": ErrorBody} for status in DOCUMENTED},
     )
     for router in ROUTERS:
-        app.include_router(router)
+        statuses = DOCUMENTED if router.prefix.startswith("/v1") else DOCUMENTED_OUTSIDE
+        app.include_router(router, responses={status: {"model": ErrorBody} for status in statuses})
     app.state.table = Table(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     app.add_middleware(Envelope, settings=get_settings())
     errors.install(app)

@@ -56,6 +56,12 @@ class ErrorBody(Wire):
     error: ErrorDetail
 
 
+# The answers of a route that makes something at most once (`api.core.idempotency`).
+ONCE: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorBody, "description": "The first request with this identity is still being carried out."}
+}
+
+
 def listed(rows: Sequence[T], *, has_more: bool) -> Page[T]:
     """The envelope around `rows`."""
     return Page(
