@@ -13,7 +13,7 @@ from api.core import quota
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.files import UPLOADABLE
-from api.deps import CallerDep
+from api.deps import AttemptDep
 from api.envelope import MULTIPART_SLACK, declared
 from api.errors import BadRequest
 
@@ -53,10 +53,12 @@ class Upload:
     lifetime: int | None
 
 
-def _room(request: Request, caller: CallerDep) -> None:
+def _room(request: Request, attempt: AttemptDep) -> None:
     """Refuse what cannot fit before it is read. The exact size is known, and counted, afterwards."""
+    if attempt.is_retry or attempt.key:
+        return  # it may be stored already, and then takes no room
     with session_scope(read_only=True) as session:
-        quota.require_room(session, caller.project_id, adding=max(0, declared(request.scope) - MULTIPART_SLACK))
+        quota.require_room(session, attempt.caller.project_id, adding=max(0, declared(request.scope) - MULTIPART_SLACK))
 
 
 async def _upload(request: Request, _: Annotated[None, Depends(_room)]) -> AsyncIterator[Upload]:
