@@ -213,14 +213,15 @@ def install(app: FastAPI) -> None:
 
 def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
     routes: Table = request.app.state.table
-    later = planned(request.method, request.url.path, routes)
+    path: str = request.scope["path"]  # a URL would lose a line break, and then name a route that exists
+    later = planned(request.method, path, routes)
     if later is not None:
         return respond(later)
-    verbs = routes.verbs(request.url.path)
+    verbs = routes.verbs(path)
     if error.status_code == 405 or verbs:
         allowed = ", ".join(sorted(verbs))
-        message = f"{request.method} is not possible on {request.url.path}. Possible: {allowed}."
+        message = f"{request.method} is not possible on {path}. Possible: {allowed}."
         return respond(WrongVerb(message, code="method_not_allowed"), {"allow": allowed})
     known = ", ".join(routes.paths())
-    message = f"{request.method} {request.url.path} does not exist. Routes: {known}."
+    message = f"{request.method} {path} does not exist. Routes: {known}."
     return respond(NotFound(message, code="unsupported_endpoint"))
