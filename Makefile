@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo serve test test-slow check lint bench-api bench-init bench-train clean
+.PHONY: help setup demo serve test test-slow check lint audit bench-api bench-init bench-train clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
 	@echo "make test       the whole test suite"
 	@echo "make serve      keep the service running; prints its URL and a first API key"
-	@echo "make check      format, lint, types, import contracts, migration drift, tests"
+	@echo "make check      format, lint, types, import contracts, migration drift, tests, audit"
+	@echo "make audit      known holes in the installed packages (needs the network)"
 	@echo "make test-slow  the tests that need minutes"
 	@echo "make bench-api  requests per second for submit and poll"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
@@ -57,6 +58,11 @@ lint: setup
 	$(BIN)/lorainit migrate --check
 
 check: lint test
+	@$(BIN)/python tests/deploy/audit.py --or-skip
+
+# Asks an advisory service on the network; fails when it cannot. docs/decisions/0021
+audit: setup
+	$(BIN)/python tests/deploy/audit.py
 
 bench-api: setup
 	$(BIN)/python benchmarks/api.py

@@ -101,6 +101,7 @@ def _break_things(service: Stack) -> None:
 
     with redis.Redis.from_url(os.environ["LORAINIT_BROKER_URL"]) as server:
         server.config_set("requirepass", "another")
+        server.client_kill_filter(_type="normal", skipme=True)  # those who are in stay in otherwise
     file = service.upload()
     service.client.fine_tuning.jobs.create(model="tiny", training_file=file)
     with session_scope() as session:
