@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo serve test test-slow chaos check lint bench-api bench-init bench-train bench-load clean
+.PHONY: help setup demo serve test test-slow chaos check lint audit bench-api bench-init bench-train bench-load clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
 	@echo "make test       the whole test suite"
 	@echo "make serve      keep the service running; prints its URL and a first API key"
-	@echo "make check      format, lint, types, import contracts, migration drift, tests"
+	@echo "make check      format, lint, types, import contracts, migration drift, tests, audit"
+	@echo "make audit      known holes in the installed packages (needs the network)"
 	@echo "make test-slow  the tests that need minutes"
 	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT="
 	@echo "make bench-api  requests per second for submit and poll"
@@ -64,6 +65,11 @@ lint: setup
 	$(BIN)/lorainit migrate --check
 
 check: lint test
+	@$(BIN)/python tests/deploy/audit.py --or-skip
+
+# Asks an advisory service on the network; fails when it cannot. docs/decisions/0021
+audit: setup
+	$(BIN)/python tests/deploy/audit.py
 
 bench-api: setup
 	$(BIN)/python benchmarks/api.py

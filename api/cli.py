@@ -18,8 +18,9 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from api.terminal import client as remote
-from api.terminal import tables
+from api.terminal import keys, tables
 from api.terminal.client import Problem
+from api.terminal.local import State, configure
 
 # A pipe has no width: what goes into one is never cut.
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 400)
@@ -51,12 +52,9 @@ app = typer.Typer(
     help="LoRA fine-tuning as a service, with the initialization as a typed choice. "
     "Client commands read OPENAI_BASE_URL and OPENAI_API_KEY.",
 )
-keys_app = typer.Typer(no_args_is_help=True, help="API keys (on the server's machine).")
 models_app = typer.Typer(no_args_is_help=True, help="Base models (on the server's machine).")
-app.add_typer(keys_app, name="keys", rich_help_panel="Service")
+app.add_typer(keys.app, name="keys", rich_help_panel="Service")
 app.add_typer(models_app, name="models", rich_help_panel="Service")
-
-State = Annotated[Path | None, Option("--state", help="Folder of database, files and logs (LORAINIT_STATE_DIR).")]
 
 
 # --- the service ---------------------------------------------------------------------------------
@@ -69,7 +67,7 @@ def serve(
     port: Annotated[int | None, Option(help="Port; 0 = any free one (LORAINIT_PORT).")] = None,
 ) -> None:
     """Run the whole service here: broker, worker, reconciler and API in one process tree."""
-    _configure(state=state, host=host, port=port)
+    configure(state=state, host=host, port=port)
     from api.embedded import service as embedded
 
     try:
@@ -99,7 +97,7 @@ def migrate(
     check: Annotated[bool, Option("--check", help="Compare migrations and tables on an empty database.")] = False,
 ) -> None:
     """Bring the database to the newest revision."""
-    _configure(state=state)
+    configure(state=state)
     from api.core import db, migrate
     from api.core.settings import get_settings
 
@@ -114,28 +112,6 @@ def migrate(
     if found := migrate.drift(engine):
         raise Problem("the migrations do not lead to the tables in code: " + "; ".join(str(item) for item in found))
     out.print("migrations and tables agree")
-
-
-@keys_app.command("create")
-def keys_create(
-    state: State = None,
-    project: Annotated[str, Option(help="Project, created when it is new.")] = "default",
-    name: Annotated[str, Option(help="What the key is for.")] = "command line",
-) -> None:
-    """Make an API key. It is printed once, on standard output, and kept only as a hash."""
-    _configure(state=state)
-    from api.core import keys, migrate
-    from api.core.db import get_engine, session_scope
-    from api.core.settings import get_settings
-
-    settings = get_settings()
-    if (settings.database_url is None and not settings.state_dir.is_dir()) or not migrate.is_current(get_engine()):
-        raise Problem(f"no database at {settings.database()}; `lorainit serve` or `lorainit migrate` makes it.")
-    with session_scope() as session:
-        key, secret = keys.create_key(session, keys.get_or_create_project(session, project), name=name)
-        session.commit()
-    err.print(f"{key.id} of project {project}; it is shown only now:", style="dim")
-    out.print(secret, markup=False)
 
 
 @models_app.command("inspect")
@@ -156,7 +132,7 @@ def models_inspect(
 @app.command(rich_help_panel="Service")
 def doctor(state: State = None, as_json: Annotated[bool, Option("--json", help="For programs.")] = False) -> None:
     """Check database, broker, storage, clock, disks, devices; say what a run would choose. Exit 1 if one fails."""
-    _configure(state=state)
+    configure(state=state)
     from api.terminal import doctor as examination
 
     if not examination.run(out, as_json=as_json):
@@ -263,14 +239,6 @@ def methods() -> None:
         err.print("OPENAI_BASE_URL is not set: these are the methods of this installation.", style="dim")
         rows = tables.installed_methods()
     out.print(tables.table(tables.METHOD_COLUMNS, rows), soft_wrap=False)
-
-
-def _configure(**options: Path | str | int | None) -> None:
-    """Options are settings: written where this process and its children read them."""
-    names = {"state": "LORAINIT_STATE_DIR", "host": "LORAINIT_HOST", "port": "LORAINIT_PORT"}
-    for option, value in options.items():
-        if value is not None:
-            os.environ[names[option]] = str(value)
 
 
 def _announce(url: str, state: Path, first_key: str | None) -> None:

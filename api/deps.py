@@ -11,14 +11,14 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 from sqlalchemy.orm import Session
 
-from api.core import keys
+from api.core import keys, rates
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.idempotency import Attempt
 from api.core.keys import Caller
 from api.core.models import Project
 from api.core.storage import Storage, get_storage
-from api.errors import Unauthenticated
+from api.errors import TooManyRequests, Unauthenticated
 
 MAX_WINDOW, READ_TIMEOUT, SLACK = 900, 600, 60
 
@@ -33,7 +33,7 @@ def _writing() -> Iterator[Session]:
         yield session
 
 
-def _caller(
+def _authenticated(
     request: Request,
     authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
     openai_project: Annotated[str | None, Header(include_in_schema=False)] = None,
@@ -57,6 +57,25 @@ def _caller(
                 f"OpenAI-Project {openai_project!r} is not the project of this API key.", code="mismatched_project"
             )
     request.scope["state"]["project"] = caller.project_id
+    return caller
+
+
+def _caller(request: Request, caller: Annotated[Caller, Depends(_authenticated)]) -> Caller:
+    """Whoever asks, within what the key may ask for; `api.envelope` writes the allowance into the headers."""
+    limiter = rates.get_limiter()
+    allowance = request.scope["state"]["allowance"] = None if limiter is None else limiter.take(caller.key_id)
+    if allowance is not None and allowance.wait:
+        raise TooManyRequests(
+            f"Rate limit reached for this API key: {allowance.limit} requests per minute."
+            f" Please try again in {allowance.wait:.2g} s.",
+            code="rate_limit_exceeded",
+            wait=allowance.wait,
+        )
+    return caller
+
+
+def _admin(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
+    keys.require_admin(caller, "This route")
     return caller
 
 
@@ -98,5 +117,6 @@ def _number(text: str, default: int) -> int:
 Reading = Annotated[Session, Depends(_reading, scope="function")]
 Writing = Annotated[Session, Depends(_writing, scope="function")]
 CallerDep = Annotated[Caller, Depends(_caller)]
+AdminDep = Annotated[Caller, Depends(_admin)]
 AttemptDep = Annotated[Attempt, Depends(_attempt)]
 StorageDep = Annotated[Storage, Depends(get_storage)]

@@ -1,9 +1,10 @@
-"""Around every request: an id, a clock, a size limit on bodies, one log line, and a 500 in our shape.
+"""Around every request: an id, a clock, limits on bodies, one log line, and a 500 in our shape.
 
 A plain ASGI layer, because the framework's own handler for unhandled exceptions answers text
 without a request id, and its body limit answers text too.
 """
 
+import asyncio
 import time
 from contextvars import Token
 from typing import Any
@@ -19,12 +20,15 @@ from api.core import logs
 from api.core.errors import TooLarge
 from api.core.files import too_large
 from api.core.ids import new_id
+from api.core.rates import Allowance
 from api.core.settings import Settings
-from api.errors import error_body, respond
+from api.errors import TooSlow, error_body, respond
 from api.exposition import Requests
 
 # A multipart body is a little larger than the file in it.
 MULTIPART_SLACK = 64 * 1024
+# Bytes per second at which a slow body is still welcome: 128 kbit/s.
+PACE = 16 * 1024
 _UPLOAD = ("POST", "/v1/files")
 
 
@@ -59,13 +63,14 @@ class _Exchange:
         self.organization = settings.organization
         self.started = time.perf_counter()
         self.status: int | None = None
-        self.received = 0
+        self.received, self.waited, self.complete = 0, 0.0, False
+        self.patience = settings.body_seconds
         self.refusal = _limit(scope, settings)
         scope.setdefault("state", {})["request_id"] = self.request_id
 
     async def run(self, app: ASGIApp) -> None:
         try:
-            if _declared(self.scope) > self.refusal.limit:
+            if declared(self.scope) > self.refusal.limit:
                 await respond(self.refusal.error)(self.scope, self._receive, self.send)
             else:
                 await app(self.scope, self.receive, self.send)
@@ -80,11 +85,27 @@ class _Exchange:
             self._log()
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        if self.complete:  # only a disconnect is left to hear of, however long that takes
+            return await self._receive()
+        message = await self._wait()
+        self.complete = not message.get("more_body", False)
         self.received += len(message.get("body", b""))
         if self.received > self.refusal.limit:
             raise self.refusal.error
         return message
+
+    async def _wait(self) -> Message:
+        """The next part of the body. Only time spent waiting counts, so a slow disk of ours costs nobody's patience."""
+        left = self.patience + self.received / PACE - self.waited
+        start = time.perf_counter()
+        try:
+            async with asyncio.timeout(max(0.0, left)):
+                return await self._receive()
+        except TimeoutError as error:
+            text = f"The body came too slowly: {self.received} bytes in {self.waited + left:.0f} s of waiting."
+            raise TooSlow(text, code="body_too_slow") from error
+        finally:
+            self.waited += time.perf_counter() - start
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -93,6 +114,7 @@ class _Exchange:
             headers["x-request-id"] = self.request_id
             headers["openai-organization"] = f"org-{self.organization}"
             headers["openai-processing-ms"] = str(self._milliseconds())
+            headers.update(_limits(self.scope["state"].get("allowance")))
         await self._send(message)
 
     def _internal_error(self) -> JSONResponse:
@@ -117,6 +139,22 @@ class _Exchange:
         return round((time.perf_counter() - self.started) * 1000)
 
 
+def _limits(allowance: Allowance | None) -> dict[str, str]:
+    """What the key has left, in OpenAI's headers; nothing where nothing is counted."""
+    if allowance is None:
+        return {}
+    values = {"limit": allowance.limit, "remaining": allowance.remaining, "reset": _duration(allowance.reset)}
+    return {f"x-ratelimit-{name}-requests": str(value) for name, value in values.items()}
+
+
+def _duration(seconds: float) -> str:
+    """As OpenAI writes it: `120ms`, `8.64s`, `1m0s`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f}ms"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes:.0f}m{rest:.0f}s" if minutes else f"{rest:.4g}s"
+
+
 class _Limit:
     """How large this request's body may be, and what is said when it is larger."""
 
@@ -132,7 +170,8 @@ def _limit(scope: Scope, settings: Settings) -> _Limit:
     return _Limit(limit, TooLarge(f"The body is larger than {limit} bytes.", code="request_too_large"))
 
 
-def _declared(scope: Scope) -> int:
+def declared(scope: Scope) -> int:
+    """Bytes of the body as the request announces them; 0 when it does not."""
     text = Headers(scope=scope).get("content-length", "0")
     return int(text) if text.isascii() and text.isdecimal() else 0
 

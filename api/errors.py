@@ -5,16 +5,21 @@ Refusal (api.core.errors)      status
 ├── BadReference, WrongState,
 │   InvalidValue               400
 ├── TooLarge                   413
-├── StorageFull, QueueFull     429   (x-should-retry: false)
+├── Forbidden                  403
+├── StorageFull, QuotaExceeded,
+│   QueueFull                  429   (x-should-retry: false)
 ├── InProgress                 409   (the one status that asks the client to retry a 4xx)
 ├── Unavailable                503
 └── only over HTTP:
     ├── BadRequest             400
     ├── Unauthenticated        401
     ├── WrongVerb              405
+    ├── TooManyRequests        429   (retry-after: a retry is right)
+    ├── TooSlow                400   (connection: close)
     └── OutOfRange             416
 """
 
+import math
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -27,10 +32,12 @@ from starlette.exceptions import HTTPException
 from api.core import disk, logs
 from api.core.errors import (
     BadReference,
+    Forbidden,
     InProgress,
     InvalidValue,
     NotFound,
     QueueFull,
+    QuotaExceeded,
     Refusal,
     StorageFull,
     TooLarge,
@@ -49,6 +56,18 @@ class Unauthenticated(Refusal):
     """No key, or one that opens nothing here."""
 
 
+class TooManyRequests(Refusal):
+    """The key asks more often than it may; after `wait` seconds it may again."""
+
+    def __init__(self, message: str, *, code: str, wait: float) -> None:
+        super().__init__(message, code=code)
+        self.wait = wait
+
+
+class TooSlow(Refusal):
+    """The body does not arrive; nobody waits for the rest of it."""
+
+
 class WrongVerb(Refusal):
     """The path exists, the verb does not."""
 
@@ -65,11 +84,15 @@ STATUS: Mapping[type[Refusal], int] = {
     TooLarge: 413,
     StorageFull: 429,
     QueueFull: 429,
+    QuotaExceeded: 429,
+    Forbidden: 403,
     InProgress: 409,
     Unavailable: 503,
     BadRequest: 400,
     Unauthenticated: 401,
     WrongVerb: 405,
+    TooManyRequests: 429,
+    TooSlow: 400,
     OutOfRange: 416,
 }
 
@@ -78,6 +101,9 @@ CODES: Mapping[str, tuple[int, ...]] = {
     "missing_api_key": (401,),
     "invalid_api_key": (401,),
     "mismatched_project": (401,),
+    "insufficient_permissions": (403,),
+    "project_not_found": (404,),
+    "key_not_found": (404,),
     "fine_tune_not_found": (404,),
     "file_not_found": (400, 404),
     "model_not_found": (404,),
@@ -110,10 +136,21 @@ CODES: Mapping[str, tuple[int, ...]] = {
     "file_too_large": (413,),
     "request_too_large": (413,),
     "range_not_satisfiable": (416,),
+    "body_too_slow": (400,),
+    "rate_limit_exceeded": (429,),
+    "quota_exceeded": (429,),
     "insufficient_storage": (429,),
     "queue_full": (429,),
     "internal_error": (500,),
     "not_ready": (503,),
+}
+
+
+_ADVICE: Mapping[int, Mapping[str, str]] = {
+    401: {"www-authenticate": "Bearer"},
+    409: {"retry-after-ms": "500"},
+    429: {"x-should-retry": "false"},
+    503: {"retry-after": "2"},
 }
 
 
@@ -125,23 +162,23 @@ def status_of(refusal: Refusal) -> int:
 def error_body(message: str, *, code: str, status: int, param: str | None = None) -> dict[str, dict[str, str | None]]:
     """The one shape of every answer that is not a success."""
     kind = "server_error" if status >= 500 else "insufficient_quota" if status == 429 else "invalid_request_error"
+    kind = "requests" if code == "rate_limit_exceeded" else kind
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def respond(refusal: Refusal, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """A refusal as a response; what a retry may hope for stands in the headers."""
     status = status_of(refusal)
-    advice: dict[str, str] = {}
-    if status == 409:
-        advice = {"retry-after-ms": "500"}
-    elif status == 429:
-        advice = {"x-should-retry": "false"}
-    elif status == 503:
-        advice = {"retry-after": "2"}
-    elif status == 401:
-        advice = {"www-authenticate": "Bearer"}
     body = error_body(refusal.message, code=refusal.code, status=status, param=refusal.param)
-    return JSONResponse(body, status_code=status, headers={**advice, **(headers or {})})
+    return JSONResponse(body, status_code=status, headers={**_advice(refusal, status), **(headers or {})})
+
+
+def _advice(refusal: Refusal, status: int) -> dict[str, str]:
+    if isinstance(refusal, TooManyRequests):
+        return {"retry-after": str(math.ceil(refusal.wait)), "retry-after-ms": str(math.ceil(refusal.wait * 1000))}
+    if isinstance(refusal, TooSlow):
+        return {"connection": "close"}  # else the server would go on reading the body to its end
+    return dict(_ADVICE.get(status, {}))
 
 
 def install(app: FastAPI) -> None:
@@ -195,14 +232,15 @@ def _full() -> StorageFull:
 
 def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
     routes: Table = request.app.state.table
-    later = planned(request.method, request.url.path, routes)
+    path: str = request.scope["path"]  # a URL would lose a line break, and then name a route that exists
+    later = planned(request.method, path, routes)
     if later is not None:
         return respond(later)
-    verbs = routes.verbs(request.url.path)
+    verbs = routes.verbs(path)
     if error.status_code == 405 or verbs:
         allowed = ", ".join(sorted(verbs))
-        message = f"{request.method} is not possible on {request.url.path}. Possible: {allowed}."
+        message = f"{request.method} is not possible on {path}. Possible: {allowed}."
         return respond(WrongVerb(message, code="method_not_allowed"), {"allow": allowed})
     known = ", ".join(routes.paths())
-    message = f"{request.method} {request.url.path} does not exist. Routes: {known}."
+    message = f"{request.method} {path} does not exist. Routes: {known}."
     return respond(NotFound(message, code="unsupported_endpoint"))

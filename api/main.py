@@ -18,11 +18,13 @@ from api.core.settings import get_settings
 from api.envelope import Envelope
 from api.exposition import Requests, make_registry
 from api.offered import Table
-from api.routes import files, health, jobs, models, prometheus
+from api.routes import files, health, jobs, keys, models, prometheus
 from api.schemas.wire import ErrorBody
 
-ROUTERS = (files.router, jobs.router, models.router, health.router, prometheus.router)
-DOCUMENTED = (400, 401, 404, 413, 429, 500, 503)
+ROUTERS = (files.router, jobs.router, models.router, keys.router, health.router, prometheus.router)
+# What any route under /v1 may answer beside its success; routes name what only they answer.
+DOCUMENTED = (400, 401, 403, 404, 413, 429, 500, 503)
+DOCUMENTED_OUTSIDE = (500, 503)
 
 
 @asynccontextmanager
@@ -43,7 +45,6 @@ def create_app() -> FastAPI:
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
-        responses={status: {"model": ErrorBody} for status in DOCUMENTED},
         # Figures and logs are ours; its spans are the framework's, and go where ours go.
         telemetry={
             "tracing": provider is not None,
@@ -54,7 +55,8 @@ def create_app() -> FastAPI:
         },
     )
     for router in ROUTERS:
-        app.include_router(router)
+        statuses = DOCUMENTED if router.prefix.startswith("/v1") else DOCUMENTED_OUTSIDE
+        app.include_router(router, responses={status: {"model": ErrorBody} for status in statuses})
     app.state.table = Table(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     registry = app.state.registry = make_registry({"storage": health.storage_works, "broker": health.broker_works})
     app.add_middleware(Envelope, settings=get_settings(), requests=Requests(registry))

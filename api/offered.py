@@ -19,7 +19,7 @@ PLANNED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"/v1/experiments(/.*)?", "Experiments"),
         (r"/v1/(chat/)?completions", "Chat with a fine-tuned model"),
         (r"/v1/webhook_(endpoints|event_types)(/.*)?", "Webhooks"),
-        (r"/v1/organization/.*", "Administration over HTTP"),
+        (r"/v1/organization/.*", "This part of the administration"),
     )
 ]
 

@@ -109,8 +109,13 @@ def _converted(path: Path, cache: Path) -> Path:
 
 def _convert(path: Path, out: Path) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        # Said here too: whatever lies beside the file may name code of its own.
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
     except (ValueError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedModel(f"{path.name} cannot be read as GGUF: {error}", param="model") from error
     # save_pretrained refuses a model that remembers having been quantized; the tensors no longer are.

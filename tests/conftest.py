@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.core import catalogue, db, migrate, queue, settings, storage, traces
+from api.core import catalogue, db, migrate, queue, rates, settings, storage, traces
 from tests import servers
 
 
@@ -80,7 +80,7 @@ def forget() -> None:
         if made.cache_info().currsize:
             made().dispose()
         made.cache_clear()
-    for cached in (settings.get_settings, db.get_sessions, storage.get_storage, queue.get_celery):
+    for cached in (settings.get_settings, db.get_sessions, storage.get_storage, queue.get_celery, rates.get_limiter):
         cached.cache_clear()
     catalogue.load.cache_clear()
     traces.provider.cache_clear()

@@ -1,6 +1,7 @@
 """Folders as tar files that are byte-identical for equal contents."""
 
 import hashlib
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ def pack(folder: Path, target: Path, *, mtime: int) -> Archive:
     Raises:
         ValueError: a link or a special file lies in the folder.
     """
+    if folder.is_symlink():
+        raise ValueError(f"{folder.name} is a link")
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
         for path in sorted(folder.rglob("*")):
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -30,10 +33,15 @@ def pack(folder: Path, target: Path, *, mtime: int) -> Archive:
             if path.is_file():
                 info = tarfile.TarInfo(path.relative_to(folder).as_posix())
                 info.size, info.mtime, info.mode = path.stat().st_size, mtime, 0o644
-                with path.open("rb") as file:
+                with open(path, "rb", opener=_no_link) as file:
                     tar.addfile(info, file)
     with target.open("rb") as file:
         return Archive(target, target.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open as asked, unless the file has become a link since it was looked at (OSError)."""
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -69,13 +69,16 @@ class Base(DeclarativeBase):
 
 def make_engine(url: str, *, read_only: bool = False) -> Engine:
     """An engine for `url` with the settings each database needs; `read_only` matters to SQLite alone."""
+    # hide_parameters: what a statement carried (labels, digests of keys) would else stand in logged errors.
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
+        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30, hide_parameters=True)
     # One writing connection per process: its writers then wait in the pool, in turn and at once
     # awake, where SQLite's own waiting sleeps up to 100 ms a try. Readers never wait for a writer.
     pool = {"pool_size": 20, "max_overflow": 20} if read_only else {"pool_size": 1, "max_overflow": 0}
     connect_args = {"timeout": 30, "check_same_thread": False, "isolation_level": None}
-    engine = create_engine(url, poolclass=QueuePool, connect_args=connect_args, pool_timeout=30, **pool)
+    engine = create_engine(
+        url, poolclass=QueuePool, connect_args=connect_args, pool_timeout=30, hide_parameters=True, **pool
+    )
     event.listen(engine, "connect", _sqlite_connect)
     start = "BEGIN" if read_only else "BEGIN IMMEDIATE"
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(start))

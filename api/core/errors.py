@@ -8,6 +8,8 @@ Refusal
 ├── TooLarge          more bytes than we take
 ├── StorageFull       no room for the bytes; a quick retry does not help
 ├── QueueFull         the project has as many waiting jobs as it may
+├── QuotaExceeded     the project has used up what it may have
+├── Forbidden         the key lacks the right
 ├── InProgress        the same order is being carried out right now
 └── Unavailable       try again in a few seconds
 """
@@ -49,6 +51,14 @@ class StorageFull(Refusal):
 
 class QueueFull(Refusal):
     """The project has as many waiting jobs as it may; trying again at once does not help."""
+
+
+class QuotaExceeded(Refusal):
+    """The project has used up what it may have; trying again at once does not help."""
+
+
+class Forbidden(Refusal):
+    """The key is good, and lacks the right."""
 
 
 class InProgress(Refusal):

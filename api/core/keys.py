@@ -1,19 +1,28 @@
-"""Projects and API keys: 32 random bytes behind a prefix, stored as SHA-256, shown once."""
+"""Projects and API keys: 32 random bytes behind a prefix, stored as SHA-256, shown once.
+
+A key speaks for one project. A `member` orders, reads and cancels; an `admin` may also order at
+high priority and sees, makes and deletes the project's keys.
+"""
 
 import hashlib
 import hmac
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from api.core import paging
 from api.core.db import now
+from api.core.errors import Forbidden, NotFound
 from api.core.ids import new_id
 from api.core.models import ApiKey, Project
 
 PREFIX = "sk-lorainit-"
+Role = Literal["admin", "member"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,7 @@ class Caller:
 
     key_id: str
     project_id: str
+    role: str
 
 
 def get_or_create_project(session: Session, name: str) -> Project:
@@ -35,7 +45,7 @@ def get_or_create_project(session: Session, name: str) -> Project:
 
 
 def create_key(
-    session: Session, project: Project, *, name: str, expires_at: datetime | None = None
+    session: Session, project: Project, *, name: str, role: Role = "member", expires_at: datetime | None = None
 ) -> tuple[ApiKey, str]:
     """A new key and its secret. The secret exists only in this answer."""
     key_id = secrets.token_hex(8)
@@ -46,6 +56,7 @@ def create_key(
         name=name,
         secret_sha256=_digest(secret),
         hint=secret[-4:],
+        role=role,
         created_at=now(session),
         expires_at=expires_at,
         deleted_at=None,
@@ -68,7 +79,46 @@ def authenticate(session: Session, secret: str) -> Caller | None:
         return None
     if key.deleted_at is not None or (key.expires_at is not None and key.expires_at <= now(session)):
         return None
-    return Caller(key_id=key.id, project_id=key.project_id)
+    return Caller(key_id=key.id, project_id=key.project_id, role=key.role)
+
+
+def require_admin(caller: Caller, what: str, *, param: str | None = None) -> None:
+    """Refuse a member.
+
+    Raises:
+        Forbidden: `what` needs an admin key.
+    """
+    if caller.role != "admin":
+        text = f"{what} needs an admin key of this project; this key is a {caller.role}."
+        raise Forbidden(text, code="insufficient_permissions", param=param)
+
+
+def find_project(session: Session, caller: Caller, project_id: str) -> Project:
+    """The project in the path: the caller's own. Another one looks like none."""
+    if project_id != caller.project_id:
+        raise NotFound(f"No such project: {project_id}", code="project_not_found", param="project_id")
+    return session.get_one(Project, project_id)
+
+
+def find_key(session: Session, project_id: str, key_id: str) -> ApiKey:
+    """A key of this project that has not been deleted."""
+    key = session.get(ApiKey, key_id)
+    if key is None or key.project_id != project_id or key.deleted_at is not None:
+        raise NotFound(f"No such API key: {key_id}", code="key_not_found", param="key_id")
+    return key
+
+
+def page(session: Session, project_id: str, *, after: str | None, limit: int) -> tuple[Sequence[ApiKey], bool]:
+    """Keys of a project, newest first; True when there are more."""
+    query = select(ApiKey).where(ApiKey.project_id == project_id, ApiKey.deleted_at.is_(None))
+    return paging.page(session, query, ApiKey, project_id=project_id, after=after, limit=limit)
+
+
+def everyone(session: Session) -> Sequence[tuple[ApiKey, Project]]:
+    """Every key of every project that has not been deleted, oldest first: for the operator alone."""
+    query = select(ApiKey, Project).join(Project, Project.id == ApiKey.project_id)
+    rows = session.execute(query.where(ApiKey.deleted_at.is_(None)).order_by(ApiKey.created_at, ApiKey.id))
+    return [(key, project) for key, project in rows]
 
 
 def delete_key(session: Session, key_id: str) -> bool:

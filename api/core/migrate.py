@@ -5,7 +5,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from api.core.db import Base
 
@@ -30,7 +30,12 @@ def upgrade(engine: Engine) -> None:
 def is_current(engine: Engine) -> bool:
     """True when the database is at the newest revision."""
     with engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_heads()
+        return at_head(connection)
+
+
+def at_head(connection: Connection) -> bool:
+    """True when this connection sees a database at the newest revision."""
+    current = MigrationContext.configure(connection).get_current_heads()
     return set(current) == set(ScriptDirectory.from_config(_config()).get_heads())
 
 

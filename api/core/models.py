@@ -26,6 +26,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from api.core.db import Base, Json, UTCDateTime
 
 JOB_STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
+ROLES = ("admin", "member")
 FINAL_STATUSES = ("succeeded", "failed", "cancelled")
 
 Bytes = BigInteger()
@@ -50,12 +51,14 @@ class ApiKey(Base):
     """A key of one project; only its SHA-256 is kept."""
 
     __tablename__ = "api_keys"
+    __table_args__ = (CheckConstraint(f"role IN {ROLES}", name="role"),)
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
     name: Mapped[str] = mapped_column(String(255))
     secret_sha256: Mapped[str] = mapped_column(String(64))
     hint: Mapped[str] = mapped_column(String(16))
+    role: Mapped[str] = mapped_column(String(16), server_default="member")
     created_at: Mapped[datetime] = mapped_column(UTCDateTime)
     expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)

@@ -11,9 +11,9 @@ from sqlalchemy import ColumnElement, Select, and_, or_
 from sqlalchemy.orm import Session
 
 from api.core.errors import InvalidValue
-from api.core.models import File, Job
+from api.core.models import ApiKey, File, Job
 
-R = TypeVar("R", File, Job)
+R = TypeVar("R", ApiKey, File, Job)
 
 
 def page(

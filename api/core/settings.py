@@ -15,7 +15,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """The service's settings; times are seconds, sizes are bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="LORAINIT_", extra="ignore", frozen=True)
+    # What is wrong with a setting is said without its value: it may be a URL with a password.
+    model_config = SettingsConfigDict(env_prefix="LORAINIT_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     state_dir: Path = Field(Path(".state"), description="Folder of the embedded default: database, files, caches.")
     database_url: str | None = Field(None, description="SQLAlchemy URL; empty = SQLite (WAL) in the state folder.")
@@ -34,6 +35,18 @@ class Settings(BaseSettings):
     organization: str = Field("local", description="Name in `organization_id` and in fine-tuned model names.")
     max_upload_bytes: int = Field(512 * 2**20, description="Largest file `POST /v1/files` takes.")
     max_body_bytes: int = Field(2 * 2**20, description="Largest JSON body.")
+    body_seconds: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="A request's body may keep us waiting this long, and a second more per 16 KiB received."
+    )
+    requests_per_minute: Annotated[int, Field(ge=0)] = Field(
+        0, description="Requests per API key and minute, counted in the broker; 0 = no limit."
+    )
+    project_bytes: Annotated[int, Field(ge=0)] = Field(
+        0, description="Bytes a project may store (files, adapters, checkpoints); 0 = no limit."
+    )
+    project_files: Annotated[int, Field(ge=0)] = Field(
+        0, description="Uploaded files a project may keep; 0 = no limit."
+    )
     log_format: str = Field("json", description="`json` or `console`.")
     log_level: str = Field("info", description="Lowest level written.")
 

@@ -218,7 +218,7 @@ def _first_key() -> str | None:
         if _has_key(session):
             return None
         project = keys.get_or_create_project(session, "default")
-        _, secret = keys.create_key(session, project, name="first key")
+        _, secret = keys.create_key(session, project, name="first key", role="admin")
         session.commit()
         return secret
 

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -11,7 +11,15 @@ from api.core import files
 from api.core.models import File
 from api.core.storage import Storage
 from api.errors import OutOfRange, respond
+from api.schemas.wire import ErrorBody
 
+_BINARY = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
+BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The bytes.", "content": _BINARY},
+    206: {"description": "The range asked for.", "content": _BINARY},
+    304: {"description": "`If-None-Match` names the bytes there are."},
+    416: {"description": "The range lies outside the file.", "model": ErrorBody},
+}
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 

@@ -5,27 +5,28 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, BackgroundTasks, Query, Request
 from fastapi.responses import Response
 
-from api.core import files
+from api.core import files, quota
 from api.core.errors import NotFound
 from api.core.idempotency import once
 from api.core.settings import get_settings
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
-from api.routes.download import download
+from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit10000
 from api.routes.upload import SCHEMA, UploadDep
 from api.schemas.file import FileObject, file_object, fingerprint_of
-from api.schemas.wire import Deleted, Page, listed
+from api.schemas.wire import ONCE, Deleted, Page, listed
 
 router = APIRouter(prefix="/v1", tags=["files"])
 
 
-@router.post("/files", openapi_extra=SCHEMA, response_model=FileObject)
+@router.post("/files", openapi_extra=SCHEMA, response_model=FileObject, responses=ONCE)
 def create(upload: UploadDep, attempt: AttemptDep, session: Writing, storage: StorageDep, reply: Response) -> Any:
     """Store a file. Its rows are checked afterwards: `status` is `uploaded` until then."""
     project, about = attempt.caller.project_id, {"purpose": upload.purpose, "filename": upload.filename}
     stored = files.store(storage, upload.stream, project_id=project, limit=get_settings().max_upload_bytes)
 
     def make() -> tuple[str, dict[str, Any]]:
+        quota.take_room(session, project, adding=stored.bytes)
         file = files.add(session, stored, project_id=project, lifetime=upload.lifetime, **about)
         return file.id, file_object(file).model_dump()
 
@@ -80,7 +81,7 @@ def delete(
 
 
 @router.head("/files/{file_id}/content", include_in_schema=False)
-@router.get("/files/{file_id}/content", response_class=Response)
+@router.get("/files/{file_id}/content", response_class=Response, responses=BYTES)
 def content(file_id: str, request: Request, caller: CallerDep, session: Reading, storage: StorageDep) -> Response:
     """Exactly the uploaded bytes; ranges and conditions are honoured."""
     file = files.readable(session, caller.project_id, file_id)

@@ -3,15 +3,16 @@
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from api.core import logs, migrate, queue, workers
-from api.core.db import get_engine, session_scope
+from api.core.db import session_scope
 from api.core.settings import get_settings
 from api.core.storage import get_storage
+from api.schemas.wire import Wire
 
 router = APIRouter(tags=["health"])
 REMEMBERED_SECONDS = 5.0
@@ -24,15 +25,24 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+class Readiness(Wire):
+    """What was looked at, and what was found."""
+
+    status: Literal["ready", "not ready"]
+    version: str
+    checks: dict[str, str | int]
+
+
+@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 def readyz() -> JSONResponse:
     """Jobs can be accepted. No worker, and no broker, is still ready: the rows wait."""
     checks: dict[str, Any] = {"database": "ok", "storage": "ok", "queue": "ok", "migrations": "ok", "workers": 0}
     try:
         with session_scope(read_only=True) as session:
             checks["workers"] = workers.online(session)
-        if not _lately("migrations", lambda: migrate.is_current(get_engine())):
-            checks["migrations"] = "missing"
+            # On a reader: SQLite's writing connection would wait for whoever writes just now.
+            if not _lately("migrations", lambda: migrate.at_head(session.connection())):
+                checks["migrations"] = "missing"
     except Exception as error:
         logs.get_logger(__name__).warning("database_unavailable", error=str(error))
         checks |= {"database": "unreachable", "migrations": "unknown"}

@@ -6,30 +6,32 @@ from typing import Annotated, Any
 from fastapi import APIRouter, BackgroundTasks, Query, Request
 from fastapi.responses import Response
 
-from api.core import admission, checkpoints, events, jobs, logs, lookup, pauses, queue, results
+from api.core import admission, checkpoints, events, jobs, keys, logs, lookup, pauses, queue, results
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.idempotency import once
 from api.core.submit import submit
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
-from api.routes.download import download
+from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit100, Limit1000
 from api.schemas.event import CheckpointObject, EventObject, checkpoint_object, event_object
 from api.schemas.job import JobObject, job_object
 from api.schemas.job_request import JobRequest
-from api.schemas.wire import Page, listed
+from api.schemas.wire import ONCE, Page, listed
 
 router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"])
 JOBS = "/fine_tuning/jobs"
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
-@router.post(JOBS, response_model=JobObject)
+@router.post(JOBS, response_model=JobObject, responses=ONCE)
 def create(
     body: JobRequest, attempt: AttemptDep, session: Writing, background: BackgroundTasks, reply: Response
 ) -> Any:
     """Order a job. The answer never waits for files to be checked or for a worker."""
     project = attempt.caller.project_id
+    if body.priority == "high":
+        keys.require_admin(attempt.caller, "priority 'high'", param="priority")
 
     def make() -> tuple[str, dict[str, Any]]:
         job = submit(session, project, body.order())
@@ -112,7 +114,7 @@ def list_checkpoints(
 
 
 @router.head(JOBS + "/{fine_tuning_job_id}/adapter", include_in_schema=False)
-@router.get(JOBS + "/{fine_tuning_job_id}/adapter", response_class=Response)
+@router.get(JOBS + "/{fine_tuning_job_id}/adapter", response_class=Response, responses=BYTES)
 def adapter(
     fine_tuning_job_id: str,
     request: Request,

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Query
+from pydantic import Field
 
 from api.core import catalogue, registry
 from api.core.errors import NotFound
@@ -14,7 +15,7 @@ from lorainit.inits import INITS
 
 router = APIRouter(prefix="/v1", tags=["models"])
 Base = Annotated[str | None, Empty, Query(description="A base model: fills in rates and availability.")]
-Rank = Annotated[int | None, Empty, Query(ge=1, le=1024)]
+Rank = Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Empty, Query()]
 
 
 @router.get("/models")

@@ -9,9 +9,12 @@ from fastapi import Depends, Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from api.core import quota
+from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.files import UPLOADABLE
-from api.deps import CallerDep
+from api.deps import AttemptDep
+from api.envelope import MULTIPART_SLACK, declared
 from api.errors import BadRequest
 
 FIELD_BYTES = 64 * 1024
@@ -50,7 +53,15 @@ class Upload:
     lifetime: int | None
 
 
-async def _upload(request: Request, _caller: CallerDep) -> AsyncIterator[Upload]:
+def _room(request: Request, attempt: AttemptDep) -> None:
+    """Refuse what cannot fit before it is read. The exact size is known, and counted, afterwards."""
+    if attempt.is_retry or attempt.key:
+        return  # it may be stored already, and then takes no room
+    with session_scope(read_only=True) as session:
+        quota.require_room(session, attempt.caller.project_id, adding=max(0, declared(request.scope) - MULTIPART_SLACK))
+
+
+async def _upload(request: Request, _: Annotated[None, Depends(_room)]) -> AsyncIterator[Upload]:
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         yield _read(FormData())
         return

@@ -37,7 +37,7 @@ class Deleted(Wire):
     """The answer to a delete."""
 
     id: str
-    object: Literal["file", "model"]
+    object: Literal["file", "model", "organization.project.api_key.deleted"]
     deleted: Literal[True] = True
 
 
@@ -54,6 +54,12 @@ class ErrorBody(Wire):
     """The one shape of every answer that is not a success."""
 
     error: ErrorDetail
+
+
+# The answers of a route that makes something at most once (`api.core.idempotency`).
+ONCE: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorBody, "description": "The first request with this identity is still being carried out."}
+}
 
 
 def listed(rows: Sequence[T], *, has_more: bool) -> Page[T]:

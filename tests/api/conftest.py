@@ -49,9 +49,9 @@ def app(session: Session) -> Any:
     return create_app()
 
 
-def make_lab(session: Session, app: Any, name: str) -> Lab:
+def make_lab(session: Session, app: Any, name: str, *, role: keys.Role = "member") -> Lab:
     project = keys.get_or_create_project(session, name)
-    _, secret = keys.create_key(session, project, name="test")
+    _, secret = keys.create_key(session, project, name="test", role=role)
     session.commit()
     client = TestClient(app, headers={"authorization": f"Bearer {secret}"}, raise_server_exceptions=False)
     return Lab(project, secret, client)
@@ -63,9 +63,15 @@ def lab(session: Session, app: Any) -> Lab:
 
 
 @pytest.fixture
+def admin(session: Session, app: Any) -> Lab:
+    """The same project as `lab`, with an admin's key."""
+    return make_lab(session, app, "lab", role="admin")
+
+
+@pytest.fixture
 def stranger(session: Session, app: Any) -> Lab:
     """Another project on the same server."""
-    return make_lab(session, app, "stranger")
+    return make_lab(session, app, "stranger", role="admin")
 
 
 @pytest.fixture

@@ -129,3 +129,13 @@ def test_a_database_that_is_down_is_a_503(lab: Lab, session: Session, monkeypatc
     reply = lab.client.get(f"{JOBS}/ftjob-x")
     refused(reply, 503, "not_ready")
     assert 1 <= int(reply.headers["retry-after"]) <= 10
+
+
+@pytest.mark.parametrize("verb", ["GET", "DELETE"])
+def test_a_line_break_in_a_model_name_is_a_404(client: TestClient, verb: str) -> None:
+    refused(client.request(verb, "/v1/models/a%0Ab"), 404, "unsupported_endpoint")
+
+
+def test_an_empty_rank_counts_as_absent(client: TestClient) -> None:
+    assert client.get("/v1/lora/methods?r=&model=").json() == client.get("/v1/lora/methods").json()
+    refused(client.get("/v1/lora/methods?r=0"), 400, "invalid_value", "r")

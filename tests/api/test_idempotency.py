@@ -171,7 +171,11 @@ def test_an_order_that_is_still_being_made_is_a_409(service: None, monkeypatch: 
     """On SQLite the second writer waits for the first anyway."""
     monkeypatch.setattr(idempotency, "WAIT_SECONDS", 1)
     attempt = idempotency.Attempt(
-        caller=keys.Caller("key_x", "proj_x"), path=JOBS, key="abc", retry_count=0, window=timedelta(seconds=60)
+        caller=keys.Caller("key_x", "proj_x", "member"),
+        path=JOBS,
+        key="abc",
+        retry_count=0,
+        window=timedelta(seconds=60),
     )
     with session_scope() as first, session_scope() as second:
         if first.get_bind().dialect.name == "sqlite":

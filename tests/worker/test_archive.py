@@ -30,6 +30,28 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
         assert [(member.name, member.uid, member.mtime) for member in tar] == [("b.txt", 0, 100), ("sub/a.txt", 0, 100)]
 
 
+def test_a_folder_that_is_itself_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(a_folder(tmp_path / "one"))
+    with pytest.raises(ValueError, match="is a link"):
+        pack(tmp_path / "link", tmp_path / "one.tar", mtime=100)
+
+
+def test_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
+    (a_folder(tmp_path / "one") / "etc").symlink_to("/etc")
+    with pytest.raises(ValueError, match="etc is neither"):
+        pack(tmp_path / "one", tmp_path / "one.tar", mtime=100)
+
+
+def test_a_file_that_becomes_a_link_while_we_look_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_folder(tmp_path / "one")
+    (folder / "link").symlink_to("/etc/passwd")
+    monkeypatch.setattr(Path, "is_symlink", lambda _: False)  # as it was when it was looked at
+    with pytest.raises(OSError, match="symbolic link"):
+        pack(folder, tmp_path / "one.tar", mtime=100)
+
+
 def test_a_link_is_refused(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "one")
     (folder / "link").symlink_to("/etc/passwd")

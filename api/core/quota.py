@@ -1,0 +1,53 @@
+"""What a project may keep: bytes and files, summed over the rows whenever something is to be added."""
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from api.core.errors import QuotaExceeded
+from api.core.files import UPLOADABLE
+from api.core.models import File, Project
+from api.core.settings import get_settings
+
+
+def require_room(session: Session, project_id: str, *, adding: int) -> None:
+    """Refuse one more file of `adding` bytes where the project has no room for it.
+
+    Raises:
+        QuotaExceeded: its bytes or its files are used up.
+    """
+    settings = get_settings()
+    if settings.project_files and _files(session, project_id) >= settings.project_files:
+        text = f"This project keeps {settings.project_files} files, as many as it may. Delete one first."
+        raise QuotaExceeded(text, code="quota_exceeded", param="file")
+    if not settings.project_bytes:
+        return
+    used = stored_bytes(session, project_id)
+    if used + adding > settings.project_bytes:
+        text = (
+            f"This project stores {used} of at most {settings.project_bytes} bytes; {adding} more do not fit."
+            " Delete files or models first."
+        )
+        raise QuotaExceeded(text, code="quota_exceeded", param="file")
+
+
+def take_room(session: Session, project_id: str, *, adding: int) -> None:
+    """Like `require_room`, and what other requests add until the commit waits and is counted.
+
+    Raises:
+        QuotaExceeded: its bytes or its files are used up.
+    """
+    settings = get_settings()
+    if settings.project_bytes or settings.project_files:
+        session.execute(select(Project.id).where(Project.id == project_id).with_for_update())
+        require_room(session, project_id, adding=adding)
+
+
+def stored_bytes(session: Session, project_id: str) -> int:
+    """Bytes of everything of a project that can be downloaded: uploads, results, adapters, checkpoints."""
+    total = select(func.sum(File.bytes)).where(File.project_id == project_id, File.deleted_at.is_(None))
+    return int(session.scalar(total) or 0)
+
+
+def _files(session: Session, project_id: str) -> int:
+    mine = (File.project_id == project_id, File.deleted_at.is_(None), File.purpose.in_(UPLOADABLE))
+    return session.scalar(select(func.count()).select_from(File).where(*mine)) or 0

@@ -1,0 +1,55 @@
+"""API keys of one's own project, for its admins. A secret leaves in one answer and is never stored.
+
+Creating is the one create without replays (`api.core.idempotency`): they would have to keep the
+secret. A retry makes a second key, and the first is one that nobody holds.
+"""
+
+from datetime import timedelta
+
+from fastapi import APIRouter
+
+from api.core import keys
+from api.core.db import now
+from api.deps import AdminDep, Reading, Writing
+from api.routes.query import After, Limit100
+from api.schemas.key import KeyObject, KeyRequest, NewKeyObject, key_object, new_key_object
+from api.schemas.wire import Deleted, Page, listed
+
+router = APIRouter(prefix="/v1/organization/projects/{project_id}", tags=["API keys"])
+
+
+@router.post("/api_keys")
+def create(project_id: str, body: KeyRequest, caller: AdminDep, session: Writing) -> NewKeyObject:
+    """Make a key (extension). `value` is its secret, shown only now."""
+    project = keys.find_project(session, caller, project_id)
+    life = body.expires_in_seconds
+    expires_at = None if life is None else now(session) + timedelta(seconds=life)
+    key, secret = keys.create_key(session, project, name=body.name, role=body.role, expires_at=expires_at)
+    session.commit()
+    return new_key_object(key, secret)
+
+
+@router.get("/api_keys")
+def list_keys(
+    project_id: str, caller: AdminDep, session: Reading, after: After = None, limit: Limit100 = None
+) -> Page[KeyObject]:
+    """Keys of the project, newest first."""
+    project = keys.find_project(session, caller, project_id)
+    rows, more = keys.page(session, project.id, after=after, limit=limit or 20)
+    return listed([key_object(row) for row in rows], has_more=more)
+
+
+@router.get("/api_keys/{key_id}")
+def retrieve(project_id: str, key_id: str, caller: AdminDep, session: Reading) -> KeyObject:
+    """One key."""
+    project = keys.find_project(session, caller, project_id)
+    return key_object(keys.find_key(session, project.id, key_id))
+
+
+@router.delete("/api_keys/{key_id}")
+def delete(project_id: str, key_id: str, caller: AdminDep, session: Writing) -> Deleted:
+    """Delete a key; it opens nothing from this moment on."""
+    project = keys.find_project(session, caller, project_id)
+    keys.delete_key(session, keys.find_key(session, project.id, key_id).id)
+    session.commit()
+    return Deleted(id=key_id, object="organization.project.api_key.deleted")

@@ -1,0 +1,71 @@
+"""`lorainit keys`: make, list and delete API keys on the server's machine. The first admin key comes from here."""
+
+import sys
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from typer import Argument, Option
+
+from api.terminal import tables
+from api.terminal.client import Problem
+from api.terminal.local import State, configure, require_database
+
+app = typer.Typer(no_args_is_help=True, help="API keys (on the server's machine).")
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 400)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+@app.command("create")
+def create(
+    state: State = None,
+    project: Annotated[str, Option(help="Project, created when it is new.")] = "default",
+    name: Annotated[str, Option(help="What the key is for.")] = "command line",
+    role: Annotated[
+        Literal["admin", "member"],
+        Option(help="An admin also manages the project's keys and may order at high priority."),
+    ] = "member",
+) -> None:
+    """Make an API key. It is printed once, on standard output, and kept only as a hash."""
+    configure(state=state)
+    from api.core import keys
+    from api.core.db import session_scope
+
+    require_database()
+    with session_scope() as session:
+        owner = keys.get_or_create_project(session, project)
+        key, secret = keys.create_key(session, owner, name=name, role=role)
+        session.commit()
+    err.print(f"{key.id} ({key.role}) of project {project}, {owner.id}; it is shown only now:", style="dim")
+    out.print(secret, markup=False)
+
+
+@app.command("list")
+def list_keys(state: State = None) -> None:
+    """Every key that opens something, without its secret."""
+    configure(state=state)
+    from api.core import keys
+    from api.core.db import session_scope
+
+    require_database()
+    with session_scope(read_only=True) as session:
+        rows = [
+            (key.id, project.name, key.role, key.name, f"...{key.hint}", f"{key.created_at:%Y-%m-%d %H:%M}")
+            for key, project in keys.everyone(session)
+        ]
+    out.print(tables.table(("key", "project", "role", "name", "ends in", "made"), rows), soft_wrap=False)
+
+
+@app.command("delete")
+def delete(key: Annotated[str, Argument(help="Id of the key: key_...")], state: State = None) -> None:
+    """Delete a key. It opens nothing from this moment on."""
+    configure(state=state)
+    from api.core import keys
+    from api.core.db import session_scope
+
+    require_database()
+    with session_scope() as session:
+        if not keys.delete_key(session, key):
+            raise Problem(f"there is no key {key}.")
+        session.commit()
+    out.print(f"{key} deleted", markup=False)
