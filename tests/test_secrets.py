@@ -11,10 +11,12 @@ from typing import Any
 import openai
 import pytest
 import redis
-from sqlalchemy import select
+from sqlalchemy import Engine, select, text
+from sqlalchemy.exc import DBAPIError
 
 from api.core import db, keys, migrate
 from api.core.db import session_scope
+from api.core.settings import Settings
 from tests import servers
 from tests.conftest import forget
 from tests.test_job_path import QUIET, WORKER, Stack, tiny_base
@@ -93,6 +95,19 @@ def test_no_log_no_event_and_no_row_of_a_run_holds_a_secret(stack: tuple[Stack, 
     found |= {row[:300] for row in rows() for word in planted if word in row}
     assert found == set()
     assert any(good.id in row for row in rows())
+
+
+def test_an_error_of_the_database_is_told_without_its_values(engine: Engine) -> None:
+    with engine.connect() as connection, pytest.raises(DBAPIError) as raised:
+        connection.execute(text("SELECT * FROM nowhere WHERE x = :value"), {"value": "swordfish"})
+    assert "nowhere" in str(raised.value) and "swordfish" not in str(raised.value)
+
+
+def test_a_wrong_setting_is_told_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAINIT_PORT", "swordfish")
+    with pytest.raises(ValueError, match="port") as raised:
+        Settings()  # type: ignore[call-arg]
+    assert "swordfish" not in str(raised.value)
 
 
 def _break_things(service: Stack) -> None:

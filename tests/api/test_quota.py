@@ -1,11 +1,15 @@
 """How much a project may keep: refused before an upload is read, exact when it is stored."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import quota, settings
+from api.core import db, quota, settings
 from api.core.errors import QuotaExceeded
 from tests.api.conftest import JSONL, Lab, Traces, refused
+from tests.things import a_file, a_project
 
 
 @pytest.fixture
@@ -72,9 +76,29 @@ def test_a_retried_upload_is_not_counted_twice(allowed: None, lab: Lab) -> None:
 
 
 def test_results_count_as_bytes_but_not_as_files(allowed: None, lab: Lab, session: Session) -> None:
-    from tests.things import a_file
-
     a_file(session, lab.project, purpose="fine-tune-results", bytes=2 * len(JSONL))
     quota.take_room(session, lab.project.id, adding=10)
     with pytest.raises(QuotaExceeded):
         quota.take_room(session, lab.project.id, adding=11)
+
+
+def test_uploads_at_the_same_time_are_counted_one_after_another(service: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAINIT_PROJECT_FILES", "3")
+    settings.get_settings.cache_clear()
+    with db.session_scope() as session:
+        project = a_project(session)
+        session.commit()
+
+    def add(_: int) -> bool:
+        with db.session_scope() as session:
+            try:
+                quota.take_room(session, project.id, adding=1)
+            except QuotaExceeded:
+                return False
+            a_file(session, project)
+            time.sleep(0.05)
+            session.commit()
+            return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(add, range(8))) == 3
