@@ -138,3 +138,22 @@ def test_a_chore_that_fails_or_hangs_does_not_stop_the_others(monkeypatch: pytes
     monkeypatch.setattr(reconciler, "CHORES", (broken, stuck, works))
     reconciler.run(stop)
     assert len(rounds) == 3
+
+
+def test_a_chore_that_goes_on_failing_is_tried_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = list[float]()
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            return False
+
+        def is_set(self) -> bool:
+            return len(pauses) == 9
+
+    def broken() -> None:
+        if len(pauses) < 8:
+            raise OSError(28, "No space left on device")
+
+    reconciler._repeat(broken, Stop())
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30, 0.5]
