@@ -29,7 +29,7 @@ from tests.core.life import ATTEMPTS, LEASE, LIMIT, Life, next_up
 from tests.things import a_file, a_job, a_project
 
 PLENTY = settings(
-    max_examples=50,
+    max_examples=40,
     stateful_step_count=40,
     phases=[Phase.generate],  # shrinking an example takes minutes; the printed one is a plain program to rerun
     deadline=None,
@@ -84,11 +84,11 @@ class Lives(RuleBasedStateMachine):
 
     @initialize(priorities=st.lists(st.integers(0, 2), min_size=4, max_size=4))
     def begin(self, priorities: list[int]) -> None:
-        """Four jobs, two of which run, so that every rule has something to do from the first step on."""
+        """Four jobs, three of which run and one of which its project's limit holds."""
         for number, priority in enumerate(priorities):
             self.order("ann" if number else "bob", priority)
             self.consider(number, 1)
-        for worker in ("w1", "w2"):
+        for worker in ("w1", "w2", "w1"):
             self.claim(worker)
 
     # --- the user -------------------------------------------------------------------------------
@@ -189,13 +189,18 @@ class Lives(RuleBasedStateMachine):
             self._end_in_the_model(life, end)
         assert moved == (held and not (end == "lose" and life.status == "failed"))
 
-    @rule()
-    def strike(self) -> None:
-        """Bad luck comes back to the job that has had most of it."""
+    @rule(what=st.sampled_from(["lose", "lose", "checkpoint"]))
+    def strike(self, what: str) -> None:
+        """Luck, bad or good, comes to the job that has had most of the bad."""
         held = [one for one in self.leases if self.lives[one.job_id].held_by(one.token)]
         for lease in sorted(held, key=lambda one: self.lives[one.job_id].losses)[-1:]:
-            jobs.lose(self.session, lease, "The process was killed", max_attempts=ATTEMPTS)
-            self.lives[lease.job_id].lose(self.now)
+            life = self.lives[lease.job_id]
+            if what == "lose":
+                jobs.lose(self.session, lease, "The process was killed", max_attempts=ATTEMPTS)
+                life.lose(self.now)
+            else:
+                assert jobs.advanced(self.session, lease)
+                self._save(lease, life)
 
     def _end(self, lease: Lease, end: str) -> bool:
         if end == "succeed":
@@ -242,6 +247,7 @@ class Lives(RuleBasedStateMachine):
         for row in rows:
             assert (row.lease_owner is not None) == (row.lease_until is not None) == (row.status == "running")
             assert (row.finished_at is not None) == self.lives[row.id].is_over
+            assert row.turn == pytest.approx(self.lives[row.id].turn, abs=1)
             assert (row.rung_at is not None) == self.lives[row.id].rung
 
     @invariant()
