@@ -41,7 +41,8 @@ def test_jobs_of_the_release_before_keep_their_order_and_their_events(
         session.commit()
     back(old, GROUPED_JOBS)
     with old.connect() as connection:
-        assert "turn" not in connection.execute(text("SELECT * FROM jobs")).keys()
+        columns = list(connection.execute(text("SELECT * FROM jobs")).keys())
+    assert "created_at" in columns and "turn" not in columns
     migrate.upgrade(old)
     with sessionmaker(old)() as session:
         low, high, unchecked = (session.get_one(Job, job_id) for job_id in (*queued, waiting))
