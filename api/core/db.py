@@ -71,7 +71,11 @@ def make_engine(url: str, *, read_only: bool = False) -> Engine:
     """An engine for `url` with the settings each database needs; `read_only` matters to SQLite alone."""
     # hide_parameters: what a statement carried (labels, digests of keys) would else stand in logged errors.
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30, hide_parameters=True)
+        # A process that is frozen in the middle of a transaction holds its rows no longer than this; no
+        # transaction is open during slow work.
+        patience = {"options": "-c idle_in_transaction_session_timeout=60s"}
+        limits = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 30}
+        return create_engine(url, **limits, connect_args=patience, hide_parameters=True)
     # One writing connection per process: its writers then wait in the pool, in turn and at once
     # awake, where SQLite's own waiting sleeps up to 100 ms a try. Readers never wait for a writer.
     pool = {"pool_size": 20, "max_overflow": 20} if read_only else {"pool_size": 1, "max_overflow": 0}

@@ -1,5 +1,8 @@
 """Bring the database to the newest revision, and say whether it is there."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -22,9 +25,28 @@ def _config() -> Config:
 def upgrade(engine: Engine) -> None:
     """Run every migration that is missing; all or none."""
     config = _config()
-    with engine.begin() as connection:
+    with engine.connect() as connection, _tables_replaceable(connection), connection.begin():
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+@contextmanager
+def _tables_replaceable(connection: Connection) -> Iterator[None]:
+    """SQLite changes a constraint by writing the table anew, and does not drop one whose rows are referred to.
+
+    Its switch for that works between transactions only, hence the driver's own connection.
+    """
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    driver.execute("PRAGMA foreign_keys=OFF")
+    try:
+        yield
+        assert not driver.execute("PRAGMA foreign_key_check").fetchall(), "a migration left rows that point at nothing"
+    finally:
+        driver.execute("PRAGMA foreign_keys=ON")
 
 
 def is_current(engine: Engine) -> bool:

@@ -19,6 +19,8 @@ ROUTES = {
     "/v1/fine_tuning/jobs": {"get", "post"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}": {"get"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel": {"post"},
+    "/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause": {"post"},
+    "/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume": {"post"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events": {"get"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints": {"get"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/adapter": {"get"},

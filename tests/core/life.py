@@ -25,6 +25,7 @@ class Life:
     lease_until: float | None = None
     error: str | None = None
     saved: bool = False
+    rung: bool = False
 
     @property
     def shown(self) -> str:
@@ -38,7 +39,7 @@ class Life:
         return self.status == "running" and self.token == token
 
     def line_up(self, at: float) -> None:
-        self.status, self.turn = "queued", at - STEP * self.priority
+        self.status, self.turn, self.rung = "queued", at - STEP * self.priority, False
 
     def start(self, at: float) -> None:
         self.status, self.lease_until, self.not_before = "running", at + LEASE, 0.0
@@ -50,6 +51,7 @@ class Life:
 
     def stop(self) -> None:
         """The run ends without an end: where to?"""
+        self.rung = self.rung and self.asked
         self.leave("paused" if self.asked else "queued")
 
     def lose(self, at: float) -> None:

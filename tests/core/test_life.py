@@ -29,7 +29,7 @@ from tests.core.life import ATTEMPTS, LEASE, LIMIT, Life, next_up
 from tests.things import a_file, a_job, a_project
 
 PLENTY = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=40,
     phases=[Phase.generate],  # shrinking an example takes minutes; the printed one is a plain program to rerun
     deadline=None,
@@ -82,13 +82,14 @@ class Lives(RuleBasedStateMachine):
         job_id = list(self.lives)[number % len(self.lives)]
         return self.session.get_one(Job, job_id, populate_existing=True), self.lives[job_id]
 
-    @initialize(priorities=st.lists(st.integers(0, 2), min_size=3, max_size=3))
+    @initialize(priorities=st.lists(st.integers(0, 2), min_size=4, max_size=4))
     def begin(self, priorities: list[int]) -> None:
-        """Three jobs wait and one runs, so that every rule has something to do from the first step on."""
+        """Four jobs, three of which run and one of which its project's limit holds."""
         for number, priority in enumerate(priorities):
             self.order("ann" if number else "bob", priority)
             self.consider(number, 1)
-        self.claim("w1")
+        for worker in ("w1", "w2", "w1"):
+            self.claim(worker)
 
     # --- the user -------------------------------------------------------------------------------
 
@@ -127,9 +128,16 @@ class Lives(RuleBasedStateMachine):
         elif expected:
             life.leave("failed", "invalid_training_file")
 
-    @rule(seconds=st.sampled_from([1, 12, 31, 400]))
+    @rule(seconds=st.sampled_from([1, 12, 31, 5000]))
     def time_passes(self, seconds: int) -> None:
         self.clock.at += timedelta(seconds=seconds)
+
+    @rule()
+    def announce(self) -> None:
+        for bell in admission.unannounced(self.session):
+            assert not self.lives[bell.job_id].rung
+            admission.mark_rung(self.session, bell.job_id)
+            self.lives[bell.job_id].rung = True
 
     @rule()
     def recover(self) -> None:
@@ -143,10 +151,8 @@ class Lives(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(["w1", "w2"]))
     def claim(self, worker: str) -> None:
         expected = next_up(self.lives, self.now)
-        bells = {bell.job_id for bell in admission.unannounced(self.session)}
         taken = jobs.claim(self.session, worker, lease_seconds=LEASE)
         assert [job.id for job in taken] == ([expected] if expected else [])
-        assert expected in bells or not bells, "somebody is rung for exactly when there is something to take"
         for job in taken:
             self.lives[job.id].start(self.now)
             self.leases.append(Lease(job.id, job.lease_token))
@@ -182,6 +188,19 @@ class Lives(RuleBasedStateMachine):
         if held:
             self._end_in_the_model(life, end)
         assert moved == (held and not (end == "lose" and life.status == "failed"))
+
+    @rule(what=st.sampled_from(["lose", "lose", "checkpoint"]))
+    def strike(self, what: str) -> None:
+        """Luck, bad or good, comes to the job that has had most of the bad."""
+        held = [one for one in self.leases if self.lives[one.job_id].held_by(one.token)]
+        for lease in sorted(held, key=lambda one: self.lives[one.job_id].losses)[-1:]:
+            life = self.lives[lease.job_id]
+            if what == "lose":
+                jobs.lose(self.session, lease, "The process was killed", max_attempts=ATTEMPTS)
+                life.lose(self.now)
+            else:
+                assert jobs.advanced(self.session, lease)
+                self._save(lease, life)
 
     def _end(self, lease: Lease, end: str) -> bool:
         if end == "succeed":
@@ -228,7 +247,8 @@ class Lives(RuleBasedStateMachine):
         for row in rows:
             assert (row.lease_owner is not None) == (row.lease_until is not None) == (row.status == "running")
             assert (row.finished_at is not None) == self.lives[row.id].is_over
-            assert row.status != "queued" or row.rung_at is None
+            assert row.turn == pytest.approx(self.lives[row.id].turn, abs=1)
+            assert (row.rung_at is not None) == self.lives[row.id].rung
 
     @invariant()
     def nobody_runs_more_than_it_may(self) -> None:
