@@ -24,8 +24,6 @@ from tests.chaos.orphans import Orphans
 from tests.chaos.storage import SmallDisk, enter
 
 TICK_SECONDS = 0.05
-USERS = 4
-FICKLE = 0.15
 REAL_STEPS = 300
 
 
@@ -52,6 +50,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=120, help="how long jobs may take to end afterwards")
     parser.add_argument("--steps", type=int, nargs=2, default=(150, 250), help="shortest and longest job")
     parser.add_argument("--only", default="", help="only troubles whose name has this in it, as in supervisor_frozen")
+    parser.add_argument("--users", type=int, default=4, help="who order three jobs at a time, for four slots")
+    parser.add_argument("--fickle", type=float, default=0.15, help="share of their jobs that they cancel")
     parser.add_argument("--real", type=int, default=3, help="how many jobs on a real base, beside one in peace")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="take one safeguard out; chaos must notice")
     parser.add_argument("--keep", action="store_true", help="keep logs and files of the run")
@@ -102,10 +102,10 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
 
 def _users(meet: Callable[..., User], options: argparse.Namespace) -> list[User]:
     found = [meet(name="real", wants=real.orders(options.real, steps=REAL_STEPS), at_once=1)] if options.real else []
-    for number in range(USERS):
+    for number in range(options.users):
         seed = options.seed * 1000 + number
         wants = stub_orders(seed=seed, steps=tuple(options.steps))
-        found.append(meet(name=f"user-{number}", wants=wants, fickle=FICKLE, seed=seed))
+        found.append(meet(name=f"user-{number}", wants=wants, fickle=options.fickle, seed=seed))
     return found
 
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 from celery import Celery
@@ -26,6 +27,7 @@ from tests.chaos.storage import SmallDisk
 KINDS = {"trainer": 30, "supervisor": 25, "worker": 15, "reconciler": 15, "api": 15}
 QUIET_SECONDS = 1.0
 SHARE_OF_REAL = 0.2
+LONGEST_WAIT = 20.0
 QUEUE = "lora:train"
 
 # How long a trouble lasts, and what begins it. It is made from two numbers of [0, 1): how long, and which one.
@@ -115,11 +117,28 @@ class Nemesis:
         while True:
             yield from self._random.sample(kinds, len(kinds))
 
-    def _lasting(self, name: str, seconds: float, begin: Callable[[], None], end: Callable[[], None]) -> Lasting:
+    def _lasting(
+        self,
+        name: str,
+        seconds: float,
+        begin: Callable[[], None],
+        end: Callable[[], None],
+        *,
+        until: Callable[[], bool] = lambda: True,
+    ) -> Lasting:
+        """A trouble of so many seconds, and longer when by then that which it is there to provoke has not happened."""
+
         def start() -> None:
             self.did[name] += 1
             begin()
-            self._after(seconds, end)
+            limit = time.monotonic() + seconds + LONGEST_WAIT
+            self._after(seconds, lambda: finish(limit))
+
+        def finish(limit: float) -> None:
+            if until() or time.monotonic() > limit:
+                end()
+            else:
+                self._after(0.2, lambda: finish(limit))
 
         return seconds, start
 
@@ -150,13 +169,29 @@ class Nemesis:
         return self._lasting("PostgreSQL restarted", 2 * length, lambda: postgres.stop(how), postgres.start)
 
     def _supervisor_frozen(self, length: float, pick: float) -> Lasting:
-        """Past its lease, while its trainer goes on."""
+        """Past its lease, until its job has a successor."""
+        before: dict[Path, int] = {}
 
         def freeze() -> None:
             busy = [one for one in self._fleet.supervisors() if family(one.pid)]
-            self._freeze(busy[int(pick * len(busy)) :][:1])
+            for victim in busy[int(pick * len(busy)) :][:1]:
+                before.update({log: _attempts(log) for log in self._logs_of(victim)})
+                self._freeze([victim])
 
-        return self._lasting("supervisor frozen", LEASE_SECONDS * (1.3 + 1.2 * length), freeze, self._thaw)
+        def taken_over() -> bool:
+            return all(_attempts(log) > count for log, count in before.items())
+
+        seconds = LEASE_SECONDS * (1.3 + 1.2 * length)
+        return self._lasting("supervisor frozen", seconds, freeze, self._thaw, until=taken_over)
+
+    def _logs_of(self, supervisor: psutil.Process) -> list[Path]:
+        """Where the trainers below it write down their steps."""
+        found = []
+        for trainer in family(supervisor.pid):
+            with suppress(psutil.Error):
+                specs = [Path(word) for word in trainer.cmdline() if word.endswith("/spec.json")]
+                found += [self._fleet.steps / spec.parent.parent.name for spec in specs]
+        return [log for log in found if log.exists()]
 
     def _host_frozen(self, length: float, pick: float) -> Lasting:
         """A worker with everything below it, as when its machine is suspended."""
@@ -221,6 +256,10 @@ class Nemesis:
         assert disk is not None
         begin, end = (lambda: disk.read_only(True)), (lambda: disk.read_only(False))
         return self._lasting("storage read-only", 2 + 4 * length, begin, end)
+
+
+def _attempts(log: Path) -> int:
+    return len({line.split()[1] for line in log.read_text().splitlines() if line.count(" ") == 3})
 
 
 def _quick(trainers: list[psutil.Process]) -> list[psutil.Process]:

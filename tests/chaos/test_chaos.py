@@ -32,6 +32,8 @@ def test_half_a_minute_of_chaos_breaks_no_promise() -> None:
     ],
 )
 def test_chaos_notices_when_a_safeguard_is_missing(mutant: str, options: tuple[str, ...], column: str) -> None:
-    code, said = chaos("--mutant", mutant, "--seconds", "25", "--settle", "15", "--real", "0", *options)
+    # One user leaves a slot free, so that a frozen supervisor's job has a successor before it thaws.
+    short = ("--seconds", "25", "--settle", "15", "--real", "0", "--users", "1", "--fickle", "0")
+    code, said = chaos("--mutant", mutant, *short, *options)
     assert code == 1, said
     assert f"! {column}: ftjob-" in said, said
