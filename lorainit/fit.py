@@ -46,7 +46,7 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
     """
     stand, members, retries = Stand(model), list(members), 0
     switches = [member.recipe.gradient_checkpointing for member in members]
-    recomputes = any(switch is True for switch in switches) and _recompute(stand, members, "it was asked for")
+    recomputes = True in switches and _recompute(stand, members, "it was asked for", kind="machine")
     while _fails(stand, members, lay, world):
         retries += 1
         if any(member.micro_batch_size > 1 for member in members):
@@ -54,7 +54,7 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
             for member in members:
                 _say_smaller(member)
         elif not recomputes and False not in switches:
-            recomputes = _recompute(stand, members, "one row did not fit into memory without it")
+            recomputes = _recompute(stand, members, "one row did not fit into memory without it", kind="oom_retry")
             if not recomputes:
                 raise _too_large()
         else:
@@ -120,13 +120,13 @@ def _say_smaller(member: Member) -> None:
     assert batch != "auto"
     pieces = -(-batch // micro)
     text = f"The longest batch did not fit into memory: {pieces} micro-batches of {micro} rows, same effective batch"
-    _tell([member], "warn", text, micro_batch_size=micro, gradient_accumulation_steps=pieces)
+    _tell([member], "warn", text, kind="oom_retry", micro_batch_size=micro, gradient_accumulation_steps=pieces)
 
 
-def _recompute(stand: Stand, members: Sequence[Member], why: str) -> bool:
+def _recompute(stand: Stand, members: Sequence[Member], why: str, *, kind: str) -> bool:
     works = recompute(stand.model)
     text = "Gradient checkpointing is on" if works else "Gradient checkpointing is not possible with this architecture"
-    _tell(members, "info" if works else "warn", f"{text}: {why}", gradient_checkpointing=works)
+    _tell(members, "info" if works else "warn", f"{text}: {why}", kind=kind, gradient_checkpointing=works)
     return works
 
 
@@ -154,9 +154,9 @@ def _compile(stand: Stand, members: Sequence[Member], lay: Lay, world: World) ->
         _forget(stand, members)
         reason = " ".join(str(error).split())[:300]
         text = f"The decoder layers run uncompiled: compiling them failed with {type(error).__name__}: {reason}"
-        _tell(members, "warn", text, compiled=False)
+        _tell(members, "warn", text, kind="machine", compiled=False)
         return
-    _tell(members, "info", f"The decoder layers are compiled: {why}", compiled=True)
+    _tell(members, "info", f"The decoder layers are compiled: {why}", kind="machine", compiled=True)
 
 
 def _tokens(member: Member) -> int:
@@ -168,5 +168,5 @@ def _tokens(member: Member) -> int:
 
 def _tell(members: Sequence[Member], level: str, text: str, **facts: Any) -> None:
     for member in members:
-        event = {"level": level, "message": text, "data": {"kind": "machine", **facts}}
+        event = {"level": level, "message": text, "data": facts}
         member.on_event(Message.model_validate(event))

@@ -19,7 +19,7 @@ from tests import stub_worker
 from tests.api.conftest import JOBS, Lab
 from tests.things import MODEL
 
-PUBLIC = {"/healthz", "/readyz", "/openapi.json"}
+PUBLIC = {"/healthz", "/readyz", "/metrics", "/openapi.json"}
 # Path and query parameters that name nothing a project owns.
 PLAIN = {"method", "limit", "purpose", "order", "r", "idempotency-key"}
 # JSON bodies by path: what is sent, and the fields in it that name something of a project.

@@ -42,7 +42,8 @@ class Memory:
 
 
 def told(events):
-    return [e.data for e in events if isinstance(e, Message) and e.data["kind"] == "machine" and "rows" not in e.data]
+    kinds = ("oom_retry", "machine")
+    return [e.data for e in events if isinstance(e, Message) and e.data["kind"] in kinds and "rows" not in e.data]
 
 
 def adapter(done):
@@ -67,7 +68,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_the_step_stays_what_it_was(wanted,
     plain = run(wanted(), tmp_path / "plain", lambda event: None)
     memory, heard = Memory(monkeypatch, tokens=70), []
     cut = run(wanted(), tmp_path / "cut", heard.append)
-    assert told(heard)[-1] == {"kind": "machine", "micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert told(heard)[-1] == {"kind": "oom_retry", "micro_batch_size": 1, "gradient_accumulation_steps": 4}
     assert [fact["micro_batch_size"] for fact in told(heard)] == [2, 1]
     assert memory.largest <= 70
     plans = [(event.micro_batch_size, event.gradient_accumulation_steps) for event in heard if isinstance(event, Plan)]
@@ -83,7 +84,7 @@ def test_gradient_checkpointing_is_the_last_resort(wanted, tmp_path, monkeypatch
     heard = []
     done = run(wanted(), tmp_path / "again", heard.append)
     assert [fact.get("micro_batch_size") for fact in told(heard)] == [2, 1, None]
-    assert told(heard)[-1] == {"kind": "machine", CHECKPOINTING: True}
+    assert told(heard)[-1] == {"kind": "oom_retry", CHECKPOINTING: True}
     ours, theirs = adapter(done), adapter(plain)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
