@@ -22,7 +22,7 @@ from worker.progress import Lost
 Result = TypeVar("Result")
 
 LONGEST_SECONDS = 600
-# Connection trouble, and a transaction that PostgreSQL ended while we slept (`db.IDLE_SECONDS`, an InternalError).
+# Connection trouble, and a transaction that PostgreSQL ended while we slept, which is an InternalError.
 # A refusal or a bug is none of these and is raised at once.
 PASSING = (OperationalError, InterfaceError, InternalError, GenericError)
 

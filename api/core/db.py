@@ -20,9 +20,6 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from api.core.settings import get_settings
 
-# PostgreSQL ends a session whose transaction waits this long for its next statement. Ours wait milliseconds.
-IDLE_SECONDS = 10.0
-
 
 class UTCDateTime(TypeDecorator[datetime]):
     """A point in time, always UTC and always aware; SQLite alone would lose the zone."""
@@ -73,9 +70,7 @@ class Base(DeclarativeBase):
 def make_engine(url: str, *, read_only: bool = False) -> Engine:
     """An engine for `url` with the settings each database needs; `read_only` matters to SQLite alone."""
     if make_url(url).get_backend_name() != "sqlite":
-        engine = create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
-        event.listen(engine, "connect", _postgresql_connect)
-        return engine
+        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
     # One writing connection per process: its writers then wait in the pool, in turn and at once
     # awake, where SQLite's own waiting sleeps up to 100 ms a try. Readers never wait for a writer.
     pool = {"pool_size": 20, "max_overflow": 20} if read_only else {"pool_size": 1, "max_overflow": 0}
@@ -85,14 +80,6 @@ def make_engine(url: str, *, read_only: bool = False) -> Engine:
     start = "BEGIN" if read_only else "BEGIN IMMEDIATE"
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(start))
     return engine
-
-
-def _postgresql_connect(connection: Any, _record: object) -> None:
-    # A worker that is frozen between two statements holds a job's row: nobody else could cancel the
-    # job or take it back for as long as the worker sleeps.
-    with connection.cursor() as cursor:
-        cursor.execute(f"SET idle_in_transaction_session_timeout = {int(IDLE_SECONDS * 1000)}")
-    connection.commit()
 
 
 def _sqlite_connect(connection: Any, _record: object) -> None:
