@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from obstore.exceptions import GenericError
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -22,8 +22,9 @@ from worker.progress import Lost
 Result = TypeVar("Result")
 
 LONGEST_SECONDS = 600
-# Connection trouble. A refusal or a bug is none of these and is raised at once.
-PASSING = (OperationalError, InterfaceError, GenericError)
+# Connection trouble, and a transaction that PostgreSQL ended while we slept, which is an InternalError.
+# A refusal or a bug is none of these and is raised at once.
+PASSING = (OperationalError, InterfaceError, InternalError, GenericError)
 
 
 def patiently(action: Callable[[], Result], *, until: threading.Event) -> Result:

@@ -24,11 +24,11 @@ def test_half_a_minute_of_chaos_breaks_no_promise() -> None:
 @pytest.mark.parametrize(
     ("mutant", "options", "column"),
     [
-        ("no-fence", ("--only", "supervisor", "--kills", "0"), "stale writes"),
+        ("no-recovery", ("--only", "supervisor", "--kills", "8"), "stuck"),
+        pytest.param("no-fence", ("--only", "supervisor", "--kills", "0"), "stale writes", marks=pytest.mark.slow),
         pytest.param("no-watchdog", ("--only", "supervisor", "--kills", "0"), "overlapping", marks=pytest.mark.slow),
         pytest.param("late-ack", ("--only", "doorbells", "--kills", "0"), "overlapping", marks=pytest.mark.slow),
         pytest.param("no-ring", ("--only", "wiped", "--kills", "0"), "stuck", marks=pytest.mark.slow),
-        pytest.param("no-recovery", ("--only", "frozen", "--kills", "6"), "stuck", marks=pytest.mark.slow),
     ],
 )
 def test_chaos_notices_when_a_safeguard_is_missing(mutant: str, options: tuple[str, ...], column: str) -> None:

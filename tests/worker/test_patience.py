@@ -4,8 +4,10 @@ import threading
 import time
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
+from api.core.db import make_engine
 from worker.patience import patiently
 from worker.progress import Lost
 
@@ -47,3 +49,16 @@ def test_a_bug_is_not_waited_for() -> None:
     with pytest.raises(ValueError, match="a bug"):
         patiently(action, until=threading.Event())
     assert len(calls) == 1
+
+
+def test_a_transaction_that_postgresql_ended_while_we_slept_is_repeated(postgres_server: str) -> None:
+    engine, naps = make_engine(postgres_server), iter((0.6, 0.0))
+
+    def write() -> int | None:
+        with engine.connect() as connection:
+            connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 200"))
+            time.sleep(next(naps))
+            return connection.scalar(text("SELECT 7"))
+
+    assert patiently(write, until=threading.Event()) == 7
+    engine.dispose()
