@@ -88,7 +88,7 @@ def lose(lease: Lease, how: str) -> None:
 def wait_for_room(lease: Lease, reason: str) -> None:
     """Back to the queue without costing an attempt: this host's disks have too little room now."""
     with session_scope() as session:
-        if jobs.give_back(session, lease, f"{reason} The job waits in the queue"):
+        if jobs.give_back(session, lease, reason.rstrip(".")):
             log.warning("too little room", reason=reason)
         session.commit()
 

@@ -65,7 +65,7 @@ def test_a_job_that_does_not_fit_now_goes_back_at_no_cost_and_says_why(
         one.run(WORKS)
     job = one.job(1)
     assert (job.status, job.attempts) == ("queued", 0)
-    assert "has 2.0 GiB free. The job waits in the queue" in one.story(1)[-1]
+    assert "has 2.0 GiB free; the job goes back to the queue" in one.story(1)[-1]
 
 
 def test_the_next_job_is_left_alone_until_the_room_is_there(one: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
