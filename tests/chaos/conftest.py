@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import httpx2
@@ -56,7 +57,7 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
     fleet = Fleet(place, place / "storage", mutant=None)
     try:
         town = Town(fleet)
-        with town.client:
+        with closing(town.client):  # which is open since its first request
             yield town
     finally:
         fleet.close()

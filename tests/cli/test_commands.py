@@ -129,11 +129,12 @@ def test_a_model_that_is_none_gets_no_entry(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_doctor_says_what_a_run_would_choose_here() -> None:
-    done = lorainit("doctor")
+def test_the_doctor_says_what_a_run_would_choose_here(tmp_path: Path) -> None:
+    nowhere = ("--state", str(tmp_path / "none"))  # not the folder of a service that runs in this checkout
+    done = lorainit("doctor", *nowhere)
     assert done.returncode == 0, done.stderr
     assert "fp32 products" in done.stdout
-    report = json.loads(lorainit("doctor", "--json").stdout)
+    report = json.loads(lorainit("doctor", "--json", *nowhere).stdout)
     assert {"ok", "checks", "machine", "packages", "choices"} == set(report)
 
 
