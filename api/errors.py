@@ -6,8 +6,7 @@ Refusal (api.core.errors)      status
 │   InvalidValue               400
 ├── TooLarge                   413
 ├── Forbidden                  403
-├── StorageFull, QuotaExceeded,
-│   QueueFull                  429   (x-should-retry: false)
+├── StorageFull, QuotaExceeded 429   (x-should-retry: false)
 ├── InProgress                 409   (the one status that asks the client to retry a 4xx)
 ├── Unavailable                503
 └── only over HTTP:
@@ -36,7 +35,6 @@ from api.core.errors import (
     InProgress,
     InvalidValue,
     NotFound,
-    QueueFull,
     QuotaExceeded,
     Refusal,
     StorageFull,
@@ -83,7 +81,6 @@ STATUS: Mapping[type[Refusal], int] = {
     InvalidValue: 400,
     TooLarge: 413,
     StorageFull: 429,
-    QueueFull: 429,
     QuotaExceeded: 429,
     Forbidden: 403,
     InProgress: 409,

@@ -7,7 +7,6 @@ Refusal
 ├── InvalidValue      a value outside its range or catalogue
 ├── TooLarge          more bytes than we take
 ├── StorageFull       no room for the bytes; a quick retry does not help
-├── QueueFull         the project has as many waiting jobs as it may
 ├── QuotaExceeded     the project has used up what it may have
 ├── Forbidden         the key lacks the right
 ├── InProgress        the same order is being carried out right now
@@ -47,10 +46,6 @@ class TooLarge(Refusal):
 
 class StorageFull(Refusal):
     """No room for the bytes; trying again at once does not help."""
-
-
-class QueueFull(Refusal):
-    """The project has as many waiting jobs as it may; trying again at once does not help."""
 
 
 class QuotaExceeded(Refusal):

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Double, Subquery, func, literal, or_, sele
 from sqlalchemy.orm import Session
 
 from api.core.db import now
-from api.core.errors import QueueFull
+from api.core.errors import QuotaExceeded
 from api.core.models import Job, Project
 from api.core.settings import get_settings
 
@@ -101,7 +101,7 @@ def check_room(session: Session, project_id: str) -> None:
     """Refuse one more waiting job of a project that has as many as it may.
 
     Raises:
-        QueueFull: `LORAINIT_PROJECT_QUEUED` of them wait already.
+        QuotaExceeded: `LORAINIT_PROJECT_QUEUED` of them wait already.
     """
     limit = get_settings().project_queued
     if not limit:
@@ -111,7 +111,7 @@ def check_room(session: Session, project_id: str) -> None:
     count = session.scalar(select(func.count()).where(Job.project_id == project_id, waiting)) or 0
     if count >= limit:
         message = f"{count} jobs of this project are waiting, and {limit} may. Wait for one to start, or cancel one."
-        raise QueueFull(message, code="queue_full")
+        raise QuotaExceeded(message, code="queue_full")
 
 
 def hold(session: Session, project_id: str) -> None:

@@ -7,7 +7,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from api.core import admission, jobs, lookup, turns
-from api.core.errors import QueueFull
+from api.core.errors import QuotaExceeded
 from api.core.jobs import Lease
 from api.core.models import Job
 from api.core.settings import get_settings
@@ -131,7 +131,7 @@ def test_the_waiting_jobs_of_a_project_are_counted(session: Session, environment
     a_job(session, project)
     turns.check_room(session, project.id)
     a_queued_job(session, project)
-    with pytest.raises(QueueFull, match="2 jobs of this project are waiting, and 2 may") as caught:
+    with pytest.raises(QuotaExceeded, match="2 jobs of this project are waiting, and 2 may") as caught:
         turns.check_room(session, project.id)
     assert caught.value.code == "queue_full"
     turns.check_room(session, a_project(session).id)
