@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.core import catalogue, db, migrate, queue, rates, settings, storage, traces
+from api.core import catalogue, db, migrate, places, queue, rates, settings, storage, traces
 from tests import servers
 
 
@@ -69,6 +69,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: s
     monkeypatch.setenv("LORAINIT_DATABASE_URL", database_url)
     for name in ("STORAGE_URL", "BROKER_URL", "CATALOGUE"):
         monkeypatch.delenv(f"LORAINIT_{name}", raising=False)
+    monkeypatch.setattr(places, "MAX_AGE_SECONDS", 0.0)  # the queue as it is now
     forget()
     yield monkeypatch
     forget()

@@ -2,25 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
-from sqlalchemy import ColumnElement, Row, func, select, text
+from sqlalchemy import ColumnElement, select, text
 from sqlalchemy.orm import Session
 
-from api.core import paging, pauses, turns, workers
-from api.core.db import now
+from api.core import paging, pauses, places
 from api.core.errors import NotFound
 from api.core.models import Adapter, File, Job
 from api.core.pauses import Prospect
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a queued job stands, and why it is not running."""
-
-    position: int
-    reason: str
+from api.core.places import Place
 
 
 @dataclass(frozen=True)
@@ -85,43 +75,15 @@ def _has(dialect: str, index: int, key: str, value: str) -> ColumnElement[bool]:
 
 def sights(session: Session, found: Sequence[Job]) -> list[Sight]:
     """The jobs with their places, results and prospects, in a few queries however many there are."""
-    places = _places(session, [job for job in found if job.status == "queued"])
+    standing = places.of(session, [job for job in found if job.status == "queued"])
     results = _results(session, [job.id for job in found if job.status == "succeeded"])
     prospects = pauses.prospects(session, found)
-    return [Sight(job, places.get(job.id), results.get(job.id), prospects[job.id]) for job in found]
+    return [Sight(job, standing.get(job.id), results.get(job.id), prospects[job.id]) for job in found]
 
 
 def sight(session: Session, job: Job) -> Sight:
     """One job as a caller is shown it."""
     return sights(session, [job])[0]
-
-
-def _places(session: Session, queued: Sequence[Job]) -> dict[str, Place]:
-    """Position among all that wait for the same workers, and the first reason that applies."""
-    if not queued:
-        return {}
-    ranked, at, served = turns.line(), now(session), workers.served(session)
-    numbered = select(
-        ranked.c.id,
-        turns.within_limit(ranked).label("allowed"),
-        func.row_number().over(partition_by=ranked.c.queue, order_by=(ranked.c.due, ranked.c.id)).label("position"),
-    ).subquery()
-    rows = session.execute(select(numbered).where(numbered.c.id.in_([job.id for job in queued]))).all()
-    by_id = {row.id: row for row in rows}
-    return {job.id: _place(job, by_id[job.id], at=at, served=served) for job in queued if job.id in by_id}
-
-
-def _place(job: Job, row: Row[Any], *, at: datetime, served: set[str]) -> Place:
-    waits = job.not_before is not None and job.not_before > at
-    if served and job.queue not in served:
-        reason = "no_worker_for_device"
-    elif job.attempts or job.losses or waits:
-        reason = "restarting"
-    elif not row.allowed:
-        reason = "project_limit_reached"
-    else:
-        reason = "waiting_for_gpu" if row.position == 1 or not served else "waiting_for_turn"
-    return Place(row.position, reason)
 
 
 def _results(session: Session, job_ids: Iterable[str]) -> dict[str, Result]:

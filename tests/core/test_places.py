@@ -1,0 +1,86 @@
+"""Places in the queue are ranked for everybody at once, and not at every look."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from api.core import db, jobs, lookup, places
+from api.core.models import Job
+from api.core.places import Board, Rank
+from tests.things import a_project, a_queued_job
+
+
+@pytest.fixture
+def rankings(session: Session, environment: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The statements that ranked the queue; what was ranked counts for a minute."""
+    environment.setattr(places, "MAX_AGE_SECONDS", 60.0)
+    seen: list[str] = []
+
+    def look(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        seen.extend([statement] if "row_number()" in statement else [])
+
+    event.listen(session.get_bind(), "before_cursor_execute", look)
+    yield seen
+    event.remove(session.get_bind(), "before_cursor_execute", look)
+
+
+def positions(session: Session, *queued: Job) -> list[int | None]:
+    return [sight.place.position if sight.place else None for sight in lookup.sights(session, queued)]
+
+
+def test_one_ranking_serves_everybody(session: Session, rankings: list[str]) -> None:
+    first, second = (a_queued_job(session, a_project(session)) for _ in range(2))
+    assert positions(session, second) == [2]
+    assert positions(session, first, second) == [1, 2]
+    with db.session_scope(read_only=True) as other:
+        assert positions(other, second) == [2]
+    assert len(rankings) == 1
+
+
+def test_a_job_that_is_new_in_the_queue_has_its_place_at_once(session: Session, rankings: list[str]) -> None:
+    first = a_queued_job(session, a_project(session))
+    assert positions(session, first) == [1]
+    second = a_queued_job(session, a_project(session))
+    assert positions(session, second, first) == [2, 1]
+    assert len(rankings) == 2
+
+
+def test_a_ranking_too_old_is_made_anew(session: Session, rankings: list[str], environment: pytest.MonkeyPatch) -> None:
+    first, second = (a_queued_job(session, a_project(session)) for _ in range(2))
+    assert positions(session, second) == [2]
+    jobs.cancel(session, first)
+    assert positions(session, second) == [2]
+    environment.setattr(places, "MAX_AGE_SECONDS", 0.0)
+    assert positions(session, second) == [1]
+
+
+def test_a_job_that_left_the_queue_has_no_place(session: Session, rankings: list[str]) -> None:
+    job = a_queued_job(session, a_project(session))
+    stale = [job]
+    jobs.claim(session, "worker:1", lease_seconds=30)
+    session.expunge(job)
+    job.status = "queued"  # as it was read a moment before
+    assert places.of(session, stale) == {}
+
+
+def test_threads_that_ask_at_once_rank_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "MAX_AGE_SECONDS", 60.0)
+    board, ranked, together = Board(), list[float](), threading.Barrier(8)
+
+    def rank_all() -> dict[str, Rank]:
+        ranked.append(time.monotonic())
+        time.sleep(0.05)
+        return {"job": Rank(1, allowed=True)}
+
+    def ask(_: int) -> int:
+        together.wait()
+        return board.ranks(["job"], rank_all)["job"].position
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == [1] * 8
+    assert len(ranked) == 1
