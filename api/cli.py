@@ -160,6 +160,7 @@ def submit(
     suffix: Annotated[str | None, Option(help="Part of the new model's name.")] = None,
     seed: Annotated[int | None, Option(help="Seed of everything random.")] = None,
     group: Annotated[bool, Option("--group", help="May be trained together with other such jobs.")] = False,
+    device: Annotated[str, Option(help="any, cpu, gpu or the name of a queue that workers listen on.")] = "any",
     devices: Annotated[int, Option(help="Devices of one host that share each step's rows.")] = 1,
     follow: Annotated[bool, Option("--watch", help="Follow the job to its end.")] = False,
 ) -> None:
@@ -180,7 +181,7 @@ def submit(
             "precision": precision,
         },
         lora=lora,
-        resources={"group": group, "devices": devices},
+        resources={"group": group, "device": device, "devices": devices},
         suffix=suffix,
         seed=seed,
     )
@@ -218,6 +219,18 @@ def list_jobs(limit: Annotated[int, Option(min=1, help="How many.")] = 20) -> No
 def cancel(job: Annotated[str, Argument(help="Job id.")]) -> None:
     """Cancel a job, at once and for good."""
     out.print(f"{job} {remote.connect().fine_tuning.jobs.cancel(job).status}", markup=False)
+
+
+@app.command(rich_help_panel="Jobs")
+def pause(job: Annotated[str, Argument(help="Job id.")]) -> None:
+    """Free the device; a run writes a checkpoint first and is `pausing` until then."""
+    out.print(f"{job} {remote.connect().fine_tuning.jobs.pause(job).status}", markup=False)
+
+
+@app.command(rich_help_panel="Jobs")
+def resume(job: Annotated[str, Argument(help="Job id.")]) -> None:
+    """Let a paused or failed job go on from its last checkpoint."""
+    out.print(f"{job} {remote.connect().fine_tuning.jobs.resume(job).status}", markup=False)
 
 
 @app.command(rich_help_panel="Jobs")

@@ -70,3 +70,16 @@ def test_a_job_paused_in_the_middle_ends_as_if_it_had_not_been(
     assert weights[0] == weights[1]
     assert log_of(client, ended) == log_of(client, before)
     assert len(log_of(client, ended)) == STEPS
+
+
+def test_a_waiting_job_is_paused_and_resumed_from_a_terminal(served: Served, rows: Path) -> None:
+    """Its device is one that no worker has, so that it waits."""
+    job = served.run("submit", str(rows), "--model", "tiny", "--r", "4", "--device", "elsewhere").stdout.strip()
+    assert served.run("pause", job).stdout.strip() == f"{job} paused"
+    assert served.run("resume", job).stdout.split() in ([job, "queued"], [job, "validating_files"])
+    shown = OpenAI(base_url=served.url, api_key=served.key).fine_tuning.jobs.retrieve(job)
+    assert served.run("cancel", job).stdout.strip() == f"{job} cancelled"
+    refused = served.run("resume", job)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "has already been cancelled" in refused.stderr
+    assert shown.resources["device"] == "elsewhere"  # type: ignore[attr-defined]
