@@ -27,7 +27,7 @@ COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "trained_tokens": ("Tokens that succeeded jobs trained on.", ("method",)),
     "out_of_memory": ("Runs out of memory: the job failed, or went on with smaller batches.", ("outcome",)),
     "leases_lost": ("Running jobs taken back from a silent worker.", ()),
-    "objects_removed": ("Files, checkpoints and orphans removed by retention.", ("reason",)),
+    "objects_removed": ("Files, checkpoints, jobs and orphans removed by retention.", ("reason",)),
 }
 
 

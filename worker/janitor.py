@@ -10,14 +10,15 @@ from datetime import UTC, datetime, timedelta
 from functools import wraps
 from itertools import islice
 
-from api.core import retention, tallies
+from api.core import idempotency, retention, tallies
 from api.core.db import session_scope
 from api.core.logs import get_logger
 from api.core.models import Checkpoint, File
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 
-MINUTE, HOUR = 60.0, 3600.0
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+SWEEPS = 2 * HOUR  # every orphan that is old enough has been swept within this
 BATCH = 500
 
 log = get_logger(__name__)
@@ -65,6 +66,31 @@ def forget_checkpoints() -> bool:
     return bool(gone)
 
 
+def forget_jobs() -> bool:
+    """Jobs long ended go, first what they left behind and then they themselves; True when there may be more.
+
+    Not before `sweep_orphans` has looked for what a crash of theirs left: it knows objects by their job.
+    """
+    settings = get_settings()
+    if not settings.job_days:
+        return False
+    days = max(settings.job_days, settings.orphan_days + SWEEPS / DAY)
+    with session_scope() as session:
+        retired = retention.retire_jobs(session, days=days)
+        removed = retention.remove_jobs(session, days=days)
+        tallies.add(session, "objects_removed", len(removed), reason="job")
+        session.commit()
+    return bool(retired or removed)
+
+
+def forget_orders() -> bool:
+    """What was remembered of creates, in case they were repeated, goes after a day."""
+    with session_scope() as session:
+        idempotency.forget(session)
+        session.commit()
+    return False
+
+
 def clear() -> bool:
     """The bytes of deleted rows go; True when there may be more."""
     return any([_clear(File), _clear(Checkpoint)])
@@ -108,4 +134,11 @@ def _remove_orphans(keys: list[str]) -> None:
             session.commit()
 
 
-CHORES = (every(MINUTE)(expire_files), every(HOUR)(forget_checkpoints), clear, every(HOUR)(sweep_orphans))
+CHORES = (
+    every(MINUTE)(expire_files),
+    every(HOUR)(forget_checkpoints),
+    every(HOUR)(forget_jobs),
+    every(HOUR)(forget_orders),
+    clear,
+    every(HOUR)(sweep_orphans),
+)

@@ -60,6 +60,12 @@ def bury(session: Session, checkpoint: Checkpoint, *, by: str | None = None) -> 
     checkpoint.deleted_by = file.deleted_by = by
 
 
+def bury_all(session: Session, job_id: str) -> None:
+    """`bury` every checkpoint that a job still has."""
+    for checkpoint in session.scalars(_kept(job_id)).all():
+        bury(session, checkpoint)
+
+
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Checkpoint], bool]:
     """Newest first, `limit` of them after the checkpoint `after`; True when there are more."""
     query = _kept(job_id).limit(limit + 1)

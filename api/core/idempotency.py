@@ -100,6 +100,11 @@ def once(
     return Outcome(object_id, body, replayed=False)
 
 
+def forget(session: Session) -> None:
+    """Drop what was remembered of creates that nobody can repeat any more."""
+    session.execute(delete(Creation).where(Creation.created_at < now(session) - KEY_LIFE))
+
+
 def _take_turn(session: Session, attempt: Attempt, mark: str) -> None:
     """Wait for other requests with the same identity; the lock goes with the transaction."""
     if session.get_bind().dialect.name != "postgresql":

@@ -23,7 +23,7 @@ from api.core.db import now
 from api.core.errors import WrongState
 from api.core.models import FINAL_STATUSES, Adapter, File, Job
 from api.core.settings import get_settings
-from api.core.transitions import Failure, Lease, change, in_state, lock, move
+from api.core.transitions import Failure, Lease, change, hold, in_state, lock, move
 
 __all__ = ["Failure", "Lease"]
 
@@ -242,8 +242,7 @@ def cancel(session: Session, job: Job) -> Job:
     Raises:
         WrongState: the job has already succeeded or failed.
     """
-    row = lock(session, Job.id == job.id)
-    assert row is not None
+    row = hold(session, job)
     if row.status not in FINAL_STATUSES:
         here, token = in_state(job.id, row.status), Job.lease_token + 1
         move(session, here, "cancelled", "The job was cancelled", lease_token=token)

@@ -7,10 +7,10 @@ from sqlalchemy import ColumnElement, select, text
 from sqlalchemy.orm import Session
 
 from api.core import paging, pauses, places
-from api.core.errors import NotFound
 from api.core.models import Adapter, File, Job
 from api.core.pauses import Prospect
 from api.core.places import Place
+from api.core.transitions import unknown
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def find(session: Session, project_id: str, job_id: str) -> Job:
     """A job of this project, by the id in the path."""
     job = session.get(Job, job_id)
     if job is None or job.project_id != project_id:
-        raise NotFound(f"Could not find fine tune: {job_id}", code="fine_tune_not_found", param="fine_tune_id")
+        raise unknown(job_id)
     return job
 
 

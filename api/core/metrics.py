@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -14,6 +14,7 @@ from api.core.db import now
 from api.core.ids import new_id
 from api.core.models import File, Job, Metric
 from api.core.storage import Storage
+from api.core.transitions import change
 from lorainit.results import write_csv
 
 
@@ -78,15 +79,12 @@ def result_file(session: Session, project_id: str, *, filename: str, key: str, s
 
 
 def attach_csv(session: Session, job_id: str, file: File) -> None:
-    """Make `file` the result file of an ended job that has none yet."""
+    """Make `file` the result file of an ended job that has none yet, or a deleted file if there is no such job."""
     session.add(file)
     session.flush()
-    session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.finished_at.is_not(None), Job.result_file_id.is_(None))
-        .values(result_file_id=file.id)
-        .execution_options(synchronize_session=False)
-    )
+    ended = [Job.id == job_id, Job.finished_at.is_not(None), Job.result_file_id.is_(None)]
+    if not change(session, ended, {"result_file_id": file.id}):
+        file.deleted_at = now(session)
 
 
 def ended_without_csv(session: Session, *, limit: int = 20) -> list[Job]:

@@ -15,7 +15,7 @@ from api.core import events, turns
 from api.core.db import now
 from api.core.errors import WrongState
 from api.core.models import FINAL_STATUSES, Checkpoint, File, Job
-from api.core.transitions import Lease, change, in_state, lock, move
+from api.core.transitions import Lease, change, hold, in_state, move
 
 # What was wrong is not in the order: the same order may well succeed.
 _MAY_PASS = ("worker_lost", "out_of_memory", "disk_full", "internal_error", "quota_exceeded")
@@ -37,8 +37,7 @@ def pause(session: Session, job: Job) -> Job:
     Raises:
         WrongState: the job has ended.
     """
-    row = lock(session, Job.id == job.id)
-    assert row is not None
+    row = hold(session, job)
     if row.status in FINAL_STATUSES:
         raise WrongState(f"Job {job.id} has already {_ended(row.status)}.", code="invalid_job_state")
     if row.status in _PAUSABLE:
@@ -62,8 +61,7 @@ def resume(session: Session, job: Job) -> Job:
     Raises:
         WrongState: the job is still pausing, has ended for good, or would only fail again.
     """
-    row = lock(session, Job.id == job.id)
-    assert row is not None
+    row = hold(session, job)
     session.refresh(job)
     if row.pause_requested:
         message = f"Job {job.id} is still pausing; resume it once it is paused."

@@ -1,4 +1,4 @@
-"""What may go: expired files, checkpoints of jobs long ended, the bytes of deleted rows, orphans.
+"""What may go: expired files, checkpoints of jobs long ended, such jobs themselves, the bytes of deleted rows, orphans.
 
 Row first, then bytes: a row is marked deleted, later its bytes are removed and that is noted
 (`cleared_at`). A crash in between leaves a row that is found again. Nothing that a job which has not
@@ -6,14 +6,14 @@ ended needs is ever marked. Functions take a session first and never commit.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from sqlalchemy import select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, delete, or_, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from api.core import checkpoints, files
 from api.core.db import now
-from api.core.models import Checkpoint, File, Job, Project
+from api.core.models import Adapter, Checkpoint, Event, File, Job, Metric, Project
 
 # Whose objects may be orphans of ours: `files/<project>/...` and `jobs/<job>/...`.
 OWNERS: dict[str, type[Project] | type[Job]] = {"files": Project, "jobs": Job}
@@ -46,6 +46,44 @@ def forget_checkpoints(session: Session, *, days: float, limit: int = 100) -> li
         checkpoints.bury(session, checkpoint)
     session.flush()
     return [checkpoint.name for checkpoint in rows]
+
+
+def retire_jobs(session: Session, *, days: float, limit: int = 100) -> list[str]:
+    """Delete what jobs that ended `days` ago still have, checkpoints and result file; the ids of these jobs."""
+    result = select(File.id).where(File.id == Job.result_file_id, File.deleted_at.is_(None))
+    full = _long_ended(session, days).where(or_(_checkpoint(Checkpoint.deleted_at), result.exists()))
+    rows = session.scalars(full.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
+    for job in rows:
+        checkpoints.bury_all(session, job.id)
+        if job.result_file_id is not None:
+            session.get_one(File, job.result_file_id).deleted_at = now(session)
+    session.flush()
+    return [job.id for job in rows]
+
+
+def remove_jobs(session: Session, *, days: float, limit: int = 10) -> list[str]:
+    """Remove jobs that ended `days` ago and have nothing left, with their events and metrics; their ids.
+
+    Here the bytes go first: it is a checkpoint's row that names those of its state.
+    """
+    empty = _long_ended(session, days).where(~_checkpoint(Checkpoint.cleared_at))
+    rows = session.scalars(empty.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
+    gone = [job.id for job in rows]
+    for table in (Metric, Event, Checkpoint, Adapter):
+        session.execute(delete(table).where(table.job_id.in_(gone)))
+    session.execute(delete(Job).where(Job.id.in_(gone)))
+    return gone
+
+
+def _long_ended(session: Session, days: float) -> Select[Job]:
+    """Jobs that ended `days` ago and have no model that somebody may be using."""
+    model = select(Adapter.job_id).where(Adapter.job_id == Job.id, Adapter.deleted_at.is_(None))
+    return select(Job).where(Job.finished_at < now(session) - timedelta(days=days), ~model.exists())
+
+
+def _checkpoint(without: InstrumentedAttribute[datetime | None]) -> ColumnElement[bool]:
+    """True of jobs with a checkpoint that is not deleted, or not cleared, yet."""
+    return select(Checkpoint.id).where(Checkpoint.job_id == Job.id, without.is_(None)).exists()
 
 
 def uncleared(session: Session, kind: Row, *, limit: int = 100) -> list[tuple[str, str]]:

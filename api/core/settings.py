@@ -96,6 +96,10 @@ class Settings(BaseSettings):
     checkpoint_days: Annotated[float, Field(ge=0)] = Field(
         30.0, description="Checkpoints of ended jobs are removed after this many days; 0 = kept for ever."
     )
+    job_days: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Ended jobs without a model go after this many days, with events and metrics; 0 = kept for ever.",
+    )
     orphan_days: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Stored objects that no row names are removed after this many days; 0 = kept for ever."
     )

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from api.core import events
 from api.core.db import now
+from api.core.errors import NotFound
 from api.core.models import FINAL_STATUSES, Job, shown_status
 
 _UNHELD: dict[str, Any] = {"lease_until": None, "lease_owner": None, "pause_requested": False}
@@ -47,6 +48,23 @@ def lock(session: Session, *conditions: ColumnElement[bool]) -> Row[tuple[str, b
     """Status, `pause_requested`, losses and progress of one job, locked; None if it does not meet the conditions."""
     columns = select(Job.status, Job.pause_requested, Job.losses, Job.progress)
     return session.execute(columns.where(*conditions).with_for_update()).one_or_none()
+
+
+def hold(session: Session, job: Job) -> Row[tuple[str, bool, int, Any]]:
+    """As `lock`, for a job that was found a moment ago.
+
+    Raises:
+        NotFound: it has been removed meanwhile.
+    """
+    row = lock(session, Job.id == job.id)
+    if row is None:
+        raise unknown(job.id)
+    return row
+
+
+def unknown(job_id: str) -> NotFound:
+    """The refusal for a job that is not there."""
+    return NotFound(f"Could not find fine tune: {job_id}", code="fine_tune_not_found", param="fine_tune_id")
 
 
 def in_state(job_id: str, status: str) -> list[ColumnElement[bool]]:

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import admission, checkpoints, jobs, lookup, pauses, transitions, turns
+from api.core import admission, checkpoints, jobs, pauses, places, transitions, turns
 from api.core.errors import Refusal
 from api.core.jobs import Failure, Lease
 from api.core.models import Adapter, Event, Job
@@ -280,6 +280,6 @@ def test_any_order_of_moves_leaves_the_rows_as_the_model_says(
     environment.setenv("LORAINIT_PROJECT_RUNNING", str(LIMIT))
     get_settings.cache_clear()
     clock = Clock()
-    for module in (jobs, transitions, turns, pauses, admission, lookup, checkpoints):
+    for module in (jobs, transitions, turns, pauses, admission, places, checkpoints):
         environment.setattr(module, "now", clock)
     run_state_machine_as_test(lambda: Lives(session, clock), settings=PLENTY)

@@ -4,11 +4,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from api.core import checkpoints, jobs, retention
-from api.core.models import Checkpoint, File, Job
+from api.core import checkpoints, jobs, metrics, pauses, retention
+from api.core.errors import NotFound
+from api.core.models import Adapter, Checkpoint, Event, File, Job, Metric
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
 
 PAST = datetime.now(UTC) - timedelta(days=40)
@@ -116,3 +117,84 @@ def test_an_orphan_is_an_object_of_ours_that_no_row_names(session: Session) -> N
 def test_objects_of_another_database_are_left_alone(session: Session) -> None:
     foreign = ["files/proj_other/file-1", "jobs/ftjob-other/attempt-1/adapter.tar", "backup/x", "jobs", "files/x"]
     assert retention.orphans(session, foreign) == set()
+
+
+# --- jobs themselves ------------------------------------------------------------------------------
+
+
+def an_ended_job(session: Session, *, at: datetime = PAST) -> Job:
+    """With a metric, a checkpoint and a result file."""
+    job, lease = a_running_job(session, a_project(session))
+    metrics.put(session, job.id, lease.token, 1, {"train_loss": 2.0})
+    a_checkpoint(session, job, 1)
+    end(session, job, at)
+    file = a_file(session, a_project(session), purpose="fine-tune-results", storage_key=f"jobs/{job.id}/metrics.csv")
+    metrics.attach_csv(session, job.id, file)
+    return session.get_one(Job, job.id, populate_existing=True)
+
+
+def a_model(session: Session, job: Job) -> Adapter:
+    file = a_file(session, a_project(session), purpose="fine-tune-results")
+    at = datetime.now(UTC)
+    adapter = Adapter(job_id=job.id, project_id=job.project_id, name=job.id, file_id=file.id, rank=4, created_at=at)
+    session.add(adapter)
+    session.flush()
+    return adapter
+
+
+def forget(session: Session, *, days: float = 30) -> list[str]:
+    """Both steps, with the bytes cleared in between; who was removed."""
+    retention.retire_jobs(session, days=days)
+    for kind in (File, Checkpoint):
+        retention.mark_cleared(session, kind, [row_id for row_id, _ in retention.uncleared(session, kind)])
+    return retention.remove_jobs(session, days=days)
+
+
+def test_a_job_long_ended_goes_with_its_events_metrics_and_checkpoints(session: Session) -> None:
+    job = an_ended_job(session)
+    result = session.get_one(File, job.result_file_id)
+    assert forget(session) == [job.id]
+    for table in (Event, Metric, Checkpoint):
+        assert session.scalar(select(func.count()).where(table.job_id == job.id)) == 0
+    session.expire_all()
+    assert session.get(Job, job.id) is None
+    assert result.deleted_at is not None  # its row stays, as that of every deleted file
+
+
+def test_a_job_stays_while_it_is_open_fresh_or_its_model_is_there(session: Session) -> None:
+    open_, _ = a_running_job(session, a_project(session))
+    a_checkpoint(session, open_, 1)
+    fresh, used = an_ended_job(session, at=datetime.now(UTC)), an_ended_job(session)
+    a_model(session, used)
+    assert forget(session) == []
+    assert [kept(session, job) for job in (open_, fresh, used)] == [[1], [1], [1]]
+
+
+def test_a_job_whose_model_was_deleted_goes_too(session: Session) -> None:
+    job = an_ended_job(session)
+    a_model(session, job).deleted_at = PAST
+    assert forget(session) == [job.id]
+    assert session.scalar(select(func.count()).where(Adapter.job_id == job.id)) == 0
+
+
+def test_a_job_stays_until_the_bytes_of_its_checkpoints_are_gone(session: Session) -> None:
+    job = an_ended_job(session)
+    assert retention.retire_jobs(session, days=30) == [job.id]
+    assert retention.retire_jobs(session, days=30) == []
+    assert retention.remove_jobs(session, days=30) == []
+    assert forget(session) == [job.id]
+
+
+@pytest.mark.parametrize("move", [jobs.cancel, pauses.pause, pauses.resume])
+def test_a_job_removed_between_two_looks_is_not_found(session: Session, move: Any) -> None:
+    job = a_job(session, a_project(session))
+    session.execute(delete(Event).where(Event.job_id == job.id))
+    session.execute(delete(Job).where(Job.id == job.id).execution_options(synchronize_session=False))
+    with pytest.raises(NotFound, match=job.id):
+        move(session, job)
+
+
+def test_a_result_file_that_comes_too_late_for_its_job_is_deleted(session: Session) -> None:
+    file = a_file(session, a_project(session), id="file-late", purpose="fine-tune-results")
+    metrics.attach_csv(session, "ftjob-removed", file)
+    assert file.deleted_at is not None

@@ -7,14 +7,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
-from api.core import tallies
+from api.core import jobs, keys, metrics, tallies
 from api.core.db import session_scope
-from api.core.models import File, Project
+from api.core.models import Creation, File, Job, Project
 from api.core.settings import get_settings
 from api.core.storage import get_storage
-from tests.things import a_file, a_project
+from tests.things import a_file, a_project, a_running_job
 from worker import janitor
 
 pytestmark = pytest.mark.usefixtures("service")
@@ -95,6 +95,69 @@ def test_what_somebody_else_keeps_in_the_bucket_stays(tmp_path: Path) -> None:
     age(tmp_path)
     janitor.sweep_orphans()
     assert stored(tmp_path) == ["adapter.tar", "cat", "file"]
+
+
+def an_ended_job(**more: str) -> str:
+    """Cancelled long ago, with an object that a row names and one that a crash left."""
+    with session_scope() as session:
+        job, _ = a_running_job(session, a_project(session))
+        jobs.cancel(session, job)
+        session.execute(update(Job).where(Job.id == job.id).values(finished_at=PAST))
+        file = a_file(
+            session, a_project(session), purpose="fine-tune-results", storage_key=f"jobs/{job.id}/a/metrics.csv"
+        )
+        metrics.attach_csv(session, job.id, file)
+        session.commit()
+    for name in ("metrics.csv", "lost.tar"):
+        get_storage().put(f"jobs/{job.id}/a/{name}", io.BytesIO(b"bytes"))
+    return job.id
+
+
+def known(job_id: str) -> bool:
+    with session_scope() as session:
+        return session.get(Job, job_id) is not None
+
+
+def test_a_job_long_ended_goes_and_leaves_no_bytes(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_JOB_DAYS", "0.01")
+    get_settings.cache_clear()
+    job_id = an_ended_job()
+    age(tmp_path)
+    janitor.sweep_orphans()  # comes before, since a job goes later than its orphans
+    assert janitor.forget_jobs() is True
+    janitor.clear()
+    janitor.forget_jobs()
+    assert not known(job_id)
+    assert stored(tmp_path) == []
+    assert janitor.forget_jobs() is False
+
+
+def test_a_job_does_not_go_before_its_orphans(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_JOB_DAYS", "0.01")
+    environment.setenv("LORAINIT_ORPHAN_DAYS", "3")
+    get_settings.cache_clear()
+    job_id = an_ended_job()
+    assert janitor.forget_jobs() is False
+    assert known(job_id)
+
+
+def test_jobs_stay_for_ever_unless_somebody_wants_them_gone(tmp_path: Path) -> None:
+    job_id = an_ended_job()
+    assert janitor.forget_jobs() is False
+    assert known(job_id)
+
+
+def test_a_create_that_nobody_can_repeat_any_more_is_forgotten() -> None:
+    with session_scope() as session:
+        project = a_project(session)
+        key = keys.create_key(session, project, name="k")[0]
+        common = {"project_id": project.id, "api_key_id": key.id, "path": "/v1/x", "object_id": "o", "response": {}}
+        for name, at in (("old", PAST), ("new", datetime.now(UTC))):
+            session.add(Creation(id=name, idempotency_key=name, fingerprint=name, created_at=at, **common))
+        session.commit()
+    assert janitor.forget_orders() is False
+    with session_scope() as session:
+        assert session.scalars(select(Creation.id)).all() == ["new"]
 
 
 @pytest.mark.parametrize("chore", [janitor.forget_checkpoints, janitor.sweep_orphans])
