@@ -20,6 +20,7 @@ from api.exposition import Requests, make_registry
 from api.offered import Table
 from api.routes import files, health, jobs, keys, models, prometheus
 from api.schemas.wire import ErrorBody
+from api.streams import Streams
 
 ROUTERS = (files.router, jobs.router, models.router, keys.router, health.router, prometheus.router)
 # What any route under /v1 may answer beside its success; routes name what only they answer.
@@ -58,6 +59,7 @@ def create_app() -> FastAPI:
         statuses = DOCUMENTED if router.prefix.startswith("/v1") else DOCUMENTED_OUTSIDE
         app.include_router(router, responses={status: {"model": ErrorBody} for status in statuses})
     app.state.table = Table(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
+    app.state.streams = Streams()
     registry = app.state.registry = make_registry({"storage": health.storage_works, "broker": health.broker_works})
     app.add_middleware(Envelope, settings=get_settings(), requests=Requests(registry))
     errors.install(app)

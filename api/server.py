@@ -6,26 +6,42 @@ open, so that a restart under `lorainit serve` neither loses its port nor refuse
 
 import argparse
 import socket
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from api.core import logs
 from api.core.settings import get_settings
+from api.main import create_app
 
 MAX_CONCURRENCY = 512
 SHUTDOWN_SECONDS = 3
 
 
+class Server(uvicorn.Server):
+    """uvicorn, which would wait for streams of events that end in days."""
+
+    def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGTERM or SIGINT, in the event loop's thread: end the streams, then as uvicorn does."""
+        self._app.state.streams.close()
+        super().handle_exit(sig, frame)
+
+
 def main() -> None:
-    """Serve until SIGTERM or SIGINT; open streams are cut after a few seconds."""
+    """Serve until SIGTERM or SIGINT; streams of events end at once, a download may take a few seconds more."""
     parser = argparse.ArgumentParser(prog="python -m api.server", description=__doc__)
     parser.add_argument("--fd", type=int, help="file descriptor of a listening socket")
     arguments = parser.parse_args()
     settings = get_settings()
     logs.configure()
+    app = create_app()
     config = uvicorn.Config(
-        "api.main:create_app",
-        factory=True,
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -35,7 +51,7 @@ def main() -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     sockets = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
-    uvicorn.Server(config).run(sockets=sockets)
+    Server(app, config).run(sockets=sockets)
 
 
 if __name__ == "__main__":

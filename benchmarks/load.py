@@ -1,10 +1,11 @@
-"""Do fifty people who look on slow the work down? Polls, events, and a worker's progress, in one run.
+"""Do fifty people who look on slow the work down? Polls, streams, and a worker's progress, in one run.
 
     python benchmarks/load.py [--clients 50] [--jobs 1000] [--pause 0.5] [--seconds 8] [--write docs/operations.md]
 
 Real PostgreSQL, Valkey, web process and reconciler. The jobs are submitted over HTTP and stay queued; one is
 held by a stub worker that records steps through the worker's own code, at the pace of a run and as fast as it
-can. Quiet and busy phases take turns. In a busy one each client looks at a job, then at its events, then pauses.
+can. Quiet and busy phases take turns. In a busy one each client looks at a job, then at its events, then pauses,
+and beside that holds a stream of what the running job does.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -41,6 +42,7 @@ from worker.progress import Recorder  # noqa: E402
 JOBS = "/v1/fine_tuning/jobs"
 PACES = {"20 steps a second, as a run": 20, "as fast as it can": None}
 TURNS = 3
+SILENCE = 3.0  # seconds without an event after which a stream is left
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,19 @@ class Door:
 
 @dataclass
 class Seen:
-    """Seconds of each request of the clients."""
+    """Seconds of each request of the clients, until the first event where it is a stream; events of all streams."""
 
     polls: list[float] = field(default_factory=list)
     events: list[float] = field(default_factory=list)
+    streams: list[float] = field(default_factory=list)
+    streamed: int = 0
+
+    def __iadd__(self, other: "Seen") -> "Seen":
+        self.polls += other.polls
+        self.events += other.events
+        self.streams += other.streams
+        self.streamed += other.streamed
+        return self
 
 
 def call(connection: http.client.HTTPConnection, door: Door, path: str, body: str | None = None) -> bytes:
@@ -90,9 +101,33 @@ def look_on(door: Door, *, clients: int, seconds: float, pause: float) -> Seen:
                 return
             time.sleep(pause)
 
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(client, range(clients)))
+    def watch(number: int) -> int:
+        time.sleep(pause * number / clients)
+        return follow(door, seen.streams, until=until)
+
+    with ThreadPoolExecutor(2 * clients) as pool:
+        polling = pool.map(client, range(clients))
+        seen.streamed = sum(pool.map(watch, range(clients)))
+        list(polling)
     return seen
+
+
+def follow(door: Door, took: list[float], *, until: float) -> int:
+    """Hold a stream of the running job; how many events came. One missing or double ends the benchmark."""
+    connection = http.client.HTTPConnection(door.address, timeout=SILENCE)
+    started, count = time.perf_counter(), 0
+    connection.request("GET", f"{JOBS}/{door.ids[0]}/events/stream", headers={"authorization": f"Bearer {door.secret}"})
+    reply = connection.getresponse()
+    assert reply.status == 200, reply.read()
+    with closing(connection), suppress(TimeoutError):  # the worker has stopped for this time
+        for line in reply:
+            if line.startswith(b"data: "):
+                took += [] if count else [time.perf_counter() - started]
+                count += 1
+                assert json.loads(line[6:])["sequence"] == count
+            if time.monotonic() > until:
+                break
+    return count
 
 
 class Stub:
@@ -191,9 +226,7 @@ def measure(given: argparse.Namespace) -> tuple[Seen, dict[str, list[tuple[float
             crowd = others.submit(look_on, door, clients=given.clients, seconds=given.seconds + 1, pause=given.pause)
             time.sleep(0.5)
             busy = stub.work(given.seconds, pace=pace)
-            found = crowd.result()
-            seen.polls += found.polls
-            seen.events += found.events
+            seen += crowd.result()
             speeds[words].append((quiet, busy))
     return seen, speeds
 
@@ -208,10 +241,18 @@ def page(given: argparse.Namespace, seen: Seen, speeds: dict[str, list[tuple[flo
         "| request | p50 | p99 | requests |",
         "|---|---|---|---|",
     ]
-    for words, took in (("poll a job", seen.polls), ("its last 20 events", seen.events)):
+    asked = {"poll a job": seen.polls, "its last 20 events": seen.events, "a stream's first event": seen.streams}
+    for words, took in asked.items():
         cuts = statistics.quantiles(took, n=100)
         lines.append(f"| {words} | {cuts[49] * 1000:.0f} ms | {cuts[98] * 1000:.0f} ms | {len(took)} |")
-    lines += ["", "| the worker records | quiet | with the clients | ratio of each turn |", "|---|---|---|---|"]
+    told = f"{given.clients} streams of the running job brought {seen.streamed} events in all, none missing or double."
+    lines += [
+        "",
+        told,
+        "",
+        "| the worker records | quiet | with the clients | ratio of each turn |",
+        "|---|---|---|---|",
+    ]
     for words, turns in speeds.items():
         quiet, busy = (statistics.median(part) for part in zip(*turns, strict=True))
         ratios = ", ".join(f"{after / before:.2f}" for before, after in turns)

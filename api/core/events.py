@@ -73,3 +73,15 @@ def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tup
         query = query.where(Event.sequence < cursor.sequence)
     rows = session.scalars(query).all()
     return rows[:limit], len(rows) > limit
+
+
+def since(session: Session, job_id: str, sequence: int, *, limit: int) -> Sequence[Event]:
+    """Oldest first, `limit` of those after number `sequence`."""
+    query = select(Event).where(Event.job_id == job_id, Event.sequence > sequence)
+    return session.scalars(query.order_by(Event.sequence).limit(limit)).all()
+
+
+def number(session: Session, job_id: str, event_id: str | None) -> int:
+    """The sequence of an event of this job; 0, which is before the first, for any other id."""
+    event = session.get(Event, event_id) if event_id else None
+    return event.sequence if event is not None and event.job_id == job_id else 0

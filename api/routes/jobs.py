@@ -3,8 +3,8 @@
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Query, Request
-from fastapi.responses import Response
+from fastapi import APIRouter, BackgroundTasks, Header, Query, Request
+from fastapi.responses import Response, StreamingResponse
 
 from api.core import admission, checkpoints, events, jobs, keys, logs, lookup, pauses, queue, results
 from api.core.db import session_scope
@@ -21,6 +21,20 @@ from api.schemas.wire import ONCE, Page, listed
 
 router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"])
 JOBS = "/fine_tuning/jobs"
+# The schema is that of one event; a document of OpenAPI 3.1 has no better place for it.
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"enum": ["message", "metrics", "done"]},
+        "data": {"type": "string", "description": "An event object as JSON, or `[DONE]`."},
+        "retry": {"type": "integer"},
+    },
+    "required": ["event", "data"],
+}
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": _EVENT}}}
+}
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
@@ -100,6 +114,24 @@ def list_events(
     job = lookup.find(session, caller.project_id, fine_tuning_job_id)
     rows, more = events.page(session, job.id, after=after, limit=limit or 20)
     return listed([event_object(row) for row in rows], has_more=more)
+
+
+@router.get(JOBS + "/{fine_tuning_job_id}/events/stream", response_class=StreamingResponse, responses=EVENT_STREAM)
+def stream_events(
+    fine_tuning_job_id: str,
+    request: Request,
+    caller: CallerDep,
+    session: Reading,
+    after: Annotated[str | None, Empty, Query(description="Id of the last event seen; unknown = all events.")] = None,
+    last_event_id: Annotated[str | None, Header(description="The same, sent by clients that reconnect.")] = None,
+) -> StreamingResponse:
+    """The story of a job as it happens, oldest first, as server-sent events; ends with the job."""
+    job, streams = lookup.find(session, caller.project_id, fine_tuning_job_id), request.app.state.streams
+    streams.check_room(caller.project_id)
+    seen = events.number(session, job.id, last_event_id or after)
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    blocks = streams.follow(caller.project_id, job.id, after=seen)
+    return StreamingResponse(blocks, media_type="text/event-stream", headers=headers)
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/checkpoints")

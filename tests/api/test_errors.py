@@ -64,7 +64,6 @@ def test_an_unknown_route_names_those_that_exist(client: TestClient) -> None:
         ("POST", "/v1/uploads"),
         ("POST", f"{JOBS}/plan"),
         ("GET", f"{JOBS}/ftjob-x/metrics"),
-        ("GET", f"{JOBS}/ftjob-x/events/stream"),
         ("GET", "/v1/experiments"),
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),

@@ -13,10 +13,12 @@ GIVEN = argparse.Namespace(clients=2, jobs=3, pause=0.5, seconds=4.0)
 
 
 def test_the_page_shows_the_99th_percentile_and_the_ratio_of_each_turn() -> None:
-    seen = Seen(polls=[0.010] * 98 + [0.5] * 2, events=[0.002] * 100)
+    seen = Seen(polls=[0.010] * 98 + [0.5] * 2, events=[0.002] * 100, streams=[0.03] * 100, streamed=7)
     text = page(GIVEN, seen, {"as a run": [(20.0, 19.0), (20.0, 20.0)]})
     assert "| poll a job | 10 ms | 500 ms | 100 |" in text
     assert "| its last 20 events | 2 ms | 2 ms | 100 |" in text
+    assert "| a stream's first event | 30 ms | 30 ms | 100 |" in text
+    assert "2 streams of the running job brought 7 events in all" in text
     assert "| as a run | 20.0 steps/s | 19.5 steps/s | 0.95, 1.00 |" in text
 
 

@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("connection", "close")
             self.close_connection = True
         self.end_headers()
-        while chunk := reply.read(CHUNK):
+        while chunk := reply.read1(CHUNK):  # a stream is passed on as it comes
             self.wfile.write(chunk)
 
 

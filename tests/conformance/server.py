@@ -1,14 +1,15 @@
-"""The application as it is, and one route that raises."""
+"""The application as it is, with streams that do not wait long, and one route that raises."""
 
 from fastapi import FastAPI
 
-from api import main
+from api import main, streams
 from api.core import logs
 
 
 def create_app() -> FastAPI:
     """For `uvicorn --factory`."""
     logs.configure()
+    streams.POLL_SECONDS, streams.HEARTBEAT_SECONDS = 0.1, 0.2
     app = main.create_app()
 
     def boom() -> None:

@@ -16,10 +16,11 @@ import files
 import jobs
 import models
 import retries
+import stream
 import transport
 from harness import CHECKS, Seen
 
-MODULES = (transport, files, jobs, retries, models)  # importing them fills CHECKS
+MODULES = (transport, files, jobs, retries, models, stream)  # importing them fills CHECKS
 
 
 def run(number: str) -> Seen:
