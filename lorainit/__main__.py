@@ -1,7 +1,7 @@
 """`python -m lorainit spec.json out/`: the product without the service, and the worker's child.
 
 Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 143 asked to stop (the steps taken are in a
-checkpoint).
+checkpoint). A run of several processes ends as the first of them that ended badly, killed by the same signal too.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, TextIO
@@ -25,7 +26,7 @@ from pydantic import ValidationError
 from lorainit import machine
 from lorainit.errors import Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Stage, Tick
-from lorainit.launch import companions
+from lorainit.launch import Loss, Others, companions, leave_word
 from lorainit.spec import RunSpec
 
 FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
@@ -55,16 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
     if any(spec is None for spec in specs):
         return WRONG_SPEC
     runs = [(spec, member) for spec, member in zip(specs, members, strict=True) if spec is not None]
-    with _companions(runs):
+    with _companions(runs) as others:
         if args.events_fd is not None:
             with os.fdopen(args.events_fd, "w", buffering=1) as stream:
-                return _run(runs, stop, lambda event: _write(stream, event))
+                return _run(runs, stop, lambda event: _write(stream, event), others)
         if _rank():
-            return _run(runs, stop, lambda _event: None)  # another process of this run speaks
+            return _run(runs, stop, partial(leave_word, args.out), others)  # another process of this run speaks
         from lorainit.progress import Display
 
         with Display() as display:
-            code = _run(runs, stop, display.show)
+            code = _run(runs, stop, display.show, others)
         display.conclude()
         return code
 
@@ -81,13 +82,13 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _companions(runs: list[tuple[RunSpec, _Member]]) -> AbstractContextManager[None]:
+def _companions(runs: list[tuple[RunSpec, _Member]]) -> AbstractContextManager[Others]:
     """The other processes of a run on several devices, unless this is one of them."""
     spec, member = runs[0]
     if spec.devices == 1 or "RANK" in os.environ:
-        return nullcontext()
+        return nullcontext(Others())
     lease = ["--lease", str(member.lease)] if member.lease else []
-    return companions(spec.devices, [str(member.spec), str(member.out), *lease], out=member.out, failed=FAILED)
+    return companions(spec.devices, [str(member.spec), str(member.out), *lease], out=member.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,13 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent) -> int:
+def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
     """Run, and turn every way to end into events, one line on stderr and an exit code."""
     open_runs, failed = set(range(len(runs))), False
+    others.watch(partial(_end_as, on_event=on_event))
 
     def fail(who: int, error: LorainitError) -> None:
-        on_event(Failed(member=who, code=error.code, message=error.message, param=error.param))
-        print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201 - this is the command line
+        _fail(Failed(member=who, code=error.code, message=error.message, param=error.param), on_event)
 
     try:
         # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
@@ -149,11 +150,29 @@ def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent) 
         return STOPPED  # nobody listens any more
     except Exception:
         traceback.print_exc()
+        if loss := others.loss():
+            _end_as(loss, on_event)
         text = "The run failed for a reason that is ours, not yours."
         for who in sorted(open_runs):
             on_event(Failed(member=who, code="internal_error", message=text))
         return FAILED
     return FAILED if failed else 0
+
+
+def _end_as(loss: Loss, on_event: OnEvent) -> None:
+    """Leave at once, as another process of this run has left, so that whoever waits for us learns why."""
+    if loss.code in (LEASE_LOST, STOPPED):
+        os._exit(loss.code)
+    if loss.code < 0:
+        os.kill(os.getpid(), -loss.code)
+    if loss.word is not None:
+        _fail(loss.word, on_event)
+    os._exit(FAILED)
+
+
+def _fail(word: Failed, on_event: OnEvent) -> None:
+    on_event(word)
+    print(f"{word.code}: {word.message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the command line
 
 
 def _write(stream: TextIO, event: Event) -> None:

@@ -8,47 +8,108 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorainit import machine
+from lorainit.events import Event, Failed
 
 PATIENCE = 30.0  # seconds for the others to end after the leading one has
-LAST_WORDS = 5.0  # seconds for the leading one to say what is wrong with all of them
+LAST_WORDS = 5.0  # seconds for the leading one to say itself what is wrong
 RENDEZVOUS = "RENDEZVOUS"  # of the environment: where the processes of one run meet (`lorainit.world`)
+
+Process = subprocess.Popen[bytes]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How another process of the run ended badly: its exit code (-n: killed by signal n), and what it said of it."""
+
+    code: int
+    word: Failed | None
+
+
+class Others:
+    """The processes beside the leading one; none, where a run has one."""
+
+    def __init__(self, processes: Sequence[Process] = (), out: Path = Path()) -> None:
+        self._processes, self._out = processes, out
+        self._over = threading.Event()
+
+    def watch(self, on_loss: Callable[[Loss], None]) -> None:
+        """From now on call `on_loss`, in a thread, when one ends badly and this one does not end soon by itself.
+
+        It may wait for that one for ever, in its next sum.
+        """
+        for rank, other in enumerate(self._processes, start=1):
+            threading.Thread(target=self._watch, args=(rank, other, on_loss), daemon=True).start()
+
+    def loss(self) -> Loss | None:
+        """Whether one has ended badly, which explains a sum that failed here; its end may show a little later."""
+        until = time.monotonic() + LAST_WORDS
+        while self._processes and time.monotonic() < until:
+            for rank, other in enumerate(self._processes, start=1):
+                if code := other.poll():
+                    return self._lost(rank, code)
+            time.sleep(0.05)
+        return None
+
+    def close(self) -> None:
+        """Wait for them to end, then insist."""
+        self._over.set()
+        for other in self._processes:
+            try:
+                other.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                other.kill()
+
+    def _watch(self, rank: int, other: Process, on_loss: Callable[[Loss], None]) -> None:
+        code = other.wait()
+        if code and not self._over.wait(LAST_WORDS):
+            on_loss(self._lost(rank, code))
+
+    def _lost(self, rank: int, code: int) -> Loss:
+        print(f"process {rank} of this run ended with exit code {code}", file=sys.stderr, flush=True)  # noqa: T201
+        path = _word(self._out, rank)
+        return Loss(code, Failed.model_validate_json(path.read_bytes()) if path.exists() else None)
 
 
 @contextmanager
-def companions(count: int, arguments: Sequence[str], *, out: Path, failed: int) -> Iterator[None]:
+def companions(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[Others]:
     """Run `count` - 1 more processes with these arguments beside this one, which becomes the leading one.
-
-    When one of them ends badly, this process soon ends with the exit code `failed`: it would wait for it
-    in its next sum.
 
     Args:
         out: a folder of the run's own, made if absent.
     """
     out.mkdir(parents=True, exist_ok=True)
     meeting = out / "rendezvous"
-    meeting.unlink(missing_ok=True)  # of an interrupted run: its ranks are not ours
+    for old in (meeting, *(_word(out, rank) for rank in range(1, count))):
+        old.unlink(missing_ok=True)  # of an interrupted run: its ranks are not ours
     common = {"WORLD_SIZE": str(count), RENDEZVOUS: meeting.resolve().as_uri(), **_threads(count)}
     os.environ.update(common | _rank(0))
     command = [sys.executable, "-m", "lorainit", *arguments]
-    others = [subprocess.Popen(command, env={**os.environ, **_rank(rank)}) for rank in range(1, count)]
-    over = threading.Event()
-    for other in others:
-        threading.Thread(target=_watch, args=(other, others, over, failed), daemon=True).start()
+    others = Others([subprocess.Popen(command, env={**os.environ, **_rank(rank)}) for rank in range(1, count)], out)
     try:
-        yield
+        yield others
     finally:
-        over.set()
-        for other in others:
-            try:
-                other.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                other.kill()
+        others.close()
         meeting.unlink(missing_ok=True)
+
+
+def leave_word(out: Path, event: Event) -> None:
+    """Of all that a process beside the leading one has to say, keep why it failed: the leading one says it."""
+    if isinstance(event, Failed):
+        path = _word(out, int(os.environ["RANK"]))
+        draft = path.with_suffix(".new")
+        draft.write_text(event.model_dump_json())
+        draft.replace(path)
+
+
+def _word(out: Path, rank: int) -> Path:
+    return out / f"failed-{rank}.json"
 
 
 def _rank(rank: int) -> dict[str, str]:
@@ -58,15 +119,3 @@ def _rank(rank: int) -> dict[str, str]:
 def _threads(count: int) -> dict[str, str]:
     """Cores are shared: as many waiting threads as cores for each process make all of them slow."""
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, machine.usable_cpus() // count))}
-
-
-Process = subprocess.Popen[bytes]
-
-
-def _watch(other: Process, everybody: Sequence[Process], over: threading.Event, failed: int) -> None:
-    code = other.wait()
-    if code and not over.wait(LAST_WORDS):
-        print(f"another process of this run ended with exit code {code}", file=sys.stderr, flush=True)  # noqa: T201
-        for one in everybody:
-            one.kill()
-        os._exit(failed)

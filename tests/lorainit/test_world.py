@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -84,13 +85,34 @@ def wait(condition, seconds=120):
         time.sleep(0.05)
 
 
-def test_a_process_that_dies_takes_its_run_with_it(two):
-    """Not to wait for it for ever in the next sum."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_process_that_dies_takes_its_run_with_it_by_the_same_signal(two, number):
+    """Whoever watches the run then knows whether it was killed from outside, and does not wait for the next sum."""
     leading, other = two
-    other.kill()
+    other.send_signal(number)
     _, said = leading.communicate(timeout=60)
+    assert leading.returncode == -number
+    assert f"process 1 of this run ended with exit code {-number}".encode() in said
+
+
+def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_path):
+    """The spec is a pipe, from which the second process reads of a file that is none."""
+    good, pipe, nothing = spec(devices=2), tmp_path / "spec.json", tmp_path / "none.jsonl"
+    bad = good.model_copy(update={"data": good.data.model_copy(update={"training": str(nothing)})})
+    nothing.write_text("no row\n")
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "lorainit", str(pipe), str(tmp_path / "out")]
+    reader, writer = os.pipe()
+    leading = subprocess.Popen([*command, "--events-fd", str(writer)], stderr=subprocess.PIPE, pass_fds=[writer])
+    os.close(writer)
+    pipe.write_text(good.model_dump_json())
+    wait(lambda: psutil.Process(leading.pid).children())  # by then the first has read its own
+    pipe.write_text(bad.model_dump_json())
+    _, said = leading.communicate(timeout=120)
+    with os.fdopen(reader) as told:
+        *_, last = (json.loads(line) for line in told)
     assert leading.returncode == 1
-    assert b"exit code -9" in said or b"gloo" in said.lower() or b"peer" in said.lower()
+    assert (last["kind"], last["code"], last["param"]) == ("failed", "invalid_training_file", "training_file"), said
 
 
 def test_nothing_is_left_of_a_run_whose_leading_process_dies(two):
