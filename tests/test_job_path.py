@@ -272,3 +272,19 @@ def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None
     assert stack.client.fine_tuning.jobs.cancel(long.id).status == "cancelled"
     _, left = psutil.wait_procs(runs, timeout=20)
     assert not left
+
+
+def test_a_job_that_loses_one_of_its_two_processes_is_tried_again(stack: Stack) -> None:
+    """From its last checkpoint: nobody knows why the process was killed, and the job is not to blame."""
+    job = stack.create({"init": "kaiming", "r": 4}, devices=2, n_epochs=30, checkpoint_interval=2)
+    deadline = time.monotonic() + 60
+    while not list(stack.client.fine_tuning.jobs.checkpoints.list(job.id)):
+        assert time.monotonic() < deadline, stack.log("worker")
+        time.sleep(0.05)
+    leading = next(run for run in children_of(stack.processes["worker"]) if "--events-fd" in run.cmdline())
+    (companion,) = leading.children()
+    companion.kill()
+    assert stack.wait(job.id, "succeeded").error is None
+    story = stack.messages(job.id)
+    assert any("was killed (signal 9)" in message for message in story), story
+    assert story.count("Fine-tuning job started") == 2

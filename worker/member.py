@@ -28,6 +28,7 @@ from worker.lease import LeaseKeeper
 from worker.patience import Result, patiently
 from worker.progress import Lost, Recorder
 from worker.supervisor import Outcome, Place
+from worker.transfers import WhileOurs
 
 log = get_logger(__name__)
 
@@ -48,6 +49,7 @@ class Member:
             self._lease, self._folder / "lease", seconds=settings.lease_seconds, beat=settings.beat_seconds
         )
         self._recorder = Recorder(self._lease)
+        self._storage = WhileOurs(get_storage(), self._keeper.lost)
         self._ended = threading.Event()
         bind = partial(bind_contextvars, job_id=job.id, token=job.lease_token)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=job.id, initializer=bind)
@@ -136,7 +138,7 @@ class Member:
         self._keeper.let_go()
 
     def _prepare(self) -> None:
-        spec = self._patiently(partial(artifacts.prepare, self._job, self._lease, self._folder, get_storage()))
+        spec = self._patiently(partial(artifacts.prepare, self._job, self._lease, self._folder, self._storage))
         self.place = Place(spec=spec, out=self._folder / "out", lease=self._folder / "lease")
 
     def _record(self, event: Event) -> None:
@@ -145,14 +147,14 @@ class Member:
             self._patiently(self._recorder.flush)
         if isinstance(event, Checkpoint):
             # After its metrics: a resumed run never has a checkpoint ahead of its metrics.
-            store = partial(artifacts.store_checkpoint, self._job, self._lease, event, self._folder, get_storage())
+            store = partial(artifacts.store_checkpoint, self._job, self._lease, event, self._folder, self._storage)
             self._patiently(store)
 
     def _end(self, word: Done | Failed) -> None:
         self._patiently(self._recorder.flush)
         if isinstance(word, Done):
             folder, progress = self._folder, self._recorder.progress
-            store = partial(artifacts.store_result, self._job, self._lease, word, folder, get_storage(), progress)
+            store = partial(artifacts.store_result, self._job, self._lease, word, folder, self._storage, progress)
             self._patiently(store)
             log.info("succeeded")
         else:

@@ -1,7 +1,9 @@
-"""Waiting out a database or a store that is away for a moment, for as long as the job is ours."""
+"""Waiting for a database or a store, slow or away for a moment, for as long as the job is ours and no longer."""
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import copy_context
 from typing import TypeVar
 
 from obstore.exceptions import GenericError
@@ -22,6 +24,7 @@ from worker.progress import Lost
 Result = TypeVar("Result")
 
 LONGEST_SECONDS = 600
+LOOK_SECONDS = 0.1
 # Connection trouble, and a transaction that PostgreSQL ended while we slept, which is an InternalError.
 # A refusal or a bug is none of these and is raised at once.
 PASSING = (OperationalError, InterfaceError, InternalError, GenericError)
@@ -31,7 +34,9 @@ def patiently(action: Callable[[], Result], *, until: threading.Event) -> Result
     """Repeat `action`, which must be safe to repeat, until it works or `until` is set.
 
     Raises:
-        Lost: `until` was set first: the job may be somebody else's by now.
+        Lost: `until` was set first: the job may be somebody else's by now. An action that is not done then is
+            left alone in its thread, and what it still writes is refused: a cancelled job does not hold its worker
+            until ten gigabytes are up, or until a bucket that went silent is given up.
         Exception: what `action` raised last, after ten minutes of trouble or at once if it will not pass.
     """
     tries = Retrying(
@@ -43,11 +48,32 @@ def patiently(action: Callable[[], Result], *, until: threading.Event) -> Result
         reraise=True,
     )
     try:
-        return tries(action)
+        result: Result = tries(_left_alone_when, until, action)
     except PASSING as error:
         if until.is_set():
             raise Lost from error
         raise
+    return result
+
+
+def _left_alone_when(until: threading.Event, action: Callable[[], Result]) -> Result:
+    done, context = Future[Result](), copy_context()
+
+    def work() -> None:
+        try:
+            done.set_result(context.run(action))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="action", daemon=True).start()
+    while True:
+        try:
+            return done.result(LOOK_SECONDS)
+        except TimeoutError:
+            if done.done():  # the action's own
+                raise
+            if until.is_set():
+                raise Lost from None
 
 
 def _say(state: RetryCallState) -> None:

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import structlog
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
@@ -37,6 +38,41 @@ def test_waiting_ends_when_the_job_is_lost() -> None:
     with pytest.raises(Lost):
         patiently(action, until=lost)
     assert time.monotonic() - started < 2
+
+
+def test_an_action_that_hangs_is_left_alone_when_the_job_is_lost() -> None:
+    lost, hung = threading.Event(), threading.Event()
+    threading.Timer(0.3, lost.set).start()
+    started = time.monotonic()
+    with pytest.raises(Lost):
+        patiently(hung.wait, until=lost)
+    assert time.monotonic() - started < 2
+    hung.set()
+
+
+def test_what_is_done_counts_though_the_job_was_lost_meanwhile() -> None:
+    """As when the action itself ended the job: its lease is gone then."""
+    lost = threading.Event()
+
+    def action() -> str:
+        lost.set()
+        return "done"
+
+    assert patiently(action, until=lost) == "done"
+
+
+def test_an_actions_own_timeout_is_raised() -> None:
+    def action() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        patiently(action, until=threading.Event())
+
+
+def test_what_is_bound_to_the_log_is_bound_in_an_action_too() -> None:
+    with structlog.contextvars.bound_contextvars(job_id="ftjob-1"):
+        bound = patiently(structlog.contextvars.get_contextvars, until=threading.Event())
+    assert bound["job_id"] == "ftjob-1"
 
 
 def test_a_bug_is_not_waited_for() -> None:

@@ -1,0 +1,58 @@
+"""Storage for one run: a transfer ends at its next chunk once the job is not ours any more.
+
+Nobody waits for that chunk (`worker.patience`); this is so that ten gigabytes of a cancelled job do not go on
+taking the line from the job that came after it.
+"""
+
+import threading
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from api.core.storage import CHUNK, Storage
+from worker.progress import Lost
+
+
+class WhileOurs:
+    """`storage`, whose transfers raise `Lost` after `lost` is set. A put that ends so leaves nothing under its key."""
+
+    def __init__(self, storage: Storage, lost: threading.Event) -> None:
+        self._storage, self._lost = storage, lost
+
+    def put(self, key: str, source: BinaryIO | Path | Iterator[bytes]) -> None:
+        """Store the bytes of `source` under `key`."""
+        self._storage.put(key, self._checked(_chunks(source)))
+
+    def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes [start, end) in chunks."""
+        return self._checked(self._storage.read(key, start=start, end=end))
+
+    def delete(self, key: str) -> None:
+        """Remove `key`."""
+        self._storage.delete(key)
+
+    def older_than(self, time: datetime, *, prefix: str) -> Iterator[str]:
+        """Keys under the folder `prefix` last written before `time`."""
+        return self._storage.older_than(time, prefix=prefix)
+
+    def probe(self) -> None:
+        """Write, read and delete a small object."""
+        self._storage.probe()
+
+    def _checked(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            if self._lost.is_set():
+                raise Lost
+            yield chunk
+
+
+def _chunks(source: BinaryIO | Path | Iterator[bytes]) -> Iterator[bytes]:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            yield from _chunks(file)
+    elif isinstance(source, Iterator) and not hasattr(source, "read"):
+        yield from source
+    else:
+        while chunk := source.read(CHUNK):
+            yield chunk
