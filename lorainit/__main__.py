@@ -115,6 +115,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
     """Run, and turn every way to end into events, one line on stderr and an exit code."""
+    code = _run_to_an_end(runs, stop, on_event, others)
+    if code:
+        others.dismiss()
+    return code
+
+
+def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
     open_runs, failed = set(range(len(runs))), False
     others.watch(partial(_end_as, on_event=on_event))
 

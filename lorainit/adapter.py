@@ -24,7 +24,7 @@ from lorainit.errors import ExportCheckFailed
 from lorainit.events import Event, Tick
 from lorainit.inits import Quantization
 from lorainit.layer import LoRALinear
-from lorainit.model import free, load_model
+from lorainit.model import free
 from lorainit.targets import linear_layers
 from lorainit.weight import was_conv1d
 
@@ -182,7 +182,7 @@ def record(model: nn.Module, texts: Sequence[Tensor], *, on_event: Callable[[Eve
 
 
 def check(
-    base_folder: Path,
+    base: nn.Module,
     folder: Path,
     texts: Sequence[Tensor],
     expected: Sequence[Tensor],
@@ -190,24 +190,25 @@ def check(
     source_rank: int,
     base_sha256: str,
     dtype: torch.dtype,
-    device: torch.device,
     on_event: Callable[[Event], None],
-    quantization: Quantization | None = None,
+    place: Callable[[nn.Module, list[nn.Parameter]], None] = lambda _model, _adapter: None,
 ) -> dict[str, Any]:
     """Load the exported adapter with stock PEFT on a fresh base and compare with the trained model.
 
-    The trained model should be gone by now: this holds a second copy of the base.
+    Args:
+        base: a second copy of the base, which is let go of; the trained model should be gone by now.
+        place: moves the model to where it can run, if it does not lie there; also told the adapter's parameters.
 
     Returns:
         The object shown as `job.export_check`; the caller decides with `require`.
     """
-    base = load_model(base_folder, dtype=dtype, device=device, quantization=quantization)
     model = with_stock_peft(base, folder)
+    missing = _unread_tensors(model, folder)
+    place(model, [p for name, p in model.named_parameters() if ".lora_" in name])
     found = record(model, texts, on_event=on_event)
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
     largest = max(float(a.abs().max()) for a in expected)
     tolerance = TOLERANCE[dtype] * max(1.0, largest)
-    missing = _unread_tensors(model, folder)
     free(model)
     config = json.loads((folder / "adapter_config.json").read_text())
     return {

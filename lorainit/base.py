@@ -1,7 +1,7 @@
 """The frozen base that a run, or several runs together, train on: opened once, loaded when first needed."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,21 @@ from lorainit.events import Event, Message
 from lorainit.inits import Quantization
 from lorainit.model import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
+from lorainit.shard import decide, shard
 from lorainit.spec import RunSpec
 from lorainit.store import Store
+from lorainit.world import ALONE, World
 
 OnEvent = Callable[[Event], None]
 
 
 @dataclass
 class Base:
-    """A base model in the format and on the device of a run. `packs`: whether it can train on packed rows."""
+    """A base model in the format and on the device of a run.
+
+    `sharded`: why it is divided between the processes of `world`; "" = it is not. `packs`: whether it can train on
+    packed rows.
+    """
 
     spec: RunSpec
     location: Location
@@ -34,6 +40,8 @@ class Base:
     device: torch.device
     quantization: Quantization | None
     sha256: str
+    world: World = ALONE
+    sharded: str = ""
     packs: bool = False
     _model: nn.Module | None = field(default=None, repr=False)
 
@@ -51,8 +59,12 @@ class Base:
     def load(self, on_event: OnEvent) -> nn.Module:
         """Load the weights, if nobody has, and choose the attention."""
         if self._model is None:
-            folder, quantization = self.location.folder, self.quantization
-            self._model = load_model(folder, dtype=self.dtype, device=self.device, quantization=quantization)
+            self._model = self.fresh()
+            if self.sharded:
+                self.place(self._model)
+                text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
+                machine.note(machine.Choice("base", "sharded", self.sharded))
+                on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
             refusal = attention.install(self._model)
             self.packs = refusal is None
             rows = "packed" if self.packs else "padded"
@@ -60,6 +72,16 @@ class Base:
             machine.note(machine.Choice("rows", rows, why))
             on_event(Message(message=f"Rows are {rows}: {why}", data={"kind": "machine", "rows": rows}))
         return self._model
+
+    def fresh(self) -> nn.Module:
+        """Another copy of the base: on the device, or on the CPU if it is to be divided with `place`."""
+        device = torch.device("cpu") if self.sharded else self.device
+        return load_model(self.location.folder, dtype=self.dtype, device=device, quantization=self.quantization)
+
+    def place(self, model: nn.Module, whole: Collection[nn.Parameter] = ()) -> None:
+        """Divide a model that lies on the CPU, if this base is divided."""
+        if self.sharded:
+            shard(model, self.device, world=self.world, whole=whole)
 
     def lay(self, samples: Sequence[Sample]) -> Batch:
         """Rows to a batch on the model's device."""
@@ -101,7 +123,7 @@ def store(spec: RunSpec, kind: str, on_event: OnEvent) -> Store:
     return Store(Path(spec.cache or "") / kind, spec.cache_limit_bytes if spec.cache else 0, on_event)
 
 
-def open_base(spec: RunSpec, out: Path, on_event: OnEvent) -> Base:
+def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALONE) -> Base:
     """Find the base and what can be known of it without its weights.
 
     Args:
@@ -118,4 +140,6 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent) -> Base:
     tokenizer = load_tokenizer(location.folder)
     digest = known_sha256(location.folder, store(spec, "bases", on_event))
     require_whole(location.folder, digest)
-    return Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, digest)
+    sharded = decide(spec, location.folder, world=world, dtype=dtype, device=device)
+    world = replace(world, in_step=bool(sharded))
+    return Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, digest, world, sharded)

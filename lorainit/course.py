@@ -130,7 +130,8 @@ class Course:
         self._seen = sum(len(s.ids) for s in samples)
         self._begun = time.monotonic()
         self._parts: list[Tally] = []
-        self.pieces = list(self.world.share(batches(samples, self.member.micro_batch_size)))
+        pieces = batches(samples, self.member.micro_batch_size)
+        self.pieces, self.idle = list(self.world.share(pieces)), self.world.idle(pieces)
         return self.pieces
 
     def part(self, piece: int, tally: Tally) -> Tensor:

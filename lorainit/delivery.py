@@ -52,28 +52,30 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     with borrowed(job.base.model, job.layers):
         expected: list[Tensor] = adapter.record(job.base.model, texts, on_event=on_event)
         rows = fidelity.held_out(job.data, job.valid)
-        losses = fidelity.token_losses(job.base.model, rows, on_event=on_event)
+        losses = None if job.base.sharded else fidelity.token_losses(job.base.model, rows, on_event=on_event)
     job.targets.clear()
     job.layers.clear()
     if last:
         job.base.release()
     gc.collect()
     result = adapter.check(
-        job.base.location.folder,
+        job.base.fresh(),
         folder,
         texts,
         expected,
         source_rank=job.lora.r,
         base_sha256=job.base.sha256,
         dtype=job.base.dtype,
-        device=job.base.device,
-        quantization=job.lora.quantization,
+        place=job.base.place,
         on_event=on_event,
     )
     level = "info" if result["passed"] else "error"
     text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
     adapter.require(result)
+    if losses is None:
+        result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=fidelity.DIVIDED, on_event=on_event)
+        return result
     result["fidelity"] = fidelity.measure(
         job.base.location.folder,
         folder,

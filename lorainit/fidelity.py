@@ -41,6 +41,7 @@ _NO_ROWS = f"no row has a trained token among its last {MAX_TOKENS} tokens"
 _NO_BF16 = "this device has no bf16"
 _NOT_FP32 = "the run is not in fp32"
 _QUANTIZED = "merging needs the full-precision base, and the adapter was trained on the base in four bits"
+DIVIDED = "the base is divided between devices"
 _NO_GAIN = "the training did not lower the loss of these rows"
 _PHRASES: dict[Way, str] = {
     "unmerged": "when served unmerged on a bf16 base",
@@ -202,6 +203,17 @@ def measure(
         **_facts(found, quantized=quantization is not None),
         "seconds": round(time.monotonic() - started, 2),
     }
+    _tell(facts, on_event)
+    return facts
+
+
+def unmeasured(rows: HeldOut, *, dtype: torch.dtype, reason: str, on_event: OnEvent) -> dict[str, Any]:
+    """What `measure` returns where nothing can be measured, and says so."""
+    losses = [f"{name}_loss" for name in _LOSSES]
+    kept = [f"kept_{way}_bf16" for way in _WAYS]
+    facts: dict[str, Any] = dict.fromkeys([*losses, *kept, *(f"{name}_error" for name in kept)])
+    facts |= {"data": rows.source, "rows": 0, "tokens": 0, "precision": _NAMES[dtype], "seconds": 0.0}
+    facts["missing"] = dict.fromkeys([*losses, *kept], reason)
     _tell(facts, on_event)
     return facts
 

@@ -42,7 +42,7 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
     """Set the model and its members up for the run; the model is left bare.
 
     Raises:
-        OutOfMemory: not one row fits, whatever is done.
+        OutOfMemory: not one row fits, whatever is done; on a base that is divided between devices, the first try.
     """
     stand, members, retries = Stand(model), list(members), 0
     switches = [member.recipe.gradient_checkpointing for member in members]
@@ -59,7 +59,9 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
                 raise _too_large()
         else:
             raise _too_large()
-    if not recomputes:
+    if not recomputes and world.in_step:
+        _do_not_compile(members)
+    elif not recomputes:
         _compile(stand, members, lay, world)
     return Fitted(members, retries)
 
@@ -70,8 +72,8 @@ def _fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> b
     try:
         _try(stand, members, lay)
     except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
-        if not is_out_of_memory(error):
-            raise
+        if world.in_step or not is_out_of_memory(error):
+            raise  # where a pass is everybody's, the others are in the middle of one that cannot be finished
         failed = True
     if failed:  # outside of the except clause, whose traceback holds what is to be freed
         _forget(stand, members)
@@ -157,6 +159,11 @@ def _compile(stand: Stand, members: Sequence[Member], lay: Lay, world: World) ->
         _tell(members, "warn", text, kind="machine", compiled=False)
         return
     _tell(members, "info", f"The decoder layers are compiled: {why}", kind="machine", compiled=True)
+
+
+def _do_not_compile(members: Sequence[Member]) -> None:
+    asked = [member for member in members if member.recipe.compile is True]
+    _tell(asked, "warn", "The decoder layers run uncompiled: the base is divided", kind="machine", compiled=False)
 
 
 def _tokens(member: Member) -> int:

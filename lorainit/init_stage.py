@@ -105,8 +105,8 @@ class _Keys(NamedTuple):
 
 
 def _cache(job: Job, on_event: OnEvent) -> Cache:
-    """A run without a cache folder keeps nothing."""
-    folder, limit = job.spec.cache, job.spec.cache_limit_bytes
+    """A run without a cache folder keeps nothing, nor do processes that must all find the same in it or nothing."""
+    folder, limit = job.spec.cache, 0 if job.base.sharded else job.spec.cache_limit_bytes
     return Cache(Path(folder or job.base.location.folder) / "init", limit if folder else 0, on_event)
 
 

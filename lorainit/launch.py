@@ -57,6 +57,12 @@ class Others:
             time.sleep(0.05)
         return None
 
+    def dismiss(self) -> None:
+        """End them: this one has stopped or failed, and they would wait for it in their next sum."""
+        self._over.set()
+        for other in self._processes:
+            other.kill()
+
     def close(self) -> None:
         """Wait for them to end, then insist."""
         self._over.set()

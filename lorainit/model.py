@@ -211,7 +211,8 @@ def free(model: nn.Module) -> None:
     beside them. Collecting instead takes a second with transformers loaded, whatever the model.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        if not hasattr(tensor, "full_tensor"):  # a part of a weight that devices share goes with the model
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def skeleton(folder: Path) -> nn.Module:

@@ -49,7 +49,8 @@ class Job:
         """What a resumed run must have in common with the one that wrote the checkpoint."""
         resolved = {
             "lora": self.lora.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json"),
+            # Whether devices share the base changes no number.
+            "training": self.training.model_dump(mode="json", exclude={"shard_base"}),
             "seed": self.spec.seed,
         }
         return {

@@ -96,7 +96,8 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
         try:
             request.out.mkdir(parents=True, exist_ok=True)
             request.on_event(Stage(stage="loading", message=f"Loading {request.spec.model.id}"))
-            base = base or open_base(request.spec, request.out, request.on_event)
+            base = base or open_base(request.spec, request.out, request.on_event, world=world)
+            world = base.world
             runs[who] = _begin(request, base, world, sharing=len(requests))
         except Stopped:
             raise
@@ -166,7 +167,7 @@ def _end(one: _Run, end: Progress | LorainitError, world: World, *, last: bool) 
     if isinstance(end, LorainitError):
         return end
     try:
-        return _deliver(one, end, last=last) if world.leads else _nothing(one, end)
+        return _deliver(one, end, last=last) if world.leads else _accompany(one, end, last=last)
     except Stopped:
         raise
     except LorainitError as error:
@@ -190,8 +191,10 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
     return done
 
 
-def _nothing(one: _Run, progress: Progress) -> Done:
-    """The end of a process that trained along: the leading one writes the adapter."""
+def _accompany(one: _Run, progress: Progress, *, last: bool) -> Done:
+    """The end of a process that trained along: the leading one writes the adapter, and needs our part to check it."""
+    if one.job.base.sharded:
+        delivery.verify(one.job, one.request.out / "adapter", one.request.on_event, last=last)
     return Done(adapter=str(one.request.out / "adapter"), trained_tokens=progress.tokens, export_check={}, resources={})
 
 

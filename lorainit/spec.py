@@ -179,7 +179,10 @@ class Hyperparameters(Strict):
     `precision` is the number format of the base model and of the activations; what is trained stays in
     float32. `gradient_checkpointing` computes layers again instead of keeping them: "auto" when one row does
     not fit otherwise. `compile` fuses the base's element-wise parts: "auto" where a long run gets that back.
-    These three autos are decided by the machine the run finds itself on (`lorainit.hardware`, `lorainit.fit`).
+    `shard_base` divides the frozen base between the devices of a job (`resources.devices`): "auto" where it does not
+    fit on one.
+    These four autos are decided by the machine that the run finds itself on (`lorainit.hardware`, `lorainit.fit`,
+    `lorainit.shard`).
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
@@ -196,6 +199,7 @@ class Hyperparameters(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool | Auto = "auto"
     compile: bool | Auto = "auto"
+    shard_base: bool | Auto = "auto"
     eval_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
     checkpoint_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
 
@@ -271,3 +275,21 @@ class RunSpec(Strict):
     cache: str | None = None
     cache_limit_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     resume_from: str | None = None
+
+    @model_validator(mode="after")
+    def refuse_to_share_what_cannot_be_shared(self) -> "RunSpec":
+        """As `why_not_sharded`."""
+        if why := why_not_sharded(self.training, self.lora, devices=self.devices):
+            raise refusal("training.shard_base", why)
+        return self
+
+
+def why_not_sharded(training: Hyperparameters, lora: Lora, *, devices: int) -> str | None:
+    """A sentence if `shard_base` is asked for where it cannot be."""
+    if training.shard_base is not True:
+        return None
+    if devices == 1:
+        return "shard_base divides the base between devices, and the job has one: ask for more (resources.devices)."
+    if lora.quantization:
+        return "shard_base does not combine with a quantized base."
+    return None

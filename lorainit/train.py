@@ -90,6 +90,15 @@ def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None
         torch.autograd.backward(torch.stack(losses).sum())
     for course in courses:
         course.drop_by(None)
+        for _ in range(course.idle):
+            _pass_along(stand, course, lay)
+
+
+def _pass_along(stand: Stand, course: Course, lay: Lay) -> None:
+    """A pass for the sake of the others, who need this process's part of the base: it adds nothing to the gradients."""
+    batch = lay(course.member.data.samples[:1])
+    stand.put([course.member.layers], _spans([batch.ids.numel()]))
+    torch.autograd.backward(tally(stand.model, batch).loss * 0.0)
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -101,7 +110,8 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
     """Loss and accuracy over all these rows, under both names the hosted service uses."""
     say, world = course.member.on_event, course.world
     say(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
-    pieces = world.share(batches(samples, course.member.micro_batch_size))
+    every = batches(samples, course.member.micro_batch_size)
+    pieces = world.share(every)
     device = next(stand.model.parameters()).device
     loss, sums = torch.zeros((), device=device), torch.zeros(2, dtype=torch.long, device=device)
     for done, piece in enumerate(pieces, start=1):
@@ -111,6 +121,8 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
         loss += part.loss
         sums += torch.stack([part.correct, torch.tensor(part.tokens, device=device)])
         say(Tick(done=done, total=len(pieces)))
+    for _ in range(world.idle(every)):
+        tally(stand.model, lay(samples[:1]))
     world.add_up([loss, sums])
     correct, tokens = sums.tolist()
     found = {"mean_token_accuracy": correct / tokens}

@@ -12,6 +12,8 @@ def weight_of(module: nn.Module) -> Tensor:
         return dequantized(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
+    if hasattr(weight, "full_tensor"):  # outside of a pass over a base that devices share: all of them ask for it
+        weight = weight.full_tensor()
     return weight.T if isinstance(module, Conv1D) else weight
 
 

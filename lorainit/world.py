@@ -23,10 +23,11 @@ TIMEOUT = timedelta(minutes=30)  # the others wait at their next sum while one e
 
 @dataclass(frozen=True)
 class World:
-    """This process's place (`rank`) among `size`."""
+    """This process's place (`rank`) among `size`. `in_step`: each pass is everybody's, since they share the base."""
 
     rank: int = 0
     size: int = 1
+    in_step: bool = False
 
     @property
     def leads(self) -> bool:
@@ -36,6 +37,10 @@ class World:
     def share(self, pieces: Sequence[T]) -> Sequence[T]:
         """This process's part of the micro-batches."""
         return pieces[self.rank :: self.size]
+
+    def idle(self, pieces: Sequence[T]) -> int:
+        """Passes without a piece of its own that this process makes along with the others."""
+        return -(-len(pieces) // self.size) - len(self.share(pieces)) if self.in_step else 0
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in place; one message for each dtype."""
@@ -55,6 +60,9 @@ class World:
                 distributed.broadcast(tensor.detach(), src=0)
 
 
+ALONE = World()
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """The world that `launch`, or torchrun, has started this process in, joined for as long as the context lasts.
@@ -64,7 +72,7 @@ def joined(device: torch.device) -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World()
+        yield ALONE
         return
     rank = int(os.environ["RANK"])
     if device.type == "cuda":

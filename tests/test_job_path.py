@@ -263,6 +263,9 @@ def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None
     assert job.export_check["passed"] is True  # type: ignore[attr-defined]
     events = stack.messages(job.id)
     assert len(events) == len(set(events)), "only one of the two processes speaks"
+    divided = stack.wait(stack.create({"init": "pissa", "r": 4}, devices=2, shard_base=True).id, "succeeded")
+    assert divided.export_check["passed"] is True  # type: ignore[attr-defined]
+    assert any(text.startswith("Each of 2 devices holds a part") for text in stack.messages(divided.id))
     long = stack.create({"init": "kaiming", "r": 4}, devices=2, n_epochs=50)
     stack.wait(long.id, "running")
     deadline = time.monotonic() + 60

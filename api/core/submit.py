@@ -14,7 +14,7 @@ from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
 from api.core.settings import get_settings
 from lorainit.inits import CalibratedConfig
-from lorainit.spec import Hyperparameters, Lora
+from lorainit.spec import Hyperparameters, Lora, why_not_sharded
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 CALIBRATION_FILE = "lora.init.calibration_file"
@@ -56,6 +56,8 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
             code="invalid_value",
             param=f"{_RATES}.max_length",
         )
+    if why := why_not_sharded(order.training, order.lora, devices=order.devices):
+        raise InvalidValue(why, code="unsupported_combination", param=f"{_RATES}.shard_base")
     if order.devices > (limit := get_settings().devices_per_job):
         raise InvalidValue(
             f"resources.devices {order.devices} is above what a job may have here, {limit}.",

@@ -66,6 +66,11 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"resources": {"devices": 2, "group": True}}, "invalid_value", "resources.devices"),
     ({"resources": {"gpus": 2}}, "unknown_parameter", "resources.gpus"),
     # combinations that mean nothing
+    (
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": {"shard_base": True}}}},
+        "unsupported_combination",
+        "method.supervised.hyperparameters.shard_base",
+    ),
     ({"lora": {"init": "orthogonal", "r": 7}}, "unsupported_combination", "lora.r"),
     ({"lora": {"init": "loram", "r": 1}}, "unsupported_combination", "lora.r"),
     ({"lora": {"init": "pissa", "dropout": 0.1}}, "unsupported_combination", "lora.dropout"),

@@ -340,8 +340,8 @@ def test_adapters_are_float32_whatever_the_base(cases):
 
 def export_check(bases, data, adapter, expected):
     return check(
-        bases["llama"], adapter, prompts(data.samples), expected, source_rank=4, base_sha256="x",
-        dtype=torch.float32, device=CPU, on_event=lambda event: None,
+        load_model(bases["llama"], dtype=torch.float32, device=CPU), adapter, prompts(data.samples), expected,
+        source_rank=4, base_sha256="x", dtype=torch.float32, on_event=lambda event: None,
     )  # fmt: skip
 
 

@@ -279,9 +279,9 @@ def test_stock_peft_loads_mixed_ranks_at_one_scale(bases, rows, tmp_path, base, 
     assert layers.keys() == {n for n, r in ranks.items() if r}
     assert all(m.scaling["default"] == pytest.approx(lora.scaling, rel=1e-12) for m in layers.values())
     result = check(
-        bases[base], tmp_path, texts := prompts(context.samples),
+        load_model(bases[base], dtype=torch.float32, device=CPU), tmp_path, texts := prompts(context.samples),
         record(context.model, texts, on_event=lambda e: None), source_rank=4, base_sha256="x",
-        dtype=torch.float32, device=CPU, on_event=lambda e: None,
+        dtype=torch.float32, on_event=lambda e: None,
     )  # fmt: skip
     assert result["passed"]
     assert result["max_abs_logit_difference"] < 1e-5

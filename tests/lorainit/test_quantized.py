@@ -237,9 +237,10 @@ def test_the_adapter_loads_on_the_full_precision_base_which_is_another_model(bas
     expected = record(model, texts, on_event=lambda event: None)
 
     def checked(quantization):
+        fresh = load_model(bases[base], dtype=torch.float32, device=CPU, quantization=quantization)
         return check(
-            bases[base], tmp_path, texts, expected, source_rank=4, base_sha256="x", dtype=torch.float32, device=CPU,
-            on_event=lambda event: None, quantization=quantization,
+            fresh, tmp_path, texts, expected, source_rank=4, base_sha256="x", dtype=torch.float32,
+            on_event=lambda event: None,
         )  # fmt: skip
 
     assert checked("nf4")["passed"] is True

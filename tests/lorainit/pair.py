@@ -1,0 +1,56 @@
+"""One of two processes that run several specs in turn: `python -m tests.lorainit.pair RANK FOLDER`.
+
+FOLDER/specs.json is {name: spec}. Each run leaves its files in FOLDER/name; each process writes what it found
+to FOLDER/name/found-RANK.json: the error it ended by, and the bytes of the base that it held.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from lorainit import base
+from lorainit.errors import LorainitError
+from lorainit.events import Message
+from lorainit.launch import RENDEZVOUS
+from lorainit.run import run
+from lorainit.shard import local_bytes
+from lorainit.spec import RunSpec
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rank, folder = sys.argv[1], Path(sys.argv[2])
+    os.environ |= {"RANK": rank, "WORLD_SIZE": "2"}
+    held: list[int] = []
+    place = base.Base.place
+
+    def weighed(self, model, whole=()) -> None:
+        place(self, model, whole)
+        held.append(local_bytes(model))
+
+    base.Base.place = weighed
+    for name, spec in json.loads((folder / "specs.json").read_text()).items():
+        out = folder / name
+        out.mkdir(exist_ok=True)
+        os.environ[RENDEZVOUS] = (out / "meeting").as_uri()
+        error, messages = go(RunSpec.model_validate(spec), out)
+        found = {"error": error, "held": held, "messages": messages}
+        (out / f"found-{rank}.json").write_text(json.dumps(found))
+        held.clear()
+
+
+def go(spec: RunSpec, out: Path) -> tuple[str | None, list[str]]:
+    """Run; the error's code and what was said."""
+    messages: list[str] = []
+    try:
+        run(spec, out, lambda event: messages.extend([event.message] if isinstance(event, Message) else []))
+    except LorainitError as error:
+        return error.code, messages
+    return None, messages
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""A base that two processes divide between them: what comes of it is what comes of one that holds it whole."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from lorainit.base import open_base
+from lorainit.errors import TooFewDevices, UnsupportedModel
+from lorainit.methods import METHODS
+from lorainit.model import load_model
+from lorainit.prepare import prepare
+from lorainit.run import run
+from lorainit.shard import decide, shard
+from lorainit.spec import RunSpec
+from lorainit.world import World
+
+ROOT = Path(__file__).parents[2]
+WHOLE = [name for name in METHODS if name != "loftq"]  # which is for bases in four bits
+TRAINING = {"max_steps": 3, "eval_interval": 2, "checkpoint_interval": 100}
+
+
+def quiet(_event) -> None:
+    """Nobody listens."""
+
+
+def shared(spec: RunSpec, **update) -> dict:
+    training = spec.training.model_copy(update={"shard_base": True})
+    return spec.model_copy(update={"devices": 2, "training": training, **update}).model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def cases(bases, rows):
+    """What both processes run, one after the other: five rows a step in pieces of two, so that one has less to do."""
+
+    def spec(base="llama", **lora):
+        return RunSpec.model_validate(
+            {
+                "model": {"id": base, "source": str(bases[base]), "root": f"tests/{base}", "max_length": 256},
+                "data": {"training": str(rows), "validation": str(rows)},
+                "lora": {"init": "kaiming", "r": 4, **lora},
+                "training": {**TRAINING, "batch_size": 5, "learning_rate": 1e-3},
+                "micro_batch_size": 2,
+            }
+        )
+
+    found = {name: spec(init={"method": name}) for name in WHOLE}
+    found |= {"gpt2": spec("gpt2", init="pissa"), "dora": spec(use_dora=True), "dropped": spec(dropout=0.1)}
+    again = found["loram"].training.model_copy(update={"gradient_checkpointing": True})
+    found["recomputed"] = found["loram"].model_copy(update={"training": again})
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(cases, tmp_path_factory):
+    """The folder of what two processes made of all cases."""
+    folder = tmp_path_factory.mktemp("pair")
+    given = {name: shared(spec) for name, spec in cases.items()}
+    bad = cases["kaiming"].data.model_copy(update={"training": str(folder / "none.jsonl")})
+    (folder / "none.jsonl").write_text("no row\n")
+    given["bad"] = shared(cases["kaiming"], data=bad)
+    (folder / "specs.json").write_text(json.dumps(given))
+    command = [sys.executable, "-m", "tests.lorainit.pair"]
+    both = [
+        subprocess.Popen([*command, str(rank), str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=280)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return folder
+
+
+def found(pair, name):
+    return [json.loads((pair / name / f"found-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "gpt2", "dora", "recomputed"])
+def test_a_divided_base_trains_the_adapter_that_a_whole_one_trains(name, cases, pair, tmp_path):
+    assert [one["error"] for one in found(pair, name)] == [None, None]
+    alone = run(cases[name], tmp_path / "alone", quiet)
+    ours = load_file(pair / name / "adapter" / "adapter_model.safetensors")
+    theirs = load_file(f"{alone.adapter}/adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[key], rtol=1e-3, atol=5e-6), key
+    logs = [(where / "metrics.jsonl").read_text().splitlines() for where in (pair / name, tmp_path / "alone")]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for line, expected in zip(*(map(json.loads, log) for log in logs), strict=True):
+        for number in ("train_loss", "full_valid_loss"):
+            assert line[number] is expected[number] is None or abs(line[number] - expected[number]) < 1e-5
+
+
+def test_each_process_holds_half_of_every_layer_and_all_that_is_no_layer(cases, pair):
+    model = load_model(Path(cases["kaiming"].model.source), dtype=torch.float32, device=torch.device("cpu"))
+    layers = sum(p.nbytes for layer in model.model.layers for p in layer.parameters())
+    others = sum(p.nbytes for p in model.parameters()) - layers
+    for one in found(pair, "kaiming"):
+        trained_on, checked_on = one["held"]
+        assert others + 0.5 * layers <= trained_on <= others + 0.55 * layers
+        assert checked_on > trained_on  # the download is checked on a divided base too, with the adapter on it
+
+
+def test_the_adapter_of_a_divided_base_is_checked_and_what_bf16_keeps_is_not_measured(pair):
+    manifest = json.loads((pair / "pissa" / "adapter" / "manifest.json").read_text())
+    check = manifest["export_check"]
+    assert check["passed"] is True
+    assert set(check["fidelity"]["missing"].values()) == {"the base is divided between devices"}
+    leading = found(pair, "pissa")[0]
+    assert "Each of 2 devices holds a part of the base: it was asked for" in leading["messages"]
+    assert any("was not measured: the base is divided" in text for text in leading["messages"])
+    assert not list((pair / "pissa").glob("**/init/*"))
+
+
+def test_dropout_of_a_divided_base_trains_and_is_checked(pair):
+    """Masks are each process's own, so there is no run of one process to compare with."""
+    assert [one["error"] for one in found(pair, "dropped")] == [None, None]
+
+
+def test_what_is_wrong_with_the_rows_is_the_same_for_both(pair):
+    assert [one["error"] for one in found(pair, "bad")] == ["invalid_training_file"] * 2
+
+
+# --- stopped, or killed -----------------------------------------------------------------------------
+
+
+def by_command_line(spec: dict, out: Path) -> subprocess.Popen:
+    out.mkdir(exist_ok=True)
+    file = out / "order.json"
+    file.write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "lorainit", str(file), str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def await_steps(process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def test_a_divided_run_that_is_stopped_goes_on_with_the_same_bits(cases, tmp_path):
+    training = {
+        **cases["pissa"].training.model_dump(),
+        "max_steps": 60,
+        "eval_interval": 20,
+        "checkpoint_interval": 500,
+    }
+    spec = RunSpec.model_validate({**cases["pissa"].model_dump(mode="json"), "training": training})
+    straight = by_command_line(shared(spec), tmp_path / "straight")
+    said = straight.communicate(timeout=120)[1]
+    assert straight.returncode == 0, said
+    stopped = by_command_line(shared(spec), tmp_path / "stopped")
+    await_steps(stopped, tmp_path / "stopped" / "metrics.jsonl")
+    stopped.terminate()
+    said = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 143, said
+    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    resumed = by_command_line(shared(spec, resume_from=str(checkpoint)), tmp_path / "resumed")
+    said = resumed.communicate(timeout=120)[1]
+    assert resumed.returncode == 0, said
+    weights = [
+        (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("straight", "resumed")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_process_that_is_killed_takes_a_divided_run_with_it(cases, tmp_path):
+    training = {**cases["kaiming"].training.model_dump(), "max_steps": 100_000, "checkpoint_interval": 100_000}
+    spec = RunSpec.model_validate({**cases["kaiming"].model_dump(mode="json"), "training": training})
+    leading = by_command_line(shared(spec), tmp_path / "out")
+    await_steps(leading, tmp_path / "out" / "metrics.jsonl")
+    (other,) = psutil.Process(leading.pid).children()
+    other.kill()
+    said = leading.communicate(timeout=60)[1]
+    assert leading.returncode == -signal.SIGKILL, said
+
+
+# --- refused, or not done -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        ({"devices": 1}, "the job has one"),
+        ({"devices": 2, "lora": {"init": "kaiming", "r": 4, "quantization": "nf4"}}, "quantized base"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(spec, update, reason):
+    with pytest.raises(ValidationError, match=reason):
+        spec(training={"shard_base": True}, **update)
+
+
+def test_a_process_that_is_alone_refuses_to_divide(spec, tmp_path):
+    with pytest.raises(TooFewDevices, match="this one is alone"):
+        run(spec(devices=2, training={"shard_base": True}), tmp_path, quiet)
+
+
+def test_an_architecture_that_does_not_name_its_layers_is_refused():
+    with pytest.raises(UnsupportedModel) as refused:
+        shard(torch.nn.Linear(2, 2), torch.device("cpu"), world=World(0, 2))
+    assert refused.value.param == "method.supervised.hyperparameters.shard_base"
+
+
+@pytest.mark.parametrize(
+    ("gib", "world", "why"),
+    [(1000.0, World(0, 2), ""), (1e-4, World(0, 2), "too much for a device"), (1e-4, World(), "")],
+)
+def test_left_to_the_machine_a_base_is_divided_where_it_does_not_fit(spec, bases, monkeypatch, gib, world, why):
+    """No GPU is asked: its memory is what a stand-in says."""
+    memory = types.SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    devices = {"dtype": torch.float32, "device": torch.device("cuda")}
+    answer = decide(spec(devices=2), bases["llama"], world=world, **devices)
+    assert why in answer and bool(answer) == bool(why)
+
+
+def test_left_to_the_machine_a_cpu_divides_nothing(spec, bases):
+    assert (
+        decide(spec(devices=2), bases["llama"], world=World(0, 2), dtype=torch.float32, device=torch.device("cpu"))
+        == ""
+    )
+
+
+def test_a_checkpoint_does_not_ask_who_held_the_base(spec, tmp_path):
+    whole, divided = (spec(devices=2, training={"shard_base": value}) for value in (False, "auto"))
+    recipes = [prepare(one, open_base(one, tmp_path, quiet), quiet).recipe for one in (whole, divided)]
+    assert recipes[0] == recipes[1]
