@@ -53,8 +53,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=4, help="who order three jobs at a time, for four slots")
     parser.add_argument("--fickle", type=float, default=0.15, help="share of their jobs that they cancel")
     parser.add_argument("--real", type=int, default=3, help="how many jobs on a real base, beside one in peace")
-    parser.add_argument("--mutant", choices=sorted(MUTANTS), help="take one safeguard out; chaos must notice")
+    parser.add_argument("--moody", type=float, default=0.2, help="share of their jobs that they pause and resume")
+    parser.add_argument("--group", type=float, default=0.3, help="share of their jobs that may be trained together")
+    parser.add_argument(
+        "--mutant",
+        choices=sorted(MUTANTS),
+        help="take one safeguard out, with the attack that needs it; chaos must notice",
+    )
     parser.add_argument("--keep", action="store_true", help="keep logs and files of the run")
+    mutant = parser.parse_known_args()[0].mutant
+    if mutant:
+        parser.set_defaults(**MUTANTS[mutant].attack)
     return parser.parse_args()
 
 
@@ -104,8 +113,9 @@ def _users(meet: Callable[..., User], options: argparse.Namespace) -> list[User]
     found = [meet(name="real", wants=real.orders(options.real, steps=REAL_STEPS), at_once=1)] if options.real else []
     for number in range(options.users):
         seed = options.seed * 1000 + number
-        wants = stub_orders(seed=seed, steps=tuple(options.steps))
-        found.append(meet(name=f"user-{number}", wants=wants, fickle=options.fickle, seed=seed))
+        wants = stub_orders(seed=seed, steps=tuple(options.steps), group=options.group)
+        moods = {"fickle": options.fickle, "moody": options.moody}
+        found.append(meet(name=f"user-{number}", wants=wants, seed=seed, **moods))
     return found
 
 
@@ -125,7 +135,8 @@ def _loop(fleet: Fleet, orphans: Orphans, *, until: object, seconds: float, paus
 
 def _print(verdict: Verdict, nemesis: Nemesis, options: argparse.Namespace, *, can_mount: bool) -> None:
     kills = sum(count for name, count in nemesis.did.items() if name.startswith("kill"))
-    print(f"\nchaos: seed {options.seed}, {options.seconds:.0f} s, {kills} kills, mutant {options.mutant or 'none'}\n")
+    times = f"{options.seconds:.0f} s and {options.settle:.0f} s to settle"
+    print(f"\nchaos: seed {options.seed}, {times}, {kills} kills, mutant {options.mutant or 'none'}\n")
     for name, count in sorted(nemesis.did.items()):
         print(f"  {name:32} {count:6}")
     if not can_mount:

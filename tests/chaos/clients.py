@@ -27,6 +27,7 @@ class Order:
     body: dict[str, Any]
     job_id: str | None = None
     cancelled_at: float | None = None
+    resume_at: float | None = None  # it was paused, and is to go on then
     status: str | None = None
 
 
@@ -40,8 +41,10 @@ class Book:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def stub_orders(*, seed: int, steps: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Orders without end for the trainer of the chaos run, each with a seed of its own."""
+def stub_orders(*, seed: int, steps: tuple[int, int], group: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Orders without end for the trainer of the chaos run, each with a seed of its own; `group`: share of them that
+    may be trained together.
+    """
     chance = random.Random(seed)
     while True:
         length, interval = chance.randint(*steps), chance.choice((10, 20, 40))
@@ -51,13 +54,15 @@ def stub_orders(*, seed: int, steps: tuple[int, int]) -> Iterator[dict[str, Any]
             "seed": chance.randrange(2**31),
             "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},
             "lora": {"init": "kaiming", "r": 4},
+            "resources": {"group": chance.random() < group},
         }
 
 
 class User(threading.Thread):
     """Keeps a few jobs going until it has ordered all it wants or is told to order no more; then only watches.
 
-    `at_once`: how many jobs it waits for; `fickle`: the share of its jobs that it cancels.
+    `at_once`: how many jobs it waits for; `fickle`: the share of its jobs that it cancels; `moody`: the share that it
+    pauses, and resumes a little later.
     """
 
     def __init__(
@@ -70,16 +75,19 @@ class User(threading.Thread):
         wants: Iterator[dict[str, Any]],
         at_once: int = 3,
         fickle: float = 0.0,
+        moody: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self.closed, self.gone = threading.Event(), threading.Event()
-        self._book, self._wants, self._fickle, self._random = book, wants, fickle, random.Random(seed)
+        self._book, self._wants, self._random = book, wants, random.Random(seed)
+        self._fickle, self._moody = fickle, moody
         headers = {"authorization": f"Bearer {secret}"}
         self._client = httpx2.Client(base_url=f"{url}/v1", headers=headers, timeout=20)
         self._mine: list[Order] = []
         self._at_once = at_once
         self._doomed: dict[str, float] = {}
+        self._halted: dict[str, float] = {}
         self._file: str | None = None
 
     def run(self) -> None:
@@ -103,6 +111,8 @@ class User(threading.Thread):
         order = Order(key=f"{self.name}-{len(self._mine)}", body=body)
         if self._random.random() < self._fickle:
             self._doomed[order.key] = time.monotonic() + self._random.uniform(0, 12)
+        elif self._random.random() < self._moody:
+            self._halted[order.key] = time.monotonic() + self._random.uniform(0, 12)
         with self._book.lock:
             self._book.orders.append(order)
         return order
@@ -122,10 +132,15 @@ class User(threading.Thread):
             answer = self._ask("POST", "/fine_tuning/jobs", json=order.body, headers=headers)
             order.job_id = None if answer is None else answer["id"]
             return
-        path = f"/fine_tuning/jobs/{order.job_id}"
-        if time.monotonic() > self._doomed.get(order.key, float("inf")) and order.cancelled_at is None:
+        path, now = f"/fine_tuning/jobs/{order.job_id}", time.monotonic()
+        if now > self._doomed.get(order.key, float("inf")) and order.cancelled_at is None:
             answer = self._ask("POST", f"{path}/cancel", allowed=(400, 409))
             order.cancelled_at = None if answer is None or answer.get("status") != "cancelled" else time.monotonic()
+        elif now > self._halted.get(order.key, float("inf")) and order.resume_at is None:
+            answer = self._ask("POST", f"{path}/pause", allowed=(400,))
+            order.resume_at = None if answer is None else now + self._random.uniform(1, 6)
+        elif order.status == "paused" and now > (order.resume_at or 0):
+            answer = self._ask("POST", f"{path}/resume", allowed=(400,))
         else:
             answer = self._ask("GET", path)
         order.status = (answer or {}).get("status", order.status)

@@ -195,12 +195,18 @@ class Judge:
         counts["submitted"] = sum(order.job_id is not None for order in self._book.orders)
         counts["finished"] = statuses.count("succeeded")
         counts["cancelled"] = statuses.count("cancelled")
+        counts["paused"] = sum(_went(events, "paused") for events in self._events.values())
+        counts["trained together"] = sum(bool(job["trained_with"]) for job in self._jobs.values())
         counts["requests repeated"] = self._book.retried
         counts["attempts"] = sum(map(len, attempts))
         counts["resumed"] = len(resumed)
         counts["mean steps lost"] = sum(len(own) - len(set(own)) for own in steps) / restarts if restarts else 0
         counts["mean s to next attempt"] = fmean(gaps) if gaps else 0
         counts["mean s of a job"] = fmean(last[0] - first[0] for first, last in times) if times else 0
+
+
+def _went(events: list[dict[str, Any]], status: str) -> int:
+    return sum(event["data"].get("kind") == "status" and event["data"]["status"] == status for event in events)
 
 
 def _lines(path: Path) -> list[Line]:

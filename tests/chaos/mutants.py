@@ -5,8 +5,8 @@ Switched on by CHAOS_MUTANT, in the processes that tests/chaos starts; no produc
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,25 @@ def no_recovery() -> None:
     reconciler.CHORES = tuple(chore for chore in reconciler.CHORES if chore is not reconciler.recover)
 
 
-MUTANTS: dict[str, Callable[[], None]] = {
-    "no-watchdog": no_watchdog,
-    "no-fence": no_fence,
-    "late-ack": late_ack,
-    "no-ring": no_ring,
-    "no-recovery": no_recovery,
+@dataclass(frozen=True)
+class Mutant:
+    """How to become it, and the attack that needs what it lacks, as options of the command line."""
+
+    become: Callable[[], None]
+    attack: Mapping[str, Any]
+
+
+# One user leaves a slot free, so that a frozen supervisor's job has a successor before it thaws, and its jobs
+# are so long that they are still at work then.
+_SHORT = {"seconds": 25.0, "settle": 45.0, "kills": 0, "real": 0, "users": 1, "fickle": 0.0, "moody": 0.0, "group": 0.0}
+_FROZEN = {**_SHORT, "only": "supervisor_frozen", "steps": (400, 500)}
+
+MUTANTS = {
+    "no-watchdog": Mutant(no_watchdog, _FROZEN),
+    "no-fence": Mutant(no_fence, _FROZEN),
+    "late-ack": Mutant(late_ack, {**_SHORT, "only": "doorbells"}),
+    "no-ring": Mutant(no_ring, {**_SHORT, "only": "wiped", "settle": 15.0}),
+    "no-recovery": Mutant(no_recovery, {**_SHORT, "only": "supervisor_frozen", "kills": 8, "settle": 15.0}),
 }
 
 
@@ -90,4 +103,4 @@ def apply() -> None:
     """Become the mutant that the environment asks for, if any."""
     name = os.environ.get("CHAOS_MUTANT")
     if name:
-        MUTANTS[name]()
+        MUTANTS[name].become()

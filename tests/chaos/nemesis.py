@@ -168,13 +168,12 @@ class Nemesis:
         postgres, how = self._fleet.postgres, signal.SIGQUIT if pick < 0.5 else signal.SIGINT
         return self._lasting("PostgreSQL restarted", 2 * length, lambda: postgres.stop(how), postgres.start)
 
-    def _supervisor_frozen(self, length: float, pick: float) -> Lasting:
-        """Past its lease, until its job has a successor."""
+    def _supervisor_frozen(self, length: float, _pick: float) -> Lasting:
+        """That of the run which began last, past its lease, until its job has a successor."""
         before: dict[Path, int] = {}
 
         def freeze() -> None:
-            busy = [one for one in self._fleet.supervisors() if family(one.pid)]
-            for victim in busy[int(pick * len(busy)) :][:1]:
+            for victim in _by_youngest_run(self._fleet.supervisors())[:1]:
                 before.update({log: _attempts(log) for log in self._logs_of(victim)})
                 self._freeze([victim])
 
@@ -256,6 +255,12 @@ class Nemesis:
         assert disk is not None
         begin, end = (lambda: disk.read_only(True)), (lambda: disk.read_only(False))
         return self._lasting("storage read-only", 2 + 4 * length, begin, end)
+
+
+def _by_youngest_run(supervisors: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have a run, the one that has most of it before it first."""
+    began = {one: run.create_time() for one in supervisors for run in family(one.pid, recursive=False)}
+    return sorted(began, key=lambda one: -began[one])
 
 
 def _attempts(log: Path) -> int:

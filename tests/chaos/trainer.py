@@ -1,6 +1,6 @@
 """What trains in the chaos run: the protocol of `python -m lorainit`, with a chain of hashes for weights.
 
-    python trainer.py SPEC OUT --events-fd N --lease FILE
+    python trainer.py SPEC OUT --events-fd N --lease FILE [--member SPEC OUT LEASE ...]
 
 The state after step n is SHA-256 of the state after step n - 1, so a step that was left out, done twice
 or done on a wrong checkpoint shows in the adapter; the loss of a step is made of its state, so it shows
@@ -40,45 +40,41 @@ def loss(state: str) -> float:
 
 
 class Trainer:
-    """One run, from its arguments to its last word."""
+    """One run, from its arguments to its last word; `member`: its number among those of this process."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        self.out = Path(arguments[1])
-        self.fd = int(arguments[arguments.index("--events-fd") + 1])
-        self.lease = Path(arguments[arguments.index("--lease") + 1])
-        spec = json.loads(Path(arguments[0]).read_text())
+    def __init__(self, member: int, spec_file: str, out: str, lease: str, *, fd: int) -> None:
+        self.member, self.out, self.lease, self.fd = member, Path(out), Path(lease), fd
+        spec = json.loads(Path(spec_file).read_text())
         self.steps, self.interval = spec["training"]["max_steps"], spec["training"]["checkpoint_interval"]
         self.seed, self.rank, self.resume_from = spec["seed"], spec["lora"]["r"], spec["resume_from"]
         attempt, job = self.out.parent.name, self.out.parent.parent.name
         self.log = Path(os.environ["CHAOS_LOG"]) / job
         self.token = attempt.removeprefix("attempt-")
-        self.asked_to_stop = False
 
-    def run(self) -> None:
-        """Train, from the start or from a checkpoint."""
+    def begin(self) -> None:
+        """Start, or go on from a checkpoint."""
         self.write(0, time.monotonic())
-        step, state = self.resumed()
+        self.step, self.state = self.resumed()
         self.say(kind="stage", stage="loading", message="Loading")
         self.say(**self.plan())
         self.say(kind="stage", stage="training", message="Training")
-        while step < self.steps:
-            time.sleep(STEP_SECONDS)
-            step += 1
-            # The time first: a freeze between the two lines must not count as a step without a lease.
-            began = time.monotonic()
-            self.check()
-            self.write(step, began)
-            state = after(state, step)
-            self.say(**self.metrics(step, state))
-            if step % self.interval == 0 or self.asked_to_stop:
-                self.checkpoint(step, state)
-            if self.asked_to_stop:
-                sys.exit(STOPPED)
-        self.finish(state)
 
-    def ask_to_stop(self, *_: Any) -> None:
-        """The signal handler: the step that is going on is finished and kept."""
-        self.asked_to_stop = True
+    def train(self, *, last: bool) -> bool:
+        """One step, with a checkpoint after it where one is due or it is the `last`; False when all are taken."""
+        if self.step == self.steps:
+            self.finish(self.state)
+            return False
+        # The time first: a freeze between the two lines must not count as a step without a lease.
+        began = time.monotonic()
+        if self.past():
+            return False
+        self.step += 1
+        self.write(self.step, began)
+        self.state = after(self.state, self.step)
+        self.say(**self.metrics(self.step, self.state))
+        if self.step % self.interval == 0 or last:
+            self.checkpoint(self.step, self.state)
+        return True
 
     def resumed(self) -> tuple[int, str]:
         if self.resume_from is None:
@@ -121,7 +117,7 @@ class Trainer:
         }
 
     def say(self, **event: Any) -> None:
-        os.write(self.fd, json.dumps(event).encode() + b"\n")
+        os.write(self.fd, json.dumps({**event, "member": self.member}).encode() + b"\n")
 
     def write(self, step: int, began: float) -> None:
         """One line: when, which attempt, which process, which step; 0 = the process started."""
@@ -134,26 +130,57 @@ class Trainer:
         except (OSError, ValueError):
             return True
 
+
+class Run:
+    """The members of this process, a step of each in turn."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        fd = int(arguments[arguments.index("--events-fd") + 1])
+        first = [*arguments[:2], arguments[arguments.index("--lease") + 1]]
+        others = [arguments[n + 1 : n + 4] for n, word in enumerate(arguments) if word == "--member"]
+        self.members = [Trainer(number, *places, fd=fd) for number, places in enumerate([first, *others])]
+        self.asked_to_stop = False
+
+    def train(self) -> None:
+        """All of them, until each has ended or lost its lease."""
+        for one in self.members:
+            one.begin()
+        active = list(self.members)
+        while active:
+            time.sleep(STEP_SECONDS)
+            self.check()
+            last = self.asked_to_stop
+            active = [one for one in active if one.train(last=last)]
+            if last:
+                sys.exit(STOPPED)
+        self.check()  # rather than end without a word
+
+    def ask_to_stop(self, *_: Any) -> None:
+        """The signal handler: the step that is going on is finished and kept."""
+        self.asked_to_stop = True
+
     def check(self) -> None:
-        if self.past():
+        """Leave when no lease holds any more."""
+        if all(one.past() for one in self.members):
             os._exit(LEASE_LOST)
 
     def guard(self) -> None:
+        """Look now and then, whatever the run is doing."""
         while True:
             self.check()
             time.sleep(GUARD_SECONDS)
 
 
 def main() -> None:
-    """Die with the supervisor, watch the lease, train."""
+    """Die with the supervisor, watch the leases, train."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(LEASE_LOST)
-    trainer = Trainer(sys.argv[1:])
-    signal.signal(signal.SIGTERM, trainer.ask_to_stop)
-    threading.Thread(target=trainer.guard, daemon=True).start()
-    trainer.run()
+    run = Run(sys.argv[1:])
+    signal.signal(signal.SIGTERM, run.ask_to_stop)
+    threading.Thread(target=run.guard, daemon=True).start()
+    run.train()
 
 
 if __name__ == "__main__":
