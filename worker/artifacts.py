@@ -38,7 +38,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         calibration = session.get(File, job.calibration_file_id) if job.calibration_file_id else None
         checkpoint = checkpoints.latest(session, job.id)
     rows = [file for file in (training, validation, calibration) if file is not None]
-    room.require(job, data_bytes=sum(file.bytes for file in rows))
+    room.require(job, data_bytes=sum(file.bytes for file in rows), folder=folder)
     data = Data(
         training=str(_fetch(storage, training.storage_key, folder / "training.jsonl")),
         validation=str(_fetch(storage, validation.storage_key, folder / "validation.jsonl")) if validation else None,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from api.core import catalogue, disk
 from api.core.catalogue import Entry
@@ -18,6 +19,7 @@ from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import Settings, get_settings
 from lorainit.spec import Lora
+from worker import reservations
 
 FLOAT = 4  # bytes; states are written in fp32
 # Copies of the trained factors: A and B, their start where that is subtracted, AdamW's two moments,
@@ -54,9 +56,13 @@ class Share:
     needed: int
 
     @property
-    def free(self) -> int:
-        """Bytes left on the device."""
-        return self.volumes[0].free
+    def device(self) -> int:
+        """The device's number."""
+        return self.volumes[0].device
+
+    def free(self, promised: Mapping[int, int]) -> int:
+        """Bytes left on the device for somebody else than those who were `promised` some."""
+        return self.volumes[0].free - promised.get(self.device, 0)
 
     @property
     def name(self) -> str:
@@ -69,26 +75,46 @@ _lacking: tuple[Share, float] | None = None
 
 
 def for_any_job() -> bool:
-    """May this worker take a job? Not below the floor, and not while the room is missing that it last waited for."""
+    """May this worker take a job?
+
+    Not below the floor, not where nothing can be written, and not while the room is missing that it last waited for.
+    """
     global _lacking
     settings = get_settings()
     for volume in disk.worker_volumes(settings):
         if volume.free < settings.min_free_bytes:
             log.warning("too little room to take a job", volume=volume.name, free=volume.free)
             return False
+        if volume.name != "model cache" and not _can_be_written(volume):  # all of it may be there already
+            return False
     if _lacking is not None:
         share, since = _lacking
-        if share.free < share.needed and time.monotonic() - since < ASK_AGAIN_SECONDS:
+        if (
+            share.free(reservations.outstanding(settings)) < share.needed
+            and time.monotonic() - since < ASK_AGAIN_SECONDS
+        ):
             return False
         _lacking = None
     return True
 
 
-def require(job: Job, *, data_bytes: int) -> None:
-    """Raise unless the job fits; what is missing is remembered by `for_any_job`.
+def _can_be_written(volume: Volume) -> bool:
+    try:
+        volume.probe()
+    except OSError as error:
+        log.warning("a volume cannot be written to; no job is taken", volume=volume.name, error=str(error))
+        return False
+    return True
+
+
+def require(job: Job, *, data_bytes: int, folder: Path) -> None:
+    """Reserve the room that the job needs, beside what other runs of this host were promised.
+
+    What is missing is remembered by `for_any_job`.
 
     Args:
         data_bytes: of its files and of the checkpoint it resumes from.
+        folder: its scratch folder, which this process holds.
 
     Raises:
         NotNow: it has to wait.
@@ -96,12 +122,22 @@ def require(job: Job, *, data_bytes: int) -> None:
     """
     global _lacking
     settings = get_settings()
-    for share in shares(job, settings, data_bytes=data_bytes):
-        if share.needed > share.volumes[0].size:
-            raise Never(Failure("disk_full", _sentence(share, f"has {human(share.volumes[0].size)} altogether")))
-        if share.needed > share.free:
-            _lacking = (share, time.monotonic())
-            raise NotNow(_sentence(share, f"has {human(share.free)} free"))
+    with reservations.one_at_a_time(settings):
+        promised = reservations.outstanding(settings, besides=folder)
+        needed = shares(job, settings, data_bytes=data_bytes)
+        for share in needed:
+            if share.needed > share.volumes[0].size:
+                raise Never(Failure("disk_full", _sentence(share, f"has {human(share.volumes[0].size)} altogether")))
+            if share.needed > share.free(promised):
+                _lacking = (share, time.monotonic())
+                raise NotNow(_sentence(share, _what_is_there(share, promised)))
+        reservations.promise(folder, {share.device: share.needed for share in needed})
+
+
+def _what_is_there(share: Share, promised: Mapping[int, int]) -> str:
+    others = promised.get(share.device, 0)
+    kept = f", of which other runs were promised {human(others)}" if others else ""
+    return f"has {human(share.volumes[0].free)} free{kept}"
 
 
 def shares(job: Job, settings: Settings, *, data_bytes: int) -> list[Share]:

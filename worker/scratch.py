@@ -40,6 +40,11 @@ def hold(folder: Path) -> IO[bytes]:
     return lock
 
 
+def held() -> list[Path]:
+    """The folders of runs on this host, whichever worker's."""
+    return [path for path in get_settings().scratch().glob("ftjob-*/attempt-*") if not _is_nobodys(path)]
+
+
 def sweep() -> list[Path]:
     """Remove the folders of attempts nobody holds and the drain flags of workers that are gone; what was removed."""
     scratch = get_settings().scratch()

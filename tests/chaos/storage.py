@@ -10,7 +10,7 @@ from pathlib import Path
 
 INSIDE = "CHAOS_INSIDE"
 _NAMESPACE = ("unshare", "-Urm")
-MEGABYTES = 256
+MEGABYTES = 1280  # four runs at once reserve 220 each, most of it for tokenizers they do not have
 
 
 def enter() -> bool:

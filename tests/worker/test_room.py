@@ -1,7 +1,13 @@
 """Room for a run: a job waits while there is too little, fails where there can never be enough, and a
 disk that fills up under it is a clean `disk_full`."""
 
+import os
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +18,7 @@ from api.core.settings import get_settings
 from api.core.storage import ObjectStorage
 from lorainit.spec import Lora
 from tests.worker.conftest import Lab
-from worker import artifacts, patience, reconciler, room
+from worker import artifacts, patience, reconciler, reservations, room, scratch
 
 GIB = 2**30
 WORKS = "until(lambda: held(0)); step(0, 1); done(0)"
@@ -88,6 +94,115 @@ def test_a_job_that_can_never_fit_fails_with_the_figures(one: Lab, monkeypatch: 
     assert error is not None
     assert error["code"] == "disk_full"
     assert "has 3.0 GiB altogether" in error["message"]
+
+
+def test_what_cannot_be_written_to_takes_no_job(one: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(volume: disk.Volume) -> None:
+        if volume.name == "storage":
+            raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.Volume, "probe", refuse)
+        one.run(WORKS)
+    assert (one.statuses()[0], one.job(1).lease_token) == ("queued", 0)
+    one.run(WORKS)
+    assert one.statuses()[0] == "succeeded"
+
+
+# --- room that others were promised ---------------------------------------------------------------
+
+
+@pytest.fixture
+def neighbour(one: Lab) -> Iterator[Path]:
+    """The folder of another run of this host."""
+    folder = get_settings().scratch() / "ftjob-neighbour" / "attempt-1"
+    with scratch.hold(folder):
+        yield folder
+    shutil.rmtree(folder.parent)
+
+
+def needed(lab: Lab) -> room.Share:
+    (share,) = room.shares(lab.job(1), get_settings(), data_bytes=10)
+    return share
+
+
+def test_two_runs_do_not_count_on_the_same_bytes(one: Lab, neighbour: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = needed(one)
+    reservations.promise(neighbour, {share.device: 3 * GIB})
+    with monkeypatch.context() as patch:
+        set_free(patch, 3 * GIB + share.needed // 2)
+        one.run(WORKS)
+        assert one.statuses()[0] == "queued"
+        assert "of which other runs were promised 3.0 GiB" in one.story(1)[-1]
+        # Nor is it tried again before there is room for both.
+        one.run(WORKS)
+        assert one.job(1).lease_token == 1
+    set_free(monkeypatch, 3 * GIB + 2 * share.needed)
+    one.run(WORKS)
+    assert one.statuses()[0] == "succeeded"
+
+
+def test_what_a_run_has_written_is_not_counted_twice(one: Lab, neighbour: Path) -> None:
+    device = needed(one).device
+    reservations.promise(neighbour, {device: 1000})
+    promise = (neighbour / reservations.PROMISE).stat().st_size
+    (neighbour / "state.tar").write_bytes(bytes(300))
+    stored = get_settings().state_dir / "storage" / "jobs" / "ftjob-neighbour"
+    stored.mkdir(parents=True)
+    (stored / "adapter.tar").write_bytes(bytes(200))
+    assert reservations.outstanding(get_settings()) == {device: 500 - promise}
+    (neighbour / "more").write_bytes(bytes(2000))
+    assert reservations.outstanding(get_settings()) == {}
+
+
+def test_the_promise_of_a_process_that_was_killed_is_void(one: Lab) -> None:
+    folder = get_settings().scratch() / "ftjob-dead" / "attempt-1"
+    code = f"""if True:
+        import time
+        from pathlib import Path
+        from worker import reservations, scratch
+        held = scratch.hold(Path({str(folder)!r}))
+        reservations.promise(Path({str(folder)!r}), {{1: 7}})
+        print("promised", flush=True)
+        time.sleep(60)"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.utime(folder, (time.time() - 3600,) * 2)
+        assert reservations.outstanding(get_settings()) == {1: 7}
+        process.kill()
+    assert reservations.outstanding(get_settings()) == {}
+    shutil.rmtree(folder.parent)
+
+
+def test_of_two_processes_that_ask_at_once_one_gets_the_room(one: Lab, tmp_path: Path) -> None:
+    """Both look before either has written a promise, if nothing keeps them apart."""
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from api.core.settings import get_settings
+        from worker import reservations, scratch
+        folder = Path(sys.argv[1])
+        held = scratch.hold(folder)
+        with reservations.one_at_a_time(get_settings()):
+            taken = reservations.outstanding(get_settings(), besides=folder)
+            time.sleep(0.5)
+            if not taken:
+                reservations.promise(folder, {1: 10**9})
+        print("waits" if taken else "goes", flush=True)
+        sys.stdin.read()"""
+    folders = [get_settings().scratch() / f"ftjob-{name}" / "attempt-1" for name in "ab"]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for folder in folders
+    ]
+    said = sorted(process.stdout.readline().strip() for process in both if process.stdout)
+    for process, folder in zip(both, folders, strict=True):
+        process.communicate("")
+        shutil.rmtree(folder.parent)
+    assert said == ["goes", "waits"]
 
 
 def test_folders_on_one_disk_share_its_room(one: Lab) -> None:

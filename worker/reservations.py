@@ -1,0 +1,68 @@
+"""Room that runs of this host have been promised and have not written yet, so that two do not count on the same bytes.
+
+A promise is a file in the run's scratch folder and holds for as long as the folder is held (`worker.scratch`):
+however a process ends, the system lets go of it, and nobody has to take a promise back.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from api.core import disk
+from api.core.settings import Settings
+from worker import scratch
+
+PROMISE = "promised.json"
+_LOCK = "reserving"
+
+
+@contextmanager
+def one_at_a_time(settings: Settings) -> Iterator[None]:
+    """Nobody else on this host looks for room and takes it meanwhile."""
+    settings.scratch().mkdir(parents=True, exist_ok=True)
+    with (settings.scratch() / _LOCK).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def promise(folder: Path, needed: Mapping[int, int]) -> None:
+    """The run that holds `folder` may write so many bytes to each device; these count from now on."""
+    (folder / PROMISE).write_text(json.dumps({str(device): size for device, size in needed.items()}))
+
+
+def outstanding(settings: Settings, *, besides: Path | None = None) -> dict[int, int]:
+    """Bytes by device that runs other than the one in `besides` were promised and have not written."""
+    found: dict[int, int] = {}
+    for folder in scratch.held():
+        if folder != besides:
+            for device, size in _left(folder, settings).items():
+                found[device] = found.get(device, 0) + size
+    return found
+
+
+def _left(folder: Path, settings: Settings) -> dict[int, int]:
+    try:
+        promised = {int(device): int(size) for device, size in json.loads((folder / PROMISE).read_text()).items()}
+    except (OSError, ValueError):  # not promised yet, being written, or gone
+        return {}
+    for place in (folder, *_stored(folder, settings)):
+        with suppress(OSError):
+            device = place.stat().st_dev
+            promised[device] = promised.get(device, 0) - _size(place)
+    return {device: size for device, size in promised.items() if size > 0}
+
+
+def _stored(folder: Path, settings: Settings) -> list[Path]:
+    """Where the job's checkpoints and adapter lie, when storage is a folder."""
+    storage = disk.storage_volume(settings)
+    return [] if storage is None else [storage.path / "jobs" / folder.parent.name]
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # gone since it was listed
+            total += path.stat().st_size if path.is_file() else 0
+    return total
