@@ -52,7 +52,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="only troubles whose name has this in it, as in supervisor_frozen")
     parser.add_argument("--users", type=int, default=4, help="who order three jobs at a time, for four slots")
     parser.add_argument("--fickle", type=float, default=0.15, help="share of their jobs that they cancel")
-    parser.add_argument("--real", type=int, default=3, help="how many jobs on a real base, beside one in peace")
+    parser.add_argument("--real", type=int, default=4, help="how many jobs on a real base, beside two in peace")
     parser.add_argument("--moody", type=float, default=0.2, help="share of their jobs that they pause and resume")
     parser.add_argument("--group", type=float, default=0.3, help="share of their jobs that may be trained together")
     parser.add_argument(
@@ -85,10 +85,10 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         book, orphans = Book(), Orphans(fleet)
         meet = partial(User, fleet.url, secret, book)
         _loop(fleet, orphans, until=fleet.is_up, seconds=90)
-        users = [meet(name="peace", wants=real.orders(1, steps=REAL_STEPS))] if options.real else []
+        users = [meet(name="peace", wants=real.orders(2, steps=REAL_STEPS))] if options.real else []
         for user in users:
             user.start()
-        _loop(fleet, orphans, until=lambda: not users or _ended(book), seconds=90)
+        _loop(fleet, orphans, until=lambda: not users or _ended(book), seconds=180)
         users = _users(meet, options)
         for user in users:
             user.start()
@@ -120,7 +120,7 @@ def _users(meet: Callable[..., User], options: argparse.Namespace) -> list[User]
 
 
 def _ended(book: Book) -> bool:
-    return bool(book.orders) and all(order.status in FINAL for order in book.orders)
+    return len(book.orders) > 1 and all(order.status in FINAL for order in book.orders)
 
 
 def _loop(fleet: Fleet, orphans: Orphans, *, until: object, seconds: float, pause: float = TICK_SECONDS) -> None:

@@ -86,6 +86,7 @@ class Fleet:
             "BEAT_SECONDS": 0.3,
             "RECONCILE_SECONDS": 0.3,
             "WORKER_SLOTS": SLOTS,
+            "DEVICES_PER_JOB": 2,
             "MIN_FREE_BYTES": 0,  # a full disk is part of the plan
             "RETRY_SECONDS": 0.1,
             "MAX_ATTEMPTS": 1000,  # every loss is ours: the run must end with each job done
@@ -147,7 +148,7 @@ class Fleet:
 
     def trainers(self) -> list[psutil.Process]:
         """The training processes below the supervisors."""
-        return [child for parent in self.supervisors() for child in family(parent.pid, recursive=False)]
+        return [child for parent in self.supervisors() for child in family(parent.pid)]
 
 
 def family(pid: int, *, recursive: bool = True) -> list[psutil.Process]:

@@ -157,16 +157,18 @@ class Judge:
             self.verdict.blame("wrong adapters", f"{job_id}'s weights")
 
     def _real(self) -> None:
-        """Jobs on the real base: the first was left in peace, and the others must be equal to it."""
+        """Jobs on the real base: the first of one process and of two were left in peace, and the others are equal."""
         done = [job for job in self._jobs.values() if job["model"] == real.MODEL and job["status"] == "succeeded"]
         done.sort(key=lambda job: job["created_at"])
-        for job in done[1:]:
-            if self._content(job) != self._content(done[0]):
+        for job in done:
+            peace = next(one for one in done if one["devices"] == job["devices"])
+            if self._content(job) != self._content(peace):
                 self.verdict.blame("wrong adapters", f"{job['id']}'s weights are not those of a run in peace")
-            if real.numbers(self._metrics[job["id"]]) != real.numbers(self._metrics[done[0]["id"]]):
+            if real.numbers(self._metrics[job["id"]]) != real.numbers(self._metrics[peace["id"]]):
                 self.verdict.blame("wrong metrics", f"{job['id']}'s are not those of a run in peace")
         tokens = [{row["lease_token"] for row in self._metrics[job["id"]]} for job in done]
         self.verdict.counts["on a real base"] = len(done)
+        self.verdict.counts["  of these in two processes"] = sum(job["devices"] > 1 for job in done)
         self.verdict.counts["  of these resumed"] = sum(len(one) > 1 for one in tokens)
 
     def _content(self, job: dict[str, Any]) -> bytes:

@@ -121,16 +121,21 @@ class Nemesis:
         self,
         name: str,
         seconds: float,
-        begin: Callable[[], None],
+        begin: Callable[[], object],
         end: Callable[[], None],
         *,
         until: Callable[[], bool] = lambda: True,
     ) -> Lasting:
-        """A trouble of so many seconds, and longer when by then that which it is there to provoke has not happened."""
+        """A trouble of so many seconds, and longer when by then that which it is there to provoke has not happened.
+
+        `begin` returns False when there is nothing that it could befall; it is tried again.
+        """
 
         def start() -> None:
+            if begin() is False:
+                self._after(0.2, start)
+                return
             self.did[name] += 1
-            begin()
             limit = time.monotonic() + seconds + LONGEST_WAIT
             self._after(seconds, lambda: finish(limit))
 
@@ -172,10 +177,13 @@ class Nemesis:
         """That of the run which began last, past its lease, until its job has a successor."""
         before: dict[Path, int] = {}
 
-        def freeze() -> None:
-            for victim in _by_youngest_run(self._fleet.supervisors())[:1]:
-                before.update({log: _attempts(log) for log in self._logs_of(victim)})
-                self._freeze([victim])
+        def freeze() -> bool:
+            for victim in _by_youngest_run(self._fleet.supervisors()):
+                if logs := self._logs_of(victim):
+                    before.update({log: _attempts(log) for log in logs})
+                    self._freeze([victim])
+                    return True
+            return False
 
         def taken_over() -> bool:
             return all(_attempts(log) > count for log, count in before.items())

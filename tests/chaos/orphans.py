@@ -34,7 +34,8 @@ class Orphans:
                 self.found.append(sentence)
 
     def _alone(self) -> list[psutil.Process]:
-        watched = {supervisor.pid for supervisor in self._fleet.supervisors()}
+        # The second process of a run is watched by the first.
+        watched = {one.pid for one in (*self._fleet.supervisors(), *self._fleet.trainers())}
         alone = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):

@@ -25,10 +25,11 @@ def catalogue(folder: Path) -> str:
 
 
 def orders(count: int, *, steps: int) -> Iterator[dict[str, Any]]:
-    """The same order, `count` times."""
+    """The same order, `count` times, by turns for one process and for two."""
     numbers = {"n_epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "max_steps": steps, "checkpoint_interval": 20}
-    for _ in range(count):
+    for number in range(count):
         yield {
+            "resources": {"devices": 1 + number % 2},
             "model": MODEL,
             "seed": 3,
             "method": {"type": "supervised", "supervised": {"hyperparameters": {**numbers, "precision": "fp32"}}},
