@@ -46,7 +46,7 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
     """
     stand, members, retries = Stand(model), list(members), 0
     switches = [member.recipe.gradient_checkpointing for member in members]
-    recomputes = True in switches and _recompute(stand, members, "it was asked for", kind="machine")
+    recomputes = _from_the_start(stand, members, switches, world)
     while _fails(stand, members, lay, world):
         retries += 1
         if any(member.micro_batch_size > 1 for member in members):
@@ -59,11 +59,20 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
                 raise _too_large()
         else:
             raise _too_large()
-    if not recomputes and world.in_step:
+    if world.in_step:
         _do_not_compile(members)
     elif not recomputes:
         _compile(stand, members, lay, world)
     return Fitted(members, retries)
+
+
+def _from_the_start(stand: Stand, members: Sequence[Member], switches: Sequence[bool | str], world: World) -> bool:
+    """Whether layers are computed again before anything was tried: where passes are everybody's there is one try."""
+    if True in switches:
+        return _recompute(stand, members, "it was asked for", kind="machine")
+    if world.in_step and False not in switches:
+        return _recompute(stand, members, "memory is short where a base has to be divided", kind="machine")
+    return False
 
 
 def _fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> bool:
@@ -72,17 +81,17 @@ def _fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> b
     try:
         _try(stand, members, lay)
     except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
-        if world.in_step or not is_out_of_memory(error):
-            raise  # where a pass is everybody's, the others are in the middle of one that cannot be finished
+        if not is_out_of_memory(error):
+            raise
+        if world.in_step:  # the others are in the middle of a pass that cannot be finished
+            raise _too_large_a_part() from error
         failed = True
     if failed:  # outside of the except clause, whose traceback holds what is to be freed
         _forget(stand, members)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    anybody = torch.tensor(float(failed), device=next(stand.model.parameters()).device)
-    world.add_up([anybody])
-    return bool(anybody)
+    return world.anybody(failed, next(stand.model.parameters()).device)
 
 
 def _try(stand: Stand, members: Sequence[Member], lay: Lay) -> None:
@@ -136,6 +145,14 @@ def _too_large() -> OutOfMemory:
     return OutOfMemory(
         "One row of the longest length does not fit into the device's memory. A smaller max_length helps, as do"
         " gradient_checkpointing where it is switched off, lora.quantization nf4, and fewer target modules.",
+        param=f"{PARAM}.max_length",
+    )
+
+
+def _too_large_a_part() -> OutOfMemory:
+    return OutOfMemory(
+        "The longest batch does not fit into a device's memory beside its part of the base. More devices help, as do a"
+        " smaller max_length or batch_size, gradient_checkpointing where it is switched off, and fewer target modules.",
         param=f"{PARAM}.max_length",
     )
 

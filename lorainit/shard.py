@@ -7,11 +7,12 @@ Each pass is everybody's: a process with nothing to do makes it along (`World.id
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
 from torch.distributed.tensor import DTensor
 
 from lorainit.errors import TooFewDevices, UnsupportedModel
@@ -39,9 +40,9 @@ def decide(spec: RunSpec, folder: Path, *, world: World, dtype: torch.dtype, dev
         return ""
     size = sum(p.numel() for p in skeleton(folder).parameters()) * dtype.itemsize
     memory = torch.cuda.get_device_properties(device).total_memory
-    if size <= ROOM * memory:
+    if not world.anybody(size > ROOM * memory, device):
         return ""
-    return f"its {size / 2**30:.1f} GiB are too much for a device of {memory / 2**30:.1f} GiB"
+    return f"its {size / 2**30:.1f} GiB are too much for one of them"
 
 
 def shard(model: nn.Module, device: torch.device, *, world: World, whole: Collection[nn.Parameter] = ()) -> None:
@@ -51,21 +52,36 @@ def shard(model: nn.Module, device: torch.device, *, world: World, whole: Collec
         whole: parameters within layers that every device gets whole.
 
     Raises:
-        UnsupportedModel: the architecture does not name its layers.
+        UnsupportedModel: the architecture does not name its layers, or some of them share a weight.
     """
     layers = layers_of(model)
-    if not layers:
-        raise UnsupportedModel("This architecture does not name its layers, so it cannot be divided.", param=PARAM)
+    _refuse_indivisible(model, layers)
     mesh = init_device_mesh(device.type, (world.size,))
     for layer in layers:
         kept = set(whole) & set(layer.parameters())
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+    # The model around the layers is run in parts, so each of them is a root of its own: one set of streams for all.
+    share_comm_ctx([cast(FSDPModule, layer) for layer in layers])
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+
+
+def _refuse_indivisible(model: nn.Module, layers: list[nn.Module]) -> None:
+    if not layers:
+        raise UnsupportedModel("This architecture does not name its layers, so it cannot be divided.", param=PARAM)
+    inside = [parameter for layer in layers for parameter in layer.parameters()]
+    outside = [p for name, p in model.named_parameters(remove_duplicate=False) if not _lies_in(model, name, layers)]
+    if len(set(inside)) < len(inside) or set(inside) & set(outside):
+        raise UnsupportedModel("Layers of this base share a weight, so it cannot be divided.", param=PARAM)
+
+
+def _lies_in(model: nn.Module, name: str, layers: list[nn.Module]) -> bool:
+    parts = name.split(".")
+    return any(model.get_submodule(".".join(parts[:n])) in layers for n in range(1, len(parts)))
 
 
 def local_bytes(model: nn.Module) -> int:

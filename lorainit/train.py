@@ -95,10 +95,14 @@ def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None
 
 
 def _pass_along(stand: Stand, course: Course, lay: Lay) -> None:
-    """A pass for the sake of the others, who need this process's part of the base: it adds nothing to the gradients."""
+    """A pass for the sake of the others, who need this process's part of the base: the gradients stay as they are."""
     batch = lay(course.member.data.samples[:1])
     stand.put([course.member.layers], _spans([batch.ids.numel()]))
-    torch.autograd.backward(tally(stand.model, batch).loss * 0.0)
+    gradients = [p.grad for p in course.parameters]
+    course.optimizer.zero_grad()
+    torch.autograd.backward(tally(stand.model, batch).loss)
+    for parameter, gradient in zip(course.parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -42,6 +42,12 @@ class World:
         """Passes without a piece of its own that this process makes along with the others."""
         return -(-len(pieces) // self.size) - len(self.share(pieces)) if self.in_step else 0
 
+    def anybody(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so in any process."""
+        found = torch.tensor(float(flag), device=device)
+        self.add_up([found])
+        return bool(found)
+
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in place; one message for each dtype."""
         if self.size == 1:

@@ -55,8 +55,8 @@ def cases(bases, rows):
 
     found = {name: spec(init={"method": name}) for name in WHOLE}
     found |= {"gpt2": spec("gpt2", init="pissa"), "dora": spec(use_dora=True), "dropped": spec(dropout=0.1)}
-    again = found["loram"].training.model_copy(update={"gradient_checkpointing": True})
-    found["recomputed"] = found["loram"].model_copy(update={"training": again})
+    kept = found["loram"].training.model_copy(update={"gradient_checkpointing": False})
+    found["kept"] = found["loram"].model_copy(update={"training": kept})
     return found
 
 
@@ -83,7 +83,7 @@ def found(pair, name):
     return [json.loads((pair / name / f"found-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "gpt2", "dora", "recomputed"])
+@pytest.mark.parametrize("name", [*WHOLE, "gpt2", "dora", "kept"])
 def test_a_divided_base_trains_the_adapter_that_a_whole_one_trains(name, cases, pair, tmp_path):
     assert [one["error"] for one in found(pair, name)] == [None, None]
     alone = run(cases[name], tmp_path / "alone", quiet)
@@ -116,6 +116,7 @@ def test_the_adapter_of_a_divided_base_is_checked_and_what_bf16_keeps_is_not_mea
     assert set(check["fidelity"]["missing"].values()) == {"the base is divided between devices"}
     leading = found(pair, "pissa")[0]
     assert "Each of 2 devices holds a part of the base: it was asked for" in leading["messages"]
+    assert any(text.startswith("Gradient checkpointing is on: memory is short") for text in leading["messages"])
     assert any("was not measured: the base is divided" in text for text in leading["messages"])
     assert not list((pair / "pissa").glob("**/init/*"))
 
@@ -205,6 +206,14 @@ def test_a_process_that_is_alone_refuses_to_divide(spec, tmp_path):
         run(spec(devices=2, training={"shard_base": True}), tmp_path, quiet)
 
 
+def test_layers_that_share_a_weight_are_not_divided(bases):
+    model = load_model(bases["llama"], dtype=torch.float32, device=torch.device("cpu"))
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    with pytest.raises(UnsupportedModel, match="share a weight"):
+        shard(model, torch.device("cpu"), world=World(0, 2))
+
+
 def test_an_architecture_that_does_not_name_its_layers_is_refused():
     with pytest.raises(UnsupportedModel) as refused:
         shard(torch.nn.Linear(2, 2), torch.device("cpu"), world=World(0, 2))
@@ -212,16 +221,20 @@ def test_an_architecture_that_does_not_name_its_layers_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("gib", "world", "why"),
-    [(1000.0, World(0, 2), ""), (1e-4, World(0, 2), "too much for a device"), (1e-4, World(), "")],
+    ("gib", "size", "elsewhere", "divided"),
+    [(1000.0, 2, False, False), (1e-4, 2, False, True), (1000.0, 2, True, True), (1e-4, 1, False, False)],
+    ids=["it fits", "it does not", "it does not on the other device", "there is one device"],
 )
-def test_left_to_the_machine_a_base_is_divided_where_it_does_not_fit(spec, bases, monkeypatch, gib, world, why):
-    """No GPU is asked: its memory is what a stand-in says."""
+def test_left_to_the_machine_a_base_is_divided_where_it_does_not_fit(
+    spec, bases, monkeypatch, gib, size, elsewhere, divided
+):
+    """No GPU is asked: its memory is what a stand-in says, and so is what the other process finds."""
     memory = types.SimpleNamespace(total_memory=int(gib * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    monkeypatch.setattr(World, "anybody", lambda self, flag, device: flag or elsewhere)
     devices = {"dtype": torch.float32, "device": torch.device("cuda")}
-    answer = decide(spec(devices=2), bases["llama"], world=world, **devices)
-    assert why in answer and bool(answer) == bool(why)
+    answer = decide(spec(devices=2), bases["llama"], world=World(0, size), **devices)
+    assert ("too much for one of them" in answer, bool(answer)) == (divided, divided)
 
 
 def test_left_to_the_machine_a_cpu_divides_nothing(spec, bases):
