@@ -70,8 +70,8 @@ def _left_alone_when(until: threading.Event, action: Callable[[], Result]) -> Re
         try:
             return done.result(LOOK_SECONDS)
         except TimeoutError:
-            if done.done():  # the action's own
-                raise
+            if done.done():  # the action's own error, or it ended just now
+                return done.result()
             if until.is_set():
                 raise Lost from None
 

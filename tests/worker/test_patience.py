@@ -9,6 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from api.core.db import make_engine
+from worker import patience
 from worker.patience import patiently
 from worker.progress import Lost
 
@@ -67,6 +68,17 @@ def test_an_actions_own_timeout_is_raised() -> None:
 
     with pytest.raises(TimeoutError, match="its own"):
         patiently(action, until=threading.Event())
+
+
+def test_an_action_that_ends_at_the_moment_of_a_look_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at without a pause, some of these end between the look and what follows from it."""
+    monkeypatch.setattr(patience, "LOOK_SECONDS", 0.0)
+
+    def action() -> str:
+        time.sleep(0.001)
+        return "done"
+
+    assert [patiently(action, until=threading.Event()) for _ in range(300)] == ["done"] * 300
 
 
 def test_what_is_bound_to_the_log_is_bound_in_an_action_too() -> None:
