@@ -75,6 +75,7 @@ def _context(job: Job, on_event: OnEvent) -> Context:
         on_event=on_event,
         order=lambda epoch: order(job.data, seed=job.spec.seed, epoch=epoch),
         folder=job.base.location.folder,
+        anybody=lambda flag: job.base.world.anybody(flag, job.base.device),
     )
 
 

@@ -292,4 +292,6 @@ def why_not_sharded(training: Hyperparameters, lora: Lora, *, devices: int) -> s
         return "shard_base divides the base between devices, and the job has one: ask for more (resources.devices)."
     if lora.quantization:
         return "shard_base does not combine with a quantized base."
+    if training.compile is True:
+        return "shard_base does not combine with compile: layers that are divided stay uncompiled."
     return None

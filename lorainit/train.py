@@ -96,13 +96,17 @@ def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None
 
 def _pass_along(stand: Stand, course: Course, lay: Lay) -> None:
     """A pass for the sake of the others, who need this process's part of the base: the gradients stay as they are."""
-    batch = lay(course.member.data.samples[:1])
+    batch = lay([_shortest(course.member.data.samples)])
     stand.put([course.member.layers], _spans([batch.ids.numel()]))
     gradients = [p.grad for p in course.parameters]
     course.optimizer.zero_grad()
     torch.autograd.backward(tally(stand.model, batch).loss)
     for parameter, gradient in zip(course.parameters, gradients, strict=True):
         parameter.grad = gradient
+
+
+def _shortest(samples: Sequence[Sample]) -> Sample:
+    return min(samples, key=lambda sample: len(sample.ids))
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -126,7 +130,7 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
         sums += torch.stack([part.correct, torch.tensor(part.tokens, device=device)])
         say(Tick(done=done, total=len(pieces)))
     for _ in range(world.idle(every)):
-        tally(stand.model, lay(samples[:1]))
+        tally(stand.model, lay([_shortest(samples)]))
     world.add_up([loss, sums])
     correct, tokens = sums.tolist()
     found = {"mean_token_accuracy": correct / tokens}

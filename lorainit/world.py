@@ -44,6 +44,8 @@ class World:
 
     def anybody(self, flag: bool, device: torch.device) -> bool:
         """Whether it is so in any process."""
+        if self.size == 1:
+            return flag
         found = torch.tensor(float(flag), device=device)
         self.add_up([found])
         return bool(found)

@@ -23,6 +23,7 @@ class Context:
     training_samples: the training rows, for methods that train.
     order: the run's own permutation of the training rows in an epoch.
     folder: where the base model's files are; None for a model that was not loaded from any.
+    anybody: whether something is so in any process of the run, where several make the same passes.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Context:
     on_event: Callable[[Event], None]
     order: Callable[[int], Sequence[int]]
     folder: Path | None = None
+    anybody: Callable[[bool], bool] = bool
 
 
 def few_rows(config: LoRAGA | LoRAOne | EVA | CorDA, found: int) -> Message:

@@ -15,7 +15,7 @@ CREATE TABLE chaos_stale (job_id text, relation text, token int, owner int, stat
 
 CREATE FUNCTION chaos_judge(job text, relation text, token int) RETURNS void AS $$
     INSERT INTO chaos_stale SELECT id, relation, token, lease_token, jobs.status FROM jobs
-    WHERE id = job AND (lease_token <> token OR jobs.status IN ('queued', 'succeeded', 'failed', 'cancelled'))
+    WHERE id = job AND (lease_token <> token OR jobs.status <> 'running')
 $$ LANGUAGE sql;
 
 CREATE FUNCTION chaos_metric() RETURNS trigger AS $$ BEGIN

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Engine, event, text
 
+from api.core import admission
 from api.core.db import session_scope
 from api.core.queue import get_celery
 from worker import reconciler, tasks
@@ -69,7 +70,7 @@ def late_ack() -> None:
 
 def no_ring() -> None:
     """A message that the broker forgot is never sent again."""
-    reconciler.CHORES = tuple(chore for chore in reconciler.CHORES if chore is not reconciler.announce)
+    admission.unheard = lambda _session, **_: []
 
 
 def no_recovery() -> None:

@@ -26,7 +26,8 @@ def catalogue(folder: Path) -> str:
 
 def orders(count: int, *, steps: int) -> Iterator[dict[str, Any]]:
     """The same order, `count` times, by turns for one process and for two."""
-    numbers = {"n_epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "max_steps": steps, "checkpoint_interval": 20}
+    # Sixteen rows are two micro-batches on a CPU: one for each of two processes.
+    numbers = {"n_epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "max_steps": steps, "checkpoint_interval": 20}
     for number in range(count):
         yield {
             "resources": {"devices": 1 + number % 2},

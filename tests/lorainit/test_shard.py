@@ -194,11 +194,12 @@ def test_a_process_that_is_killed_takes_a_divided_run_with_it(cases, tmp_path):
     [
         ({"devices": 1}, "the job has one"),
         ({"devices": 2, "lora": {"init": "kaiming", "r": 4, "quantization": "nf4"}}, "quantized base"),
+        ({"devices": 2, "training": {"shard_base": True, "compile": True}}, "compile"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(spec, update, reason):
     with pytest.raises(ValidationError, match=reason):
-        spec(training={"shard_base": True}, **update)
+        spec(**{"training": {"shard_base": True}} | update)
 
 
 def test_a_process_that_is_alone_refuses_to_divide(spec, tmp_path):
