@@ -170,6 +170,8 @@ def _end_as(loss: Loss, on_event: OnEvent) -> None:
     """Leave at once, as another process of this run has left, so that whoever waits for us learns why."""
     if loss.code in (LEASE_LOST, STOPPED):
         os._exit(loss.code)
+    if loss.code in (-signal.SIGTERM, -signal.SIGINT):  # which would only be noted here
+        os._exit(STOPPED)
     if loss.code < 0:
         os.kill(os.getpid(), -loss.code)
     if loss.word is not None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from lorainit.events import Event, Failed
 
 PATIENCE = 30.0  # seconds for the others to end after the leading one has
 LAST_WORDS = 5.0  # seconds for the leading one to say itself what is wrong
+TOGETHER = 2.0  # seconds in which the end of one brings the others down, too
 RENDEZVOUS = "RENDEZVOUS"  # of the environment: where the processes of one run meet (`lorainit.world`)
 
 Process = subprocess.Popen[bytes]
@@ -30,6 +31,12 @@ class Loss:
 
     code: int
     word: Failed | None
+
+    def is_a_consequence(self) -> int:
+        """How likely another one's end explains this one: least where it says what is wrong, most where it cannot."""
+        if self.word is not None and self.word.code != "internal_error":
+            return 0
+        return 1 if self.code < 0 else 3 if self.code == 1 else 2
 
 
 class Others:
@@ -44,18 +51,13 @@ class Others:
 
         It may wait for that one for ever, in its next sum.
         """
-        for rank, other in enumerate(self._processes, start=1):
-            threading.Thread(target=self._watch, args=(rank, other, on_loss), daemon=True).start()
+        for other in self._processes:
+            threading.Thread(target=self._watch, args=(other, on_loss), daemon=True).start()
 
     def loss(self) -> Loss | None:
         """Whether one has ended badly, which explains a sum that failed here; its end may show a little later."""
-        until = time.monotonic() + LAST_WORDS
-        while self._processes and time.monotonic() < until:
-            for rank, other in enumerate(self._processes, start=1):
-                if code := other.poll():
-                    return self._lost(rank, code)
-            time.sleep(0.05)
-        return None
+        ended = self._wait(any, seconds=LAST_WORDS)
+        return self._cause() if ended else None
 
     def dismiss(self) -> None:
         """End them: this one has stopped or failed, and they would wait for it in their next sum."""
@@ -72,15 +74,31 @@ class Others:
             except subprocess.TimeoutExpired:
                 other.kill()
 
-    def _watch(self, rank: int, other: Process, on_loss: Callable[[Loss], None]) -> None:
-        code = other.wait()
-        if code and not self._over.wait(LAST_WORDS):
-            on_loss(self._lost(rank, code))
+    def _watch(self, other: Process, on_loss: Callable[[Loss], None]) -> None:
+        if other.wait() and not self._over.wait(LAST_WORDS):
+            on_loss(self._cause())
 
-    def _lost(self, rank: int, code: int) -> Loss:
-        print(f"process {rank} of this run ended with exit code {code}", file=sys.stderr, flush=True)  # noqa: T201
-        path = _word(self._out, rank)
-        return Loss(code, Failed.model_validate_json(path.read_bytes()) if path.exists() else None)
+    def _wait(self, which: Callable[[Iterable[bool]], bool], *, seconds: float) -> bool:
+        """Whether any, or all, have ended badly within so many seconds."""
+        until = time.monotonic() + seconds
+        while self._processes:
+            if which(bool(other.poll()) for other in self._processes):
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return False
+
+    def _cause(self) -> Loss:
+        """What ended the run: one ends because it was killed or found something wrong, the others because it did."""
+        self._wait(all, seconds=TOGETHER)
+        losses = []
+        for rank, other in enumerate(self._processes, start=1):
+            if code := other.poll():
+                print(f"process {rank} of this run ended with exit code {code}", file=sys.stderr, flush=True)  # noqa: T201
+                path = _word(self._out, rank)
+                losses.append(Loss(code, Failed.model_validate_json(path.read_bytes()) if path.exists() else None))
+        return min(losses, key=Loss.is_a_consequence)
 
 
 @contextmanager

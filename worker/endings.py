@@ -2,8 +2,6 @@
 
 import signal
 
-from sqlalchemy.orm import Session
-
 from api.core import disk, jobs, metrics
 from api.core.db import session_scope
 from api.core.disk import human
@@ -66,10 +64,8 @@ def silent(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
 
 def fail(lease: Lease, failure: Failure) -> None:
     """`failed`, with whatever steps were logged as the result file."""
+    file = _results(lease)
     with session_scope() as session:
-        job = session.get_one(Job, lease.job_id)
-        file = _results(session, job)
-        session.rollback()  # the upload is done; nothing was written yet
         if file is not None:
             session.add(file)
             session.flush()
@@ -117,9 +113,10 @@ def _room_left() -> str:
     return f"Free now: {', '.join(free)}."
 
 
-def _results(session: Session, job: Job) -> File | None:
+def _results(lease: Lease) -> File | None:
     try:
-        return metrics.store_csv(session, get_storage(), job)
+        with session_scope(read_only=True) as session:
+            return metrics.store_csv(session, get_storage(), session.get_one(Job, lease.job_id))
     except Exception as error:
         if not disk.is_full(error):
             raise

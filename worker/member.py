@@ -21,11 +21,11 @@ from api.core.jobs import Lease
 from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
-from api.core.storage import get_storage
+from api.core.storage import Storage, get_storage
 from lorainit.events import Checkpoint, Done, Event, Failed
 from worker import artifacts, endings, room, scratch
 from worker.lease import LeaseKeeper
-from worker.patience import Result, patiently
+from worker.patience import Result, patiently, unless_lost
 from worker.progress import Lost, Recorder
 from worker.supervisor import Outcome, Place
 from worker.transfers import WhileOurs
@@ -49,7 +49,6 @@ class Member:
             self._lease, self._folder / "lease", seconds=settings.lease_seconds, beat=settings.beat_seconds
         )
         self._recorder = Recorder(self._lease)
-        self._storage = WhileOurs(get_storage(), self._keeper.lost)
         self._ended = threading.Event()
         bind = partial(bind_contextvars, job_id=job.id, token=job.lease_token)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=job.id, initializer=bind)
@@ -106,6 +105,10 @@ class Member:
         """The child could not be supervised: fail the job, which is our fault."""
         return self._soon(self._give_up)
 
+    @property
+    def _storage(self) -> Storage:
+        return WhileOurs(get_storage(), self._keeper.lost)
+
     # --- in the member's thread ------------------------------------------------------------------
 
     def _soon(self, action: Callable[[], None]) -> Future[None]:
@@ -132,7 +135,9 @@ class Member:
 
     def _last_word(self, write: Callable[[], None]) -> None:
         try:
-            write()
+            unless_lost(write, until=self._keeper.lost)
+        except Lost:
+            log.warning("the job is not ours any more; stopped")
         except Exception:
             log.exception("that could not be written either; the lease will run out")
         self._keeper.let_go()

@@ -34,9 +34,9 @@ def patiently(action: Callable[[], Result], *, until: threading.Event) -> Result
     """Repeat `action`, which must be safe to repeat, until it works or `until` is set.
 
     Raises:
-        Lost: `until` was set first: the job may be somebody else's by now. An action that is not done then is
-            left alone in its thread, and what it still writes is refused: a cancelled job does not hold its worker
-            until ten gigabytes are up, or until a bucket that went silent is given up.
+        Lost: `until` was set first: the job may be somebody else's by now. What an action that was left alone still
+            writes is refused, and a cancelled job does not hold its worker until ten gigabytes are up, or until a
+            bucket that went silent is given up.
         Exception: what `action` raised last, after ten minutes of trouble or at once if it will not pass.
     """
     tries = Retrying(
@@ -48,7 +48,7 @@ def patiently(action: Callable[[], Result], *, until: threading.Event) -> Result
         reraise=True,
     )
     try:
-        result: Result = tries(_left_alone_when, until, action)
+        result: Result = tries(unless_lost, action, until=until)
     except PASSING as error:
         if until.is_set():
             raise Lost from error
@@ -56,7 +56,12 @@ def patiently(action: Callable[[], Result], *, until: threading.Event) -> Result
     return result
 
 
-def _left_alone_when(until: threading.Event, action: Callable[[], Result]) -> Result:
+def unless_lost(action: Callable[[], Result], *, until: threading.Event) -> Result:
+    """Run `action` once, or leave it alone in its thread when `until` is set before it is done.
+
+    Raises:
+        Lost: it was left alone.
+    """
     done, context = Future[Result](), copy_context()
 
     def work() -> None:

@@ -41,21 +41,25 @@ def read(session: Session, job_id: str) -> Iterator[dict[str, Any]]:
 
 
 def store_csv(session: Session, storage: Storage, job: Job) -> File | None:
-    """Upload a job's `step_metrics.csv` and return its row, not yet added; None without a step."""
-    rows = list(read(session, job.id))
+    """Upload a job's `step_metrics.csv` and return its row, not yet added; None without a step.
+
+    What `session` has not committed is rolled back: no transaction is open during the upload.
+    """
+    rows, project = list(read(session, job.id)), job.project_id
+    key = f"jobs/{job.id}/step_metrics-{job.lease_token}.csv"
     if not rows:
         return None
+    session.rollback()
     with tempfile.TemporaryFile() as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8", newline="", write_through=True)
         write_csv(rows, text)
         size = raw.tell()
-        key = f"jobs/{job.id}/step_metrics-{job.lease_token}.csv"
         raw.seek(0)
         digest = hashlib.file_digest(raw, "sha256").hexdigest()
         raw.seek(0)
         storage.put(key, raw)
         text.detach()
-    return result_file(session, job.project_id, filename="step_metrics.csv", key=key, size=size, sha256=digest)
+    return result_file(session, project, filename="step_metrics.csv", key=key, size=size, sha256=digest)
 
 
 def result_file(session: Session, project_id: str, *, filename: str, key: str, size: int, sha256: str) -> File:

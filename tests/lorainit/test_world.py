@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorainit.events import Failed
+from lorainit.launch import Others
 from lorainit.run import run
 
 
@@ -113,6 +115,37 @@ def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_pa
         *_, last = (json.loads(line) for line in told)
     assert leading.returncode == 1
     assert (last["kind"], last["code"], last["param"]) == ("failed", "invalid_training_file", "training_file"), said
+
+
+def process_that(out, rank, *, says=None, how="sys.exit(1)"):
+    """A stand-in for a companion, which leaves a word and ends."""
+    if says is not None:
+        out.joinpath(f"failed-{rank}.json").write_text(Failed(code=says, message="m", param="p").model_dump_json())
+    return subprocess.Popen([sys.executable, "-c", f"import os, sys; {how}"])
+
+
+@pytest.mark.parametrize(
+    ("says", "how", "expected"),
+    [
+        ("out_of_memory", "sys.exit(1)", (1, "out_of_memory")),
+        (None, "os.kill(os.getpid(), 9)", (-9, None)),
+        (None, "sys.exit(75)", (75, None)),
+    ],
+)
+def test_of_several_that_end_the_one_that_others_followed_is_the_cause(tmp_path, says, how, expected):
+    """The others say only that somebody is gone."""
+    followers = {rank: process_that(tmp_path, rank, says="internal_error") for rank in (1, 3)}
+    others = Others([followers[1], process_that(tmp_path, 2, says=says, how=how), followers[3]], tmp_path)
+    loss = others.loss()
+    assert (loss.code, loss.word and loss.word.code) == expected
+    others.close()
+
+
+def test_processes_that_end_well_or_are_none_are_no_loss(tmp_path):
+    assert Others().loss() is None
+    others = Others([process_that(tmp_path, 1, how="sys.exit(0)")], tmp_path)
+    assert others.loss() is None
+    others.close()
 
 
 def test_nothing_is_left_of_a_run_whose_leading_process_dies(two):

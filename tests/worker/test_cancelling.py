@@ -25,7 +25,7 @@ from api.core.storage import get_storage
 from tests.lorainit.conftest import chat
 from tests.test_job_path import tiny_base as tiny_base  # a fixture
 from tests.worker.conftest import Lab, when
-from worker import member, tasks, transfers
+from worker import artifacts, endings, member, tasks, transfers
 from worker.supervisor import run_child
 
 LIMIT = 5.0
@@ -194,6 +194,20 @@ def test_a_job_cancelled_in_a_transfer_frees_its_worker(
     cancelled_once(lab, storage.busy.is_set, lambda: lab.run(script))
     with session_scope() as session:
         assert session.scalars(select(Checkpoint.id)).all() == []
+
+
+def test_a_job_cancelled_while_its_failure_is_written_frees_its_worker(
+    lab: Lab, slow: Callable[..., Slow], environment: pytest.MonkeyPatch
+) -> None:
+    """What the worker itself could not do ends the job, with the metrics so far as its result."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("a bug")
+
+    storage = slow("put", "step_metrics", hangs=True)
+    environment.setattr(artifacts, "pack", broken)
+    environment.setattr(endings, "get_storage", lambda: transfers.WhileOurs(storage, threading.Event()))
+    cancelled_once(lab, storage.busy.is_set, lambda: lab.run(DONE))
 
 
 @pytest.mark.parametrize(("method", "script"), [("read", DONE), ("put", DONE)])
