@@ -22,6 +22,7 @@ ROUTES = {
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause": {"post"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume": {"post"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events": {"get"},
+    "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events/stream": {"get"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints": {"get"},
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/adapter": {"get"},
     "/v1/models": {"get"},

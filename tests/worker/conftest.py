@@ -84,7 +84,16 @@ def lab(service: None, environment: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     get_settings.cache_clear()
     yield Lab(tmp_path, environment)
+    await_what_was_left_alone()
     assert not list(get_settings().scratch().glob("ftjob-*")), "a scratch folder was left behind"
+
+
+def await_what_was_left_alone() -> None:
+    """Actions of lost jobs, for which no worker waits: they may hold a connection to this test's database."""
+    for thread in threading.enumerate():
+        if thread.name == "action":
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def when(condition: Any, action: Any) -> threading.Thread:

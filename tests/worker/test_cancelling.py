@@ -24,7 +24,7 @@ from api.core.settings import get_settings
 from api.core.storage import get_storage
 from tests.lorainit.conftest import chat
 from tests.test_job_path import tiny_base as tiny_base  # a fixture
-from tests.worker.conftest import Lab, when
+from tests.worker.conftest import Lab, await_what_was_left_alone, when
 from worker import artifacts, endings, member, tasks, transfers
 from worker.supervisor import run_child
 
@@ -54,6 +54,7 @@ def lab(service: None, environment: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     get_settings.cache_clear()
     yield Lab(tmp_path, environment, count=1)
+    await_what_was_left_alone()
     assert not list(get_settings().scratch().glob("ftjob-*")), "a scratch folder was left behind"
 
 
