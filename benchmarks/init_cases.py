@@ -60,7 +60,7 @@ def base(cache: str) -> tuple[Any, list[Any]]:
     import torch
 
     from lorainit.data import load
-    from lorainit.model import load_model, load_tokenizer, locate
+    from lorainit.model.load import load_model, load_tokenizer, locate
 
     folder = locate(SOURCE, cache=Path(cache)).folder
     samples = load(ROOT / "examples/train.jsonl", load_tokenizer(folder), max_length=512).samples
@@ -79,8 +79,8 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from lorainit.evidence.context import Context
     from lorainit.initialize import initialize
     from lorainit.methods import METHODS
+    from lorainit.model.targets import find_targets
     from lorainit.spec import Hyperparameters, Lora
-    from lorainit.targets import find_targets
 
     model, samples = base(cache)
     init = {"method": name.partition(" ")[0], **OURS[name]}
@@ -149,7 +149,7 @@ def plain_passes(model: Any, samples: list[Any], *, repeat: int) -> float:
     """
     from lorainit.batches import collate
     from lorainit.loss import row_losses
-    from lorainit.targets import find_targets
+    from lorainit.model.targets import find_targets
 
     targets = find_targets(model, "all-linear")
 
@@ -229,7 +229,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
 
     from lorainit.batches import batches, collate
     from lorainit.loss import row_losses
-    from lorainit.targets import find_targets
+    from lorainit.model.targets import find_targets
 
     model, samples = base(cache)
     targets = find_targets(model, "all-linear")

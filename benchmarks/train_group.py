@@ -48,13 +48,14 @@ class Bench:
     def __init__(self, precision: str) -> None:
         import torch
 
-        from lorainit import attention, group, hardware, model
+        from lorainit import group, hardware
+        from lorainit.model import attention, load
+        from lorainit.model.targets import find_targets
         from lorainit.optimizers import make_optimizer
         from lorainit.spec import Hyperparameters
-        from lorainit.targets import find_targets
 
-        base = model.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
-        self.model: Any = model.load_model(base, dtype=hardware.dtype_of(precision), device=torch.device("cpu"))
+        base = load.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
+        self.model: Any = load.load_model(base, dtype=hardware.dtype_of(precision), device=torch.device("cpu"))
         self.model.requires_grad_(False)
         refusal = attention.install(self.model)
         assert refusal is None, refusal

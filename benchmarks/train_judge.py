@@ -19,7 +19,7 @@ from peft import PeftModel  # noqa: E402
 from lorainit.batches import batches, collate  # noqa: E402
 from lorainit.data import Sample  # noqa: E402
 from lorainit.loss import tally  # noqa: E402
-from lorainit.model import load_model  # noqa: E402
+from lorainit.model.load import load_model  # noqa: E402
 
 ROWS_PER_PASS = 8
 

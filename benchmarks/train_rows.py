@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.train_plan import HELD_OUT, SOURCE  # noqa: E402
 from lorainit.batches import order  # noqa: E402
 from lorainit.data import Sample, load  # noqa: E402
-from lorainit.model import load_tokenizer, locate  # noqa: E402
+from lorainit.model.load import load_tokenizer, locate  # noqa: E402
 
 TEST_ROWS = 200  # more than hold 4,096 trained tokens
 IGNORED = -100  # the label that every trainer leaves out of its loss

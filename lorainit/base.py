@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit import attention, hardware, machine
+from lorainit import hardware, machine
 from lorainit.batches import Batch, collate, pack, pad_id
 from lorainit.data import Sample
 from lorainit.digest import known_sha256, require_whole
 from lorainit.errors import GroupMismatch
 from lorainit.events import Event, Message
 from lorainit.inits import Quantization
-from lorainit.model import Location, load_model, load_tokenizer, locate
+from lorainit.model import attention
+from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
 from lorainit.shard import decide, shard
 from lorainit.spec import RunSpec

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lorainit import adapter, fidelity, hardware
+from lorainit import fidelity, hardware
 from lorainit.base import OnEvent
 from lorainit.events import Message, Stage
+from lorainit.export import peft_adapter
 from lorainit.initialize import Report
 from lorainit.layer import borrowed
 from lorainit.prepare import Job
@@ -19,12 +20,12 @@ from lorainit.results import write_csv
 def write_adapter(job: Job, folder: Path, report: Report) -> None:
     """Everything of the download but the export check, which only the final adapter has."""
     rslora = job.lora.use_rslora is True
-    rank = adapter.export(job.base.model, job.layers, folder, root=job.spec.model.root, rslora=rslora)
+    rank = peft_adapter.export(job.base.model, job.layers, folder, root=job.spec.model.root, rslora=rslora)
     job.base.tokenizer.save_pretrained(folder)
-    alpha = adapter.plain_alpha(r=rank, scale=job.lora.scaling, rslora=rslora)
+    alpha = peft_adapter.plain_alpha(r=rank, scale=job.lora.scaling, rslora=rslora)
     facts = job.lora.method.facts
     paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
-    adapter.model_card(
+    peft_adapter.model_card(
         folder,
         root=job.spec.model.root,
         method=job.lora.method.method,
@@ -34,7 +35,7 @@ def write_adapter(job: Job, folder: Path, report: Report) -> None:
         quantization=job.lora.quantization,
         dora=job.lora.use_dora,
     )
-    adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
+    peft_adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
     write_manifest(job, folder, report, export_check=None)
 
 
@@ -48,9 +49,9 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
         ExportCheckFailed: they differ.
     """
     on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
-    texts = adapter.prompts(job.data.samples)
+    texts = peft_adapter.prompts(job.data.samples)
     with borrowed(job.base.model, job.layers):
-        expected: list[Tensor] = adapter.record(job.base.model, texts, on_event=on_event)
+        expected: list[Tensor] = peft_adapter.record(job.base.model, texts, on_event=on_event)
         rows = fidelity.held_out(job.data, job.valid)
         losses = None if job.base.sharded else fidelity.token_losses(job.base.model, rows, on_event=on_event)
     job.targets.clear()
@@ -58,7 +59,7 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     if last:
         job.base.release()
     gc.collect()
-    result = adapter.check(
+    result = peft_adapter.check(
         job.base.fresh(),
         folder,
         texts,
@@ -72,7 +73,7 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     level = "info" if result["passed"] else "error"
     text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
-    adapter.require(result)
+    peft_adapter.require(result)
     if losses is None:
         result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=fidelity.DIVIDED, on_event=on_event)
         return result
@@ -106,13 +107,13 @@ def write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict
         "init_report": report.summary,
         "export_check": export_check,
     }
-    adapter.write_json(folder / "manifest.json", manifest)
+    peft_adapter.write_json(folder / "manifest.json", manifest)
 
 
 def write_spec(job: Job, out: Path) -> None:
     """The spec with every "auto" resolved."""
     update = {"lora": job.lora, "training": job.training, "micro_batch_size": job.plan.micro_batch_size}
-    adapter.write_json(out / "spec.json", job.spec.model_copy(update=update).model_dump(mode="json"))
+    peft_adapter.write_json(out / "spec.json", job.spec.model_copy(update=update).model_dump(mode="json"))
 
 
 def write_metrics(out: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import nn
 
 from lorainit.digest import base_sha256
-from lorainit.model import load_tokenizer, locate, skeleton
+from lorainit.model.load import load_tokenizer, locate, skeleton
+from lorainit.model.targets import Group, group_of, linear_layers
 from lorainit.spec import ModelFacts, Target
-from lorainit.targets import Group, group_of, linear_layers
 from lorainit.weight import shape_of
 
 

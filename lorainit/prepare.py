@@ -16,10 +16,10 @@ from lorainit.base import Base, OnEvent, store
 from lorainit.data import Dataset
 from lorainit.events import Message, Plan, Tick
 from lorainit.layer import LoRALinear
-from lorainit.model import check_length
+from lorainit.model.load import check_length
+from lorainit.model.targets import check_rank, find_targets
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
-from lorainit.targets import check_rank, find_targets
 from lorainit.tokens import load_kept
 from lorainit.weight import shape_of
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
 from torch.distributed.tensor import DTensor
 
 from lorainit.errors import TooFewDevices, UnsupportedModel
-from lorainit.model import skeleton
+from lorainit.model.load import skeleton
 from lorainit.recompute import layers_of
 from lorainit.spec import RunSpec
 from lorainit.world import World

@@ -4,8 +4,8 @@ import torch
 
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context
-from lorainit.model import load_model
-from lorainit.targets import linear_layers
+from lorainit.model.load import load_model
+from lorainit.model.targets import linear_layers
 from lorainit.weight import weight_of
 
 

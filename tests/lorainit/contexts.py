@@ -7,9 +7,9 @@ import torch
 from lorainit.batches import order
 from lorainit.data import load
 from lorainit.evidence.context import Context
-from lorainit.model import load_model
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets
 from lorainit.spec import Hyperparameters, Lora
-from lorainit.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from lorainit.evidence.line_search import calibration_loss
 from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, attach
 from lorainit.methods import METHODS
+from lorainit.model.targets import find_targets
 from lorainit.spec import Hyperparameters, Lora
-from lorainit.targets import find_targets
 from lorainit.weight import weight_of
 
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from lorainit import attention
 from lorainit.batches import collate, pack
 from lorainit.data import Sample, load
 from lorainit.loss import tally
-from lorainit.model import load_model
+from lorainit.model import attention
+from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer
 
 CPU, F64 = torch.device("cpu"), torch.float64

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lorainit.errors import InitFailed, LorainitError, RankTooLarge, UnsupportedInit
+from lorainit.model.targets import find_targets
 from lorainit.run import run
-from lorainit.targets import find_targets
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
 
 UP = "model.layers.1.mlp.up_proj"

@@ -20,11 +20,11 @@ from lorainit.inits import INITS
 from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.methods import Factors
-from lorainit.model import load_model
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets
 from lorainit.optimizers import make_optimizer
 from lorainit.run import run
 from lorainit.spec import Lora
-from lorainit.targets import find_targets
 from lorainit.weight import weight_of
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.stock_peft import SameMask

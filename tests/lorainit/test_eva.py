@@ -9,18 +9,18 @@ import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 
-from lorainit.adapter import check, export, prompts, record
 from lorainit.batches import collate
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message
 from lorainit.evidence import Evidence, activations
 from lorainit.evidence.collect import collect
 from lorainit.evidence.pca import PCA, converged, spread_ranks
+from lorainit.export.peft_adapter import check, export, prompts, record
 from lorainit.initialize import initialize
 from lorainit.inits import EVA
 from lorainit.layer import adapted
 from lorainit.methods import METHODS
-from lorainit.model import load_model
+from lorainit.model.load import load_model
 from lorainit.run import run
 from lorainit.spec import Lora
 from tests.lorainit.contexts import CPU, make_context

@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorainit.adapter import check, export, prompts, record, require
 from lorainit.batches import collate
 from lorainit.data import load
 from lorainit.errors import ExportCheckFailed
+from lorainit.export.peft_adapter import check, export, prompts, record, require
 from lorainit.initialize import initialize
 from lorainit.layer import adapted
-from lorainit.model import load_model
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets
 from lorainit.spec import Lora
-from lorainit.targets import find_targets
 from lorainit.weight import weight_of
 from tests.lorainit.conftest import make_tokenizer
 

@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit import fidelity
-from lorainit.adapter import export, with_stock_peft
 from lorainit.batches import collate
 from lorainit.data import Dataset, Sample, load
 from lorainit.events import Message
+from lorainit.export.peft_adapter import export, with_stock_peft
 from lorainit.fidelity import HeldOut, held_out, measure, token_losses
 from lorainit.initialize import initialize
 from lorainit.layer import adapted, weight_of
-from lorainit.model import load_model
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
 from lorainit.spec import Lora, RunSpec
-from lorainit.targets import find_targets, linear_layers
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 CPU = torch.device("cpu")

@@ -5,12 +5,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
-from lorainit import attention, compiled
 from lorainit import base as base_module
+from lorainit import compiled
 from lorainit.errors import OutOfMemory
 from lorainit.events import Message, Metrics, Plan
 from lorainit.group import GroupedLinear
 from lorainit.layer import LoRALinear
+from lorainit.model import attention
 from lorainit.recompute import layers_of, recompute
 from lorainit.run import Request, run, run_together
 from tests.lorainit.conftest import tiny_llama

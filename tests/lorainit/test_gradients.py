@@ -13,8 +13,8 @@ from lorainit.evidence import gradients
 from lorainit.evidence.collect import collect
 from lorainit.evidence.gradients import mean_gradients
 from lorainit.loss import row_losses, tally
-from lorainit.model import load_model
-from lorainit.targets import find_targets
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.reference import CPU, context, eight_rows, tiny
 

@@ -18,9 +18,9 @@ from lorainit.events import Checkpoint, Done, Metrics
 from lorainit.layer import LoRALinear
 from lorainit.loss import tallies, tally
 from lorainit.methods import Factors
-from lorainit.model import load_model
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets
 from lorainit.run import Request, run, run_together
-from lorainit.targets import find_targets
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 ALIKE = {"micro_batch_size": 2}
@@ -216,7 +216,7 @@ def test_who_cannot_share_the_pass_is_told_why(spec, tmp_path, change, param):
 
 
 def test_a_base_that_cannot_pack_refuses_groups(spec, tmp_path, monkeypatch):
-    from lorainit import attention
+    from lorainit.model import attention
 
     monkeypatch.setattr(attention, "install", lambda model: "its attention is strange")
     ends, _ = together([spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE)], tmp_path)
@@ -244,7 +244,7 @@ def gradients(layers):
 
 def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(bases, rows):
     model = load_model(bases["wide-llama"], dtype=torch.float32, device=torch.device("cpu")).requires_grad_(False)
-    from lorainit import attention
+    from lorainit.model import attention
 
     assert attention.install(model) is None
     samples = load(rows, make_tokenizer(), max_length=256).samples

@@ -13,7 +13,7 @@ from lorainit.batches import batches, collate, order
 from lorainit.course import Course, Member
 from lorainit.init_stage import start
 from lorainit.inits import INITS
-from lorainit.model import load_model
+from lorainit.model.load import load_model
 from lorainit.prepare import prepare
 from lorainit.train import train
 from lorainit.weight import weight_of

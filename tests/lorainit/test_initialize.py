@@ -15,9 +15,9 @@ from lorainit.inits import INITS
 from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.methods import METHODS, Factors
-from lorainit.model import load_model
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets
 from lorainit.spec import Lora
-from lorainit.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

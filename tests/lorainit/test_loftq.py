@@ -17,9 +17,9 @@ from lorainit.inits import LoftQ
 from lorainit.layer import disabled
 from lorainit.loss import logits_of
 from lorainit.methods import METHODS
-from lorainit.model import load_model
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
-from lorainit.targets import find_targets, linear_layers
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.reference import context, tiny
 

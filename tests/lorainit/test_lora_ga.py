@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from lorainit.adapter import export
 from lorainit.batches import collate
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
+from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
 from lorainit.inits import LoRAGA
 from lorainit.layer import adapted

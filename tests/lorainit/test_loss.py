@@ -9,7 +9,7 @@ from lorainit import loss
 from lorainit.batches import collate
 from lorainit.data import load
 from lorainit.loss import logits_of, tallies, tally
-from lorainit.model import load_model
+from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorainit import model as module
 from lorainit.digest import base_sha256
 from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedInit, UnsupportedModel
 from lorainit.inspect import inspect
-from lorainit.model import check_length, load_model, load_tokenizer, locate
-from lorainit.targets import check_rank, find_targets
+from lorainit.model import load as module
+from lorainit.model.load import check_length, load_model, load_tokenizer, locate
+from lorainit.model.targets import check_rank, find_targets
 from tests.lorainit.conftest import tiny_gpt2, tiny_llama
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lorainit.adapter import export
 from lorainit.batches import collate
+from lorainit.export.peft_adapter import export
 from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of
 from lorainit.spec import Lora

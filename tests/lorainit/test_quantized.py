@@ -18,19 +18,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorainit import hardware, quantize
-from lorainit.adapter import check, export, prompts, record
 from lorainit.batches import collate
 from lorainit.data import load
 from lorainit.errors import InitFailed, UnsupportedModel
 from lorainit.events import Done, InitReport, Metrics
 from lorainit.evidence.gradients import mean_gradients
+from lorainit.export.peft_adapter import check, export, prompts, record
 from lorainit.initialize import initialize
 from lorainit.layer import adapted, attach
 from lorainit.loss import logits_of
-from lorainit.model import load_model
+from lorainit.model.load import load_model
+from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
 from lorainit.spec import Lora
-from lorainit.targets import find_targets, linear_layers
 from lorainit.weight import shape_of, was_conv1d, weight_of
 from tests.lorainit.conftest import make_tokenizer
 

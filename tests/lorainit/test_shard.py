@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lorainit.base import open_base
 from lorainit.errors import TooFewDevices, UnsupportedModel
 from lorainit.methods import METHODS
-from lorainit.model import load_model
+from lorainit.model.load import load_model
 from lorainit.prepare import prepare
 from lorainit.run import run
 from lorainit.shard import decide, shard

@@ -16,7 +16,7 @@ from lorainit.data import load, tokenize
 from lorainit.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.errors import InvalidTrainingFile, UnsupportedModel
 from lorainit.events import Message, Tick
-from lorainit.model import load_tokenizer
+from lorainit.model.load import load_tokenizer
 from lorainit.prepare import prepare
 from lorainit.store import Store
 from tests.lorainit.conftest import chat, tiny_llama, write_rows
@@ -165,7 +165,7 @@ def test_without_a_limit_nothing_is_kept(read, counted, rows, tmp_path):
 READER = """
 import sys
 from pathlib import Path
-from lorainit.model import load_tokenizer
+from lorainit.model.load import load_tokenizer
 from lorainit.store import Store
 from lorainit.tokens import load_kept
 folder, rows, cache = map(Path, sys.argv[1:])

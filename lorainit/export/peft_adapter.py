@@ -24,8 +24,8 @@ from lorainit.errors import ExportCheckFailed
 from lorainit.events import Event, Tick
 from lorainit.inits import Quantization
 from lorainit.layer import LoRALinear
-from lorainit.model import free
-from lorainit.targets import linear_layers
+from lorainit.model.load import free
+from lorainit.model.targets import linear_layers
 from lorainit.weight import was_conv1d
 
 WEIGHTS = "adapter_model.safetensors"
