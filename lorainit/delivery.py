@@ -10,7 +10,7 @@ from torch import Tensor
 from lorainit import fidelity, hardware
 from lorainit.base import OnEvent
 from lorainit.events import Message, Stage
-from lorainit.export import peft_adapter
+from lorainit.export import check, model_card, peft_adapter
 from lorainit.initialize import Report
 from lorainit.layer import borrowed
 from lorainit.prepare import Job
@@ -25,7 +25,7 @@ def write_adapter(job: Job, folder: Path, report: Report) -> None:
     alpha = peft_adapter.plain_alpha(r=rank, scale=job.lora.scaling, rslora=rslora)
     facts = job.lora.method.facts
     paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
-    peft_adapter.model_card(
+    model_card.write(
         folder,
         root=job.spec.model.root,
         method=job.lora.method.method,
@@ -49,9 +49,9 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
         ExportCheckFailed: they differ.
     """
     on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
-    texts = peft_adapter.prompts(job.data.samples)
+    texts = check.prompts(job.data.samples)
     with borrowed(job.base.model, job.layers):
-        expected: list[Tensor] = peft_adapter.record(job.base.model, texts, on_event=on_event)
+        expected: list[Tensor] = check.record(job.base.model, texts, on_event=on_event)
         rows = fidelity.held_out(job.data, job.valid)
         losses = None if job.base.sharded else fidelity.token_losses(job.base.model, rows, on_event=on_event)
     job.targets.clear()
@@ -59,7 +59,7 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     if last:
         job.base.release()
     gc.collect()
-    result = peft_adapter.check(
+    result = check.check(
         job.base.fresh(),
         folder,
         texts,
@@ -73,7 +73,7 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     level = "info" if result["passed"] else "error"
     text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
-    peft_adapter.require(result)
+    check.require(result)
     if losses is None:
         result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=fidelity.DIVIDED, on_event=on_event)
         return result

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from lorainit.data import Dataset, Sample
 from lorainit.events import Event, Message, Tick
-from lorainit.export.peft_adapter import with_stock_peft
+from lorainit.export.check import with_stock_peft
 from lorainit.hardware import has_bf16
 from lorainit.inits import Quantization
 from lorainit.model.load import free, load_model

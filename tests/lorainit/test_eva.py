@@ -15,7 +15,8 @@ from lorainit.events import Message
 from lorainit.evidence import Evidence, activations
 from lorainit.evidence.collect import collect
 from lorainit.evidence.pca import PCA, converged, spread_ranks
-from lorainit.export.peft_adapter import check, export, prompts, record
+from lorainit.export.check import check, prompts, record
+from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
 from lorainit.inits import EVA
 from lorainit.layer import adapted

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from lorainit.batches import collate
 from lorainit.data import load
 from lorainit.errors import ExportCheckFailed
-from lorainit.export.peft_adapter import check, export, prompts, record, require
+from lorainit.export.check import check, prompts, record, require
+from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
 from lorainit.layer import adapted
 from lorainit.model.load import load_model

@@ -12,7 +12,8 @@ from lorainit import fidelity
 from lorainit.batches import collate
 from lorainit.data import Dataset, Sample, load
 from lorainit.events import Message
-from lorainit.export.peft_adapter import export, with_stock_peft
+from lorainit.export.check import with_stock_peft
+from lorainit.export.peft_adapter import export
 from lorainit.fidelity import HeldOut, held_out, measure, token_losses
 from lorainit.initialize import initialize
 from lorainit.layer import adapted, weight_of

@@ -23,7 +23,8 @@ from lorainit.data import load
 from lorainit.errors import InitFailed, UnsupportedModel
 from lorainit.events import Done, InitReport, Metrics
 from lorainit.evidence.gradients import mean_gradients
-from lorainit.export.peft_adapter import check, export, prompts, record
+from lorainit.export.check import check, prompts, record
+from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
 from lorainit.layer import adapted, attach
 from lorainit.loss import logits_of
