@@ -22,7 +22,6 @@ from lorainit.methods import Factors
 from lorainit.spec import Lora
 
 STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"
-_ON_CPU = ("step",)  # where torch's AdamW keeps it; everything else lives beside its parameter
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,12 @@ class Restored:
     def restore(self, layers: Mapping[str, LoRALinear], optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's moments as they were; the factors are already in the layers."""
         found = self._states()
+        counting = _counts_on_device(optimizer)
         for name, layer in layers.items():
             for key, parameter in layer.trained().items():
+                beside = torch.device("cpu") if id(parameter) not in counting else parameter.device
                 optimizer.state[parameter] = {
-                    m: value.clone() if m in _ON_CPU else value.to(parameter.device, copy=True)
+                    m: value.to(beside if m == "step" else parameter.device, copy=True)
                     for m, value in found[f"{name}.{key}"].items()
                 }
 
@@ -127,6 +128,16 @@ class Restored:
                 moment, _, parameter = rest.partition(".")
                 found.setdefault(parameter, {})[moment] = value
         return found
+
+
+def _counts_on_device(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Ids of the parameters whose steps torch's AdamW counts beside them.
+
+    Its fused kernel reads `step` on the device, and crashes on a GPU where it finds an address of the host; every
+    other form keeps `step` on the CPU. The same rule as in torch's own `load_state_dict`.
+    """
+    groups = (g for g in optimizer.param_groups if g.get("fused") or g.get("capturable"))
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:

@@ -100,8 +100,12 @@ def _try(stand: Stand, members: Sequence[Member], lay: Lay) -> None:
     for member in members:
         _drop(member, "tried")
     counts = [sum(int(s.trained[1:].sum()) for s in some) for some in rows]
+    # What the optimizer will hold beside the gradients from its first step on: two moments for each parameter.
+    trained = [p for member in members for layer in member.layers.values() for p in layer.trained().values()]
+    moments = [torch.empty_like(p) for p in trained for _ in range(2)]
     parts = tallies(stand.model, lay([sample for some in rows for sample in some]), counts)
     torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
+    del moments
     _forget(stand, members)
 
 

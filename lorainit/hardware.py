@@ -18,6 +18,20 @@ from lorainit.spec import Choice, Hyperparameters
 PRECISION = "method.supervised.hyperparameters.precision"
 # torch's names for instructions that multiply bf16: x86 with AVX-512 or AMX, and ARM.
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+# How libraries say that memory is used up where torch has no class of its own for it, in lower case. What Triton calls
+# "out of resource" is a kernel too large for any batch, and no batch makes it fit.
+_NO_MEMORY_LEFT = (
+    "out of memory",  # CUDA's runtime and driver, NCCL ("Cuda failure 2 'out of memory'"), Triton, bitsandbytes
+    "cuda_error_out_of_memory",
+    "cudaerrormemoryallocation",
+    "status_alloc_failed",  # cuBLAS, cuSOLVER, cuSPARSE, cuDNN 8
+    "allocation_failed",  # cuDNN 9
+    "status_not_initialized when calling `cublascreate",  # cuBLAS with no room for its workspace
+    "failed to cuda calloc",  # NCCL
+    "failed to cuda host alloc",
+    "can't allocate memory",  # torch on the host
+    "not enough memory",
+)
 PACKAGES = ("lorainit", "torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "bitsandbytes", "numpy")
 
 
@@ -91,10 +105,10 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left."""
-    text = str(error)
-    host = "can't allocate memory" in text or "not enough memory" in text
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and host)
+    """Whether the device or the host had no memory left, whichever library says so."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY_LEFT)
 
 
 def peak_memory_bytes() -> int:

@@ -1,15 +1,19 @@
 """Before the first step: what does not fit into memory is found out and made to fit, and slow parts are compiled."""
 
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import DistBackendError
 from transformers import AttentionInterface
 
 from lorainit import base as base_module
-from lorainit import compiled
+from lorainit import compiled, fit
 from lorainit.errors import OutOfMemory
 from lorainit.events import Message, Metrics, Plan
 from lorainit.group import GroupedLinear
+from lorainit.hardware import is_out_of_memory
 from lorainit.layer import LoRALinear
 from lorainit.model import attention
 from lorainit.recompute import layers_of, recompute
@@ -98,6 +102,58 @@ def test_what_cannot_fit_is_out_of_memory_with_advice(wanted, tmp_path, monkeypa
         run(wanted(training={CHECKPOINTING: switch, "batch_size": 4}), tmp_path / "out", heard.append)
     assert error.value.param == "method.supervised.hyperparameters.max_length"
     assert not [event for event in heard if isinstance(event, Metrics) and event.train_loss]
+
+
+def test_the_trial_leaves_room_for_what_the_optimizer_will_hold(wanted, tmp_path, monkeypatch):
+    """AdamW's moments come with the first step, twice what is trained: a trial without them fits where no step does."""
+    held, seen, make = weakref.WeakSet(), [], torch.empty_like
+
+    def noted(tensor, **how):
+        held.add(made := make(tensor, **how))
+        return made
+
+    memory = Memory(monkeypatch, tokens=10_000)
+    memory.allocate = lambda *_, **__: seen.append(sum(t.numel() for t in held)) if torch.is_grad_enabled() else None
+    monkeypatch.setattr(fit.torch, "empty_like", noted)
+    heard = []
+    run(wanted(lora={"init": "kaiming"}), tmp_path / "out", heard.append)
+    plan = next(event for event in heard if isinstance(event, Plan))
+    assert seen[0] >= 2 * plan.trainable_parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (RuntimeError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+        (RuntimeError, "CUDA error: out of memory"),
+        (RuntimeError, "CUDA driver error: out of memory"),
+        (RuntimeError, "Triton Error [CUDA]: out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        (RuntimeError, "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        (DistBackendError, "NCCL error ... ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+         "Cuda failure 2 'out of memory'"),
+        (DistBackendError, "NCCL error ... Last error:\nFailed to CUDA calloc 10485760 bytes"),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        (MemoryError, ""),
+    ],
+)  # fmt: skip
+def test_memory_that_ran_out_is_known_in_every_librarys_words(kind, text):
+    assert is_out_of_memory(kind(text))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`"),
+        RuntimeError("out of resource: shared memory, Required: 264192, Hardware limit: 232448"),
+        ValueError("the text of a row says: out of memory"),
+    ],
+)
+def test_other_errors_are_not_taken_for_it(error):
+    assert not is_out_of_memory(error)
 
 
 def test_any_other_failure_of_the_trial_is_itself(wanted, tmp_path, monkeypatch):

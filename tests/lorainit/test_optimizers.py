@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
+from lorainit.checkpoint import Progress, Restored
 from lorainit.events import Metrics
 from lorainit.optimizers import (
     PreconditionedAdamW,
@@ -235,3 +236,37 @@ def test_resumed_run_ends_with_the_same_bits_and_unlike_the_other_optimizers(spe
     ends[name] = (tmp_path / "whole" / file).read_bytes()
     assert (tmp_path / "resumed" / file).read_bytes() == ends[name]
     assert len(set(ends.values())) == len(ends)
+
+
+# --- on another device -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_restored_state_lies_where_torchs_own_loader_puts_it(tmp_path, name, dora):
+    """Fused AdamW reads `step` on the device; on a GPU, one that lies on the host is an illegal address."""
+
+    def made(device):
+        A, B = (nn.Parameter(p.detach().to(device)) for p in pair(dtype=torch.float32))
+        one = layer(A, B, nn.Parameter(torch.ones(10, device=device)) if dora else None)
+        one.trained = lambda: {k: p for k, p in vars(one).items() if isinstance(p, nn.Parameter)}
+        return {"x": one}, make_optimizer(recipe(name), {"x": one})
+
+    layers, optimizer = made("cpu")
+    for p in layers["x"].trained().values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = {
+        f"optimizer.{moment}.x.{key}": value
+        for key, p in layers["x"].trained().items()
+        for moment, value in optimizer.state[p].items()
+    }
+    there, ours = made("meta")
+    Restored(tmp_path, Progress(1, 0, 0.0), kept).restore(there, ours)
+    for key, p in there["x"].trained().items():
+        group = next(g for g in ours.param_groups if any(q is p for q in g["params"]))
+        for moment, value in ours.state[p].items():
+            theirs = torch.optim.Optimizer._process_value_according_to_param_policy(
+                p, kept[f"optimizer.{moment}.x.{key}"], 0, [{**group, "params": [0]}], moment
+            )
+            assert (moment, value.device, value.dtype) == (moment, theirs.device, theirs.dtype)
