@@ -17,6 +17,7 @@ from lorainit.hardware import peak_memory_bytes
 from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of, row_losses, tally
 from lorainit.methods import Factors
+from lorainit.norms import norm
 from lorainit.spec import Lora
 from lorainit.weight import weight_of
 
@@ -60,15 +61,15 @@ def facts(
         "in": W.shape[1],
         "rank": A.shape[0],
         "scale": s,
-        "weight_norm": _norm(W),
+        "weight_norm": norm(W),
         "product_norm": s * product_norm(A, B),
     }
     if magnitude is not None:
         magnitude = magnitude.detach()
-        found["magnitude_norm"] = _norm(magnitude)
+        found["magnitude_norm"] = norm(magnitude)
     takes = lora.method.facts.needs in ("weight", "activation") and lora.method.method != "loram"  # only its size
     if takes and lora.method.offset == "subtract":
-        found["captured_energy"] = _captured_energy(W, factors, norm=found["weight_norm"])
+        found["captured_energy"] = _captured_energy(W, factors, whole=found["weight_norm"])
     if evidence.gradient is not None:
         G = evidence.gradient.to(W.device)
         found |= _gradient_facts(G, factors, s=s, lora=lora)
@@ -87,24 +88,19 @@ def product_norm(A: Tensor, B: Tensor) -> float:
     return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
 
-def _norm(X: Tensor) -> float:
-    # By rows first: one float32 sum over millions of squares loses digits.
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=-1).double()))
-
-
-def _captured_energy(W: Tensor, factors: Factors, *, norm: float) -> float:
+def _captured_energy(W: Tensor, factors: Factors, *, whole: float) -> float:
     """‖Q_Bᵀ·W·Q_A‖²/‖W‖²."""
     Q_B, Q_A = torch.linalg.qr(factors.B).Q, torch.linalg.qr(factors.A.T).Q
-    return (_norm(Q_B.T @ W @ Q_A) / norm) ** 2
+    return (norm(Q_B.T @ W @ Q_A) / whole) ** 2
 
 
 def _gradient_facts(G: Tensor, factors: Factors, *, s: float, lora: Lora) -> dict[str, Any]:
     A, B = factors.A, factors.B
-    norm = _norm(G)
+    whole = norm(G)
     G_A, B_G = s * (G @ A.T), s * (B.T @ G)  # the gradients of B (out×r) and of A (r×in)
     facts = {
-        "gradient_norm": norm,
-        "gradient_alignment": _alignment(G, factors, norm=norm),
+        "gradient_norm": whole,
+        "gradient_alignment": _alignment(G, factors, whole=whole),
         # Adam's first step is the sign of the gradient, times the rate.
         "first_step_slope": -float(G_A.abs().sum() + B_G.abs().sum()),
     }
@@ -119,12 +115,12 @@ def _magnitude_slope(W: Tensor, G: Tensor, factors: Factors, magnitude: Tensor, 
     return float((along / magnitude).abs().sum())
 
 
-def _alignment(G: Tensor, factors: Factors, *, norm: float) -> float:
+def _alignment(G: Tensor, factors: Factors, *, whole: float) -> float:
     """1 - ‖(I - P_B)·G·(I - P_A)‖²/‖G‖²: what lies outside both spaces is out of the first step's reach."""
     Q_B, Q_A = _span(factors.B), _span(factors.A.T)
     B_G, G_A = Q_B.T @ G, G @ Q_A
-    reached = _norm(B_G) ** 2 + _norm(G_A) ** 2 - _norm(B_G @ Q_A) ** 2
-    return min(1.0, reached / norm**2) if norm else 0.0
+    reached = norm(B_G) ** 2 + norm(G_A) ** 2 - norm(B_G @ Q_A) ** 2
+    return min(1.0, reached / whole**2) if whole else 0.0
 
 
 def _span(X: Tensor) -> Tensor:

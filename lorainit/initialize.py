@@ -23,12 +23,14 @@ from lorainit.init_report import Report
 from lorainit.inits import HRP, InitConfig, LoftQ, LoRAM
 from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.methods import METHODS, Factors
+from lorainit.norms import row_norms
 from lorainit.spec import Lora
 from lorainit.weight import shape_of, weight_of
 
 __all__ = ["Known", "Report", "initialize"]
 
 MESSAGE_SECONDS = 5.0
+DORA_ROW = 1e-18  # norms of shorter rows are lost in float32 squares, in PEFT's DoRA as in ours
 NO_EVIDENCE: Mapping[str, Evidence] = MappingProxyType({})
 
 
@@ -160,15 +162,15 @@ def _readable_weight(name: str, module: nn.Module, *, needed: bool, dora: bool) 
     if not weight.is_floating_point():
         raise UnsupportedInit(f"{name}: the weight is quantized ({weight.dtype}).", param="model")
     W = weight.to(torch.float32).contiguous()
-    norms = torch.linalg.vector_norm(W, dim=1)  # one read of W, and no mask of its size
-    if not norms.isfinite().all() and not W.isfinite().all():
+    norms = row_norms(W)  # one read of W, and no mask of its size
+    if not norms.isfinite().all():
         raise UnsupportedInit(f"{name}: the base weight has non-finite entries.", param="model")
     if needed and not norms.any():
         raise UnsupportedInit(f"{name}: the base weight is zero, so there is nothing to start from.", param="model")
-    if dora and not norms.all():
+    if dora and not (alive := norms > DORA_ROW).all():
         raise UnsupportedInit(
-            f"{name}: {int((norms == 0).sum())} rows of the base weight are zero and have no direction for DoRA to"
-            " keep: leave this module out or use plain LoRA.",
+            f"{name}: {int((~alive).sum())} rows of the base weight are zero, or nearly, and have no direction for"
+            " DoRA to keep: leave this module out or use plain LoRA.",
             param="lora.use_dora",
         )
     return W

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorainit.methods._linalg import randomized_svd
+from lorainit.norms import norm
 
 NITER = 4
 
@@ -41,12 +42,12 @@ class PCA:
             return
         fresh, M, N = X.mean(0), len(X), self.tokens
         centred = X - fresh
-        total = float(centred.square().sum(dtype=torch.float64))
+        total = norm(centred) ** 2
         rows = [centred]
         if N:
             shift = self.mean - fresh
             weight = N * M / (N + M)
-            total += weight * float(shift.square().sum(dtype=torch.float64))
+            total += weight * norm(shift) ** 2
             rows = [self.S[:, None] * self.directions, centred, math.sqrt(weight) * shift[None]]
             fresh = self.mean + (fresh - self.mean) * (M / (N + M))
         self.mean, self.tokens, self.total = fresh, N + M, self.total + total

@@ -4,12 +4,16 @@ Random numbers are drawn on the CPU from the caller's generator, never from the 
 same seed gives the same factors on every device.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lorainit.errors import InitFailed
+from lorainit.norms import row_norms
 
 # The block never carries fewer directions: alone, the first of them would need many more passes over W.
 MIN_BLOCK = 8
@@ -36,7 +40,7 @@ def normal(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.f
 
 def symmetric(U: Tensor, S: Tensor, Vh: Tensor, *, scale: float) -> Factors:
     """Split singular triples evenly: B = U·sqrt(S/s), A = sqrt(S/s)·Vh, so that s·B·A = U·S·Vh."""
-    root = (S / scale).sqrt()
+    root = S.sqrt() / math.sqrt(scale)
     return Factors(A=(root[:, None] * Vh).contiguous(), B=(U * root).contiguous())
 
 
@@ -48,13 +52,32 @@ def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generat
     all blocks but the last, needs four times as many passes over W for the same product.
 
     Args:
-        W: m×n, finite.
+        W: m×n. Entries of any size: what is decomposed is W over a power of two near its largest entry.
         niter: blocks after the first, at most; each costs two passes over W.
 
     Returns:
         U (m×rank), S (rank, descending), Vh (rank×n). The largest entry of each row of Vh is positive:
         rounding would choose the signs otherwise, and LoRA-GA pairs vectors of different triples.
+
+    Raises:
+        InitFailed: W has non-finite entries.
     """
+    largest = float(W.abs().max())
+    if not math.isfinite(largest):
+        raise InitFailed("a matrix with non-finite entries has no singular directions.", param="lora.init")
+    exponent = math.frexp(largest)[1]
+    U, S, Vh = _leading_triples(_shifted(W, -exponent), rank=rank, niter=niter, generator=generator)
+    return U, _shifted(S, exponent), Vh
+
+
+def _shifted(X: Tensor, exponent: int) -> Tensor:
+    """X·2^exponent, exact but where it leaves the range. In two halves: 2^exponent alone may leave it too."""
+    half = exponent // 2
+    return X * 2.0**half * 2.0 ** (exponent - half)
+
+
+def _leading_triples(W: Tensor, *, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """`randomized_svd` of a W whose largest entry is between 1/2 and 1 (or 0)."""
     side = min(W.shape)
     block = min(max(rank, MIN_BLOCK), side)
     # Rows, not columns: K (d×m) is orthonormal, T = K·W (d×n).
@@ -68,8 +91,7 @@ def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generat
         before, energy = energy, float(torch.linalg.eigvalsh(gram)[-rank:].sum())
         if number == niter or len(K) == side or energy - before <= STANDS_STILL * energy:
             break
-        # Its size first: squares of small gradients leave the range of float32.
-        Y = _novel((Z / torch.linalg.vector_norm(Z) @ W.T)[: side - len(K)], K)
+        Y = _novel((Z @ W.T)[: side - len(K)], K)
         Z = Y @ W
         K, T = torch.cat([K, Y]), torch.cat([T, Z])
     P = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).to(W)
@@ -82,7 +104,7 @@ def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generat
 
 def numerical_rank(S: Tensor, W: Tensor) -> int:
     """How many of the leading singular values S of the m×n matrix W are more than rounding: above eps·max(m, n)·S_1."""
-    return int((S[0] * max(W.shape) * torch.finfo(W.dtype).eps < S).sum())
+    return int((S / S[0] > max(W.shape) * torch.finfo(W.dtype).eps).sum())
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
@@ -97,7 +119,7 @@ def _novel(Y: Tensor, K: Tensor) -> Tensor:
     A QR alone would fill up with rounding, and rounding may lie in the span of K: where W has equal rows, all
     of it does. Hence the eigenvalues first; what they leave is well conditioned, but for its rounding along K.
     """
-    Y = Y / torch.linalg.vector_norm(Y, dim=1, keepdim=True).clamp(min=torch.finfo(Y.dtype).tiny)
+    Y = Y / row_norms(Y).to(Y).clamp(min=torch.finfo(Y.dtype).tiny)[:, None]
     Y = Y - (Y @ K.T) @ K
     squares, V = torch.linalg.eigh(Y.double() @ Y.double().T)
     kept = squares.gt(ROUNDING**2)

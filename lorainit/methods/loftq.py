@@ -15,6 +15,7 @@ from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.inits import LoftQ
 from lorainit.methods._linalg import Factors, randomized_svd, symmetric
+from lorainit.norms import norm
 
 # Rounding errors have a flat spectrum, which needs many blocks: 99.99 % of the best energy on a 2048×2048 matrix of
 # noise at r = 16, 96 % after 4.
@@ -38,11 +39,7 @@ def loftq(
         raise UnsupportedInit("four bits lost nothing of this weight: there is nothing to correct.", param="lora.init")
     U, S, Vh = randomized_svd(lost, rank=rank, niter=NITER, generator=generator)
     found = symmetric(U, S, Vh, scale=scale)
-    norm, before = _norm(W), _norm(lost)
-    after = _norm(lost.addmm_(found.B, found.A, alpha=-scale))
-    facts = {"original_norm": norm, "quantization_error": before / norm, "corrected_error": after / norm}
+    whole, before = norm(W), norm(lost)
+    after = norm(lost.addmm_(found.B, found.A, alpha=-scale))
+    facts = {"original_norm": whole, "quantization_error": before / whole, "corrected_error": after / whole}
     return Factors(A=found.A, B=found.B, facts=facts)
-
-
-def _norm(X: Tensor) -> float:
-    return float(torch.linalg.vector_norm(X))

@@ -44,7 +44,7 @@ def lora_one(
     if config.version == "v1":
         size = G.shape[0] ** 0.25 / gamma**0.5
         return Factors(A=size * Vh, B=size * U, facts=facts)
-    root = (S / (S[0] * gamma)).sqrt()
+    root = (S / S[0] / gamma).sqrt()
     return Factors(A=(root[:, None] * Vh).contiguous(), B=-(U * root), facts=facts)
 
 

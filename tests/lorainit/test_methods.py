@@ -10,6 +10,7 @@ from lorainit.evidence import Evidence
 from lorainit.inits import INITS
 from lorainit.methods import METHODS
 from lorainit.methods._linalg import numerical_rank, randomized_svd
+from lorainit.norms import norm, row_norms
 
 SCALES = [0.25, 1.0, 2.0, math.sqrt(8)]
 
@@ -197,13 +198,72 @@ def test_randomized_svd_of_few_directions_fills_up_with_orthonormal_ones(shape, 
     assert numerical_rank(S, W) == k
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e12])
-def test_randomized_svd_does_not_depend_on_the_size(size):
+@pytest.mark.parametrize("exponent", range(-122, 118, 6))
+def test_randomized_svd_does_not_depend_on_the_size(exponent):
+    """From 2e-37 to 1e35, in steps of less than two decades; a power of two changes no digit."""
     W = weight(96, 128)
-    (U, S, Vh), (small_U, small_S, small_Vh) = svd(W, 8, 16), svd(size * W, 8, 16)
-    assert torch.allclose(small_S / size, S, rtol=1e-4)
-    assert torch.allclose(small_U, U, atol=1e-3)
-    assert torch.allclose(small_Vh, Vh, atol=1e-3)
+    (U, S, Vh), (scaled_U, scaled_S, scaled_Vh) = svd(W, 8, 16), svd(W * 2.0**exponent, 8, 16)
+    assert torch.allclose(scaled_S * 2.0**-exponent, S, rtol=1e-5)
+    assert torch.allclose(scaled_U, U, atol=1e-4)
+    assert torch.allclose(scaled_Vh, Vh, atol=1e-4)
+
+
+@pytest.mark.parametrize(("large", "small"), [(1e30, 1e-30), (1e18, 1e-8), (1.0, 1e-38), (1e-20, 1e-38)])
+def test_randomized_svd_of_blocks_of_different_size_takes_the_larger(large, small):
+    W = torch.zeros(40, 60)
+    W[:8, :20], W[8:, 20:] = large * weight(8, 20), small * weight(32, 40)
+    U, S, Vh = svd(W, 8, 16)
+    assert torch.allclose(S / large, torch.linalg.svdvals(W[:8, :20] / large), rtol=1e-5)
+    assert torch.allclose(U.T @ U, torch.eye(8), atol=1e-5)
+    assert torch.allclose(Vh @ Vh.T, torch.eye(8), atol=1e-5)
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf, -math.inf])
+def test_randomized_svd_refuses_what_is_not_finite(entry):
+    W = weight(96, 128)
+    W[3, 5] = entry
+    with pytest.raises(InitFailed, match="non-finite"):
+        svd(W, 8, 16)
+
+
+# B and A of every method that looks at the weight, at 2^k times the weight, are at these powers of it.
+POWERS = {"pissa": (0.5, 0.5), "milora": (0.5, 0.5), "olora": (0, 1), "loram": (0.5, 0.5)}
+
+
+@pytest.mark.parametrize("exponent", [-116, -80, -40, 40, 80, 112])
+@pytest.mark.parametrize("method", POWERS)
+def test_start_grows_with_the_weight_over_the_range_of_float32(method, exponent):
+    W = weight()
+    found, scaled = factors(method, W), factors(method, W * 2.0**exponent)
+    b, a = (2.0 ** (power * exponent) for power in POWERS[method])
+    # The full SVD's vectors have a sign of their own.
+    assert torch.allclose((scaled.B / b).abs(), found.B.abs(), atol=1e-4)
+    assert torch.allclose((scaled.A / a).abs(), found.A.abs(), atol=1e-4)
+    assert torch.allclose((scaled.B / b) @ (scaled.A / a), found.B @ found.A, atol=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [-116, -80, 80, 112])
+@pytest.mark.parametrize("init", [{"method": "lora_one"}, {"method": "lora_one", "niter": None}, {"method": "lora_ga"}])
+def test_start_from_a_gradient_does_not_depend_on_its_size(init, exponent):
+    W, G = weight(), weight(seed=3)
+    config = INITS[init["method"]](**init)
+
+    def start(gradient):
+        g = torch.Generator().manual_seed(0)
+        evidence = Evidence(gradient=gradient)
+        return METHODS[config.method](W, evidence, rank=8, scale=2.0, config=config, generator=g)
+
+    found, scaled = start(G), start(G * 2.0**exponent)
+    assert torch.allclose(scaled.B @ scaled.A, found.B @ found.A, atol=1e-4 * float(found.B.abs().max()))
+    assert scaled.facts == found.facts
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1.0, 1e19, 1e30, 1e37])
+def test_norms_are_right_over_the_range_of_float32(size):
+    X = size * weight(96, 128)
+    X[0] = 0
+    assert norm(X) == pytest.approx(float(X.double().norm()), rel=1e-6)
+    assert torch.allclose(row_norms(X), X.double().norm(dim=1), rtol=1e-6)
 
 
 def test_randomized_svd_ends_when_another_block_adds_nothing():
