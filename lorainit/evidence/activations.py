@@ -129,7 +129,7 @@ def _say_ranks(ranks: dict[str, int], seen: int, context: Context) -> None:
 
 
 def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
-    """Mean over rows of XᵀX for each layer, in×in float32, X the row's inputs over their largest |entry|.
+    """Mean over rows of XᵀX for each layer, in×in float32, X the row's inputs over their size (`_size`).
 
     Held on the CPU: in² · 4 bytes for every group of layers that share an input. On an accelerator
     a few GiB of them lie at a time, at the price of one more pass over the rows for each block.
@@ -146,7 +146,7 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
     blocks = _blocks(sides, DEVICE_BYTES if context.device.type != "cpu" else None)
     for done, block in enumerate(blocks):
         for number, piece in enumerate(pieces, start=1):
-            _forward(context, piece, block, partial(_add_moments, moments), tokens="all")
+            _forward(context, piece, block, partial(_add_moments, moments, config), tokens="all")
             context.on_event(Tick(done=done * len(pieces) + number, total=len(blocks) * len(pieces)))
         for name in moments.keys() & block:
             moments[name] = (moments[name] / len(rows)).cpu()
@@ -154,11 +154,16 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
     return {name: Evidence(second_moment=moments[g], rows=len(rows)) for name, g in leader.items()}
 
 
-def _add_moments(sums: dict[str, Tensor], name: str, X: Tensor, batch: Batch) -> None:
+def _add_moments(sums: dict[str, Tensor], config: CorDA, name: str, X: Tensor, batch: Batch) -> None:
     for row in torch.split_with_sizes(X, batch.attention.sum(1).tolist()):
-        scaled = row / row.abs().max().clamp(min=torch.finfo(row.dtype).tiny)
+        scaled = row / _size(row, config).clamp(min=torch.finfo(row.dtype).tiny)
         C = scaled.T @ scaled
         sums[name] = sums[name].add_(C) if name in sums else C
+
+
+def _size(row: Tensor, config: CorDA) -> Tensor:
+    """What a row's inputs are divided by: their largest |entry|, or, as the authors do, |their largest entry|."""
+    return row.max().abs() if config.balance == "authors" else row.abs().max()
 
 
 def _blocks(sides: dict[str, int], limit: int | None) -> list[list[str]]:
@@ -178,6 +183,13 @@ def _refuse_moments(moments: dict[str, Tensor], sides: dict[str, int]) -> None:
     silent = [name for name in sides if name not in moments or not moments[name].any()]
     if silent:
         raise UnsupportedInit(f"No input but zeros reached {_listed(silent)}.", param="lora.init")
+    broken = [name for name, C in moments.items() if not C.isfinite().all()]
+    if broken:
+        raise InitFailed(
+            f"The second moment of the inputs is not finite in {_listed(broken)}: the largest entry of a row is next"
+            ' to zero, and the authors\' rule divides by it. With balance "equal" it is the largest absolute entry.',
+            param="lora.init.balance",
+        )
 
 
 # --- both --------------------------------------------------------------------------------------

@@ -179,7 +179,11 @@ class EVA(CalibratedConfig):
 
 
 class CorDA(CalibratedConfig):
-    """Singular directions of W weighted by the inputs' second moment (Yang et al., arXiv 2406.05223)."""
+    """Singular directions of W weighted by the inputs' second moment (Yang et al., arXiv 2406.05223).
+
+    `balance` "equal": each row counts over its largest |entry|, and A and B start with the same norm. "authors":
+    each row counts over |its largest entry|, and how large A and B are follows from the size of the second moment.
+    """
 
     facts = Method(
         title="CorDA",
@@ -191,6 +195,7 @@ class CorDA(CalibratedConfig):
     )
     method: Literal["corda"]
     mode: Literal["ipm", "kpm"] = "ipm"
+    balance: Literal["equal", "authors"] = "equal"
     samples: Annotated[int, Field(ge=1, le=4096)] = 256
 
     @property

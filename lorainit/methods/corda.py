@@ -1,9 +1,11 @@
 """CorDA: singular directions of W as its inputs weigh them.
 
 Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of LLMs", arXiv 2406.05223, section
-3. Differs from the authors' code on purpose: inputs are divided by their largest absolute value
-(theirs: the largest value), padding does not count, and the damping has an end. The second moments
-come from `lorainit.evidence.activations`.
+3. Differs from the authors' code on purpose: padding does not count, the damping has an end, and by
+default A and B start with equal norms. U, S and C⁻¹ leave the split of a product between its factors
+to the size of C, c²·C making B c times larger and A c times smaller, and in the authors' code that
+size is an accident: that of the inputs over their largest signed entry. `balance` "authors" keeps it.
+The second moments come from `lorainit.evidence.activations`.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -15,6 +17,7 @@ from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.inits import CorDA
 from lorainit.methods._linalg import Factors, symmetric
+from lorainit.norms import norm
 
 FIRST_DAMPING, MAX_DAMPING = 0.01, 1.0
 INVERSE_ERROR = 0.05
@@ -25,7 +28,9 @@ DEAD = 1e-9
 def corda(
     weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: CorDA, generator: torch.Generator
 ) -> Factors:
-    """From W·C = U·S·Vᵀ and V̂ᵀ = Vᵀ·C⁻¹, so U·S·V̂ᵀ = W: the first r triples (ipm) or the last (kpm), split evenly.
+    """From W·C = U·S·Vᵀ and V̂ᵀ = Vᵀ·C⁻¹, so U·S·V̂ᵀ = W: the first r triples (ipm) or the last (kpm).
+
+    A = t·√(S/s)·V̂ᵀ and B = U·√(S/s)/t: with `balance` "authors" t = 1, with "equal" t makes ‖A‖ = ‖B‖ (Frobenius).
 
     Raises:
         InitFailed: nothing was collected, or C cannot be inverted.
@@ -45,7 +50,8 @@ def corda(
         )
     part = slice(None, rank) if config.mode == "ipm" else slice(-rank, None)
     found = symmetric(U[:, part], S[part], Vh[part] @ inverse, scale=scale)
-    return Factors(A=found.A.float(), B=found.B.float(), facts={"damping": damping})
+    t = (norm(found.B) / norm(found.A)) ** 0.5 if config.balance == "equal" else 1.0
+    return Factors(A=(t * found.A).float(), B=(found.B / t).float(), facts={"damping": damping})
 
 
 def damped(C: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -85,12 +85,39 @@ def test_ipm_leaves_less_of_w_times_c_than_pissa():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_factors_are_balanced_and_a_is_not_orthonormal(mode):
-    found = start(weight(), second_moment(), scale=2.0, mode=mode)
+def test_authors_factors_are_the_evenly_split_triples_and_a_is_not_orthonormal(mode):
+    W, C, s = weight().double(), second_moment().double(), 2.0
+    damp, inverse, _ = damped(C)
+    U, S, Vh = torch.linalg.svd(W @ damp, full_matrices=False)
+    part = slice(None, 8) if mode == "ipm" else slice(-8, None)
+    found = start(weight(), second_moment(), scale=s, mode=mode, balance="authors")
     gram = found.B.T @ found.B
-    assert (gram - torch.diag(gram.diagonal())).abs().max() < 1e-5
+    assert torch.allclose(gram.double(), torch.diag(S[part] / s), atol=1e-5)
+    A = (S[part] / s).sqrt()[:, None] * (Vh[part] @ inverse)
+    assert torch.allclose(found.A.double().norm(dim=1), A.norm(dim=1), rtol=1e-3)
     assert (found.A @ found.A.T / gram.diagonal() - torch.eye(8)).abs().max() > 0.1
     assert (found.A.dtype, found.B.dtype) == (torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_equal_norms_are_equal_and_the_product_is_the_authors(mode, scale):
+    W, C = weight(), second_moment()
+    ours, theirs = (start(W, C, scale=scale, mode=mode, balance=b) for b in ("equal", "authors"))
+    assert float(ours.A.norm()) == pytest.approx(float(ours.B.norm()), rel=1e-5)
+    assert float(theirs.A.norm()) != pytest.approx(float(theirs.B.norm()), rel=0.1)
+    assert torch.allclose(ours.B @ ours.A, theirs.B @ theirs.A, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1 / 64, 100.0, 1e6])
+def test_size_of_the_moment_moves_the_authors_balance_and_not_ours(size):
+    """c times the inputs: c² times the moment, B c times as large and A c times smaller."""
+    W, C = weight(), second_moment()
+    ours, theirs = (start(W, size * C, balance=b) for b in ("equal", "authors"))
+    plain, published = (start(W, C, balance=b) for b in ("equal", "authors"))
+    assert torch.allclose(ours.A.abs(), plain.A.abs(), rtol=1e-2, atol=1e-4)
+    assert float(theirs.B.norm()) == pytest.approx(size**0.5 * float(published.B.norm()), rel=1e-3)
+    assert float(theirs.A.norm()) == pytest.approx(size**-0.5 * float(published.A.norm()), rel=1e-3)
 
 
 def test_damping_starts_at_one_per_cent_and_is_recorded():

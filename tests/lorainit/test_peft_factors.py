@@ -157,6 +157,21 @@ def test_corda_of_peft_counts_padding_and_takes_one_row_at_a_time():
         pefts("corda", size=2)
 
 
+def test_corda_with_the_authors_balance_has_pefts_factors_and_ours_their_product_with_equal_norms():
+    A, B = pefts_factors(pefts("corda"))
+    theirs, ours = (corda_factors(balance) for balance in ("authors", "equal"))
+    assert torch.allclose(theirs.A.abs(), A.abs(), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(theirs.B.abs(), B.abs(), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(theirs.B @ theirs.A, B @ A, atol=1e-4)
+    assert float(A.norm()) != pytest.approx(float(B.norm()), rel=0.1)
+    assert float(ours.A.norm()) == pytest.approx(float(ours.B.norm()), rel=1e-5)
+
+
+def corda_factors(balance):
+    found = asked({**INITS["corda"], "balance": balance})
+    return factors_of(found, collect(found.lora.method, found))[Q_PROJ]
+
+
 def test_our_corda_sees_the_same_in_padded_batches():
     rows = [Sample(row.line, row.ids[: 18 + 2 * i], row.trained[: 18 + 2 * i]) for i, row in enumerate(eight_rows())]
     products = []
