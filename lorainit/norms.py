@@ -13,7 +13,7 @@ SMALLEST, LARGEST = 1e-15, 1e18
 
 def row_norms(X: Tensor) -> Tensor:
     """Norms along the last dimension in float64: (..., n) to (...). Rows of extreme size are summed in float64."""
-    norms = torch.linalg.vector_norm(X, dim=-1).double()
+    norms: Tensor = torch.linalg.vector_norm(X, dim=-1).double()
     doubtful = ~((norms > SMALLEST) & (norms < LARGEST))
     if doubtful.any():
         norms[doubtful] = torch.linalg.vector_norm(X[doubtful].double(), dim=-1)

@@ -88,7 +88,7 @@ def test_ipm_leaves_less_of_w_times_c_than_pissa():
 def test_authors_factors_are_the_evenly_split_triples_and_a_is_not_orthonormal(mode):
     W, C, s = weight().double(), second_moment().double(), 2.0
     damp, inverse, _ = damped(C)
-    U, S, Vh = torch.linalg.svd(W @ damp, full_matrices=False)
+    _, S, Vh = torch.linalg.svd(W @ damp, full_matrices=False)
     part = slice(None, 8) if mode == "ipm" else slice(-8, None)
     found = start(weight(), second_moment(), scale=s, mode=mode, balance="authors")
     gram = found.B.T @ found.B
