@@ -15,7 +15,7 @@ from lorainit.digest import known_sha256, require_whole
 from lorainit.errors import GroupMismatch
 from lorainit.events import Event, Message
 from lorainit.inits import Quantization
-from lorainit.model import attention
+from lorainit.model import attention, experts
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
 from lorainit.shard import decide, shard
@@ -61,6 +61,7 @@ class Base:
         """Load the weights, if nobody has, and choose the attention."""
         if self._model is None:
             self._model = self.fresh()
+            experts.install(self._model)  # before the base is divided, which remembers where each weight stands
             if self.sharded:
                 self.place(self._model)
                 text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"

@@ -20,6 +20,7 @@ from lorainit.errors import CheckpointMismatch
 from lorainit.layer import LoRALinear
 from lorainit.methods import Factors
 from lorainit.spec import Lora
+from lorainit.weight import device_of
 
 STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"
 
@@ -169,7 +170,7 @@ def layers_of(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> 
     subtract = lora.method.offset == "subtract"
     for name, module in targets.items():
         own = {k: restored.tensors.get(f"layer.{name}.{k}") for k in ("A", "B", "A0", "B0")}
-        A, B, A0, B0 = (None if t is None else t.to(_device(module)) for t in own.values())
+        A, B, A0, B0 = (None if t is None else t.to(device_of(module)) for t in own.values())
         if A is None or B is None:
             raise CheckpointMismatch(f"The checkpoint has no factors for {name}.", param="resume_from")
         start = Factors(A, B) if A0 is None or B0 is None else Factors(A0, B0)
@@ -181,7 +182,3 @@ def layers_of(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> 
                 parameter.copy_(restored.tensors[f"layer.{name}.{key}"])
         layers[name] = layer
     return layers
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
@@ -134,16 +135,34 @@ def _merge(model: nn.Module, base_folder: Path, *, on_event: OnEvent) -> None:
 
     Layer by layer, so that a base which fits the device in bf16 never lies there in float32.
     """
-    originals = linear_layers(load_model(base_folder, dtype="auto", device=torch.device("cpu")))
+    stored = load_model(base_folder, dtype="auto", device=torch.device("cpu"))
+    originals = linear_layers(stored)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for done, (name, layer) in enumerate(layers.items(), start=1):
         base: Any = layer.get_base_layer()
+        if isinstance(layer, ParamWrapper):
+            of = stored.get_submodule(name.removeprefix("base_model.model.").replace(".base_layer", ""))
+            _merge_experts(layer, getattr(of, layer.parameter_name))
+            on_event(Tick(done=done, total=len(layers)))
+            continue
         W = weight_of(originals[name.removeprefix("base_model.model.")]).to(base.weight.device, torch.float32)
         merged = _merged(layer, W)
         merged = merged.T if was_conv1d(base) else merged
         # A new tensor: the old one may be mapped from the files, or tied to another layer.
         base.weight = nn.Parameter(merged.to(base.weight.dtype), requires_grad=False)
         on_event(Tick(done=done, total=len(layers)))
+
+
+def _merge_experts(layer: Any, stored: Tensor) -> None:
+    """The same for all experts of one 3-D parameter, one after the other; PEFT says which way round its pairs lie."""
+    old, s = layer.get_param(), layer.scaling["default"]
+    A, B = (part["default"].weight.float() for part in (layer.lora_A, layer.lora_B))
+    merged = torch.empty_like(old)
+    for number, (a, b) in enumerate(zip(A.chunk(len(old)), B.unflatten(1, (-1, len(old))).unbind(2), strict=True)):
+        update = s * b @ a
+        update = update if layer._did_swap_in_out_features else update.T  # else the base stores in×out
+        merged[number] = stored[number].to(old.device, torch.float32) + update
+    setattr(layer.get_base_layer(), layer.parameter_name, nn.Parameter(merged, requires_grad=False))
 
 
 def _merged(layer: Any, W: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from lorainit.digest import base_sha256
+from lorainit.model import experts
 from lorainit.model.load import load_tokenizer, locate, skeleton
 from lorainit.model.targets import Group, group_of, linear_layers
 from lorainit.spec import ModelFacts, Target
@@ -24,6 +25,7 @@ def inspect(source: str, *, cache: Path) -> ModelFacts:
     """
     location = locate(source, cache=cache)
     model = skeleton(location.folder)
+    experts.install(model)
     tokenizer = load_tokenizer(location.folder)
     return ModelFacts(
         root=_root(source),
@@ -35,11 +37,11 @@ def inspect(source: str, *, cache: Path) -> ModelFacts:
 
 
 def targets(model: nn.Module) -> list[Target]:
-    """The kinds of linear layers of a model, in order of first appearance."""
+    """The kinds of linear layers of a model, in order of first appearance; each expert's matrix counts as one."""
     kinds: Counter[tuple[str, Group, int, int]] = Counter()
     for name, module in linear_layers(model).items():
         out, n = shape_of(module)
-        kinds[name.rpartition(".")[2], group_of(name), out, n] += 1
+        kinds[experts.short_name(name, module), group_of(name), out, n] += 1
     return [
         Target(name=name, group=group, out_features=out, in_features=n, count=count)
         for (name, group, out, n), count in kinds.items()

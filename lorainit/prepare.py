@@ -16,6 +16,7 @@ from lorainit.base import Base, OnEvent, store
 from lorainit.data import Dataset
 from lorainit.events import Message, Plan, Tick
 from lorainit.layer import LoRALinear
+from lorainit.model.experts import short_name
 from lorainit.model.load import check_length
 from lorainit.model.targets import check_rank, find_targets
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
@@ -168,7 +169,7 @@ def _plan(
         modules=len(targets),
         trainable_parameters=sum(lora.parameters(*shape_of(m)) for m in targets.values()),
         trainable_parameters_estimated=lora.method.export_rank == "per module",
-        target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in targets)),
+        target_modules=list(dict.fromkeys(short_name(name, module) for name, module in targets.items())),
         device=str(base.device),
         precision=training.precision,
         choices=choices,

@@ -1,5 +1,6 @@
 """A linear layer's weight and shape, whatever form the base model stores it in."""
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +16,12 @@ def weight_of(module: nn.Module) -> Tensor:
     if hasattr(weight, "full_tensor"):  # outside of a pass over a base that devices share: all of them ask for it
         weight = weight.full_tensor()
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a linear module's weight lies."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.device
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

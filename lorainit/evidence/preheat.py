@@ -25,7 +25,7 @@ from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods import Factors
 from lorainit.methods._linalg import normal
-from lorainit.weight import shape_of
+from lorainit.weight import device_of, shape_of
 
 MAX_RANK, RANK_FACTOR = 128, 8
 MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02
@@ -101,7 +101,7 @@ def _warn_without_gain(ranks: dict[str, int], context: Context) -> None:
 
 def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator: torch.Generator) -> LoRALinear:
     """A' by its law, B' = 0, float32 on the module's device."""
-    (out, n), device = shape_of(module), next(module.parameters()).device
+    (out, n), device = shape_of(module), device_of(module)
     if config.preheat_a_law == "orthonormal":
         A = torch.linalg.qr(normal(n, R, generator=generator)).Q.T
     else:

@@ -15,7 +15,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorainit.export import experts
 from lorainit.layer import LoRALinear
+from lorainit.model.experts import full_name, stacks
 from lorainit.model.targets import linear_layers
 from lorainit.weight import was_conv1d
 
@@ -48,15 +50,22 @@ def export(model: nn.Module, layers: Mapping[str, LoRALinear], folder: Path, *, 
     """
     layers = {name: layer for name, layer in layers.items() if len(layer.A)}
     factors = {name: plain_factors(layer) for name, layer in layers.items()}
+    packed = experts.pack({name: layer for name, layer in layers.items() if experts.are_experts(layer)}, factors)
+    layers = {name: layer for name, layer in layers.items() if not experts.are_experts(layer)}
     tensors: dict[str, Tensor] = {}
-    for name, (A, B) in factors.items():
+    for pair in packed.values():
+        tensors[f"base_model.model.{pair.prefix}.lora_A.weight"] = pair.A
+        tensors[f"base_model.model.{pair.prefix}.lora_B.weight"] = pair.B
+    for name in layers:
+        A, B = factors[name]
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
         magnitude = layers[name].magnitude
         if magnitude is not None:
             tensors[f"base_model.model.{name}.{MAGNITUDE}"] = magnitude.detach().cpu().contiguous()
-    ranks = {name: len(A) for name, (A, _) in factors.items()}
-    alphas = {name: plain_alpha(r=r, scale=layers[name].scale, rslora=rslora) for name, r in ranks.items()}
+    ranks = {name: len(factors[name][0]) for name in layers} | {name: pair.rank for name, pair in packed.items()}
+    scales = {name: x.scale for part in (layers, packed) for name, x in part.items()}
+    alphas = {name: plain_alpha(r=r, scale=scales[name], rslora=rslora) for name, r in ranks.items()}
     # The largest, because loaders reserve memory by it; layers of another rank are named.
     largest = max(ranks, key=lambda name: ranks[name])
     config = LoraConfig(
@@ -67,7 +76,8 @@ def export(model: nn.Module, layers: Mapping[str, LoRALinear], folder: Path, *, 
         use_rslora=rslora,
         use_dora=any(layer.magnitude is not None for layer in layers.values()),
         target_modules=_target_names(model, set(layers)),
-        fan_in_fan_out=was_conv1d(layers[largest].base),
+        target_parameters=_parameter_names(model, set(packed)) or None,
+        fan_in_fan_out=any(was_conv1d(layer.base) for layer in layers.values()),
         base_model_name_or_path=root,
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -82,8 +92,17 @@ def export(model: nn.Module, layers: Mapping[str, LoRALinear], folder: Path, *, 
 def _target_names(model: nn.Module, names: set[str]) -> list[str]:
     """Suffixes if they name exactly these layers (what other loaders like best), else full names."""
     suffixes = {name.rpartition(".")[2] for name in names}
-    everything = {name.removesuffix(".base") for name in linear_layers(model)}
+    if not names:
+        return []
+    everything = {full_name(name.removesuffix(".base"), module) for name, module in linear_layers(model).items()}
     matched = {name for name in everything if name.rpartition(".")[2] in suffixes}
+    return sorted(suffixes if matched == names else names)
+
+
+def _parameter_names(model: nn.Module, names: set[str]) -> list[str]:
+    """The last two parts of 3-D parameters' names if they name exactly these, else full names."""
+    suffixes = {".".join(name.split(".")[-2:]) for name in names}
+    matched = {name for name in stacks(model) if ".".join(name.split(".")[-2:]) in suffixes}
     return sorted(suffixes if matched == names else names)
 
 

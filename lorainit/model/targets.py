@@ -6,18 +6,22 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorainit.errors import RankTooLarge, UnknownTarget, UnsupportedInit
+from lorainit.model.experts import ExpertLinear, full_name, short_name
 from lorainit.weight import shape_of
 
 Group = Literal["attention", "mlp", "other"]
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
-    """All linear layers by name, in the model's order, without the output embedding."""
+    """All linear layers by name, in the model's order, without the output embedding.
+
+    Of a mixture each expert's matrix is one (`…experts.down_proj.3`), if `experts.install` has been there.
+    """
     head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.endswith("lm_head")
+        if isinstance(module, nn.Linear | Conv1D | ExpertLinear) and module is not head and not name.endswith("lm_head")
     }
 
 
@@ -33,7 +37,8 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Modu
     """The layers a run adapts, by name.
 
     Args:
-        wanted: `all-linear`, `attention`, `mlp`, or suffixes of module names (`q_proj`, `mlp.c_proj`).
+        wanted: `all-linear`, `attention`, `mlp`, or suffixes of module names (`q_proj`, `mlp.c_proj`); of experts
+            it is the name of their common parameter that counts (`experts.gate_up_proj`).
 
     Raises:
         UnknownTarget: a suffix matches no module at all.
@@ -46,9 +51,9 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Modu
             raise _unknown(f"This base model has no {wanted} layers to adapt.")
         return found
     for suffix in wanted:
-        if not any(_matches(name, suffix) for name in layers):
+        if not any(_matches(full_name(n, m), suffix) for n, m in layers.items()):
             raise _refusal(model, suffix, layers)
-    return {n: m for n, m in layers.items() if any(_matches(n, suffix) for suffix in wanted)}
+    return {n: m for n, m in layers.items() if any(_matches(full_name(n, m), suffix) for suffix in wanted)}
 
 
 def _matches(name: str, suffix: str) -> bool:
@@ -63,7 +68,7 @@ def _refusal(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> Uns
             f"target_modules: {name} is of type {kind}; only linear layers other than the output head qualify.",
             param="lora.target_modules",
         )
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    known = ", ".join(sorted({short_name(name, module) for name, module in layers.items()}))
     return _unknown(f"target_modules: {suffix!r} matches nothing in this base model, which has {known}.")
 
 

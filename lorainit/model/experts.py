@@ -1,0 +1,289 @@
+"""Mixtures of experts: the matrix of each expert as a linear layer of its own.
+
+transformers keeps all experts of a layer in one 3-D parameter, which no linear layer stands for. `install` puts a
+module for each expert's matrix in front of that parameter, a view that copies nothing, and lets the tokens run
+through these modules; from there on an expert is adapted, watched and exported as any linear layer is
+(docs/decisions/0024). Knows nothing of adapters.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+_INTERFACE = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+
+
+class ExpertLinear(nn.Module):
+    """One expert's matrix: y = W·x + bias with W (out×in) a view of the stack's parameter."""
+
+    def __init__(self, stack: "ExpertStack", number: int) -> None:
+        super().__init__()
+        self._owner = (stack,)  # a tuple: the weight belongs to the stack, and is in no state dict twice
+        self.number = number
+
+    @property
+    def stack(self) -> "ExpertStack":
+        """All experts of this projection."""
+        return self._owner[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """Out×in, whichever way round the base stores it."""
+        W = self.stack.whole("weight")[self.number]
+        return W.T if self.stack.transposed else W
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Out, or None."""
+        return None if self.stack.bias is None else self.stack.whole("bias")[self.number]
+
+    @property
+    def out_features(self) -> int:
+        """Width of what comes out."""
+        return self.stack.weight.shape[2 if self.stack.transposed else 1]
+
+    @property
+    def in_features(self) -> int:
+        """Width of what goes in."""
+        return self.stack.weight.shape[1 if self.stack.transposed else 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (tokens, in) to (tokens, out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class ExpertStack(nn.ModuleList):
+    """All experts of one projection: the base's own 3-D parameter, and a layer for each expert.
+
+    Attributes:
+        weight: experts×out×in, or experts×in×out where `transposed`; bias: experts×out or None.
+        parameter: what the base calls it (`gate_up_proj`).
+        place: its place among the adaptable parameters of its module, from 0, in the order of registration.
+        flipped: whether PEFT takes this matrix for its transpose: it asks the module's `is_transposed`, which
+            Llama 4's experts do not have.
+        tokens: while an expert runs, which of the pass's tokens it was given; of: how many tokens there are.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        parameter: str,
+        place: int,
+        transposed: bool,
+        flipped: bool,
+    ) -> None:
+        super().__init__(ExpertLinear(self, number) for number in range(len(weight)))
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.parameter, self.place = parameter, place
+        self.transposed, self.flipped = transposed, flipped
+        self.tokens: Tensor | None = None
+        self.of = 0
+
+    def whole(self, name: str) -> Tensor:
+        """The parameter; outside of a pass over a base that devices share, all of them ask for it."""
+        found: Tensor = getattr(self, name)
+        return found.full_tensor() if hasattr(found, "full_tensor") else found
+
+
+# --- installing ----------------------------------------------------------------------------------
+
+
+def install(model: nn.Module) -> dict[str, ExpertStack]:
+    """Put a layer for each expert's matrix into `model`, in place; the stacks by name (`…experts.gate_up_proj`).
+
+    Installing twice changes nothing. Works on meta tensors too. Experts that transformers runs in a way of their
+    own stay as they are (`left_out`).
+    """
+    for module in list(model.modules()):
+        names = _projections(module)
+        if names:
+            _stand_before(module, names)
+    return stacks(model)
+
+
+def stacks(model: nn.Module) -> dict[str, ExpertStack]:
+    """The installed stacks by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertStack)}
+
+
+def _projections(module: nn.Module) -> tuple[str, str] | None:
+    """The names of a module's two 3-D projections, if it is a mixture that we know how to run."""
+    if all(hasattr(module, name) for name in _INTERFACE):
+        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    elif type(module).__name__ == "Llama4TextExperts":
+        names = ("gate_up_proj", "down_proj")
+    else:
+        return None
+    found = [p for p in map(module._parameters.get, names) if p is not None and p.ndim == 3 and p.is_floating_point()]
+    # Of a single expert PEFT makes a plain LoRA on two dimensions.
+    return names if len(found) == 2 and len(found[0]) == len(found[1]) > 1 else None
+
+
+def _stand_before(module: Any, names: tuple[str, str]) -> None:
+    own = [name for name in module._parameters if name in names]
+    told = getattr(module, "is_transposed", False)
+    transposed = told or type(module).__name__ == "Llama4TextExperts"
+    for name in names:
+        weight, bias = module._parameters.pop(name), module._parameters.pop(f"{name}_bias", None)
+        stack = ExpertStack(
+            weight, bias, parameter=name, place=own.index(name), transposed=transposed, flipped=transposed != told
+        )
+        module.register_module(name, stack)
+    route = _route if hasattr(module, "_apply_gate") else _route_llama4
+    module.forward = partial(route, module)
+
+
+def runners(model: nn.Module) -> Iterator[Any]:
+    """The modules whose `forward` is ours: they choose rows by what the tokens say, which no compiler follows."""
+    for module in model.modules():
+        if any(isinstance(child, ExpertStack) for child in module.children()):
+            yield module
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def _route(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' experts compute: each token's sum over its experts, weighed by the router.
+
+    Args:
+        hidden: tokens×width.
+        top_k_index: tokens×k, an expert's number; beyond the last expert = none.
+        top_k_weights: tokens×k.
+    """
+    first, second = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
+    k, chosen = top_k_index.shape[-1], top_k_index.flatten()
+    order = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=len(second)).tolist()
+    tokens = order // k
+
+    def one(number: int, x: Tensor) -> Tensor:
+        h = first[number](x)
+        y: Tensor = second[number](module._apply_gate(h) if module.has_gate else module.act_fn(h))
+        return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+    y = _each(one, (first, second), hidden.index_select(0, tokens), tokens, counts, of=len(hidden))
+    weighed = y * top_k_weights.flatten()[order, None]
+    # Back in the order of the tokens, and added up in a fixed order: `index_add_` has none on a GPU.
+    found = weighed.index_select(0, order.argsort()).view(len(hidden), k, -1).sum(1)
+    return found.to(hidden.dtype)
+
+
+def _route_llama4(module: Any, routed: Tensor) -> Tensor:
+    """Llama 4 hands every expert all tokens, zeros where it was not chosen, which give zeros: those are left out.
+
+    Args:
+        routed: experts·tokens×width, already weighed by the router.
+    """
+    first, second = module.gate_up_proj, module.down_proj
+    x = routed.view(len(first), -1, routed.shape[-1])
+    chosen = x.detach().ne(0).any(-1)
+    where = chosen.flatten().nonzero()[:, 0]
+
+    def one(number: int, x: Tensor) -> Tensor:
+        gate, up = first[number](x).chunk(2, dim=-1)
+        y: Tensor = second[number](up * module.act_fn(gate))
+        return y
+
+    found = routed.index_select(0, where)
+    y = _each(one, (first, second), found, where % x.shape[1], chosen.sum(1).tolist(), of=x.shape[1])
+    return torch.zeros_like(routed).index_copy(0, where, y)
+
+
+def _each(
+    run: Callable[[int, Tensor], Tensor],
+    both: tuple[ExpertStack, ExpertStack],
+    x: Tensor,
+    tokens: Tensor,
+    counts: list[int],
+    *,
+    of: int,
+) -> Tensor:
+    """Run each expert on its rows of x, which are sorted by expert; rows of no expert become zeros."""
+    found = []
+    try:
+        for number, (rows, which) in enumerate(zip(x.split(counts), tokens.split(counts), strict=True)):
+            for stack in both:
+                stack.tokens, stack.of = which, of
+            if number >= len(both[1]):
+                found.append(torch.zeros_like(rows))
+            elif len(rows):
+                found.append(run(number, rows))
+    finally:
+        for stack in both:
+            stack.tokens = None
+    return torch.cat(found)
+
+
+def short_name(name: str, module: nn.Module) -> str:
+    """The last part of a layer's name; of an expert, what all experts of its projection share: `experts.down_proj`."""
+    parts = name.split(".")
+    return ".".join(parts[-3:-1]) if isinstance(module, ExpertLinear) else parts[-1]
+
+
+def full_name(name: str, module: nn.Module) -> str:
+    """A layer's name, of an expert that of the base's own parameter: without the expert's number."""
+    return name.rpartition(".")[0] if isinstance(module, ExpertLinear) else name
+
+
+# --- what is left out ----------------------------------------------------------------------------
+
+
+def left_out(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of experts that no layer stands for, by name: their architecture runs them in its own way."""
+    ours = {id(stack.weight) for stack in stacks(model).values()}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim >= 2
+        and "expert" in name.lower()
+        and not name.endswith("bias")
+        and id(p) not in ours
+        and not _is_linear(model, name)
+    }
+
+
+def _is_linear(model: nn.Module, parameter: str) -> bool:
+    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.Linear)
+
+
+def share(model: nn.Module, targets: Mapping[str, nn.Module]) -> float:
+    """The share of the base's matrix weights that `targets` hold, embeddings and output head aside."""
+    whole = sum(matrices(model).values())
+    held = sum(_numel(module) for module in targets.values())
+    return held / whole if whole else 0.0
+
+
+def matrices(model: Any) -> dict[str, int]:
+    """How many numbers each weight of two dimensions or more has, embeddings and output head aside."""
+    aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    head = model.get_output_embeddings()
+    aside |= {id(p) for p in head.parameters()} if head is not None else set()
+    return {
+        name: _elements(p)
+        for name, p in model.named_parameters()
+        if p.ndim >= 2 and id(p) not in aside and not name.endswith("bias")
+    }
+
+
+def _numel(module: nn.Module) -> int:
+    if isinstance(module, ExpertLinear):
+        return module.out_features * module.in_features
+    weight: Any = module.weight
+    return _elements(weight)
+
+
+def _elements(parameter: Any) -> int:
+    """Of a weight in four bits: as many as it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else torch.Size(state.shape).numel())
