@@ -12,17 +12,20 @@ from lorainit.base import OnEvent
 from lorainit.events import Message, Stage
 from lorainit.export import check, model_card, peft_adapter
 from lorainit.initialize import Report
+from lorainit.inits import EVA
 from lorainit.layer import borrowed
+from lorainit.model import tokenizer_files
 from lorainit.prepare import Job
 from lorainit.results import write_csv
 
 
 def write_adapter(job: Job, folder: Path, report: Report) -> None:
     """Everything of the download but the export check, which only the final adapter has."""
-    rslora = job.lora.use_rslora is True
-    rank = peft_adapter.export(job.base.model, job.layers, folder, root=job.spec.model.root, rslora=rslora)
-    job.base.tokenizer.save_pretrained(folder)
-    alpha = peft_adapter.plain_alpha(r=rank, scale=job.lora.scaling, rslora=rslora)
+    method = job.lora.method
+    ranks = method.export_ranks if isinstance(method, EVA) else "padded"
+    rank = peft_adapter.export(job.base.model, job.layers, folder, root=job.spec.model.root, ranks=ranks)
+    tokenizer_files.copy(job.base.tokenizer, job.base.location.folder, folder)
+    alpha = peft_adapter.plain_alpha(r=rank, scale=job.lora.scaling)
     facts = job.lora.method.facts
     paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
     model_card.write(

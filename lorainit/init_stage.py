@@ -131,7 +131,7 @@ def _keys(job: Job, context: Context) -> _Keys:
     looks_at_data = config.facts.needs not in ("none", "weight")
     parts: dict[str, Any] = {
         "base": job.base.sha256,
-        "method": config.model_dump(mode="json", exclude={"seed", "calibration_file"}),
+        "method": config.model_dump(mode="json", exclude={"seed", "calibration_file", "export_ranks"}),
         "lora": [job.lora.r, job.lora.scaling],
         "quantization": job.lora.quantization,
         "targets": list(job.targets),

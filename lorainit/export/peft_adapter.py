@@ -3,6 +3,9 @@
 An adapter trained in difference form is written as rank 2r: [B, B0]·[A; -A0] at the same scale, so
 it loads on the untouched base without knowing how it was initialized. With DoRA the magnitudes come
 beside A and B: such an adapter is no pure pair, and needs a loader that knows DoRA.
+
+The scale is written as alpha/r, also where it was trained as alpha/sqrt(r): most readers of adapters know
+nothing of `use_rslora`, and read the wrong scale without a word (docs/downloads.md).
 """
 
 import json
@@ -11,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorainit.export import experts
+from lorainit.inits import ExportRanks
 from lorainit.layer import LoRALinear
 from lorainit.model.experts import full_name, stacks
 from lorainit.model.targets import linear_layers
@@ -33,23 +36,30 @@ def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
     return torch.cat([A, -layer.A0]), torch.cat([B, layer.B0], dim=1)
 
 
-def plain_alpha(*, r: int, scale: float, rslora: bool) -> float:
+def plain_alpha(*, r: int, scale: float) -> float:
     """The `lora_alpha` that gives this scale at this rank; an integer where it is one."""
-    alpha = scale * (r**0.5 if rslora else r)
+    alpha = scale * r
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
 
 
-def export(model: nn.Module, layers: Mapping[str, LoRALinear], folder: Path, *, root: str, rslora: bool) -> int:
+def export(
+    model: nn.Module, layers: Mapping[str, LoRALinear], folder: Path, *, root: str, ranks: ExportRanks = "padded"
+) -> int:
     """Write `adapter_model.safetensors` and `adapter_config.json` into `folder`; return the (largest) rank.
 
-    Layers of rank 0 are left out; other ranks than the largest become PEFT's rank and alpha patterns.
+    The scale is always written as alpha/r. Layers of rank 0 are left out.
 
     Args:
         model: what the layers belong to, with or without them in their places.
         root: the base model's public name, as stock PEFT will look for it.
+        ranks: "padded" = zeros up to the largest rank, so that one rank and one alpha hold for all layers; "pattern"
+            = every layer at its own rank, in PEFT's rank and alpha patterns.
     """
     layers = {name: layer for name, layer in layers.items() if len(layer.A)}
     factors = {name: plain_factors(layer) for name, layer in layers.items()}
+    if ranks == "padded":
+        largest = max(len(A) for A, _ in factors.values())
+        factors = {name: _padded(A, B, largest) for name, (A, B) in factors.items()}
     packed = experts.pack({name: layer for name, layer in layers.items() if experts.are_experts(layer)}, factors)
     layers = {name: layer for name, layer in layers.items() if not experts.are_experts(layer)}
     tensors: dict[str, Tensor] = {}
@@ -63,30 +73,51 @@ def export(model: nn.Module, layers: Mapping[str, LoRALinear], folder: Path, *, 
         magnitude = layers[name].magnitude
         if magnitude is not None:
             tensors[f"base_model.model.{name}.{MAGNITUDE}"] = magnitude.detach().cpu().contiguous()
-    ranks = {name: len(factors[name][0]) for name in layers} | {name: pair.rank for name, pair in packed.items()}
-    scales = {name: x.scale for part in (layers, packed) for name, x in part.items()}
-    alphas = {name: plain_alpha(r=r, scale=scales[name], rslora=rslora) for name, r in ranks.items()}
-    # The largest, because loaders reserve memory by it; layers of another rank are named.
-    largest = max(ranks, key=lambda name: ranks[name])
-    config = LoraConfig(
-        r=ranks[largest],
-        lora_alpha=alphas[largest],  # type: ignore[arg-type]
-        rank_pattern={name: r for name, r in ranks.items() if r != ranks[largest]},
-        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[largest]},
-        use_rslora=rslora,
-        use_dora=any(layer.magnitude is not None for layer in layers.values()),
-        target_modules=_target_names(model, set(layers)),
-        target_parameters=_parameter_names(model, set(packed)) or None,
-        fan_in_fan_out=any(was_conv1d(layer.base) for layer in layers.values()),
-        base_model_name_or_path=root,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    ).to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT keeps a set: no order of its own
+    config = _config(model, layers, packed, {name: len(factors[name][0]) for name in layers}, root=root)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
-    return ranks[largest]
+    return int(config["r"])
+
+
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product at a higher rank."""
+    missing = rank - len(A)
+    return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+
+
+def _config(
+    model: nn.Module,
+    layers: Mapping[str, LoRALinear],
+    packed: Mapping[str, experts.Packed],
+    ranks: Mapping[str, int],
+    *,
+    root: str,
+) -> dict[str, Any]:
+    """`adapter_config.json`: what a reader needs and no key more, for older PEFT refuses those it does not know."""
+    ranks = {**ranks, **{name: pair.rank for name, pair in packed.items()}}
+    scales = {name: x.scale for part in (layers, packed) for name, x in part.items()}
+    alphas = {name: plain_alpha(r=r, scale=scales[name]) for name, r in ranks.items()}
+    # The largest, because loaders reserve memory by it; layers of another rank are named.
+    largest = max(ranks, key=lambda name: ranks[name])
+    parameters = {"target_parameters": _parameter_names(model, set(packed))} if packed else {}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": root,
+        "inference_mode": True,
+        "r": ranks[largest],
+        "lora_alpha": alphas[largest],
+        "lora_dropout": 0.0,
+        "target_modules": _target_names(model, set(layers)),
+        **parameters,
+        "fan_in_fan_out": any(was_conv1d(layer.base) for layer in layers.values()),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != ranks[largest]},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[largest]},
+    }
 
 
 def _target_names(model: nn.Module, names: set[str]) -> list[str]:

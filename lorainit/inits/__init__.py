@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lorainit.inits.base import CalibratedConfig, ExportRank, InitConfig, Method, Need, Quantization
+from lorainit.inits.base import CalibratedConfig, ExportRank, ExportRanks, InitConfig, Method, Need, Quantization
 from lorainit.inits.data import EVA, HRP, CorDA, LoRAGA, LoRAOne
 from lorainit.inits.plain import Gaussian, Kaiming, Orthogonal
 from lorainit.inits.weights import LoftQ, LoRAM, MiLoRA, OLoRA, PiSSA
@@ -23,6 +23,7 @@ __all__ = [
     "CalibratedConfig",
     "CorDA",
     "ExportRank",
+    "ExportRanks",
     "Gaussian",
     "Init",
     "InitConfig",

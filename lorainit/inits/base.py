@@ -11,6 +11,7 @@ Need = Literal["none", "weight", "gradient", "activation", "preheat"]
 Offset = Literal["none", "subtract"]
 Drawn = Literal["nothing", "factors", "evidence"]
 ExportRank = Literal["r", "2r", "per module"]
+ExportRanks = Literal["padded", "pattern"]
 Quantization = Literal["nf4", "int8"]
 
 

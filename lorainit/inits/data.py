@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorainit.inits.base import CalibratedConfig, Drawn, ExportRank, InitConfig, Method, Offset
+from lorainit.inits.base import CalibratedConfig, Drawn, ExportRank, ExportRanks, InitConfig, Method, Offset
 from lorainit.schema import Auto, refusal
 
 
@@ -151,6 +151,8 @@ class EVA(CalibratedConfig):
     """Principal directions of each layer's inputs, ranks spread by explained variance (Paischer et al., 2410.07170).
 
     `use_label_mask`: look at the inputs of trained tokens only, as PEFT does; false = of all but padding.
+    `export_ranks`: "padded" = the download has zeros up to the largest rank, which every reader of LoRA reads;
+    "pattern" = PEFT's rank and alpha patterns, a smaller file that few but PEFT read.
     """
 
     facts = Method(
@@ -166,6 +168,7 @@ class EVA(CalibratedConfig):
     tau: Annotated[float, Field(ge=0, le=1)] = 0.99
     use_label_mask: bool = True
     whiten: bool = False
+    export_ranks: ExportRanks = "padded"
 
     @property
     def export_rank(self) -> ExportRank:

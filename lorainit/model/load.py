@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lorainit.digest import seal
 from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inits import Quantization
+from lorainit.model import tokenizer_files
 from lorainit.quantize import loading_options, settle
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.
-CONVERTER = 2
+CONVERTER = 3
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -125,7 +126,7 @@ def _convert(path: Path, out: Path) -> None:
     _restore_exact_floats(model.config)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF loading leaves 1e30
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    tokenizer_files.write(tokenizer, out)
     seal(out)
 
 
@@ -157,6 +158,7 @@ def check_length(location: Location, max_length: int) -> None:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a base; only fast ones, since masks need character offsets."""
+    tokenizer_files.own_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -154,7 +154,7 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
     for name, layer in member.layers.items():
         attach(model, name, layer)
     trained, trained_disabled = both()
-    export(model, adapted(model), out / "adapter", root="tests/base", rslora=lora.use_rslora)
+    export(model, adapted(model), out / "adapter", root="tests/base")
     return Case(
         lora, base_logits, start, start_disabled, trained, trained_disabled, gradients,
         (before, tensors_hash(model)), out / "adapter", report.summary,
@@ -231,13 +231,10 @@ def test_export_has_the_stated_rank_and_the_same_scale(case):
     assert config["use_dora"] == case.lora.use_dora
     factor = 2 if case.lora.method.offset == "subtract" else 1
     ranks = [t.shape[0] for n, t in tensors.items() if "lora_A" in n]
-    assert sum(ranks) == factor * case.report["ranks"]["sum"]
-    assert config["r"] == max(ranks)
-    if case.lora.method.method != "eva":
-        assert set(ranks) == {4 * factor}
-        assert config["rank_pattern"] == {}
-    divisor = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
-    assert config["lora_alpha"] / divisor == pytest.approx(case.lora.scaling)
+    assert set(ranks) == {config["r"]} == {factor * case.report["ranks"]["max"]}
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["use_rslora"] is False
+    assert config["lora_alpha"] / config["r"] == pytest.approx(case.lora.scaling)
 
 
 RELOAD = """

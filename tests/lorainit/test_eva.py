@@ -258,7 +258,8 @@ def without(name, other):
 
 @pytest.mark.parametrize("scaling", [{"alpha": 4.0}, {"alpha": 16.0}, {"alpha": 16.0, "use_rslora": True}])
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
-def test_stock_peft_loads_mixed_ranks_at_one_scale(bases, rows, tmp_path, base, scaling):
+@pytest.mark.parametrize("written", ["padded", "pattern"])
+def test_stock_peft_loads_mixed_ranks_at_one_scale(bases, rows, tmp_path, base, written, scaling):
     names = {
         "llama": ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"),
         "gpt2": ("transformer.h.1.attn.c_proj", "transformer.h.0.attn.c_proj"),
@@ -266,12 +267,15 @@ def test_stock_peft_loads_mixed_ranks_at_one_scale(bases, rows, tmp_path, base, 
     empty = names[base][0]
     context, lora, report = initialized(bases, rows, base, change=without(*names[base]), **scaling)
     assert next(m for m in report.modules if m["name"] == empty)["rank"] == 0
-    largest = export(context.model, adapted(context.model), tmp_path, root="tests/base", rslora=lora.use_rslora)
+    largest = export(context.model, adapted(context.model), tmp_path, root="tests/base", ranks=written)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     ranks = {n: len(layer.A) for n, layer in adapted(context.model).items()}
     assert largest == config["r"] == max(ranks.values())
-    assert config["rank_pattern"] == {n: r for n, r in ranks.items() if r not in (0, largest)}
+    pattern = {n: r for n, r in ranks.items() if r not in (0, largest)}
+    assert pattern
+    assert config["rank_pattern"] == (pattern if written == "pattern" else {})
     assert config["rank_pattern"].keys() == config["alpha_pattern"].keys()
+    assert config["use_rslora"] is False
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -310,9 +314,11 @@ def test_scale_of_peft_drifts_with_the_rank_under_rslora_and_ours_does_not(bases
     assert {layer.scale for layer in adapted(context.model).values()} == {lora.scaling} == {asked}
 
 
-@pytest.mark.parametrize("base", ["llama", "gpt2"])
-def test_run_starts_as_the_base_and_its_export_reloads(spec, tmp_path, base):
-    done = run(spec(base, lora={"init": "eva"}), tmp_path, lambda event: None)
+@pytest.mark.parametrize(("base", "written"), [("llama", "padded"), ("llama", "pattern"), ("gpt2", "padded")])
+def test_run_starts_as_the_base_and_its_export_reloads(spec, tmp_path, base, written):
+    done = run(spec(base, lora={"init": {"method": "eva", "export_ranks": written}}), tmp_path, lambda event: None)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert bool(config["rank_pattern"]) == (written == "pattern")
     report = json.loads((tmp_path / "adapter/init_report.json").read_text())
     assert report["max_abs_logit_difference"] == 0.0
     assert report["samples"] == 12

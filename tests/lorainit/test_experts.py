@@ -89,7 +89,7 @@ def test_untouched_experts_compute_what_stock_ones_do(folders, kind):
 def test_values_and_gradients_of_adapted_experts_are_those_of_stock_peft(folders, kind, tmp_path):
     model = installed(folders(kind))
     layers = adapted(model, ["experts.gate_up_proj", "experts.down_proj"])
-    export(model, layers, tmp_path, root="tests/mixture", rslora=False)
+    export(model, layers, tmp_path, root="tests/mixture")
     theirs = read_back(folders(kind), tmp_path)
     ours, reference = loss_of(model), loss_of(theirs)
     torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)

@@ -41,7 +41,7 @@ def test_export_check_passes_for_the_right_adapter_and_fails_for_a_wrong_one(bas
     initialize(model, find_targets(model, "all-linear"), lora, seed=0, probe=probe, on_event=lambda e: None)
     with torch.no_grad():
         next(iter(adapted(model).values())).B.add_(0.1)
-    export(model, adapted(model), tmp_path, root="tests/llama", rslora=False)
+    export(model, adapted(model), tmp_path, root="tests/llama")
     expected = record(model, prompts(data.samples), on_event=lambda e: None)
     good = export_check(bases, data, tmp_path, expected)
     require(good)
@@ -63,7 +63,7 @@ def test_export_check_notices_tensors_that_no_loader_reads(bases, data, tmp_path
     lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
     probe = collate(data.samples[:2], pad=0)
     initialize(model, find_targets(model, "all-linear"), lora, seed=0, probe=probe, on_event=lambda e: None)
-    export(model, adapted(model), tmp_path, root="tests/llama", rslora=False)
+    export(model, adapted(model), tmp_path, root="tests/llama")
     expected = record(model, prompts(data.samples), on_event=lambda e: None)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -80,7 +80,7 @@ def test_targets_whose_suffix_also_names_other_layers_are_written_in_full(bases,
     lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
     targets = find_targets(model, "attention")
     initialize(model, targets, lora, seed=0, probe=collate(data.samples[:2], pad=0), on_event=lambda e: None)
-    export(model, adapted(model), tmp_path, root="tests/gpt2", rslora=False)
+    export(model, adapted(model), tmp_path, root="tests/gpt2")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(targets)
     assert config["fan_in_fan_out"] is True

@@ -187,7 +187,7 @@ def an_adapter(folder, out, samples, *, size=0.05, **lora):
         for layer in adapted(model).values():
             for parameter in layer.trained().values():
                 parameter += size * torch.randn(parameter.shape, generator=generator)
-    export(model, adapted(model), out, root="tests/x", rslora=False)
+    export(model, adapted(model), out, root="tests/x")
     return token_losses(model, HeldOut("training", samples), on_event=silent)
 
 

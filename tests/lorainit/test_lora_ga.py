@@ -221,7 +221,7 @@ def ours(folder):
     initialize(
         found.model, found.targets, found.lora, seed=0, probe=probe, evidence=evidence, on_event=lambda event: None
     )
-    export(found.model, adapted(found.model), folder, root="tests/tiny", rslora=False)
+    export(found.model, adapted(found.model), folder, root="tests/tiny")
     return before, logits(found.model), logits(PeftModel.from_pretrained(tiny(), folder).eval())
 
 

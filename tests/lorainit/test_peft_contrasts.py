@@ -57,7 +57,7 @@ def ours_trained(init, folder):
     """A trained adapter in `folder`, and its logits."""
     model = ours(init)
     shaken(p for layer in adapted(model).values() for p in layer.trained().values())
-    export(model, adapted(model), folder, root="tests/tiny", rslora=False)
+    export(model, adapted(model), folder, root="tests/tiny")
     return logits(model)
 
 

@@ -233,7 +233,7 @@ def test_the_adapter_loads_on_the_full_precision_base_which_is_another_model(bas
     lora = Lora.model_validate({"init": "pissa", "r": 4, "quantization": "nf4"}).resolved()[0]
     targets = find_targets(model, "all-linear")
     initialize(model, targets, lora, seed=0, probe=collate(samples[:2], pad=0), on_event=lambda event: None)
-    export(model, adapted(model), tmp_path, root="tests/base", rslora=False)
+    export(model, adapted(model), tmp_path, root="tests/base")
     texts = prompts(samples)
     expected = record(model, texts, on_event=lambda event: None)
 
