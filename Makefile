@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo serve test test-slow chaos check lint audit bench-api bench-init bench-train bench-load clean
+.PHONY: help setup demo serve test test-slow chaos check lint audit bench-api bench-init bench-train bench-load gpu-day clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
 	@echo "make bench-load do fifty clients slow a worker down? (minutes)"
+	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast (about five minutes)"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
 
 setup: $(READY)
@@ -85,6 +86,10 @@ bench-train: setup
 
 bench-load: setup
 	$(BIN)/python benchmarks/load.py --write docs/operations.md
+
+# On a machine whose .venv has a torch with CUDA. Exit code 1 if anything did not hold; what, stands in bold on the page.
+gpu-day: setup
+	$(BIN)/python benchmarks/gpu_day.py --write docs/speed-gpu.md
 
 clean:
 	rm -rf $(VENV) .venvs .state .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
