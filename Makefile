@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo serve test test-slow chaos check lint audit bench-api bench-init bench-train bench-load gpu-day clean
+.PHONY: help setup demo serve test test-slow zoo chaos check lint audit bench-api bench-init bench-train bench-load gpu-day clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -16,6 +16,7 @@ help:
 	@echo "make check      format, lint, types, import contracts, migration drift, tests, audit"
 	@echo "make audit      known holes in the installed packages (needs the network)"
 	@echo "make test-slow  the tests that need minutes"
+	@echo "make zoo        try every architecture of tests/zoo beside stock transformers and PEFT; writes docs/models.md (an hour); ONLY="
 	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT="
 	@echo "make bench-api  requests per second for submit and poll"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
@@ -52,6 +53,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Goes on where it was interrupted, as long as the code is the same.
+zoo: setup
+	$(BIN)/python -m tests.zoo $(if $(ONLY),--only $(ONLY),--write docs/models.md)
 
 # A table of what came of it, and exit code 1 unless every promise of docs/reliability.md was kept.
 chaos: setup

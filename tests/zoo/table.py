@@ -1,0 +1,116 @@
+"""The tables of docs/models.md, made from findings; nothing in them is written by hand."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.zoo.bases import KINDS
+from tests.zoo.finding import ENGINE, INSPECT, METHODS, MORE_METHODS, PRECISIONS, Case, Finding
+
+BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
+TITLES = {"dense": "Dense transformers", "mixture": "Mixtures of experts", "hybrid": "State-space and hybrid models",
+          "vision": "Text and vision"}  # fmt: skip
+ALL_METHODS = (*METHODS, *MORE_METHODS)
+
+
+def write(page: Path, findings: Sequence[Finding]) -> None:
+    """Put the tables between the markers of the page."""
+    text = page.read_text()
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n{tables(findings)}\n{END}{after}")
+
+
+def tables(findings: Sequence[Finding]) -> str:
+    by_kind: dict[str, dict[Case, Finding]] = defaultdict(dict)
+    for finding in findings:
+        by_kind[finding.kind][finding.case] = finding
+    trained = [kind for kind in by_kind if KINDS[kind].expected == "trains"]
+    refused = [kind for kind in by_kind if KINDS[kind].expected == "refused"]
+    parts = [_versions(len(by_kind), len(findings))]
+    for family, title in TITLES.items():
+        if kinds := [kind for kind in trained if KINDS[kind].family == family]:
+            parts.append(f"### {title}\n\n{_works(kinds, by_kind)}")
+    if exceptions := _exceptions(trained, by_kind):
+        parts.append(f"### Exceptions\n\n{exceptions}")
+    parts.append(f"### Refused\n\n{_refused(refused, by_kind)}")
+    if missing := [f"- {name}: {kind.missing}." for name, kind in KINDS.items() if kind.missing]:
+        parts.append("### Not tried\n\n" + "\n".join(missing))
+    return "\n\n".join(parts) + "\n"
+
+
+def _versions(kinds: int, cases: int) -> str:
+    names = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
+    return f"{cases} cases of {kinds} kinds, with {names}, on a CPU."
+
+
+def _works(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
+    head = ["base", "what is special", "rows", "step", *ALL_METHODS, "LoRA on", "of the weights"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for kind in kinds:
+        found = by_kind[kind]
+        methods = [_cell(found, method) for method in ALL_METHODS]
+        cells = [f"`{kind}`", KINDS[kind].notes, _fact(found, "rows"), _cell(found, ENGINE), *methods]
+        lines.append(f"| {' | '.join([*cells, _targets(found), _share(found)])} |")
+    return "\n".join(lines)
+
+
+def _cell(found: dict[Case, Finding], what: str) -> str:
+    """The precisions in which it was tried and works."""
+    tried = [p for p in PRECISIONS if Case(what, p) in found]
+    good = [p for p in tried if found[Case(what, p)].verdict == "works"]
+    return "all" if good == tried and good else ", ".join(good) or "–"
+
+
+def _fact(found: dict[Case, Finding], name: str) -> str:
+    values = {f.facts[name] for f in found.values() if name in f.facts}
+    return ", ".join(sorted(values)) or "–"
+
+
+def _targets(found: dict[Case, Finding]) -> str:
+    names = next((f.facts["target_modules"] for f in found.values() if "target_modules" in f.facts), [])
+    return ", ".join(f"`{name}`" for name in names) or "–"
+
+
+def _share(found: dict[Case, Finding]) -> str:
+    shares = [f.numbers["share"] for f in found.values() if f.case.what == "kaiming" and "share" in f.numbers]
+    return f"{max(shares):.0%}" if shares else "–"
+
+
+def _exceptions(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
+    """Everything that is not as it should be or was refused, cases with the same sentence together."""
+    lines = []
+    for kind in kinds:
+        same: dict[tuple[str, str, str], list[Case]] = defaultdict(list)
+        for case, finding in by_kind[kind].items():
+            if finding.verdict != "works":
+                same[finding.verdict, finding.code, finding.sentence].append(case)
+        for (verdict, code, sentence), cases in same.items():
+            which = ", ".join(str(case) for case in cases)
+            lines.append(f"- `{kind}`, {which}: {_word(verdict, code)}: {_plain(sentence)}")
+    return "\n".join(lines)
+
+
+def _word(verdict: str, code: str) -> str:
+    words = {"refused": f"refused (`{code}`)", "late": f"**refused after training** (`{code}`)"}
+    return words.get(verdict, f"**{verdict}**")
+
+
+def _plain(sentence: str) -> str:
+    return " ".join(sentence.split()).replace("|", "\\|").replace("<", "‹").replace(">", "›")[:300]
+
+
+def _refused(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
+    lines = ["| base | what it is | when it is looked at | what a job on it ends with |", "|---|---|---|---|"]
+    for kind in kinds:
+        found = by_kind[kind]
+        cells = [_verdict(found.get(Case(INSPECT))), _verdict(found.get(Case("kaiming")))]
+        lines.append(f"| `{kind}` | {KINDS[kind].notes} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _verdict(finding: Finding | None) -> str:
+    if finding is None:
+        return "–"
+    word = f"`{finding.code}`" if finding.verdict == "refused" else _word(finding.verdict, finding.code)
+    return f"{word}: {_plain(finding.sentence)}" if finding.sentence else word
