@@ -53,6 +53,7 @@ def facts(
     follow. `first_order_change`: <G, s·B·A>, the loss change a displaced start promises.
     `first_step_slope`: loss change per unit of learning rate of the first AdamW step, first order.
     `magnitude_norm` (DoRA): ‖m‖, which is ‖W + s·B·A‖ at the start.
+    `start`: "kaiming" for experts that saw too few tokens for the method.
     """
     A, B = factors.A, factors.B
     found: dict[str, Any] = {
@@ -68,13 +69,15 @@ def facts(
         magnitude = magnitude.detach()
         found["magnitude_norm"] = norm(magnitude)
     takes = lora.method.facts.needs in ("weight", "activation") and lora.method.method != "loram"  # only its size
-    if takes and lora.method.offset == "subtract":
+    if takes and lora.method.offset == "subtract" and not evidence.starved:
         found["captured_energy"] = _captured_energy(W, factors, whole=found["weight_norm"])
     if evidence.gradient is not None:
         G = evidence.gradient.to(W.device)
         found |= _gradient_facts(G, factors, s=s, lora=lora)
         if magnitude is not None:
             found["first_step_slope"] -= _magnitude_slope(W, G, factors, magnitude, s=s)
+    if evidence.starved:
+        found["start"] = "kaiming"
     if evidence.rows is not None:
         found["samples"] = evidence.rows
     if evidence.step is not None:

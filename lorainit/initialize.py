@@ -20,7 +20,7 @@ from lorainit.events import Event, Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.hardware import generator_for
 from lorainit.init_report import Report
-from lorainit.inits import HRP, InitConfig, LoftQ, LoRAM
+from lorainit.inits import HRP, InitConfig, Kaiming, LoftQ, LoRAM
 from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.methods import METHODS, Factors
 from lorainit.norms import row_norms
@@ -144,7 +144,7 @@ def _adapt(
 
 
 def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int) -> Factors:
-    config = lora.method
+    config = Kaiming(method="kaiming") if evidence.starved else lora.method
     rank = lora.r if evidence.rank is None else evidence.rank
     try:
         return METHODS[config.method](
@@ -193,11 +193,22 @@ def _rise(config: InitConfig, loss: dict[str, Any]) -> list[str]:
     ]
 
 
+def _starved(lora: Lora, modules: Sequence[dict[str, Any]]) -> list[str]:
+    names = [m["name"] for m in modules if m.get("start") == "kaiming"]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"Too few tokens were routed to {len(names)} of {len(modules)} matrices for {lora.method.method} to start"
+        f" from: {shown}. These experts start as kaiming does, from a product of zero. More or longer rows reach more."
+    ]
+
+
 def _warnings(
     lora: Lora, targets: dict[str, nn.Module], modules: Sequence[dict[str, Any]], weight_decay: float
 ) -> list[str]:
     config, s, r = lora.method, lora.scaling, lora.r
-    found = []
+    found = _starved(lora, modules)
     if config.method == "gaussian":
         n = max(shape_of(m)[1] for m in targets.values())
         found.append(

@@ -46,6 +46,7 @@ class Evidence:
     original: the full-precision weight behind a quantized one, out×in, in the dtype of the base's files.
     rows: how many calibration rows it was collected from.
     step: the line search of LoRA-One's gamma "auto", the same for all layers.
+    starved: the rows showed this expert of a mixture too little to start from: it starts as kaiming does.
     """
 
     gradient: Tensor | None = None
@@ -58,3 +59,4 @@ class Evidence:
     original: Tensor | None = None
     rows: int | None = None
     step: StepSearch | None = None
+    starved: bool = False

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Batch, batches, collate
+from lorainit.batches import batches, collate
 from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
@@ -21,6 +21,8 @@ from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.hardware import generator_for
 from lorainit.inits import EVA, CorDA
 from lorainit.loss import logits_of
+from lorainit.methods.eva import alive_directions
+from lorainit.model.experts import ExpertLinear
 from lorainit.weight import shape_of
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
@@ -28,7 +30,7 @@ MAX_PASSES, MIN_BATCHES = 8, 64
 # Second moments that lie on an accelerator at a time; more of them take one more pass over the rows.
 DEVICE_BYTES = 4 << 30
 
-See = Callable[[str, Tensor, Batch], None]
+See = Callable[[str, Tensor, list[int]], None]
 
 
 # --- EVA ---------------------------------------------------------------------------------------
@@ -42,6 +44,9 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
     still from one batch to the next (`converged`). The sum of the ranks is r times the number of
     layers, and no layer gets more than rho·r.
 
+    Experts of a mixture that too few tokens reach, or whose directions alone do not settle, are `starved` and take
+    no part in the spreading.
+
     Raises:
         UnsupportedInit: a layer's inputs cannot be masked, or too few tokens reach it.
         InitFailed: the directions have not converged; the message lists the layers.
@@ -52,7 +57,11 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
     widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
     states = _states(config, context, leader, widths)
     ranks = _settle(states, leader, widths, pieces, config=config, context=context)
-    return {n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) for n in leader}
+    starved = Evidence(starved=True, rows=len(rows))
+    return {
+        n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) if n in ranks else starved
+        for n in context.targets
+    }
 
 
 def _settle(
@@ -73,6 +82,7 @@ def _settle(
         _forward(context, piece, states, lambda name, X, _: states[name].update(X), tokens=tokens)
         context.on_event(Tick(done=number, total=limit))
         if number == len(pieces):
+            leader = _without(_starved_experts(states, widths, context), leader, states)
             _refuse_starved({name: states[leader[name]] for name in leader}, widths)
         if number < max(2, len(pieces)):
             continue
@@ -83,8 +93,12 @@ def _settle(
         if not context.anybody(bool(moving)):  # rounding may differ, and passes may be everybody's
             _say_ranks(ranks, number, context)
             return ranks
+    unsettled = [name for name in moving if not isinstance(context.targets[name], ExpertLinear)]
+    if not unsettled:  # experts that few tokens reach
+        leader = _without(moving, leader, states)
+        return spread_ranks({n: states[leader[n]].ratios[: widths[n]] for n in leader}, context.lora.r * len(leader))
     raise InitFailed(
-        f"EVA's directions still move after {limit} batches in {_listed(moving)}: more rows, larger micro-batches or"
+        f"EVA's directions still move after {limit} batches in {_listed(unsettled)}: more rows, larger micro-batches or"
         f" a lower tau than {config.tau:g} help.",
         param="lora.init.tau",
     )
@@ -102,6 +116,23 @@ def _eva_evidence(state: PCA, rank: int, *, rows: int) -> Evidence:
     V, S = state.directions[:rank].cpu(), state.S[:rank].cpu()
     facts = {"explained_variance": float(state.ratios[:rank].sum())}
     return Evidence(directions=V, spread=S, rank=rank, rows=rows, facts=facts)
+
+
+def _starved_experts(states: dict[str, PCA], widths: dict[str, int], context: Context) -> list[str]:
+    """Experts that too few tokens were routed to, or too few different ones, for as many directions."""
+    return [
+        name
+        for name, state in states.items()
+        if isinstance(context.targets[name], ExpertLinear)
+        and (state.tokens <= widths[name] or alive_directions(state.S) < widths[name])
+    ]
+
+
+def _without(experts: Sequence[str], leader: dict[str, str], states: dict[str, PCA]) -> dict[str, str]:
+    """The leaders of all others; `states` forgets these experts too."""
+    for name in experts:
+        del states[name]
+    return {name: g for name, g in leader.items() if name not in experts}
 
 
 def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
@@ -133,6 +164,7 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
 
     Held on the CPU: in² · 4 bytes for every group of layers that share an input. On an accelerator
     a few GiB of them lie at a time, at the price of one more pass over the rows for each block.
+    Experts of a mixture share no input; those that no token reaches are `starved`.
 
     Raises:
         UnsupportedInit: a layer's inputs cannot be masked, or none reach it.
@@ -150,12 +182,21 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
             context.on_event(Tick(done=done * len(pieces) + number, total=len(blocks) * len(pieces)))
         for name in moments.keys() & block:
             moments[name] = (moments[name] / len(rows)).cpu()
-    _refuse_moments(moments, sides)
-    return {name: Evidence(second_moment=moments[g], rows=len(rows)) for name, g in leader.items()}
+    silent = [name for name in sides if name not in moments or not moments[name].any()]
+    starved = {name for name in silent if isinstance(context.targets[name], ExpertLinear)}
+    _refuse_moments(moments, [name for name in silent if name not in starved])
+    return {
+        name: Evidence(starved=True, rows=len(rows))
+        if name in starved
+        else Evidence(second_moment=moments[g], rows=len(rows))
+        for name, g in leader.items()
+    }
 
 
-def _add_moments(sums: dict[str, Tensor], config: CorDA, name: str, X: Tensor, batch: Batch) -> None:
-    for row in torch.split_with_sizes(X, batch.attention.sum(1).tolist()):
+def _add_moments(sums: dict[str, Tensor], config: CorDA, name: str, X: Tensor, counts: list[int]) -> None:
+    for row in torch.split_with_sizes(X, counts):
+        if not len(row):  # no token of this row was routed to the expert
+            continue
         scaled = row / _size(row, config).clamp(min=torch.finfo(row.dtype).tiny)
         C = scaled.T @ scaled
         sums[name] = sums[name].add_(C) if name in sums else C
@@ -179,8 +220,7 @@ def _blocks(sides: dict[str, int], limit: int | None) -> list[list[str]]:
     return blocks
 
 
-def _refuse_moments(moments: dict[str, Tensor], sides: dict[str, int]) -> None:
-    silent = [name for name in sides if name not in moments or not moments[name].any()]
+def _refuse_moments(moments: dict[str, Tensor], silent: list[str]) -> None:
     if silent:
         raise UnsupportedInit(f"No input but zeros reached {_listed(silent)}.", param="lora.init")
     broken = [name for name, C in moments.items() if not C.isfinite().all()]
@@ -208,18 +248,21 @@ def calibration_rows(config: EVA | CorDA, context: Context) -> Sequence[Sample]:
 def shared_inputs(context: Context, piece: Sequence[Sample]) -> dict[str, str]:
     """For each target the first target that is handed the very same tensor; itself if it is the first.
 
+    Experts share nothing, and whether tokens reach them is known when all rows have passed.
+
     Raises:
         UnsupportedInit: a target is not reached at all.
     """
     # The tensors are kept until the pass is over, so that an identity cannot be used twice.
     seen: dict[int, tuple[str, Tensor]] = {}
-    leader: dict[str, str] = {}
+    leader = {name: name for name, module in context.targets.items() if isinstance(module, ExpertLinear)}
+    others = {name: module for name, module in context.targets.items() if name not in leader}
 
     def note(name: str, x: Tensor) -> None:
         leader.setdefault(name, seen.setdefault(id(x), (name, x))[0])
 
     batch = collate(piece, pad=context.pad).to(context.device)
-    with torch.no_grad(), _hooked(context.targets, note):
+    with torch.no_grad(), _hooked(others, note):
         logits_of(context.model, batch)
     unreached = [name for name in context.targets if name not in leader]
     if unreached:
@@ -231,24 +274,37 @@ def shared_inputs(context: Context, piece: Sequence[Sample]) -> dict[str, str]:
 def _forward(
     context: Context, piece: Sequence[Sample], names: Sequence[str] | dict[str, PCA], see: See, *, tokens: str
 ) -> None:
-    """One batch; `see(name, X, batch)` gets the chosen tokens' inputs of each named target, tokens×in float32."""
+    """One batch; `see(name, X, counts)` gets the chosen tokens' inputs of each named target, tokens×in float32.
+
+    `counts`: how many of them are each row's, in turn.
+    """
     batch = collate(piece, pad=context.pad).to(context.device)
     mask = batch.attention.bool() & batch.trained if tokens == "trained" else batch.attention.bool()
 
     def select(name: str, x: Tensor) -> None:
-        if x.shape[:2] != mask.shape:
-            raise UnsupportedInit(
-                f"{name}: its inputs come as {tuple(x.shape)}, not as rows x tokens x features: which of them are"
-                " padding cannot be told.",
-                param="lora.target_modules",
-            )
-        X = x[mask].float()
+        positions = _positions(name, context.targets[name], x, mask)
+        wanted = mask.flatten()[positions]
+        X = x.flatten(0, -2)[wanted].float()
         if not X.isfinite().all():
             raise InitFailed(f"{name}: its inputs are not finite on the calibration rows.", param="lora.init")
-        see(name, X, batch)
+        see(name, X, torch.bincount(positions[wanted] // mask.shape[1], minlength=len(mask)).tolist())
 
     with _hooked({name: context.targets[name] for name in names}, select):
         logits_of(context.model, batch)
+
+
+def _positions(name: str, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """Where in the flattened rows×length the tokens of a layer's input stand, in ascending order."""
+    if isinstance(module, ExpertLinear) and module.stack.of == mask.numel():
+        assert module.stack.tokens is not None
+        return module.stack.tokens
+    if x.shape[:-1] in (mask.shape, (mask.numel(),)) and not isinstance(module, ExpertLinear):
+        return torch.arange(mask.numel(), device=mask.device)
+    raise UnsupportedInit(
+        f"{name}: its inputs come as {tuple(x.shape)}, not as rows x tokens x features: which of them are"
+        " padding cannot be told.",
+        param="lora.target_modules",
+    )
 
 
 @contextmanager

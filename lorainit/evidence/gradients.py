@@ -21,6 +21,7 @@ from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.line_search import search_step
 from lorainit.inits import LoRAGA, LoRAOne
 from lorainit.loss import row_losses
+from lorainit.model.experts import ExpertLinear
 from lorainit.weight import shape_of
 
 OnTick = Callable[[int, int], None]
@@ -28,6 +29,8 @@ OnTick = Callable[[int, int], None]
 
 def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, Evidence]:
     """The gradient of each target and, for LoRA-One with gamma "auto", the step that suits this model.
+
+    Experts of a mixture that get none are `starved`.
 
     Raises:
         UnsupportedInit: there is no row to look at, or a module gets no gradient from the rows.
@@ -47,8 +50,13 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
         size=context.micro_batch_size,
         on_tick=tick,
     )
-    refuse_unusable(found)
-    evidence = {name: Evidence(gradient=G, rows=len(rows)) for name, G in found.items()}
+    # An expert that no row was routed to has no first step that could be better than another.
+    starved = {n for n, G in found.items() if isinstance(context.targets[n], ExpertLinear) and not G.any()}
+    refuse_unusable({name: G for name, G in found.items() if name not in starved})
+    evidence = {
+        name: Evidence(starved=True, rows=len(rows)) if name in starved else Evidence(gradient=G, rows=len(rows))
+        for name, G in found.items()
+    }
     if isinstance(config, LoRAOne) and config.gamma == "auto":
         return search_step(config, context, unseen or rows, evidence, held_out=bool(unseen))
     return evidence

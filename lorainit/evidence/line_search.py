@@ -86,6 +86,8 @@ def _attached(config: LoRAOne, context: Context, evidence: Mapping[str, Evidence
     r = context.lora.r
     try:
         for name, module in context.targets.items():
+            if evidence[name].starved:  # its start is a product of zero
+                continue
             W, generator = weight_of(module).detach(), generator_for(seed, name)
             factors = lora_one(W, evidence[name], rank=r, scale=1.0, config=unit, generator=generator)
             attach(context.model, name, LoRALinear(module, factors, scale=1.0, subtract=False))

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from itertools import count, islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods import Factors
 from lorainit.methods._linalg import normal
+from lorainit.methods.hrp import alive_directions
+from lorainit.model.experts import ExpertLinear
 from lorainit.weight import device_of, shape_of
 
 MAX_RANK, RANK_FACTOR = 128, 8
@@ -64,12 +67,18 @@ def preheat(config: HRP, context: Context) -> dict[str, Evidence]:
         "main_data": "from the start" if config.main_data == "rewind" else "after the preheat's",
     }
     return {
-        name: Evidence(
-            preheated=(layer.A.detach().cpu(), layer.B.detach().cpu()),
-            facts={"preheat_rank": ranks[name], "preheat": facts},
-        )
+        name: _evidence(layer, config, r=context.lora.r, facts={"preheat_rank": ranks[name], "preheat": facts})
         for name, layer in layers.items()
     }
+
+
+def _evidence(layer: LoRALinear, config: HRP, *, r: int, facts: dict[str, Any]) -> Evidence:
+    """The preheated factors; an expert that too few tokens were routed to has not learned r directions."""
+    A, B = layer.A.detach().cpu(), layer.B.detach().cpu()
+    may_starve = isinstance(layer.base, ExpertLinear) and config.complete is None
+    if may_starve and alive_directions(A, B, config) < r:
+        return Evidence(starved=True, facts=facts)
+    return Evidence(preheated=(A, B), facts=facts)
 
 
 def preheat_rank(config: HRP, name: str, module: nn.Module, *, r: int) -> int:

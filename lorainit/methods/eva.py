@@ -30,7 +30,7 @@ def eva(
     V, S = evidence.directions, evidence.spread
     if V is None or S is None:
         raise InitFailed("EVA needs the directions of the inputs, and none were collected.", param="lora.init")
-    alive = int((DEAD * S[:1] < S).sum())
+    alive = alive_directions(S)
     if alive < rank:
         raise InitFailed(
             f"the inputs of the calibration rows vary in {alive} directions, fewer than the rank {rank}: more rows,"
@@ -41,3 +41,8 @@ def eva(
     if config.whiten:
         A = A / S[:rank, None].to(weight.device).sqrt()
     return Factors(A=A.contiguous(), B=torch.zeros(weight.shape[0], rank, device=weight.device))
+
+
+def alive_directions(S: Tensor) -> int:
+    """How many directions are more than rounding, by their singular values, largest first."""
+    return int((DEAD * S[:1] < S).sum())

@@ -42,8 +42,8 @@ def hrp(
     A, B = (factor.to(weight.device, torch.float64) for factor in evidence.preheated)
     if not (A.isfinite().all() and B.isfinite().all()):
         raise InitFailed("the preheated adapter has non-finite entries.", param="lora.init")
-    S, Vh = right_directions(A, B) if config.side == "right" else right_directions(B.T, A.T)
-    alive = int((DEAD * S[0] < S).sum())
+    S, Vh = _directions(A, B, config)
+    alive = _alive(S)
     if alive < rank and config.complete is None:
         raise InitFailed(
             f"the preheated product (rank {len(S)}) has {alive} directions (singular values from {float(S[0]):.2g},"
@@ -63,6 +63,19 @@ def hrp(
         return Factors(A=torch.zeros(rank, weight.shape[1], device=weight.device), B=start.T.contiguous(), facts=facts)
     carried = B @ (A @ V.T) / config.c if config.b_init == "carry" else torch.zeros_like(B[:, :1]).expand(-1, rank)
     return Factors(A=start, B=carried.float().contiguous(), facts=facts)
+
+
+def alive_directions(A: Tensor, B: Tensor, config: HRP) -> int:
+    """How many directions of the preheated product are more than rounding."""
+    return _alive(_directions(A.double(), B.double(), config)[0])
+
+
+def _directions(A: Tensor, B: Tensor, config: HRP) -> tuple[Tensor, Tensor]:
+    return right_directions(A, B) if config.side == "right" else right_directions(B.T, A.T)
+
+
+def _alive(S: Tensor) -> int:
+    return int((DEAD * S[0] < S).sum())
 
 
 def _completed(V: Tensor, rank: int, *, generator: torch.Generator) -> Tensor:
