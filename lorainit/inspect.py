@@ -38,13 +38,13 @@ def inspect(source: str, *, cache: Path) -> ModelFacts:
 
 def targets(model: nn.Module) -> list[Target]:
     """The kinds of linear layers of a model, in order of first appearance; each expert's matrix counts as one."""
-    kinds: Counter[tuple[str, Group, int, int]] = Counter()
+    kinds: Counter[tuple[str, Group, int, int, bool]] = Counter()
     for name, module in linear_layers(model).items():
         out, n = shape_of(module)
-        kinds[experts.short_name(name, module), group_of(name), out, n] += 1
+        kinds[experts.short_name(name, module), group_of(name), out, n, isinstance(module, experts.ExpertLinear)] += 1
     return [
-        Target(name=name, group=group, out_features=out, in_features=n, count=count)
-        for (name, group, out, n), count in kinds.items()
+        Target(name=name, group=group, out_features=out, in_features=n, count=count, experts=of_experts)
+        for (name, group, out, n, of_experts), count in kinds.items()
     ]
 
 

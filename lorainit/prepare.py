@@ -14,9 +14,11 @@ from torch import nn
 from lorainit import hardware
 from lorainit.base import Base, OnEvent, store
 from lorainit.data import Dataset
+from lorainit.errors import GroupMismatch
 from lorainit.events import Message, Plan, Tick
 from lorainit.layer import LoRALinear
-from lorainit.model.experts import short_name
+from lorainit.model import mixture
+from lorainit.model.experts import ExpertLinear, short_name
 from lorainit.model.load import check_length
 from lorainit.model.targets import check_rank, find_targets
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
@@ -88,10 +90,23 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
     model = base.load(on_event)
     if sharing > 1:
         base.require_packing()
-    targets = find_targets(model, lora.target_modules)
+    targets = mixture.trim(find_targets(model, lora.target_modules), lora)
+    if sharing > 1:
+        _refuse_routed(targets)
     check_rank(targets, lora.r)
+    for message in mixture.describe(model, targets, lora):
+        on_event(message)
     plan = _plan(spec, lora, training, data, targets, base=base, sharing=sharing, choices=decided_here)
     return Job(spec, base, lora, training, data, valid, calibration, targets, plan)
+
+
+def _refuse_routed(targets: dict[str, nn.Module]) -> None:
+    if any(isinstance(module, ExpertLinear) for module in targets.values()):
+        raise GroupMismatch(
+            "Adapters of experts see the tokens that the router sends them, not the rows of one run: runs that adapt"
+            " experts cannot share a forward pass.",
+            param="resources.group",
+        )
 
 
 def _load_data(

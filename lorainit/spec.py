@@ -207,7 +207,8 @@ class Hyperparameters(Strict):
 class Target(Strict):
     """One kind of linear layer of a base: its name's suffix, its place and its matrix, out x in.
 
-    `count` = how many layers have it; `group` is what `target_modules` can ask for.
+    `count` = how many layers have it; `group` is what `target_modules` can ask for. `experts`: each of them is the
+    matrix of one expert of a mixture.
     """
 
     name: str
@@ -215,6 +216,7 @@ class Target(Strict):
     out_features: Annotated[int, Field(ge=1)]
     in_features: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)]
+    experts: bool = False
 
 
 class ModelFacts(Strict):
@@ -228,8 +230,11 @@ class ModelFacts(Strict):
 
     @property
     def quantization(self) -> list[Quantization]:
-        """What `lora.quantization` can be: NF4 where every row of every linear layer is whole blocks."""
-        whole = all(target.in_features % NF4_BLOCK == 0 for target in self.targets)
+        """What `lora.quantization` can be: NF4 where every row of every linear layer is whole blocks.
+
+        Experts of a mixture are not quantized.
+        """
+        whole = all(target.in_features % NF4_BLOCK == 0 for target in self.targets if not target.experts)
         return ["nf4"] if whole else []
 
 

@@ -16,7 +16,7 @@ from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
 from lorainit.inits import Automatic
 from lorainit.schema import Strict
-from lorainit.spec import NF4_BLOCK, BaseModelRef, Lora, ModelFacts
+from lorainit.spec import NF4_BLOCK, BaseModelRef, Lora, ModelFacts, Target
 
 
 class Entry(ModelFacts):
@@ -87,8 +87,8 @@ def place(lora: Lora, entry: Entry) -> Lora:
 
     Raises:
         InvalidValue: an unknown target, a rank above `max_r` or above a matrix's smaller side, an
-            initialization that needs more directions than that side has, or a quantization that the
-            model cannot have.
+            initialization that needs more directions than that side has, a quantization that the
+            model cannot have, or experts of a mixture under DoRA or LoftQ, which would leave them out of a group.
     """
     if lora.quantization and lora.quantization not in entry.quantization:
         raise InvalidValue(
@@ -100,7 +100,8 @@ def place(lora: Lora, entry: Entry) -> Lora:
     known = dict.fromkeys(target.name for target in entry.targets)
     wanted = lora.target_modules
     if isinstance(wanted, str):
-        names = list(dict.fromkeys(t.name for t in entry.targets if wanted in ("all-linear", t.group)))
+        fitting = [target for target in entry.targets if _why_no_experts(lora, target) is None]
+        names = list(dict.fromkeys(t.name for t in fitting if wanted in ("all-linear", t.group)))
         if not names:
             raise InvalidValue(
                 f"lora.target_modules {wanted!r} matches nothing in model {entry.id!r}.",
@@ -117,6 +118,7 @@ def place(lora: Lora, entry: Entry) -> Lora:
                     code="invalid_value",
                     param=f"lora.target_modules[{index}]",
                 )
+    _refuse_experts(lora, names, entry)
     if lora.r > entry.max_r:
         raise InvalidValue(
             f"lora.r must be between 1 and {entry.max_r} for model {entry.id!r} (got {lora.r}).",
@@ -140,6 +142,27 @@ def place(lora: Lora, entry: Entry) -> Lora:
                 param="lora.init",
             )
     return lora.model_copy(update={"target_modules": names})
+
+
+def _why_no_experts(lora: Lora, target: Target) -> str | None:
+    """A clause if this target is one of experts, which such an adapter cannot be on; the run's events say it too."""
+    if not target.experts:
+        return None
+    if lora.use_dora:
+        return "PEFT has no DoRA for experts"
+    return (
+        "NF4 leaves experts as they are, which leaves LoftQ nothing to correct" if lora.init.method == "loftq" else None
+    )
+
+
+def _refuse_experts(lora: Lora, names: list[str], entry: Entry) -> None:
+    for target in entry.targets:
+        if target.name in names and (why := _why_no_experts(lora, target)):
+            raise InvalidValue(
+                f"lora.target_modules {target.name!r} cannot be adapted like this: {why}.",
+                code="unsupported_combination",
+                param="lora.use_dora" if lora.use_dora else "lora.init",
+            )
 
 
 def size(lora: Lora, entry: Entry) -> tuple[int, int]:

@@ -23,14 +23,18 @@ from lorainit.spec import Hyperparameters, Lora
 _SHAPE = {"precision", "batch_size", "max_length"}
 
 
-def key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bool) -> str:
-    """Equal for jobs that can share a forward pass and gain from it: 64 hex digits.
+def key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bool) -> str | None:
+    """Equal for jobs that can share a forward pass and gain from it: 64 hex digits; None = it runs alone.
+
+    Adapters of experts see what a router sends them, and not the rows of one job: whoever has them runs alone.
 
     Data, ranks, targets, methods, seeds, rates, schedules, optimizers and lengths of the runs may differ.
 
     Args:
         training: resolved, so that an "auto" and the number it stands for are the same.
     """
+    if any(target.experts and target.name in lora.target_modules for target in base.targets):
+        return None
     facts = {
         "base": [base.id, base.base_sha256],
         "quantization": lora.quantization,

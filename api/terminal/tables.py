@@ -69,7 +69,9 @@ def catalogue_entry(facts: ModelFacts, *, model_id: str, source: str) -> str:
         "targets = [",
     ]
     for target in facts.targets:
-        values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in target.model_dump().items())
+        values = ", ".join(
+            f"{key} = {json.dumps(value)}" for key, value in target.model_dump(exclude_defaults=True).items()
+        )
         lines.append(f"  {{ {values} }},")
     return "\n".join([*lines, "]"]) + "\n"
 

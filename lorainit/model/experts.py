@@ -6,7 +6,7 @@ through these modules; from there on an expert is adapted, watched and exported 
 (docs/decisions/0024). Knows nothing of adapters.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -102,7 +102,7 @@ def install(model: nn.Module) -> dict[str, ExpertStack]:
     """Put a layer for each expert's matrix into `model`, in place; the stacks by name (`…experts.gate_up_proj`).
 
     Installing twice changes nothing. Works on meta tensors too. Experts that transformers runs in a way of their
-    own stay as they are (`left_out`).
+    own stay as they are (`mixture.left_out`).
     """
     for module in list(model.modules()):
         names = _projections(module)
@@ -234,56 +234,3 @@ def short_name(name: str, module: nn.Module) -> str:
 def full_name(name: str, module: nn.Module) -> str:
     """A layer's name, of an expert that of the base's own parameter: without the expert's number."""
     return name.rpartition(".")[0] if isinstance(module, ExpertLinear) else name
-
-
-# --- what is left out ----------------------------------------------------------------------------
-
-
-def left_out(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of experts that no layer stands for, by name: their architecture runs them in its own way."""
-    ours = {id(stack.weight) for stack in stacks(model).values()}
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if p.ndim >= 2
-        and "expert" in name.lower()
-        and not name.endswith("bias")
-        and id(p) not in ours
-        and not _is_linear(model, name)
-    }
-
-
-def _is_linear(model: nn.Module, parameter: str) -> bool:
-    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.Linear)
-
-
-def share(model: nn.Module, targets: Mapping[str, nn.Module]) -> float:
-    """The share of the base's matrix weights that `targets` hold, embeddings and output head aside."""
-    whole = sum(matrices(model).values())
-    held = sum(_numel(module) for module in targets.values())
-    return held / whole if whole else 0.0
-
-
-def matrices(model: Any) -> dict[str, int]:
-    """How many numbers each weight of two dimensions or more has, embeddings and output head aside."""
-    aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    head = model.get_output_embeddings()
-    aside |= {id(p) for p in head.parameters()} if head is not None else set()
-    return {
-        name: _elements(p)
-        for name, p in model.named_parameters()
-        if p.ndim >= 2 and id(p) not in aside and not name.endswith("bias")
-    }
-
-
-def _numel(module: nn.Module) -> int:
-    if isinstance(module, ExpertLinear):
-        return module.out_features * module.in_features
-    weight: Any = module.weight
-    return _elements(weight)
-
-
-def _elements(parameter: Any) -> int:
-    """Of a weight in four bits: as many as it stands for."""
-    state = getattr(parameter, "quant_state", None)
-    return int(parameter.numel() if state is None else torch.Size(state.shape).numel())

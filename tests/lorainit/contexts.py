@@ -7,6 +7,7 @@ import torch
 from lorainit.batches import order
 from lorainit.data import load
 from lorainit.evidence.context import Context
+from lorainit.model import experts
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.spec import Hyperparameters, Lora
@@ -15,9 +16,13 @@ from tests.lorainit.conftest import make_tokenizer
 CPU = torch.device("cpu")
 
 
-def make_context(folder, rows, init, *, r=4, size=5, wanted="all-linear", total=4, on_event=None, pad=0, **training):
+def make_context(
+    folder, rows, init, *, r=4, size=5, wanted="all-linear", total=4, on_event=None, pad=0, install=False, **training
+):
     data = load(rows, make_tokenizer(), max_length=256)
     model = load_model(folder, dtype=torch.float32, device=CPU)
+    if install:
+        experts.install(model)
     recipe = {"n_epochs": 1, "batch_size": 5, "learning_rate": 1e-3} | training
     return Context(
         model=model,

@@ -1,6 +1,7 @@
 """Experts of mixtures: untouched they are stock transformers', adapted they are stock PEFT's `target_parameters`."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -9,21 +10,35 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LongcatFlashConfig
 
+from lorainit.batches import collate
+from lorainit.errors import GroupMismatch, UnsupportedInit
+from lorainit.events import InitReport, Message, Plan
+from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
+from lorainit.inspect import inspect
 from lorainit.layer import LoRALinear, attach
-from lorainit.methods import Factors
-from lorainit.model import experts
+from lorainit.loss import row_losses
+from lorainit.methods import METHODS, Factors
+from lorainit.model import experts, mixture
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
-from lorainit.run import run
-from lorainit.spec import RunSpec
+from lorainit.run import Request, run, run_together
+from lorainit.spec import Lora, RunSpec
+from tests.lorainit.contexts import make_context
 from tests.zoo.bases import KINDS, make
 
 KIND = [name for name, kind in KINDS.items() if kind.family == "mixture" and not kind.missing]
+NAMED = {"mixtral", "qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4", "olmoe"}
+PLAIN = {"gaussian", "orthogonal", "milora", "olora"}  # as kaiming or pissa, to what stands around them
 CPU, SCALE = torch.device("cpu"), 0.5
-WANTED = {"qwen3_next": ["experts.gate_up_proj", "experts.down_proj", "q_proj"]}  # the last layer has attention only
+TRAINING = {"max_steps": 3, "batch_size": 5, "learning_rate": 1e-3, "precision": "fp32"}
+
+
+def slowly(names, quick):
+    return [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +100,7 @@ def test_untouched_experts_compute_what_stock_ones_do(folders, kind):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KIND)
+@pytest.mark.parametrize("kind", slowly(KIND, quick=lambda kind: kind in NAMED))
 def test_values_and_gradients_of_adapted_experts_are_those_of_stock_peft(folders, kind, tmp_path):
     model = installed(folders(kind))
     layers = adapted(model, ["experts.gate_up_proj", "experts.down_proj"])
@@ -143,8 +158,8 @@ def spec(folder, rows, **overrides):
     value = {
         "model": {"id": "mixture", "source": str(folder), "root": "tests/mixture", "max_length": 256},
         "data": {"training": str(rows)},
-        "lora": {"init": "kaiming", "r": 4} | overrides.pop("lora", {}),
-        "training": {"max_steps": 3, "batch_size": 5, "learning_rate": 1e-3, "precision": "fp32"},
+        "lora": {"init": "kaiming", "r": 4, "target_modules": "mlp"} | overrides.pop("lora", {}),
+        "training": TRAINING,
     }
     return RunSpec.model_validate(value | overrides)
 
@@ -152,7 +167,8 @@ def spec(folder, rows, **overrides):
 READER = """
 import json, sys, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LongcatFlashConfig
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
 torch.save(model(input_ids=torch.tensor(json.loads(sys.argv[3]))).logits, sys.argv[4])
@@ -169,7 +185,7 @@ def test_download_of_a_mixture_is_read_by_stock_peft_in_a_new_process(folders, r
     with torch.no_grad():
         base = stock(folders("mixtral"))(input_ids=ids).logits
         model = installed(folders("mixtral"))
-        for name, module in find_targets(model, "all-linear").items():
+        for name, module in find_targets(model, "mlp").items():
             attach(model, name, from_checkpoint(tmp_path / "out", name, module))
         trained = model(input_ids=ids).logits
     torch.testing.assert_close(theirs, trained, atol=1e-5, rtol=1e-5)
@@ -178,8 +194,162 @@ def test_download_of_a_mixture_is_read_by_stock_peft_in_a_new_process(folders, r
 
 def from_checkpoint(out, name, module):
     """A layer as training left it, from the state that is written beside the adapter."""
-    from safetensors.torch import load_file
-
     (state,) = (out / "checkpoints").glob("step-000003/*.safetensors")
     found = load_file(state)
     return LoRALinear(module, Factors(found[f"layer.{name}.A"], found[f"layer.{name}.B"]), scale=1.0, subtract=False)
+
+
+# --- evidence --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lonely(folders, tmp_path_factory):
+    """GPT-OSS whose router never chooses the last expert of the first layer."""
+    folder = tmp_path_factory.mktemp("lonely") / "base"
+    shutil.copytree(folders("gpt_oss"), folder)
+    model = load_model(folder, dtype=torch.float32, device=CPU)
+    with torch.no_grad():
+        model.model.layers[0].mlp.router.bias[3] = -1e4
+    model.save_pretrained(folder)
+    return folder
+
+
+def said(events):
+    return [event.message for event in events if isinstance(event, Message)]
+
+
+@pytest.mark.parametrize("method", slowly(METHODS.keys() - {"loftq"}, quick=lambda method: method not in PLAIN))
+def test_every_initialization_runs_a_job_on_a_mixture_with_an_expert_that_no_token_reaches(
+    lonely, rows, tmp_path, method
+):
+    events = []
+    done = run(spec(lonely, rows, lora={"init": method}), tmp_path, events.append)
+    assert done.export_check["passed"]
+    modules = json.loads((tmp_path / "adapter" / "init_report.json").read_text())["per_module"]
+    starved = {m["name"] for m in modules if m.get("start") == "kaiming"}
+    unreached = {f"model.layers.0.mlp.experts.{name}.3" for name in ("gate_up_proj", "down_proj")}
+    looks = method in ("lora_ga", "lora_one", "hrp", "eva", "corda")
+    assert starved >= unreached if looks else not starved
+    assert len(starved) < len(modules)
+    assert any("start as kaiming does" in text for text in said(events)) == looks
+    assert all(m["product_norm"] == 0 for m in modules if m["name"] in starved)
+
+
+def test_padding_is_not_among_what_an_expert_is_fed(folders, rows):
+    """One row at a time has no padding; five have: the second moments are the same."""
+    found = [moments(folders("mixtral"), rows, size) for size in (1, 5)]
+    for name, C in found[0].items():
+        torch.testing.assert_close(found[1][name], C, atol=1e-5, rtol=1e-3)
+
+
+def moments(folder, rows, size):
+    context = make_context(folder, rows, {"method": "corda"}, size=size, wanted=["experts.down_proj"], install=True)
+    return {name: e.second_moment for name, e in collect(context.lora.method, context).items() if not e.starved}
+
+
+def test_gradient_of_an_expert_is_that_of_its_part_of_the_parameter(folders, rows):
+    context = make_context(
+        folders("gpt_oss"), rows, {"method": "lora_ga"}, wanted=["experts.gate_up_proj"], install=True
+    )
+    found = collect(context.lora.method, context)
+    model = context.model
+    for stack in experts.stacks(model).values():
+        stack.weight.requires_grad_()
+    for row in context.samples:
+        (row_losses(model, collate([row], pad=0)).sum() / len(context.samples)).backward()
+    for name, module in context.targets.items():
+        G = module.stack.weight.grad[module.number]
+        G = G.T if module.stack.transposed else G
+        torch.testing.assert_close(found[name].gradient, G, atol=1e-6, rtol=1e-4)
+
+
+# --- what is left out, and what it costs -----------------------------------------------------------
+
+
+def test_plan_and_events_count_every_expert(folders, rows, tmp_path):
+    events = []
+    run(spec(folders("qwen3_moe"), rows, lora={"target_modules": "all-linear"}), tmp_path, events.append)
+    plan = next(event for event in events if isinstance(event, Plan))
+    report = next(event for event in events if isinstance(event, InitReport)).report
+    assert plan.modules == 2 * (4 + 2 * 4)
+    assert plan.target_modules[-2:] == ["experts.gate_up_proj", "experts.down_proj"]
+    assert plan.trainable_parameters == report["trainable_parameters"]
+    (cost,) = [event for event in events if isinstance(event, Message) and "A mixture of experts" in event.message]
+    assert cost.data["expert_matrices"] == 16
+    assert cost.data["adapted_share"] > 0.99
+    assert "99 % of the base's matrix weights" in cost.message
+
+
+def test_dora_leaves_experts_out_with_words(folders, rows, tmp_path):
+    events = []
+    wanted = {"use_dora": True, "target_modules": "all-linear"}
+    done = run(spec(folders("qwen3_moe"), rows, lora=wanted), tmp_path, events.append)
+    assert done.export_check["passed"]
+    (told,) = [text for text in said(events) if "get no adapter" in text]
+    sizes = {n: p.numel() for n, p in stock(folders("qwen3_moe")).named_parameters() if p.ndim > 1 and "layers" in n}
+    share = sum(size for name, size in sizes.items() if "experts" in name) / sum(sizes.values())
+    assert f"{int(100 * share)} % of the base's matrix weights" in told and "no DoRA for experts" in told
+
+
+def test_dora_on_experts_that_are_named_is_refused(folders, rows, tmp_path):
+    wanted = {"use_dora": True, "target_modules": ["q_proj", "experts.down_proj"]}
+    with pytest.raises(UnsupportedInit, match="no DoRA for experts"):
+        run(spec(folders("qwen3_moe"), rows, lora=wanted), tmp_path, lambda event: None)
+
+
+def test_experts_that_run_in_a_way_of_their_own_are_told_with_their_share():
+    config = LongcatFlashConfig(
+        vocab_size=64, hidden_size=32, ffn_hidden_size=64, expert_ffn_hidden_size=48, num_layers=1, n_routed_experts=4,
+        zero_expert_num=2, moe_topk=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16,
+        qk_rope_head_dim=8, v_head_dim=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert not experts.install(model)
+    lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
+    told = mixture.describe(model, find_targets(model, "all-linear"), lora)
+    assert [message.level for message in told] == ["info", "warn"]
+    assert "way of its own" in told[1].message
+    share = sum(mixture.left_out(model).values()) / sum(mixture.matrices(model).values())
+    assert f"{int(100 * share)} %" in told[1].message
+
+
+def test_a_dense_base_is_told_nothing_of_experts(bases):
+    model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+    lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
+    assert mixture.describe(model, find_targets(model, "all-linear"), lora) == []
+
+
+def test_runs_that_adapt_experts_share_no_pass(folders, rows, tmp_path):
+    requests = [Request(spec(folders("mixtral"), rows), tmp_path / str(i), lambda event: None) for i in range(2)]
+    ends = [end for _, end in run_together(requests)]
+    assert [type(end) for end in ends] == [GroupMismatch] * 2
+
+
+def test_inspection_lists_experts_by_the_name_of_their_parameter(folders, tmp_path):
+    facts = inspect(str(folders("glm4_moe")), cache=tmp_path)
+    found = {target.name: target for target in facts.targets if target.experts}
+    assert found["experts.gate_up_proj"].model_dump() == {
+        "name": "experts.gate_up_proj", "group": "mlp", "out_features": 128, "in_features": 64, "count": 4,
+        "experts": True,
+    }  # fmt: skip
+    assert not {"gate", "router"} & {target.name for target in facts.targets}
+
+
+def test_resumed_run_on_a_mixture_is_the_same_run(folders, rows, tmp_path):
+    whole = spec(folders("qwen3_moe"), rows, training=TRAINING | {"checkpoint_interval": 1})
+    run(whole, tmp_path / "whole", lambda event: None)
+    half = whole.model_copy(update={"resume_from": str(tmp_path / "whole/checkpoints/step-000002")})
+    run(half, tmp_path / "half", lambda event: None)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_recomputed_layers_and_dropout_change_no_gradient_of_an_expert(folders, rows, tmp_path):
+    lora = {"dropout": 0.2}
+    for kept in (True, False):
+        training = TRAINING | {"gradient_checkpointing": not kept}
+        run(spec(folders("mixtral"), rows, lora=lora, training=training), tmp_path / str(kept), lambda event: None)
+    found = [load_file(tmp_path / str(kept) / "adapter/adapter_model.safetensors") for kept in (True, False)]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-6, rtol=1e-4)

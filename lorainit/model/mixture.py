@@ -1,0 +1,145 @@
+"""What a run on a mixture of experts adapts, what it leaves out and why, and what that costs.
+
+Said before the first step.
+Knows nothing of how experts are run (`lorainit.model.experts`).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorainit.errors import UnsupportedInit
+from lorainit.events import Message
+from lorainit.model.experts import ExpertLinear, stacks
+from lorainit.spec import Lora
+from lorainit.weight import shape_of
+
+FLOAT = 4  # bytes of what is trained
+DORA = "PEFT has no DoRA for experts"
+LOFTQ = "NF4 leaves experts in the run's own precision, so there is nothing for LoftQ to correct"
+OWN_WAY = "their architecture runs them in a way of its own, which is not adapted"
+
+
+def trim(targets: Mapping[str, nn.Module], lora: Lora) -> dict[str, nn.Module]:
+    """`targets` without experts where this adapter cannot be on them; `describe` says so.
+
+    Raises:
+        UnsupportedInit: experts are named in `target_modules`, or nothing else is left.
+    """
+    why = _hindrance(lora)
+    experts = [name for name, module in targets.items() if isinstance(module, ExpertLinear)]
+    if why is None or not experts:
+        return dict(targets)
+    if not isinstance(lora.target_modules, str) or len(experts) == len(targets):
+        name, _, _ = experts[0].rpartition(".")
+        param = "lora.use_dora" if why == DORA else "lora.init"
+        raise UnsupportedInit(f"{name} cannot be adapted like this: {why}.", param=param)
+    return {name: module for name, module in targets.items() if name not in set(experts)}
+
+
+def _hindrance(lora: Lora) -> str | None:
+    if lora.use_dora:
+        return DORA
+    return LOFTQ if lora.method.method == "loftq" else None
+
+
+def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> list[Message]:
+    """What a job's events tell of a mixture; nothing of other models.
+
+    Call it before adapters are attached.
+    """
+    outside, held = left_out(model), _expert_weights(model)
+    if not outside and not held:
+        return []
+    whole = sum(matrices(model).values())
+    adapted = sum(out * n for out, n in map(shape_of, targets.values()))
+    experts = [module for module in targets.values() if isinstance(module, ExpertLinear)]
+    facts: dict[str, Any] = {
+        "kind": "data",
+        "expert_matrices": len(experts),
+        "adapted_share": round(adapted / whole, 4),
+        "expert_share": round((held + sum(outside.values())) / whole, 4),
+    }
+    messages = [_cost(targets, experts, lora, facts)]
+    if why := _why_not(experts, outside, lora):
+        missing = facts["expert_share"] - sum(m.out_features * m.in_features for m in experts) / whole
+        text = f"Experts that hold {_percent(missing)} of the base's matrix weights get no adapter: {why}."
+        messages.append(Message(level="warn", message=text, data={**facts, "left_out": sorted(outside)[:20]}))
+    if lora.quantization and held:
+        text = (
+            f"Experts hold {_percent(held / whole)} of the base's matrix weights and stay in the run's precision: NF4 is"
+            " for linear layers, and transformers keeps experts in parameters of three dimensions."
+        )
+        messages.append(Message(level="warn", message=text, data=facts))
+    return messages
+
+
+def _cost(targets: Mapping[str, nn.Module], experts: list[ExpertLinear], lora: Lora, facts: dict[str, Any]) -> Message:
+    """Where adapters are and what they take in memory: factors, gradients and the optimizer's two moments."""
+    trained = sum(lora.parameters(*shape_of(module)) for module in targets.values())
+    copies = 5 if lora.method.offset == "subtract" else 4  # a start that is subtracted is kept
+    facts |= {"trainable_parameters": trained, "adapter_bytes": copies * FLOAT * trained}
+    text = (
+        f"A mixture of experts: {len(targets)} adapters, {len(experts)} of them on matrices of experts, cover"
+        f" {_percent(facts['adapted_share'])} of the base's matrix weights (embeddings and output head aside)."
+        f" {trained:,} numbers are trained, which take {facts['adapter_bytes'] / 2**20:,.1f} MiB with gradients and"
+        " optimizer."
+    )
+    return Message(message=text, data=dict(facts))
+
+
+def _why_not(experts: list[ExpertLinear], outside: Mapping[str, int], lora: Lora) -> str | None:
+    if outside:
+        return OWN_WAY
+    if experts:
+        return None
+    return _hindrance(lora) or "target_modules leaves them out"
+
+
+def _percent(share: float) -> str:
+    """Rounded down: what lacks a router is not all."""
+    return f"{int(100 * share + 1e-9)} %"
+
+
+# --- counting --------------------------------------------------------------------------------------
+
+
+def matrices(model: Any) -> dict[str, int]:
+    """How many numbers each weight of two dimensions or more has, embeddings and output head aside."""
+    aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    head = model.get_output_embeddings()
+    aside |= {id(p) for p in head.parameters()} if head is not None else set()
+    return {name: n for name, p, n in _weights(model) if id(p) not in aside}
+
+
+def left_out(model: nn.Module) -> dict[str, int]:
+    """Numbers in parameters of experts that no layer stands for, by name."""
+    ours = {id(stack.weight) for stack in stacks(model).values()}
+    return {
+        name: n
+        for name, p, n in _weights(model)
+        if "expert" in name.lower() and id(p) not in ours and not _is_linear(model, name)
+    }
+
+
+def _expert_weights(model: nn.Module) -> int:
+    return sum(_elements(stack.weight) for stack in stacks(model).values())
+
+
+def _weights(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, int]]:
+    for name, p in model.named_parameters():
+        # A weight in four bits is a flat column of bytes, or whole rows of them.
+        if p.ndim >= 2 and not name.endswith("bias"):
+            yield name, p, _elements(p)
+
+
+def _is_linear(model: nn.Module, parameter: str) -> bool:
+    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.Linear)
+
+
+def _elements(parameter: Any) -> int:
+    """Of a weight in four bits: as many as it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else torch.Size(state.shape).numel())
