@@ -149,7 +149,7 @@ def test_inputs_without_a_token_axis_are_refused_by_name(bases, rows, method):
 
     class Flat(nn.Module):
         def forward(self, x):
-            return linear(x.flatten(0, 1)).view(*x.shape[:2], -1)
+            return linear(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
 
     context.model.get_submodule("model.layers.0.mlp").down_proj = Flat()
     with pytest.raises(UnsupportedInit, match=r"^model\.layers\.0\.mlp\.down_proj: its inputs come as"):
