@@ -69,8 +69,8 @@ def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> 
         messages.append(Message(level="warn", message=text, data={**facts, "left_out": sorted(outside)[:20]}))
     if lora.quantization and held:
         text = (
-            f"Experts hold {_percent(held / whole)} of the base's matrix weights and stay in the run's precision: NF4 is"
-            " for linear layers, and transformers keeps experts in parameters of three dimensions."
+            f"Experts hold {_percent(held / whole)} of the base's matrix weights and stay in the run's precision:"
+            " NF4 is for linear layers, and transformers keeps experts in parameters of three dimensions."
         )
         messages.append(Message(level="warn", message=text, data=facts))
     return messages
