@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from lorainit import hardware, machine
+from lorainit import gpus, hardware, machine
 
 
 def examine() -> dict[str, Any]:
@@ -13,6 +13,7 @@ def examine() -> dict[str, Any]:
     choices = [{"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in machine.report()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {**hardware.description(), "usable_cpus": machine.usable_cpus(), "memory_bytes": memory}
+    facts |= {"gpus": gpus.visible(), "gpu_trouble": hardware.unusable_gpu()}
     del facts["settings"]  # the choices, without their reasons
     return {"machine": facts, "packages": hardware.versions(), "choices": choices}
 
@@ -28,9 +29,20 @@ def as_text(found: dict[str, Any]) -> str:
     size = f"{facts['usable_cpus']} of {facts['cpus']} cores, {facts['memory_bytes'] / 2**30:.1f} GiB"
     lines = [
         f"{facts['platform']}, {size}",
-        f"GPU: {facts['gpu'] or 'none; runs go to the CPU'}",
+        f"GPU: {_gpu(facts)}",
         ", ".join(f"{name} {number}" for name, number in packages.items() if number),
         "",
         *(f"{c['name']:<16} {c['value']}: {c['why']}" for c in found["choices"]),
     ]
     return "\n".join(lines)
+
+
+def _gpu(facts: dict[str, Any]) -> str:
+    if facts["gpu"]:
+        names = ", ".join(facts["gpus"])
+        return f"{facts['gpu']} (visible: {names}), driver {facts['driver']}, CUDA {facts['cuda']}"
+    if facts["gpu_trouble"]:
+        return f"no run is started: {facts['gpu_trouble']}"
+    if facts["gpus"] and not facts["cuda"]:
+        return "not used: the installed torch has no CUDA; runs go to the CPU"
+    return "none; runs go to the CPU"

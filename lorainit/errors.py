@@ -9,6 +9,7 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
     ├── TooFewDevices          (the operator's: more devices were promised than the worker has)
+    ├── UnusableDevice         (the operator's: there are GPUs, and CUDA cannot use them)
     ├── Dropped                (not a failure: one run of a group is not ours any more)
     └── Stopped                (not a failure: somebody asked the run to stop)
 """
@@ -124,6 +125,10 @@ class GroupMismatch(LorainitError):
 
 class TooFewDevices(LorainitError):
     """The machine has fewer devices than the run was promised."""
+
+
+class UnusableDevice(LorainitError):
+    """The machine has GPUs that CUDA cannot use; the processor is no substitute."""
 
 
 class Dropped(LorainitError):

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from lorainit import machine
-from lorainit.errors import UnsupportedModel
+from lorainit import gpus, machine
+from lorainit.errors import UnsupportedModel, UnusableDevice
 from lorainit.spec import Choice, Hyperparameters
 
 PRECISION = "method.supervised.hyperparameters.precision"
@@ -36,8 +36,33 @@ PACKAGES = ("lorainit", "torch", "transformers", "peft", "safetensors", "tokeniz
 
 
 def pick_device() -> torch.device:
-    """The accelerator if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one.
+
+    Raises:
+        UnusableDevice: there is one for this process, and CUDA cannot use it. An empty CUDA_VISIBLE_DEVICES says that
+            the processor is meant.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if why := unusable_gpu():
+        raise UnusableDevice(why)
+    return torch.device("cpu")
+
+
+def unusable_gpu() -> str | None:
+    """Why this process cannot use the GPUs that it is meant to use; None where it can, or where none is meant."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return None
+    if why := gpus.trouble():
+        return why
+    if not gpus.visible():
+        return None
+    try:
+        torch.cuda.init()
+        said = "it does not say why"
+    except Exception as error:  # one of several kinds, and whichever it is, it is the reason
+        said = " ".join(str(error).split())[:300]
+    return f"There is an NVIDIA GPU, and CUDA cannot use it: {said}"
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -131,6 +156,7 @@ def description() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpu": gpu_name(),
         "cuda": torch.version.cuda,
+        "driver": gpus.driver(),
         "settings": machine.settings(),
     }
 

@@ -57,7 +57,7 @@ def run_child(
     grace: float,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], StopReason],
-    device: str | None = None,
+    gpus: str | None = None,
     program: Sequence[str] = (sys.executable, "-m", "lorainit"),
 ) -> Outcome:
     """Run `program` for one or more members until it ends or `should_stop` says why it must.
@@ -65,7 +65,8 @@ def run_child(
     `on_event` is called from this thread for each event, which names its member by its index in
     `places`, last words included; `should_stop` several times a second. On "drain" the child is asked to
     leave and heard for `grace` more seconds: it has a checkpoint to tell. On "lost" it is killed at once.
-    `device` is what the child sees as its only CUDA device. It works in the folder of the first place.
+    `gpus`: the only ones that the child sees, by their names in CUDA; None = as this process. It works in the folder
+    of the first place.
     """
     kills = oom_kills()
     reader, writer = os.pipe()
@@ -74,7 +75,7 @@ def run_child(
     with stderr.open("wb") as log:
         child = subprocess.Popen(
             [*program, *_arguments(places, writer)],
-            env=_environment(folder, device),
+            env=_environment(folder, gpus),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -175,11 +176,11 @@ def _family(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
-def _environment(folder: Path, device: str | None) -> dict[str, str]:
+def _environment(folder: Path, gpus: str | None) -> dict[str, str]:
     """What the child may know: no settings of the service, so none of its secrets."""
     hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_", "OTEL_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    chosen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    chosen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     return {**kept, **chosen, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -18,7 +18,7 @@ from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
 from lorainit.events import Event
-from worker import room
+from worker import devices, room
 from worker.app import app, drain_file, name
 from worker.member import Member
 from worker.supervisor import Place, StopReason, run_child
@@ -46,7 +46,7 @@ def run_job(job_id: str) -> None:
 
 def _claim() -> list[Job]:
     settings, owner = get_settings(), f"{name(os.getppid())}/{os.getpid()}"
-    if not room.for_any_job():
+    if not devices.may_take_a_job(settings.worker_slots) or not room.for_any_job():
         return []  # the reconciler rings again while a slot is free
     with session_scope() as session:
         claimed = jobs.claim(
@@ -78,7 +78,7 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
             grace=settings.stop_grace_seconds,
             on_event=on_event,
             should_stop=should_stop,
-            device=_device(settings.worker_slots),
+            gpus=devices.of_slot(int(getattr(current_process(), "index", 0)), settings.worker_slots),
         )
     except Exception:
         log.exception("the worker failed")
@@ -93,12 +93,3 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
 
 def _is_leaving() -> bool:
     return drain_file(os.getppid()).exists()
-
-
-def _device(slots: int) -> str | None:
-    """The GPU of this slot when a worker has several; None leaves the environment as it is."""
-    if slots == 1:
-        return None
-    slot = int(getattr(current_process(), "index", 0))
-    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
-    return visible[slot] if slot < len(visible) else str(slot)

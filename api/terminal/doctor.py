@@ -45,8 +45,10 @@ def _devices() -> tuple[Check, dict[str, Any]]:
     if answer.returncode:
         return Check("devices", "failed", answer.stderr.strip()[-300:] or "a run cannot start here"), {}
     found: dict[str, Any] = json.loads(answer.stdout)
-    gpu = found["machine"]["gpu"]
-    return Check("devices", "ok", gpu or "no GPU; runs go to the CPU"), found
+    facts = found["machine"]
+    if facts["gpu_trouble"]:
+        return Check("devices", "failed", facts["gpu_trouble"]), found
+    return Check("devices", "ok", facts["gpu"] or "no GPU; runs go to the CPU"), found
 
 
 def _words() -> str:

@@ -1,0 +1,79 @@
+"""The NVIDIA GPUs that a process may use, asked without torch: which they are, and why CUDA cannot use them.
+
+The worker asks before it takes a job, a run before it starts: where GPUs are meant to be used and cannot be, a run
+that went to the processor instead would take days and say nothing.
+"""
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+# Oldest driver on Linux for each major version of CUDA (CUDA's release notes; minor versions are compatible).
+OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
+
+
+def installed(root: Path = Path("/")) -> int:
+    """How many GPUs the driver shows here; a Windows machine behind Linux (WSL) shows one."""
+    numbered = [path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    return len(numbered) or int((root / "dev/dxg").exists())
+
+
+def visible(root: Path = Path("/")) -> list[str]:
+    """What CUDA would call the GPUs this process may use, in order: numbers, or identities (also of MIG instances)."""
+    count, asked = installed(root), _asked()
+    return [] if not count else [str(i) for i in range(count)] if asked is None else asked
+
+
+def trouble(root: Path = Path("/")) -> str | None:
+    """Why GPUs that are meant to be used cannot be, in a sentence; None where all is well or none is meant.
+
+    A torch without CUDA means none, and so does an empty `CUDA_VISIBLE_DEVICES`.
+    """
+    asked, count, cuda = _asked(), installed(root), cuda_of_torch()
+    if cuda is None or asked == [] or (asked is None and not count):
+        return None
+    if beyond := [name for name in asked or [] if name.isdecimal() and int(name) >= count]:
+        return f"{VISIBLE} names GPU {beyond[0]}, and this machine shows {count or 'none'} (they count from 0)."
+    found, oldest = driver(root), OLDEST_DRIVER.get(int(cuda.partition(".")[0]))
+    if found and oldest and _numbers(found)[:2] < oldest:
+        needed = ".".join(map(str, oldest))
+        return f"The NVIDIA driver is {found}, and torch's CUDA {cuda} needs {needed} or newer: update the driver."
+    return None
+
+
+def driver(root: Path = Path("/")) -> str | None:
+    """The NVIDIA driver's version; None where Linux does not say."""
+    try:
+        text = (root / "proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^NVRM version:.*?\s(\d+(?:\.\d+)+)\s", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def cuda_of_torch() -> str | None:
+    """The CUDA version that the installed torch was built for, without loading it; None without torch or CUDA."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _asked() -> list[str] | None:
+    """What `CUDA_VISIBLE_DEVICES` names, as CUDA reads it: up to the first -1. None = not set."""
+    if VISIBLE not in os.environ:
+        return None
+    names = [name.strip() for name in os.environ[VISIBLE].split(",")]
+    end = next((i for i, name in enumerate(names) if not name or name.startswith("-")), len(names))
+    return names[:end]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))

@@ -1,0 +1,108 @@
+"""GPUs that are meant and cannot be used are said so, without torch; nobody lands on the processor unasked."""
+
+import pytest
+import torch
+
+from lorainit import gpus, hardware
+from lorainit.errors import UnusableDevice
+
+DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Wed Sep 10 03:38:13 UTC 2025\nGCC version: gcc 13\n"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Make a machine: GPUs, driver, torch's CUDA, `CUDA_VISIBLE_DEVICES`."""
+
+    def make(count=2, *, driver="580.95.05", cuda="13.0", asked=None):
+        monkeypatch.delenv(gpus.VISIBLE, raising=False)
+        if asked is not None:
+            monkeypatch.setenv(gpus.VISIBLE, asked)
+        (tmp_path / "dev").mkdir()
+        for name in [*map(str, range(count)), "ctl", "-uvm"] if count else []:
+            (tmp_path / "dev" / f"nvidia{name}").touch()
+        if driver:
+            (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+            (tmp_path / "proc/driver/nvidia/version").write_text(DRIVER.format(driver))
+        monkeypatch.setattr(gpus, "cuda_of_torch", lambda: cuda)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        (None, ["0", "1"]),
+        ("", []),
+        ("-1", []),
+        ("1", ["1"]),
+        ("1, 0", ["1", "0"]),
+        ("1,-1,0", ["1"]),
+        ("GPU-8932f937,MIG-5c6a", ["GPU-8932f937", "MIG-5c6a"]),
+    ],
+)
+def test_what_is_visible_is_read_as_cuda_reads_it(machine, asked, names):
+    assert gpus.visible(machine(asked=asked)) == names
+
+
+def test_a_machine_without_gpus_shows_none_whatever_is_asked(machine):
+    assert gpus.visible(machine(0, driver=None, asked="0")) == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"count": 0, "driver": None},
+        {"driver": "535.183.01", "cuda": "12.8"},  # CUDA 12 with any driver of its time
+        {"driver": "470.42", "asked": ""},  # the processor is meant
+        {"driver": "470.42", "cuda": None},
+        {"driver": None},
+        {"driver": "470.42", "cuda": "14.1"},  # not known to be too old
+        {"asked": "MIG-5c6a"},
+    ],
+)
+def test_there_is_no_trouble(machine, case):
+    assert gpus.trouble(machine(**case)) is None
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"driver": "535.183.01"}, r"driver is 535\.183\.01, .* CUDA 13\.0 needs 580\.0 or newer"),
+        ({"asked": "0,2"}, r"names GPU 2, and this machine shows 2 \(they count from 0\)"),
+        ({"count": 0, "driver": None, "asked": "0"}, "names GPU 0, and this machine shows none"),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_told_with_the_reason(machine, case, words):
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(gpus.trouble(machine(**case)))
+
+
+def test_what_torch_was_built_for_is_known_without_loading_it():
+    assert gpus.cuda_of_torch() == torch.version.cuda
+
+
+def test_a_run_beside_a_gpu_that_cuda_cannot_use_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpus, "trouble", lambda: "The NVIDIA driver is old.")
+    with pytest.raises(UnusableDevice, match=r"^The NVIDIA driver is old\.$"):
+        hardware.pick_device()
+
+
+def test_a_reason_that_only_cuda_knows_is_told_in_its_words(monkeypatch):
+    def fail():
+        raise RuntimeError("CUDA unknown error")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.setattr(gpus, "trouble", lambda: None)
+    monkeypatch.setattr(gpus, "visible", lambda: ["0"])
+    with pytest.raises(UnusableDevice, match="CUDA cannot use it: CUDA unknown error"):
+        hardware.pick_device()
+
+
+def test_without_a_gpu_a_run_goes_to_the_processor():
+    assert hardware.pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")

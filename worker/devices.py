@@ -1,0 +1,33 @@
+"""Which GPUs each slot of this worker has. No two slots share one, and none runs where its GPUs cannot be used."""
+
+from api.core.logs import get_logger
+from lorainit import gpus
+
+log = get_logger(__name__)
+
+
+def may_take_a_job(slots: int) -> bool:
+    """False, and the log says why, where GPUs are meant to be used and cannot be, or slots would share one."""
+    why = gpus.trouble() or _too_many(slots)
+    if why:
+        log.error("no job is taken: the GPUs cannot be used", reason=why)
+    return not why
+
+
+def of_slot(slot: int, slots: int) -> str | None:
+    """`CUDA_VISIBLE_DEVICES` of a slot's runs; None leaves the environment as it is.
+
+    The worker's GPUs are dealt out evenly, so that a job for two devices finds them where each slot has two.
+    """
+    names = gpus.visible()
+    if slots == 1 or not names:
+        return None
+    share = len(names) // slots
+    return ",".join(names[slot * share : (slot + 1) * share])
+
+
+def _too_many(slots: int) -> str | None:
+    count = len(gpus.visible())
+    if not count or slots <= count:
+        return None
+    return f"LORAINIT_WORKER_SLOTS is {slots}, and this worker sees {count}: name more, or MIG instances, or lower it."
