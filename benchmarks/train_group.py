@@ -49,7 +49,8 @@ class Bench:
         import torch
 
         from lorainit import group, hardware
-        from lorainit.model import attention, load
+        from lorainit.model import load
+        from lorainit.model.layout import choose_layout
         from lorainit.model.targets import find_targets
         from lorainit.optimizers import make_optimizer
         from lorainit.spec import Hyperparameters
@@ -57,8 +58,8 @@ class Bench:
         base = load.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
         self.model: Any = load.load_model(base, dtype=hardware.dtype_of(precision), device=torch.device("cpu"))
         self.model.requires_grad_(False)
-        refusal = attention.install(self.model)
-        assert refusal is None, refusal
+        layout = choose_layout(self.model)
+        assert layout.rows == "packed", layout.why
         self.stand = group.Stand(self.model)
         targets = find_targets(self.model, "all-linear")
         self.adapters = [_adapter(targets, seed) for seed in range(ADAPTERS)]

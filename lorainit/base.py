@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from lorainit import hardware, machine
-from lorainit.batches import Batch, collate, pack, pad_id
+from lorainit.batches import Batch, Regime, any_length, collate, pack, pad_id
 from lorainit.data import Sample
 from lorainit.digest import known_sha256, require_whole
 from lorainit.errors import GroupMismatch
 from lorainit.events import Event, Message
 from lorainit.inits import Quantization
-from lorainit.model import attention, experts
+from lorainit.loss import is_plain
+from lorainit.model import experts
+from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
 from lorainit.shard import decide, shard
@@ -30,8 +32,8 @@ OnEvent = Callable[[Event], None]
 class Base:
     """A base model in the format and on the device of a run.
 
-    `sharded`: why it is divided between the processes of `world`; "" = it is not. `packs`: whether it can train on
-    packed rows.
+    `sharded`: why it is divided between the processes of `world`; "" = it is not. `layout`: how rows share
+    its passes, once it is loaded.
     """
 
     spec: RunSpec
@@ -43,7 +45,7 @@ class Base:
     sha256: str
     world: World = ALONE
     sharded: str = ""
-    packs: bool = False
+    layout: Layout = field(default_factory=lambda: Layout("one by one", "it is not loaded", any_length))
     _model: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -67,12 +69,13 @@ class Base:
                 text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
                 machine.note(machine.Choice("base", "sharded", self.sharded))
                 on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
-            refusal = attention.install(self._model)
-            self.packs = refusal is None
-            rows = "packed" if self.packs else "padded"
-            why = refusal or "no padding to compute, and attention inside each row only"
-            machine.note(machine.Choice("rows", rows, why))
-            on_event(Message(message=f"Rows are {rows}: {why}", data={"kind": "machine", "rows": rows}))
+            self.layout = choose_layout(self._model)
+            is_plain(self._model)  # asked now, while nobody watches its layers
+            why = self.layout.why or "no padding to compute, and attention inside each row only"
+            machine.note(machine.Choice("rows", self.layout.rows, why))
+            verb = "go" if self.layout.rows == "one by one" else "are"
+            data = {"kind": "machine", "rows": self.layout.rows}
+            on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))
         return self._model
 
     def fresh(self) -> nn.Module:
@@ -84,6 +87,16 @@ class Base:
         """Divide a model that lies on the CPU, if this base is divided."""
         if self.sharded:
             shard(model, self.device, world=self.world, whole=whole)
+
+    @property
+    def packs(self) -> bool:
+        """Whether it trains on packed rows."""
+        return self.layout.rows == "packed"
+
+    @property
+    def regime(self) -> Regime:
+        """Which rows may share a pass."""
+        return self.layout.regime
 
     def lay(self, samples: Sequence[Sample]) -> Batch:
         """Rows to a batch on the model's device."""

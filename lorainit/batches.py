@@ -6,7 +6,7 @@ our attention trains on. Both give the same losses. Knows nothing of adapters.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 from lorainit.data import Dataset, Sample
+
+# What rows of a length must have in common to share a pass (`model.positions`); None = they go one by one.
+Regime = Callable[[int], int | None]
+
+
+def any_length(_tokens: int) -> int | None:
+    """The regime of most models: rows of all lengths may share a pass."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,18 @@ def order(data: Dataset, *, seed: int, epoch: int) -> list[int]:
     return sorted(range(len(data.samples)), key=lambda i: hashlib.blake2b(key + str(i).encode()).digest())
 
 
-def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Micro-batches of at most `size` rows, rows of similar length together to save padding."""
-    ordered = sorted(samples, key=lambda s: -len(s.ids))
-    return [list(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+def batches(samples: Sequence[Sample], size: int, regime: Regime = any_length) -> list[list[Sample]]:
+    """Micro-batches of at most `size` rows of one regime, rows of similar length together to save padding."""
+    pieces: list[list[Sample]] = []
+    last: int | None = None
+    for sample in sorted(samples, key=lambda s: -len(s.ids)):
+        kind = regime(len(sample.ids))
+        if pieces and kind is not None and kind == last and len(pieces[-1]) < size:
+            pieces[-1].append(sample)
+        else:
+            pieces.append([sample])
+        last = kind
+    return pieces
 
 
 def collate(samples: Sequence[Sample], *, pad: int) -> Batch:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorainit.batches import batches, order
+from lorainit.batches import Regime, any_length, batches, order
 from lorainit.checkpoint import Progress, Restored, write
 from lorainit.data import Dataset, Sample
 from lorainit.errors import NonFiniteLoss
@@ -45,7 +45,8 @@ class Member:
 
     `recipe` is resolved (no "auto" left). `micro_batch_size` is its rows in one forward pass, which changes
     speed and memory, not the gradient. `out` gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
-    `skip`: batches of the data's order that are passed over before the first step. For
+    `skip`: batches of the data's order that are passed over before the first step. `regime`: which rows may share
+    a forward pass. For
     `checkpoint_recipe` and `write_adapter` see `checkpoint.write`.
     """
 
@@ -60,6 +61,7 @@ class Member:
     write_adapter: Callable[[Path], None]
     on_event: Callable[[Event], None]
     skip: int = 0
+    regime: Regime = any_length
     resumed: Restored | None = None
 
 
@@ -130,7 +132,7 @@ class Course:
         self._seen = sum(len(s.ids) for s in samples)
         self._begun = time.monotonic()
         self._parts: list[Tally] = []
-        pieces = batches(samples, self.member.micro_batch_size)
+        pieces = batches(samples, self.member.micro_batch_size, self.member.regime)
         self.pieces, self.idle = list(self.world.share(pieces)), self.world.idle(pieces)
         return self.pieces
 

@@ -8,14 +8,14 @@ effective batch, the order of rows or what is minimized; both are said in an eve
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lorainit import compiled
-from lorainit.batches import Batch
+from lorainit.batches import Batch, batches
 from lorainit.course import Member
 from lorainit.data import Sample
 from lorainit.errors import OutOfMemory
@@ -110,8 +110,11 @@ def _try(stand: Stand, members: Sequence[Member], lay: Lay) -> None:
 
 
 def _longest(member: Member) -> list[Sample]:
-    """The longest micro-batch that the data can make."""
-    return sorted(member.data.samples, key=lambda s: -len(s.ids))[: member.micro_batch_size]
+    """The largest micro-batch that the data can make, in rows times the longest of them."""
+    size, found = member.micro_batch_size, list[list[Sample]]()
+    for _, rows in groupby(sorted(member.data.samples, key=lambda s: -len(s.ids)), lambda s: member.regime(len(s.ids))):
+        found += batches(list(islice(rows, size)), size, member.regime)
+    return max(found, key=lambda rows: len(rows) * len(rows[0].ids))
 
 
 def _drop(member: Member, key: str | None) -> None:

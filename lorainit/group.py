@@ -30,11 +30,11 @@ class GroupedLinear(nn.Module):
         self._pairs = layers, spans  # a tuple: the adapters' layers belong to them, not to this module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (1, tokens, in) to (1, tokens, out)."""
+        """Map (1, tokens, in) to (1, tokens, out); OPT gives and takes its rows without the first dimension."""
         pairs = list(zip(*self._pairs, strict=True))
         if any(layer is not None and layer.magnitude is not None for layer, _ in pairs):
             # DoRA is no sum of W·x and a product of rank r: everybody's rows go alone.
-            return torch.cat([(layer or self.base)(x[:, start:stop]) for layer, (start, stop) in pairs], dim=1)
+            return torch.cat([(layer or self.base)(x[..., start:stop, :]) for layer, (start, stop) in pairs], dim=-2)
         slots = [layer.slot(*span, like=x) for layer, span in pairs if layer is not None and len(layer.A)]
         return low_rank(x, self.base, slots)
 

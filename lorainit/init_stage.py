@@ -75,25 +75,29 @@ def _context(job: Job, on_event: OnEvent) -> Context:
         on_event=on_event,
         order=lambda epoch: order(job.data, seed=job.spec.seed, epoch=epoch),
         folder=job.base.location.folder,
+        regime=job.base.regime,
         anybody=lambda flag: job.base.world.anybody(flag, job.base.device),
     )
 
 
 def _probe(job: Job) -> Batch:
-    """A few short training rows; those whose first trained token comes late are taken whole."""
+    """A few short training rows that may share a pass; those whose first trained token comes late are taken whole."""
     rows = [
         Sample(s.line, s.ids[:PROBE_TOKENS], s.trained[:PROBE_TOKENS])
         for s in job.data.samples
         if s.trained[1:PROBE_TOKENS].any()
     ]
-    return collate((rows or job.data.samples)[:PROBE_ROWS], pad=job.base.pad).to(job.base.device)
+    rows, regime = (rows or job.data.samples)[:PROBE_ROWS], job.base.regime
+    kind = regime(len(rows[0].ids))
+    alike = rows[:1] if kind is None else [row for row in rows if regime(len(row.ids)) == kind]
+    return collate(alike, pad=job.base.pad).to(job.base.device)
 
 
 def _calibration(context: Context) -> list[Batch]:
     """The rows that a displaced start was made from, in passes that fit the device."""
     rows = [s for s in context.samples if s.trained[1:].any()]
     rows = rows[: getattr(context.lora.method, "samples", PROBE_ROWS)]
-    pieces = batches(rows, context.micro_batch_size)
+    pieces = batches(rows, context.micro_batch_size, context.regime)
     return [collate(piece, pad=context.pad).to(context.device) for piece in pieces]
 
 

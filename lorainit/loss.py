@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lorainit.batches import Batch
+from lorainit.errors import UnsupportedModel
 
 # Logits held at once: 64 MB in float32. SmolLM2's 49,152 words make that 341 positions.
 LOGITS = 1 << 24
@@ -74,12 +75,15 @@ def _last_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
 
     The head sees only the positions that predict a trained token: with a large vocabulary its logits
     are what fills memory first, and prompts are a third to a half of typical rows.
+
+    Raises:
+        UnsupportedModel: the head is not given every position once.
     """
-    plain = _is_plain(model)
+    plain = is_plain(model)
     seen: list[Tensor] = []
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        flat = args[0].flatten(0, 1)
+        flat = args[0].flatten(0, -2)
         seen.append(flat)
         return (flat[:0] if plain else flat[batch.predicting],)
 
@@ -88,17 +92,20 @@ def _last_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
         logits = logits_of(model, batch)
     finally:
         handle.remove()
-    return seen[0], None if plain else logits
+    if len(seen) != 1 or len(seen[0]) != batch.ids.numel():
+        raise UnsupportedModel("The base model's output head is not given every position once.", param="model")
+    return seen[0], None if plain else logits.flatten(0, -2)
 
 
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def _is_plain(model: Any) -> bool:
+def is_plain(model: Any) -> bool:
     """Whether logits are the head's output as it is: some architectures scale or cap them.
 
-    Asked of the architecture itself, once, without running a layer of it (initializations may be watching
-    them): the decoder is made to return zeros and the head to say known numbers.
+    Asked of the architecture itself, once: what runs the layers is made to return zeros and the head to say known
+    numbers. `Base.load` asks; later, initializations may be watching the layers, and an architecture whose layers
+    are run by something else would run them here.
     """
     if model not in _PLAIN:
         head = model.get_output_embeddings()
@@ -108,18 +115,22 @@ def _is_plain(model: Any) -> bool:
 
 @torch.no_grad()
 def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
-    device, decoder = head.weight.device, model.base_model
+    device = head.weight.device
     said = torch.linspace(-100, 100, head.weight.shape[0], dtype=head.weight.dtype, device=device)
     nothing = MoeModelOutputWithPast(last_hidden_state=head.weight.new_zeros(1, 1, head.weight.shape[1]))
+    # OPT runs the decoder inside of its base model, nearly everybody else the base model.
+    stages = {id(stage): stage for stage in (model.base_model, model.get_decoder()) if stage is not model}
     handle = head.register_forward_hook(lambda *_: said.expand(1, 1, -1))
-    decoder.forward = lambda *_args, **_named: nothing
+    for stage in stages.values():
+        stage.forward = lambda *_args, **_named: nothing
     try:
         heard: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
     except (AttributeError, TypeError):  # it wants more of its decoder than hidden states: nothing is known of it
         return False
     finally:
         handle.remove()
-        del decoder.forward
+        for stage in stages.values():
+            del stage.forward
     return torch.equal(heard[0, 0], said)
 
 

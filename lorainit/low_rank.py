@@ -64,7 +64,9 @@ class _LowRank(torch.autograd.Function):
         ctx.base, ctx.stacks = base, stacks
         # All that grows with the rows, so that gradient checkpointing can let it go.
         ctx.save_for_backward(*seen, *hidden, *masks)
-        return y
+        # The same memory, but not as a view: some models (Falcon, Gemma 3n) add to a layer's output in place, and
+        # autograd refuses that for a view that was made in here.
+        return y.data
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:

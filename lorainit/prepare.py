@@ -174,6 +174,7 @@ def _plan(
     kind = base.device.type
     fitting = min(MAX_ROWS_PER_PASS[kind], max(1, TOKENS_PER_PASS[kind] // (longest * sharing)))
     micro = min(spec.micro_batch_size or fitting, training.batch_size)
+    micro = 1 if base.layout.rows == "one by one" else micro
     return Plan(
         total_steps=total_steps(training, rows=len(data.samples)),
         steps_per_epoch=steps_per_epoch(len(data.samples), training.batch_size),

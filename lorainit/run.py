@@ -149,6 +149,7 @@ def _member(one: _Run) -> Member:
         checkpoint_recipe=job.recipe,
         write_adapter=lambda folder: delivery.write_adapter(job, folder, one.report),
         skip=_skipped(job, one.report),
+        regime=job.base.regime,
         resumed=one.restored,
         on_event=one.request.on_event,
     )

@@ -5,7 +5,7 @@ share is the base and the clock.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def train(
 def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None:
     """Everybody's next step as far as the gradients, micro-batch by micro-batch."""
     pieces = [course.draw() for course in courses]
-    for number, row in enumerate(itertools.zip_longest(*pieces, fillvalue=[])):
+    for number, row in _passes(pieces, courses):
         spans = _spans([sum(len(s.ids) for s in samples) for samples in row])
         counts = [sum(int(s.trained[1:].sum()) for s in samples) for samples in row]
         stand.put([course.member.layers for course in courses], spans)
@@ -92,6 +92,15 @@ def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None
         course.drop_by(None)
         for _ in range(course.idle):
             _pass_along(stand, course, lay)
+
+
+def _passes(pieces: list[list[list[Sample]]], courses: list[Course]) -> Iterator[tuple[int, list[list[Sample]]]]:
+    """(number of the micro-batch, everybody's rows) of each pass; rows of different regimes never share one."""
+    for number, row in enumerate(itertools.zip_longest(*pieces, fillvalue=[])):
+        kinds = [c.member.regime(len(rows[0].ids)) if rows else None for c, rows in zip(courses, row, strict=True)]
+        several = dict.fromkeys(kind for kind, rows in zip(kinds, row, strict=True) if rows)
+        for wanted in several:
+            yield number, [rows if kind == wanted else [] for kind, rows in zip(kinds, row, strict=True)]
 
 
 def _pass_along(stand: Stand, course: Course, lay: Lay) -> None:
@@ -118,7 +127,7 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
     """Loss and accuracy over all these rows, under both names the hosted service uses."""
     say, world = course.member.on_event, course.world
     say(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
-    every = batches(samples, course.member.micro_batch_size)
+    every = batches(samples, course.member.micro_batch_size, course.member.regime)
     pieces = world.share(every)
     device = next(stand.model.parameters()).device
     loss, sums = torch.zeros((), device=device), torch.zeros(2, dtype=torch.long, device=device)

@@ -52,7 +52,7 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
         InitFailed: the directions have not converged; the message lists the layers.
     """
     rows = calibration_rows(config, context)
-    pieces = batches(rows, context.micro_batch_size)
+    pieces = batches(rows, context.micro_batch_size, context.regime)
     leader = shared_inputs(context, pieces[0])
     widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
     states = _states(config, context, leader, widths)
@@ -171,7 +171,7 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
         InitFailed: a layer's inputs are not finite.
     """
     rows = calibration_rows(config, context)
-    pieces = batches(rows, context.micro_batch_size)
+    pieces = batches(rows, context.micro_batch_size, context.regime)
     leader = shared_inputs(context, pieces[0])
     sides = {g: shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values())}
     moments: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorainit.batches import Regime, any_length
 from lorainit.data import Sample
 from lorainit.events import Event, Message
 from lorainit.inits import EVA, CorDA, LoRAGA, LoRAOne
@@ -24,6 +25,7 @@ class Context:
     order: the run's own permutation of the training rows in an epoch.
     folder: where the base model's files are; None for a model that was not loaded from any.
     anybody: whether something is so in any process of the run, where several make the same passes.
+    regime: which rows may share a pass (`Base.regime`).
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Context:
     order: Callable[[int], Sequence[int]]
     folder: Path | None = None
     anybody: Callable[[bool], bool] = bool
+    regime: Regime = any_length
 
 
 def few_rows(config: LoRAGA | LoRAOne | EVA | CorDA, found: int) -> Message:

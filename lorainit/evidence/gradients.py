@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import batches, collate
+from lorainit.batches import Regime, any_length, batches, collate
 from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Tick
@@ -48,6 +48,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
         pad=context.pad,
         device=context.device,
         size=context.micro_batch_size,
+        regime=context.regime,
         on_tick=tick,
     )
     # An expert that no row was routed to has no first step that could be better than another.
@@ -86,19 +87,20 @@ def mean_gradients(
     pad: int,
     device: torch.device,
     size: int,
+    regime: Regime = any_length,
     on_tick: OnTick,
 ) -> dict[str, Tensor]:
     """∂L/∂W of each target, out×in, float32 on the CPU; L = mean over rows of the row's mean loss.
 
     Args:
         model: its parameters are frozen before and after; its mode is left alone.
-        size: rows per forward pass.
+        size: rows per forward pass; `regime`: which of them may share one.
         on_tick: called with (rows done, rows) after every pass.
     """
     sums: dict[str, Tensor] = {}
     done = 0
     with _gradients_taken_away(model, targets, sums):
-        for piece in batches(rows, size):
+        for piece in batches(rows, size, regime):
             loss = row_losses(model, collate(piece, pad=pad).to(device)).sum()
             torch.autograd.backward(loss)
             done += len(piece)

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorainit.batches import batches, collate
+from lorainit.batches import Regime, any_length, batches, collate
 from lorainit.data import Sample
 from lorainit.errors import InitFailed
 from lorainit.events import Message, Tick
@@ -51,12 +51,12 @@ def search_step(
         scale = context.lora.scaling / gamma
         for layer in adapted(context.model).values():
             layer.scale = scale
-        loss = calibration_loss(context.model, rows, pad=context.pad, device=context.device, size=size)
+        loss = calibration_loss(context.model, rows, pad=context.pad, device=context.device, size=size, regime=regime)
         context.on_event(Tick(done=len(tried) + 1, total=len(GAMMAS) + 2))
         return loss if math.isfinite(loss) else math.inf
 
-    size = context.micro_batch_size
-    base = calibration_loss(context.model, rows, pad=context.pad, device=context.device, size=size)
+    size, regime = context.micro_batch_size, context.regime
+    base = calibration_loss(context.model, rows, pad=context.pad, device=context.device, size=size, regime=regime)
     with _attached(config, context, evidence):
         for gamma in GAMMAS:
             tried[gamma] = loss_at(gamma)
@@ -72,9 +72,17 @@ def search_step(
 
 
 @torch.no_grad()
-def calibration_loss(model: nn.Module, rows: Sequence[Sample], *, pad: int, device: torch.device, size: int) -> float:
+def calibration_loss(
+    model: nn.Module,
+    rows: Sequence[Sample],
+    *,
+    pad: int,
+    device: torch.device,
+    size: int,
+    regime: Regime = any_length,
+) -> float:
     """Mean over rows of each row's mean loss: what the gradient methods take their gradient of."""
-    pieces = (collate(piece, pad=pad).to(device) for piece in batches(rows, size))
+    pieces = (collate(piece, pad=pad).to(device) for piece in batches(rows, size, regime))
     return sum(float(row_losses(model, batch).sum()) for batch in pieces) / len(rows)
 
 

@@ -16,68 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import AttentionInterface
 
-from lorainit.batches import Batch, pack
-from lorainit.data import Sample
-
 NAME = "lorainit"
 BLOCK = 256  # queries of one product on a CPU
 # Keys up to which a block keeps its probabilities for the backward pass: forming them again costs another product,
 # softmax and two conversions.
 KEPT = 512
-# Largest relative difference between hidden states that is rounding; rows that see each other differ by about 1.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-_PROBE = (7, 5, 1)  # tokens of the rows with which an architecture is tried
 
 
-def install(model: Any) -> str | None:
-    """Switch `model` to this attention if its hidden states stay what they were.
-
-    Three short rows go through the model one by one as it was loaded, then packed: every part of an
-    architecture that mixes positions shows here. Sliding windows, which short rows do not reach, are
-    passed to us by transformers and honoured.
-
-    Returns:
-        None, or why the model keeps its own attention and cannot train on packed rows.
-    """
-    if not getattr(model, "_supports_attention_backend", False):
-        return "this architecture does not let its attention be chosen"
-    device, dtype = next(model.parameters()).device, model.dtype
-    rows = _rows(model)
-    before, stock = _hidden(model, [pack([row]).ids.to(device) for row in rows]), model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        after = _packed(model, pack(rows).to(device))
-    except _Unsupported as error:
-        why: str | None = str(error)
-    else:
-        off = float((after - before).norm() / before.norm())
-        why = None if off <= ROUNDING[dtype] else f"packed rows changed its hidden states by {off:.2g}"
-    if why:
-        model.set_attn_implementation(stock)
-    return why
-
-
-class _Unsupported(Exception):
-    """The architecture asks attention for something that we do not do."""
-
-
-def _rows(model: Any) -> list[Sample]:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    ids = (torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int32) for n in _PROBE)
-    return [Sample(line, row, torch.zeros(len(row), dtype=torch.bool)) for line, row in enumerate(ids)]
-
-
-@torch.no_grad()
-def _hidden(model: Any, rows: list[Tensor]) -> Tensor:
-    found = [model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows]
-    return torch.cat(found).float()
-
-
-@torch.no_grad()
-def _packed(model: Any, batch: Batch) -> Tensor:
-    hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False, **batch.layout).last_hidden_state[0]
-    return hidden.float()
+class UnsupportedAttention(Exception):
+    """The architecture asks attention for something that is not done here."""
 
 
 # --- what transformers calls --------------------------------------------------------------------
@@ -96,15 +43,20 @@ def attend(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query (rows, heads, length, d) to (rows, length, heads, d).
+    """transformers' attention function: query (rows, heads, length, d) to (rows, length, heads, width of a value).
 
-    Without `cu_seq_lens_q` every row is one sequence from its first position on: padding on the right
-    needs no mask, since no real token looks at it.
+    Values may be narrower or wider than queries and keys, as in latent attention (MLA). Without `cu_seq_lens_q`
+    every row is one sequence from its first position on: padding on the right needs no mask, since no real token
+    looks at it.
+
+    Raises:
+        UnsupportedAttention: it would be something else than weighing the tokens before (`model.layout` then keeps
+            the architecture's own attention).
     """
     if attention_mask is not None or any(others.get(name) is not None for name in ("softcap", "s_aux", "head_mask")):
-        raise _Unsupported("its attention does more than weigh the tokens before")
+        raise UnsupportedAttention("its attention does more than weigh the tokens before")
     if getattr(module, "is_causal", True) is False or query.shape[2] != key.shape[2]:
-        raise _Unsupported("its attention is not causal over whole rows")
+        raise UnsupportedAttention("its attention is not causal over whole rows")
     rows, _, length, d = query.shape
     scale = d**-0.5 if scaling is None else scaling
     if query.is_cuda:
@@ -128,29 +80,40 @@ def _on_cuda(
         return _row_by_row(query, key, value, ends, scale, window)
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    # The kernels know one width, a multiple of eight, for queries, keys and values; zeros beyond it change no score.
+    width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+    q, k, v = (_widened(t.transpose(1, 2).flatten(0, 1), width) for t in (query, key, value))
     reach = (-1 if window is None else window - 1, 0)
     found = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=reach, enable_gqa=True)
     assert isinstance(found, Tensor)
-    return found.view(rows, length, *found.shape[1:])
+    return found[..., : value.shape[-1]].reshape(rows, length, -1, value.shape[-1])
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int | None) -> Tensor:
     rows, _, length, _ = query.shape
-    if window is not None:
-        raise _Unsupported("its sliding windows need bf16 on a GPU")
     q, k, v = (t.transpose(0, 1).flatten(1, 2) for t in (query, key, value))
     lengths = ends.diff().tolist()
     parts = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
-    found = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in parts]
-    return torch.cat(found, dim=1).transpose(0, 1).reshape(rows, length, *q.shape[::2])
+    found = [_causal(q, k, v, scale, window) for q, k, v in parts]
+    return torch.cat(found, dim=1).transpose(0, 1).reshape(rows, length, len(query[0]), value.shape[-1])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    length, seen = q.shape[1], None
+    if window is not None and window < length:
+        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=True)
 
 
 # --- on a CPU -----------------------------------------------------------------------------------
 
 
 class _Rows(torch.autograd.Function):
-    """softmax(scale·Q·Kᵀ + causal mask)·V within each row; q (H, T, d), k and v (K, T, d), result (T, H, d).
+    """softmax(scale·Q·Kᵀ + causal mask)·V within each row; q (H, T, d), k (K, T, d), v (K, T, e), result (T, H, e).
 
     One function for all rows: slicing them out under autograd fills a zero gradient of the whole
     batch per row and adds it up (10 % of a step of SmolLM2 with four rows).
@@ -161,7 +124,7 @@ class _Rows(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float, window: int | None
     ) -> Tensor:
         q = q * scale  # smaller than what it is multiplied with
-        out = torch.empty(q.shape[1], len(q), q.shape[2], dtype=q.dtype)
+        out = torch.empty(q.shape[1], len(q), v.shape[2], dtype=q.dtype)
         kept: list[Tensor] = []
         for first, start, stop in _blocks(ends, window):
             P = _probabilities(_gather(q[:, start:stop], len(k)), k, first, start, stop, window)

@@ -21,6 +21,7 @@ from lorainit.digest import seal
 from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inits import Quantization
 from lorainit.model import tokenizer_files
+from lorainit.model.positions import forget_lengths
 from lorainit.quantize import loading_options, settle
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.
@@ -203,6 +204,7 @@ def load_model(
     if quantization is not None:
         settle(model)
     model.config.use_cache = False
+    forget_lengths(model)
     return cast(nn.Module, model)
 
 

@@ -3,19 +3,13 @@
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import MistralConfig, MistralForCausalLM
 
 from lorainit.batches import collate, pack
 from lorainit.data import Sample, load
 from lorainit.loss import tally
 from lorainit.model import attention
+from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer
 
@@ -62,6 +56,18 @@ def test_values_and_gradients_are_those_of_rows_alone(monkeypatch, heads, window
         assert torch.allclose(one, two, atol=1e-5)
 
 
+def test_values_may_be_wider_than_keys():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 30, d, generator=generator, dtype=F64) for h, d in ((4, 6), (2, 6), (2, 10)))
+    pairs = [t.requires_grad_() for t in (q, k, v)]
+    found, _ = attention.attend(torch.nn.Module(), q, k, v, None, scaling=0.3, cu_seq_lens_q=torch.tensor([0, 11, 30]))
+    expected = reference(q, k, v, [11, 19])
+    assert torch.allclose(found, expected, atol=1e-6)
+    upper = torch.randn(found.shape, generator=generator, dtype=F64)
+    ours, theirs = (torch.autograd.grad((y * upper).sum(), pairs) for y in (found, expected))
+    assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_packed_rows_give_the_loss_and_gradients_of_padded_ones_under_stock_attention(bases, rows, base):
     samples = load(rows, make_tokenizer(), max_length=256).samples[:6]
@@ -69,7 +75,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones_under_stock_atte
     for packed in (False, True):
         model = load_model(bases[base], dtype=torch.float32, device=CPU)
         if packed:
-            assert attention.install(model) is None
+            assert choose_layout(model).rows == "packed"
         frozen = model.get_output_embeddings().weight
         moved = [p.requires_grad_() for p in model.parameters() if p is not frozen]
         part = tally(model, pack(samples) if packed else collate(samples, pad=0))
@@ -80,7 +86,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones_under_stock_atte
 
 def test_no_row_sees_another(bases):
     model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
-    assert attention.install(model) is None
+    assert choose_layout(model).rows == "packed"
     one, two = torch.arange(5, 25), torch.arange(40, 70)
 
     def hidden(first, second):
@@ -99,36 +105,5 @@ def test_a_sliding_window_is_honoured():
     ids = torch.randint(320, (1, 24))
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        assert attention.install(model) is None
+        assert choose_layout(model).rows == "packed"
         assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8)), "does more than weigh"),
-        (
-            lambda: BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4)),
-            "does not let its attention be chosen",
-        ),
-    ],
-    ids=["capped scores", "positions in the scores"],
-)
-def test_what_an_architecture_needs_beyond_that_keeps_its_own_attention(make, why):
-    torch.manual_seed(0)
-    model = make().eval()
-    before = model.config._attn_implementation
-    ids = torch.randint(320, (1, 9))
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-        assert why in attention.install(model)
-        assert model.config._attn_implementation == before
-        assert torch.equal(model(input_ids=ids).logits, logits)
-
-
-def test_an_architecture_that_mixes_rows_elsewhere_is_found_out(bases):
-    """Its attention would be right; something else looks at the neighbour to the left."""
-    model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
-    layer = model.model.layers[1].mlp
-    layer.register_forward_hook(lambda module, args, out: out + 0.5 * out.roll(1, dims=1))
-    assert "changed its hidden states" in attention.install(model)

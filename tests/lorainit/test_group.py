@@ -218,7 +218,10 @@ def test_who_cannot_share_the_pass_is_told_why(spec, tmp_path, change, param):
 def test_a_base_that_cannot_pack_refuses_groups(spec, tmp_path, monkeypatch):
     from lorainit.model import attention
 
-    monkeypatch.setattr(attention, "install", lambda model: "its attention is strange")
+    def strange(*_args, **_named):
+        raise attention.UnsupportedAttention("its attention is strange")
+
+    monkeypatch.setattr(attention._Rows, "apply", strange)
     ends, _ = together([spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE)], tmp_path)
     assert all(isinstance(end, LorainitError) and end.param == "resources.group" for end in ends.values())
 
@@ -244,9 +247,9 @@ def gradients(layers):
 
 def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(bases, rows):
     model = load_model(bases["wide-llama"], dtype=torch.float32, device=torch.device("cpu")).requires_grad_(False)
-    from lorainit.model import attention
+    from lorainit.model.layout import choose_layout
 
-    assert attention.install(model) is None
+    assert choose_layout(model).rows == "packed"
     samples = load(rows, make_tokenizer(), max_length=256).samples
     adapters = [adapter(model, seed, r=2 + seed % 3) for seed in range(8)]
     parts = [samples[i : i + 1 + i % 3] for i in range(8)]

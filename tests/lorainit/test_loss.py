@@ -52,7 +52,7 @@ def test_logits_in_pieces_are_the_full_loss_and_its_gradient(bases, rows, monkey
     full = model(input_ids=batch.ids, attention_mask=batch.attention).logits[:, :-1][batch.trained[:, 1:]]
     expected = F.cross_entropy(full, batch.targets, reduction="sum")
     (theirs,) = torch.autograd.grad(expected, [embedding])
-    assert loss._is_plain(model)
+    assert loss.is_plain(model)
     most = []
     linear = F.linear
 
@@ -98,4 +98,4 @@ def test_an_architecture_that_changes_its_logits_gets_the_loss_of_the_changed_on
     expected = model(input_ids=batch.ids, attention_mask=batch.attention, labels=labels).loss
     found = tally(model, batch)
     assert float(found.loss) / found.tokens == pytest.approx(float(expected), rel=1e-5)
-    assert loss._is_plain(model) is (change["final_logit_softcapping"] is None)
+    assert loss.is_plain(model) is (change["final_logit_softcapping"] is None)

@@ -1,0 +1,167 @@
+"""How rows share a forward pass of a model: packed, padded, or not at all. Decided by trying (decision 0024).
+
+The truth is what everybody else computes: the stock architecture with eager attention, one row at a time. A layout is
+taken if values and gradients of a few rows are the same in it, up to rounding. Whatever goes wrong in a trial only
+speaks against the layout. Knows nothing of adapters or data.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorainit.batches import Batch, Regime, collate, pack
+from lorainit.data import Sample
+from lorainit.model import attention
+from lorainit.model.positions import regime_of
+from lorainit.model.probe import Lay, Seen, Windows, distances, in_float32, rows_of, see, short, windows_of
+
+Rows = Literal["packed", "padded", "one by one"]
+
+# Largest relative distance of a token that is rounding in float32.
+EXACT = 1e-4
+# In half precision: of the median token, as a multiple of stock's own distance from float32. Median, because in a
+# mixture of experts rounding sends some tokens to other experts.
+TIMES_STOCK = 2.0
+# Where there is no room for float32: of the median token, from stock in the same format; and rows must not leak at all.
+BLIND = 0.1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows share a pass, why not in a better way (None for packed rows), and which rows may share one at all."""
+
+    rows: Rows
+    why: str | None
+    regime: Regime
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Rows as they would be laid, under the attention of this name; `also`: other layouts that must be right too."""
+
+    rows: Rows
+    attention: str
+    lays: Sequence[Lay]
+
+
+class _Wrong(Exception):
+    """What a trial has shown."""
+
+
+def choose_layout(model: Any) -> Layout:
+    """Try the layouts, best first; the model is left with the attention of the one that is right.
+
+    Costs about a dozen passes over at most 60 tokens each.
+    """
+    loaded, regime, device = _attention_of(model), regime_of(model), next(model.parameters()).device
+    packed, padded = partial(_packed, device=device), partial(_padded, device=device)
+    # What initializations look at is padded, whatever training does.
+    trials = [_Trial("packed", attention.NAME, (packed, padded)), _Trial("padded", loaded, (padded,))]
+    trials += [] if loaded == "eager" else [_Trial("padded", "eager", (padded,))]
+    why: list[str] = []
+    try:
+        judge = _Judge(model, windows_of(model), regime, padded)
+        for trial in trials:
+            try:
+                judge.try_out(trial)
+            except Exception as error:  # a kernel's, the architecture's: whatever it is, this is not the way
+                why.append(_reason(error))
+            else:
+                return Layout(trial.rows, why[0] if why else None, regime)
+    except Exception as error:
+        why.append(f"its stock attention could not be tried: {_reason(error)}")
+    _switch(model, loaded)
+    return Layout("one by one", "; padded: ".join(dict.fromkeys(why)), _alone)
+
+
+def _alone(_tokens: int) -> int | None:
+    return None
+
+
+def _packed(samples: Sequence[Sample], *, device: torch.device) -> Batch:
+    return pack(samples).to(device)
+
+
+def _padded(samples: Sequence[Sample], *, device: torch.device) -> Batch:
+    return collate(samples, pad=0).to(device)
+
+
+def _attention_of(model: Any) -> str:
+    return str(model.config._attn_implementation)
+
+
+def _switch(model: Any, name: str) -> None:
+    if _attention_of(model) != name:
+        model.set_attn_implementation(name)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    known = isinstance(error, (_Wrong, attention.UnsupportedAttention))
+    return text if known else f"{type(error).__name__} in a trial: {text}"
+
+
+class _Judge:
+    """The truth of a few rows, and what stock itself makes of them in the model's own format."""
+
+    def __init__(self, model: Any, windows: Windows, regime: Regime, lay: Lay) -> None:
+        self.model, self.windows, self.regime = model, windows, regime
+        self.rows = rows_of(model, windows.longest)
+        _switch(model, "eager")
+        alone = partial(see, model, lay=lay, size=1, regime=regime)
+        whole = alone(self.rows[:1]).values[0] if windows.hidden else None
+        with short(windows):
+            with in_float32(model) as self.exact:
+                self.truth = alone(self.rows)
+            self.half = next(model.parameters()).dtype != torch.float32
+            self.stock = alone(self.rows) if self.half and self.exact else self.truth
+        self.unseen = windows.hidden if whole is not None and torch.equal(whole, self.stock.values[0]) else 0
+
+    def try_out(self, trial: _Trial) -> None:
+        """Raise what is wrong with it."""
+        if trial.attention == attention.NAME:
+            if not getattr(self.model, "_supports_attention_backend", False):
+                raise _Wrong("this architecture does not let its attention be chosen")
+            if self.unseen:
+                raise _Wrong(f"its window of {self.unseen} tokens cannot be tried on short rows")
+        _switch(self.model, trial.attention)
+        with short(self.windows):
+            for lay in trial.lays:
+                if self.exact:
+                    self._compare_exactly(lay, trial.rows)
+                if self.half and self.exact:
+                    self._compare_with_stock(lay, trial.rows)
+                if not self.exact:
+                    self._compare_blindly(lay, trial.rows)
+
+    def _see(self, lay: Lay, only: Callable[[int], bool] = lambda _line: True) -> Seen:
+        return see(self.model, self.rows, lay, size=len(self.rows), regime=self.regime, only=only)
+
+    def _compare_exactly(self, lay: Lay, rows: Rows) -> None:
+        with in_float32(self.model):
+            found = self._see(lay)
+        _require(distances(found, self.truth), (EXACT, EXACT), rows, torch.max)
+
+    def _compare_with_stock(self, lay: Lay, rows: Rows) -> None:
+        allowed = [TIMES_STOCK * float(d.median()) for d in distances(self.stock, self.truth)]
+        _require(distances(self._see(lay), self.truth), allowed, rows, torch.median)
+
+    def _compare_blindly(self, lay: Lay, rows: Rows) -> None:
+        """Without float32. What a row is made of is told exactly by where its gradient is zero."""
+        _require(distances(self._see(lay), self.truth), (BLIND, BLIND), rows, torch.median)
+        for chosen in (True, False):
+            found = self._see(lay, only=lambda line, chosen=chosen: (line == 0) == chosen)  # type: ignore[misc]
+            if any(G.any() for row, G in zip(self.rows, found.gradients, strict=True) if (row.line == 0) != chosen):
+                raise _Wrong(f"{rows} rows see each other")
+
+
+def _require(
+    found: tuple[Tensor, Tensor], allowed: Sequence[float], rows: Rows, of: Callable[[Tensor], Tensor]
+) -> None:
+    for what, distance, limit in zip(("hidden states", "gradients"), found, allowed, strict=True):
+        if not (off := float(of(distance))) <= limit:
+            raise _Wrong(f"{rows} rows changed its {what} by {off:.2g}, where {limit:.2g} is rounding")

@@ -1,0 +1,73 @@
+"""Positions that depend on how long a row is: which rows may share a pass, and no memory of earlier ones.
+
+Some rotary embeddings take other frequencies for long rows (longrope), or new ones for every length (dynamic NTK),
+and choose them once for all rows of a pass, by its longest. Whoever serves the model shows it one row at a time, so a
+row's own length is what counts. Knows nothing of attention, data or adapters.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from lorainit.batches import Regime, any_length
+
+
+def regime_of(model: nn.Module) -> Regime:
+    """What rows must have in common to share a pass of this model: see `batches.Regime`.
+
+    With longrope the side of the original context length on which they are; with dynamic NTK, above the original
+    length, the length itself.
+    """
+    limits = {limit for module in model.modules() for limit in _limits(module)}
+    steps = sorted(limit for limit, dynamic in limits if not dynamic)
+    growing = min((limit for limit, dynamic in limits if dynamic), default=None)
+    if not limits:
+        return any_length
+
+    def regime(tokens: int) -> int | None:
+        if growing is not None and tokens > growing:
+            return tokens + len(steps)
+        return sum(tokens > step for step in steps)
+
+    return regime
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Let dynamic NTK choose its frequencies for each pass anew, for as long as the model lives.
+
+    transformers keeps those of the longest row so far until a row is shorter than the original length: what a row
+    is given depends on the rows before it. A model that has seen none is what a row's result is compared with.
+    """
+    for module in model.modules():
+        if any("dynamic" in kind for kind in _kinds(module).values()) and hasattr(module, "max_seq_len_cached"):
+            module.register_forward_pre_hook(_forget)
+
+
+def _forget(module: Any, _args: Any) -> None:
+    for layer_type, kind in _kinds(module).items():
+        prefix = f"{layer_type}_" if layer_type else ""
+        if "dynamic" in kind and getattr(module, f"{prefix}max_seq_len_cached", 0) > module.original_max_seq_len:
+            original = getattr(module, f"{prefix}original_inv_freq")
+            setattr(module, f"{prefix}inv_freq", original.to(getattr(module, f"{prefix}inv_freq").device))
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def _kinds(module: Any) -> dict[str, str]:
+    """Kinds of frequencies that a rotary embedding has, by type of layer; "" = for all layers."""
+    kind = getattr(module, "rope_type", None)
+    if isinstance(kind, str):
+        return {"": kind}
+    return {str(name): str(value) for name, value in kind.items()} if isinstance(kind, dict) else {}
+
+
+def _limits(module: Any) -> list[tuple[int, bool]]:
+    """Lengths above which this module takes other frequencies, and whether they then grow with the length."""
+    found: list[tuple[int, bool]] = []
+    for layer_type, kind in _kinds(module).items():
+        values: Any = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+        values = values.get(layer_type, {}) if layer_type else values
+        if "dynamic" in kind:
+            found.append((int(module.original_max_seq_len), True))
+        elif kind == "longrope" or "long_mscale" in values:  # the latter: PhiMoE, whatever the kind is called
+            found.append((int(values["original_max_position_embeddings"]), False))
+    return found

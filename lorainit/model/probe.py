@@ -1,0 +1,230 @@
+"""What a model makes of a few short rows, values and gradients, in one layout or another.
+
+Short rows can show everything about long ones only if every window is shorter still: windows and chunks that the
+configuration names are cut down while the probe looks. Knows nothing of which layout is wanted.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.batches import Batch, Regime, batches
+from lorainit.data import Sample
+
+CUT = 16  # longest window or chunk while the probe looks
+NO_WINDOW = 3  # what rows are made for where the configuration names none
+# Bytes that a copy in float32 may take in main memory. On a GPU: half of what is free.
+COPY_BYTES = 2 << 30
+
+Lay = Callable[[Sequence[Sample]], Batch]
+
+
+class Seen(NamedTuple):
+    """Of each row, tokens×width in float32 on the CPU: what the output head is given, and a gradient.
+
+    The gradient is that of a fixed random sum of the values with respect to the row's embeddings.
+    """
+
+    values: list[Tensor]
+    gradients: list[Tensor]
+
+
+def rows_of(model: Any, window: int) -> list[Sample]:
+    """Rows of more than two windows, more than one, three tokens and one; the ids are drawn, without special ones."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    special = {v for c in _configs(model) for n, v in vars(c).items() if "token" in n and isinstance(v, int)}
+    plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special])
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for line, length in enumerate((2 * window + 5, window + 3, 3, 1)):
+        ids = plain[torch.randint(len(plain), (length,), generator=generator)].int()
+        found.append(Sample(line, ids, torch.zeros(length, dtype=torch.bool)))
+    return found
+
+
+@torch.enable_grad()
+def see(
+    model: Any,
+    rows: Sequence[Sample],
+    lay: Lay,
+    *,
+    size: int,
+    regime: Regime,
+    only: Callable[[int], bool] = lambda _line: True,
+) -> Seen:
+    """Run the rows, at most `size` to a pass.
+
+    Args:
+        lay: rows to a batch, packed or padded.
+        only: lines of the rows that are in the sum whose gradient is taken.
+    """
+    values, gradients = dict[int, Tensor](), dict[int, Tensor]()
+    for piece in batches(rows, size, regime):
+        batch = lay(piece)
+        hidden, leaf = _run(model, batch)
+        spans = _spans(piece, batch)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for row, (start, stop) in zip(piece, spans, strict=True):
+            values[row.line] = hidden[start:stop].detach().float().cpu()
+            if only(row.line):
+                total = total + (hidden[start:stop].float() * _weights(row, hidden)).sum()
+        (grad,) = torch.autograd.grad(total, leaf)
+        for row, (start, stop) in zip(piece, spans, strict=True):
+            gradients[row.line] = grad.flatten(0, -2)[start:stop].float().cpu()
+    return Seen(*([found[row.line] for row in rows] for found in (values, gradients)))
+
+
+def _weights(row: Sample, hidden: Tensor) -> Tensor:
+    shape = len(row.ids), hidden.shape[1]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(row.line)).to(hidden.device)
+
+
+def _spans(rows: Sequence[Sample], batch: Batch) -> list[tuple[int, int]]:
+    """Where each row lies in the flattened batch."""
+    packed, length = len(batch.ids) < len(rows), batch.ids.shape[1]
+    spans, start = [], 0
+    for row in rows:
+        spans.append((start, start + len(row.ids)))
+        start += len(row.ids) if packed else length
+    return spans
+
+
+def _run(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the output head is given, positions×width, and the embeddings that it comes from.
+
+    The whole model runs, as in training: what it is told of the rows has to reach its layers.
+    """
+    leaves: list[Tensor] = []
+    heard: list[Tensor] = []
+
+    def begin(_module: nn.Module, _args: Any, found: Tensor) -> Tensor:
+        leaves.append(found.detach().requires_grad_())
+        return leaves[-1].clone()  # some models multiply it in place
+
+    def listen(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        heard.append(args[0].flatten(0, -2))
+        return (args[0][..., -1:, :],)  # logits are not looked at, and of a large vocabulary they are large
+
+    handles = [
+        model.get_input_embeddings().register_forward_hook(begin),
+        model.get_output_embeddings().register_forward_pre_hook(listen),
+    ]
+    try:
+        model(input_ids=batch.ids, use_cache=False, **batch.layout)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(leaves) != 1 or len(heard) != 1 or len(heard[0]) != batch.ids.numel():
+        raise ValueError("its embeddings or its output head are not used once for each token")
+    return heard[0], leaves[0]
+
+
+# --- how far apart ------------------------------------------------------------------------------
+
+
+def distances(found: Seen, truth: Seen) -> tuple[Tensor, Tensor]:
+    """Relative distance at each token of all rows, of the values and of the gradients.
+
+    Next to nothing is measured by a tenth of what is usual in its row.
+    """
+    pairs = zip(found, truth, strict=True)
+    values, gradients = (torch.cat([_apart(x, t) for x, t in zip(xs, ts, strict=True)]) for xs, ts in pairs)
+    return values, gradients
+
+
+def _apart(x: Tensor, truth: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(truth, dim=1)
+    usual = norms.square().mean().sqrt()
+    off: Tensor = torch.linalg.vector_norm(x - truth, dim=1)
+    return off / (norms + 0.1 * usual).clamp(min=1e-30)
+
+
+# --- while the probe looks ----------------------------------------------------------------------
+
+
+class Windows(NamedTuple):
+    """Windows and chunks of a model: the longest while they are short, what is cut, and the longest that hides tokens.
+
+    `hidden` is 0 where none that is cut hides anything: the chunks of a state-space model are a way of computing.
+    """
+
+    longest: int
+    cut: list[tuple[Any, str, int]]
+    hidden: int
+
+
+def windows_of(model: Any) -> Windows:
+    """Whatever the configurations call a window or a chunk, and modules that have taken the number over."""
+    named = [(c, n, v) for c in _configs(model) for n, v in vars(c).items() if _is_window(n, v)]
+    text = model.config.get_text_config()
+    ours = [(n, v) for c, n, v in named if c is text]
+    long = {value for _, _, value in named if value > CUT}
+    held = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if _is_window(n, v) and v in long]
+    kinds = getattr(text, "layer_types", None)
+    used = kinds is None or any("sliding" in kind or "chunk" in kind for kind in kinds)
+    hidden = max((v for n, v in ours if v > CUT and used and ("window" in n or "attention" in n)), default=0)
+    longest = max((min(CUT, value) for _, value in ours), default=NO_WINDOW)
+    return Windows(longest, [(c, n, v) for c, n, v in named if v > CUT] + held, hidden)
+
+
+@contextmanager
+def short(windows: Windows) -> Iterator[None]:
+    """None of these is longer than `CUT` for as long as the context lasts."""
+    try:
+        for owner, name, _ in windows.cut:
+            vars(owner)[name] = CUT
+        yield
+    finally:
+        for owner, name, value in windows.cut:
+            vars(owner)[name] = value
+
+
+def _is_window(name: str, value: Any) -> bool:
+    named = ("window" in name or "chunk" in name) and "layers" not in name and not name.startswith(("use", "num"))
+    return named and type(value) is int and value > 1
+
+
+def _configs(model: Any) -> list[Any]:
+    """Configurations that the model and its modules hold, each once."""
+    held = (vars(module).get("config") for module in model.modules())
+    top = [model.config, model.config.get_text_config(), *held]
+    return list({id(config): config for config in top if hasattr(config, "model_type")}.values())
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[bool]:
+    """Weights in half precision are float32 for as long as the context lasts, where there is room for a copy.
+
+    Yields:
+        Whether all that is computed is computed in float32.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
+    if any(hasattr(t, "full_tensor") for t in model.parameters()) or 4 * sum(t.numel() for t in tensors) > _room(model):
+        yield next(model.parameters()).dtype == torch.float32 and not tensors
+        return
+    before = [(t, t.data) for t in tensors]
+    # Four-bit layers of bitsandbytes say what they compute in.
+    computing: list[Any] = [m for m in model.modules() if getattr(m, "compute_dtype", None) in _HALVES]
+    types = [m.compute_dtype for m in computing]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        for module in computing:
+            module.compute_dtype = torch.float32
+        yield True
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+        for module, dtype in zip(computing, types, strict=True):
+            module.compute_dtype = dtype
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _room(model: nn.Module) -> int:
+    device = next(model.parameters()).device
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else COPY_BYTES
