@@ -138,8 +138,8 @@ def distances(found: Seen, truth: Seen) -> tuple[Tensor, Tensor]:
 def _apart(x: Tensor, truth: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(truth, dim=1)
     usual = norms.square().mean().sqrt()
-    off: Tensor = torch.linalg.vector_norm(x - truth, dim=1)
-    return off / (norms + 0.1 * usual).clamp(min=1e-30)
+    off: Tensor = torch.linalg.vector_norm(x - truth, dim=1) / (norms + 0.1 * usual).clamp(min=1e-30)
+    return off
 
 
 # --- while the probe looks ----------------------------------------------------------------------
