@@ -142,18 +142,37 @@ def test_a_layer_the_rows_never_reach_is_refused_by_name(bases, rows, method):
         collect(context.lora.method, context)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_inputs_without_a_token_axis_are_refused_by_name(bases, rows, method):
+class Flat(nn.Module):
+    """Hands its layer all tokens of all rows, or all but `left_out`, without saying where a row ends."""
+
+    def __init__(self, linear, left_out=0):
+        super().__init__()
+        self.linear, self.left_out = linear, left_out
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        y = self.linear(flat[: len(flat) - self.left_out])
+        return torch.nn.functional.pad(y, (0, 0, 0, self.left_out)).view(*x.shape[:2], -1)
+
+
+def with_flat_layer(bases, rows, method, left_out=0):
     context = make_context(bases["llama"], rows, method)
     linear = context.targets["model.layers.0.mlp.down_proj"]
+    context.model.get_submodule("model.layers.0.mlp").down_proj = Flat(linear, left_out)
+    return collect(context.lora.method, context)
 
-    class Flat(nn.Module):
-        def forward(self, x):
-            return linear(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
 
-    context.model.get_submodule("model.layers.0.mlp").down_proj = Flat()
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_end_to_end_are_told_apart(bases, rows, method):
+    """As OPT hands them to fc1 and fc2."""
+    one, two = gather(bases, rows, method), with_flat_layer(bases, rows, method)
+    assert max(difference(method, one[n], two[n]) for n in one) < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_that_are_not_one_for_each_token_are_refused_by_name(bases, rows, method):
     with pytest.raises(UnsupportedInit, match=r"^model\.layers\.0\.mlp\.down_proj: its inputs come as"):
-        collect(context.lora.method, context)
+        with_flat_layer(bases, rows, method, left_out=3)
 
 
 def test_second_moment_is_the_mean_over_rows_of_scaled_inputs(bases, rows):
