@@ -166,8 +166,7 @@ def _syncs(day: Day, step: Step) -> str:
 
 
 def _ours(day: Day, case: Case, model: Any) -> Step:
-    if model.config._attn_implementation != attention.NAME and (refusal := attention.install(model)):
-        raise RuntimeError(refusal)
+    model.set_attn_implementation(attention.NAME)
     members = [adapters(model, rank=RANK, device=day.device) for _ in range(case.group)]
     optimizers = [make_optimizer(Hyperparameters(learning_rate=1e-4), layers) for layers in members]
     trained = [[p for layer in layers.values() for p in layer.trained().values()] for layers in members]
