@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from tests.zoo.bases import KINDS
-from tests.zoo.examine import ROOT, examine
+from tests.zoo.downloads import ROOT
+from tests.zoo.examine import examine
 from tests.zoo.finding import CASES, REFUSALS, Case, Finding
 from tests.zoo.table import write
 
@@ -83,9 +84,9 @@ def _run(kinds: list[str], processes: int, code: str) -> None:
     while waiting or busy:
         while waiting and len(busy) < processes:
             kind = waiting.pop(0)
-            process = fork.Process(target=_one, args=(kind, code))
-            process.start()
-            busy[kind] = process, time.monotonic()
+            child = fork.Process(target=_one, args=(kind, code))
+            child.start()
+            busy[kind] = child, time.monotonic()
         for kind, (process, started) in list(busy.items()):
             process.join(0.2)
             if process.is_alive() and time.monotonic() - started > SECONDS[KINDS[kind].expected]:

@@ -1,13 +1,20 @@
 """What was found when one case was tried on one kind of base."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
 
 Precision = Literal["fp32", "bf16", "nf4"]
 Verdict = Literal["works", "refused", "late", "wrong", "crashed"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "nf4")
 INSPECT, ENGINE = "inspect", "engine"
+# Largest relative difference that is rounding in fp32.
+EXACT = 1e-4
+# In bf16 nothing is exact: our error may be so many times that of stock bf16 against stock fp32.
+BF16 = 2.0
 # Whole jobs: an initialization for every kind of evidence (nothing, weights, gradients, activations, a preheat).
 METHODS = ("kaiming", "pissa", "lora_one", "eva", "hrp")
 MORE_METHODS = ("loram", "corda")  # in fp32 only: of kinds that are there already
@@ -58,3 +65,18 @@ class Finding:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Finding":
         return cls(**{**value, "case": Case(*value["case"])})
+
+
+@dataclass
+class Tried:
+    """A case under way. `adapter`: a download that is still to be read on `base`.
+
+    `rows`: token ids; `trained`, `before`: the trained model's logits on each of them, and the base's.
+    """
+
+    finding: Finding
+    base: Path
+    adapter: Path | None = None
+    rows: list[Tensor] = field(default_factory=list)
+    trained: list[Tensor] = field(default_factory=list)
+    before: list[Tensor] = field(default_factory=list)
