@@ -222,7 +222,7 @@ def _each(
     finally:
         for stack in both:
             stack.tokens = None
-    return torch.cat(found)
+    return torch.cat(found) if found else x  # Llama 4 leaves out tokens of zeros, as padding is: that may be all
 
 
 def short_name(name: str, module: nn.Module) -> str:
