@@ -1,0 +1,216 @@
+"""The device `pretend`: tensors that say they lie there and hold their numbers on the CPU, by torch's PrivateUse1.
+
+Every operation is checked by `rules` and done on the CPU. Counted: launches of kernels, and how often the host would
+have waited (`Tally`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from tests.pretended import flash, rules
+
+NAME = "pretend"
+WAITING = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
+_LIBRARY: list[Any] = []  # registrations live as long as this
+
+
+@dataclass
+class Tally:
+    """What a GPU would have been asked for."""
+
+    launches: int = 0
+    waits: int = 0
+
+
+_tally = Tally()
+_generators: set[int] = set()
+
+
+class There(Tensor):
+    """A tensor on the device; `held` has its numbers."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "There":
+        made: There = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            layout=held.layout, device=torch.device(NAME, 0),
+        )  # fmt: skip
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _done(func, args, kwargs or {})
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"There({self.held!r})"
+
+    def tolist(self) -> Any:
+        _tally.waits += 1
+        return self.held.tolist()
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        copied = There(self.held.clone())
+        trained = isinstance(self, torch.nn.Parameter)
+        return torch.nn.Parameter(copied, self.requires_grad) if trained else copied.requires_grad_(self.requires_grad)
+
+
+class _Everywhere(TorchDispatchMode):
+    """Sees operations without a tensor of the device, too: those that make one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _done(func, args, kwargs or {})
+
+
+def install() -> None:
+    """Make the device known to torch, once in a process."""
+    _setup_privateuseone_for_python_backend(NAME)
+    own = ModuleType(f"torch.{NAME}")
+    own.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
+    own.is_available = lambda: True  # type: ignore[attr-defined]
+    own.current_device = lambda: 0  # type: ignore[attr-defined]
+    own.device_count = lambda: 1  # type: ignore[attr-defined]
+    own.is_initialized = lambda: True  # type: ignore[attr-defined]
+    own._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
+    own.manual_seed_all = lambda _: None  # type: ignore[attr-defined]
+    if not hasattr(torch, NAME):
+        torch._register_device_module(NAME, own)
+    else:
+        vars(getattr(torch, NAME)).update({k: v for k, v in vars(own).items() if not k.startswith("__")})
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    _LIBRARY.append(library)
+
+
+@contextmanager
+def switched_on() -> Iterator[Tally]:
+    """Operations go through the rules; what they would have cost is counted."""
+    global _tally
+    _tally = Tally()
+    with _Everywhere():
+        yield _tally
+
+
+def generator(device: Any) -> torch.Generator:
+    """`torch.Generator(device)`."""
+    made = torch.Generator()
+    if torch.device(device).type == NAME:
+        _generators.add(id(made))
+        _LIBRARY.append(made)  # so that no other generator gets its identity
+    return made
+
+
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
+    return There(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _empty(size: Any, *, dtype: Any = None, **_: Any) -> Tensor:
+    return There(torch.empty(size, dtype=dtype))
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    _held(target).copy_(_held(source))
+    return target
+
+
+# --- one operation ---------------------------------------------------------------------------------
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, There) else value
+
+
+def _done(func: Any, args: Any, kwargs: Any) -> Any:
+    leaves = tree_leaves((args, kwargs))
+    there = [t for t in leaves if isinstance(t, There)]
+    made_there = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == NAME
+    if not there and not made_there:
+        return func(*args, **kwargs)
+    here = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, There)]
+    rules.check(func, there, here, args)
+    source = kwargs.get("generator")
+    if made_there and source is not None and id(source) not in _generators:
+        raise rules.Refused(f"{func._schema.name}: a generator of the host for a tensor of the device")
+    own_args, own_kwargs = tree_map(_held, (args, kwargs))
+    return _special(func._schema.name)(func, args, kwargs, own_args, own_kwargs)
+
+
+def _special(name: str) -> Callable[..., Any]:
+    kinds = {
+        "aten::copy_": _copied, "aten::_to_copy": _moved, "torch_attn::_varlen_attn": _attended,
+        "torch_attn::_varlen_attn_backward": _attended_backward,
+    }  # fmt: skip
+    return kinds.get(name, _plain)
+
+
+def _plain(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
+    name, returns = func._schema.name, func._schema.returns
+    if "device" in own_kwargs:
+        own_kwargs["device"] = torch.device("cpu")
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    _tally.waits += name in WAITING
+    _tally.launches += not views and name not in WAITING
+    found = func(*own_args, **own_kwargs)
+    written = [r.alias_info is not None and r.alias_info.is_write for r in returns]
+    if written and all(written) and len(returns) == 1:
+        return kwargs["out"] if "out" in kwargs else args[0]
+    if name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"):
+        return found
+    return tree_map(lambda t: There(t) if isinstance(t, Tensor) else t, found)
+
+
+def _copied(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
+    one_way = isinstance(args[0], There) != isinstance(args[1], There)
+    _tally.waits += one_way
+    _tally.launches += not one_way
+    func(*own_args, **own_kwargs)
+    return args[0]
+
+
+def _moved(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
+    """`Tensor.to`: to another device, another dtype, or both."""
+    comes, goes = isinstance(args[0], There), kwargs.get("device")
+    stays = comes if goes is None else torch.device(goes).type == NAME
+    _tally.waits += comes != stays
+    _tally.launches += comes == stays
+    found = func(*own_args, **{**own_kwargs, "device": torch.device("cpu")})
+    found = found.clone() if found.numel() and found.data_ptr() == own_args[0].data_ptr() else found
+    return There(found) if stays else found
+
+
+def _attended(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
+    named = _named(func, own_args, own_kwargs)
+    q, k, v, ends = (named[name] for name in ("query", "key", "value", "cu_seq_q"))
+    _tally.launches += 1
+    with torch.no_grad():
+        found = flash.forward(q, k, v, ends, **_shape(named, q))
+    rest = torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+    return There(found), *(There(t) for t in rest)
+
+
+def _attended_backward(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
+    named = _named(func, own_args, own_kwargs)
+    grad, q, k, v, ends = (named[name] for name in ("grad_out", "query", "key", "value", "cu_seq_q"))
+    _tally.launches += 3
+    return tuple(There(t) for t in flash.backward(grad, q, k, v, ends, **_shape(named, q)))
+
+
+def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    return {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+
+
+def _shape(named: dict[str, Any], q: Tensor) -> dict[str, Any]:
+    return {"scale": named.get("scale") or q.shape[-1] ** -0.5, "window": named.get("window_size") or [-1, -1]}
