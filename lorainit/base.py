@@ -1,6 +1,6 @@
 """The frozen base that a run, or several runs together, train on: opened once, loaded when first needed."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Base:
     """A base model in the format and on the device of a run.
 
     `sharded`: why it is divided between the processes of `world`; "" = it is not. `layout`: how rows share
-    its passes, once it is loaded.
+    its passes, once it is loaded. `proven`: of each shape of an adapter, how it was shown that stock PEFT reads it.
     """
 
     spec: RunSpec
@@ -46,6 +46,7 @@ class Base:
     world: World = ALONE
     sharded: str = ""
     layout: Layout = field(default_factory=lambda: Layout("one by one", "it is not loaded", any_length))
+    proven: dict[str, dict[str, Any]] = field(default_factory=dict)
     _model: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -80,8 +81,25 @@ class Base:
 
     def fresh(self) -> nn.Module:
         """Another copy of the base: on the device, or on the CPU if it is to be divided with `place`."""
-        device = torch.device("cpu") if self.sharded else self.device
+        return self._copy(torch.device("cpu") if self.sharded else self.device)
+
+    def _copy(self, device: torch.device) -> nn.Module:
         return load_model(self.location.folder, dtype=self.dtype, device=device, quantization=self.quantization)
+
+    def beside(self) -> Iterator[nn.Module]:
+        """Copies of the base while the first one lies there: on the device if it fits, then on the CPU if it does."""
+        held = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        largest = max(p.numel() for p in self.model.parameters())
+        for device in self._devices():
+            # Four bits may be rounded otherwise on another device.
+            free = hardware.free_bytes(device) if device == self.device or not self.quantization else 0
+            # And a layer or the output head in float64.
+            if free is None or 1.2 * held + 16 * largest <= free:
+                yield self._copy(device)
+
+    def _devices(self) -> list[torch.device]:
+        cpu = torch.device("cpu")
+        return [cpu] if self.sharded or self.device == cpu else [self.device, cpu]
 
     def place(self, model: nn.Module, whole: Collection[nn.Parameter] = ()) -> None:
         """Divide a model that lies on the CPU, if this base is divided."""

@@ -2,28 +2,29 @@
 
 import gc
 import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from lorainit import fidelity, hardware
 from lorainit.base import OnEvent
 from lorainit.events import Message, Stage
 from lorainit.export import check, model_card, peft_adapter
+from lorainit.export.effect import observe
 from lorainit.initialize import Report
 from lorainit.inits import EVA
-from lorainit.layer import borrowed
+from lorainit.layer import LoRALinear, borrowed
 from lorainit.model import tokenizer_files
+from lorainit.model.load import free
 from lorainit.prepare import Job
 from lorainit.results import write_csv
 
 
 def write_adapter(job: Job, folder: Path, report: Report) -> None:
     """Everything of the download but the export check, which only the final adapter has."""
-    method = job.lora.method
-    ranks = method.export_ranks if isinstance(method, EVA) else "padded"
-    rank = peft_adapter.export(job.base.model, job.layers, folder, root=job.spec.model.root, ranks=ranks)
+    rank = write_factors(job, job.layers, folder)
     tokenizer_files.copy(job.base.tokenizer, job.base.location.folder, folder)
     alpha = peft_adapter.plain_alpha(r=rank, scale=job.lora.scaling)
     facts = job.lora.method.facts
@@ -42,6 +43,34 @@ def write_adapter(job: Job, folder: Path, report: Report) -> None:
     write_manifest(job, folder, report, export_check=None)
 
 
+def write_factors(job: Job, layers: Mapping[str, LoRALinear], folder: Path) -> int:
+    """What a loader reads: factors and their configuration; returns the (largest) rank."""
+    method = job.lora.method
+    ranks = method.export_ranks if isinstance(method, EVA) else "padded"
+    return peft_adapter.export(job.base.model, layers, folder, root=job.spec.model.root, ranks=ranks)
+
+
+def unproven(folder: Path) -> Path:
+    """Where an adapter lies until it is checked: under a name that nobody takes for a download."""
+    return folder.with_name(f".{folder.name}-unproven")
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder to write and check an adapter in, which becomes `folder` when the context ends without an error.
+
+    Whatever lay at `folder` goes first. A crash leaves nothing there, and an error nothing at all.
+    """
+    work = unproven(folder)
+    for old in (folder, work):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        yield work
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str, Any]:
     """Load the written adapter with stock PEFT on a fresh base and compare it with the trained model.
 
@@ -53,29 +82,29 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     """
     on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
     texts = check.prompts(job.data.samples)
-    with borrowed(job.base.model, job.layers):
-        expected: list[Tensor] = check.record(job.base.model, texts, on_event=on_event)
-        rows = fidelity.held_out(job.data, job.valid)
-        losses = None if job.base.sharded else fidelity.token_losses(job.base.model, rows, on_event=on_event)
+    effect = observe(job.base.model, job.layers, texts, divided=bool(job.base.sharded), on_event=on_event)
+    rows, losses = fidelity.held_out(job.data, job.valid), None
+    if not job.base.sharded:
+        with borrowed(job.base.model, job.layers):
+            losses = fidelity.token_losses(job.base.model, rows, on_event=on_event)
     job.targets.clear()
     job.layers.clear()
     if last:
         job.base.release()
     gc.collect()
-    result = check.check(
-        job.base.fresh(),
+    base = job.base.fresh()
+    result, served = check.check(
+        base,
         folder,
-        texts,
-        expected,
+        effect,
         source_rank=job.lora.r,
         base_sha256=job.base.sha256,
-        dtype=job.base.dtype,
         place=job.base.place,
         on_event=on_event,
     )
-    level = "info" if result["passed"] else "error"
-    text = f"Export check: logits differ by {result['max_abs_logit_difference']:.2g} at most"
-    on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
+    _tell(result, on_event)
+    if losses is None or not result["passed"]:
+        free(base)
     check.require(result)
     if losses is None:
         result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=fidelity.DIVIDED, on_event=on_event)
@@ -85,12 +114,26 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
         folder,
         rows,
         losses,
+        served=served,
         dtype=job.base.dtype,
         device=job.base.device,
         quantization=job.lora.quantization,
         on_event=on_event,
     )
     return result
+
+
+def _tell(result: dict[str, Any], on_event: OnEvent) -> None:
+    text = f"Export check: {result['message']}"
+    if result["passed"]:
+        text = (
+            f"Export check: with stock PEFT, {result['modules']} layers add what was trained to within"
+            f" {result['max_module_difference']:.1g} of it, and logits differ by"
+            f" {result['max_abs_logit_difference']:.2g} at most where the adapter changes them by up to"
+            f" {result['max_abs_logit_effect']:.2g}"
+        )
+    level = "info" if result["passed"] else "error"
+    on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
 
 
 def write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None) -> None:
@@ -108,6 +151,7 @@ def write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict
         "packages": hardware.versions(),
         "hardware": hardware.description(),
         "init_report": report.summary,
+        "proof": job.proof,
         "export_check": export_check,
     }
     peft_adapter.write_json(folder / "manifest.json", manifest)

@@ -104,21 +104,10 @@ def _wanted(
     return wanted
 
 
-def _serve(
-    base_folder: Path,
-    folder: Path,
-    rows: HeldOut,
-    *,
-    ways: list[Way],
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: Quantization | None,
-    on_event: OnEvent,
-) -> dict[str, Tensor]:
-    """Losses in one number format, by way of serving, and of the base; one copy of it does for all."""
-    base = load_model(base_folder, dtype=dtype, device=device, quantization=quantization)
-    losses = {"base": token_losses(base, rows, on_event=on_event)}
-    model: Any = with_stock_peft(base, folder)
+def _serve(model: Any, base_folder: Path, rows: HeldOut, *, ways: list[Way], on_event: OnEvent) -> dict[str, Tensor]:
+    """Losses of a model under stock PEFT, by way of serving, and of its base; the model is let go of."""
+    with model.disable_adapter():
+        losses = {"base": token_losses(model, rows, on_event=on_event)}
     if "unmerged" in ways:
         losses["unmerged"] = token_losses(model, rows, on_event=on_event)
     if "merged" in ways:
@@ -189,6 +178,7 @@ def measure(
     device: torch.device,
     on_event: OnEvent,
     quantization: Quantization | None = None,
+    served: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Measure, say so in one `Message` (a warning where a way of serving loses much) and return the facts.
 
@@ -198,6 +188,7 @@ def measure(
         folder: the adapter as `adapter.export` wrote it.
         trained: `token_losses` of the trained model on the same rows.
         dtype: the run's, of base and activations.
+        served: the adapter on a base in this format by stock PEFT, if it has been loaded; it is let go of.
 
     Returns:
         `job.export_check["fidelity"]`. Losses are nats per trained token; `kept_*` is the share of the gain
@@ -207,13 +198,16 @@ def measure(
     found: dict[str, Tensor] = {"trained": trained} if rows.samples else {}
     wanted = _wanted(dtype=dtype, device=device, quantization=quantization) if rows.samples else {}
     for number, ways in wanted.items():
-        served = _serve(
-            base_folder, folder, rows, ways=ways, dtype=number, device=device, quantization=quantization,
-            on_event=on_event,
-        )  # fmt: skip
+        model = served if number == dtype else None
+        if model is None:
+            base = load_model(base_folder, dtype=number, device=device, quantization=quantization)
+            model = with_stock_peft(base, folder)
+        losses = _serve(model, base_folder, rows, ways=ways, on_event=on_event)
         if number == dtype:
-            found["base"] = served["base"]
-        found |= {f"{way}_{_NAMES[number]}": losses for way, losses in served.items()}
+            found["base"] = losses["base"]
+        found |= {f"{way}_{_NAMES[number]}": some for way, some in losses.items()}
+    if served is not None:
+        free(served)
     facts = {
         "data": rows.source,
         "rows": len(rows.samples),

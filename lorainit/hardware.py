@@ -5,8 +5,9 @@ import os
 import platform
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -134,6 +135,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY_LEFT)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had on a device or, for the CPU, in this process's container; None = unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = []
+    with suppress(OSError):
+        (line,) = [one for one in Path("/proc/meminfo").read_text().splitlines() if one.startswith("MemAvailable")]
+        free.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    return min(free, default=None)
 
 
 def peak_memory_bytes() -> int:

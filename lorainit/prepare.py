@@ -34,7 +34,10 @@ MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 64}
 
 @dataclass
 class Job:
-    """What one run works with, everything resolved. `layers` is its adapter, once it is initialized."""
+    """What one run works with, everything resolved. `layers` is its adapter, once it is initialized.
+
+    `proof`: how it was shown that stock PEFT reads what this run exports (`lorainit.proof`); None = not shown.
+    """
 
     spec: RunSpec
     base: Base
@@ -46,6 +49,7 @@ class Job:
     targets: dict[str, nn.Module]
     plan: Plan
     layers: dict[str, LoRALinear] = field(default_factory=dict)
+    proof: dict[str, Any] | None = None
 
     @property
     def recipe(self) -> dict[str, Any]:

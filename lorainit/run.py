@@ -11,8 +11,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lorainit import checkpoint, delivery, hardware, init_stage
+from lorainit import checkpoint, delivery, hardware, init_stage, proof
 from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Progress, Restored
 from lorainit.course import Member
@@ -128,6 +129,7 @@ def _begin(request: Request, base: Base, world: World, *, sharing: int) -> _Run:
     say(job.plan)
     restored = _restored(job)
     say(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
+    job.proof = proof.prove(job, request.out, say, known=_proof(restored))
     report = _resume(job, restored) if restored else init_stage.start(job, say)
     world.agree(
         [t for layer in job.layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
@@ -179,9 +181,10 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
     job, out, say = one.job, one.request.out, one.request.on_event
     delivery.write_metrics(out)
     say(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
-    delivery.write_adapter(job, out / "adapter", one.report)
-    check = delivery.verify(job, out / "adapter", say, last=last)
-    delivery.write_manifest(job, out / "adapter", one.report, export_check=check)
+    with delivery.complete_or_absent(out / "adapter") as folder:
+        delivery.write_adapter(job, folder, one.report)
+        check = delivery.verify(job, folder, say, last=last)
+        delivery.write_manifest(job, folder, one.report, export_check=check)
     done = Done(
         adapter=str((out / "adapter").resolve()),
         trained_tokens=progress.tokens,
@@ -195,7 +198,7 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
 def _accompany(one: _Run, progress: Progress, *, last: bool) -> Done:
     """The end of a process that trained along: the leading one writes the adapter, and needs our part to check it."""
     if one.job.base.sharded:
-        delivery.verify(one.job, one.request.out / "adapter", one.request.on_event, last=last)
+        delivery.verify(one.job, delivery.unproven(one.request.out / "adapter"), one.request.on_event, last=last)
     return Done(adapter=str(one.request.out / "adapter"), trained_tokens=progress.tokens, export_check={}, resources={})
 
 
@@ -206,6 +209,15 @@ def _restored(job: Job) -> Restored | None:
     if job.spec.resume_from is None:
         return None
     return checkpoint.read(Path(job.spec.resume_from), recipe=job.recipe)
+
+
+def _proof(restored: Restored | None) -> dict[str, Any] | None:
+    """What the attempt that wrote the checkpoint had shown of its download."""
+    if restored is None:
+        return None
+    manifest = json.loads((restored.folder / "adapter" / "manifest.json").read_text())
+    known: dict[str, Any] | None = manifest.get("proof")
+    return known
 
 
 def _resume(job: Job, restored: Restored) -> Report:

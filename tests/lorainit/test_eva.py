@@ -15,11 +15,12 @@ from lorainit.events import Message
 from lorainit.evidence import Evidence, activations
 from lorainit.evidence.collect import collect
 from lorainit.evidence.pca import PCA, converged, spread_ranks
-from lorainit.export.check import check, prompts, record
+from lorainit.export.check import check, prompts
+from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
 from lorainit.inits import EVA
-from lorainit.layer import adapted
+from lorainit.layer import adapted, detach
 from lorainit.methods import METHODS
 from lorainit.model.load import load_model
 from lorainit.run import run
@@ -283,13 +284,15 @@ def test_stock_peft_loads_mixed_ranks_at_one_scale(bases, rows, tmp_path, base, 
     layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     assert layers.keys() == {n for n, r in ranks.items() if r}
     assert all(m.scaling["default"] == pytest.approx(lora.scaling, rel=1e-12) for m in layers.values())
-    result = check(
-        load_model(bases[base], dtype=torch.float32, device=CPU), tmp_path, texts := prompts(context.samples),
-        record(context.model, texts, on_event=lambda e: None), source_rank=4, base_sha256="x",
-        dtype=torch.float32, on_event=lambda e: None,
+    ours = detach(context.model)
+    effect = observe(context.model, ours, prompts(context.samples), divided=False, on_event=lambda e: None)
+    result, _ = check(
+        load_model(bases[base], dtype=torch.float32, device=CPU), tmp_path, effect, source_rank=4, base_sha256="x",
+        on_event=lambda e: None,
     )  # fmt: skip
     assert result["passed"]
-    assert result["max_abs_logit_difference"] < 1e-5
+    assert result["modules"] == len(layers)
+    assert result["max_abs_logit_difference"] < 1e-9
 
 
 def test_scale_of_peft_drifts_with_the_rank_under_rslora_and_ours_does_not(bases, rows):

@@ -23,10 +23,11 @@ from lorainit.data import load
 from lorainit.errors import InitFailed, UnsupportedModel
 from lorainit.events import Done, InitReport, Metrics
 from lorainit.evidence.gradients import mean_gradients
-from lorainit.export.check import check, prompts, record
+from lorainit.export.check import check, prompts
+from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.layer import adapted, attach
+from lorainit.layer import adapted, attach, detach
 from lorainit.loss import logits_of
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets, linear_layers
@@ -235,18 +236,16 @@ def test_the_adapter_loads_on_the_full_precision_base_which_is_another_model(bas
     initialize(model, targets, lora, seed=0, probe=collate(samples[:2], pad=0), on_event=lambda event: None)
     export(model, adapted(model), tmp_path, root="tests/base")
     texts = prompts(samples)
-    expected = record(model, texts, on_event=lambda event: None)
+    effect = observe(model, detach(model), texts, divided=False, on_event=lambda event: None)
 
     def checked(quantization):
         fresh = load_model(bases[base], dtype=torch.float32, device=CPU, quantization=quantization)
-        return check(
-            fresh, tmp_path, texts, expected, source_rank=4, base_sha256="x", dtype=torch.float32,
-            on_event=lambda event: None,
-        )  # fmt: skip
+        return check(fresh, tmp_path, effect, source_rank=4, base_sha256="x", on_event=lambda event: None)[0]
 
     assert checked("nf4")["passed"] is True
     full = checked(None)
     assert [loader["loaded"] for loader in full["loaders"]] == [True]
+    assert full["message"].startswith(f"{next(iter(targets))}: the base model's own layer differs by")
     assert full["max_abs_logit_difference"] > 100 * full["tolerance"]
 
 

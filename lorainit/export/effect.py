@@ -1,0 +1,193 @@
+"""What an adapter does, layer by layer and to the model's logits, as numbers that a reloaded one can be held against.
+
+Each layer is given the same fixed rows whatever the run learned from, and computes in float64: what a layer adds is
+then known to ten digits, however little it was trained. Knows nothing of files.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+from lorainit.events import Event, Tick
+from lorainit.export.exact import exact, plain, widened, widest
+from lorainit.hardware import generator_for
+from lorainit.layer import LoRALinear, borrowed
+from lorainit.model.experts import ExpertLinear
+
+OnEvent = Callable[[Event], None]
+ROWS = 2  # given to each layer; one would do, two cannot both be unlucky
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one layer makes of its fixed rows: `base` without the adapter, `added` by it (rows×out, on the CPU).
+
+    `transposed`: the base stores this expert's matrix in×out.
+    """
+
+    base: Tensor
+    added: Tensor
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an adapter does to a model.
+
+    Attributes:
+        changes: of each layer, by the base's module names.
+        logits: of the adapted model on each text, tokens×vocabulary, float64 on the CPU.
+        moved: how far each token's logits lie from the base's at most, one tensor for each text.
+        dtype: what `logits` were computed in; widened: it is not the run's own format, which rounds elsewhere.
+        noise: how far the run's own rounding puts this effect off, relative to it; None where nothing was rounded.
+    """
+
+    changes: dict[str, Change]
+    texts: list[Tensor]
+    logits: list[Tensor]
+    moved: list[Tensor]
+    dtype: torch.dtype
+    widened: bool
+    noise: float | None
+
+
+def observe(
+    model: nn.Module, layers: dict[str, LoRALinear], texts: list[Tensor], *, divided: bool, on_event: OnEvent
+) -> Effect:
+    """What `layers` do to `model`, which carries none of them.
+
+    Args:
+        divided: the base is divided between devices: its layers are seen in float64, its logits in the run's format.
+    """
+    changes = observe_layers(layers, on_event=on_event)
+    own = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = None if divided else widest(model, texts[0])
+    bare, adapted = _both(model, layers, texts, dtype, on_event=on_event)
+    noise = None
+    if dtype and own.itemsize < torch.float32.itemsize:
+        noise = _distance(*_both(model, layers, texts, None, on_event=on_event), bare, adapted)
+    return Effect(changes, texts, adapted, _moved(bare, adapted), dtype or own, dtype is not None, noise)
+
+
+@torch.no_grad()
+def observe_layers(layers: Mapping[str, LoRALinear], *, on_event: OnEvent) -> dict[str, Change]:
+    """What each of our layers does; those of rank 0 do nothing and are left out."""
+    found = {}
+    for done, (name, layer) in enumerate(layers.items(), start=1):
+        if len(layer.A):
+            found[name] = _change(name, layer, layer.A.shape[1])
+        on_event(Tick(done=done, total=len(layers)))
+    return found
+
+
+def _change(name: str, layer: LoRALinear, width: int) -> Change:
+    base, x = layer.base, fixed_rows(name, width).to(layer.A.device)
+    try:
+        layer.base = plain(base, torch.float64)
+        with widened(layer, torch.float64):
+            y: Tensor = layer.base(x)
+            return _as_change(y, layer(x), transposed=isinstance(base, ExpertLinear) and base.stack.transposed)
+    finally:
+        layer.base = base
+
+
+def observe_peft(model: nn.Module, ours: Mapping[str, Change]) -> Iterator[tuple[str, Change]]:
+    """What each of PEFT's layers does to the rows that ours was given, by the base's module names."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, ParamWrapper):
+            yield from _experts(f"{name.replace('.base_layer', '')}.{layer.parameter_name}", layer, ours)
+        elif isinstance(layer, LoraLayer):
+            yield name, _of_peft(name, layer)
+
+
+@torch.no_grad()
+def _of_peft(name: str, layer: Any) -> Change:
+    A = layer.lora_A["default"].weight
+    x = fixed_rows(name, A.shape[1]).to(A.device)
+    with widened(layer, torch.float64):
+        return _as_change(layer.base_layer(x), layer(x))
+
+
+@torch.no_grad()
+def _experts(name: str, layer: Any, ours: Mapping[str, Change]) -> list[tuple[str, Change]]:
+    """Of every expert of a parameter that PEFT adapts; those that we leave alone count if PEFT does not."""
+    found = []
+    with widened(layer, torch.float64):
+        stored, (left, right, scale) = layer.get_param(), layer.get_delta_factors("default")
+        for number, (W, L, R) in enumerate(zip(stored, left, right, strict=True)):
+            one = f"{name}.{number}"
+            transposed = one in ours and ours[one].transposed
+            if one not in ours and not (L.any() and R.any()):
+                continue
+            W, L, R = (W.T, R.T, L.T) if transposed else (W, L, R)
+            x = fixed_rows(one, W.shape[1]).to(W.device)
+            base = x @ W.T
+            bias = getattr(layer.get_base_layer(), f"{layer.parameter_name}_bias", None)
+            base = base if bias is None else base + bias[number]
+            found.append((one, Change(base.float().cpu(), (scale * x @ R.T @ L.T).float().cpu(), transposed)))
+    return found
+
+
+def _as_change(base: Tensor, adapted: Tensor, *, transposed: bool = False) -> Change:
+    # Subtracted before it is rounded: what was added may be far below float32's last digit of the sum.
+    return Change(base.float().cpu(), (adapted - base).float().cpu(), transposed)
+
+
+def fixed_rows(name: str, width: int) -> Tensor:
+    """Normal numbers (rows×width, float64) that depend on the layer's name only."""
+    return torch.randn(ROWS, width, generator=generator_for(0, name), dtype=torch.float64)
+
+
+# --- logits --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits_of(model: Any, texts: Sequence[Tensor], *, dtype: torch.dtype | None, on_event: OnEvent) -> list[Tensor]:
+    """The model's logits on each text, one at a time, computed in `dtype` (None = as it is); float64 on the CPU."""
+    if dtype is not None:
+        with exact(model, dtype):
+            return logits_of(model, texts, dtype=None, on_event=on_event)
+    device, found = next(model.parameters()).device, []
+    for done, ids in enumerate(texts, start=1):
+        found.append(model(input_ids=ids[None].to(device)).logits[0].double().cpu())
+        on_event(Tick(done=done, total=len(texts)))
+    return found
+
+
+def _both(
+    model: nn.Module,
+    layers: dict[str, LoRALinear],
+    texts: Sequence[Tensor],
+    dtype: torch.dtype | None,
+    *,
+    on_event: OnEvent,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The logits of the bare model and of the adapted one."""
+    bare = logits_of(model, texts, dtype=dtype, on_event=on_event)
+    with borrowed(model, layers):
+        return bare, logits_of(model, texts, dtype=dtype, on_event=on_event)
+
+
+def _moved(bare: Sequence[Tensor], adapted: Sequence[Tensor]) -> list[Tensor]:
+    return [(a - b).abs().amax(1) for a, b in zip(adapted, bare, strict=True)]
+
+
+def _distance(
+    bare: Sequence[Tensor], adapted: Sequence[Tensor], exactly_bare: Sequence[Tensor], exactly: Sequence[Tensor]
+) -> float | None:
+    """How far one effect on logits lies from another, relative to the other; None if there is none."""
+    effect = [a - b for a, b in zip(exactly, exactly_bare, strict=True)]
+    off = [(a - b) - e for a, b, e in zip(adapted, bare, effect, strict=True)]
+    size = norm_of(effect)
+    return norm_of(off) / size if size else None
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all numbers of several tensors."""
+    return math.sqrt(math.fsum(float(t.square().sum()) for t in tensors))

@@ -1,0 +1,163 @@
+"""A model's function in float64, from the weights as they are held: what an adapter does, free of the run's rounding.
+
+Weights become float64 for as long as their decoder layer runs, so no second copy of the base lies in memory.
+bf16 and float32 numbers are float64 numbers too, so nothing is rounded on the way. Few architectures cannot
+compute in float64, because their code names float32: they do the same in float32. Knows nothing of files.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.model import attention
+from lorainit.quantize import is_quantized
+from lorainit.weight import weight_of
+
+TRIED = 8  # tokens
+
+
+@torch.no_grad()
+def widest(model: nn.Module, text: Tensor) -> torch.dtype | None:
+    """float64 where this architecture and this device can compute in it, else float32, else None: `text` is tried."""
+    ids = text[None, :TRIED].to(next(model.parameters()).device)
+    for dtype in (torch.float64, torch.float32):
+        with suppress(RuntimeError), exact(model, dtype):  # mixed formats, or memory
+            model(input_ids=ids)
+            return dtype
+    return None
+
+
+@contextmanager
+def exact(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """`model` computes in `dtype`, uncompiled and with the attention and experts that transformers gives it.
+
+    Embeddings are looked up as they are and widened afterwards: they are the largest weights, and nothing is
+    computed with them. The model is as it was when the context ends, bit for bit.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_stock_kernels(model))
+        stack.enter_context(_uncompiled(model))
+        layers = _layers(model)
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        for layer in layers:
+            stack.enter_context(_widened_while_it_runs(layer, dtype, recurse=True))
+        for module in model.modules():
+            if id(module) in inside:
+                continue
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(partial(_widen_output, dtype)).remove)
+            elif next(module.parameters(recurse=False), None) is not None:
+                stack.enter_context(_widened_while_it_runs(module, dtype, recurse=False))
+        yield
+
+
+@contextmanager
+def widened(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True) -> Iterator[None]:
+    """The module's floating-point weights in `dtype`, for as long as the context lasts.
+
+    Layers in four bits, and those that devices share, are replaced by plain ones with the weight that they stand for.
+    """
+    tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+    before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point() and not _is_divided(tensor)]
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for tensor, data in before:
+            tensor.data = data.to(dtype)
+        for parent in list(module.modules()) if recurse else ():
+            for name, child in list(parent.named_children()):
+                # An adapted layer shows its base's weight as its own: only what has no parts is replaced.
+                is_leaf = next(child.children(), None) is None
+                if is_leaf and (is_quantized(child) or _is_divided(getattr(child, "weight", None))):
+                    replaced.append((parent, name, child))
+                    setattr(parent, name, plain(child, dtype))
+        yield
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+        for tensor, data in before:
+            tensor.data = data
+
+
+def plain(module: Any, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer with a module's weight and bias in `dtype`, whatever form that module holds them in."""
+    W = weight_of(module).detach().to(dtype)
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    if module.bias is not None:
+        bias = module.bias.full_tensor() if _is_divided(module.bias) else module.bias
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear
+
+
+def _is_divided(tensor: object) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+@contextmanager
+def _widened_while_it_runs(module: nn.Module, dtype: torch.dtype, *, recurse: bool) -> Iterator[None]:
+    running = ExitStack()
+
+    def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        running.enter_context(widened(module, dtype, recurse=recurse))
+        # Mamba asks the head for its format before it calls it.
+        return inputs if recurse else tuple(_widen(x, dtype) for x in inputs)
+
+    def leave(*_: Any) -> None:
+        running.close()
+
+    hooks = module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        running.close()
+        for hook in hooks:
+            hook.remove()
+
+
+def _widen_output(dtype: torch.dtype, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)
+
+
+def _widen(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost module lists: every architecture keeps its decoder layers in one."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else _layers(child)
+    return found
+
+
+@contextmanager
+def _stock_kernels(model: Any) -> Iterator[None]:
+    """transformers' own attention and experts: fast ones know the run's formats only.
+
+    That our attention is theirs is shown when it is installed.
+    """
+    with ExitStack() as stack:
+        if model.config._attn_implementation == attention.NAME:
+            stack.callback(model.set_attn_implementation, attention.NAME)
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        if model._can_set_experts_implementation():
+            before = model.get_experts_implementation()
+            stack.callback(model.set_experts_implementation, before)
+            model.set_experts_implementation(dict.fromkeys(before, "eager"))
+        yield
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call

@@ -1,0 +1,204 @@
+"""Before the first step: an adapter of the shape that will be trained is written, read by stock PEFT, and compared.
+
+A base that PEFT cannot read, or reads otherwise than we do, ends here in seconds, and not after the training. The
+trial's factors are drawn, because most methods start with a product of zero, which would show nothing. Nothing of
+the run's own adapter is used or changed.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorainit import delivery
+from lorainit.base import OnEvent
+from lorainit.errors import ExportCheckFailed, LorainitError, UnsupportedModel
+from lorainit.events import Message
+from lorainit.export import check
+from lorainit.export.effect import Effect, logits_of, observe
+from lorainit.hardware import generator_for, is_out_of_memory, versions
+from lorainit.layer import LoRALinear, borrowed
+from lorainit.methods import Factors
+from lorainit.model.experts import short_name
+from lorainit.model.load import free
+from lorainit.prepare import Job
+from lorainit.spec import Lora
+from lorainit.store import key
+from lorainit.weight import shape_of
+
+ROWS, TOKENS = 2, 32
+SIZE = 0.05  # of what a layer of a trained model makes of its input: an adapter that does something, and not too much
+_READERS = ("peft", "transformers", "torch")
+_FACTS = ("modules", "max_module_difference", "relative_logit_difference", "arithmetic", "loaders", "seconds")
+
+
+def prove(job: Job, out: Path, on_event: OnEvent, *, known: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Show that stock PEFT reads adapters of this job's layout on this base; the model stays bare.
+
+    Args:
+        known: what an earlier attempt of this run returned.
+
+    Returns:
+        What was shown and with which versions, for the manifest; None where there is no room for a second base.
+
+    Raises:
+        ExportCheckFailed: PEFT cannot read it, or makes something else of it.
+        UnsupportedModel: the base does not run with adapted layers.
+    """
+    if known and known["versions"] == _versions():
+        return known
+    layout = _layout(job)
+    if layout in job.base.proven:
+        return job.base.proven[layout]
+    facts = _agreed(job, out, on_event)
+    if facts is not None:
+        job.base.proven[layout] = facts
+    return facts
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: value for name, value in versions().items() if name in _READERS}
+
+
+def _layout(job: Job) -> str:
+    """All that shapes an adapter's files and the way in which a loader reads them."""
+    lora = job.lora
+    return key(
+        targets=list(job.targets),
+        lora=[lora.r, lora.scaling, lora.use_rslora, lora.use_dora, lora.quantization],
+        method=[lora.method.offset, lora.method.export_rank],
+    )
+
+
+def _agreed(job: Job, out: Path, on_event: OnEvent) -> dict[str, Any] | None:
+    """What the leading process finds; where it finds a fault, all of them end."""
+    world, error, facts = job.base.world, None, None
+    try:
+        if world.leads or job.base.sharded:
+            facts = _tried(job, out, on_event)
+    except LorainitError as fault:
+        error = fault
+    if world.anybody(error is not None, job.base.device):
+        raise error or ExportCheckFailed("The leading process found that stock PEFT does not read the adapter.")
+    return facts
+
+
+def _tried(job: Job, out: Path, on_event: OnEvent) -> dict[str, Any] | None:
+    layers = trial(job.targets, job.lora, device=job.base.device)
+    effect = _effect(job, layers, on_event)
+    if not job.base.world.leads:
+        return None
+    with _folder(out) as folder:
+        delivery.write_factors(job, layers, folder)
+        layers.clear()
+        result = _compared(job, folder, effect, on_event)
+    if result is None:
+        text = "There is no room for a second copy of the base, so stock PEFT reads the adapter at the end only"
+        on_event(Message(level="warn", message=text, data={"kind": "export", "proof": None}))
+        return None
+    if not result["passed"]:
+        raise ExportCheckFailed(
+            f"Stock PEFT {result['loaders'][0]['version']} does not make of this base and these target modules what is"
+            f" trained here, so nothing was trained: {result['message']}."
+        )
+    facts = {name: result[name] for name in _FACTS} | {"versions": _versions()}
+    text = (
+        f"Stock PEFT {facts['versions']['peft']} reads what this run will export: {facts['modules']} layers were"
+        f" compared one by one, and differ by at most {facts['max_module_difference']:.1g} of what they add"
+    )
+    on_event(Message(message=text, data={"kind": "export", "proof": facts}))
+    return facts
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=".proof-", dir=out))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- the trial -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def trial(targets: dict[str, nn.Module], lora: Lora, *, device: torch.device) -> dict[str, LoRALinear]:
+    """Layers of the shapes that will be trained, away from their start, with factors of their own.
+
+    Where a method spreads ranks over layers, every other layer gets a rank less.
+    """
+    layers = {}
+    for number, (name, module) in enumerate(targets.items()):
+        rank = lora.r - number % 2 if lora.method.export_rank == "per module" and lora.r > 1 else lora.r
+        out, n = shape_of(module)
+        generator = generator_for(0, f"trial of {name}")
+        A, B = torch.randn(rank, n, generator=generator), torch.randn(out, rank, generator=generator)
+        # A·x is then as large as x is, and s·B·A·x is SIZE of that.
+        start = Factors(A=(A / n**0.5).to(device), B=(B * SIZE / (lora.scaling * rank**0.5)).to(device))
+        layer = LoRALinear(
+            module, start, scale=lora.scaling, subtract=lora.method.offset == "subtract", dora=lora.use_dora
+        )
+        for parameter in layer.trained().values():
+            noise = torch.randn(parameter.shape, generator=generator).to(device)
+            parameter.add_(0.3 * noise * parameter.square().mean().sqrt())
+        layers[name] = layer
+    return layers
+
+
+def _effect(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> Effect:
+    texts = check.prompts(job.data.samples, rows=ROWS, tokens=TOKENS)
+    try:
+        return observe(job.base.model, layers, texts, divided=bool(job.base.sharded), on_event=on_event)
+    except check.FAULTS as error:
+        if is_out_of_memory(error):
+            raise
+        name = _culprit(job, layers, on_event)
+        raise UnsupportedModel(
+            f"The base model does not run with adapted layers ({name}): {check.short(error)}. Leave them out of"
+            " target_modules.",
+            param="lora.target_modules",
+        ) from error
+
+
+def _culprit(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> str:
+    """The first layer with which alone the model does not run, or the first of all."""
+    text = [torch.zeros(2, dtype=torch.long)]
+    kinds = {short_name(name, layers[name].base): name for name in reversed(layers)}
+    for name in reversed(kinds.values()):
+        try:
+            with borrowed(job.base.model, {name: layers[name]}):
+                logits_of(job.base.model, text, dtype=None, on_event=on_event)
+        except check.FAULTS:
+            return name
+    return next(iter(layers))
+
+
+# --- the second base -----------------------------------------------------------------------------
+
+
+def _compared(job: Job, folder: Path, effect: Effect, on_event: OnEvent) -> dict[str, Any] | None:
+    """What the check says on a copy of the base, or None where there is no room for one."""
+    copies = job.base.beside()
+    while True:
+        with suppress(torch.OutOfMemoryError):  # it was measured, but others may use the device too
+            base = next(copies, None)
+            if base is None:
+                return None
+            try:
+                return check.check(
+                    base,
+                    folder,
+                    effect,
+                    source_rank=job.lora.r,
+                    base_sha256=job.base.sha256,
+                    layers_only=bool(job.base.sharded),
+                    on_event=on_event,
+                )[0]
+            finally:
+                free(base)
