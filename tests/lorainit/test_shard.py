@@ -23,6 +23,7 @@ from lorainit.run import run
 from lorainit.shard import decide, shard
 from lorainit.spec import RunSpec
 from lorainit.world import World
+from tests.zoo.bases import make
 
 ROOT = Path(__file__).parents[2]
 WHOLE = [name for name in METHODS if name != "loftq"]  # which is for bases in four bits
@@ -39,7 +40,7 @@ def shared(spec: RunSpec, **update) -> dict:
 
 
 @pytest.fixture(scope="module")
-def cases(bases, rows):
+def cases(bases, rows, tmp_path_factory):
     """What both processes run, one after the other: five rows a step in pieces of two, so that one has less to do."""
 
     def spec(base="llama", **lora):
@@ -53,8 +54,11 @@ def cases(bases, rows):
             }
         )
 
+    folder = tmp_path_factory.mktemp("mixture")
     found = {name: spec(init={"method": name}) for name in WHOLE}
     found |= {"gpt2": spec("gpt2", init="pissa"), "dora": spec(use_dora=True), "dropped": spec(dropout=0.1)}
+    mixture = found["eva"].model.model_copy(update={"source": str(make("gpt_oss", folder))})
+    found["experts"] = found["eva"].model_copy(update={"model": mixture})
     kept = found["loram"].training.model_copy(update={"gradient_checkpointing": False})
     found["kept"] = found["loram"].model_copy(update={"training": kept})
     return found
@@ -83,7 +87,7 @@ def found(pair, name):
     return [json.loads((pair / name / f"found-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "gpt2", "dora", "kept"])
+@pytest.mark.parametrize("name", [*WHOLE, "gpt2", "dora", "kept", "experts"])
 def test_a_divided_base_trains_the_adapter_that_a_whole_one_trains(name, cases, pair, tmp_path):
     assert [one["error"] for one in found(pair, name)] == [None, None]
     alone = run(cases[name], tmp_path / "alone", quiet)
