@@ -17,6 +17,7 @@ from lorainit.initialize import Report
 from lorainit.inits import EVA
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.model import tokenizer_files
+from lorainit.model.experts import ExpertLinear
 from lorainit.model.load import free
 from lorainit.prepare import Job
 from lorainit.results import write_csv
@@ -38,6 +39,7 @@ def write_adapter(job: Job, folder: Path, report: Report) -> None:
         alpha=alpha,
         quantization=job.lora.quantization,
         dora=job.lora.use_dora,
+        experts=any(isinstance(layer.base, ExpertLinear) for layer in job.layers.values()),
     )
     peft_adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
     write_manifest(job, folder, report, export_check=None)

@@ -15,12 +15,15 @@ def write(
     alpha: float,
     quantization: Quantization | None = None,
     dora: bool = False,
+    experts: bool = False,
 ) -> None:
-    """A README.md a model hub understands."""
+    """A README.md a model hub understands; `experts`: the adapter is on experts of a mixture too."""
     base, loading = _NF4_CARD if quantization else ("", "")
     kind, serving = "LoRA", f"vLLM needs `--max-lora-rank` of at least {rank}."
     if dora:
         kind, serving = "DoRA", "Where only plain LoRA is served, merge it into the base first."
+    if experts:
+        serving += f" {_EXPERTS_CARD}"
     source = f"`{method}` ({paper})" if paper else f"`{method}`"
     (folder / "README.md").write_text(
         f"""---
@@ -50,6 +53,8 @@ what the initialization did to each layer.
 """
     )
 
+
+_EXPERTS_CARD = "It is on experts too (`target_parameters`), which PEFT reads from 0.20 on, with transformers 5."
 
 # Which base it was trained on, and how to load that one: the adapter fits the full-precision base too.
 _NF4_CARD = (

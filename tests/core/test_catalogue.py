@@ -34,6 +34,28 @@ def test_the_size_counts_every_shape_of_a_name() -> None:
     assert (modules, parameters) == (4, 4 * (64 + 48) * 2)
 
 
+def with_experts() -> catalogue.Entry:
+    experts = target("experts.down_proj", 64, 48, "mlp", count=8).model_copy(update={"experts": True})
+    return ENTRY.model_copy(update={"targets": [*ENTRY.targets, experts]})
+
+
+def test_experts_are_counted_one_by_one() -> None:
+    placed = catalogue.place(Lora(r=4, target_modules=["experts.down_proj"]), with_experts())
+    assert catalogue.size(placed, with_experts()) == (8, 8 * 4 * (64 + 48))
+
+
+def test_dora_leaves_experts_out_of_a_group_of_layers_and_is_refused_where_they_are_named() -> None:
+    assert catalogue.place(Lora(r=4, use_dora=True, target_modules="mlp"), with_experts()).target_modules == ["up"]
+    with pytest.raises(InvalidValue, match="no DoRA for experts") as caught:
+        catalogue.place(Lora(r=4, use_dora=True, target_modules=["up", "experts.down_proj"]), with_experts())
+    assert (caught.value.code, caught.value.param) == ("unsupported_combination", "lora.use_dora")
+
+
+def test_experts_do_not_decide_whether_a_base_can_be_quantized() -> None:
+    wide = with_experts().model_copy(update={"targets": [target("q", 8, 64), with_experts().targets[-1]]})
+    assert wide.quantization == ["nf4"]
+
+
 @pytest.mark.parametrize(("r", "names", "side"), [(9, ["k"], 8), (17, ["q"], 16), (33, ["up"], None)])
 def test_a_rank_above_any_shape_of_a_target_is_refused(r: int, names: list[str], side: int | None) -> None:
     with pytest.raises(InvalidValue, match=str(side) if side else "between 1 and 32") as caught:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api.core import admission, catalogue, groups, jobs
 from api.core.jobs import Failure, Lease
 from api.core.models import Event, Job, Project
-from lorainit.spec import Hyperparameters, Lora
+from lorainit.spec import Hyperparameters, Lora, Target
 from tests.things import MODEL, a_job, a_project, a_queued_job, a_worker
 
 
@@ -201,7 +201,7 @@ def key_of(
     *,
     training: Hyperparameters = TRAINING,
     deterministic: bool = True,
-) -> str:
+) -> str | None:
     return groups.key(base, lora, training=training, deterministic=deterministic)
 
 
@@ -232,6 +232,17 @@ def test_what_a_forward_pass_cannot_share_changes_the_key(change: dict[str, Any]
 )
 def test_what_is_each_adapters_own_leaves_the_key(change: dict[str, Any]) -> None:
     assert key_of(**change) == key_of()
+
+
+def test_adapters_of_experts_run_alone() -> None:
+    facts = {"group": "mlp", "out_features": 8, "in_features": 8, "count": 4}
+    targets = [
+        Target.model_validate({"name": "experts.down_proj", "experts": True, **facts}),
+        Target.model_validate({"name": "up_proj", **facts}),
+    ]
+    mixture = BASE.model_copy(update={"targets": targets})
+    keys = [key_of(mixture, LORA.model_copy(update={"target_modules": [target.name]})) for target in targets]
+    assert keys[0] is None and keys[1] is not None
 
 
 def test_admission_gives_a_key_to_those_who_ask_and_an_auto_equals_its_number(session: Session) -> None:

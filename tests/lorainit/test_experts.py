@@ -190,6 +190,7 @@ def test_download_of_a_mixture_is_read_by_stock_peft_in_a_new_process(folders, r
         trained = model(input_ids=ids).logits
     torch.testing.assert_close(theirs, trained, atol=1e-5, rtol=1e-5)
     assert (trained - base).abs().max() > 1e-3
+    assert "`target_parameters`" in (tmp_path / "out/adapter/README.md").read_text()
 
 
 def from_checkpoint(out, name, module):
