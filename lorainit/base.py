@@ -17,6 +17,7 @@ from lorainit.events import Event, Message
 from lorainit.inits import Quantization
 from lorainit.loss import is_plain
 from lorainit.model import experts
+from lorainit.model.examine import examine
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
@@ -163,13 +164,14 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALO
         out: where a GGUF base is converted to when the spec names no cache.
 
     Raises:
-        UnsupportedModel: it is not there, or this machine cannot run it as asked.
+        UnsupportedModel: it is not there or not one that can be trained, or this machine cannot run it as asked.
     """
     if spec.lora.quantization:
         require_library()
     device = hardware.pick_device()
     dtype = hardware.dtype_of(hardware.resolve_precision(spec.training, device)[0].precision)
     location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
+    examine(location.folder)
     tokenizer = load_tokenizer(location.folder)
     digest = known_sha256(location.folder, store(spec, "bases", on_event))
     require_whole(location.folder, digest)

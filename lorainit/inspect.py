@@ -7,7 +7,8 @@ from torch import nn
 
 from lorainit.digest import base_sha256
 from lorainit.model import experts
-from lorainit.model.load import load_tokenizer, locate, skeleton
+from lorainit.model.examine import examine
+from lorainit.model.load import load_tokenizer, locate
 from lorainit.model.targets import Group, group_of, linear_layers
 from lorainit.spec import ModelFacts, Target
 from lorainit.weight import shape_of
@@ -24,7 +25,7 @@ def inspect(source: str, *, cache: Path) -> ModelFacts:
         UnsupportedModel: it cannot be loaded as a causal language model.
     """
     location = locate(source, cache=cache)
-    model = skeleton(location.folder)
+    model = examine(location.folder)
     experts.install(model)
     tokenizer = load_tokenizer(location.folder)
     return ModelFacts(

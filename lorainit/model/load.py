@@ -1,4 +1,4 @@
-"""The base model: where it comes from, its tokenizer, and which of its layers can carry a LoRA.
+"""The base model: where it comes from, its tokenizer, and its weights.
 
 Weights are read from safetensors only, never from pickles, and no code of a model repository is
 ever run. Knows nothing of data, methods or training.
@@ -6,7 +6,6 @@ ever run. Knows nothing of data, methods or training.
 
 import hashlib
 import importlib.util
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -15,12 +14,16 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorainit.digest import seal
 from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inits import Quantization
 from lorainit.model import tokenizer_files
+from lorainit.model.complete import quiet, require_nothing_left
+from lorainit.model.examine import as_unsupported, build, read_config, require_language_model
+from lorainit.model.files import check_folder, stored_weights
+from lorainit.model.gguf_header import check_header
 from lorainit.model.positions import forget_lengths
 from lorainit.quantize import loading_options, settle
 
@@ -55,7 +58,7 @@ def locate(source: str, *, cache: Path) -> Location:
         path = _from_package(source.removeprefix("package:"))
     else:
         path = Path(source)
-    if not path.exists():
+    if not _exists(path):
         raise UnsupportedModel(f"There is no base model at {source!r}.", param="model")
     folder = path if path.is_dir() else _converted(path, cache)
     if not (folder / "config.json").is_file():
@@ -64,7 +67,14 @@ def locate(source: str, *, cache: Path) -> Location:
         pickles = [p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix)]
         why = f"only {pickles[0]}, and pickles are never loaded" if pickles else "no weights"
         raise UnsupportedModel(f"{source!r} has no safetensors ({why}): convert it first.", param="model")
-    return Location(folder, _context_length(folder))
+    return Location(folder, _context_length(check_folder(folder)))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a loop of links, a name too long, a zero byte in it
+        return False
 
 
 def _from_package(name: str) -> Path:
@@ -88,8 +98,9 @@ def _from_hub(name: str) -> Path:
 
 def _converted(path: Path, cache: Path) -> Path:
     """The safetensors folder of a GGUF file: made once, complete or absent, whoever else makes it too."""
-    if path.suffix != ".gguf":
+    if path.suffix != ".gguf" or not path.is_file():
         raise UnsupportedModel(f"{path} is neither a folder nor a .gguf file.", param="model")
+    check_header(path)
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache / f"{path.stem}-{digest[:16]}-{CONVERTER}"
@@ -110,16 +121,21 @@ def _converted(path: Path, cache: Path) -> Path:
 
 
 def _convert(path: Path, out: Path) -> None:
-    try:
+    with as_unsupported(f"{path.name} cannot be read as GGUF"), quiet():
         # Said here too: whatever lies beside the file may name code of its own.
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
         )
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
-        raise UnsupportedModel(f"{path.name} cannot be read as GGUF: {error}", param="model") from error
+        model, report = loaded
+        require_nothing_left(report)
     # save_pretrained refuses a model that remembers having been quantized; the tensors no longer are.
     del model.config.quantization_config
     for trace in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -138,9 +154,9 @@ def _restore_exact_floats(config: Any) -> None:
         config.rms_norm_eps = float(f"{epsilon:.6g}")
 
 
-def _context_length(folder: Path) -> int | None:
-    config = json.loads((folder / "config.json").read_text())
-    text = config.get("text_config", config)
+def _context_length(config: dict[str, Any]) -> int | None:
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
     value = text.get("max_position_embeddings") or text.get("n_positions")
     return value if isinstance(value, int) else None
 
@@ -160,10 +176,8 @@ def check_length(location: Location, max_length: int) -> None:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a base; only fast ones, since masks need character offsets."""
     tokenizer_files.own_files(folder)
-    try:
+    with as_unsupported("The base model's tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModel(f"The base model's tokenizer cannot be loaded: {error}", param="model") from error
     if not tokenizer.is_fast:
         raise UnsupportedModel("The base model has no fast tokenizer (tokenizer.json).", param="model")
     return tokenizer
@@ -183,23 +197,29 @@ def load_model(
         quantization: how its linear layers are held, all but the output head; None = in `dtype`.
 
     Raises:
-        UnsupportedModel: not a causal language model of this transformers version, quantized in its files,
-            or not one that can be quantized.
+        UnsupportedModel: not a causal language model of this transformers version, quantized in its files, not all
+            there, or not one that can be quantized.
         InitFailed: quantized weights cannot be read back on this machine.
     """
     options: dict[str, Any] = {}
     if quantization is not None:
         assert dtype != "auto"
         options = loading_options(dtype=dtype, device=device)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModel("The base model is quantized: use its full-precision weights.", param="model")
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+    config = read_config(folder)
+    require_language_model(config)
+    with as_unsupported("The base model cannot be loaded"), quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModel(f"The base model cannot be loaded: {error}", param="model") from error
+    model, report = loaded
+    require_nothing_left(report, stored_weights(folder))
     model.to(device).requires_grad_(requires_grad=False).eval()
     if quantization is not None:
         settle(model)
@@ -221,6 +241,4 @@ def free(model: nn.Module) -> None:
 
 def skeleton(folder: Path) -> nn.Module:
     """The model's modules without any weights (on the meta device)."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+    return build(read_config(folder))

@@ -1,0 +1,130 @@
+"""Whether a model's files hold what the model is made of, and nothing else, without reading a weight.
+
+transformers itself says: it gets tensors without contents of the names, shapes and types in the files' headers, and
+loads them with all the renaming, fusing and tying that it does for real ones.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from lorainit.errors import UnsupportedModel
+from lorainit.model.files import Stored, counted, stored_weights
+
+# Names that transformers' report may hold although all is well. Causal masks were saved as if they were weights
+# until 2022 (the hub's gpt2 has them); they are known by their shape.
+_OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+_OLD_TABLE = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$")
+
+
+def require_complete(folder: Path, skeleton: nn.Module) -> None:
+    """Raise `UnsupportedModel` unless the folder's files and the model's weights are the same, by name and shape.
+
+    Args:
+        skeleton: the folder's model on the meta device; not changed.
+    """
+    stored = stored_weights(folder)
+    held = {name: _hollow(weight) for name, weight in stored.items()}
+    kind: Any = type(skeleton)
+    with quiet() as complaints:
+        try:
+            _, report = kind.from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict=held,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except RuntimeError as error:
+            raise _unfit(complaints, stored) from error
+    require_nothing_left(report, stored)
+
+
+def require_nothing_left(report: dict[str, Any], stored: dict[str, Stored] | None = None) -> None:
+    """Raise `UnsupportedModel` where transformers' loading report names a weight.
+
+    Args:
+        stored: what the files hold, where that is known.
+    """
+    shapes = {name: weight.shape for name, weight in (stored or {}).items()}
+    left = [name for name in report["unexpected_keys"] if not _is_leftover(name, shapes.get(name))]
+    if missing := sorted(report["missing_keys"]):
+        raise _refusal(f"The base model's files lack {_weights(missing)} of the model: {counted(missing)}.")
+    if wrong := sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]):
+        name, found, wanted = wrong[0]
+        raise _refusal(
+            f"{_weights(wrong)} in the base model's files have other shapes than its config.json says:"
+            f" {name} has {list(found)} where {list(wanted)} is wanted."
+        )
+    if left:
+        raise _refusal(
+            f"The base model's files hold {_weights(left)} that the causal language model of its config.json has no use"
+            f" for: {counted(left)}."
+        )
+
+
+def _is_leftover(name: str, shape: tuple[int, ...] | None) -> bool:
+    """Whether an old version of transformers saved a table or a mask under this name."""
+    square = shape is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return bool(_OLD_TABLE.search(name) or (_OLD_MASK.search(name) and (square or shape == ())))
+
+
+def _weights(names: list[Any]) -> str:
+    return "1 weight" if len(names) == 1 else f"{len(names)} weights"
+
+
+def _hollow(weight: Stored) -> Tensor:
+    # The type does not matter to names and shapes; one that cannot require gradients would not become a parameter.
+    return torch.empty(weight.shape, dtype=torch.float32, device="meta")
+
+
+def _unfit(complaints: list[str], stored: dict[str, Stored]) -> UnsupportedModel:
+    """Weights that transformers joins or splits, of shapes with which that cannot be done."""
+    text = " ".join(" ".join(complaints).split())
+    named = [name for name in stored if name in text]
+    where = counted(named) if named else text[-300:]
+    return _refusal(f"Weights in the base model's files do not fit together: {where}.")
+
+
+def _refusal(message: str) -> UnsupportedModel:
+    return UnsupportedModel(message, param="model")
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Collect what transformers would log inside, and draw no progress bars."""
+    said: list[str] = []
+    logger = transformers_logging.get_logger("transformers")
+    collector = _Collector(said)
+    handlers, level, bars = logger.handlers[:], logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.handlers[:] = [collector]
+    logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield said
+    finally:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+class _Collector(logging.Handler):
+    """Keeps the messages."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one message."""
+        self.said.append(record.getMessage())

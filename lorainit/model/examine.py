@@ -1,0 +1,109 @@
+"""Whether a folder holds a base that can be trained: text only, causal, and all there. No weight is read.
+
+Asked when a model is inspected and again before a run loads it (docs/decisions/NNNN).
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
+
+from lorainit.errors import LorainitError, UnsupportedModel
+from lorainit.hardware import is_out_of_memory
+from lorainit.model.causal import require_causal
+from lorainit.model.complete import quiet, require_complete
+from lorainit.model.files import check_folder, stored_weights
+
+
+def examine(folder: Path) -> nn.Module:
+    """The base's modules without weights (on the meta device), after everything that speaks against it was tried.
+
+    Raises:
+        UnsupportedModel: it is not a causal language model, or its files are broken or not all of it.
+    """
+    check_folder(folder)
+    with quiet():
+        config = read_config(folder)
+        require_language_model(config)
+        _require_as_many_weights_as_layers(folder, config)
+        model = build(config)
+        require_complete(folder, model)
+        with as_unsupported("The base model cannot be tried"):
+            require_causal(config, model)
+    return model
+
+
+def read_config(folder: Path) -> Any:
+    """The folder's configuration, as transformers understands it.
+
+    Raises:
+        UnsupportedModel: it does not, or the weights are quantized.
+    """
+    with as_unsupported("The base model's config.json cannot be read"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel("The base model is quantized: use its full-precision weights.", param="model")
+    return config
+
+
+def build(config: Any) -> nn.Module:
+    """The model of a configuration without any weights."""
+    with as_unsupported("The base model cannot be built from its config.json"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+
+
+def require_language_model(config: Any) -> None:
+    """Raise `UnsupportedModel` unless transformers has a language model without an encoder for this configuration."""
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder and a decoder, and only models that are one decoder are trained"
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "vision_config" in getattr(config, "sub_configs", {}):
+        what = "text and vision in one model, and only models of text alone are trained"
+    else:
+        what = "of an architecture for which transformers has no causal language model"
+    raise UnsupportedModel(f"The base model ({config.model_type}) is {what}.", param="model")
+
+
+def _require_as_many_weights_as_layers(folder: Path, config: Any) -> None:
+    """Layers are built one by one, before anything else can be compared: no file is behind a billion of them."""
+    layers, weights = getattr(config.get_text_config(), "num_hidden_layers", 0), len(stored_weights(folder))
+    if isinstance(layers, int) and layers > weights:
+        raise UnsupportedModel(
+            f"config.json says num_hidden_layers = {layers}, and the files hold {weights} weights.", param="model"
+        )
+
+
+@contextmanager
+def as_unsupported(what: str) -> Iterator[None]:
+    """Whatever is raised inside, by libraries that trust the files they read, is the files' fault.
+
+    A panic of the tokenizers' Rust code is a BaseException that only its name tells apart. What the machine does
+    wrong (no memory, no disk) and what somebody asks for (`Stopped`, an interrupt) is passed on.
+    """
+    try:
+        yield
+    except LorainitError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UnsupportedModel(f"{what}: {_words(error)}", param="model") from error
+
+
+def _words(error: BaseException) -> str:
+    """The beginning of an error's text, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
