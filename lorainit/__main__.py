@@ -7,6 +7,7 @@ checkpoint). A run of several processes ends as the first of them that ended bad
 import argparse
 import ctypes
 import importlib.util
+import json
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import NamedTuple, TextIO
 
@@ -205,18 +207,20 @@ def _inspect(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lorainit inspect", description="Facts of a base model as JSON.")
     parser.add_argument("source", help="folder, .gguf file, package:<package>/<file> or hub:<owner>/<name>[@<rev>]")
     parser.add_argument("--cache", type=Path, help="where GGUF files are converted to (default: a temporary folder)")
+    parser.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)  # the child that does it
     args = parser.parse_args(arguments)
-    from tempfile import TemporaryDirectory
+    from lorainit import confined
 
-    from lorainit.inspect import inspect
-
+    if args.confined:
+        confined.answer(args.source, args.cache)
+        return 0
     try:
         with TemporaryDirectory() as temporary:
-            facts = inspect(args.source, cache=args.cache or Path(temporary))
+            facts = confined.inspect(args.source, cache=args.cache or Path(temporary))
     except LorainitError as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201
         return FAILED
-    print(facts.model_dump_json(indent=2))  # noqa: T201
+    print(json.dumps(facts, indent=2))  # noqa: T201
     return 0
 
 

@@ -14,17 +14,18 @@ from lorainit.spec import ModelFacts, Target
 from lorainit.weight import shape_of
 
 
-def inspect(source: str, *, cache: Path) -> ModelFacts:
+def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts:
     """What a catalogue needs to know of a base model.
 
     Args:
         source: as in `BaseModelRef.source`.
         cache: where a GGUF file is converted to.
+        path: what `find` found for this source, if it was asked already.
 
     Raises:
         UnsupportedModel: it cannot be loaded as a causal language model.
     """
-    location = locate(source, cache=cache)
+    location = locate(source, cache=cache, path=path)
     model = examine(location.folder)
     experts.install(model)
     tokenizer = load_tokenizer(location.folder)

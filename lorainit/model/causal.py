@@ -2,7 +2,7 @@
 
 What is tried is a copy of the model's own configuration with few heads, narrow matrices, random weights and as many
 layers as show every kind. Attention masks, convolutions and recurrences are code and configuration, not weights, so
-the copy shows what the model does, in a second, for a base of any size (docs/decisions/NNNN).
+the copy shows what the model does, in a second, for a base of any size (docs/decisions/0029).
 """
 
 import math

@@ -1,6 +1,6 @@
 """Whether a folder holds a base that can be trained: text only, causal, and all there. No weight is read.
 
-Asked when a model is inspected and again before a run loads it (docs/decisions/NNNN).
+Asked when a model is inspected and again before a run loads it (docs/decisions/0029).
 """
 
 import errno

@@ -43,14 +43,14 @@ class Location:
 # --- sources -----------------------------------------------------------------------------------
 
 
-def locate(source: str, *, cache: Path) -> Location:
-    """Find a base model and, if it is a GGUF file, convert it once into a folder under `cache`.
+def find(source: str) -> Path:
+    """The folder or file that a source names, fetched from the hub if that is where it is; nothing in it is read.
 
     Args:
         source: a folder, a `.gguf` file, `package:<python package>/<file>` or `hub:<owner>/<name>[@rev]`.
 
     Raises:
-        UnsupportedModel: nothing there, or nothing we are willing to load.
+        UnsupportedModel: nothing is there.
     """
     if source.startswith("hub:"):
         path = _from_hub(source.removeprefix("hub:"))
@@ -60,6 +60,20 @@ def locate(source: str, *, cache: Path) -> Location:
         path = Path(source)
     if not _exists(path):
         raise UnsupportedModel(f"There is no base model at {source!r}.", param="model")
+    return path
+
+
+def locate(source: str, *, cache: Path, path: Path | None = None) -> Location:
+    """Find a base model and, if it is a GGUF file, convert it once into a folder under `cache`.
+
+    Args:
+        source: as for `find`.
+        path: what `find` found, if it was asked already.
+
+    Raises:
+        UnsupportedModel: nothing there, or nothing we are willing to load.
+    """
+    path = path or find(source)
     folder = path if path.is_dir() else _converted(path, cache)
     if not (folder / "config.json").is_file():
         raise UnsupportedModel(f"{source!r} has no config.json: it is not a transformers model folder.", param="model")

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import shutil
+import struct
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lorainit.model.load import check_length, load_model, load_tokenizer, locate
 from lorainit.model.targets import check_rank, find_targets
 from tests.lorainit.conftest import tiny_gpt2, tiny_llama
 
+EMPTY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)  # version, tensors, keys
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -142,14 +144,14 @@ def test_inspect_tells_what_a_catalogue_needs(bases, tmp_path):
 
 
 def _fake_convert(path, out):
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"model_type": "llama"}')
     (out / "model.safetensors").write_bytes(b"")
     (out / "who").write_text(multiprocessing.current_process().name)
 
 
 def test_gguf_is_converted_once_and_the_losers_of_a_race_use_the_winners_folder(tmp_path, monkeypatch):
     file = tmp_path / "x.gguf"
-    file.write_bytes(b"weights")
+    file.write_bytes(EMPTY_GGUF)
     cache = tmp_path / "cache"
 
     def lose(path, out):
@@ -166,7 +168,7 @@ def test_gguf_is_converted_once_and_the_losers_of_a_race_use_the_winners_folder(
 
 def test_failed_conversion_leaves_nothing_behind(tmp_path):
     file = tmp_path / "x.gguf"
-    file.write_bytes(b"not a gguf file")
+    file.write_bytes(EMPTY_GGUF)
     with pytest.raises(UnsupportedModel, match=r"x\.gguf"):
         locate(str(file), cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

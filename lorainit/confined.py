@@ -1,0 +1,168 @@
+"""Inspects a base model in a child process whose time and memory are bounded, so that no file can harm its reader.
+
+Model files are read by libraries that trust them. What goes wrong there may be more than an exception: a crash, a
+loop, all of the machine's memory. The child limits itself before it reads anything, the parent ends it when its time
+is over, and either way the answer is a sentence. Needs no torch in the parent.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from lorainit.errors import LorainitError, UnsupportedModel
+
+# Of a base of any size: building its modules without weights takes seconds, loading our libraries ten on a slow disk.
+MAX_SECONDS = 180.0
+# Reading and hashing weights, or converting them from GGUF: the slowest disk we would train from.
+BYTES_PER_SECOND = 20e6
+# A narrow copy of the model takes 1.2 GB at the most, our libraries 1 GB, a tokenizer some 0.5 GB.
+MAX_BYTES = 8 << 30
+# A GGUF file is unpacked in memory: some 2 bits for each weight become 32, and are copied once.
+UNPACKED = 32
+_TAIL = 2000  # of what the child wrote when it crashed
+_PR_SET_PDEATHSIG = 1
+
+
+def inspect(source: str, cache: Path) -> dict[str, Any]:
+    """The facts of a base model (`lorainit.spec.ModelFacts`) as JSON values.
+
+    Raises:
+        UnsupportedModel: it cannot be used, with the reason in words.
+    """
+    command = [sys.executable, "-m", "lorainit", "inspect", source, "--cache", str(cache), "--confined"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    said: list[str] = []
+    with child:
+        try:
+            threading.Thread(target=_keep_tail, args=(child.stderr, said), daemon=True).start()
+            answer = _answer(child, None if source.startswith("hub:") else 0)
+        finally:
+            child.kill()
+    if "facts" in answer:
+        return dict(answer["facts"])
+    raise UnsupportedModel(answer.get("message") or _death(child.returncode, said), param="model")
+
+
+def _answer(child: "subprocess.Popen[bytes]", size: int | None) -> dict[str, Any]:
+    """The child's last word; {} if it died without one. A download (`size` None) may take as long as it takes."""
+    assert child.stdout is not None
+    out_of_time: list[float] = []
+
+    def stop(seconds: float) -> None:
+        out_of_time.append(seconds)
+        child.kill()
+
+    with _timer(size, stop) as restart:
+        for line in child.stdout:
+            word = json.loads(line)
+            if "bytes" not in word:
+                return dict(word)
+            restart(word["bytes"])  # it has found, or downloaded, what it is to read
+    if out_of_time:
+        return {"message": f"The base model cannot be inspected: reading it took more than {out_of_time[0]:.0f} s."}
+    return {}
+
+
+@contextmanager
+def _timer(size: int | None, stop: Callable[[float], None]) -> Iterator[Callable[[int], None]]:
+    """Call `stop` when the time for so many bytes is over; what is yielded starts anew, for other bytes."""
+    timers: list[threading.Timer] = []
+
+    def start(size: int) -> None:
+        cancel()
+        seconds = MAX_SECONDS + size / BYTES_PER_SECOND
+        timers.append(threading.Timer(seconds, stop, [seconds]))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    def cancel() -> None:
+        while timers:
+            timers.pop().cancel()
+
+    if size is not None:
+        start(size)
+    try:
+        yield start
+    finally:
+        cancel()
+
+
+def _keep_tail(stream: IO[bytes], said: list[str]) -> None:
+    """Read to the end and keep the last lines, so that the child never waits for a reader."""
+    tail = b""
+    with suppress(ValueError):  # closed under our hands
+        while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
+            tail = (tail + chunk)[-_TAIL:]
+            said[:] = [tail.decode("utf-8", "replace")]
+
+
+def _death(code: int, said: list[str]) -> str:
+    """What is known of a child that ended without a word."""
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    words = said[0].strip().splitlines()[-1:] if said else []
+    return f"The base model cannot be inspected: reading it ended with {how}{''.join(f' ({w[:300]})' for w in words)}."
+
+
+# --- in the child --------------------------------------------------------------------------------
+
+
+def answer(source: str, cache: Path) -> None:
+    """Inspect, and tell the parent: how much there is to read, then the facts or why there are none."""
+    sys.stdout = sys.stderr  # whatever a library prints is no answer
+    _limit(MAX_BYTES)
+    _die_with_parent()
+    from lorainit.hardware import is_out_of_memory
+    from lorainit.inspect import inspect
+    from lorainit.model.examine import as_unsupported
+    from lorainit.model.load import find
+
+    try:
+        with as_unsupported("The base model cannot be inspected"):
+            path = find(source)
+            files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
+            _limit(MAX_BYTES + max(map(_allocated, files), default=0) * (1 if path.is_dir() else UNPACKED))
+            _say({"bytes": sum(map(_allocated, files))})
+            facts = inspect(source, cache=cache, path=path)
+    except LorainitError as error:
+        _say({"message": error.message})
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _say({"message": f"The base model cannot be inspected: reading it takes more than {MAX_BYTES >> 30} GiB."})
+    else:
+        _say({"facts": facts.model_dump(mode="json")})
+
+
+def _limit(most: int) -> None:
+    """Bound the memory that this process may write to; weights, mapped from their files, count too."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    with suppress(OSError, ValueError):  # a system that knows no such limit, or has set a lower one
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _say(word: dict[str, Any]) -> None:
+    os.write(1, json.dumps(word).encode() + b"\n")
+
+
+def _allocated(path: Path) -> int:
+    """Bytes that a file takes on its disk; of a file with holes it is only that which must be read."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return 0
+    return min(facts.st_size, facts.st_blocks * 512)

@@ -1,0 +1,237 @@
+"""What may be trained is decided before anything is loaded: every kind of the zoo, and what tests/zoo does not have."""
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorainit.errors import UnsupportedModel
+from lorainit.inspect import inspect
+from lorainit.model.examine import as_unsupported, examine
+from lorainit.model.load import load_model, load_tokenizer, locate
+from tests.zoo.bases import KINDS, make
+
+TRAIN = [name for name, kind in KINDS.items() if kind.expected == "trains" and not kind.missing]
+CPU = torch.device("cpu")
+
+# The essence of the sentence that each is refused with.
+REASONS = {
+    "bert": r"\(bert\) is not a causal language model.*tokens behind it",
+    "bert-masked": r"\(bert\) is not a causal language model.*tokens behind it",
+    "roberta": r"\(roberta\) is not a causal language model",
+    "bart": r"\(bart\) is an encoder and a decoder",
+    "t5": r"\(t5\) is an encoder and a decoder",
+    "llama-classifier": r"lack 1 weight of the model: lm_head\.weight",
+    "qwen2_vl": r"\(qwen2_vl\) is text and vision in one model",
+    "llava": r"\(llava\) is text and vision in one model",
+    "mistral3": r"\(mistral3\) is text and vision in one model",
+    "missing-mlp": r"lack 3 weights of the model: model\.layers\.1\.mlp\.down_proj\.weight",
+    "missing-norm": r"lack 1 weight of the model: model\.layers\.0\.input_layernorm\.weight",
+    "missing-head": r"lack 1 weight of the model: lm_head\.weight",
+    "extra-weight": r"hold 1 weight .* no use for: model\.layers\.0\.mlp\.third_proj\.weight",
+    "extra-layer": r"hold 1 weight .* no use for: model\.layers\.2\.mlp\.up_proj\.weight",
+    "wrong-shape": r"model\.layers\.1\.mlp\.up_proj\.weight has \[120, 64\] where \[128, 64\] is wanted",
+    "missing-shard": r"names model-00002-of-00002\.safetensors, which is not there",
+    "many-layers": r"num_hidden_layers = 1000000000",
+    "wide-layers": r"hidden_size = 1099511627776",
+    "many-heads": r"config\.json cannot be read: integer modulo by zero",
+    "large-vocabulary": r"vocab_size = 1099511627776",
+    "words-for-numbers": r"'hidden_size' expected int, got str",
+    "odd-type": r"does not say which model_type",
+    "own-code": r"contains custom code",
+    "quantized": r"is quantized",
+    "deep-config": r"config\.json is nested too deep",
+    "not-json-config": r"config\.json is not JSON",
+    "list-config": r"config\.json is not a JSON object",
+    "deep-tokenizer": r"tokenizer cannot be loaded: .*recursion",
+    "odd-tokenizer": r"tokenizer cannot be loaded",
+    "long-header": r"header is longer than the file",
+    "cut-header": r"header is longer than the file",
+    "deep-header": r"header of model\.safetensors is nested too deep",
+    "far-offsets": r"describes 4398046511104 bytes of weights, and 0 are there",
+    "no-tensors": r"the files hold 0 weights",
+    "empty-weights": r"it has no header",
+    "gguf-tensors": r"1152921504606846976 tensors",
+    "gguf-keys": r"1152921504606846976 keys",
+    "gguf-long-key": r"a text of 1152921504606846976 bytes",
+    "gguf-cut": r"ends in the middle of its header",
+    "gguf-empty": r"ends in the middle of its header",
+}
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.expected == "refused"])
+def test_what_cannot_be_trained_is_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
+    source = make(kind, tmp_path / kind)
+    with pytest.raises(UnsupportedModel, match=REASONS[kind]) as caught:
+        inspect(str(source), cache=tmp_path / "cache")
+    assert caught.value.param == "model"
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_what_can_be_trained_is_not_refused(kind: str, tmp_path: Path) -> None:
+    folder = make(kind, tmp_path / kind)
+    examine(locate(str(folder), cache=tmp_path).folder)
+    load_model(folder, dtype=torch.float32, device=CPU)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(bases: dict[str, Path], tmp_path: Path) -> Path:
+    """A whole tiny Llama, to be spoiled."""
+    return Path(shutil.copytree(bases["llama"], tmp_path / "spoiled"))
+
+
+def write_header(folder: Path, header: object, data: int) -> None:
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+
+
+def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "text"),
+    [
+        ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, 12, "b does not begin where the tensor before it ends"),
+        ({"a": entry(0, 8, [2]), "b": entry(12, 20, [2])}, 20, "b does not begin where"),
+        ({"a": entry(0, 8, [2])}, 12, "describes 8 bytes of weights, and 12 are there"),
+        ({"a": entry(0, 8, [3])}, 8, "the entry of a makes no sense"),
+        ({"a": entry(0, 8, [2], "F33")}, 8, "the entry of a makes no sense"),
+        ({"a": entry(0, 8, [-2])}, 8, "the entry of a makes no sense"),
+        ({"a": entry(0, 8, [1 << 40] * 1000)}, 8, "the entry of a makes no sense"),
+        ({"a": [1]}, 8, "the entry of a makes no sense"),
+        ({"a": entry(0, 2, [2], "F8_E4M3")}, 2, "a is quantized"),
+    ],
+)
+def test_header_that_does_not_describe_its_file_is_refused(llama: Path, header: object, data: int, text: str) -> None:
+    write_header(llama, header, data)
+    with pytest.raises(UnsupportedModel, match=text):
+        examine(llama)
+
+
+def test_pipe_in_a_folder_is_refused_and_not_waited_for(llama: Path) -> None:
+    (llama / "tokenizer.json").unlink()
+    os.mkfifo(llama / "tokenizer.json")
+    with pytest.raises(UnsupportedModel, match=r"tokenizer\.json is not a plain file"):
+        examine(llama)
+
+
+def test_link_to_itself_is_refused(llama: Path) -> None:
+    (llama / "tokenizer_config.json").unlink()
+    (llama / "tokenizer_config.json").symlink_to("tokenizer_config.json")
+    with pytest.raises(UnsupportedModel, match=r"tokenizer_config\.json cannot be read"):
+        examine(llama)
+
+
+def test_source_that_is_a_loop_of_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UnsupportedModel, match="no base model"):
+        locate(str(tmp_path / "loop"), cache=tmp_path)
+
+
+def test_file_too_large_to_read_is_refused_unread(llama: Path) -> None:
+    with (llama / "tokenizer.json").open("r+b") as stream:
+        stream.truncate(1 << 40)  # a hole: it takes no room
+    with pytest.raises(UnsupportedModel, match=r"tokenizer\.json has 1099511627776 bytes"):
+        examine(llama)
+
+
+def test_adapter_is_no_base_although_it_names_one(llama: Path, bases: dict[str, Path]) -> None:
+    (llama / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(bases["gpt2"])}))
+    with pytest.raises(UnsupportedModel, match="is a PEFT adapter"):
+        examine(llama)
+
+
+@pytest.mark.parametrize("where", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors"])
+def test_index_that_leaves_its_folder_is_refused(llama: Path, where: str) -> None:
+    (llama / "model.safetensors").rename(llama / "x.safetensors")
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": where}}))
+    with pytest.raises(UnsupportedModel, match="not a file of this folder"):
+        examine(llama)
+
+
+def test_shard_without_what_the_index_promises_is_refused(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "x.safetensors")
+    index = {"weight_map": {"lm_head.weight": "x.safetensors", "model.lost.weight": "x.safetensors"}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsupportedModel, match=r"x\.safetensors lacks model\.lost\.weight"):
+        examine(llama)
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": "NaN"}, {"num_key_value_heads": -1}, {"hidden_act": "none"}])
+def test_nonsense_in_a_config_is_a_refusal(llama: Path, change: dict[str, object]) -> None:
+    config = json.loads((llama / "config.json").read_text()) | change
+    (llama / "config.json").write_text(json.dumps(config).replace('"NaN"', "NaN"))
+    with pytest.raises(UnsupportedModel, match=r"config\.json|cannot be"):
+        examine(llama)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def test_mixture_without_one_expert_is_refused(tmp_path: Path) -> None:
+    folder = make("mixtral", tmp_path / "mixtral")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.experts\.down_proj has"):
+        examine(folder)
+
+
+def test_masks_that_old_versions_saved_are_no_weights(tmp_path: Path) -> None:
+    folder = make("gptj", tmp_path / "old")
+    weights = load_file(folder / "model.safetensors")
+    weights |= {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    examine(folder)
+    weights["transformer.h.0.attn.bias"] = torch.ones(64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"no use for: transformer\.h\.0\.attn\.bias"):
+        examine(folder)
+
+
+@pytest.mark.parametrize("kind", ["missing-mlp", "extra-weight", "wrong-shape", "t5"])
+def test_loading_refuses_what_inspecting_does(kind: str, tmp_path: Path) -> None:
+    folder = make(kind, tmp_path / kind)
+    with pytest.raises(UnsupportedModel):
+        load_model(folder, dtype=torch.float32, device=CPU)
+
+
+def test_size_of_a_base_does_not_matter_to_the_probe(llama: Path) -> None:
+    # 70 billion parameters; the files are those of the tiny one, so it is the shapes that are refused, in seconds.
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 21, "num_attention_heads": 64}
+    (llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"lack .* weights of the model"):
+        examine(llama)
+
+
+# --- libraries that trust their files --------------------------------------------------------------
+
+
+class PanicException(BaseException):
+    """What a panic of Rust code looks like from Python."""
+
+
+def test_panic_of_the_tokenizer_is_a_refusal(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds: the len is 0 but the index is 1")
+
+    monkeypatch.setattr("lorainit.model.load.AutoTokenizer.from_pretrained", panic)
+    with pytest.raises(UnsupportedModel, match="tokenizer cannot be loaded: index out of bounds"):
+        load_tokenizer(llama)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_the_machine_or_somebody_does_is_not_the_models_fault(error: BaseException) -> None:
+    with pytest.raises(type(error)), as_unsupported("It"):
+        raise error
