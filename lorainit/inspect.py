@@ -11,6 +11,7 @@ from lorainit.model.examine import examine
 from lorainit.model.load import load_tokenizer, locate
 from lorainit.model.targets import Group, group_of, linear_layers
 from lorainit.spec import ModelFacts, Target
+from lorainit.template import Template
 from lorainit.weight import shape_of
 
 
@@ -29,6 +30,8 @@ def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts
     model = examine(location.folder)
     experts.install(model)
     tokenizer = load_tokenizer(location.folder)
+    if tokenizer.chat_template is not None:
+        Template(tokenizer).check()
     return ModelFacts(
         root=_root(source),
         max_length=location.max_length or tokenizer.model_max_length,

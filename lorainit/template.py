@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from lorainit import rendering
 from lorainit.conversation import Fault, trained
 from lorainit.errors import UnsupportedModel
 
@@ -19,6 +18,7 @@ Messages = list[dict[str, Any]]
 _PROBE = "zq_probe"
 _PROBE_TOOL = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
 _PROBE_CALL = {"id": "call00000", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
+_ASKED = {"role": "user", "content": "a"}
 _WEIGHTLESS = ("weight", "function_call")
 
 
@@ -43,8 +43,8 @@ class Template:
         the end-of-turn token, without the template's white space after it.
 
         Raises:
-            UnsupportedModel: no template, the template refuses the conversation, or it is not
-                prefix-stable.
+            UnsupportedModel: no template, the template refuses the conversation, breaks a bound of
+                `rendering`, or is not prefix-stable.
         """
         messages, tools = value["messages"], value["tools"]
         if fault := self._tool_fault(messages, tools):
@@ -81,15 +81,35 @@ class Template:
     def _text(self, messages: Messages, options: dict[str, Any], *, prompt: bool = False) -> str:
         clean = [{k: v for k, v in m.items() if k not in _WEIGHTLESS and v is not None} for m in messages]
         clean = [{**m, "content": m.get("content", "")} for m in clean]
+        options = {**options, "tokenize": False, "add_generation_prompt": prompt}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(clean, tokenize=False, add_generation_prompt=prompt, **options)
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            why = "it has none" if self.tokenizer.chat_template is None else str(error)
+            self._source_checked  # noqa: B018 - once for all rows
+            return rendering.render(lambda: str(self.tokenizer.apply_chat_template(clean, **options)))
+        except UnsupportedModel:
+            raise
+        except Exception as error:  # whatever the template's own expressions raise
+            why = "it has none" if self.tokenizer.chat_template is None else str(error) or type(error).__name__
             raise UnsupportedModel(
                 f"The base model's chat template cannot render the conversation: {why}", param="model"
             ) from error
+
+    @cached_property
+    def _source_checked(self) -> bool:
+        sources = self.tokenizer.chat_template or ""
+        for source in sources.values() if isinstance(sources, dict) else [sources]:
+            rendering.check_source(source)
+        return True
+
+    def check(self) -> None:
+        """Try it on conversations of every kind.
+
+        Raises:
+            Unbounded: it takes too long, too much memory, or renders too much.
+        """
+        for messages in ([_ASKED], [_ASKED, {"role": "assistant", "content": "b"}]):
+            for prompt in (False, True):
+                self._shows_probe(messages, {}, prompt=prompt)
+        _ = self.takes_tools, self.takes_calls
 
     # --- what the template and the tokenizer can do ----------------------------------------------
 
@@ -103,17 +123,19 @@ class Template:
     @cached_property
     def takes_tools(self) -> bool:
         """Whether tool descriptions reach the text."""
-        return self._shows_probe([{"role": "user", "content": "a"}], {"tools": [_PROBE_TOOL]})
+        return self._shows_probe([_ASKED], {"tools": [_PROBE_TOOL]})
 
     @cached_property
     def takes_calls(self) -> bool:
         """Whether an assistant's tool calls reach the text."""
         call = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
-        return self._shows_probe([{"role": "user", "content": "a"}, call], {})
+        return self._shows_probe([_ASKED, call], {})
 
-    def _shows_probe(self, messages: Messages, options: dict[str, Any]) -> bool:
+    def _shows_probe(self, messages: Messages, options: dict[str, Any], *, prompt: bool = False) -> bool:
         try:
-            return _PROBE in self._text(messages, options)
+            return _PROBE in self._text(messages, options, prompt=prompt)
+        except rendering.Unbounded:
+            raise
         except UnsupportedModel:
             return False
 

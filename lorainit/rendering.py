@@ -1,0 +1,186 @@
+"""Runs a chat template within bounds of time, memory and output: it is a program that came with the model.
+
+Jinja's sandbox keeps it from files and from Python's internals, not from looping for ever or from making a text of
+gigabytes. Three bounds together do (docs/decisions/0026): an exception that another thread raises in ours, which ends
+any loop in a template or a filter; a limit on the memory that this process may write to; and no `**`, the one operator
+that computes for hours inside of a single step, where no exception arrives.
+"""
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lorainit.errors import UnsupportedModel
+
+MAX_SECONDS = 10.0  # the slowest real templates take some 0.05 s for conversations of a hundred messages
+MAX_CHARACTERS = 32 << 20  # a row of a file is at most 1 MB, and tools may be described in it more than once
+MAX_BYTES = 1 << 30  # beyond what the process holds
+MAX_TEMPLATE = 1 << 20  # the longest template on the hub has some 30 KB
+_LOOK_SECONDS = 0.2
+_IDLE_SECONDS = 5.0
+_STATUS = Path("/proc/self/status")
+_OPERANDS = {"name", "integer", "float", "string"}
+
+
+class Unbounded(UnsupportedModel):
+    """The template breaks a bound: not a matter of this conversation or of another."""
+
+
+class _TooSlow(BaseException):  # not an Exception: nothing in a template or a filter catches it
+    """Raised in the thread that renders, by the one that watches."""
+
+
+def render(action: Callable[[], str]) -> str:
+    """What `action` renders.
+
+    Raises:
+        Unbounded: it takes too long, too much memory, or renders too much.
+    """
+    try:
+        with _limited():
+            text = _watch.run(action)
+    except _TooSlow as error:
+        raise _unbounded(f"takes more than {MAX_SECONDS:.0f} s for one conversation") from error
+    except MemoryError as error:
+        raise _unbounded(f"takes more than {MAX_BYTES >> 20} MiB for one conversation") from error
+    if len(text) > MAX_CHARACTERS:
+        raise _unbounded(f"makes a text of {len(text)} characters of one conversation")
+    return text
+
+
+def check_source(source: str) -> None:
+    """Refuse what cannot be stopped once it runs.
+
+    Raises:
+        Unbounded: the template takes powers or rounds to any number of digits, or is too long to be looked at.
+    """
+    if len(source) > MAX_TEMPLATE:
+        raise _unbounded(f"has {len(source)} characters")
+    try:
+        # Only cut into words, by the rules of the environment that transformers runs it in.
+        tokens = [(kind, text) for _, kind, text in ImmutableSandboxedEnvironment().lex(source) if kind != "whitespace"]
+    except TemplateError:
+        return  # whoever renders it says what is wrong
+    for (before, left), (_, text) in pairwise(tokens):
+        if text == "**" and (before in _OPERANDS or left in (")", "]", "}")):
+            raise _unbounded("takes powers (**), and numbers have no bound")
+        if left == "|" and text == "round":
+            raise _unbounded("rounds numbers, to any number of digits")
+
+
+def _unbounded(what: str) -> Unbounded:
+    return Unbounded(f"The base model's chat template {what}.", param="model")
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """A thread that ends what runs too long in another one; it is there while something is rendered."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.turn = threading.Lock()  # one rendering at a time
+        self.running: tuple[int, float] | None = None
+        self.fired = False
+        self.last = 0.0
+        self.thread: threading.Thread | None = None
+
+    def run(self, action: Callable[[], str]) -> str:
+        """Run it; `_TooSlow` when its time is over."""
+        with self.turn:
+            return self._run(action)
+
+    def _run(self, action: Callable[[], str]) -> str:
+        arrived = False
+        self._start()
+        try:
+            return action()
+        except _TooSlow:
+            arrived = True
+            raise
+        finally:
+            with self.lock:
+                self.running, self.last = None, time.monotonic()
+            while self.fired and not arrived:
+                time.sleep(0.001)  # it is on its way, and must not arrive in somebody else's work
+
+    def _start(self) -> None:
+        with self.lock:
+            self.fired, self.last = False, time.monotonic()
+            self.running = threading.get_ident(), self.last
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._look, name="template", daemon=True)
+                self.thread.start()
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(_LOOK_SECONDS)
+            with self.lock:
+                now = time.monotonic()
+                if self.running is None and now - self.last > _IDLE_SECONDS:
+                    self.thread = None
+                    return
+                if self.running is not None and not self.fired and now - self.running[1] > MAX_SECONDS:
+                    self.fired = True
+                    who = ctypes.c_ulong(self.running[0])
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(who, ctypes.py_object(_TooSlow))
+
+
+_watch = _Watch()
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Bound what this process may write to by what it holds and `MAX_BYTES`, on systems that can."""
+    held = _held.bytes()
+    if held is None:
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = held + MAX_BYTES
+    if soft == resource.RLIM_INFINITY or most < soft:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+class _Held:
+    """How much memory this process may write to already, looked up once a second: a look takes as long as a row."""
+
+    def __init__(self) -> None:
+        self.at = -1.0
+        self.found: int | None = None
+
+    def bytes(self) -> int | None:
+        """In bytes; None where the system does not say."""
+        now = time.monotonic()
+        if self.at < 0 or now - self.at > 1.0:
+            self.at, self.found = now, _data_bytes()
+        return self.found
+
+
+def _data_bytes() -> int | None:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), None)
+
+
+_held = _Held()

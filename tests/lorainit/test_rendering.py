@@ -1,0 +1,102 @@
+"""Chat templates come with models and are programs: none runs for ever, fills the memory or the disk."""
+
+import threading
+import time
+
+import pytest
+
+from lorainit import rendering
+from lorainit.errors import UnsupportedModel
+from lorainit.rendering import Unbounded
+from lorainit.template import Template
+from tests.lorainit.conftest import PLAIN_TEMPLATE, TEMPLATE, make_tokenizer
+
+ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": []}
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+FILTER_LOOP = "{% set x = lipsum(n=1000000000) %}"
+DOUBLING = "{% set ns = namespace(s='abcdefgh') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+REPEATED = "{{ 'a' * 100000000000 }}"
+LONG = "{{ 'a' * 40000000 }}"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(rendering, "_LOOK_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize("source", [LOOP, FILTER_LOOP])
+def test_template_that_runs_for_ever_is_ended(source: str, impatient: None) -> None:
+    template = Template(make_tokenizer(source))
+    started = time.monotonic()
+    with pytest.raises(Unbounded, match="takes more than 0 s for one conversation"):
+        template.render(ROW)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("source", [DOUBLING, REPEATED])
+def test_template_that_fills_the_memory_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "MAX_BYTES", 64 << 20)
+    with pytest.raises(Unbounded, match="takes more than 64 MiB for one conversation"):
+        Template(make_tokenizer(source)).render(ROW)
+
+
+def test_text_of_a_template_is_bounded() -> None:
+    with pytest.raises(Unbounded, match="makes a text of 40000000 characters"):
+        Template(make_tokenizer(LONG)).render(ROW)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 10 ** 10 ** 9 }}", "takes powers"),
+        ("{% set n = 10 %}{{ (n) ** n ** n }}", "takes powers"),
+        ("{{ 1.5 | round(1000000000, 'floor') }}", "rounds numbers"),
+        ("a" * (2 << 20), "has 2097152 characters"),
+    ],
+)
+def test_what_could_not_be_ended_is_not_begun(source: str, text: str) -> None:
+    with pytest.raises(Unbounded, match=text):
+        Template(make_tokenizer(source)).render(ROW)
+
+
+def test_words_and_two_stars_as_arguments_are_no_powers() -> None:
+    rendering.check_source("{{ f(**m) }} ** round {{ dict(a=1, **m) }} {# 2 ** 3 #}")
+
+
+@pytest.mark.parametrize("source", [TEMPLATE, PLAIN_TEMPLATE])
+def test_honest_templates_pass_the_check(source: str) -> None:
+    Template(make_tokenizer(source)).check()
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 // 0 }}", "{{ messages[7].content.x }}", "{% for %}", "{{ " + "(" * 5000 + ")" * 5000 + " }}"]
+)
+def test_whatever_a_template_raises_is_a_refusal(source: str) -> None:
+    with pytest.raises(UnsupportedModel, match="cannot render the conversation"):
+        Template(make_tokenizer(source)).render(ROW)
+
+
+def test_the_check_finds_a_template_that_runs_for_ever_only_with_tools(impatient: None) -> None:
+    template = Template(make_tokenizer("{% if tools %}" + LOOP + "{% endif %}" + PLAIN_TEMPLATE))
+    with pytest.raises(Unbounded):
+        template.check()
+
+
+def test_renderings_of_other_threads_go_on_when_one_is_ended(impatient: None) -> None:
+    slow, quick = Template(make_tokenizer(LOOP)), Template(make_tokenizer(PLAIN_TEMPLATE))
+    ends: list[object] = []
+
+    def run() -> None:
+        try:
+            slow.render(ROW)
+        except Unbounded as error:
+            ends.append(error)
+
+    other = threading.Thread(target=run)
+    other.start()
+    for _ in range(50):
+        quick.render(ROW)
+    other.join(30)
+    assert len(ends) == 1
+    quick.render(ROW)
