@@ -1,7 +1,7 @@
 """Runs a chat template within bounds of time, memory and output: it is a program that came with the model.
 
 Jinja's sandbox keeps it from files and from Python's internals, not from looping for ever or from making a text of
-gigabytes. Three bounds together do (docs/decisions/0026): an exception that another thread raises in ours, which ends
+gigabytes. Three bounds together do (docs/decisions/0029): an exception that another thread raises in ours, which ends
 any loop in a template or a filter; a limit on the memory that this process may write to; and no `**`, the one operator
 that computes for hours inside of a single step, where no exception arrives.
 """
