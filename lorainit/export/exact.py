@@ -61,25 +61,31 @@ def widened(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True) -> I
 
     Layers in four bits, and those that devices share, are replaced by plain ones with the weight that they stand for.
     """
-    tensors = [*module.parameters(recurse), *module.buffers(recurse)]
-    before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point() and not _is_divided(tensor)]
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    before: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for tensor, data in before:
-            tensor.data = data.to(dtype)
-        for parent in list(module.modules()) if recurse else ():
-            for name, child in list(parent.named_children()):
+        for owner in list(module.modules()) if recurse else [module]:
+            tables: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_floating_point() and not _is_divided(tensor):
+                        before.append((table, name, tensor))
+            for name, child in owner._modules.items() if recurse else ():
                 # An adapted layer shows its base's weight as its own: only what has no parts is replaced.
-                is_leaf = next(child.children(), None) is None
-                if is_leaf and (is_quantized(child) or _is_divided(getattr(child, "weight", None))):
-                    replaced.append((parent, name, child))
-                    setattr(parent, name, plain(child, dtype))
+                if child is None or next(child.children(), None) is not None:
+                    continue
+                if is_quantized(child) or _is_divided(getattr(child, "weight", None)):
+                    before.append((owner._modules, name, child))
+        for table, name, held in before:
+            table[name] = plain(held, dtype) if isinstance(held, nn.Module) else _wide(held, dtype)
         yield
     finally:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
-        for tensor, data in before:
-            tensor.data = data
+        for table, name, held in before:
+            table[name] = held
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = tensor.detach().to(dtype)
+    return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
 
 
 def plain(module: Any, dtype: torch.dtype) -> nn.Linear:

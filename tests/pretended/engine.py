@@ -57,7 +57,8 @@ def _cuda() -> ModuleType:
     cuda.is_available = lambda: True
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.device_count = lambda: 0  # of generators that the engine saves: there are none
-    cuda.max_memory_allocated = lambda: 0
+    cuda.max_memory_allocated = cuda.memory_allocated = cuda.memory_reserved = lambda: 0
+    cuda.mem_get_info = lambda device: (2**34, 2**34)
     cuda.get_device_name = lambda: "a pretended GPU"
     cuda.empty_cache = lambda: None
     cuda.generator = device.generator
