@@ -117,11 +117,7 @@ def matrices(model: Any) -> dict[str, int]:
 def left_out(model: nn.Module) -> dict[str, int]:
     """Numbers in parameters of experts that no layer stands for, by name."""
     ours = {id(stack.weight) for stack in stacks(model).values()}
-    return {
-        name: n
-        for name, p, n in _weights(model)
-        if "expert" in name.lower() and id(p) not in ours and not _is_linear(model, name)
-    }
+    return {name: n for name, p, n in _weights(model) if id(p) not in ours and _is_of_experts(model, name)}
 
 
 def _expert_weights(model: nn.Module) -> int:
@@ -135,8 +131,10 @@ def _weights(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, int]]:
             yield name, p, _elements(p)
 
 
-def _is_linear(model: nn.Module, parameter: str) -> bool:
-    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.Linear)
+def _is_of_experts(model: nn.Module, parameter: str) -> bool:
+    """By its own name or its module's class (JetMoE's `input_linear` is a `JetMoeParallelExperts`)."""
+    holder = model.get_submodule(parameter.rpartition(".")[0])
+    return "expert" in f"{parameter}.{type(holder).__name__}".lower() and not isinstance(holder, nn.Linear)
 
 
 def _elements(parameter: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LongcatFlashConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, LongcatFlashConfig
 
 from lorainit.batches import collate
 from lorainit.errors import GroupMismatch, UnsupportedInit
@@ -34,6 +34,7 @@ KIND = [name for name, kind in KINDS.items() if kind.family == "mixture" and not
 NAMED = {"mixtral", "qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4", "olmoe"}
 PLAIN = {"gaussian", "orthogonal", "milora", "olora"}  # as kaiming or pissa, to what stands around them
 CPU, SCALE = torch.device("cpu"), 0.5
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 TRAINING = {"max_steps": 3, "batch_size": 5, "learning_rate": 1e-3, "precision": "fp32"}
 
 
@@ -70,12 +71,13 @@ def installed(folder):
     return model
 
 
-def adapted(model, wanted):
+def adapted(model, wanted, rank=lambda name, number: 3):
     """Random factors, B among them, on the wanted layers; by name."""
     generator, layers = torch.Generator().manual_seed(5), {}
-    for name, module in find_targets(model, wanted).items():
-        A = torch.randn(3, module.in_features, generator=generator) * module.in_features**-0.5
-        B = torch.randn(module.out_features, 3, generator=generator) * 0.3
+    for number, (name, module) in enumerate(find_targets(model, wanted).items()):
+        r = rank(name, number)
+        A = torch.randn(r, module.in_features, generator=generator) * module.in_features**-0.5
+        B = torch.randn(module.out_features, r, generator=generator) * 0.3
         layers[name] = LoRALinear(module, Factors(A, B), scale=SCALE, subtract=False)
         attach(model, name, layers[name])
     return layers
@@ -103,7 +105,7 @@ def test_untouched_experts_compute_what_stock_ones_do(folders, kind):
 @pytest.mark.parametrize("kind", slowly(KIND, quick=lambda kind: kind in NAMED))
 def test_values_and_gradients_of_adapted_experts_are_those_of_stock_peft(folders, kind, tmp_path):
     model = installed(folders(kind))
-    layers = adapted(model, ["experts.gate_up_proj", "experts.down_proj"])
+    layers = adapted(model, PARAMETERS)
     export(model, layers, tmp_path, root="tests/mixture")
     theirs = read_back(folders(kind), tmp_path)
     ours, reference = loss_of(model), loss_of(theirs)
@@ -125,6 +127,17 @@ def test_values_and_gradients_of_adapted_experts_are_those_of_stock_peft(folders
                 )
                 compared += 1
     assert compared == len(layers)
+
+
+@pytest.mark.parametrize("ranks", ["padded", "pattern"])
+@pytest.mark.parametrize("wanted", [["experts.gate_up_proj"], ["experts.down_proj"], PARAMETERS])
+def test_experts_of_several_ranks_and_one_projection_alone_are_read_as_they_are(folders, wanted, ranks, tmp_path):
+    model = installed(folders("mixtral"))
+    layers = adapted(model, wanted, rank=lambda name, number: number % 4 if "layers.1" in name else min(number, 2))
+    export(model, layers, tmp_path, root="tests/mixture", ranks=ranks)
+    with torch.no_grad():
+        found = read_back(folders("mixtral"), tmp_path)(input_ids=tokens()).logits
+        torch.testing.assert_close(found, model(input_ids=tokens()).logits, atol=1e-5, rtol=1e-5)
 
 
 def gradients(wrapper):
@@ -168,7 +181,7 @@ READER = """
 import json, sys, torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LongcatFlashConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, LongcatFlashConfig
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
 torch.save(model(input_ids=torch.tensor(json.loads(sys.argv[3]))).logits, sys.argv[4])
@@ -298,21 +311,38 @@ def test_dora_on_experts_that_are_named_is_refused(folders, rows, tmp_path):
         run(spec(folders("qwen3_moe"), rows, lora=wanted), tmp_path, lambda event: None)
 
 
-def test_experts_that_run_in_a_way_of_their_own_are_told_with_their_share():
-    config = LongcatFlashConfig(
+OWN = {
+    "longcat_flash": LongcatFlashConfig(
         vocab_size=64, hidden_size=32, ffn_hidden_size=64, expert_ffn_hidden_size=48, num_layers=1, n_routed_experts=4,
         zero_expert_num=2, moe_topk=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16,
         qk_rope_head_dim=8, v_head_dim=16,
-    )  # fmt: skip
+    ),
+    "jetmoe": JetMoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, intermediate_size=48,
+        num_local_experts=4,
+    ),
+    "dbrx": DbrxConfig(
+        d_model=32, n_heads=4, n_layers=1, vocab_size=64, attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_experts_that_run_in_a_way_of_their_own_are_told_with_their_share(kind):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(OWN[kind])
     assert not experts.install(model)
     lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
     told = mixture.describe(model, find_targets(model, "all-linear"), lora)
     assert [message.level for message in told] == ["info", "warn"]
     assert "way of its own" in told[1].message
-    share = sum(mixture.left_out(model).values()) / sum(mixture.matrices(model).values())
-    assert f"{int(100 * share)} %" in told[1].message
+    layers = {n: p for n, p in model.named_parameters() if ".layers." in n or ".blocks." in n}
+    whole = sum(p.numel() for n, p in layers.items() if p.ndim > 1 and not n.endswith("bias"))
+    stacked = ("experts", "input_linear", "output_linear")
+    sizes = {n: p.numel() for n, p in layers.items() if p.ndim > 1 and "router" not in n}
+    held = sum(size for n, size in sizes.items() if any(word in n for word in stacked))
+    assert f"{int(100 * held / whole)} %" in told[1].message
 
 
 def test_a_dense_base_is_told_nothing_of_experts(bases):
