@@ -322,7 +322,8 @@ OWN = {
         num_local_experts=4,
     ),
     "dbrx": DbrxConfig(
-        d_model=32, n_heads=4, n_layers=1, vocab_size=64, attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        d_model=32, n_heads=4, n_layers=1, vocab_size=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     ),
 }  # fmt: skip
