@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kinds, separated by commas")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--again", action="store_true", help="forget what earlier runs found")
+    parser.add_argument("--older", action="store_true", help="outside of --only, take what older code has found")
     options = parser.parse_args()
     wanted = [kind for kind in options.only.split(",") if kind] or list(KINDS)
     if options.again:
@@ -46,10 +47,12 @@ def main() -> int:
     KEPT.mkdir(parents=True, exist_ok=True)
     (KEPT / "code").write_text(code := _digest())
     _run([kind for kind in wanted if not KINDS[kind].missing and _kept(kind, code) is None], options.processes, code)
-    found = {kind: _kept(kind, code) for kind in wanted if not KINDS[kind].missing}
+    shown = list(KINDS) if options.older else wanted
+    found = {kind: _kept(kind, None if options.older else code) for kind in shown if not KINDS[kind].missing}
     findings = [finding for part in found.values() for finding in part or []]
     if options.write:
-        write(options.write, findings)
+        stale = sum(part is not None and _kept(kind, code) is None for kind, part in found.items())
+        write(options.write, findings, stale=stale)
     bad = [f for f in findings if f.verdict in ("wrong", "late", "crashed")]
     for finding in bad:
         print(f"{finding.kind}, {finding.case}: {finding.verdict}: {finding.sentence}")
@@ -67,12 +70,13 @@ def _digest() -> str:
     return digest.hexdigest()
 
 
-def _kept(kind: str, code: str) -> list[Finding] | None:
+def _kept(kind: str, code: str | None) -> list[Finding] | None:
+    """What is known of a kind, if this code has found it; None = any code."""
     path = KEPT / f"{kind}.json"
     if not path.exists():
         return None
     kept = json.loads(path.read_text())
-    return [Finding.from_json(value) for value in kept["findings"]] if kept["code"] == code else None
+    return [Finding.from_json(value) for value in kept["findings"]] if code in (None, kept["code"]) else None
 
 
 def _run(kinds: list[str], processes: int, code: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.zoo.bases import KINDS
 from tests.zoo.finding import BF16, EXACT, Finding, Tried
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,7 @@ def read_downloads(tried: Sequence[Tried], folder: Path) -> None:
             "base": str(one.base),
             "adapter": str(one.adapter),
             "precision": one.finding.case.precision,
+            "attention": KINDS[one.finding.kind].attention,
             "rows": [row.tolist() for row in one.rows],
         }
         for one in tried

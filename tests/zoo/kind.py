@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class Kind:
     """One kind of base model.
 
     `make` fills an existing empty folder and returns what to pass as `source` (the folder, or a file in it).
-    `missing` = why this transformers cannot build it (then it is not tried).
+    `missing` = why this transformers cannot build it (then it is not tried). `attention` = the stock one that is right.
     """
 
     make: Callable[[Path], Path]
@@ -48,13 +48,20 @@ class Kind:
     expected: Expected = "trains"
     notes: str = ""
     missing: str | None = None
+    attention: str = "eager"
 
 
-def of_config(name: str, family: Family, *, expected: Expected = "trains", notes: str = "", **values: Any) -> Kind:
+def of_config(name: str, family: Family, *, notes: str = "", attention: str = "eager", **values: Any) -> Kind:
     """The causal language model of the configuration class `name`, of random weights."""
     if not hasattr(transformers, name):
-        return Kind(_cannot, family, expected, notes, missing=f"transformers {transformers.__version__} has no {name}")
-    return Kind(lambda folder: save(causal(getattr(transformers, name)(**values)), folder), family, expected, notes)
+        why = f"transformers {transformers.__version__} has no {name}"
+        return Kind(_cannot, family, notes=notes, missing=why)
+    make = partial(_save_causal, name, values)
+    return Kind(make, family, notes=notes, attention=attention)
+
+
+def _save_causal(name: str, values: dict[str, Any], folder: Path) -> Path:
+    return save(causal(getattr(transformers, name)(**values)), folder)
 
 
 def _cannot(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from tests.zoo.kind import COMMON, Kind, of_config
 
 WINDOW = 16
 _LATENT = {
-    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
+    "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4,
 }  # fmt: skip
 _DEEPSEEK = {
@@ -27,12 +27,12 @@ MIXTURES: dict[str, Kind] = {
     "qwen2_moe": _mixture("Qwen2MoeConfig", "shared expert with a gate", shared_expert_intermediate_size=64, **_EIGHT),
     "qwen3_moe": _mixture("Qwen3MoeConfig", "norms of queries and keys", head_dim=16, norm_topk_prob=True, **_EIGHT),
     "qwen3_next": _mixture("Qwen3NextConfig", "gated delta rule, then attention; shared expert", head_dim=16,
-                           linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
-                           linear_num_value_heads=4, shared_expert_intermediate_size=64,
+                           linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=4,
+                           linear_num_value_heads=8, shared_expert_intermediate_size=64,
                            layer_types=["linear_attention", "full_attention"], **_EIGHT),
     "qwen3_5_moe": _mixture("Qwen3_5MoeTextConfig", "gated delta rule, then attention; shared expert", head_dim=16,
-                            linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
-                            linear_num_value_heads=4, shared_expert_intermediate_size=64,
+                            linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=4,
+                            linear_num_value_heads=8, shared_expert_intermediate_size=64,
                             layer_types=["linear_attention", "full_attention"], **_EIGHT),
     "gpt_oss": _mixture("GptOssConfig", "attention sinks, windows, biased experts", head_dim=16, num_local_experts=4,
                         num_experts_per_tok=2, sliding_window=WINDOW, layer_types=_TWO_WINDOWS),
@@ -60,6 +60,6 @@ MIXTURES: dict[str, Kind] = {
                        interleave_moe_layer_step=2, attention_chunk_size=16, no_rope_layers=[1, 0], floor_scale=8),
     "gemma4-moe": _mixture("Gemma4TextConfig", "experts beside an MLP", head_dim=16, global_head_dim=32,
                            sliding_window=WINDOW, layer_types=_TWO_WINDOWS, vocab_size_per_layer_input=320,
-                           hidden_size_per_layer_input=16, enable_moe_block=True, num_experts=4, top_k_experts=2,
+                           hidden_size_per_layer_input=64, enable_moe_block=True, num_experts=4, top_k_experts=2,
                            moe_intermediate_size=64),
 }  # fmt: skip

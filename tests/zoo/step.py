@@ -19,6 +19,7 @@ from lorainit.events import Event, Metrics
 from lorainit.model.load import load_tokenizer
 from lorainit.run import run
 from tests.zoo import stock
+from tests.zoo.bases import KINDS
 from tests.zoo.finding import BF16, EXACT, Tried
 from tests.zoo.jobs import spec_for
 from tests.zoo.kind import MAX_LENGTH
@@ -55,11 +56,12 @@ def one_step(tried: Tried, source: Path, rows: Path, out: Path, events: list[Eve
     ours = load_file(after / "adapter_model.safetensors")
     samples = load(rows, load_tokenizer(source), max_length=MAX_LENGTH).samples
     masked = [(sample.ids.long(), sample.trained) for sample in samples]
-    exact, expected = _stock_step(source, start, "fp32", masked)
+    attention = KINDS[finding.kind].attention
+    exact, expected = _stock_step(source, start, "fp32", attention, masked)
     assert loss is not None
     numbers = {"loss": abs(loss - exact) / exact, "gradients": relative(ours, expected)}
     if precision == "bf16":
-        rough, gradients = _stock_step(source, start, "bf16", masked)
+        rough, gradients = _stock_step(source, start, "bf16", attention, masked)
         numbers |= {"stock loss": abs(rough - exact) / exact, "stock gradients": relative(gradients, expected)}
     finding.numbers = numbers
     worst = max(expected, key=lambda name: relative({name: ours.get(name, expected[name] * 0)}, expected, name))
@@ -75,8 +77,10 @@ def one_step(tried: Tried, source: Path, rows: Path, out: Path, events: list[Eve
             finding.sentence += f"The {name} of one step differ by {numbers[name]:.2g} (allowed {allowed:.2g}). "
 
 
-def _stock_step(base: Path, adapter: Path, precision: str, rows: Rows) -> tuple[float, dict[str, Tensor]]:
-    return stock.loss_and_gradients(stock.load_adapted(base, adapter, precision), rows)
+def _stock_step(
+    base: Path, adapter: Path, precision: str, attention: str, rows: Rows
+) -> tuple[float, dict[str, Tensor]]:
+    return stock.loss_and_gradients(stock.load_adapted(base, adapter, precision, attention), rows)
 
 
 def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *only: str) -> float:

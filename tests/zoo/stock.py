@@ -1,7 +1,7 @@
 """The other side of every comparison: stock transformers with eager attention, stock PEFT, one row at a time.
 
 Knows nothing of Lorainit. `python -m tests.zoo.stock FOLDER` is the process of its own that reads downloads:
-FOLDER/readings.json is a list of {"base", "adapter", "precision", "rows"}; the logits of every row go to
+FOLDER/readings.json is a list of {"base", "adapter", "precision", "attention", "rows"}; the logits of every row go to
 FOLDER/NUMBER.safetensors, what went wrong to FOLDER/NUMBER.error.
 """
 
@@ -25,14 +25,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
 
 
-def load_base(folder: Path, precision: str) -> Any:
+def load_base(folder: Path, precision: str, attention: str) -> Any:
     """The untouched base in fp32, bf16, or NF4 that computes in fp32."""
     options: dict[str, Any] = {}
     if precision == "nf4":
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         options = {"quantization_config": four, "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[precision], attn_implementation="eager", local_files_only=True, **options
+        folder, dtype=DTYPES[precision], attn_implementation=attention, local_files_only=True, **options
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # else bitsandbytes computes in bf16 on such CPUs
@@ -40,11 +40,12 @@ def load_base(folder: Path, precision: str) -> Any:
     return model.eval()
 
 
-def load_adapted(folder: Path, adapter: Path, precision: str) -> Any:
+def load_adapted(folder: Path, adapter: Path, precision: str, attention: str) -> Any:
     """The base with a download on it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT 0.21 asks transformers 5.23 by an old name
-        return PeftModel.from_pretrained(load_base(folder, precision), adapter, is_trainable=True).eval()
+        base = load_base(folder, precision, attention)
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
 
 
 @torch.no_grad()
@@ -103,11 +104,12 @@ def main(folder: Path) -> None:
 
 def _read(reading: dict[str, Any], out: Path) -> None:
     base, adapter, rows = Path(reading["base"]), Path(reading["adapter"]), [torch.tensor(r) for r in reading["rows"]]
-    model = load_adapted(base, adapter, reading["precision"])
+    attention = reading["attention"]
+    model = load_adapted(base, adapter, reading["precision"], attention)
     found = {f"{i}": x for i, x in enumerate(logits(model, rows))}
     found["share"] = torch.tensor(adapted_share(model))
     if reading["precision"] == "bf16":
-        found |= {f"exact.{i}": x for i, x in enumerate(logits(load_adapted(base, adapter, "fp32"), rows))}
+        found |= {f"exact.{i}": x for i, x in enumerate(logits(load_adapted(base, adapter, "fp32", attention), rows))}
     save_file(found, out)
 
 

@@ -14,20 +14,20 @@ TITLES = {"dense": "Dense transformers", "mixture": "Mixtures of experts", "hybr
 ALL_METHODS = (*METHODS, *MORE_METHODS)
 
 
-def write(page: Path, findings: Sequence[Finding]) -> None:
-    """Put the tables between the markers of the page."""
+def write(page: Path, findings: Sequence[Finding], *, stale: int) -> None:
+    """Put the tables between the markers of the page; `stale`: how many kinds an older code was tried on."""
     text = page.read_text()
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{tables(findings)}\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n\n{tables(findings, stale)}\n{END}{after}")
 
 
-def tables(findings: Sequence[Finding]) -> str:
+def tables(findings: Sequence[Finding], stale: int) -> str:
     by_kind: dict[str, dict[Case, Finding]] = defaultdict(dict)
     for finding in findings:
         by_kind[finding.kind][finding.case] = finding
     trained = [kind for kind in by_kind if KINDS[kind].expected == "trains"]
     refused = [kind for kind in by_kind if KINDS[kind].expected == "refused"]
-    parts = [_versions(len(by_kind), len(findings))]
+    parts = [_versions(len(by_kind), len(findings), stale)]
     for family, title in TITLES.items():
         if kinds := [kind for kind in trained if KINDS[kind].family == family]:
             parts.append(f"### {title}\n\n{_works(kinds, by_kind)}")
@@ -39,9 +39,10 @@ def tables(findings: Sequence[Finding]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _versions(kinds: int, cases: int) -> str:
+def _versions(kinds: int, cases: int, stale: int) -> str:
     names = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
-    return f"{cases} cases of {kinds} kinds, with {names}, on a CPU."
+    older = f" {stale} kinds were tried with a slightly older state of the code." if stale else ""
+    return f"{cases} cases of {kinds} kinds, with {names}, on a CPU.{older}"
 
 
 def _works(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
