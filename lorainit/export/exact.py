@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorainit.layer import LoRALinear
 from lorainit.model import attention
 from lorainit.quantize import is_quantized
 from lorainit.weight import weight_of
@@ -48,7 +49,10 @@ def exact(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for module in model.modules():
             if id(module) in inside:
                 continue
-            if isinstance(module, nn.Embedding):
+            if isinstance(module, LoRALinear):  # it reads its base's weight and does not call it
+                inside |= {id(part) for part in module.modules()}
+                stack.enter_context(_widened_while_it_runs(module, dtype, recurse=True))
+            elif isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(partial(_widen_output, dtype)).remove)
             elif next(module.parameters(recurse=False), None) is not None:
                 stack.enter_context(_widened_while_it_runs(module, dtype, recurse=False))
