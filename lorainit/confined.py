@@ -38,14 +38,21 @@ def inspect(source: str, cache: Path) -> dict[str, Any]:
         UnsupportedModel: it cannot be used, with the reason in words.
     """
     command = [sys.executable, "-m", "lorainit", "inspect", source, "--cache", str(cache), "--confined"]
+    return _ask(command, size=None if source.startswith("hub:") else 0)
+
+
+def _ask(command: list[str], *, size: int | None) -> dict[str, Any]:
+    """The facts that a child tells; `size` as for `_answer`."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     said: list[str] = []
+    listener = threading.Thread(target=_keep_tail, args=(child.stderr, said), daemon=True)
     with child:
         try:
-            threading.Thread(target=_keep_tail, args=(child.stderr, said), daemon=True).start()
-            answer = _answer(child, None if source.startswith("hub:") else 0)
+            listener.start()
+            answer = _answer(child, size)
         finally:
             child.kill()
+        listener.join(1.0)
     if "facts" in answer:
         return dict(answer["facts"])
     raise UnsupportedModel(answer.get("message") or _death(child.returncode, said), param="model")
