@@ -128,8 +128,8 @@ def answer(source: str, cache: Path) -> None:
     _die_with_parent()
     from lorainit.hardware import is_out_of_memory
     from lorainit.inspect import inspect
-    from lorainit.model.examine import as_unsupported
     from lorainit.model.load import find
+    from lorainit.refusal import as_unsupported
 
     try:
         with as_unsupported("The base model cannot be inspected"):

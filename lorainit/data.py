@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorainit.conversation import Fault
 from lorainit.errors import InvalidTrainingFile, InvalidValidationFile, LorainitError, NoTrainableTokens
+from lorainit.refusal import as_unsupported
 from lorainit.rows import BadRow, Problem, Row, problem, read_rows
 from lorainit.template import Template
 
@@ -177,7 +178,8 @@ class Encoder:
         return _tensors(ids, mask)
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        with as_unsupported("The base model's tokenizer cannot read a text"):
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return list(encoded.input_ids), list(encoded.offset_mapping)
 
 

@@ -3,9 +3,6 @@
 Asked when a model is inspected and again before a run loads it (docs/decisions/0029).
 """
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from lorainit.errors import LorainitError, UnsupportedModel
-from lorainit.hardware import is_out_of_memory
+from lorainit.errors import UnsupportedModel
 from lorainit.model.causal import require_causal
 from lorainit.model.complete import quiet, require_complete
 from lorainit.model.files import check_folder, stored_weights
+from lorainit.refusal import as_unsupported
 
 
 def examine(folder: Path) -> nn.Module:
@@ -82,28 +79,3 @@ def _require_as_many_weights_as_layers(folder: Path, config: Any) -> None:
         raise UnsupportedModel(
             f"config.json says num_hidden_layers = {layers}, and the files hold {weights} weights.", param="model"
         )
-
-
-@contextmanager
-def as_unsupported(what: str) -> Iterator[None]:
-    """Whatever is raised inside, by libraries that trust the files they read, is the files' fault.
-
-    A panic of the tokenizers' Rust code is a BaseException that only its name tells apart. What the machine does
-    wrong (no memory, no disk) and what somebody asks for (`Stopped`, an interrupt) is passed on.
-    """
-    try:
-        yield
-    except LorainitError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UnsupportedModel(f"{what}: {_words(error)}", param="model") from error
-
-
-def _words(error: BaseException) -> str:
-    """The beginning of an error's text, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}…"

@@ -21,14 +21,17 @@ from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inits import Quantization
 from lorainit.model import tokenizer_files
 from lorainit.model.complete import quiet, require_nothing_left
-from lorainit.model.examine import as_unsupported, build, read_config, require_language_model
+from lorainit.model.examine import build, read_config, require_language_model
 from lorainit.model.files import check_folder, stored_weights
 from lorainit.model.gguf_header import check_header
 from lorainit.model.positions import forget_lengths
 from lorainit.quantize import loading_options, settle
+from lorainit.refusal import as_unsupported
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.
 CONVERTER = 3
+# Some tokenizers load, and panic at the first word, the first letter they do not know, or where two words meet.
+_SAMPLE = "a b ab A1234 \u00e9 \u6f22\u5b57 \U0001f642\n\n\t  <x>"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -194,6 +197,8 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not tokenizer.is_fast:
         raise UnsupportedModel("The base model has no fast tokenizer (tokenizer.json).", param="model")
+    with as_unsupported("The base model's tokenizer cannot read a text"):
+        tokenizer(_SAMPLE, return_offsets_mapping=True)
     return tokenizer
 
 

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 
+from lorainit.data import Encoder
 from lorainit.errors import UnsupportedModel
 from lorainit.inspect import inspect
-from lorainit.model.examine import as_unsupported, examine
+from lorainit.model.examine import examine
 from lorainit.model.load import load_model, load_tokenizer, locate
+from lorainit.refusal import as_unsupported
+from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import KINDS, make
 
 TRAIN = [name for name, kind in KINDS.items() if kind.expected == "trains" and not kind.missing]
@@ -218,17 +222,38 @@ def test_size_of_a_base_does_not_matter_to_the_probe(llama: Path) -> None:
 # --- libraries that trust their files --------------------------------------------------------------
 
 
-class PanicException(BaseException):
-    """What a panic of Rust code looks like from Python."""
+PANICS: dict[str, dict[str, object]] = {
+    "no-table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "high-id": {"model": {"type": "BPE", "vocab": {"a": 4294967295, "b": 0}, "merges": [["a", "b"]]}},
+    "long-prefix": {
+        "model": {
+            "type": "BPE",
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": [["a", "b"]],
+            "continuing_subword_prefix": "##x",
+        }
+    },
+    "short-table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "CAAAAAEAAAACAAAA"}},
+    "no-length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+}
 
 
-def test_panic_of_the_tokenizer_is_a_refusal(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def panic(*_: object, **__: object) -> None:
-        raise PanicException("index out of bounds: the len is 0 but the index is 1")
-
-    monkeypatch.setattr("lorainit.model.load.AutoTokenizer.from_pretrained", panic)
-    with pytest.raises(UnsupportedModel, match="tokenizer cannot be loaded: index out of bounds"):
+@pytest.mark.parametrize("name", PANICS)
+def test_panic_of_the_tokenizers_rust_code_is_a_refusal(name: str, llama: Path) -> None:
+    path = llama / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | PANICS[name]))
+    with pytest.raises(
+        UnsupportedModel, match=r"tokenizer cannot (be loaded|read a text): \w"
+    ):
         load_tokenizer(llama)
+
+
+def test_panic_at_a_row_of_the_data_is_a_refusal() -> None:
+    tokenizer = make_tokenizer()
+    encode = Encoder(tokenizer)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.FixedLength(0)
+    with pytest.raises(UnsupportedModel, match="cannot read a text: chunk size must be non-zero"):
+        encode.text("abc", [(0, 3)])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), OSError(28, "No space left on device")])
