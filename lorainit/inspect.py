@@ -3,9 +3,11 @@
 from collections import Counter
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import nn
 
 from lorainit.digest import base_sha256
+from lorainit.errors import UnsupportedModel
 from lorainit.model import experts
 from lorainit.model.examine import examine
 from lorainit.model.load import load_tokenizer, locate
@@ -32,13 +34,21 @@ def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts
     tokenizer = load_tokenizer(location.folder)
     if tokenizer.chat_template is not None:
         Template(tokenizer).check()
-    return ModelFacts(
-        root=_root(source),
-        max_length=location.max_length or tokenizer.model_max_length,
-        chat=tokenizer.chat_template is not None,
-        base_sha256=base_sha256(location.folder),
-        targets=targets(model),
-    )
+    facts = {
+        "root": _root(source),
+        "max_length": location.max_length or tokenizer.model_max_length,
+        "chat": tokenizer.chat_template is not None,
+        "base_sha256": base_sha256(location.folder),
+        "targets": targets(model),
+    }
+    try:
+        return ModelFacts.model_validate(facts)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(map(str, fault["loc"]))
+        raise UnsupportedModel(
+            f"No catalogue can offer the base model: {name}: {fault['msg']}.", param="model"
+        ) from error
 
 
 def targets(model: nn.Module) -> list[Target]:

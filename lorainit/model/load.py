@@ -198,7 +198,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not tokenizer.is_fast:
         raise UnsupportedModel("The base model has no fast tokenizer (tokenizer.json).", param="model")
     with as_unsupported("The base model's tokenizer cannot read a text"):
-        tokenizer(_SAMPLE, return_offsets_mapping=True)
+        tokenizer(_SAMPLE, return_offsets_mapping=True, verbose=False)
     return tokenizer
 
 

@@ -179,6 +179,13 @@ def test_nonsense_in_a_config_is_a_refusal(llama: Path, change: dict[str, object
         examine(llama)
 
 
+def test_facts_that_no_catalogue_takes_are_a_refusal(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text()) | {"max_position_embeddings": 1}
+    (llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="No catalogue can offer the base model: max_length"):
+        inspect(str(llama), cache=tmp_path)
+
+
 # --- weights -------------------------------------------------------------------------------------
 
 
@@ -242,9 +249,7 @@ PANICS: dict[str, dict[str, object]] = {
 def test_panic_of_the_tokenizers_rust_code_is_a_refusal(name: str, llama: Path) -> None:
     path = llama / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | PANICS[name]))
-    with pytest.raises(
-        UnsupportedModel, match=r"tokenizer cannot (be loaded|read a text): \w"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"tokenizer cannot (be loaded|read a text): \w"):
         load_tokenizer(llama)
 
 
