@@ -8,8 +8,11 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu.day import Day
-from benchmarks.gpu.jobs import OPTIMIZERS, Jobs, _grouped, _resumed
+from benchmarks.gpu.jobs import OPTIMIZERS, Jobs, _grouped, _resumed, laid
+from lorainit.events import Event, Metrics
 from lorainit.inits import INITS
+from lorainit.run import run
+from tests.pretended import device
 from tests.pretended.device import NAME
 from tests.pretended.rules import Refused
 
@@ -51,8 +54,8 @@ def _is_refused(attempt: Callable[[], object]) -> bool:
 
 def _ends(day: Day, **asked: Any) -> str:
     jobs = Jobs(day)
-    done, _ = jobs.run(jobs.spec(**asked))
-    return "ends checked" if done.export_check["passed"] else "ends unchecked"
+    done, heard = jobs.run(jobs.spec(**asked))
+    return f"rows {laid(heard)}, {'ends checked' if done.export_check['passed'] else '**ends unchecked**'}"
 
 
 def _goes_on(day: Day, **asked: Any) -> str:
@@ -60,7 +63,21 @@ def _goes_on(day: Day, **asked: Any) -> str:
     return _resumed(jobs, jobs.spec(**asked))
 
 
+def _step(day: Day) -> str:
+    """What one step of a run costs, between the metrics of the second and of the third: launches, and waits."""
+    jobs, seen = Jobs(day), list[tuple[int, int]]()
+
+    def note(event: Event) -> None:
+        if isinstance(event, Metrics):
+            seen.append((device.tally().launches, device.tally().waits))
+
+    run(jobs.spec(training={"batch_size": 4, "checkpoint_interval": 100}), day.folder / "out", note)
+    (launches, waits), (more_launches, more_waits) = seen[1:3]  # packed rows, all in one pass
+    return f"{more_launches - launches} launches and {more_waits - waits} waits"
+
+
 CASES: dict[str, Case] = {
+    "step": _step,
     "refusals": _refusals,
     **{f"resume {name}": partial(_goes_on, training={"optimizer": asked}) for name, asked in OPTIMIZERS.items()},
     "resume DoRA": partial(_goes_on, lora={"use_dora": True}),

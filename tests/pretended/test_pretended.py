@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WELL = ("ends checked", "the same bits", "factors differ by", "all refused")
+WELL = ("ends checked", "the same bits", "factors differ by", "all refused", "launches and")
 
 
 def run(folder: Path, *names: str) -> list[dict[str, object]]:
@@ -21,12 +22,18 @@ def run(folder: Path, *names: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+# Of a step of the tiny Llama, two layers with seven adapted matrices each: what it took when this was written. A change
+# that needs more has to say why.
+MOST_LAUNCHES, MOST_WAITS = 537, 10
+
+
 def test_a_run_goes_on_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
-    refusals, resumed = run(tmp_path, "refusals", "resume AdamW")
+    refusals, step, resumed = run(tmp_path, "refusals", "step", "resume AdamW")
     assert refusals["found"] == "all refused"
     assert resumed["found"] == "the same bits"
-    assert isinstance(resumed["launches"], int)
-    assert resumed["launches"] > 1000, "it ran on the device"
+    launches, waits = map(int, re.findall(r"\d+", str(step["found"])))
+    assert 100 < launches <= MOST_LAUNCHES
+    assert 0 < waits <= MOST_WAITS
 
 
 @pytest.mark.slow
