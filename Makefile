@@ -49,6 +49,7 @@ serve: setup
 test: setup
 	@$(BIN)/python tests/conformance/environments.py
 	@$(BIN)/python tests/deploy/environment.py
+	@$(BIN)/python tests/readers/environments.py
 	$(BIN)/python -m pytest
 
 test-slow: setup

@@ -24,6 +24,11 @@ OWN_CODES = (
     "not_supported",
     "invalid_value",
     "integration_not_configured",
+    # Of a `lora` that came as a label: found by this module once before.
+    "invalid_type",
+    "unknown_parameter",
+    "missing_required_parameter",
+    "unsupported_init_method",
 )
 
 _SENTENCES = {

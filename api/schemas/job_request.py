@@ -1,19 +1,24 @@
 """The body of `POST /v1/fine_tuning/jobs`: OpenAI's fields and ours, strict and closed."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.core.submit import Order
+from api.invalid import first_fault
 from lorainit.schema import Seed, Strict
 from lorainit.spec import Hyperparameters, Lora
 
 MAX_MULTIPLIER = 100.0
+MAX_LABEL = 512
+LORA_LABEL = "lora_config"
+LORA_PARAM = f"metadata.{LORA_LABEL}"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]+$")]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
-LabelValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
+LabelValue = Annotated[str, StringConstraints(max_length=MAX_LABEL, pattern=r"^[^\x00]*$")]
 
 
 class Supervised(Strict):
@@ -88,7 +93,9 @@ class JobRequest(Strict):
     validation_file: Name | None = None
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     seed: Seed | None = None
-    metadata: Annotated[dict[Label, LabelValue], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Label, LabelValue], Field(max_length=16)] | None = Field(
+        None, description="Labels. `lora_config` holds `lora` as JSON, for gateways that drop fields they do not know."
+    )
     integrations: list[dict[str, Any]] | None = None
     method: Method | None = None
     # Not pydantic's `deprecated`: that warns whenever we read it ourselves.
@@ -98,6 +105,18 @@ class JobRequest(Strict):
     on_row_error: Literal["fail", "skip"] = "fail"
     deterministic: bool = True
     resources: Resources = Field(Resources(), description="How the job may be run (extension).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def lora_in_a_label(cls, data: Any) -> Any:
+        """Take `lora` from `metadata.lora_config` where a gateway let only known fields through."""
+        labels = data.get("metadata") if isinstance(data, dict) else None
+        text = labels.get(LORA_LABEL) if isinstance(labels, dict) else None
+        if not isinstance(text, str) or len(text) > MAX_LABEL:
+            return data  # what is wrong with it as a label is said there
+        if data.get("lora") is not None:
+            raise _fault("invalid_value", LORA_PARAM, f"{LORA_PARAM} and lora are both given: give one of them.")
+        return {**data, "lora": _lora_of(text)}
 
     @field_validator("integrations")
     @classmethod
@@ -144,6 +163,25 @@ class JobRequest(Strict):
             devices=self.resources.devices,
             device=self.resources.device,
         )
+
+
+def _lora_of(text: str) -> Lora:
+    """The adapter that a label describes; what is wrong in it is said of the label."""
+    try:
+        given = json.loads(text, parse_constant=_no_number)
+        return Lora.model_validate(given)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _fault(
+            "invalid_value", LORA_PARAM, f"{LORA_PARAM} must hold the lora object as JSON: {error}."
+        ) from error
+    except ValidationError as error:
+        found = [{**one, "loc": ("body", "lora", *one["loc"])} for one in error.errors()]
+        fault = first_fault(found, {"lora": given})
+        raise _fault(fault.code, LORA_PARAM, f"{LORA_PARAM}: {fault.message}") from error
+
+
+def _no_number(text: str) -> float:
+    raise json.JSONDecodeError(f"{text} is not a JSON number", text, 0)
 
 
 def _fault(code: str, param: str, text: str) -> PydanticCustomError:

@@ -78,6 +78,15 @@ def test_the_resolved_adapter_is_echoed(lab: Lab) -> None:
     assert [choice["param"] for choice in lora["auto"]] == ["lora.use_rslora"]
 
 
+def test_the_adapter_as_a_label_is_the_adapter_as_a_field(lab: Lab) -> None:
+    """For gateways that drop fields they do not know."""
+    wanted = {"init": {"method": "pissa", "niter": 4}, "r": 8, "alpha": 16}
+    told = lab.order(seed=7, lora=wanted)
+    labelled = lab.order(seed=7, lora=None, metadata={"lora_config": json.dumps(wanted), "team": "a"})
+    assert labelled["lora"] == told["lora"]
+    assert labelled["metadata"] == {"lora_config": json.dumps(wanted), "team": "a"}
+
+
 @pytest.mark.parametrize("init", ["pissa", "lora_one", "loftq", "auto"])
 def test_a_quantized_base_is_echoed(lab: Lab, init: str) -> None:
     job = lab.order(lora={"init": init, "quantization": "nf4"})

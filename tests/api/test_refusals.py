@@ -9,6 +9,7 @@ from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused
 from tests.things import MODEL, a_queued_job
 
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+LORA_LABEL = "metadata.lora_config"
 HYPER = "method.supervised.hyperparameters"
 
 
@@ -57,6 +58,19 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"metadata": {"k": 1}}, "invalid_type", "metadata.k"),
     ({"metadata": {"k" * 65: "v"}}, "invalid_value", f"metadata.{'k' * 65}"),
     ({"metadata": {"k": "a\x00b"}}, "invalid_value", "metadata.k"),
+    # the adapter as a label
+    ({"metadata": {"lora_config": "loram"}}, "invalid_value", LORA_LABEL),
+    ({"metadata": {"lora_config": '"loram"'}}, "invalid_type", LORA_LABEL),
+    ({"metadata": {"lora_config": '{"r": NaN}'}}, "invalid_value", LORA_LABEL),
+    ({"metadata": {"lora_config": "[" * 500}}, "invalid_value", LORA_LABEL),
+    ({"metadata": {"lora_config": '{"r": 0}'}}, "invalid_value", LORA_LABEL),
+    ({"metadata": {"lora_config": '{"r": "8"}'}}, "invalid_type", LORA_LABEL),
+    ({"metadata": {"lora_config": '{"rank": 8}'}}, "unknown_parameter", LORA_LABEL),
+    ({"metadata": {"lora_config": '{"init": "pisa"}'}}, "unsupported_init_method", LORA_LABEL),
+    ({"metadata": {"lora_config": '{"init": {}}'}}, "missing_required_parameter", LORA_LABEL),
+    ({"metadata": {"lora_config": '{"init": "pissa", "dropout": 0.1}'}}, "unsupported_combination", LORA_LABEL),
+    ({"metadata": {"lora_config": " " * 513}}, "invalid_value", LORA_LABEL),
+    ({"metadata": {"lora_config": '{"r": 8}'}, "lora": {"r": 8}}, "invalid_value", LORA_LABEL),
     ({"priority": "urgent"}, "invalid_value", "priority"),
     ({"on_row_error": "ignore"}, "invalid_value", "on_row_error"),
     ({"deterministic": 1}, "invalid_type", "deterministic"),

@@ -97,6 +97,18 @@ def metadata_limits() -> Seen:
     return {"codes": [each["code"] for each in seen]}
 
 
+@check("86")
+def adapter_in_a_label() -> Seen:
+    """Ours: what a gateway lets through that knows OpenAI's fields only."""
+    job = order(metadata={"lora_config": json.dumps({"init": {"method": "pissa", "niter": 4}, "r": 8})})
+    bad = [{"lora_config": text} for text in ("{", '{"rank": 8}', '{"init": "pisa"}')]
+    seen = [refusal(lambda labels=labels: order(metadata=labels)) for labels in bad]
+    both = refusal(lambda: order(metadata={"lora_config": "{}"}, extra_body={"lora": {"r": 8}}))
+    params = {each["param"] for each in [*seen, both]}
+    assert params == {"metadata.lora_config"}, params
+    return {"lora": [job.lora["init"]["niter"], job.lora["r"]], "codes": [each["code"] for each in [*seen, both]]}
+
+
 @check("32")
 def metadata_filter() -> Seen:
     mine = client(api_key=CONFIG["empty_key"])
