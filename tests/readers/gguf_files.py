@@ -1,7 +1,7 @@
 """A Llama base and a LoRA as GGUF files, as llama.cpp's own converters lay them out.
 
-Written after the format's description: no wheel on the package index carries `convert_lora_to_gguf.py`. llama.cpp
-rotates neighbouring pairs of a head where transformers rotates its two halves, so the rows of q and k are reordered;
+Written after the format's description; compared once with llama.cpp's `convert_lora_to_gguf.py` (docs/log.md), which comes
+with no package that is small. llama.cpp rotates neighbouring pairs of a head where transformers rotates its two halves, so the rows of q and k are reordered;
 of an adapter those of B.
 """
 
