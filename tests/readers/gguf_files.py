@@ -1,8 +1,8 @@
 """A Llama base and a LoRA as GGUF files, as llama.cpp's own converters lay them out.
 
-Written after the format's description; compared once with llama.cpp's `convert_lora_to_gguf.py` (docs/log.md), which comes
-with no package that is small. llama.cpp rotates neighbouring pairs of a head where transformers rotates its two halves, so the rows of q and k are reordered;
-of an adapter those of B.
+Written after the format's description, and the same bytes as `convert_lora_to_gguf.py` writes (docs/log.md), which
+comes in no small package. llama.cpp rotates neighbouring pairs of a head where transformers rotates its two halves, so
+the rows of q and k are reordered; of an adapter those of B.
 """
 
 import json
