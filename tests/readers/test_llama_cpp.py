@@ -12,6 +12,8 @@ from tests.readers import gguf_files
 from tests.readers.conftest import IDS, PLAIN, Download, ask
 from tests.readers.environments import python_of
 
+# The first test trains the downloads and may have to make an environment.
+pytestmark = pytest.mark.timeout(1200)
 NATS = 0.02
 Get = Callable[[str], Download]
 

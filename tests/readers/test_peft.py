@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from tests.readers import arithmetic
 from tests.readers.conftest import CASES, IDS, PLAIN, Download, peft_logits
 
+# The first test trains the downloads and may have to make an environment.
+pytestmark = pytest.mark.timeout(1200)
 EXACT = 2e-4  # of logits of size 10 or so, in float32, merged against unmerged
 Get = Callable[[str], Download]
 

@@ -15,6 +15,8 @@ from tests.lorainit.conftest import make_tokenizer
 from tests.readers.conftest import Download, ask
 from tests.readers.environments import LAST_TRANSFORMERS_4, OLDEST_TRANSFORMERS
 
+# The first test trains the downloads and may have to make an environment.
+pytestmark = pytest.mark.timeout(1200)
 TEXTS = ["the cat sat on two mats , is it ?", "<|im_start|>user\nWhat is two?<|im_end|>\n", "  a  b ' s .  ä 猫"]
 MESSAGES = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "four"}]
 READERS = {"transformers-4": LAST_TRANSFORMERS_4, "oldest": OLDEST_TRANSFORMERS, None: None}
