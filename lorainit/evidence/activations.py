@@ -298,7 +298,10 @@ def _positions(name: str, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     if isinstance(module, ExpertLinear) and module.stack.of == mask.numel():
         assert module.stack.tokens is not None
         return module.stack.tokens
-    if x.shape[:-1] in (mask.shape, (mask.numel(),)) and not isinstance(module, ExpertLinear):
+    # Latent attention hands its keys on with an axis for the one head that all share: rows×1×tokens×features.
+    shared_head = x.ndim == 4 and (x.shape[0], *x.shape[2:-1]) == mask.shape and x.shape[1] == 1
+    known = shared_head or x.shape[:-1] in (mask.shape, (mask.numel(),))
+    if known and not isinstance(module, ExpertLinear):
         return torch.arange(mask.numel(), device=mask.device)
     raise UnsupportedInit(
         f"{name}: its inputs come as {tuple(x.shape)}, not as rows x tokens x features: which of them are"

@@ -256,8 +256,15 @@ def test_padding_is_not_among_what_an_expert_is_fed(folders, rows):
         torch.testing.assert_close(found[1][name], C, atol=1e-5, rtol=1e-3)
 
 
-def moments(folder, rows, size):
-    context = make_context(folder, rows, {"method": "corda"}, size=size, wanted=["experts.down_proj"], install=True)
+def test_padding_is_not_among_what_latent_attention_shares_between_its_heads(folders, rows):
+    found = [moments(folders("deepseek_v3"), rows, size, wanted=["kv_b_proj"]) for size in (1, 5)]
+    assert len(found[0]) == 2
+    for name, C in found[0].items():
+        torch.testing.assert_close(found[1][name], C, atol=1e-5, rtol=1e-3)
+
+
+def moments(folder, rows, size, wanted=("experts.down_proj",)):
+    context = make_context(folder, rows, {"method": "corda"}, size=size, wanted=list(wanted), install=True)
     return {name: e.second_moment for name, e in collect(context.lora.method, context).items() if not e.starved}
 
 
