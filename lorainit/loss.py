@@ -125,7 +125,7 @@ def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
         stage.forward = lambda *_args, **_named: nothing
     try:
         heard: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
-    except (AttributeError, TypeError):  # it wants more of its decoder than hidden states: nothing is known of it
+    except Exception:  # it wants more of its decoder than hidden states: nothing is known of it
         return False
     finally:
         handle.remove()

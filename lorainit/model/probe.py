@@ -33,13 +33,13 @@ class Seen(NamedTuple):
 
 
 def rows_of(model: Any, window: int) -> list[Sample]:
-    """Rows of more than two windows, more than one, three tokens and one; the ids are drawn, without special ones."""
+    """Rows of more than two windows, of more than one, and of one token; ids are drawn, without special ones."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = {v for c in _configs(model) for n, v in vars(c).items() if "token" in n and isinstance(v, int)}
     plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special])
     generator = torch.Generator().manual_seed(0)
     found = []
-    for line, length in enumerate((2 * window + 5, window + 3, 3, 1)):
+    for line, length in enumerate((2 * window + 5, window + 3, 1)):
         ids = plain[torch.randint(len(plain), (length,), generator=generator)].int()
         found.append(Sample(line, ids, torch.zeros(length, dtype=torch.bool)))
     return found
@@ -195,14 +195,15 @@ def _configs(model: Any) -> list[Any]:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[bool]:
-    """Weights in half precision are float32 for as long as the context lasts, where there is room for a copy.
+def in_float32(model: nn.Module, *, copy: bool) -> Iterator[bool]:
+    """Weights in half precision are float32 for as long as the context lasts, where there is room for a `copy`.
 
     Yields:
         Whether all that is computed is computed in float32.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
-    if any(hasattr(t, "full_tensor") for t in model.parameters()) or 4 * sum(t.numel() for t in tensors) > _room(model):
+    divided = any(hasattr(t, "full_tensor") for t in model.parameters())
+    if divided or 4 * sum(t.numel() for t in tensors) > (_room(model) if copy else 0):
         yield next(model.parameters()).dtype == torch.float32 and not tensors
         return
     before = [(t, t.data) for t in tensors]

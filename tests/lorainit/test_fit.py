@@ -32,10 +32,15 @@ class Memory:
 
         def small(*args, **named):
             model = load_model(*args, **named)
-            model.register_forward_pre_hook(lambda _, __, named: self.allocate(model, **named), with_kwargs=True)
+            model.register_forward_pre_hook(lambda _, __, named: self.train(model, **named), with_kwargs=True)
             return model
 
         monkeypatch.setattr(base_module, "load_model", small)
+
+    def train(self, model, **named):
+        """What runs without an adapter is no training."""
+        if any(isinstance(module, LoRALinear | GroupedLinear) for module in model.modules()):
+            self.allocate(model, **named)
 
     def allocate(self, model, *, input_ids, **_named):
         if not torch.is_grad_enabled():

@@ -182,6 +182,22 @@ def test_rows_that_depend_on_padding_go_one_by_one():
     assert "; padded: " in layout.why
 
 
+def test_without_memory_for_copies_the_base_is_tried_without_them(monkeypatch):
+    copied, model = torch.Tensor.float, tiny_llama().to(torch.bfloat16)
+
+    def float_(tensor):
+        if tensor.shape == model.get_input_embeddings().weight.shape:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return copied(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", float_)
+    assert choose_layout(model).rows == "packed"
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_layout(model)
+
+
 def test_a_model_that_cannot_be_tried_goes_one_by_one_and_does_not_crash():
     model = tiny_llama()
     model.get_input_embeddings = lambda: None
