@@ -113,11 +113,18 @@ def is_plain(model: Any) -> bool:
     return _PLAIN[model]
 
 
+class _Nothing(MoeModelOutputWithPast):
+    """Hidden states, and None for whatever else an architecture passes on: caches, cross-attention, experts' losses."""
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+
 @torch.no_grad()
 def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
     device = head.weight.device
     said = torch.linspace(-100, 100, head.weight.shape[0], dtype=head.weight.dtype, device=device)
-    nothing = MoeModelOutputWithPast(last_hidden_state=head.weight.new_zeros(1, 1, head.weight.shape[1]))
+    nothing = _Nothing(last_hidden_state=head.weight.new_zeros(1, 1, head.weight.shape[1]))
     # OPT runs the decoder inside of its base model, nearly everybody else the base model.
     stages = {id(stage): stage for stage in (model.base_model, model.get_decoder()) if stage is not model}
     handle = head.register_forward_hook(lambda *_: said.expand(1, 1, -1))

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -11,6 +12,7 @@ from lorainit.data import load
 from lorainit.loss import logits_of, tallies, tally
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer
+from tests.zoo.bases import make
 
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
@@ -82,6 +84,20 @@ def test_several_adapters_rows_are_summed_apart(bases, rows):
     for one, two in zip((together[0], together[2]), apart, strict=True):
         assert float(one.loss.detach()) == pytest.approx(float(two.loss.detach()), rel=1e-5)
         assert int(one.correct) == int(two.correct)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"), [("opt", True), ("opt-narrow", True), ("gpt2", True), ("gemma2", False), ("granite", False)]
+)
+def test_whether_logits_are_the_heads_own_is_found_out_without_running_a_layer(kind, plain, tmp_path):
+    """OPT runs the decoder inside of its base model; Gemma 2 caps what the head says, Granite scales it."""
+    model = load_model(make(kind, tmp_path / kind), dtype=torch.float32, device=torch.device("cpu"))
+    ran = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            module.register_forward_hook(lambda *_: ran.append(1))
+    assert loss.is_plain(model) is plain
+    assert not ran
 
 
 @pytest.mark.parametrize("change", [{"final_logit_softcapping": 5.0}, {"final_logit_softcapping": None}], ids=str)

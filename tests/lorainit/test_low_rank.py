@@ -116,3 +116,17 @@ def test_dropout_is_a_function_of_its_key():
     assert float((one == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     layer.dropout.key = "seed 0, step 2"
     assert not torch.equal(one, layer.dropout.mask(x.shape, like=x))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_a_model_may_add_to_the_output_in_place(base, dtype):
+    """Falcon and Gemma 3n do, before anybody else has seen it."""
+    layer = young(base.to(dtype), subtract=False)
+    x = normal(1, 8, IN, seed=5).to(dtype)
+    layer(x).add(1).square().sum().backward()
+    expected = layer.B.grad.clone()
+    layer.zero_grad()
+    y = layer(x)
+    y += 1
+    y.square().sum().backward()
+    assert torch.equal(layer.B.grad, expected)
