@@ -131,6 +131,13 @@ def test_what_cannot_be_packed_is_padded_with_its_own_attention(zoo, kind):
         assert torch.equal(model(input_ids=ids).logits, logits)
 
 
+def test_where_stock_eager_is_not_what_a_base_is_loaded_with_the_latter_counts(zoo):
+    """Falcon's eager attention adds ALiBi twice."""
+    model = load_model(zoo("falcon-alibi"), dtype=torch.float32, device=CPU)
+    assert choose_layout(model).rows == "padded"
+    assert model.config._attn_implementation == "sdpa"
+
+
 # --- mutants -------------------------------------------------------------------------------------
 
 
