@@ -20,7 +20,7 @@ from lorainit.errors import UnsupportedModel
 
 MAX_PARAMETERS = 300_000_000  # of a copy: 1.2 GB in float32
 LAYERS = 12  # if they show every kind of module: kinds recur within six (Gemma 3) or eight (Jamba)
-MAX_SECONDS = 20.0  # of trying how narrow it can be; the first try is the right one for most
+MAX_SECONDS = 30.0  # of computing, however busy the machine: of trying how narrow it can be; the first try is the right one for most
 TOKENS = 24
 CUTS = (1, 12, 23)  # where rows begin to differ: behind the first token, in the middle, at the last
 # Of the largest logit. Causal models of transformers give 0.0 exactly, encoders 0.15 to 0.7.
@@ -89,7 +89,7 @@ def _narrow_copy(config: Any, kinds: set[type]) -> nn.Module:
         kinds: the classes of the model's modules; the copy has them all.
     """
     problem: Exception = ValueError("it is too wide to be tried")
-    end = time.monotonic() + MAX_SECONDS
+    end = time.process_time() + MAX_SECONDS
     for factor, shallow, slim in _shapes(config):
         try:
             narrow = type(config).from_dict(_narrowed(config, factor, shallow=shallow, slim=slim))
@@ -100,7 +100,7 @@ def _narrow_copy(config: Any, kinds: set[type]) -> nn.Module:
                 return _filled(narrow)
         except Exception as error:  # whatever a configuration may do that does not fit together
             problem = error
-        if time.monotonic() > end:
+        if time.process_time() > end:
             break
     raise _untried(config, problem)
 
