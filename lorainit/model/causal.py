@@ -20,7 +20,7 @@ from lorainit.errors import UnsupportedModel
 
 MAX_PARAMETERS = 300_000_000  # of a copy: 1.2 GB in float32
 LAYERS = 12  # if they show every kind of module: kinds recur within six (Gemma 3) or eight (Jamba)
-MAX_SECONDS = 30.0  # of computing, however busy the machine: of trying how narrow it can be; the first try is the right one for most
+MAX_SECONDS = 30.0  # of computing, of trying how narrow it can be; for most the first try is the right one
 TOKENS = 24
 CUTS = (1, 12, 23)  # where rows begin to differ: behind the first token, in the middle, at the last
 # Of the largest logit. Causal models of transformers give 0.0 exactly, encoders 0.15 to 0.7.
