@@ -32,7 +32,7 @@ class Tally:
 
 
 _tally = Tally()
-_generators: set[int] = set()
+_generators: list[torch.Generator] = []
 
 
 class There(Tensor):
@@ -65,6 +65,9 @@ class There(Tensor):
     def data(self, new: "There") -> None:
         Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self.held = new.held
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if not self.dim() else super().__format__(spec)
 
     def tolist(self) -> Any:
         _tally.waits += 1
@@ -123,8 +126,7 @@ def generator(device: Any) -> torch.Generator:
     """`torch.Generator(device)`."""
     made = torch.Generator()
     if torch.device(device).type == NAME:
-        _generators.add(id(made))
-        _LIBRARY.append(made)  # so that no other generator gets its identity
+        _generators.append(made)
     return made
 
 
@@ -157,7 +159,9 @@ def _done(func: Any, args: Any, kwargs: Any) -> Any:
     here = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, There)]
     rules.check(func, there, here, args)
     source = kwargs.get("generator")
-    if made_there and source is not None and id(source) not in _generators:
+    # torch hands operations another object of the same generator: its seed, from a hash, tells which it is.
+    seeds = {one.initial_seed() for one in _generators}
+    if made_there and source is not None and source.initial_seed() not in seeds:
         raise rules.Refused(f"{func._schema.name}: a generator of the host for a tensor of the device")
     own_args, own_kwargs = tree_map(_held, (args, kwargs))
     return _special(func._schema.name)(func, args, kwargs, own_args, own_kwargs)
