@@ -110,6 +110,8 @@ def check(
         the adapter on it (None where PEFT could not load it).
     """
     started, model, unread = time.monotonic(), None, None
+    # Before the passes, which processes that share a base make together: after them the leading one moves the files.
+    config, digest = json.loads((folder / "adapter_config.json").read_text()), file_sha256(folder / WEIGHTS)
     try:
         model = with_stock_peft(base, folder)
         unread = _unread_tensors(model, folder)
@@ -121,7 +123,6 @@ def check(
         found = _Found(f"{'loading it' if model is None else 'running it'} failed: {short(error)}", distance=None)
         unread = unread or (found.message if model is None else None)
     message = unread or found.message
-    config = json.loads((folder / "adapter_config.json").read_text())
     return {
         "passed": message is None,
         "checked_at": int(time.time()),
@@ -134,7 +135,7 @@ def check(
         "tolerance": found.tolerance,
         "loaders": [{"name": "peft", "version": version("peft"), "loaded": unread is None, "message": unread}],
         "base_sha256": base_sha256,
-        "adapter_sha256": file_sha256(folder / WEIGHTS),
+        "adapter_sha256": digest,
         "message": message,
         "arithmetic": _NAMES[effect.dtype],
         "modules": len(effect.changes),
