@@ -57,10 +57,10 @@ def some_rows(lengths=LENGTHS):
     return [Sample(line, row, torch.ones(len(row), dtype=torch.bool)) for line, row in enumerate(ids)]
 
 
-def stock(folder, sample):
-    """Loss of a row alone by the stock architecture with eager attention, and its gradient of every parameter."""
+def stock(folder, sample, attention):
+    """Loss of a row alone by the stock architecture with this attention, and its gradient of every parameter."""
     model = load_model(folder, dtype=torch.float32, device=CPU)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(attention)
     model.requires_grad_(True)
     logits = model(input_ids=sample.ids.long()[None], use_cache=False).logits[0, :-1].float()
     loss = torch.nn.functional.cross_entropy(logits, sample.ids[1:].long(), reduction="sum")
@@ -68,14 +68,14 @@ def stock(folder, sample):
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_rows_are_as_alone(folder, *, kind=None):
+def assert_rows_are_as_alone(folder, *, kind=None, attention="eager"):
     model = load_model(folder, dtype=torch.float32, device=CPU)
     layout, rows = choose_layout(model), some_rows()
     if kind:
         assert layout.rows == kind, layout.why
     model.requires_grad_(True)
     model.get_output_embeddings().requires_grad_(False)
-    expected = [stock(folder, row) for row in rows]
+    expected = [stock(folder, row, attention) for row in rows]
     passes = probe.batches(rows, 8, layout.regime)
     for piece in passes:
         batch = pack(piece) if layout.rows == "packed" else collate(piece, pad=0)
@@ -105,7 +105,7 @@ def test_padded_rows_are_what_they_are_alone(zoo, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINS)
 def test_whatever_is_chosen_is_right(zoo, kind):
-    assert_rows_are_as_alone(zoo(kind))
+    assert_rows_are_as_alone(zoo(kind), attention=KINDS[kind].attention)
 
 
 @pytest.mark.slow
