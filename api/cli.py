@@ -120,7 +120,7 @@ def models_inspect(
     model_id: Annotated[str, Option("--id", help="Name by which requests call the model.")],
 ) -> None:
     """Print the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
-    from lorainit.spec import ModelFacts
+    from lorainit.facts import ModelFacts
 
     answer = subprocess.run([sys.executable, "-m", "lorainit", "inspect", source], stdout=subprocess.PIPE, check=False)
     if answer.returncode:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from lorainit.facts import LeftOut
 from lorainit.spec import Choice
 
 StageName = Literal["loading", "initializing", "training", "evaluating", "exporting", "verifying", "done"]
@@ -52,7 +53,7 @@ class Plan(_Event):
 
     `trainable_parameters` counts rank r everywhere. Where the method spreads ranks over layers that is an
     estimate (`trainable_parameters_estimated`), and `init_report` has the number. `choices` are the autos
-    that only the machine of the run could decide.
+    that only the machine of the run could decide. `left_out`: kinds of layers that were asked for and get no LoRA.
     """
 
     kind: Literal["plan"] = "plan"
@@ -66,6 +67,7 @@ class Plan(_Event):
     trainable_parameters: int
     trainable_parameters_estimated: bool = False
     target_modules: list[str]
+    left_out: list[LeftOut] = []
     device: str
     precision: str
     choices: list[Choice] = []

@@ -129,7 +129,7 @@ def _merge(model: nn.Module, base_folder: Path, *, on_event: OnEvent) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for done, (name, layer) in enumerate(layers.items(), start=1):
         base: Any = layer.get_base_layer()
-        if isinstance(layer, ParamWrapper):
+        if isinstance(layer, ParamWrapper) and layer.get_param().ndim > 2:
             of = stored.get_submodule(name.removeprefix("base_model.model.").replace(".base_layer", ""))
             _merge_experts(layer, getattr(of, layer.parameter_name))
             on_event(Tick(done=done, total=len(layers)))

@@ -1,20 +1,17 @@
 """Facts of a base model as JSON: `python -m lorainit inspect SOURCE`. Reads, never loads, the weights."""
 
-from collections import Counter
 from pathlib import Path
 
 from pydantic import ValidationError
-from torch import nn
 
 from lorainit.digest import base_sha256
 from lorainit.errors import UnsupportedModel
+from lorainit.facts import ModelFacts
 from lorainit.model import experts
 from lorainit.model.examine import examine
 from lorainit.model.load import load_tokenizer, locate
-from lorainit.model.targets import Group, group_of, linear_layers
-from lorainit.spec import ModelFacts, Target
+from lorainit.model.targets import describe
 from lorainit.template import Template
-from lorainit.weight import shape_of
 
 
 def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts:
@@ -26,7 +23,7 @@ def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts
         path: what `find` found for this source, if it was asked already.
 
     Raises:
-        UnsupportedModel: it cannot be loaded as a causal language model.
+        UnsupportedModel: it cannot be loaded as a causal language model, or no layer of it can carry a LoRA.
     """
     location = locate(source, cache=cache, path=path)
     model = examine(location.folder)
@@ -34,12 +31,17 @@ def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts
     tokenizer = load_tokenizer(location.folder)
     if tokenizer.chat_template is not None:
         Template(tokenizer).check()
+    targets, left_out = describe(model)
+    if not targets:
+        why = "; ".join(dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in left_out)) or "none is linear"
+        raise UnsupportedModel(f"No layer of the base model can carry a LoRA ({why}).", param="model")
     facts = {
         "root": _root(source),
         "max_length": location.max_length or tokenizer.model_max_length,
         "chat": tokenizer.chat_template is not None,
         "base_sha256": base_sha256(location.folder),
-        "targets": targets(model),
+        "targets": targets,
+        "left_out": left_out,
     }
     try:
         return ModelFacts.model_validate(facts)
@@ -49,18 +51,6 @@ def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts
         raise UnsupportedModel(
             f"No catalogue can offer the base model: {name}: {fault['msg']}.", param="model"
         ) from error
-
-
-def targets(model: nn.Module) -> list[Target]:
-    """The kinds of linear layers of a model, in order of first appearance; each expert's matrix counts as one."""
-    kinds: Counter[tuple[str, Group, int, int, bool]] = Counter()
-    for name, module in linear_layers(model).items():
-        out, n = shape_of(module)
-        kinds[experts.short_name(name, module), group_of(name), out, n, isinstance(module, experts.ExpertLinear)] += 1
-    return [
-        Target(name=name, group=group, out_features=out, in_features=n, count=count, experts=of_experts)
-        for (name, group, out, n, of_experts), count in kinds.items()
-    ]
 
 
 def _root(source: str) -> str:

@@ -16,11 +16,13 @@ from lorainit.base import Base, OnEvent, store
 from lorainit.data import Dataset
 from lorainit.errors import GroupMismatch
 from lorainit.events import Message, Plan, Tick
+from lorainit.facts import LeftOut
 from lorainit.layer import LoRALinear
 from lorainit.model import mixture
 from lorainit.model.experts import ExpertLinear, short_name
 from lorainit.model.load import check_length
-from lorainit.model.targets import check_rank, find_targets
+from lorainit.model.targets import resolve as resolve_targets
+from lorainit.placement import sentence
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
 from lorainit.tokens import load_kept
@@ -55,7 +57,7 @@ class Job:
     def recipe(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote the checkpoint."""
         resolved = {
-            "lora": self.lora.model_dump(mode="json"),
+            "lora": self.lora.model_dump(mode="json", exclude={"left_out"}),
             # Whether devices share the base changes no number.
             "training": self.training.model_dump(mode="json", exclude={"shard_base"}),
             "seed": self.spec.seed,
@@ -94,10 +96,11 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
     model = base.load(on_event)
     if sharing > 1:
         base.require_packing()
-    targets = mixture.trim(find_targets(model, lora.target_modules), lora)
+    targets, left_out = resolve_targets(model, lora)
+    lora = lora.model_copy(update={"left_out": left_out})
     if sharing > 1:
         _refuse_routed(targets)
-    check_rank(targets, lora.r)
+    _report_left_out(left_out, targets, on_event)
     for message in mixture.describe(model, targets, lora):
         on_event(message)
     plan = _plan(spec, lora, training, data, targets, base=base, sharing=sharing, choices=decided_here)
@@ -158,6 +161,13 @@ def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "data", **facts}}))
 
 
+def _report_left_out(left_out: list[LeftOut], targets: dict[str, nn.Module], on_event: OnEvent) -> None:
+    if left_out:
+        adapted = sum(out * n for out, n in map(shape_of, targets.values()))
+        data = {"kind": "targets", "left_out": [layer.model_dump() for layer in left_out]}
+        on_event(Message(level="warn", message=sentence(left_out, adapted), data=data))
+
+
 def _say(on_event: OnEvent, text: str, **facts: Any) -> None:
     on_event(Message(message=text, data={"kind": "data", **facts}))
 
@@ -190,6 +200,7 @@ def _plan(
         trainable_parameters=sum(lora.parameters(*shape_of(m)) for m in targets.values()),
         trainable_parameters_estimated=lora.method.export_rank == "per module",
         target_modules=list(dict.fromkeys(short_name(name, module) for name, module in targets.items())),
+        left_out=lora.left_out,
         device=str(base.device),
         precision=training.precision,
         choices=choices,

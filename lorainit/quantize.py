@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import BitsAndBytesConfig
 
 from lorainit.errors import InitFailed, UnsupportedModel
-from lorainit.spec import NF4_BLOCK
+from lorainit.facts import NF4_BLOCK
 
 # Relative difference that is rounding; weights that were read in the wrong order differ by 1.4.
 ROUNDING = 1e-2

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from lorainit.facts import LeftOut
 from lorainit.inits import (
     AnyInit,
     Automatic,
@@ -20,8 +21,6 @@ from lorainit.inits import (
 )
 from lorainit.schema import Auto, Seed, Strict, refusal
 
-NF4_BLOCK = 64  # weights that share a scale in an NF4 base; no block runs over the end of a row
-
 # --- the adapter -------------------------------------------------------------------------------
 
 
@@ -29,7 +28,9 @@ class Lora(Strict):
     """The adapter: its shape, its initialization and what it is attached to.
 
     `alpha` and `use_rslora` "auto" take the method's recommended value; `init` "auto" lets us
-    choose. `Lora.resolved()` replaces every "auto" and says why.
+    choose. `Lora.resolved()` replaces every "auto" and says why. `left_out` is an answer: the kinds of layers that
+    `target_modules` meant too and that get no LoRA, with the reason (`lorainit.placement`); a server replaces what is
+    given.
     """
 
     init: Init = Kaiming(method="kaiming")
@@ -43,6 +44,7 @@ class Lora(Strict):
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)]
     ) = "all-linear"
     quantization: Quantization | None = None
+    left_out: list[LeftOut] = Field(default_factory=list, max_length=512)
 
     @model_validator(mode="before")
     @classmethod
@@ -202,40 +204,6 @@ class Hyperparameters(Strict):
     shard_base: bool | Auto = "auto"
     eval_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
     checkpoint_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
-
-
-class Target(Strict):
-    """One kind of linear layer of a base: its name's suffix, its place and its matrix, out x in.
-
-    `count` = how many layers have it; `group` is what `target_modules` can ask for. `experts`: each of them is the
-    matrix of one expert of a mixture.
-    """
-
-    name: str
-    group: Literal["attention", "mlp", "other"]
-    out_features: Annotated[int, Field(ge=1)]
-    in_features: Annotated[int, Field(ge=1)]
-    count: Annotated[int, Field(ge=1)]
-    experts: bool = False
-
-
-class ModelFacts(Strict):
-    """What a request can be checked against without opening the model (`lorainit.inspect`)."""
-
-    root: str
-    max_length: Annotated[int, Field(ge=8)]
-    chat: bool
-    base_sha256: str | None = None
-    targets: list[Target]
-
-    @property
-    def quantization(self) -> list[Quantization]:
-        """What `lora.quantization` can be: NF4 where every row of every linear layer is whole blocks.
-
-        Experts of a mixture are not quantized.
-        """
-        whole = all(target.in_features % NF4_BLOCK == 0 for target in self.targets if not target.experts)
-        return ["nf4"] if whole else []
 
 
 class BaseModelRef(Strict):

@@ -14,9 +14,11 @@ from pydantic import Field, ValidationError
 
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
-from lorainit.inits import Automatic
+from lorainit import placement
+from lorainit.errors import LorainitError, UnsupportedInit
+from lorainit.facts import NF4_BLOCK, ModelFacts
 from lorainit.schema import Strict
-from lorainit.spec import NF4_BLOCK, BaseModelRef, Lora, ModelFacts, Target
+from lorainit.spec import BaseModelRef, Lora
 
 
 class Entry(ModelFacts):
@@ -83,12 +85,12 @@ def require(name: str) -> Entry:
 
 
 def place(lora: Lora, entry: Entry) -> Lora:
-    """`lora` with its target modules spelled out, checked against the model's shapes.
+    """`lora` with its target modules spelled out, checked against the model's shapes, and with what it leaves out.
 
     Raises:
-        InvalidValue: an unknown target, a rank above `max_r` or above a matrix's smaller side, an
-            initialization that needs more directions than that side has, a quantization that the
-            model cannot have, or experts of a mixture under DoRA or LoftQ, which would leave them out of a group.
+        InvalidValue: a target that is unknown or cannot carry a LoRA, a rank above `max_r` or above a named matrix's
+            smaller side, an initialization that needs more directions than that side has, a quantization that the
+            model cannot have, or experts of a mixture under DoRA or LoftQ.
     """
     if lora.quantization and lora.quantization not in entry.quantization:
         raise InvalidValue(
@@ -97,72 +99,36 @@ def place(lora: Lora, entry: Entry) -> Lora:
             code="unsupported_combination",
             param="lora.quantization",
         )
-    known = dict.fromkeys(target.name for target in entry.targets)
-    wanted = lora.target_modules
-    if isinstance(wanted, str):
-        fitting = [target for target in entry.targets if _why_no_experts(lora, target) is None]
-        names = list(dict.fromkeys(t.name for t in fitting if wanted in ("all-linear", t.group)))
-        if not names:
-            raise InvalidValue(
-                f"lora.target_modules {wanted!r} matches nothing in model {entry.id!r}.",
-                code="invalid_value",
-                param="lora.target_modules",
-            )
-    else:
-        names = list(wanted)
-        for index, name in enumerate(names):
-            if name not in known:
-                raise InvalidValue(
-                    f"lora.target_modules[{index}] {name!r} is not a linear layer of model {entry.id!r}. "
-                    f"Available: {', '.join(known)}.",
-                    code="invalid_value",
-                    param=f"lora.target_modules[{index}]",
-                )
-    _refuse_experts(lora, names, entry)
     if lora.r > entry.max_r:
         raise InvalidValue(
             f"lora.r must be between 1 and {entry.max_r} for model {entry.id!r} (got {lora.r}).",
             code="rank_too_large",
             param="lora.r",
         )
-    for target in entry.targets:
-        side = min(target.out_features, target.in_features)
-        if target.name in names and lora.r > side:
-            raise InvalidValue(
-                f"lora.r {lora.r} is larger than the smaller side ({side}) of {target.name!r} in model {entry.id!r}.",
-                code="rank_too_large",
-                param="lora.r",
-            )
-        needed = lora.r if isinstance(lora.init, Automatic) else lora.init.smaller_side(lora.r)
-        if target.name in names and needed > side:
-            raise InvalidValue(
-                f"lora.init {lora.init.method!r} at rank {lora.r} needs {needed} directions, more than the smaller side"
-                f" ({side}) of {target.name!r} in model {entry.id!r}.",
-                code="rank_too_large",
-                param="lora.init",
-            )
-    return lora.model_copy(update={"target_modules": names})
+    try:
+        # What a caller says of `left_out` is no order: it may be the answer to an earlier one.
+        placed = placement.place(lora.model_copy(update={"left_out": []}), entry.targets, entry.left_out)
+    except LorainitError as error:
+        message = f"{error.message.removesuffix('.')} (model {entry.id!r})."
+        code = "unsupported_combination" if isinstance(error, UnsupportedInit) else error.code
+        raise InvalidValue(message, code=code, param=error.param) from error
+    _require_groups_apart(lora, placed.names, entry)
+    return lora.model_copy(update={"target_modules": placed.names, "left_out": placed.left_out})
 
 
-def _why_no_experts(lora: Lora, target: Target) -> str | None:
-    """A clause if this target is one of experts, which such an adapter cannot be on; the run's events say it too."""
-    if not target.experts:
-        return None
-    if lora.use_dora:
-        return "PEFT has no DoRA for experts"
-    return (
-        "NF4 leaves experts as they are, which leaves LoftQ nothing to correct" if lora.init.method == "loftq" else None
-    )
-
-
-def _refuse_experts(lora: Lora, names: list[str], entry: Entry) -> None:
-    for target in entry.targets:
-        if target.name in names and (why := _why_no_experts(lora, target)):
-            raise InvalidValue(
-                f"lora.target_modules {target.name!r} cannot be adapted like this: {why}.",
-                code="unsupported_combination",
-                param="lora.use_dora" if lora.use_dora else "lora.init",
-            )
+def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
+    """An entry of an older version has names (`c_proj`) that mean layers of two groups."""
+    if not isinstance(lora.target_modules, str):
+        return
+    chosen = [target for target in entry.targets if target.name in names]
+    others = [t.name for t in chosen if lora.target_modules not in ("all-linear", t.group)]
+    if others:
+        raise InvalidValue(
+            f"{others[0]!r} of model {entry.id!r} means layers of more groups than {lora.target_modules!r}: its"
+            " catalogue entry was written by an older version. Write it again with `lorainit models inspect`.",
+            code="invalid_value",
+            param=placement.FIELD,
+        )
 
 
 def size(lora: Lora, entry: Entry) -> tuple[int, int]:

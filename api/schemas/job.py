@@ -176,6 +176,7 @@ def _lora(job: Job) -> dict[str, Any]:
         init["seed"] = job.seed
     return {
         **job.recipe["lora"],
+        "left_out": plan.get("left_out", job.recipe["lora"].get("left_out", [])),
         "init": init,
         "scaling": lora.scaling,
         "rank_pattern": report.get("rank_pattern", {}),

@@ -6,6 +6,7 @@ from api.core.catalogue import Entry
 from api.core.models import Checkpoint
 from api.core.registry import Model
 from api.schemas.wire import Element, Wire, unix
+from lorainit.facts import LeftOut
 from lorainit.inits import INITS, AnyInit, ExportRank, Quantization
 from lorainit.resolve import base_learning_rate
 
@@ -13,7 +14,7 @@ ModelType = Literal["base", "adapter", "checkpoint"]
 
 
 class ModelLimits(Wire):
-    """What a base can be asked for."""
+    """What a base can be asked for; `left_out`: layers that get no LoRA, with the reason."""
 
     max_r: int
     max_length: int
@@ -21,6 +22,7 @@ class ModelLimits(Wire):
     methods: list[str]
     base_learning_rate: float
     target_modules: list[str]
+    left_out: list[LeftOut]
 
 
 class Capabilities(Wire):
@@ -111,7 +113,8 @@ def _base(entry: Entry) -> ModelObject:
             quantization=entry.quantization,
             methods=["supervised"],
             base_learning_rate=entry.base_learning_rate,
-            target_modules=[target.name for target in entry.targets],
+            target_modules=list(dict.fromkeys(target.name for target in entry.targets)),
+            left_out=entry.left_out,
         ),
     )
 

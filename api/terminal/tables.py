@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from api.terminal.client import field_of
+from lorainit.facts import ModelFacts, Target
 from lorainit.inits import INITS
-from lorainit.spec import ModelFacts
 
 METHOD_COLUMNS = ("method", "looks at", "export", "what it does")
 JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "result")
@@ -68,12 +68,19 @@ def catalogue_entry(facts: ModelFacts, *, model_id: str, source: str) -> str:
         "base_learning_rate = 2e-4",
         "targets = [",
     ]
-    for target in facts.targets:
-        values = ", ".join(
-            f"{key} = {json.dumps(value)}" for key, value in target.model_dump(exclude_defaults=True).items()
-        )
-        lines.append(f"  {{ {values} }},")
-    return "\n".join([*lines, "]"]) + "\n"
+    lines += [*_rows(facts.targets), "]"]
+    if facts.left_out:
+        lines += ["# These get no LoRA.", "left_out = [", *_rows(facts.left_out), "]"]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(kinds: Sequence[Target]) -> list[str]:
+    """Inline tables of TOML, whose strings are JSON's."""
+    rows = (
+        ", ".join(f"{key} = {json.dumps(value)}" for key, value in kind.model_dump(exclude_defaults=True).items())
+        for kind in kinds
+    )
+    return [f"  {{ {row} }}," for row in rows]
 
 
 def _method(name: str, needs: list[str], export_rank: str, description: str) -> tuple[str, ...]:

@@ -100,7 +100,8 @@ def _change(name: str, layer: LoRALinear, width: int) -> Change:
 def observe_peft(model: nn.Module, ours: Mapping[str, Change]) -> Iterator[tuple[str, Change]]:
     """What each of PEFT's layers does to the rows that ours was given, by the base's module names."""
     for name, layer in model.named_modules():
-        if isinstance(layer, ParamWrapper):
+        # Of two dimensions it is a linear layer's weight (`peft_support.rewritten`): the layer can be asked.
+        if isinstance(layer, ParamWrapper) and layer.get_param().ndim > 2:
             yield from _experts(f"{name.replace('.base_layer', '')}.{layer.parameter_name}", layer, ours)
         elif isinstance(layer, LoraLayer):
             yield name, _of_peft(name, layer)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lorainit.export import experts
 from lorainit.inits import ExportRanks
 from lorainit.layer import LoRALinear
-from lorainit.model.experts import full_name, stacks
-from lorainit.model.targets import linear_layers
+from lorainit.model.experts import stacks
+from lorainit.model.peft_support import rewritten
 from lorainit.weight import was_conv1d
 
 WEIGHTS = "adapter_model.safetensors"
@@ -100,7 +100,9 @@ def _config(
     alphas = {name: plain_alpha(r=r, scale=scales[name]) for name, r in ranks.items()}
     # The largest, because loaders reserve memory by it; layers of another rank are named.
     largest = max(ranks, key=lambda name: ranks[name])
-    parameters = {"target_parameters": _parameter_names(model, set(packed))} if packed else {}
+    # Dense layers that PEFT would take for experts: it adapts their weights, under the same names in the file.
+    weights = {name: f"{name}.weight" for name in rewritten(model, list(layers))}
+    parameters = _parameter_names(model, set(packed)) + sorted(weights.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -109,23 +111,21 @@ def _config(
         "r": ranks[largest],
         "lora_alpha": alphas[largest],
         "lora_dropout": 0.0,
-        "target_modules": _target_names(model, set(layers)),
-        **parameters,
+        "target_modules": _target_names(model, set(layers) - set(weights)),
+        **({"target_parameters": parameters} if parameters else {}),
         "fan_in_fan_out": any(was_conv1d(layer.base) for layer in layers.values()),
         "bias": "none",
         "use_rslora": False,
         "use_dora": any(layer.magnitude is not None for layer in layers.values()),
-        "rank_pattern": {name: r for name, r in ranks.items() if r != ranks[largest]},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[largest]},
+        "rank_pattern": {weights.get(name, name): r for name, r in ranks.items() if r != ranks[largest]},
+        "alpha_pattern": {weights.get(name, name): a for name, a in alphas.items() if a != alphas[largest]},
     }
 
 
 def _target_names(model: nn.Module, names: set[str]) -> list[str]:
-    """Suffixes if they name exactly these layers (what other loaders like best), else full names."""
-    suffixes = {name.rpartition(".")[2] for name in names}
-    if not names:
-        return []
-    everything = {full_name(name.removesuffix(".base"), module) for name, module in linear_layers(model).items()}
+    """Suffixes if they name exactly these layers of all modules (what other loaders like best), else full names."""
+    suffixes, ours = {name.rpartition(".")[2] for name in names}, tuple(stacks(model))
+    everything = {name.removesuffix(".base") for name, _ in model.named_modules() if not name.startswith(ours or "\0")}
     matched = {name for name in everything if name.rpartition(".")[2] in suffixes}
     return sorted(suffixes if matched == names else names)
 

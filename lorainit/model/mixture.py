@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit.errors import UnsupportedInit
 from lorainit.events import Message
 from lorainit.model.experts import ExpertLinear, stacks
 from lorainit.spec import Lora
@@ -20,23 +19,6 @@ FLOAT = 4  # bytes of what is trained
 DORA = "PEFT has no DoRA for experts"
 LOFTQ = "NF4 leaves experts in the run's own precision, so there is nothing for LoftQ to correct"
 OWN_WAY = "their architecture runs them in a way of its own, which is not adapted"
-
-
-def trim(targets: Mapping[str, nn.Module], lora: Lora) -> dict[str, nn.Module]:
-    """`targets` without experts where this adapter cannot be on them; `describe` says so.
-
-    Raises:
-        UnsupportedInit: experts are named in `target_modules`, or nothing else is left.
-    """
-    why = _hindrance(lora)
-    experts = [name for name, module in targets.items() if isinstance(module, ExpertLinear)]
-    if why is None or not experts:
-        return dict(targets)
-    if not isinstance(lora.target_modules, str) or len(experts) == len(targets):
-        name, _, _ = experts[0].rpartition(".")
-        param = "lora.use_dora" if why == DORA else "lora.init"
-        raise UnsupportedInit(f"{name} cannot be adapted like this: {why}.", param=param)
-    return {name: module for name, module in targets.items() if name not in set(experts)}
 
 
 def _hindrance(lora: Lora) -> str | None:

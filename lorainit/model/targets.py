@@ -1,15 +1,46 @@
 """Which layers of a base model can carry a LoRA, and which of them a run asks for."""
 
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorainit.errors import RankTooLarge, UnknownTarget, UnsupportedInit
-from lorainit.model.experts import ExpertLinear, full_name, short_name
+from lorainit.errors import UnknownTarget, UnsupportedInit
+from lorainit.facts import Group, LeftOut, Target
+from lorainit.model.experts import ExpertLinear, ExpertStack, full_name
+from lorainit.model.groups import group_of
+from lorainit.model.mixture import OWN_WAY
+from lorainit.model.names import matches, short_names
+from lorainit.model.peft_support import refusals, rewritten
+from lorainit.placement import FIELD, place
+from lorainit.spec import Lora
 from lorainit.weight import shape_of
 
-Group = Literal["attention", "mlp", "other"]
+TOWER = "it belongs to a vision or audio tower, which text does not pass through"
+ROUTER = "it is a router or gate: which experts run would jump with it"
+NUMBERED = "it has a number in a sequence and no name of its own, by which readers of adapters could find it"
+_TOWERS = ("vision", "visual", "image", "audio", "speech", "multi_modal", "multimodal")
+_GATES = ("gate", "shared_expert_gate", "classifier", "wg")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, or one expert's matrix.
+
+    `name`: as in `Target`; `path`: its full name, of an expert that of all experts' common parameter; `refusal`: why it
+    cannot carry a LoRA ("" = it can).
+    """
+
+    name: str
+    path: str
+    group: Group
+    module: nn.Module
+    refusal: str
+    dora: bool
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
@@ -25,60 +56,147 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def group_of(name: str) -> Group:
-    """Attention, MLP or neither, by the module's path."""
-    path = name.lower()
-    if "attn" in path or "attention" in path:
-        return "attention"
-    return "mlp" if any(word in path for word in ("mlp", "feed_forward", "ffn", "expert")) else "other"
+# --- what there is -----------------------------------------------------------------------------------
+
+
+def survey(model: nn.Module) -> dict[str, Layer]:
+    """Every linear layer by its full name, with or without weights (a skeleton on the meta device will do)."""
+    found = linear_layers(model)
+    paths = {name: full_name(name, module) for name, module in found.items()}
+    plain = {name: module for name, module in found.items() if not isinstance(module, ExpertLinear)}
+    told = {name: _refusal(model, name, module) for name, module in plain.items()} | _registered_twice(model, plain)
+    if isinstance(model, PreTrainedModel):  # of anything else there is no copy to try
+        told |= refusals(model, [name for name in plain if not told[name]])
+    parameters = {name for name in found if name not in plain} | set(rewritten(model, list(plain)))
+    groups = {name: group_of(model, name) for name in found}
+    kinds = {path: (groups[name], told.get(name), name in parameters) for name, path in paths.items()}
+    others = {name for name, _ in model.named_modules() if name} - set(found) - set(kinds)
+    names = short_names(kinds, others)
+    # All experts of a projection go by the same kind of name in every model: `experts.gate_up_proj`.
+    names |= {paths[name]: ".".join(paths[name].split(".")[-2:]) for name in found if name not in plain}
+    return {
+        name: Layer(names[path], path, groups[name], found[name], told.get(name, ""), name not in parameters)
+        for name, path in paths.items()
+    }
+
+
+def _refusal(model: Any, name: str, module: nn.Module) -> str:
+    path = name.lower().split(".")
+    if any(word in part for part in path for word in _TOWERS):
+        return TOWER
+    if path[-1].isdigit():
+        return NUMBERED
+    outputs, _ = shape_of(module)
+    gate = path[-1] in _GATES and (outputs == 1 or outputs in _expert_counts(model))
+    return ROUTER if gate or "router" in f"{name}.{type(module).__name__}".lower() else ""
+
+
+def _expert_counts(model: Any) -> set[int]:
+    if not hasattr(model, "config"):
+        return set()
+    config = model.config.get_text_config().to_dict()
+    return {value for key, value in config.items() if "expert" in key and isinstance(value, int)}
+
+
+def _registered_twice(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers that lie in two modules: PEFT, as anybody who replaces modules by name, adapts the first place only."""
+    places = dict[int, set[tuple[int, str]]]()
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), set()).add((id(parent), name))
+    return {
+        name: f"it is registered at {len(places[id(module)])} places, of which PEFT adapts the first only"
+        for name, module in found.items()
+        if len(places[id(module)]) > 1
+    }
+
+
+def describe(model: nn.Module) -> tuple[list[Target], list[LeftOut]]:
+    """The kinds of layers that can carry a LoRA, and of those that cannot, in order of first appearance."""
+    layers = survey(model)
+    targets, left_out = _kinds((layer.name, layer) for layer in layers.values())
+    return targets, [*left_out, *_stacked_experts(model)]
+
+
+def _kinds(named: Iterable[tuple[str, Layer]]) -> tuple[list[Target], list[LeftOut]]:
+    kinds: Counter[tuple[str, Group, int, int, bool, bool, str]] = Counter()
+    for name, layer in named:
+        expert = isinstance(layer.module, ExpertLinear)
+        kinds[name, layer.group, *shape_of(layer.module), layer.dora, expert, layer.refusal] += 1
+    targets, left_out = list[Target](), list[LeftOut]()
+    for (name, group, out, n, dora, expert, why), count in kinds.items():
+        facts: dict[str, Any] = {"name": name, "group": group, "out_features": out, "in_features": n}
+        facts |= {"count": count, "dora": dora, "experts": expert}
+        if why:
+            left_out.append(LeftOut(**facts, reason=why))
+        else:
+            targets.append(Target(**facts))
+    return targets, left_out
+
+
+def _stacked_experts(model: nn.Module) -> list[LeftOut]:
+    """Experts that are no linear layers; sides are given in the order in which the base stores them."""
+    kinds: Counter[tuple[str, int, int]] = Counter()
+    for name, parameter in model.named_parameters():
+        path = name.removesuffix(".weight").split(".")
+        holder = model.get_submodule(name.rpartition(".")[0])
+        expert = "expert" in f"{name}.{type(holder).__name__}".lower()
+        if expert and parameter.ndim == 3 and not isinstance(holder, ExpertStack | nn.Conv1d):
+            experts, out, n = parameter.shape
+            kinds[".".join(path[-2:]), out, n] += experts
+    return [
+        LeftOut(name=name, group="mlp", out_features=out, in_features=n, count=count, experts=True, reason=OWN_WAY)
+        for (name, out, n), count in kinds.items()
+    ]
+
+
+# --- what a run asks for --------------------------------------------------------------------------------
 
 
 def find_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Module]:
-    """The layers a run adapts, by name.
+    """The layers by full name that `wanted` (as `Lora.target_modules`) means, whatever the rank."""
+    return resolve(model, Lora(r=1, target_modules=wanted))[0]  # type: ignore[arg-type]
+
+
+def resolve(model: nn.Module, lora: Lora) -> tuple[dict[str, nn.Module], list[LeftOut]]:
+    """The layers a run adapts, by full name, and the kinds that it leaves out.
 
     Args:
-        wanted: `all-linear`, `attention`, `mlp`, or suffixes of module names (`q_proj`, `mlp.c_proj`); of experts
-            it is the name of their common parameter that counts (`experts.gate_up_proj`).
+        lora: `target_modules` is `all-linear`, `attention`, `mlp`, or ends of module names (`q_proj`, `mlp.c_proj`,
+            `layers.*.self_attn.q_proj`).
 
     Raises:
-        UnknownTarget: a suffix matches no module at all.
+        UnknownTarget: a name matches no module at all, or only layers that cannot carry a LoRA.
         UnsupportedInit: it matches something that is not a linear layer.
+        RankTooLarge: a layer that was named is smaller than the rank.
     """
-    layers = linear_layers(model)
+    layers = survey(model)
+    wanted = lora.target_modules
     if isinstance(wanted, str):
-        found = {n: m for n, m in layers.items() if wanted in ("all-linear", group_of(n))}
-        if not found:
-            raise _unknown(f"This base model has no {wanted} layers to adapt.")
-        return found
-    for suffix in wanted:
-        if not any(_matches(full_name(n, m), suffix) for n, m in layers.items()):
-            raise _refusal(model, suffix, layers)
-    return {n: m for n, m in layers.items() if any(_matches(full_name(n, m), suffix) for suffix in wanted)}
+        named = [(layer.name, full) for full, layer in layers.items()]
+    else:
+        named = [(end, full) for end in wanted for full in layers if matches(layers[full].path, end)]
+        _require_linear(model, wanted, {end for end, _ in named}, layers)
+    targets, left_out = _kinds((name, layers[full]) for name, full in named)
+    if isinstance(wanted, str):
+        left_out += _stacked_experts(model)
+    placed = place(lora, targets, left_out)
+    chosen = {full for name, full in named if name in placed.names and not layers[full].refusal}
+    return {full: layers[full].module for full in layers if full in chosen}, placed.left_out
 
 
-def _matches(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
-
-
-def _refusal(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> UnsupportedInit | UnknownTarget:
-    others = [(n, type(m).__name__) for n, m in model.named_modules() if n not in layers and _matches(n, suffix)]
-    if others:
-        name, kind = others[0]
-        return UnsupportedInit(
-            f"target_modules: {name} is of type {kind}; only linear layers other than the output head qualify.",
-            param="lora.target_modules",
-        )
-    known = ", ".join(sorted({short_name(name, module) for name, module in layers.items()}))
-    return _unknown(f"target_modules: {suffix!r} matches nothing in this base model, which has {known}.")
-
-
-def _unknown(message: str) -> UnknownTarget:
-    return UnknownTarget(message, param="lora.target_modules")
-
-
-def check_rank(targets: dict[str, nn.Module], rank: int) -> None:
-    """Refuse a rank above the smaller side of any target."""
-    for name, module in targets.items():
-        out, n = shape_of(module)
-        if rank > min(out, n):
-            raise RankTooLarge(f"r = {rank} is above the smaller side of {name} ({out}x{n}).", param="lora.r")
+def _require_linear(model: nn.Module, wanted: Sequence[str], found: set[str], layers: Mapping[str, Layer]) -> None:
+    for index, end in enumerate(wanted):
+        if end in found:
+            continue
+        param = f"{FIELD}[{index}]"
+        for name, module in model.named_modules():
+            if name and matches(name, end):
+                raise UnsupportedInit(
+                    f"{param}: {name} is of type {type(module).__name__}; only linear layers other than the output"
+                    " head qualify.",
+                    param=param,
+                )
+        known = ", ".join(dict.fromkeys(layer.name for layer in layers.values() if not layer.refusal))
+        raise UnknownTarget(f"{param}: {end!r} matches nothing in this base model, which has {known}.", param=param)

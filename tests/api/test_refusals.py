@@ -98,8 +98,12 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     # rank above a target's dimensions, no such target
     ({"lora": {"r": 193}}, "rank_too_large", "lora.r"),
     ({"lora": {"r": 2000}}, "invalid_value", "lora.r"),
-    ({"lora": {"init": "lora_ga", "r": 128}}, "rank_too_large", "lora.init"),
-    ({"lora": {"init": {"method": "hrp", "preheat_rank": 193}}}, "rank_too_large", "lora.init"),
+    ({"lora": {"init": "lora_ga", "r": 128, "target_modules": ["k_proj"]}}, "rank_too_large", "lora.init"),
+    (
+        {"lora": {"init": {"method": "hrp", "preheat_rank": 193}, "target_modules": ["v_proj"]}},
+        "rank_too_large",
+        "lora.init",
+    ),
     ({"lora": {"init": {"method": "loram", "rank_factor": "log_half_r"}, "r": 2}}, "unsupported_combination", "lora.r"),
     ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, "invalid_value", "lora.target_modules[1]"),
     # not in the catalogue

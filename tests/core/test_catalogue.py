@@ -6,7 +6,8 @@ import pytest
 
 from api.core import catalogue
 from api.core.errors import BadReference, InvalidValue
-from lorainit.spec import Lora, Target
+from lorainit.facts import Target
+from lorainit.spec import Lora
 
 
 def target(name: str, out: int, n: int, group: str = "attention", count: int = 2) -> Target:

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from api.core import admission, catalogue, groups, jobs
 from api.core.jobs import Failure, Lease
 from api.core.models import Event, Job, Project
-from lorainit.spec import Hyperparameters, Lora, Target
+from lorainit.facts import Target
+from lorainit.spec import Hyperparameters, Lora
 from tests.things import MODEL, a_job, a_project, a_queued_job, a_worker
 
 

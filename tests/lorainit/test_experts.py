@@ -322,7 +322,7 @@ OWN = {
     "longcat_flash": LongcatFlashConfig(
         vocab_size=64, hidden_size=32, ffn_hidden_size=64, expert_ffn_hidden_size=48, num_layers=1, n_routed_experts=4,
         zero_expert_num=2, moe_topk=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16,
-        qk_rope_head_dim=8, v_head_dim=16,
+        qk_rope_head_dim=8, v_head_dim=16, head_dim=8,
     ),
     "jetmoe": JetMoeConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, intermediate_size=48,
@@ -370,7 +370,7 @@ def test_inspection_lists_experts_by_the_name_of_their_parameter(folders, tmp_pa
     found = {target.name: target for target in facts.targets if target.experts}
     assert found["experts.gate_up_proj"].model_dump() == {
         "name": "experts.gate_up_proj", "group": "mlp", "out_features": 128, "in_features": 64, "count": 4,
-        "experts": True,
+        "experts": True, "dora": False,
     }  # fmt: skip
     assert not {"gate", "router"} & {target.name for target in facts.targets}
 

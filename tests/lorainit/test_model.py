@@ -12,7 +12,8 @@ from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, Unsupp
 from lorainit.inspect import inspect
 from lorainit.model import load as module
 from lorainit.model.load import check_length, load_model, load_tokenizer, locate
-from lorainit.model.targets import check_rank, find_targets
+from lorainit.model.targets import find_targets, resolve
+from lorainit.spec import Lora
 from tests.lorainit.conftest import tiny_gpt2, tiny_llama
 
 EMPTY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)  # version, tensors, keys
@@ -57,14 +58,14 @@ def test_targets_of_a_gpt2(wanted, count):
 def test_what_cannot_carry_a_lora_is_refused_by_name(suffix, kind, text):
     with pytest.raises(kind, match=text) as caught:
         find_targets(tiny_llama(), ["q_proj", suffix])
-    assert caught.value.param == "lora.target_modules"
+    assert caught.value.param == "lora.target_modules[1]"
 
 
-def test_rank_above_the_smaller_side_names_the_module():
-    with pytest.raises(RankTooLarge, match=r"model\.layers\.0\.self_attn\.k_proj \(16x32\)") as caught:
-        check_rank(find_targets(tiny_llama(), "all-linear"), 17)
+def test_a_named_layer_smaller_than_the_rank_is_refused():
+    with pytest.raises(RankTooLarge, match=r"lora\.r 17 .* \(16\) of 'k_proj' \(16x32\)") as caught:
+        resolve(tiny_llama(), Lora(r=17, target_modules=["k_proj"]))
     assert caught.value.param == "lora.r"
-    check_rank(find_targets(tiny_llama(), "all-linear"), 16)
+    assert len(resolve(tiny_llama(), Lora(r=16, target_modules=["k_proj"]))[0]) == 2
 
 
 def test_context_length_is_a_limit(bases, tmp_path):
@@ -137,9 +138,9 @@ def test_inspect_tells_what_a_catalogue_needs(bases, tmp_path):
     assert (facts.max_length, facts.chat, facts.base_sha256) == (256, True, base_sha256(bases["gpt2"]))
     assert [(t.name, t.group, t.out_features, t.in_features, t.count) for t in facts.targets] == [
         ("c_attn", "attention", 96, 32, 2),
-        ("c_proj", "attention", 32, 32, 2),
+        ("attn.c_proj", "attention", 32, 32, 2),
         ("c_fc", "mlp", 128, 32, 2),
-        ("c_proj", "mlp", 32, 128, 2),
+        ("mlp.c_proj", "mlp", 32, 128, 2),
     ]
 
 

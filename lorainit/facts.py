@@ -1,0 +1,76 @@
+"""What is known of a base model without opening it: which kinds of its layers can carry a LoRA, and which cannot.
+
+Torch-free. `lorainit.inspect` finds these facts out, a catalogue keeps them, and `lorainit.placement` decides with
+them. Knows nothing of jobs or of the service.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lorainit.inits import Quantization
+from lorainit.schema import Strict
+
+NF4_BLOCK = 64  # weights that share a scale in an NF4 base; no block runs over the end of a row
+
+Group = Literal["attention", "mlp", "other"]
+Side = Annotated[int, Field(ge=1)]
+
+
+class Target(Strict):
+    """One kind of linear layer of a base that can carry a LoRA: its name, its place and its matrix, out x in.
+
+    `name` is the shortest end of the layers' full names that means these layers and no others of the model, with `*`
+    for a number: `q_proj`, `mlp.c_proj`, `language_model.layers.*.mlp.up_proj`. Layers of one name may have several
+    shapes, and then an entry each. `count` = how many layers; `group` is what `target_modules` can ask for. `dora`:
+    whether PEFT can put a DoRA there, which it cannot where it adapts a parameter. `experts`: each of them is the
+    matrix of one expert of a mixture.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    group: Group
+    out_features: Side
+    in_features: Side
+    count: Annotated[int, Field(ge=1)]
+    dora: bool = True
+    experts: bool = False
+
+    @property
+    def smaller_side(self) -> int:
+        """The largest rank that a matrix of this shape can have."""
+        return min(self.out_features, self.in_features)
+
+    @property
+    def weights(self) -> int:
+        """How many numbers these matrices hold together."""
+        return self.out_features * self.in_features * self.count
+
+
+class LeftOut(Target):
+    """A kind of layer that gets no LoRA, and why, as the end of a sentence that begins with its name."""
+
+    reason: Annotated[str, Field(max_length=1024)]
+
+
+class ModelFacts(Strict):
+    """What a request can be checked against without opening the model (`lorainit.inspect`).
+
+    `left_out` is empty in catalogue entries that an older version wrote.
+    """
+
+    root: str
+    max_length: Annotated[int, Field(ge=8)]
+    chat: bool
+    base_sha256: str | None = None
+    targets: list[Target]
+    left_out: list[LeftOut] = Field(default_factory=list)
+
+    @property
+    def quantization(self) -> list[Quantization]:
+        """What `lora.quantization` can be: NF4 where every row of every linear layer is whole blocks.
+
+        Experts of a mixture are not quantized.
+        """
+        layers = [layer for layer in (*self.targets, *self.left_out) if not layer.experts]
+        whole = all(layer.in_features % NF4_BLOCK == 0 for layer in layers)
+        return ["nf4"] if whole else []

@@ -1,0 +1,57 @@
+"""Short names for the layers of a model that still mean these layers only, in every program that reads them.
+
+A name is an end of a module's path, cut at a dot, with `*` for a number: `q_proj` means
+`model.layers.0.self_attn.q_proj`.
+"""
+
+from collections.abc import Hashable, Mapping
+
+
+def pattern_of(name: str) -> str:
+    """`model.layers.0.mlp.up_proj` to `model.layers.*.mlp.up_proj`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def matches(name: str, wanted: str) -> bool:
+    """Whether a module's full name is what was asked for, or ends in it; `*` stands for a number."""
+    path, ends = name.split("."), wanted.split(".")
+    tail = path[-len(ends) :]
+    return len(tail) == len(ends) and all(
+        part == end or (end == "*" and part.isdigit()) for part, end in zip(tail, ends, strict=True)
+    )
+
+
+def short_names(kinds: Mapping[str, Hashable], others: set[str]) -> dict[str, str]:
+    """The shortest name for each layer that means no layer of another kind and no other module.
+
+    Where even whole patterns mix kinds, a layer keeps its full name.
+
+    Args:
+        kinds: full names of layers, and what must be told apart.
+        others: full names of the model's other modules.
+    """
+    found, open_names, length = dict[str, str](), set(kinds), 1
+    while open_names:
+        ends = dict[str, set[Hashable]]()
+        for name in [*kinds, *others]:
+            if end := _end(pattern_of(name), length):
+                ends.setdefault(end, set()).add(kinds.get(name, _Other))
+        for name in list(open_names):
+            end = _end(pattern_of(name), length)
+            if end is None or (len(ends[end]) == 1 and not end.startswith("*")):
+                found[name] = end or name
+                open_names.remove(name)
+        length += 1
+    return {name: found[name] for name in kinds}
+
+
+class _Other:
+    """The kind of all modules that are no layers."""
+
+
+def _end(pattern: str, length: int) -> str | None:
+    """The last `length` parts, if there are so many."""
+    parts = pattern.split(".")
+    if length > len(parts):
+        return None
+    return ".".join(parts[-length:])

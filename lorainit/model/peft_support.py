@@ -1,0 +1,250 @@
+"""What stock PEFT accepts on an architecture: tried on the whole model in fake tensors, shapes without numbers.
+
+A 700-billion-parameter base takes seconds and no memory to speak of. Whether an adapter *computes* what was
+trained is for the check of the download; here it is whether PEFT can put one there, finds it again, and whether it is
+heard: Mamba's kernels read some weights past their layers, and a router's output is no tensor. Knows nothing of runs.
+"""
+
+import copy
+import json
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from linecache import getline
+from types import FrameType
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoModelForCausalLM
+
+from lorainit.errors import UnsupportedModel
+from lorainit.model.names import pattern_of
+
+TOKENS = 8
+READ = "its weight is read past the layer, where a LoRA would not be seen"
+UNUSED = "text does not pass through it"
+NO_TENSOR = "it returns something else than one tensor, which PEFT cannot add to"
+UNHEARD = "an adapter there does not reach what the model says"
+# What is asked of a weight without multiplying with it.
+_HARMLESS = re.compile(r"\.(dtype|device|shape|ndim|size\()")
+
+
+# --- names as PEFT reads them ---------------------------------------------------------------------
+
+
+def rewritten(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of these layers that PEFT, on transformers 5, takes for the experts of an older file.
+
+    It looks at the last part of a name only: `mlp.gate_proj` of a dense layer or of a shared expert becomes
+    `gate_up_proj` of all experts, and what was trained is not read. As `target_parameters` such a layer's weight is
+    adapted under the same tensor names, and nothing is rewritten.
+    """
+    if not hasattr(model, "config"):
+        return []
+    leaves = {name.rpartition(".")[2] for name in names}
+    taken = {leaf for leaf in leaves if _is_rewritten(model, leaf)}
+    return [name for name in names if name.rpartition(".")[2] in taken]
+
+
+def _is_rewritten(model: nn.Module, leaf: str) -> bool:
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # "cannot convert without also targeting …": it would have
+        return True
+    return leaf not in (config.target_modules or ())
+
+
+def as_peft_names(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
+    """`target_modules` and `target_parameters` of an adapter on these layers (full names)."""
+    apart = set(rewritten(model, names))
+    return {
+        "target_modules": [name for name in names if name not in apart],
+        "target_parameters": [f"{name}.weight" for name in names if name in apart],
+    }
+
+
+# --- the trial -------------------------------------------------------------------------------------
+
+
+def refusals(model: Any, names: Sequence[str]) -> dict[str, str]:
+    """Why some of these layers cannot carry a LoRA that stock PEFT reads; layers without an entry can.
+
+    Args:
+        model: a causal language model of transformers, with or without weights; only its configuration is used.
+        names: full names of linear layers.
+
+    Raises:
+        UnsupportedModel: the model does not run on a few tokens of text at all.
+    """
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    text = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
+    return dict(_refusals(_Key(text, config, type(model)), tuple(names)))
+
+
+class _Key:
+    """A configuration that compares by what it says."""
+
+    def __init__(self, text: str, config: Any, kind: type) -> None:
+        self.text, self.config, self.kind = text, config, kind
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and (self.text, self.kind) == (other.text, other.kind)
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@lru_cache(maxsize=32)
+def _refusals(key: _Key, names: tuple[str, ...]) -> Mapping[str, str]:
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # tells what we catch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.disabled = True
+        try:
+            return _try(key.config, names)
+        finally:
+            log.disabled = False
+
+
+def _try(config: Any, names: Sequence[str]) -> dict[str, str]:
+    try:
+        found = _observe(config, names)
+    except Exception as error:
+        text = f"The architecture of the base model cannot be tried out: {' '.join(str(error).split())[:400]}"
+        raise UnsupportedModel(text, param="model") from error
+    left = [name for name in names if name not in found]
+    kinds = dict[str, list[str]]()
+    for name in left:
+        kinds.setdefault(pattern_of(name), []).append(name)
+    try:
+        return found | _adapt(config, left)
+    except Exception:
+        for group in kinds.values():
+            try:
+                found |= _adapt(config, group)
+            except Exception as error:
+                found |= dict.fromkeys(group, _because(error))
+    return found
+
+
+def _because(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (
+        f"stock PEFT refuses it: {text[:400]}" if isinstance(error, ValueError) else f"with a LoRA there: {text[:400]}"
+    )
+
+
+def _skeleton(config: Any) -> Any:
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    if hasattr(model, "set_experts_implementation"):
+        with suppress(ValueError):  # no experts here, or experts of their own
+            model.set_experts_implementation("batched_mm")  # the others ask which tokens went where
+    for name, module in model.named_modules():
+        own_way = name.endswith("experts") and not hasattr(module, "_apply_gate")
+        if own_way and not any(isinstance(child, nn.Linear) for child in module.modules()):
+            module.forward = _as_it_came  # LongCat-Flash asks too, and its experts are no layers of ours
+        # Some rotary embeddings ask how long the rows are.
+        if isinstance(kind := getattr(module, "rope_type", None), str | dict):
+            module.rope_type = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
+    return model.requires_grad_(requires_grad=False)
+
+
+def _as_it_came(hidden: Tensor, *_others: Any, **_more: Any) -> Tensor:
+    return hidden
+
+
+@contextmanager
+def _in_fake_tensors(model: Any) -> Iterator[None]:
+    """While this is open, a model that lay on the meta device can run, as if on a CPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        model.to_empty(device="cpu")
+        yield
+
+
+def _say(model: Any) -> Tensor:
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _observe(config: Any, names: Sequence[str]) -> dict[str, str]:
+    """What a pass does with these layers: in training mode kernels read weights, outside of it RWKV changes some."""
+    seen, read = dict[str, bool](), set[str]()
+    model = _skeleton(config)
+    with _in_fake_tensors(model):
+        for name in names:
+            layer = model.get_submodule(name)
+            layer.register_forward_hook(_note(seen, name))
+            _watch(layer, name, read)
+        for training in (True, False):
+            _say(model.train(training))
+    found = dict[str, str]()
+    for name in names:
+        if name in read:
+            found[name] = READ
+        elif name not in seen:
+            found[name] = UNUSED
+        elif not seen[name]:
+            found[name] = NO_TENSOR
+    return found
+
+
+def _note(seen: dict[str, bool], name: str) -> Callable[..., None]:
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen[name] = isinstance(output, Tensor)
+
+    return note
+
+
+def _watch(layer: nn.Module, name: str, read: set[str]) -> None:
+    """Note in `read` who reads the layer's weight from outside; the layer's class becomes one that tells."""
+    plain = type(layer).__getattr__
+
+    def tell(self: nn.Module, attribute: str) -> Any:
+        if attribute in ("weight", "bias") and not _is_harmless(sys._getframe(1), self, attribute):
+            read.add(name)
+        return plain(self, attribute)
+
+    layer.__class__ = type(type(layer).__name__, (type(layer),), {"__getattr__": tell})
+
+
+def _is_harmless(frame: FrameType, layer: nn.Module, attribute: str) -> bool:
+    """The layer's own forward pass, or a line that asks for the weight's dtype or device only."""
+    if frame.f_locals.get("self") is layer or "/torch/" in frame.f_code.co_filename:
+        return True
+    line = getline(frame.f_code.co_filename, frame.f_lineno)
+    uses = re.findall(rf"\.{attribute}\b(.{{0,8}})", line)
+    return attribute == "bias" or (bool(uses) and all(_HARMLESS.match(use) for use in uses))
+
+
+def _adapt(config: Any, names: Sequence[str]) -> dict[str, str]:
+    """Put PEFT's LoRA on these layers and go through forward and backward: which adapter gets no gradient?"""
+    if not names:
+        return {}
+    model = _skeleton(config)
+    options = LoraConfig(task_type="CAUSAL_LM", r=1, **as_peft_names(model, names))  # type: ignore[arg-type]
+    adapted = get_peft_model(model, options).eval()
+    with _in_fake_tensors(adapted):
+        logits = _say(adapted)
+        if logits.requires_grad:
+            logits.float().sum().backward()
+        heard = {n for n, p in adapted.named_parameters() if ".lora_" in n and p.grad is not None}
+    missing = {
+        name
+        for name in names
+        for factor in ("lora_A", "lora_B")
+        if f"base_model.model.{name}.{factor}.default.weight" not in heard
+    }
+    return dict.fromkeys(sorted(missing), UNHEARD)

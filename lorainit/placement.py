@@ -1,0 +1,128 @@
+"""Which kinds of layers a run adapts, decided from facts alone, so that the API and the engine always agree.
+
+Torch-free. Knows nothing of modules: `lorainit.model.targets` finds the facts and the layers that a name means.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
+from lorainit.facts import LeftOut, Target
+from lorainit.inits import Automatic
+from lorainit.spec import Lora
+
+FIELD = "lora.target_modules"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`names`: the kinds of layers to adapt, of `Target.name`; `left_out`: those that were meant too, and why not."""
+
+    names: list[str]
+    left_out: list[LeftOut]
+
+
+def place(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> Placement:
+    """Resolve `lora.target_modules`.
+
+    A group (`all-linear`, `attention`, `mlp`) adapts what it can and says what it leaves out: what cannot carry a
+    LoRA, and what is smaller than the rank. A name that was given is adapted or refused; of its layers, those that
+    cannot carry a LoRA are left out too (a vision tower's `q_proj`).
+
+    Args:
+        lora: with its rank and initialization.
+        targets, left_out: the facts of the base.
+
+    Raises:
+        UnknownTarget: nothing of the group, or nothing of that name, can carry a LoRA.
+        RankTooLarge: a layer that was named is smaller than the rank, or all of a group are.
+        UnsupportedInit: a layer that was named, or all of a group, can carry a LoRA but no DoRA, or no LoftQ.
+    """
+    wanted = lora.target_modules
+    if isinstance(wanted, str):
+        return _of_group(lora, wanted, targets, left_out)
+    names = dict[str, None]()
+    also = list[LeftOut]()
+    for index, name in enumerate(wanted):
+        meant = [target for target in targets if means(name, target.name)]
+        others = [layer for layer in left_out if means(name, layer.name)]
+        if not meant:
+            raise _nothing_of(name, f"{FIELD}[{index}]", others, targets)
+        for target in meant:
+            if obstacle := _obstacle(lora, target):
+                raise obstacle[0]
+            names[target.name] = None
+        also += others
+    # A list that a server has spelled out comes with what it left out then.
+    kept = [layer for layer in lora.left_out if layer not in also]
+    return Placement(list(names), also + kept)
+
+
+def means(given: str, name: str) -> bool:
+    """Whether a name that a caller gave means the layers of this `Target.name`: itself, or an end of it."""
+    return name == given or name.endswith(f".{given}")
+
+
+def _of_group(lora: Lora, wanted: str, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> Placement:
+    meant = [target for target in targets if wanted in ("all-linear", target.group)]
+    others = [layer for layer in left_out if wanted in ("all-linear", layer.group)]
+    obstacles = {target.name: found for target in meant if (found := _obstacle(lora, target))}
+    names = list(dict.fromkeys(target.name for target in meant if target.name not in obstacles))
+    if not names and obstacles:
+        raise next(iter(obstacles.values()))[0]
+    if not names:
+        raise UnknownTarget(
+            f"{FIELD} {wanted!r} matches nothing that can carry a LoRA in this base model.{_reasons(others)}",
+            param=FIELD,
+        )
+    small = [LeftOut(**t.model_dump(), reason=obstacles[t.name][1]) for t in meant if t.name in obstacles]
+    return Placement(names, [*others, *small])
+
+
+def _obstacle(lora: Lora, target: Target) -> tuple[LorainitError, str] | None:
+    """Why this adapter does not fit a layer that can carry one: the refusal, and the reason to leave it out."""
+    shape = f"{target.name!r} ({target.out_features}x{target.in_features})"
+    if lora.use_dora and (target.experts or not target.dora):
+        why = (
+            "PEFT has no DoRA for experts" if target.experts else "PEFT adapts it as a parameter, and has no DoRA there"
+        )
+        return UnsupportedInit(f"lora.use_dora does not fit {shape}: {why}.", param="lora.use_dora"), why
+    if target.experts and lora.init.method == "loftq":
+        why = "NF4 leaves experts in the run's own precision, so there is nothing for LoftQ to correct"
+        return UnsupportedInit(f"lora.init 'loftq' does not fit {shape}: {why}.", param="lora.init"), why
+    if lora.r > target.smaller_side:
+        message = f"lora.r {lora.r} is larger than the smaller side ({target.smaller_side}) of {shape}."
+        why = f"a matrix of that name is smaller than the rank, {lora.r}"
+        return RankTooLarge(message, param="lora.r"), why
+    needed = 0 if isinstance(lora.init, Automatic) else lora.init.smaller_side(lora.r)
+    if needed > target.smaller_side:
+        message = f"lora.init at rank {lora.r} needs {needed} directions, more than the smaller side"
+        why = f"a matrix of that name is smaller than the {needed} directions that the initialization needs"
+        return RankTooLarge(f"{message} ({target.smaller_side}) of {shape}.", param="lora.init"), why
+    return None
+
+
+def _nothing_of(name: str, param: str, others: Sequence[LeftOut], targets: Sequence[Target]) -> UnknownTarget:
+    if others:
+        return UnknownTarget(f"{param} {name!r} cannot carry a LoRA.{_reasons(others)}", param=param)
+    known = ", ".join(dict.fromkeys(target.name for target in targets))
+    return UnknownTarget(f"{param} {name!r} is not a linear layer of this base model. Available: {known}.", param=param)
+
+
+def _reasons(others: Sequence[LeftOut]) -> str:
+    told = dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in others)
+    return f" Left out: {'; '.join(told)}." if told else ""
+
+
+def sentence(left_out: Sequence[LeftOut], adapted: int) -> str:
+    """What is left out, for the job's events.
+
+    Args:
+        adapted: how many weights the adapted matrices hold.
+    """
+    by_reason = dict[str, list[str]]()
+    for layer in left_out:
+        by_reason.setdefault(layer.reason, []).append(f"{layer.name} ({layer.count})")
+    told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in by_reason.items())
+    missed = sum(layer.weights for layer in left_out)
+    return f"Without a LoRA, {100 * missed / max(1, missed + adapted):.2g} % of the matrix weights asked for: {told}."
