@@ -91,4 +91,5 @@ def _facts(events: Sequence[Event]) -> dict[str, Any]:
             facts["warnings"].append(event.message)
         if isinstance(event, Plan):
             facts |= {"modules": event.modules, "target_modules": event.target_modules}
+            facts["left_out"] = {layer.name: layer.reason for layer in event.left_out}
     return facts

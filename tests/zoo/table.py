@@ -31,6 +31,8 @@ def tables(findings: Sequence[Finding], stale: int) -> str:
     for family, title in TITLES.items():
         if kinds := [kind for kind in trained if KINDS[kind].family == family]:
             parts.append(f"### {title}\n\n{_works(kinds, by_kind)}")
+    if left_out := _left_out(trained, by_kind):
+        parts.append(f"### Layers without a LoRA\n\n{left_out}")
     if exceptions := _exceptions(trained, by_kind):
         parts.append(f"### Exceptions\n\n{exceptions}")
     parts.append(f"### Refused\n\n{_refused(refused, by_kind)}")
@@ -76,6 +78,16 @@ def _targets(found: dict[Case, Finding]) -> str:
 def _share(found: dict[Case, Finding]) -> str:
     shares = [f.numbers["share"] for f in found.values() if f.case.what == "kaiming" and "share" in f.numbers]
     return f"{max(shares):.0%}" if shares else "–"
+
+
+def _left_out(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
+    """By reason, which layers of which kinds."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for kind in kinds:
+        told = next((f.facts["left_out"] for f in by_kind[kind].values() if f.facts.get("left_out")), {})
+        for name, reason in told.items():
+            reasons[reason].append(f"`{name}` of `{kind}`")
+    return "\n".join(f"- {_plain(reason)} {', '.join(layers)}." for reason, layers in reasons.items())
 
 
 def _exceptions(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
