@@ -197,8 +197,8 @@ def test_half_a_checkpoint_is_never_seen(spec, tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "rank": ({"lora": {"r": 17}}, RankTooLarge, "lora.r"),
-    "target": ({"lora": {"target_modules": ["nope"]}}, UnknownTarget, "lora.target_modules"),
+    "rank": ({"lora": {"r": 17, "target_modules": ["k_proj"]}}, RankTooLarge, "lora.r"),
+    "target": ({"lora": {"target_modules": ["nope"]}}, UnknownTarget, "lora.target_modules[0]"),
     "length": (
         {"training": {"max_length": 512}}, SequenceTooLong, "method.supervised.hyperparameters.max_length",
     ),
