@@ -18,6 +18,7 @@ from lorainit.inits import Quantization
 from lorainit.loss import is_plain
 from lorainit.model import experts
 from lorainit.model.examine import examine
+from lorainit.model.finite import require_finite
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
@@ -65,6 +66,7 @@ class Base:
         """Load the weights, if nobody has, and choose the attention."""
         if self._model is None:
             self._model = self.fresh()
+            require_finite(self._model)
             experts.install(self._model)  # before the base is divided, which remembers where each weight stands
             if self.sharded:
                 self.place(self._model)

@@ -48,7 +48,7 @@ def prove(job: Job, out: Path, on_event: OnEvent, *, known: dict[str, Any] | Non
 
     Raises:
         ExportCheckFailed: PEFT cannot read it, or makes something else of it.
-        UnsupportedModel: the base does not run with adapted layers.
+        UnsupportedModel: the base does not run with adapted layers, or what it makes of the rows is not finite.
     """
     if known and known["versions"] == _versions():
         return known
@@ -154,7 +154,7 @@ def trial(targets: dict[str, nn.Module], lora: Lora, *, device: torch.device) ->
 def _effect(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> Effect:
     texts = check.prompts(job.data.samples, rows=ROWS, tokens=TOKENS)
     try:
-        return observe(job.base.model, layers, texts, divided=bool(job.base.sharded), on_event=on_event)
+        effect = observe(job.base.model, layers, texts, divided=bool(job.base.sharded), on_event=on_event)
     except check.FAULTS as error:
         if is_out_of_memory(error):
             raise
@@ -164,6 +164,13 @@ def _effect(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> Effec
             " target_modules.",
             param="lora.target_modules",
         ) from error
+    if not all(logits.isfinite().all() for logits in effect.logits):
+        raise UnsupportedModel(
+            "What the base model makes of the first training rows is not finite: weights that overflow on them are the"
+            " usual cause.",
+            param="model",
+        )
+    return effect
 
 
 def _culprit(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorainit.errors import InitFailed, LorainitError, RankTooLarge, UnsupportedInit
+from lorainit.errors import LorainitError, RankTooLarge, UnsupportedInit, UnsupportedModel
 from lorainit.model.targets import find_targets
 from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
@@ -20,8 +20,8 @@ DATA = ["lora_ga", "lora_one", "eva", "corda"]
 def refused(spec, tmp_path):
     """Run on a base of which one weight was changed; what it was refused with. No adapter may be there."""
 
-    def start(init, *, change=None, module=UP, **overrides) -> LorainitError:
-        model = tiny_llama()
+    def start(init, *, change=None, module=UP, sides=(32, 48), **overrides) -> LorainitError:
+        model = tiny_llama(*sides)
         if change is not None:
             with torch.no_grad():
                 change(model.get_submodule(module).weight)
@@ -37,36 +37,25 @@ def refused(spec, tmp_path):
     return start
 
 
-def entry(value):
-    def change(weight):
-        weight[0, 0] = value
-
-    return change
-
-
+@pytest.mark.parametrize("quantization", [None, "nf4"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("init", ["kaiming", "pissa", "milora", "olora", "loram"])
-def test_weight_that_is_not_finite(refused, init, value):
-    error = refused(init, change=entry(value))
-    assert isinstance(error, UnsupportedInit)
-    assert error.message == f"{UP}: the base weight has non-finite entries."
+@pytest.mark.parametrize("module", [UP, "model.embed_tokens", "model.norm"])
+def test_weight_that_is_not_finite(refused, module, value, quantization):
+    def change(weight):
+        weight.view(-1)[0] = value
+
+    error = refused("loram", change=change, module=module, sides=(64, 128), lora={"quantization": quantization})
+    assert isinstance(error, UnsupportedModel)
+    assert error.message == f"{module}.weight: the base weight has non-finite entries."
     assert error.param == "model"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("init", GRADIENT)
-def test_gradient_that_is_not_finite(refused, init, value):
-    error = refused(init, change=entry(value), lora={"target_modules": ["down_proj"]})
-    assert isinstance(error, InitFailed)
-    assert "gradient is not finite in model.layers." in error.message
-    assert error.param == "lora.init"
-
-
-@pytest.mark.parametrize("init", ["eva", "corda"])
-def test_input_that_is_not_finite(refused, init):
-    error = refused(init, change=entry(math.inf), lora={"target_modules": ["down_proj"]})
-    assert isinstance(error, InitFailed)
-    assert "model.layers.1.mlp.down_proj: its inputs are not finite" in error.message
+@pytest.mark.parametrize("init", ["kaiming", "lora_one", "eva"])
+def test_base_that_overflows_on_the_rows(refused, init):
+    error = refused(init, change=lambda weight: weight.fill_(3e38), lora={"target_modules": ["down_proj"]})
+    assert isinstance(error, UnsupportedModel)
+    assert "the first training rows is not finite" in error.message
+    assert error.param == "model"
 
 
 @pytest.mark.parametrize("init", GRADIENT)
