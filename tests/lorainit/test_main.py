@@ -64,7 +64,7 @@ def test_worker_gets_events_as_lines(child):
 
 
 def test_failure_is_an_event_one_line_and_code_1(child):
-    process, stream = child(events=True, lora={"r": 32})
+    process, stream = child(events=True, lora={"r": 17, "target_modules": ["k_proj"]})
     with stream:
         last = [EVENT.validate_json(line) for line in stream][-1]
     _, errors = process.communicate(timeout=60)
