@@ -120,19 +120,27 @@ def _experts(name: str, layer: Any, ours: Mapping[str, Change]) -> list[tuple[st
     """Of every expert of a parameter that PEFT adapts; those that we leave alone count if PEFT does not."""
     found = []
     with widened(layer, torch.float64):
-        stored, (left, right, scale) = layer.get_param(), layer.get_delta_factors("default")
+        stored, (left, right, scale) = _whole(layer.get_param()), layer.get_delta_factors("default")
+        bias = getattr(layer.get_base_layer(), f"{layer.parameter_name}_bias", None)
+        bias = None if bias is None else _whole(bias)
         for number, (W, L, R) in enumerate(zip(stored, left, right, strict=True)):
             one = f"{name}.{number}"
             transposed = one in ours and ours[one].transposed
             if one not in ours and not (L.any() and R.any()):
                 continue
+            L, R = L.to(W.dtype), R.to(W.dtype)  # PEFT gives them the format of the parameter
             W, L, R = (W.T, R.T, L.T) if transposed else (W, L, R)
             x = fixed_rows(one, W.shape[1]).to(W.device)
             base = x @ W.T
-            bias = getattr(layer.get_base_layer(), f"{layer.parameter_name}_bias", None)
             base = base if bias is None else base + bias[number]
             found.append((one, Change(base.float().cpu(), (scale * x @ R.T @ L.T).float().cpu(), transposed)))
     return found
+
+
+def _whole(parameter: Any) -> Tensor:
+    """In float64; of a parameter that devices share all parts, for which all of them ask."""
+    found: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return found.to(torch.float64)
 
 
 def _as_change(base: Tensor, adapted: Tensor, *, transposed: bool = False) -> Change:
