@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import AttentionInterface
 
@@ -180,7 +181,10 @@ def _mask(queries: int, before: int, window: int | None, dtype: torch.dtype) -> 
     hidden = distance < 0
     if window is not None:
         hidden |= distance >= window
-    return torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    mask = torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    # A tensor without numbers would be kept, and be what every later pass of this length is masked with.
+    assert not isinstance(mask, FakeTensor)
+    return mask
 
 
 def _gather(x: Tensor, groups: int) -> Tensor:

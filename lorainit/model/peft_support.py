@@ -88,6 +88,7 @@ def refusals(model: Any, names: Sequence[str]) -> dict[str, str]:
     """
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
+    config._attn_implementation = None  # transformers' own choice, and never ours: it keeps tensors for later passes
     text = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
     return dict(_refusals(_Key(text, config, type(model)), tuple(names)))
 

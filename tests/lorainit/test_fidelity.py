@@ -8,15 +8,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorainit import fidelity
+from lorainit import fidelity, proof
 from lorainit.batches import collate
 from lorainit.data import Dataset, Sample, load
+from lorainit.errors import ExportCheckFailed
 from lorainit.events import Message
 from lorainit.export.check import with_stock_peft
 from lorainit.export.peft_adapter import export
 from lorainit.fidelity import HeldOut, held_out, measure, token_losses
 from lorainit.initialize import initialize
 from lorainit.layer import adapted, weight_of
+from lorainit.model import attention
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
@@ -298,3 +300,27 @@ def test_rows_without_a_trained_token_in_reach_are_passed_over():
     data = a_file(6, 8)
     far = Sample(0, torch.arange(2000), torch.arange(2000) < 9)
     assert [len(s.ids) for s in held_out(Dataset([far, *data.samples], "", 3, 0, [], {}), None).samples] == [6, 8]
+
+
+def test_a_loss_that_stock_transformers_does_not_find_fails_the_run(spec, tmp_path, monkeypatch):
+    """The last gate: an engine that computes something else than the base passes every check of an adapter."""
+
+    def begin(job, *args, **named):
+        monkeypatch.setattr(attention, "_mask", lambda queries, before, *_: torch.zeros(queries, before + queries))
+        return prove(job, *args, **named)
+
+    prove = proof.prove  # after the layout was chosen, which would have noticed
+    monkeypatch.setattr(proof, "prove", begin)
+    with pytest.raises(ExportCheckFailed, match="as stock transformers computes it"):
+        run(spec("llama", lora={"init": "kaiming"}), tmp_path / "out", lambda event: None)
+
+
+def test_a_run_whose_base_does_not_run_in_bf16_succeeds_and_says_so(spec, tmp_path, monkeypatch):
+    def measure(*args, **named):
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    monkeypatch.setattr("lorainit.fidelity.measure", measure)
+    events = []
+    done = run(spec("llama"), tmp_path / "out", events.append)
+    assert "expected m1 and m2" in done.export_check["fidelity"]["missing"]["kept_unmerged_bf16"]
+    assert any("expected m1 and m2" in getattr(event, "message", "") for event in events)

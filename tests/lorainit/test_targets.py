@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from api.core import catalogue
@@ -19,7 +20,8 @@ from lorainit.export.peft_adapter import export
 from lorainit.inspect import inspect
 from lorainit.layer import LoRALinear, attach
 from lorainit.methods import Factors
-from lorainit.model import experts, peft_support
+from lorainit.model import attention, experts, peft_support
+from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model, skeleton
 from lorainit.model.names import matches, short_names
 from lorainit.model.targets import describe, find_targets, resolve
@@ -316,3 +318,22 @@ def test_layers_without_a_transformers_model_around_them_are_not_tried():
             return None
 
     assert list(find_targets(Bare(), "all-linear")) == ["up_proj"]
+
+
+def test_finding_targets_leaves_nothing_behind_in_our_attention(bases):
+    """Masks are kept for later passes: one that was made while shapes were tried has no numbers in it."""
+    model = load_model(bases["llama"], dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.arange(3, 3 + peft_support.TOKENS)[None]
+    truth = model(input_ids=ids, use_cache=False).logits
+    assert choose_layout(model).rows == "packed"
+    attention._mask.cache_clear()
+    peft_support._refusals.cache_clear()
+    find_targets(model, "all-linear")
+    assert torch.allclose(model(input_ids=ids, use_cache=False).logits, truth, atol=1e-5)
+
+
+def test_a_mask_without_numbers_is_not_kept():
+    attention._mask.cache_clear()
+    with FakeTensorMode(), pytest.raises(AssertionError):
+        attention._mask(8, 0, None, torch.float32)
+    assert attention._mask(8, 0, None, torch.float32)[0].tolist() == [0.0, *[-torch.inf] * 7]
