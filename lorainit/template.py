@@ -105,8 +105,11 @@ class Template:
 
         Raises:
             Unbounded: it takes too long, too much memory, or renders too much.
+            UnsupportedModel: it cannot render a question and its answer, so no row could be trained.
         """
-        for messages in ([_ASKED], [_ASKED, {"role": "assistant", "content": "b"}]):
+        exchange = [_ASKED, {"role": "assistant", "content": "b"}]
+        self._text(exchange, {})
+        for messages in ([_ASKED], exchange):
             for prompt in (False, True):
                 self._shows_probe(messages, {}, prompt=prompt)
         _ = self.takes_tools, self.takes_calls

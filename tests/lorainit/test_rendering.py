@@ -77,6 +77,14 @@ def test_whatever_a_template_raises_is_a_refusal(source: str) -> None:
         Template(make_tokenizer(source)).render(ROW)
 
 
+@pytest.mark.parametrize(
+    "source", ["{{ ''.__class__.__mro__[1] }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "{{ 1 // 0 }}"]
+)
+def test_the_check_refuses_a_template_that_renders_no_conversation(source: str) -> None:
+    with pytest.raises(UnsupportedModel, match="cannot render the conversation"):
+        Template(make_tokenizer(source)).check()
+
+
 def test_the_check_finds_a_template_that_runs_for_ever_only_with_tools(impatient: None) -> None:
     template = Template(make_tokenizer("{% if tools %}" + LOOP + "{% endif %}" + PLAIN_TEMPLATE))
     with pytest.raises(Unbounded):
