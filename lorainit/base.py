@@ -22,6 +22,7 @@ from lorainit.model.finite import require_finite
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
+from lorainit.refusal import as_unsupported
 from lorainit.shard import decide, shard
 from lorainit.spec import RunSpec
 from lorainit.store import Store
@@ -67,6 +68,8 @@ class Base:
         if self._model is None:
             self._model = self.fresh()
             require_finite(self._model)
+            if self.quantization:
+                self._require_to_run()
             experts.install(self._model)  # before the base is divided, which remembers where each weight stands
             if self.sharded:
                 self.place(self._model)
@@ -81,6 +84,12 @@ class Base:
             data = {"kind": "machine", "rows": self.layout.rows}
             on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))
         return self._model
+
+    @torch.no_grad()
+    def _require_to_run(self) -> None:
+        """Some kernels read a layer's weight past the layer, and know nothing of weights in four bits."""
+        with as_unsupported(f"The base model does not run with its layers in {self.quantization}"):
+            self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
 
     def fresh(self) -> nn.Module:
         """Another copy of the base: on the device, or on the CPU if it is to be divided with `place`."""

@@ -35,6 +35,7 @@ from lorainit.run import run
 from lorainit.spec import Lora
 from lorainit.weight import shape_of, was_conv1d, weight_of
 from tests.lorainit.conftest import make_tokenizer
+from tests.zoo.bases import make
 
 CPU = torch.device("cpu")
 BASES = ["wide-llama", "wide-gpt2"]
@@ -268,3 +269,9 @@ def test_the_cache_does_not_mix_bases(spec, tmp_path):
         return report["cached"]
 
     assert [cached(None, "1"), cached("nf4", "2"), cached("nf4", "3")] == [False, False, True]
+
+
+def test_a_base_whose_kernels_read_weights_past_their_layers_is_refused_in_four_bits(spec, tmp_path):
+    source = {"source": str(make("mamba", tmp_path / "mamba"))}
+    with pytest.raises(UnsupportedModel, match="does not run with its layers in nf4"):
+        run(spec(model=source, lora={"init": "kaiming", "quantization": "nf4"}), tmp_path / "out", lambda event: None)
