@@ -6,12 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.zoo.bases import KINDS
-from tests.zoo.finding import ENGINE, INSPECT, METHODS, MORE_METHODS, PRECISIONS, Case, Finding
+from tests.zoo.finding import INSPECT, PRECISIONS, Case, Finding
 
 BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
 TITLES = {"dense": "Dense transformers", "mixture": "Mixtures of experts", "hybrid": "State-space and hybrid models",
           "vision": "Text and vision"}  # fmt: skip
-ALL_METHODS = (*METHODS, *MORE_METHODS)
 
 
 def write(page: Path, findings: Sequence[Finding], *, stale: int) -> None:
@@ -48,21 +47,22 @@ def _versions(kinds: int, cases: int, stale: int) -> str:
 
 
 def _works(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
-    head = ["base", "what is special", "rows", "step", *ALL_METHODS, "LoRA on", "of the weights"]
+    head = ["base", "what is special", "rows", *PRECISIONS, "of the weights"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for kind in kinds:
         found = by_kind[kind]
-        methods = [_cell(found, method) for method in ALL_METHODS]
-        cells = [f"`{kind}`", KINDS[kind].notes, _fact(found, "rows"), _cell(found, ENGINE), *methods]
-        lines.append(f"| {' | '.join([*cells, _targets(found), _share(found)])} |")
+        cells = [f"`{kind}`", KINDS[kind].notes or "–", _fact(found, "rows")]
+        lines.append(f"| {' | '.join([*cells, *(_cell(found, p) for p in PRECISIONS), _share(found)])} |")
     return "\n".join(lines)
 
 
-def _cell(found: dict[Case, Finding], what: str) -> str:
-    """The precisions in which it was tried and works."""
-    tried = [p for p in PRECISIONS if Case(what, p) in found]
-    good = [p for p in tried if found[Case(what, p)].verdict == "works"]
-    return "all" if good == tried and good else ", ".join(good) or "–"
+def _cell(found: dict[Case, Finding], precision: str) -> str:
+    """How many of the cases in this precision work."""
+    tried = [f for case, f in found.items() if case.precision == precision and case.what != INSPECT]
+    good = sum(f.verdict == "works" for f in tried)
+    if good == len(tried):
+        return "yes" if tried else "–"
+    return f"{good} of {len(tried)}" if good else "no"
 
 
 def _fact(found: dict[Case, Finding], name: str) -> str:
@@ -70,14 +70,9 @@ def _fact(found: dict[Case, Finding], name: str) -> str:
     return ", ".join(sorted(values)) or "–"
 
 
-def _targets(found: dict[Case, Finding]) -> str:
-    names = next((f.facts["target_modules"] for f in found.values() if "target_modules" in f.facts), [])
-    return ", ".join(f"`{name}`" for name in names) or "–"
-
-
 def _share(found: dict[Case, Finding]) -> str:
-    shares = [f.numbers["share"] for f in found.values() if f.case.what == "kaiming" and "share" in f.numbers]
-    return f"{max(shares):.0%}" if shares else "–"
+    plain = found.get(Case("kaiming"))
+    return f"{plain.numbers['share']:.0%}" if plain and "share" in plain.numbers else "–"
 
 
 def _left_out(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
@@ -87,7 +82,7 @@ def _left_out(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> 
         told = next((f.facts["left_out"] for f in by_kind[kind].values() if f.facts.get("left_out")), {})
         for name, reason in told.items():
             reasons[reason].append(f"`{name}` of `{kind}`")
-    return "\n".join(f"- {_plain(reason)} {', '.join(layers)}." for reason, layers in reasons.items())
+    return "\n".join(f"- {_plain(reason)}: {', '.join(layers)}." for reason, layers in reasons.items())
 
 
 def _exceptions(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> str:
