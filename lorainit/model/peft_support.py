@@ -87,7 +87,8 @@ def refusals(model: Any, names: Sequence[str]) -> dict[str, str]:
         UnsupportedModel: the model does not run on a few tokens of text at all.
     """
     config = copy.deepcopy(model.config)
-    vars(config).pop("quantization_config", None)
+    for trace in ("quantization_config", "_is_quantized", "_pre_quantization_dtype"):  # Jamba asks for the second
+        vars(config).pop(trace, None)
     config._attn_implementation = None  # transformers' own choice, and never ours: it keeps tensors for later passes
     text = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
     return dict(_refusals(_Key(text, config, type(model)), tuple(names)))

@@ -29,6 +29,7 @@ from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
 from lorainit.layer import adapted, attach, detach
 from lorainit.loss import logits_of
+from lorainit.model import peft_support
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
@@ -114,6 +115,17 @@ def test_rows_that_are_not_whole_blocks_are_refused(bases):
     with pytest.raises(UnsupportedModel, match=r"q_proj has 32 inputs.*64") as caught:
         nf4(bases["llama"])
     assert caught.value.param == "lora.quantization"
+
+
+def test_the_layers_that_carry_a_lora_are_those_of_the_base_in_full_precision(tmp_path):
+    """Jamba reads a weight past its layer, and only its bias when it is quantized."""
+    folder = make("jamba", tmp_path / "jamba")
+    found = []
+    for quantization in ("nf4", None):
+        peft_support._refusals.cache_clear()
+        model = load_model(folder, dtype=torch.float32, device=CPU, quantization=quantization)
+        found.append(list(find_targets(model, "all-linear")))
+    assert found[0] == found[1]
 
 
 def test_bitsandbytes_misreads_such_rows_on_a_cpu():
