@@ -16,7 +16,7 @@ help:
 	@echo "make check      format, lint, types, import contracts, migration drift, tests, audit"
 	@echo "make audit      known holes in the installed packages (needs the network)"
 	@echo "make test-slow  the tests that need minutes"
-	@echo "make zoo        try every architecture of tests/zoo beside stock transformers and PEFT; writes docs/models.md (an hour); ONLY="
+	@echo "make zoo        try every architecture of tests/zoo beside stock transformers and PEFT; writes docs/models.md (half an hour); ONLY="
 	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT="
 	@echo "make bench-api  requests per second for submit and poll"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"

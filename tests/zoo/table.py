@@ -1,5 +1,6 @@
 """The tables of docs/models.md, made from findings; nothing in them is written by hand."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -105,6 +106,7 @@ def _word(verdict: str, code: str) -> str:
 
 
 def _plain(sentence: str) -> str:
+    sentence = re.sub(r"/\S*/zoo/", "", sentence)  # where the folder happened to lie
     return " ".join(sentence.split()).replace("|", "\\|").replace("<", "‹").replace(">", "›")[:300]
 
 
@@ -113,6 +115,7 @@ def _refused(kinds: Iterable[str], by_kind: dict[str, dict[Case, Finding]]) -> s
     for kind in kinds:
         found = by_kind[kind]
         cells = [_verdict(found.get(Case(INSPECT))), _verdict(found.get(Case("kaiming")))]
+        cells[1] = "the same" if cells[1] == cells[0] else cells[1]
         lines.append(f"| `{kind}` | {KINDS[kind].notes} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
