@@ -49,7 +49,7 @@ def test_the_job_is_what_stock_transformers_and_peft_make_of_it(found, kind, cas
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_trained_is_refused_when_it_is_looked_at(kind: str, tmp_path: Path):
     (finding,) = examine({kind: [Case(INSPECT)]}, tmp_path)
-    assert (finding.verdict, finding.code) == ("refused", "unsupported_model")
+    assert (finding.verdict, finding.code) == ("refused", "unsupported_model"), finding
 
 
 def _bulk() -> list[tuple[str, list[Case]]]:
