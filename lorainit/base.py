@@ -19,6 +19,7 @@ from lorainit.loss import is_plain
 from lorainit.model import experts
 from lorainit.model.examine import examine
 from lorainit.model.finite import require_finite
+from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.quantize import require_library
@@ -37,6 +38,7 @@ class Base:
 
     `sharded`: why it is divided between the processes of `world`; "" = it is not. `layout`: how rows share
     its passes, once it is loaded. `proven`: of each shape of an adapter, how it was shown that stock PEFT reads it.
+    `four_bits`: of a quantized base, which layers are.
     """
 
     spec: RunSpec
@@ -50,6 +52,7 @@ class Base:
     sharded: str = ""
     layout: Layout = field(default_factory=lambda: Layout("one by one", "it is not loaded", any_length))
     proven: dict[str, dict[str, Any]] = field(default_factory=dict)
+    four_bits: FourBits | None = None
     _model: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -70,6 +73,7 @@ class Base:
             require_finite(self._model)
             if self.quantization:
                 self._require_to_run()
+                self._tell_what_is_kept(on_event)
             experts.install(self._model)  # before the base is divided, which remembers where each weight stands
             if self.sharded:
                 self.place(self._model)
@@ -84,6 +88,11 @@ class Base:
             data = {"kind": "machine", "rows": self.layout.rows}
             on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))
         return self._model
+
+    def _tell_what_is_kept(self, on_event: OnEvent) -> None:
+        if self.four_bits and self.four_bits.kept:
+            facts = {"kind": "data", **self.four_bits.statement(self.dtype)}
+            on_event(Message(message=self.four_bits.sentence(), data=facts))
 
     @torch.no_grad()
     def _require_to_run(self) -> None:
@@ -182,10 +191,12 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALO
     device = hardware.pick_device()
     dtype = hardware.dtype_of(hardware.resolve_precision(spec.training, device)[0].precision)
     location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
-    examine(location.folder)
+    skeleton = examine(location.folder)
     tokenizer = load_tokenizer(location.folder)
     digest = known_sha256(location.folder, store(spec, "bases", on_event))
     require_whole(location.folder, digest)
     sharded = decide(spec, location.folder, world=world, dtype=dtype, device=device)
     world = replace(world, in_step=bool(sharded))
-    return Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, digest, world, sharded)
+    held = four_bits(skeleton) if spec.lora.quantization else None
+    base = Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, digest, world, sharded)
+    return replace(base, four_bits=held)

@@ -22,6 +22,7 @@ from lorainit.model import tokenizer_files
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.load import free
 from lorainit.prepare import Job
+from lorainit.quantize import nf4_config
 from lorainit.results import write_csv
 
 # Largest relative difference of two losses in float32 that is rounding; mixtures may route a token differently.
@@ -42,7 +43,7 @@ def write_adapter(job: Job, folder: Path, report: Report) -> None:
         paper=paper,
         rank=rank,
         alpha=alpha,
-        quantization=job.lora.quantization,
+        loading=nf4_config(job.base.four_bits.skip) if job.base.four_bits else None,
         dora=job.lora.use_dora,
         experts=any(isinstance(layer.base, ExpertLinear) for layer in job.layers.values()),
     )
@@ -166,8 +167,14 @@ def write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict
     """Everything needed to tell what exactly ran."""
     data = {"sha256": job.data.sha256, "rows": job.data.rows, "usable": len(job.data.samples)}
     valid = job.valid and {"sha256": job.valid.sha256, "rows": job.valid.rows, "usable": len(job.valid.samples)}
+    held = job.base.four_bits and job.base.four_bits.statement(job.base.dtype)
     manifest = {
-        "base": {"id": job.spec.model.id, "root": job.spec.model.root, "sha256": job.base.sha256},
+        "base": {
+            "id": job.spec.model.id,
+            "root": job.spec.model.root,
+            "sha256": job.base.sha256,
+            "quantization": held,
+        },
         "lora": {**job.lora.model_dump(mode="json"), "scaling": job.lora.scaling},
         "training": job.training.model_dump(mode="json"),
         "seeds": {"run": job.spec.seed, "init": report.summary["seed"]},

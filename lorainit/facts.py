@@ -67,10 +67,9 @@ class ModelFacts(Strict):
 
     @property
     def quantization(self) -> list[Quantization]:
-        """What `lora.quantization` can be: NF4 where every row of every linear layer is whole blocks.
+        """What `lora.quantization` can be: NF4 where every row of what can carry a LoRA is whole blocks.
 
-        Experts of a mixture are not quantized.
+        Experts of a mixture are not quantized, and other layers only where they can be (`lorainit.model.four_bits`).
         """
-        layers = [layer for layer in (*self.targets, *self.left_out) if not layer.experts]
-        whole = all(layer.in_features % NF4_BLOCK == 0 for layer in layers)
+        whole = all(target.in_features % NF4_BLOCK == 0 for target in self.targets if not target.experts)
         return ["nf4"] if whole else []

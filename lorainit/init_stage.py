@@ -137,7 +137,7 @@ def _keys(job: Job, context: Context) -> _Keys:
         "base": job.base.sha256,
         "method": config.model_dump(mode="json", exclude={"seed", "calibration_file", "export_ranks"}),
         "lora": [job.lora.r, job.lora.scaling],
-        "quantization": job.lora.quantization,
+        "quantization": job.base.four_bits and [job.lora.quantization, job.base.four_bits.skip],
         "targets": list(job.targets),
         "device": job.base.device.type,
         "precision": job.plan.precision,

@@ -2,12 +2,14 @@
 
 transformers' own loader makes them, one layer at a time, so that a GPU never holds the full base and
 the quantized one is bit for bit what anybody gets who loads the untouched model in NF4: blocks of 64,
-no double quantization (Dettmers et al., "QLoRA", arXiv 2305.14314, section 3). The only module that
+no double quantization (Dettmers et al., "QLoRA", arXiv 2305.14314, section 3). Which layers they are is
+decided in `lorainit.model.four_bits`. The only module that
 knows bitsandbytes, which is imported when a layer is quantized (docs/decisions/0010). Knows nothing of
 methods, training or files.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -32,15 +34,24 @@ def require_library() -> None:
         )
 
 
-def loading_options(*, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` needs to load a full-precision model in NF4, computing in `dtype`, on `device`."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=False,
-    )
+def loading_options(*, dtype: torch.dtype, device: torch.device, skip: Sequence[str] | None) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a full-precision model in NF4, computing in `dtype`, on `device`.
+
+    Args:
+        skip: `llm_int8_skip_modules`; None = what transformers leaves as it is.
+    """
+    config = BitsAndBytesConfig(**nf4_config(skip), bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def nf4_config(skip: Sequence[str] | None) -> dict[str, Any]:
+    """The arguments of `BitsAndBytesConfig` with which anybody gets the base, but for the number format."""
+    found: dict[str, Any] = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+    }
+    return found if skip is None else {**found, "llm_int8_skip_modules": list(skip)}
 
 
 def is_quantized(module: nn.Module) -> bool:

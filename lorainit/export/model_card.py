@@ -1,8 +1,8 @@
 """The README.md of a download, as a model hub understands it."""
 
+import json
 from pathlib import Path
-
-from lorainit.inits import Quantization
+from typing import Any
 
 
 def write(
@@ -13,12 +13,17 @@ def write(
     paper: str,
     rank: int,
     alpha: float,
-    quantization: Quantization | None = None,
+    loading: dict[str, Any] | None = None,
     dora: bool = False,
     experts: bool = False,
 ) -> None:
-    """A README.md a model hub understands; `experts`: the adapter is on experts of a mixture too."""
-    base, loading = _NF4_CARD if quantization else ("", "")
+    """A README.md a model hub understands.
+
+    Args:
+        loading: the arguments of `BitsAndBytesConfig` that make the base it was trained on; None = full precision.
+        experts: the adapter is on experts of a mixture too.
+    """
+    base, options = _nf4_card(loading) if loading else ("", "")
     kind, serving = "LoRA", f"vLLM needs `--max-lora-rank` of at least {rank}."
     if dora:
         kind, serving = "DoRA", "Where only plain LoRA is served, merge it into the base first."
@@ -42,9 +47,9 @@ Initialized with {source}; exported as a {"DoRA" if dora else "plain LoRA"} of r
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM{", BitsAndBytesConfig" if quantization else ""}
+from transformers import AutoModelForCausalLM{", BitsAndBytesConfig" if loading else ""}
 
-base = AutoModelForCausalLM.from_pretrained("{root}"{loading})
+base = AutoModelForCausalLM.from_pretrained("{root}"{options})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
@@ -56,10 +61,16 @@ what the initialization did to each layer.
 
 _EXPERTS_CARD = "It is on experts too (`target_parameters`), which PEFT reads from 0.20 on, with transformers 5."
 
-# Which base it was trained on, and how to load that one: the adapter fits the full-precision base too.
-_NF4_CARD = (
-    " and was trained on that model\nloaded in NF4 (bitsandbytes, blocks of 64, no double quantization)",
-    """, quantization_config=BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False
-)""",
-)
+
+def _nf4_card(loading: dict[str, Any]) -> tuple[str, str]:
+    """Which base it was trained on, and how to load that one: the adapter fits the full-precision base too."""
+    base = " and was trained on that model\nloaded in NF4 (bitsandbytes, blocks of 64, no double quantization)"
+    if "llm_int8_skip_modules" in loading:
+        base += ", but for the layers named in\n`llm_int8_skip_modules`: without that list it is another base"
+    options = "".join(f"    {name}={_literal(value)},\n" for name, value in loading.items())
+    return base, f", quantization_config=BitsAndBytesConfig(\n{options})"
+
+
+def _literal(value: Any) -> str:
+    """As Python, with the quotes that JSON has."""
+    return str(value) if isinstance(value, bool) else json.dumps(value)

@@ -23,6 +23,7 @@ from lorainit.model import tokenizer_files
 from lorainit.model.complete import quiet, require_nothing_left
 from lorainit.model.examine import build, read_config, require_language_model
 from lorainit.model.files import check_folder, stored_weights
+from lorainit.model.four_bits import four_bits
 from lorainit.model.gguf_header import check_header
 from lorainit.model.positions import forget_lengths
 from lorainit.quantize import loading_options, settle
@@ -213,7 +214,7 @@ def load_model(
 
     Args:
         dtype: "auto" = as stored; the weights then stay mapped from the files until they are read.
-        quantization: how its linear layers are held, all but the output head; None = in `dtype`.
+        quantization: how its linear layers are held (`lorainit.model.four_bits`); None = in `dtype`.
 
     Raises:
         UnsupportedModel: not a causal language model of this transformers version, quantized in its files, not all
@@ -223,7 +224,7 @@ def load_model(
     options: dict[str, Any] = {}
     if quantization is not None:
         assert dtype != "auto"
-        options = loading_options(dtype=dtype, device=device)
+        options = loading_options(dtype=dtype, device=device, skip=four_bits(skeleton(folder)).skip)
     config = read_config(folder)
     require_language_model(config)
     with as_unsupported("The base model cannot be loaded"), quiet():

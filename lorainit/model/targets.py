@@ -115,11 +115,12 @@ def _registered_twice(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[
 def describe(model: nn.Module) -> tuple[list[Target], list[LeftOut]]:
     """The kinds of layers that can carry a LoRA, and of those that cannot, in order of first appearance."""
     layers = survey(model)
-    targets, left_out = _kinds((layer.name, layer) for layer in layers.values())
+    targets, left_out = kinds_of((layer.name, layer) for layer in layers.values())
     return targets, [*left_out, *_stacked_experts(model)]
 
 
-def _kinds(named: Iterable[tuple[str, Layer]]) -> tuple[list[Target], list[LeftOut]]:
+def kinds_of(named: Iterable[tuple[str, Layer]]) -> tuple[list[Target], list[LeftOut]]:
+    """Layers by the names they are to go by, as facts: those that can carry a LoRA, and those that cannot."""
     kinds: Counter[tuple[str, Group, int, int, bool, bool, str]] = Counter()
     for name, layer in named:
         expert = isinstance(layer.module, ExpertLinear)
@@ -178,7 +179,7 @@ def resolve(model: nn.Module, lora: Lora) -> tuple[dict[str, nn.Module], list[Le
     else:
         named = [(end, full) for end in wanted for full in layers if matches(layers[full].path, end)]
         _require_linear(model, wanted, {end for end, _ in named}, layers)
-    targets, left_out = _kinds((name, layers[full]) for name, full in named)
+    targets, left_out = kinds_of((name, layers[full]) for name, full in named)
     if isinstance(wanted, str):
         left_out += _stacked_experts(model)
     placed = place(lora, targets, left_out)

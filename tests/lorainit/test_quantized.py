@@ -21,16 +21,19 @@ from lorainit import hardware, quantize
 from lorainit.batches import collate
 from lorainit.data import load
 from lorainit.errors import InitFailed, UnsupportedModel
-from lorainit.events import Done, InitReport, Metrics
+from lorainit.events import Done, InitReport, Message, Metrics
 from lorainit.evidence.gradients import mean_gradients
+from lorainit.export import model_card
 from lorainit.export.check import check, prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
 from lorainit.layer import adapted, attach, detach
 from lorainit.loss import logits_of
+from lorainit.model import load as load_module
 from lorainit.model import peft_support
-from lorainit.model.load import load_model
+from lorainit.model.four_bits import FourBits, four_bits
+from lorainit.model.load import load_model, skeleton
 from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
 from lorainit.spec import Lora
@@ -176,6 +179,61 @@ def test_what_does_not_combine_is_refused(lora, code, param, text):
     assert text in fault["msg"]
 
 
+# --- layers that stay as they are -----------------------------------------------------------------
+
+
+def loaded_as_the_card_says(folder, tmp_path):
+    """Run the card's own lines, up to the adapter."""
+    skip = four_bits(skeleton(folder)).skip
+    loading = quantize.nf4_config(skip)
+    model_card.write(tmp_path, root=str(folder), method="kaiming", paper="", rank=4, alpha=4.0, loading=loading)
+    code = (tmp_path / "README.md").read_text().split("```python")[1].split("```")[0]
+    names = {}
+    exec(code.split("model = PeftModel")[0], names)
+    return names["base"]
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma3-vision", "mamba", "zamba2", "qwen2_moe"])
+def test_the_card_says_how_to_load_the_very_base(kind, tmp_path):
+    """Bit for bit; Gemma 3n, Gemma 3 with its tower and Mamba have layers that cannot be in four bits."""
+    folder = make(kind, tmp_path / kind)
+    model, stock = nf4(folder), loaded_as_the_card_says(folder, tmp_path)
+    assert bits(model) == bits(stock)
+    assert any(quantize.is_quantized(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept", "quantized"),
+    [
+        ("gemma3-vision", "vision_tower", "language_model"),
+        ("mamba", "out_proj", "in_proj"),
+        ("gemma3n", "correction_coefs", "modality_router"),
+    ],
+)
+def test_only_what_gets_no_lora_and_cannot_be_in_four_bits_is_left(tmp_path, kind, kept, quantized):
+    model = nf4(make(kind, tmp_path / kind))
+    layers = {name: quantize.is_quantized(module) for name, module in linear_layers(model).items()}
+    assert not any(held for name, held in layers.items() if kept in name)
+    assert all(held for name, held in layers.items() if quantized in name)
+
+
+def test_where_nothing_has_to_be_left_the_base_is_loaded_as_usual(tmp_path):
+    """Routers and gates get no LoRA, and are quantized, as everybody's are."""
+    held = four_bits(skeleton(make("qwen2_moe", tmp_path / "base")))
+    assert (held.skip, held.kept) == (None, [])
+
+
+def test_a_run_says_which_layers_are_not_in_four_bits(spec, tmp_path):
+    source = {"source": str(make("gemma3-vision", tmp_path / "base"))}
+    events = go(spec(model=source, lora={"init": "kaiming", "quantization": "nf4"}), tmp_path / "out")
+    (told,) = [e for e in events if isinstance(e, Message) and e.message.startswith("Not in four bits")]
+    assert "vision" in told.message
+    manifest = json.loads((tmp_path / "out/adapter/manifest.json").read_text())
+    said = manifest["base"]["quantization"]["bitsandbytes"]
+    assert "model.vision_tower" in said["llm_int8_skip_modules"]
+    assert "model.vision_tower" in (tmp_path / "out/adapter/README.md").read_text()
+
+
 # --- the gradient through it ---------------------------------------------------------------------
 
 
@@ -283,7 +341,9 @@ def test_the_cache_does_not_mix_bases(spec, tmp_path):
     assert [cached(None, "1"), cached("nf4", "2"), cached("nf4", "3")] == [False, False, True]
 
 
-def test_a_base_whose_kernels_read_weights_past_their_layers_is_refused_in_four_bits(spec, tmp_path):
+def test_a_base_that_does_not_run_in_four_bits_is_refused(spec, tmp_path, monkeypatch):
+    """As Mamba does not, whose kernels read weights past their layers, if all of them were in four bits."""
+    monkeypatch.setattr(load_module, "four_bits", lambda model: FourBits([], None))
     source = {"source": str(make("mamba", tmp_path / "mamba"))}
     with pytest.raises(UnsupportedModel, match="does not run with its layers in nf4"):
         run(spec(model=source, lora={"init": "kaiming", "quantization": "nf4"}), tmp_path / "out", lambda event: None)

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
 
 
-def load_base(folder: Path, precision: str, attention: str) -> Any:
-    """The untouched base in fp32, bf16, or NF4 that computes in fp32."""
+def load_base(folder: Path, precision: str, attention: str, four_bits: dict[str, Any] | None = None) -> Any:
+    """The untouched base in fp32, bf16, or NF4 as these arguments of `BitsAndBytesConfig` say."""
     options: dict[str, Any] = {}
     if precision == "nf4":
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        four = BitsAndBytesConfig(**(four_bits or {}))
         options = {"quantization_config": four, "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[precision], attn_implementation=attention, local_files_only=True, **options
@@ -44,8 +44,14 @@ def load_adapted(folder: Path, adapter: Path, precision: str, attention: str) ->
     """The base with a download on it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT 0.21 asks transformers 5.23 by an old name
-        base = load_base(folder, precision, attention)
+        base = load_base(folder, precision, attention, _four_bits(adapter) if precision == "nf4" else None)
         return PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+
+
+def _four_bits(adapter: Path) -> dict[str, Any]:
+    """What a download says of its base; its README has the same lines."""
+    said: dict[str, Any] = json.loads((adapter / "manifest.json").read_text())["base"]["quantization"]["bitsandbytes"]
+    return said
 
 
 @torch.no_grad()

@@ -1,0 +1,99 @@
+"""Which layers of a base in NF4 are in four bits: those that stock transformers quantizes, but the ones it must not.
+
+A rule about the base alone, never about what a run adapts, so that one base is one base (docs/decisions/0032).
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from lorainit.facts import NF4_BLOCK, LeftOut
+from lorainit.model.peft_support import READ, UNUSED
+from lorainit.model.targets import TOWER, Layer, kinds_of, survey
+from lorainit.quantize import nf4_config
+from lorainit.weight import shape_of
+
+_BLOCKS = f"its rows are no whole blocks of {NF4_BLOCK} weights"
+_REASONS = {READ: "its weight is read past the layer, by code that knows no four bits", UNUSED: UNUSED, TOWER: TOWER}
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """How a base is held in NF4.
+
+    `kept`: kinds of layers that get no LoRA and stay in the run's own precision, and why; `skip`: what to give to
+    transformers as `llm_int8_skip_modules`, None where its own choice is the same.
+    """
+
+    kept: list[LeftOut]
+    skip: list[str] | None
+
+    def statement(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What a download's manifest says of the base."""
+        config = {**nf4_config(self.skip), "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+        return {"bitsandbytes": config, "not_quantized": [layer.model_dump() for layer in self.kept]}
+
+    def sentence(self) -> str:
+        """Which layers stay as they are, for the job's events."""
+        names = dict[str, list[str]]()
+        for layer in self.kept:
+            names.setdefault(layer.reason, []).append(f"{layer.name} ({layer.count})")
+        told = "; ".join(f"{', '.join(dict.fromkeys(some))}: {reason}" for reason, some in names.items())
+        return f"Not in four bits, but in the run's own precision: {told}."
+
+
+def four_bits(model: nn.Module) -> FourBits:
+    """How this base is held in NF4.
+
+    Args:
+        model: a causal language model of transformers, with or without weights, not quantized.
+    """
+    layers = survey(model)
+    usual = get_keys_to_not_convert(model)
+    quantized = {layer.path: layer for layer in layers.values() if _is_quantized(layer, usual)}
+    why = {name: reason for name, layer in quantized.items() if (reason := _why_not(layer))}
+    if not why:
+        return FourBits([], None)
+    others = quantized.keys() - why.keys()
+    kept = kinds_of((layer.name, replace(layer, refusal=why[name])) for name, layer in quantized.items() if name in why)
+    # The list is given instead of transformers' own, so it has that in it: the output head and what is tied.
+    apart = [name for name in _linear(model) if name in why or not should_convert_module(name, usual)]
+    return FourBits(kept[1], sorted({_shortest(name, others) for name in apart}))
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """With the output head, which is no layer of ours."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _is_quantized(layer: Layer, usual: Sequence[str]) -> bool:
+    """Whether stock transformers would: it takes no class made from `nn.Linear`, as some routers are."""
+    plain = type(layer.module) is nn.Linear or isinstance(layer.module, Conv1D)
+    return plain and should_convert_module(layer.path, list(usual))
+
+
+def _why_not(layer: Layer) -> str:
+    """Why it stays as it is; "" = it does not. Layers that carry a LoRA are quantized, or the base is refused."""
+    if layer.refusal in _REASONS:
+        return _REASONS[layer.refusal]
+    return _BLOCKS if layer.refusal and shape_of(layer.module)[1] % NF4_BLOCK else ""
+
+
+def _shortest(name: str, others: Collection[str]) -> str:
+    """The shortest beginning or end of a layer's name that transformers does not take for one of the others."""
+    return next(end for end in _ends(name) if all(should_convert_module(other, [end]) for other in others))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A whole tower by its name, then one kind of layers of all blocks, then this layer alone."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()] or [len(parts)]
+    yield from (".".join(parts[:length]) for length in range(1, numbers[0] + 1))
+    yield from (".".join(parts[start:]) for start in range(len(parts) - 1, numbers[-1], -1))
+    yield name
