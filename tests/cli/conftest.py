@@ -14,6 +14,7 @@ import pytest
 
 from tests import servers
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
+from tests.zoo.bases import make
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -68,13 +69,17 @@ def serving(state: Path, *options: str, **env: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalogue that offers a tiny model, written by `lorainit models inspect`."""
+    """A catalogue that offers a tiny model and a tiny mixture, written by `lorainit models inspect`."""
     folder = tmp_path_factory.mktemp("tiny-cli")
     tiny_llama().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    entry = lorainit("models", "inspect", str(folder / "model"), "--id", "tiny")
-    assert entry.returncode == 0, entry.stderr
-    (folder / "catalogue.toml").write_text(entry.stdout)
+    make("mixtral", folder / "mixture")
+    entries = [
+        lorainit("models", "inspect", str(folder / name), "--id", model)
+        for name, model in (("model", "tiny"), ("mixture", "tiny-moe"))
+    ]
+    assert all(entry.returncode == 0 for entry in entries), entries
+    (folder / "catalogue.toml").write_text("\n".join(entry.stdout for entry in entries))
     return folder / "catalogue.toml"
 
 
