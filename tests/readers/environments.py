@@ -19,6 +19,8 @@ LLAMA_CPP, VLLM = "2026.10.11549", "0.32.0"
 _HUB = "huggingface-hub==0.36.2"
 PACKAGES = {
     "oldest": (f"peft=={OLDEST_PEFT}", f"transformers=={OLDEST_TRANSFORMERS}", "tokenizers==0.21.4", _HUB),
+    # The first that has DoRA on `Conv1D`.
+    "peft-0.12": ("peft==0.12.0", f"transformers=={OLDEST_TRANSFORMERS}", "tokenizers==0.21.4", _HUB),
     "transformers-4": (f"transformers=={LAST_TRANSFORMERS_4}", "tokenizers==0.22.1", _HUB),
     # llama.cpp itself, built in: no compiler, and a libc as old as 2014's.
     "llama-cpp": (f"xllamacpp=={LLAMA_CPP}",),
@@ -65,10 +67,17 @@ def python_of(name: str) -> Path:
             subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
             pip = [folder / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
             subprocess.run([*pip, "--no-deps", "--only-binary", ":all:", *PACKAGES[name]], check=True)
-            site = next(folder.glob("lib/python*/site-packages"))
-            (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
             ready.write_text(wanted)
+        _share(folder)
     return folder / "bin" / "python"
+
+
+def _share(folder: Path) -> None:
+    """Point it at the packages of this environment, wherever that lies now."""
+    pointer = next(folder.glob("lib/python*/site-packages")) / "shared.pth"
+    here = f"{Path(sysconfig.get_path('purelib')).resolve()}\n"
+    if not pointer.exists() or pointer.read_text() != here:
+        pointer.write_text(here)
 
 
 if __name__ == "__main__":
