@@ -28,7 +28,7 @@ def write(
     if dora:
         kind, serving = "DoRA", "Where only plain LoRA is served, merge it into the base first."
     if experts:
-        serving += f" {_EXPERTS_CARD}"
+        serving += f"\n{_EXPERTS_CARD}"
     source = f"`{method}` ({paper})" if paper else f"`{method}`"
     (folder / "README.md").write_text(
         f"""---
@@ -53,13 +53,19 @@ base = AutoModelForCausalLM.from_pretrained("{root}"{options})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-{serving} `manifest.json` says exactly what ran, `init_report.json`
+{serving}{"" if experts else " "}`manifest.json` says exactly what ran, `init_report.json`
 what the initialization did to each layer.
 """
     )
 
 
-_EXPERTS_CARD = "It is on experts too (`target_parameters`), which PEFT reads from 0.20 on, with transformers 5."
+_EXPERTS_CARD = """
+It is on experts too (`target_parameters`), and few readers know that. PEFT does from 0.20 on, with transformers 5;
+with transformers 4 the experts are left out with a mere warning. vLLM leaves them out without a word where it has
+other names for a layer (Mixtral, for one), and llama.cpp's conversion refuses them. For readers other than PEFT merge
+it into the base first (`model.merge_and_unload()`).
+
+"""
 
 
 def _nf4_card(loading: dict[str, Any]) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from lorainit.spec import RunSpec
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, write_rows
 from tests.readers import arithmetic
 from tests.readers.environments import python_of
+from tests.zoo import bases as zoo
 
 HERE = Path(__file__).parent
 IDS = [5, 40, 77, 130, 9, 201, 33, 64, 250, 3, 17, 99, 141, 280, 8, 51]
@@ -46,6 +47,11 @@ CASES = {
     "pissa-gpt2": _asked("pissa", "gpt2"),
     "kaiming-dora-gpt2": _asked("kaiming", "gpt2", use_dora=True),
 }
+# On experts and attention: only few readers take these. PiSSA's download is of rank 2r.
+MIXTURES = {
+    kind: _asked("pissa", kind, target_modules=["q_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj"])
+    for kind in ("mixtral", "qwen3_moe", "gpt_oss")
+}
 # What readers of plain LoRA with one rank read: every initialization, on Llama.
 PLAIN = [
     name for name, (base, lora) in CASES.items() if base == "llama" and "dora" not in name and "pattern" not in name
@@ -70,6 +76,7 @@ def reader_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders[name] = tmp_path_factory.mktemp("base") / name
         model.save_pretrained(folders[name])
         tokenizer_files.write(make_tokenizer(), folders[name])
+    folders |= {kind: zoo.make(kind, tmp_path_factory.mktemp("base") / kind) for kind in MIXTURES}
     path = folders["llama"] / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 10000.0}))
     return folders
@@ -84,7 +91,7 @@ def download(reader_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFac
     made: dict[str, Download] = {}
 
     def make(name: str) -> Download:
-        base, lora = CASES[name]
+        base, lora = (CASES | MIXTURES)[name]
         folder = tmp_path_factory.mktemp(name)
         recipe = {"max_steps": 6, "batch_size": 4, "learning_rate": 5e-2, "warmup_ratio": 0.0}
         value = {

@@ -1,4 +1,7 @@
-"""Logits of adapters by the PEFT that is installed here. JSON on stdin: cases, ids, out (a safetensors file)."""
+"""Logits of adapters by the PEFT that is installed here. JSON on stdin: cases, ids, out (a safetensors file).
+
+Prints the warnings that were raised, as JSON.
+"""
 
 import json
 import sys
@@ -9,12 +12,15 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-warnings.simplefilter("ignore")
 asked = json.load(sys.stdin)
 ids = torch.tensor([asked["ids"]])
 found = {}
-for name, (base, adapter) in asked["cases"].items():
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, torch_dtype=torch.float32), adapter)
-    with torch.no_grad():
-        found[name] = model.eval()(input_ids=ids).logits[0].float().contiguous()
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for name, (folder, adapter) in asked["cases"].items():
+        base = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, adapter)
+        with torch.no_grad():
+            found[name] = model.eval()(input_ids=ids).logits[0].float().contiguous()
 save_file(found, asked["out"])
+print(json.dumps([str(one.message) for one in said]))
