@@ -22,6 +22,7 @@ from lorainit.model.finite import require_finite
 from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
+from lorainit.model.vocabulary import require_rows
 from lorainit.quantize import require_library
 from lorainit.refusal import as_unsupported
 from lorainit.shard import decide, shard
@@ -193,6 +194,7 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALO
     location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
     skeleton = examine(location.folder)
     tokenizer = load_tokenizer(location.folder)
+    require_rows(tokenizer, skeleton)
     digest = known_sha256(location.folder, store(spec, "bases", on_event))
     require_whole(location.folder, digest)
     sharded = decide(spec, location.folder, world=world, dtype=dtype, device=device)

@@ -11,6 +11,7 @@ from lorainit.model import experts
 from lorainit.model.examine import examine
 from lorainit.model.load import load_tokenizer, locate
 from lorainit.model.targets import describe
+from lorainit.model.vocabulary import require_known, require_rows
 from lorainit.template import Template
 
 
@@ -29,8 +30,11 @@ def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts
     model = examine(location.folder)
     experts.install(model)
     tokenizer = load_tokenizer(location.folder)
+    require_rows(tokenizer, model)
+    texts = [tokenizer("a")]
     if tokenizer.chat_template is not None:
-        Template(tokenizer).check()
+        texts.append(tokenizer(Template(tokenizer).check(), add_special_tokens=False))
+    require_known([text.input_ids for text in texts], tokenizer, model)
     targets, left_out = describe(model)
     if not targets:
         why = "; ".join(dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in left_out)) or "none is linear"

@@ -22,6 +22,7 @@ from lorainit.model import mixture
 from lorainit.model.experts import ExpertLinear, short_name
 from lorainit.model.load import check_length
 from lorainit.model.targets import resolve as resolve_targets
+from lorainit.model.vocabulary import require_known
 from lorainit.placement import sentence
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
@@ -94,6 +95,8 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
 
     model = base.load(on_event)
+    for rows in filter(None, (data, valid, calibration)):
+        require_known((sample.ids for sample in rows.samples), base.tokenizer, model)
     if sharing > 1:
         base.require_packing()
     targets, left_out = resolve_targets(model, lora)

@@ -100,19 +100,23 @@ class Template:
             rendering.check_source(source)
         return True
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Try it on conversations of every kind.
+
+        Returns:
+            What it makes of a question and its answer.
 
         Raises:
             Unbounded: it takes too long, too much memory, or renders too much.
             UnsupportedModel: it cannot render a question and its answer, so no row could be trained.
         """
         exchange = [_ASKED, {"role": "assistant", "content": "b"}]
-        self._text(exchange, {})
+        text = self._text(exchange, {})
         for messages in ([_ASKED], exchange):
             for prompt in (False, True):
                 self._shows_probe(messages, {}, prompt=prompt)
         _ = self.takes_tools, self.takes_calls
+        return text
 
     # --- what the template and the tokenizer can do ----------------------------------------------
 

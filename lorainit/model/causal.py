@@ -58,6 +58,8 @@ def require_causal(config: Any, skeleton: nn.Module) -> None:
         raise _untried(config, error) from error
     if logits.shape[:2] != ids.shape or logits.ndim != 3:
         raise _not_causal(config, f"it answers {tuple(logits.shape)} to {tuple(ids.shape)} tokens")
+    if not logits.isfinite().all():
+        raise _untried(config, ValueError("small random weights make of it numbers that are not finite"))
     leak = max(_change(logits, row, cut) for row, cut in enumerate(cuts, 1))
     if not leak <= LEAK:
         raise _not_causal(config, "what it says of a token changes with the tokens behind it, as in an encoder")
@@ -75,7 +77,7 @@ def _rows(config: Any) -> Tensor:
 
 
 def _change(logits: Tensor, row: int, cut: int) -> float:
-    """How much the logits before `cut` differ from the first row's, relative to the largest; NaN if they are NaN."""
+    """How much the logits before `cut` differ from the first row's, relative to the largest."""
     return float((logits[row, :cut] - logits[0, :cut]).abs().max() / logits.abs().max())
 
 

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    __version__,
 )
 
 from lorainit.errors import UnsupportedModel
 from lorainit.model.causal import require_causal
 from lorainit.model.complete import quiet, require_complete
-from lorainit.model.files import check_folder, stored_weights
+from lorainit.model.files import MAX_CONFIG_BYTES, check_folder, read_object, stored_weights
 from lorainit.refusal import as_unsupported
 
 
@@ -34,7 +36,8 @@ def examine(folder: Path) -> nn.Module:
         require_language_model(config)
         _require_as_many_weights_as_layers(folder, config)
         model = build(config)
-        require_complete(folder, model)
+        with as_unsupported("The base model's files cannot be compared with its config.json"):
+            require_complete(folder, model)
         with as_unsupported("The base model cannot be tried"):
             require_causal(config, model)
     return model
@@ -46,11 +49,23 @@ def read_config(folder: Path) -> Any:
     Raises:
         UnsupportedModel: it does not, or the weights are quantized.
     """
+    _require_known_architecture(folder)
     with as_unsupported("The base model's config.json cannot be read"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel("The base model is quantized: use its full-precision weights.", param="model")
     return config
+
+
+def _require_known_architecture(folder: Path) -> None:
+    """What transformers would say of it has the place of the folder in it, and asks to trust the code."""
+    said = read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    if (kind := said.get("model_type")) in CONFIG_MAPPING:
+        return
+    why = f"The base model is of the architecture {str(kind)[:100]!r}, which transformers {__version__} does not have"
+    if "auto_map" in said:
+        why += "; its folder brings code of its own for it (auto_map in config.json), and such code is never run"
+    raise UnsupportedModel(f"{why}.", param="model")
 
 
 def build(config: Any) -> nn.Module:

@@ -23,6 +23,8 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 MAX_LAYERS = 2_000  # the deepest model of transformers 5 has 126
 MAX_COUNT = 100_000  # of heads, experts and whatever else a model is built of one by one
 MAX_DIMENSIONS = 16
+# Lengths that a job's `max_length` is checked against; the longest context of transformers 5 has 10,485,760 tokens.
+_CONTEXTS = ("max_position_embeddings", "n_positions")
 MAX_SIZE = 10**9  # of one side of a weight; the largest vocabulary has some 3e5 entries
 
 _BITS = {
@@ -126,12 +128,18 @@ def check_config(config: dict[str, Any]) -> None:
     """
     for name, value in _numbers(config):
         limit = _limit(name)
-        if "token" not in name and abs(value) > limit and not math.isinf(value) and "max" not in name:
-            raise _refusal(f"config.json says {name} = {value}, and {limit} is the most we would believe.")
+        if name in _CONTEXTS and not 1 <= value <= limit:
+            raise _refusal(f"config.json says {name} = {_digits(value)}, and a context has 1 to {limit} tokens.")
+        if "token" not in name and limit < abs(value) < math.inf and "max" not in name:
+            raise _refusal(f"config.json says {name} = {_digits(value)}, and {limit} is the most we would believe.")
     if not isinstance(config.get("model_type"), str):
         raise _refusal("config.json does not say which model_type it is.")
     if "transformers_weights" in config:
         raise _refusal("config.json names a file of weights of its own (transformers_weights), which is not read.")
+
+
+def _digits(value: float) -> str:
+    return text if len(text := str(value)) <= 40 else f"{text[:40]}…"
 
 
 def _limit(name: str) -> int:

@@ -193,9 +193,16 @@ def check_length(location: Location, max_length: int) -> None:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a base; only fast ones, since masks need character offsets."""
-    tokenizer_files.own_files(folder)
-    with as_unsupported("The base model's tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if not tokenizer_files.own_files(folder):
+        raise UnsupportedModel("The base model has no tokenizer.", param="model")
+    try:
+        with as_unsupported("The base model's tokenizer cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except UnsupportedModel as error:
+        if "contains custom code" not in error.message:
+            raise
+        text = "The base model's tokenizer is code of its own (auto_map in tokenizer_config.json), which is never run."
+        raise UnsupportedModel(text, param="model") from error
     if not tokenizer.is_fast:
         raise UnsupportedModel("The base model has no fast tokenizer (tokenizer.json).", param="model")
     with as_unsupported("The base model's tokenizer cannot read a text"):

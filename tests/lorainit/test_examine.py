@@ -17,6 +17,7 @@ from lorainit.inspect import inspect
 from lorainit.model.examine import examine
 from lorainit.model.load import load_model, load_tokenizer, locate
 from lorainit.refusal import as_unsupported
+from lorainit.template import Template
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import KINDS, make
 
@@ -47,7 +48,7 @@ REASONS = {
     "large-vocabulary": r"vocab_size = 1099511627776",
     "words-for-numbers": r"'hidden_size' expected int, got str",
     "odd-type": r"does not say which model_type",
-    "own-code": r"contains custom code",
+    "own-code": r"architecture 'mine', which transformers [\d.]+ does not have; .*code of its own",
     "quantized": r"is quantized",
     "deep-config": r"config\.json is nested too deep",
     "not-json-config": r"config\.json is not JSON",
@@ -265,3 +266,78 @@ def test_panic_at_a_row_of_the_data_is_a_refusal() -> None:
 def test_what_the_machine_or_somebody_does_is_not_the_models_fault(error: BaseException) -> None:
     with pytest.raises(type(error)), as_unsupported("It"):
         raise error
+
+
+# --- numbers beyond what there is ------------------------------------------------------------------
+
+
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def add_token(folder: Path, *, special: bool, number: int = 5000) -> None:
+    """A token `<far>` beyond the embedding's rows."""
+    path = folder / "tokenizer.json"
+    said = json.loads(path.read_text())
+    said["model"]["vocab"]["<far>"] = number
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    said["added_tokens"].append({"id": number, "content": "<far>", "special": special, **flags})
+    path.write_text(json.dumps(said))
+
+
+def test_token_of_a_text_without_a_row_of_the_embedding_is_refused(llama: Path, tmp_path: Path) -> None:
+    add_token(llama, special=False)
+    with pytest.raises(UnsupportedModel, match=r"embedding has 320 rows, and the vocabulary has .*: <far>\."):
+        inspect(str(llama), cache=tmp_path)
+
+
+@pytest.mark.parametrize("role", ["bos_token", "eos_token", "pad_token", "unk_token"])
+def test_token_that_a_run_adds_and_the_embedding_has_not_is_refused(llama: Path, tmp_path: Path, role: str) -> None:
+    add_token(llama, special=True)
+    change_json(llama / "tokenizer_config.json", **{role: "<far>"})
+    with pytest.raises(UnsupportedModel, match=rf"its {role} is '<far>' with the number 5000") as caught:
+        inspect(str(llama), cache=tmp_path)
+    assert caught.value.param == "model"
+
+
+def test_token_that_a_template_writes_and_the_embedding_has_not_is_refused(llama: Path, tmp_path: Path) -> None:
+    add_token(llama, special=True)
+    (llama / "chat_template.jinja").write_text("<far>{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UnsupportedModel, match="the chat template writes '<far>' with the number 5000"):
+        inspect(str(llama), cache=tmp_path)
+
+
+def test_control_token_that_nobody_writes_may_lie_beyond_the_embedding(llama: Path, tmp_path: Path) -> None:
+    """Gemma 3 1B has one for images; a text that holds it is refused as a row."""
+    add_token(llama, special=True)
+    inspect(str(llama), cache=tmp_path)
+    template = Template(load_tokenizer(llama))
+    assert template.control_token_fault("a <far> b", "prompt").code == "special_token_in_text"
+
+
+@pytest.mark.parametrize("length", [10**18, 10**400, 0, -5])
+def test_context_of_a_length_that_cannot_be_is_refused(llama: Path, length: int) -> None:
+    change_json(llama / "config.json", max_position_embeddings=length)
+    with pytest.raises(UnsupportedModel, match=r"max_position_embeddings = -?\d+…?, and a context has 1 to"):
+        examine(llama)
+
+
+def test_numbers_that_overflow_are_not_called_an_encoder(llama: Path) -> None:
+    change_json(llama / "config.json", rms_norm_eps=-1.0)
+    with pytest.raises(UnsupportedModel, match="numbers that are not finite"):
+        examine(llama)
+
+
+def test_tokenizer_that_is_code_is_refused_without_the_folders_place(llama: Path) -> None:
+    code = {"AutoTokenizer": ["mine.Tokenizer", None]}
+    change_json(llama / "tokenizer_config.json", auto_map=code, tokenizer_class="MineTokenizer")
+    with pytest.raises(UnsupportedModel, match="code of its own") as caught:
+        load_tokenizer(llama)
+    assert str(llama) not in caught.value.message
+
+
+def test_error_in_an_architectures_own_initialization_is_a_refusal(tmp_path: Path) -> None:
+    folder = make("recurrent_gemma", tmp_path / "base")
+    change_json(folder / "config.json", w_init_variance_scale=-1.0)
+    with pytest.raises(UnsupportedModel, match=r"compared with its config\.json: math domain error"):
+        examine(folder)

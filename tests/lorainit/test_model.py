@@ -105,7 +105,7 @@ def test_code_of_a_model_folder_is_never_run(bases, tmp_path):
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
-    with pytest.raises(UnsupportedModel, match="contains custom code"):
+    with pytest.raises(UnsupportedModel, match="code of its own"):
         load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
 

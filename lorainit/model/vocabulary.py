@@ -1,0 +1,59 @@
+"""Whether a tokenizer and a model belong together: every token that a row can hold needs a row of the embedding.
+
+An index beyond the embedding is an error in the middle of a run on a CPU, and on a GPU the end of the process.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lorainit.errors import UnsupportedModel
+from lorainit.model.files import counted
+
+# The tokens that come into rows by themselves.
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def rows_of(model: Any) -> int:
+    """How many tokens the model's embedding has."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def require_rows(tokenizer: Any, model: Any) -> None:
+    """Raise `UnsupportedModel` where a token of any text, or one that a run adds, has no row.
+
+    Control tokens may lie beyond (Gemma 3 1B has one for images): a text that holds one is no row, and what a
+    template writes is looked at in `require_known`.
+    """
+    rows = rows_of(model)
+    for role in _ROLES:
+        number = getattr(tokenizer, f"{role}_id")
+        if number is not None and not 0 <= number < rows:
+            token = getattr(tokenizer, role)
+            raise _refusal(rows, f"its {role} is {token!r} with the number {number}")
+    special = set(tokenizer.all_special_tokens)
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= rows and token not in special]
+    if beyond:
+        raise _refusal(rows, f"the vocabulary has tokens with higher numbers: {counted(beyond)}")
+
+
+def require_known(texts: Iterable[Tensor | Sequence[int]], tokenizer: Any, model: Any) -> None:
+    """Raise `UnsupportedModel` where a text that a template has written has a token without a row.
+
+    Args:
+        texts: token ids of each.
+    """
+    rows = rows_of(model)
+    for ids in texts:
+        if len(ids) and (number := int(max(ids) if isinstance(ids, Sequence) else ids.max())) >= rows:
+            token = tokenizer.convert_ids_to_tokens(number)
+            raise _refusal(rows, f"the chat template writes {token!r} with the number {number}")
+
+
+def _refusal(rows: int, what: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"The base model's tokenizer does not fit its weights: the embedding has {rows} rows, and {what}.",
+        param="model",
+    )
