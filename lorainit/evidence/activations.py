@@ -23,6 +23,7 @@ from lorainit.inits import EVA, CorDA
 from lorainit.loss import logits_of
 from lorainit.methods.eva import alive_directions
 from lorainit.model.experts import ExpertLinear
+from lorainit.model.names import listed
 from lorainit.weight import shape_of
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
@@ -98,7 +99,7 @@ def _settle(
         leader = _without(moving, leader, states)
         return spread_ranks({n: states[leader[n]].ratios[: widths[n]] for n in leader}, context.lora.r * len(leader))
     raise InitFailed(
-        f"EVA's directions still move after {limit} batches in {_listed(unsettled)}: more rows, larger micro-batches or"
+        f"EVA's directions still move after {limit} batches in {listed(unsettled)}: more rows, larger micro-batches or"
         f" a lower tau than {config.tau:g} help.",
         param="lora.init.tau",
     )
@@ -140,7 +141,7 @@ def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
     if starved:
         fewest = min(states[name].tokens for name in starved)
         raise UnsupportedInit(
-            f"EVA needs more tokens to look at than directions, and {_listed(starved)} got {fewest}: more or longer"
+            f"EVA needs more tokens to look at than directions, and {listed(starved)} got {fewest}: more or longer"
             " calibration rows, or a smaller r.",
             param="lora.init.samples",
         )
@@ -222,11 +223,11 @@ def _blocks(sides: dict[str, int], limit: int | None) -> list[list[str]]:
 
 def _refuse_moments(moments: dict[str, Tensor], silent: list[str]) -> None:
     if silent:
-        raise UnsupportedInit(f"No input but zeros reached {_listed(silent)}.", param="lora.init")
+        raise UnsupportedInit(f"No input but zeros reached {listed(silent)}.", param="lora.init")
     broken = [name for name, C in moments.items() if not C.isfinite().all()]
     if broken:
         raise InitFailed(
-            f"The second moment of the inputs is not finite in {_listed(broken)}: the largest entry of a row is next"
+            f"The second moment of the inputs is not finite in {listed(broken)}: the largest entry of a row is next"
             ' to zero, and the authors\' rule divides by it. With balance "equal" it is the largest absolute entry.',
             param="lora.init.balance",
         )
@@ -266,7 +267,7 @@ def shared_inputs(context: Context, piece: Sequence[Sample]) -> dict[str, str]:
         logits_of(context.model, batch)
     unreached = [name for name in context.targets if name not in leader]
     if unreached:
-        raise UnsupportedInit(f"The calibration rows never reach {_listed(unreached)}.", param="lora.target_modules")
+        raise UnsupportedInit(f"The calibration rows never reach {listed(unreached)}.", param="lora.target_modules")
     return {name: leader[name] for name in context.targets}
 
 
@@ -323,8 +324,3 @@ def _hooked(targets: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -22,6 +22,7 @@ from lorainit.evidence.line_search import search_step
 from lorainit.inits import LoRAGA, LoRAOne
 from lorainit.loss import row_losses
 from lorainit.model.experts import ExpertLinear
+from lorainit.model.names import listed
 from lorainit.weight import shape_of
 
 OnTick = Callable[[int, int], None]
@@ -175,19 +176,14 @@ def refuse_unusable(gradients: Mapping[str, Tensor]) -> None:
     broken = [name for name, G in gradients.items() if not G.isfinite().all()]
     if broken:
         raise InitFailed(
-            f"The gradient is not finite in {_listed(broken)}: a base model that overflows on these rows, often for"
+            f"The gradient is not finite in {listed(broken)}: a base model that overflows on these rows, often for"
             " want of precision, is the usual cause.",
             param="lora.init",
         )
     dead = [name for name, G in gradients.items() if not G.any()]
     if dead:
         raise UnsupportedInit(
-            f"The gradient is zero in {_listed(dead)}: the calibration rows do not use the module, or their trained"
+            f"The gradient is zero in {listed(dead)}: the calibration rows do not use the module, or their trained"
             " tokens do not depend on it. Leave it out of target_modules or give other rows.",
             param="lora.init",
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -16,15 +16,7 @@ from lorainit.spec import Lora
 from lorainit.weight import shape_of
 
 FLOAT = 4  # bytes of what is trained
-DORA = "PEFT has no DoRA for experts"
-LOFTQ = "NF4 leaves experts in the run's own precision, so there is nothing for LoftQ to correct"
 OWN_WAY = "their architecture runs them in a way of its own, which is not adapted"
-
-
-def _hindrance(lora: Lora) -> str | None:
-    if lora.use_dora:
-        return DORA
-    return LOFTQ if lora.method.method == "loftq" else None
 
 
 def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> list[Message]:
@@ -45,7 +37,10 @@ def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> 
         "expert_share": round((held + sum(outside.values())) / whole, 4),
     }
     messages = [_cost(targets, experts, lora, facts)]
-    if why := _why_not(experts, outside, lora):
+    # What a group meant and left out, `placement.sentence` has told.
+    told = any(layer.experts for layer in lora.left_out)
+    if not told and (outside or not experts):
+        why = OWN_WAY if outside else "target_modules leaves them out"
         missing = facts["expert_share"] - sum(m.out_features * m.in_features for m in experts) / whole
         text = f"Experts that hold {_percent(missing)} of the base's matrix weights get no adapter: {why}."
         messages.append(Message(level="warn", message=text, data={**facts, "left_out": sorted(outside)[:20]}))
@@ -70,14 +65,6 @@ def _cost(targets: Mapping[str, nn.Module], experts: list[ExpertLinear], lora: L
         " optimizer."
     )
     return Message(message=text, data=dict(facts))
-
-
-def _why_not(experts: list[ExpertLinear], outside: Mapping[str, int], lora: Lora) -> str | None:
-    if outside:
-        return OWN_WAY
-    if experts:
-        return None
-    return _hindrance(lora) or "target_modules leaves them out"
 
 
 def _percent(share: float) -> str:

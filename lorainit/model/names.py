@@ -4,7 +4,7 @@ A name is an end of a module's path, cut at a dot, with `*` for a number: `q_pro
 `model.layers.0.self_attn.q_proj`.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 
 def pattern_of(name: str) -> str:
@@ -19,6 +19,12 @@ def matches(name: str, wanted: str) -> bool:
     return len(tail) == len(ends) and all(
         part == end or (end == "*" and part.isdigit()) for part, end in zip(tail, ends, strict=True)
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """For a message: the first five, and how many more there are."""
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def short_names(kinds: Mapping[str, Hashable], others: set[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorainit.errors import UnknownTarget, UnsupportedInit
+from lorainit.errors import UnknownTarget
 from lorainit.facts import Group, LeftOut, Target
 from lorainit.model.experts import ExpertLinear, ExpertStack, full_name
 from lorainit.model.groups import group_of
@@ -168,8 +168,8 @@ def resolve(model: nn.Module, lora: Lora) -> tuple[dict[str, nn.Module], list[Le
             `layers.*.self_attn.q_proj`).
 
     Raises:
-        UnknownTarget: a name matches no module at all, or only layers that cannot carry a LoRA.
-        UnsupportedInit: it matches something that is not a linear layer.
+        UnknownTarget: a name matches no module at all, or nothing that can carry a LoRA.
+        UnsupportedInit: a layer that was named can carry a LoRA but no DoRA, or no LoftQ.
         RankTooLarge: a layer that was named is smaller than the rank.
     """
     layers = survey(model)
@@ -194,9 +194,10 @@ def _require_linear(model: nn.Module, wanted: Sequence[str], found: set[str], la
         param = f"{FIELD}[{index}]"
         for name, module in model.named_modules():
             if name and matches(name, end):
-                raise UnsupportedInit(
-                    f"{param}: {name} is of type {type(module).__name__}; only linear layers other than the output"
-                    " head qualify.",
+                kind = type(module).__name__
+                why = f": {ROUTER}" if "router" in kind.lower() else ""
+                raise UnknownTarget(
+                    f"{param}: {name} is of type {kind}{why}; only linear layers other than the output head qualify.",
                     param=param,
                 )
         known = ", ".join(dict.fromkeys(layer.name for layer in layers.values() if not layer.refusal))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorainit.errors import LorainitError, RankTooLarge, UnsupportedInit, UnsupportedModel
+from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit, UnsupportedModel
 from lorainit.model.targets import find_targets
 from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
@@ -120,9 +120,7 @@ def test_fewer_tokens_than_eva_needs(refused, tmp_path):
 def test_targets_that_are_not_linear_layers(name, made):
     model = tiny_llama()
     model.model.add_module(name, made)
-    with pytest.raises(
-        UnsupportedInit, match=rf"{name} is of type {type(made).__name__}; only linear layers"
-    ) as caught:
+    with pytest.raises(UnknownTarget, match=rf"{name} is of type {type(made).__name__}; only linear layers") as caught:
         find_targets(model, ["q_proj", name])
     assert caught.value.param == "lora.target_modules[1]"
     assert not any(name in found for found in find_targets(model, "all-linear"))

@@ -306,10 +306,8 @@ def test_dora_leaves_experts_out_with_words(folders, rows, tmp_path):
     wanted = {"use_dora": True, "target_modules": "all-linear"}
     done = run(spec(folders("qwen3_moe"), rows, lora=wanted), tmp_path, events.append)
     assert done.export_check["passed"]
-    (told,) = [text for text in said(events) if "get no adapter" in text]
-    sizes = {n: p.numel() for n, p in stock(folders("qwen3_moe")).named_parameters() if p.ndim > 1 and "layers" in n}
-    share = sum(size for name, size in sizes.items() if "experts" in name) / sum(sizes.values())
-    assert f"{int(100 * share)} % of the base's matrix weights" in told and "no DoRA for experts" in told
+    (told,) = [text for text in said(events) if "no DoRA for experts" in text]
+    assert told.startswith("Without a LoRA, ")
 
 
 def test_dora_on_experts_that_are_named_is_refused(folders, rows, tmp_path):

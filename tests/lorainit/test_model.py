@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorainit.digest import base_sha256
-from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedInit, UnsupportedModel
+from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedModel
 from lorainit.inspect import inspect
 from lorainit.model import load as module
 from lorainit.model.load import check_length, load_model, load_tokenizer, locate
@@ -49,10 +49,10 @@ def test_targets_of_a_gpt2(wanted, count):
 @pytest.mark.parametrize(
     ("suffix", "kind", "text"),
     [
-        ("lm_head", UnsupportedInit, "lm_head is of type Linear; .* output head"),
-        ("embed_tokens", UnsupportedInit, "model.embed_tokens is of type Embedding"),
+        ("lm_head", UnknownTarget, "lm_head is of type Linear; .* output head"),
+        ("embed_tokens", UnknownTarget, "model.embed_tokens is of type Embedding"),
         ("proj", UnknownTarget, "matches nothing.*q_proj"),
-        ("mlp", UnsupportedInit, "model.layers.0.mlp is of type LlamaMLP"),
+        ("mlp", UnknownTarget, "model.layers.0.mlp is of type LlamaMLP"),
     ],
 )
 def test_what_cannot_carry_a_lora_is_refused_by_name(suffix, kind, text):

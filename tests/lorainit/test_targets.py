@@ -142,6 +142,13 @@ def test_a_layer_that_cannot_carry_one_is_refused_by_name_with_the_reason(skelet
     assert caught.value.param == "lora.target_modules[1]"
 
 
+@pytest.mark.parametrize("name", ["gate", "shared_expert_gate"])
+def test_a_router_that_is_named_is_a_wrong_target_whether_it_is_linear_or_not(skeletons, name):
+    with pytest.raises(UnknownTarget, match=rf"{name}.*router or gate: which experts run") as caught:
+        resolve(skeletons("qwen2_moe"), Lora(r=1, target_modules=["q_proj", name]))
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "lora.target_modules[1]")
+
+
 def test_layers_smaller_than_the_rank_are_left_out_of_a_group_and_refused_by_name(skeletons):
     model = skeletons("qwen3_next")
     layers, left_out = resolve(model, Lora(r=32))
