@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo serve test test-slow zoo chaos check lint audit bench-api bench-init bench-train bench-load gpu-day clean
+.PHONY: help setup demo serve test test-slow zoo chaos check lint audit bench-api bench-init bench-train bench-rates bench-load gpu-day clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-api  requests per second for submit and poll"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
+	@echo "make bench-rates DATA=folder-of-gsm8k  does every initialization's default rate help on three data sets? (hours); ONLY= SEEDS="
 	@echo "make bench-load do fifty clients slow a worker down? (minutes)"
 	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast (about five minutes)"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
@@ -89,6 +90,12 @@ bench-train: setup
 	@test -n '$(DATA)' || { echo "Say where GSM8K's train.jsonl and test.jsonl are: make bench-train DATA=folder"; exit 1; }
 	$(BIN)/python benchmarks/bench_train.py --data '$(DATA)' --write docs/speed.md
 	$(BIN)/python benchmarks/train_group.py --write docs/speed.md
+
+# Goes on where it was interrupted. ONLY and SEEDS are lists: ONLY="pissa loram" SEEDS="0 1 2". Part of it writes no page.
+bench-rates: setup
+	@test -n '$(DATA)' || { echo "Say where GSM8K's train.jsonl and test.jsonl are: make bench-rates DATA=folder"; exit 1; }
+	$(BIN)/python benchmarks/bench_rates.py --data '$(DATA)' $(if $(SEEDS),--seeds $(SEEDS)) \
+	  $(if $(ONLY),--only $(ONLY),--write docs/rates.md)
 
 bench-load: setup
 	$(BIN)/python benchmarks/load.py --write docs/operations.md

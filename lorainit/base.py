@@ -22,6 +22,7 @@ from lorainit.model.finite import require_finite
 from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
+from lorainit.model.targets import describe
 from lorainit.model.vocabulary import require_rows
 from lorainit.quantize import require_library
 from lorainit.refusal import as_unsupported
@@ -37,6 +38,7 @@ OnEvent = Callable[[Event], None]
 class Base:
     """A base model in the format and on the device of a run.
 
+    `weights`: how many numbers the layers hold that can carry a LoRA.
     `sharded`: why it is divided between the processes of `world`; "" = it is not. `layout`: how rows share
     its passes, once it is loaded. `proven`: of each shape of an adapter, how it was shown that stock PEFT reads it.
     `four_bits`: of a quantized base, which layers are.
@@ -49,6 +51,7 @@ class Base:
     device: torch.device
     quantization: Quantization | None
     sha256: str
+    weights: int
     world: World = ALONE
     sharded: str = ""
     layout: Layout = field(default_factory=lambda: Layout("one by one", "it is not loaded", any_length))
@@ -200,5 +203,7 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALO
     sharded = decide(spec, location.folder, world=world, dtype=dtype, device=device)
     world = replace(world, in_step=bool(sharded))
     held = four_bits(skeleton) if spec.lora.quantization else None
-    base = Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, digest, world, sharded)
+    experts.install(skeleton)
+    weights = spec.model.weights or sum(kind.weights for kind in describe(skeleton)[0])
+    base = Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, digest, weights, world, sharded)
     return replace(base, four_bits=held)

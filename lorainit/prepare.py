@@ -86,11 +86,12 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
     lora, choices = spec.lora.resolved()
     asked, decided_here = hardware.resolve_precision(spec.training, base.device)
     # max_length does not depend on the number of rows, and the number of usable rows depends on it.
-    max_length = resolve(asked, rows=1, model=spec.model, method=lora.method)[0].max_length
+    model_ref = spec.model.model_copy(update={"weights": base.weights})
+    max_length = resolve(asked, rows=1, model=model_ref, method=lora.method)[0].max_length
     assert max_length != "auto"
     check_length(base.location, max_length)
     data, valid, calibration = _load_data(spec, base, max_length, on_event)
-    training, more = resolve(asked, rows=len(data.samples), model=spec.model, method=lora.method)
+    training, more = resolve(asked, rows=len(data.samples), model=model_ref, method=lora.method)
     for choice in [*choices, *decided_here, *more]:
         _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
 

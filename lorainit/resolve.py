@@ -7,6 +7,7 @@ call `resolve`, and resolving twice changes nothing.
 import math
 from collections.abc import Callable
 
+from lorainit import rates
 from lorainit.errors import LorainitError
 from lorainit.inits import InitConfig
 from lorainit.spec import BaseModelRef, Choice, Hyperparameters
@@ -30,8 +31,23 @@ def total_steps(training: Hyperparameters, *, rows: int) -> int:
 
 
 def base_learning_rate(model: BaseModelRef, method: InitConfig) -> float:
-    """The rate that `learning_rate_multiplier` = 1 stands for."""
-    return model.base_learning_rate * method.rate_factor
+    """The rate that `learning_rate_multiplier` = 1 stands for: the table's, or the base's own measured one."""
+    weights = model.weights or 0
+    if model.base_learning_rate is None:
+        return rates.default_rate(method, weights=weights)
+    return model.base_learning_rate * rates.share_of_baseline(method, weights=weights)
+
+
+def as_resolved(model: BaseModelRef, training: Hyperparameters, method: InitConfig) -> BaseModelRef:
+    """`model` with the base rate by which `training` was resolved.
+
+    A table or a catalogue that has changed since then changes no run that was ordered before.
+    """
+    rate, multiplier = training.learning_rate, training.learning_rate_multiplier
+    if rate is None or multiplier == "auto":
+        return model
+    share = rates.share_of_baseline(method, weights=model.weights or 0)
+    return model.model_copy(update={"base_learning_rate": rate / multiplier / share})
 
 
 def resolve(

@@ -211,13 +211,16 @@ class BaseModelRef(Strict):
 
     `source`: a local folder, a local `.gguf` file, `package:<python package>/<file>` or
     `hub:<owner>/<name>[@<revision>]`. `root` is the public name written into the adapter.
+    `weights`: how many numbers the layers hold that can carry a LoRA, null = counted when the base is opened. Default
+    learning rates go by it (`lorainit.rates`), unless `base_learning_rate` says the best one for `kaiming`.
     """
 
     id: str
     source: str
     root: str
     max_length: Annotated[int, Field(ge=8)] = 2048
-    base_learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    weights: Annotated[int, Field(ge=1)] | None = None
+    base_learning_rate: Annotated[float, Field(gt=0)] | None = None
 
 
 class Data(Strict):

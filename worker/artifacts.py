@@ -16,6 +16,7 @@ from api.core.models import Adapter, File, Job
 from api.core.settings import get_settings
 from api.core.storage import Storage
 from lorainit.events import Checkpoint, Done
+from lorainit.resolve import as_resolved
 from lorainit.spec import Data, Hyperparameters, Lora, RunSpec
 from worker import room
 from worker.archive import Archive, pack, unpack
@@ -57,11 +58,12 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
             raise Lost
         metrics.forget_after(session, job.id, checkpoint.step if checkpoint else 0)
         session.commit()
+    lora, recipe = Lora.model_validate(job.recipe["lora"]), Hyperparameters.model_validate(job.recipe["training"])
     spec = RunSpec(
-        model=catalogue.require(job.model).reference(),
+        model=as_resolved(catalogue.require(job.model).reference(), recipe, lora.method),
         data=data,
-        lora=Lora.model_validate(job.recipe["lora"]),
-        training=Hyperparameters.model_validate(job.recipe["training"]),
+        lora=lora,
+        training=recipe,
         seed=job.seed,
         deterministic=job.deterministic,
         devices=job.devices,

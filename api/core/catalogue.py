@@ -28,7 +28,7 @@ class Entry(ModelFacts):
     source: str
     created: int = 0
     max_r: Annotated[int, Field(ge=1)] = 256
-    base_learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    base_learning_rate: Annotated[float, Field(gt=0)] | None = None
 
     def reference(self) -> BaseModelRef:
         """What a run needs to know of this model."""
@@ -37,6 +37,7 @@ class Entry(ModelFacts):
             source=self.source,
             root=self.root,
             max_length=self.max_length,
+            weights=sum(target.weights for target in self.targets),
             base_learning_rate=self.base_learning_rate,
         )
 

@@ -7,7 +7,7 @@ from api.core.models import Checkpoint
 from api.core.registry import Model
 from api.schemas.wire import Element, Wire, unix
 from lorainit.facts import LeftOut
-from lorainit.inits import INITS, AnyInit, ExportRank, Quantization
+from lorainit.inits import INITS, AnyInit, ExportRank, Kaiming, Quantization
 from lorainit.resolve import base_learning_rate
 
 ModelType = Literal["base", "adapter", "checkpoint"]
@@ -112,7 +112,7 @@ def _base(entry: Entry) -> ModelObject:
             max_length=entry.max_length,
             quantization=entry.quantization,
             methods=["supervised"],
-            base_learning_rate=entry.base_learning_rate,
+            base_learning_rate=base_learning_rate(entry.reference(), Kaiming(method="kaiming")),
             target_modules=list(dict.fromkeys(target.name for target in entry.targets)),
             left_out=entry.left_out,
         ),

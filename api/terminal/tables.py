@@ -64,8 +64,8 @@ def catalogue_entry(facts: ModelFacts, *, model_id: str, source: str) -> str:
         f"max_length = {facts.max_length}",
         f"chat = {json.dumps(facts.chat)}",
         *([f"base_sha256 = {json.dumps(facts.base_sha256)}"] if facts.base_sha256 else []),
-        "# Measure it: the best peak rate of a few short runs with init = kaiming.",
-        "base_learning_rate = 2e-4",
+        "# The best peak rate of a few short runs with init = kaiming. Without it: docs/rates.md, by the model's size.",
+        "# base_learning_rate = 2e-4",
         "targets = [",
     ]
     lines += [*_rows(facts.targets), "]"]

@@ -20,7 +20,7 @@ class Method:
     """What the catalogue says of a method beside its parameters.
 
     `offset == "subtract"` means the run trains W + s(BA - B0·A0), so its plain export has rank 2r.
-    `rate_factor` multiplies the model's base learning rate. `alpha` None = the rank. `quantization`:
+    `alpha` None = the rank. `quantization`:
     the bases it works on, None = the full-precision one, the first one recommended.
     """
 
@@ -32,7 +32,6 @@ class Method:
     offset: Offset = "none"
     function_preserving: bool = True
     maturity: Literal["stable", "experimental"] = "stable"
-    rate_factor: float = 1.0
     alpha: float | None = None
     rslora: bool = False
     min_rank: int = 1
@@ -86,9 +85,9 @@ class InitConfig(Strict):
         return run if self.seed is None else self.seed
 
     @property
-    def rate_factor(self) -> float:
-        """What the model's base learning rate is multiplied by for this start."""
-        return self.facts.rate_factor
+    def rates(self) -> str:
+        """The row of `lorainit.rates.RATES` that this start takes its default learning rate from."""
+        return str(self.method)  # type: ignore[attr-defined]  # every initialization has its own
 
 
 class CalibratedConfig(InitConfig):

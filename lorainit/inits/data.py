@@ -21,7 +21,6 @@ class LoRAGA(CalibratedConfig):
         arxiv="2407.05000",
         needs="gradient",
         offset="subtract",
-        rate_factor=0.1,
         alpha=16.0,
         rslora=True,
     )
@@ -83,9 +82,9 @@ class LoRAOne(CalibratedConfig):
         return "nothing"
 
     @property
-    def rate_factor(self) -> float:
-        """The authors train v1 at 2e-5 and v3 at 2e-4."""
-        return 0.1 if self.version == "v1" else self.facts.rate_factor
+    def rates(self) -> str:
+        """The first version starts with large factors and trains at a smaller rate."""
+        return "lora_one v1" if self.version == "v1" else self.method
 
     @model_validator(mode="after")
     def refuse_a_search_without_a_step(self) -> "LoRAOne":

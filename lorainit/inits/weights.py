@@ -63,7 +63,6 @@ class OLoRA(InitConfig):
         arxiv="2406.01775",
         needs="weight",
         offset="subtract",
-        rate_factor=0.2,
     )
     method: Literal["olora"]
     scale_aware: bool = True

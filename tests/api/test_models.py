@@ -8,6 +8,7 @@ import pytest
 from api.core import catalogue
 from api.schemas.model import method_object
 from lorainit.inits import INITS
+from lorainit.rates import RATES
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, Traces, refused
 from tests.things import MODEL
@@ -124,7 +125,7 @@ def test_the_catalogue_says_what_a_method_does_by_default(lab: Lab, name: str, f
 def test_a_model_fills_in_rate_and_availability(lab: Lab) -> None:
     reply = lab.client.get(f"/v1/lora/methods?model={MODEL}&r=7").json()
     methods = {method["id"]: method for method in reply["data"]}
-    assert methods["olora"]["base_learning_rate"] == pytest.approx(0.2 * methods["pissa"]["base_learning_rate"])
+    assert methods["olora"]["base_learning_rate"] == RATES["olora"][0].value
     assert methods["orthogonal"]["available"] is False and methods["pissa"]["available"] is True
 
 

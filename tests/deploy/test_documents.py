@@ -11,7 +11,9 @@ import typer.main
 
 from api.cli import app
 from api.core.settings import Settings
+from benchmarks import rates_page
 from lorainit.inits import INITS
+from lorainit.rates import RATES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -75,6 +77,24 @@ def test_every_method_has_a_page_with_its_facts_and_parameters(name: str) -> Non
     documented = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| .+ \|$", page, re.MULTILINE))
     fields = {field: info.default for field, info in kind.model_fields.items() if field not in ("method", "seed")}
     assert {field: json.loads(value) for field, value in documented.items()} == fields
+
+
+def test_the_table_of_learning_rates_is_the_codes() -> None:
+    page = (ROOT / "docs" / "rates.md").read_text()
+    assert page.partition("<!-- rates -->\n")[2].partition("<!-- /rates -->")[0].strip() == rates_page.table(), (
+        "python benchmarks/bench_rates.py --table --write docs/rates.md"
+    )
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_methods_page_says_its_default_learning_rates(name: str) -> None:
+    page = (ROOT / "docs" / "methods" / f"{name.partition(' ')[0]}.md").read_text()
+    (said,) = re.findall(r"^\*\*Learning rate\.\*\* (.*)$", page, re.MULTILINE)
+    assert rates_page.by_size(RATES[name]) in said
+    numbers = {float(number) for number in re.findall(r"\b[\d.]+e-\d+\b|\b0\.000?\d+\b", said)}
+    assert numbers <= {
+        rate.value for other, row in RATES.items() if other.split()[0] == name.split()[0] for rate in row
+    }
 
 
 def test_the_list_of_methods_is_the_registry() -> None:
