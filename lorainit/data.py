@@ -6,7 +6,7 @@ before any training. Knows nothing of adapters or devices.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from lorainit.conversation import Fault
-from lorainit.errors import InvalidTrainingFile, InvalidValidationFile, LorainitError, NoTrainableTokens
-from lorainit.refusal import as_unsupported
-from lorainit.rows import BadRow, Problem, Row, problem, read_rows
+from lorainit.encode import Encoder
+from lorainit.errors import (
+    InvalidTrainingFile,
+    InvalidValidationFile,
+    LorainitError,
+    NoTrainableTokens,
+    UnsupportedModel,
+)
+from lorainit.rows import KEPT_PROBLEMS, BadRow, Problem, Row, problem, read_rows
+from lorainit.stops import stop_tokens
 from lorainit.template import Template
 
 TICK_ROWS = 64
@@ -39,7 +46,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable rows of one file, the SHA-256 of its bytes, and what was left out."""
+    """The usable rows of one file, the SHA-256 of its bytes, and what was left out.
+
+    `warnings` counts by code; `remarks` holds the first warning of each code that needs the tokenizer, in words.
+    """
 
     samples: list[Sample]
     sha256: str
@@ -47,6 +57,7 @@ class Dataset:
     truncated: int
     problems: list[Problem]
     warnings: Counter[str]
+    remarks: list[Problem]
 
     @property
     def trained_tokens(self) -> int:
@@ -62,6 +73,8 @@ def load(
     tokenizer: Any,
     *,
     max_length: int,
+    folder: Path | None = None,
+    append_eos: bool = False,
     on_row_error: Literal["fail", "skip"] = "fail",
     param: str = "training_file",
     on_tick: Callable[[int, int], None] | None = None,
@@ -70,6 +83,8 @@ def load(
 
     Args:
         max_length: tokens; longer rows are cut at the end and counted.
+        folder: the base model's, which says at which tokens it stops; None = at the tokenizer's end token.
+        append_eos: train that end token behind a last answer that ends with no token to stop at.
         on_row_error: "skip" leaves bad rows out and keeps them in `problems`.
         param: which file it is in error messages, `training_file` or `validation_file`.
         on_tick: called with (line, lines in all) now and then.
@@ -77,9 +92,9 @@ def load(
     Raises:
         InvalidTrainingFile, InvalidValidationFile: a row cannot be used (with "fail"), or none can.
         NoTrainableTokens: every row is masked or cut before its first trained token.
-        UnsupportedModel: the chat template cannot do what the rows need.
+        UnsupportedModel: the chat template renders none of the rows, or there is no end token to append.
     """
-    data = tokenize(path, tokenizer, max_length=max_length, on_tick=on_tick)
+    data = tokenize(path, tokenizer, max_length=max_length, folder=folder, append_eos=append_eos, on_tick=on_tick)
     refuse(data, on_row_error, param)
     return data
 
@@ -89,28 +104,44 @@ def tokenize(
     tokenizer: Any,
     *,
     max_length: int,
+    folder: Path | None = None,
+    append_eos: bool = False,
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """What `load` reads, before anybody judges it: depends on the file, the tokenizer and `max_length` alone."""
-    reader = _Reader(tokenizer, max_length)
+    """What `load` reads, before anybody judges it: depends on the file, the base's folder and these options alone."""
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UnsupportedModel("The base model's tokenizer has no end token to append.", param="data.append_eos")
+    reader = _Reader(tokenizer, max_length, stop_tokens(tokenizer, folder), append_eos=append_eos)
     total = _count_lines(path)
     for row in read_rows(path):
         reader.read(row)
         if on_tick and reader.rows % TICK_ROWS == 0:
             on_tick(row.line, total)
-    return Dataset(reader.samples, file_sha256(path), reader.rows, reader.truncated, reader.problems, reader.warnings)
+    return Dataset(
+        samples=reader.samples,
+        sha256=file_sha256(path),
+        rows=reader.rows,
+        truncated=reader.truncated,
+        problems=reader.problems,
+        warnings=reader.warnings,
+        remarks=list(reader.remarks.values()),
+    )
 
 
 class _Reader:
     """Collects the samples of a file and everything that is wrong with it."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.template = Template(tokenizer)
+    def __init__(self, tokenizer: Any, max_length: int, stops: frozenset[int], *, append_eos: bool) -> None:
+        self.tokenizer = tokenizer
+        self.template = Template(tokenizer, stops=stops)
         self.encode = Encoder(tokenizer)
+        self.stops = stops
+        self.append_eos = append_eos
         self.max_length = max_length
         self.samples: list[Sample] = []
         self.problems: list[Problem] = []
         self.warnings: Counter[str] = Counter()
+        self.remarks: dict[str, Problem] = {}
         self.rows = self.truncated = 0
 
     def read(self, row: Row | BadRow) -> None:
@@ -143,48 +174,27 @@ class _Reader:
         rendered = self.template.render(row.value)
         if isinstance(rendered, Fault):
             return rendered
-        return Sample(row.line, *self.encode.text(rendered.text, rendered.spans))
+        for fault in rendered.warnings:
+            self._warn(row.line, fault)
+        return self._stopped(Sample(row.line, *self.encode.text(rendered.text, rendered.spans)))
 
+    def _stopped(self, sample: Sample) -> Sample:
+        """The row with a token to stop at behind its last answer, or a warning that it has none."""
+        last = int(sample.trained.nonzero().max()) if sample.trained.any() else 0
+        ending = int(sample.ids[last])
+        if ending in self.stops:
+            return sample
+        if not self.append_eos:
+            token = self.tokenizer.decode([ending])
+            text = f"the answer ends with {token!r}, at which the model does not stop: append_eos adds its end token."
+            self._warn(sample.line, Fault("no_stop_token", None, text))
+            return sample
+        ids = torch.cat([sample.ids[: last + 1], torch.tensor([self.tokenizer.eos_token_id], dtype=torch.int32)])
+        return Sample(sample.line, ids, torch.cat([sample.trained[: last + 1], torch.tensor([True])]))
 
-class Encoder:
-    """Text and trained spans to token ids and a mask of the same length."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        bare = tokenizer("a", add_special_tokens=False).input_ids
-        full = tokenizer("a").input_ids
-        # What the tokenizer puts before a text of its own accord (a begin-of-text token, or nothing).
-        self.opening: list[int] = full[: full.index(bare[0])] if bare and bare[0] in full else []
-
-    def text(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Tokens of a rendered conversation; trained are those that lie wholly inside a span."""
-        ids, offsets = self._encode(text)
-        return _tensors(ids, [any(s <= a < b <= e for s, e in spans) for a, b in offsets])
-
-    def pair(self, prompt: str, completion: str) -> tuple[Tensor, Tensor]:
-        """Prompt and completion as they stand, the completion and an end token trained.
-
-        The two are tokenized as one text, unless a token would straddle the border.
-        """
-        border = len(prompt)
-        ids, offsets = self._encode(prompt + completion)
-        mask = [a >= border and b > a for a, b in offsets]
-        if any(a < border < b for a, b in offsets):
-            first, second = self._encode(prompt)[0], self._encode(completion)[0]
-            ids, mask = first + second, [False] * len(first) + [True] * len(second)
-        end = self.tokenizer.eos_token_id
-        closing = [] if end is None else [end]
-        ids, mask = self.opening + ids + closing, [False] * len(self.opening) + mask + [True] * len(closing)
-        return _tensors(ids, mask)
-
-    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        with as_unsupported("The base model's tokenizer cannot read a text"):
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(encoded.input_ids), list(encoded.offset_mapping)
-
-
-def _tensors(ids: list[int], mask: list[bool]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool)
+    def _warn(self, line: int, fault: Fault) -> None:
+        self.warnings[fault.code] += 1
+        self.remarks.setdefault(fault.code, problem(line, fault))
 
 
 def refuse(data: Dataset, on_row_error: str, param: str) -> None:
@@ -196,12 +206,30 @@ def refuse(data: Dataset, on_row_error: str, param: str) -> None:
         raise NoTrainableTokens(f"No row of the {name} has a token to train on.", param=param)
     if not data.rows:
         raise _ERRORS[param](f"The {name} has no rows.", param=param)
+    if not data.samples and all(p.code == "template_error" for p in data.problems):
+        raise UnsupportedModel(
+            f"The base model's chat template renders no row of the {name}; first: {data.problems[0].message}",
+            param="model",
+        )
     if bad and (on_row_error == "fail" or not data.samples):
         first = data.problems[0]
         raise _ERRORS[param](
-            f"{bad} of {data.rows} rows of the {name} cannot be used; first: {first.code}: {first.message}",
+            f"{bad} of {data.rows} rows of the {name} cannot be used; first: {first.code}: {first.message}"
+            f"{_more(data.problems)}",
             param=param,
         )
+
+
+def _more(problems: list[Problem]) -> str:
+    """Where the other bad rows are, by code, as far as a message can hold them."""
+    lines: dict[str, list[int]] = {}
+    for one in dict.fromkeys((p.code, p.line) for p in problems[:KEPT_PROBLEMS]):
+        lines.setdefault(one[0], []).append(one[1] or 0)
+    if sum(map(len, lines.values())) < 2:
+        return ""
+    listed = "; ".join(f"{code} in {', '.join(map(str, found))}" for code, found in lines.items())
+    rest = len(problems) - KEPT_PROBLEMS
+    return f" All by line: {listed}" + (f", and {rest} more." if rest > 0 else ".")
 
 
 def _count_lines(path: str | Path) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorainit import hardware
 from lorainit.base import Base, OnEvent, store
-from lorainit.data import Dataset
+from lorainit.data import Dataset, refuse
 from lorainit.errors import GroupMismatch
 from lorainit.events import Message, Plan, Tick
 from lorainit.facts import LeftOut
@@ -25,6 +25,7 @@ from lorainit.model.targets import resolve as resolve_targets
 from lorainit.model.vocabulary import require_known
 from lorainit.placement import sentence
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
+from lorainit.rows import KEPT_PROBLEMS
 from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
 from lorainit.tokens import load_kept
 from lorainit.weight import shape_of
@@ -63,6 +64,8 @@ class Job:
             "training": self.training.model_dump(mode="json", exclude={"shard_base"}),
             "seed": self.spec.seed,
         }
+        if self.spec.data.append_eos:
+            resolved["append_eos"] = True
         return {
             "spec": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
             "data": self.data.sha256,
@@ -135,11 +138,11 @@ def _load_data(
             folder=base.location.folder,
             store=store(spec, "tokens", on_event),
             max_length=max_length,
-            on_row_error=spec.data.on_row_error,
-            param=param,
+            append_eos=spec.data.append_eos,
             on_tick=tick,
         )
         _report_data(data, param, on_event)
+        refuse(data, spec.data.on_row_error, param)
         return data
 
     training = read(spec.data.training, "training_file")
@@ -159,10 +162,15 @@ def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:
         "usable": len(data.samples),
         "truncated": data.truncated,
         "warnings": dict(data.warnings),
-        "errors": [p.model_dump() for p in data.problems[:20]],
+        "errors": [p.model_dump() for p in data.problems[:KEPT_PROBLEMS]],
     }
     level = "warn" if skipped or data.truncated else "info"
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "data", **facts}}))
+    for remark in data.remarks:
+        count = data.warnings[remark.code]
+        more = f" ({count} rows of the {param.replace('_', ' ')})" if count > 1 else ""
+        facts = {"kind": "data", "file": param, "rows": count, **remark.model_dump()}
+        on_event(Message(level="warn", message=f"{remark.message}{more}", data=facts))
 
 
 def _report_left_out(left_out: list[LeftOut], targets: dict[str, nn.Module], on_event: OnEvent) -> None:

@@ -224,12 +224,16 @@ class BaseModelRef(Strict):
 
 
 class Data(Strict):
-    """Local JSONL files. `on_row_error` "skip" trains on the good rows and reports the others."""
+    """Local JSONL files. `on_row_error` "skip" trains on the good rows and reports the others.
+
+    `append_eos`: train the tokenizer's end token behind a last answer that ends with no token at which the model stops.
+    """
 
     training: str
     validation: str | None = None
     calibration: str | None = None
     on_row_error: Literal["fail", "skip"] = "fail"
+    append_eos: bool = False
 
 
 class RunSpec(Strict):

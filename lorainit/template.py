@@ -1,9 +1,10 @@
 """One row to text with the places the loss looks at: the chat template seen from outside.
 
-Spans are found by rendering prefixes of the conversation, so any template works that renders a
-longer conversation as a continuation of the shorter one; others are refused, not guessed at.
+A row is rendered three times, however long it is: as it stands, with marks that say where its messages went
+(`turns`), and up to its last answer with a generation prompt, as a server will send it.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,92 +13,147 @@ from typing import Any
 from lorainit import rendering
 from lorainit.conversation import Fault, trained
 from lorainit.errors import UnsupportedModel
-
-Messages = list[dict[str, Any]]
+from lorainit.turns import Border, Conversation, Habits, Lost, Messages, Span, marked, marks_for, places
 
 _PROBE = "zq_probe"
 _PROBE_TOOL = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
 _PROBE_CALL = {"id": "call00000", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
 _ASKED = {"role": "user", "content": "a"}
+_ANSWERED = {"role": "assistant", "content": _PROBE}
+_CALLED = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
 _WEIGHTLESS = ("weight", "function_call")
+# What the prompt of a model that thinks depends on; first what a server sends if nobody says otherwise.
+_THINKING: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
+# Each costs seconds: after so many rows that break a bound it is the template's fault, not theirs.
+_MAX_UNBOUNDED_ROWS = 3
+
+
+_DIFFERS = (
+    "the prompt that a server sends for this answer is not what stands before it in the text of the chat template; a"
+    " model that thinks may have to be asked with other options (enable_thinking)."
+)
+_LEFT_OUT = "the chat template leaves some of the content out, so it is not trained (thinking of earlier turns, often)."
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text and the trained character ranges [start, end) in it, in order."""
+    """Text, the answers in it that are trained, in order, and what the owner of the row should know."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
+    warnings: tuple[Fault, ...] = ()
 
 
 class Template:
-    """What a tokenizer's chat template does, with what it can do found out by trying."""
+    """What a tokenizer's chat template does, with what it can do found out by trying.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        stops: ids of the tokens at which the model stops (`lorainit.stops`).
+    """
+
+    def __init__(self, tokenizer: Any, *, stops: frozenset[int] = frozenset()) -> None:
         self.tokenizer = tokenizer
+        self.stops = stops
+        self._unbounded_rows = 0
+        self._arguments_as_text = self._content_as_parts = False
 
     def render(self, value: dict[str, Any]) -> Rendered | Fault:
         """A normalized chat row up to its last trained turn, or the row's fault.
 
-        A span is what a generation prompt would have to be continued with: content, tool calls and
-        the end-of-turn token, without the template's white space after it.
+        A span is what the generation prompt is continued with: content, tool calls and the end-of-turn token, without
+        the template's white space after it.
 
         Raises:
-            UnsupportedModel: no template, the template refuses the conversation, breaks a bound of
-                `rendering`, or is not prefix-stable.
+            UnsupportedModel: there is no template, it is not to be run, or it breaks a bound of `rendering` at row
+                after row.
         """
+        _ = self._required
         messages, tools = value["messages"], value["tools"]
-        if fault := self._tool_fault(messages, tools):
-            return fault
         last = max(i for i, m in enumerate(messages) if trained(m))
         options = {"tools": tools or None}
         if "parallel_tool_calls" in value:
             options["parallel_tool_calls"] = value["parallel_tool_calls"]
-        text = self._text(messages[: last + 1], options)
-        turns = [i for i in range(last + 1) if trained(messages[i])]
-        return Rendered(text, tuple(self._span(text, messages, i, options) for i in turns))
+        try:
+            return self._tool_fault(messages, tools) or self._answers(messages[: last + 1], options)
+        except rendering.Unbounded as error:
+            self._unbounded_rows += 1
+            if self._unbounded_rows >= _MAX_UNBOUNDED_ROWS:
+                raise
+            return Fault("template_error", "messages", str(error))
+        except UnsupportedModel as error:
+            return Fault("template_error", "messages", str(error))
 
-    def _span(self, text: str, messages: Messages, index: int, options: dict[str, Any]) -> tuple[int, int]:
-        before = self._opening(messages, options) if index == 0 else self._text(messages[:index], options, prompt=True)
-        upto = self._text(messages[: index + 1], options)
-        if not text.startswith(upto) or not upto.startswith(before):
-            raise UnsupportedModel(
-                "The base model's chat template does not render a longer conversation as a continuation of the"
-                f" shorter one (message {index}), so the trained part cannot be told apart.",
-                param="model",
-            )
-        return len(before), self._end_of_turn(upto, len(before))
+    def _answers(self, messages: Messages, options: dict[str, Any]) -> Rendered | Fault:
+        text = self._text(messages, options)
+        found = self._places(text, messages, options)
+        if found is None:
+            why = "writes other words around a message when one of its words changes, so the answers"
+            return Fault("template_error", "messages", f"the base model's chat template {why} cannot be told apart.")
+        turns = [i for i, m in enumerate(messages) if trained(m)]
+        border = self._border(text, messages, options)
+        try:
+            answers = Conversation(text, messages, found, self._habits).answers(turns, border)
+        except Lost as lost:
+            return Fault("template_error", f"messages[{lost.index}]", f"messages[{lost.index}]: {lost}")
+        warnings = dict[str, Fault]()
+        for index, answer in zip(turns, answers, strict=True):
+            if not answer.whole:
+                warnings.setdefault("prompt_differs", Fault("prompt_differs", f"messages[{index}]", _DIFFERS))
+            if answer.left_out:
+                warnings.setdefault("content_left_out", Fault("content_left_out", f"messages[{index}]", _LEFT_OUT))
+        return Rendered(text, tuple(answer.span for answer in answers), tuple(warnings.values()))
 
-    def _opening(self, messages: Messages, options: dict[str, Any]) -> str:
-        # With nothing before the first message there is no generation prompt to ask for: what two
-        # different answers have in common is what stands before them.
-        one, two = (self._text([{**messages[0], "content": c, "tool_calls": None}], options) for c in ("0", "1"))
-        return one[: next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)]
+    def _places(self, text: str, messages: Messages, options: dict[str, Any]) -> list[tuple[int, int]] | None:
+        marks = marks_for(text, len(messages))
+        if len(marks) < len(messages):
+            return None
+        # Some templates ask how a question ends; then the answers alone have to do.
+        for answers_only in (False, True):
+            with_marks = self._text(marked(messages, marks, answers_only=answers_only), options)
+            if (found := places(text, with_marks, marks)) is not None:
+                return found
+        return None
 
-    def _end_of_turn(self, text: str, start: int) -> int:
-        ends = [match.end() for match in self.control_tokens.finditer(text, start)]
-        return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
+    def _border(self, text: str, messages: Messages, options: dict[str, Any]) -> Border | None:
+        """Where the last answer begins, by the prompt that a server sends for it."""
+        for number, thinking in enumerate(self._prompts.values()):
+            sent = self._try(messages[:-1], {**options, **thinking}, prompt=True) if len(messages) > 1 else ""
+            if sent and text.startswith(sent):
+                return Border(len(sent), number == 0)
+        return None
 
     def _text(self, messages: Messages, options: dict[str, Any], *, prompt: bool = False) -> str:
         clean = [{k: v for k, v in m.items() if k not in _WEIGHTLESS and v is not None} for m in messages]
         clean = [{**m, "content": m.get("content", "")} for m in clean]
+        if self._arguments_as_text:
+            clean = [_with_text_arguments(m) for m in clean]
+        if self._content_as_parts:
+            clean = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in clean]
         options = {**options, "tokenize": False, "add_generation_prompt": prompt}
         try:
-            self._source_checked  # noqa: B018 - once for all rows
             return rendering.render(lambda: str(self.tokenizer.apply_chat_template(clean, **options)))
         except UnsupportedModel:
             raise
         except Exception as error:  # whatever the template's own expressions raise
-            why = "it has none" if self.tokenizer.chat_template is None else str(error) or type(error).__name__
+            why = str(error) or type(error).__name__
             raise UnsupportedModel(
                 f"The base model's chat template cannot render the conversation: {why}", param="model"
             ) from error
 
     @cached_property
-    def _source_checked(self) -> bool:
-        sources = self.tokenizer.chat_template or ""
+    def _required(self) -> bool:
+        """Refuses, once for all rows, what is no matter of any row."""
+        sources = self.tokenizer.chat_template
+        if sources is None:
+            raise UnsupportedModel(
+                "The base model's chat template cannot render the conversation: it has none", param="model"
+            )
         for source in sources.values() if isinstance(sources, dict) else [sources]:
             rendering.check_source(source)
+        for self._content_as_parts in (False, True):  # templates of models that see read lists of parts only
+            if self._shows_probe([_ASKED, _ANSWERED], {}):
+                return True
+        self._content_as_parts = False
         return True
 
     def check(self) -> str:
@@ -110,6 +166,7 @@ class Template:
             Unbounded: it takes too long, too much memory, or renders too much.
             UnsupportedModel: it cannot render a question and its answer, so no row could be trained.
         """
+        _ = self._required
         exchange = [_ASKED, {"role": "assistant", "content": "b"}]
         text = self._text(exchange, {})
         for messages in ([_ASKED], exchange):
@@ -135,22 +192,88 @@ class Template:
     @cached_property
     def takes_calls(self) -> bool:
         """Whether an assistant's tool calls reach the text."""
-        call = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
-        return self._shows_probe([_ASKED, call], {})
+        for self._arguments_as_text in (False, True):
+            if self._shows_probe([_ASKED, _CALLED], {}):
+                return True
+        self._arguments_as_text = False
+        return False
 
     def _shows_probe(self, messages: Messages, options: dict[str, Any], *, prompt: bool = False) -> bool:
+        return _PROBE in self._try(messages, options, prompt=prompt)
+
+    def _try(self, messages: Messages, options: dict[str, Any], *, prompt: bool = False) -> str:
+        """What it renders; "" if it does not."""
         try:
-            return _PROBE in self._text(messages, options, prompt=prompt)
+            return self._text(messages, options, prompt=prompt)
         except rendering.Unbounded:
             raise
         except UnsupportedModel:
-            return False
+            return ""
+
+    @cached_property
+    def _prompts(self) -> dict[str, dict[str, Any]]:
+        """The generation prompts it can write, each with the options that ask for it."""
+        found = dict[str, dict[str, Any]]()
+        for options in _THINKING:
+            found.setdefault(self._prompt(options), options)
+        return found
+
+    def _prompt(self, options: dict[str, Any]) -> str:
+        without, sent = self._try([_ASKED], options), self._try([_ASKED], options, prompt=True)
+        if without == sent:
+            return self._standing_prompt(sent)
+        alike = next((i for i, (a, b) in enumerate(zip(without, sent, strict=False)) if a != b), len(without))
+        # A template may end every text that asks for nothing, with a token that begins like the prompt's first.
+        cut = next((m.start() for m in self.control_tokens.finditer(sent) if m.start() < alike < m.end()), alike)
+        return sent[cut:]
+
+    def _standing_prompt(self, asked: str) -> str:
+        """The prompt of a template that writes it behind everything, also behind an answer and its end."""
+        tail = self._tail(_ANSWERED)
+        end = next((m.end() for m in self.control_tokens.finditer(tail) if m.group() in self._stop_texts), len(tail))
+        return tail[end:] if tail[end:].strip() and asked.endswith(tail[end:]) else ""
+
+    def _tail(self, answer: dict[str, Any]) -> str:
+        """What it writes behind a last answer."""
+        before, _, tail = self._try([_ASKED, answer], {}).rpartition(_PROBE)
+        return tail if before else ""
+
+    @cached_property
+    def _bridge(self) -> str:
+        """What a template without a generation prompt writes between a question and the answer to it."""
+        _, _, sent = self._try([{**_ASKED, "content": _PROBE}], {}, prompt=True).rpartition(_PROBE)
+        text = self._try([{**_ASKED, "content": _PROBE}, _ANSWERED], {})
+        between = text[text.find(_PROBE) + len(_PROBE) : text.rfind(_PROBE)]
+        # What no prompt asks for is not the model's to write, unless it is white space.
+        return sent if between.startswith(sent) and not between.removeprefix(sent).strip() else between
+
+    @cached_property
+    def _habits(self) -> Habits:
+        prompts = tuple(self._prompts)
+        encoded = self.tokenizer(prompts[0], add_special_tokens=False, return_offsets_mapping=True)
+        tail = self._tail(_ANSWERED)
+        closing = tuple(self.control_tokens.findall(tail))
+        return Habits(
+            prompts=prompts,
+            cuts=tuple(sorted({end for _, end in encoded.offset_mapping[:-1]}, reverse=True)),
+            bridge="" if prompts[0] else self._bridge,
+            text_closing=closing,
+            call_closing=tuple(self.control_tokens.findall(self._tail(_CALLED))),
+            literal="" if closing else tail.rstrip(),
+            controls=self.control_tokens,
+            stops=frozenset(self._stop_texts),
+        )
+
+    @cached_property
+    def _stop_texts(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder
+        return [str(added[i].content) for i in self.stops if i in added]
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
         """Matches any control token of the model; never matches if there is none."""
         tokens = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        tokens |= {t for t in self.tokenizer.all_special_tokens if t}
+        tokens |= {t for t in (*self.tokenizer.all_special_tokens, *self._stop_texts) if t}
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
     def control_token_fault(self, value: Any, at: str) -> Fault | None:
@@ -166,3 +289,12 @@ class Template:
         else:
             return None
         return next((fault for fault in inner if fault), None)
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Some templates add the arguments of a call to a text, as JSON."""
+    calls = [
+        {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
+        for c in message.get("tool_calls", [])
+    ]
+    return {**message, "tool_calls": calls} if calls else message

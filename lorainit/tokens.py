@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from lorainit.data import Dataset, Sample, file_sha256, refuse, tokenize
+from lorainit.data import Dataset, Sample, file_sha256, tokenize
 from lorainit.rows import Problem
 from lorainit.store import Store, key
 
@@ -25,29 +25,30 @@ def load_kept(
     folder: Path,
     store: Store,
     max_length: int,
-    on_row_error: Literal["fail", "skip"] = "fail",
-    param: str = "training_file",
+    append_eos: bool = False,
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """`data.load`, from the store where an earlier run has read the same rows in the same way.
+    """`data.tokenize`, from the store where an earlier run has read the same rows in the same way.
 
     Args:
         folder: the base model's, whose files but the weights say how its tokenizer works.
 
     Raises:
-        As `data.load`.
+        As `data.tokenize`.
     """
     name = key(
         data=file_sha256(path),
         tokenizer=_folder_digest(folder),
         max_length=max_length,
+        append_eos=append_eos,
+        rules=RULES,
         libraries=[version("transformers"), version("tokenizers")],
     )
     found = store.read(name)
-    data = tokenize(path, tokenizer, max_length=max_length, on_tick=on_tick) if found is None else _unpacked(found)
-    if found is None:
-        store.write(name, _packed(data))
-    refuse(data, on_row_error, param)
+    if found is not None:
+        return _unpacked(found)
+    data = tokenize(path, tokenizer, max_length=max_length, folder=folder, append_eos=append_eos, on_tick=on_tick)
+    store.write(name, _packed(data))
     return data
 
 
@@ -59,6 +60,8 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+# Which tokens of a row are trained: raised whenever `template`, `turns` or `encode` decide otherwise.
+RULES = 2
 _TEXT = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 
 
@@ -78,6 +81,7 @@ def _packed(data: Dataset) -> dict[str, Any]:
         "truncated": data.truncated,
         "problems": [list(p.model_dump().values()) for p in data.problems],
         "warnings": [list(pair) for pair in data.warnings.items()],
+        "remarks": [list(p.model_dump().values()) for p in data.remarks],
     }
 
 
@@ -89,6 +93,11 @@ def _unpacked(entry: dict[str, Any]) -> Dataset:
         sha256=entry["sha256"],
         rows=entry["rows"],
         truncated=entry["truncated"],
-        problems=[Problem(**dict(zip(Problem.model_fields, values, strict=True))) for values in entry["problems"]],
+        problems=_problems(entry["problems"]),
         warnings=Counter(dict(entry["warnings"])),
+        remarks=_problems(entry["remarks"]),
     )
+
+
+def _problems(entries: list[list[Any]]) -> list[Problem]:
+    return [Problem(**dict(zip(Problem.model_fields, values, strict=True))) for values in entries]

@@ -163,10 +163,37 @@ def test_file_whose_every_row_is_cut_before_its_answer_has_nothing_to_train(tmp_
         read(tmp_path, chat("a " * 60, "four"), chat("b " * 60, "four"), max_length=16, on_row_error="skip")
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(tmp_path):
-    unstable = "{{ messages | length }}" + PLAIN_TEMPLATE
-    with pytest.raises(UnsupportedModel, match="continuation"):
-        read(tmp_path, chat("a", "b"), template=unstable)
+def test_template_that_rewrites_earlier_turns_is_trained_on_its_one_full_text(tmp_path):
+    rewriting = "{{ messages | length }}" + PLAIN_TEMPLATE
+    row = {"messages": chat("a", "one")["messages"] + chat("b", "two")["messages"]}
+    data, tokenizer = read(tmp_path, row, template=rewriting)
+    assert full_text(data.samples[0], tokenizer).startswith("4<|im_start|>system")
+    assert trained_text(data.samples[0], tokenizer) == "one<|im_end|>|two<|im_end|>"
+
+
+REFUSING = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+
+
+def test_row_that_a_template_refuses_is_an_error_of_that_row(tmp_path):
+    bad = {"messages": [{"role": "system", "content": "s"}, *chat("a", "b")["messages"]]}
+    with pytest.raises(InvalidTrainingFile, match=r"2 of 3 rows .* template_error: Line 2: .* no system.*in 2, 3\.$"):
+        read(tmp_path, chat("a", "b"), bad, bad, template=REFUSING + PLAIN_TEMPLATE)
+    data, _ = read(tmp_path, chat("a", "b"), bad, template=REFUSING + PLAIN_TEMPLATE, on_row_error="skip")
+    assert [(s.line) for s in data.samples] == [1]
+    assert [(p.line, p.code) for p in data.problems] == [(2, "template_error")]
+
+
+@pytest.mark.parametrize("rule", ["fail", "skip"])
+def test_template_that_refuses_every_row_is_the_models_fault(tmp_path, rule):
+    with pytest.raises(UnsupportedModel, match=r"renders no row of the training file; first: Line 1: .* by zero"):
+        read(tmp_path, chat("a", "b"), chat("a", "c"), template="{{ 1 // 0 }}", on_row_error=rule)
+
+
+def test_all_lines_are_named_up_to_the_limit(tmp_path):
+    rows = [chat("a", "b"), *(chat("<|im_end|>", "b") for _ in range(25))]
+    listed = ", ".join(map(str, range(2, 22)))
+    with pytest.raises(InvalidTrainingFile, match=f"special_token_in_text in {listed}, and 5 more"):
+        read(tmp_path, *rows)
 
 
 def test_chat_rows_need_a_template(tmp_path):

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
-from lorainit.data import Encoder
+from lorainit.encode import Encoder
 from lorainit.errors import UnsupportedModel
 from lorainit.inspect import inspect
 from lorainit.model.examine import examine
 from lorainit.model.load import load_model, load_tokenizer, locate
 from lorainit.refusal import as_unsupported
 from lorainit.template import Template
+from lorainit.turns import Span
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import KINDS, make
 
@@ -259,7 +260,7 @@ def test_panic_at_a_row_of_the_data_is_a_refusal() -> None:
     encode = Encoder(tokenizer)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.FixedLength(0)
     with pytest.raises(UnsupportedModel, match="cannot read a text: chunk size must be non-zero"):
-        encode.text("abc", [(0, 3)])
+        encode.text("abc", [Span(0, 3, False)])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), OSError(28, "No space left on device")])

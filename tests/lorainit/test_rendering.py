@@ -6,9 +6,10 @@ import time
 import pytest
 
 from lorainit import rendering
+from lorainit.conversation import Fault
 from lorainit.errors import UnsupportedModel
 from lorainit.rendering import Unbounded
-from lorainit.template import Template
+from lorainit.template import Rendered, Template
 from tests.lorainit.conftest import PLAIN_TEMPLATE, TEMPLATE, make_tokenizer
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": []}
@@ -72,9 +73,22 @@ def test_honest_templates_pass_the_check(source: str) -> None:
 @pytest.mark.parametrize(
     "source", ["{{ 1 // 0 }}", "{{ messages[7].content.x }}", "{% for %}", "{{ " + "(" * 5000 + ")" * 5000 + " }}"]
 )
-def test_whatever_a_template_raises_is_a_refusal(source: str) -> None:
-    with pytest.raises(UnsupportedModel, match="cannot render the conversation"):
-        Template(make_tokenizer(source)).render(ROW)
+def test_whatever_a_template_raises_is_the_fault_of_a_row(source: str) -> None:
+    fault = Template(make_tokenizer(source)).render(ROW)
+    assert isinstance(fault, Fault)
+    assert fault.code == "template_error" and "cannot render the conversation" in fault.text
+
+
+def test_template_that_breaks_a_bound_at_one_row_breaks_it_at_that_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "MAX_CHARACTERS", 1000)
+    template = Template(make_tokenizer("{% if messages | length > 2 %}" + LONG + "{% endif %}" + PLAIN_TEMPLATE))
+    long = {**ROW, "messages": ROW["messages"] * 2}
+    fault = template.render(long)
+    assert isinstance(fault, Fault) and "makes a text of" in fault.text
+    assert isinstance(template.render(ROW), Rendered)
+    assert isinstance(template.render(long), Fault)
+    with pytest.raises(Unbounded):  # each costs up to ten seconds, so it is not tried at a thousand rows
+        template.render(long)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from lorainit import digest, tokens
 from lorainit.base import open_base
-from lorainit.data import load, tokenize
+from lorainit.data import load, refuse, tokenize
 from lorainit.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.errors import InvalidTrainingFile, UnsupportedModel
 from lorainit.events import Message, Tick
@@ -50,9 +50,9 @@ def read(bases, tmp_path):
 
     def call(path, *, folder=bases["llama"], max_length=64, rule="skip", limit=1 << 30):
         store = Store(tmp_path / "cache" / "tokens", limit, said.append)
-        return tokens.load_kept(
-            path, tokenizer, folder=folder, store=store, max_length=max_length, on_row_error=rule
-        )  # fmt: skip
+        data = tokens.load_kept(path, tokenizer, folder=folder, store=store, max_length=max_length)
+        refuse(data, rule, "training_file")
+        return data
 
     call.said, call.tokenizer = said, tokenizer
     return call
@@ -62,7 +62,7 @@ def same(one, two):
     rows = zip(one.samples, two.samples, strict=True)
     assert all(a.line == b.line and torch.equal(a.ids, b.ids) and torch.equal(a.trained, b.trained) for a, b in rows)
     assert {a.ids.dtype for a in two.samples} == {torch.int32}
-    for name in ("sha256", "rows", "truncated", "problems", "warnings"):
+    for name in ("sha256", "rows", "truncated", "problems", "warnings", "remarks"):
         assert getattr(one, name) == getattr(two, name)
 
 

@@ -1,0 +1,87 @@
+"""Text and answers to token ids and a mask, as a server and a model would have made them.
+
+A server tokenizes the prompt alone and the model goes on from there, so no token may lie across the border between
+the two: a text is cut where an answer begins, and each piece is tokenized by itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorainit.errors import UnsupportedModel
+from lorainit.refusal import as_unsupported
+from lorainit.turns import Span
+
+# Texts to go on from, of kinds that no tokenizer merges with everything.
+_ANCHORS = ("\n", "a", ".", "0")
+
+
+class Encoder:
+    """Text and trained spans to token ids and a mask of the same length."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        bare = tokenizer("a", add_special_tokens=False).input_ids
+        full = tokenizer("a").input_ids
+        # What the tokenizer puts before a text of its own accord (a begin-of-text token, or nothing).
+        self.opening: list[int] = full[: full.index(bare[0])] if bare and bare[0] in full else []
+        # Whether a text at its beginning is tokenized otherwise than behind another one, with a space before it.
+        self._begins_anew = self._encode("\na")[0] != self._encode("\n")[0] + self._encode("a")[0]
+
+    def text(self, text: str, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Tokens of a rendered conversation; trained are those of the spans."""
+        ids = self._encode(text[: spans[0].start])[0]
+        mask = [False] * len(ids)
+        for piece, answer in _pieces(text, spans):
+            more, starts = self._continued(piece, behind=len(ids) > 0)
+            # A token may say that it begins later than it does (trim_offsets), never that it begins earlier.
+            trained = next((n for n, start in enumerate(starts) if start >= answer), len(more))
+            ids += more
+            mask += [n < trained for n in range(len(more))]
+        return _tensors(ids, mask)
+
+    def pair(self, prompt: str, completion: str) -> tuple[Tensor, Tensor]:
+        """Prompt and completion as they stand, the completion and an end token trained."""
+        first, second = self.opening + self._encode(prompt)[0], self._continued(completion, behind=bool(prompt))[0]
+        end = self.tokenizer.eos_token_id
+        second += [] if end is None else [end]
+        return _tensors(first + second, [False] * len(first) + [True] * len(second))
+
+    def _continued(self, text: str, *, behind: bool) -> tuple[list[int], list[int]]:
+        """Ids of a text, `behind` another one or not, and the characters they begin at."""
+        if not self._begins_anew or not behind:
+            ids, offsets = self._encode(text)
+            return ids, [start for start, _ in offsets]
+        for anchor in _ANCHORS:
+            head = self._encode(anchor)[0]
+            ids, offsets = self._encode(anchor + text)
+            if ids[: len(head)] == head:
+                return ids[len(head) :], [max(start - len(anchor), 0) for start, _ in offsets[len(head) :]]
+        raise UnsupportedModel("The base model's tokenizer cannot read a text as the end of another.", param="model")
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if not text:
+            return [], []
+        with as_unsupported("The base model's tokenizer cannot read a text"):
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoded.input_ids), list(encoded.offset_mapping)
+
+
+def _pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, int]]:
+    """The text from the first answer on, cut where answers begin, and how many characters of each are an answer's.
+
+    Also cut where one ends, unless a control token does: what follows would be merged into the answer's last token,
+    while a control token stays itself and may take white space behind it.
+    """
+    borders = [*(span.start for span in spans[1:]), len(text)]
+    for span, border in zip(spans, borders, strict=True):
+        cut = border if span.closed else span.end
+        yield text[span.start : cut], span.end - span.start
+        if cut < border:
+            yield text[cut:border], 0
+
+
+def _tensors(ids: list[int], mask: list[bool]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool)
