@@ -26,6 +26,7 @@ from lorainit.model.files import check_folder, stored_weights
 from lorainit.model.four_bits import four_bits
 from lorainit.model.gguf_header import check_header
 from lorainit.model.positions import forget_lengths
+from lorainit.model.tokenizer_time import require_quick
 from lorainit.quantize import loading_options, settle
 from lorainit.refusal import as_unsupported
 
@@ -207,6 +208,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise UnsupportedModel("The base model has no fast tokenizer (tokenizer.json).", param="model")
     with as_unsupported("The base model's tokenizer cannot read a text"):
         tokenizer(_SAMPLE, return_offsets_mapping=True, verbose=False)
+    require_quick(tokenizer)
     return tokenizer
 
 

@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from lorainit.encode import Encoder
 from lorainit.errors import UnsupportedModel
 from lorainit.inspect import inspect
+from lorainit.model import tokenizer_time
 from lorainit.model.examine import examine
 from lorainit.model.load import load_model, load_tokenizer, locate
 from lorainit.refusal import as_unsupported
@@ -342,3 +343,17 @@ def test_error_in_an_architectures_own_initialization_is_a_refusal(tmp_path: Pat
     change_json(folder / "config.json", w_init_variance_scale=-1.0)
     with pytest.raises(UnsupportedModel, match=r"compared with its config\.json: math domain error"):
         examine(folder)
+
+
+@pytest.mark.parametrize(
+    ("expression", "why"), [("(a+)+c", "retry-limit-in-match over"), (r"a*a*\d", "takes more than")]
+)
+def test_tokenizer_whose_expression_goes_back_and_back_is_refused(
+    llama: Path, expression: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is ended by Oniguruma; the second takes the third power of the letters, and cannot be ended."""
+    monkeypatch.setattr(tokenizer_time, "MAX_SECONDS", 0.05)
+    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    change_json(llama / "tokenizer.json", pre_tokenizer=split)
+    with pytest.raises(UnsupportedModel, match=why):
+        load_tokenizer(llama)
