@@ -15,7 +15,7 @@ from lorainit.batches import batches, collate
 from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
-from lorainit.evidence import Evidence
+from lorainit.evidence import Evidence, room
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.hardware import generator_for
@@ -51,11 +51,15 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
     Raises:
         UnsupportedInit: a layer's inputs cannot be masked, or too few tokens reach it.
         InitFailed: the directions have not converged; the message lists the layers.
+        OutOfMemory: they take more than is free.
     """
     rows = calibration_rows(config, context)
     pieces = batches(rows, context.micro_batch_size, context.regime)
     leader = shared_inputs(context, pieces[0])
     widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
+    # The directions, and those of the batch before.
+    numbers = 2 * sum(widths[g] * shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values()))
+    room.require(context, "eva's directions of every layer's inputs", numbers=numbers, device=context.device)
     states = _states(config, context, leader, widths)
     ranks = _settle(states, leader, widths, pieces, config=config, context=context)
     starved = Evidence(starved=True, rows=len(rows))
@@ -170,12 +174,15 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
     Raises:
         UnsupportedInit: a layer's inputs cannot be masked, or none reach it.
         InitFailed: a layer's inputs are not finite.
+        OutOfMemory: more than is free.
     """
     rows = calibration_rows(config, context)
     pieces = batches(rows, context.micro_batch_size, context.regime)
     leader = shared_inputs(context, pieces[0])
     sides = {g: shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values())}
     moments: dict[str, Tensor] = {}
+    what, numbers = "corda's second moment of every layer's inputs", sum(n * n for n in sides.values())
+    room.require(context, what, numbers=numbers, device=torch.device("cpu"))
     blocks = _blocks(sides, DEVICE_BYTES if context.device.type != "cpu" else None)
     for done, block in enumerate(blocks):
         for number, piece in enumerate(pieces, start=1):
