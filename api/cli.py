@@ -25,6 +25,7 @@ from api.terminal.local import State, configure
 # A pipe has no width: what goes into one is never cut.
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 400)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+WARNED = 3  # exit code of a job that succeeded and that its author should look at
 
 
 class Commands(TyperGroup):
@@ -192,7 +193,7 @@ def submit(
 
 @app.command(rich_help_panel="Jobs")
 def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
-    """Follow a job to its end; exit code 0 only when it succeeded."""
+    """Follow a job to its end. Exit code 0: it succeeded; 3: it did, and ended with a warning; 1: it did not."""
     from api.terminal.watch import watch as follow
 
     try:
@@ -202,6 +203,11 @@ def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
         raise typer.Exit(130) from None
     if ended.status == "succeeded":
         err.print(f"[green]succeeded[/green]: {ended.fine_tuned_model}. Get it: lorainit download {job}")
+        warnings = remote.field_of(ended, "warnings") or []
+        for found in warnings:
+            err.print(f"{found['code']}: {found['message']}", style="yellow", markup=False, soft_wrap=True)
+        if warnings:
+            raise typer.Exit(WARNED)
         return
     error = ended.error
     reason = f": {error.message} (code {error.code}{f', {error.param}' if error.param else ''})" if error else ""

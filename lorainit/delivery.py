@@ -3,7 +3,7 @@
 import gc
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from lorainit import fidelity, hardware
 from lorainit.base import OnEvent
 from lorainit.errors import ExportCheckFailed
-from lorainit.events import Message, Stage
+from lorainit.events import Message, Stage, Warned
 from lorainit.export import check, model_card, peft_adapter
 from lorainit.export.effect import observe
 from lorainit.hardware import is_out_of_memory
@@ -163,7 +163,9 @@ def _tell(result: dict[str, Any], on_event: OnEvent) -> None:
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))
 
 
-def write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None) -> None:
+def write_manifest(
+    job: Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None, warnings: Sequence[Warned] = ()
+) -> None:
     """Everything needed to tell what exactly ran."""
     data = {"sha256": job.data.sha256, "rows": job.data.rows, "usable": len(job.data.samples)}
     valid = job.valid and {"sha256": job.valid.sha256, "rows": job.valid.rows, "usable": len(job.valid.samples)}
@@ -186,6 +188,7 @@ def write_manifest(job: Job, folder: Path, report: Report, *, export_check: dict
         "init_report": report.summary,
         "proof": job.proof,
         "export_check": export_check,
+        "warnings": [found.model_dump() for found in warnings],
     }
     peft_adapter.write_json(folder / "manifest.json", manifest)
 

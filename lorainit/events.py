@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from lorainit.facts import LeftOut
+from lorainit.schema import Strict
 from lorainit.spec import Choice
 
 StageName = Literal["loading", "initializing", "training", "evaluating", "exporting", "verifying", "done"]
@@ -113,6 +114,14 @@ class InitReport(_Event):
     report: dict[str, Any]
 
 
+class Warned(Strict):
+    """What the author of a run that succeeded should still know: a code of a closed list, a sentence, its numbers."""
+
+    code: Literal["worse_than_base"]
+    message: str
+    data: dict[str, float]
+
+
 class Done(_Event):
     """The run succeeded: the adapter lies in `adapter`, reloaded and compared."""
 
@@ -121,6 +130,7 @@ class Done(_Event):
     trained_tokens: int
     export_check: dict[str, Any]
     resources: dict[str, Any]
+    warnings: list[Warned] = []
 
 
 class Failed(_Event):

@@ -59,6 +59,8 @@ class Display:
                 highlight=False,
             )
             self.console.print(f"Adapter: {done.adapter}", highlight=False, soft_wrap=True)
+            for found in done.warnings:
+                self.console.print(f"[yellow]{found.code}[/]: {found.message}", highlight=False)
 
     def _enter(self, stage: str) -> None:
         if self.task is not None:

@@ -18,13 +18,14 @@ from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Progress, Restored
 from lorainit.course import Member
 from lorainit.errors import DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
-from lorainit.events import Done, InitReport, Stage
+from lorainit.events import Done, InitReport, Message, Stage
 from lorainit.fit import fit
 from lorainit.initialize import Report
 from lorainit.inits import HRP
 from lorainit.prepare import Job, prepare, with_micro_batch
 from lorainit.spec import RunSpec
 from lorainit.train import train
+from lorainit.verdict import judge
 from lorainit.world import World, joined
 
 End = Done | LorainitError
@@ -184,10 +185,15 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
     with delivery.complete_or_absent(out / "adapter") as folder:
         delivery.write_adapter(job, folder, one.report)
         check = delivery.verify(job, folder, say, last=last)
-        delivery.write_manifest(job, folder, one.report, export_check=check)
+        assert job.training.learning_rate is not None
+        warnings = judge(out / "metrics.jsonl", rate=job.training.learning_rate)
+        delivery.write_manifest(job, folder, one.report, export_check=check, warnings=warnings)
+    for found in warnings:
+        say(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))
     done = Done(
         adapter=str((out / "adapter").resolve()),
         trained_tokens=progress.tokens,
+        warnings=warnings,
         export_check=check,
         resources=delivery.resources(job, one.report, out, seconds=time.monotonic() - one.started, retries=one.retries),
     )

@@ -5,6 +5,7 @@ Everything that the web process shows of a run is written by the worker's own co
 
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from api.core.db import session_scope
 from api.core.jobs import Failure, Lease
 from api.core.models import Job
 from api.core.storage import get_storage
-from lorainit.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage
+from lorainit.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
 from lorainit.spec import Choice
 from worker import artifacts, reconciler
 from worker.progress import Lost, Recorder
@@ -36,7 +37,9 @@ def claim() -> tuple[Job, Lease] | None:
         return next(((job, Lease(job.id, job.lease_token)) for job in claimed), None)
 
 
-def train(job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None) -> None:
+def train(
+    job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None, warnings: Sequence[Warned] = ()
+) -> None:
     """Tell a run of `steps` steps with a checkpoint at the last one, then finish the job."""
     recorder = Recorder(lease)
     precision = job.recipe["training"]["precision"]
@@ -85,6 +88,7 @@ def train(job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None) 
             trained_tokens=10 * steps,
             export_check={"passed": True, "format": "peft", "export_rank": job.recipe["lora"]["r"]},
             resources={"gpu_name": None, "gpus": 0},
+            warnings=list(warnings),
         )
         artifacts.store_result(job, lease, done, folder, get_storage(), recorder.progress)
 

@@ -132,6 +132,7 @@ def store_result(job: Job, lease: Lease, done: Done, folder: Path, storage: Stor
             trained_tokens=done.trained_tokens,
             export_check={**done.export_check, "adapter_sha256": archive.sha256},
             resources={**done.resources, "attempts": job.attempts, **{name: progress[name] for name in TIMES}},
+            warnings=[found.model_dump(mode="json") for found in done.warnings],
             progress={**progress, "stage": "done", "percent": 100.0, "remaining_seconds": 0},
         )
         if not moved:

@@ -126,6 +126,7 @@ def succeed(
     export_check: dict[str, Any],
     resources: dict[str, Any],
     progress: dict[str, Any],
+    warnings: Sequence[dict[str, Any]] = (),
 ) -> bool:
     """`running` → `succeeded`, with the adapter's rows. The bytes are in storage already."""
     if not note(session, lease):
@@ -146,6 +147,7 @@ def succeed(
         export_check=export_check,
         resources=resources,
         progress=progress,
+        warnings=list(warnings),
     )
     return moved is not None
 

@@ -171,6 +171,8 @@ class Job(Base):
     export_check: Mapped[dict[str, Any] | None] = mapped_column(Json)
     resources: Mapped[dict[str, Any] | None] = mapped_column(Json)
     trained_tokens: Mapped[int | None] = mapped_column(Bytes)
+    # What its author should know although it succeeded; None before its end.
+    warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(Json)
     result_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
 
     @property

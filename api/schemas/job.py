@@ -46,6 +46,14 @@ class Progress(Wire):
     updated_at: int | None = None
 
 
+class JobWarning(Wire):
+    """What the author of a job should know although it succeeded: `worse_than_base` with its two losses."""
+
+    code: str
+    message: str
+    data: dict[str, float]
+
+
 class Resume(Wire):
     """Whether the job can be resumed, and if not, why."""
 
@@ -102,6 +110,7 @@ class JobObject(Element):
     init_report: dict[str, Any] | None
     export_check: dict[str, Any] | None
     resources: dict[str, Any]
+    warnings: list[JobWarning]
     adapter: AdapterObject | None
 
 
@@ -143,6 +152,7 @@ def job_object(sight: Sight) -> JobObject:
         init_report=finite(job.init_report),
         export_check=finite(job.export_check),
         resources=_resources(job),
+        warnings=[JobWarning.model_validate(found) for found in finite(job.warnings) or []],
         adapter=_adapter(job, sight.result) if sight.result else None,
     )
 

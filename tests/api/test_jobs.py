@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from api.core import jobs, lookup, queue
 from api.core.models import Job
 from api.core.storage import ObjectStorage
+from lorainit.events import Warned
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, mark, refused
 from tests.things import MODEL, a_queued_job
@@ -25,7 +26,7 @@ FIELDS = {
     "training_file", "validation_file", "result_files", "trained_tokens", "hyperparameters", "method", "seed", "error",
     "estimated_finish", "integrations", "metadata", "user_provided_suffix", "project_id", "priority", "on_row_error",
     "deterministic", "experiment_id", "queue_position", "queue_reason", "estimated_start", "resume", "progress", "lora",
-    "init_report", "export_check", "resources", "adapter",
+    "init_report", "export_check", "resources", "warnings", "adapter",
 }  # fmt: skip
 
 
@@ -243,6 +244,19 @@ def test_a_finished_job_has_its_results(lab: Lab, done: dict[str, Any]) -> None:
     assert done["adapter"]["r"] == 16 and done["adapter"]["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert done["export_check"]["passed"] is True
     typed.FineTuningJob.model_validate(done, strict=True)
+
+
+def test_a_job_that_made_the_model_worse_says_so(lab: Lab) -> None:
+    job = lab.order()
+    assert job["warnings"] == []
+    stub_worker.tidy()
+    numbers = {"start": 1.687, "end": 1.729, "learning_rate": 2e-4}
+    found = Warned(code="worse_than_base", message="Try a lower rate.", data=numbers)
+    claimed = stub_worker.claim()
+    assert claimed
+    stub_worker.train(*claimed, warnings=[found])
+    shown = lab.client.get(f"{JOBS}/{job['id']}").json()
+    assert (shown["status"], shown["warnings"]) == ("succeeded", [found.model_dump()])
 
 
 def test_the_result_file_is_plain_csv(lab: Lab, done: dict[str, Any]) -> None:

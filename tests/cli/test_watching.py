@@ -1,0 +1,24 @@
+"""What `lorainit watch` says last of a job that succeeded, and its exit code."""
+
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+from typer.testing import CliRunner
+
+from api import cli
+
+WORSE = {"code": "worse_than_base", "message": "Loss [1.73] is above 1.69.", "data": {"start": 1.69, "end": 1.73}}
+
+
+@pytest.mark.parametrize(("warnings", "code"), [([], 0), ([WORSE], 3)])
+def test_a_job_that_made_the_model_worse_is_exit_code_3(
+    monkeypatch: pytest.MonkeyPatch, warnings: list[dict[str, object]], code: int
+) -> None:
+    ended = FineTuningJob.model_construct(status="succeeded", fine_tuned_model="ft:x", warnings=warnings)
+    monkeypatch.setattr("api.terminal.watch.watch", lambda *_: ended)
+    monkeypatch.setattr("api.terminal.client.connect", lambda: None)
+    done = CliRunner().invoke(cli.app, ["watch", "ftjob-1"])
+    assert done.exit_code == code
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        f"{WORSE['code']}: {WORSE['message']}" if code else "succeeded: ft:x. Get it: lorainit download ftjob-1"
+    )

@@ -1,0 +1,62 @@
+"""A run that ends with a validation loss above its start says so, with both numbers and what to try."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from lorainit import course
+from lorainit.events import Done, Message
+from lorainit.progress import Display
+from lorainit.run import run
+from lorainit.verdict import judge
+
+
+def log(path, losses):
+    rows = [{"step": step, "full_valid_loss": loss} for step, loss in losses.items()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def done_of(spec, out, events):
+    run(spec(data={"validation": spec().data.training}), out, events.append)
+    return next(event for event in events if isinstance(event, Done))
+
+
+def test_run_that_makes_the_model_worse_ends_with_a_warning_of_both_losses(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "schedule", lambda *args, **kwargs: -1.0)  # uphill
+    events = []
+    (found,) = done_of(spec, tmp_path, events).warnings
+    steps = [json.loads(line)["full_valid_loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    numbers = {"start": steps[0], "end": steps[-1], "learning_rate": 2e-4}
+    assert (found.code, found.data) == ("worse_than_base", numbers)
+    (said,) = [e for e in events if isinstance(e, Message) and e.data.get("kind") == "worse_than_base"]
+    assert (said.level, said.message) == ("warn", found.message)
+    assert f"{steps[0]:.4f}" in said.message and f"{steps[-1]:.4f}" in said.message
+
+
+def test_run_that_makes_the_model_better_ends_without_a_warning(spec, tmp_path):
+    assert done_of(spec, tmp_path, []).warnings == []
+
+
+@pytest.mark.parametrize("losses", [{}, {0: 2.0}, {0: 2.0, 4: None}, {0: 2.0, 4: 2.0}, {4: 2.0, 8: 3.0}])
+def test_log_without_two_losses_to_compare_is_no_verdict(losses, tmp_path):
+    assert judge(log(tmp_path / "log", losses), rate=1e-3) == []
+
+
+def test_run_that_was_better_on_its_way_is_told_where(tmp_path):
+    (found,) = judge(log(tmp_path / "log", {0: 2.0, 4: 1.5, 8: 2.5}), rate=1e-3)
+    assert "learning_rate 0.0002, a fifth" in found.message and "or 4 steps, where the loss was 1.5000" in found.message
+
+
+def test_the_last_line_of_the_command_line_is_the_warning(tmp_path):
+    warnings = judge(log(tmp_path / "log", {0: 2.0, 8: 2.5}), rate=1e-3)
+    check = {"loaders": [{"version": "0"}], "max_abs_logit_difference": 0.0}
+    done = Done(adapter="x", trained_tokens=1, export_check=check, resources={}, warnings=warnings)
+    display = Display(Console(file=io.StringIO(), width=400))
+    display.show(done)
+    display.conclude()
+    assert (
+        display.console.file.getvalue().splitlines()[-1].startswith("worse_than_base: The validation loss ended at 2.5")
+    )
