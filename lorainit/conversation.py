@@ -89,8 +89,8 @@ def _prompt_completion(row: dict[str, Any]) -> Iterator[Fault]:
             yield Fault("message_missing_key", key, f"{key} is missing.")
         elif not isinstance(row[key], str):
             yield Fault("data_type", key, f"{key} is not a string.")
-    if row.get("completion") == "":
-        yield Fault("missing_content", "completion", "completion is empty.")
+    if isinstance(row.get("completion"), str) and not row["completion"].strip():
+        yield Fault("missing_content", "completion", "completion is blank.")
 
 
 def _preference(row: dict[str, Any]) -> Iterator[Fault]:
@@ -158,15 +158,23 @@ def _content(message: dict[str, Any], where: str) -> Iterator[Fault]:
             yield Fault("message_missing_key", place, f"{place} is missing.")
         else:
             yield Fault("missing_content", place, f"{place} is null, but the message has no tool_calls.")
-    elif isinstance(content, list):
-        if not content:
-            yield Fault("missing_content", place, f"{place} is an empty list.")
+    elif isinstance(content, list) and not content:
+        yield Fault("missing_content", place, f"{place} is an empty list.")
+    elif content is not None and not isinstance(content, str | list):
+        yield Fault("data_type", place, f"{place} is neither a string nor a list of text parts.")
+    elif message["role"] == "assistant" and not calls and _is_blank(content):
+        yield Fault("missing_content", place, f"{place} is blank, and the message has no tool_calls.")
+    if isinstance(content, list):
         for index, part in enumerate(content):
             yield from _part(part, f"{place}[{index}]")
-    elif content is not None and not isinstance(content, str):
-        yield Fault("data_type", place, f"{place} is neither a string nor a list of text parts.")
-    elif content == "" and message["role"] == "assistant" and not calls:
-        yield Fault("missing_content", place, f"{place} is empty, and the message has no tool_calls.")
+
+
+def _is_blank(content: str | list[Any] | None) -> bool:
+    """Whether nothing is left of a text, or of all its parts, without white space; of faulty parts nobody knows."""
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        return all(isinstance(text, str) and not text.strip() for text in texts)
+    return not (content or "").strip()
 
 
 def _part(part: Any, place: str) -> Iterator[Fault]:
@@ -186,8 +194,8 @@ def _extras(message: dict[str, Any], where: str) -> Iterator[Fault]:
         weight = message["weight"]
         if message["role"] != "assistant":
             yield Fault("invalid_weight", f"{where}.weight", "weight is only for assistant messages.")
-        elif type(weight) is not int or weight not in (0, 1):
-            yield Fault("invalid_weight", f"{where}.weight", f"{where}.weight is not the integer 0 or 1.")
+        elif type(weight) not in (int, float) or weight not in (0, 1):  # 1.0 is what a table of numbers makes of 1
+            yield Fault("invalid_weight", f"{where}.weight", f"{where}.weight is neither 0 nor 1.")
 
 
 def _answer(message: dict[str, Any], where: str, called: set[str]) -> Iterator[Fault]:
@@ -274,6 +282,8 @@ def _normalized_message(message: dict[str, Any], name: str, before: list[dict[st
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
     out = {**message, "role": "system" if role == "developer" else role, "content": content}
+    if "weight" in out:
+        out["weight"] = int(out["weight"])
     calls = list(message.get("tool_calls") or [])
     if function := out.pop("function_call", None):
         calls.append({"id": name, "type": "function", "function": function})

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorainit import hardware
 from lorainit.base import Base, OnEvent, store
-from lorainit.data import Dataset, refuse
+from lorainit.data import Dataset, Sample, refuse
 from lorainit.errors import GroupMismatch
 from lorainit.events import Message, Plan, Tick
 from lorainit.facts import LeftOut
@@ -148,7 +148,27 @@ def _load_data(
     training = read(spec.data.training, "training_file")
     assert training is not None
     calibration = read(spec.data.calibration, "lora.init.calibration_file")
-    return training, read(spec.data.validation, "validation_file"), calibration
+    validation = read(spec.data.validation, "validation_file")
+    if validation is not None:
+        _report_overlap(training, validation, on_event)
+    return training, validation, calibration
+
+
+def _report_overlap(training: Dataset, validation: Dataset, on_event: OnEvent) -> None:
+    """Rows that are learned cannot be held out, whatever file they came in."""
+    learned = set(map(_digest, training.samples))
+    known = sum(_digest(sample) in learned for sample in validation.samples)
+    if known:
+        text = (
+            f"{known} of {len(validation.samples)} rows of the validation file are rows of the training file too: their"
+            " loss says what the run remembers, not what it has learned."
+        )
+        data = {"kind": "data", "file": "validation_file", "warnings": {"overlaps_validation_file": known}}
+        on_event(Message(level="warn", message=text, data=data))
+
+
+def _digest(sample: Sample) -> bytes:
+    return hashlib.blake2b(sample.ids.numpy().tobytes(), digest_size=16).digest()
 
 
 def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:

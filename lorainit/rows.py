@@ -14,12 +14,18 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorainit.conversation import Fault, Kind, faults, kind_of, normalized, warnings
+from lorainit.padding import without_padding
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
 KEPT_PROBLEMS = 20
 FEW_ROWS = 10
 # Digests are kept of the first so many rows only, so that memory stays bounded (about 50 MB).
 DUPLICATE_WINDOW = 500_000
+_ARRAY = Fault(
+    "invalid_json",
+    None,
+    "the file is one JSON array, and rows are JSON Lines: one object a line, without the array's brackets and commas.",
+)
 
 
 class Problem(BaseModel):
@@ -162,17 +168,23 @@ class _Tally:
 def _scan(stream: BinaryIO, tally: _Tally | None = None) -> Iterator[Row | BadRow]:
     """Rows of a stream; the first row that names a kind decides that of the file."""
     tally = tally or _Tally()
-    for line, raw in _lines(stream):
-        row = _parse(raw)
+    for number, (line, raw) in enumerate(_lines(stream)):
+        if not number and raw and _opens_an_array(raw):
+            yield BadRow(line, (problem(line, _ARRAY),))
+            return  # its other lines are no rows that could be wrong one by one
+        doubled = list[str]()
+        row = _parse(raw, doubled)
         if isinstance(row, dict):
             kind = kind_of(row)
             tally.kind = tally.kind or kind
-            yield _judge(line, row, kind, tally, raw or b"")
+            yield _judge(line, row, kind, tally, raw or b"", doubled)
         else:
             yield BadRow(line, (problem(line, row),))
 
 
-def _judge(line: int, row: dict[str, Any], kind: Kind | None, tally: _Tally, raw: bytes) -> Row | BadRow:
+def _judge(
+    line: int, row: dict[str, Any], kind: Kind | None, tally: _Tally, raw: bytes, doubled: list[str]
+) -> Row | BadRow:
     if kind is None:
         return BadRow(line, (problem(line, Fault("missing_messages_list", "messages", "messages is missing.")),))
     if kind != tally.kind:
@@ -181,6 +193,9 @@ def _judge(line: int, row: dict[str, Any], kind: Kind | None, tally: _Tally, raw
     if found := tuple(problem(line, fault) for fault in faults(row, kind)):
         return BadRow(line, found)
     notes = [problem(line, fault) for fault in warnings(row, kind)]
+    if doubled:
+        text = f"the key {doubled[0][:80]!r} is written twice in one object, and the last one counts."
+        notes.append(problem(line, Fault("duplicate_key", None, text)))
     digest = blake2b(raw.strip(), digest_size=8).digest()
     if digest in tally.digests:
         notes.append(problem(line, Fault("duplicate_row", None, "the same row appears earlier in the file.")))
@@ -206,13 +221,35 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             complete = rest.endswith(b"\n")
 
 
-def _parse(raw: bytes | None) -> dict[str, Any] | Fault:
+def _opens_an_array(raw: bytes) -> bool:
+    """Whether the first line begins a JSON array of rows, on this line alone or over many."""
+    if not raw.lstrip().startswith(b"["):
+        return False
+    try:
+        row = json.loads(raw)
+    except (ValueError, RecursionError):
+        return True
+    return bool(row) and isinstance(row[0], dict)
+
+
+def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
+    """One row without its padding; keys that an object of it has twice go to `doubled`."""
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen = set[str]()
+            doubled.append(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
+        return found
+
     if raw is None:
         return Fault("line_too_long", None, f"the line is longer than {MAX_LINE_BYTES} bytes.")
     try:
-        row = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        row = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=as_dict)
         if b"\\u" in raw:
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        if b"null" in raw or b"[]" in raw:
+            row = without_padding(row) if isinstance(row, dict) else row
     except UnicodeDecodeError as error:
         return Fault("invalid_utf8", None, f"byte {error.start + 1} of the line is not UTF-8.")
     except UnicodeEncodeError:

@@ -277,12 +277,16 @@ class Template:
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
     def control_token_fault(self, value: Any, at: str) -> Fault | None:
-        """The first control token anywhere in the strings of a row's value."""
+        """The first control token anywhere in the strings of a row's value, keys of objects included."""
         if isinstance(value, str):
             match = self.control_tokens.search(value)
             text = f"{at} contains {match.group()!r}, a control token of the base model." if match else ""
             return Fault("special_token_in_text", at, text) if match else None
         if isinstance(value, dict):
+            # A key of a tool's schema is text of the prompt too.
+            if hidden := next((found for found in map(self.control_tokens.search, value) if found), None):
+                text = f"a key in {at or 'the row'} contains {hidden.group()!r}, a control token of the base model."
+                return Fault("special_token_in_text", at or None, text)
             inner = (self.control_token_fault(v, f"{at}.{k}" if at else k) for k, v in value.items())
         elif isinstance(value, list):
             inner = (self.control_token_fault(v, f"{at}[{i}]") for i, v in enumerate(value))
