@@ -41,7 +41,7 @@ class Lora(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: (
         Literal["all-linear", "attention", "mlp"]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=512)]
     ) = "all-linear"
     quantization: Quantization | None = None
     left_out: list[LeftOut] = Field(default_factory=list, max_length=512)

@@ -1,5 +1,6 @@
 """From an order to a job: every check that is fast, cheapest first; nothing here waits or commits."""
 
+import math
 import secrets
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
 from api.core.settings import get_settings
 from lorainit.inits import CalibratedConfig
+from lorainit.resolve import base_learning_rate
 from lorainit.spec import Hyperparameters, Lora, why_not_sharded
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
@@ -66,6 +68,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         )
     lora, choices = order.lora.resolved()
     lora = catalogue.place(lora, entry)
+    _agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
     for field, file in found.items():
         _known_bad(file, field, order)
     turns.check_room(session, project_id)
@@ -95,6 +98,18 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         traceparent=traces.current(),
     )
     return jobs.create(session, job)
+
+
+def _agreeing_rates(training: Hyperparameters, base: float) -> None:
+    """Of the two answers to one question the absolute rate counts; a multiplier may only say the same."""
+    rate, multiplier = training.learning_rate, training.learning_rate_multiplier
+    if rate is not None and multiplier != "auto" and not math.isclose(rate, multiplier * base, rel_tol=1e-6):
+        raise InvalidValue(
+            f"learning_rate_multiplier {multiplier:g} does not fit learning_rate {rate:g}: the base rate of this model"
+            f" and initialization is {base:g}. Give one of the two.",
+            code="invalid_value",
+            param=f"{_RATES}.learning_rate_multiplier",
+        )
 
 
 def _base(session: Session, project_id: str, name: str) -> catalogue.Entry:

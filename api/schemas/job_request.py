@@ -1,6 +1,7 @@
 """The body of `POST /v1/fine_tuning/jobs`: OpenAI's fields and ours, strict and closed."""
 
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
@@ -9,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from api.core.submit import Order
 from api.invalid import first_fault
 from lorainit.schema import Seed, Strict
-from lorainit.spec import Hyperparameters, Lora
+from lorainit.spec import Choice, Hyperparameters, Lora
 
 MAX_MULTIPLIER = 100.0
 MAX_LABEL = 512
@@ -21,21 +22,46 @@ Label = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"
 LabelValue = Annotated[str, StringConstraints(max_length=MAX_LABEL, pattern=r"^[^\x00]*$")]
 
 
+class LoraOrder(Lora):
+    """`lora` as ordered, or as an earlier job answered: the answer's own fields say what an order came to.
+
+    They are no order. `scaling`, which is one in other tools, is held against alpha and r.
+    """
+
+    told_scaling: Annotated[float, Field(gt=0)] | None = Field(None, alias="scaling")  # `scaling` is computed
+    rank_pattern: Annotated[dict[str, int], Field(max_length=65_536)] | None = None
+    modules: int | None = None
+    trainable_parameters: int | None = None
+    trainable_parameters_estimated: bool | None = None
+    auto: Annotated[list[Choice], Field(max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def scaling_is_an_answer(self) -> "LoraOrder":
+        """Refuse to pass over a scale that would not be trained with."""
+        told, found = self.told_scaling, self.ordered().resolved()[0].scaling
+        if told is not None and not math.isclose(told, found, rel_tol=1e-6):
+            text = f"scaling (got {told:g}) follows from alpha and r, which make it {found:g}: set alpha."
+            raise _fault("invalid_value", "scaling", text)
+        return self
+
+    def ordered(self) -> Lora:
+        """The order alone."""
+        return Lora.model_validate(self.model_dump(include=set(Lora.model_fields)))
+
+
 class Supervised(Strict):
-    """`method.supervised`."""
+    """`method.supervised`; `auto` is an answer (what the server chose, and why) and no order."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
+    auto: Annotated[list[Choice], Field(max_length=64)] | None = None
 
     @field_validator("hyperparameters")
     @classmethod
     def one_rate(cls, given: Hyperparameters) -> Hyperparameters:
-        """An absolute rate and a multiplier are two answers to one question."""
+        """A multiplier beside an absolute rate is an earlier job's answer; `submit` holds it against the rate."""
         multiplier = given.learning_rate_multiplier
-        if multiplier == "auto":
+        if multiplier == "auto" or given.learning_rate is not None:
             return given
-        if given.learning_rate is not None:
-            text = f"learning_rate_multiplier (got {multiplier:g}) cannot be given together with learning_rate."
-            raise _fault("invalid_value", "learning_rate_multiplier", text)
         if multiplier > MAX_MULTIPLIER:
             text = f"learning_rate_multiplier must be at most {MAX_MULTIPLIER:g} (got {multiplier:g})."
             raise _fault("invalid_value", "learning_rate_multiplier", text)
@@ -100,7 +126,7 @@ class JobRequest(Strict):
     method: Method | None = None
     # Not pydantic's `deprecated`: that warns whenever we read it ourselves.
     hyperparameters: Hyperparameters | None = Field(None, json_schema_extra={"deprecated": True})
-    lora: Lora = Field(Lora(), description="The adapter and its initialization (extension).")
+    lora: LoraOrder = Field(LoraOrder(), description="The adapter and its initialization (extension).")
     priority: Literal["low", "normal", "high"] = "normal"
     on_row_error: Literal["fail", "skip"] = "fail"
     deterministic: bool = True
@@ -154,7 +180,7 @@ class JobRequest(Strict):
             suffix=self.suffix,
             seed=self.seed,
             metadata=self.metadata,
-            lora=self.lora,
+            lora=self.lora.ordered(),
             training=training or Hyperparameters(),
             priority=self.priority,
             on_row_error=self.on_row_error,
@@ -165,11 +191,11 @@ class JobRequest(Strict):
         )
 
 
-def _lora_of(text: str) -> Lora:
+def _lora_of(text: str) -> LoraOrder:
     """The adapter that a label describes; what is wrong in it is said of the label."""
     try:
         given = json.loads(text, parse_constant=_no_number)
-        return Lora.model_validate(given)
+        return LoraOrder.model_validate(given)
     except (json.JSONDecodeError, RecursionError) as error:
         raise _fault(
             "invalid_value", LORA_PARAM, f"{LORA_PARAM} must hold the lora object as JSON: {error}."
