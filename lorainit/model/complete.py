@@ -17,15 +17,18 @@ from transformers.utils import logging as transformers_logging
 
 from lorainit.errors import UnsupportedModel
 from lorainit.model.files import Stored, counted, stored_weights
+from lorainit.model.twice import require_same_where_tied
 
 # Names that transformers' report may hold although all is well. Causal masks were saved as if they were weights
-# until 2022 (the hub's gpt2 has them); they are known by their shape.
-_OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+# until 2022 (the hub's gpt2 has them, and its codegen calls them causal_mask); they are known by their shape.
+_OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|\w*mask)$")
 _OLD_TABLE = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$")
 
 
 def require_complete(folder: Path, skeleton: nn.Module) -> None:
     """Raise `UnsupportedModel` unless the folder's files and the model's weights are the same, by name and shape.
+
+    Weights are floating point numbers, and what is tied may be stored twice only with the same values.
 
     Args:
         skeleton: the folder's model on the meta device; not changed.
@@ -35,7 +38,7 @@ def require_complete(folder: Path, skeleton: nn.Module) -> None:
     kind: Any = type(skeleton)
     with quiet() as complaints:
         try:
-            _, report = kind.from_pretrained(
+            loaded, report = kind.from_pretrained(
                 None,
                 config=skeleton.config,
                 state_dict=held,
@@ -47,6 +50,30 @@ def require_complete(folder: Path, skeleton: nn.Module) -> None:
         except RuntimeError as error:
             raise _unfit(complaints, stored) from error
     require_nothing_left(report, stored)
+    _require_floating(skeleton, stored)
+    _require_one_name(skeleton, stored)
+    require_same_where_tied(folder, loaded, stored)
+
+
+def _require_floating(skeleton: Any, stored: dict[str, Stored]) -> None:
+    """transformers casts whatever it finds: quantized integers, or bits, would be trained as the numbers they are."""
+    whole = {name for name, buffer in skeleton.named_buffers() if not buffer.is_floating_point()}
+    whole |= {name.removeprefix(f"{skeleton.base_model_prefix}.") for name in whole}
+    for name, weight in stored.items():
+        number = weight.dtype.startswith(("F", "BF"))
+        if not number and name not in whole and not _is_leftover(name, weight.shape):
+            raise _refusal(
+                f"{name} is stored as {weight.dtype}, and weights are floating point numbers: if the model is"
+                " quantized, use its full-precision weights."
+            )
+
+
+def _require_one_name(skeleton: Any, stored: dict[str, Stored]) -> None:
+    """transformers reads names with and without the name of the base model, and of both it takes one."""
+    prefix = f"{skeleton.base_model_prefix}."
+    for name in stored:
+        if f"{prefix}{name}" in stored:
+            raise _refusal(f"The base model's files hold one weight under two names: {name} and {prefix}{name}.")
 
 
 def require_nothing_left(report: dict[str, Any], stored: dict[str, Stored] | None = None) -> None:

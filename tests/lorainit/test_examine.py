@@ -213,6 +213,58 @@ def test_masks_that_old_versions_saved_are_no_weights(tmp_path: Path) -> None:
         examine(folder)
 
 
+def test_causal_masks_of_the_hubs_codegen_are_no_weights(tmp_path: Path) -> None:
+    folder = make("codegen", tmp_path / "old")
+    change_weights(folder, {"transformer.h.0.attn.causal_mask": torch.ones(1, 1, 8, 8).tril().bool()})
+    examine(folder)
+    change_weights(folder, {"transformer.h.0.attn.causal_mask": torch.ones(64)})
+    with pytest.raises(UnsupportedModel, match=r"no use for: transformer\.h\.0\.attn\.causal_mask"):
+        examine(folder)
+
+
+def change_weights(folder: Path, change: dict[str, torch.Tensor]) -> None:
+    weights = load_file(folder / "model.safetensors") | change
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_head_beside_the_embedding_that_it_is_tied_to_must_be_the_same(tmp_path: Path) -> None:
+    """transformers 5 takes the file's head, transformers 4.48 and 4.57 the embedding."""
+    folder = make("llama3", tmp_path / "tied")
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_weights(folder, {"lm_head.weight": table.clone()})
+    examine(folder)
+    head = table.clone()
+    head[-1, -1] += 0.5  # in the last row that is read
+    change_weights(folder, {"lm_head.weight": head})
+    with pytest.raises(UnsupportedModel, match=r"ties lm_head\.weight to model\.embed_tokens.*Set tie_word_embeddings"):
+        examine(folder)
+    change_json(folder / "config.json", tie_word_embeddings=False)
+    examine(folder)
+
+
+def test_tied_weights_under_their_old_names_are_compared_too(tmp_path: Path) -> None:
+    folder = make("gpt2", tmp_path / "old")
+    weights = {name.removeprefix("transformer."): W for name, W in load_file(folder / "model.safetensors").items()}
+    weights["lm_head.weight"] = weights["wte.weight"] * 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"different values \(lm_head\.weight, wte\.weight\)"):
+        examine(folder)
+
+
+def test_weight_under_two_names_is_refused(llama: Path) -> None:
+    change_weights(llama, {"norm.weight": load_file(llama / "model.safetensors")["model.norm.weight"].clone()})
+    with pytest.raises(UnsupportedModel, match=r"under two names: norm\.weight and model\.norm\.weight"):
+        examine(llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(llama: Path, dtype: torch.dtype) -> None:
+    W = load_file(llama / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    change_weights(llama, {"model.layers.0.mlp.up_proj.weight": (100 * W).to(dtype)})
+    with pytest.raises(UnsupportedModel, match=r"up_proj\.weight is stored as .*floating point"):
+        examine(llama)
+
+
 @pytest.mark.parametrize("kind", ["missing-mlp", "extra-weight", "wrong-shape", "t5"])
 def test_loading_refuses_what_inspecting_does(kind: str, tmp_path: Path) -> None:
     folder = make(kind, tmp_path / kind)
