@@ -156,8 +156,8 @@ def _tell(result: dict[str, Any], on_event: OnEvent) -> None:
         text = (
             f"Export check: with stock PEFT, {result['modules']} layers add what was trained to within"
             f" {result['max_module_difference']:.1g} of it, and logits differ by"
-            f" {result['max_abs_logit_difference']:.2g} at most where the adapter changes them by up to"
-            f" {result['max_abs_logit_effect']:.2g}"
+            f" {result['max_abs_logit_difference']:.3g} at most where the adapter changes them by up to"
+            f" {result['max_abs_logit_effect']:.3g}"
         )
     level = "info" if result["passed"] else "error"
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "export", **result}}))

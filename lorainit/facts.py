@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lorainit.inits import Quantization
+from lorainit.paths import meant, size
 from lorainit.schema import Strict
 
 NF4_BLOCK = 64  # weights that share a scale in an NF4 base; no block runs over the end of a row
@@ -24,7 +25,8 @@ class Target(Strict):
     for a number: `q_proj`, `mlp.c_proj`, `language_model.layers.*.mlp.up_proj`. Layers of one name may have several
     shapes, and then an entry each. `count` = how many layers; `group` is what `target_modules` can ask for. `dora`:
     whether PEFT can put a DoRA there, which it cannot where it adapts a parameter. `experts`: each of them is the
-    matrix of one expert of a mixture.
+    matrix of one expert of a mixture. `paths`: the full names, folded (`lorainit.paths`), of experts those of their
+    common parameters; none in catalogue entries that an older version wrote.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
@@ -34,6 +36,7 @@ class Target(Strict):
     count: Annotated[int, Field(ge=1)]
     dora: bool = True
     experts: bool = False
+    paths: list[Annotated[str, Field(max_length=1024)]] = Field(default_factory=list, max_length=512)
 
     @property
     def smaller_side(self) -> int:
@@ -44,6 +47,13 @@ class Target(Strict):
     def weights(self) -> int:
         """How many numbers these matrices hold together."""
         return self.out_features * self.in_features * self.count
+
+    def meant_by(self, given: str) -> int:
+        """How many of these layers a name that a caller gave means: it is an end of their full names."""
+        if self.name == given or self.name.endswith(f".{given}"):
+            return self.count
+        held = sum(map(size, self.paths))
+        return self.count * sum(meant(path, given) for path in self.paths) // held if held else 0
 
 
 class LeftOut(Target):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.facts import LeftOut, Target
 from lorainit.inits import Automatic
+from lorainit.paths import matches, unfolded
 from lorainit.spec import Lora
 
 FIELD = "lora.target_modules"
@@ -16,7 +17,10 @@ FIELD = "lora.target_modules"
 
 @dataclass(frozen=True)
 class Placement:
-    """`names`: the kinds of layers to adapt, of `Target.name`; `left_out`: those that were meant too, and why not."""
+    """What to adapt, and what was meant too and why it gets nothing.
+
+    `names`: kinds of layers, of `Target.name`, and names as they were given where they mean some layers of a kind.
+    """
 
     names: list[str]
     left_out: list[LeftOut]
@@ -27,7 +31,8 @@ def place(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) ->
 
     A group (`all-linear`, `attention`, `mlp`) adapts what it can and says what it leaves out: what cannot carry a
     LoRA, and what is smaller than the rank. A name that was given is adapted or refused; of its layers, those that
-    cannot carry a LoRA are left out too (a vision tower's `q_proj`).
+    cannot carry a LoRA are left out too (a vision tower's `q_proj`). A name is an end of the layers' full names, with
+    `*` for a number.
 
     Args:
         lora: with its rank and initialization.
@@ -44,28 +49,38 @@ def place(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) ->
     names = dict[str, None]()
     also = list[LeftOut]()
     for index, name in enumerate(wanted):
-        meant = [target for target in targets if means(name, target.name)]
-        others = [layer for layer in left_out if means(name, layer.name)]
+        meant = [(target, count) for target in targets if (count := target.meant_by(name))]
+        others = [_without_paths(layer, count) for layer in left_out if (count := layer.meant_by(name))]
         if not meant:
             raise _nothing_of(name, f"{FIELD}[{index}]", others, targets)
-        for target in meant:
+        for target, _ in meant:
             if obstacle := _obstacle(lora, target):
                 raise obstacle[0]
-            names[target.name] = None
+        partly = {target.name for target in targets if target.meant_by(name) < target.count}
+        names |= dict.fromkeys(name if target.name in partly else target.name for target, _ in meant)
         also += others
     # A list that a server has spelled out comes with what it left out then.
     kept = [layer for layer in lora.left_out if layer not in also]
     return Placement(list(names), also + kept)
 
 
-def means(given: str, name: str) -> bool:
-    """Whether a name that a caller gave means the layers of this `Target.name`: itself, or an end of it."""
-    return name == given or name.endswith(f".{given}")
+def chosen(target: Target, names: Sequence[str]) -> int:
+    """How many of these layers the names of a placement mean together."""
+    if target.name in names:
+        return target.count
+    held = [path for one in target.paths for path in unfolded(one)]
+    found = sum(any(matches(path, name) for name in names) for path in held)
+    return target.count * found // len(held) if held else 0
+
+
+def _without_paths(layer: LeftOut, count: int) -> LeftOut:
+    """For the answer to a job: how many, and not which."""
+    return layer.model_copy(update={"paths": [], "count": count})
 
 
 def _of_group(lora: Lora, wanted: str, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> Placement:
     meant = [target for target in targets if wanted in ("all-linear", target.group)]
-    others = [layer for layer in left_out if wanted in ("all-linear", layer.group)]
+    others = [_without_paths(layer, layer.count) for layer in left_out if wanted in ("all-linear", layer.group)]
     obstacles = {target.name: found for target in meant if (found := _obstacle(lora, target))}
     names = list(dict.fromkeys(target.name for target in meant if target.name not in obstacles))
     if not names and obstacles:
@@ -75,7 +90,9 @@ def _of_group(lora: Lora, wanted: str, targets: Sequence[Target], left_out: Sequ
             f"{FIELD} {wanted!r} matches nothing that can carry a LoRA in this base model.{_reasons(others)}",
             param=FIELD,
         )
-    small = [LeftOut(**t.model_dump(), reason=obstacles[t.name][1]) for t in meant if t.name in obstacles]
+    small = [
+        LeftOut(**t.model_dump(exclude={"paths"}), reason=obstacles[t.name][1]) for t in meant if t.name in obstacles
+    ]
     return Placement(names, [*others, *small])
 
 
@@ -106,7 +123,11 @@ def _nothing_of(name: str, param: str, others: Sequence[LeftOut], targets: Seque
     if others:
         return UnknownTarget(f"{param} {name!r} cannot carry a LoRA.{_reasons(others)}", param=param)
     known = ", ".join(dict.fromkeys(target.name for target in targets))
-    return UnknownTarget(f"{param} {name!r} is not a linear layer of this base model. Available: {known}.", param=param)
+    if all(target.paths for target in targets):
+        why = "no linear layer of this base model has a name that ends so"
+    else:
+        why = "the base's catalogue entry has no such name, and an older version wrote it without full names"
+    return UnknownTarget(f"{param} {name!r}: {why}. Available: {known}.", param=param)
 
 
 def _reasons(others: Sequence[LeftOut]) -> str:
@@ -125,4 +146,6 @@ def sentence(left_out: Sequence[LeftOut], adapted: int) -> str:
         by_reason.setdefault(layer.reason, []).append(f"{layer.name} ({layer.count})")
     told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in by_reason.items())
     missed = sum(layer.weights for layer in left_out)
-    return f"Without a LoRA, {100 * missed / max(1, missed + adapted):.2g} % of the matrix weights asked for: {told}."
+    share = 100 * missed / max(1, missed + adapted)
+    percent = f"{share:.0f}" if share >= 9.5 else f"{share:.2g}" if share >= 0.01 else "less than 0.01"
+    return f"Without a LoRA, {percent} % of the matrix weights asked for: {told}."

@@ -134,6 +134,9 @@ def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
 
 def size(lora: Lora, entry: Entry) -> tuple[int, int]:
     """(adapted modules, trainable parameters) of a placed adapter."""
-    chosen = [target for target in entry.targets if target.name in lora.target_modules]
-    parameters = sum(lora.parameters(target.out_features, target.in_features) * target.count for target in chosen)
-    return sum(target.count for target in chosen), parameters
+    counts = [placement.chosen(target, lora.target_modules) for target in entry.targets]
+    parameters = sum(
+        lora.parameters(target.out_features, target.in_features) * count
+        for target, count in zip(entry.targets, counts, strict=True)
+    )
+    return sum(counts), parameters

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from api.core import turns
 from api.core.catalogue import Entry
 from api.core.models import Job
+from lorainit.placement import chosen
 from lorainit.spec import Hyperparameters, Lora
 
 # What the members' batches must have in common: their numeric type, and their shape, since a member with
@@ -33,7 +34,7 @@ def key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bo
     Args:
         training: resolved, so that an "auto" and the number it stands for are the same.
     """
-    if any(target.experts and target.name in lora.target_modules for target in base.targets):
+    if any(target.experts and chosen(target, lora.target_modules) for target in base.targets):
         return None
     facts = {
         "base": [base.id, base.base_sha256],

@@ -12,15 +12,6 @@ def pattern_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def matches(name: str, wanted: str) -> bool:
-    """Whether a module's full name is what was asked for, or ends in it; `*` stands for a number."""
-    path, ends = name.split("."), wanted.split(".")
-    tail = path[-len(ends) :]
-    return len(tail) == len(ends) and all(
-        part == end or (end == "*" and part.isdigit()) for part, end in zip(tail, ends, strict=True)
-    )
-
-
 def listed(names: Sequence[str]) -> str:
     """For a message: the first five, and how many more there are."""
     shown = ", ".join(names[:5])

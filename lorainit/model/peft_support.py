@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +34,7 @@ READ = "its weight is read past the layer, where a LoRA would not be seen"
 UNUSED = "text does not pass through it"
 NO_TENSOR = "it returns something else than one tensor, which PEFT cannot add to"
 UNHEARD = "an adapter there does not reach what the model says"
+RENAMED = "PEFT reads its adapter under another name than the layer's, and does not find it again"
 # What is asked of a weight without multiplying with it.
 _HARMLESS = re.compile(r"\.(dtype|device|shape|ndim|size\()")
 
@@ -237,16 +238,29 @@ def _adapt(config: Any, names: Sequence[str]) -> dict[str, str]:
         return {}
     model = _skeleton(config)
     options = LoraConfig(task_type="CAUSAL_LM", r=1, **as_peft_names(model, names))  # type: ignore[arg-type]
-    adapted = get_peft_model(model, options).eval()
+    adapted: Any = get_peft_model(model, options).eval()
+    if lost := _lost(adapted, names):
+        return lost | _adapt(config, [name for name in names if name not in lost])
     with _in_fake_tensors(adapted):
         logits = _say(adapted)
         if logits.requires_grad:
             logits.float().sum().backward()
         heard = {n for n, p in adapted.named_parameters() if ".lora_" in n and p.grad is not None}
-    missing = {
-        name
-        for name in names
-        for factor in ("lora_A", "lora_B")
-        if f"base_model.model.{name}.{factor}.default.weight" not in heard
-    }
-    return dict.fromkeys(sorted(missing), UNHEARD)
+    missing = [name for name in names if not _factors(name) <= heard]
+    return dict.fromkeys(missing, UNHEARD)
+
+
+def _lost(adapted: Any, names: Sequence[str]) -> dict[str, str]:
+    """Layers whose factors are not read back from what PEFT itself would save: some names it rewrites as it reads.
+
+    transformers' rules for the names of older files are applied to adapters too (Laguna's `shared_experts`).
+    """
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    read: Any = set_peft_model_state_dict(adapted, saved)
+    missing = set(read.missing_keys)
+    return {name: RENAMED for name in names if _factors(name) & missing}
+
+
+def _factors(name: str) -> set[str]:
+    """What PEFT calls the factors of a layer."""
+    return {f"base_model.model.{name}.{factor}.default.weight" for factor in ("lora_A", "lora_B")}

@@ -14,8 +14,9 @@ from lorainit.facts import Group, LeftOut, Target
 from lorainit.model.experts import ExpertLinear, ExpertStack, full_name
 from lorainit.model.groups import group_of
 from lorainit.model.mixture import OWN_WAY
-from lorainit.model.names import matches, short_names
+from lorainit.model.names import short_names
 from lorainit.model.peft_support import refusals, rewritten
+from lorainit.paths import folded, matches
 from lorainit.placement import FIELD, place
 from lorainit.spec import Lora
 from lorainit.weight import shape_of
@@ -121,14 +122,15 @@ def describe(model: nn.Module) -> tuple[list[Target], list[LeftOut]]:
 
 def kinds_of(named: Iterable[tuple[str, Layer]]) -> tuple[list[Target], list[LeftOut]]:
     """Layers by the names they are to go by, as facts: those that can carry a LoRA, and those that cannot."""
-    kinds: Counter[tuple[str, Group, int, int, bool, bool, str]] = Counter()
+    kinds = dict[tuple[str, Group, int, int, bool, bool, str], list[str]]()
     for name, layer in named:
         expert = isinstance(layer.module, ExpertLinear)
-        kinds[name, layer.group, *shape_of(layer.module), layer.dora, expert, layer.refusal] += 1
+        kind = name, layer.group, *shape_of(layer.module), layer.dora, expert, layer.refusal
+        kinds.setdefault(kind, []).append(layer.path)
     targets, left_out = list[Target](), list[LeftOut]()
-    for (name, group, out, n, dora, expert, why), count in kinds.items():
+    for (name, group, out, n, dora, expert, why), paths in kinds.items():
         facts: dict[str, Any] = {"name": name, "group": group, "out_features": out, "in_features": n}
-        facts |= {"count": count, "dora": dora, "experts": expert}
+        facts |= {"count": len(paths), "dora": dora, "experts": expert, "paths": folded(dict.fromkeys(paths))}
         if why:
             left_out.append(LeftOut(**facts, reason=why))
         else:
@@ -139,15 +141,18 @@ def kinds_of(named: Iterable[tuple[str, Layer]]) -> tuple[list[Target], list[Lef
 def _stacked_experts(model: nn.Module) -> list[LeftOut]:
     """Experts that are no linear layers; sides are given in the order in which the base stores them."""
     kinds: Counter[tuple[str, int, int]] = Counter()
+    places = dict[tuple[str, int, int], list[str]]()
     for name, parameter in model.named_parameters():
         path = name.removesuffix(".weight").split(".")
         holder = model.get_submodule(name.rpartition(".")[0])
         expert = "expert" in f"{name}.{type(holder).__name__}".lower()
         if expert and parameter.ndim == 3 and not isinstance(holder, ExpertStack | nn.Conv1d):
             experts, out, n = parameter.shape
-            kinds[".".join(path[-2:]), out, n] += experts
+            kinds[kind := (".".join(path[-2:]), out, n)] += experts
+            places.setdefault(kind, []).append(".".join(path))
+    common: dict[str, Any] = {"group": "mlp", "experts": True, "reason": OWN_WAY}
     return [
-        LeftOut(name=name, group="mlp", out_features=out, in_features=n, count=count, experts=True, reason=OWN_WAY)
+        LeftOut(name=name, out_features=out, in_features=n, count=count, paths=folded(places[name, out, n]), **common)
         for (name, out, n), count in kinds.items()
     ]
 

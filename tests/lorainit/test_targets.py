@@ -23,8 +23,9 @@ from lorainit.methods import Factors
 from lorainit.model import attention, experts, peft_support
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model, skeleton
-from lorainit.model.names import matches, short_names
-from lorainit.model.targets import describe, find_targets, resolve
+from lorainit.model.names import pattern_of, short_names
+from lorainit.model.targets import describe, find_targets, resolve, survey
+from lorainit.paths import folded, matches, unfolded
 from lorainit.run import run
 from lorainit.spec import Lora, RunSpec
 from lorainit.weight import shape_of
@@ -124,6 +125,57 @@ def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind):
         assert catalogue.size(placed, entry) == (len(layers), sum(16 * sum(shape_of(m)) for m in layers.values()))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skeletons, kind):
+    model = skeletons(kind)
+    targets, left_out = describe(model)
+    entry = catalogue.Entry(
+        id="x", source="/x", root="x", max_length=64, chat=True, targets=targets, left_out=left_out
+    )  # fmt: skip
+    full = {path for layer in (*targets, *left_out) for one in layer.paths for path in unfolded(one)}
+    assert full >= {layer.path for layer in survey(model).values()}
+    ends = {".".join(path.split(".")[start:]) for path in full for start in range(path.count(".") + 1)}
+    for end in sorted(ends | {pattern_of(end) for end in ends}):
+        lora = Lora(r=1, target_modules=[end])
+        try:
+            layers, missed = resolve(model, lora)
+        except UnknownTarget as refused:
+            with pytest.raises(InvalidValue, match=re.escape(refused.message.rpartition("Left out: ")[2][-60:-1])):
+                catalogue.place(lora, entry)
+            continue
+        placed = catalogue.place(lora, entry)
+        assert list(resolve(model, placed)[0]) == list(layers)
+        assert catalogue.size(placed, entry)[0] == len(layers)
+        assert sum(x.count for x in placed.left_out) == sum(x.count for x in missed)
+
+
+def test_names_that_share_layers_are_counted_once(skeletons):
+    model = skeletons("llama")
+    entry = catalogue.Entry(id="x", source="/x", root="x", max_length=64, chat=True, targets=describe(model)[0])
+    for wanted, layers in (
+        (["layers.0.self_attn.q_proj", "0.self_attn.q_proj"], 1),
+        (["q_proj", "0.self_attn.q_proj"], 2),
+    ):
+        placed = catalogue.place(Lora(r=1, target_modules=wanted), entry)
+        assert catalogue.size(placed, entry)[0] == len(resolve(model, placed)[0]) == layers
+
+
+def test_a_name_that_nothing_ends_in_is_refused_with_what_there_is(skeletons):
+    targets, _ = describe(skeletons("llama"))
+    entry = catalogue.Entry(id="x", source="/x", root="x", max_length=64, chat=True, targets=targets)
+    for name in ("self_attn.up_proj", "layers.2.self_attn.q_proj", "²", "_proj"):
+        with pytest.raises(InvalidValue, match=r"has a name that ends so\. Available: q_proj"):
+            catalogue.place(Lora(r=1, target_modules=[name]), entry)
+
+
+def test_what_an_adapter_would_be_renamed_to_on_reading_is_left_out(skeletons):
+    """transformers takes `shared_experts` of a Laguna for the older `shared_expert`, in adapters too."""
+    targets, left_out = describe(skeletons("laguna"))
+    assert {x.name for x in left_out} == {f"shared_experts.{x}_proj" for x in ("gate", "up", "down")}
+    assert {x.reason for x in left_out} == {peft_support.RENAMED}
+    assert "mlp.down_proj" in {x.name for x in targets}  # of the dense layer
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "why"),
     [
@@ -219,6 +271,17 @@ def test_names_are_as_short_as_they_can_be_and_never_mean_another_module():
 )  # fmt: skip
 def test_what_an_end_of_a_name_means(wanted, means_it):
     assert matches("model.layers.3.attn.q_proj", wanted) is means_it
+
+
+@pytest.mark.parametrize(
+    ("paths", "few"),
+    [(["m.0.q", "m.1.q", "m.2.q"], ["m.0-2.q"]), (["m.0.q", "m.2.q", "m.3.q"], ["m.0,2-3.q"]), (["q"], ["q"]),
+     (["m.1.q", "m.1.x.0", "m.1.x.1", "m.3.x.0", "m.3.x.1"], ["m.1.q", "m.1,3.x.0-1"]),
+     (["m.0.x.0", "m.1.x.0", "m.1.x.1"], ["m.0.x.0", "m.1.x.0-1"])],
+)  # fmt: skip
+def test_full_names_are_folded_and_unfolded(paths, few):
+    assert folded(paths) == few
+    assert sorted(path for one in few for path in unfolded(one)) == sorted(paths)
 
 
 # --- the download ------------------------------------------------------------------------------------

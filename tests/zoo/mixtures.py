@@ -47,6 +47,7 @@ MIXTURES: dict[str, Kind] = {
                       max_window_layers=1, **{**_DEEPSEEK, "n_group": 1}),
     "ernie4_5_moe": _mixture("Ernie4_5_MoeConfig", "a dense layer, then experts", moe_num_experts=4, moe_k=2,
                              moe_intermediate_size=64, moe_num_shared_experts=1, moe_layer_start_index=1),
+    "laguna": _mixture("LagunaConfig", "a dense layer, then experts; gated attention", head_dim=16, **_EIGHT),
     "olmoe": _mixture("OlmoeConfig", "norms of queries and keys", num_experts=4, num_experts_per_tok=2),
     "phimoe": _mixture("PhimoeConfig", "a router that is a linear layer and returns a tuple", num_local_experts=4,
                        num_experts_per_tok=2, sliding_window=WINDOW, attention_bias=True, lm_head_bias=True),

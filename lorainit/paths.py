@@ -1,0 +1,92 @@
+"""Full names of layers: which of them a shorter name means, and many of them written as few.
+
+A name means every path that ends in it, cut at dots, with `*` for a number: `q_proj`, `layers.*.self_attn.q_proj`,
+`layers.0.self_attn.q_proj`. Folded, `model.layers.0-31.self_attn.q_proj` stands for 32 paths. Torch-free.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from itertools import product
+
+_NUMBERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")  # `3`, `0-31`, `0,2,4-7`
+
+
+def matches(path: str, wanted: str) -> bool:
+    """Whether a full name, or one of those that a folded one stands for, is what was asked for or ends in it."""
+    return meant(path, wanted) > 0
+
+
+def meant(path: str, wanted: str) -> int:
+    """How many of the full names that a folded one stands for a name means."""
+    parts, ends = path.split("."), wanted.split(".")
+    if len(ends) > len(parts):
+        return 0
+    start = len(parts) - len(ends)
+    return size(".".join(parts[:start])) * math.prod(map(_meant, parts[start:], ends))
+
+
+def size(path: str) -> int:
+    """How many full names a folded one stands for."""
+    return math.prod(_meant(part, "*") or 1 for part in path.split("."))
+
+
+def unfolded(path: str) -> Iterator[str]:
+    """The full names that a folded one stands for."""
+    parts = [_numbers(part) if _NUMBERS.fullmatch(part) else [part] for part in path.split(".")]
+    return map(".".join, product(*parts))
+
+
+def _numbers(part: str) -> list[str]:
+    pieces = (piece.split("-") for piece in part.split(","))
+    return [str(number) for piece in pieces for number in range(int(piece[0]), int(piece[-1]) + 1)]
+
+
+def _meant(part: str, end: str) -> int:
+    if not _NUMBERS.fullmatch(part):
+        return int(part == end)
+    ranges = [[int(number) for number in piece.split("-")] for piece in part.split(",")]
+    if end == "*":
+        return sum(piece[-1] - piece[0] + 1 for piece in ranges)
+    return int(part == end or (end.isdecimal() and any(piece[0] <= int(end) <= piece[-1] for piece in ranges)))
+
+
+def folded(paths: Iterable[str]) -> list[str]:
+    """Full names as few, in order of first appearance."""
+    kinds = dict[str, list[tuple[int, ...]]]()
+    for path in paths:
+        parts = path.split(".")
+        words = ".".join("*" if part.isdigit() else part for part in parts)
+        kinds.setdefault(words, []).append(tuple(int(part) for part in parts if part.isdigit()))
+    return [_filled(words, numbers) for words, found in kinds.items() for numbers in _products(found)]
+
+
+def _filled(words: str, numbers: Iterable[str]) -> str:
+    left = iter(numbers)
+    return ".".join(next(left) if part == "*" else part for part in words.split("."))
+
+
+def _products(found: list[tuple[int, ...]]) -> Iterator[tuple[str, ...]]:
+    """Tuples of numbers as products of sets: first numbers that are followed by the same others are one set."""
+    if not found[0]:
+        yield ()
+        return
+    behind = dict[int, list[tuple[int, ...]]]()
+    for first, *others in found:
+        behind.setdefault(first, []).append(tuple(others))
+    alike = dict[tuple[tuple[int, ...], ...], list[int]]()
+    for first, rest in behind.items():
+        alike.setdefault(tuple(rest), []).append(first)
+    for same, firsts in alike.items():
+        for more in _products(list(same)):
+            yield _ranges(sorted(firsts)), *more
+
+
+def _ranges(numbers: list[int]) -> str:
+    pieces = list[list[int]]()
+    for number in numbers:
+        if pieces and pieces[-1][-1] == number - 1:
+            pieces[-1][1:] = [number]
+        else:
+            pieces.append([number])
+    return ",".join("-".join(map(str, piece)) for piece in pieces)
