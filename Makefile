@@ -51,6 +51,7 @@ test: setup
 	@$(BIN)/python tests/conformance/environments.py
 	@$(BIN)/python tests/deploy/environment.py
 	@$(BIN)/python tests/readers/environments.py
+	@$(BIN)/python tests/templates/environment.py
 	$(BIN)/python -m pytest
 
 test-slow: setup

@@ -1,6 +1,7 @@
 """Which tokens are trained: those that a model would generate behind the prompt that a server sends."""
 
 import re
+import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,9 +58,9 @@ def metaspace(template: str, *, scheme: str = "always") -> PreTrainedTokenizerFa
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    alphabet = sorted({c for words in WORDS for c in words} | set("#<>/think▁"))
+    alphabet = [*string.printable, "▁"]
     trainer = trainers.BpeTrainer(
-        vocab_size=200, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=240, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     return _fast(tokenizer, trainer, template)
 
