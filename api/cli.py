@@ -157,6 +157,9 @@ def submit(
     epochs: Annotated[int | None, Option(help="Passes over the training rows.")] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None,
     batch: Annotated[int | None, Option(help="Effective batch size in rows.")] = None,
+    append_eos: Annotated[
+        bool, Option("--append-eos", help="Train the end token where answers end with none to stop at.")
+    ] = False,
     precision: Annotated[str | None, Option(help="fp32, bf16 or auto: bf16 on a GPU that has it.")] = None,
     suffix: Annotated[str | None, Option(help="Part of the new model's name.")] = None,
     seed: Annotated[int | None, Option(help="Seed of everything random.")] = None,
@@ -183,6 +186,7 @@ def submit(
         },
         lora=lora,
         resources={"group": group, "device": device, "devices": devices},
+        append_eos=append_eos,
         suffix=suffix,
         seed=seed,
     )

@@ -47,6 +47,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         if calibration
         else None,
         on_row_error="skip" if job.on_row_error == "skip" else "fail",
+        append_eos=job.append_eos,
     )
     resume = None
     if checkpoint is not None:

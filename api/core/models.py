@@ -134,6 +134,7 @@ class Job(Base):
     choices: Mapped[list[Any]] = mapped_column(Json)
     priority: Mapped[int] = mapped_column(Integer)
     on_row_error: Mapped[str] = mapped_column(String(8))
+    append_eos: Mapped[bool] = mapped_column(server_default=false())
     deterministic: Mapped[bool] = mapped_column()
     wants_group: Mapped[bool] = mapped_column(server_default=false())
     devices: Mapped[int] = mapped_column(Integer, server_default="1")

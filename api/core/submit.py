@@ -37,6 +37,7 @@ class Order:
     training: Hyperparameters
     priority: Literal["low", "normal", "high"]
     on_row_error: Literal["fail", "skip"]
+    append_eos: bool
     deterministic: bool
     group: bool
     devices: int
@@ -88,6 +89,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         choices=[choice.model_dump(mode="json") for choice in choices],
         priority=PRIORITIES[order.priority],
         on_row_error=order.on_row_error,
+        append_eos=order.append_eos,
         deterministic=order.deterministic,
         wants_group=order.group,
         devices=order.devices,

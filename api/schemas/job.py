@@ -99,6 +99,7 @@ class JobObject(Element):
     project_id: str
     priority: str
     on_row_error: str
+    append_eos: bool
     deterministic: bool
     experiment_id: str | None
     queue_position: int | None
@@ -141,6 +142,7 @@ def job_object(sight: Sight) -> JobObject:
         project_id=job.project_id,
         priority=PRIORITY_NAMES[job.priority],
         on_row_error=job.on_row_error,
+        append_eos=job.append_eos,
         deterministic=job.deterministic,
         experiment_id=None,
         queue_position=sight.place.position if sight.place else None,

@@ -129,6 +129,9 @@ class JobRequest(Strict):
     lora: LoraOrder = Field(LoraOrder(), description="The adapter and its initialization (extension).")
     priority: Literal["low", "normal", "high"] = "normal"
     on_row_error: Literal["fail", "skip"] = "fail"
+    append_eos: bool = Field(
+        False, description="Train the end token behind answers that end with no token at which the model stops."
+    )
     deterministic: bool = True
     resources: Resources = Field(Resources(), description="How the job may be run (extension).")
 
@@ -184,6 +187,7 @@ class JobRequest(Strict):
             training=training or Hyperparameters(),
             priority=self.priority,
             on_row_error=self.on_row_error,
+            append_eos=self.append_eos,
             deterministic=self.deterministic,
             group=self.resources.group,
             devices=self.resources.devices,

@@ -81,6 +81,7 @@ def submit(
     hyperparameters: dict[str, Any],
     lora: dict[str, Any],
     resources: dict[str, Any],
+    append_eos: bool = False,
     suffix: str | None,
     seed: int | None,
 ) -> FineTuningJob:
@@ -96,6 +97,7 @@ def submit(
         extra_body={
             "lora": {key: value for key, value in lora.items() if value is not None},
             "resources": resources,
+            **({"append_eos": True} if append_eos else {}),
         },
     )
     return job

@@ -25,8 +25,8 @@ FIELDS = {
     "id", "object", "created_at", "finished_at", "model", "fine_tuned_model", "organization_id", "status",
     "training_file", "validation_file", "result_files", "trained_tokens", "hyperparameters", "method", "seed", "error",
     "estimated_finish", "integrations", "metadata", "user_provided_suffix", "project_id", "priority", "on_row_error",
-    "deterministic", "experiment_id", "queue_position", "queue_reason", "estimated_start", "resume", "progress", "lora",
-    "init_report", "export_check", "resources", "warnings", "adapter",
+    "append_eos", "deterministic", "experiment_id", "queue_position", "queue_reason", "estimated_start", "resume",
+    "progress", "lora", "init_report", "export_check", "resources", "warnings", "adapter",
 }  # fmt: skip
 
 
@@ -54,8 +54,9 @@ def test_a_minimal_order_answers_at_once_with_every_field(lab: Lab) -> None:
 
 def test_every_optional_field_may_be_null(lab: Lab) -> None:
     names = ("validation_file", "suffix", "seed", "metadata", "integrations", "method", "hyperparameters", "lora")
-    job = lab.order(**dict.fromkeys((*names, "priority", "on_row_error", "deterministic")))
+    job = lab.order(**dict.fromkeys((*names, "priority", "on_row_error", "append_eos", "deterministic")))
     assert (job["priority"], job["on_row_error"], job["deterministic"]) == ("normal", "fail", True)
+    assert job["append_eos"] is False
 
 
 def test_a_seed_is_kept_or_drawn(lab: Lab) -> None:

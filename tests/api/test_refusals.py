@@ -73,6 +73,7 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"metadata": {"lora_config": '{"r": 8}'}, "lora": {"r": 8}}, "invalid_value", LORA_LABEL),
     ({"priority": "urgent"}, "invalid_value", "priority"),
     ({"on_row_error": "ignore"}, "invalid_value", "on_row_error"),
+    ({"append_eos": 1}, "invalid_type", "append_eos"),
     ({"deterministic": 1}, "invalid_type", "deterministic"),
     ({"resources": {"group": "yes"}}, "invalid_type", "resources.group"),
     ({"resources": {"devices": 2}}, "invalid_value", "resources.devices"),
@@ -270,6 +271,12 @@ def test_bad_rows_can_be_skipped(lab: Lab, session: Session) -> None:
     file = lab.upload()["id"]
     mark(session, file, validation={"kind": "chat", "rows": 3, "valid_rows": 2, "error_count": 1, "errors": []})
     assert lab.order(file, on_row_error="skip")["on_row_error"] == "skip"
+
+
+def test_an_end_token_can_be_asked_for(lab: Lab) -> None:
+    job = lab.order(append_eos=True)
+    assert job["append_eos"] is True
+    assert lab.client.get(f"{JOBS}/{job['id']}").json()["append_eos"] is True
 
 
 def test_a_preference_file_cannot_train_supervised(lab: Lab, session: Session) -> None:

@@ -42,13 +42,14 @@ def test_an_order_is_followed_and_its_adapter_downloaded(served: Served, rows: P
     assert "has already succeeded" in one_error(served.run("cancel", job))
 
 
-def test_an_order_may_ask_for_a_group(served: Served, rows: Path) -> None:
+def test_an_order_may_ask_for_a_group_and_an_end_token(served: Served, rows: Path) -> None:
     with OpenAI(base_url=served.url, api_key=served.key) as client:
-        for options, wanted in (((), False), (("--group",), True)):
+        for options, wanted in (((), False), (("--group", "--append-eos"), True)):
             job = served.run("submit", str(rows), *TINY, "--steps", "1", *options).stdout.strip()
             shown = client.fine_tuning.jobs.retrieve(job)
             client.fine_tuning.jobs.cancel(job)
             assert shown.resources["group"] is wanted  # type: ignore[attr-defined]
+            assert shown.append_eos is wanted  # type: ignore[attr-defined]
 
 
 def test_a_failed_job_is_exit_code_1_with_its_reason(served: Served, tmp_path: Path) -> None:

@@ -61,3 +61,12 @@ def _prepared(session: Session, folder: Path) -> RunSpec:
     session.commit()
     lease = Lease(job.id, job.lease_token)
     return RunSpec.model_validate_json(artifacts.prepare(job, lease, folder, get_storage()).read_text())
+
+
+def test_an_end_token_that_was_asked_for_reaches_the_run(session: Session, tmp_path: Path) -> None:
+    project = a_project(session)
+    training = a_file(session, project)
+    get_storage().put(training.storage_key, iter([b"training"]))
+    a_queued_job(session, project, file=training, append_eos=True)
+    session.commit()
+    assert _prepared(session, tmp_path).data.append_eos is True

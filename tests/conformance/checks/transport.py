@@ -179,6 +179,6 @@ def unknown_fields() -> Seen:
 @check("20")
 def nulls() -> Seen:
     names = ("validation_file", "suffix", "seed", "metadata", "integrations", "method")
-    extra = dict.fromkeys(("lora", "hyperparameters", "priority", "on_row_error", "deterministic"))
+    extra = dict.fromkeys(("lora", "hyperparameters", "priority", "on_row_error", "append_eos", "deterministic"))
     job = order(**dict.fromkeys(names), extra_body=extra)
     return {"priority": job.priority, "init": job.lora["init"]["method"], "metadata": job.metadata}
