@@ -78,8 +78,14 @@ def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Lay
     trials = [_Trial("packed", attention.NAME, (packed, padded)), _Trial("padded", loaded, (padded,))]
     trials += [] if loaded == stock else [_Trial("padded", "eager", (padded,))]
     why: list[str] = []
+    windows = windows_of(model)
+    if windows.beyond:
+        _switch(model, loaded)
+        return Layout(
+            "one by one", f"what it does to {windows.beyond} tokens together cannot be tried on short rows", _alone
+        )
     try:
-        judge = _Judge(model, windows_of(model), regime, padded, stock=stock, copy=copy)
+        judge = _Judge(model, windows, regime, padded, stock=stock, copy=copy)
         for trial in trials:
             try:
                 judge.try_out(trial)
@@ -124,7 +130,7 @@ def _switch(model: Any, name: str) -> None:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
     known = isinstance(error, (_Wrong, attention.UnsupportedAttention))
-    return text if known else f"{type(error).__name__} in a trial: {text}"
+    return text if known else f"the architecture's own code does not run so ({type(error).__name__}: {text})"
 
 
 class _Judge:

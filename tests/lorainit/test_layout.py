@@ -34,7 +34,7 @@ PACKED = {
 PADDED = {
     "gemma2": "does more than weigh", "falcon": "does not let its attention be chosen", "bloom": "be chosen",
     "mpt": "be chosen", "gpt_oss": "does more than weigh", "llama4": "changed its hidden states",
-    "lfm2": "changed its hidden states", "recurrent_gemma": "changed its hidden states", "mamba2": "be chosen",
+    "deepseek_v32": r"own code does not run so", "lfm2": "changed its hidden states", "recurrent_gemma": "changed its hidden states", "mamba2": "be chosen",
 }  # fmt: skip
 
 
@@ -248,6 +248,37 @@ def test_a_window_that_cannot_be_cut_is_not_taken_for_tried(monkeypatch):
     layout = choose_layout(model)
     assert layout.rows == "padded"
     assert "window of 40 tokens cannot be tried" in layout.why
+
+
+def test_tokens_that_sparse_attention_chooses_are_fewer_than_the_probe_has(zoo):
+    """DeepSeek V3.2 attends to all of a row that is not longer than `index_topk`: such rows show nothing of it."""
+    model = load_model(zoo("deepseek_v32"), dtype=torch.float32, device=CPU)
+    assert probe.windows_of(model).longest == 16
+    indexers = [module for module in model.modules() if "index_topk" in vars(module)]
+    for owner in (model.config, *indexers):
+        owner.index_topk = 2048
+    windows = probe.windows_of(model)
+    assert (windows.longest, windows.hidden, len(windows.cut)) == (16, 2048, 1 + len(indexers))
+    with probe.short(windows):
+        assert {owner.index_topk for owner in (model.config, *indexers)} == {16}
+    assert {owner.index_topk for owner in (model.config, *indexers)} == {2048}
+    assert choose_layout(model).rows == "padded"
+
+
+@pytest.mark.parametrize(
+    ("named", "tokens"),
+    [
+        ({"compress_rates": {"sparse": 4, "heavy": 128}}, 128),
+        ({"index_topk_blocks": 16, "index_block_size": 128}, 2048),
+    ],
+)
+def test_what_no_row_of_the_probe_reaches_goes_one_by_one(named, tokens):
+    model = tiny_llama()
+    vars(model.config).update(named)
+    layout = choose_layout(model)
+    assert layout.rows == "one by one"
+    assert f"to {tokens} tokens together cannot be tried" in layout.why
+    assert layout.regime(5) is None
 
 
 def test_weights_and_windows_are_as_before():

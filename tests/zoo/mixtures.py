@@ -39,6 +39,8 @@ MIXTURES: dict[str, Kind] = {
     "deepseek_v2": _mixture("DeepseekV2Config", "latent attention, shared expert", topk_method="greedy",
                             **_LATENT, **_DEEPSEEK),
     "deepseek_v3": _mixture("DeepseekV3Config", "latent attention, grouped sigmoid routing", **_LATENT, **_DEEPSEEK),
+    "deepseek_v32": _mixture("DeepseekV32Config", "latent attention to 16 chosen tokens", index_topk=WINDOW,
+                             index_head_dim=16, index_n_heads=4, **_LATENT, **{**_DEEPSEEK, "n_group": 1}),
     "glm4_moe": _mixture("Glm4MoeConfig", "a dense layer, then experts", head_dim=16, use_qk_norm=True,
                          **{**_DEEPSEEK, "n_group": 1}),
     "glm4_moe_lite": _mixture("Glm4MoeLiteConfig", "latent attention", mlp_layer_types=["dense", "sparse"], **_LATENT,
