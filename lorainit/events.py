@@ -117,7 +117,7 @@ class InitReport(_Event):
 class Warned(Strict):
     """What the author of a run that succeeded should still know: a code of a closed list, a sentence, its numbers."""
 
-    code: Literal["worse_than_base"]
+    code: Literal["worse_than_base", "no_effect"]
     message: str
     data: dict[str, float]
 

@@ -48,7 +48,8 @@ def prove(job: Job, out: Path, on_event: OnEvent, *, known: dict[str, Any] | Non
 
     Raises:
         ExportCheckFailed: PEFT cannot read it, or makes something else of it.
-        UnsupportedModel: the base does not run with adapted layers, or what it makes of the rows is not finite.
+        UnsupportedModel: the base does not run with adapted layers, what it makes of the rows is not finite, or
+            adapters change nothing of it.
     """
     if known and known["versions"] == _versions():
         return known
@@ -168,6 +169,12 @@ def _effect(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> Effec
         raise UnsupportedModel(
             "What the base model makes of the first training rows is not finite: weights that overflow on them are the"
             " usual cause.",
+            param="model",
+        )
+    if effect.absent:
+        raise UnsupportedModel(
+            "Nothing that adapters do to these layers reaches what the base model says: with drawn ones, its logits for"
+            " the first training rows stay the same. Weights whose size drowns everything else are the usual cause.",
             param="model",
         )
     return effect

@@ -25,7 +25,7 @@ from lorainit.inits import HRP
 from lorainit.prepare import Job, prepare, with_micro_batch
 from lorainit.spec import RunSpec
 from lorainit.train import train
-from lorainit.verdict import judge
+from lorainit.verdict import judge, judge_effect
 from lorainit.world import World, joined
 
 End = Done | LorainitError
@@ -186,7 +186,7 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
         delivery.write_adapter(job, folder, one.report)
         check = delivery.verify(job, folder, say, last=last)
         assert job.training.learning_rate is not None
-        warnings = judge(out / "metrics.jsonl", rate=job.training.learning_rate)
+        warnings = judge(out / "metrics.jsonl", rate=job.training.learning_rate) + judge_effect(check)
         delivery.write_manifest(job, folder, one.report, export_check=check, warnings=warnings)
     for found in warnings:
         say(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lorainit.events import Warned
 
@@ -30,3 +31,14 @@ def judge(log: Path, *, rate: float) -> list[Warned]:
     best = min(losses, key=lambda step: losses[step])
     text += f", or {best} steps, where the loss was {losses[best]:.4f}." if best else "."
     return [Warned(code="worse_than_base", message=text, data={"start": start, "end": end, "learning_rate": lower})]
+
+
+def judge_effect(export_check: dict[str, Any]) -> list[Warned]:
+    """A warning where the check found that the adapter changes nothing: then it has shown little, and is of no use."""
+    if not export_check["without_effect"]:
+        return []
+    text = (
+        "The adapter does nothing: on the first training rows the model says the same with it as without it. A run of"
+        " very few steps at a rate that was still warming up from zero is the usual cause."
+    )
+    return [Warned(code="no_effect", message=text, data={"effect": export_check["max_abs_logit_effect"]})]

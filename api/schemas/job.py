@@ -47,7 +47,7 @@ class Progress(Wire):
 
 
 class JobWarning(Wire):
-    """What the author of a job should know although it succeeded: `worse_than_base` with its two losses."""
+    """What the author of a job should know although it succeeded: `worse_than_base` (two losses), `no_effect`."""
 
     code: str
     message: str

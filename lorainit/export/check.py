@@ -142,6 +142,7 @@ def check(
         "max_module_difference": found.layer,
         "max_abs_logit_effect": max(float(moved.max()) for moved in effect.moved),
         "relative_logit_difference": found.distance,
+        "without_effect": effect.absent,
         "tokens": sum(len(moved) for moved in effect.moved),
         "tokens_apart": found.apart,
         "precision_noise": effect.noise,

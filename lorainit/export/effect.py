@@ -21,6 +21,7 @@ from lorainit.layer import LoRALinear, borrowed
 from lorainit.model.experts import ExpertLinear
 
 OnEvent = Callable[[Event], None]
+NOTHING = 1e-12  # of the largest logit: what float64 leaves where terms cancel
 ROWS = 2  # given to each layer; one would do, two cannot both be unlucky
 
 
@@ -55,6 +56,12 @@ class Effect:
     dtype: torch.dtype
     widened: bool
     noise: float | None
+
+    @property
+    def absent(self) -> bool:
+        """Whether the model says the same with the adapter as without it."""
+        largest = max(float(logits.abs().max()) for logits in self.logits)
+        return not max(float(moved.max()) for moved in self.moved) > NOTHING * largest
 
 
 def observe(

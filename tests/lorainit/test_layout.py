@@ -34,7 +34,8 @@ PACKED = {
 PADDED = {
     "gemma2": "does more than weigh", "falcon": "does not let its attention be chosen", "bloom": "be chosen",
     "mpt": "be chosen", "gpt_oss": "does more than weigh", "llama4": "changed its hidden states",
-    "deepseek_v32": r"own code does not run so", "lfm2": "changed its hidden states", "recurrent_gemma": "changed its hidden states", "mamba2": "be chosen",
+    "deepseek_v32": "own code does not run so", "lfm2": "changed its hidden states",
+    "recurrent_gemma": "changed its hidden states", "mamba2": "be chosen",
 }  # fmt: skip
 
 

@@ -1,10 +1,13 @@
 """Before the first step: what PEFT cannot read, or reads otherwise, ends a run that has cost nothing yet."""
 
 import json
+import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorainit import base as base_module
@@ -102,6 +105,19 @@ def test_a_base_that_reads_a_layers_weight_past_its_forward_is_refused_with_the_
     with pytest.raises(UnsupportedModel, match=r"does not run with adapted layers \(model.layers.0.mlp.down_proj\)"):
         run(spec(), tmp_path, lambda event: None)
     assert not [e for e in go(spec(), tmp_path) if isinstance(e, Metrics)]
+
+
+def test_a_base_on_which_no_adapter_can_do_anything_is_refused_before_it_is_trained(spec, bases, tmp_path):
+    """One layer so loud that the rest is lost behind its last digit, in float64 too."""
+    loud = Path(shutil.copytree(bases["llama"], tmp_path / "loud"))
+    weights = load_file(loud / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 1e30
+    save_file(weights, loud / "model.safetensors", metadata={"format": "pt"})
+    deaf = spec()
+    deaf = deaf.model_copy(update={"model": deaf.model.model_copy(update={"source": str(loud)})})
+    with pytest.raises(UnsupportedModel, match="Nothing that adapters do") as caught:
+        run(deaf, tmp_path / "out", lambda event: None)
+    assert caught.value.param == "model"
 
 
 def test_a_model_that_runs_past_pefts_layer_is_noticed_though_each_layer_by_itself_is_right(

@@ -36,6 +36,16 @@ def test_run_that_makes_the_model_worse_ends_with_a_warning_of_both_losses(spec,
     assert f"{steps[0]:.4f}" in said.message and f"{steps[-1]:.4f}" in said.message
 
 
+def test_run_that_leaves_the_model_as_it_was_ends_with_a_warning(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "schedule", lambda *args, **kwargs: 0.0)  # as while it warms up from zero
+    events = []
+    done = done_of(spec, tmp_path, events)
+    assert [(found.code, found.data) for found in done.warnings] == [("no_effect", {"effect": 0.0})]
+    assert (done.export_check["passed"], done.export_check["without_effect"]) == (True, True)
+    (said,) = [e for e in events if isinstance(e, Message) and e.data.get("kind") == "no_effect"]
+    assert said.level == "warn" and said.message.startswith("The adapter does nothing")
+
+
 def test_run_that_makes_the_model_better_ends_without_a_warning(spec, tmp_path):
     assert done_of(spec, tmp_path, []).warnings == []
 
