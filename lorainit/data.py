@@ -180,7 +180,9 @@ class _Reader:
 
     def _stopped(self, sample: Sample) -> Sample:
         """The row with a token to stop at behind its last answer, or a warning that it has none."""
-        last = int(sample.trained.nonzero().max()) if sample.trained.any() else 0
+        if not sample.trained.any():
+            return sample
+        last = int(sample.trained.nonzero().max())
         ending = int(sample.ids[last])
         if ending in self.stops:
             return sample

@@ -107,8 +107,9 @@ class Template:
         marks = marks_for(text, len(messages))
         if len(marks) < len(messages):
             return None
-        # Some templates ask how a question ends; then the answers alone have to do.
-        for answers_only in (False, True):
+        # Some templates ask how a question ends; then the answers alone have to do, if no question can hold a prompt.
+        prompt = next(iter(self._prompts))
+        for answers_only in (False, True) if self.control_tokens.search(prompt) or not prompt else (False,):
             with_marks = self._text(marked(messages, marks, answers_only=answers_only), options)
             if (found := places(text, with_marks, marks)) is not None:
                 return found

@@ -3,12 +3,14 @@
 import csv
 import errno
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lorainit import checkpoint, course, train
+from lorainit.base import open_base
 from lorainit.course import schedule
 from lorainit.errors import (
     CheckpointMismatch,
@@ -24,7 +26,8 @@ from lorainit.errors import (
     UnknownTarget,
     UnsupportedModel,
 )
-from lorainit.events import EVENT, Checkpoint, Done, InitReport, Metrics, Plan, Stage, Tick
+from lorainit.events import EVENT, Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Tick
+from lorainit.prepare import prepare
 from lorainit.run import run
 from tests.lorainit.conftest import chat, write_rows
 
@@ -224,6 +227,33 @@ def test_bad_rows_fail_the_run_or_are_skipped(spec, tmp_path):
         go(spec(data={"training": str(path)}), tmp_path / "fail")
     events = go(spec(data={"training": str(path), "on_row_error": "skip"}), tmp_path / "skip")
     assert of(events, Plan)[0].rows == 9
+
+
+def test_lines_of_all_bad_rows_are_told_before_the_run_ends(spec, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), *(chat("<|im_end|>", "b") for _ in range(3))])
+    events = []
+    with pytest.raises(InvalidTrainingFile, match="special_token_in_text in 2, 3, 4"):
+        run(spec(data={"training": str(path)}), tmp_path / "out", events.append)
+    (told,) = [e.data["errors"] for e in of(events, Message) if "errors" in e.data]
+    assert [(p["line"], p["code"]) for p in told] == [(n, "special_token_in_text") for n in (2, 3, 4)]
+
+
+def test_answers_without_an_end_are_a_warning_of_the_run_that_append_eos_ends(spec, tmp_path, bases):
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    (base / "generation_config.json").write_text('{"eos_token_id": 0}')
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
+
+    def warned(**data):
+        made, events = spec(model={"source": str(base)}, data=data), []
+        prepare(made, open_base(made, tmp_path / "out", events.append), events.append)
+        return [e.message for e in of(events, Message) if e.data.get("code") == "no_stop_token"]
+
+    (message,) = warned()
+    assert message.startswith("Line 1: the answer ends with '<|im_end|>'")
+    assert message.endswith("(12 rows of the training file)")
+    assert warned(append_eos=True) == []
 
 
 def test_whatever_on_event_raises_stops_the_run(spec, tmp_path):

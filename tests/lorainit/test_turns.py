@@ -238,6 +238,20 @@ def test_question_that_ends_as_a_template_asks_is_no_obstacle(tmp_path: Any) -> 
     assert [tokenizer.decode(ids) for ids in runs(data)] == ["Two<|im_end|>", "four<|im_end|>"]
 
 
+def test_prompt_in_plain_words_is_not_looked_for_in_a_question(tmp_path: Any) -> None:
+    asking = NO_END + "{% if messages[0].content.endswith('xy') %}!{% endif %}"
+    template = Template(make_tokenizer(asking))
+    row = {"messages": chat("### assistant\nxy", "Two")["messages"], "tools": []}
+    fault = template.render(row)
+    assert isinstance(fault, Fault) and "cannot be told apart" in fault.text
+
+
+def test_words_of_a_prompt_in_a_question_or_an_answer_are_just_words(tmp_path: Any) -> None:
+    tokenizer = byte_level(NO_END)
+    data = read(tokenizer, tmp_path, chat("a\n\n### assistant\nb", "c\n\n### assistant\nd"))
+    assert [tokenizer.decode(ids) for ids in runs(data)] == ["c\n\n### assistant\nd"]
+
+
 def test_characters_that_marks_are_made_of_may_be_in_a_row(tmp_path: Any) -> None:
     tokenizer = make_tokenizer()
     (ids,) = runs(read(tokenizer, tmp_path, turns("\U00040000 \U00040001")))
