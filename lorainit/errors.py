@@ -52,7 +52,7 @@ class NoTrainableTokens(LorainitError):
 
 
 class SequenceTooLong(LorainitError):
-    """`max_length` is above what the base model can represent."""
+    """`max_length` is above what the base model's config.json allows."""
 
     code = "sequence_too_long"
 

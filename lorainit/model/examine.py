@@ -49,7 +49,9 @@ def read_config(folder: Path) -> Any:
     Raises:
         UnsupportedModel: it does not, or the weights are quantized.
     """
-    _require_known_architecture(folder)
+    said = read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    _require_known_architecture(said)
+    _require_known_rope(said)
     with as_unsupported("The base model's config.json cannot be read"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
@@ -57,9 +59,19 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def _require_known_architecture(folder: Path) -> None:
+def _require_known_rope(said: dict[str, Any]) -> None:
+    """transformers 5 reads Phi-3's older name of longrope too late, and then says that another key is missing."""
+    rope = said.get("rope_scaling") or said.get("rope_parameters")
+    if isinstance(rope, dict) and "su" in (rope.get("type"), rope.get("rope_type")):
+        raise UnsupportedModel(
+            f"config.json calls its rope scaling 'su', an older name of longrope that transformers {__version__} does"
+            " not read: write 'longrope' there.",
+            param="model",
+        )
+
+
+def _require_known_architecture(said: dict[str, Any]) -> None:
     """What transformers would say of it has the place of the folder in it, and asks to trust the code."""
-    said = read_object(folder / "config.json", MAX_CONFIG_BYTES)
     if (kind := said.get("model_type")) in CONFIG_MAPPING:
         return
     why = f"The base model is of the architecture {str(kind)[:100]!r}, which transformers {__version__} does not have"

@@ -173,18 +173,28 @@ def _restore_exact_floats(config: Any) -> None:
         config.rms_norm_eps = float(f"{epsilon:.6g}")
 
 
+MAX_STRETCH = 1024
+
+
 def _context_length(config: dict[str, Any]) -> int | None:
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
     value = text.get("max_position_embeddings") or text.get("n_positions")
-    return value if isinstance(value, int) else None
+    if not isinstance(value, int):
+        return None
+    # With dynamic NTK this is the length before it was stretched, and raising it would change the frequencies.
+    rope = text.get("rope_scaling") or text.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}
+    factor = rope.get("factor") if "dynamic" in (rope.get("type"), rope.get("rope_type")) else None
+    return int(value * factor) if isinstance(factor, int | float) and 1 <= factor <= MAX_STRETCH else value
 
 
 def check_length(location: Location, max_length: int) -> None:
     """Refuse sequences longer than the model's positions."""
     if location.max_length and max_length > location.max_length:
         raise SequenceTooLong(
-            f"max_length {max_length} is above the {location.max_length} tokens the base model can represent.",
+            f"max_length {max_length} is above the {location.max_length} tokens that the base model's config.json"
+            " allows (max_position_embeddings, with dynamic NTK times its factor).",
             param="method.supervised.hyperparameters.max_length",
         )
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from lorainit.encode import Encoder
-from lorainit.errors import UnsupportedModel
+from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inspect import inspect
 from lorainit.model import tokenizer_time
 from lorainit.model.examine import examine
-from lorainit.model.load import load_model, load_tokenizer, locate
+from lorainit.model.load import check_length, load_model, load_tokenizer, locate
 from lorainit.refusal import as_unsupported
 from lorainit.template import Template
 from lorainit.turns import Span
@@ -374,6 +374,31 @@ def test_context_of_a_length_that_cannot_be_is_refused(llama: Path, length: int)
     change_json(llama / "config.json", max_position_embeddings=length)
     with pytest.raises(UnsupportedModel, match=r"max_position_embeddings = -?\d+…?, and a context has 1 to"):
         examine(llama)
+
+
+def test_older_name_of_longrope_is_refused_with_the_newer_one(tmp_path: Path) -> None:
+    folder = make("phi3-longrope", tmp_path / "base")
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"] | {"rope_type": "longrope"}
+    new = {"rope_scaling": {"type": "longrope"} | {n: rope[n] for n in ("short_factor", "long_factor")}}
+    change_json(folder / "config.json", rope_parameters=None, original_max_position_embeddings=16, **new)
+    examine(folder)
+    change_json(folder / "config.json", rope_scaling=new["rope_scaling"] | {"type": "su"})
+    with pytest.raises(UnsupportedModel, match=r"rope scaling 'su', .* write 'longrope'"):
+        examine(folder)
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [({"rope_type": "dynamic", "factor": 4.0}, 1024), ({"type": "dynamic", "factor": 1.5}, 384),
+     ({"rope_type": "linear", "factor": 4.0}, 256), ({"rope_type": "dynamic", "factor": 1e9}, 256), (None, 256)],
+)  # fmt: skip
+def test_context_of_a_base_is_stretched_by_dynamic_ntk_only(llama: Path, rope: object, length: int) -> None:
+    change_json(llama / "config.json", max_position_embeddings=256, rope_parameters=None, rope_scaling=rope)
+    location = locate(str(llama), cache=llama)
+    assert location.max_length == length
+    check_length(location, length)
+    with pytest.raises(SequenceTooLong, match=rf"above the {length} tokens that"):
+        check_length(location, length + 1)
 
 
 def test_numbers_that_overflow_are_not_called_an_encoder(llama: Path) -> None:
