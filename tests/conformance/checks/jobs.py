@@ -56,7 +56,7 @@ FIELDS = {
     "job": "id object created_at finished_at model fine_tuned_model organization_id status training_file"
     " validation_file result_files trained_tokens hyperparameters method seed error estimated_finish integrations"
     " metadata user_provided_suffix lora progress queue_position queue_reason estimated_start resume init_report"
-    " export_check resources adapter project_id priority on_row_error append_eos deterministic experiment_id",
+    " export_check resources warnings adapter project_id priority on_row_error append_eos deterministic experiment_id",
     "event": "id object created_at level message type data sequence",
     "checkpoint": "id object created_at fine_tuning_job_id fine_tuned_model_checkpoint step_number metrics best bytes"
     " sha256",
