@@ -4,6 +4,8 @@ Imports of the service stand inside the commands: `lorainit --help` should not l
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,19 +14,16 @@ from typing import Annotated, Any
 
 import typer
 from openai import OpenAIError
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from typer import Argument, Option
 from typer.core import TyperGroup
 
 from api.terminal import client as remote
 from api.terminal import keys, tables
 from api.terminal.client import Problem
-from api.terminal.local import State, configure
+from api.terminal.console import err, out
+from api.terminal.local import EXAMPLES, State, configure, explain
 
-# A pipe has no width: what goes into one is never cut.
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 400)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
 WARNED = 3  # exit code of a job that succeeded and that its author should look at
 
 
@@ -39,10 +38,14 @@ class Commands(TyperGroup):
             self._refuse(str(error))
         except OpenAIError as error:
             self._refuse(remote.explain(error))
+        except Exception as error:
+            if (text := explain(error)) is None:
+                raise
+            self._refuse(text)
 
     @staticmethod
     def _refuse(text: str) -> None:
-        err.print(f"[red]error:[/red] {escape(text)}")
+        err.print(Text.assemble(("error:", "red"), f" {text}"))
         raise typer.Exit(1)
 
 
@@ -72,7 +75,7 @@ def serve(
     from api.embedded import service as embedded
 
     try:
-        with embedded.running(say=lambda text: err.print(escape(text), style="dim")) as (service, first_key):
+        with embedded.running(say=lambda text: err.print(text, style="dim")) as (service, first_key):
             _announce(service.url, service.state, first_key)
             service.watch()
             err.print("stopping ...", style="dim")
@@ -117,17 +120,29 @@ def migrate(
 
 @models_app.command("inspect")
 def models_inspect(
-    source: Annotated[str, Argument(help="Folder, .gguf file, package:PACKAGE/FILE or hub:OWNER/NAME[@REVISION].")],
+    source: Annotated[
+        str, Argument(help="Folder, .gguf file, OWNER/NAME[@REVISION] of a model hub, or package:PACKAGE/FILE.")
+    ],
     model_id: Annotated[str, Option("--id", help="Name by which requests call the model.")],
+    root: Annotated[
+        str | None, Option(help="Hub id of exactly these weights, by which adapters name their base.")
+    ] = None,
 ) -> None:
     """Print the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
+    from api.core.catalogue import ID
     from lorainit.facts import ModelFacts
+    from lorainit.sources import LOCAL, is_root
 
-    answer = subprocess.run([sys.executable, "-m", "lorainit", "inspect", source], stdout=subprocess.PIPE, check=False)
+    if re.search(ID, model_id) is None:
+        raise Problem(f"--id must be letters, digits, '.', '_' and '-', at most 128 (got {model_id!r}).")
+    if root is not None and not is_root(root):
+        raise Problem(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {root!r}).")
+    command = [sys.executable, "-m", "lorainit", "inspect", source, *([] if root is None else [f"--root={root}"])]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if answer.returncode:
         raise Problem(f"{source} cannot be used as a base model; see above.")
     facts = ModelFacts.model_validate_json(answer.stdout)
-    out.print(tables.catalogue_entry(facts, model_id=model_id, source=source), markup=False, end="")
+    out.print(tables.catalogue_entry(facts, model_id=model_id, given=root is not None), end="")
 
 
 @app.command(rich_help_panel="Service")
@@ -190,7 +205,7 @@ def submit(
         suffix=suffix,
         seed=seed,
     )
-    out.print(job.id, markup=False)
+    out.print(job.id)
     if follow:
         watch(job.id)
 
@@ -206,10 +221,10 @@ def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
         err.print(f"The job goes on. Again: lorainit watch {job}; stop it: lorainit cancel {job}")
         raise typer.Exit(130) from None
     if ended.status == "succeeded":
-        err.print(f"[green]succeeded[/green]: {ended.fine_tuned_model}. Get it: lorainit download {job}")
+        err.print(Text.assemble(("succeeded", "green"), f": {ended.fine_tuned_model}. Get it: lorainit download {job}"))
         warnings = remote.field_of(ended, "warnings") or []
         for found in warnings:
-            err.print(f"{found['code']}: {found['message']}", style="yellow", markup=False, soft_wrap=True)
+            err.print(f"{found['code']}: {found['message']}", style="yellow")
         if warnings:
             raise typer.Exit(WARNED)
         return
@@ -228,19 +243,19 @@ def list_jobs(limit: Annotated[int, Option(min=1, help="How many.")] = 20) -> No
 @app.command(rich_help_panel="Jobs")
 def cancel(job: Annotated[str, Argument(help="Job id.")]) -> None:
     """Cancel a job, at once and for good."""
-    out.print(f"{job} {remote.connect().fine_tuning.jobs.cancel(job).status}", markup=False)
+    out.print(f"{job} {remote.connect().fine_tuning.jobs.cancel(job).status}")
 
 
 @app.command(rich_help_panel="Jobs")
 def pause(job: Annotated[str, Argument(help="Job id.")]) -> None:
     """Free the device; a run writes a checkpoint first and is `pausing` until then."""
-    out.print(f"{job} {remote.connect().fine_tuning.jobs.pause(job).status}", markup=False)
+    out.print(f"{job} {remote.connect().fine_tuning.jobs.pause(job).status}")
 
 
 @app.command(rich_help_panel="Jobs")
 def resume(job: Annotated[str, Argument(help="Job id.")]) -> None:
     """Let a paused or failed job go on from its last checkpoint."""
-    out.print(f"{job} {remote.connect().fine_tuning.jobs.resume(job).status}", markup=False)
+    out.print(f"{job} {remote.connect().fine_tuning.jobs.resume(job).status}")
 
 
 @app.command(rich_help_panel="Jobs")
@@ -249,7 +264,7 @@ def download(
     folder: Annotated[Path | None, Argument(help="Where to; default: a new folder named like the job.")] = None,
 ) -> None:
     """Fetch a job's adapter, check its SHA-256 and unpack it. Prints the folder."""
-    out.print(str(remote.download(remote.connect(), job, folder or Path(job))), markup=False)
+    out.print(str(remote.download(remote.connect(), job, folder or Path(job))))
 
 
 @app.command(rich_help_panel="Jobs")
@@ -265,19 +280,26 @@ def methods() -> None:
 
 
 def _announce(url: str, state: Path, first_key: str | None) -> None:
+    from api.core import catalogue
+
     base, command = f"{url}/v1", _own_name()
-    out.print(f"\n[bold]Lorainit[/bold] is ready at [bold]{base}[/bold]")
-    out.print(f"State and logs: {state}. Ctrl+C stops everything.\n", markup=False)
+    out.print(Text.assemble("\n", ("Lorainit", "bold"), " is ready at ", (base, "bold")))
+    out.print(f"State and logs: {state}. Ctrl+C stops everything.\n")
     another = f"{command} keys create --state {state}"
     if first_key is None:
-        out.print(f"API keys exist already. Another one: {another}", markup=False)
+        out.print(f"API keys exist already. Another one: {another}")
     else:
-        out.print(f"API key, shown only now: [bold]{first_key}[/bold]\nAnother one: {another}")
+        out.print(Text.assemble("API key, shown only now: ", (first_key, "bold"), f"\nAnother one: {another}"))
     out.print("\nTry, in another terminal:", style="dim")
-    out.print(f"  export OPENAI_BASE_URL={base} OPENAI_API_KEY={first_key or '...'}", markup=False)
-    out.print('  curl -H "Authorization: Bearer $OPENAI_API_KEY" $OPENAI_BASE_URL/models', markup=False)
-    submit = "submit examples/train.jsonl --model smollm2-135m-instruct --init loram --steps 20 --watch"
-    out.print(f"  {command} {submit}\n", markup=False)
+    out.print(f"  export OPENAI_BASE_URL={base} OPENAI_API_KEY={first_key or '...'}")
+    out.print('  curl -H "Authorization: Bearer $OPENAI_API_KEY" $OPENAI_BASE_URL/models')
+    model = next(iter(catalogue.entries()), None)
+    if model is None:
+        out.print(f"  {command} models inspect FOLDER --id NAME  # the catalogue offers no base model yet\n")
+        return
+    rows = EXAMPLES / "train.jsonl"
+    rows = rows if rows.is_file() else Path("ROWS.jsonl")
+    out.print(f"  {command} submit {shlex.quote(str(rows))} --model {model} --init loram --steps 20 --watch\n")
 
 
 def _own_name() -> str:

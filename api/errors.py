@@ -238,6 +238,9 @@ def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
         allowed = ", ".join(sorted(verbs))
         message = f"{request.method} is not possible on {path}. Possible: {allowed}."
         return respond(WrongVerb(message, code="method_not_allowed"), {"allow": allowed})
+    if routes.verbs(f"/v1{path}") or planned(request.method, f"/v1{path}", routes):
+        message = f"{path} does not exist and /v1{path} does: the base URL of this API ends in /v1."
+        return respond(NotFound(message, code="unsupported_endpoint"))
     known = ", ".join(routes.paths())
     message = f"{request.method} {path} does not exist. Routes: {known}."
     return respond(NotFound(message, code="unsupported_endpoint"))

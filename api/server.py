@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from api.core import logs
+from api.core import logs, startup
 from api.core.settings import get_settings
 from api.main import create_app
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m api.server", description=__doc__)
     parser.add_argument("--fd", type=int, help="file descriptor of a listening socket")
     arguments = parser.parse_args()
+    startup.check_or_exit()
     settings = get_settings()
     logs.configure()
     app = create_app()

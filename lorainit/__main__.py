@@ -29,6 +29,7 @@ from lorainit import machine
 from lorainit.errors import Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Stage, Tick
 from lorainit.launch import Loss, Others, companions, leave_word
+from lorainit.sources import LOCAL, is_root
 from lorainit.spec import RunSpec
 
 FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
@@ -205,7 +206,8 @@ def _read_spec(path: Path) -> RunSpec | None:
 
 def _inspect(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lorainit inspect", description="Facts of a base model as JSON.")
-    parser.add_argument("source", help="folder, .gguf file, package:<package>/<file> or hub:<owner>/<name>[@<rev>]")
+    parser.add_argument("source", help="folder, .gguf file, package:<package>/<file> or [hub:]<owner>/<name>[@<rev>]")
+    parser.add_argument("--root", help="hub id of the base's own, untouched weights, for the adapters to name it by")
     parser.add_argument("--cache", type=Path, help="where GGUF files are converted to (default: a temporary folder)")
     parser.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)  # the child that does it
     args = parser.parse_args(arguments)
@@ -214,12 +216,15 @@ def _inspect(arguments: list[str]) -> int:
     if args.confined:
         confined.answer(args.source, args.cache)
         return 0
+    if args.root is not None and not is_root(args.root):
+        parser.error(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {args.root!r})")
     try:
         with TemporaryDirectory() as temporary:
             facts = confined.inspect(args.source, cache=args.cache or Path(temporary))
     except LorainitError as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201
         return FAILED
+    facts |= {"root": args.root} if args.root else {}
     print(json.dumps(facts, indent=2))  # noqa: T201
     return 0
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lorainit.errors import LorainitError, UnsupportedModel
+from lorainit.model.where import find
 
 # Of a base of any size: building its modules without weights takes seconds, loading our libraries ten on a slow disk.
 MAX_SECONDS = 180.0
@@ -32,24 +33,28 @@ _PR_SET_PDEATHSIG = 1
 
 
 def inspect(source: str, cache: Path) -> dict[str, Any]:
-    """The facts of a base model (`lorainit.spec.ModelFacts`) as JSON values.
+    """The facts of a base model (`lorainit.facts.ModelFacts`) as JSON values.
+
+    One of a hub is fetched first, by this process: a download takes as long as it takes, and shows how far it is.
 
     Raises:
         UnsupportedModel: it cannot be used, with the reason in words.
     """
-    command = [sys.executable, "-m", "lorainit", "inspect", source, "--cache", str(cache), "--confined"]
-    return _ask(command, size=None if source.startswith("hub:") else 0)
+    found = find(source)
+    command = [sys.executable, "-m", "lorainit", "inspect", str(found.path), "--cache", str(cache), "--confined"]
+    facts = {**_ask(command), "source": found.source}
+    return facts | ({"root": found.hub_id} if found.hub_id else {})
 
 
-def _ask(command: list[str], *, size: int | None) -> dict[str, Any]:
-    """The facts that a child tells; `size` as for `_answer`."""
+def _ask(command: list[str]) -> dict[str, Any]:
+    """The facts that a child tells."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     said: list[str] = []
     listener = threading.Thread(target=_keep_tail, args=(child.stderr, said), daemon=True)
     with child:
         try:
             listener.start()
-            answer = _answer(child, size)
+            answer = _answer(child)
         finally:
             child.kill()
         listener.join(1.0)
@@ -58,8 +63,8 @@ def _ask(command: list[str], *, size: int | None) -> dict[str, Any]:
     raise UnsupportedModel(answer.get("message") or _death(child.returncode, said), param="model")
 
 
-def _answer(child: "subprocess.Popen[bytes]", size: int | None) -> dict[str, Any]:
-    """The child's last word; {} if it died without one. A download (`size` None) may take as long as it takes."""
+def _answer(child: "subprocess.Popen[bytes]") -> dict[str, Any]:
+    """The child's last word; {} if it died without one."""
     assert child.stdout is not None
     out_of_time: list[float] = []
 
@@ -67,20 +72,20 @@ def _answer(child: "subprocess.Popen[bytes]", size: int | None) -> dict[str, Any
         out_of_time.append(seconds)
         child.kill()
 
-    with _timer(size, stop) as restart:
+    with _timer(stop) as restart:
         for line in child.stdout:
             word = json.loads(line)
             if "bytes" not in word:
                 return dict(word)
-            restart(word["bytes"])  # it has found, or downloaded, what it is to read
+            restart(word["bytes"])  # it has found what it is to read
     if out_of_time:
         return {"message": f"The base model cannot be inspected: reading it took more than {out_of_time[0]:.0f} s."}
     return {}
 
 
 @contextmanager
-def _timer(size: int | None, stop: Callable[[float], None]) -> Iterator[Callable[[int], None]]:
-    """Call `stop` when the time for so many bytes is over; what is yielded starts anew, for other bytes."""
+def _timer(stop: Callable[[float], None]) -> Iterator[Callable[[int], None]]:
+    """Call `stop` when the time for no bytes is over; what is yielded starts anew, for so many bytes."""
     timers: list[threading.Timer] = []
 
     def start(size: int) -> None:
@@ -94,8 +99,7 @@ def _timer(size: int | None, stop: Callable[[float], None]) -> Iterator[Callable
         while timers:
             timers.pop().cancel()
 
-    if size is not None:
-        start(size)
+    start(0)
     try:
         yield start
     finally:
@@ -128,16 +132,15 @@ def answer(source: str, cache: Path) -> None:
     _die_with_parent()
     from lorainit.hardware import is_out_of_memory
     from lorainit.inspect import inspect
-    from lorainit.model.load import find
     from lorainit.refusal import as_unsupported
 
     try:
         with as_unsupported("The base model cannot be inspected"):
-            path = find(source)
+            path = Path(source)
             files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
             _limit(MAX_BYTES + max(map(_allocated, files), default=0) * (1 if path.is_dir() else UNPACKED))
             _say({"bytes": sum(map(_allocated, files))})
-            facts = inspect(source, cache=cache, path=path)
+            facts = inspect(source, cache=cache)
     except LorainitError as error:
         _say({"message": error.message})
     except Exception as error:

@@ -65,10 +65,12 @@ class LeftOut(Target):
 class ModelFacts(Strict):
     """What a request can be checked against without opening the model (`lorainit.inspect`).
 
-    `left_out` is empty in catalogue entries that an older version wrote.
+    `source` and `root` are as in `lorainit.sources`. `left_out` is empty in catalogue entries that an older version
+    wrote.
     """
 
     root: str
+    source: str
     max_length: Annotated[int, Field(ge=8)]
     chat: bool
     base_sha256: str | None = None

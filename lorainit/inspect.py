@@ -9,24 +9,27 @@ from lorainit.errors import UnsupportedModel
 from lorainit.facts import ModelFacts
 from lorainit.model import experts
 from lorainit.model.examine import examine
+from lorainit.model.files import MAX_CONFIG_BYTES, read_object
 from lorainit.model.load import load_tokenizer, locate
 from lorainit.model.targets import describe
 from lorainit.model.vocabulary import require_known, require_rows
+from lorainit.model.where import find
+from lorainit.sources import LOCAL, is_hub_id
 from lorainit.template import Template
 
 
-def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts:
+def inspect(source: str, *, cache: Path) -> ModelFacts:
     """What a catalogue needs to know of a base model.
 
     Args:
         source: as in `BaseModelRef.source`.
         cache: where a GGUF file is converted to.
-        path: what `find` found for this source, if it was asked already.
 
     Raises:
         UnsupportedModel: it cannot be loaded as a causal language model, or no layer of it can carry a LoRA.
     """
-    location = locate(source, cache=cache, path=path)
+    found = find(source)
+    location = locate(source, cache=cache, path=found.path)
     model = examine(location.folder)
     experts.install(model)
     tokenizer = load_tokenizer(location.folder)
@@ -40,7 +43,8 @@ def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts
         why = "; ".join(dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in left_out)) or "none is linear"
         raise UnsupportedModel(f"No layer of the base model can carry a LoRA ({why}).", param="model")
     facts = {
-        "root": _root(source),
+        "root": found.hub_id or _root(found.path, location.folder),
+        "source": found.source,
         "max_length": location.max_length or tokenizer.model_max_length,
         "chat": tokenizer.chat_template is not None,
         "base_sha256": base_sha256(location.folder),
@@ -57,8 +61,10 @@ def inspect(source: str, *, cache: Path, path: Path | None = None) -> ModelFacts
         ) from error
 
 
-def _root(source: str) -> str:
-    if source.startswith("hub:"):
-        return source.removeprefix("hub:").partition("@")[0]
-    name = Path(source).name
-    return name.split(".Q")[0].removesuffix(".gguf") if name.endswith(".gguf") else name
+def _root(path: Path, folder: Path) -> str:
+    """What an adapter calls this base: the hub id that its config.json names, or a name that is on no hub."""
+    if path.is_dir():
+        said = read_object(folder / "config.json", MAX_CONFIG_BYTES).get("_name_or_path")
+        if isinstance(said, str) and is_hub_id(said):
+            return said
+    return f"{LOCAL}{path.name.removesuffix('.gguf')}"

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from lorainit.events import Done, Event, InitReport, Message, Metrics, Plan, Stage, Tick
 
@@ -10,8 +11,11 @@ class Display:
     """Draws on stderr while it is entered; `conclude` says where the adapter lies."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
-        columns = (TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        # What is said holds names and paths, in which neither brackets nor `:rocket:` mean anything.
+        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        texts = ("{task.description:<14}", "{task.fields[note]}")
+        stage, note = (TextColumn(text, markup=False) for text in texts)
+        columns = (stage, BarColumn(), note)
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
         self.task: TaskID | None = None
         self.done: list[Done] = []
@@ -35,14 +39,13 @@ class Display:
             case Metrics() if self.task is not None:
                 self.progress.update(self.task, note=_numbers(event))
             case Message(level=level, message=text) if level != "info":
-                self.console.print(f"[yellow]{level}[/]: {text}", highlight=False)
+                self.console.print(Text.assemble((level, "yellow"), f": {text}"))
             case Plan():
-                self.console.print(_sentence(event), highlight=False)
+                self.console.print(_sentence(event))
             case InitReport(report=report):
                 self.console.print(
                     f"Initialized {report['modules']} modules with {report['method']} in {report['seconds']:.1f} s;"
-                    f" loss {report['base_loss']:.4f} -> {report['initial_loss']:.4f}",
-                    highlight=False,
+                    f" loss {report['base_loss']:.4f} -> {report['initial_loss']:.4f}"
                 )
             case Done():
                 self.done.append(event)
@@ -55,12 +58,11 @@ class Display:
             check = done.export_check
             self.console.print(
                 f"Checked with PEFT {check['loaders'][0]['version']} on the untouched base:"
-                f" logits differ by {check['max_abs_logit_difference']:.1e} at most.",
-                highlight=False,
+                f" logits differ by {check['max_abs_logit_difference']:.1e} at most."
             )
-            self.console.print(f"Adapter: {done.adapter}", highlight=False, soft_wrap=True)
+            self.console.print(f"Adapter: {done.adapter}")
             for found in done.warnings:
-                self.console.print(f"[yellow]{found.code}[/]: {found.message}", highlight=False)
+                self.console.print(Text.assemble((found.code, "yellow"), f": {found.message}"))
 
     def _enter(self, stage: str) -> None:
         if self.task is not None:

@@ -83,7 +83,7 @@ def forget() -> None:
         made.cache_clear()
     for cached in (settings.get_settings, db.get_sessions, storage.get_storage, queue.get_celery, rates.get_limiter):
         cached.cache_clear()
-    catalogue.load.cache_clear()
+    catalogue.forget()
     traces.provider.cache_clear()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from celery.signals import setup_logging, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
 
-from api.core import workers
+from api.core import catalogue, startup, workers
 from api.core.db import get_engine, get_reader, session_scope
 from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
@@ -37,7 +37,10 @@ def drain_file(pid: int) -> Path:
 
 @setup_logging.connect  # type: ignore[untyped-decorator]
 def _logs(**_: Any) -> None:
+    startup.check_or_exit()  # the first thing that a worker does
     configure()
+    for fault in catalogue.missing_sources():
+        get_logger(__name__).error("a base model is not here; its jobs fail", fault=fault)
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]

@@ -5,6 +5,7 @@ import signal
 from api.core import disk, jobs, metrics
 from api.core.db import session_scope
 from api.core.disk import human
+from api.core.errors import BadReference
 from api.core.jobs import Failure, Lease
 from api.core.logs import get_logger
 from api.core.models import File, Job
@@ -99,6 +100,8 @@ def broken(lease: Lease, error: Exception) -> None:
 
 def failure_of(error: BaseException) -> Failure:
     """What a job ends with when the worker itself could not go on."""
+    if isinstance(error, BadReference):  # the base has left the catalogue since the job was accepted
+        return Failure("unsupported_model", error.message, error.param)
     if not disk.is_full(error):
         return INTERNAL
     volumes = disk.worker_volumes(get_settings())

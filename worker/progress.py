@@ -135,12 +135,12 @@ class Recorder:
             )
 
     def _remaining(self, event: Metrics) -> float | None:
-        """Seconds of training left at the pace of the last steps: the first ones are slow."""
+        """Seconds of training left at the pace of the last steps: the first ones are slow, and better than nothing."""
         if event.step:
             self._pace.append((event.step, event.seconds))
-        if len(self._pace) < 2:
+        if not self._pace:
             return None
-        (first, before), (last, after) = self._pace[0], self._pace[-1]
+        (first, before), (last, after) = self._pace[0] if len(self._pace) > 1 else (0, 0.0), self._pace[-1]
         return (after - before) / max(1, last - first) * (event.total_steps - event.step)
 
     def _reach(self, percent: float) -> None:

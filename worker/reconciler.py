@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-from api.core import admission, jobs, metrics, queue, validation
+from api.core import admission, jobs, metrics, queue, startup, validation
 from api.core.db import session_scope
 from api.core.logs import configure, get_logger
 from api.core.settings import get_settings
@@ -122,6 +122,7 @@ def _repeat(chore: Callable[[], object], stop: threading.Event) -> None:
 
 def main() -> None:
     """Entry point."""
+    startup.check_or_exit()
     configure()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

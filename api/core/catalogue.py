@@ -1,31 +1,52 @@
 """The base models the operator allows, from one TOML file. Nothing else can be trained.
 
 An entry carries the facts that a request is checked against (target modules and their shapes), so
-the web process never opens a model. `lorainit models inspect` writes an entry.
+the web process never opens a model. `lorainit models inspect` writes an entry. Every process reads the file when it
+starts, and refuses to start without a good one; a file that changes meanwhile is taken, or, if it is not good any more,
+refused with a line in the log while the entries before stay in effect.
 """
 
-import tomllib
-from functools import cache
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
+from api.core import catalogue_file, logs
+from api.core.catalogue_file import BadCatalogue
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
-from lorainit import placement
+from lorainit import placement, sources
 from lorainit.errors import LorainitError, UnsupportedInit
 from lorainit.facts import NF4_BLOCK, ModelFacts
 from lorainit.schema import Strict
 from lorainit.spec import BaseModelRef, Lora
 
+ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+
+def _checked_root(name: str) -> str:
+    if not sources.is_root(name):
+        raise ValueError(
+            f"{name!r} is no hub id (OWNER/NAME): readers of an adapter would look for a model of that name on the"
+            f" hub, whoever made it; write {sources.LOCAL}{name} if the base is on none"
+        )
+    return name
+
+
+def _checked_source(source: str) -> str:
+    if source.startswith(sources.HUB) and sources.as_hub_id(source) is None:
+        raise ValueError(f"{source!r} is not {sources.HUB}OWNER/NAME[@REVISION]")
+    return source
+
 
 class Entry(ModelFacts):
-    """One base model: its public name, where it is, and its facts."""
+    """One base model: its public name, where it is, and its facts. Its id may not look like anything else."""
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-    source: str
+    id: Annotated[str, Field(pattern=ID)]
+    root: Annotated[str, AfterValidator(_checked_root)]
+    source: Annotated[str, Field(min_length=1), AfterValidator(_checked_source)]
     created: int = 0
     max_r: Annotated[int, Field(ge=1)] = 256
     base_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -48,24 +69,100 @@ class Catalogue(Strict):
     models: list[Entry]
 
 
-@cache
 def load(path: Path | None) -> dict[str, Entry]:
-    """Every entry by its id; `None` = the built-in file.
+    """Every entry by its id; `None` = the built-in file. Sources are absolute, or relative to the file's folder.
 
     Raises:
-        ValueError: the file is not valid TOML or an entry is wrong; the message names it.
+        BadCatalogue: there is no such file, it is not TOML, or an entry is wrong.
     """
-    source = path if path is not None else resources.files("api.core") / "catalogue.toml"
+    file = path.absolute() if path is not None else resources.files("api.core") / "catalogue.toml"
+    text = catalogue_file.read(file)
     try:
-        parsed = Catalogue.model_validate(tomllib.loads(source.read_text("utf-8")))
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise ValueError(f"catalogue {source}: {error}") from error
-    return {entry.id: entry for entry in parsed.models}
+        models = Catalogue.model_validate(catalogue_file.parse(text, file)).models
+    except ValidationError as error:
+        raise catalogue_file.fault(error, text, file) from error
+    known: dict[str, Entry] = {}
+    for index, entry in enumerate(models):
+        if entry.id in known:
+            raise catalogue_file.at(("models", index, "id"), f"{entry.id!r} is there twice", text, file)
+        folder = path.absolute().parent if path is not None else Path()
+        known[entry.id] = entry.model_copy(update={"source": sources.absolute(entry.source, folder=folder)})
+    return known
+
+
+Stamp = tuple[int, int, int] | None  # what tells one version of a file from another; None = there is no file
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The entries in effect; `refused` says why those of the file as it is now are not."""
+
+    stamp: Stamp
+    entries: dict[str, Entry]
+    refused: str = ""
+
+
+_held: dict[Path | None, _Held] = {}
 
 
 def entries() -> dict[str, Entry]:
-    """The catalogue in effect."""
-    return load(get_settings().catalogue)
+    """The catalogue in effect.
+
+    Raises:
+        BadCatalogue: as for `load`, and no good file was there before.
+    """
+    return _current().entries
+
+
+def refused() -> str:
+    """Why the file as it is now is not in effect; "" when it is."""
+    return _current().refused
+
+
+def forget() -> None:
+    """Read the file anew when it is next asked for."""
+    _held.clear()
+
+
+def _current() -> _Held:
+    path = get_settings().catalogue
+    stamp, held = _stamp(path), _held.get(path)
+    if held is None or held.stamp != stamp:
+        held = _held[path] = _read_again(path, stamp, held)
+    return held
+
+
+def _read_again(path: Path | None, stamp: Stamp, before: _Held | None) -> _Held:
+    try:
+        return _Held(stamp, load(path))
+    except BadCatalogue as error:
+        if before is None:
+            raise
+        logs.get_logger(__name__).error("the changed catalogue is refused; the one before stays", error=str(error))
+        return _Held(stamp, before.entries, str(error))
+
+
+def _stamp(path: Path | None) -> Stamp:
+    try:
+        facts = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return None if facts is None else (facts.st_mtime_ns, facts.st_size, facts.st_ino)
+
+
+def missing_sources() -> list[str]:
+    """A sentence for each base model whose files are not on this host; one of a hub is fetched when it is needed."""
+    return [why for entry in entries().values() if (why := _why_missing(entry))]
+
+
+def _why_missing(entry: Entry) -> str:
+    try:
+        path = sources.local_path(entry.source)
+    except LorainitError as error:
+        return f"model {entry.id!r}: {error.message}"
+    if path is None or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return ""
+    return f"model {entry.id!r}: its source, {path}, is neither a folder nor a .gguf file."
 
 
 def find(name: str) -> Entry | None:

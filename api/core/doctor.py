@@ -4,18 +4,20 @@ A check is `ok`, `failed`, or `absent`: not set up here, which is no fault (a br
 serve` starts its own, torch in the API's container).
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from sqlalchemy import text
 
-from api.core import disk, migrate, queue
+from api.core import catalogue, disk, migrate, queue
 from api.core.db import get_engine, now, session_scope
 from api.core.disk import Volume, human
-from api.core.settings import Settings, get_settings
+from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
 from api.core.storage import get_storage
 
 # More than NTP ever leaves; a client's signature of a request to S3 may be off by 15 minutes.
@@ -41,7 +43,13 @@ class Absent(Exception):
 
 def examine() -> Iterator[Check]:
     """Every check of the service, each as soon as it is done; one that fails keeps no other from running."""
-    settings = get_settings()
+    try:
+        settings = get_settings()
+    except BadSettings as error:
+        yield Check("settings", "failed", str(error))
+        return
+    yield _check("settings", _settings)
+    yield _check("catalogue", _catalogue)
     volumes = {volume.name: volume for volume in disk.worker_volumes(settings) + disk.service_volumes(settings)}
     yield _check("database", partial(_database, settings))
     yield _check("migrations", partial(_migrations, settings))
@@ -58,7 +66,24 @@ def _check(name: str, look: Callable[[], str]) -> Check:
     except Absent as reason:
         return Check(name, "absent", str(reason))
     except Exception as error:  # every driver has its own kinds; the point is to say what it said
-        return Check(name, "failed", " ".join(str(error).split())[:300] or type(error).__name__)
+        return Check(name, "failed", " ".join(str(error).split())[:500] or type(error).__name__)
+
+
+def _settings() -> str:
+    if unknown := unknown_variables(os.environ):
+        raise RuntimeError(f"{', '.join(unknown)}: nothing reads it")
+    return "every LORAINIT_ variable is understood"
+
+
+def _catalogue() -> str:
+    known, where = catalogue.load(get_settings().catalogue), get_settings().catalogue or "the built-in catalogue"
+    if not known:
+        raise RuntimeError(f"{where} offers no base model: `lorainit models inspect` writes an entry")
+    if find_spec("torch") is None:
+        return f"{where} offers {', '.join(known)}; their files are looked for where the worker runs"
+    if missing := catalogue.missing_sources():
+        raise RuntimeError(f"{where}: {' '.join(missing)}")
+    return f"{where} offers {', '.join(known)}"
 
 
 def _database(settings: Settings) -> str:

@@ -1,27 +1,69 @@
 """Every setting of the service, in one class; the README's table is checked against it.
 
-Read from the environment with the prefix `LORAINIT_`, only when `get_settings()` is first called.
-No setting has a default secret.
+Read from the environment with the prefix `LORAINIT_`, only when `get_settings()` is first called; an empty variable
+is one that is not set. No setting has a default secret.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "LORAINIT_"
+
+
+class BadSettings(ValueError):
+    """Some variables cannot be what they are; the message names each, without its value."""
+
+
+def _with_scheme(*known: str) -> AfterValidator:
+    def check(url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme.partition("+")[0] not in known:
+            raise ValueError(f"must be a URL that begins with {' or '.join(f'{scheme}://' for scheme in known)}")
+        try:
+            parts.port  # noqa: B018  (it is read when it is asked for)
+        except ValueError:
+            raise ValueError("is a URL whose port is no number; is a password in it percent-encoded?") from None
+        return url
+
+    return AfterValidator(check)
+
+
+def _some_queue(names: str) -> str:
+    if not any(name.strip() for name in names.split(",")):
+        raise ValueError("must name at least one queue")
+    return names
 
 
 class Settings(BaseSettings):
     """The service's settings; times are seconds, sizes are bytes."""
 
     # What is wrong with a setting is said without its value: it may be a URL with a password.
-    model_config = SettingsConfigDict(env_prefix="LORAINIT_", extra="ignore", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
+    )
 
     state_dir: Path = Field(Path(".state"), description="Folder of the embedded default: database, files, caches.")
-    database_url: str | None = Field(None, description="SQLAlchemy URL; empty = SQLite (WAL) in the state folder.")
-    broker_url: str | None = Field(None, description="Redis or Valkey URL; empty = `lorainit serve` starts its own.")
-    storage_url: str | None = Field(
+    database_url: Annotated[str | None, _with_scheme("postgresql", "sqlite")] = Field(
+        None, description="SQLAlchemy URL; empty = SQLite (WAL) in the state folder."
+    )
+    broker_url: Annotated[str | None, _with_scheme("redis", "rediss")] = Field(
+        None, description="Redis or Valkey URL; empty = `lorainit serve` starts its own."
+    )
+    storage_url: Annotated[str | None, _with_scheme("file", "s3")] = Field(
         None, description="`file:///folder` or `s3://bucket/prefix`; empty = a folder in the state folder."
     )
     s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store; empty = AWS.")
@@ -32,9 +74,14 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port of the API; 0 = any free one.")
-    organization: str = Field("local", description="Name in `organization_id` and in fine-tuned model names.")
-    max_upload_bytes: int = Field(512 * 2**20, description="Largest file `POST /v1/files` takes.")
-    max_body_bytes: int = Field(2 * 2**20, description="Largest JSON body.")
+    # A header carries it and names of models are made of it.
+    organization: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        "local", description="Name in `organization_id` and in fine-tuned model names."
+    )
+    max_upload_bytes: Annotated[int, Field(ge=1)] = Field(
+        512 * 2**20, description="Largest file `POST /v1/files` takes."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1)] = Field(2 * 2**20, description="Largest JSON body.")
     body_seconds: Annotated[float, Field(gt=0)] = Field(
         30.0, description="A request's body may keep us waiting this long, and a second more per 16 KiB received."
     )
@@ -47,12 +94,14 @@ class Settings(BaseSettings):
     project_files: Annotated[int, Field(ge=0)] = Field(
         0, description="Uploaded files a project may keep; 0 = no limit."
     )
-    log_format: str = Field("json", description="`json` or `console`.")
-    log_level: str = Field("info", description="Lowest level written.")
+    log_format: Literal["json", "console"] = Field("json", description="`json` or `console`.")
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(str.lower)] = Field(
+        "info", description="Lowest level written."
+    )
 
     worker_slots: Annotated[int, Field(ge=1)] = Field(1, description="Runs one worker holds at once (one per GPU).")
     worker_scratch: Path | None = Field(None, description="Where runs work; empty = a folder in the state folder.")
-    worker_queues: str = Field(
+    worker_queues: Annotated[str, AfterValidator(_some_queue)] = Field(
         "train", description="Queues (device classes) this worker takes jobs from, comma-separated."
     )
     model_cache: Path | None = Field(None, description="Converted base models; empty = a folder in the state folder.")
@@ -130,5 +179,29 @@ class Settings(BaseSettings):
 
 @cache
 def get_settings() -> Settings:
-    """The settings of this process, read once."""
-    return Settings()
+    """The settings of this process, read once.
+
+    Raises:
+        BadSettings: one of them is not what it has to be.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = (
+            f"{PREFIX}{'_'.join(map(str, fault['loc'])).upper()}: {_words(fault['msg'])}" for fault in error.errors()
+        )
+        raise BadSettings(f"wrong settings in the environment: {'; '.join(faults)}.") from None
+
+
+def unknown_variables(names: Iterable[str]) -> list[str]:
+    """A few words for each of these environment variables that looks like a setting and is none."""
+    known = [name.upper() for name in Settings.model_fields]
+    ours = {name: name.upper().removeprefix(PREFIX) for name in sorted(names) if name.upper().startswith(PREFIX)}
+    near = ((name, get_close_matches(rest, known, n=1)) for name, rest in ours.items() if rest not in known)
+    return [f"{name} is no setting" + (f" ({PREFIX}{close[0]}?)" if close else "") for name, close in near]
+
+
+def _words(message: str) -> str:
+    """A fault as pydantic says it, as the end of a sentence."""
+    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return message.partition(", unable to parse")[0]

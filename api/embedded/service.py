@@ -22,10 +22,10 @@ from typing import IO
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.core import keys, migrate
+from api.core import catalogue, keys, migrate
 from api.core.db import get_engine, session_scope
 from api.core.models import ApiKey
-from api.core.settings import Settings, get_settings
+from api.core.settings import Settings, get_settings, unknown_variables
 from api.embedded import broker
 from api.embedded.children import Child, follow, tail
 
@@ -56,10 +56,14 @@ class Service:
         """Everything up and answering. Returns a first API key if the database had none.
 
         Raises:
-            CannotServe: the folder or port is taken, there is no broker, or a part does not come up.
+            BadCatalogue: its file cannot be used.
+            CannotServe: a base model is not here, the folder or port is taken, there is no broker, or a part does not
+                come up.
         """
-        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (self.state / "logs").mkdir(exist_ok=True)
+        _require_base_models(self.settings)
+        for name in unknown_variables(os.environ):
+            self.say(f"{name}: nothing reads it")
+        _make_folder(self.state)
         self._lock = _lock(self.state)
         self._socket = _listen(self.settings.host, self.settings.port)
         self.url = _url(self.settings.host, self._socket)
@@ -140,12 +144,12 @@ class Service:
 
     def _wait_until_ready(self, api: Child) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        while not _answers(f"{self.url}/readyz"):
+        while (trouble := _trouble(f"{self.url}/readyz")) is not None:
             if self._asked_to_stop:
                 raise CannotServe("stopped while starting")
             fallen = api.process is None or api.process.poll() is not None
             if fallen or time.monotonic() > deadline:
-                why = "ended" if fallen else f"does not answer after {READY_SECONDS:.0f} s"
+                why = "ended" if fallen else f"is not ready after {READY_SECONDS:.0f} s ({trouble})"
                 raise CannotServe(f"the API {why}. The end of {api.log}:\n{tail(api.log)}")
             time.sleep(TICK_SECONDS)
 
@@ -173,6 +177,22 @@ def running(*, say: Say) -> Iterator[tuple[Service, str | None]]:
         service.stop()
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def _require_base_models(settings: Settings) -> None:
+    if not (missing := catalogue.missing_sources()):
+        return
+    where = f"The catalogue {settings.catalogue.absolute()}" if settings.catalogue else "The built-in catalogue"
+    advice = "LORAINIT_CATALOGUE names a file of your own, and `lorainit models inspect` writes its entries."
+    raise CannotServe(f"{where} offers what is not here: {' '.join(missing)} {advice}")
+
+
+def _make_folder(state: Path) -> None:
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (state / "logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise CannotServe(f"the state folder {state} cannot be made: {error.strerror}") from error
 
 
 def _lock(state: Path) -> IO[str]:
@@ -205,12 +225,18 @@ def _url(host: str, listener: socket.socket) -> str:
     return f"http://{name}:{listener.getsockname()[1]}"
 
 
-def _answers(url: str) -> bool:
+def _trouble(url: str) -> str | None:
+    """What a readiness route says is missing; None when nothing is."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  (our own http address)
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+        with urllib.request.urlopen(url, timeout=5):  # noqa: S310  (our own http address)
+            return None
+    except urllib.error.HTTPError as error:
+        checks = json.loads(error.read())["checks"]
+        return ", ".join(
+            f"{name}: {found}" for name, found in checks.items() if found in ("unreachable", "missing", "unknown")
+        )
+    except OSError as error:
+        return str(error)
 
 
 def _first_key() -> str | None:

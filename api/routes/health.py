@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from api.core import logs, migrate, queue, workers
+from api.core import catalogue, logs, migrate, queue, workers
 from api.core.db import session_scope
 from api.core.settings import get_settings
 from api.core.storage import get_storage
@@ -37,6 +37,7 @@ class Readiness(Wire):
 def readyz() -> JSONResponse:
     """Jobs can be accepted. No worker, and no broker, is still ready: the rows wait."""
     checks: dict[str, Any] = {"database": "ok", "storage": "ok", "queue": "ok", "migrations": "ok", "workers": 0}
+    checks["catalogue"] = "changed and refused" if catalogue.refused() else "ok"
     try:
         with session_scope(read_only=True) as session:
             checks["workers"] = workers.online(session)

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from openai import OpenAI, OpenAIError
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 FINAL = ("succeeded", "failed", "cancelled")
+CHECK_SECONDS = 60.0
 
 
 class Problem(Exception):
@@ -40,21 +42,28 @@ def explain(error: OpenAIError) -> str:
     """One readable line: the sentence, the code and the field."""
     body = getattr(error, "body", None)
     if not isinstance(body, dict):
-        cause = error.__cause__ or error
+        cause = " ".join(str(error.__cause__ or error).split())[:300]  # a web page, perhaps
         return f"no usable answer from {os.environ.get('OPENAI_BASE_URL')}: {cause}"
     marks = [f"{name} {body[name]}" for name in ("code", "param") if body.get(name)]
     return f"{body.get('message', error)}" + (f" ({', '.join(marks)})" if marks else "")
 
 
 def upload(client: OpenAI, path: Path) -> str:
-    """Send a training or validation file; its id.
+    """Send a training or validation file and wait for the server's check of its rows; its id.
+
+    A job that is ordered after the check is refused at once for what it found.
 
     Raises:
-        Problem: there is no such file here.
+        Problem: there is no such file here, or it is empty.
     """
     if not path.is_file():
         raise Problem(f"{path} is not a file.")
-    return client.files.create(file=path, purpose="fine-tune").id
+    if not path.stat().st_size:
+        raise Problem(f"{path} is empty.")
+    file = client.files.create(file=path, purpose="fine-tune")
+    with suppress(RuntimeError):  # a check that takes longer goes on while the job waits for it
+        client.files.wait_for_processing(file.id, poll_interval=0.3, max_wait_seconds=CHECK_SECONDS)
+    return file.id
 
 
 def parse_init(text: str) -> str | dict[str, Any]:

@@ -20,14 +20,14 @@ from typing import Any
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from api.embedded.children import Child, tail
 from api.terminal import client as remote
 from api.terminal.client import Problem
+from api.terminal.local import EXAMPLES
 from api.terminal.watch import watch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = "smollm2-135m-instruct"
 MARK = "made-by-lorainit-demo"
 START_SECONDS = 120.0
@@ -66,7 +66,7 @@ def run(state: Path, console: Console) -> int:
     _show(console, found, adapter=adapter, picture=picture)
     faults = _faults(job, found, reported=_last_validation_loss(metrics))
     for fault in faults:
-        console.print(f"[red]failed:[/red] {escape(fault)}")
+        console.print(Text.assemble(("failed:", "red"), f" {fault}"))
     _step(console, began, "the demo failed" if faults else "all checks passed")
     return 1 if faults else 0
 
@@ -101,13 +101,12 @@ def _faults(job: FineTuningJob, found: dict[str, Any], *, reported: float) -> li
 
 def _show(console: Console, found: dict[str, Any], *, adapter: Path, picture: Path) -> None:
     before, after = found["before"], found["after"]
-    console.print(
-        f"\n[bold]held-out loss[/bold]   {before['loss']:.4f} before   [bold]{after['loss']:.4f} after[/bold]\n"
-    )
+    losses = f"   {before['loss']:.4f} before   ", (f"{after['loss']:.4f} after", "bold")
+    console.print(Text.assemble("\n", ("held-out loss", "bold"), *losses, "\n"))
     lines = (("prompt", found["prompt"]), ("before", before["completion"]), ("after", after["completion"]))
     for name, text in (*lines, ("wanted", found["wanted"])):
-        console.print(f"[bold]{name:<8}[/bold]{escape(' '.join(text.split()))}")
-    console.print(f"\nadapter     {_near(adapter)}\nloss curve  {_near(picture)}\n", markup=False)
+        console.print(Text.assemble((f"{name:<8}", "bold"), " ".join(text.split())))
+    console.print(f"\nadapter     {_near(adapter)}\nloss curve  {_near(picture)}\n")
 
 
 # --- around it -----------------------------------------------------------------------------------
@@ -219,4 +218,4 @@ def _near(path: Path) -> str:
 
 
 def _step(console: Console, began: float, text: str) -> None:
-    console.print(f"[dim]{time.monotonic() - began:5.0f} s[/dim]  {escape(text)}")
+    console.print(Text.assemble((f"{time.monotonic() - began:5.0f} s", "dim"), f"  {text}"))

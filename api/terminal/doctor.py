@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from api.core import doctor
 from api.core.doctor import Check
@@ -25,16 +25,15 @@ def run(out: Console, *, as_json: bool) -> bool:
     devices, machine = _devices()
     if as_json:
         report = doctor.as_json([*checks, devices])
-        out.print(json.dumps({**report, **machine}, indent=2), markup=False)
+        out.print(json.dumps({**report, **machine}, indent=2))
     else:
         _print(out, devices)
-        out.print(_words() if machine else "", markup=False, end="")
+        out.print(_words() if machine else "", end="")
     return all(check.status != "failed" for check in [*checks, devices])
 
 
 def _print(out: Console, check: Check) -> None:
-    colour = COLOURS[check.status]
-    out.print(f"[{colour}]{check.status:<7}[/{colour}] {check.name}: {escape(check.message)}")
+    out.print(Text.assemble((f"{check.status:<7}", COLOURS[check.status]), f" {check.name}: {check.message}"))
 
 
 def _devices() -> tuple[Check, dict[str, Any]]:

@@ -1,19 +1,18 @@
 """`lorainit keys`: make, list and delete API keys on the server's machine. The first admin key comes from here."""
 
-import sys
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from typer import Argument, Option
 
 from api.terminal import tables
 from api.terminal.client import Problem
+from api.terminal.console import err, out
 from api.terminal.local import State, configure, require_database
 
+LONGEST_NAME = 255
+
 app = typer.Typer(no_args_is_help=True, help="API keys (on the server's machine).")
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 400)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 @app.command("create")
@@ -27,6 +26,9 @@ def create(
     ] = "member",
 ) -> None:
     """Make an API key. It is printed once, on standard output, and kept only as a hash."""
+    for option, text in (("--project", project), ("--name", name)):
+        if not text.strip() or not text.isprintable() or len(text) > LONGEST_NAME:
+            raise Problem(f"{option} must be a name of 1 to {LONGEST_NAME} printable characters (got {text[:80]!r}).")
     configure(state=state)
     from api.core import keys
     from api.core.db import session_scope
@@ -37,7 +39,7 @@ def create(
         key, secret = keys.create_key(session, owner, name=name, role=role)
         session.commit()
     err.print(f"{key.id} ({key.role}) of project {project}, {owner.id}; it is shown only now:", style="dim")
-    out.print(secret, markup=False)
+    out.print(secret)
 
 
 @app.command("list")
@@ -68,4 +70,4 @@ def delete(key: Annotated[str, Argument(help="Id of the key: key_...")], state: 
         if not keys.delete_key(session, key):
             raise Problem(f"there is no key {key}.")
         session.commit()
-    out.print(f"{key} deleted", markup=False)
+    out.print(f"{key} deleted")

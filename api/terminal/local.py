@@ -1,6 +1,7 @@
 """What the commands on the server's own machine share: its folder, its settings, its database."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ from typer import Option
 
 from api.terminal.client import Problem
 
+EXAMPLES = Path(__file__).parents[2] / "examples"  # of a clone of the repository
 State = Annotated[Path | None, Option("--state", help="Folder of database, files and logs (LORAINIT_STATE_DIR).")]
 
 
@@ -19,19 +21,46 @@ def configure(**options: Path | str | int | None) -> None:
             os.environ[names[option]] = str(value)
 
 
+def explain(error: Exception) -> str | None:
+    """One line for what goes wrong on a machine rather than in this program; None for everything else."""
+    if "sqlalchemy" not in sys.modules and not isinstance(error, OSError | ValueError):
+        return None  # most errors come from commands that never load a database
+    from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+    from api.core.catalogue_file import BadCatalogue
+    from api.core.settings import BadSettings, get_settings
+
+    if isinstance(error, BadSettings | BadCatalogue):
+        return str(error)
+    if isinstance(error, SQLAlchemyError):
+        said = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__
+        return f"the database at {_shown(get_settings().database())} cannot be used: {' '.join(said.split())[:300]}"
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return None
+
+
+def _shown(url: str) -> str:
+    """A database's URL without its password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return "LORAINIT_DATABASE_URL"
+
+
 def require_database() -> None:
     """Refuse to go on where no migrated database is.
 
     Raises:
         Problem: there is none.
     """
-    from sqlalchemy.engine import make_url
-
     from api.core import migrate
     from api.core.db import get_engine
     from api.core.settings import get_settings
 
     settings = get_settings()
     if (settings.database_url is None and not settings.state_dir.is_dir()) or not migrate.is_current(get_engine()):
-        url = make_url(settings.database()).render_as_string(hide_password=True)
-        raise Problem(f"no database at {url}; `lorainit serve` or `lorainit migrate` makes it.")
+        raise Problem(f"no database at {_shown(settings.database())}; `lorainit serve` or `lorainit migrate` makes it.")

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from openai.types.fine_tuning import FineTuningJob
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from api.terminal.client import field_of
 from lorainit.facts import ModelFacts, Target
 from lorainit.inits import INITS
+from lorainit.sources import HUB, LOCAL
 
 METHOD_COLUMNS = ("method", "looks at", "export", "what it does")
 JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "result")
@@ -24,7 +25,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     for column in columns[1:]:
         drawn.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(escape(cell) for cell in row))
+        drawn.add_row(*map(Text, row))
     return drawn
 
 
@@ -50,17 +51,18 @@ def job_row(job: FineTuningJob) -> tuple[str, ...]:
         job.model,
         init if isinstance(init, str) else init.get("method", ""),
         str(lora.get("r", "")),
-        job.fine_tuned_model or (job.error.code if job.error and job.error.code else ""),
+        job.fine_tuned_model or (job.error.code if job.error else None) or field_of(job, "queue_reason") or "",
     )
 
 
-def catalogue_entry(facts: ModelFacts, *, model_id: str, source: str) -> str:
-    """One `[[models]]` block of the file that LORAINIT_CATALOGUE names."""
+def catalogue_entry(facts: ModelFacts, *, model_id: str, given: bool) -> str:
+    """One `[[models]]` block of the file that LORAINIT_CATALOGUE names; `given`: somebody said what the root is."""
     lines = [
         "[[models]]",
         f"id = {json.dumps(model_id)}",
+        *([] if given or facts.source.startswith(HUB) else _about_root(facts.root)),
         f"root = {json.dumps(facts.root)}",
-        f"source = {json.dumps(source)}",
+        f"source = {json.dumps(facts.source)}",
         f"max_length = {facts.max_length}",
         f"chat = {json.dumps(facts.chat)}",
         *([f"base_sha256 = {json.dumps(facts.base_sha256)}"] if facts.base_sha256 else []),
@@ -72,6 +74,15 @@ def catalogue_entry(facts: ModelFacts, *, model_id: str, source: str) -> str:
     if facts.left_out:
         lines += ["# These get no LoRA.", "left_out = [", *_rows(facts.left_out), "]"]
     return "\n".join(lines) + "\n"
+
+
+def _about_root(root: str) -> list[str]:
+    """What to look at before adapters carry this name."""
+    if root.startswith(LOCAL):
+        return ["# Adapters name their base so, which is on no hub. Has it a hub id? `--root OWNER/NAME`."]
+    return [
+        f"# As the folder says. Are these other weights, trained further? Write {LOCAL}NAME: the adapters fit no other."
+    ]
 
 
 def _rows(kinds: Sequence[Target]) -> list[str]:

@@ -3,52 +3,107 @@
 import time
 from typing import Any
 
-from openai import APIConnectionError, InternalServerError, OpenAI
+from openai import APIConnectionError, InternalServerError, OpenAI, OpenAIError
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from api.terminal.client import FINAL, events_after, field_of, sequence
+from api.terminal.client import FINAL, events_after, explain, field_of, sequence
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 120.0
 STYLE = {"info": "", "warn": "yellow", "error": "red"}
+WAITING = {
+    "no_worker_for_device": "no worker that is up takes jobs for the device {device!r} (LORAINIT_WORKER_QUEUES of a"
+    " worker names those it takes)",
+    "restarting": "it starts again after a loss",
+    "project_limit_reached": "its project runs as many jobs as it may",
+    "waiting_for_gpu": "it is the next to start when a worker is free",
+    "waiting_for_turn": "it is number {position} in the queue",
+}
 
 
 def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
-    """Follow a job to its end; a server that is away for a moment is waited for."""
-    seen, away_since = 0, None
+    """Follow a job to its end; a server that has answered and is away for a moment is waited for."""
+    seen = 0
     with _bar(console) as bar:
         task = bar.add_task("", total=100.0, numbers="", eta="")
+        patience, wait = _Patience(bar.console), _Wait(bar.console)
         while True:
             try:
                 job = client.fine_tuning.jobs.retrieve(job_id)
                 events = events_after(client, job_id, seen)
-            except (APIConnectionError, InternalServerError):
-                away_since = away_since or time.monotonic()
-                if time.monotonic() - away_since > PATIENCE_SECONDS:
-                    raise
+            except (APIConnectionError, InternalServerError) as error:
+                patience.lose(error)
                 bar.update(task, description="server away")
                 time.sleep(POLL_SECONDS)
                 continue
-            away_since = None
+            patience.regain()
             for event in events:
                 seen = sequence(event)
                 _tell(bar.console, event)
+            wait.tell(job)
             _draw(bar, task, job, events)
             if job.status in FINAL:
                 return job
             time.sleep(POLL_SECONDS)
 
 
+class _Patience:
+    """Bears with a server that has answered before, for `PATIENCE_SECONDS`, and says so."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._known, self._since = False, 0.0
+
+    def lose(self, error: OpenAIError) -> None:
+        """No answer: raise `error` where waiting does not help, or not any more."""
+        clock = time.monotonic()
+        if not self._known or (self._since and clock - self._since > PATIENCE_SECONDS):
+            raise error
+        if not self._since:
+            self._since = clock
+            text = f"The server is away ({explain(error)}); trying for {PATIENCE_SECONDS:.0f} s."
+            self._console.print(text, style="yellow")
+
+    def regain(self) -> None:
+        """An answer."""
+        if self._since:
+            self._console.print("The server is back.")
+        self._known, self._since = True, 0.0
+
+
+class _Wait:
+    """Says why a job waits, once it has waited for that reason at two polls."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last, self._told = "", ""
+
+    def tell(self, job: FineTuningJob) -> None:
+        """Look at a job's reason to wait."""
+        reason = field_of(job, "queue_reason") or ""
+        if reason and reason == self._last != self._told:
+            self._console.print(f"Waiting: {why_it_waits(job)}.")
+            self._told = reason
+        self._last = reason
+
+
+def why_it_waits(job: FineTuningJob) -> str:
+    """A queued job's `queue_reason` in words; "" if it has none."""
+    reason = field_of(job, "queue_reason") or ""
+    device = (field_of(job, "resources") or {}).get("device")
+    return WAITING.get(reason, reason).format(device=device, position=field_of(job, "queue_position"))
+
+
 def _bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("[bold]{task.description:<12}"),
+        TextColumn("{task.description:<12}", style="bold", markup=False),
         BarColumn(bar_width=28),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[numbers]}"),
-        TextColumn("[dim]{task.fields[eta]}"),
+        TextColumn("{task.percentage:>3.0f}%", markup=False),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        TextColumn("{task.fields[eta]}", style="dim", markup=False),
         console=console,
         disable=not console.is_terminal,
     )

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorainit.sources import LOCAL
+
 
 def write(
     folder: Path,
@@ -24,6 +26,10 @@ def write(
         experts: the adapter is on experts of a mixture too.
     """
     base, options = _nf4_card(loading) if loading else ("", "")
+    on_hub = not root.startswith(LOCAL)
+    # A card of the hub names no base that the hub does not have.
+    header, place = (f"base_model: {root}\n", root) if on_hub else ("", "path/to/the/base")
+    where = "" if on_hub else _LOCAL_CARD
     kind, serving = "LoRA", f"vLLM needs `--max-lora-rank` of at least {rank}."
     if dora:
         kind, serving = "DoRA", "Where only plain LoRA is served, merge it into the base first."
@@ -32,8 +38,7 @@ def write(
     source = f"`{method}` ({paper})" if paper else f"`{method}`"
     (folder / "README.md").write_text(
         f"""---
-base_model: {root}
-library_name: peft
+{header}library_name: peft
 pipeline_tag: text-generation
 tags:
 - lora
@@ -49,16 +54,18 @@ Initialized with {source}; exported as a {"DoRA" if dora else "plain LoRA"} of r
 from peft import PeftModel
 from transformers import AutoModelForCausalLM{", BitsAndBytesConfig" if loading else ""}
 
-base = AutoModelForCausalLM.from_pretrained("{root}"{options})
+base = AutoModelForCausalLM.from_pretrained("{place}"{options})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-{serving}{"" if experts else " "}`manifest.json` says exactly what ran, `init_report.json`
+{where}{serving}{"" if experts else " "}`manifest.json` says exactly what ran, `init_report.json`
 what the initialization did to each layer.
 """
     )
 
 
+_LOCAL_CARD = """The base model is on no hub: take the very folder or file that the adapter was trained on. `manifest.json` has the
+SHA-256 of its weights. """
 _EXPERTS_CARD = """
 It is on experts too (`target_parameters`), and few readers know that. PEFT does from 0.20 on, with transformers 5;
 with transformers 4 the experts are left out with a mere warning. vLLM leaves them out without a word where it has

@@ -5,7 +5,6 @@ ever run. Knows nothing of data, methods or training.
 """
 
 import hashlib
-import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorainit.digest import seal
 from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inits import Quantization
-from lorainit.model import tokenizer_files
+from lorainit.model import tokenizer_files, where
 from lorainit.model.complete import quiet, require_nothing_left
 from lorainit.model.examine import build, read_config, require_language_model
 from lorainit.model.files import check_folder, stored_weights
@@ -34,7 +33,6 @@ from lorainit.refusal import as_unsupported
 CONVERTER = 3
 # Some tokenizers load, and panic at the first word, the first letter they do not know, or where two words meet.
 _SAMPLE = "a b ab A1234 \u00e9 \u6f22\u5b57 \U0001f642\n\n\t  <x>"
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -52,20 +50,12 @@ def find(source: str) -> Path:
     """The folder or file that a source names, fetched from the hub if that is where it is; nothing in it is read.
 
     Args:
-        source: a folder, a `.gguf` file, `package:<python package>/<file>` or `hub:<owner>/<name>[@rev]`.
+        source: as `lorainit.sources` says.
 
     Raises:
         UnsupportedModel: nothing is there.
     """
-    if source.startswith("hub:"):
-        path = _from_hub(source.removeprefix("hub:"))
-    elif source.startswith("package:"):
-        path = _from_package(source.removeprefix("package:"))
-    else:
-        path = Path(source)
-    if not _exists(path):
-        raise UnsupportedModel(f"There is no base model at {source!r}.", param="model")
-    return path
+    return where.find(source).path
 
 
 def locate(source: str, *, cache: Path, path: Path | None = None) -> Location:
@@ -87,32 +77,6 @@ def locate(source: str, *, cache: Path, path: Path | None = None) -> Location:
         why = f"only {pickles[0]}, and pickles are never loaded" if pickles else "no weights"
         raise UnsupportedModel(f"{source!r} has no safetensors ({why}): convert it first.", param="model")
     return Location(folder, _context_length(check_folder(folder)))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a loop of links, a name too long, a zero byte in it
-        return False
-
-
-def _from_package(name: str) -> Path:
-    package, _, file = name.partition("/")
-    spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
-    if spec is None or not spec.submodule_search_locations:
-        raise UnsupportedModel(f"The Python package {package!r} is not installed here.", param="model")
-    return Path(spec.submodule_search_locations[0]) / file
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UnsupportedModel(f"The hub model {name!r} cannot be fetched: {error}", param="model") from error
 
 
 def _converted(path: Path, cache: Path) -> Path:

@@ -59,6 +59,14 @@ def test_an_unknown_route_names_those_that_exist(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
+    ("verb", "path"), [("GET", "/models"), ("POST", "/fine_tuning/jobs"), ("POST", "/uploads"), ("GET", "/models/a/b")]
+)
+def test_an_address_without_v1_is_told_so(client: TestClient, verb: str, path: str) -> None:
+    error = refused(client.request(verb, path), 404, "unsupported_endpoint")
+    assert error["message"] == f"{path} does not exist and /v1{path} does: the base URL of this API ends in /v1."
+
+
+@pytest.mark.parametrize(
     ("verb", "path"),
     [
         ("POST", "/v1/uploads"),

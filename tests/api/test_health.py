@@ -49,6 +49,7 @@ def test_readyz_counts_the_workers_heard_of_lately(lab: Lab, session: Session) -
     assert reply.status_code == 200
     assert reply.json()["checks"] == {
         "database": "ok", "storage": "ok", "queue": "not configured", "migrations": "ok", "workers": 1,
+        "catalogue": "ok",
     }  # fmt: skip
 
 

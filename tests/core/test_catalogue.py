@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from api.core import catalogue
+from api.core.catalogue_file import BadCatalogue
 from api.core.errors import BadReference, InvalidValue
 from lorainit.facts import Target
 from lorainit.spec import Lora
+from tests.conftest import forget
 
 
 def target(name: str, out: int, n: int, group: str = "attention", count: int = 2) -> Target:
@@ -108,8 +110,91 @@ def test_a_hub_name_is_an_alias_and_an_unknown_one_is_refused() -> None:
         catalogue.require("nothing")
 
 
-def test_a_broken_catalogue_says_where(tmp_path: Path) -> None:
+GOOD = """
+[[models]]
+id = "tiny"
+root = "lab/tiny"
+source = "models/tiny"
+max_length = 64
+chat = true
+targets = [
+  { name = "q", group = "attention", out_features = 32, in_features = 32, count = 2 },
+  { name = "up", group = "mlp", out_features = 64, in_features = 32, count = 2 },
+]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[models]\n", "is not TOML: .*line 1"),
+        ("\n\n[[models]]\nid = 'x'\n", r"line 3: models\[0\]\.root: field required \(4 more after this\)"),
+        ("# nothing\n", "line 1: models: field required"),
+        ("\nmodels = [{ id = 'x y' }]", r"line 2: models\[0\]\.root: field required \(5 more"),
+        (GOOD.replace("lab/tiny", "tiny"), r"line 4: models\[0\]\.root: 'tiny' is no hub id .* write local:tiny"),
+        (GOOD.replace("models/tiny", "hub:tiny"), r"line 5: models\[0\]\.source: 'hub:tiny' is not hub:OWNER/NAME"),
+        (GOOD.replace('"mlp"', '"mpl"'), r"line 10: models\[0\]\.targets\[1\]\.group"),
+        (GOOD + GOOD.replace("max_length = 64", "max_lenght = 64"), r"line 13: models\[1\]\.max_length: field req"),
+        (GOOD + GOOD.replace("true", "1"), r"line 18: models\[1\]\.chat"),
+        (GOOD + GOOD, r"line 14: models\[1\]\.id: 'tiny' is there twice"),
+        ("\x00", "is not TOML"),
+    ],
+)
+def test_a_broken_catalogue_is_told_with_file_line_and_field(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "models.toml"
-    path.write_text('[[models]]\nid = "x"\n')
-    with pytest.raises(ValueError, match=r"models\.toml"):
+    path.write_text(text)
+    with pytest.raises(BadCatalogue, match=rf"^The catalogue {path}.*{words}"):
         catalogue.load(path)
+
+
+def test_a_catalogue_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"# caf\xe9\n")
+    for name, words in (("none.toml", "No such file"), ("", "Is a directory"), ("latin.toml", "not UTF-8")):
+        with pytest.raises(BadCatalogue, match=words):
+            catalogue.load(tmp_path / name)
+
+
+def test_a_relative_source_is_beside_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models.toml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert catalogue.load(Path("models.toml"))["tiny"].source == str(tmp_path / "models" / "tiny")
+    (tmp_path / "models.toml").write_text(GOOD.replace("models/tiny", "hub:lab/tiny@v1"))
+    assert catalogue.load(Path("models.toml"))["tiny"].source == "hub:lab/tiny@v1"
+
+
+@pytest.fixture
+def file(environment: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A good catalogue, in effect."""
+    path = tmp_path / "models.toml"
+    path.write_text(GOOD)
+    environment.setenv("LORAINIT_CATALOGUE", str(path))
+    forget()
+    assert list(catalogue.entries()) == ["tiny"]
+    return path
+
+
+def test_a_changed_catalogue_is_picked_up(file: Path) -> None:
+    file.write_text(GOOD + GOOD.replace('"tiny"', '"other"'))
+    assert list(catalogue.entries()) == ["tiny", "other"]
+
+
+@pytest.mark.parametrize("broken", ["nonsense", "", None])
+def test_a_changed_catalogue_that_is_broken_is_refused_until_it_is_mended(broken: str | None, file: Path) -> None:
+    file.unlink()
+    if broken is not None:
+        file.write_text(broken)
+    assert (list(catalogue.entries()), str(file) in catalogue.refused()) == (["tiny"], True)
+    file.write_text(GOOD.replace('"tiny"', '"mended"'))
+    assert (list(catalogue.entries()), catalogue.refused()) == (["mended"], "")
+
+
+def test_files_that_are_not_here_are_named(file: Path) -> None:
+    assert catalogue.missing_sources() == [
+        f"model 'tiny': its source, {file.parent / 'models/tiny'}, is neither a folder nor a .gguf file."
+    ]
+    (file.parent / "models" / "tiny").mkdir(parents=True)
+    assert catalogue.missing_sources() == []
+    file.write_text(GOOD.replace("models/tiny", "package:no_such_package/x.gguf"))
+    assert "'no_such_package' is not installed" in catalogue.missing_sources()[0]
+    file.write_text(GOOD.replace("models/tiny", "hub:lab/tiny"))
+    assert catalogue.missing_sources() == []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from api.core import doctor, migrate
+from api.core import catalogue, doctor, migrate
 from api.core.settings import get_settings
 from api.core.storage import ObjectStorage
 from tests import servers
@@ -86,3 +86,30 @@ def test_a_clock_that_is_off_fails(monkeypatch: pytest.MonkeyPatch, database_url
 def test_it_leaves_no_trace(tmp_path: Path) -> None:
     list(doctor.examine())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_catalogue_that_cannot_be_used_fails_with_its_place(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text("[[models]]\nid = 'x'\n")
+    environment.setenv("LORAINIT_CATALOGUE", str(path))
+    forget()
+    assert (found()["catalogue"].status, found()["database"].status) == ("failed", "ok")
+    assert f"{path}, line 1: models[0].root" in found()["catalogue"].message
+
+
+def test_a_base_model_that_is_not_here_fails_where_jobs_run(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(catalogue, "missing_sources", lambda: ["model 'x': it is gone."])
+    assert (found()["catalogue"].status, "it is gone" in found()["catalogue"].message) == ("failed", True)
+    environment.setattr(doctor, "find_spec", lambda _: None)  # the API's container
+    assert found()["catalogue"].status == "ok"
+
+
+def test_settings_that_cannot_be_read_are_the_only_check(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_PORT", "abc")
+    get_settings.cache_clear()
+    assert statuses() == {"settings": "failed"}
+
+
+def test_a_variable_that_nothing_reads_fails(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_PROT", "9000")
+    assert found()["settings"].message == "LORAINIT_PROT is no setting (LORAINIT_PORT?): nothing reads it"

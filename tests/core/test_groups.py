@@ -191,7 +191,7 @@ def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
 
 # --- the key ------------------------------------------------------------------------------------
 
-BASE = catalogue.Entry(id="a", root="r", source="s", max_length=64, chat=True, targets=[], base_sha256="0")
+BASE = catalogue.Entry(id="a", root="lab/a", source="s", max_length=64, chat=True, targets=[], base_sha256="0")
 LORA = Lora.model_validate({"init": "kaiming", "r": 8})
 TRAINING = Hyperparameters(n_epochs=2, batch_size=8, max_length=32)
 

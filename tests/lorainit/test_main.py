@@ -211,7 +211,7 @@ def test_inspect_prints_json(bases, tmp_path):
     command = [sys.executable, "-m", "lorainit", "inspect", str(bases["llama"])]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
     facts = json.loads(done.stdout)
-    assert (facts["root"], facts["max_length"], facts["chat"]) == ("llama", 256, True)
+    assert (facts["root"], facts["max_length"], facts["chat"]) == ("local:llama", 256, True)
     assert [t["name"] for t in facts["targets"]][:2] == ["q_proj", "k_proj"]
 
 

@@ -114,7 +114,7 @@ def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind):
     model = skeletons(kind)
     targets, left_out = describe(model)
     entry = catalogue.Entry(
-        id="x", source="/x", root="x", max_length=64, chat=True, targets=targets, left_out=left_out
+        id="x", source="/x", root="lab/x", max_length=64, chat=True, targets=targets, left_out=left_out
     )  # fmt: skip
     for group in ("all-linear", *{t.group for t in targets} - {"other"}):
         lora = Lora(r=16, target_modules=group)
@@ -364,7 +364,7 @@ def test_an_entry_of_an_older_version_is_read_and_refused_where_its_names_mean_t
     old = [("c_attn", "attention", 96), ("c_proj", "attention", 32), ("c_proj", "mlp", 32)]
     targets = [{"name": n, "group": g, "out_features": out, "in_features": 32, "count": 2} for n, g, out in old]
     entry = catalogue.Entry.model_validate(
-        {"id": "gpt2", "source": "/x", "root": "x", "max_length": 64, "chat": True, "targets": targets}
+        {"id": "gpt2", "source": "/x", "root": "lab/x", "max_length": 64, "chat": True, "targets": targets}
     )
     assert catalogue.place(Lora(r=4), entry).target_modules == ["c_attn", "c_proj"]
     with pytest.raises(InvalidValue, match="written by an older version") as caught:

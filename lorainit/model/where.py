@@ -1,0 +1,51 @@
+"""Where a base model lies, whatever way its source names it. Needs no torch, and reads no file of a model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorainit import sources
+from lorainit.errors import UnsupportedModel
+from lorainit.model import hub
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder or a file on this host. `source` names it from everywhere, `hub_id` is its name on a hub if it has one.
+
+    A source that names a branch of a hub's model becomes one that names the commit.
+    """
+
+    source: str
+    path: Path
+    hub_id: str | None
+
+
+def find(source: str) -> Found:
+    """Find a base model, and fetch it from the hub if that is where it is.
+
+    Args:
+        source: as `lorainit.sources` says; OWNER/NAME[@REVISION] where no such folder is, is on the hub.
+
+    Raises:
+        UnsupportedModel: nothing is there.
+    """
+    path, on_hub = sources.local_path(source), sources.as_hub_id(source)
+    if path is not None and sources.exists(path):
+        folder = path.resolve() if ".." in path.parts else path.absolute()
+        return Found(source if source.startswith(sources.PACKAGE) else str(folder), folder, hub.id_of(folder))
+    if on_hub is None:
+        raise UnsupportedModel(_nothing(source, path), param="model")
+    try:
+        folder = hub.fetch(*on_hub)
+    except UnsupportedModel as error:
+        if path is None:
+            raise
+        raise UnsupportedModel(f"There is no folder {path.absolute()}. {error.message}", param="model") from error
+    return Found(hub.pinned(on_hub[0], folder), folder, on_hub[0])
+
+
+def _nothing(source: str, path: Path | None) -> str:
+    if path is None:
+        return f"{source!r} is not {sources.HUB}OWNER/NAME[@REVISION]."
+    place = f" ({path.absolute()})" if "\0" not in source and not source.startswith("/") else ""
+    return f"There is no base model at {source!r}{place}; a model of a hub is OWNER/NAME."
