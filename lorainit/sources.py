@@ -32,7 +32,7 @@ def as_hub_id(source: str) -> tuple[str, str | None] | None:
 
 def is_root(name: str) -> bool:
     """Whether an adapter may call its base so: nobody else's model on a hub can have the name by accident."""
-    return is_hub_id(name) or name.startswith(LOCAL)
+    return is_hub_id(name) or (name.startswith(LOCAL) and name != LOCAL)
 
 
 def absolute(source: str, *, folder: Path) -> str:

@@ -45,7 +45,7 @@ def _files(folder: Path) -> list[Path]:
 
 @dataclass
 class Hub:
-    """A running hub: its address, and every request it was sent as `VERB path`."""
+    """A running hub: its address, and every request for a model as `VERB path`."""
 
     url: str
     asked: list[str] = field(default_factory=list)
@@ -60,8 +60,9 @@ def serving(models: Mapping[str, Repository], *, port: int = 0) -> Iterator[Hub]
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            asked.append(f"{self.command} {self.path}")
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            if {"/".join(parts[:2]), "/".join(parts[2:4])} & set(models):  # the client asks for its own ends, too
+                asked.append(f"{self.command} {self.path}")
             if parts[:2] == ["api", "models"]:
                 self._describe("/".join(parts[2:4]), parts[4:])
             elif parts[2:3] == ["resolve"]:

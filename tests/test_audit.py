@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import api
-from lorainit.model import load
+from lorainit.model import hub
 from worker import app as worker_app
 
 ROOT = Path(api.__file__).parents[1]
@@ -73,14 +73,14 @@ def test_weights_are_loaded_from_safetensors_alone() -> None:
     for place, name, words in calls():
         if name == "AutoModelForCausalLM.from_pretrained":
             assert is_constant(words.get("use_safetensors"), True) or "gguf_file" in words, place
-    assert all(not pattern.endswith((".bin", ".pt", ".pth", ".pkl", ".py")) for pattern in load._HUB_FILES)
+    assert all(not pattern.endswith((".bin", ".pt", ".pth", ".pkl", ".py")) for pattern in hub.FILES)
 
 
 def test_one_place_fetches_from_a_hub() -> None:
     places = [
         place for place, name, _ in calls() if name.rpartition(".")[2] in ("snapshot_download", "hf_hub_download")
     ]
-    assert len(places) == 1 and places[0].startswith("lorainit/model/load.py")
+    assert len(places) == 1 and places[0].startswith("lorainit/model/hub.py")
 
 
 def test_the_queue_takes_json_and_nothing_else() -> None:

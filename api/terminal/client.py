@@ -112,6 +112,11 @@ def submit(
     return job
 
 
+def retrieve(client: OpenAI, job_id: str) -> FineTuningJob:
+    """The job as it is now."""
+    return client.fine_tuning.jobs.retrieve(job_id)
+
+
 def events_after(client: OpenAI, job_id: str, seen: int) -> list[FineTuningJobEvent]:
     """The events with a sequence above `seen`, oldest first."""
     newest_first = client.fine_tuning.jobs.list_events(job_id, limit=100)

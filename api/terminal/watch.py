@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from api.terminal.client import FINAL, events_after, explain, field_of, sequence
+from api.terminal.client import FINAL, events_after, explain, field_of, retrieve, sequence
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 120.0
@@ -32,7 +32,7 @@ def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
         patience, wait = _Patience(bar.console), _Wait(bar.console)
         while True:
             try:
-                job = client.fine_tuning.jobs.retrieve(job_id)
+                job = retrieve(client, job_id)
                 events = events_after(client, job_id, seen)
             except (APIConnectionError, InternalServerError) as error:
                 patience.lose(error)
@@ -55,23 +55,24 @@ class _Patience:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._known, self._since = False, 0.0
+        self._known = False
+        self._since: float | None = None
 
     def lose(self, error: OpenAIError) -> None:
         """No answer: raise `error` where waiting does not help, or not any more."""
         clock = time.monotonic()
-        if not self._known or (self._since and clock - self._since > PATIENCE_SECONDS):
+        if not self._known or (self._since is not None and clock - self._since > PATIENCE_SECONDS):
             raise error
-        if not self._since:
+        if self._since is None:
             self._since = clock
             text = f"The server is away ({explain(error)}); trying for {PATIENCE_SECONDS:.0f} s."
             self._console.print(text, style="yellow")
 
     def regain(self) -> None:
         """An answer."""
-        if self._since:
+        if self._since is not None:
             self._console.print("The server is back.")
-        self._known, self._since = True, 0.0
+        self._known, self._since = True, None
 
 
 class _Wait:

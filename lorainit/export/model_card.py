@@ -64,8 +64,8 @@ what the initialization did to each layer.
     )
 
 
-_LOCAL_CARD = """The base model is on no hub: take the very folder or file that the adapter was trained on. `manifest.json` has the
-SHA-256 of its weights. """
+_LOCAL_CARD = """The base model is on no hub: take the very folder or file that the adapter was trained on.
+`manifest.json` has the SHA-256 of its weights. """
 _EXPERTS_CARD = """
 It is on experts too (`target_parameters`), and few readers know that. PEFT does from 0.20 on, with transformers 5;
 with transformers 4 the experts are left out with a mere warning. vLLM leaves them out without a word where it has

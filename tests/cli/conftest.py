@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import servers
+from tests import hub, servers
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
 from tests.zoo.bases import make
 
@@ -68,25 +68,43 @@ def serving(state: Path, *options: str, **env: str) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalogue that offers a tiny model and a tiny mixture, written by `lorainit models inspect`."""
-    folder = tmp_path_factory.mktemp("tiny-cli")
-    tiny_llama().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    make("mixtral", folder / "mixture")
-    entries = [
-        lorainit("models", "inspect", str(folder / name), "--id", model)
-        for name, model in (("model", "tiny"), ("mixture", "tiny-moe"))
-    ]
-    assert all(entry.returncode == 0 for entry in entries), entries
-    (folder / "catalogue.toml").write_text("\n".join(entry.stdout for entry in entries))
-    return folder / "catalogue.toml"
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("tiny-cli") / "model"
+    tiny_llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory, catalogue: Path) -> Iterator[Served]:
+def hub_environment(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The variables that lead to a hub on this host, which offers a tiny mixture as Lab/Mixture."""
+    mixture = make("mixtral", tiny.parent / "mixture")
+    with hub.serving({"Lab/Mixture": hub.Repository({"main": mixture})}) as running:
+        yield {"HF_ENDPOINT": running.url, "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
+
+
+@pytest.fixture(scope="session")
+def catalogue(tiny: Path, hub_environment: dict[str, str]) -> Path:
+    """A catalogue that offers a tiny model and a tiny mixture of a hub, written by `lorainit models inspect`."""
+    path = tiny.parent / "catalogue.toml"
+    shell = {"env": environment(**hub_environment), "cwd": tiny.parent}
+    entries = [
+        lorainit("models", "inspect", source, "--id", name, **shell)
+        for source, name in (("model", "tiny"), ("Lab/Mixture", "tiny-moe"))
+    ]
+    assert all(entry.returncode == 0 for entry in entries), entries
+    path.write_text("\n".join(entry.stdout for entry in entries))
+    return path
+
+
+@pytest.fixture(scope="session")
+def served(
+    tmp_path_factory: pytest.TempPathFactory, catalogue: Path, hub_environment: dict[str, str]
+) -> Iterator[Served]:
     """One service for all tests that do it no harm."""
-    with serving(tmp_path_factory.mktemp("served") / "state", LORAINIT_CATALOGUE=str(catalogue)) as service:
+    state = tmp_path_factory.mktemp("served") / "state"
+    with serving(state, LORAINIT_CATALOGUE=str(catalogue), **hub_environment) as service:
         yield service
 
 

@@ -1,11 +1,14 @@
 """The command line at a server: orders, follows, cancels, downloads; errors are one readable line."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from transformers import AutoConfig
 
+from tests import hub
 from tests.cli.conftest import Served, environment, lorainit
 
 TINY = ("--model", "tiny", "--r", "4")
@@ -38,8 +41,34 @@ def test_an_order_is_followed_and_its_adapter_downloaded(served: Served, rows: P
     assert served.run("download", job, str(folder)).stdout.strip() == str(folder)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8  # 2r: the start is subtracted
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    names_no_model_of_a_hub(folder)
     assert "exists already" in one_error(served.run("download", job, str(folder)))
     assert "has already succeeded" in one_error(served.run("cancel", job))
+
+
+def names_no_model_of_a_hub(adapter: Path) -> None:
+    """The download of a base in a folder leads nobody to a stranger's model of the same name."""
+    page = (adapter / "README.md").read_text()
+    assert "base_model:" not in page
+    assert "The base model is on no hub" in page
+    with pytest.raises(OSError, match="local:model"):
+        AutoConfig.from_pretrained(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+def test_an_entry_means_the_same_from_everywhere(catalogue: Path, tiny: Path) -> None:
+    folder, of_hub = tomllib.loads(catalogue.read_text())["models"]
+    assert (folder["source"], folder["root"]) == (str(tiny), "local:model")
+    assert (of_hub["source"], of_hub["root"]) == (
+        f"hub:Lab/Mixture@{hub.commit(tiny.parent / 'mixture')}",
+        "Lab/Mixture",
+    )
+
+
+def test_a_root_or_an_id_that_is_none_is_refused(tiny: Path) -> None:
+    for option, wrong in (("--root", "tiny"), ("--id", "ti ny")):
+        options = {"--id": "tiny", option: wrong}
+        refused = lorainit("models", "inspect", str(tiny), *(part for pair in options.items() for part in pair))
+        assert one_error(refused).startswith(f"{option} must be ")
 
 
 def test_an_order_may_ask_for_a_group_and_an_end_token(served: Served, rows: Path) -> None:
@@ -52,19 +81,27 @@ def test_an_order_may_ask_for_a_group_and_an_end_token(served: Served, rows: Pat
             assert shown.append_eos is wanted  # type: ignore[attr-defined]
 
 
-def test_a_failed_job_is_exit_code_1_with_its_reason(served: Served, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"messages": []}\n' * 3, "a,b\n1,2\n", "[1]", "\x00", "\n\n"])
+def test_a_file_that_is_no_training_file_is_exit_code_1_with_its_reason(
+    text: str, served: Served, rows: Path, tmp_path: Path
+) -> None:
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"messages": []}\n' * 3)
-    done = served.run("submit", str(bad), *TINY, "--watch")
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: job ftjob-")
-    assert "invalid_training_file" in last
+    bad.write_text(text)
+    assert "(code invalid_training_file, param training_file)" in one_error(served.run("submit", str(bad), *TINY))
+    wrong = served.run("submit", str(rows), *TINY, "--validation", str(bad))
+    assert "(code invalid_validation_file, param validation_file)" in one_error(wrong)
+
+
+def test_a_job_that_did_not_succeed_is_exit_code_1(served: Served, rows: Path) -> None:
+    job = served.run("submit", str(rows), *TINY, "--device", "nowhere").stdout.strip()
+    served.run("cancel", job)
+    done = served.run("watch", job)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"error: job {job} cancelled")
 
 
 def test_a_refusal_names_code_and_field(served: Served, rows: Path) -> None:
     error = one_error(served.run("submit", str(rows), "--model", "gpt-4o"))
-    assert "Available: tiny" in error
+    assert "Available: tiny, tiny-moe" in error
     assert error.endswith("(code model_not_available, param model)")
     error = one_error(served.run("submit", str(rows), *TINY, "--precision", "fp16"))
     assert "method.supervised.hyperparameters.precision" in error
@@ -90,6 +127,35 @@ def test_an_init_that_is_no_json_is_refused(served: Served, rows: Path) -> None:
 def test_the_methods_of_the_server_are_listed(served: Served) -> None:
     here, there = lorainit("methods"), served.run("methods")
     assert here.stdout == there.stdout != ""
+
+
+@pytest.mark.parametrize("option", ["--project", "--name"])
+@pytest.mark.parametrize("text", ["", "  ", "a\nb", "x" * 256])
+def test_a_name_that_is_none_is_refused(option: str, text: str, served: Served) -> None:
+    refused = lorainit("keys", "create", "--state", str(served.state), option, text)
+    assert one_error(refused).startswith(f"{option} must be a name of 1 to 255 printable characters")
+
+
+def test_an_address_without_v1_is_told_so(served: Served) -> None:
+    bare = environment(OPENAI_BASE_URL=served.url.removesuffix("/v1"), OPENAI_API_KEY=served.key)
+    assert "the base URL of this API ends in /v1." in one_error(lorainit("list", env=bare))
+
+
+@pytest.mark.parametrize("command", [("serve",), ("migrate",), ("keys", "list"), ("keys", "create")])
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"DATABASE_URL": "postgresql://me:swordfish@127.0.0.1:9/x"}, "me:***@127.0.0.1:9/x cannot be used: "),
+        ({"PORT": "abc"}, "LORAINIT_PORT: must be a valid integer"),
+    ],
+)
+def test_what_the_host_lacks_is_one_line(
+    command: tuple[str, ...], variables: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    env = environment(**{f"LORAINIT_{name}": value for name, value in variables.items()})
+    error = one_error(lorainit(*command, "--state", str(tmp_path / "state"), env=env))
+    assert words in error
+    assert "swordfish" not in error
 
 
 @pytest.mark.parametrize("name", ["OPENAI_BASE_URL", "OPENAI_API_KEY"])

@@ -42,7 +42,7 @@ def validation(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "validation.jsonl", [chat(f"What is {n}?", f"It is {n} and {n}") for n in range(4)])
 
 
-def test_a_job_on_a_mixture_trains_its_experts_says_so_and_is_read_by_stock_peft(
+def test_a_job_on_a_mixture_of_a_hub_trains_its_experts_says_so_and_is_read_by_stock_peft(
     client: OpenAI, rows: Path, validation: Path, catalogue: Path, tmp_path: Path
 ) -> None:
     job: Any = order(client, rows, validation, init="pissa")
@@ -65,6 +65,8 @@ def test_a_job_on_a_mixture_trains_its_experts_says_so_and_is_read_by_stock_peft
     assert reported[0] - reported[1] > 0.1
     with tarfile.open(fileobj=io.BytesIO(client.files.content(job.adapter["file_id"]).read())) as archive:
         archive.extractall(tmp_path / "adapter", filter="data")
+    assert "base_model: Lab/Mixture\n" in (tmp_path / "adapter" / "README.md").read_text()
+    assert '"base_model_name_or_path": "Lab/Mixture"' in (tmp_path / "adapter" / "adapter_config.json").read_text()
     loss = loss_with_stock_peft(catalogue.parent / "mixture", tmp_path / "adapter")
     assert loss == pytest.approx(reported[1], abs=1e-4)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import openai
 import psutil
+import pytest
 
-from tests.cli.conftest import Served, gone, lorainit, serving
+from tests.cli.conftest import Served, environment, gone, lorainit, serving
 
 
 def tree(pid: int) -> list[int]:
@@ -26,7 +27,10 @@ def children(served: Served) -> dict[str, int]:
 
 def test_what_it_prints_is_enough_to_use_it(served: Served) -> None:
     client = openai.OpenAI(base_url=served.url, api_key=served.key)
-    assert "tiny" in [model.id for model in client.models.list()]
+    assert [model.id for model in client.models.list()][:2] == ["tiny", "tiny-moe"]
+    shown = served.output.read_text()
+    assert "--model tiny " in shown  # what it suggests is what it has
+    assert Path(shown.partition(" submit ")[2].split()[0]).is_file()
     assert f"OPENAI_BASE_URL={served.url}" in served.output.read_text()
 
 
@@ -45,6 +49,39 @@ def test_a_second_service_on_the_same_folder_is_refused(served: Served) -> None:
     assert second.returncode == 1
     assert second.stderr.startswith("error: another `lorainit serve` uses")
     assert (served.state / "service.json").exists()
+
+
+ENTRY = """
+[[models]]
+id = "tiny"
+root = "local:tiny"
+source = "nowhere"
+max_length = 64
+chat = true
+targets = []
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot be read: No such file"),
+        ("[[models", "is not TOML"),
+        (ENTRY.replace("max_length = 64\n", ""), "line 2: models[0].max_length: field required"),
+        (ENTRY, "{here}/nowhere, is neither a folder nor a .gguf file"),
+    ],
+)
+def test_a_catalogue_that_cannot_be_used_is_told_before_anything_starts(
+    text: str | None, words: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "models.toml").write_text(text)
+    env = environment(LORAINIT_CATALOGUE="models.toml")
+    refused = lorainit("serve", "--state", "state", "--port", "0", env=env, cwd=tmp_path)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+    assert str(tmp_path / "models.toml") in refused.stderr
+    assert words.format(here=tmp_path) in refused.stderr
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

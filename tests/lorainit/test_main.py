@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lorainit import confined
+from lorainit.__main__ import main
 from lorainit.events import EVENT, Checkpoint, Done, Failed, Metrics, Stage
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
@@ -213,6 +215,14 @@ def test_inspect_prints_json(bases, tmp_path):
     facts = json.loads(done.stdout)
     assert (facts["root"], facts["max_length"], facts["chat"]) == ("local:llama", 256, True)
     assert [t["name"] for t in facts["targets"]][:2] == ["q_proj", "k_proj"]
+
+
+def test_the_root_of_a_base_can_be_given(monkeypatch, capsys):
+    monkeypatch.setattr(confined, "inspect", lambda *_, **__: {"root": "local:tiny", "chat": True})
+    assert main(["inspect", "tiny", "--root", "lab/tiny"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"root": "lab/tiny", "chat": True}
+    with pytest.raises(SystemExit):
+        main(["inspect", "tiny", "--root", "tiny"])
 
 
 def test_torch_is_not_needed_to_read_a_spec_or_check_a_file():
