@@ -171,9 +171,7 @@ class Base:
     def require_packing(self) -> None:
         """Raise `GroupMismatch` where several adapters cannot share a forward pass."""
         if not self.packs:
-            raise GroupMismatch(
-                "This base model cannot train on packed rows, which grouped runs need.", param="resources.group"
-            )
+            raise GroupMismatch("This base model cannot train on packed rows, which grouped runs need.", param="member")
 
 
 def store(spec: RunSpec, kind: str, on_event: OnEvent) -> Store:

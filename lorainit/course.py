@@ -259,7 +259,7 @@ class Course:
 
 
 def _not_finite(what: str) -> NonFiniteLoss:
-    where = "method.supervised.hyperparameters.learning_rate"
+    where = "training.learning_rate"
     return NonFiniteLoss(f"{what} A lower learning rate usually helps.", param=where)
 
 

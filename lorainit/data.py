@@ -29,9 +29,9 @@ from lorainit.template import Template
 
 TICK_ROWS = 64
 _ERRORS: dict[str, type[LorainitError]] = {
-    "lora.init.calibration_file": InvalidTrainingFile,
-    "training_file": InvalidTrainingFile,
-    "validation_file": InvalidValidationFile,
+    "data.calibration": InvalidTrainingFile,
+    "data.training": InvalidTrainingFile,
+    "data.validation": InvalidValidationFile,
 }
 
 
@@ -76,7 +76,7 @@ def load(
     folder: Path | None = None,
     append_eos: bool = False,
     on_row_error: Literal["fail", "skip"] = "fail",
-    param: str = "training_file",
+    param: str = "data.training",
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Read and tokenize a file.
@@ -86,7 +86,7 @@ def load(
         folder: the base model's, which says at which tokens it stops; None = at the tokenizer's end token.
         append_eos: train that end token behind a last answer that ends with no token to stop at.
         on_row_error: "skip" leaves bad rows out and keeps them in `problems`.
-        param: which file it is in error messages, `training_file` or `validation_file`.
+        param: which file it is, a field of the spec: `data.training`, `data.validation` or `data.calibration`.
         on_tick: called with (line, lines in all) now and then.
 
     Raises:
@@ -199,10 +199,15 @@ class _Reader:
         self.remarks.setdefault(fault.code, problem(line, fault))
 
 
+def name_of(param: str) -> str:
+    """What a file is called in a sentence."""
+    return f"{param.removeprefix('data.')} file"
+
+
 def refuse(data: Dataset, on_row_error: str, param: str) -> None:
     """Raise what `load` promises for a file that cannot be used as it is."""
     bad = len({p.line for p in data.problems})
-    name = param.replace("_", " ")
+    name = name_of(param)
     masked = bool(data.problems) and all(p.code == "no_trainable_tokens" for p in data.problems)
     if not data.samples and masked:
         raise NoTrainableTokens(f"No row of the {name} has a token to train on.", param=param)

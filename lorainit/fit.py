@@ -28,7 +28,7 @@ from lorainit.resolve import total_steps
 from lorainit.world import World
 
 Lay = Callable[[Sequence[Sample]], Batch]
-PARAM = "method.supervised.hyperparameters"
+PARAM = "training"
 
 
 class Fitted(NamedTuple):

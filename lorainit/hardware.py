@@ -16,7 +16,7 @@ from lorainit import gpus, machine
 from lorainit.errors import UnsupportedModel, UnusableDevice
 from lorainit.spec import Choice, Hyperparameters
 
-PRECISION = "method.supervised.hyperparameters.precision"
+PRECISION = "training.precision"
 # torch's names for instructions that multiply bf16: x86 with AVX-512 or AMX, and ARM.
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 # How libraries say that memory is used up where torch has no class of its own for it, in lower case. What Triton calls

@@ -203,5 +203,5 @@ def _singular(group: Mapping[str, Any]) -> SingularPreconditioner:
     return SingularPreconditioner(
         f"The preconditioner of {group['name']} is singular at damping {group['damping']:g}: its factors have lost"
         " rank. A larger damping, a smaller r or a lower learning rate helps.",
-        param="method.supervised.hyperparameters.optimizer.damping",
+        param="training.optimizer.damping",
     )

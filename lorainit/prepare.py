@@ -13,7 +13,7 @@ from torch import nn
 
 from lorainit import hardware
 from lorainit.base import Base, OnEvent, store
-from lorainit.data import Dataset, Sample, refuse
+from lorainit.data import Dataset, Sample, name_of, refuse
 from lorainit.errors import GroupMismatch
 from lorainit.events import Message, Plan, Tick
 from lorainit.facts import LeftOut
@@ -96,7 +96,8 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
     data, valid, calibration = _load_data(spec, base, max_length, on_event)
     training, more = resolve(asked, rows=len(data.samples), model=model_ref, method=lora.method)
     for choice in [*choices, *decided_here, *more]:
-        _say(on_event, f"{choice.param} = {choice.value} ({choice.reason})", **choice.model_dump())
+        name = choice.param.removeprefix("training.")
+        _say(on_event, f"{name} = {choice.value} ({choice.reason})", **choice.model_dump())
 
     model = base.load(on_event)
     for rows in filter(None, (data, valid, calibration)):
@@ -119,7 +120,7 @@ def _refuse_routed(targets: dict[str, nn.Module]) -> None:
         raise GroupMismatch(
             "Adapters of experts see the tokens that the router sends them, not the rows of one run: runs that adapt"
             " experts cannot share a forward pass.",
-            param="resources.group",
+            param="member",
         )
 
 
@@ -145,10 +146,10 @@ def _load_data(
         refuse(data, spec.data.on_row_error, param)
         return data
 
-    training = read(spec.data.training, "training_file")
+    training = read(spec.data.training, "data.training")
     assert training is not None
-    calibration = read(spec.data.calibration, "lora.init.calibration_file")
-    validation = read(spec.data.validation, "validation_file")
+    calibration = read(spec.data.calibration, "data.calibration")
+    validation = read(spec.data.validation, "data.validation")
     if validation is not None:
         _report_overlap(training, validation, on_event)
     return training, validation, calibration
@@ -163,7 +164,7 @@ def _report_overlap(training: Dataset, validation: Dataset, on_event: OnEvent) -
             f"{known} of {len(validation.samples)} rows of the validation file are rows of the training file too: their"
             " loss says what the run remembers, not what it has learned."
         )
-        data = {"kind": "data", "file": "validation_file", "warnings": {"overlaps_validation_file": known}}
+        data = {"kind": "data", "file": "data.validation", "warnings": {"overlaps_validation_file": known}}
         on_event(Message(level="warn", message=text, data=data))
 
 
@@ -173,7 +174,7 @@ def _digest(sample: Sample) -> bytes:
 
 def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:
     skipped = data.rows - len(data.samples)
-    text = f"{len(data.samples)} of {data.rows} rows of the {param.replace('_', ' ')} are used"
+    text = f"{len(data.samples)} of {data.rows} rows of the {name_of(param)} are used"
     text += f", {data.trained_tokens} trained tokens per pass"
     text += f", {data.truncated} rows cut at the maximum length" if data.truncated else ""
     facts = {
@@ -188,7 +189,7 @@ def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:
     on_event(Message.model_validate({"level": level, "message": text, "data": {"kind": "data", **facts}}))
     for remark in data.remarks:
         count = data.warnings[remark.code]
-        more = f" ({count} rows of the {param.replace('_', ' ')})" if count > 1 else ""
+        more = f" ({count} rows of the {name_of(param)})" if count > 1 else ""
         facts = {"kind": "data", "file": param, "rows": count, **remark.model_dump()}
         on_event(Message(level="warn", message=f"{remark.message}{more}", data=facts))
 

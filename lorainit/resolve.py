@@ -66,7 +66,7 @@ def resolve(
 
     def choose(name: str, value: float | int, reason: str) -> None:
         update[name] = value
-        choices.append(Choice(param=f"method.supervised.hyperparameters.{name}", value=value, reason=reason))
+        choices.append(Choice(param=f"training.{name}", value=value, reason=reason))
 
     if training.n_epochs == "auto":
         choose("n_epochs", *_epochs(rows))
@@ -117,5 +117,5 @@ def _resolve_rate(
         raise ConflictingRates(
             f"learning_rate {rate:g} and learning_rate_multiplier {multiplier:g} (x base rate {base:g}) disagree:"
             " give one of them.",
-            param="method.supervised.hyperparameters.learning_rate",
+            param="training.learning_rate",
         )

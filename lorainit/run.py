@@ -271,5 +271,5 @@ def _as_our_errors() -> Iterator[None]:
 def _out_of_memory() -> OutOfMemory:
     return OutOfMemory(
         "The device ran out of memory. A smaller max_length or batch_size, a lower r, or fewer target modules helps.",
-        param="method.supervised.hyperparameters.max_length",
+        param="training.max_length",
     )

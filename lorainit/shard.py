@@ -21,7 +21,7 @@ from lorainit.recompute import layers_of
 from lorainit.spec import RunSpec
 from lorainit.world import World
 
-PARAM = "method.supervised.hyperparameters.shard_base"
+PARAM = "training.shard_base"
 ROOM = 0.8  # of a device's memory for the base; the rest is for what training adds
 
 

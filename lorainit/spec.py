@@ -174,14 +174,14 @@ Optimizer = Annotated[AdamW | AdamWPreconditioned | AdamWLoRAPlus, Field(discrim
 
 
 class Hyperparameters(Strict):
-    """`method.supervised.hyperparameters`: OpenAI's three, and ours.
+    """How to train: OpenAI's three hyperparameters, and ours.
 
     `batch_size` is the effective batch in rows. Intervals are in optimizer steps. `learning_rate`
     is the absolute peak; `learning_rate_multiplier` multiplies the base rate of model and method.
     `precision` is the number format of the base model and of the activations; what is trained stays in
     float32. `gradient_checkpointing` computes layers again instead of keeping them: "auto" when one row does
     not fit otherwise. `compile` fuses the base's element-wise parts: "auto" where a long run gets that back.
-    `shard_base` divides the frozen base between the devices of a job (`resources.devices`): "auto" where it does not
+    `shard_base` divides the frozen base between the devices of a run (`RunSpec.devices`): "auto" where it does not
     fit on one.
     These four autos are decided by the machine that the run finds itself on (`lorainit.hardware`, `lorainit.fit`,
     `lorainit.shard`).
@@ -269,7 +269,7 @@ def why_not_sharded(training: Hyperparameters, lora: Lora, *, devices: int) -> s
     if training.shard_base is not True:
         return None
     if devices == 1:
-        return "shard_base divides the base between devices, and the job has one: ask for more (resources.devices)."
+        return "shard_base divides the base between devices, and the job has one: ask for more devices."
     if lora.quantization:
         return "shard_base does not combine with a quantized base."
     if training.compile is True:

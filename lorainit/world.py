@@ -97,5 +97,5 @@ def joined(device: torch.device) -> Iterator[World]:
 def _take_gpu(place: int, size: int) -> None:
     count = torch.cuda.device_count()
     if place >= count:
-        raise TooFewDevices(f"The run is for {size} devices, and its worker sees {count}.", param="resources.devices")
+        raise TooFewDevices(f"The run is for {size} devices, and its worker sees {count}.", param="devices")
     torch.cuda.set_device(place)

@@ -19,7 +19,7 @@ from lorainit.spec import Choice
 from worker import artifacts, reconciler
 from worker.progress import Lost, Recorder
 
-PRECISION = "method.supervised.hyperparameters.precision"
+PRECISION = "training.precision"
 
 
 def tidy() -> None:

@@ -6,6 +6,7 @@ from api.core import disk, jobs, metrics
 from api.core.db import session_scope
 from api.core.disk import human
 from api.core.errors import BadReference
+from api.core.fields import in_body
 from api.core.jobs import Failure, Lease
 from api.core.logs import get_logger
 from api.core.models import File, Job
@@ -37,7 +38,7 @@ def told(job: Job, lease: Lease, failed: Failed) -> None:
         _retry(lease, "ran out of memory")
     else:
         figures = f" {_room_left()}" if failed.code == DISK_FULL else ""
-        fail(lease, Failure(failed.code, failed.message + figures, failed.param))
+        fail(lease, Failure(failed.code, failed.message + figures, in_body(failed.param)))
 
 
 def silent(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:

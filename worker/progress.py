@@ -6,6 +6,7 @@ from typing import Any
 
 from api.core import events, jobs, metrics, tallies
 from api.core.db import now, session_scope
+from api.core.fields import told
 from api.core.jobs import Lease
 from lorainit.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
 from worker.stopwatch import STARTING, Stopwatch
@@ -102,7 +103,7 @@ class Recorder:
         if isinstance(event, Message):
             if event.data.get("kind") == "oom_retry":
                 tallies.add(session, "out_of_memory", outcome="retried")
-            events.append(session, self._lease.job_id, event.message, at=at, level=event.level, data=event.data)
+            events.append(session, self._lease.job_id, event.message, at=at, level=event.level, data=told(event.data))
         elif isinstance(event, Metrics) and _worth_an_event(event):
             text, data = _describe(event)
             events.append(session, self._lease.job_id, text, at=at, type="metrics", data=data)

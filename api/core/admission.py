@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from api.core import catalogue, groups, jobs, turns, workers
 from api.core.db import now
 from api.core.errors import Refusal
+from api.core.fields import chosen, in_body
 from api.core.jobs import Failure
 from api.core.models import File, Job
 from api.core.submit import CALIBRATION_FILE, error_code
@@ -76,11 +77,11 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
         training, choices = resolve(training, rows=rows, model=base.reference(), method=lora.method)
     except (Refusal, LorainitError) as refusal:
         code = "unsupported_model" if refusal.code == "model_not_available" else "internal_error"
-        return Failure(code, refusal.message, refusal.param)
+        return Failure(code, refusal.message, in_body(refusal.param))
     recipe = {"lora": job.recipe["lora"], "training": training.model_dump(mode="json")}
-    chosen = [*job.choices, *(choice.model_dump(mode="json") for choice in choices)]
+    all_choices = [*job.choices, *(chosen(choice.model_dump(mode="json")) for choice in choices)]
     key = groups.key(base, lora, training=training, deterministic=job.deterministic) if job.wants_group else None
-    jobs.admit(session, job.id, recipe=recipe, choices=chosen, group_key=key)
+    jobs.admit(session, job.id, recipe=recipe, choices=all_choices, group_key=key)
     return None
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from api.core import catalogue, turns
+from api.core.fields import chosen
 from api.core.lookup import Result, Sight
 from api.core.models import Job
 from api.core.settings import get_settings
@@ -170,7 +171,7 @@ def _choices(job: Job, prefix: str) -> list[Any]:
 
 def _decided_by_the_run(job: Job) -> list[dict[str, Any]]:
     """The autos that waited for the machine; none before the run has a plan."""
-    return list((job.plan or {}).get("choices", []))
+    return [chosen(choice) for choice in (job.plan or {}).get("choices", [])]
 
 
 def _training(job: Job) -> dict[str, Any]:

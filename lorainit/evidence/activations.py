@@ -247,7 +247,7 @@ def calibration_rows(config: EVA | CorDA, context: Context) -> Sequence[Sample]:
     """The first rows; refused when there are none. Fewer than asked for is said aloud."""
     rows = context.samples[: config.samples]
     if not rows:
-        raise UnsupportedInit("This method looks at rows, and there are none.", param="lora.init.calibration_file")
+        raise UnsupportedInit("This method looks at rows, and there are none.", param="data.calibration")
     if len(rows) < config.samples:
         context.on_event(few_rows(config, len(rows)))
     return rows

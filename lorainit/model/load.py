@@ -159,7 +159,7 @@ def check_length(location: Location, max_length: int) -> None:
         raise SequenceTooLong(
             f"max_length {max_length} is above the {location.max_length} tokens that the base model's config.json"
             " allows (max_position_embeddings, with dynamic NTK times its factor).",
-            param="method.supervised.hyperparameters.max_length",
+            param="training.max_length",
         )
 
 

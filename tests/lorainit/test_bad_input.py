@@ -101,7 +101,7 @@ def test_method_that_needs_more_directions_than_the_rank(refused, init):
 def test_calibration_file_without_a_usable_row(refused, tmp_path, init):
     rows = write_rows(tmp_path / "calibration.jsonl", ["not a row"])
     error = refused(init, data={"calibration": str(rows)})
-    assert error.param == "lora.init.calibration_file"
+    assert error.param == "data.calibration"
 
 
 def test_fewer_tokens_than_eva_needs(refused, tmp_path):

@@ -137,7 +137,7 @@ def test_row_errors_name_line_and_code(tmp_path, row, code):
     good = chat("a", "b")
     with pytest.raises(InvalidTrainingFile, match=rf"1 of 2 rows of the training file .* {code}: Line 2: ") as caught:
         read(tmp_path, good, row, max_length=64, template=PLAIN_TEMPLATE)
-    assert caught.value.param == "training_file"
+    assert caught.value.param == "data.training"
     data, _ = read(tmp_path, good, row, max_length=64, template=PLAIN_TEMPLATE, on_row_error="skip")
     assert len(data.samples) == 1
     assert [(p.line, p.code) for p in data.problems] == [(2, code)]
@@ -145,7 +145,7 @@ def test_row_errors_name_line_and_code(tmp_path, row, code):
 
 def test_validation_file_has_its_own_error(tmp_path):
     with pytest.raises(InvalidValidationFile, match="validation file"):
-        read(tmp_path, "{", param="validation_file")
+        read(tmp_path, "{", param="data.validation")
 
 
 def test_preference_rows_are_refused(tmp_path):

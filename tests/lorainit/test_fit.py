@@ -105,7 +105,7 @@ def test_what_cannot_fit_is_out_of_memory_with_advice(wanted, tmp_path, monkeypa
     heard = []
     with pytest.raises(OutOfMemory, match="max_length") as error:
         run(wanted(training={CHECKPOINTING: switch, "batch_size": 4}), tmp_path / "out", heard.append)
-    assert error.value.param == "method.supervised.hyperparameters.max_length"
+    assert error.value.param == "training.max_length"
     assert not [event for event in heard if isinstance(event, Metrics) and event.train_loss]
 
 

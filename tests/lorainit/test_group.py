@@ -223,7 +223,7 @@ def test_a_base_that_cannot_pack_refuses_groups(spec, tmp_path, monkeypatch):
 
     monkeypatch.setattr(attention._Rows, "apply", strange)
     ends, _ = together([spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE)], tmp_path)
-    assert all(isinstance(end, LorainitError) and end.param == "resources.group" for end in ends.values())
+    assert all(isinstance(end, LorainitError) and end.param == "member" for end in ends.values())
 
 
 # --- gradients -----------------------------------------------------------------------------------

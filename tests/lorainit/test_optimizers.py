@@ -140,7 +140,7 @@ def test_lost_rank_without_damping_is_refused_by_name_and_changes_nothing():
     before = A.detach().clone()
     with pytest.raises(SingularPreconditioner, match=r"of model\.q is singular at damping 0: .* lost rank") as caught:
         PreconditionedAdamW({"model.q": (A, B)}, lr=0.01, damping=0.0).step()
-    assert caught.value.param == "method.supervised.hyperparameters.optimizer.damping"
+    assert caught.value.param == "training.optimizer.damping"
     assert caught.value.code == "non_finite_loss"
     assert torch.equal(A, before)
     PreconditionedAdamW({"model.q": (A, B)}, lr=0.01, damping=1e-6).step()

@@ -203,11 +203,11 @@ REFUSED = {
     "rank": ({"lora": {"r": 17, "target_modules": ["k_proj"]}}, RankTooLarge, "lora.r"),
     "target": ({"lora": {"target_modules": ["nope"]}}, UnknownTarget, "lora.target_modules[0]"),
     "length": (
-        {"training": {"max_length": 512}}, SequenceTooLong, "method.supervised.hyperparameters.max_length",
+        {"training": {"max_length": 512}}, SequenceTooLong, "training.max_length",
     ),
     "quantization": ({"lora": {"quantization": "nf4"}}, UnsupportedModel, "lora.quantization"),
-    "masked": ({"training": {"max_length": 8}, "data": {"on_row_error": "skip"}}, NoTrainableTokens, "training_file"),
-    "cut": ({"training": {"max_length": 16}}, LorainitError, "training_file"),
+    "masked": ({"training": {"max_length": 8}, "data": {"on_row_error": "skip"}}, NoTrainableTokens, "data.training"),
+    "cut": ({"training": {"max_length": 16}}, LorainitError, "data.training"),
 }  # fmt: skip
 
 

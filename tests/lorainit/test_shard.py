@@ -222,7 +222,7 @@ def test_layers_that_share_a_weight_are_not_divided(bases):
 def test_an_architecture_that_does_not_name_its_layers_is_refused():
     with pytest.raises(UnsupportedModel) as refused:
         shard(torch.nn.Linear(2, 2), torch.device("cpu"), world=World(0, 2))
-    assert refused.value.param == "method.supervised.hyperparameters.shard_base"
+    assert refused.value.param == "training.shard_base"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def read(bases, tmp_path):
     def call(path, *, folder=bases["llama"], max_length=64, rule="skip", limit=1 << 30):
         store = Store(tmp_path / "cache" / "tokens", limit, said.append)
         data = tokens.load_kept(path, tokenizer, folder=folder, store=store, max_length=max_length)
-        refuse(data, rule, "training_file")
+        refuse(data, rule, "data.training")
         return data
 
     call.said, call.tokenizer = said, tokenizer

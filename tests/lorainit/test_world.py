@@ -114,7 +114,7 @@ def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_pa
     with os.fdopen(reader) as told:
         *_, last = (json.loads(line) for line in told)
     assert leading.returncode == 1
-    assert (last["kind"], last["code"], last["param"]) == ("failed", "invalid_training_file", "training_file"), said
+    assert (last["kind"], last["code"], last["param"]) == ("failed", "invalid_training_file", "data.training"), said
 
 
 def process_that(out, rank, *, says=None, how="sys.exit(1)"):

@@ -1,0 +1,39 @@
+"""Where the body of a request has what the library calls by the names of its own spec (`lorainit.spec.RunSpec`).
+
+The library knows no HTTP. Errors, choices and events of a run are translated where they enter the service.
+"""
+
+from typing import Any
+
+_ELSEWHERE = {
+    "data.training": "training_file",
+    "data.validation": "validation_file",
+    "data.calibration": "lora.init.calibration_file",
+    "data.on_row_error": "on_row_error",
+    "data.append_eos": "append_eos",
+    "devices": "resources.devices",
+    "member": "resources.group",
+}
+_TRAINING = "training"
+_NAMED = ("param", "file")  # keys of an event's data that hold the name of a field
+
+
+def in_body(field: str | None, *, method: str = "supervised") -> str | None:
+    """The path of a field of the library in an order for a job with this method; others are as they are."""
+    if field is None:
+        return None
+    head, dot, rest = field.partition(".")
+    if head == _TRAINING:
+        return f"method.{method}.hyperparameters{dot}{rest}"
+    return _ELSEWHERE.get(field, field)
+
+
+def told(data: dict[str, Any]) -> dict[str, Any]:
+    """An event's data with the fields that it names as the caller knows them."""
+    found = {key: in_body(data[key]) for key in _NAMED if isinstance(data.get(key), str)}
+    return {**data, **found}
+
+
+def chosen(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice of the library as the caller knows it."""
+    return {**choice, "param": in_body(choice["param"])}
