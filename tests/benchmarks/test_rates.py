@@ -1,10 +1,12 @@
 """`make bench-rates`: its data sets, what it asks for, and what its page says of a run that made the model worse."""
 
+import argparse
 import json
 
 import pytest
 
-from benchmarks.bench_rates import spec_of
+from api.core import catalogue
+from benchmarks.bench_rates import WEIGHTS, Bench, spec_of
 from benchmarks.rates_page import Cell, results
 from benchmarks.rates_rows import HELD_OUT_ROWS, TRAINING_ROWS, instructions, write
 from lorainit.inits import INITS
@@ -24,6 +26,10 @@ def test_a_data_set_has_as_many_valid_rows_as_every_run_needs(name, tmp_path):
     assert len(rows) == TRAINING_ROWS + HELD_OUT_ROWS
 
 
+def test_the_bases_size_is_the_catalogues():
+    assert catalogue.require("smollm2-135m-instruct").reference().weights == WEIGHTS
+
+
 def test_no_held_out_instruction_is_trained_on(tmp_path):
     training, held_out = write("instructions", tmp_path, gsm8k=None)
     assert not set(training.read_text().splitlines()) & set(held_out.read_text().splitlines())
@@ -39,6 +45,22 @@ def test_a_run_is_the_default_recipe_for_sixteen_steps_of_eight(name):
     assert spec.lora.init.method == name and spec.training.learning_rate is None
     resolved = spec.training.model_copy(update={"n_epochs": 3})
     assert (total_steps(resolved, rows=TRAINING_ROWS), spec.training.batch_size) == (16, 8)
+
+
+def test_a_result_of_another_default_rate_is_measured_again(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(self, spec, data, out):
+        measured.append(out.name)
+        return {"rate": 2e-4, "base": 2.0, "start": 2.0, "end": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(Bench, "_measure", measure)
+    bench = Bench(argparse.Namespace(results=tmp_path), tmp_path)
+    for _ in range(2):
+        bench.cell("pissa", "examples", 0, None)
+    monkeypatch.setattr("benchmarks.bench_rates.default_rate", lambda *_, **__: 1e-4)
+    bench.cell("pissa", "examples", 0, None)
+    assert measured == 2 * ["pissa-examples-0"]
 
 
 def test_the_page_names_the_run_that_ended_above_its_start():
