@@ -17,7 +17,7 @@ from lorainit.batches import Batch, Regime, collate, pack
 from lorainit.data import Sample
 from lorainit.hardware import is_out_of_memory
 from lorainit.model import attention
-from lorainit.model.positions import regime_of
+from lorainit.model.positions import chosen_tokens, regime_of
 from lorainit.model.probe import Lay, Seen, Windows, distances, in_float32, rows_of, see, short, windows_of
 
 Rows = Literal["packed", "padded", "one by one"]
@@ -154,6 +154,8 @@ class _Judge:
         if trial.attention == attention.NAME:
             if not getattr(self.model, "_supports_attention_backend", False):
                 raise _Wrong("this architecture does not let its attention be chosen")
+            if chosen := chosen_tokens(self.model):
+                raise _Wrong(f"its attention chooses {chosen} tokens of a pass, whichever row they are of")
             if self.unseen:
                 raise _Wrong(f"its window of {self.unseen} tokens cannot be tried on short rows")
         _switch(self.model, trial.attention)

@@ -16,20 +16,31 @@ def regime_of(model: nn.Module) -> Regime:
     """What rows must have in common to share a pass of this model: see `batches.Regime`.
 
     With longrope the side of the original context length on which they are; with dynamic NTK, above the original
-    length, the length itself.
+    length, the length itself. Rows that are longer than what sparse attention chooses of them go alone: where two
+    tokens are as good, the width of the pass decides.
     """
+    alone_above = chosen_tokens(model)
     limits = {limit for module in model.modules() for limit in _limits(module)}
     steps = sorted(limit for limit, dynamic in limits if not dynamic)
     growing = min((limit for limit, dynamic in limits if dynamic), default=None)
-    if not limits:
+    if not limits and not alone_above:
         return any_length
 
     def regime(tokens: int) -> int | None:
+        if alone_above and tokens > alone_above:
+            return None
         if growing is not None and tokens > growing:
             return tokens + len(steps)
         return sum(tokens > step for step in steps)
 
     return regime
+
+
+def chosen_tokens(model: Any) -> int:
+    """How many tokens of a row sparse attention sees (DeepSeek V3.2, GLM 5); 0 = all."""
+    config = getattr(model, "config", None)
+    value = getattr(config.get_text_config(), "index_topk", None) if config is not None else None
+    return value if isinstance(value, int) else 0
 
 
 def forget_lengths(model: nn.Module) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lorainit.batches import Batch, Regime, batches
 from lorainit.data import Sample
 
-# `local_attention` is ModernBERT's window, `index_topk` how many tokens sparse attention sees (DeepSeek V3.2, GLM 5).
-_WORDS = ("window", "chunk", "local_attention", "index_topk")
+_WORDS = ("window", "chunk", "local_attention")  # the last is ModernBERT's
 CUT = 16  # longest window or chunk while the probe looks
 NO_WINDOW = 3  # what rows are made for where the configuration names none
 # Bytes that a copy in float32 may take in main memory. On a GPU: half of what is free.
@@ -148,7 +147,7 @@ def _apart(x: Tensor, truth: Tensor) -> Tensor:
 
 
 class Windows(NamedTuple):
-    """Windows, chunks and choices of a model: the longest while they are short, what is cut, and what hides tokens.
+    """Windows and chunks of a model: the longest while they are short, what is cut, and what hides tokens.
 
     `hidden`: the longest that hides tokens, 0 where none that is cut hides anything: the chunks of a state-space model
     are a way of computing. `beyond`: the longest that cannot be cut and that no row of the probe reaches, 0 = none.
@@ -161,10 +160,7 @@ class Windows(NamedTuple):
 
 
 def windows_of(model: Any) -> Windows:
-    """Whatever the configurations call a window, a chunk or the tokens that attention chooses (`index_topk`).
-
-    And modules that have taken the number over.
-    """
+    """Whatever the configurations call a window or a chunk, and modules that have taken the number over."""
     named = [(c, n, v) for c in _configs(model) for n, v in vars(c).items() if _is_window(n, v)]
     text = model.config.get_text_config()
     ours = [(n, v) for c, n, v in named if c is text]
@@ -172,8 +168,7 @@ def windows_of(model: Any) -> Windows:
     held = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if _is_window(n, v) and v in long]
     kinds = getattr(text, "layer_types", None)
     used = kinds is None or any("sliding" in kind or "chunk" in kind for kind in kinds)
-    hiding = [v for n, v in ours if "topk" in n or (used and ("window" in n or "attention" in n))]
-    hidden = max((value for value in hiding if value > CUT), default=0)
+    hidden = max((v for n, v in ours if v > CUT and used and ("window" in n or "attention" in n)), default=0)
     longest = max((min(CUT, value) for _, value in ours), default=NO_WINDOW)
     return Windows(longest, [(c, n, v) for c, n, v in named if v > CUT] + held, hidden, _beyond(text))
 

@@ -34,7 +34,7 @@ PACKED = {
 PADDED = {
     "gemma2": "does more than weigh", "falcon": "does not let its attention be chosen", "bloom": "be chosen",
     "mpt": "be chosen", "gpt_oss": "does more than weigh", "llama4": "changed its hidden states",
-    "deepseek_v32": "own code does not run so", "lfm2": "changed its hidden states",
+    "deepseek_v32": "chooses 16 tokens of a pass", "lfm2": "changed its hidden states",
     "recurrent_gemma": "changed its hidden states", "mamba2": "be chosen",
 }  # fmt: skip
 
@@ -251,19 +251,11 @@ def test_a_window_that_cannot_be_cut_is_not_taken_for_tried(monkeypatch):
     assert "window of 40 tokens cannot be tried" in layout.why
 
 
-def test_tokens_that_sparse_attention_chooses_are_fewer_than_the_probe_has(zoo):
-    """DeepSeek V3.2 attends to all of a row that is not longer than `index_topk`: such rows show nothing of it."""
-    model = load_model(zoo("deepseek_v32"), dtype=torch.float32, device=CPU)
-    assert probe.windows_of(model).longest == 16
-    indexers = [module for module in model.modules() if "index_topk" in vars(module)]
-    for owner in (model.config, *indexers):
-        owner.index_topk = 2048
-    windows = probe.windows_of(model)
-    assert (windows.longest, windows.hidden, len(windows.cut)) == (16, 2048, 1 + len(indexers))
-    with probe.short(windows):
-        assert {owner.index_topk for owner in (model.config, *indexers)} == {16}
-    assert {owner.index_topk for owner in (model.config, *indexers)} == {2048}
-    assert choose_layout(model).rows == "padded"
+def test_rows_longer_than_what_sparse_attention_chooses_go_alone_and_are_right(zoo):
+    """Of tokens that are as good, DeepSeek V3.2 takes one or another by how wide the pass is."""
+    layout = choose_layout(load_model(zoo("deepseek_v32"), dtype=torch.float32, device=CPU))
+    assert [layout.regime(tokens) for tokens in (1, 16, 17, 400)] == [0, 0, None, None]
+    assert_rows_are_as_alone(zoo("deepseek_v32"), kind="padded")
 
 
 @pytest.mark.parametrize(
