@@ -1,8 +1,9 @@
-"""What stock PEFT accepts on an architecture: tried on the whole model in fake tensors, shapes without numbers.
+"""What stock PEFT accepts on an architecture: tried on the model in fake tensors, which are shapes without numbers.
 
-A 700-billion-parameter base takes seconds and no memory to speak of. Whether an adapter *computes* what was
-trained is for the check of the download; here it is whether PEFT can put one there, finds it again, and whether it is
-heard: Mamba's kernels read some weights past their layers, and a router's output is no tensor. Knows nothing of runs.
+One layer of each kind is tried, in bounded time: a base of 700 billion parameters takes seconds and no memory to speak
+of. Whether an adapter *computes* what was trained is for the check of the download; here it is whether PEFT can put
+one there, finds it again, and whether it is heard: Mamba's kernels read some weights past their layers, and a router's
+output is no tensor. Knows nothing of runs.
 """
 
 import copy
@@ -10,6 +11,7 @@ import json
 import logging
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,8 +30,11 @@ from transformers import AutoModelForCausalLM
 
 from lorainit.errors import UnsupportedModel
 from lorainit.model.names import pattern_of
+from lorainit.model.twins import counterpart, skip, twins
 
 TOKENS = 8
+# Of a processor, for all of a trial. An operation takes 0.3 ms, and some layers loop over tokens.
+MAX_SECONDS = 60.0
 READ = "its weight is read past the layer, where a LoRA would not be seen"
 UNUSED = "text does not pass through it"
 NO_TENSOR = "it returns something else than one tensor, which PEFT cannot add to"
@@ -85,7 +90,7 @@ def refusals(model: Any, names: Sequence[str]) -> dict[str, str]:
         names: full names of linear layers.
 
     Raises:
-        UnsupportedModel: the model does not run on a few tokens of text at all.
+        UnsupportedModel: the model does not run on a few tokens of text at all, or takes `MAX_SECONDS` for it.
     """
     config = copy.deepcopy(model.config)
     for trace in ("quantization_config", "_is_quantized", "_pre_quantization_dtype"):  # Jamba asks for the second
@@ -121,8 +126,20 @@ def _refusals(key: _Key, names: tuple[str, ...]) -> Mapping[str, str]:
 
 
 def _try(config: Any, names: Sequence[str]) -> dict[str, str]:
+    """One of the layers that are alike is tried, and speaks for all of them."""
+    alike = twins(_built(config))
+    spokesman = {name: counterpart(name, alike) for name in names}
+    end = time.thread_time() + MAX_SECONDS
+    found = _try_each(config, list(dict.fromkeys(spokesman.values())), end)
+    return {name: found[one] for name, one in spokesman.items() if one in found}
+
+
+def _try_each(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
+    """Args: end: when the thread's processor time is up."""
     try:
-        found = _observe(config, names)
+        found = _observe(config, names, end)
+    except UnsupportedModel:
+        raise
     except Exception as error:
         text = f"The architecture of the base model cannot be tried out: {' '.join(str(error).split())[:400]}"
         raise UnsupportedModel(text, param="model") from error
@@ -131,11 +148,15 @@ def _try(config: Any, names: Sequence[str]) -> dict[str, str]:
     for name in left:
         kinds.setdefault(pattern_of(name), []).append(name)
     try:
-        return found | _adapt(config, left)
+        return found | _adapt(config, left, end)
+    except UnsupportedModel:
+        raise
     except Exception:
         for group in kinds.values():
             try:
-                found |= _adapt(config, group)
+                found |= _adapt(config, group, end)
+            except UnsupportedModel:
+                raise
             except Exception as error:
                 found |= dict.fromkeys(group, _because(error))
     return found
@@ -148,9 +169,14 @@ def _because(error: Exception) -> str:
     )
 
 
-def _skeleton(config: Any) -> Any:
+def _built(config: Any) -> Any:
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+
+
+def _skeleton(config: Any) -> Any:
+    model = _built(config)
+    skip(model, twins(model))
     if hasattr(model, "set_experts_implementation"):
         with suppress(ValueError):  # no experts here, or experts of their own
             model.set_experts_implementation("batched_mm")  # the others ask which tokens went where
@@ -168,10 +194,27 @@ def _as_it_came(hidden: Tensor, *_others: Any, **_more: Any) -> Tensor:
     return hidden
 
 
+class _TimedFakeTensors(FakeTensorMode):
+    """Looks at the clock before each operation: what a layer does in between cannot be interrupted otherwise."""
+
+    def __init__(self, end: float) -> None:
+        super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        self.end = end
+
+    def __torch_dispatch__(self, *args: Any, **options: Any) -> Any:
+        if time.thread_time() > self.end:
+            raise UnsupportedModel(
+                f"The architecture of the base model cannot be tried out: a few tokens take more than"
+                f" {MAX_SECONDS:.0f} s of a processor.",
+                param="model",
+            )
+        return super().__torch_dispatch__(*args, **options)
+
+
 @contextmanager
-def _in_fake_tensors(model: Any) -> Iterator[None]:
+def _in_fake_tensors(model: Any, end: float) -> Iterator[None]:
     """While this is open, a model that lay on the meta device can run, as if on a CPU."""
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+    with _TimedFakeTensors(end):
         model.to_empty(device="cpu")
         yield
 
@@ -182,11 +225,11 @@ def _say(model: Any) -> Tensor:
     return logits
 
 
-def _observe(config: Any, names: Sequence[str]) -> dict[str, str]:
+def _observe(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
     """What a pass does with these layers: in training mode kernels read weights, outside of it RWKV changes some."""
     seen, read = dict[str, bool](), set[str]()
     model = _skeleton(config)
-    with _in_fake_tensors(model):
+    with _in_fake_tensors(model, end):
         for name in names:
             layer = model.get_submodule(name)
             layer.register_forward_hook(_note(seen, name))
@@ -232,7 +275,7 @@ def _is_harmless(frame: FrameType, layer: nn.Module, attribute: str) -> bool:
     return attribute == "bias" or (bool(uses) and all(_HARMLESS.match(use) for use in uses))
 
 
-def _adapt(config: Any, names: Sequence[str]) -> dict[str, str]:
+def _adapt(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
     """Put PEFT's LoRA on these layers and go through forward and backward: which adapter gets no gradient?"""
     if not names:
         return {}
@@ -240,8 +283,8 @@ def _adapt(config: Any, names: Sequence[str]) -> dict[str, str]:
     options = LoraConfig(task_type="CAUSAL_LM", r=1, **as_peft_names(model, names))  # type: ignore[arg-type]
     adapted: Any = get_peft_model(model, options).eval()
     if lost := _lost(adapted, names):
-        return lost | _adapt(config, [name for name in names if name not in lost])
-    with _in_fake_tensors(adapted):
+        return lost | _adapt(config, [name for name in names if name not in lost], end)
+    with _in_fake_tensors(adapted, end):
         logits = _say(adapted)
         if logits.requires_grad:
             logits.float().sum().backward()

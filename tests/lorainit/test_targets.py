@@ -235,7 +235,7 @@ def test_a_layer_in_two_modules_is_left_out_since_peft_adapts_the_first_only():
 
 
 def test_what_peft_refuses_is_left_out_with_its_words_and_nothing_else_is(skeletons, monkeypatch):
-    monkeypatch.setattr(peft_support, "_observe", lambda config, names: {})
+    monkeypatch.setattr(peft_support, "_observe", lambda *_: {})
     peft_support._refusals.cache_clear()
     mamba = [f"backbone.layers.{i}.mixer.{part}_proj" for i in (0, 1) for part in ("in", "out")]
     found = peft_support.refusals(skeletons("mamba2"), mamba)
@@ -246,7 +246,7 @@ def test_what_peft_refuses_is_left_out_with_its_words_and_nothing_else_is(skelet
 
 def test_an_adapter_that_is_not_heard_is_left_out(skeletons, monkeypatch):
     """Jamba multiplies with the weight of `dt_proj` itself: PEFT adapts the layer, and nothing of it is used."""
-    monkeypatch.setattr(peft_support, "_observe", lambda config, names: {})
+    monkeypatch.setattr(peft_support, "_observe", lambda *_: {})
     peft_support._refusals.cache_clear()
     name = next(n for n, _ in skeletons("jamba").named_modules() if n.endswith("dt_proj"))
     assert peft_support.refusals(skeletons("jamba"), [name]) == {name: peft_support.UNHEARD}

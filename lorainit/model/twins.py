@@ -1,0 +1,94 @@
+"""Layers of a model that are alike: what one of them does with its parts, all of them do.
+
+A model of 61 layers has three or four kinds of them. To try what a model does, one of each kind is enough, and the
+others may hand on what they are given. Knows nothing of adapters.
+"""
+
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+# Attributes that tell a layer and its parts where in the model they are.
+_PLACE = re.compile(r"(^|_)(idx|index|layer_id|block_id)$")
+
+
+def twins(model: Any) -> dict[str, str]:
+    """Full names of layers that are like an earlier one, and the earlier one's.
+
+    Alike: the same classes with the same plain attributes, shapes and entries in the configuration's lists of
+    layers. The first and the last of a list are like no other, for some models treat them by their place.
+    """
+    found, done = dict[str, str](), list[str]()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in done):
+            continue
+        done.append(name)
+        first = dict[Hashable, str]()
+        lists = _lists(model, len(module))
+        for place, layer in list(enumerate(module))[1:-1]:
+            kind = (*(repr(values[place]) for values in lists), *_looks(layer, place))
+            path = f"{name}.{place}"
+            if (twin := first.setdefault(kind, path)) != path:
+                found[path] = twin
+    return found
+
+
+def _lists(model: Any, length: int) -> list[Sequence[Any]]:
+    values = vars(model.config.get_text_config()).values() if hasattr(model, "config") else ()
+    return [value for value in values if isinstance(value, list | tuple) and len(value) == length]
+
+
+def _looks(layer: nn.Module, place: int) -> Iterator[Hashable]:
+    for name, module in layer.named_modules():
+        yield name, type(module)
+        for attribute, value in vars(module).items():
+            if _PLACE.search(attribute) and value == place:
+                continue
+            if value is None or isinstance(value, bool | int | float | str | list | tuple):
+                yield attribute, repr(value)
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        yield name, tensor.shape, tensor.dtype
+
+
+def counterpart(name: str, alike: Mapping[str, str]) -> str:
+    """The name of the same part in the layer's twin; the name itself where it has none."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if twin := alike.get(".".join(parts[:end])):
+            return ".".join([twin, *parts[end:]])
+    return name
+
+
+def skip(model: nn.Module, alike: Mapping[str, str]) -> None:
+    """From here on layers with a twin hand on what they are given, where the twin's answer was of that shape."""
+    answers = dict[str, Any]()
+    for path in set(alike.values()):
+        _remember(model.get_submodule(path), path, answers)
+    for path, twin in alike.items():
+        _hand_on(model.get_submodule(path), twin, answers)
+
+
+def _remember(layer: Any, path: str, answers: dict[str, Any]) -> None:
+    forward = layer.forward
+
+    def remember(*args: Any, **options: Any) -> Any:
+        answers[path] = forward(*args, **options)
+        return answers[path]
+
+    layer.forward = remember
+
+
+def _hand_on(layer: Any, twin: str, answers: dict[str, Any]) -> None:
+    forward = layer.forward
+
+    def hand_on(*args: Any, **options: Any) -> Any:
+        given, answer = args[0] if args else options.get("hidden_states"), answers.get(twin)
+        hidden = answer[0] if isinstance(answer, tuple) and answer else answer
+        alike = isinstance(given, Tensor) and isinstance(hidden, Tensor) and given.shape == hidden.shape
+        if not alike or given.dtype != hidden.dtype:
+            return forward(*args, **options)
+        return (given, *answer[1:]) if isinstance(answer, tuple) else given
+
+    layer.forward = hand_on
