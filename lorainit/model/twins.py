@@ -86,8 +86,9 @@ def _hand_on(layer: Any, twin: str, answers: dict[str, Any]) -> None:
     def hand_on(*args: Any, **options: Any) -> Any:
         given, answer = args[0] if args else options.get("hidden_states"), answers.get(twin)
         hidden = answer[0] if isinstance(answer, tuple) and answer else answer
-        alike = isinstance(given, Tensor) and isinstance(hidden, Tensor) and given.shape == hidden.shape
-        if not alike or given.dtype != hidden.dtype:
+        if not isinstance(given, Tensor) or not isinstance(hidden, Tensor):
+            return forward(*args, **options)
+        if (given.shape, given.dtype) != (hidden.shape, hidden.dtype):
             return forward(*args, **options)
         return (given, *answer[1:]) if isinstance(answer, tuple) else given
 
