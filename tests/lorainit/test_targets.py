@@ -130,7 +130,7 @@ def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skel
     model = skeletons(kind)
     targets, left_out = describe(model)
     entry = catalogue.Entry(
-        id="x", source="/x", root="x", max_length=64, chat=True, targets=targets, left_out=left_out
+        id="x", source="/x", root="local:x", max_length=64, chat=True, targets=targets, left_out=left_out
     )  # fmt: skip
     full = {path for layer in (*targets, *left_out) for one in layer.paths for path in unfolded(one)}
     assert full >= {layer.path for layer in survey(model).values()}
@@ -151,7 +151,7 @@ def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skel
 
 def test_names_that_share_layers_are_counted_once(skeletons):
     model = skeletons("llama")
-    entry = catalogue.Entry(id="x", source="/x", root="x", max_length=64, chat=True, targets=describe(model)[0])
+    entry = catalogue.Entry(id="x", source="/x", root="local:x", max_length=64, chat=True, targets=describe(model)[0])
     for wanted, layers in (
         (["layers.0.self_attn.q_proj", "0.self_attn.q_proj"], 1),
         (["q_proj", "0.self_attn.q_proj"], 2),
@@ -162,7 +162,7 @@ def test_names_that_share_layers_are_counted_once(skeletons):
 
 def test_a_name_that_nothing_ends_in_is_refused_with_what_there_is(skeletons):
     targets, _ = describe(skeletons("llama"))
-    entry = catalogue.Entry(id="x", source="/x", root="x", max_length=64, chat=True, targets=targets)
+    entry = catalogue.Entry(id="x", source="/x", root="local:x", max_length=64, chat=True, targets=targets)
     for name in ("self_attn.up_proj", "layers.2.self_attn.q_proj", "²", "_proj"):
         with pytest.raises(InvalidValue, match=r"has a name that ends so\. Available: q_proj"):
             catalogue.place(Lora(r=1, target_modules=[name]), entry)
