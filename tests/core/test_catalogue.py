@@ -198,3 +198,13 @@ def test_files_that_are_not_here_are_named(file: Path) -> None:
     assert "'no_such_package' is not installed" in catalogue.missing_sources()[0]
     file.write_text(GOOD.replace("models/tiny", "hub:lab/tiny"))
     assert catalogue.missing_sources() == []
+
+
+@pytest.mark.slow  # it loads torch and a real model
+def test_the_entry_that_comes_with_the_service_is_what_inspecting_its_base_says(tmp_path: Path) -> None:
+    from lorainit.inspect import inspect
+
+    entry = catalogue.load(None)["smollm2-135m-instruct"]
+    found = inspect(entry.source, cache=tmp_path)
+    assert entry.targets == found.targets
+    assert (entry.max_length, entry.chat) == (found.max_length, found.chat)
