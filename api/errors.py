@@ -157,7 +157,12 @@ def status_of(refusal: Refusal) -> int:
 
 
 def error_body(message: str, *, code: str, status: int, param: str | None = None) -> dict[str, dict[str, str | None]]:
-    """The one shape of every answer that is not a success."""
+    """The one shape of every answer that is not a success.
+
+    Clients print the message alone, so what is wrong in a request is named there too.
+    """
+    if status == 400 and param and param not in message:
+        message = f"{param}: {message}"
     kind = "server_error" if status >= 500 else "insufficient_quota" if status == 429 else "invalid_request_error"
     kind = "requests" if code == "rate_limit_exceeded" else kind
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

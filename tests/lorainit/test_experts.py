@@ -368,7 +368,7 @@ def test_inspection_lists_experts_by_the_name_of_their_parameter(folders, tmp_pa
     found = {target.name: target for target in facts.targets if target.experts}
     assert found["experts.gate_up_proj"].model_dump() == {
         "name": "experts.gate_up_proj", "group": "mlp", "out_features": 128, "in_features": 64, "count": 4,
-        "experts": True, "dora": False,
+        "experts": True, "dora": False, "paths": ["model.layers.1.mlp.experts.gate_up_proj"],
     }  # fmt: skip
     assert not {"gate", "router"} & {target.name for target in facts.targets}
 

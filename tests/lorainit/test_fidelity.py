@@ -1,6 +1,7 @@
 """What is left of an adapter in bf16: the dead zone with stock PEFT, and what is said about it."""
 
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -281,7 +282,7 @@ def test_without_a_trained_token_within_reach_nothing_is_measured(bases, samples
 def a_file(*lengths, trained=2):
     """Rows of these lengths whose last `trained` tokens are trained."""
     samples = [Sample(i, torch.arange(n), torch.arange(n) >= n - trained) for i, n in enumerate(lengths)]
-    return Dataset(samples, "", len(samples), 0, [], {})
+    return Dataset(samples, "", len(samples), 0, [], Counter(), [])
 
 
 def test_rows_are_the_first_ones_within_bounds():
@@ -299,7 +300,8 @@ def test_a_long_row_keeps_its_end():
 def test_rows_without_a_trained_token_in_reach_are_passed_over():
     data = a_file(6, 8)
     far = Sample(0, torch.arange(2000), torch.arange(2000) < 9)
-    assert [len(s.ids) for s in held_out(Dataset([far, *data.samples], "", 3, 0, [], {}), None).samples] == [6, 8]
+    mixed = Dataset([far, *data.samples], "", 3, 0, [], Counter(), [])
+    assert [len(s.ids) for s in held_out(mixed, None).samples] == [6, 8]
 
 
 def test_a_loss_that_stock_transformers_does_not_find_fails_the_run(spec, tmp_path, monkeypatch):
