@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,14 @@ def spec(bases: dict[str, Path], rows: Path):
         return RunSpec.model_validate(merged)
 
     return make
+
+
+def change_json(path: Path, **values: object) -> None:
+    """Write other values into a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def llama(bases: dict[str, Path], tmp_path: Path) -> Path:
+    """A whole tiny Llama, to be spoiled."""
+    return Path(shutil.copytree(bases["llama"], tmp_path / "spoiled"))

@@ -23,9 +23,9 @@ from lorainit.methods import Factors
 from lorainit.model import attention, experts, peft_support
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model, skeleton
-from lorainit.model.names import pattern_of, short_names
+from lorainit.model.names import pattern_of
 from lorainit.model.targets import describe, find_targets, resolve, survey
-from lorainit.paths import folded, matches, unfolded
+from lorainit.paths import unfolded
 from lorainit.run import run
 from lorainit.spec import Lora, RunSpec
 from lorainit.weight import shape_of
@@ -101,6 +101,13 @@ def skeletons(tmp_path_factory):
     return of
 
 
+def entry_of(targets, left_out=()):
+    """A catalogue entry with these facts."""
+    facts = {"targets": targets, "left_out": list(left_out)}
+    named = {"id": "x", "source": "/x", "root": "local:x", "max_length": 64, "chat": True}
+    return catalogue.Entry.model_validate(named | facts)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_each_group_and_those_that_get_none(skeletons, kind):
     targets, left_out = describe(skeletons(kind))
@@ -113,9 +120,7 @@ def test_layers_of_each_group_and_those_that_get_none(skeletons, kind):
 def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind):
     model = skeletons(kind)
     targets, left_out = describe(model)
-    entry = catalogue.Entry(
-        id="x", source="/x", root="lab/x", max_length=64, chat=True, targets=targets, left_out=left_out
-    )  # fmt: skip
+    entry = entry_of(targets, left_out)
     for group in ("all-linear", *{t.group for t in targets} - {"other"}):
         lora = Lora(r=16, target_modules=group)
         placed = catalogue.place(lora, entry)
@@ -129,9 +134,7 @@ def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind):
 def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skeletons, kind):
     model = skeletons(kind)
     targets, left_out = describe(model)
-    entry = catalogue.Entry(
-        id="x", source="/x", root="local:x", max_length=64, chat=True, targets=targets, left_out=left_out
-    )  # fmt: skip
+    entry = entry_of(targets, left_out)
     full = {path for layer in (*targets, *left_out) for one in layer.paths for path in unfolded(one)}
     assert full >= {layer.path for layer in survey(model).values()}
     ends = {".".join(path.split(".")[start:]) for path in full for start in range(path.count(".") + 1)}
@@ -151,7 +154,7 @@ def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skel
 
 def test_names_that_share_layers_are_counted_once(skeletons):
     model = skeletons("llama")
-    entry = catalogue.Entry(id="x", source="/x", root="local:x", max_length=64, chat=True, targets=describe(model)[0])
+    entry = entry_of(describe(model)[0])
     for wanted, layers in (
         (["layers.0.self_attn.q_proj", "0.self_attn.q_proj"], 1),
         (["q_proj", "0.self_attn.q_proj"], 2),
@@ -162,7 +165,7 @@ def test_names_that_share_layers_are_counted_once(skeletons):
 
 def test_a_name_that_nothing_ends_in_is_refused_with_what_there_is(skeletons):
     targets, _ = describe(skeletons("llama"))
-    entry = catalogue.Entry(id="x", source="/x", root="local:x", max_length=64, chat=True, targets=targets)
+    entry = entry_of(targets)
     for name in ("self_attn.up_proj", "layers.2.self_attn.q_proj", "²", "_proj"):
         with pytest.raises(InvalidValue, match=r"has a name that ends so\. Available: q_proj"):
             catalogue.place(Lora(r=1, target_modules=[name]), entry)
@@ -253,37 +256,6 @@ def test_an_adapter_that_is_not_heard_is_left_out(skeletons, monkeypatch):
     peft_support._refusals.cache_clear()
 
 
-# --- names -----------------------------------------------------------------------------------------
-
-
-def test_names_are_as_short_as_they_can_be_and_never_mean_another_module():
-    kinds = {"h.0.attn.c_proj": "a", "h.1.attn.c_proj": "a", "h.0.mlp.c_proj": "m", "h.0.mlp.c_fc": "m", "x.0": "m"}
-    found = short_names(kinds, {"h", "h.0", "h.1", "h.0.attn", "x"})
-    assert set(found.values()) == {"attn.c_proj", "mlp.c_proj", "c_fc", "x.*"}
-    mixed = short_names({"h.0.p": "a", "h.1.p": "b"}, set())
-    assert mixed == {"h.0.p": "h.0.p", "h.1.p": "h.1.p"}
-
-
-@pytest.mark.parametrize(
-    ("wanted", "means_it"),
-    [("q_proj", True), ("attn.q_proj", True), ("layers.3.attn.q_proj", True), ("layers.*.attn.q_proj", True),
-     ("_proj", False), ("layers.*.q_proj", False), ("layers.4.attn.q_proj", False), ("*.layers.3.attn.q_proj", False)],
-)  # fmt: skip
-def test_what_an_end_of_a_name_means(wanted, means_it):
-    assert matches("model.layers.3.attn.q_proj", wanted) is means_it
-
-
-@pytest.mark.parametrize(
-    ("paths", "few"),
-    [(["m.0.q", "m.1.q", "m.2.q"], ["m.0-2.q"]), (["m.0.q", "m.2.q", "m.3.q"], ["m.0,2-3.q"]), (["q"], ["q"]),
-     (["m.1.q", "m.1.x.0", "m.1.x.1", "m.3.x.0", "m.3.x.1"], ["m.1.q", "m.1,3.x.0-1"]),
-     (["m.0.x.0", "m.1.x.0", "m.1.x.1"], ["m.0.x.0", "m.1.x.0-1"])],
-)  # fmt: skip
-def test_full_names_are_folded_and_unfolded(paths, few):
-    assert folded(paths) == few
-    assert sorted(path for one in few for path in unfolded(one)) == sorted(paths)
-
-
 # --- the download ------------------------------------------------------------------------------------
 
 
@@ -363,9 +335,7 @@ def test_the_printed_entry_is_a_catalogue_entry(tmp_path):
 def test_an_entry_of_an_older_version_is_read_and_refused_where_its_names_mean_two_groups():
     old = [("c_attn", "attention", 96), ("c_proj", "attention", 32), ("c_proj", "mlp", 32)]
     targets = [{"name": n, "group": g, "out_features": out, "in_features": 32, "count": 2} for n, g, out in old]
-    entry = catalogue.Entry.model_validate(
-        {"id": "gpt2", "source": "/x", "root": "lab/x", "max_length": 64, "chat": True, "targets": targets}
-    )
+    entry = entry_of(targets)
     assert catalogue.place(Lora(r=4), entry).target_modules == ["c_attn", "c_proj"]
     with pytest.raises(InvalidValue, match="written by an older version") as caught:
         catalogue.place(Lora(r=4, target_modules="attention"), entry)

@@ -21,9 +21,9 @@ def make(kind: str, folder: Path) -> Path:
         What to pass as `source`: the folder, or for GGUF kinds a file in it.
 
     Raises:
-        NotImplementedError: this transformers has no such architecture (`KINDS[kind].missing`).
+        LookupError: this transformers has no such architecture (`KINDS[kind].missing`).
     """
     if why := KINDS[kind].missing:
-        raise NotImplementedError(why)
+        raise LookupError(why)
     folder.mkdir(parents=True, exist_ok=True)
     return KINDS[kind].make(folder)

@@ -65,7 +65,7 @@ def _save_causal(name: str, values: dict[str, Any], folder: Path) -> Path:
 
 
 def _cannot(folder: Path) -> Path:
-    raise NotImplementedError(folder)
+    raise LookupError(folder)
 
 
 def causal(config: Any) -> nn.Module:
