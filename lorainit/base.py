@@ -11,7 +11,7 @@ from torch import nn
 from lorainit import hardware, machine
 from lorainit.batches import Batch, Regime, any_length, collate, pack, pad_id
 from lorainit.data import Sample
-from lorainit.digest import known_sha256, require_whole
+from lorainit.digest import known_sha256, require_inspected, require_whole
 from lorainit.errors import GroupMismatch
 from lorainit.events import Event, Message
 from lorainit.inits import Quantization
@@ -198,6 +198,7 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALO
     require_rows(tokenizer, skeleton)
     digest = known_sha256(location.folder, store(spec, "bases", on_event))
     require_whole(location.folder, digest)
+    require_inspected(spec.model, digest)
     sharded = decide(spec, location.folder, world=world, dtype=dtype, device=device)
     world = replace(world, in_step=bool(sharded))
     held = four_bits(skeleton) if spec.lora.quantization else None

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from lorainit.errors import UnsupportedModel
+from lorainit.spec import BaseModelRef
 from lorainit.store import Store, key
 
 # A file changed twice within one tick of the file system's clock looks unchanged: younger ones are not trusted.
@@ -50,6 +51,21 @@ def require_whole(folder: Path, sha256: str) -> None:
         raise UnsupportedModel(
             f"The converted base model {folder.name} is not what was written: delete it from the model cache,"
             " and the next run converts it again.",
+            param="model",
+        )
+
+
+def require_inspected(model: BaseModelRef, sha256: str) -> None:
+    """Refuse weights that are not those which were inspected.
+
+    Raises:
+        UnsupportedModel: the weights have changed since.
+    """
+    if model.sha256 is not None and model.sha256 != sha256:
+        raise UnsupportedModel(
+            f"The weights of base model {model.id} are not those that were inspected: their SHA-256 is {sha256} and"
+            f" {model.sha256} was expected. Put the old weights back, or inspect the model again and replace its"
+            " catalogue entry.",
             param="model",
         )
 

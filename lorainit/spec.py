@@ -213,6 +213,7 @@ class BaseModelRef(Strict):
     `hub:<owner>/<name>[@<revision>]`. `root` is the public name written into the adapter.
     `weights`: how many numbers the layers hold that can carry a LoRA, null = counted when the base is opened. Default
     learning rates go by it (`lorainit.rates`), unless `base_learning_rate` says the best one for `kaiming`.
+    `sha256`: what its weights have to hash to (`lorainit.digest.base_sha256`), null = they may be any.
     """
 
     id: str
@@ -221,6 +222,7 @@ class BaseModelRef(Strict):
     max_length: Annotated[int, Field(ge=8)] = 2048
     weights: Annotated[int, Field(ge=1)] | None = None
     base_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    sha256: str | None = None
 
 
 class Data(Strict):

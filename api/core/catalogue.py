@@ -60,6 +60,7 @@ class Entry(ModelFacts):
             max_length=self.max_length,
             weights=sum(target.weights for target in self.targets),
             base_learning_rate=self.base_learning_rate,
+            sha256=self.base_sha256,
         )
 
 

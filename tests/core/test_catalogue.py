@@ -98,6 +98,10 @@ def test_an_init_that_needs_more_directions_than_a_target_has_is_refused(
     assert (caught.value.code, caught.value.param) == ("rank_too_large", "lora.init")
 
 
+def test_a_run_is_told_what_the_weights_were_when_the_base_was_inspected() -> None:
+    assert ENTRY.model_copy(update={"base_sha256": "f" * 64}).reference().sha256 == "f" * 64
+
+
 def test_an_unknown_target_is_named_with_its_place() -> None:
     with pytest.raises(InvalidValue, match="'lm_head'") as caught:
         catalogue.place(Lora(r=4, target_modules=["q", "lm_head"]), ENTRY)

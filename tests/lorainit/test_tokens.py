@@ -218,6 +218,14 @@ def known(tmp_path):
     assert said == []
 
 
+def change_a_weight(folder):
+    """One bit of one number: still a whole model."""
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
 def test_weights_that_stay_as_they_are_are_hashed_once(base, known, hashed, monkeypatch):
     monkeypatch.setattr(digest, "SETTLED_SECONDS", 0.0)
     assert known(base) == known(base) == base_sha256(base)
@@ -228,9 +236,8 @@ def test_changed_weights_are_hashed_again_even_with_the_old_times(base, known, h
     monkeypatch.setattr(digest, "SETTLED_SECONDS", 0.0)
     before = known(base)
     file = base / "model.safetensors"
-    facts, content = file.stat(), bytearray(file.read_bytes())
-    content[-9] ^= 1
-    file.write_bytes(content)
+    facts = file.stat()
+    change_a_weight(base)
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert known(base) != before
     assert len(hashed) == 2
@@ -251,6 +258,14 @@ def test_a_conversion_that_is_not_what_was_written_is_refused(base):
         require_whole(base, "0" * 64)
 
 
+def test_a_base_whose_weights_changed_since_it_was_inspected_is_refused(spec, llama, tmp_path):
+    promised = {"source": str(llama), "sha256": base_sha256(llama)}
+    open_base(spec(model=promised), tmp_path / "out", lambda event: None)
+    change_a_weight(llama)
+    with pytest.raises(UnsupportedModel, match="inspect the model again"):
+        open_base(spec(model=promised), tmp_path / "out", lambda event: None)
+
+
 def test_a_folder_of_somebody_elses_promises_nothing(base):
     require_whole(base, "0" * 64)
 
@@ -260,10 +275,7 @@ def test_a_run_refuses_a_damaged_conversion(spec, bases, base, tmp_path):
         if not (base / file.name).exists():
             (base / file.name).write_bytes(file.read_bytes())
     seal(base)
-    file = base / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-9] ^= 1
-    file.write_bytes(content)
+    change_a_weight(base)
     with pytest.raises(UnsupportedModel, match="is not what was written"):
         open_base(spec(model={"source": str(base)}), tmp_path / "out", lambda event: None)
 
