@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lorainit.errors import LorainitError, UnsupportedModel
-from lorainit.model.where import find
+from lorainit.model.find import find
 
 # Of a base of any size: building its modules without weights takes seconds, loading our libraries ten on a slow disk.
 MAX_SECONDS = 180.0

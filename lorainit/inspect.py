@@ -10,10 +10,10 @@ from lorainit.facts import ModelFacts
 from lorainit.model import experts
 from lorainit.model.examine import examine
 from lorainit.model.files import MAX_CONFIG_BYTES, read_object
+from lorainit.model.find import find
 from lorainit.model.load import load_tokenizer, locate
 from lorainit.model.targets import describe
 from lorainit.model.vocabulary import require_known, require_rows
-from lorainit.model.where import find
 from lorainit.sources import LOCAL, is_hub_id
 from lorainit.template import Template
 

@@ -24,7 +24,7 @@ class Rate:
 
 Row = tuple[Rate, Rate, Rate]  # a rate for each of SIZES
 
-_QLORA = "QLoRA (arXiv 2305.14314), appendix B.2"
+_QLORA = "QLoRA (arXiv 2305.14314)"
 _AS_KAIMING = "ours: `kaiming`'s"
 _IN_KAIMINGS_RATIO = "ours: half of 7B's, as `kaiming`'s"
 _AS_PISSA = "ours: `pissa`'s"

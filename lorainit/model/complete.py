@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from lorainit.errors import UnsupportedModel
 from lorainit.model.files import Stored, counted, stored_weights
-from lorainit.model.twice import require_same_where_tied
+from lorainit.model.tied_weights import require_same_where_tied
 
 # Names that transformers' report may hold although all is well. Causal masks were saved as if they were weights
 # until 2022 (the hub's gpt2 has them, and its codegen calls them causal_mask); they are known by their shape.

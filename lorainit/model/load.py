@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorainit.digest import seal
 from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inits import Quantization
-from lorainit.model import tokenizer_files, where
+from lorainit.model import tokenizer_files
 from lorainit.model.complete import quiet, require_nothing_left
 from lorainit.model.examine import build, read_config, require_language_model
 from lorainit.model.files import check_folder, stored_weights
+from lorainit.model.find import find
 from lorainit.model.four_bits import four_bits
 from lorainit.model.gguf_header import check_header
 from lorainit.model.positions import forget_lengths
@@ -46,29 +47,17 @@ class Location:
 # --- sources -----------------------------------------------------------------------------------
 
 
-def find(source: str) -> Path:
-    """The folder or file that a source names, fetched from the hub if that is where it is; nothing in it is read.
-
-    Args:
-        source: as `lorainit.sources` says.
-
-    Raises:
-        UnsupportedModel: nothing is there.
-    """
-    return where.find(source).path
-
-
 def locate(source: str, *, cache: Path, path: Path | None = None) -> Location:
     """Find a base model and, if it is a GGUF file, convert it once into a folder under `cache`.
 
     Args:
-        source: as for `find`.
+        source: as `lorainit.sources` says.
         path: what `find` found, if it was asked already.
 
     Raises:
         UnsupportedModel: nothing there, or nothing we are willing to load.
     """
-    path = path or find(source)
+    path = path or find(source).path
     folder = path if path.is_dir() else _converted(path, cache)
     if not (folder / "config.json").is_file():
         raise UnsupportedModel(f"{source!r} has no config.json: it is not a transformers model folder.", param="model")

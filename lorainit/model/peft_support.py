@@ -29,8 +29,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM
 
 from lorainit.errors import UnsupportedModel
+from lorainit.model.like_layers import counterpart, like_layers, skip
 from lorainit.model.names import pattern_of
-from lorainit.model.twins import counterpart, skip, twins
 
 TOKENS = 8
 # Of a processor, for all of a trial. An operation takes 0.3 ms, and some layers loop over tokens.
@@ -127,7 +127,7 @@ def _refusals(key: _Key, names: tuple[str, ...]) -> Mapping[str, str]:
 
 def _try(config: Any, names: Sequence[str]) -> dict[str, str]:
     """One of the layers that are alike is tried, and speaks for all of them."""
-    alike = twins(_built(config))
+    alike = like_layers(_built(config))
     spokesman = {name: counterpart(name, alike) for name in names}
     end = time.thread_time() + MAX_SECONDS
     found = _try_each(config, list(dict.fromkeys(spokesman.values())), end)
@@ -176,7 +176,7 @@ def _built(config: Any) -> Any:
 
 def _skeleton(config: Any) -> Any:
     model = _built(config)
-    skip(model, twins(model))
+    skip(model, like_layers(model))
     if hasattr(model, "set_experts_implementation"):
         with suppress(ValueError):  # no experts here, or experts of their own
             model.set_experts_implementation("batched_mm")  # the others ask which tokens went where

@@ -15,7 +15,7 @@ from lorainit.sources import absolute, as_hub_id, is_root
 from tests import hub
 
 FIND = (
-    "import json, sys; from lorainit.model.where import find; from lorainit.errors import UnsupportedModel\n"
+    "import json, sys; from lorainit.model.find import find; from lorainit.errors import UnsupportedModel\n"
     "try:\n found = find(sys.argv[1]); answer = [found.source, str(found.path), found.hub_id]\n"
     "except UnsupportedModel as error:\n answer = error.message\n"
     "print(json.dumps(answer))"

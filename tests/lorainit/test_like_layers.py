@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lorainit.errors import UnsupportedModel
 from lorainit.model import peft_support
+from lorainit.model.like_layers import counterpart, like_layers
 from lorainit.model.targets import linear_layers
-from lorainit.model.twins import counterpart, twins
 from tests.zoo.kind import COMMON
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -25,7 +25,7 @@ def skeleton(name: str, **values: Any) -> Any:
 
 
 def layers_of(model: Any) -> dict[int, int]:
-    return {int(a.split(".")[2]): int(b.split(".")[2]) for a, b in twins(model).items()}
+    return {int(a.split(".")[2]): int(b.split(".")[2]) for a, b in like_layers(model).items()}
 
 
 def test_all_but_the_first_the_second_and_the_last_of_equal_layers_are_twins() -> None:
@@ -42,7 +42,7 @@ def test_layers_of_other_shapes_attributes_or_kinds_are_no_twins() -> None:
     assert layers_of(windows) == {3: 1, 4: 2, 5: 1, 6: 2}
 
 
-def test_counterpart_is_the_same_part_of_the_twin() -> None:
+def test_counterpart_is_the_same_part_of_the_like_layer() -> None:
     alike = {"model.layers.12": "model.layers.1"}
     assert counterpart("model.layers.12.mlp.up_proj", alike) == "model.layers.1.mlp.up_proj"
     assert counterpart("model.layers.1.mlp.up_proj", alike) == "model.layers.1.mlp.up_proj"
@@ -56,7 +56,7 @@ def test_one_layer_of_each_kind_says_what_all_of_them_say(
     names = list(linear_layers(model))
     found = peft_support._try(model.config, names)
     assert (len(found), layers_of(model)) == (5, {2: 1, 3: 1})
-    monkeypatch.setattr(peft_support, "twins", lambda _model: {})
+    monkeypatch.setattr(peft_support, "like_layers", lambda _model: {})
     assert found == peft_support._try(model.config, names)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 _PLACE = re.compile(r"(^|_)(idx|index|layer_id|block_id)$")
 
 
-def twins(model: Any) -> dict[str, str]:
+def like_layers(model: Any) -> dict[str, str]:
     """Full names of layers that are like an earlier one, and the earlier one's.
 
     Alike: the same classes with the same plain attributes, shapes and entries in the configuration's lists of
@@ -30,8 +30,8 @@ def twins(model: Any) -> dict[str, str]:
         for place, layer in list(enumerate(module))[1:-1]:
             kind = (*(repr(values[place]) for values in lists), *_looks(layer, place))
             path = f"{name}.{place}"
-            if (twin := first.setdefault(kind, path)) != path:
-                found[path] = twin
+            if (other := first.setdefault(kind, path)) != path:
+                found[path] = other
     return found
 
 
@@ -53,21 +53,21 @@ def _looks(layer: nn.Module, place: int) -> Iterator[Hashable]:
 
 
 def counterpart(name: str, alike: Mapping[str, str]) -> str:
-    """The name of the same part in the layer's twin; the name itself where it has none."""
+    """The name of the same part in the layer that it is like; the name itself where it has none."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
-        if twin := alike.get(".".join(parts[:end])):
-            return ".".join([twin, *parts[end:]])
+        if other := alike.get(".".join(parts[:end])):
+            return ".".join([other, *parts[end:]])
     return name
 
 
 def skip(model: nn.Module, alike: Mapping[str, str]) -> None:
-    """From here on layers with a twin hand on what they are given, where the twin's answer was of that shape."""
+    """From here on, layers that are like another return what they are given, if the other answered in that shape."""
     answers = dict[str, Any]()
     for path in set(alike.values()):
         _remember(model.get_submodule(path), path, answers)
-    for path, twin in alike.items():
-        _hand_on(model.get_submodule(path), twin, answers)
+    for path, other in alike.items():
+        _hand_on(model.get_submodule(path), other, answers)
 
 
 def _remember(layer: Any, path: str, answers: dict[str, Any]) -> None:
@@ -80,11 +80,11 @@ def _remember(layer: Any, path: str, answers: dict[str, Any]) -> None:
     layer.forward = remember
 
 
-def _hand_on(layer: Any, twin: str, answers: dict[str, Any]) -> None:
+def _hand_on(layer: Any, other: str, answers: dict[str, Any]) -> None:
     forward = layer.forward
 
     def hand_on(*args: Any, **options: Any) -> Any:
-        given, answer = args[0] if args else options.get("hidden_states"), answers.get(twin)
+        given, answer = args[0] if args else options.get("hidden_states"), answers.get(other)
         hidden = answer[0] if isinstance(answer, tuple) and answer else answer
         if not isinstance(given, Tensor) or not isinstance(hidden, Tensor):
             return forward(*args, **options)
