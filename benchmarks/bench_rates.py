@@ -4,7 +4,8 @@
                                      [--results FOLDER] [--rate 2e-4 ...] [--write docs/rates.md]
     python benchmarks/bench_rates.py --table --write docs/rates.md
 
-A run is what a user gets who gives no hyperparameter but the number of steps: 16 steps of 8 rows on SmolLM2-135M.
+A run is what a user gets on a GPU who gives no hyperparameter but the number of steps: 16 steps of 8 rows on
+SmolLM2-135M, in bf16.
 Each has a process and a file in FOLDER of its own; a call that is cut off goes on from them. `--rate` tries rates
 instead of the default one, and writes no page. `--table` only writes what the code's table of rates says.
 """
@@ -83,7 +84,7 @@ def spec_of(method: str, seed: int, rate: float | None) -> dict[str, Any]:
     lora: dict[str, Any] = {"init": method}
     if facts_of(method) == "nf4":
         lora["quantization"] = "nf4"
-    training: dict[str, Any] = {"max_steps": STEPS, "batch_size": BATCH}
+    training: dict[str, Any] = {"max_steps": STEPS, "batch_size": BATCH, "precision": "bf16"}
     return {"model": BASE, "lora": lora, "training": training | ({"learning_rate": rate} if rate else {}), "seed": seed}
 
 
