@@ -94,7 +94,7 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
             user.start()
         _loop(fleet, orphans, until=lambda: bool(fleet.trainers()), seconds=60)
         nemesis.start()
-        _loop(fleet, orphans, until=lambda: not nemesis.tick(), seconds=options.seconds * 3)
+        _loop(fleet, orphans, until=lambda: not nemesis.tick(), seconds=options.seconds * 10)
         for user in users:
             user.closed.set()
         open_jobs = "SELECT id FROM jobs WHERE finished_at IS NULL"

@@ -49,9 +49,9 @@ class Fleet:
     def __init__(self, place: Path, storage: Path, *, mutant: str | None, catalogue: str = "") -> None:
         self._exits = ExitStack()
         self.place, self.storage = place, storage
-        for name in ("state", "logs", "steps"):
+        for name in ("state", "logs", "steps", "held"):
             (place / name).mkdir()
-        self.steps = place / "steps"
+        self.steps, self.held = place / "steps", place / "held"
         # A Unix socket's path may have 107 bytes at most, so these two get short folders of their own.
         self.postgres = servers.Postgres(self._exits.enter_context(servers.folder()))
         self._exits.callback(lambda: self.postgres.stop())
@@ -92,7 +92,8 @@ class Fleet:
             "MAX_ATTEMPTS": 1000,  # every loss is ours: the run must end with each job done
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LORAINIT_")}
-        ours = {"PYTHONPATH": str(ROOT), "CHAOS_LOG": str(self.steps), "CHAOS_MUTANT": mutant or ""}
+        ours = {"PYTHONPATH": str(ROOT), "CHAOS_MUTANT": mutant or ""}
+        ours |= {"CHAOS_LOG": str(self.steps), "CHAOS_HELD": str(self.held)}
         threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         return {**kept, **{f"LORAINIT_{name}": str(value) for name, value in settings.items()}, **ours, **threads}
 

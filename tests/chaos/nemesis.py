@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tests.chaos.storage import SmallDisk
 KINDS = {"trainer": 30, "supervisor": 25, "worker": 15, "reconciler": 15, "api": 15}
 QUIET_SECONDS = 1.0
 SHARE_OF_REAL = 0.2
-LONGEST_WAIT = 20.0
+LONGEST_WAIT = 120.0  # for what is certain to come, however busy the machine is
 QUEUE = "lora:train"
 
 # How long a trouble lasts, and what begins it. It is made from two numbers of [0, 1): how long, and which one.
@@ -174,22 +174,38 @@ class Nemesis:
         return self._lasting("PostgreSQL restarted", 2 * length, lambda: postgres.stop(how), postgres.start)
 
     def _supervisor_frozen(self, length: float, _pick: float) -> Lasting:
-        """That of the run which began last, past its lease, until its job has a successor."""
+        """That of the run which began last, past its lease, until its job has a successor.
+
+        Its jobs cannot end meanwhile, so that an earlier attempt which nobody stops is at work beside the later one.
+        """
         before: dict[Path, int] = {}
 
         def freeze() -> bool:
             for victim in _by_youngest_run(self._fleet.supervisors()):
                 if logs := self._logs_of(victim):
                     before.update({log: _attempts(log) for log in logs})
+                    self._hold(logs)
                     self._freeze([victim])
                     return True
             return False
+
+        def thaw() -> None:
+            self._release(before)
+            self._thaw()
 
         def taken_over() -> bool:
             return all(_attempts(log) > count for log, count in before.items())
 
         seconds = LEASE_SECONDS * (1.3 + 1.2 * length)
-        return self._lasting("supervisor frozen", seconds, freeze, self._thaw, until=taken_over)
+        return self._lasting("supervisor frozen", seconds, freeze, thaw, until=taken_over)
+
+    def _hold(self, logs: Iterable[Path]) -> None:
+        for log in logs:
+            (self._fleet.held / log.name).touch()
+
+    def _release(self, logs: Iterable[Path]) -> None:
+        for log in logs:
+            (self._fleet.held / log.name).unlink(missing_ok=True)
 
     def _logs_of(self, supervisor: psutil.Process) -> list[Path]:
         """Where the trainers below it write down their steps."""

@@ -5,7 +5,8 @@
 The state after step n is SHA-256 of the state after step n - 1, so a step that was left out, done twice
 or done on a wrong checkpoint shows in the adapter; the loss of a step is made of its state, so it shows
 in the metrics. Each step writes a line into CHAOS_LOG when it begins: nobody but this program knows
-when it really ran. Only the standard library, so that it starts in a moment.
+when it really ran. A job that has a file in CHAOS_HELD does not take its last step before that is gone.
+Only the standard library, so that it starts in a moment.
 """
 
 import ctypes
@@ -48,7 +49,7 @@ class Trainer:
         self.steps, self.interval = spec["training"]["max_steps"], spec["training"]["checkpoint_interval"]
         self.seed, self.rank, self.resume_from = spec["seed"], spec["lora"]["r"], spec["resume_from"]
         attempt, job = self.out.parent.name, self.out.parent.parent.name
-        self.log = Path(os.environ["CHAOS_LOG"]) / job
+        self.log, self.held = Path(os.environ["CHAOS_LOG"]) / job, Path(os.environ["CHAOS_HELD"]) / job
         self.token = attempt.removeprefix("attempt-")
 
     def begin(self) -> None:
@@ -68,6 +69,8 @@ class Trainer:
         began = time.monotonic()
         if self.past():
             return False
+        if self.step == self.steps - 1 and self.held.exists() and not last:
+            return True
         self.step += 1
         self.write(self.step, began)
         self.state = after(self.state, self.step)
