@@ -92,7 +92,11 @@ def _documented(name: str) -> Iterator[tuple[str, str]]:
     for member in sorted(getattr(module, "__all__", [])):
         thing = getattr(module, member)
         text = " ".join((inspect.getdoc(thing) or "").split())
-        if (inspect.isroutine(thing) or inspect.isclass(thing)) and 80 <= len(text) <= LONGEST and f"{member}(" not in text:
+        if (
+            (inspect.isroutine(thing) or inspect.isclass(thing))
+            and 80 <= len(text) <= LONGEST
+            and f"{member}(" not in text
+        ):
             yield f"{name}.{member}", text
 
 

@@ -44,6 +44,20 @@ def symmetric(U: Tensor, S: Tensor, Vh: Tensor, *, scale: float) -> Factors:
     return Factors(A=(root[:, None] * Vh).contiguous(), B=(U * root).contiguous())
 
 
+def last_alive(S: Tensor, *, rank: int, floor: float) -> slice | None:
+    """Which of the singular values are the smallest `rank` ones that are more than rounding; None: there are fewer.
+
+    A direction whose singular value is zero gives two factors of zeros, which no gradient moves. Among the thousands
+    of directions of a large base some are always that near zero, so they are passed over and not a reason to refuse.
+
+    Args:
+        S: singular values, descending.
+        floor: share of the largest one up to which a value counts as zero.
+    """
+    alive = int((S > floor * S[0]).sum())
+    return slice(alive - rank, alive) if alive >= rank else None
+
+
 def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triples from a randomized block Krylov space (Musco & Musco, arXiv 1504.05477, alg. 2).
 

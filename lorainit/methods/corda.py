@@ -16,25 +16,26 @@ from torch import Tensor
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.inits import CorDA
-from lorainit.methods._linalg import Factors, symmetric
+from lorainit.methods._linalg import Factors, last_alive, symmetric
 from lorainit.norms import norm
 
 FIRST_DAMPING, MAX_DAMPING = 0.01, 1.0
 INVERSE_ERROR = 0.05
-# As in MiLoRA: below this share of the top singular value both factors are dead. Float64, hence small.
+# As in MiLoRA: up to this share of the top singular value both factors are dead. Float64, hence small.
 DEAD = 1e-9
 
 
 def corda(
     weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: CorDA, generator: torch.Generator
 ) -> Factors:
-    """From W·C = U·S·Vᵀ and V̂ᵀ = Vᵀ·C⁻¹, so U·S·V̂ᵀ = W: the first r triples (ipm) or the last (kpm).
+    """From W·C = U·S·Vᵀ and V̂ᵀ = Vᵀ·C⁻¹, so U·S·V̂ᵀ = W: the first r triples (ipm) or the last (kpm)
+    that are not numerically zero.
 
     A = t·√(S/s)·V̂ᵀ and B = U·√(S/s)/t: with `balance` "authors" t = 1, with "equal" t makes ‖A‖ = ‖B‖ (Frobenius).
 
     Raises:
         InitFailed: nothing was collected, or C cannot be inverted.
-        InitFailed: kpm on a weight that is numerically rank deficient under its inputs.
+        InitFailed: kpm on a weight that has fewer than r directions under its inputs.
     """
     if evidence.second_moment is None:
         raise InitFailed("CorDA needs the second moment of the inputs, and none was collected.", param="lora.init")
@@ -42,13 +43,13 @@ def corda(
     dtype = torch.float64 if config.mode == "kpm" else torch.float32
     C, inverse, damping = damped(evidence.second_moment.to(weight.device, dtype))
     U, S, Vh = torch.linalg.svd(weight.to(dtype) @ C, full_matrices=False)
-    if config.mode == "kpm" and S[-1] <= DEAD * S[0]:
+    part = slice(None, rank) if config.mode == "ipm" else last_alive(S, rank=rank, floor=DEAD)
+    if part is None:
         raise InitFailed(
-            f"the smallest singular value of W·C is {float(S[-1]):.2g} against {float(S[0]):.2g} for the largest:"
+            f"fewer than {rank} singular values of W·C are above {DEAD:g} of the largest, {float(S[0]):.2g}:"
             " the protected directions would leave nothing to learn from.",
             param="lora.init.mode",
         )
-    part = slice(None, rank) if config.mode == "ipm" else slice(-rank, None)
     found = symmetric(U[:, part], S[part], Vh[part] @ inverse, scale=scale)
     t = (norm(found.B) / norm(found.A)) ** 0.5 if config.balance == "equal" else 1.0
     return Factors(A=(t * found.A).float(), B=(found.B / t).float(), facts={"damping": damping})

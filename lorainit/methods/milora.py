@@ -11,26 +11,26 @@ from torch import Tensor
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.inits import MiLoRA
-from lorainit.methods._linalg import Factors, symmetric
+from lorainit.methods._linalg import Factors, last_alive, symmetric
 
-# Below this share of the top singular value both factors are nearly zero and so are their gradients.
-# A float32 SVD returns 1e-7 to 3e-7 where the true value is 0, so the line lies above that.
+# A float32 SVD returns 1e-7 to 3e-7 of the top singular value where the true one is 0, so the line lies above that.
 DEAD = 1e-6
 
 
 def milora(
     weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: MiLoRA, generator: torch.Generator
 ) -> Factors:
-    """As PiSSA with the last r singular triples.
+    """As PiSSA with the last r singular triples, of those that are not numerically zero.
 
     Raises:
-        UnsupportedInit: the weight is numerically rank deficient, so the directions would be dead.
+        UnsupportedInit: fewer than r are not.
     """
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    if S[-1] <= DEAD * S[0]:
+    part = last_alive(S, rank=rank, floor=DEAD)
+    if part is None:
         raise UnsupportedInit(
-            f"the smallest singular value is {float(S[-1]):.2g} against {float(S[0]):.2g} for the largest:"
-            " MiLoRA's directions would get no gradient.",
+            f"fewer than {rank} singular values are above {DEAD:g} of the largest, {float(S[0]):.2g}:"
+            " MiLoRA's other directions would get no gradient.",
             param="lora.init",
         )
-    return symmetric(U[:, -rank:], S[-rank:], Vh[-rank:], scale=scale)
+    return symmetric(U[:, part], S[part], Vh[part], scale=scale)

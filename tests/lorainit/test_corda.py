@@ -160,9 +160,17 @@ def test_missing_moment_is_refused():
         start(weight(), None)
 
 
-def test_kpm_refuses_dead_directions_and_ipm_does_not_mind():
+def test_kpm_passes_over_directions_that_the_weight_does_not_have():
     W = weight()
     W[-1] = W[0]
+    found = start(W, second_moment(), mode="kpm")
+    assert torch.linalg.svdvals(found.B)[-1] > 1e-3
+    assert torch.linalg.svdvals(found.A)[-1] > 1e-3
+
+
+def test_kpm_refuses_a_weight_with_fewer_directions_than_the_rank_and_ipm_does_not_mind():
+    W = weight()
+    W[5:] = 0
     with pytest.raises(InitFailed, match="leave nothing to learn"):
         start(W, second_moment(), mode="kpm")
     assert start(W, second_moment()).A.isfinite().all()

@@ -133,11 +133,22 @@ def test_milora_is_the_bottom_part_of_the_weight(scale):
     assert (found.A @ factors("pissa", W).A.T).abs().max() < 1e-5
 
 
-def test_milora_refuses_dead_directions():
-    W = weight()
-    W[-1] = W[0]
+def of_rank(kept):
+    U, S, Vh = torch.linalg.svd(weight(), full_matrices=False)
+    return U[:, :kept] @ torch.diag(S[:kept]) @ Vh[:kept]
+
+
+@pytest.mark.parametrize("kept", [8, 20, 29])
+def test_milora_passes_over_directions_that_the_weight_does_not_have(kept):
+    U, S, Vh = (part.float() for part in torch.linalg.svd(of_rank(kept).double(), full_matrices=False))
+    found = factors("milora", of_rank(kept))
+    last = slice(kept - 8, kept)
+    assert torch.allclose(found.B @ found.A, U[:, last] @ torch.diag(S[last]) @ Vh[last], atol=1e-5)
+
+
+def test_milora_refuses_a_weight_with_fewer_directions_than_the_rank():
     with pytest.raises(UnsupportedInit, match="no gradient"):
-        factors("milora", W)
+        factors("milora", of_rank(7))
 
 
 @pytest.mark.parametrize("scale", SCALES)
