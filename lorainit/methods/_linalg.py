@@ -54,7 +54,7 @@ def last_alive(S: Tensor, *, rank: int, floor: float) -> slice | None:
         S: singular values, descending.
         floor: share of the largest one up to which a value counts as zero.
     """
-    alive = int((S > floor * S[0]).sum())
+    alive = int((floor * S[0] < S).sum())
     return slice(alive - rank, alive) if alive >= rank else None
 
 
