@@ -35,9 +35,14 @@ def drain_file(pid: int) -> Path:
     return get_settings().scratch() / f"drain-{pid}"
 
 
+@app.on_configure.connect  # type: ignore[untyped-decorator]
+def _check(**_: Any) -> None:
+    # The first thing that a worker does: whoever asks for Celery's settings next would read ours, and fail with a traceback.
+    startup.check_or_exit()
+
+
 @setup_logging.connect  # type: ignore[untyped-decorator]
 def _logs(**_: Any) -> None:
-    startup.check_or_exit()  # the first thing that a worker does
     configure()
     for fault in catalogue.missing_sources():
         get_logger(__name__).error("a base model is not here; its jobs fail", fault=fault)

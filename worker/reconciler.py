@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
+from sqlalchemy.exc import OperationalError
+
 from api.core import admission, jobs, metrics, queue, startup, validation
 from api.core.db import session_scope
 from api.core.logs import configure, get_logger
@@ -112,10 +114,16 @@ def _repeat(chore: Callable[[], object], stop: threading.Event) -> None:
         try:
             more = chore()
             pause = get_settings().reconcile_seconds
-        except Exception:
+        except Exception as error:
             # Twice a second for as long as a disk is full would fill it further.
             pause = min(2 * pause, max(LONGEST_PAUSE, get_settings().reconcile_seconds))
-            log.exception("a chore of the reconciler failed; it will be tried again", chore=chore.__name__)
+            # Nothing in our code is wrong where a database is away, and a traceback would say no more.
+            log.error(
+                "a chore of the reconciler failed; it will be tried again",
+                chore=chore.__name__,
+                error=str(error),
+                exc_info=not isinstance(error, OperationalError),
+            )
         if not more:
             stop.wait(pause)
 

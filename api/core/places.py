@@ -49,14 +49,14 @@ def of(session: Session, queued: Sequence[Job]) -> dict[str, Place]:
 
 def _place(job: Job, rank: Rank, *, at: datetime, served: set[str]) -> Place:
     waits = job.not_before is not None and job.not_before > at
-    if served and job.queue not in served:
+    if job.queue not in served:
         reason = "no_worker_for_device"
     elif job.attempts or job.losses or waits:
         reason = "restarting"
     elif not rank.allowed:
         reason = "project_limit_reached"
     else:
-        reason = "waiting_for_gpu" if rank.position == 1 or not served else "waiting_for_turn"
+        reason = "waiting_for_gpu" if rank.position == 1 else "waiting_for_turn"
     return Place(rank.position, reason)
 
 

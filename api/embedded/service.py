@@ -31,6 +31,7 @@ from api.embedded.children import Child, follow, tail
 
 READY_SECONDS = 60.0
 TICK_SECONDS = 0.2
+MAX_REASON = 500  # characters of a log line's error that are shown
 
 Say = Callable[[str], None]
 
@@ -50,6 +51,7 @@ class Service:
         self.children: list[Child] = []
         self._asked_to_stop = False
         self._lock: IO[str] | None = None
+        self._told = ("", "")  # which child said what last
         self._socket: socket.socket | None = None
 
     def start(self) -> str | None:
@@ -93,8 +95,7 @@ class Service:
                     self._write_service_file()
             for name, lines in logs.items():
                 for line in next(lines):
-                    if (text := _worth_showing(name, line)) is not None:
-                        self.say(text)
+                    self.pass_on(name, line)
             time.sleep(TICK_SECONDS)
 
     def ask_to_stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
@@ -114,6 +115,14 @@ class Service:
         if self._socket is not None:
             self._socket.close()
         self._lock.close()
+
+    def pass_on(self, name: str, line: str) -> None:
+        """Say what matters of a child's log, unless another has just said it: all of them refuse a broken catalogue."""
+        text = _worth_showing(name, line)
+        if text is None or (text == self._told[1] and name != self._told[0]):
+            return
+        self._told = (name, text)
+        self.say(f"{name}: {text}")
 
     def _environment(self) -> Mapping[str, str]:
         environment = {**os.environ, "LORAINIT_STATE_DIR": str(self.state), "PYTHONUNBUFFERED": "1"}
@@ -259,7 +268,7 @@ def _size(path: Path) -> int:
 
 
 def _worth_showing(name: str, line: str) -> str | None:
-    """Warnings and errors of anybody, and what the worker says about jobs."""
+    """Warnings and errors of anybody with their reason, and what the worker says about jobs."""
     try:
         record = json.loads(line)
         level, event = record["level"], record["event"]
@@ -268,4 +277,5 @@ def _worth_showing(name: str, line: str) -> str | None:
     job = record.get("job_id")
     if level not in ("warning", "error", "critical") and not (name == "worker" and job):
         return None
-    return f"{name}: {event}" + (f" [{job}]" if job else "")
+    why = " ".join(str(record.get("error", "")).split())[:MAX_REASON]
+    return event + (f" [{job}]" if job else "") + (f": {why}" if why else "")

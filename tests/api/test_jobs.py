@@ -18,7 +18,7 @@ from api.core.storage import ObjectStorage
 from lorainit.events import Warned
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, mark, refused
-from tests.things import MODEL, a_queued_job
+from tests.things import MODEL, a_queued_job, a_worker
 
 # Section by section: everything a job object always has.
 FIELDS = {
@@ -183,11 +183,13 @@ def test_a_precision_is_kept_as_asked_and_an_automatic_one_is_shown_once_the_run
 
 
 def test_the_place_in_the_queue_is_counted(lab: Lab, session: Session) -> None:
+    a_worker(session)
     made = [a_queued_job(session, lab.project, priority=priority) for priority in (1, 1, 2, 0)]
     session.commit()
     shown = [lab.client.get(f"{JOBS}/{job.id}").json() for job in made]
     assert [job["queue_position"] for job in shown] == [2, 3, 1, 4]
-    assert {job["queue_reason"] for job in shown} == {"waiting_for_gpu"}
+    reasons = ["waiting_for_turn", "waiting_for_turn", "waiting_for_gpu", "waiting_for_turn"]
+    assert [job["queue_reason"] for job in shown] == reasons
     listed = lab.client.get(JOBS).json()["data"]
     assert {job["id"]: job["queue_position"] for job in listed} == {job["id"]: job["queue_position"] for job in shown}
 

@@ -1,5 +1,6 @@
 """The embedded service: one tree that starts whole, mends itself and dies whole."""
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ import openai
 import psutil
 import pytest
 
+from api.core.settings import Settings
+from api.embedded.service import Service
 from tests.cli.conftest import Served, environment, gone, lorainit, serving
 
 
@@ -82,6 +85,16 @@ def test_a_catalogue_that_cannot_be_used_is_told_before_anything_starts(
     assert str(tmp_path / "models.toml") in refused.stderr
     assert words.format(here=tmp_path) in refused.stderr
     assert not (tmp_path / "state").exists()
+
+
+def test_a_catalogue_that_is_refused_while_it_runs_is_told_once_with_its_reason(tmp_path: Path) -> None:
+    line = {"level": "error", "event": "refused", "error": "The catalogue x, line 3:\nmodels[0].max_length: required."}
+    said = list[str]()
+    service = Service(Settings(state_dir=tmp_path), say=said.append)
+    for child in ("api", "reconciler", "worker", "api"):
+        service.pass_on(child, json.dumps(line))
+    told = "api: refused: The catalogue x, line 3: models[0].max_length: required."
+    assert said == [told, told]  # the second is another change
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

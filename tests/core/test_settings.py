@@ -50,7 +50,7 @@ def test_a_misspelt_variable_is_told_with_the_one_it_resembles() -> None:
     ]
 
 
-@pytest.mark.parametrize("program", ["api.server", "worker.reconciler"])
+@pytest.mark.parametrize("program", ["api.server", "worker.reconciler", "celery -A worker.app worker"])
 @pytest.mark.parametrize(
     ("name", "value", "words"), [("PORT", "abc", "LORAINIT_PORT"), ("CATALOGUE", "none.toml", "none.toml")]
 )
@@ -59,7 +59,7 @@ def test_no_process_starts_with_what_it_cannot_use(
 ) -> None:
     environment.setenv(f"LORAINIT_{name}", value)
     done = subprocess.run(
-        [sys.executable, "-m", program], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+        [sys.executable, "-m", *program.split()], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
     )
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
     assert done.stderr.startswith("error: ")

@@ -91,6 +91,7 @@ def test_places_are_the_order_in_which_jobs_are_claimed(session: Session) -> Non
 
 def test_a_claim_passes_over_a_project_at_its_limit(session: Session, environment: pytest.MonkeyPatch) -> None:
     settings(environment, project_running=1)
+    a_worker(session)
     full, other = a_project(session), a_project(session)
     _, lease = a_running_job(session, full)
     held, free = waited(session, a_queued_job(session, full), 9 * HOUR), a_queued_job(session, other)
@@ -158,7 +159,7 @@ def test_jobs_of_another_queue_do_not_join_a_group(session: Session) -> None:
 
 def test_a_job_that_no_worker_takes_says_so(session: Session) -> None:
     job = a_queued_job(session, a_project(session), queue="gpu")
-    assert place(session, job) == (1, "waiting_for_gpu")  # nobody is there at all
+    assert place(session, job) == (1, "no_worker_for_device")  # nobody is there at all
     a_worker(session)
     assert place(session, job) == (1, "no_worker_for_device")
     a_worker(session, queues=("cpu", "gpu"))
@@ -205,6 +206,7 @@ def test_each_loss_after_the_first_waits_twice_as_long(session: Session) -> None
 
 
 def test_a_job_that_waits_after_a_loss_is_not_claimed_or_announced_before(session: Session) -> None:
+    a_worker(session)
     _, lease = a_running_job(session, a_project(session))
     job = lose(session, lease)
     later = datetime.now(UTC) + timedelta(seconds=5)
