@@ -37,7 +37,7 @@ def drain_file(pid: int) -> Path:
 
 @app.on_configure.connect  # type: ignore[untyped-decorator]
 def _check(**_: Any) -> None:
-    # The first thing that a worker does: whoever asks for Celery's settings next would read ours, and fail with a traceback.
+    # The first thing that a worker does. Celery would read our settings next, and print a traceback of what is wrong.
     startup.check_or_exit()
 
 

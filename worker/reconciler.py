@@ -118,7 +118,7 @@ def _repeat(chore: Callable[[], object], stop: threading.Event) -> None:
             # Twice a second for as long as a disk is full would fill it further.
             pause = min(2 * pause, max(LONGEST_PAUSE, get_settings().reconcile_seconds))
             # Nothing in our code is wrong where a database is away, and a traceback would say no more.
-            log.error(
+            log.exception(
                 "a chore of the reconciler failed; it will be tried again",
                 chore=chore.__name__,
                 error=str(error),
