@@ -5,6 +5,7 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
 
     LorainitError
     ├── InvalidTrainingFile, InvalidValidationFile, NoTrainableTokens, SequenceTooLong
+    ├── HubUnavailable         (passes: the same run may succeed later)
     ├── UnsupportedModel, UnsupportedInit, RankTooLarge, UnknownTarget
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
@@ -61,6 +62,12 @@ class UnsupportedModel(LorainitError):
     """The base model cannot be loaded or is not a causal language model we can train."""
 
     code = "unsupported_model"
+
+
+class HubUnavailable(LorainitError):
+    """The model hub does not answer, or says that it cannot now: another try may have the base model."""
+
+    code = "hub_unavailable"
 
 
 class UnsupportedInit(LorainitError):

@@ -19,11 +19,12 @@ TOKEN = "hf_token_of_somebody_who_may"
 
 @dataclass(frozen=True)
 class Repository:
-    """A model: its files by revision, "main" among them, and who may have it."""
+    """A model: its files by revision, "main" among them, and who may have it; or the `status` that all get."""
 
     revisions: Mapping[str, Path]
     private: bool = False
     gated: bool = False
+    status: int = 200
 
     def folder(self, revision: str) -> Path | None:
         """The files of a branch, a tag or a commit."""
@@ -95,7 +96,9 @@ def serving(models: Mapping[str, Repository], *, port: int = 0) -> Iterator[Hub]
         def _allowed(self, name: str, revision: str) -> Path | None:
             """The folder that is asked for; None after a refusal."""
             model, known = models.get(name), self.headers.get("authorization") == f"Bearer {TOKEN}"
-            if model is None or (model.private and not known):
+            if model is not None and model.status != 200:
+                self._refuse(model.status, "")
+            elif model is None or (model.private and not known):
                 self._refuse(404 if known else 401, "RepoNotFound")
             elif model.gated and not known:
                 self._refuse(403, "GatedRepo")

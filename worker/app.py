@@ -35,7 +35,7 @@ def drain_file(pid: int) -> Path:
     return get_settings().scratch() / f"drain-{pid}"
 
 
-@app.on_configure.connect  # type: ignore[untyped-decorator]
+@app.on_configure.connect  # type: ignore[union-attr, untyped-decorator]
 def _check(**_: Any) -> None:
     # The first thing that a worker does. Celery would read our settings next, and print a traceback of what is wrong.
     startup.check_or_exit()

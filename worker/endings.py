@@ -20,7 +20,7 @@ from worker.supervisor import Outcome
 LEASE_LOST = 75  # how the child leaves when no lease holds any more
 # Killed, or asked to leave, by somebody who was not us: the job is not to blame.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
-DISK_FULL = "disk_full"
+DISK_FULL, HUB_UNAVAILABLE = "disk_full", "hub_unavailable"
 INTERNAL = Failure("internal_error", "The worker failed while handling this job; see its log.")
 KILLED = Failure(
     "out_of_memory",
@@ -36,6 +36,8 @@ def told(job: Job, lease: Lease, failed: Failed) -> None:
     log.error("the run failed", code=failed.code, message=failed.message)
     if failed.code == KILLED.code and _may_try_alone(job):
         _retry(lease, "ran out of memory")
+    elif failed.code == HUB_UNAVAILABLE:
+        lose(lease, failed.message.rstrip("."), code=HUB_UNAVAILABLE)
     else:
         figures = f" {_room_left()}" if failed.code == DISK_FULL else ""
         fail(lease, Failure(failed.code, failed.message + figures, in_body(failed.param)))
@@ -75,10 +77,10 @@ def fail(lease: Lease, failure: Failure) -> None:
             session.commit()
 
 
-def lose(lease: Lease, how: str) -> None:
+def lose(lease: Lease, how: str, *, code: str = "worker_lost") -> None:
     """Tried again from the last checkpoint, until that has happened too often without a new one."""
     with session_scope() as session:
-        again = jobs.lose(session, lease, how, max_attempts=get_settings().max_attempts)
+        again = jobs.lose(session, lease, how, max_attempts=get_settings().max_attempts, code=code)
         session.commit()
     log.warning("the run was lost", how=how, again=again)
 

@@ -177,13 +177,14 @@ def retry(session: Session, lease: Lease, reason: str) -> bool:
     return _requeue(session, lease, reason, then="the job will be tried again alone", level="warn")
 
 
-def lose(session: Session, lease: Lease, how: str, *, max_attempts: int) -> bool:
+def lose(session: Session, lease: Lease, how: str, *, max_attempts: int, code: str = "worker_lost") -> bool:
     """A run ended for no fault of the job: `queued` again, or `failed` after `max_attempts` without progress.
 
     The first loss waits for nothing, since most are one machine's; from the second on each waits twice as long.
 
     Args:
         how: what happened, as the beginning of a sentence.
+        code: what the job fails with in the end.
 
     Returns:
         True when the job will be tried again.
@@ -194,7 +195,7 @@ def lose(session: Session, lease: Lease, how: str, *, max_attempts: int) -> bool
     losses, what = row.losses + 1, f"{how} while {(row.progress or {}).get('stage', 'loading')}"
     if losses >= max_attempts:
         message = f"The job was lost {losses} times without a new checkpoint. The last time: {what}."
-        fail(session, lease, Failure("worker_lost", message), losses=losses)
+        fail(session, lease, Failure(code, message), losses=losses)
         return False
     told, wait = {"losses": losses}, now(session) + timedelta(seconds=_patience(losses))
     return _requeue(session, lease, what, level="warn", told=told, losses=losses, not_before=wait)

@@ -278,4 +278,4 @@ def _worth_showing(name: str, line: str) -> str | None:
     if level not in ("warning", "error", "critical") and not (name == "worker" and job):
         return None
     why = " ".join(str(record.get("error", "")).split())[:MAX_REASON]
-    return event + (f" [{job}]" if job else "") + (f": {why}" if why else "")
+    return f"{event}{f' [{job}]' if job else ''}{f': {why}' if why else ''}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorainit import sources
-from lorainit.errors import UnsupportedModel
+from lorainit.errors import HubUnavailable, UnsupportedModel
 from lorainit.model import hub
 
 
@@ -28,6 +28,7 @@ def find(source: str) -> Found:
 
     Raises:
         UnsupportedModel: nothing is there.
+        HubUnavailable: it may be on the hub, which cannot be asked now.
     """
     path, on_hub = sources.local_path(source), sources.as_hub_id(source)
     if path is not None and sources.exists(path):
@@ -37,10 +38,10 @@ def find(source: str) -> Found:
         raise UnsupportedModel(_nothing(source, path), param="model")
     try:
         folder = hub.fetch(*on_hub)
-    except UnsupportedModel as error:
+    except (UnsupportedModel, HubUnavailable) as error:
         if path is None:
             raise
-        raise UnsupportedModel(f"There is no folder {path.absolute()}. {error.message}", param="model") from error
+        raise type(error)(f"There is no folder {path.absolute()}. {error.message}", param="model") from error
     return Found(hub.pinned(on_hub[0], folder), folder, on_hub[0])
 
 

@@ -8,12 +8,14 @@ inspected, and is not looked up again.
 import errno
 from pathlib import Path
 
-from lorainit.errors import UnsupportedModel
+from lorainit.errors import HubUnavailable, LorainitError, UnsupportedModel
 from lorainit.sources import HUB, is_hub_id
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # The same weights in formats of others: below folders, and Mistral's.
 OTHERS = ["*/*", "consolidated*"]
+# huggingface_hub's own, of one version or another, and that of its way to fetch large files.
+_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 _SNAPSHOTS = "snapshots"  # of the cache: models--OWNER--NAME/snapshots/COMMIT
 
 
@@ -25,6 +27,7 @@ def fetch(repository: str, revision: str | None) -> Path:
 
     Raises:
         UnsupportedModel: it cannot be had, with the reason and what would help.
+        HubUnavailable: the hub cannot be reached or has trouble of its own, which may pass.
     """
     from huggingface_hub import snapshot_download
 
@@ -33,7 +36,7 @@ def fetch(repository: str, revision: str | None) -> Path:
     except Exception as error:  # the client's own, or those of the HTTP client below it
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UnsupportedModel(_why(error, repository, revision), param="model") from error
+        raise _refusal(error, repository, revision) from error
     if not folder.is_dir():
         raise UnsupportedModel(f"The hub's model {repository} holds no file of a base model.", param="model")
     return folder
@@ -51,11 +54,36 @@ def id_of(folder: Path) -> str | None:
     return found if folder.parent.name == _SNAPSHOTS and kind == "models" and is_hub_id(found) else None
 
 
-def _why(error: Exception, repository: str, revision: str | None) -> str:
+def _refusal(error: Exception, repository: str, revision: str | None) -> LorainitError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    # The client looks into its cache where the hub refuses, and tells first that nothing is there.
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    cause = cause if isinstance(cause, Exception) else error
+    if why := _final(cause, repository, revision):
+        return UnsupportedModel(why, param="model")
+    text = f"The hub's model {repository} cannot be fetched from {constants.ENDPOINT}: "
+    text += " ".join(str(cause).split())[:300] or type(cause).__name__
+    return HubUnavailable(text, param="model") if _may_pass(cause) else UnsupportedModel(text, param="model")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the network or the hub is in trouble: it asks for patience, fails, or does not answer at all."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    network = any(kind.__module__.partition(".")[0] in _HTTP_CLIENTS for kind in type(error).__mro__)
+    return network or isinstance(error, ConnectionError | TimeoutError)
+
+
+def _final(error: Exception, repository: str, revision: str | None) -> str:
+    """A sentence for what another try will not change; "" for everything else."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import (
         GatedRepoError,
-        LocalEntryNotFoundError,
+        HfHubHTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -71,8 +99,11 @@ def _why(error: Exception, repository: str, revision: str | None) -> str:
             return f"The hub ({hub}) has no model {repository}, or {token}."
         case RevisionNotFoundError():
             return f"The hub's model {repository} ({hub}) has no revision {revision!r}."
-        case LocalEntryNotFoundError() if isinstance(error.__cause__, OfflineModeIsEnabled):
+        case HfHubHTTPError() if error.response.status_code == 401:
+            return f"The hub ({hub}) takes no such token for {repository}: HF_TOKEN is wrong or has expired."
+        case HfHubHTTPError() if error.response.status_code == 403:
+            return f"The hub ({hub}) forbids {repository} to the account of this HF_TOKEN, or to everybody without one."
+        case OfflineModeIsEnabled():
             where = f"HF_HUB_OFFLINE is set, and the cache ({constants.HF_HUB_CACHE}) lacks files of it"
             return f"The hub's model {repository} cannot be fetched: {where}."
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    return f"The hub's model {repository} cannot be fetched from {hub}: {' '.join(str(cause).split())[:300]}"
+    return ""

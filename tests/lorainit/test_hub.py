@@ -15,9 +15,9 @@ from lorainit.sources import absolute, as_hub_id, is_root
 from tests import hub
 
 FIND = (
-    "import json, sys; from lorainit.model.find import find; from lorainit.errors import UnsupportedModel\n"
+    "import json, sys; from lorainit.model.find import find; from lorainit.errors import LorainitError\n"
     "try:\n found = find(sys.argv[1]); answer = [found.source, str(found.path), found.hub_id]\n"
-    "except UnsupportedModel as error:\n answer = error.message\n"
+    "except LorainitError as error:\n answer = f'{error.code}: {error.message}'\n"
     "print(json.dumps(answer))"
 )
 
@@ -37,7 +37,7 @@ def served(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         "Lab/Tiny": everybody,
         "Lab/Secret": hub.Repository({"main": bases["llama"]}, private=True),
         "Lab/Gated": hub.Repository({"main": bases["llama"]}, gated=True),
-    }
+    } | {f"Lab/S{status}": hub.Repository({}, status=status) for status in (401, 403, 429, 503)}
     with hub.serving(models) as running:
         yield running
 
@@ -91,7 +91,7 @@ def test_what_is_in_the_cache_needs_no_hub(served: hub.Hub, tmp_path: Path) -> N
         ("hub:Lab/Gated", {}, "is gated: accept its terms on its page"),
         ("hub:Lab/Tiny@v9", {}, "has no revision 'v9'"),
         ("hub:Lab/Tiny", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and the cache"),
-        ("hub:Lab/Tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be fetched from http://127.0.0.1:9: "),
+        ("hub:Lab/S403", {}, "forbids Lab/S403 to the account of this HF_TOKEN"),
         ("hub:tiny", {}, "'hub:tiny' is not hub:OWNER/NAME[@REVISION]"),
         ("Lab/None", {}, "There is no folder {here}/Lab/None. The hub (http"),
         ("tiny", {}, "There is no base model at 'tiny' ({here}/tiny); a model of a hub is OWNER/NAME"),
@@ -103,6 +103,24 @@ def test_what_cannot_be_had_is_told_with_what_would_help(
 ) -> None:
     said = ask(source, served, tmp_path, **env)
     assert isinstance(said, str)
+    assert said.startswith("unsupported_model: ")
+    assert words.format(here=tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    ("source", "env", "words"),
+    [
+        ("hub:Lab/Tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be fetched from http://127.0.0.1:9: "),
+        ("hub:Lab/S503", {}, "The hub's model Lab/S503 cannot be fetched from http"),
+        ("Lab/S429", {}, "There is no folder {here}/Lab/S429. The hub's model Lab/S429 cannot be fetched"),
+    ],
+)
+def test_trouble_of_the_network_or_of_the_hub_is_told_as_what_may_pass(
+    source: str, env: dict[str, str], words: str, served: hub.Hub, tmp_path: Path
+) -> None:
+    said = ask(source, served, tmp_path, **env)
+    assert isinstance(said, str)
+    assert said.startswith("hub_unavailable: ")
     assert words.format(here=tmp_path) in said
 
 

@@ -250,6 +250,18 @@ def test_a_job_whose_only_attempt_died_in_company_fails(lab: Lab, environment: p
     assert lab.statuses() == ["failed"] * 3
 
 
+def test_a_hub_that_is_away_is_tried_again_and_named_in_the_end(lab: Lab, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LORAINIT_MAX_ATTEMPTS", "2")
+    get_settings.cache_clear()
+    script = "for i in range(len(members)): failed(i, 'hub_unavailable')"
+    lab.run(script)
+    assert lab.statuses() == ["queued"] * 3
+    assert lab.story(1)[-1] == "hub_unavailable of 1 while loading; the job goes back to the queue"
+    lab.run(script)
+    assert lab.statuses() == ["failed"] * 3
+    assert {lab.job(seed).error["code"] for seed in (1, 2, 3)} == {"hub_unavailable"}  # type: ignore[index]
+
+
 def test_a_child_that_saw_no_lease_leaves_its_jobs_to_the_reconciler(lab: Lab) -> None:
     lab.run("for i in range(3): step(i, 1)\nsys.exit(75)")
     assert lab.statuses() == ["running"] * 3
