@@ -257,7 +257,8 @@ def test_a_hub_that_is_away_is_tried_again_and_named_in_the_end(lab: Lab, enviro
     lab.run(script)
     assert lab.statuses() == ["queued"] * 3
     assert lab.story(1)[-1] == "hub_unavailable of 1 while loading; the job goes back to the queue"
-    lab.run(script)
+    for _ in range(3):  # each alone now
+        lab.run(script)
     assert lab.statuses() == ["failed"] * 3
     assert {lab.job(seed).error["code"] for seed in (1, 2, 3)} == {"hub_unavailable"}  # type: ignore[index]
 
