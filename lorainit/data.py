@@ -33,6 +33,8 @@ _ERRORS: dict[str, type[LorainitError]] = {
     "data.training": InvalidTrainingFile,
     "data.validation": InvalidValidationFile,
 }
+# What is wrong with a row, and with the base if it is wrong with all of them.
+_MODELS_FAULTS = {"template_error": "chat template renders", "tokenizer_error": "tokenizer reads"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def load(
     Raises:
         InvalidTrainingFile, InvalidValidationFile: a row cannot be used (with "fail"), or none can.
         NoTrainableTokens: every row is masked or cut before its first trained token.
-        UnsupportedModel: the chat template renders none of the rows, or there is no end token to append.
+        UnsupportedModel: the chat template renders, or the tokenizer reads, none of the rows, or there is no end token
+            to append.
     """
     data = tokenize(path, tokenizer, max_length=max_length, folder=folder, append_eos=append_eos, on_tick=on_tick)
     refuse(data, on_row_error, param)
@@ -170,13 +173,22 @@ class _Reader:
         if fault := self.template.control_token_fault(row.value, ""):
             return fault
         if row.kind == "prompt_completion":
-            return Sample(row.line, *self.encode.pair(row.value["prompt"], row.value["completion"]))
+            return self._encoded(row.line, lambda: self.encode.pair(row.value["prompt"], row.value["completion"]))
         rendered = self.template.render(row.value)
         if isinstance(rendered, Fault):
             return rendered
         for fault in rendered.warnings:
             self._warn(row.line, fault)
-        return self._stopped(Sample(row.line, *self.encode.text(rendered.text, rendered.spans)))
+        sample = self._encoded(row.line, lambda: self.encode.text(rendered.text, rendered.spans))
+        return sample if isinstance(sample, Fault) else self._stopped(sample)
+
+    @staticmethod
+    def _encoded(line: int, encode: Callable[[], tuple[Tensor, Tensor]]) -> Sample | Fault:
+        """A tokenizer that has read other texts is told with the row that it cannot read."""
+        try:
+            return Sample(line, *encode())
+        except UnsupportedModel as error:
+            return Fault("tokenizer_error", None, error.message)
 
     def _stopped(self, sample: Sample) -> Sample:
         """The row with a token to stop at behind its last answer, or a warning that it has none."""
@@ -213,11 +225,11 @@ def refuse(data: Dataset, on_row_error: str, param: str) -> None:
         raise NoTrainableTokens(f"No row of the {name} has a token to train on.", param=param)
     if not data.rows:
         raise _ERRORS[param](f"The {name} has no rows.", param=param)
-    if not data.samples and all(p.code == "template_error" for p in data.problems):
-        raise UnsupportedModel(
-            f"The base model's chat template renders no row of the {name}; first: {data.problems[0].message}",
-            param="model",
-        )
+    for code, what in _MODELS_FAULTS.items():
+        if not data.samples and all(p.code == code for p in data.problems):
+            raise UnsupportedModel(
+                f"The base model's {what} no row of the {name}; first: {data.problems[0].message}", param="model"
+            )
     if bad and (on_row_error == "fail" or not data.samples):
         first = data.problems[0]
         raise _ERRORS[param](

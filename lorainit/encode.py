@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorainit import tokenizer_time
 from lorainit.errors import UnsupportedModel
-from lorainit.refusal import as_unsupported
 from lorainit.turns import Span
 
 # Texts to go on from, of kinds that no tokenizer merges with everything.
@@ -64,8 +64,7 @@ class Encoder:
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         if not text:
             return [], []
-        with as_unsupported("The base model's tokenizer cannot read a text"):
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = tokenizer_time.read(self.tokenizer, text, add_special_tokens=False)
         return list(encoded.input_ids), list(encoded.offset_mapping)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorainit import rendering
+from lorainit import rendering, tokenizer_time
 from lorainit.conversation import Fault, trained
 from lorainit.errors import UnsupportedModel
 from lorainit.turns import Border, Conversation, Habits, Lost, Messages, Span, marked, marks_for, places
@@ -251,7 +251,7 @@ class Template:
     @cached_property
     def _habits(self) -> Habits:
         prompts = tuple(self._prompts)
-        encoded = self.tokenizer(prompts[0], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer_time.read(self.tokenizer, prompts[0], add_special_tokens=False)
         tail = self._tail(_ANSWERED)
         closing = tuple(self.control_tokens.findall(tail))
         return Habits(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorainit import tokenizer_time
 from lorainit.digest import seal
 from lorainit.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inits import Quantization
@@ -26,7 +27,6 @@ from lorainit.model.find import find
 from lorainit.model.four_bits import four_bits
 from lorainit.model.gguf_header import check_header
 from lorainit.model.positions import forget_lengths
-from lorainit.model.tokenizer_time import require_quick
 from lorainit.quantize import loading_options, settle
 from lorainit.refusal import as_unsupported
 
@@ -169,9 +169,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise UnsupportedModel(text, param="model") from error
     if not tokenizer.is_fast:
         raise UnsupportedModel("The base model has no fast tokenizer (tokenizer.json).", param="model")
-    with as_unsupported("The base model's tokenizer cannot read a text"):
-        tokenizer(_SAMPLE, return_offsets_mapping=True, verbose=False)
-    require_quick(tokenizer)
+    tokenizer_time.read(tokenizer, _SAMPLE)
+    tokenizer_time.require_quick(tokenizer)
     return tokenizer
 
 

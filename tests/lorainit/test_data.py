@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import Regex, pre_tokenizers
 
 from lorainit.batches import batches, collate, order
 from lorainit.data import load
@@ -228,3 +229,28 @@ def test_batches_hold_every_row_once_and_padding_is_masked(rows, tokenizer):
         assert batch.ids[row, n:].eq(7).all()
         assert batch.attention[row].sum() == n
         assert not batch.trained[row, n:].any()
+
+
+def read_with_expression(expression, tmp_path, *texts, **options):
+    """Rows that a tokenizer cuts into words by a regular expression of its own."""
+    tokenizer = make_tokenizer()
+    split = pre_tokenizers.Split(Regex(expression), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False)])
+    path = write_rows(tmp_path / "rows.jsonl", [chat("a", text) for text in texts])
+    return load(path, tokenizer, max_length=256, **options)
+
+
+def test_text_that_a_tokenizers_expression_takes_too_long_for_is_an_error_of_its_row(tmp_path):
+    rows = ["four", "q" * 60, "four"]
+    why = "1 of 3 rows .* tokenizer_error: Line 2: The base model's tokenizer .* regular expressions takes too long"
+    with pytest.raises(InvalidTrainingFile, match=why) as caught:
+        read_with_expression("(q+q+)+Z", tmp_path, *rows)
+    assert caught.value.param == "data.training"
+    data = read_with_expression("(q+q+)+Z", tmp_path, *rows, on_row_error="skip")
+    assert [sample.line for sample in data.samples] == [1, 3]
+
+
+def test_tokenizer_that_reads_no_row_is_the_models_fault(tmp_path):
+    with pytest.raises(UnsupportedModel, match="tokenizer reads no row of the training file; first: Line 1") as caught:
+        read_with_expression("(q+q+)+Z", tmp_path, "q" * 60, "q" * 70)
+    assert caught.value.param == "model"
