@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.facts import LeftOut, Target
 from lorainit.inits import Automatic
-from lorainit.paths import matches, unfolded
+from lorainit.paths import folded, matches, unfolded
 from lorainit.spec import Lora
 
 FIELD = "lora.target_modules"
@@ -50,7 +50,7 @@ def place(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) ->
     also = list[LeftOut]()
     for index, name in enumerate(wanted):
         meant = [(target, count) for target in targets if (count := target.meant_by(name))]
-        others = [_without_paths(layer, count) for layer in left_out if (count := layer.meant_by(name))]
+        others = [_part(layer, name, count) for layer in left_out if (count := layer.meant_by(name))]
         if not meant:
             raise _nothing_of(name, f"{FIELD}[{index}]", others, targets)
         for target, _ in meant:
@@ -59,8 +59,9 @@ def place(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) ->
         partly = {target.name for target in targets if target.meant_by(name) < target.count}
         names |= dict.fromkeys(name if target.name in partly else target.name for target, _ in meant)
         also += others
-    # A list that a server has spelled out comes with what it left out then.
-    kept = [layer for layer in lora.left_out if layer not in also]
+    # A list that a server has spelled out comes with what it left out then; full names depend on its entry's age.
+    told = [_without_paths(layer) for layer in also]
+    kept = [layer for layer in lora.left_out if _without_paths(layer) not in told]
     return Placement(list(names), also + kept)
 
 
@@ -73,14 +74,22 @@ def chosen(target: Target, names: Sequence[str]) -> int:
     return target.count * found // len(held) if held else 0
 
 
-def _without_paths(layer: LeftOut, count: int) -> LeftOut:
-    """For the answer to a job: how many, and not which."""
-    return layer.model_copy(update={"paths": [], "count": count})
+def _part(layer: LeftOut, name: str, count: int) -> LeftOut:
+    """The `count` layers of a kind that a name means."""
+    if count == layer.count:
+        return layer
+    held = [path for one in layer.paths for path in unfolded(one)]
+    paths = folded(path for path in held if matches(path, name))
+    return layer.model_copy(update={"paths": paths, "count": count})
+
+
+def _without_paths(layer: LeftOut) -> LeftOut:
+    return layer.model_copy(update={"paths": []})
 
 
 def _of_group(lora: Lora, wanted: str, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> Placement:
     meant = [target for target in targets if wanted in ("all-linear", target.group)]
-    others = [_without_paths(layer, layer.count) for layer in left_out if wanted in ("all-linear", layer.group)]
+    others = [layer for layer in left_out if wanted in ("all-linear", layer.group)]
     obstacles = {target.name: found for target in meant if (found := _obstacle(lora, target))}
     names = list(dict.fromkeys(target.name for target in meant if target.name not in obstacles))
     if not names and obstacles:
@@ -90,9 +99,7 @@ def _of_group(lora: Lora, wanted: str, targets: Sequence[Target], left_out: Sequ
             f"{FIELD} {wanted!r} matches nothing that can carry a LoRA in this base model.{_reasons(others)}",
             param=FIELD,
         )
-    small = [
-        LeftOut(**t.model_dump(exclude={"paths"}), reason=obstacles[t.name][1]) for t in meant if t.name in obstacles
-    ]
+    small = [LeftOut(**t.model_dump(), reason=obstacles[t.name][1]) for t in meant if t.name in obstacles]
     return Placement(names, [*others, *small])
 
 

@@ -14,7 +14,7 @@ def kind(name: str, group: str, out: int, **more: Any) -> dict[str, Any]:
 
 
 GATE = kind("shared_expert_gate", "mlp", 1, reason="it is a router or gate")
-TOWER = kind("fc1", "mlp", 64, reason="it belongs to a vision or audio tower")
+TOWER = kind("fc1", "mlp", 64, reason="it belongs to a vision or audio tower", paths=["tower.layers.0-1.mlp.fc1"])
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,11 @@ def test_what_all_linear_leaves_out_is_in_the_job_with_reasons(lab: Lab) -> None
         "fc1": "it belongs to a vision or audio tower",
         "narrow": "a matrix of that name is smaller than the rank, 16",
     }
+
+
+def test_what_is_left_out_has_its_full_names(lab: Lab) -> None:
+    left_out = lab.order(lora={"r": 4, "target_modules": "mlp"})["lora"]["left_out"]
+    assert next(layer["paths"] for layer in left_out if layer["name"] == "fc1") == ["tower.layers.0-1.mlp.fc1"]
 
 
 def test_the_end_of_a_name_means_every_layer_that_ends_so(lab: Lab) -> None:

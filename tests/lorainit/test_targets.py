@@ -25,7 +25,7 @@ from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model, skeleton
 from lorainit.model.names import pattern_of
 from lorainit.model.targets import describe, find_targets, resolve, survey
-from lorainit.paths import unfolded
+from lorainit.paths import matches, unfolded
 from lorainit.run import run
 from lorainit.spec import Lora, RunSpec
 from lorainit.weight import shape_of
@@ -149,7 +149,8 @@ def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skel
         placed = catalogue.place(lora, entry)
         assert list(resolve(model, placed)[0]) == list(layers)
         assert catalogue.size(placed, entry)[0] == len(layers)
-        assert sum(x.count for x in placed.left_out) == sum(x.count for x in missed)
+        assert [(x.name, x.count, x.paths) for x in placed.left_out] == [(x.name, x.count, x.paths) for x in missed]
+        assert all(matches(path, end) for x in missed for one in x.paths for path in unfolded(one))
 
 
 def test_names_that_share_layers_are_counted_once(skeletons):
