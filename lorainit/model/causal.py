@@ -60,6 +60,8 @@ def require_causal(config: Any, skeleton: nn.Module) -> None:
         raise _not_causal(config, f"it answers {tuple(logits.shape)} to {tuple(ids.shape)} tokens")
     if not logits.isfinite().all():
         raise _untried(config, ValueError("small random weights make of it numbers that are not finite"))
+    if not logits.any():
+        raise _untried(config, ValueError("small random weights make of it nothing but zeros"))
     leak = max(_change(logits, row, cut) for row, cut in enumerate(cuts, 1))
     if not leak <= LEAK:
         raise _not_causal(config, "what it says of a token changes with the tokens behind it, as in an encoder")

@@ -81,9 +81,31 @@ def _require_known_architecture(said: dict[str, Any]) -> None:
 
 
 def build(config: Any) -> nn.Module:
-    """The model of a configuration without any weights."""
-    with as_unsupported("The base model cannot be built from its config.json"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+    """The model of a configuration without any weights.
+
+    Raises:
+        UnsupportedModel: with the entry that transformers does not know, where a name of something is the fault.
+    """
+    try:
+        with as_unsupported("The base model cannot be built from its config.json"), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+    except UnsupportedModel as error:
+        cause = error.__cause__
+        name = _entry_with(cause.args[0], config.to_dict()) if isinstance(cause, KeyError) and cause.args else None
+        if name is None:
+            raise
+        said = f"config.json says {name} = {str(cause.args[0])[:100]!r}" if cause else ""
+        raise UnsupportedModel(f"{said}, which transformers {__version__} does not have.", param="model") from error
+
+
+def _entry_with(value: object, config: dict[str, Any]) -> str | None:
+    """The name under which a configuration, or a part of it, has a value."""
+    for name, item in config.items():
+        if item == value:
+            return name
+        if isinstance(item, dict) and (inner := _entry_with(value, item)):
+            return f"{name}.{inner}"
+    return None
 
 
 def require_language_model(config: Any) -> None:

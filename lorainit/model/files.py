@@ -25,6 +25,20 @@ MAX_COUNT = 100_000  # of heads, experts and whatever else a model is built of o
 MAX_DIMENSIONS = 16
 # Lengths that a job's `max_length` is checked against; the longest context of transformers 5 has 10,485,760 tokens.
 _CONTEXTS = ("max_position_embeddings", "n_positions")
+# Numbers that have to be there, and the least that they can be, whatever a model is built of.
+_LEAST = dict.fromkeys(
+    (
+        "hidden_size", "n_embd", "d_model", "vocab_size", "num_hidden_layers", "num_layers", "n_layer", "n_layers",
+        "num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads",
+        "n_groups", "conv_kernel",
+    ),
+    1,
+) | {"intermediate_size": 0, "head_dim": 0}  # fmt: skip
+# Of rotary positions: what is divided by or raised to a power.
+_ABOVE_ZERO = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
+    "original_max_position_embeddings",
+)  # fmt: skip
 MAX_SIZE = 10**9  # of one side of a weight; the largest vocabulary has some 3e5 entries
 
 _BITS = {
@@ -132,14 +146,33 @@ def check_config(config: dict[str, Any]) -> None:
             raise _refusal(f"config.json says {name} = {_digits(value)}, and a context has 1 to {limit} tokens.")
         if "token" not in name and limit < abs(value) < math.inf and "max" not in name:
             raise _refusal(f"config.json says {name} = {_digits(value)}, and {limit} is the most we would believe.")
+    _check_parts(config)
     if not isinstance(config.get("model_type"), str):
         raise _refusal("config.json does not say which model_type it is.")
     if "transformers_weights" in config:
         raise _refusal("config.json names a file of weights of its own (transformers_weights), which is not read.")
 
 
-def _digits(value: float) -> str:
-    return text if len(text := str(value)) <= 40 else f"{text[:40]}…"
+def _check_parts(config: dict[str, Any]) -> None:
+    """What transformers would say of these numbers is a division by zero, or a tensor of negative size."""
+    for name, value in config.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, dict):
+                _check_parts(one)
+            elif one is None:
+                continue  # as transformers has it then
+            elif name in _LEAST and (type(one) is not int or one < _LEAST[name]):
+                raise _refusal(f"config.json says {name} = {_digits(one)}, and it is a number from {_LEAST[name]} on.")
+            elif name in _ABOVE_ZERO and not (type(one) in (int, float) and 0 < one < math.inf):
+                raise _refusal(f"config.json says {name} = {_digits(one)}, and it is a number above 0.")
+    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        many = f"num_attention_heads = {heads} and num_key_value_heads = {shared}"
+        raise _refusal(f"config.json says {many}, and the first is a multiple of the second.")
+
+
+def _digits(value: Any) -> str:
+    return text if len(text := repr(value)) <= 40 else f"{text[:40]}…"
 
 
 def _limit(name: str) -> int:

@@ -65,6 +65,58 @@ def test_context_of_a_length_that_cannot_be_is_refused(llama: Path, length: int)
         examine(llama)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_attention_heads", 0), ("num_attention_heads", -4), ("num_key_value_heads", 0), ("hidden_size", 0),
+        ("hidden_size", -64), ("hidden_size", "64"), ("vocab_size", 0), ("num_hidden_layers", 0),
+        ("num_hidden_layers", -1), ("intermediate_size", -1), ("head_dim", 1.5), ("vocab_size", True),
+    ],
+)  # fmt: skip
+def test_number_that_no_model_can_be_built_with_is_named(llama: Path, name: str, value: object) -> None:
+    change_json(llama / "config.json", **{name: value})
+    with pytest.raises(
+        UnsupportedModel, match=rf"^config\.json says {name} = {value!r}, and it is a number from [01] on"
+    ):
+        examine(llama)
+
+
+def test_heads_that_do_not_share_their_keys_evenly_are_named(llama: Path) -> None:
+    change_json(llama / "config.json", num_attention_heads=4, num_key_value_heads=3)
+    with pytest.raises(UnsupportedModel, match="num_attention_heads = 4 and num_key_value_heads = 3, and the first is"):
+        examine(llama)
+
+
+@pytest.mark.parametrize("name", ["factor", "low_freq_factor", "rope_theta"])
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), "8", [1.0, "8"]])
+def test_number_of_rotary_positions_that_cannot_be_is_named(llama: Path, name: str, value: object) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    change_json(llama / "config.json", rope_parameters=rope | {"original_max_position_embeddings": 64, name: value})
+    with pytest.raises(UnsupportedModel, match=rf"^config\.json says {name} = .*, and it is a number above 0"):
+        examine(llama)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ({"hidden_act": "nothing"}, "hidden_act"),
+        ({"rope_parameters": {"rope_type": "nothing", "rope_theta": 1e4}}, "rope_parameters.rope_type"),
+    ],
+)
+def test_name_that_transformers_does_not_know_is_told_with_its_entry(
+    llama: Path, said: dict[str, object], name: str
+) -> None:
+    change_json(llama / "config.json", **said)
+    with pytest.raises(UnsupportedModel, match=rf"^config\.json says {name} = 'nothing', which transformers"):
+        examine(llama)
+
+
+def test_model_whose_answer_is_always_zero_is_not_called_an_encoder(llama: Path) -> None:
+    change_json(llama / "config.json", rms_norm_eps=float("inf"))
+    with pytest.raises(UnsupportedModel, match="nothing but zeros"):
+        examine(llama)
+
+
 def test_older_name_of_longrope_is_refused_with_the_newer_one(tmp_path: Path) -> None:
     folder = make("phi3-longrope", tmp_path / "base")
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"] | {"rope_type": "longrope"}
