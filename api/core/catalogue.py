@@ -2,10 +2,11 @@
 
 An entry carries the facts that a request is checked against (target modules and their shapes), so
 the web process never opens a model. `lorainit models inspect` writes an entry. Every process reads the file when it
-starts, and refuses to start without a good one; a file that changes meanwhile is taken, or, if it is not good any more,
-refused with a line in the log while the entries before stay in effect.
+starts, and refuses to start without a good one; a file that changes meanwhile is taken if `lorainit serve` would start
+with it, and otherwise refused with a line in the log while the entries before stay in effect.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -134,13 +135,18 @@ def _current() -> _Held:
 
 
 def _read_again(path: Path | None, stamp: Stamp, before: _Held | None) -> _Held:
-    try:
+    if before is None:
         return _Held(stamp, load(path))
+    try:
+        changed = load(path)
+        missing = _missing(changed.values()) if get_settings().base_models_here else []
+        why = f"The catalogue {path} offers what is not here: {' '.join(missing)}" if missing else ""
     except BadCatalogue as error:
-        if before is None:
-            raise
-        logs.get_logger(__name__).error("the changed catalogue is refused; the one before stays", error=str(error))
-        return _Held(stamp, before.entries, str(error))
+        changed, why = {}, str(error)
+    if not why:
+        return _Held(stamp, changed)
+    logs.get_logger(__name__).error("the changed catalogue is refused; the one before stays", error=why)
+    return _Held(stamp, before.entries, why)
 
 
 def _stamp(path: Path | None) -> Stamp:
@@ -153,7 +159,11 @@ def _stamp(path: Path | None) -> Stamp:
 
 def missing_sources() -> list[str]:
     """A sentence for each base model whose files are not on this host; one of a hub is fetched when it is needed."""
-    return [why for entry in entries().values() if (why := _why_missing(entry))]
+    return _missing(entries().values())
+
+
+def _missing(wanted: Iterable[Entry]) -> list[str]:
+    return [why for entry in wanted if (why := _why_missing(entry))]
 
 
 def _why_missing(entry: Entry) -> str:

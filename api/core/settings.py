@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     )
 
     worker_slots: Annotated[int, Field(ge=1)] = Field(1, description="Runs one worker holds at once (one per GPU).")
+    base_models_here: bool = Field(
+        False, description="A changed catalogue is refused if a base model is not on this host; `serve` sets it itself."
+    )
     worker_scratch: Path | None = Field(None, description="Where runs work; empty = a folder in the state folder.")
     worker_queues: Annotated[str, AfterValidator(_some_queue)] = Field(
         "train", description="Queues (device classes) this worker takes jobs from, comma-separated."

@@ -125,7 +125,8 @@ class Service:
         self.say(f"{name}: {text}")
 
     def _environment(self) -> Mapping[str, str]:
-        environment = {**os.environ, "LORAINIT_STATE_DIR": str(self.state), "PYTHONUNBUFFERED": "1"}
+        ours = {"LORAINIT_STATE_DIR": str(self.state), "LORAINIT_BASE_MODELS_HERE": "true"}
+        environment = {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
         if self.settings.broker_url is None:
             try:
                 child, url = broker.start(

@@ -7,6 +7,7 @@ import pytest
 from api.core import catalogue
 from api.core.catalogue_file import BadCatalogue
 from api.core.errors import BadReference, InvalidValue
+from api.core.settings import get_settings
 from lorainit.facts import Target
 from lorainit.spec import Lora
 from tests.conftest import forget
@@ -190,6 +191,23 @@ def test_a_changed_catalogue_that_is_broken_is_refused_until_it_is_mended(broken
     assert (list(catalogue.entries()), str(file) in catalogue.refused()) == (["tiny"], True)
     file.write_text(GOOD.replace('"tiny"', '"mended"'))
     assert (list(catalogue.entries()), catalogue.refused()) == (["mended"], "")
+
+
+@pytest.mark.parametrize("start", ["serve", "separate"])
+def test_changed_catalogue_is_taken_only_if_the_service_would_start_with_it(
+    start: str, file: Path, environment: pytest.MonkeyPatch
+) -> None:
+    """`lorainit serve` needs every base model here; an API of its own has none of them."""
+    (file.parent / "models" / "tiny").mkdir(parents=True)
+    if start == "serve":
+        environment.setenv("LORAINIT_BASE_MODELS_HERE", "true")
+        get_settings.cache_clear()
+    file.write_text(GOOD + GOOD.replace("tiny", "other"))
+    missing = f"model 'other': its source, {file.parent / 'models/other'}, is neither"
+    assert (list(catalogue.entries()), missing in catalogue.refused()) == {
+        "serve": (["tiny"], True),
+        "separate": (["tiny", "other"], False),
+    }[start]
 
 
 def test_files_that_are_not_here_are_named(file: Path) -> None:
