@@ -15,7 +15,7 @@ from lorainit.batches import batches, collate
 from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
-from lorainit.evidence import Evidence, room
+from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.hardware import generator_for
@@ -59,7 +59,7 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
     widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
     # The directions, and those of the batch before.
     numbers = 2 * sum(widths[g] * shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values()))
-    room.require(context, "eva's directions of every layer's inputs", numbers=numbers, device=context.device)
+    memory.require(context, "eva's directions of every layer's inputs", numbers=numbers, device=context.device)
     states = _states(config, context, leader, widths)
     ranks = _settle(states, leader, widths, pieces, config=config, context=context)
     starved = Evidence(starved=True, rows=len(rows))
@@ -182,7 +182,7 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
     sides = {g: shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values())}
     moments: dict[str, Tensor] = {}
     what, numbers = "corda's second moment of every layer's inputs", sum(n * n for n in sides.values())
-    room.require(context, what, numbers=numbers, device=torch.device("cpu"))
+    memory.require(context, what, numbers=numbers, device=torch.device("cpu"))
     blocks = _blocks(sides, DEVICE_BYTES if context.device.type != "cpu" else None)
     for done, block in enumerate(blocks):
         for number, piece in enumerate(pieces, start=1):

@@ -16,7 +16,7 @@ from lorainit.batches import Regime, any_length, batches, collate
 from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Tick
-from lorainit.evidence import Evidence, room
+from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.line_search import search_step
 from lorainit.inits import LoRAGA, LoRAOne
@@ -41,7 +41,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
     rows, unseen = calibration_rows(config, context)
     numbers = sum(out * n for out, n in map(shape_of, context.targets.values()))
     what = f"{config.method}'s gradient of every matrix"
-    room.require(context, what, numbers=numbers, device=torch.device("cpu"))
+    memory.require(context, what, numbers=numbers, device=torch.device("cpu"))
 
     def tick(done: int, total: int) -> None:
         context.on_event(Tick(done=done, total=total))

@@ -18,7 +18,7 @@ from lorainit.batches import batches, collate
 from lorainit.data import Sample
 from lorainit.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.events import Message, Tick
-from lorainit.evidence import Evidence, room
+from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
 from lorainit.hardware import generator_for
 from lorainit.inits import HRP
@@ -53,7 +53,7 @@ def preheat(config: HRP, context: Context) -> dict[str, Evidence]:
     sides = {name: sum(shape_of(module)) for name, module in context.targets.items()}
     # Beside the factors their gradients and the optimizer's two moments.
     numbers = 4 * sum(ranks[name] * side for name, side in sides.items())
-    room.require(context, "hrp's preheated adapter with its optimizer", numbers=numbers, device=context.device)
+    memory.require(context, "hrp's preheated adapter with its optimizer", numbers=numbers, device=context.device)
     seed = config.seed_for(context.seed)
     layers = {
         name: _adapter(module, ranks[name], config, scale=context.lora.scaling, generator=generator_for(seed, name))
