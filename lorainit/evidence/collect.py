@@ -1,9 +1,10 @@
 """Gathering evidence: which collector serves which need."""
 
 from lorainit.evidence import Evidence
-from lorainit.evidence.activations import principal_directions, second_moments
 from lorainit.evidence.context import Context
+from lorainit.evidence.directions import principal_directions
 from lorainit.evidence.gradients import gradient_evidence
+from lorainit.evidence.moments import second_moments
 from lorainit.evidence.originals import original_weights
 from lorainit.evidence.preheat import preheat
 from lorainit.inits import EVA, HRP, CorDA, InitConfig, LoftQ, LoRAGA, LoRAOne

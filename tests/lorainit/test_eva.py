@@ -12,7 +12,8 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 from lorainit.batches import collate
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message
-from lorainit.evidence import Evidence, activations
+from lorainit.evidence import Evidence
+from lorainit.evidence import directions as eva_directions
 from lorainit.evidence.collect import collect
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.export.check import check, prompts
@@ -195,7 +196,7 @@ def test_too_few_tokens_are_refused_with_the_layers(bases, rows):
 
 def test_directions_that_never_stand_still_are_refused_with_the_layers(bases, rows, monkeypatch):
     calls = []
-    monkeypatch.setattr(activations, "converged", lambda *a: bool(calls.append(1)))
+    monkeypatch.setattr(eva_directions, "converged", lambda *a: bool(calls.append(1)))
     context = make_context(bases["llama"], rows, "eva")
     with pytest.raises(InitFailed, match=r"still move after 64 batches in model\.layers\.0\.self_attn\.q_proj, "):
         collect(context.lora.method, context)
@@ -336,7 +337,7 @@ def test_run_with_a_layer_of_rank_zero_trains_resumes_and_exports(spec, tmp_path
     def spread(bids, slots):
         return {name: 0 if name == empty else 4 for name in bids}
 
-    monkeypatch.setattr(activations, "spread_ranks", spread)
+    monkeypatch.setattr(eva_directions, "spread_ranks", spread)
     whole = run(spec(lora={"init": "eva"}), tmp_path / "1", lambda event: None)
     assert whole.export_check["passed"]
     report = json.loads((tmp_path / "1/adapter/init_report.json").read_text())

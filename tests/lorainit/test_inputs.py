@@ -9,9 +9,9 @@ from torch import nn
 from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
-from lorainit.evidence import activations
-from lorainit.evidence.activations import shared_inputs
+from lorainit.evidence import moments
 from lorainit.evidence.collect import collect
+from lorainit.evidence.inputs import shared_inputs
 from tests.lorainit.contexts import make_context, state
 
 METHODS = ["eva", "corda"]
@@ -102,8 +102,8 @@ def test_only_the_first_rows_are_looked_at(bases, rows):
 
 def test_blocks_on_a_small_device_give_the_same_moments(bases, rows, monkeypatch):
     whole = gather(bases, rows, "corda")
-    blocks = activations._blocks
-    monkeypatch.setattr(activations, "_blocks", lambda sides, limit: blocks(sides, 2 * 4 * 32 * 32))
+    blocks = moments._blocks
+    monkeypatch.setattr(moments, "_blocks", lambda sides, limit: blocks(sides, 2 * 4 * 32 * 32))
     parts = gather(bases, rows, "corda")
     assert max(difference("corda", whole[n], parts[n]) for n in whole) == 0.0
     assert blocks({"a": 10, "b": 10, "c": 30}, 801) == [["a", "b"], ["c"]]
