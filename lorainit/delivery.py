@@ -44,6 +44,7 @@ def write_adapter(job: Job, folder: Path, report: Report) -> None:
         rank=rank,
         alpha=alpha,
         loading=nf4_config(job.base.four_bits.skip) if job.base.four_bits else None,
+        unpackable=job.base.four_bits is not None and job.base.four_bits.unpackable,
         dora=job.lora.use_dora,
         experts=any(isinstance(layer.base, ExpertLinear) for layer in job.layers.values()),
     )

@@ -23,6 +23,7 @@ from lorainit.facts import NF4_BLOCK
 
 # Relative difference that is rounding; weights that were read in the wrong order differ by 1.4.
 ROUNDING = 1e-2
+PACKED_ROWS = 32  # what bitsandbytes repacks for a CPU has so many rows, or a multiple of them
 
 
 def require_library() -> None:
@@ -73,7 +74,7 @@ def settle(model: nn.Module) -> None:
 
     On CPUs with AVX512-BF16 bitsandbytes would repack each weight at its first forward pass in
     evaluation mode: block sizes rounded to bf16, activations too, and dequantizing it afterwards
-    gives garbage.
+    gives garbage. Weights whose rows are no multiple of `PACKED_ROWS` it refuses with an AssertionError.
 
     Raises:
         UnsupportedModel: blocks would run over the rows of a layer.

@@ -16,6 +16,7 @@ def write(
     rank: int,
     alpha: float,
     loading: dict[str, Any] | None = None,
+    unpackable: bool = False,
     dora: bool = False,
     experts: bool = False,
 ) -> None:
@@ -23,9 +24,11 @@ def write(
 
     Args:
         loading: the arguments of `BitsAndBytesConfig` that make the base it was trained on; None = full precision.
+        unpackable: bitsandbytes cannot repack that base for a CPU.
         experts: the adapter is on experts of a mixture too.
     """
     base, options = _nf4_card(loading) if loading else ("", "")
+    unpacked = _UNPACKED_CARD if unpackable else ""
     on_hub = not root.startswith(LOCAL)
     # A card of the hub names no base that the hub does not have.
     header, place = (f"base_model: {root}\n", root) if on_hub else ("", "path/to/the/base")
@@ -57,7 +60,7 @@ from transformers import AutoModelForCausalLM{", BitsAndBytesConfig" if loading 
 base = AutoModelForCausalLM.from_pretrained("{place}"{options})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
-
+{unpacked}
 {where}{serving}{"" if experts else " "}`manifest.json` says exactly what ran, `init_report.json`
 what the initialization did to each layer.
 """
@@ -72,6 +75,19 @@ with transformers 4 the experts are left out with a mere warning. vLLM leaves th
 other names for a layer (Mixtral, for one), and llama.cpp's conversion refuses them. For readers other than PEFT merge
 it into the base first (`model.merge_and_unload()`).
 
+"""
+
+
+_UNPACKED_CARD = """
+On a CPU with AVX512-BF16 bitsandbytes repacks layers in four bits when they first run in evaluation mode. Some of this
+base have outputs that are no multiple of 32, where that ends with `N must be divisible by block_n`. Keep it from
+repacking, before the first pass:
+
+```python
+for module in base.modules():
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+```
 """
 
 

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lorainit.facts import NF4_BLOCK, LeftOut
 from lorainit.model.peft_support import READ, UNUSED
 from lorainit.model.targets import TOWER, Layer, kinds_of, survey
-from lorainit.quantize import nf4_config
+from lorainit.quantize import PACKED_ROWS, nf4_config
 from lorainit.weight import shape_of
 
 _BLOCKS = f"its rows are no whole blocks of {NF4_BLOCK} weights"
@@ -28,11 +28,13 @@ class FourBits:
     """How a base is held in NF4.
 
     `kept`: kinds of layers that get no LoRA and stay in the run's own precision, and why; `skip`: what to give to
-    transformers as `llm_int8_skip_modules`, None where its own choice is the same.
+    transformers as `llm_int8_skip_modules`, None where its own choice is the same; `unpackable`: bitsandbytes cannot
+    repack every layer in four bits for a CPU (`lorainit.quantize.settle` keeps it from trying).
     """
 
     kept: list[LeftOut]
     skip: list[str] | None
+    unpackable: bool = False
 
     def statement(self, dtype: torch.dtype) -> dict[str, Any]:
         """What a download's manifest says of the base."""
@@ -58,13 +60,14 @@ def four_bits(model: nn.Module) -> FourBits:
     usual = get_keys_to_not_convert(model)
     quantized = {layer.path: layer for layer in layers.values() if _is_quantized(layer, usual)}
     why = {name: reason for name, layer in quantized.items() if (reason := _why_not(layer))}
+    unpackable = any(shape_of(quantized[name].module)[0] % PACKED_ROWS for name in quantized.keys() - why.keys())
     if not why:
-        return FourBits([], None)
+        return FourBits([], None, unpackable)
     others = quantized.keys() - why.keys()
     kept = kinds_of((layer.name, replace(layer, refusal=why[name])) for name, layer in quantized.items() if name in why)
     # The list is given instead of transformers' own, so it has that in it: the output head and what is tied.
     apart = [name for name in _linear(model) if name in why or not should_convert_module(name, usual)]
-    return FourBits(kept[1], sorted({_shortest(name, others) for name in apart}))
+    return FourBits(kept[1], sorted({_shortest(name, others) for name in apart}), unpackable)
 
 
 def _linear(model: nn.Module) -> list[str]:

@@ -183,14 +183,33 @@ def test_what_does_not_combine_is_refused(lora, code, param, text):
 
 
 def loaded_as_the_card_says(folder, tmp_path):
-    """Run the card's own lines, up to the adapter."""
-    skip = four_bits(skeleton(folder)).skip
-    loading = quantize.nf4_config(skip)
-    model_card.write(tmp_path, root=str(folder), method="kaiming", paper="", rank=4, alpha=4.0, loading=loading)
-    code = (tmp_path / "README.md").read_text().split("```python")[1].split("```")[0]
+    """Run the card's own lines, but for the adapter."""
+    held = four_bits(skeleton(folder))
+    loading = quantize.nf4_config(held.skip)
+    card = {"root": str(folder), "method": "kaiming", "paper": "", "rank": 4, "alpha": 4.0, "loading": loading}
+    model_card.write(tmp_path, **card, unpackable=held.unpackable)
+    blocks = (tmp_path / "README.md").read_text().split("```python")[1:]
     names = {}
-    exec(code.split("model = PeftModel")[0], names)
+    for block in blocks:
+        exec(block.split("```")[0].split("model = PeftModel")[0], names)
     return names["base"]
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "mamba2"])
+def test_a_base_that_cannot_be_repacked_for_a_cpu_runs_as_the_card_says(kind, tmp_path):
+    base = loaded_as_the_card_says(make(kind, tmp_path / kind), tmp_path).eval()
+    ids = torch.arange(8)[None] + 5
+    with torch.no_grad():
+        assert base(input_ids=ids).logits.isfinite().all()
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True  # as bitsandbytes has it on such a CPU
+        with pytest.raises(AssertionError, match="divisible by block_n"):
+            base(input_ids=ids)
+
+
+def test_the_card_of_a_base_that_can_be_repacked_does_not_speak_of_it(bases):
+    assert not four_bits(skeleton(bases["wide-llama"])).unpackable
 
 
 @pytest.mark.parametrize("kind", ["gemma3n", "gemma3-vision", "mamba", "zamba2", "qwen2_moe"])
