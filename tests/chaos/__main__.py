@@ -50,6 +50,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=120, help="how long jobs may take to end afterwards")
     parser.add_argument("--steps", type=int, nargs=2, default=(150, 250), help="shortest and longest job")
     parser.add_argument("--only", default="", help="only troubles whose name has this in it, as in supervisor_frozen")
+    parser.add_argument("--patience", type=float, default=20, help="how long a trouble waits for what it is to provoke")
     parser.add_argument("--users", type=int, default=4, help="who order three jobs at a time, for four slots")
     parser.add_argument("--fickle", type=float, default=0.15, help="share of their jobs that they cancel")
     parser.add_argument("--real", type=int, default=4, help="how many jobs on a real base, beside two in peace")
@@ -81,6 +82,7 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         secret, ledger = fleet.set_up(), Ledger(fleet.database)
         ledger.watch()
         plan = {"seed": options.seed, "seconds": options.seconds, "kills": options.kills, "only": options.only}
+        plan["patience"] = options.patience
         nemesis = Nemesis(fleet, disk, **plan)
         book, orphans = Book(), Orphans(fleet)
         meet = partial(User, fleet.url, secret, book)
@@ -94,7 +96,7 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
             user.start()
         _loop(fleet, orphans, until=lambda: bool(fleet.trainers()), seconds=60)
         nemesis.start()
-        _loop(fleet, orphans, until=lambda: not nemesis.tick(), seconds=options.seconds * 10)
+        _loop(fleet, orphans, until=lambda: not nemesis.tick(), seconds=options.seconds * 3 + options.patience)
         for user in users:
             user.closed.set()
         open_jobs = "SELECT id FROM jobs WHERE finished_at IS NULL"

@@ -89,7 +89,8 @@ class Mutant:
 # One user leaves a slot free, so that a frozen supervisor's job has a successor before it thaws, and its jobs
 # are so long that they are still at work then.
 _SHORT = {"seconds": 25.0, "settle": 45.0, "kills": 0, "real": 0, "users": 1, "fickle": 0.0, "moody": 0.0, "group": 0.0}
-_FROZEN = {**_SHORT, "only": "supervisor_frozen", "steps": (400, 500)}
+# Without recovery no successor ever comes; with it one does, however busy the machine is.
+_FROZEN = {**_SHORT, "only": "supervisor_frozen", "steps": (400, 500), "patience": 300.0}
 
 MUTANTS = {
     "no-watchdog": Mutant(no_watchdog, _FROZEN),
@@ -97,7 +98,9 @@ MUTANTS = {
     "late-ack": Mutant(late_ack, {**_SHORT, "only": "doorbells"}),
     # Four users order more than there are slots for, so that messages wait in the broker when it forgets them.
     "no-ring": Mutant(no_ring, {**_SHORT, "only": "wiped", "users": 4, "settle": 15.0}),
-    "no-recovery": Mutant(no_recovery, {**_SHORT, "only": "supervisor_frozen", "kills": 8, "settle": 15.0}),
+    "no-recovery": Mutant(
+        no_recovery, {**_SHORT, "only": "supervisor_frozen", "kills": 8, "settle": 15.0, "patience": 5.0}
+    ),
 }
 
 

@@ -27,7 +27,6 @@ from tests.chaos.storage import SmallDisk
 KINDS = {"trainer": 30, "supervisor": 25, "worker": 15, "reconciler": 15, "api": 15}
 QUIET_SECONDS = 1.0
 SHARE_OF_REAL = 0.2
-LONGEST_WAIT = 120.0  # for what is certain to come, however busy the machine is
 QUEUE = "lora:train"
 
 # How long a trouble lasts, and what begins it. It is made from two numbers of [0, 1): how long, and which one.
@@ -39,7 +38,15 @@ class Nemesis:
     """A plan of faults against a fleet; `tick()` carries out what is due."""
 
     def __init__(
-        self, fleet: Fleet, disk: SmallDisk | None, *, seed: int, seconds: float, kills: int, only: str = ""
+        self,
+        fleet: Fleet,
+        disk: SmallDisk | None,
+        *,
+        seed: int,
+        seconds: float,
+        kills: int,
+        only: str = "",
+        patience: float,
     ) -> None:
         self.did: Counter[str] = Counter()
         self.full: list[tuple[float, float]] = []
@@ -47,7 +54,7 @@ class Nemesis:
         self._frozen: list[psutil.Process] = []
         self._order = itertools.count()
         self._plan: list[tuple[float, int, Callable[[], None]]] = []
-        self._seconds = seconds
+        self._seconds, self._patience = seconds, patience
         chance = self._random
         moments = sorted(chance.uniform(0, seconds) for _ in range(kills))
         names = chance.choices(list(KINDS), list(KINDS.values()), k=kills)
@@ -126,7 +133,8 @@ class Nemesis:
         *,
         until: Callable[[], bool] = lambda: True,
     ) -> Lasting:
-        """A trouble of so many seconds, and longer when by then that which it is there to provoke has not happened.
+        """A trouble of so many seconds, and longer when by then that which it is there to provoke has not happened,
+        but no longer than the attack's patience.
 
         `begin` returns False when there is nothing that it could befall; it is tried again.
         """
@@ -136,7 +144,7 @@ class Nemesis:
                 self._after(0.2, start)
                 return
             self.did[name] += 1
-            limit = time.monotonic() + seconds + LONGEST_WAIT
+            limit = time.monotonic() + seconds + self._patience
             self._after(seconds, lambda: finish(limit))
 
         def finish(limit: float) -> None:
