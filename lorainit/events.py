@@ -117,7 +117,7 @@ class InitReport(_Event):
 class Warned(Strict):
     """What the author of a run that succeeded should still know: a code of a closed list, a sentence, its numbers."""
 
-    code: Literal["worse_than_base", "no_effect"]
+    code: Literal["worse_than_base", "worse_than_start", "no_effect"]
     message: str
     data: dict[str, float]
 

@@ -215,6 +215,17 @@ def displacement(model: nn.Module, batches: Sequence[Batch], *, tick: Callable[[
     return {"before": before, "after": loss(), "rows": rows}
 
 
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Iterable[Batch], *, tick: Callable[[int], None]) -> float:
+    """Nats per trained token over all rows; `tick` is told how many batches are done."""
+    loss, tokens = 0.0, 0
+    for done, batch in enumerate(batches, start=1):
+        part = tally(model, batch)
+        loss, tokens = loss + float(part.loss), tokens + part.tokens
+        tick(done)
+    return loss / tokens
+
+
 def gate(summary: dict[str, Any], model: nn.Module) -> None:
     """Add `checks` to the summary; refuse an adapter that does not start where it promised to.
 

@@ -4,6 +4,7 @@ Says what a stored start depends on. Which rows are looked at is decided here; w
 and `methods`.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from lorainit.base import OnEvent
 from lorainit.batches import Batch, batches, collate, order
 from lorainit.cache import Cache, data_digest
 from lorainit.data import Sample
+from lorainit.events import Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
+from lorainit.init_report import mean_loss
 from lorainit.initialize import Known, Report, initialize
 from lorainit.layer import detach
 from lorainit.methods import Factors
@@ -52,6 +55,7 @@ def start(job: Job, on_event: OnEvent) -> Report:
         cached=cached,
     )
     job.layers = detach(job.base.model)
+    report.summary["base_valid_loss"] = _base_valid_loss(job, on_event)
     if known is None and report.summary["seconds"] >= WORTH_KEEPING_SECONDS:
         layers = job.layers
         starts = {m["name"]: Known(Factors(A=layers[m["name"]].A, B=layers[m["name"]].B), m) for m in report.modules}
@@ -99,6 +103,16 @@ def _calibration(context: Context) -> list[Batch]:
     rows = rows[: getattr(context.lora.method, "samples", PROBE_ROWS)]
     pieces = batches(rows, context.micro_batch_size, context.regime)
     return [collate(piece, pad=context.pad).to(context.device) for piece in pieces]
+
+
+def _base_valid_loss(job: Job, on_event: OnEvent) -> float | None:
+    """The bare base's loss on the validation rows, where a displaced start hides it; None where the start shows it."""
+    if job.valid is None or job.lora.method.function_preserving:
+        return None
+    pieces = batches(job.valid.samples, job.plan.micro_batch_size, job.base.regime)
+    rows = (collate(piece, pad=job.base.pad).to(job.base.device) for piece in pieces)
+    loss = mean_loss(job.base.model, rows, tick=lambda done: on_event(Tick(done=done, total=len(pieces))))
+    return loss if math.isfinite(loss) else None
 
 
 # --- what earlier runs found out ----------------------------------------------------------------

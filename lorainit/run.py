@@ -186,7 +186,8 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
         delivery.write_adapter(job, folder, one.report)
         check = delivery.verify(job, folder, say, last=last)
         assert job.training.learning_rate is not None
-        warnings = judge(out / "metrics.jsonl", rate=job.training.learning_rate) + judge_effect(check)
+        base = one.report.summary.get("base_valid_loss")
+        warnings = judge(out / "metrics.jsonl", rate=job.training.learning_rate, base=base) + judge_effect(check)
         delivery.write_manifest(job, folder, one.report, export_check=check, warnings=warnings)
     for found in warnings:
         say(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))

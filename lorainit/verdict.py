@@ -1,4 +1,4 @@
-"""What a run came to, judged by its own log: an adapter that is worse than its start is a success only in form."""
+"""What a run came to, judged by its own log: an adapter that is worse than its base is a success only in form."""
 
 import json
 from pathlib import Path
@@ -10,27 +10,36 @@ from lorainit.events import Warned
 LOWER = 5
 
 
-def judge(log: Path, *, rate: float) -> list[Warned]:
+def judge(log: Path, *, rate: float, base: float | None = None) -> list[Warned]:
     """The warnings of a run, from the validation losses of its `metrics.jsonl`; none without a validation file.
 
     Args:
         rate: the run's peak learning rate.
+        base: the untouched base's loss on the same rows; None where the start is the base.
     """
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     losses = {row["step"]: row["full_valid_loss"] for row in rows if row["full_valid_loss"] is not None}
     if len(losses) < 2 or 0 not in losses:
         return []
     start, end = losses[0], losses[max(losses)]
-    if end <= start:
+    base = start if base is None else base
+    if end <= min(base, start):
         return []
     lower = float(f"{rate / LOWER:.1e}")
-    text = (
-        f"The validation loss ended at {end:.4f}, above the {start:.4f} that it started from: this adapter makes the"
-        f" model worse. Try learning_rate {lower:g}, a fifth of this run's {rate:g}"
-    )
+    text = f"The validation loss ended at {end:.4f}, {_above(base, start, end)}"
+    text += f" Try learning_rate {lower:g}, a fifth of this run's {rate:g}"
     best = min(losses, key=lambda step: losses[step])
     text += f", or {best} steps, where the loss was {losses[best]:.4f}." if best else "."
-    return [Warned(code="worse_than_base", message=text, data={"start": start, "end": end, "learning_rate": lower})]
+    data = {"base": base, "start": start, "end": end, "learning_rate": lower}
+    return [Warned(code="worse_than_base" if end > base else "worse_than_start", message=text, data=data)]
+
+
+def _above(base: float, start: float, end: float) -> str:
+    if end > base:
+        own = f" (this run started from {start:.4f})" if start != base else ""
+        return f"above the untouched base's {base:.4f}{own}: this adapter makes the model worse."
+    gained = f"though below the untouched base's {base:.4f}"
+    return f"above the {start:.4f} that this run started from, {gained}: training undid what the initialization gained."
 
 
 def judge_effect(export_check: dict[str, Any]) -> list[Warned]:

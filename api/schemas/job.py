@@ -48,7 +48,10 @@ class Progress(Wire):
 
 
 class JobWarning(Wire):
-    """What the author of a job should know although it succeeded: `worse_than_base` (two losses), `no_effect`."""
+    """What the author of a job should know although it succeeded.
+
+    `worse_than_base`, `worse_than_start` (with the losses of the untouched base, the start and the end), `no_effect`.
+    """
 
     code: str
     message: str

@@ -1,4 +1,4 @@
-"""A run that ends with a validation loss above its start says so, with both numbers and what to try."""
+"""A run that ends with a validation loss above the untouched base's says so, with the numbers and what to try."""
 
 import io
 import json
@@ -29,11 +29,40 @@ def test_run_that_makes_the_model_worse_ends_with_a_warning_of_both_losses(spec,
     events = []
     (found,) = done_of(spec, tmp_path, events).warnings
     steps = [json.loads(line)["full_valid_loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    numbers = {"start": steps[0], "end": steps[-1], "learning_rate": 2e-4}
+    numbers = {"base": steps[0], "start": steps[0], "end": steps[-1], "learning_rate": 2e-4}
     assert (found.code, found.data) == ("worse_than_base", numbers)
     (said,) = [e for e in events if isinstance(e, Message) and e.data.get("kind") == "worse_than_base"]
     assert (said.level, said.message) == ("warn", found.message)
     assert f"{steps[0]:.4f}" in said.message and f"{steps[-1]:.4f}" in said.message
+
+
+def test_displaced_start_knows_the_untouched_bases_loss_on_the_validation_rows(spec, tmp_path):
+    validation, logs = {"validation": spec().data.training}, dict[str, list[float]]()
+    for method in ("kaiming", "lora_one"):
+        run(spec(data=validation, lora={"init": method}), tmp_path / method, lambda _: None)
+        rows = map(json.loads, (tmp_path / method / "metrics.jsonl").read_text().splitlines())
+        logs[method] = [row["full_valid_loss"] for row in rows]
+    reports = {m: json.loads((tmp_path / m / "adapter" / "init_report.json").read_text()) for m in logs}
+    assert reports["kaiming"]["base_valid_loss"] is None
+    assert reports["lora_one"]["base_valid_loss"] == pytest.approx(logs["kaiming"][0], abs=1e-5)
+    assert abs(logs["lora_one"][0] - logs["kaiming"][0]) > 1e-3  # it is displaced indeed
+
+
+@pytest.mark.parametrize(
+    ("base", "start", "end", "code"),
+    [
+        (2.0, 2.5, 2.2, "worse_than_base"),  # better than its start all the same
+        (2.0, 1.5, 2.2, "worse_than_base"),
+        (2.0, 1.5, 1.7, "worse_than_start"),
+        (2.0, 2.5, 1.9, None),
+    ],
+)
+def test_the_end_is_compared_with_the_untouched_base_and_with_the_start(base, start, end, code, tmp_path):
+    found = judge(log(tmp_path / "log", {0: start, 8: end}), rate=1e-3, base=base)
+    assert [one.code for one in found] == ([code] if code else [])
+    for one in found:
+        assert one.data == {"base": base, "start": start, "end": end, "learning_rate": 2e-4}
+        assert all(f"{loss:.4f}" in one.message for loss in (base, start, end))
 
 
 def test_run_that_leaves_the_model_as_it_was_ends_with_a_warning(spec, tmp_path, monkeypatch):
