@@ -4,7 +4,7 @@ import time
 from collections import deque
 from typing import Any
 
-from api.core import events, jobs, metrics, tallies
+from api.core import estimates, events, jobs, metrics, tallies
 from api.core.db import now, session_scope
 from api.core.fields import told
 from api.core.jobs import Lease
@@ -40,6 +40,7 @@ class Recorder:
         self._urgent = False
         self._watch = Stopwatch()
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
+        self._expected: float | None = None  # seconds of the whole run, from one like it
         self.progress: dict[str, Any] = {
             "stage": "loading",
             "percent": 0.0,
@@ -82,12 +83,16 @@ class Recorder:
             self.progress["elapsed_seconds"] = round(time.monotonic() - self._started)
             self.progress["stage_seconds"] = self._watch.seconds
             self.progress["seconds_to_first_step"] = self._watch.to_first_step
-            columns: dict[str, Any] = {"progress": dict(self.progress)}
+            columns: dict[str, Any] = {}
             for event in pending:
                 if isinstance(event, Plan):
-                    columns["plan"] = event.model_dump(mode="json", exclude={"kind", "member"})
+                    columns["plan"] = plan = event.model_dump(mode="json", exclude={"kind", "member"})
+                    self._expected = estimates.expected_seconds(session, self._lease.job_id, plan)
                 elif isinstance(event, InitReport):
                     columns["init_report"] = event.report
+            if not self._pace:
+                self.progress["remaining_seconds"] = self._left_of_what_is_expected()
+            columns["progress"] = dict(self.progress)
             # First the fence: if this row is not ours, nothing below is written either.
             if not jobs.note(session, self._lease, **columns):
                 raise Lost
@@ -143,6 +148,11 @@ class Recorder:
             return None
         (first, before), (last, after) = self._pace[0] if len(self._pace) > 1 else (0, 0.0), self._pace[-1]
         return (after - before) / max(1, last - first) * (event.total_steps - event.step)
+
+    def _left_of_what_is_expected(self) -> int | None:
+        """Seconds; None once the run has taken longer than expected, for then nothing is known."""
+        left = (self._expected or 0.0) - (time.monotonic() - self._started)
+        return round(left) if left > 0 else None
 
     def _reach(self, percent: float) -> None:
         self._percent = max(self._percent, percent)

@@ -1,6 +1,8 @@
 """The child's events become rows, or nothing at all when the job is not ours any more."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from sqlalchemy import select
@@ -9,9 +11,9 @@ from sqlalchemy.exc import OperationalError
 from api.core import jobs, metrics
 from api.core.db import session_scope
 from api.core.jobs import Lease
-from api.core.models import Event, Job
+from api.core.models import Event, Job, Project
 from lorainit.events import InitReport, Message, Metrics, Plan, Stage, Tick
-from tests.things import a_project, a_running_job
+from tests.things import a_job, a_project, a_running_job
 from worker.progress import Lost, Recorder
 
 pytestmark = pytest.mark.usefixtures("service")
@@ -98,14 +100,56 @@ def test_the_time_left_follows_the_pace_of_the_last_steps(lease: Lease) -> None:
     assert recorder.progress["remaining_seconds"] == 50
 
 
-def test_the_plan_is_stored_for_the_job_object(lease: Lease) -> None:
-    plan = Plan(
-        total_steps=10, steps_per_epoch=5, rows=40, trained_tokens_per_epoch=100, micro_batch_size=4,
-        gradient_accumulation_steps=2, modules=3, trainable_parameters=9, target_modules=["q_proj"], device="cpu",
-        precision="fp32",
-    )  # fmt: skip
+PLAN = Plan(
+    total_steps=10, steps_per_epoch=5, rows=40, trained_tokens_per_epoch=100, micro_batch_size=4,
+    gradient_accumulation_steps=2, modules=3, trainable_parameters=9, target_modules=["q_proj"], device="cpu",
+    precision="fp32",
+)  # fmt: skip
+
+
+def an_earlier_run(lease: Lease, **changes: Any) -> None:
+    """A success like the job of `lease`: 20 s of training for half its tokens, and 100 s of everything else."""
+    with session_scope() as session:
+        project = session.get_one(Project, session.get_one(Job, lease.job_id).project_id)
+        seconds = {"starting": 10.0, "loading": 60.0, "training": 15.0, "evaluating": 5.0, "verifying": 30.0}
+        plan = PLAN.model_copy(update={"total_steps": 5}).model_dump(mode="json", exclude={"kind", "member"})
+        at = datetime.now(UTC)
+        ended = {"status": "succeeded", "finished_at": at, "lease_token": 1, "plan": plan}
+        a_job(session, project, **{**ended, "progress": {"stage_seconds": seconds}, **changes})
+        session.commit()
+
+
+def test_before_the_first_step_the_time_left_is_that_of_the_last_run_like_it(lease: Lease) -> None:
+    an_earlier_run(lease)
     recorder = Recorder(lease)
-    recorder.take(plan)
+    recorder.take(Stage(stage="loading", message=""))
+    recorder.flush()
+    assert recorder.progress["remaining_seconds"] is None  # how much there is to do is not known yet
+    recorder.take(PLAN)
+    recorder.take(step(0, full_valid_loss=2.0))  # the start, evaluated: no step yet
+    recorder.flush()
+    stored = job_of(lease).progress
+    assert stored is not None
+    assert stored["remaining_seconds"] == pytest.approx(100 + 2 * 20, abs=5)
+    recorder.take(step(1, train_loss=2.0))
+    recorder.flush()
+    assert recorder.progress["remaining_seconds"] == 9  # what this run itself shows counts from then on
+
+
+@pytest.mark.parametrize(
+    "changes", [{"status": "cancelled"}, {"model": "other"}, {"queue": "gpu"}, {"lease_token": 2}, {"plan": None}]
+)
+def test_a_run_unlike_it_is_no_measure(lease: Lease, changes: dict[str, Any]) -> None:
+    an_earlier_run(lease, **changes)
+    recorder = Recorder(lease)
+    recorder.take(PLAN)
+    recorder.flush()
+    assert recorder.progress["remaining_seconds"] is None
+
+
+def test_the_plan_is_stored_for_the_job_object(lease: Lease) -> None:
+    recorder = Recorder(lease)
+    recorder.take(PLAN)
     assert recorder.is_due
     recorder.flush()
     stored = job_of(lease).plan
