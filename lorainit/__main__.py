@@ -200,7 +200,8 @@ def _read_spec(path: Path) -> RunSpec | None:
         for fault in error.errors():
             place = ".".join(str(part) for part in fault["loc"]) or "spec"
             place = f"{place}.{fault['ctx']['param']}" if "param" in fault.get("ctx", {}) else place
-            print(f"{path}: {place}: {fault['msg']}", file=sys.stderr)  # noqa: T201
+            text = fault["msg"].removeprefix("Value error, ")
+            print(f"{path}: {place}: {text}", file=sys.stderr)  # noqa: T201
     return None
 
 

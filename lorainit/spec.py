@@ -8,8 +8,9 @@ nothing of the service. The initializations themselves are in `lorainit.inits`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from lorainit import sources
 from lorainit.facts import LeftOut
 from lorainit.inits import (
     AnyInit,
@@ -206,11 +207,24 @@ class Hyperparameters(Strict):
     checkpoint_interval: Annotated[int, Field(ge=1)] | Auto = "auto"
 
 
+def _checked_root(name: str) -> str:
+    if not sources.is_root(name):
+        raise ValueError(
+            f"{name!r} is no hub id (OWNER/NAME): readers of an adapter would look for a model of that name on the"
+            f" hub, whoever made it; write {sources.LOCAL}{name} if the base is on none"
+        )
+    return name
+
+
+Root = Annotated[str, AfterValidator(_checked_root)]
+
+
 class BaseModelRef(Strict):
     """Where the base model is.
 
     `source`: a local folder, a local `.gguf` file, `package:<python package>/<file>` or
-    `hub:<owner>/<name>[@<revision>]`. `root` is the public name written into the adapter.
+    `hub:<owner>/<name>[@<revision>]`. `root` is the public name written into the adapter: a hub id, or
+    `local:<name>`, which no hub can have (docs/decisions/0035).
     `weights`: how many numbers the layers hold that can carry a LoRA, null = counted when the base is opened. Default
     learning rates go by it (`lorainit.rates`), unless `base_learning_rate` says the best one for `kaiming`.
     `sha256`: what its weights have to hash to (`lorainit.digest.base_sha256`), null = they may be any.
@@ -218,7 +232,7 @@ class BaseModelRef(Strict):
 
     id: str
     source: str
-    root: str
+    root: Root
     max_length: Annotated[int, Field(ge=8)] = 2048
     weights: Annotated[int, Field(ge=1)] | None = None
     base_learning_rate: Annotated[float, Field(gt=0)] | None = None

@@ -22,18 +22,9 @@ from lorainit import placement, sources
 from lorainit.errors import LorainitError, UnsupportedInit
 from lorainit.facts import NF4_BLOCK, ModelFacts
 from lorainit.schema import Strict
-from lorainit.spec import BaseModelRef, Lora
+from lorainit.spec import BaseModelRef, Lora, Root
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-
-
-def _checked_root(name: str) -> str:
-    if not sources.is_root(name):
-        raise ValueError(
-            f"{name!r} is no hub id (OWNER/NAME): readers of an adapter would look for a model of that name on the"
-            f" hub, whoever made it; write {sources.LOCAL}{name} if the base is on none"
-        )
-    return name
 
 
 def _checked_source(source: str) -> str:
@@ -46,7 +37,7 @@ class Entry(ModelFacts):
     """One base model: its public name, where it is, and its facts. Its id may not look like anything else."""
 
     id: Annotated[str, Field(pattern=ID)]
-    root: Annotated[str, AfterValidator(_checked_root)]
+    root: Root
     source: Annotated[str, Field(min_length=1), AfterValidator(_checked_source)]
     created: int = 0
     max_r: Annotated[int, Field(ge=1)] = 256

@@ -259,6 +259,6 @@ def test_auto_takes_the_methods_own_scale(init, alpha, rslora):
 
 
 def test_subtracted_starts_train_at_a_tenth_of_the_rate():
-    model = BaseModelRef(id="x", source="x", root="x", weights=int(SIZES["7B"]))
+    model = BaseModelRef(id="x", source="x", root="local:x", weights=int(SIZES["7B"]))
     rates = {v: base_learning_rate(model, LoRAOne(method="lora_one", version=v)) for v in ("v3", "v1")}
     assert rates == pytest.approx({"v3": 2e-4, "v1": 2e-5})

@@ -90,11 +90,18 @@ def test_failure_nobody_foresaw_is_internal_and_says_nothing_to_the_client(child
     ("raw", "text"),
     [
         ("{", "Invalid JSON"),
-        ('{"model": {"id": "x", "source": "x", "root": "x"}, "data": {"training": "x"}, "epochs": 3}', "epochs: Extra"),
         (
-            '{"model": {"id": "x", "source": "x", "root": "x"}, "data": {"training": "x"},'
+            '{"model": {"id": "x", "source": "x", "root": "local:x"}, "data": {"training": "x"}, "epochs": 3}',
+            "epochs: Extra",
+        ),
+        (
+            '{"model": {"id": "x", "source": "x", "root": "local:x"}, "data": {"training": "x"},'
             ' "lora": {"init": "loram", "r": 1}}',
             "lora.r: loram needs a rank of at least 2",
+        ),
+        (
+            '{"model": {"id": "x", "source": "./tiny", "root": "tiny"}, "data": {"training": "x"}}',
+            "model.root: 'tiny' is no hub id (OWNER/NAME)",  # whoever owns that name there
         ),
     ],
 )

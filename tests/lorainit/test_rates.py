@@ -11,7 +11,7 @@ KAIMING, LORAM = Kaiming(method="kaiming"), LoRAM(method="loram")
 
 
 def base(**facts):
-    return BaseModelRef(id="x", source="x", root="x", **facts)
+    return BaseModelRef(id="x", source="x", root="local:x", **facts)
 
 
 @pytest.mark.parametrize("name", INITS)
