@@ -23,7 +23,7 @@ from api.core.models import Job
 from api.core.settings import get_settings
 from api.core.storage import Storage, get_storage
 from lorainit.events import Checkpoint, Done, Event, Failed
-from worker import artifacts, endings, room, scratch
+from worker import artifacts, endings, room, scratch, wording
 from worker.lease import LeaseKeeper
 from worker.patience import Result, patiently, unless_lost
 from worker.progress import Lost, Recorder
@@ -48,6 +48,7 @@ class Member:
         self._keeper = LeaseKeeper(
             self._lease, self._folder / "lease", seconds=settings.lease_seconds, beat=settings.beat_seconds
         )
+        self._names = wording.names_of(job, self._folder)
         self._recorder = Recorder(self._lease)
         self._ended = threading.Event()
         bind = partial(bind_contextvars, job_id=job.id, token=job.lease_token)
@@ -91,6 +92,7 @@ class Member:
 
     def take(self, event: Event) -> None:
         """Write what the child says; a last word ends the job at once, while others go on."""
+        event = wording.without_paths(event, self._names)
         if isinstance(event, Done | Failed):
             self._ended.set()
             self._soon(partial(self._end, event))

@@ -1,0 +1,67 @@
+"""Takes this host's paths out of what a run says: its reader is elsewhere, and knows the model by its id.
+
+The library names folders, which helps whoever runs it by hand. What libraries below it say has paths of their own.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from api.core import catalogue
+from api.core.models import Job
+from lorainit import sources
+from lorainit.errors import LorainitError
+from lorainit.events import Done, Event, Failed, InitReport, Message, Plan, Stage
+
+# An absolute path of at least two parts, but for addresses (`https://…`) and parts of relative paths.
+_PATH = re.compile(r"(?<![\w:/.~-])(/[\w.@+~-]+)(?:/[\w.@+~-]+)+/?")
+_TOLD = (Stage, Message, Plan, InitReport, Done, Failed)
+
+
+def names_of(job: Job, folder: Path) -> dict[str, str]:
+    """What a reader knows the places of a run by.
+
+    Args:
+        folder: the run's own, whose files are told by their names in it.
+    """
+    names = {f"{folder}/": "", f"{folder.resolve()}/": ""}
+    entry = catalogue.find(job.model)
+    try:
+        source = sources.local_path(entry.source) if entry else None
+    except LorainitError:  # the package that it lies in is not here
+        source = None
+    return names | ({str(source): job.model, str(source.resolve()): job.model} if source else {})
+
+
+def without_paths(event: Event, names: Mapping[str, str]) -> Event:
+    """The event as it may be shown. Where a checkpoint or an adapter lies is for the worker, and stays."""
+    if not isinstance(event, _TOLD):
+        return event
+    told = _cleaned(event.model_dump(exclude={"adapter"}), names)
+    if isinstance(event, Done):
+        told["adapter"] = event.adapter
+    return type(event).model_validate(told)
+
+
+def _cleaned(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        return clean(value, names)
+    if isinstance(value, dict):
+        return {key: _cleaned(part, names) for key, part in value.items()}
+    return [_cleaned(part, names) for part in value] if isinstance(value, list | tuple) else value
+
+
+def clean(text: str, names: Mapping[str, str]) -> str:
+    """The text with paths called by their names; of others that begin on this host, the last part is left."""
+    if "/" not in text:
+        return text
+    for path in sorted(names, key=len, reverse=True):
+        end = "" if path.endswith("/") else r"(?![\w-])"  # no longer name that begins so
+        text = re.sub(re.escape(path) + end, names[path], text)
+    return _PATH.sub(_last_part, text)
+
+
+def _last_part(found: re.Match[str]) -> str:
+    here = Path(found[1]).exists()  # a route or a place in a JSON document begins nowhere
+    return Path(found[0]).name if here else found[0]
