@@ -85,12 +85,12 @@ class Template:
 
     def _answers(self, messages: Messages, options: dict[str, Any]) -> Rendered | Fault:
         text = self._text(messages, options)
-        found = self._places(text, messages, options)
+        turns = [i for i, m in enumerate(messages) if trained(m)]
+        border = self._border(text, messages, options)
+        found = self._only_place(text, messages, turns, border) or self._places(text, messages, options)
         if found is None:
             why = "writes other words around a message when one of its words changes, so the answers"
             return Fault("template_error", "messages", f"the base model's chat template {why} cannot be told apart.")
-        turns = [i for i, m in enumerate(messages) if trained(m)]
-        border = self._border(text, messages, options)
         try:
             answers = Conversation(text, messages, found, self._habits).answers(turns, border)
         except Lost as lost:
@@ -102,6 +102,21 @@ class Template:
             if answer.left_out:
                 warnings.setdefault("content_left_out", Fault("content_left_out", f"messages[{index}]", _LEFT_OUT))
         return Rendered(text, tuple(answer.span for answer in answers), tuple(warnings.values()))
+
+    def _only_place(
+        self, text: str, messages: Messages, turns: list[int], border: Border | None
+    ) -> list[tuple[int, int]] | None:
+        """As `_places`, of a row whose one trained answer stands right behind its prompt, word for word.
+
+        Then nothing has to be marked, and one rendering is saved. None = it does not, or its words are there twice.
+        """
+        content = (messages[-1]["content"] or "").strip()
+        if len(turns) > 1 or border is None or not next(iter(self._prompts)) or messages[-1].get("tool_calls"):
+            return None
+        tail = text[border.at :].lstrip()
+        if not content or not tail.startswith(content) or tail.count(content) > 1:
+            return None
+        return [(len(text) - len(tail) + len(content) - 1, turns[0])]
 
     def _places(self, text: str, messages: Messages, options: dict[str, Any]) -> list[tuple[int, int]] | None:
         marks = marks_for(text, len(messages))

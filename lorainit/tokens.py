@@ -61,7 +61,7 @@ def _folder_digest(folder: Path) -> str:
 
 
 # Which tokens of a row are trained: raised whenever `template`, `turns` or `encode` decide otherwise.
-RULES = 2
+RULES = 3
 _TEXT = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 
 

@@ -267,8 +267,10 @@ def test_arguments_are_text_for_a_template_that_adds_them_to_a_text(tmp_path: An
     assert tokenizer.decode(ids) == '<call>add with {"x": 2}</call><|im_end|>'
 
 
-@pytest.mark.parametrize("length", [2, 50])
-def test_a_row_is_rendered_three_times_however_many_turns_it_has(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("length", "times"), [(1, 2), (2, 3), (50, 3)])
+def test_a_row_is_rendered_two_or_three_times_however_many_turns_it_has(
+    length: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = Template(make_tokenizer())
     template.render({**turns("Two"), "tools": []})  # what is tried once for all rows
     rendered: list[int] = []
@@ -278,7 +280,7 @@ def test_a_row_is_rendered_three_times_however_many_turns_it_has(length: int, mo
     )
     found = template.render({**turns(*["Two"] * length), "tools": []})
     assert isinstance(found, Rendered) and len(found.spans) == length
-    assert len(rendered) == 3
+    assert len(rendered) == times
 
 
 @pytest.mark.parametrize("kind", KINDS)
