@@ -6,7 +6,7 @@ Torch-free; knows nothing of lines, files, tokenizers or models.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["chat", "prompt_completion", "preference"]
@@ -71,9 +71,7 @@ def _chat(row: dict[str, Any]) -> Iterator[Fault]:
     if not isinstance(messages, list) or not messages:
         yield Fault("missing_messages_list", "messages", "messages is not a list of at least one message.")
         return
-    found = list(_messages(messages, "messages"))
-    yield from found
-    if found:
+    if (yield from _messages(messages, "messages")):
         return
     if not any(m["role"] == "assistant" for m in messages):
         yield Fault("example_missing_assistant_message", "messages", "no message has the role assistant.")
@@ -100,9 +98,8 @@ def _preference(row: dict[str, Any]) -> Iterator[Fault]:
     if not isinstance(start, dict) or not isinstance(start.get("messages"), list) or not start["messages"]:
         yield Fault("missing_messages_list", "input.messages", "input.messages is not a list of at least one message.")
     else:
-        found = list(_messages(start["messages"], "input.messages"))
-        yield from found
-        if not found and start["messages"][-1]["role"] not in ("user", "tool"):
+        faulty = yield from _messages(start["messages"], "input.messages")
+        if not faulty and start["messages"][-1]["role"] not in ("user", "tool"):
             last = f"input.messages[{len(start['messages']) - 1}].role"
             yield Fault("unrecognized_role", last, "the last message of input is neither user nor tool.")
     for key in ("preferred_output", "non_preferred_output"):
@@ -113,22 +110,27 @@ def _output(output: Any, key: str) -> Iterator[Fault]:
     if not isinstance(output, list) or len(output) != 1:
         yield Fault("missing_preference", key, f"{key} is not a list of exactly one message.")
         return
-    found = list(_messages(output, key))
-    yield from found
-    if not found and output[0]["role"] != "assistant":
+    faulty = yield from _messages(output, key)
+    if not faulty and output[0]["role"] != "assistant":
         yield Fault("unrecognized_role", f"{key}[0].role", f"the message of {key} is not an assistant message.")
 
 
-def _messages(messages: list[Any], at: str) -> Iterator[Fault]:
+def _messages(messages: list[Any], at: str) -> Generator[Fault, None, bool]:
+    """The faults of all messages, and True if there are any; none is kept here, since there can be millions."""
     called: set[str] = set()
+    faulty = False
     for index, message in enumerate(messages):
         where = f"{at}[{index}]"
         if not isinstance(message, dict):
+            faulty = True
             yield Fault("data_type", where, f"{where} is not an object.")
             continue
-        yield from _message(message, where, called)
+        for fault in _message(message, where, called):
+            faulty = True
+            yield fault
         calls = message.get("tool_calls")
         called |= {c["id"] for c in calls if _is_call(c)} if isinstance(calls, list) else set()
+    return faulty
 
 
 def _message(message: dict[str, Any], where: str, called: set[str]) -> Iterator[Fault]:
@@ -270,14 +272,13 @@ def normalized(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     if kind == "preference":
         return row
     tools = [*row.get("tools", []), *({"type": "function", "function": f} for f in row.get("functions", []))]
-    messages: list[dict[str, Any]] = []
-    for index, message in enumerate(row["messages"]):
-        messages.append(_normalized_message(message, f"call_{index}", messages))
+    last_call: dict[str, str] = {}  # of each function so far, so that no answer looks through all that stands before it
+    messages = [_normalized_message(message, f"call_{i}", last_call) for i, message in enumerate(row["messages"])]
     parallel = {"parallel_tool_calls": row["parallel_tool_calls"]} if "parallel_tool_calls" in row else {}
     return {"messages": messages, "tools": tools, **parallel}
 
 
-def _normalized_message(message: dict[str, Any], name: str, before: list[dict[str, Any]]) -> dict[str, Any]:
+def _normalized_message(message: dict[str, Any], name: str, last_call: dict[str, str]) -> dict[str, Any]:
     role, content = message["role"], message.get("content")
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
@@ -289,9 +290,9 @@ def _normalized_message(message: dict[str, Any], name: str, before: list[dict[st
         calls.append({"id": name, "type": "function", "function": function})
     if calls:
         out["tool_calls"] = [{**c, "function": _parsed(c["function"])} for c in calls]
+        last_call |= {c["function"]["name"]: c["id"] for c in calls}
     if role == "function":
-        ids = [c["id"] for m in before for c in m.get("tool_calls", []) if c["function"]["name"] == message.get("name")]
-        out |= {"role": "tool", "tool_call_id": ids[-1] if ids else name}
+        out |= {"role": "tool", "tool_call_id": last_call.get(message.get("name", ""), name)}
     return out
 
 

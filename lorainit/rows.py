@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -18,6 +19,9 @@ from lorainit.padding import without_padding
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
 KEPT_PROBLEMS = 20
+# A line of 8 MB can hold four million faults. Nobody reads more, and counting them would take the time of a large file.
+COUNTED_IN_A_ROW = 1000
+LONGEST_TEXT, LONGEST_PLACE = 500, 250  # of a problem: a key that is quoted may be as long as its line
 FEW_ROWS = 10
 # Digests are kept of the first so many rows only, so that memory stays bounded (about 50 MB).
 DUPLICATE_WINDOW = 500_000
@@ -26,6 +30,7 @@ _ARRAY = Fault(
     None,
     "the file is one JSON array, and rows are JSON Lines: one object a line, without the array's brackets and commas.",
 )
+_NO_KIND = Fault("missing_messages_list", "messages", "messages is missing.")
 
 
 class Problem(BaseModel):
@@ -42,7 +47,8 @@ class Problem(BaseModel):
 class FileReport(BaseModel):
     """What `check_file` found. `model_dump()` is exactly the `validation` object of a File.
 
-    `error_count` and `warning_count` are complete, the lists hold the first 20. The attributes
+    `error_count` and `warning_count` are complete but for rows with more than 1,000 faults, of which that many are
+    counted; the lists hold the first 20. The attributes
     `status` (`processed` or `error`), `status_details` (a sentence, or None when there is nothing
     to say) and `duplicates` belong beside that object and are not dumped.
     """
@@ -73,15 +79,22 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and everything wrong with it."""
+    """A row that cannot be used: the first things wrong with it, and how many there are (at most 1,000 are counted)."""
 
     line: int
     problems: tuple[Problem, ...]
+    count: int = 1
 
 
 def problem(line: int, fault: Fault) -> Problem:
     """A fault of a row, placed in its file."""
-    return Problem(line=line, code=fault.code, param=fault.param, message=f"Line {line}: {fault.text}")
+    text = f"Line {line}: {_shortened(fault.text, LONGEST_TEXT)}"
+    place = fault.param and _shortened(fault.param, LONGEST_PLACE)
+    return Problem(line=line, code=fault.code, param=place, message=text)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def read_rows(path: str | Path) -> Iterator[Row | BadRow]:
@@ -126,9 +139,8 @@ class _Tally:
             self.valid += 1
             self._keep_warnings(row.warnings)
             return
-        self.error_count += len(row.problems)
-        self.mixed |= any(p.code == "mixed_formats" for p in row.problems)
-        self.errors += row.problems[: KEPT_PROBLEMS - len(self.errors)]
+        self.error_count += row.count
+        self.errors += row.problems
 
     def _keep_warnings(self, found: tuple[Problem, ...]) -> None:
         self.warning_count += len(found)
@@ -170,28 +182,44 @@ def _scan(stream: BinaryIO, tally: _Tally | None = None) -> Iterator[Row | BadRo
     tally = tally or _Tally()
     for number, (line, raw) in enumerate(_lines(stream)):
         if not number and raw and _opens_an_array(raw):
-            yield BadRow(line, (problem(line, _ARRAY),))
+            yield _bad(line, iter((_ARRAY,)), tally)
             return  # its other lines are no rows that could be wrong one by one
         doubled = list[str]()
         row = _parse(raw, doubled)
         if isinstance(row, dict):
             kind = kind_of(row)
             tally.kind = tally.kind or kind
-            yield _judge(line, row, kind, tally, raw or b"", doubled)
+            yield _judged(line, row, kind, tally, raw or b"", doubled)
         else:
-            yield BadRow(line, (problem(line, row),))
+            yield _bad(line, iter((row,)), tally)
+
+
+def _bad(line: int, found: Iterator[Fault], tally: _Tally) -> BadRow:
+    """A row with these faults; none of them is put into words that a report has no room for any more."""
+    kept = tuple(problem(line, fault) for fault in islice(found, KEPT_PROBLEMS - len(tally.errors)))
+    return BadRow(line, kept, len(kept) + sum(1 for _ in islice(found, COUNTED_IN_A_ROW - len(kept))))
+
+
+def _judged(
+    line: int, row: dict[str, Any], kind: Kind | None, tally: _Tally, raw: bytes, doubled: list[str]
+) -> Row | BadRow:
+    try:
+        return _judge(line, row, kind, tally, raw, doubled)
+    except RecursionError:  # read from JSON, it was just not too deep
+        return _bad(line, iter((Fault("invalid_json", None, "its values are nested too deep."),)), tally)
 
 
 def _judge(
     line: int, row: dict[str, Any], kind: Kind | None, tally: _Tally, raw: bytes, doubled: list[str]
 ) -> Row | BadRow:
     if kind is None:
-        return BadRow(line, (problem(line, Fault("missing_messages_list", "messages", "messages is missing.")),))
+        return _bad(line, iter((_NO_KIND,)), tally)
     if kind != tally.kind:
-        text = f"this is a {kind} row in a {tally.kind} file."
-        return BadRow(line, (problem(line, Fault("mixed_formats", None, text)),))
-    if found := tuple(problem(line, fault) for fault in faults(row, kind)):
-        return BadRow(line, found)
+        tally.mixed = True
+        return _bad(line, iter((Fault("mixed_formats", None, f"this is a {kind} row in a {tally.kind} file."),)), tally)
+    found = faults(row, kind)
+    if (first := next(found, None)) is not None:
+        return _bad(line, chain((first,), found), tally)
     notes = [problem(line, fault) for fault in warnings(row, kind)]
     if doubled:
         text = f"the key {doubled[0][:80]!r} is written twice in one object, and the last one counts."
@@ -233,11 +261,11 @@ def _opens_an_array(raw: bytes) -> bool:
 
 
 def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
-    """One row without its padding; keys that an object of it has twice go to `doubled`."""
+    """One row without its padding; the first key that an object of it has twice goes to `doubled`."""
 
     def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs):
+        if len(found) < len(pairs) and not doubled:
             seen = set[str]()
             doubled.append(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
         return found
