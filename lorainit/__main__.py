@@ -5,7 +5,6 @@ checkpoint). A run of several processes ends as the first of them that ended bad
 """
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import logging
@@ -29,12 +28,12 @@ from lorainit import machine
 from lorainit.errors import Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Stage, Tick
 from lorainit.launch import Loss, Others, companions, leave_word
+from lorainit.limits import die_with_parent
 from lorainit.sources import LOCAL, is_root
 from lorainit.spec import RunSpec
 
 FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
 LEASE_SECONDS = 0.5
-_PR_SET_PDEATHSIG = 1
 
 OnEvent = Callable[[Event], None]
 
@@ -49,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     members = [_Member(args.spec, args.out, args.lease), *(_Member(*map(Path, three)) for three in args.member)]
     if args.events_fd is not None or _rank():
-        _die_with_parent()
+        die_with_parent(LEASE_LOST)
     leases = [member.lease for member in members if member.lease]
     if leases:
         _guard(leases)
@@ -278,16 +277,6 @@ class _Stop:
             _leave()
         if self.asked and heed:
             raise Stopped("The run was asked to stop.")
-
-
-def _die_with_parent() -> None:
-    """On Linux, die when the supervisor does, however it dies."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(LEASE_LOST)  # it died before we asked
 
 
 def _guard(leases: list[Path]) -> None:

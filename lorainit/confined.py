@@ -5,7 +5,6 @@ loop, all of the machine's memory. The child limits itself before it reads anyth
 is over, and either way the answer is a sentence. Needs no torch in the parent.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from lorainit import limits
 from lorainit.errors import LorainitError, UnsupportedModel
 from lorainit.model.find import find
 
@@ -29,7 +29,6 @@ MAX_BYTES = 8 << 30
 # A GGUF file is unpacked in memory: some 2 bits for each weight become 32, and are copied once.
 UNPACKED = 32
 _TAIL = 2000  # of what the child wrote when it crashed
-_PR_SET_PDEATHSIG = 1
 
 
 def inspect(source: str, cache: Path) -> dict[str, Any]:
@@ -128,8 +127,8 @@ def _death(code: int, said: list[str]) -> str:
 def answer(source: str, cache: Path) -> None:
     """Inspect, and tell the parent: how much there is to read, then the facts or why there are none."""
     sys.stdout = sys.stderr  # whatever a library prints is no answer
-    _limit(MAX_BYTES)
-    _die_with_parent()
+    limits.bound_memory(MAX_BYTES)
+    limits.die_with_parent()
     from lorainit.hardware import is_out_of_memory
     from lorainit.inspect import inspect
     from lorainit.refusal import as_unsupported
@@ -138,7 +137,7 @@ def answer(source: str, cache: Path) -> None:
         with as_unsupported("The base model cannot be inspected"):
             path = Path(source)
             files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
-            _limit(MAX_BYTES + max(map(_allocated, files), default=0) * (1 if path.is_dir() else UNPACKED))
+            limits.bound_memory(MAX_BYTES + max(map(_allocated, files), default=0) * (1 if path.is_dir() else UNPACKED))
             _say({"bytes": sum(map(_allocated, files))})
             facts = inspect(source, cache=cache)
     except LorainitError as error:
@@ -149,20 +148,6 @@ def answer(source: str, cache: Path) -> None:
         _say({"message": f"The base model cannot be inspected: reading it takes more than {MAX_BYTES >> 30} GiB."})
     else:
         _say({"facts": facts.model_dump(mode="json")})
-
-
-def _limit(most: int) -> None:
-    """Bound the memory that this process may write to; weights, mapped from their files, count too."""
-    import resource
-
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    with suppress(OSError, ValueError):  # a system that knows no such limit, or has set a lower one
-        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _say(word: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from api.core.models import Job
 from api.core.storage import get_storage
 from lorainit.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
 from lorainit.spec import Choice
-from worker import artifacts, reconciler
+from worker import artifacts, reconciler, row_checks
 from worker.progress import Lost, Recorder
 
 PRECISION = "training.precision"
@@ -24,7 +24,7 @@ PRECISION = "training.precision"
 
 def tidy() -> None:
     """Check every uploaded file and admit every job that waits for one."""
-    while reconciler.check_files():
+    while sum(lane() for lane in row_checks.LANES):
         pass
     reconciler.admit()
 

@@ -14,12 +14,13 @@ from datetime import timedelta
 
 from sqlalchemy.exc import OperationalError
 
-from api.core import admission, jobs, metrics, queue, startup, validation
+from api.core import admission, jobs, metrics, queue, startup
 from api.core.db import session_scope
 from api.core.logs import configure, get_logger
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from worker import janitor
+from worker.row_checks import LANES
 
 PATIENCE = timedelta(seconds=15)
 
@@ -74,31 +75,15 @@ def leave_results() -> None:
             session.commit()
 
 
-def check_files() -> bool:
-    """Check the oldest unchecked file; False when there is none."""
-    with session_scope(read_only=True) as session:
-        file = validation.next_unchecked(session)
-    if file is None:
-        return False
-    try:
-        verdict = validation.check(get_storage(), file)
-    except FileNotFoundError:  # deleted while we read it, or lost: neither can be used
-        verdict = {"status": "error", "status_details": "The file's bytes are gone.", "validation": None}
-    with session_scope() as session:
-        validation.record(session, file.id, verdict)
-        session.commit()
-    log.info("checked a file", file_id=file.id, status=verdict["status"])
-    return True
-
-
-CHORES: tuple[Callable[[], object], ...] = (recover, admit, announce, leave_results, check_files, *janitor.CHORES)
+CHORES: tuple[Callable[[], object], ...] = (recover, admit, announce, leave_results, *LANES, *janitor.CHORES)
 LONGEST_PAUSE = 30.0
 
 
 def run(stop: threading.Event) -> None:
     """Every chore over and over, each in its own thread, until `stop` is set.
 
-    A broker that does not answer (seconds per message) or a file of gigabytes holds up nobody else.
+    A broker that does not answer (seconds per message) or a file of gigabytes holds up nobody else: rows are read by
+    processes of their own (`worker.row_checks`).
     """
     threads = [threading.Thread(target=_repeat, args=(chore, stop), name=chore.__name__) for chore in CHORES]
     for thread in threads:
@@ -128,13 +113,20 @@ def _repeat(chore: Callable[[], object], stop: threading.Event) -> None:
             stop.wait(pause)
 
 
+def _leave(stop: threading.Event) -> None:
+    """Files that are being checked go back at once, and cost no attempt."""
+    stop.set()
+    for lane in LANES:
+        lane.leaving.set()
+
+
 def main() -> None:
     """Entry point."""
     startup.check_or_exit()
     configure()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: _leave(stop))
     log.info("the reconciler is running")
     run(stop)
 

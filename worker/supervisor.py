@@ -176,12 +176,15 @@ def _family(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
-def _environment(folder: Path, gpus: str | None) -> dict[str, str]:
-    """What the child may know: no settings of the service, so none of its secrets."""
+def without_secrets() -> dict[str, str]:
+    """What a child that reads what others wrote may know: no settings of the service, so none of its secrets."""
     hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_", "OTEL_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+
+
+def _environment(folder: Path, gpus: str | None) -> dict[str, str]:
     chosen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    return {**kept, **chosen, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
+    return {**without_secrets(), **chosen, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _offer_to_the_oom_killer(pid: int) -> None:

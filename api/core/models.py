@@ -71,7 +71,13 @@ class File(Base):
     __table_args__ = (
         CheckConstraint("status IN ('uploaded', 'processed', 'error')", name="status"),
         Index("ix_files_project_created", "project_id", "created_at", "id"),
-        Index("ix_files_unchecked", "created_at", postgresql_where=text("status = 'uploaded'")),
+        Index(
+            "ix_files_unchecked",
+            "project_id",
+            "created_at",
+            postgresql_where=text("status = 'uploaded'"),
+            sqlite_where=text("status = 'uploaded'"),
+        ),
         Index(
             "ix_files_expiring", "expires_at", postgresql_where=text("expires_at IS NOT NULL AND deleted_at IS NULL")
         ),
@@ -97,6 +103,9 @@ class File(Base):
     deleted_by: Mapped[str | None] = mapped_column(String(64))
     # Deleted, and the bytes are gone too.
     cleared_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    # How often a check of its rows was begun (`api.core.validation`), and until when the last one is left in peace.
+    checks: Mapped[int] = mapped_column(Integer, server_default="0")
+    check_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
 class Job(Base):

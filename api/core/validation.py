@@ -1,62 +1,84 @@
-"""Are the rows of an uploaded file well formed? Model-independent, streamed, outside transactions."""
+"""Whose file is checked next, by whom, and what came of it. The rows themselves are read by `worker.row_checks`.
 
-import io
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+A check is claimed like a job: by a compare-and-set that counts how often it was begun and says until when it is
+left in peace. Whoever began it last writes the verdict; one that was taken over, or whose file was deleted, writes
+nothing. Nothing here commits.
+"""
 
-from sqlalchemy import select, update
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from api.core.db import now
 from api.core.models import File
-from api.core.storage import Storage
-from lorainit.rows import check_file
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 
-def next_unchecked(session: Session) -> File | None:
-    """The oldest file whose rows have not been checked."""
-    return session.scalar(
-        select(File).where(File.status == "uploaded", File.deleted_at.is_(None)).order_by(File.created_at).limit(1)
-    )
+@dataclass(frozen=True)
+class Claim:
+    """A check that was begun: of which file, and the how-manieth it is."""
+
+    file_id: str
+    storage_key: str
+    bytes: int
+    checks: int
 
 
-def check(storage: Storage, file: File) -> dict[str, object]:
-    """Read the whole file once; the columns to write. Needs no session: this can take minutes."""
-    report = check_file(io.BufferedReader(_Chunks(storage.read(file.storage_key)), 1 << 20))
-    return {
-        "status": report.status,
-        "status_details": report.status_details,
-        "validation": report.model_dump(mode="json"),
-    }
+def waiting_projects(session: Session, *, above: int, up_to: int | None) -> list[str]:
+    """Projects with an unchecked file of this size in bytes (above < size <= up_to), who has waited longest first."""
+    oldest = func.min(File.created_at)
+    rows = select(File.project_id).where(*_waiting(now(session), above, up_to)).group_by(File.project_id)
+    return list(session.scalars(rows.order_by(oldest, File.project_id)))
 
 
-def record(session: Session, file_id: str, columns: dict[str, object]) -> None:
-    """Write the verdict; a second checker's verdict on the same bytes changes nothing."""
-    session.execute(
-        update(File)
-        .where(File.id == file_id, File.status == "uploaded")
-        .values(**columns)
-        .execution_options(synchronize_session=False)
-    )
+def claim(session: Session, project_id: str, *, above: int, up_to: int | None, seconds: float) -> Claim | None:
+    """Begin to check a project's oldest unchecked file of this size; None if somebody else was faster."""
+    at = now(session)
+    wanted = select(File).where(File.project_id == project_id, *_waiting(at, above, up_to))
+    file = session.scalar(wanted.order_by(File.created_at, File.id).limit(1))
+    if file is None:
+        return None
+    begun = Claim(file.id, file.storage_key, file.bytes, file.checks + 1)
+    values = {"checks": begun.checks, "check_until": at + timedelta(seconds=seconds)}
+    return begun if _set(session, begun, values, File.checks == file.checks) else None
 
 
-class _Chunks(io.RawIOBase):
-    """A readable stream over storage's chunks."""
+def renew(session: Session, claim: Claim, *, seconds: float) -> bool:
+    """Stay in peace for so long from now on; False if the check is ours no more, or nobody's: the file was deleted."""
+    return _set(session, claim, {"check_until": now(session) + timedelta(seconds=seconds)}, _ours(claim))
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = memoryview(b"")
 
-    def readable(self) -> bool:
-        return True
+def give_back(session: Session, claim: Claim, *, seconds: float, counts: bool) -> None:
+    """Leave the file to whoever comes, but not before `seconds` from now; not to blame, it `counts` as not begun."""
+    until = now(session) + timedelta(seconds=seconds)
+    _set(session, claim, {"check_until": until, "checks": claim.checks - (not counts)}, _ours(claim))
 
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        target = memoryview(buffer).cast("B")
-        if not self._rest:
-            self._rest = memoryview(next(self._chunks, b""))
-        size = min(len(target), len(self._rest))
-        target[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
+
+def record(session: Session, claim: Claim, columns: Mapping[str, object]) -> bool:
+    """Write the verdict, unless the check is somebody else's by now or the file was deleted."""
+    return _set(session, claim, columns, _ours(claim))
+
+
+def unusable(why: str) -> dict[str, object]:
+    """The verdict on a file whose rows could not be checked."""
+    return {"status": "error", "status_details": why, "validation": None}
+
+
+def _waiting(at: datetime, above: int, up_to: int | None) -> list[ColumnElement[bool]]:
+    small_enough = [] if up_to is None else [File.bytes <= up_to]
+    in_peace = or_(File.check_until.is_(None), File.check_until <= at)
+    return [File.status == "uploaded", File.deleted_at.is_(None), in_peace, File.bytes > above, *small_enough]
+
+
+def _ours(claim: Claim) -> ColumnElement[bool]:
+    return File.checks == claim.checks
+
+
+def _set(session: Session, claim: Claim, values: Mapping[str, Any], expected: ColumnElement[bool]) -> bool:
+    """The compare-and-set of this module: one row, or somebody else was there."""
+    still = (File.id == claim.file_id, File.status == "uploaded", File.deleted_at.is_(None), expected)
+    changed = update(File).where(*still).values(**values).execution_options(synchronize_session=False)
+    return session.execute(changed).rowcount == 1  # type: ignore[attr-defined,no-any-return]

@@ -1,10 +1,12 @@
 """What is refused, with which code and field, and that a refusal leaves nothing behind."""
 
+import io
 from typing import Any
 
 import pytest
 from sqlalchemy.orm import Session
 
+from lorainit.rows import check_file
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused
 from tests.things import MODEL, a_queued_job
 
@@ -253,12 +255,9 @@ BAD_FILES = [
 def test_a_file_known_to_be_bad_is_refused_with_its_lines(
     lab: Lab, session: Session, traces: Traces, content: bytes, reason: str, lines: list[int], field: str
 ) -> None:
-    from api.core import validation
-    from api.core.models import File
-    from api.core.storage import get_storage
-
     good, bad = lab.upload()["id"], lab.upload(content)["id"]
-    mark(session, bad, **validation.check(get_storage(), session.get_one(File, bad)))
+    report = check_file(io.BytesIO(content))
+    mark(session, bad, status=report.status, status_details=report.status_details, validation=report.model_dump())
     before = traces()
     reply = lab.client.post(JOBS, json={"model": MODEL, "training_file": good, field: bad})
     error = refused(reply, 400, f"invalid_{field}", field)

@@ -31,7 +31,9 @@ def test_torch_is_not_there(python: Path, tmp_path: Path) -> None:
     assert run(python, code, tmp_path) == "[]"
 
 
-@pytest.mark.parametrize("module", ["api.main", "api.cli", "worker.app", "worker.tasks", "worker.reconciler"])
+@pytest.mark.parametrize(
+    "module", ["api.main", "api.cli", "worker.app", "worker.tasks", "worker.reconciler", "lorainit.row_check"]
+)
 def test_the_service_is_imported(python: Path, tmp_path: Path, module: str) -> None:
     assert "site-packages" in run(python, f"import {module}; print({module}.__file__)", tmp_path)
 

@@ -13,7 +13,7 @@ from api.core.db import session_scope
 from api.core.models import File, Job
 from api.core.storage import get_storage
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
-from worker import reconciler
+from worker import reconciler, row_checks
 
 pytestmark = pytest.mark.usefixtures("service")
 
@@ -33,27 +33,6 @@ def a_stored_file(text: str) -> str:
     return file.id
 
 
-def test_a_good_file_becomes_processed() -> None:
-    file_id = a_stored_file(json.dumps(ROW) + "\n")
-    assert reconciler.check_files() is True
-    assert reconciler.check_files() is False
-    with session_scope() as session:
-        file = session.get_one(File, file_id)
-    assert file.status == "processed"
-    assert file.validation is not None
-    assert (file.validation["kind"], file.validation["valid_rows"]) == ("chat", 1)
-
-
-def test_a_hopeless_file_becomes_error_with_a_line_number() -> None:
-    file_id = a_stored_file("nonsense\n")
-    reconciler.check_files()
-    with session_scope() as session:
-        file = session.get_one(File, file_id)
-    assert file.status == "error"
-    assert file.status_details is not None
-    assert "line 1" in file.status_details
-
-
 def test_a_waiting_job_is_queued_once_its_file_is_checked() -> None:
     file_id = a_stored_file((json.dumps(ROW) + "\n") * 12)
     with session_scope() as session:
@@ -62,7 +41,7 @@ def test_a_waiting_job_is_queued_once_its_file_is_checked() -> None:
         session.commit()
     reconciler.admit()
     assert job_of(job.id).status == "validating_files"
-    reconciler.check_files()
+    assert row_checks.LANES[0]()
     reconciler.admit()
     assert job_of(job.id).status == "queued"
 
