@@ -55,7 +55,7 @@ def load_kept(
 def _folder_digest(folder: Path) -> str:
     """Of all files that are no weights: which of them a tokenizer reads is its own affair."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _TEXT):
+    for path in sorted(p for p in (*folder.iterdir(), *folder.glob("*/*.jinja")) if p.is_file() and p.suffix in _TEXT):
         digest.update(f"{path.name}\0{file_sha256(path)}\0".encode())
     return digest.hexdigest()
 

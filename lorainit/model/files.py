@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorainit.errors import UnsupportedModel
+from lorainit.model.tokenizer_files import TEMPLATES
 
 # The largest files of their kind seen on the hub are tokenizer.json of 35 MB and an index of 15 MB.
 MAX_TEXT_BYTES = 256 << 20
@@ -66,6 +67,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     for entry in _entries(folder):
         _check_entry(entry)
+        if entry.name == TEMPLATES and entry.is_dir():
+            for template in _entries(entry):
+                _check_entry(template)
     if (folder / "adapter_config.json").exists():
         # transformers would load the base model that it names, whatever that is.
         raise _refusal(f"{folder.name} is a PEFT adapter, not a base model.")

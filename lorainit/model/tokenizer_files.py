@@ -27,6 +27,7 @@ NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of them, by name: `tool_use` is taken for rows with tools
 MAX_BYTES = 256 << 20  # of all of them; the largest known vocabulary (Gemma's, 262 144 tokens) takes 33 MB
 # Where a tokenizer came from, which transformers 5 writes beside what it is.
 _PRIVATE = ("backend", "is_local", "local_files_only", "processor_class", "tokenizer_file", "name_or_path")
@@ -39,6 +40,8 @@ def own_files(folder: Path) -> list[Path]:
         UnsupportedModel: they are larger than any tokenizer is.
     """
     found = [path for name in NAMES if (path := folder / name).is_file()]
+    if found:
+        found += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
     if sum(path.stat().st_size for path in found) > MAX_BYTES:
         raise UnsupportedModel(
             f"The base model's tokenizer files are larger than {MAX_BYTES >> 20} MiB together.", param="model"
@@ -50,7 +53,9 @@ def copy(tokenizer: Any, folder: Path, out: Path) -> None:
     """Put the tokenizer into `out`: the files of `folder` byte for byte or, if there are none, written anew."""
     files = own_files(folder)
     for path in files:
-        shutil.copyfile(path, out / path.name)
+        copied = out / path.relative_to(folder)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
     if not files:
         write(tokenizer, out)
 

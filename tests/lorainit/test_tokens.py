@@ -17,6 +17,7 @@ from lorainit.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.errors import InvalidTrainingFile, UnsupportedModel
 from lorainit.events import Message, Tick
 from lorainit.model.load import load_tokenizer
+from lorainit.model.tokenizer_files import TEMPLATES
 from lorainit.prepare import prepare
 from lorainit.store import Store
 from tests.lorainit.conftest import chat, tiny_llama, write_rows
@@ -116,11 +117,14 @@ def test_whatever_shapes_the_tokens_is_in_the_name(read, counted, rows, bases, t
     assert len(counted) == 2
     (other / "chat_template.jinja").write_text("{{ 'another' }}")
     read(rows, folder=other)
+    (other / TEMPLATES).mkdir()
+    (other / TEMPLATES / "tool_use.jinja").write_text("{{ 'for tools' }}")
+    read(rows, folder=other)
     more = write_rows(tmp_path / "more.jsonl", [chat("more", "rows")])
     read(more)
     monkeypatch.setattr(tokens, "version", lambda package: "another release")
     read(rows)
-    assert len(counted) == 5
+    assert len(counted) == 6
 
 
 def test_a_corrupt_entry_is_made_anew_with_a_warning(read, counted, rows, tmp_path):

@@ -70,6 +70,20 @@ def test_files_that_are_no_tokenizer_are_not_copied(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["merges.txt", "tokenizer.json", "tokenizer_config.json"]
 
 
+def test_templates_beside_the_default_one_come_along(tmp_path: Path) -> None:
+    """A tokenizer of transformers takes `tool_use` for rows with tools, where there is one."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(base)
+    (base / tokenizer_files.TEMPLATES / "code.py").write_text("")
+    tokenizer_files.copy(None, base, out)
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert [path.name for path in (out / tokenizer_files.TEMPLATES).iterdir()] == ["tool_use.jinja"]
+
+
 def test_written_tokenizer_says_nothing_about_where_it_came_from(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|tool|>"]})
