@@ -24,6 +24,7 @@ from lorainit.model.load import free
 from lorainit.prepare import Job
 from lorainit.quantize import nf4_config
 from lorainit.results import write_csv
+from lorainit.sources import local_path
 
 # Largest relative difference of two losses in float32 that is rounding; mixtures may route a token differently.
 SAME_LOSS = 1e-3
@@ -46,10 +47,17 @@ def write_adapter(job: Job, folder: Path, report: Report) -> None:
         loading=nf4_config(job.base.four_bits.skip) if job.base.four_bits else None,
         unpackable=job.base.four_bits is not None and job.base.four_bits.unpackable,
         dora=job.lora.use_dora,
+        gguf=_gguf(job.spec.model.source),
         experts=any(isinstance(layer.base, ExpertLinear) for layer in job.layers.values()),
     )
     peft_adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
     write_manifest(job, folder, report, export_check=None)
+
+
+def _gguf(source: str) -> str | None:
+    """The name of the GGUF file that a source is."""
+    path = local_path(source)
+    return path.name if path is not None and path.suffix == ".gguf" else None
 
 
 def write_factors(job: Job, layers: Mapping[str, LoRALinear], folder: Path) -> int:

@@ -19,6 +19,7 @@ def write(
     unpackable: bool = False,
     dora: bool = False,
     experts: bool = False,
+    gguf: str | None = None,
 ) -> None:
     """A README.md a model hub understands.
 
@@ -26,13 +27,17 @@ def write(
         loading: the arguments of `BitsAndBytesConfig` that make the base it was trained on; None = full precision.
         unpackable: bitsandbytes cannot repack that base for a CPU.
         experts: the adapter is on experts of a mixture too.
+        gguf: the name of the GGUF file that the base was made from.
     """
     base, options = _nf4_card(loading) if loading else ("", "")
     unpacked = _UNPACKED_CARD if unpackable else ""
     on_hub = not root.startswith(LOCAL)
     # A card of the hub names no base that the hub does not have.
     header, place = (f"base_model: {root}\n", root) if on_hub else ("", "path/to/the/base")
+    if gguf and not on_hub:
+        place, options = "path/to/the/folder/of/the/file", f', gguf_file="{gguf}"{options}'
     where = "" if on_hub else _LOCAL_CARD
+    where += _GGUF_CARD.format(gguf=gguf) if gguf else ""
     kind, serving = "LoRA", f"vLLM needs `--max-lora-rank` of at least {rank}."
     if dora:
         kind, serving = "DoRA", "Where only plain LoRA is served, merge it into the base first."
@@ -69,6 +74,12 @@ what the initialization did to each layer.
 
 _LOCAL_CARD = """The base model is on no hub: take the very folder or file that the adapter was trained on.
 `manifest.json` has the SHA-256 of its weights. """
+_GGUF_CARD = """
+It was trained on the weights of `{gguf}`, brought back to full precision, and checked on them. `from_pretrained` with
+the folder of that file and `gguf_file="{gguf}"` loads those, and needs the package `gguf`; weights of a hub that were
+never quantized are others.
+
+"""
 _EXPERTS_CARD = """
 It is on experts too (`target_parameters`), and few readers know that. PEFT does from 0.20 on, with transformers 5;
 with transformers 4 the experts are left out with a mere warning. vLLM leaves them out without a word where it has
