@@ -6,8 +6,10 @@ Torch-free; knows nothing of lines, files, tokenizers or models.
 """
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
+
+from lorainit import strict_json
 
 Kind = Literal["chat", "prompt_completion", "preference"]
 
@@ -40,19 +42,32 @@ def faults(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
     return check(row)
 
 
-def warnings(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
-    """What the owner of a valid row should know."""
+def warnings(row: dict[str, Any], kind: Kind, doubled: Sequence[str] = ()) -> Iterator[Fault]:
+    """What the owner of a valid row should know; `doubled`: keys that an object of it has twice."""
+    messages = row["messages"] if kind == "chat" else []
+    if key := next(iter([*doubled, *_doubled_arguments(messages)]), None):
+        text = f"the key {key[:80]!r} is written twice in one object, and the last one counts."
+        yield Fault("duplicate_key", None, text)
     if kind == "preference" and row["preferred_output"] == row["non_preferred_output"]:
         yield Fault("identical_preferences", None, "both outputs are the same, so the row teaches nothing.")
     if kind != "chat":
         return
-    messages = row["messages"]
     if "functions" in row or any("function_call" in m or m["role"] == "function" for m in messages):
         yield Fault("deprecated_functions", None, "functions and function_call are deprecated; converted to tools.")
     last = max(i for i, m in enumerate(messages) if trained(m))
     if last + 1 < len(messages):
         text = f"the {len(messages) - last - 1} messages after the last trained turn are not used."
         yield Fault("trailing_messages_dropped", f"messages[{last + 1}]", text)
+
+
+def _doubled_arguments(messages: list[dict[str, Any]]) -> list[str]:
+    """The first key that an object in the arguments of a call has twice, if there is one."""
+    found = list[str]()
+    for message in messages:
+        functions = [call["function"] for call in message.get("tool_calls") or ()]
+        for function in [*functions, *filter(None, [message.get("function_call")])]:
+            strict_json.read(function["arguments"], found)
+    return found
 
 
 def trained(message: dict[str, Any]) -> bool:
@@ -212,9 +227,8 @@ def _calls(message: dict[str, Any], where: str) -> Iterator[Fault]:
     if message["role"] != "assistant":
         yield Fault("invalid_tool_call", where, "only assistant messages can call tools.")
         return
-    if "function_call" in message and not _is_function(message["function_call"]):
-        place = f"{where}.function_call"
-        yield Fault("invalid_tool_call", place, f"{place} needs a name and arguments that are a string holding JSON.")
+    if "function_call" in message:
+        yield from _function(message["function_call"], f"{where}.function_call", needs="needs a name")
     calls = message.get("tool_calls", [{}] if "function_call" not in message else None)
     if calls is None:
         return
@@ -222,26 +236,27 @@ def _calls(message: dict[str, Any], where: str) -> Iterator[Fault]:
         yield Fault("invalid_tool_call", f"{where}.tool_calls", f"{where}.tool_calls is not a list of calls.")
         return
     for index, call in enumerate(calls):
-        if not _is_call(call):
-            place = f"{where}.tool_calls[{index}]"
-            text = "needs id, type 'function' and function with a name and arguments that are a string holding JSON."
-            yield Fault("invalid_tool_call", place, f"{place} {text}")
+        # Of a call that is none, there is no function to judge.
+        function = call.get("function") if _is_call(call) else None
+        needs = "needs id, type 'function' and function with a name"
+        yield from _function(function, f"{where}.tool_calls[{index}]", needs=needs)
 
 
 def _is_call(call: Any) -> bool:
-    if not isinstance(call, dict) or not isinstance(call.get("id"), str) or call.get("type") != "function":
-        return False
-    return _is_function(call.get("function"))
+    return isinstance(call, dict) and isinstance(call.get("id"), str) and call.get("type") == "function"
 
 
-def _is_function(function: Any) -> bool:
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        return False
+def _function(function: Any, place: str, *, needs: str) -> Iterator[Fault]:
+    name, arguments = (function.get(k) if isinstance(function, dict) else None for k in ("name", "arguments"))
+    if not name or not isinstance(name, str) or not isinstance(arguments, str):
+        text = f"{place} {needs} and arguments that are a string holding JSON."
+        yield Fault("invalid_tool_call", place, text)
+        return
     try:
-        json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return False
-    return isinstance(function["arguments"], str)
+        strict_json.read(arguments, [])
+    except strict_json.Unreadable as error:
+        code = error.code if error.code == "invalid_utf8" else "invalid_tool_call"
+        yield Fault(code, place, f"the arguments of {place} cannot be used: {error}")
 
 
 def _tools(row: dict[str, Any]) -> Iterator[Fault]:
@@ -297,4 +312,4 @@ def _normalized_message(message: dict[str, Any], name: str, last_call: dict[str,
 
 
 def _parsed(function: dict[str, Any]) -> dict[str, Any]:
-    return {**function, "arguments": json.loads(function["arguments"])}
+    return {**function, "arguments": strict_json.read(function["arguments"], [])}

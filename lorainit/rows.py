@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lorainit import strict_json
 from lorainit.conversation import Fault, Kind, faults, kind_of, normalized, warnings
 from lorainit.padding import without_padding
 
@@ -189,7 +190,7 @@ def _scan(stream: BinaryIO, tally: _Tally | None = None) -> Iterator[Row | BadRo
         if isinstance(row, dict):
             kind = kind_of(row)
             tally.kind = tally.kind or kind
-            yield _judged(line, row, kind, tally, raw or b"", doubled)
+            yield _judge(line, row, kind, tally, raw or b"", doubled)
         else:
             yield _bad(line, iter((row,)), tally)
 
@@ -198,15 +199,6 @@ def _bad(line: int, found: Iterator[Fault], tally: _Tally) -> BadRow:
     """A row with these faults; none of them is put into words that a report has no room for any more."""
     kept = tuple(problem(line, fault) for fault in islice(found, KEPT_PROBLEMS - len(tally.errors)))
     return BadRow(line, kept, len(kept) + sum(1 for _ in islice(found, COUNTED_IN_A_ROW - len(kept))))
-
-
-def _judged(
-    line: int, row: dict[str, Any], kind: Kind | None, tally: _Tally, raw: bytes, doubled: list[str]
-) -> Row | BadRow:
-    try:
-        return _judge(line, row, kind, tally, raw, doubled)
-    except RecursionError:  # read from JSON, it was just not too deep
-        return _bad(line, iter((Fault("invalid_json", None, "its values are nested too deep."),)), tally)
 
 
 def _judge(
@@ -220,10 +212,7 @@ def _judge(
     found = faults(row, kind)
     if (first := next(found, None)) is not None:
         return _bad(line, chain((first,), found), tally)
-    notes = [problem(line, fault) for fault in warnings(row, kind)]
-    if doubled:
-        text = f"the key {doubled[0][:80]!r} is written twice in one object, and the last one counts."
-        notes.append(problem(line, Fault("duplicate_key", None, text)))
+    notes = [problem(line, fault) for fault in warnings(row, kind, doubled)]
     digest = blake2b(raw.strip(), digest_size=8).digest()
     if digest in tally.digests:
         notes.append(problem(line, Fault("duplicate_row", None, "the same row appears earlier in the file.")))
@@ -262,32 +251,14 @@ def _opens_an_array(raw: bytes) -> bool:
 
 def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
     """One row without its padding; the first key that an object of it has twice goes to `doubled`."""
-
-    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs) and not doubled:
-            seen = set[str]()
-            doubled.append(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
-        return found
-
     if raw is None:
         return Fault("line_too_long", None, f"the line is longer than {MAX_LINE_BYTES} bytes.")
     try:
-        row = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=as_dict)
-        if b"\\u" in raw:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
-        if b"null" in raw or b"[]" in raw:
-            row = without_padding(row) if isinstance(row, dict) else row
+        row = strict_json.read(raw.decode("utf-8"), doubled)
     except UnicodeDecodeError as error:
         return Fault("invalid_utf8", None, f"byte {error.start + 1} of the line is not UTF-8.")
-    except UnicodeEncodeError:
-        return Fault("invalid_utf8", None, "an escape stands for half a surrogate pair.")
-    except json.JSONDecodeError as error:
-        return Fault("invalid_json", None, f"not JSON: {error.msg} at column {error.colno}.")
-    except (ValueError, RecursionError) as error:
-        return Fault("invalid_json", None, f"not JSON that can be read: {str(error)[:120]}.")
-    return row if isinstance(row, dict) else Fault("data_type", None, "the row is not an object.")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    except strict_json.Unreadable as error:
+        return Fault(error.code, None, str(error))
+    if not isinstance(row, dict):
+        return Fault("data_type", None, "the row is not an object.")
+    return without_padding(row) if b"null" in raw or b"[]" in raw else row

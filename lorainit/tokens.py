@@ -60,8 +60,8 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# Which tokens of a row are trained: raised whenever `template`, `turns` or `encode` decide otherwise.
-RULES = 3
+# Which tokens of a row are trained, and what is said of it: raised whenever these modules decide otherwise.
+RULES = 4
 _TEXT = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 
 

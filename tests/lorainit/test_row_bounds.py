@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from lorainit import rows as module
+from lorainit.data import load
 from lorainit.rows import check_file, read_rows
-from tests.lorainit.conftest import chat
+from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -110,3 +111,74 @@ def test_values_nested_to_any_depth_are_a_fault_of_their_row():
     for depth in range(800, 1010):
         row = '{"messages": [{"role": %s, "content": "q"}]}' % ("[" * depth + "]" * depth)
         assert check_file(io.BytesIO(row.encode())).error_count == 1
+
+
+def nested(depth):
+    """A value of so many objects in one another."""
+    return json.loads('{"a": ' * depth + "1" + "}" * depth)
+
+
+def with_tool(schema):
+    return {**chat("q", "a"), "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+
+
+def with_arguments(arguments):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+
+DEEP = {
+    "a tool's schema": (lambda depth: with_tool(nested(depth - 4)), "invalid_json"),
+    "a call's arguments": (lambda depth: with_arguments(json.dumps(nested(depth))), "invalid_tool_call"),
+}
+
+
+@pytest.mark.parametrize("where", DEEP)
+def test_depth_of_a_row_has_a_bound(where):
+    row, code = DEEP[where]
+    found = check_file(io.BytesIO(b"\n".join(json.dumps(row(depth)).encode() for depth in (64, 65, 400))))
+    assert [(fault.line, fault.code) for fault in found.errors] == [(2, code), (3, code)]
+    assert "nested more than 64 deep" in found.errors[0].message
+
+
+@pytest.mark.parametrize("where", DEEP)
+def test_row_of_the_largest_depth_is_trained_and_one_too_deep_is_left_out(where, tmp_path):
+    row, _ = DEEP[where]
+    path = write_rows(tmp_path / "rows.jsonl", [row(64), row(400), chat("q", "a")])
+    data = load(path, make_tokenizer(), max_length=4096, on_row_error="skip")
+    assert ([sample.line for sample in data.samples], [fault.line for fault in data.problems]) == ([1, 3], [2])
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', '{"a": [{"\\udfff": 1}]}'])
+def test_half_a_surrogate_pair_in_the_arguments_of_a_call_is_not_text(arguments):
+    (found,) = check_file(io.BytesIO(json.dumps(with_arguments(arguments)).encode())).errors
+    assert (found.code, found.param) == ("invalid_utf8", "messages[1].tool_calls[0]")
+
+
+HALF = "\ud800"
+CALLED = with_arguments("{}")["messages"]
+HALVED = {
+    "tool's name": {**chat("q", "a"), "tools": [{"type": "function", "function": {"name": HALF}}]},
+    "schema's key": with_tool({"type": "object", "properties": {HALF: {}}}),
+    "call's id": {"messages": [*CALLED, {"role": "tool", "tool_call_id": HALF, "content": "x"}, REPLY]},
+    "deprecated call": {"messages": [USER, {**REPLY, "function_call": {"name": "f", "arguments": '"\\ud800"'}}]},
+}
+
+
+@pytest.mark.parametrize("where", HALVED)
+def test_half_a_surrogate_pair_is_a_fault_wherever_it_is(where):
+    (found,) = check_file(io.BytesIO(json.dumps(HALVED[where]).encode())).errors
+    assert found.code == "invalid_utf8"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
+def test_what_is_no_number_in_a_row_is_none_in_the_arguments_of_a_call(number):
+    rows = [f'{{"prompt": {number}, "completion": "x"}}', json.dumps(with_arguments(f'{{"a": {number}}}'))]
+    found = check_file(io.BytesIO("\n".join(rows).encode())).errors
+    assert [fault.code for fault in found] == ["invalid_json", "invalid_tool_call"]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 3, "a": 4}', '{"b": [{"a": 3, "a": 4}]}'])
+def test_key_written_twice_in_arguments_is_a_warning(arguments):
+    found = check_file(io.BytesIO(json.dumps(with_arguments(arguments)).encode()))
+    assert [(w.line, "'a'" in w.message) for w in found.warnings if w.code == "duplicate_key"] == [(1, True)]
