@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
+from pydantic import Field
 from sqlalchemy.orm import Session
 
 from api.core import keys, rates
@@ -20,6 +21,8 @@ from api.core.models import Project
 from api.core.storage import Storage, get_storage
 from api.errors import TooManyRequests, Unauthenticated
 
+# Checked here, and told in words of our own.
+Printable = Annotated[str, Field(json_schema_extra={"maxLength": 255})]
 MAX_WINDOW, READ_TIMEOUT, SLACK = 900, 600, 60
 
 
@@ -86,7 +89,7 @@ def _hint(secret: str) -> str:
 def _attempt(
     request: Request,
     caller: Annotated[Caller, Depends(_caller)],
-    idempotency_key: Annotated[str | None, Header()] = None,
+    idempotency_key: Annotated[Printable | None, Header()] = None,
     x_stainless_retry_count: Annotated[str, Header(include_in_schema=False)] = "0",
     x_stainless_read_timeout: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> Attempt:

@@ -19,7 +19,8 @@ Refusal (api.core.errors)      status
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -143,6 +144,9 @@ CODES: Mapping[str, tuple[int, ...]] = {
 }
 
 
+# Of all the faults of a request; those of one field stand together.
+LOOKED_AT = 100
+
 _ADVICE: Mapping[int, Mapping[str, str]] = {
     401: {"www-authenticate": "Bearer"},
     409: {"retry-after-ms": "500"},
@@ -183,6 +187,12 @@ def _advice(refusal: Refusal, status: int) -> dict[str, str]:
     return dict(_ADVICE.get(status, {}))
 
 
+def malformed(errors: Sequence[Mapping[str, Any]], body: Any) -> BadRequest:
+    """The refusal of a request that pydantic found these errors in; it names the first."""
+    fault = first_fault(errors[:LOOKED_AT], body)
+    return BadRequest(fault.message, code=fault.code, param=fault.param)
+
+
 def install(app: FastAPI) -> None:
     """Every way to fail, in our shape. Unhandled exceptions are the request log's (api.envelope)."""
 
@@ -192,8 +202,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        fault = first_fault(error.errors(), error.body)
-        return respond(BadRequest(fault.message, code=fault.code, param=fault.param))
+        return respond(malformed(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     def refused_by_framework(request: Request, error: HTTPException) -> JSONResponse:

@@ -6,6 +6,8 @@ along it keeps only what the caller wrote.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from reprlib import Repr
 from typing import Any
 
 Details = Mapping[str, Any]
@@ -60,6 +62,19 @@ _SENTENCES = {
     "union_tag_invalid": "must be one of {expected_tags}",
     "union_tag_not_found": "is required",
 }
+
+
+# Of a value that is shown, what is not shown is not put into words either: it may be two megabytes, or nested deep.
+class _Brief(Repr):
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """As its parent, which would sort all of it first."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+
+_BRIEF = _Brief()
+_BRIEF.maxlevel, _BRIEF.maxlong = 4, 100
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 40
+_BRIEF.maxstring = _BRIEF.maxother = 400
 
 
 @dataclass(frozen=True)
@@ -143,5 +158,5 @@ def _value(error: Details) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _BRIEF.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

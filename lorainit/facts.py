@@ -36,7 +36,7 @@ class Target(Strict):
     count: Annotated[int, Field(ge=1)]
     dora: bool = True
     experts: bool = False
-    paths: list[Annotated[str, Field(max_length=1024)]] = Field(default_factory=list, max_length=512)
+    paths: list[Annotated[str, Field(max_length=1024)]] = Field(default_factory=list, max_length=512, fail_fast=True)
 
     @property
     def smaller_side(self) -> int:

@@ -42,10 +42,13 @@ class Lora(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: (
         Literal["all-linear", "attention", "mlp"]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=512)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=256)]],
+            Field(min_length=1, max_length=512, fail_fast=True),
+        ]
     ) = "all-linear"
     quantization: Quantization | None = None
-    left_out: list[LeftOut] = Field(default_factory=list, max_length=512)
+    left_out: list[LeftOut] = Field(default_factory=list, max_length=512, fail_fast=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -135,9 +138,9 @@ class Lora(Strict):
 class Choice(Strict):
     """One value the server chose for the caller, and why."""
 
-    param: str
-    value: float | int | bool | str
-    reason: str
+    param: Annotated[str, Field(max_length=255)]
+    value: float | int | bool | Annotated[str, Field(max_length=4096)]
+    reason: Annotated[str, Field(max_length=4096)]
 
 
 # --- training ----------------------------------------------------------------------------------

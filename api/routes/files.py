@@ -11,7 +11,7 @@ from api.core.idempotency import once
 from api.core.settings import get_settings
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.download import BYTES, download
-from api.routes.query import After, Empty, Limit10000
+from api.routes.query import After, Empty, Limit10000, Text
 from api.routes.upload import SCHEMA, UploadDep
 from api.schemas.file import FileObject, file_object, fingerprint_of
 from api.schemas.wire import ONCE, Deleted, Page, listed
@@ -52,7 +52,7 @@ def list_files(
     session: Reading,
     after: After = None,
     limit: Limit10000 = None,
-    purpose: Annotated[str | None, Empty, Query()] = None,
+    purpose: Annotated[Text | None, Empty, Query()] = None,
     order: Annotated[Literal["asc", "desc"] | None, Empty, Query()] = None,
 ) -> Page[FileObject]:
     """Files of the project, newest first."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
+from api.bodies import BoundedBody
 from api.core import admission, checkpoints, events, jobs, keys, logs, lookup, pauses, queue, results
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
@@ -13,13 +14,13 @@ from api.core.idempotency import once
 from api.core.submit import submit
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.download import BYTES, download
-from api.routes.query import After, Empty, Limit100, Limit1000
+from api.routes.query import After, Empty, Limit100, Limit1000, Text
 from api.schemas.event import CheckpointObject, EventObject, checkpoint_object, event_object
 from api.schemas.job import JobObject, job_object
 from api.schemas.job_request import JobRequest
 from api.schemas.wire import ONCE, Page, listed
 
-router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"])
+router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody)
 JOBS = "/fine_tuning/jobs"
 # The schema is that of one event; a document of OpenAPI 3.1 has no better place for it.
 _EVENT = {
@@ -122,8 +123,10 @@ def stream_events(
     request: Request,
     caller: CallerDep,
     session: Reading,
-    after: Annotated[str | None, Empty, Query(description="Id of the last event seen; unknown = all events.")] = None,
-    last_event_id: Annotated[str | None, Header(description="The same, sent by clients that reconnect.")] = None,
+    after: Annotated[Text | None, Empty, Query(description="Id of the last event seen; unknown = all events.")] = None,
+    last_event_id: Annotated[
+        str | None, Header(max_length=255, description="The same, sent by clients that reconnect.")
+    ] = None,
 ) -> StreamingResponse:
     """The story of a job as it happens, oldest first, as server-sent events; ends with the job."""
     job, streams = lookup.find(session, caller.project_id, fine_tuning_job_id), request.app.state.streams
@@ -153,7 +156,7 @@ def adapter(
     caller: CallerDep,
     session: Reading,
     storage: StorageDep,
-    checkpoint: Annotated[str | None, Empty, Query(description="Id or step of a checkpoint.")] = None,
+    checkpoint: Annotated[Text | None, Empty, Query(description="Id or step of a checkpoint.")] = None,
 ) -> Response:
     """The trained adapter as one tar; loads with stock PEFT on the untouched base."""
     job = lookup.find(session, caller.project_id, fine_tuning_job_id)

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from fastapi import APIRouter
 
+from api.bodies import BoundedBody
 from api.core import keys
 from api.core.db import now
 from api.deps import AdminDep, Reading, Writing
@@ -15,7 +16,7 @@ from api.routes.query import After, Limit100
 from api.schemas.key import KeyObject, KeyRequest, NewKeyObject, key_object, new_key_object
 from api.schemas.wire import Deleted, Page, listed
 
-router = APIRouter(prefix="/v1/organization/projects/{project_id}", tags=["API keys"])
+router = APIRouter(prefix="/v1/organization/projects/{project_id}", tags=["API keys"], route_class=BoundedBody)
 
 
 @router.post("/api_keys")

@@ -8,13 +8,13 @@ from pydantic import Field
 from api.core import catalogue, registry
 from api.core.errors import NotFound
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
-from api.routes.query import Empty
+from api.routes.query import Empty, Text
 from api.schemas.model import MethodObject, ModelList, ModelObject, method_object, model_object
 from api.schemas.wire import Deleted, Page, listed
 from lorainit.inits import INITS
 
 router = APIRouter(prefix="/v1", tags=["models"])
-Base = Annotated[str | None, Empty, Query(description="A base model: fills in rates and availability.")]
+Base = Annotated[Text | None, Empty, Query(description="A base model: fills in rates and availability.")]
 Rank = Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Empty, Query()]
 
 

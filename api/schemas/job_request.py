@@ -4,22 +4,42 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.core.submit import Order
 from api.invalid import first_fault
-from lorainit.schema import Seed, Strict
+from lorainit.schema import Seed, Strict, no_more_than
 from lorainit.spec import Choice, Hyperparameters, Lora
 
 MAX_MULTIPLIER = 100.0
-MAX_LABEL = 512
+MAX_LABEL, MAX_LABELS = 512, 16
+MAX_RANKS, LONGEST_NAME = 65_536, 1024
 LORA_LABEL = "lora_config"
 LORA_PARAM = f"metadata.{LORA_LABEL}"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]+$")]
+Choices = Annotated[list[Choice], Field(max_length=64, fail_fast=True)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 LabelValue = Annotated[str, StringConstraints(max_length=MAX_LABEL, pattern=r"^[^\x00]*$")]
+Labels = Annotated[dict[Label, LabelValue], Field(max_length=MAX_LABELS), no_more_than(MAX_LABELS)]
+
+
+def _ranks(data: Any) -> Any:
+    """The first value that is no rank stands for all of them."""
+    for name, rank in data.items() if isinstance(data, dict) else ():
+        if type(rank) is not int or len(name) > LONGEST_NAME:
+            text = f"maps names of at most {LONGEST_NAME} characters to integers (got {name[:40]!r}: {str(rank)[:40]})."
+            raise PydanticCustomError("invalid_value", "{text}", {"text": text})
+    return data
+
+
+RankPattern = Annotated[
+    dict[Annotated[str, Field(max_length=LONGEST_NAME)], int],
+    Field(max_length=MAX_RANKS),
+    BeforeValidator(_ranks),
+    no_more_than(MAX_RANKS),
+]
 
 
 class LoraOrder(Lora):
@@ -29,11 +49,11 @@ class LoraOrder(Lora):
     """
 
     told_scaling: Annotated[float, Field(gt=0)] | None = Field(None, alias="scaling")  # `scaling` is computed
-    rank_pattern: Annotated[dict[str, int], Field(max_length=65_536)] | None = None
+    rank_pattern: RankPattern | None = None
     modules: int | None = None
     trainable_parameters: int | None = None
     trainable_parameters_estimated: bool | None = None
-    auto: Annotated[list[Choice], Field(max_length=64)] | None = None
+    auto: Choices | None = None
 
     @model_validator(mode="after")
     def scaling_is_an_answer(self) -> "LoraOrder":
@@ -53,7 +73,7 @@ class Supervised(Strict):
     """`method.supervised`; `auto` is an answer (what the server chose, and why) and no order."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
-    auto: Annotated[list[Choice], Field(max_length=64)] | None = None
+    auto: Choices | None = None
 
     @field_validator("hyperparameters")
     @classmethod
@@ -95,7 +115,7 @@ class Resources(Strict):
     """`resources`: on what and with whom a job may run."""
 
     group: bool = Field(False, description="May be trained together with other such jobs of the project.")
-    device: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
+    device: Annotated[str, StringConstraints(max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
         "any", description="`any`, `cpu`, `gpu` or the name of a queue that workers listen on."
     )
     devices: Annotated[int, Field(ge=1, le=64)] = Field(
@@ -111,18 +131,34 @@ class Resources(Strict):
         return self
 
 
+class WeightsAndBiases(Strict):
+    """`integrations[].wandb`."""
+
+    project: Label
+    name: Label | None = None
+    entity: Label | None = None
+    tags: Annotated[list[Label], Field(max_length=64, fail_fast=True)] | None = None
+
+
+class Integration(Strict):
+    """`integrations[]`: a type and the block of that name."""
+
+    type: Label
+    wandb: WeightsAndBiases | None = None
+
+
 class JobRequest(Strict):
     """A fine-tuning job as ordered. `null` counts as absent everywhere."""
 
     model: Name = Field(description="Base model: its id or its hub name.")
     training_file: Name = Field(description="Id of a file with purpose `fine-tune`.")
     validation_file: Name | None = None
-    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    suffix: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     seed: Seed | None = None
-    metadata: Annotated[dict[Label, LabelValue], Field(max_length=16)] | None = Field(
+    metadata: Labels | None = Field(
         None, description="Labels. `lora_config` holds `lora` as JSON, for gateways that drop fields they do not know."
     )
-    integrations: list[dict[str, Any]] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=16, fail_fast=True)] | None = None
     method: Method | None = None
     # Not pydantic's `deprecated`: that warns whenever we read it ourselves.
     hyperparameters: Hyperparameters | None = Field(None, json_schema_extra={"deprecated": True})
@@ -149,13 +185,11 @@ class JobRequest(Strict):
 
     @field_validator("integrations")
     @classmethod
-    def none_configured(cls, given: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    def none_configured(cls, given: list[Integration] | None) -> list[Integration] | None:
         """There is no integration to configure yet."""
         if given:
-            kind = given[0].get("type")
-            raise PydanticCustomError(
-                "integration_not_configured", "{text}", {"text": f"integration {kind!r} is not configured here."}
-            )
+            text = f"integration {given[0].type!r} is not configured here."
+            raise PydanticCustomError("integration_not_configured", "{text}", {"text": text})
         return given
 
     @field_validator("hyperparameters")
