@@ -25,9 +25,10 @@ class BoundedBody(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The framework's handler, with a request that knows the model of its body."""
         answer = super().get_route_handler()
-        if self.body_field is None:
+        kind = None if self.body_field is None else self.body_field.field_info.annotation
+        if kind is None:
             return answer
-        model = TypeAdapter[Any](self.body_field.field_info.annotation)
+        model = TypeAdapter[Any](kind)
         threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="large-body")
 
         async def handle(request: Request) -> Response:
