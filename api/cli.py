@@ -133,14 +133,14 @@ def models_inspect(
     from lorainit.facts import ModelFacts
     from lorainit.sources import LOCAL, is_root
 
-    if re.search(ID, model_id) is None:
+    if re.fullmatch(ID, model_id) is None:
         raise Problem(f"--id must be letters, digits, '.', '_' and '-', at most 128 (got {model_id!r}).")
     if root is not None and not is_root(root):
         raise Problem(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {root!r}).")
     command = [sys.executable, "-m", "lorainit", "inspect", source, *([] if root is None else [f"--root={root}"])]
     answer = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if answer.returncode:
-        raise Problem(f"{source} cannot be used as a base model; see above.")
+        raise Problem(f"{source or 'an empty source'} cannot be used as a base model; see above.")
     facts = ModelFacts.model_validate_json(answer.stdout)
     out.print(tables.catalogue_entry(facts, model_id=model_id, given=root is not None), end="")
 

@@ -15,7 +15,8 @@ from lorainit.schema import Strict
 NF4_BLOCK = 64  # weights that share a scale in an NF4 base; no block runs over the end of a row
 
 Group = Literal["attention", "mlp", "other"]
-Side = Annotated[int, Field(ge=1)]
+MAX_SIDE = 10**9  # of one side of a weight; the largest vocabulary has some 3e5 entries
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
 class Target(Strict):
@@ -33,7 +34,7 @@ class Target(Strict):
     group: Group
     out_features: Side
     in_features: Side
-    count: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1, le=MAX_SIDE)]
     dora: bool = True
     experts: bool = False
     paths: list[Annotated[str, Field(max_length=1024)]] = Field(default_factory=list, max_length=512, fail_fast=True)
@@ -73,8 +74,8 @@ class ModelFacts(Strict):
     source: str
     max_length: Annotated[int, Field(ge=8)]
     chat: bool
-    base_sha256: str | None = None
-    targets: list[Target]
+    base_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    targets: Annotated[list[Target], Field(min_length=1)]
     left_out: list[LeftOut] = Field(default_factory=list)
 
     @property

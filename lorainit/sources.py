@@ -36,21 +36,25 @@ def is_root(name: str) -> bool:
 
 
 def absolute(source: str, *, folder: Path) -> str:
-    """A source that means the same from everywhere: paths are taken relative to `folder`."""
-    return source if source.startswith((PACKAGE, HUB)) else str(folder / Path(source).expanduser())
+    """A source that means the same from everywhere: paths are taken relative to `folder`.
+
+    Raises:
+        UnsupportedModel: as for `local_path`, of a path.
+    """
+    return source if source.startswith((PACKAGE, HUB)) else str(folder / _path(source))
 
 
 def local_path(source: str) -> Path | None:
     """Where a source lies on this host, or would if it were there; None if it is on a hub.
 
     Raises:
-        UnsupportedModel: a Python package that is not installed.
+        UnsupportedModel: a Python package that is not installed, the home folder of an unknown user, or no path at all.
     """
     if source.startswith(HUB):
         return None
     if source.startswith(PACKAGE):
         return _in_package(source.removeprefix(PACKAGE))
-    return Path(source).expanduser()
+    return _path(source)
 
 
 def exists(path: Path) -> bool:
@@ -61,10 +65,22 @@ def exists(path: Path) -> bool:
         return False
 
 
+def _path(source: str) -> Path:
+    if not source.strip():
+        raise UnsupportedModel("The source of the base model is empty.", param="model")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        user = source.partition("/")[0]
+        raise UnsupportedModel(f"There is no home folder {user!r} on this host.", param="model") from error
+
+
 def _in_package(name: str) -> Path:
     package, _, file = name.partition("/")
-    # Finds a top-level package without importing it.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    try:  # finds a top-level package without importing it
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):  # what a running program has under this name is no package
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UnsupportedModel(f"The Python package {package!r} is not installed here.", param="model")
     return Path(spec.submodule_search_locations[0]) / file

@@ -145,6 +145,9 @@ class Choice(Strict):
 
 # --- training ----------------------------------------------------------------------------------
 
+LOWEST_RATE, HIGHEST_RATE = 1e-8, 1.0
+Rate = Annotated[float, Field(ge=LOWEST_RATE, le=HIGHEST_RATE)]
+
 
 class AdamW(Strict):
     """Decoupled weight decay Adam, betas (0.9, 0.999), eps 1e-8 (Loshchilov & Hutter, 1711.05101).
@@ -194,7 +197,7 @@ class Hyperparameters(Strict):
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
     batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1e9)] | Auto = "auto"
-    learning_rate: Annotated[float, Field(ge=1e-8, le=1)] | None = None
+    learning_rate: Rate | None = None
     optimizer: Optimizer = AdamW()
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.03

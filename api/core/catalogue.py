@@ -15,14 +15,14 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, ValidationError
 
 from api.core import catalogue_file, logs
-from api.core.catalogue_file import BadCatalogue
+from api.core.catalogue_file import BadCatalogue, CatalogueFile
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
 from lorainit import placement, sources
 from lorainit.errors import LorainitError, UnsupportedInit
 from lorainit.facts import NF4_BLOCK, ModelFacts
 from lorainit.schema import Strict
-from lorainit.spec import BaseModelRef, Lora, Root
+from lorainit.spec import BaseModelRef, Lora, Rate, Root
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
@@ -33,15 +33,18 @@ def _checked_source(source: str) -> str:
     return source
 
 
+Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_checked_source)]
+
+
 class Entry(ModelFacts):
     """One base model: its public name, where it is, and its facts. Its id may not look like anything else."""
 
     id: Annotated[str, Field(pattern=ID)]
     root: Root
-    source: Annotated[str, Field(min_length=1), AfterValidator(_checked_source)]
-    created: int = 0
+    source: Source
+    created: Annotated[int, Field(ge=0, le=2**53)] = 0
     max_r: Annotated[int, Field(ge=1)] = 256
-    base_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    base_learning_rate: Rate | None = None
 
     def reference(self) -> BaseModelRef:
         """What a run needs to know of this model."""
@@ -69,17 +72,30 @@ def load(path: Path | None) -> dict[str, Entry]:
         BadCatalogue: there is no such file, it is not TOML, or an entry is wrong.
     """
     file = path.absolute() if path is not None else resources.files("api.core") / "catalogue.toml"
-    text = catalogue_file.read(file)
+    found = catalogue_file.read(file)
     try:
-        models = Catalogue.model_validate(catalogue_file.parse(text, file)).models
+        return _entries(found, folder=path.absolute().parent if path is not None else Path())
+    except BadCatalogue:
+        raise
+    except Exception as error:  # of a value that nobody has thought of: a running service must not stumble over it
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise BadCatalogue(f"The catalogue {file} cannot be used: {why}.") from error
+
+
+def _entries(found: CatalogueFile, *, folder: Path) -> dict[str, Entry]:
+    try:
+        models = Catalogue.model_validate(found.tables).models
     except ValidationError as error:
-        raise catalogue_file.fault(error, text, file) from error
+        raise found.fault(error) from error
     known: dict[str, Entry] = {}
     for index, entry in enumerate(models):
         if entry.id in known:
-            raise catalogue_file.at(("models", index, "id"), f"{entry.id!r} is there twice", text, file)
-        folder = path.absolute().parent if path is not None else Path()
-        known[entry.id] = entry.model_copy(update={"source": sources.absolute(entry.source, folder=folder)})
+            raise found.at(("models", index, "id"), f"{entry.id!r} is there twice")
+        try:
+            source = sources.absolute(entry.source, folder=folder)
+        except LorainitError as error:
+            raise found.at(("models", index, "source"), error.message.removesuffix(".")) from error
+        known[entry.id] = entry.model_copy(update={"source": source})
     return known
 
 
@@ -162,9 +178,18 @@ def _why_missing(entry: Entry) -> str:
         path = sources.local_path(entry.source)
     except LorainitError as error:
         return f"model {entry.id!r}: {error.message}"
-    if path is None or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
-        return ""
-    return f"model {entry.id!r}: its source, {path}, is neither a folder nor a .gguf file."
+    why = "" if path is None else _why_no_base(path)
+    return why and f"model {entry.id!r}: its source, {path}, {why}."
+
+
+def _why_no_base(path: Path) -> str:
+    try:
+        if path.is_dir():
+            return "" if (path / "config.json").is_file() else "is a folder without a config.json"
+        is_file = path.is_file()
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        return f"cannot be read: {error.strerror}"
+    return "" if is_file and path.suffix == ".gguf" else "is neither a folder nor a .gguf file"
 
 
 def find(name: str) -> Entry | None:

@@ -1,74 +1,132 @@
-"""The catalogue as a file: read whole, and what is wrong in it told with the file, the line and the field."""
+"""The catalogue as a file: read whole, and what is wrong in it told with file, line, model and field."""
 
 import re
+import stat
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+MAX_BYTES = 16 << 20  # an entry with every layer named by its path has some 10 KB
+_LONGEST_WORD = 80  # of what the file says, in a message
 _HEADER = re.compile(r"\s*\[\[\s*[\"']?models[\"']?\s*\]\]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+Place = Sequence[int | str]  # such as ("models", 0, "targets", 3, "name")
 
 
 class BadCatalogue(ValueError):
-    """The file of base models cannot be used; the message names it, the line and the field."""
+    """The file of base models cannot be used; the message names it, the line, the model and the field."""
 
 
-def read(file: Traversable) -> str:
-    """The file's text.
+@dataclass(frozen=True)
+class CatalogueFile:
+    """The file's text, and the tables it holds."""
+
+    file: Traversable
+    text: str
+    tables: dict[str, Any]
+
+    def fault(self, error: ValidationError) -> BadCatalogue:
+        """The first of the faults that pydantic found; a key that is no field is the likely reason of a missing one."""
+        faults = error.errors()
+        place, message = faults[0]["loc"], faults[0]["msg"].removeprefix("Value error, ")
+        more = f" ({len(faults) - 1} more after this)" if len(faults) > 1 else ""
+        message = f"{message[:1].lower()}{message[1:]}"
+        if wrong := _no_field_beside(faults):
+            message += f", and {_short(wrong[-1])!r} is no field"
+        return self.at(place, f"{message}{more}", line=line_of(self.text, wrong or place))
+
+    def at(self, place: Place, message: str, *, line: int | None = None) -> BadCatalogue:
+        """A fault at a place of the file."""
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part)}" for part in place).lstrip(".")
+        line = line or line_of(self.text, place)
+        return BadCatalogue(f"The catalogue {self.file}, line {line}: {path}{self._whose(place)}: {message}.")
+
+    def _whose(self, place: Place) -> str:
+        try:
+            name = self.tables["models"][place[1]]["id"]
+        except (LookupError, TypeError):
+            return ""
+        return f" (model {_short(name)!r})" if isinstance(name, str) else ""
+
+
+def read(file: Traversable) -> CatalogueFile:
+    """The file.
 
     Raises:
-        BadCatalogue: there is none.
+        BadCatalogue: there is none, it is not TOML, or no text in it can be what the text of an entry is.
     """
+    text = _text(file)
     try:
-        return file.read_text("utf-8")
+        found = CatalogueFile(file, text, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise BadCatalogue(f"The catalogue {file} is not TOML: {error}.") from error
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
+        raise BadCatalogue(f"The catalogue {file} cannot be read as TOML: {error}.") from error
+    for place, value in _strings(found.tables):
+        if sign := _CONTROL.search(value):
+            raise found.at(place, f"there is a control character in it, {sign[0]!r}")
+    return found
+
+
+def line_of(text: str, place: Place) -> int:
+    """The line, from 1, of the nearest thing that the file has on the way to `place`."""
+    lines = text.splitlines()
+    headers = [number for number, line in enumerate(lines) if _HEADER.match(line)]
+    index = place[1] if len(place) > 1 and isinstance(place[1], int) else 0
+    if index >= len(headers) or place[0] != "models":  # an array of inline tables, or no model at all
+        found = _first(lines, 0, len(lines), rf"\s*\[*\s*[\"']?{re.escape(str(place[0]))}\b" if place else "")
+        return 1 if found is None else found + 1
+    start, end = headers[index], [*headers, len(lines)][index + 1]
+    field = _first(lines, start + 1, end, rf"\s*{re.escape(str(place[2]))}\s*=") if len(place) > 2 else None
+    if field is None:
+        return start + 1
+    rows = [number for number in range(field + 1, end) if lines[number].lstrip().startswith("{")]
+    row = place[3] if len(place) > 3 and isinstance(place[3], int) else len(rows)
+    return (rows[row] if row < len(rows) else field) + 1
+
+
+def _text(file: Traversable) -> str:
+    try:
+        # A pipe would keep its reader waiting for ever.
+        if isinstance(file, Path) and not (stat.S_ISREG(file.stat().st_mode) or file.is_dir()):
+            raise BadCatalogue(f"The catalogue {file} is not a plain file.")
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise BadCatalogue(f"The catalogue {file} has more than the {MAX_BYTES} bytes we would read.")
+        return content.decode("utf-8")
     except OSError as error:
         raise BadCatalogue(f"The catalogue {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise BadCatalogue(f"The catalogue {file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
 
 
-def parse(text: str, file: Traversable) -> dict[str, Any]:
-    """The file's tables.
-
-    Raises:
-        BadCatalogue: it is not TOML.
-    """
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise BadCatalogue(f"The catalogue {file} is not TOML: {error}.") from error
+def _strings(value: Any, place: tuple[int | str, ...] = ()) -> Iterator[tuple[Place, str]]:
+    """Every text of the file, and its place."""
+    if isinstance(value, str):
+        yield place, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _strings(item, (*place, key))
 
 
-def fault(error: ValidationError, text: str, file: Traversable) -> BadCatalogue:
-    """The first of the faults that pydantic found."""
-    faults = error.errors()
-    loc, message = faults[0]["loc"], faults[0]["msg"].removeprefix("Value error, ")
-    more = f" ({len(faults) - 1} more after this)" if len(faults) > 1 else ""
-    return at(loc, f"{message[:1].lower()}{message[1:]}{more}", text, file)
+def _no_field_beside(faults: Sequence[Any]) -> Place | None:
+    """The place of a key that is no field, in the table where the first fault misses one."""
+    if faults[0]["type"] != "missing":
+        return None
+    beside = (fault["loc"] for fault in faults if fault["type"] == "extra_forbidden")
+    return next((place for place in beside if place[:-1] == faults[0]["loc"][:-1]), None)
 
 
-def at(loc: Sequence[int | str], message: str, text: str, file: Traversable) -> BadCatalogue:
-    """A fault at a place of the file, such as ("models", 0, "targets", 3, "name")."""
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    return BadCatalogue(f"The catalogue {file}, line {line_of(text, loc)}: {place}: {message}.")
-
-
-def line_of(text: str, loc: Sequence[int | str]) -> int:
-    """The line, from 1, of the nearest thing that the file has on the way to `loc`."""
-    lines = text.splitlines()
-    headers = [number for number, line in enumerate(lines) if _HEADER.match(line)]
-    index = loc[1] if len(loc) > 1 and isinstance(loc[1], int) else 0
-    if index >= len(headers):  # an array of inline tables, or no model at all
-        return next((number for number, line in enumerate(lines, 1) if line.lstrip().startswith("models")), 1)
-    start, end = headers[index], [*headers, len(lines)][index + 1]
-    field = _first(lines, start + 1, end, rf"\s*{re.escape(str(loc[2]))}\s*=") if len(loc) > 2 else None
-    if field is None:
-        return start + 1
-    rows = [number for number in range(field + 1, end) if lines[number].lstrip().startswith("{")]
-    row = loc[3] if len(loc) > 3 and isinstance(loc[3], int) else len(rows)
-    return (rows[row] if row < len(rows) else field) + 1
+def _short(word: object) -> str:
+    text = str(word)
+    return text if len(text) <= _LONGEST_WORD else f"{text[:_LONGEST_WORD]}…"
 
 
 def _first(lines: list[str], start: int, end: int, pattern: str) -> int | None:

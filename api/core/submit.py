@@ -16,7 +16,7 @@ from api.core.models import Adapter, Checkpoint, File, Job
 from api.core.settings import get_settings
 from lorainit.inits import CalibratedConfig
 from lorainit.resolve import base_learning_rate
-from lorainit.spec import Hyperparameters, Lora, why_not_sharded
+from lorainit.spec import HIGHEST_RATE, LOWEST_RATE, Hyperparameters, Lora, why_not_sharded
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 CALIBRATION_FILE = "lora.init.calibration_file"
@@ -103,8 +103,15 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
 
 
 def _agreeing_rates(training: Hyperparameters, base: float) -> None:
-    """Of the two answers to one question the absolute rate counts; a multiplier may only say the same."""
+    """Of the two answers to one question the absolute rate counts; a multiplier may only say the same, or a rate."""
     rate, multiplier = training.learning_rate, training.learning_rate_multiplier
+    if rate is None and multiplier != "auto" and not LOWEST_RATE <= multiplier * base <= HIGHEST_RATE:
+        raise InvalidValue(
+            f"learning_rate_multiplier {multiplier:g} makes a rate of {multiplier * base:g}: the base rate of this"
+            f" model and initialization is {base:g}, and a rate is {LOWEST_RATE:g} to {HIGHEST_RATE:g}.",
+            code="invalid_value",
+            param=f"{_RATES}.learning_rate_multiplier",
+        )
     if rate is not None and multiplier != "auto" and not math.isclose(rate, multiplier * base, rel_tol=1e-6):
         raise InvalidValue(
             f"learning_rate_multiplier {multiplier:g} does not fit learning_rate {rate:g}: the base rate of this model"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorainit.errors import UnsupportedModel
+from lorainit.facts import MAX_SIDE
 from lorainit.model.tokenizer_files import TEMPLATES
 
 # The largest files of their kind seen on the hub are tokenizer.json of 35 MB and an index of 15 MB.
@@ -40,7 +41,6 @@ _ABOVE_ZERO = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
     "original_max_position_embeddings",
 )  # fmt: skip
-MAX_SIZE = 10**9  # of one side of a weight; the largest vocabulary has some 3e5 entries
 
 _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
@@ -182,7 +182,7 @@ def _digits(value: Any) -> str:
 def _limit(name: str) -> int:
     if "num_" in name or name.startswith("n_") or name.endswith("layers"):
         return MAX_LAYERS if "layer" in name else MAX_COUNT
-    return MAX_SIZE
+    return MAX_SIDE
 
 
 def _numbers(value: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -46,6 +46,7 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
     (hyper(batch_size=0), "invalid_value", f"{HYPER}.batch_size"),
     (hyper(learning_rate=2.0), "invalid_value", f"{HYPER}.learning_rate"),
     (hyper(learning_rate_multiplier=101), "invalid_value", f"{HYPER}.learning_rate_multiplier"),
+    (hyper(learning_rate_multiplier=1e-20), "invalid_value", f"{HYPER}.learning_rate_multiplier"),
     (hyper(learning_rate=1e-4, learning_rate_multiplier=2), "invalid_value", f"{HYPER}.learning_rate_multiplier"),
     (hyper(max_length=9000), "invalid_value", f"{HYPER}.max_length"),
     (hyper(precision="fp16"), "invalid_value", f"{HYPER}.precision"),

@@ -61,7 +61,7 @@ root = "local:tiny"
 source = "nowhere"
 max_length = 64
 chat = true
-targets = []
+targets = [{ name = "q", group = "attention", out_features = 8, in_features = 8, count = 1 }]
 """
 
 
@@ -70,7 +70,11 @@ targets = []
     [
         (None, "cannot be read: No such file"),
         ("[[models", "is not TOML"),
-        (ENTRY.replace("max_length = 64\n", ""), "line 2: models[0].max_length: field required"),
+        (ENTRY.replace("max_length = 64\n", ""), "line 2: models[0].max_length (model 'tiny'): field required"),
+        (
+            ENTRY.replace("nowhere", "~no_such_user/x"),
+            "line 5: models[0].source (model 'tiny'): There is no home folder",
+        ),
         (ENTRY, "{here}/nowhere, is neither a folder nor a .gguf file"),
     ],
 )

@@ -1,5 +1,6 @@
 """The catalogue: what a request is checked against without opening a model."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from api.core import catalogue
 from api.core.catalogue_file import BadCatalogue
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
+from lorainit.errors import UnsupportedModel
 from lorainit.facts import Target
+from lorainit.model.find import find
 from lorainit.spec import Lora
 from tests.conftest import forget
 
@@ -109,6 +112,12 @@ def test_an_unknown_target_is_named_with_its_place() -> None:
     assert caught.value.param == "lora.target_modules[1]"
 
 
+@pytest.mark.parametrize("source", ["", " ", "~no_such_user/x"])
+def test_a_source_that_is_no_path_is_refused_wherever_a_base_is_looked_for(source: str) -> None:
+    with pytest.raises(UnsupportedModel, match=r"empty|no home folder '~no_such_user'"):
+        find(source)
+
+
 def test_a_hub_name_is_an_alias_and_an_unknown_one_is_refused() -> None:
     assert catalogue.require("HuggingFaceTB/SmolLM2-135M-Instruct").id == "smollm2-135m-instruct"
     with pytest.raises(BadReference, match="smollm2-135m-instruct"):
@@ -133,16 +142,38 @@ targets = [
     ("text", "words"),
     [
         ("[[models]\n", "is not TOML: .*line 1"),
-        ("\n\n[[models]]\nid = 'x'\n", r"line 3: models\[0\]\.root: field required \(4 more after this\)"),
+        (
+            "\n\n[[models]]\nid = 'x'\n",
+            r"line 3: models\[0\]\.root \(model 'x'\): field required \(4 more after this\)",
+        ),
         ("# nothing\n", "line 1: models: field required"),
-        ("\nmodels = [{ id = 'x y' }]", r"line 2: models\[0\]\.root: field required \(5 more"),
-        (GOOD.replace("lab/tiny", "tiny"), r"line 4: models\[0\]\.root: 'tiny' is no hub id .* write local:tiny"),
-        (GOOD.replace("models/tiny", "hub:tiny"), r"line 5: models\[0\]\.source: 'hub:tiny' is not hub:OWNER/NAME"),
+        ("\nmodels = [{ id = 'x y' }]", r"line 2: models\[0\]\.root \(model 'x y'\): field required \(5 more"),
+        (GOOD.replace("lab/tiny", "tiny"), r"line 4: models\[0\]\.root .*: 'tiny' is no hub id .* write local:tiny"),
+        (GOOD.replace("models/tiny", "hub:tiny"), r"line 5: models\[0\]\.source .*: 'hub:tiny' is not hub:OWNER"),
         (GOOD.replace('"mlp"', '"mpl"'), r"line 10: models\[0\]\.targets\[1\]\.group"),
-        (GOOD + GOOD.replace("max_length = 64", "max_lenght = 64"), r"line 13: models\[1\]\.max_length: field req"),
+        (
+            GOOD + GOOD.replace("max_length = 64", "max_lenght = 64"),
+            r"line 17: .*max_length .*and 'max_lenght' is no field",
+        ),
+        (GOOD.replace("[models]", "[model]"), "line 2: models: field required, and 'model' is no field"),
         (GOOD + GOOD.replace("true", "1"), r"line 18: models\[1\]\.chat"),
-        (GOOD + GOOD, r"line 14: models\[1\]\.id: 'tiny' is there twice"),
+        (GOOD + GOOD, r"line 14: models\[1\]\.id \(model 'tiny'\): 'tiny' is there twice"),
         ("\x00", "is not TOML"),
+        ("x = " + "[" * 100_000, "cannot be read as TOML"),
+        ("x = " + "9" * 10_000, "cannot be read as TOML"),
+        ("#" * (16 << 20) + "\n", "more than the 16777216 bytes"),
+        (
+            GOOD.replace("models/tiny", "~no_such_user/x"),
+            r"line 5: .*source \(model 'tiny'\): .* home folder '~no_such_user'",
+        ),
+        (GOOD.replace("models/tiny", "a\\u0000b"), r"line 5: .*source .*: there is a control character in it, '\\x00'"),
+        (GOOD.replace('"up"', '"up\\n"'), r"line 10: .*targets\[1\]\.name .*: there is a control character"),
+        (GOOD.replace("models/tiny", "  "), r"line 5: .*source .* is empty"),
+        (GOOD.replace("models/tiny", "x" * 5000), r"line 5: .*source .*at most 4096 characters"),
+        (GOOD.replace("64, in", f"1{'0' * 400}, in"), r"line 10: .*out_features .*less than or equal to 1000000000"),
+        (GOOD + "base_learning_rate = 1e300", r"line 12: .*base_learning_rate .*less than or equal to 1"),
+        (GOOD + "base_sha256 = 'zz'", r"line 12: .*base_sha256 .*pattern"),
+        (GOOD.partition("targets")[0] + "targets = []", r"line 8: .*targets .*at least 1 item"),
     ],
 )
 def test_a_broken_catalogue_is_told_with_file_line_and_field(text: str, words: str, tmp_path: Path) -> None:
@@ -159,12 +190,33 @@ def test_a_catalogue_that_cannot_be_read_says_why(tmp_path: Path) -> None:
             catalogue.load(tmp_path / name)
 
 
+def test_a_catalogue_that_is_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "models.toml")
+    with pytest.raises(BadCatalogue, match="not a plain file"):
+        catalogue.load(tmp_path / "models.toml")
+
+
+def test_a_fault_that_nobody_has_thought_of_is_a_bad_catalogue_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*_: object, **__: object) -> str:
+        raise RuntimeError("what is that?")
+
+    monkeypatch.setattr(catalogue.sources, "absolute", stumble)
+    file.write_text(GOOD + "\n")
+    assert list(catalogue.entries()) == ["tiny"]
+    assert f"The catalogue {file} cannot be used: RuntimeError: what is that?" in catalogue.refused()
+
+
 def test_a_relative_source_is_beside_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models.toml").write_text(GOOD)
     monkeypatch.chdir(tmp_path)
     assert catalogue.load(Path("models.toml"))["tiny"].source == str(tmp_path / "models" / "tiny")
     (tmp_path / "models.toml").write_text(GOOD.replace("models/tiny", "hub:lab/tiny@v1"))
     assert catalogue.load(Path("models.toml"))["tiny"].source == "hub:lab/tiny@v1"
+
+
+def base_in(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
 
 
 @pytest.fixture
@@ -198,7 +250,7 @@ def test_changed_catalogue_is_taken_only_if_the_service_would_start_with_it(
     start: str, file: Path, environment: pytest.MonkeyPatch
 ) -> None:
     """`lorainit serve` needs every base model here; an API of its own has none of them."""
-    (file.parent / "models" / "tiny").mkdir(parents=True)
+    base_in(file.parent / "models" / "tiny")
     if start == "serve":
         environment.setenv("LORAINIT_BASE_MODELS_HERE", "true")
         get_settings.cache_clear()
@@ -210,14 +262,32 @@ def test_changed_catalogue_is_taken_only_if_the_service_would_start_with_it(
     }[start]
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("package:no_such_package/x.gguf", "'no_such_package' is not installed"),
+        ("package:__main__/x.gguf", "'__main__' is not installed"),
+        ("package:api/no.gguf", "is neither a folder nor a .gguf file"),
+        (".", "is a folder without a config.json"),
+        ("models.toml", "is neither a folder nor a .gguf file"),
+        ("x" * 300, "File name too long"),
+        ("loop", "is neither a folder nor a .gguf file"),
+    ],
+)
+def test_a_source_that_is_no_base_is_told_with_its_model(source: str, words: str, file: Path) -> None:
+    (file.parent / "loop").symlink_to("loop")
+    file.write_text(GOOD.replace("models/tiny", source))
+    (found,) = catalogue.missing_sources()
+    assert found.startswith("model 'tiny': ")
+    assert words in found
+
+
 def test_files_that_are_not_here_are_named(file: Path) -> None:
     assert catalogue.missing_sources() == [
         f"model 'tiny': its source, {file.parent / 'models/tiny'}, is neither a folder nor a .gguf file."
     ]
-    (file.parent / "models" / "tiny").mkdir(parents=True)
+    base_in(file.parent / "models" / "tiny")
     assert catalogue.missing_sources() == []
-    file.write_text(GOOD.replace("models/tiny", "package:no_such_package/x.gguf"))
-    assert "'no_such_package' is not installed" in catalogue.missing_sources()[0]
     file.write_text(GOOD.replace("models/tiny", "hub:lab/tiny"))
     assert catalogue.missing_sources() == []
 

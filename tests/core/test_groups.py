@@ -191,7 +191,8 @@ def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
 
 # --- the key ------------------------------------------------------------------------------------
 
-BASE = catalogue.Entry(id="a", root="lab/a", source="s", max_length=64, chat=True, targets=[], base_sha256="0")
+ONE = Target(name="q", group="attention", out_features=32, in_features=32, count=1)
+BASE = catalogue.Entry(id="a", root="lab/a", source="s", max_length=64, chat=True, targets=[ONE], base_sha256="0" * 64)
 LORA = Lora.model_validate({"init": "kaiming", "r": 8})
 TRAINING = Hyperparameters(n_epochs=2, batch_size=8, max_length=32)
 
@@ -210,7 +211,7 @@ def key_of(
     "change",
     [
         {"base": BASE.model_copy(update={"id": "b"})},
-        {"base": BASE.model_copy(update={"base_sha256": "1"})},
+        {"base": BASE.model_copy(update={"base_sha256": "1" * 64})},
         {"lora": LORA.model_copy(update={"quantization": "nf4"})},
         {"lora": LORA.model_copy(update={"use_dora": True})},
         {"training": TRAINING.model_copy(update={"batch_size": 16})},
