@@ -15,7 +15,7 @@ from api.core.db import session_scope
 from api.core.logs import get_logger
 from api.core.models import Checkpoint, File
 from api.core.settings import get_settings
-from api.core.storage import get_storage
+from api.core.storage import PROBE, get_storage
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 SWEEPS = 2 * HOUR  # every orphan that is old enough has been swept within this
@@ -119,6 +119,9 @@ def sweep_orphans() -> bool:
         keys = get_storage().older_than(before, prefix=prefix)
         while batch := list(islice(keys, BATCH)):
             _remove_orphans(batch)
+    for key in get_storage().older_than(before, prefix=PROBE.partition("/")[0]):
+        if key.startswith(PROBE):  # the bucket may be others' too
+            get_storage().delete(key)
     return False
 
 

@@ -3,6 +3,7 @@
 Everything streams: a 10 GB adapter costs a few megabytes of memory.
 """
 
+import secrets
 from collections.abc import Iterator
 from datetime import datetime
 from functools import cache
@@ -16,6 +17,7 @@ from obstore.store import LocalStore, S3Store
 from api.core.settings import Settings, get_settings
 
 CHUNK = 1 << 20
+PROBE = "probe/ready-"  # how the keys of `Storage.probe` begin; a process that is killed meanwhile leaves one
 
 
 class Storage(Protocol):
@@ -69,9 +71,13 @@ class ObjectStorage:
 
     def probe(self) -> None:
         """Write, read and delete."""
-        obstore.put(self._store, "probe/ready", b"ok")
-        obstore.get_range(self._store, "probe/ready", start=0, end=2)
-        self.delete("probe/ready")
+        # A name that nobody else has: others probe the same store at the same moment.
+        key = f"{PROBE}{secrets.token_hex(8)}"
+        obstore.put(self._store, key, b"ok")
+        try:
+            obstore.get_range(self._store, key, start=0, end=2)
+        finally:
+            self.delete(key)
 
 
 def make_storage(url: str, settings: Settings) -> Storage:

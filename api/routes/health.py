@@ -1,22 +1,21 @@
 """Is the process alive, and can it do its work? Outside /v1, without a key."""
 
-import time
-from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from api.core import catalogue, logs, migrate, queue, workers
+from api.core import catalogue, migrate, queue, workers
 from api.core.db import session_scope
+from api.core.probes import Probe
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from api.schemas.wire import Wire
 
 router = APIRouter(tags=["health"])
-REMEMBERED_SECONDS = 5.0
-_remembered: dict[str, tuple[float, bool]] = {}
+DATABASE_SECONDS = 1.0  # that what stands in the database may be old, however many ask
 
 
 @router.get("/healthz")
@@ -38,15 +37,8 @@ def readyz() -> JSONResponse:
     """Jobs can be accepted. No worker, and no broker, is still ready: the rows wait."""
     checks: dict[str, Any] = {"database": "ok", "storage": "ok", "queue": "ok", "migrations": "ok", "workers": 0}
     checks["catalogue"] = "changed and refused" if catalogue.refused() else "ok"
-    try:
-        with session_scope(read_only=True) as session:
-            checks["workers"] = workers.online(session)
-            # On a reader: SQLite's writing connection would wait for whoever writes just now.
-            if not _lately("migrations", lambda: migrate.at_head(session.connection())):
-                checks["migrations"] = "missing"
-    except Exception as error:
-        logs.get_logger(__name__).warning("database_unavailable", error=str(error))
-        checks |= {"database": "unreachable", "migrations": "unknown"}
+    database = _database()
+    checks |= (database.works() and database.found) or {"database": "unreachable", "migrations": "unknown"}
     if not storage_works():
         checks["storage"] = "unreachable"
     if get_settings().broker_url is None:
@@ -57,28 +49,38 @@ def readyz() -> JSONResponse:
 
 
 def storage_works() -> bool:
-    """A small object could be written, read and deleted within the last few seconds."""
-    return _lately("storage", lambda: _works("storage", get_storage().probe))
+    """Small objects can be written, read and deleted."""
+    return _storage().works()
 
 
 def broker_works() -> bool:
-    """The broker answered within the last few seconds."""
-    return _lately("broker", lambda: _works("broker", queue.probe))
+    """The broker answers."""
+    return _broker().works()
 
 
-def _works(name: str, probe: Callable[[], None]) -> bool:
-    try:
-        probe()
-    except Exception as error:
-        logs.get_logger(__name__).warning(f"{name}_unavailable", error=str(error))
-        return False
-    return True
+def forget() -> None:
+    """Look at everything anew, as a process does that just started."""
+    for probe in (_database, _storage, _broker):
+        probe.cache_clear()
 
 
-def _lately(name: str, look: Any) -> bool:
-    """What `look` found within the last few seconds."""
-    at, found = _remembered.get(name, (0.0, False))
-    if not at or time.monotonic() - at > REMEMBERED_SECONDS:
-        found = bool(look())
-        _remembered[name] = (time.monotonic(), found)
-    return found
+@cache
+def _database() -> Probe[dict[str, str | int]]:
+    return Probe("database", _look_into_the_database, good_seconds=DATABASE_SECONDS)
+
+
+@cache
+def _storage() -> Probe[None]:
+    return Probe("storage", lambda: get_storage().probe())
+
+
+@cache
+def _broker() -> Probe[None]:
+    return Probe("broker", lambda: queue.probe())
+
+
+def _look_into_the_database() -> dict[str, str | int]:
+    # On a reader: SQLite's writing connection would wait for whoever writes just now.
+    with session_scope(read_only=True) as session:
+        migrated = migrate.at_head(session.connection())
+        return {"migrations": "ok" if migrated else "missing", "workers": workers.online(session)}

@@ -45,7 +45,7 @@ class Lab:
 
 @pytest.fixture
 def app(session: Session) -> Any:
-    health._remembered.clear()
+    health.forget()
     return create_app()
 
 

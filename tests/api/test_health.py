@@ -1,5 +1,6 @@
 """Health, and an OpenAPI document that tells the truth."""
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -60,6 +61,23 @@ def test_no_storage_is_not_ready(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ObjectStorage, "probe", gone)
     reply = lab.client.get("/readyz")
     assert (reply.status_code, reply.json()["checks"]["storage"]) == (503, "unreachable")
+
+
+@pytest.mark.parametrize("part", ["storage", "database"])
+def test_one_bad_moment_takes_no_service_out(lab: Lab, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    assert lab.client.get("/readyz").status_code == 200
+    clock = time.monotonic
+    with monkeypatch.context() as broken:
+        broken.setattr({"storage": health._storage(), "database": health._database()}[part], "_look", broken_look)
+        broken.setattr(
+            {"storage": health._storage(), "database": health._database()}[part], "_clock", lambda: clock() + 60
+        )
+        reply = lab.client.get("/readyz")
+    assert (reply.status_code, reply.json()["checks"][part]) == (200, "ok")
+
+
+def broken_look() -> None:
+    raise OSError("just now it did not answer")
 
 
 def test_missing_migrations_are_not_ready(lab: Lab, session: Session) -> None:

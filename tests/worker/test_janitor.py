@@ -13,7 +13,7 @@ from api.core import jobs, keys, metrics, tallies
 from api.core.db import session_scope
 from api.core.models import Creation, File, Job, Project
 from api.core.settings import get_settings
-from api.core.storage import get_storage
+from api.core.storage import ObjectStorage, get_storage
 from tests.things import a_file, a_project, a_running_job
 from worker import janitor
 
@@ -79,6 +79,20 @@ def test_a_row_whose_bytes_are_gone_already_is_noted_and_left(tmp_path: Path) ->
     assert janitor.clear() is False
 
 
+def test_the_object_of_a_probe_that_was_killed_goes_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ObjectStorage, "delete", lambda *_: None)
+    get_storage().probe()
+    monkeypatch.undo()
+    (left,) = (tmp_path / "storage" / "probe").iterdir()
+    janitor.sweep_orphans()
+    assert left.exists()
+    os.utime(left, (0, 0))
+    janitor.sweep_orphans()
+    assert not left.exists()
+
+
 def test_an_orphan_goes_a_day_after_it_was_written(tmp_path: Path) -> None:
     project, _ = a_stored_file()
     get_storage().put(f"files/{project.id}/orphan", io.BytesIO(b"lost"))
@@ -90,11 +104,11 @@ def test_an_orphan_goes_a_day_after_it_was_written(tmp_path: Path) -> None:
 
 
 def test_what_somebody_else_keeps_in_the_bucket_stays(tmp_path: Path) -> None:
-    for key in ("files/proj_other/file", "jobs/ftjob-other/adapter.tar", "photos/cat"):
+    for key in ("files/proj_other/file", "jobs/ftjob-other/adapter.tar", "photos/cat", "probe/theirs"):
         get_storage().put(key, io.BytesIO(b"theirs"))
     age(tmp_path)
     janitor.sweep_orphans()
-    assert stored(tmp_path) == ["adapter.tar", "cat", "file"]
+    assert stored(tmp_path) == ["adapter.tar", "cat", "file", "theirs"]
 
 
 def an_ended_job(**more: str) -> str:
