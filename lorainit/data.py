@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorainit.conversation import Fault
-from lorainit.encode import Encoder
+from lorainit.encode import Encoded, Encoder
 from lorainit.errors import (
     InvalidTrainingFile,
     InvalidValidationFile,
@@ -179,32 +179,41 @@ class _Reader:
             return rendered
         for fault in rendered.warnings:
             self._warn(row.line, fault)
-        sample = self._encoded(row.line, lambda: self.encode.text(rendered.text, rendered.spans))
-        return sample if isinstance(sample, Fault) else self._stopped(sample)
+        return self._encoded(row.line, lambda: self.encode.text(rendered.text, rendered.spans))
 
-    @staticmethod
-    def _encoded(line: int, encode: Callable[[], tuple[Tensor, Tensor]]) -> Sample | Fault:
+    def _encoded(self, line: int, encode: Callable[[], Encoded]) -> Sample | Fault:
         """A tokenizer that has read other texts is told with the row that it cannot read."""
         try:
-            return Sample(line, *encode())
+            found = encode()
         except UnsupportedModel as error:
             return Fault("tokenizer_error", None, error.message)
+        endless = [end for end in found.ends if int(found.ids[end - 1]) not in self.stops]
+        if self.append_eos and endless and endless[-1] == found.ends[-1]:
+            found = self._with_end(found)
+            endless.pop()
+        if endless:
+            self._warn(line, self._no_stop(found, endless))
+        return Sample(line, found.ids, found.trained)
 
-    def _stopped(self, sample: Sample) -> Sample:
-        """The row with a token to stop at behind its last answer, or a warning that it has none."""
-        if not sample.trained.any():
-            return sample
-        last = int(sample.trained.nonzero().max())
-        ending = int(sample.ids[last])
-        if ending in self.stops:
-            return sample
-        if not self.append_eos:
-            token = self.tokenizer.decode([ending])
-            text = f"the answer ends with {token!r}, at which the model does not stop: append_eos adds its end token."
-            self._warn(sample.line, Fault("no_stop_token", None, text))
-            return sample
-        ids = torch.cat([sample.ids[: last + 1], torch.tensor([self.tokenizer.eos_token_id], dtype=torch.int32)])
-        return Sample(sample.line, ids, torch.cat([sample.trained[: last + 1], torch.tensor([True])]))
+    def _with_end(self, found: Encoded) -> Encoded:
+        """The tokenizer's end token behind the last answer, and nothing behind that."""
+        last = found.ends[-1]
+        ids = torch.cat([found.ids[:last], torch.tensor([self.tokenizer.eos_token_id], dtype=torch.int32)])
+        return Encoded(ids, torch.cat([found.trained[:last], torch.tensor([True])]), [*found.ends[:-1], last + 1])
+
+    def _no_stop(self, found: Encoded, endless: list[int]) -> Fault:
+        token = self.tokenizer.decode([int(found.ids[endless[0] - 1])])
+        if endless == found.ends[-1:]:
+            text = (
+                f"the last answer ends with {token!r}, at which the model does not stop: append_eos adds its end token."
+            )
+            return Fault("no_stop_token", None, text)
+        text = (
+            f"{len(endless)} of {len(found.ends)} answers end with a token at which the model does not stop, the first"
+            f" of them with {token!r}. append_eos mends a last answer only: make each answer the last of a row of its"
+            " own, with weight 0 on those before it."
+        )
+        return Fault("no_stop_token", None, text)
 
     def _warn(self, line: int, fault: Fault) -> None:
         self.warnings[fault.code] += 1

@@ -5,7 +5,7 @@ the two: a text is cut where an answer begins, and each piece is tokenized by it
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,16 @@ from lorainit.turns import Span
 _ANCHORS = ("\n", "a", ".", "0")
 
 
+class Encoded(NamedTuple):
+    """Token ids, a mask of the same length with what is trained, and behind which token each answer ends."""
+
+    ids: Tensor
+    trained: Tensor
+    ends: list[int]
+
+
 class Encoder:
-    """Text and trained spans to token ids and a mask of the same length."""
+    """Text and trained spans to token ids and a mask."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -30,24 +38,26 @@ class Encoder:
         # Whether a text at its beginning is tokenized otherwise than behind another one, with a space before it.
         self._begins_anew = self._encode("\na")[0] != self._encode("\n")[0] + self._encode("a")[0]
 
-    def text(self, text: str, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    def text(self, text: str, spans: Sequence[Span]) -> Encoded:
         """Tokens of a rendered conversation; trained are those of the spans."""
-        ids = self._encode(text[: spans[0].start])[0]
+        ids, ends = self._encode(text[: spans[0].start])[0], list[int]()
         mask = [False] * len(ids)
         for piece, answer in _pieces(text, spans):
             more, starts = self._continued(piece, behind=len(ids) > 0)
             # A token may say that it begins later than it does (trim_offsets), never that it begins earlier.
             trained = next((n for n, start in enumerate(starts) if start >= answer), len(more))
+            ends += [len(ids) + trained] if trained else []
             ids += more
             mask += [n < trained for n in range(len(more))]
-        return _tensors(ids, mask)
+        return _encoded(ids, mask, ends)
 
-    def pair(self, prompt: str, completion: str) -> tuple[Tensor, Tensor]:
+    def pair(self, prompt: str, completion: str) -> Encoded:
         """Prompt and completion as they stand, the completion and an end token trained."""
         first, second = self.opening + self._encode(prompt)[0], self._continued(completion, behind=bool(prompt))[0]
         end = self.tokenizer.eos_token_id
         second += [] if end is None else [end]
-        return _tensors(first + second, [False] * len(first) + [True] * len(second))
+        ids = first + second
+        return _encoded(ids, [False] * len(first) + [True] * len(second), [len(ids)] if second else [])
 
     def _continued(self, text: str, *, behind: bool) -> tuple[list[int], list[int]]:
         """Ids of a text, `behind` another one or not, and the characters they begin at."""
@@ -82,5 +92,5 @@ def _pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, int]]:
             yield text[cut:border], 0
 
 
-def _tensors(ids: list[int], mask: list[bool]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool)
+def _encoded(ids: list[int], mask: list[bool], ends: list[int]) -> Encoded:
+    return Encoded(torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool), ends)

@@ -269,6 +269,9 @@ class Template:
         encoded = tokenizer_time.read(self.tokenizer, prompts[0], add_special_tokens=False)
         tail = self._tail(_ANSWERED)
         closing = tuple(self.control_tokens.findall(tail))
+        # GLM ends an answer with the header of the next question, also where there is none.
+        headers = self._headers - {token for token in closing[:1] if token not in prompts[0]}
+        _, _, behind_name = self._try([_ASKED, _CALLED], {}).partition(_PROBE)
         return Habits(
             prompts=prompts,
             cuts=tuple(sorted({end for _, end in encoded.offset_mapping[:-1]}, reverse=True)),
@@ -276,9 +279,21 @@ class Template:
             text_closing=closing,
             call_closing=tuple(self.control_tokens.findall(self._tail(_CALLED))),
             literal="" if closing else tail.rstrip(),
+            headers=headers,
+            call_headers=headers - {*self.control_tokens.findall(behind_name)},
             controls=self.control_tokens,
             stops=frozenset(self._stop_texts),
         )
+
+    @property
+    def _headers(self) -> frozenset[str]:
+        """The control tokens that begin a message, or stand right before its words."""
+        found = set(self.control_tokens.findall(next(iter(self._prompts)))[-1:])
+        for messages in ([{**_ASKED, "content": _PROBE}], [{"role": "system", "content": _PROBE}, _ASKED]):
+            before, _, _ = self._try(messages, {}).partition(_PROBE)
+            header = [t for t in self.control_tokens.findall(before) if t != self.tokenizer.bos_token]
+            found.update(header[:1], header[-1:])
+        return frozenset(found)
 
     @cached_property
     def _stop_texts(self) -> list[str]:

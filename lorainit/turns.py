@@ -35,7 +35,9 @@ class Habits:
     `prompts`: the generation prompts it can write, the one that a server sends first. `cuts`: where the first of them
     can be cut between tokens, the longest piece first. `bridge`: where it writes none, what stands between a question
     and its answer. `text_closing`, `call_closing`: the control tokens that it
-    writes after a last answer. `literal`: what it writes there if that has no control token.
+    writes after a last answer. `literal`: what it writes there if that has no control token. `headers`,
+    `call_headers`: control tokens of a message's header, which end no answer unless the model stops at them; the second
+    without those that a call has behind its name too.
     """
 
     prompts: tuple[str, ...]
@@ -44,6 +46,8 @@ class Habits:
     text_closing: tuple[str, ...]
     call_closing: tuple[str, ...]
     literal: str
+    headers: frozenset[str]
+    call_headers: frozenset[str]
     controls: re.Pattern[str]
     stops: frozenset[str]
 
@@ -176,7 +180,8 @@ class Conversation:
         if content is None:
             why = "where it begins in the text that the base model's chat template makes cannot be told."
             raise Lost(index, why)
-        return Border(content, not self.text[floor:content].strip())
+        # A server sends the prompt before each answer, so it is missed where the template merges two of them.
+        return Border(content, not self.habits.prompts[0] and not self.text[floor:content].strip())
 
     def _behind_header(self, border: Border | None) -> Border | None:
         """A prompt that leaves its header out in some states does not make the header the model's to write."""
@@ -219,17 +224,22 @@ class Conversation:
 
     def _closing(self, found: list[re.Match[str]], calls: bool, *, last: bool) -> int | None:
         """The end of the control token that ends an answer: one to stop at, or as the template ends a last answer."""
-        if stop := next((match.end() for match in found if match.group() in self.habits.stops), None):
-            return stop
+        headers, own = self.habits.call_headers if calls else self.habits.headers, list[re.Match[str]]()
+        for match in found:
+            if match.group() in self.habits.stops:
+                return match.end()
+            if match.group() in headers:  # of the next message, which has no mark if it is blank
+                break
+            own.append(match)
         closing, end = (self.habits.call_closing if calls else self.habits.text_closing), None
-        for match, wanted in zip(found, closing, strict=False):
+        for match, wanted in zip(own, closing, strict=False):
             if match.group() != wanted:
                 break
             end = match.end()
-        if end is None and last and found and not self.text[found[-1].end() :].strip():
-            return found[-1].end()
+        if end is None and last and own and not self.text[own[-1].end() :].strip():
+            return own[-1].end()
         # The only control token before the next message is that message's own.
-        return found[0].end() if end is None and closing and len(found) > 1 and not calls else end
+        return own[0].end() if end is None and closing and own and len(found) > 1 and not calls else end
 
     def _content_end(self, index: int, at: int) -> int:
         content = self.messages[index]["content"] or ""

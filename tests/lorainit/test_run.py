@@ -251,7 +251,7 @@ def test_answers_without_an_end_are_a_warning_of_the_run_that_append_eos_ends(sp
         return [e.message for e in of(events, Message) if e.data.get("code") == "no_stop_token"]
 
     (message,) = warned()
-    assert message.startswith("Line 1: the answer ends with '<|im_end|>'")
+    assert message.startswith("Line 1: the last answer ends with '<|im_end|>'")
     assert message.endswith("(12 rows of the training file)")
     assert warned(append_eos=True) == []
 

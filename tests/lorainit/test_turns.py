@@ -171,18 +171,76 @@ def test_white_space_of_a_template_without_prompt_is_the_answers(tmp_path: Any) 
 
 def test_answer_without_a_token_to_stop_at_is_a_warning_that_names_its_last_token(tmp_path: Any) -> None:
     tokenizer = byte_level(NO_END)
-    data = read(tokenizer, tmp_path, turns("Two", "four."))
-    assert [tokenizer.decode(ids) for ids in runs(data)] == ["Two", "four."]
+    data = read(tokenizer, tmp_path, turns("four."))
+    assert [tokenizer.decode(ids) for ids in runs(data)] == ["four."]
     assert data.warnings["no_stop_token"] == 1
-    assert "Line 1: the answer ends with '.', at which the model does not stop" in data.remarks[0].message
+    assert "Line 1: the last answer ends with '.', at which the model does not stop" in data.remarks[0].message
+
+
+# As gpt-oss: a last answer ends with the token at which the model stops, and an earlier one with another.
+ENDS_OTHERWISE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_every_answer_without_a_token_to_stop_at_is_counted_in_the_warning(tmp_path: Any) -> None:
+    tokenizer = byte_level(ENDS_OTHERWISE)
+    data = read(tokenizer, tmp_path, turns("Two", "Two", "four"), append_eos=True)
+    expected = ["Two<|endoftext|>", "Two<|endoftext|>", "four<|im_end|>"]
+    assert [tokenizer.decode(ids) for ids in runs(data)] == expected
+    assert data.warnings["no_stop_token"] == 1
+    assert "2 of 3 answers end with a token at which the model does not stop" in data.remarks[0].message
+    assert "'<|endoftext|>'" in data.remarks[0].message
 
 
 def test_append_eos_trains_the_end_token_behind_the_last_answer(tmp_path: Any) -> None:
     tokenizer = byte_level(NO_END)
-    data = read(tokenizer, tmp_path, turns("Two", "four."), append_eos=True)
-    assert [tokenizer.decode(ids) for ids in runs(data)] == ["Two", "four.<|im_end|>"]
+    data = read(tokenizer, tmp_path, turns("Two", "four."), turns("four."), append_eos=True)
+    assert [[tokenizer.decode(ids) for ids in runs(data, row)] for row in (0, 1)] == [
+        ["Two", "four.<|im_end|>"],
+        ["four.<|im_end|>"],
+    ]
     assert data.samples[0].ids[-1] == tokenizer.eos_token_id
-    assert not data.warnings["no_stop_token"]
+    assert data.warnings["no_stop_token"] == 1  # the first answer of the first row
+
+
+# As Metharme: one token begins a message of a role, and only a last answer has an end.
+ROLES_ONLY = (
+    "{% for m in messages %}{{ '<|endoftext|>' if m.role == 'user' else '<|im_start|>' }}{{ m.content }}{% endfor %}"
+    "{{ '<|im_start|>' if add_generation_prompt else '<|im_end|>' }}"
+)
+PAIRED_HEADER = ROLES_ONLY.replace("'<|endoftext|>'", "'<|endoftext|><|im_start|>'")
+
+
+@pytest.mark.parametrize("template", [ROLES_ONLY, PAIRED_HEADER])
+@pytest.mark.parametrize("question", ["", " ", "Two"])
+def test_header_of_the_next_message_is_no_end_of_an_answer_also_if_that_is_blank(
+    tmp_path: Any, question: str, template: str
+) -> None:
+    tokenizer = byte_level(template)
+    row = {"messages": [*chat("Two?", "Two")["messages"], *chat(question, "four")["messages"]]}
+    data = read(tokenizer, tmp_path, row)
+    assert [tokenizer.decode(ids) for ids in runs(data)] == ["Two", "four<|im_end|>"]
+    assert data.warnings["no_stop_token"] == 1
+
+
+MERGING = (
+    "{% for m in messages %}{% if loop.first or loop.previtem.role != m.role %}<|im_start|>{{ m.role }}\n{% endif %}"
+    "{{ m.content }}{% if loop.last or loop.nextitem.role != m.role %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_answers_that_a_template_merges_are_told_of(tmp_path: Any) -> None:
+    tokenizer = byte_level(MERGING)
+    asked, first, second = *chat("Two?", "Two")["messages"], chat("", "four")["messages"][1]
+    data = read(tokenizer, tmp_path, {"messages": [asked, first, second, asked, second]})
+    assert [tokenizer.decode(ids) for ids in runs(data)] == ["Twofour<|im_end|>", "four<|im_end|>"]
+    assert (data.warnings["prompt_differs"], data.warnings["no_stop_token"]) == (1, 1)
+    assert next(r.param for r in data.remarks if r.code == "prompt_differs") == "messages[2]"
+    assert "1 of 3 answers" in next(r.message for r in data.remarks if r.code == "no_stop_token")
 
 
 def test_append_eos_changes_nothing_where_answers_end(tmp_path: Any) -> None:
@@ -286,7 +344,7 @@ def test_a_row_is_rendered_two_or_three_times_however_many_turns_it_has(
 @pytest.mark.parametrize("kind", KINDS)
 def test_completion_goes_on_from_its_prompt(kind: str) -> None:
     tokenizer = KINDS[kind](TEMPLATE)
-    ids, trained = Encoder(tokenizer).pair("ASSISTANT: ", "Two")
+    ids, trained, _ = Encoder(tokenizer).pair("ASSISTANT: ", "Two")
     prompt = tokenizer("ASSISTANT: ").input_ids
     assert ids[: len(prompt)].tolist() == prompt
     assert trained.tolist() == [False] * len(prompt) + [True] * (len(ids) - len(prompt))

@@ -151,7 +151,14 @@ DIFFERING = {
     "trl:qwen3_6": {"multi"},
 }
 # Answers that end with no token to stop at, and contents of which the template leaves something out.
-SILENT = {"axolotl:llava", "trl:glm4moe", "trl:glm4moe_training"}
+SILENT = {
+    "axolotl:llava": ALL - {"tools"},
+    "axolotl:metharme": {"multi"},
+    "trl:glm4moe": ALL,
+    "trl:glm4moe_training": ALL,
+    "trl:gptoss": {"multi"},
+    "trl:gptoss_training": {"multi"},
+}
 FORGETFUL = (
     "axolotl:deepseek_v3",
     "axolotl:exaone4",
@@ -201,7 +208,7 @@ def test_ids_of_prompt_and_answer_are_what_is_trained_with_every_template(
 
 
 def test_warnings_are_where_the_templates_deserve_them(pair: Any, sources: dict[str, str]) -> None:
-    differing, left_out, silent = dict[str, set[str]](), dict[str, set[str]](), set[str]()
+    differing, left_out, silent = dict[str, set[str]](), dict[str, set[str]](), dict[str, set[str]]()
     for name, family, row_name, row in rendering(pair, sources, "byte-level"):
         codes = {warning.code for warning in family.render(row).warnings}
         if "prompt_differs" in codes:
@@ -209,9 +216,41 @@ def test_warnings_are_where_the_templates_deserve_them(pair: Any, sources: dict[
         if "content_left_out" in codes:
             left_out.setdefault(name, set()).add(row_name)
         ids, stretches = family.trained(row)
-        if ids[stretches[-1][1] - 1] not in family.stops:
-            silent.add(name)
+        if any(ids[end - 1] not in family.stops for _, end in stretches):
+            silent.setdefault(name, set()).add(row_name)
     assert (differing, left_out, silent) == (DIFFERING, LEFT_OUT, SILENT)
+
+
+def test_blank_question_changes_no_answer_with_any_template(pair: Any, sources: dict[str, str]) -> None:
+    first, one, second, two = ROWS["multi"]["messages"]
+    wrong, tried = list[str](), 0
+    for name in sources:
+        family = pair(name)
+        rows = [{"messages": [first, one, {**second, "content": text}, two], "tools": []} for text in ("Two?", " ", "")]
+        if all(isinstance(family.render(row), Rendered) for row in rows):
+            asked, *blank = (family.answers(row) for row in rows)
+            wrong += [] if blank == [asked, asked] else [name]
+            tried += 1
+    assert wrong == []
+    assert tried > 80
+
+
+def test_answer_right_behind_an_answer_has_its_prompt_or_a_warning_with_any_template(
+    pair: Any, sources: dict[str, str]
+) -> None:
+    first, one, second, two = ROWS["multi"]["messages"]
+    row = {"messages": [first, one, two, second, one], "tools": []}
+    wrong, tried = list[str](), 0
+    for name in sources:
+        family = pair(name)
+        rendered = family.render(row)
+        if isinstance(rendered, Fault) or any(warning.code == "prompt_differs" for warning in rendered.warnings):
+            continue
+        tried += 1
+        before = rendered.text[: rendered.spans[1].start]
+        wrong += [] if any(before.endswith(prompt) for prompt in family.template._prompts) else [name]
+    assert wrong == []
+    assert tried > 40
 
 
 @pytest.mark.parametrize("row_name", ["single", "multi", "weight", "system", "tools"])
