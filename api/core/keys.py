@@ -77,9 +77,14 @@ def authenticate(session: Session, secret: str) -> Caller | None:
     key = session.get(ApiKey, f"key_{key_id}")
     if key is None or not hmac.compare_digest(key.secret_sha256, _digest(secret)):
         return None
-    if key.deleted_at is not None or (key.expires_at is not None and key.expires_at <= now(session)):
-        return None
-    return Caller(key_id=key.id, project_id=key.project_id, role=key.role)
+    return Caller(key_id=key.id, project_id=key.project_id, role=key.role) if is_usable(session, key) else None
+
+
+def is_usable(session: Session, key: ApiKey | None) -> bool:
+    """Whether there is such a key, neither deleted nor expired."""
+    if key is None or key.deleted_at is not None:
+        return False
+    return key.expires_at is None or key.expires_at > now(session)
 
 
 def require_admin(caller: Caller, what: str, *, param: str | None = None) -> None:

@@ -17,8 +17,9 @@ from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit100, Limit1000, Text
 from api.schemas.event import CheckpointObject, EventObject, checkpoint_object, event_object
 from api.schemas.job import JobObject, job_object
-from api.schemas.job_request import JobRequest
+from api.schemas.job_request import MAX_LABELS, JobRequest
 from api.schemas.wire import ONCE, Page, listed
+from api.streams import EventStream
 
 router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody)
 JOBS = "/fine_tuning/jobs"
@@ -129,12 +130,9 @@ def stream_events(
     ] = None,
 ) -> StreamingResponse:
     """The story of a job as it happens, oldest first, as server-sent events; ends with the job."""
-    job, streams = lookup.find(session, caller.project_id, fine_tuning_job_id), request.app.state.streams
-    streams.check_room(caller.project_id)
+    job = lookup.find(session, caller.project_id, fine_tuning_job_id)
     seen = events.number(session, job.id, last_event_id or after)
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    blocks = streams.follow(caller.project_id, job.id, after=seen)
-    return StreamingResponse(blocks, media_type="text/event-stream", headers=headers)
+    return EventStream(request.app.state.streams, caller, job.id, after=seen)
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/checkpoints")
@@ -172,6 +170,9 @@ def _filter(request: Request) -> tuple[dict[str, str], bool]:
     """The metadata pairs of a list, and whether jobs without metadata are wanted."""
     items = [(key, value) for key, value in request.query_params.multi_items() if key.startswith("metadata")]
     pairs = {match[1]: value for key, value in items if (match := _METADATA.fullmatch(key))}
+    if len(items) > MAX_LABELS or len(pairs) < sum(_METADATA.fullmatch(key) is not None for key, _ in items):
+        text = f"metadata takes at most {MAX_LABELS} pairs, as a job has no more, and each key once (got {len(items)})."
+        raise InvalidValue(text, code="invalid_value", param="metadata")
     plain = [value for key, value in items if key == "metadata" and value != ""]
     if plain and (pairs or plain != ["null"]):
         raise InvalidValue(

@@ -47,6 +47,17 @@ def test_metadata_may_be_empty_null_or_not_asked_for(lab: Lab, made: dict[str, s
     assert listed(lab, made, "") == set(LABELS)
 
 
+def test_no_more_pairs_are_asked_for_than_a_job_can_have(lab: Lab) -> None:
+    many = [pair(f"key{number}", "x") for number in range(1000)]
+    assert lab.client.get(f"{JOBS}?{'&'.join(many[:16])}").json()["data"] == []
+    for count in (17, 1000):
+        refused(lab.client.get(f"{JOBS}?{'&'.join(many[:count])}"), 400, "invalid_value", "metadata")
+
+
+def test_a_key_that_is_asked_for_twice_is_refused(lab: Lab) -> None:
+    refused(lab.client.get(f"{JOBS}?{pair('a', '1')}&{pair('a', '2')}"), 400, "invalid_value", "metadata")
+
+
 @pytest.mark.parametrize("query", ["metadata=null&metadata%5Ba%5D=b", "metadata=other"])
 def test_metadata_filters_that_contradict_are_refused(lab: Lab, query: str) -> None:
     refused(lab.client.get(f"{JOBS}?{query}"), 400, "invalid_value", "metadata")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from api import streams
-from api.core import events, jobs
-from api.core.models import Job
+from api.core import events, jobs, keys
+from api.core.db import session_scope
+from api.core.models import Job, Project
 from api.errors import TooManyRequests
-from api.streams import Streams
+from api.streams import EventStream, Streams
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import a_project, a_running_job
@@ -134,6 +136,20 @@ def say(session: Session, job: Job, text: str) -> None:
     session.commit()
 
 
+def follow(
+    job: Job, *, after: int = 0, stop: asyncio.Event | None = None, key: str | None = None
+) -> AsyncIterator[str]:
+    """What somebody with a key of the job's project sees."""
+    return streams.follow(job.id, after=after, key_id=key or a_key(job.project_id), stop=stop or asyncio.Event())
+
+
+def a_key(project_id: str, **more: Any) -> str:
+    with session_scope() as session:
+        key, _ = keys.create_key(session, session.get_one(Project, project_id), name="watcher", **more)
+        session.commit()
+        return key.id
+
+
 async def until(stream: AsyncIterator[str], part: str) -> list[str]:
     """What comes, up to the first text that has `part` in it."""
     seen = []
@@ -147,7 +163,7 @@ async def until(stream: AsyncIterator[str], part: str) -> list[str]:
 
 def test_events_arrive_as_they_happen_until_the_job_ends(session: Session, running: Job) -> None:
     async def watch() -> None:
-        following = Streams().follow("p", running.id, after=0)
+        following = follow(running)
         await until(following, "started")
         for text in ("first", "second"):
             say(session, running, text)
@@ -166,7 +182,7 @@ def test_a_heartbeat_is_one_line_without_a_blank_one_behind_it(
     monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.03)
 
     async def watch() -> str:
-        following = Streams().follow("p", running.id, after=running.event_count)
+        following = follow(running, after=running.event_count)
         quiet = await until(following, "keep-alive") + await until(following, "keep-alive")
         say(session, running, "at last")
         return "".join(quiet + await until(following, "at last"))
@@ -190,7 +206,7 @@ def test_a_database_that_is_away_for_a_moment_goes_unnoticed(
     monkeypatch.setattr(events, "since", sometimes)
     jobs.cancel(session, running)
     session.commit()
-    following = Streams().follow("p", running.id, after=0)
+    following = follow(running)
     assert asyncio.run(until(following, "[DONE]"))[-1] == streams.DONE
     assert len(calls) >= 2
 
@@ -198,32 +214,89 @@ def test_a_database_that_is_away_for_a_moment_goes_unnoticed(
 def test_a_server_that_stops_ends_its_streams_without_saying_done(running: Job) -> None:
     async def watch() -> list[str]:
         opened = Streams()
-        following = opened.follow("p", running.id, after=0)
-        await until(following, "started")
-        opened.close()
-        late = opened.follow("p", running.id, after=0)
-        return [text async for text in following] + [text async for text in late]
+        with opened.place("p") as stop:
+            following = follow(running, stop=stop)
+            await until(following, "started")
+            opened.close()
+            rest = [text async for text in following]
+        with opened.place("p") as late:
+            return rest + [text async for text in follow(running, stop=late)]
 
     assert asyncio.run(watch()) == []
 
 
-def test_a_project_has_so_many_streams_and_a_closed_one_makes_room(
-    session: Session, running: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_project_has_so_many_streams_and_a_closed_one_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "PER_PROJECT", 2)
 
     async def watch() -> None:
         opened = Streams()
-        several = [opened.follow("p", running.id, after=0) for _ in range(2)]
-        for one in several:
-            opened.check_room("p")
-            await until(one, "started")
-        with pytest.raises(TooManyRequests) as caught:
-            opened.check_room("p")
-        assert (caught.value.code, caught.value.wait) == ("rate_limit_exceeded", 5.0)
-        opened.check_room("another")
-        await several[0].aclose()  # type: ignore[attr-defined]
-        opened.check_room("p")
-        await several[1].aclose()  # type: ignore[attr-defined]
+        with opened.place("p"):
+            with opened.place("p"):
+                with pytest.raises(TooManyRequests) as caught, opened.place("p"):
+                    raise AssertionError
+                assert (caught.value.code, caught.value.wait) == ("rate_limit_exceeded", 5.0)
+                with opened.place("another"):
+                    pass
+            with opened.place("p"):
+                pass
 
     asyncio.run(watch())
+
+
+def test_answers_that_begin_at_once_are_no_more_than_a_project_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every route has answered before the first stream begins, as it is when many come together."""
+    monkeypatch.setattr(streams, "PER_PROJECT", 5)
+    begun: list[int] = []
+
+    async def endless(*_: Any, **__: Any) -> AsyncIterator[str]:
+        yield "event"
+        await asyncio.Event().wait()
+
+    async def watch() -> list[BaseException | None]:
+        opened, gone, caller = Streams(), asyncio.Event(), keys.Caller("key", "proj", "member")
+        answers = [EventStream(opened, caller, "job", after=0) for _ in range(8)]
+
+        async def receive() -> dict[str, str]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                begun.append(message["status"])
+                if len(begun) == 5:
+                    gone.set()
+
+        scope = {"type": "http", "asgi": {"spec_version": "2.0"}}
+        return await asyncio.gather(*(one(scope, receive, send) for one in answers), return_exceptions=True)
+
+    monkeypatch.setattr(streams, "follow", endless)
+    ends = asyncio.run(watch())
+    assert begun == [200] * 5
+    assert [type(end) for end in ends if end is not None] == [TooManyRequests] * 3
+
+
+# --- whose key it is ------------------------------------------------------------------------------
+
+
+def test_a_deleted_key_ends_its_streams_at_the_next_look_without_saying_done(session: Session, running: Job) -> None:
+    async def watch() -> list[str]:
+        key, other = a_key(running.project_id), follow(running)
+        following = follow(running, key=key)
+        await until(following, "started")
+        await until(other, "started")
+        keys.delete_key(session, key)
+        say(session, running, "secret")
+        assert await until(other, "secret"), "another key of the project goes on"
+        return [text async for text in following]
+
+    assert asyncio.run(watch()) == []
+
+
+def test_a_key_that_expires_ends_its_streams(session: Session, running: Job) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=0.5)
+
+    async def watch() -> list[str]:
+        async with asyncio.timeout(10):
+            return [text async for text in follow(running, key=a_key(running.project_id, expires_at=soon))]
+
+    assert "started" in "".join(asyncio.run(watch()))

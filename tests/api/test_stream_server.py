@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 
@@ -99,3 +100,9 @@ def test_a_client_that_goes_away_frees_its_place(server: Server, running: str) -
             return reply.status == 200
 
     assert eventually(is_served)
+
+
+def test_of_sixty_that_come_together_fifty_are_served(server: Server, running: str) -> None:
+    with ExitStack() as exits, ThreadPoolExecutor(60) as pool:
+        replies = list(pool.map(lambda _: exits.enter_context(opened(server, running)), range(60)))
+        assert sorted(reply.status for reply in replies) == [200] * 50 + [429] * 10
