@@ -4,6 +4,7 @@ celery -A worker.app worker -P prefork -c SLOTS --without-gossip --without-mingl
 """
 
 import os
+import secrets
 import socket
 import threading
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ app = get_celery()
 app.conf.imports = ("worker.tasks",)
 
 _stopped = threading.Event()
+# Made before the worker's children are forked, so they have it too.
+_BIRTH = secrets.token_hex(8)
 
 
 def name(pid: int) -> str:
@@ -31,8 +34,11 @@ def name(pid: int) -> str:
 
 
 def drain_file(pid: int) -> Path:
-    """Exists while the worker whose parent process is `pid` wants its jobs back in the queue."""
-    return get_settings().scratch() / f"drain-{pid}"
+    """Exists while the worker whose parent process is `pid` wants its jobs back in the queue.
+
+    Several hosts may share the scratch folder, where process numbers repeat: the name is this worker's alone.
+    """
+    return get_settings().scratch() / f"{scratch.FLAG}{socket.gethostname()}-{pid}-{_BIRTH}"
 
 
 @app.on_configure.connect  # type: ignore[union-attr, untyped-decorator]
@@ -50,7 +56,6 @@ def _logs(**_: Any) -> None:
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
 def _ready(**_: Any) -> None:
-    drain_file(os.getpid()).unlink(missing_ok=True)
     threading.Thread(target=_say_alive, name="heartbeat", daemon=True).start()
 
 
@@ -63,8 +68,7 @@ def _child(**_: Any) -> None:
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _drain(**_: Any) -> None:
-    drain_file(os.getpid()).parent.mkdir(parents=True, exist_ok=True)
-    drain_file(os.getpid()).touch()
+    scratch.raise_flag(drain_file(os.getpid()))
 
 
 @worker_shutdown.connect  # type: ignore[untyped-decorator]

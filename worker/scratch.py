@@ -2,7 +2,8 @@
 
 A run holds a lock on a file in its folder for as long as its process lives; the system lets go of it
 however the process ends. So a folder whose lock can be taken is nobody's. No database is asked: a
-job of another worker's on this host, or of a database that is away, is safe all the same.
+job of another worker's on this host, or of a database that is away, is safe all the same. The flag of a worker that
+drains is held in the same way, since hosts may share the folder.
 """
 
 import fcntl
@@ -12,16 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 
-LOCK = "held"
+LOCK, FLAG = "held", "drain-"
 # A folder is made a moment before its lock is taken.
 YOUNG_SECONDS = 60.0
 
 log = get_logger(__name__)
+_raised: list[IO[bytes]] = []
 
 
 def hold(folder: Path) -> IO[bytes]:
@@ -40,6 +40,14 @@ def hold(folder: Path) -> IO[bytes]:
     return lock
 
 
+def raise_flag(flag: Path) -> None:
+    """Make the file `flag` this process's, until it ends or removes it."""
+    flag.parent.mkdir(parents=True, exist_ok=True)
+    file = flag.open("wb")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _raised.append(file)
+
+
 def held() -> list[Path]:
     """The folders of runs on this host, whichever worker's."""
     return [path for path in get_settings().scratch().glob("ftjob-*/attempt-*") if not _is_nobodys(path)]
@@ -54,20 +62,21 @@ def sweep() -> list[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another attempt's folder lies beside it
             folder.parent.rmdir()
-    flags = [path for path in scratch.glob("drain-*") if not psutil.pid_exists(int(path.name.partition("-")[2]))]
+    flags = [path for path in scratch.glob(f"{FLAG}*") if _is_nobodys(path, path)]
     for flag in flags:
         flag.unlink(missing_ok=True)
     return [*left, *flags]
 
 
-def _is_nobodys(folder: Path) -> bool:
+def _is_nobodys(path: Path, file: Path | None = None) -> bool:
+    """Whether `path` is old enough and nobody holds its lock, the one in it if it is a folder."""
     try:
-        if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
+        if time.time() - path.stat().st_mtime < YOUNG_SECONDS:
             return False
-        with (folder / LOCK).open("rb") as lock:
+        with (file or path / LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except FileNotFoundError:  # the lock was never taken, or the folder has just gone
-        return folder.exists()
+        return path.exists()
     return True

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,14 +64,28 @@ def test_a_dead_attempt_goes_without_its_living_neighbour() -> None:
     assert living.is_dir()
 
 
-def test_only_drain_flags_of_workers_that_are_gone_go() -> None:
-    folder = get_settings().scratch()
-    folder.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    for pid in (os.getpid(), ended.pid):
-        (folder / f"drain-{pid}").touch()
-    assert scratch.sweep() == [folder / f"drain-{ended.pid}"]
+def test_a_drain_flag_goes_only_when_its_worker_is_gone_whichever_host_that_was_on() -> None:
+    flag = get_settings().scratch() / f"{scratch.FLAG}another-host-1-ab"
+    code = f"from pathlib import Path; from worker import scratch; scratch.raise_flag(Path({str(flag)!r}))"
+    code += "; print('raised', flush=True); import time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert scratch.sweep() == [], "it is young"
+        _age(flag, 3600)
+        assert scratch.sweep() == []
+        process.send_signal(signal.SIGKILL)
+    assert scratch.sweep() == [flag]
+
+
+def test_workers_with_the_same_number_on_one_volume_have_flags_of_their_own() -> None:
+    code = "from worker.app import drain_file; print(drain_file(7).name)"
+    names = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert len(names) == 2
+    assert all(name.startswith(f"{scratch.FLAG}{socket.gethostname()}-7-") for name in names)
 
 
 def test_a_folder_cannot_be_held_twice() -> None:
