@@ -102,12 +102,13 @@ def migrate(
 ) -> None:
     """Bring the database to the newest revision."""
     configure(state=state)
-    from api.core import db, migrate
+    from api.core import db, migrate, startup
     from api.core.settings import get_settings
 
     if not check:
+        os.umask(startup.OTHERS)
         if get_settings().database_url is None:
-            get_settings().state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            startup.make_private(get_settings().state_dir)
         migrate.upgrade(db.get_engine())
         out.print(f"database at the newest revision: {db.get_engine().url!r}")
         return

@@ -22,7 +22,7 @@ from typing import IO
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.core import catalogue, keys, migrate
+from api.core import catalogue, keys, migrate, startup
 from api.core.db import get_engine, session_scope
 from api.core.models import ApiKey
 from api.core.settings import Settings, get_settings, unknown_variables
@@ -181,10 +181,12 @@ def running(*, say: Say) -> Iterator[tuple[Service, str | None]]:
     service = Service(get_settings(), say=say)
     kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {kind: signal.signal(kind, service.ask_to_stop) for kind in kinds}
+    mask = os.umask(startup.OTHERS)
     try:
         yield service, service.start()
     finally:
         service.stop()
+        os.umask(mask)
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
@@ -199,8 +201,10 @@ def _require_base_models(settings: Settings) -> None:
 
 def _make_folder(state: Path) -> None:
     try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        startup.make_private(state)
         (state / "logs").mkdir(exist_ok=True)
+    except startup.OpenFolder as error:
+        raise CannotServe(str(error)) from error
     except OSError as error:
         raise CannotServe(f"the state folder {state} cannot be made: {error.strerror}") from error
 

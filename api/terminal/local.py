@@ -29,8 +29,9 @@ def explain(error: Exception) -> str | None:
 
     from api.core.catalogue_file import BadCatalogue
     from api.core.settings import BadSettings, get_settings
+    from api.core.startup import OpenFolder
 
-    if isinstance(error, BadSettings | BadCatalogue):
+    if isinstance(error, BadSettings | BadCatalogue | OpenFolder):
         return str(error)
     if isinstance(error, SQLAlchemyError):
         said = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__
