@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from api.core import jobs
+from api.core import catalogue, jobs
 from api.core.db import session_scope
 from api.core.jobs import Failure, Lease
 from api.core.models import Job
 from api.core.storage import get_storage
 from lorainit.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
-from lorainit.spec import Choice
+from lorainit.spec import Choice, Lora
 from worker import artifacts, reconciler, row_checks
 from worker.progress import Lost, Recorder
 
@@ -44,6 +44,8 @@ def train(
     recorder = Recorder(lease)
     precision = job.recipe["training"]["precision"]
     automatic = precision == "auto"
+    lora = Lora.model_validate(job.recipe["lora"])
+    modules, parameters = catalogue.size(lora, catalogue.require(job.model))
     plan = Plan(
         total_steps=steps,
         steps_per_epoch=1,
@@ -51,8 +53,8 @@ def train(
         trained_tokens_per_epoch=100,
         micro_batch_size=1,
         gradient_accumulation_steps=1,
-        modules=210,
-        trainable_parameters=1000,
+        modules=modules,
+        trainable_parameters=parameters,
         target_modules=["q_proj"],
         device="cpu",
         precision="fp32" if automatic else precision,

@@ -2,13 +2,14 @@
 
 import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core import catalogue, files, jobs, traces, turns
+from api.core.answers import Told, require_agreeing
 from api.core.db import now
 from api.core.errors import BadReference, InvalidValue
 from api.core.ids import new_id
@@ -42,6 +43,7 @@ class Order:
     group: bool
     devices: int
     device: str
+    told: Told = field(default_factory=Told)
 
 
 def submit(session: Session, project_id: str, order: Order) -> Job:
@@ -69,6 +71,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         )
     lora, choices = order.lora.resolved()
     lora = catalogue.place(lora, entry)
+    require_agreeing(order.told, lora, entry)
     _agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
     for field, file in found.items():
         _known_bad(file, field, order)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from api.core.answers import Told
 from api.core.submit import Order
 from api.invalid import first_fault
 from lorainit.schema import Seed, Strict, no_more_than
@@ -45,7 +46,7 @@ RankPattern = Annotated[
 class LoraOrder(Lora):
     """`lora` as ordered, or as an earlier job answered: the answer's own fields say what an order came to.
 
-    They are no order. `scaling`, which is one in other tools, is held against alpha and r.
+    They are no order, and are held against what this one comes to (`api.core.answers`).
     """
 
     told_scaling: Annotated[float, Field(gt=0)] | None = Field(None, alias="scaling")  # `scaling` is computed
@@ -63,6 +64,12 @@ class LoraOrder(Lora):
             text = f"scaling (got {told:g}) follows from alpha and r, which make it {found:g}: set alpha."
             raise _fault("invalid_value", "scaling", text)
         return self
+
+    def told(self) -> Told:
+        """The answer's own fields."""
+        return Told(
+            modules=self.modules, trainable_parameters=self.trainable_parameters, rank_pattern=self.rank_pattern or {}
+        )
 
     def ordered(self) -> Lora:
         """The order alone."""
@@ -226,6 +233,7 @@ class JobRequest(Strict):
             group=self.resources.group,
             devices=self.resources.devices,
             device=self.resources.device,
+            told=self.lora.told(),
         )
 
 

@@ -116,6 +116,36 @@ def test_a_multiplier_that_does_not_fit_the_rate_is_refused_with_the_base_rate(l
     assert f"initialization is {RATES['pissa'][0].value:g}" in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("modules", 1), ("trainable_parameters", 1), ("rank_pattern", {"model.layers.0.self_attn.q_proj": 1})],
+)
+def test_an_answer_that_was_edited_is_refused_with_its_field(field: str, value: Any, lab: Lab) -> None:
+    first = lab.order(lora={"init": "kaiming", "r": 8})
+    body = {"model": MODEL, "training_file": first["training_file"], "lora": {**first["lora"], field: value}}
+    refused(lab.client.post(JOBS, json=body), 400, "invalid_value", f"lora.{field}")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "accepted"),
+    [
+        ({"model.layers.0.self_attn.q_proj": 12, "model.layers.1.self_attn.q_proj": 4}, True),
+        ({"q_proj": 1}, False),
+        ({"model.layers.0.self_attn.q_proj": 64}, False),
+        ({"model.layers.0.self_attn.nothing": 4}, False),
+    ],
+)
+def test_ranks_are_taken_only_as_the_answer_of_a_method_that_spreads_them(
+    ranks: dict[str, int], accepted: bool, lab: Lab
+) -> None:
+    body = {"model": MODEL, "training_file": lab.upload()["id"], "lora": {"init": "eva", "r": 8, "rank_pattern": ranks}}
+    found = lab.client.post(JOBS, json=body)
+    if accepted:
+        assert found.status_code == 200
+    else:
+        refused(found, 400, "invalid_value", "lora.rank_pattern")
+
+
 @pytest.mark.parametrize("field", ["modules", "trainable_parameters"])
 def test_what_an_order_came_to_is_no_part_of_the_order(field: str) -> None:
     request = JobRequest.model_validate({"model": "m", "training_file": "f", "lora": {"r": 8, field: 3}})

@@ -1,0 +1,52 @@
+"""What an order says that is an earlier job's answer: it may be fed back, and has to be what this order comes to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from api.core import catalogue
+from api.core.catalogue import Entry
+from api.core.errors import InvalidValue
+from lorainit.paths import matches
+from lorainit.spec import Lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """Fields of a job's `lora` that follow from the others; None = not given."""
+
+    modules: int | None = None
+    trainable_parameters: int | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+
+def require_agreeing(told: Told, lora: Lora, entry: Entry) -> None:
+    """Refuse what this order does not come to, rather than pass over it.
+
+    Ranks that a method spreads by its rows are known when it has seen them. Until then they have to be ranks that it
+    could spread: of layers by their full names, and not more in all than r each.
+
+    Args:
+        lora: placed on the entry.
+
+    Raises:
+        InvalidValue: one of the values is another one.
+    """
+    modules, parameters = catalogue.size(lora, entry)
+    spread = lora.method.export_rank == "per module"
+    if told.rank_pattern and not (spread and _could_be_spread(told.rank_pattern, lora)):
+        why = "is found by the initialization" if spread else f"is empty for init {lora.init.method!r}"
+        raise _refusal("rank_pattern", f"{why}: it cannot be ordered; r sets the rank")
+    if told.modules not in (None, modules):
+        raise _refusal("modules", f"(got {told.modules}) follows from target_modules, which make it {modules}")
+    if not told.rank_pattern and told.trainable_parameters not in (None, parameters):
+        why = f"follows from r and target_modules, which make it {parameters}"
+        raise _refusal("trainable_parameters", f"(got {told.trainable_parameters}) {why}")
+
+
+def _could_be_spread(ranks: Mapping[str, int], lora: Lora) -> bool:
+    full = all("." in name and any(matches(name, one) for one in lora.target_modules) for name in ranks)
+    return full and min(ranks.values()) >= 0 and sum(rank - lora.r for rank in ranks.values()) <= 0
+
+
+def _refusal(name: str, text: str) -> InvalidValue:
+    return InvalidValue(f"lora.{name} {text}.", code="invalid_value", param=f"lora.{name}")
