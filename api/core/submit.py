@@ -73,8 +73,8 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
     lora = catalogue.place(lora, entry)
     require_agreeing(order.told, lora, entry)
     _agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
-    for field, file in found.items():
-        _known_bad(file, field, order)
+    for name, file in found.items():
+        _known_bad(file, name, order)
     turns.check_room(session, project_id)
     job = Job(
         id=new_id("ftjob-"),
