@@ -35,6 +35,8 @@ def connect() -> OpenAI:
     for name, meaning in (("OPENAI_BASE_URL", "the server, as http://127.0.0.1:8000/v1"), ("OPENAI_API_KEY", "a key")):
         if not os.environ.get(name):
             raise Problem(f"{name} is not set. It names {meaning}; `lorainit serve` prints both.")
+    if not os.environ["OPENAI_API_KEY"].isascii():
+        raise Problem("OPENAI_API_KEY is no key of a server: there are letters in it that no key has.")
     return OpenAI()
 
 

@@ -179,6 +179,11 @@ def test_a_new_key_works_and_is_alone_on_standard_output(served: Served) -> None
     assert "ftjob-" not in listed.stdout  # another project
 
 
+def test_a_key_that_no_header_can_carry_is_told_in_one_line() -> None:
+    env = environment(OPENAI_BASE_URL="http://127.0.0.1:9/v1", OPENAI_API_KEY="sk-é")
+    assert "OPENAI_API_KEY" in one_error(lorainit("list", env=env))
+
+
 def test_a_key_for_a_service_that_never_ran_is_refused(tmp_path: Path) -> None:
     assert "no database at" in one_error(lorainit("keys", "create", "--state", str(tmp_path / "none")))
     assert not (tmp_path / "none").exists()
