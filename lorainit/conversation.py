@@ -6,6 +6,7 @@ Torch-free; knows nothing of lines, files, tokenizers or models.
 """
 
 import json
+import unicodedata
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ Kind = Literal["chat", "prompt_completion", "preference"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _CHAT_KEYS = {"messages", "tools", "parallel_tool_calls", "functions"}
 _PREFERENCE_KEYS = {"input", "preferred_output", "non_preferred_output"}
+_UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of Unicode
 _MESSAGE_KEYS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"}
 
 
@@ -31,7 +33,8 @@ def kind_of(row: dict[str, Any]) -> Kind | None:
     """The kind a row claims to be by its keys, None if they name none."""
     if "messages" in row:
         return "chat"
-    if _PREFERENCE_KEYS & row.keys():
+    # `input` is a text in rows of other formats (instruction, input, output).
+    if (_PREFERENCE_KEYS - {"input"}) & row.keys() or isinstance(row.get("input"), dict):
         return "preference"
     return "prompt_completion" if {"prompt", "completion"} & row.keys() else None
 
@@ -102,7 +105,7 @@ def _prompt_completion(row: dict[str, Any]) -> Iterator[Fault]:
             yield Fault("message_missing_key", key, f"{key} is missing.")
         elif not isinstance(row[key], str):
             yield Fault("data_type", key, f"{key} is not a string.")
-    if isinstance(row.get("completion"), str) and not row["completion"].strip():
+    if isinstance(row.get("completion"), str) and _shows_nothing(row["completion"]):
         yield Fault("missing_content", "completion", "completion is blank.")
 
 
@@ -187,11 +190,16 @@ def _content(message: dict[str, Any], where: str) -> Iterator[Fault]:
 
 
 def _is_blank(content: str | list[Any] | None) -> bool:
-    """Whether nothing is left of a text, or of all its parts, without white space; of faulty parts nobody knows."""
+    """Whether a text, or all its parts, show nothing; of faulty parts nobody knows."""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        return all(isinstance(text, str) and not text.strip() for text in texts)
-    return not (content or "").strip()
+        return all(isinstance(text, str) and _shows_nothing(text) for text in texts)
+    return _shows_nothing(content or "")
+
+
+def _shows_nothing(text: str) -> bool:
+    """Whether it is white space, control characters and characters without width alone."""
+    return all(unicodedata.category(character) in _UNSEEN for character in text)
 
 
 def _part(part: Any, place: str) -> Iterator[Fault]:

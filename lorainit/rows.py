@@ -31,7 +31,11 @@ _ARRAY = Fault(
     None,
     "the file is one JSON array, and rows are JSON Lines: one object a line, without the array's brackets and commas.",
 )
-_NO_KIND = Fault("missing_messages_list", "messages", "messages is missing.")
+_NO_KIND = Fault(
+    "missing_messages_list",
+    "messages",
+    "messages is missing: a row has messages, or prompt and completion.",
+)
 
 
 class Problem(BaseModel):
@@ -95,6 +99,7 @@ def problem(line: int, fault: Fault) -> Problem:
 
 
 def _shortened(text: str, most: int) -> str:
+    text = text.replace("\0", "\N{SYMBOL FOR NULL}")  # which a database cannot store
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -171,7 +176,8 @@ class _Tally:
         if self.rows == self.valid:
             return None
         first = next((p for p in self.errors if p.code == "mixed_formats" or not self.mixed), self.errors[0])
-        where = f"first: line {first.line}: {first.code}"
+        sentence = first.message.removeprefix(f"Line {first.line}: ").removesuffix(".")
+        where = f"first: line {first.line}: {first.code}: {sentence}"
         if self.mixed:
             return f"the rows are of mixed kinds; {where}"
         bad = self.rows - self.valid
@@ -181,10 +187,12 @@ class _Tally:
 def _scan(stream: BinaryIO, tally: _Tally | None = None) -> Iterator[Row | BadRow]:
     """Rows of a stream; the first row that names a kind decides that of the file."""
     tally = tally or _Tally()
-    for number, (line, raw) in enumerate(_lines(stream)):
-        if not number and raw and _opens_an_array(raw):
-            yield _bad(line, iter((_ARRAY,)), tally)
-            return  # its other lines are no rows that could be wrong one by one
+    lines = _lines(stream)
+    opening = list(islice(lines, 2))
+    if opening and opening[0][1] and _opens_an_array(opening[0][1], alone=len(opening) == 1):
+        yield _bad(opening[0][0], iter((_ARRAY,)), tally)
+        return  # its other lines are no rows that could be wrong one by one
+    for line, raw in chain(opening, lines):
         doubled = list[str]()
         row = _parse(raw, doubled)
         if isinstance(row, dict):
@@ -238,15 +246,18 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             complete = rest.endswith(b"\n")
 
 
-def _opens_an_array(raw: bytes) -> bool:
-    """Whether the first line begins a JSON array of rows, on this line alone or over many."""
+def _opens_an_array(raw: bytes, *, alone: bool) -> bool:
+    """Whether the first line begins a JSON array of rows, on this line alone or over many.
+
+    Where it is a whole array and not alone, each line is one, and each of them is a bad row.
+    """
     if not raw.lstrip().startswith(b"["):
         return False
     try:
         row = json.loads(raw)
     except (ValueError, RecursionError):
         return True
-    return bool(row) and isinstance(row[0], dict)
+    return alone and bool(row) and isinstance(row[0], dict)
 
 
 def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
@@ -260,5 +271,6 @@ def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
     except strict_json.Unreadable as error:
         return Fault(error.code, None, str(error))
     if not isinstance(row, dict):
-        return Fault("data_type", None, "the row is not an object.")
+        what = "a list, and a row is an object" if isinstance(row, list) else "not an object"
+        return Fault("data_type", None, f"the row is {what}.")
     return without_padding(row) if b"null" in raw or b"[]" in raw else row

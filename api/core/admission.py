@@ -90,9 +90,9 @@ def _unusable(file: File, field: str, job: Job) -> Failure | None:
     if file.deleted_at is not None:
         return Failure(code, f"{field} {file.id} has been deleted.", field)
     if file.status == "error":
-        return Failure(code, f"{field} {file.id} cannot be used: {file.status_details}", field)
+        return Failure(code, f"{field} {file.id} cannot be used: {file.status_details}.", field)
     if report.get("error_count") and job.on_row_error == "fail":
-        return Failure(code, f"{field} {file.id}: {file.status_details}", field)
+        return Failure(code, f"{field} {file.id}: {file.status_details}.", field)
     if report.get("kind") == "preference":
         return Failure(code, f"{field} {file.id} holds preference rows, which supervised training cannot use.", field)
     return None

@@ -80,7 +80,14 @@ def test_weight_that_is_neither_0_nor_1_is_refused(weight):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "  \n ", [{"type": "text", "text": ""}], [{"type": "text", "text": " "}, {"type": "text", "text": "\n"}]],
+    [
+        "",
+        "  \n ",
+        "\u200b\ufeff",
+        "\0",
+        [{"type": "text", "text": ""}],
+        [{"type": "text", "text": " "}, {"type": "text", "text": "\n"}],
+    ],
 )
 def test_blank_answer_is_refused(content):
     (found,) = report({"messages": [USER, {"role": "assistant", "content": content}]}).errors
@@ -107,6 +114,17 @@ def test_array_of_rows_is_said_to_be_one(indent):
     found = report(json.dumps([chat("q", "a"), chat("r", "b")], indent=indent).encode())
     assert (found.status, found.error_count) == ("error", 1)
     assert "one JSON array, and rows are JSON Lines" in found.errors[0].message
+
+
+def test_lists_on_lines_of_their_own_are_bad_rows_one_by_one():
+    found = report([chat("q", "a")], [chat("r", "b")])
+    assert [(fault.line, fault.code) for fault in found.errors] == [(1, "data_type"), (2, "data_type")]
+    assert "the row is a list" in found.errors[0].message
+
+
+def test_row_of_instruction_input_and_output_is_no_preference_row():
+    found = report({"instruction": "q", "input": "", "output": "a"})
+    assert (found.kind, [fault.code for fault in found.errors]) == (None, ["missing_messages_list"])
 
 
 def test_row_that_is_a_list_among_good_ones_is_one_bad_row():

@@ -182,3 +182,8 @@ def test_what_is_no_number_in_a_row_is_none_in_the_arguments_of_a_call(number):
 def test_key_written_twice_in_arguments_is_a_warning(arguments):
     found = check_file(io.BytesIO(json.dumps(with_arguments(arguments)).encode()))
     assert [(w.line, "'a'" in w.message) for w in found.warnings if w.code == "duplicate_key"] == [(1, True)]
+
+
+def test_what_is_said_of_a_row_can_be_stored_whatever_it_quotes():
+    found = check_file(io.BytesIO(json.dumps({"messages": [{**USER, "\0": 1}, REPLY]}).encode()))
+    assert "\0" not in found.model_dump_json() + found.errors[0].message + found.status_details

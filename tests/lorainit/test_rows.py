@@ -98,7 +98,8 @@ def test_report_dumps_exactly_the_validation_object():
     }
     assert (found.status, found.status_details) == (
         "processed",
-        "1 of 2 rows are invalid; first: line 2: missing_content",
+        "1 of 2 rows are invalid; first: line 2: missing_content: messages[1].content is null, but the message has no"
+        " tool_calls",
     )
 
 
@@ -112,10 +113,18 @@ def test_clean_file_has_no_details():
     [
         (b"", "the file has no rows"),
         (b"\n\n", "the file has no rows"),
-        (b"\xff\xfe\x00", "1 of 1 row is invalid; first: line 1: invalid_utf8"),
+        (
+            b"\xff\xfe\x00",
+            "1 of 1 row is invalid; first: line 1: invalid_utf8: byte 1 of the line is not UTF-8",
+        ),
+        (
+            json.dumps([GOOD]).encode(),
+            "1 of 1 row is invalid; first: line 1: invalid_json: the file is one JSON array, and rows are JSON Lines:"
+            " one object a line, without the array's brackets and commas",
+        ),
         (
             json.dumps(GOOD).encode() + b'\n{"prompt": "p", "completion": "c"}',
-            "the rows are of mixed kinds; first: line 2: mixed_formats",
+            "the rows are of mixed kinds; first: line 2: mixed_formats: this is a prompt_completion row in a chat file",
         ),
     ],
 )
