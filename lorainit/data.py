@@ -5,6 +5,7 @@ before any training. Knows nothing of adapters or devices.
 """
 
 import hashlib
+import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lorainit.errors import (
     UnsupportedModel,
 )
 from lorainit.rows import KEPT_PROBLEMS, BadRow, Problem, Row, problem, read_rows
+from lorainit.spec import Data
 from lorainit.stops import stop_tokens
 from lorainit.template import Template
 
@@ -218,6 +220,28 @@ class _Reader:
     def _warn(self, line: int, fault: Fault) -> None:
         self.warnings[fault.code] += 1
         self.remarks.setdefault(fault.code, problem(line, fault))
+
+
+def require_readable(files: Data) -> None:
+    """Refuse files that cannot be opened before anything expensive is done.
+
+    Raises:
+        InvalidTrainingFile, InvalidValidationFile: one is not there, is no plain file or may not be read.
+    """
+    named = {"training": files.training, "validation": files.validation, "calibration": files.calibration}
+    for field, path in named.items():
+        if path is None:
+            continue
+        error = _ERRORS[f"data.{field}"]
+        try:
+            plain = stat.S_ISREG(Path(path).stat().st_mode)  # a pipe would be read once, and we read more often
+            if plain:
+                Path(path).open("rb").close()
+        except (OSError, ValueError) as fault:
+            why = fault.strerror if isinstance(fault, OSError) else str(fault)
+            raise error(f"The {field} file {path} cannot be read: {why}.", param=f"data.{field}") from fault
+        if not plain:
+            raise error(f"The {field} file {path} is not a plain file.", param=f"data.{field}")
 
 
 def name_of(param: str) -> str:

@@ -17,6 +17,7 @@ from lorainit import checkpoint, delivery, hardware, init_stage, proof
 from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Progress, Restored
 from lorainit.course import Member
+from lorainit.data import require_readable
 from lorainit.errors import DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
 from lorainit.events import Done, InitReport, Message, Stage
 from lorainit.fit import fit
@@ -98,6 +99,7 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
         try:
             request.out.mkdir(parents=True, exist_ok=True)
             request.on_event(Stage(stage="loading", message=f"Loading {request.spec.model.id}"))
+            require_readable(request.spec.data)
             base = base or open_base(request.spec, request.out, request.on_event, world=world)
             world = base.world
             runs[who] = _begin(request, base, world, sharing=len(requests))

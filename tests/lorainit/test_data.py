@@ -1,12 +1,20 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
 
 from lorainit.batches import batches, collate, order
-from lorainit.data import load
-from lorainit.errors import InvalidTrainingFile, InvalidValidationFile, NoTrainableTokens, UnsupportedModel
+from lorainit.data import load, require_readable
+from lorainit.errors import (
+    InvalidTrainingFile,
+    InvalidValidationFile,
+    LorainitError,
+    NoTrainableTokens,
+    UnsupportedModel,
+)
+from lorainit.spec import Data
 from tests.lorainit.conftest import PLAIN_TEMPLATE, chat, make_tokenizer, write_rows
 
 
@@ -254,3 +262,13 @@ def test_tokenizer_that_reads_no_row_is_the_models_fault(tmp_path):
     with pytest.raises(UnsupportedModel, match="tokenizer reads no row of the training file; first: Line 1") as caught:
         read_with_expression("(q+q+)+Z", tmp_path, "q" * 60, "q" * 70)
     assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize(("path", "words"), [("none.jsonl", "No such file"), (".", "not a plain file")])
+@pytest.mark.parametrize("field", ["training", "validation", "calibration"])
+def test_file_that_cannot_be_opened_is_refused(field: str, path: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").touch()
+    files = Data.model_validate({"training": str(tmp_path / "good.jsonl"), field: str(tmp_path / path)})
+    with pytest.raises(LorainitError, match=words) as caught:
+        require_readable(files)
+    assert caught.value.param == f"data.{field}"
