@@ -24,7 +24,7 @@ from lorainit.fit import fit
 from lorainit.initialize import Report
 from lorainit.inits import HRP
 from lorainit.prepare import Job, prepare, with_micro_batch
-from lorainit.spec import RunSpec
+from lorainit.spec import Hyperparameters, RunSpec
 from lorainit.train import train
 from lorainit.verdict import judge, judge_effect
 from lorainit.world import World, joined
@@ -187,9 +187,8 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
     with delivery.complete_or_absent(out / "adapter") as folder:
         delivery.write_adapter(job, folder, one.report)
         check = delivery.verify(job, folder, say, last=last)
-        assert job.training.learning_rate is not None
         base = one.report.summary.get("base_valid_loss")
-        warnings = judge(out / "metrics.jsonl", rate=job.training.learning_rate, base=base) + judge_effect(check)
+        warnings = judge(out / "metrics.jsonl", **_rates(job.training), base=base) + judge_effect(check)
         delivery.write_manifest(job, folder, one.report, export_check=check, warnings=warnings)
     for found in warnings:
         say(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))
@@ -202,6 +201,12 @@ def _deliver(one: _Run, progress: Progress, *, last: bool) -> Done:
     )
     say(done)
     return done
+
+
+def _rates(training: Hyperparameters) -> dict[str, float]:
+    """The peak rate of a resolved recipe, and the one that a multiplier of 1 stands for."""
+    assert training.learning_rate is not None and training.learning_rate_multiplier != "auto"
+    return {"rate": training.learning_rate, "usual": training.learning_rate / training.learning_rate_multiplier}
 
 
 def _accompany(one: _Run, progress: Progress, *, last: bool) -> Done:

@@ -10,11 +10,12 @@ from lorainit.events import Warned
 LOWER = 5
 
 
-def judge(log: Path, *, rate: float, base: float | None = None) -> list[Warned]:
+def judge(log: Path, *, rate: float, usual: float, base: float | None = None) -> list[Warned]:
     """The warnings of a run, from the validation losses of its `metrics.jsonl`; none without a validation file.
 
     Args:
         rate: the run's peak learning rate.
+        usual: the rate that this base and method have when nobody names one.
         base: the untouched base's loss on the same rows; None where the start is the base.
     """
     rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -25,9 +26,11 @@ def judge(log: Path, *, rate: float, base: float | None = None) -> list[Warned]:
     base = start if base is None else base
     if end <= min(base, start):
         return []
-    lower = float(f"{rate / LOWER:.1e}")
+    fifth = rate / LOWER
+    lower = float(f"{min(fifth, usual):.1e}")
+    which = "a fifth" if fifth <= usual else "the default of this base and initialization, instead"
     text = f"The validation loss ended at {end:.4f}, {_above(base, start, end)}"
-    text += f" Try learning_rate {lower:g}, a fifth of this run's {rate:g}"
+    text += f" Try learning_rate {lower:g}, {which} of this run's {rate:g}"
     best = min(losses, key=lambda step: losses[step])
     text += f", or {best} steps, where the loss was {losses[best]:.4f}." if best else "."
     data = {"base": base, "start": start, "end": end, "learning_rate": lower}

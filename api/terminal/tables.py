@@ -51,8 +51,15 @@ def job_row(job: FineTuningJob) -> tuple[str, ...]:
         job.model,
         init if isinstance(init, str) else init.get("method", ""),
         str(lora.get("r", "")),
-        job.fine_tuned_model or (job.error.code if job.error else None) or field_of(job, "queue_reason") or "",
+        _result(job),
     )
+
+
+def _result(job: FineTuningJob) -> str:
+    """What came of a job, with the codes of the warnings that it ended with."""
+    said = job.fine_tuned_model or (job.error.code if job.error else None) or field_of(job, "queue_reason") or ""
+    codes = ", ".join(warning["code"] for warning in field_of(job, "warnings") or [])
+    return f"{said} ({codes})" if codes else said
 
 
 def catalogue_entry(facts: ModelFacts, *, model_id: str, given: bool) -> str:
