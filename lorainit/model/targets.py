@@ -115,7 +115,10 @@ def _registered_twice(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[
 
 def describe(model: nn.Module) -> tuple[list[Target], list[LeftOut]]:
     """The kinds of layers that can carry a LoRA, and of those that cannot, in order of first appearance."""
-    layers = survey(model)
+    return _kinds(model, survey(model))
+
+
+def _kinds(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[list[Target], list[LeftOut]]:
     targets, left_out = kinds_of((layer.name, layer) for layer in layers.values())
     return targets, [*left_out, *_stacked_experts(model)]
 
@@ -179,17 +182,17 @@ def resolve(model: nn.Module, lora: Lora) -> tuple[dict[str, nn.Module], list[Le
     """
     layers = survey(model)
     wanted = lora.target_modules
-    if isinstance(wanted, str):
-        named = [(layer.name, full) for full, layer in layers.items()]
-    else:
-        named = [(end, full) for end in wanted for full in layers if matches(layers[full].path, end)]
-        _require_linear(model, wanted, {end for end, _ in named}, layers)
-    targets, left_out = kinds_of((name, layers[full]) for name, full in named)
-    if isinstance(wanted, str):
-        left_out += _stacked_experts(model)
-    placed = place(lora, targets, left_out)
-    chosen = {full for name, full in named if name in placed.names and not layers[full].refusal}
-    return {full: layers[full].module for full in layers if full in chosen}, placed.left_out
+    if not isinstance(wanted, str):
+        found = {end for end in wanted if any(matches(layer.path, end) for layer in layers.values())}
+        _require_linear(model, wanted, found, layers)
+    placed = place(lora, *_kinds(model, layers))
+    names = set(placed.names)
+    chosen = {
+        full: layer.module
+        for full, layer in layers.items()
+        if not layer.refusal and (layer.name in names or any(matches(layer.path, name) for name in names))
+    }
+    return chosen, placed.left_out
 
 
 def _require_linear(model: nn.Module, wanted: Sequence[str], found: set[str], layers: Mapping[str, Layer]) -> None:
