@@ -19,6 +19,7 @@ Refusal (api.core.errors)      status
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -252,9 +253,19 @@ def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
         allowed = ", ".join(sorted(verbs))
         message = f"{request.method} is not possible on {path}. Possible: {allowed}."
         return respond(WrongVerb(message, code="method_not_allowed"), {"allow": allowed})
-    if routes.verbs(f"/v1{path}") or planned(request.method, f"/v1{path}", routes):
-        message = f"{path} does not exist and /v1{path} does: the base URL of this API ends in /v1."
+    if (meant := _with_v1(request.method, path, routes)) is not None:
+        message = f"{path} does not exist and {meant} does: the base URL of this API ends in /v1."
+        return respond(NotFound(message, code="unsupported_endpoint"))
+    if routes.verbs(request.scope.get("raw_path", b"").decode("latin-1")):
+        message = f"{request.method} {path} does not exist: no id holds a slash."
         return respond(NotFound(message, code="unsupported_endpoint"))
     known = ", ".join(routes.paths())
     message = f"{request.method} {path} does not exist. Routes: {known}."
     return respond(NotFound(message, code="unsupported_endpoint"))
+
+
+def _with_v1(verb: str, path: str, routes: Table) -> str | None:
+    """The path that was meant by a base URL with another version than /v1, or with none."""
+    rest = re.sub(r"^/v\d+(?=/)", "", path)
+    meant = f"/v1{rest}"
+    return meant if meant != path and (routes.verbs(meant) or planned(verb, meant, routes)) else None

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from lorainit import machine
 from lorainit.errors import Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Stage, Tick
+from lorainit.faults import faults_of
 from lorainit.launch import Loss, Others, companions, leave_word
 from lorainit.limits import die_with_parent
 from lorainit.sources import LOCAL, is_root
@@ -196,11 +197,8 @@ def _read_spec(path: Path) -> RunSpec | None:
     except OSError as error:
         print(f"{path}: {error.strerror}", file=sys.stderr)  # noqa: T201
     except ValidationError as error:
-        for fault in error.errors():
-            place = ".".join(str(part) for part in fault["loc"]) or "spec"
-            place = f"{place}.{fault['ctx']['param']}" if "param" in fault.get("ctx", {}) else place
-            text = fault["msg"].removeprefix("Value error, ")
-            print(f"{path}: {place}: {text}", file=sys.stderr)  # noqa: T201
+        for place, text in faults_of(error).items():
+            print(f"{path}: {place or 'spec'}: {text}", file=sys.stderr)  # noqa: T201
     return None
 
 

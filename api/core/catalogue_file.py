@@ -100,7 +100,7 @@ def _text(file: Traversable) -> str:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise BadCatalogue(f"The catalogue {file} has more than the {MAX_BYTES} bytes we would read.")
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # editors on Windows begin a file with a byte-order mark
     except OSError as error:
         raise BadCatalogue(f"The catalogue {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

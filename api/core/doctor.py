@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from api.core import catalogue, disk, migrate, queue
 from api.core.db import get_engine, now, session_scope
@@ -42,7 +43,7 @@ class Absent(Exception):
 
 
 def examine() -> Iterator[Check]:
-    """Every check of the service, each as soon as it is done; one that fails keeps no other from running."""
+    """Every check of the service, each as soon as it is done; a database that fails is not asked for more."""
     try:
         settings = get_settings()
     except BadSettings as error:
@@ -51,9 +52,11 @@ def examine() -> Iterator[Check]:
     yield _check("settings", _settings)
     yield _check("catalogue", _catalogue)
     volumes = {volume.name: volume for volume in disk.worker_volumes(settings) + disk.service_volumes(settings)}
-    yield _check("database", partial(_database, settings))
-    yield _check("migrations", partial(_migrations, settings))
-    yield _check("clock", partial(_clock, settings))
+    database = _check("database", partial(_database, settings))
+    yield database
+    if database.status != "failed":  # else these would only say the same again
+        yield _check("migrations", partial(_migrations, settings))
+        yield _check("clock", partial(_clock, settings))
     yield _check("broker", partial(_broker, settings))
     yield _check("storage", partial(_storage, settings))
     for volume in volumes.values():
@@ -66,7 +69,8 @@ def _check(name: str, look: Callable[[], str]) -> Check:
     except Absent as reason:
         return Check(name, "absent", str(reason))
     except Exception as error:  # every driver has its own kinds; the point is to say what it said
-        return Check(name, "failed", " ".join(str(error).split())[:500] or type(error).__name__)
+        said = error.orig if isinstance(error, DBAPIError) else error  # without SQLAlchemy's additions
+        return Check(name, "failed", " ".join(str(said).split())[:500] or type(error).__name__)
 
 
 def _settings() -> str:

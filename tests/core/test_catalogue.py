@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from api.core import catalogue
+from api.core import catalogue, catalogue_file
 from api.core.catalogue_file import BadCatalogue
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
@@ -300,3 +300,9 @@ def test_the_entry_that_comes_with_the_service_is_what_inspecting_its_base_says(
     found = inspect(entry.source, cache=tmp_path)
     assert entry.targets == found.targets
     assert (entry.max_length, entry.chat) == (found.max_length, found.chat)
+
+
+def test_a_catalogue_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "catalogue.toml"
+    file.write_text("models = []\n", encoding="utf-8-sig")
+    assert catalogue_file.read(file).tables == {"models": []}

@@ -51,6 +51,8 @@ def test_a_database_that_is_not_there_fails_with_its_own_words(environment: pyte
     checks = found()
     assert (checks["database"].status, checks["storage"].status) == ("failed", "ok")
     assert "refused" in checks["database"].message
+    assert "sqlalche" not in checks["database"].message
+    assert not {"migrations", "clock"} & set(checks)  # which would say the same again
 
 
 def test_a_missing_migration_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from lorainit import confined
 from lorainit.__main__ import main
 from lorainit.events import EVENT, Checkpoint, Done, Failed, Metrics, Stage
+from lorainit.faults import faults_of
+from lorainit.spec import RunSpec
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
@@ -239,3 +242,18 @@ def test_torch_is_not_needed_to_read_a_spec_or_check_a_file():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        *(({"training": {"batch_size": value}}, "training.batch_size") for value in (0, "many", 1.5)),
+        ({"lora": {"target_modules": 3}}, "lora.target_modules"),
+        ({"lora": {"target_modules": [1]}}, "lora.target_modules.0"),
+    ],
+)
+def test_a_field_of_several_kinds_is_one_fault_by_its_own_name(more, field):
+    given = {"model": {"id": "x", "source": "x", "root": "local:x"}, "data": {"training": "x"}}
+    with pytest.raises(ValidationError) as caught:
+        RunSpec.model_validate(given | more)
+    assert list(faults_of(caught.value)) == [field]
