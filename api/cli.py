@@ -135,9 +135,9 @@ def models_inspect(
     from lorainit.sources import LOCAL, is_root
 
     if re.fullmatch(ID, model_id) is None:
-        raise Problem(f"--id must be letters, digits, '.', '_' and '-', at most 128 (got {model_id!r}).")
+        raise Problem(f"--id must be letters, digits, '.', '_' and '-', at most 128 (got {model_id[:80]!r}).")
     if root is not None and not is_root(root):
-        raise Problem(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {root!r}).")
+        raise Problem(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {root[:80]!r}).")
     command = [sys.executable, "-m", "lorainit", "inspect", source, *([] if root is None else [f"--root={root}"])]
     answer = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if answer.returncode:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 from rich._emoji_codes import EMOJI
+from typer.testing import CliRunner
 
 import api
+from api import cli
 from api.terminal import tables
 from api.terminal.console import plain
 from lorainit.events import Message
@@ -62,3 +64,17 @@ def test_a_job_s_name_is_whole_in_its_row() -> None:
 def test_a_refusal_repeats_the_name_it_was_given(served: Served) -> None:
     for name in ("ftjob-:rocket:", ":boom:"):
         assert name in served.run("watch", name).stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["keys", "create", "--project", "x" * 5000],
+        ["models", "inspect", "folder", "--id", "x" * 5000],
+        ["models", "inspect", "folder", "--id", "tiny", "--root", "x" * 5000],
+    ],
+)
+def test_a_name_that_is_too_long_is_not_repeated_whole(options: list[str]) -> None:
+    done = CliRunner().invoke(cli.app, options)
+    assert done.exit_code == 1
+    assert "got 'xxx" in done.stderr and len(done.stderr) < 300
