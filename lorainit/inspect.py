@@ -1,12 +1,13 @@
 """Facts of a base model as JSON: `python -m lorainit inspect SOURCE`. Reads, never loads, the weights."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from lorainit.digest import base_sha256
 from lorainit.errors import UnsupportedModel
-from lorainit.facts import ModelFacts
+from lorainit.facts import MAX_SIDE, ModelFacts
 from lorainit.model import experts
 from lorainit.model.examine import examine
 from lorainit.model.files import MAX_CONFIG_BYTES, read_object
@@ -16,6 +17,9 @@ from lorainit.model.targets import describe
 from lorainit.model.vocabulary import require_known, require_rows
 from lorainit.sources import LOCAL, is_hub_id
 from lorainit.template import Template
+
+# The context of a base that has no end to it (Mamba's state, say), where the tokenizer's own word for that is 1e30.
+ENDLESS = 1 << 20
 
 
 def inspect(source: str, *, cache: Path) -> ModelFacts:
@@ -45,7 +49,7 @@ def inspect(source: str, *, cache: Path) -> ModelFacts:
     facts = {
         "root": found.hub_id or _root(found.path, location.folder),
         "source": found.source,
-        "max_length": location.max_length or tokenizer.model_max_length,
+        "max_length": location.max_length or _context_of(model.config, tokenizer),
         "chat": tokenizer.chat_template is not None,
         "base_sha256": base_sha256(location.folder),
         "targets": targets,
@@ -59,6 +63,13 @@ def inspect(source: str, *, cache: Path) -> ModelFacts:
         raise UnsupportedModel(
             f"No catalogue can offer the base model: {name}: {fault['msg']}.", param="model"
         ) from error
+
+
+def _context_of(config: Any, tokenizer: Any) -> int:
+    """That of a config.json which does not name it: what transformers takes then, or the tokenizer's."""
+    text = config.get_text_config()
+    known = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
+    return known if known <= MAX_SIDE else ENDLESS
 
 
 def _root(path: Path, folder: Path) -> str:

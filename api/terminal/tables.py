@@ -66,13 +66,13 @@ def catalogue_entry(facts: ModelFacts, *, model_id: str, given: bool) -> str:
     """One `[[models]]` block of the file that LORAINIT_CATALOGUE names; `given`: somebody said what the root is."""
     lines = [
         "[[models]]",
-        f"id = {json.dumps(model_id)}",
+        f"id = {_toml(model_id)}",
         *([] if given or facts.source.startswith(HUB) else _about_root(facts.root)),
-        f"root = {json.dumps(facts.root)}",
-        f"source = {json.dumps(facts.source)}",
+        f"root = {_toml(facts.root)}",
+        f"source = {_toml(facts.source)}",
         f"max_length = {facts.max_length}",
-        f"chat = {json.dumps(facts.chat)}",
-        *([f"base_sha256 = {json.dumps(facts.base_sha256)}"] if facts.base_sha256 else []),
+        f"chat = {_toml(facts.chat)}",
+        *([f"base_sha256 = {_toml(facts.base_sha256)}"] if facts.base_sha256 else []),
         "# The best peak rate of a few short runs with init = kaiming. Without it: docs/rates.md, by the model's size.",
         "# base_learning_rate = 2e-4",
         "targets = [",
@@ -95,7 +95,7 @@ def _about_root(root: str) -> list[str]:
 def _rows(kinds: Sequence[Target]) -> list[str]:
     """Inline tables of TOML, whose strings are JSON's."""
     rows = (
-        ", ".join(f"{key} = {json.dumps(value)}" for key, value in kind.model_dump(exclude_defaults=True).items())
+        ", ".join(f"{key} = {_toml(value)}" for key, value in kind.model_dump(exclude_defaults=True).items())
         for kind in kinds
     )
     return [f"  {{ {row} }}," for row in rows]
@@ -104,3 +104,8 @@ def _rows(kinds: Sequence[Target]) -> list[str]:
 def _method(name: str, needs: list[str], export_rank: str, description: str) -> tuple[str, ...]:
     looks_at = ", ".join(need for need in needs if need != "none") or "nothing"
     return (name, looks_at, f"rank {export_rank}", description)
+
+
+def _toml(value: Any) -> str:
+    """JSON's words for text, numbers and lists are TOML's, but for letters beyond U+FFFF, which JSON cuts in two."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

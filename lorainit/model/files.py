@@ -9,6 +9,7 @@ import math
 import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,15 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise _refusal(f"{folder.name} is a PEFT adapter, not a base model.")
     config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
     check_config(config)
+    _check_generation_config(folder / "generation_config.json")
     return config
+
+
+def _check_generation_config(path: Path) -> None:
+    """transformers passes over one that is no JSON at all, and falls over one that is no object."""
+    with suppress(OSError, ValueError, RecursionError):
+        if not isinstance(json.loads(path.read_bytes()), dict):
+            raise _refusal(f"{path.name} is not a JSON object.")
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -92,6 +101,8 @@ def _check_entry(entry: Path) -> None:
     try:
         facts = entry.stat()
     except OSError as error:
+        if entry.is_symlink() and isinstance(error, FileNotFoundError):
+            return  # part of a download that took some files only; whoever needs this one says that it is not there
         raise _refusal(f"{entry.name} cannot be read: {error.strerror}.") from error
     if stat.S_ISDIR(facts.st_mode):
         return
@@ -151,6 +162,11 @@ def check_config(config: dict[str, Any]) -> None:
         if "token" not in name and limit < abs(value) < math.inf and "max" not in name:
             raise _refusal(f"config.json says {name} = {_digits(value)}, and {limit} is the most we would believe.")
     _check_parts(config)
+    if config.get("return_dict") is False:
+        raise _refusal("config.json says return_dict = false, and outputs are read by their names: remove it.")
+    if config.get("layerdrop"):
+        chance = str(config["layerdrop"])[:20]
+        raise _refusal(f"config.json says layerdrop = {chance}: a step would train some layers by chance. Set it to 0.")
     if not isinstance(config.get("model_type"), str):
         raise _refusal("config.json does not say which model_type it is.")
     if "transformers_weights" in config:
@@ -225,7 +241,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise _refusal(f"{folder.name} has neither model.safetensors nor an index of several files.")
-    names = read_object(index, MAX_TEXT_BYTES).get("weight_map")
+    content = read_object(index, MAX_TEXT_BYTES)
+    if not isinstance(content.get("metadata"), dict):
+        raise _refusal(f'{index.name} has no "metadata" object, and transformers opens none without: add an empty one.')
+    names = content.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise _refusal(f"{index.name} has no weight_map from weights to files.")
     files = [folder / name for name in sorted(set(names.values()))]

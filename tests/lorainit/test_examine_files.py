@@ -83,17 +83,57 @@ def test_adapter_is_no_base_although_it_names_one(llama: Path, bases: dict[str, 
 @pytest.mark.parametrize("where", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors"])
 def test_index_that_leaves_its_folder_is_refused(llama: Path, where: str) -> None:
     (llama / "model.safetensors").rename(llama / "x.safetensors")
-    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": where}}))
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": where}}))
     with pytest.raises(UnsupportedModel, match="not a file of this folder"):
         examine(llama)
 
 
 def test_shard_without_what_the_index_promises_is_refused(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "x.safetensors")
-    index = {"weight_map": {"lm_head.weight": "x.safetensors", "model.lost.weight": "x.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "x.safetensors", "model.lost.weight": "x.safetensors"}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UnsupportedModel, match=r"x\.safetensors lacks model\.lost\.weight"):
         examine(llama)
+
+
+@pytest.mark.parametrize("metadata", [None, [], "absent"])
+def test_index_that_transformers_would_fall_over_is_refused(llama: Path, metadata: object) -> None:
+    (llama / "model.safetensors").rename(llama / "x.safetensors")
+    index = {"weight_map": {"lm_head.weight": "x.safetensors"}} | (
+        {} if metadata == "absent" else {"metadata": metadata}
+    )
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsupportedModel, match='has no "metadata" object'):
+        examine(llama)
+
+
+def test_generation_config_that_is_no_object_is_refused(llama: Path) -> None:
+    (llama / "generation_config.json").write_text("[1]")
+    with pytest.raises(UnsupportedModel, match=r"generation_config\.json is not a JSON object"):
+        examine(llama)
+
+
+def test_link_to_nowhere_that_nothing_reads_is_no_obstacle(llama: Path) -> None:
+    (llama / "notes.txt").symlink_to(llama / "nowhere")
+    assert examine(llama).config.model_type == "llama"
+
+
+@pytest.mark.parametrize(("name", "value"), [("return_dict", False), ("layerdrop", 0.5)])
+def test_setting_under_which_no_run_could_work_is_named(llama: Path, name: str, value: object) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(UnsupportedModel, match=f"config.json says {name} = {str(value).lower()}"):
+        examine(llama)
+
+
+@pytest.mark.parametrize(("named", "context"), [(None, 2048), (77, 77)])
+def test_context_that_no_config_names_is_what_transformers_takes(
+    llama: Path, tmp_path: Path, named: int | None, context: int
+) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (llama / "config.json").write_text(json.dumps(config | ({"max_position_embeddings": named} if named else {})))
+    assert inspect(str(llama), cache=tmp_path).max_length == context
 
 
 @pytest.mark.parametrize("change", [{"rms_norm_eps": "NaN"}, {"num_key_value_heads": -1}, {"hidden_act": "none"}])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 import warnings
 
 import pytest
@@ -17,6 +18,7 @@ from api.terminal.tables import catalogue_entry
 from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.events import Message, Plan
 from lorainit.export.peft_adapter import export
+from lorainit.facts import ModelFacts, Target
 from lorainit.inspect import inspect
 from lorainit.layer import LoRALinear, attach
 from lorainit.methods import Factors
@@ -378,3 +380,10 @@ def test_a_mask_without_numbers_is_not_kept():
     with FakeTensorMode(), pytest.raises(AssertionError):
         attention._mask(8, 0, None, torch.float32)
     assert attention._mask(8, 0, None, torch.float32)[0].tolist() == [0.0, *[-torch.inf] * 7]
+
+
+def test_the_printed_entry_says_every_letter_of_a_path_as_toml_does():
+    path = '/bases/emoji \U0001f642 \x7f "quoted" \\ ü'
+    layer = Target(name="q_proj", group="attention", out_features=8, in_features=8, count=1)
+    facts = ModelFacts(root="local:x", source=path, max_length=8, chat=False, targets=[layer])
+    assert tomllib.loads(catalogue_entry(facts, model_id="x", given=True))["models"][0]["source"] == path

@@ -1,6 +1,7 @@
 """No answer to a caller names a path of this host: the base is told by its id, files by their names."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,9 @@ def _pickles(folder: Path) -> None:
 
 def _part_of_an_index(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "a.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../b.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"x": "../b.safetensors"}})
+    )
 
 
 def _cut(folder: Path) -> None:
@@ -66,7 +69,7 @@ def _adapter(folder: Path) -> None:
 
 
 def _pipe(folder: Path) -> None:
-    (folder / "extra.json").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "extra.json")
 
 
 def _activation(folder: Path) -> None:
