@@ -49,7 +49,9 @@ def test_bf16_is_refused_with_its_field_where_there_is_none(machine, device):
 
 def test_the_refusal_comes_before_anything_is_read(machine, spec, tmp_path):
     machine("avx2")
-    wanted = spec(training={"precision": "bf16"}, model={"source": "nowhere"}, data={"training": "no.jsonl"})
+    (tmp_path / "rows.jsonl").write_text("no rows")
+    files = {"training": str(tmp_path / "rows.jsonl")}
+    wanted = spec(training={"precision": "bf16"}, model={"source": "nowhere"}, data=files)
     with pytest.raises(UnsupportedModel, match="bf16"):
         run(wanted, tmp_path, lambda event: None)
 
