@@ -44,6 +44,11 @@ def symmetric(U: Tensor, S: Tensor, Vh: Tensor, *, scale: float) -> Factors:
     return Factors(A=(root[:, None] * Vh).contiguous(), B=(U * root).contiguous())
 
 
+def count_alive(S: Tensor, *, floor: float) -> int:
+    """How many singular values (descending) are more than rounding: above `floor` of the largest."""
+    return int((floor * S[:1] < S).sum())
+
+
 def last_alive(S: Tensor, *, rank: int, floor: float) -> slice | None:
     """Which of the singular values are the smallest `rank` ones that are more than rounding; None: there are fewer.
 
@@ -54,7 +59,7 @@ def last_alive(S: Tensor, *, rank: int, floor: float) -> slice | None:
         S: singular values, descending.
         floor: share of the largest one up to which a value counts as zero.
     """
-    alive = int((floor * S[0] < S).sum())
+    alive = count_alive(S, floor=floor)
     return slice(alive - rank, alive) if alive >= rank else None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.inits import EVA
-from lorainit.methods._linalg import Factors
+from lorainit.methods._linalg import Factors, count_alive
 
 # Directions below this share of the strongest are rounding of a float32 decomposition.
 DEAD = 1e-6
@@ -45,4 +45,4 @@ def eva(
 
 def alive_directions(S: Tensor) -> int:
     """How many directions are more than rounding, by their singular values, largest first."""
-    return int((DEAD * S[:1] < S).sum())
+    return count_alive(S, floor=DEAD)

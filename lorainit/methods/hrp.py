@@ -19,7 +19,7 @@ from torch import Tensor
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.inits import HRP
-from lorainit.methods._linalg import Factors, normal
+from lorainit.methods._linalg import Factors, count_alive, normal
 
 # Below this share of the top singular value a direction of the preheated product is rounding.
 DEAD = 1e-7
@@ -75,7 +75,7 @@ def _directions(A: Tensor, B: Tensor, config: HRP) -> tuple[Tensor, Tensor]:
 
 
 def _alive(S: Tensor) -> int:
-    return int((DEAD * S[0] < S).sum())
+    return count_alive(S, floor=DEAD)
 
 
 def _completed(V: Tensor, rank: int, *, generator: torch.Generator) -> Tensor:

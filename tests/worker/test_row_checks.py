@@ -173,7 +173,7 @@ def test_a_child_knows_no_setting_of_the_service(monkeypatch: pytest.MonkeyPatch
     assert str(found["status_details"]).endswith(": 0")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's; elsewhere the child ends when its input does")
 def test_a_child_of_a_dead_parent_dies() -> None:
     parent = (
         "import subprocess, sys, time\n"
