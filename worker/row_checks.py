@@ -97,7 +97,7 @@ class Lane:
 
 
 def seconds_for(size: int) -> int:
-    """Seconds of a processor that a file of `size` bytes may take: several times what the shortest rows that are right need."""
+    """Seconds of a processor for a file of `size` bytes: several times what the shortest rows that are right need."""
     return 10 + 2 * (size // MIB)
 
 
