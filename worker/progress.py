@@ -4,6 +4,8 @@ import time
 from collections import deque
 from typing import Any
 
+from sqlalchemy.orm import Session
+
 from api.core import estimates, events, jobs, metrics, tallies
 from api.core.db import now, session_scope
 from api.core.fields import told
@@ -83,35 +85,30 @@ class Recorder:
             self.progress["elapsed_seconds"] = round(time.monotonic() - self._started)
             self.progress["stage_seconds"] = self._watch.seconds
             self.progress["seconds_to_first_step"] = self._watch.to_first_step
-            columns: dict[str, Any] = {}
-            for event in pending:
-                if isinstance(event, Plan):
-                    columns["plan"] = plan = event.model_dump(mode="json", exclude={"kind", "member"})
-                    self._expected = estimates.expected_seconds(session, self._lease.job_id, plan)
-                elif isinstance(event, InitReport):
-                    columns["init_report"] = event.report
-            if not self._pace:
-                self.progress["remaining_seconds"] = self._left_of_what_is_expected()
-            columns["progress"] = dict(self.progress)
             # First the fence: if this row is not ours, nothing below is written either.
-            if not jobs.note(session, self._lease, **columns):
+            if not jobs.note(session, self._lease, **self._columns(session, pending)):
                 raise Lost
-            for event in pending:
-                if isinstance(event, Metrics):
-                    values = event.model_dump(mode="json", exclude={"kind", "member", "step"})
-                    metrics.put(session, self._lease.job_id, self._lease.token, event.step, values)
-                self._append(session, event, at)
+            steps = [(event.step, _numbers(event)) for event in pending if isinstance(event, Metrics)]
+            metrics.put(session, self._lease.job_id, self._lease.token, steps, at=at)
+            lines = [line for event in pending if (line := _line(event)) is not None]
+            events.append_all(session, self._lease.job_id, lines, at=at)
+            retries = sum(line.data.get("kind") == "oom_retry" for line in lines)
+            tallies.add(session, "out_of_memory", retries, outcome="retried")
             session.commit()
         self._pending, self._urgent, self._flushed = [], False, time.monotonic()
 
-    def _append(self, session: Any, event: Event, at: Any) -> None:
-        if isinstance(event, Message):
-            if event.data.get("kind") == "oom_retry":
-                tallies.add(session, "out_of_memory", outcome="retried")
-            events.append(session, self._lease.job_id, event.message, at=at, level=event.level, data=told(event.data))
-        elif isinstance(event, Metrics) and _worth_an_event(event):
-            text, data = _describe(event)
-            events.append(session, self._lease.job_id, text, at=at, type="metrics", data=data)
+    def _columns(self, session: Session, pending: list[Event]) -> dict[str, Any]:
+        """What the job's row is to say."""
+        columns: dict[str, Any] = {}
+        for event in pending:
+            if isinstance(event, Plan):
+                columns["plan"] = plan = event.model_dump(mode="json", exclude={"kind", "member"})
+                self._expected = estimates.expected_seconds(session, self._lease.job_id, plan)
+            elif isinstance(event, InitReport):
+                columns["init_report"] = event.report
+        if not self._pace:
+            self.progress["remaining_seconds"] = self._left_of_what_is_expected()
+        return {**columns, "progress": dict(self.progress)}
 
     def _advance(self, event: Event) -> None:
         progress = self.progress
@@ -159,17 +156,28 @@ class Recorder:
         self.progress["percent"] = round(self._percent, 1)
 
 
+def _numbers(event: Metrics) -> dict[str, Any]:
+    return event.model_dump(mode="json", exclude={"kind", "member", "step"})
+
+
+def _line(event: Event) -> events.Line | None:
+    """What the job's story says of an event, if anything."""
+    if isinstance(event, Message):
+        return events.Line(event.message, level=event.level, data=told(event.data))
+    return _point(event) if isinstance(event, Metrics) and _worth_an_event(event) else None
+
+
 def _worth_an_event(event: Metrics) -> bool:
     """About 200 training points per job, and every evaluation."""
     every = max(1, event.total_steps // EVENT_POINTS)
     return event.full_valid_loss is not None or event.step % every == 0 or event.step == event.total_steps
 
 
-def _describe(event: Metrics) -> tuple[str, dict[str, Any]]:
+def _point(event: Metrics) -> events.Line:
     data = event.model_dump(mode="json", exclude={"kind", "member", "seconds"}, exclude_none=True)
     parts = [f"Step {event.step}/{event.total_steps}:"]
     if event.train_loss is not None:
         parts.append(f"training loss={event.train_loss:.2f}")
     if event.full_valid_loss is not None:
         parts.append(f"validation loss={event.full_valid_loss:.2f}")
-    return " ".join(parts), data
+    return events.Line(" ".join(parts), type="metrics", data=data)

@@ -1,10 +1,11 @@
 """A job's story: events numbered 1, 2, 3 ... without gaps. Functions take a session, never commit."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from api.core import tallies
@@ -15,6 +16,16 @@ from api.core.models import FINAL_STATUSES, Event, Job
 Level = Literal["info", "warn", "error"]
 
 
+@dataclass(frozen=True)
+class Line:
+    """What one event says."""
+
+    message: str
+    level: Level = "info"
+    type: Literal["message", "metrics"] = "message"
+    data: dict[str, Any] = field(default_factory=dict)
+
+
 def append(
     session: Session,
     job_id: str,
@@ -22,27 +33,27 @@ def append(
     *,
     at: datetime,
     level: Level = "info",
-    type: Literal["message", "metrics"] = "message",
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Add one event. The counter's row lock orders writers, so sequences have no gap.
+    """Add one event: see `append_all`."""
+    append_all(session, job_id, [Line(message, level=level, data=data or {})], at=at)
+
+
+def append_all(session: Session, job_id: str, lines: Sequence[Line], *, at: datetime) -> None:
+    """Add events in this order. The counter's row lock orders writers, so sequences have no gap.
 
     The caller holds the right to write: it has just changed the job's row in this transaction.
     """
-    taken = update(Job).where(Job.id == job_id).values(event_count=Job.event_count + 1).returning(Job.event_count)
-    session.add(
-        Event(
-            id=new_event_id(),
-            job_id=job_id,
-            sequence=session.execute(taken.execution_options(synchronize_session=False)).scalar_one(),
-            created_at=at,
-            level=level,
-            type=type,
-            message=message,
-            data=data or {},
-        )
-    )
-    session.flush()
+    if not lines:
+        return
+    count = Job.event_count + len(lines)
+    taken = update(Job).where(Job.id == job_id).values(event_count=count).returning(Job.event_count)
+    last = session.execute(taken.execution_options(synchronize_session=False)).scalar_one()
+    rows = [
+        {"id": new_event_id(), "job_id": job_id, "sequence": sequence, "created_at": at, **vars(line)}
+        for sequence, line in enumerate(lines, start=last - len(lines) + 1)
+    ]
+    session.execute(insert(Event), rows)
 
 
 def status_event(

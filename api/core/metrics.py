@@ -3,7 +3,8 @@
 import hashlib
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -18,15 +19,32 @@ from api.core.transitions import change
 from lorainit.results import write_csv
 
 
-def put(session: Session, job_id: str, token: int, step: int, values: dict[str, Any]) -> None:
-    """Insert or complete the row of a step; an evaluation adds its numbers to the step's row."""
-    existing = session.get(Metric, (job_id, step), populate_existing=True)
-    known = existing.values if existing is not None and existing.lease_token == token else {}
-    merged = {**known, **{name: value for name, value in values.items() if value is not None or name not in known}}
+def put(
+    session: Session, job_id: str, token: int, steps: Sequence[tuple[int, dict[str, Any]]], *, at: datetime
+) -> None:
+    """Insert or complete the rows of these steps; an evaluation adds its numbers to the step's row.
+
+    One look and one statement for all of them. A step may come more than once.
+    """
+    numbers = sorted({step for step, _ in steps})
+    if not numbers:
+        return
+    merged = _of_this_attempt(session, job_id, token, first=numbers[0], last=numbers[-1])
+    for step, values in steps:
+        known = merged.setdefault(step, {})
+        known.update({name: value for name, value in values.items() if value is not None or name not in known})
+    same = {"job_id": job_id, "lease_token": token, "created_at": at}
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    row = {"lease_token": token, "created_at": now(session), "values": merged}
-    statement = dialect.insert(Metric).values(job_id=job_id, step=step, **row)
-    session.execute(statement.on_conflict_do_update(index_elements=["job_id", "step"], set_=row))
+    statement = dialect.insert(Metric)
+    new = {name: statement.excluded[name] for name in ("lease_token", "created_at", "values")}
+    upsert = statement.on_conflict_do_update(index_elements=["job_id", "step"], set_=new)
+    session.execute(upsert, [{**same, "step": step, "values": merged[step]} for step in numbers])
+
+
+def _of_this_attempt(session: Session, job_id: str, token: int, *, first: int, last: int) -> dict[int, dict[str, Any]]:
+    """What this attempt has already said of these steps; what a lost one said of them is written over."""
+    own = Metric.job_id == job_id, Metric.step.between(first, last), Metric.lease_token == token
+    return {step: dict(values) for step, values in session.execute(select(Metric.step, Metric.values).where(*own))}
 
 
 def forget_after(session: Session, job_id: str, step: int) -> None:

@@ -155,20 +155,34 @@ def test_events_are_numbered_without_gaps_and_paged_newest_first(session: Sessio
     assert (more, end) == (True, False)
 
 
+def test_events_added_together_keep_their_order_between_others(session: Session) -> None:
+    job = a_job(session, a_project(session))
+    events.append_all(session, job.id, [events.Line(f"e{number}") for number in range(5)], at=job.created_at)
+    events.append_all(session, job.id, [], at=job.created_at)
+    events.append(session, job.id, "after", at=job.created_at)
+    told = [(row.sequence, row.message) for row in events.since(session, job.id, 1, limit=10)]
+    assert told == [(2, "e0"), (3, "e1"), (4, "e2"), (5, "e3"), (6, "e4"), (7, "after")]
+
+
 def test_an_evaluation_completes_the_row_of_its_step(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
-    metrics.put(session, job.id, lease.token, 3, {"train_loss": 1.0, "full_valid_loss": None})
-    metrics.put(session, job.id, lease.token, 3, {"train_loss": None, "full_valid_loss": 2.0})
-    assert list(metrics.read(session, job.id)) == [{"train_loss": 1.0, "full_valid_loss": 2.0, "step": 3}]
+    trained, evaluated = {"train_loss": 1.0, "full_valid_loss": None}, {"train_loss": None, "full_valid_loss": 2.0}
+    metrics.put(session, job.id, lease.token, [(3, trained), (4, trained), (4, evaluated)], at=job.created_at)
+    metrics.put(session, job.id, lease.token, [(3, evaluated)], at=job.created_at)
+    both = {"train_loss": 1.0, "full_valid_loss": 2.0}
+    assert list(metrics.read(session, job.id)) == [{**both, "step": 3}, {**both, "step": 4}]
 
 
 def test_a_resumed_run_replaces_the_rows_of_the_lost_one(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
-    for step in (1, 2, 3):
-        metrics.put(session, job.id, lease.token, step, {"train_loss": float(step)})
-    metrics.forget_after(session, job.id, 1)
-    metrics.put(session, job.id, lease.token + 1, 2, {"train_loss": 9.0})
-    assert [row["train_loss"] for row in metrics.read(session, job.id)] == [1.0, 9.0]
+    lost = [(step, {"train_loss": float(step), "grad_norm": 1.0}) for step in (1, 2, 3)]
+    metrics.put(session, job.id, lease.token, lost, at=job.created_at)
+    metrics.forget_after(session, job.id, 2)
+    again = {"train_loss": 9.0, "grad_norm": None}
+    metrics.put(session, job.id, lease.token + 1, [(2, again), (3, again)], at=job.created_at)
+    assert [(row["train_loss"], row["grad_norm"]) for row in metrics.read(session, job.id)] == [
+        (1.0, 1.0), (9.0, None), (9.0, None),
+    ]  # fmt: skip
 
 
 # --- admission and the outbox -------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_objects_of_another_database_are_left_alone(session: Session) -> None:
 def an_ended_job(session: Session, *, at: datetime = PAST) -> Job:
     """With a metric, a checkpoint and a result file."""
     job, lease = a_running_job(session, a_project(session))
-    metrics.put(session, job.id, lease.token, 1, {"train_loss": 2.0})
+    metrics.put(session, job.id, lease.token, [(1, {"train_loss": 2.0})], at=at)
     a_checkpoint(session, job, 1)
     end(session, job, at)
     file = a_file(session, a_project(session), purpose="fine-tune-results", storage_key=f"jobs/{job.id}/metrics.csv")

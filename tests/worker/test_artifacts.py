@@ -48,7 +48,7 @@ def test_a_worker_that_slept_since_its_claim_deletes_nothing_of_its_successors(
     job, first = a_running_job(session, project, file=training)
     assert jobs.give_back(session, first, "lost")
     (second,) = jobs.claim(session, "worker:2", lease_seconds=30)
-    metrics.put(session, job.id, second.lease_token, 1, {"train_loss": 2.0})
+    metrics.put(session, job.id, second.lease_token, [(1, {"train_loss": 2.0})], at=job.created_at)
     session.commit()
     with pytest.raises(Lost):
         artifacts.prepare(job, first, tmp_path, storage)

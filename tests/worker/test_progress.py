@@ -1,14 +1,16 @@
 """The child's events become rows, or nothing at all when the job is not ours any more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.event import listen, remove
 from sqlalchemy.exc import OperationalError
 
-from api.core import jobs, metrics
+from api.core import db, jobs, metrics
 from api.core.db import session_scope
 from api.core.jobs import Lease
 from api.core.models import Event, Job, Project
@@ -60,6 +62,37 @@ def test_a_long_run_writes_every_row_but_few_events(lease: Lease) -> None:
         assert len(list(metrics.read(session, lease.job_id))) == 1000
         points = session.scalars(select(Event).where(Event.job_id == lease.job_id, Event.type == "metrics")).all()
     assert len(points) == 200
+
+
+def test_a_flush_of_many_steps_takes_no_more_statements_than_one_of_few(lease: Lease) -> None:
+    recorder, counts = Recorder(lease), list[int]()
+    for steps in (range(1, 3), range(3, 103)):
+        for number in steps:
+            recorder.take(step(number, total=200, train_loss=1.0))
+            recorder.take(Message(message=f"after step {number}"))
+        with statements() as seen:
+            recorder.flush()
+        counts.append(len(seen))
+    assert counts[0] == counts[1]
+    with session_scope() as session:
+        story = session.scalars(
+            select(Event.message).where(Event.job_id == lease.job_id).order_by(Event.sequence)
+        ).all()
+    told = [[f"Step {number}/200: training loss=1.00", f"after step {number}"] for number in range(1, 103)]
+    assert story[-204:] == [text for pair in told for text in pair]
+
+
+@contextmanager
+def statements() -> Iterator[list[str]]:
+    """What this process asks its database meanwhile."""
+    seen = list[str]()
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    listen(db.get_engine(), "before_cursor_execute", note)
+    yield seen
+    remove(db.get_engine(), "before_cursor_execute", note)
 
 
 def test_plan_report_and_messages_reach_the_job(lease: Lease) -> None:
@@ -182,7 +215,7 @@ def test_what_could_not_be_written_is_written_later(lease: Lease, monkeypatch: p
 
 
 def raising(error: Exception) -> Callable[..., None]:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     return fail

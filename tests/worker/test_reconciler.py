@@ -86,7 +86,8 @@ def test_a_silent_workers_job_goes_back_and_is_rung_again(monkeypatch: pytest.Mo
 def test_a_cancelled_job_still_gets_its_result_file() -> None:
     with session_scope() as session:
         job, lease = a_running_job(session, a_project(session))
-        metrics.put(session, job.id, lease.token, 1, {"train_loss": 2.0, "epoch": 0.5, "tokens": 9})
+        step = 1, {"train_loss": 2.0, "epoch": 0.5, "tokens": 9}
+        metrics.put(session, job.id, lease.token, [step], at=job.created_at)
         jobs.cancel(session, job)
         session.commit()
     reconciler.leave_results()
