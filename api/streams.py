@@ -5,49 +5,29 @@ event: a heartbeat is one line without a blank one behind it, and `retry:` stand
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 
-from sqlalchemy import select
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.core import events, keys
-from api.core.db import session_scope
 from api.core.keys import Caller
-from api.core.models import FINAL_STATUSES, ApiKey, Job
 from api.errors import TooManyRequests
-from api.schemas.event import EventObject, event_object
+from api.ticker import Position, Ticker
 
-POLL_SECONDS = 1.0
 HEARTBEAT_SECONDS = 15.0
 RETRY_MILLISECONDS = 3000
-PAGE = 200
 PER_PROJECT = 50
 HEARTBEAT = ": keep-alive\n"
 DONE = "event: done\ndata: [DONE]\n\n"
-DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
-
-
-@dataclass(frozen=True)
-class News:
-    """What a stream has not sent yet, and whether the job has ended and nothing will follow."""
-
-    text: str
-    last: int
-    count: int
-    ended: bool
 
 
 class Streams:
     """The streams that this process has open."""
 
     def __init__(self) -> None:
+        self.ticker = Ticker()
         self._stops: dict[asyncio.Event, str] = {}
         self._closing = False
 
@@ -56,6 +36,7 @@ class Streams:
         self._closing = True
         for stop in self._stops:
             stop.set()
+        self.ticker.end()
 
     @contextmanager
     def place(self, project_id: str) -> Iterator[asyncio.Event]:
@@ -85,58 +66,36 @@ class EventStream(StreamingResponse):
     def __init__(self, streams: Streams, caller: Caller, job_id: str, *, after: int) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__((), media_type="text/event-stream", headers=headers)
-        self._streams, self._caller, self._job_id, self._after = streams, caller, job_id, after
+        self._streams, self._project_id = streams, caller.project_id
+        self._position = Position(job_id, after, caller.key_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, and give the place back however that ends."""
-        with self._streams.place(self._caller.project_id) as stop:
-            self.body_iterator = follow(self._job_id, after=self._after, key_id=self._caller.key_id, stop=stop)
+        with self._streams.place(self._project_id) as stop:
+            self.body_iterator = follow(self._position, ticker=self._streams.ticker, stop=stop)
             await super().__call__(scope, receive, send)
 
 
-async def follow(job_id: str, *, after: int, key_id: str, stop: asyncio.Event) -> AsyncIterator[str]:
-    """Whole blocks of text: the events after number `after`, then `[DONE]`.
+async def follow(position: Position, *, ticker: Ticker, stop: asyncio.Event) -> AsyncIterator[str]:
+    """Whole blocks of text: the events from this position on, then `[DONE]`.
 
     Without `[DONE]` it ends when it is to stop, and within a second once the key is deleted or has expired.
     """
-    retry, quiet, sent = f"retry: {RETRY_MILLISECONDS}\n", 0.0, after
+    retry, at_once = f"retry: {RETRY_MILLISECONDS}\n", True
     while not stop.is_set():
-        news = await run_in_threadpool(_news, job_id, sent, key_id)
-        if news is None:
+        try:
+            async with asyncio.timeout(HEARTBEAT_SECONDS):
+                news = await ticker.news(position, at_once=at_once)
+        except TimeoutError:
+            at_once = False
+            yield HEARTBEAT
+            continue
+        if news is None or stop.is_set():
             return
-        if news.count and not stop.is_set():
+        if news.count:
             yield retry + news.text
-            retry, quiet, sent = "", 0.0, news.last
+            retry, position = "", replace(position, after=news.last)
         if news.ended:
             yield DONE
             return
-        if news.count < PAGE:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
-                    await stop.wait()
-            quiet += POLL_SECONDS
-        if quiet >= HEARTBEAT_SECONDS:
-            yield HEARTBEAT
-            quiet = 0.0
-
-
-def _news(job_id: str, sent: int, key_id: str) -> News | None:
-    """What happened since; nothing while the database is away, which a client need not notice; None for a dead key."""
-    try:
-        with session_scope(read_only=True) as session:
-            if not keys.is_usable(session, session.get(ApiKey, key_id)):
-                return None
-            # Before the events: what ended the job is among them.
-            status = session.scalar(select(Job.status).where(Job.id == job_id))
-            rows = events.since(session, job_id, sent, limit=PAGE)
-    except DATABASE_AWAY:
-        return News("", sent, 0, ended=False)
-    ended = len(rows) < PAGE and (status is None or status in FINAL_STATUSES)
-    text = "".join(_block(event_object(row)) for row in rows)
-    return News(text, rows[-1].sequence if rows else sent, len(rows), ended)
-
-
-def _block(event: EventObject) -> str:
-    # ASCII: some clients take characters like U+2028 for the end of a line.
-    data = json.dumps(event.model_dump(mode="json"), separators=(",", ":"), allow_nan=False)
-    return f"id: {event.id}\nevent: {event.type}\ndata: {data}\n\n"
+        at_once = news.is_full

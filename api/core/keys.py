@@ -7,12 +7,12 @@ high priority and sees, makes and deletes the project's keys.
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from api.core import paging
@@ -85,6 +85,13 @@ def is_usable(session: Session, key: ApiKey | None) -> bool:
     if key is None or key.deleted_at is not None:
         return False
     return key.expires_at is None or key.expires_at > now(session)
+
+
+def usable(session: Session, key_ids: Collection[str]) -> set[str]:
+    """Those of these keys that are there, neither deleted nor expired."""
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now(session))
+    found = select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.deleted_at.is_(None), unexpired)
+    return set(session.scalars(found))
 
 
 def require_admin(caller: Caller, what: str, *, param: str | None = None) -> None:

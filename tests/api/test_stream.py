@@ -10,12 +10,13 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from api import streams
+from api import streams, ticker
 from api.core import events, jobs, keys
 from api.core.db import session_scope
 from api.core.models import Job, Project
 from api.errors import TooManyRequests
 from api.streams import EventStream, Streams
+from api.ticker import Position
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import a_project, a_running_job
@@ -78,7 +79,7 @@ def test_how_soon_to_come_back_is_said_once_and_in_the_first_events_block(lab: L
 def test_a_long_story_is_told_whole(lab: Lab, ended: str, monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(listed(lab, ended))
     for page in (1, 2, count - 1, count, count + 1):
-        monkeypatch.setattr(streams, "PAGE", page)
+        monkeypatch.setattr(ticker, "PAGE", page)
         assert sequences(stream(lab, ended).text) == list(range(1, count + 1))
 
 
@@ -127,7 +128,7 @@ def test_a_job_of_nobody_is_unknown(lab: Lab) -> None:
 @pytest.fixture
 def running(session: Session, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A job at work, and streams that look often."""
-    monkeypatch.setattr(streams, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(ticker, "BEAT_SECONDS", 0.01)
     return a_running_job(session, a_project(session))[0]
 
 
@@ -137,10 +138,16 @@ def say(session: Session, job: Job, text: str) -> None:
 
 
 def follow(
-    job: Job, *, after: int = 0, stop: asyncio.Event | None = None, key: str | None = None
+    job: Job,
+    *,
+    after: int = 0,
+    among: Streams | None = None,
+    stop: asyncio.Event | None = None,
+    key: str | None = None,
 ) -> AsyncIterator[str]:
-    """What somebody with a key of the job's project sees."""
-    return streams.follow(job.id, after=after, key_id=key or a_key(job.project_id), stop=stop or asyncio.Event())
+    """What somebody with a key of the job's project sees, among these streams or alone."""
+    position = Position(job.id, after, key or a_key(job.project_id))
+    return streams.follow(position, ticker=(among or Streams()).ticker, stop=stop or asyncio.Event())
 
 
 def a_key(project_id: str, **more: Any) -> str:
@@ -215,12 +222,12 @@ def test_a_server_that_stops_ends_its_streams_without_saying_done(running: Job) 
     async def watch() -> list[str]:
         opened = Streams()
         with opened.place("p") as stop:
-            following = follow(running, stop=stop)
+            following = follow(running, among=opened, stop=stop)
             await until(following, "started")
             opened.close()
             rest = [text async for text in following]
         with opened.place("p") as late:
-            return rest + [text async for text in follow(running, stop=late)]
+            return rest + [text async for text in follow(running, among=opened, stop=late)]
 
     assert asyncio.run(watch()) == []
 

@@ -2,14 +2,14 @@
 
 from fastapi import FastAPI
 
-from api import main, streams
+from api import main, streams, ticker
 from api.core import logs
 
 
 def create_app() -> FastAPI:
     """For `uvicorn --factory`."""
     logs.configure()
-    streams.POLL_SECONDS, streams.HEARTBEAT_SECONDS = 0.1, 0.2
+    ticker.BEAT_SECONDS, streams.HEARTBEAT_SECONDS = 0.1, 0.2
     app = main.create_app()
 
     def boom() -> None:

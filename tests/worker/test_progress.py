@@ -1,20 +1,19 @@
 """The child's events become rows, or nothing at all when the job is not ours any more."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from sqlalchemy import select
-from sqlalchemy.event import listen, remove
 from sqlalchemy.exc import OperationalError
 
-from api.core import db, jobs, metrics
+from api.core import jobs, metrics
 from api.core.db import session_scope
 from api.core.jobs import Lease
 from api.core.models import Event, Job, Project
 from lorainit.events import InitReport, Message, Metrics, Plan, Stage, Tick
+from tests.statements import statements
 from tests.things import a_job, a_project, a_running_job
 from worker.progress import Lost, Recorder
 
@@ -80,19 +79,6 @@ def test_a_flush_of_many_steps_takes_no_more_statements_than_one_of_few(lease: L
         ).all()
     told = [[f"Step {number}/200: training loss=1.00", f"after step {number}"] for number in range(1, 103)]
     assert story[-204:] == [text for pair in told for text in pair]
-
-
-@contextmanager
-def statements() -> Iterator[list[str]]:
-    """What this process asks its database meanwhile."""
-    seen = list[str]()
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        seen.append(statement)
-
-    listen(db.get_engine(), "before_cursor_execute", note)
-    yield seen
-    remove(db.get_engine(), "before_cursor_execute", note)
 
 
 def test_plan_report_and_messages_reach_the_job(lease: Lease) -> None:
