@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from api.core import logs, startup
+from api.core import db, logs, startup
 from api.core.settings import get_settings
 from api.main import create_app
 
@@ -40,6 +40,7 @@ def main() -> None:
     startup.check_or_exit()
     settings = get_settings()
     logs.configure()
+    db.be_brief()
     app = create_app()
     config = uvicorn.Config(
         app,

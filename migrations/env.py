@@ -11,6 +11,9 @@ from api.core.settings import get_settings
 def run(connection: Connection) -> None:
     """Migrate on `connection`; batch mode lets SQLite alter tables."""
     if connection.dialect.name == "postgresql":
+        # A migration may take its time, and wait for whoever uses the tables.
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
         # Two `migrate` jobs started together must queue up. Released with the transaction.
         connection.execute(text("SELECT pg_advisory_xact_lock(7206506558)"))
     context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True, compare_type=True)

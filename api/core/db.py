@@ -3,12 +3,16 @@
 SQLite runs in WAL mode and starts every writing transaction with BEGIN IMMEDIATE: one that reads
 first and writes later would otherwise fail with "database is locked" instead of waiting. Sessions
 for reading (`read_only=True`) start plainly and never wait for a writer.
+
+Every wait has an end (docs/decisions/0038): for a connection, for a lock, for a statement, and for a server that has
+fallen silent.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from sqlalchemy import JSON, DateTime, Dialect, Engine, MetaData, create_engine, event, func, select
@@ -18,7 +22,22 @@ from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from api.core import postgres
+from api.core.breaker import Breaker
 from api.core.settings import get_settings
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Seconds that this process waits for a connection of its pool, and then for the lock of another's transaction."""
+
+    connection: float
+    lock: float
+
+
+PATIENT = Waits(connection=30.0, lock=30.0)  # a worker that gave up would only try again
+BRIEF = Waits(connection=2.0, lock=2.5)  # a client is answered within five seconds
+_STATEMENT_SECONDS = 60
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -67,21 +86,51 @@ class Base(DeclarativeBase):
     )
 
 
-def make_engine(url: str, *, read_only: bool = False) -> Engine:
+def make_engine(url: str, *, read_only: bool = False, waits: Waits = PATIENT) -> Engine:
     """An engine for `url` with the settings each database needs; `read_only` matters to SQLite alone."""
-    # hide_parameters: what a statement carried (labels, digests of keys) would else stand in logged errors.
-    if make_url(url).get_backend_name() != "sqlite":
-        # A process that is frozen in the middle of a transaction holds its rows no longer than this; no
-        # transaction is open during slow work.
-        patience = {"options": "-c idle_in_transaction_session_timeout=60s"}
-        limits = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 30}
-        return create_engine(url, **limits, connect_args=patience, hide_parameters=True)
+    return (
+        _sqlite(url, waits, read_only=read_only)
+        if make_url(url).get_backend_name() == "sqlite"
+        else _postgresql(url, waits)
+    )
+
+
+def _postgresql(url: str, waits: Waits) -> Engine:
+    # A process that is frozen in the middle of a transaction holds its rows no longer than a minute; no
+    # transaction is open during slow work.
+    limits = {
+        "idle_in_transaction_session_timeout": 60.0,
+        "statement_timeout": _STATEMENT_SECONDS,
+        "lock_timeout": waits.lock,
+    }
+    options = " ".join(f"-c {name}={round(seconds * 1000)}" for name, seconds in limits.items())
+    engine = create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_size=10,
+        max_overflow=30,
+        pool_timeout=waits.connection,
+        connect_args={**postgres.PARAMETERS, "options": options},
+        # What a statement carried (labels, digests of keys) would else stand in logged errors.
+        hide_parameters=True,
+    )
+    arguments, parameters = engine.dialect.create_connect_args(engine.url)
+    breaker = Breaker("database", partial(postgres.look, *arguments, **parameters))
+    event.listen(engine, "do_connect", lambda _, __, given, named: postgres.connect(breaker, *given, **named))
+    return engine
+
+
+def _sqlite(url: str, waits: Waits, *, read_only: bool) -> Engine:
     # One writing connection per process: its writers then wait in the pool, in turn and at once
     # awake, where SQLite's own waiting sleeps up to 100 ms a try. Readers never wait for a writer.
     pool = {"pool_size": 20, "max_overflow": 20} if read_only else {"pool_size": 1, "max_overflow": 0}
-    connect_args = {"timeout": 30, "check_same_thread": False, "isolation_level": None}
     engine = create_engine(
-        url, poolclass=QueuePool, connect_args=connect_args, pool_timeout=30, hide_parameters=True, **pool
+        url,
+        poolclass=QueuePool,
+        pool_timeout=waits.connection,
+        connect_args={"timeout": waits.lock, "check_same_thread": False, "isolation_level": None},
+        hide_parameters=True,
+        **pool,
     )
     event.listen(engine, "connect", _sqlite_connect)
     start = "BEGIN" if read_only else "BEGIN IMMEDIATE"
@@ -91,21 +140,32 @@ def make_engine(url: str, *, read_only: bool = False) -> Engine:
 
 def _sqlite_connect(connection: Any, _record: object) -> None:
     # FULL: what a caller was told to be accepted survives a power cut, not only a crash of ours.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+class _Process:
+    """How long this process waits."""
+
+    waits = PATIENT
+
+
+def be_brief() -> None:
+    """This process answers clients, who are not to wait for locks. To be said before its first session."""
+    _Process.waits = BRIEF
 
 
 @cache
 def get_engine() -> Engine:
     """This process's engine, made on first use."""
-    return make_engine(get_settings().database())
+    return make_engine(get_settings().database(), waits=_Process.waits)
 
 
 @cache
 def get_reader() -> Engine:
     """The engine for sessions that only read; the same one on PostgreSQL."""
     url = get_settings().database()
-    return make_engine(url, read_only=True) if url.startswith("sqlite") else get_engine()
+    return make_engine(url, read_only=True, waits=_Process.waits) if url.startswith("sqlite") else get_engine()
 
 
 @cache

@@ -1,22 +1,37 @@
 """Bytes: a folder or a bucket, chosen by one URL. Keys are made by us, never by a caller.
 
-Everything streams: a 10 GB adapter costs a few megabytes of memory.
+Everything streams: a 10 GB adapter costs a few megabytes of memory. Nobody waits for a store that has fallen silent
+(`Answering`).
 """
 
 import secrets
-from collections.abc import Iterator
-from datetime import datetime
-from functools import cache
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from contextvars import copy_context
+from datetime import datetime, timedelta
+from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import BinaryIO, Protocol, TypeVar
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import obstore
+from obstore.exceptions import GenericError
 from obstore.store import LocalStore, S3Store
 
+from api.core.breaker import Breaker
 from api.core.settings import Settings, get_settings
 
+Result = TypeVar("Result")
+
 CHUNK = 1 << 20
+CONNECT_SECONDS = 3
+REQUEST_SECONDS = 60  # one request to a bucket, which carries some megabytes at most
+RETRY_SECONDS = 20  # after which what failed is not tried again here
+LOOK_SECONDS = 4  # a look gives up
+TICK_SECONDS = 0.1  # between two looks at the breaker while a call is under way
+ABSENT = "probe/absent"  # a key that is asked for and never written
 PROBE = "probe/ready-"  # how the keys of `Storage.probe` begin; a process that is killed meanwhile leaves one
 
 
@@ -80,6 +95,69 @@ class ObjectStorage:
             self.delete(key)
 
 
+class Silent(GenericError):
+    """Storage does not say anything. Whoever repeats what failed for another of its reasons may repeat this."""
+
+    def __init__(self) -> None:
+        super().__init__("storage is silent; nobody is kept waiting for it until it answers again")
+
+
+class Answering:
+    """`storage`, whose calls raise `Silent` while `breaker` is open.
+
+    A call of the store cannot be interrupted. So each goes on in a thread of its own, which is left alone when the
+    store falls silent and ends by itself when it is back or the bucket's time limits are over.
+    """
+
+    def __init__(self, storage: Storage, breaker: Breaker) -> None:
+        self._storage, self._breaker = storage, breaker
+
+    def put(self, key: str, source: BinaryIO | Path | Iterator[bytes]) -> None:
+        """Store the bytes of `source` under `key`. One that is left alone may still store them."""
+        self._within(partial(self._storage.put, key, source))
+
+    def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes [start, end) in chunks."""
+        return self._each(self._storage.read(key, start=start, end=end))
+
+    def delete(self, key: str) -> None:
+        """Remove `key`."""
+        self._within(partial(self._storage.delete, key))
+
+    def older_than(self, time: datetime, *, prefix: str) -> Iterator[str]:
+        """Keys under the folder `prefix` last written before `time`."""
+        return self._each(self._storage.older_than(time, prefix=prefix))
+
+    def probe(self) -> None:
+        """Write, read and delete a small object."""
+        self._within(self._storage.probe)
+
+    def _each(self, items: Iterator[Result]) -> Iterator[Result]:
+        while (item := self._within(partial(next, items, None))) is not None:
+            yield item
+
+    def _within(self, call: Callable[[], Result]) -> Result:
+        if self._breaker.is_open:
+            raise Silent
+        done, context, asked = Future[Result](), copy_context(), self._breaker.clock()
+
+        def work() -> None:
+            try:
+                done.set_result(context.run(call))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=work, name="storage", daemon=True).start()
+        while True:
+            with suppress(TimeoutError):
+                return done.result(TICK_SECONDS)
+            if done.done():  # it ended just now, or with a TimeoutError of its own
+                return done.result()
+            if self._breaker.is_open:
+                raise Silent
+            self._breaker.doubt(asked)
+
+
 def make_storage(url: str, settings: Settings) -> Storage:
     """The storage behind `url`.
 
@@ -90,22 +168,37 @@ def make_storage(url: str, settings: Settings) -> Storage:
     if parts.scheme == "file":
         folder = Path(unquote(parts.path))
         folder.mkdir(parents=True, exist_ok=True)
-        return ObjectStorage(LocalStore(folder))
+        store: LocalStore | S3Store = LocalStore(folder)
+        return Answering(ObjectStorage(store), Breaker("storage", partial(_look, store)))
     if parts.scheme == "s3":
-        secret = settings.s3_secret_access_key
-        return ObjectStorage(
-            S3Store(
-                parts.netloc,
-                prefix=parts.path.strip("/") or None,
-                endpoint=settings.s3_endpoint,
-                region=settings.s3_region,
-                access_key_id=settings.s3_access_key_id,
-                secret_access_key=secret.get_secret_value() if secret else None,
-                virtual_hosted_style_request=False,
-                client_options={"allow_http": bool(settings.s3_endpoint and settings.s3_endpoint.startswith("http:"))},
-            )
-        )
+        store = _bucket(parts, settings, seconds=REQUEST_SECONDS, retries=5)
+        looked_at = _bucket(parts, settings, seconds=LOOK_SECONDS, retries=0)
+        return Answering(ObjectStorage(store), Breaker("storage", partial(_look, looked_at)))
     raise ValueError(f"storage URL {url!r} must start with file:// or s3://")
+
+
+def _bucket(parts: SplitResult, settings: Settings, *, seconds: int, retries: int) -> S3Store:
+    secret = settings.s3_secret_access_key
+    return S3Store(
+        parts.netloc,
+        prefix=parts.path.strip("/") or None,
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        access_key_id=settings.s3_access_key_id,
+        secret_access_key=secret.get_secret_value() if secret else None,
+        virtual_hosted_style_request=False,
+        client_options={
+            "allow_http": bool(settings.s3_endpoint and settings.s3_endpoint.startswith("http:")),
+            "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+            "timeout": timedelta(seconds=seconds),
+        },
+        retry_config={"max_retries": retries, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
+    )
+
+
+def _look(store: LocalStore | S3Store) -> None:
+    with suppress(FileNotFoundError):
+        obstore.head(store, ABSENT)
 
 
 @cache
