@@ -26,7 +26,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError
+from obstore.exceptions import BaseError as StoreError
+from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
@@ -228,6 +229,19 @@ def install(app: FastAPI) -> None:
         if disk.is_full(error):
             return respond(_full())
         return respond(Unavailable("The database cannot be reached; try again shortly.", code="not_ready"))
+
+    @app.exception_handler(InternalError)
+    def ended_by_the_database(request: Request, error: InternalError) -> JSONResponse:
+        if not error.connection_invalidated:
+            raise error
+        return database_down(request, error)  # we slept in a transaction, and PostgreSQL ended it
+
+    @app.exception_handler(StoreError)
+    def storage_down(_: Request, error: Exception) -> JSONResponse:
+        logs.get_logger(__name__).warning("storage_unavailable", error=str(error))
+        if disk.is_full(error):
+            return respond(_full())
+        return respond(Unavailable("Storage cannot be reached; try again shortly.", code="not_ready"))
 
     @app.exception_handler(OSError)
     def no_room(_: Request, error: OSError) -> JSONResponse:

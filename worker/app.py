@@ -14,10 +14,11 @@ from typing import Any
 from celery.signals import setup_logging, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
 
 from api.core import catalogue, startup, workers
-from api.core.db import get_engine, get_reader, session_scope
+from api.core.db import get_engine, get_reader, get_sessions, session_scope
 from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings
+from api.core.storage import get_storage
 from worker import scratch
 
 app = get_celery()
@@ -61,9 +62,11 @@ def _ready(**_: Any) -> None:
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _child(**_: Any) -> None:
-    # A connection opened before the fork belongs to the parent.
+    # A connection opened before the fork belongs to the parent, and so do the threads that watch for silence.
     for engine in (get_engine(), get_reader()):
         engine.dispose(close=False)
+    for made in (get_engine, get_reader, get_sessions, get_storage):
+        made.cache_clear()
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]

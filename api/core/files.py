@@ -95,12 +95,14 @@ def _require_room(source: BinaryIO) -> None:
 
 
 @contextmanager
-def removed_on_error(storage: Storage, stored: Stored) -> Iterator[None]:
-    """Take the bytes back when their row could not be written."""
+def removed_on_error(session: Session, storage: Storage, stored: Stored) -> Iterator[None]:
+    """Take the bytes back when their row could not be written. What `session` did not commit is rolled back before."""
     try:
         yield
     except BaseException:
-        storage.delete(stored.storage_key)
+        session.close()
+        with suppress(StoreError):  # an orphan, which the reconciler removes
+            storage.delete(stored.storage_key)
         raise
 
 

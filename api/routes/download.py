@@ -1,17 +1,23 @@
-"""Bytes over HTTP: one file with ETag, ranges and conditions, never encoded on the way."""
+"""Bytes over HTTP: one file with ETag, ranges and conditions, never encoded on the way.
+
+Storage is read after the route has returned, when its database session is closed.
+"""
 
 import base64
 import re
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from api.core import files
 from api.core.models import File
 from api.core.storage import Storage
 from api.errors import OutOfRange, respond
 from api.schemas.wire import ErrorBody
+from api.threads import in_storage_thread
 
 _BINARY = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
 BYTES: dict[int | str, dict[str, Any]] = {
@@ -21,6 +27,27 @@ BYTES: dict[int | str, dict[str, Any]] = {
     416: {"description": "The range lies outside the file.", "model": ErrorBody},
 }
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+
+class Download(StreamingResponse):
+    """The bytes [start, end) of a file. Nothing is read before the answer begins, and it is a refusal if that fails."""
+
+    def __init__(
+        self, storage: Storage, file: File, *, start: int, end: int, status_code: int, headers: dict[str, str]
+    ) -> None:
+        super().__init__((), status_code=status_code, headers=headers)
+        self._storage, self._file, self._start, self._end = storage, file, start, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the first bytes, then answer."""
+        span = {"start": self._start, "end": self._end}
+        self.body_iterator = _chunks(await in_storage_thread(files.stream, self._storage, self._file, **span))
+        await super().__call__(scope, receive, send)
+
+
+async def _chunks(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while (chunk := await in_storage_thread(next, chunks, None)) is not None:
+        yield chunk
 
 
 def download(
@@ -50,8 +77,7 @@ def download(
     status = 200 if span is None else 206
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers)
-    chunks = files.stream(storage, file, start=start, end=end)
-    return StreamingResponse(chunks, status_code=status, headers=headers)
+    return Download(storage, file, start=start, end=end, status_code=status, headers=headers)
 
 
 def _span(request: Request, etag: str, size: int) -> tuple[int, int] | Literal["outside"] | None:

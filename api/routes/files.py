@@ -8,11 +8,11 @@ from fastapi.responses import Response
 from api.core import files, quota
 from api.core.errors import NotFound
 from api.core.idempotency import once
-from api.core.settings import get_settings
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.routes.clear import clear
 from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit10000, Text
-from api.routes.upload import SCHEMA, UploadDep
+from api.routes.upload import SCHEMA, StoredDep, UploadDep
 from api.schemas.file import FileObject, file_object, fingerprint_of
 from api.schemas.wire import ONCE, Deleted, Page, listed
 
@@ -20,10 +20,17 @@ router = APIRouter(prefix="/v1", tags=["files"])
 
 
 @router.post("/files", openapi_extra=SCHEMA, response_model=FileObject, responses=ONCE)
-def create(upload: UploadDep, attempt: AttemptDep, session: Writing, storage: StorageDep, reply: Response) -> Any:
+def create(
+    upload: UploadDep,
+    attempt: AttemptDep,
+    stored: StoredDep,
+    session: Writing,
+    storage: StorageDep,
+    background: BackgroundTasks,
+    reply: Response,
+) -> Any:
     """Store a file. Its rows are checked afterwards: `status` is `uploaded` until then."""
     project, about = attempt.caller.project_id, {"purpose": upload.purpose, "filename": upload.filename}
-    stored = files.store(storage, upload.stream, project_id=project, limit=get_settings().max_upload_bytes)
 
     def make() -> tuple[str, dict[str, Any]]:
         quota.take_room(session, project, adding=stored.bytes)
@@ -36,12 +43,12 @@ def create(upload: UploadDep, attempt: AttemptDep, session: Writing, storage: St
         except NotFound:
             return None
 
-    with files.removed_on_error(storage, stored):
+    with files.removed_on_error(session, storage, stored):
         content = fingerprint_of(stored, lifetime=upload.lifetime, **about)
         outcome = once(session, attempt, content, make=make, again=again)
         session.commit()
     if outcome.replayed:
-        storage.delete(stored.storage_key)
+        background.add_task(clear, storage, stored.storage_key)
         reply.headers["idempotency-replayed"] = "true"
     return outcome.body
 
@@ -76,7 +83,7 @@ def delete(
     key = files.delete(session, attempt, file_id)
     session.commit()
     if key is not None:
-        background.add_task(storage.delete, key)
+        background.add_task(clear, storage, key)
     return Deleted(id=file_id, object="file")
 
 

@@ -1,5 +1,6 @@
 """Is the process alive, and can it do its work? Outside /v1, without a key."""
 
+import asyncio
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from api.core.probes import Probe
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from api.schemas.wire import Wire
+from api.threads import in_health_thread
 
 router = APIRouter(tags=["health"])
 DATABASE_SECONDS = 1.0  # that what stands in the database may be old, however many ask
@@ -33,13 +35,16 @@ class Readiness(Wire):
 
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
-def readyz() -> JSONResponse:
-    """Jobs can be accepted. No worker, and no broker, is still ready: the rows wait."""
-    checks: dict[str, Any] = {"database": "ok", "storage": "ok", "queue": "ok", "migrations": "ok", "workers": 0}
-    checks["catalogue"] = "changed and refused" if catalogue.refused() else "ok"
+async def readyz() -> JSONResponse:
+    """Jobs can be accepted. No worker, and no broker, is still ready: the rows wait. Answers within a few seconds."""
     database = _database()
-    checks |= (database.works() and database.found) or {"database": "unreachable", "migrations": "unknown"}
-    if not storage_works():
+    works, stores, refused = await asyncio.gather(
+        in_health_thread(database.works), in_health_thread(storage_works), in_health_thread(catalogue.refused)
+    )
+    checks: dict[str, Any] = {"database": "ok", "storage": "ok", "queue": "ok", "migrations": "ok", "workers": 0}
+    checks["catalogue"] = "changed and refused" if refused else "ok"
+    checks |= (works and database.found) or {"database": "unreachable", "migrations": "unknown"}
+    if not stores:
         checks["storage"] = "unreachable"
     if get_settings().broker_url is None:
         checks["queue"] = "not configured"

@@ -8,6 +8,7 @@ from pydantic import Field
 from api.core import catalogue, registry
 from api.core.errors import NotFound
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.routes.clear import clear
 from api.routes.query import Empty, Text
 from api.schemas.model import MethodObject, ModelList, ModelObject, method_object, model_object
 from api.schemas.wire import Deleted, Page, listed
@@ -40,7 +41,7 @@ def delete(
     keys = registry.delete(session, attempt, model)
     session.commit()
     for key in keys:
-        background.add_task(storage.delete, key)
+        background.add_task(clear, storage, key)
     return Deleted(id=model, object="model")
 
 

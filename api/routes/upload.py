@@ -9,13 +9,15 @@ from fastapi import Depends, Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from api.core import quota
+from api.core import files, quota
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
-from api.core.files import UPLOADABLE
-from api.deps import AttemptDep
+from api.core.files import UPLOADABLE, Stored
+from api.core.settings import get_settings
+from api.deps import AttemptDep, StorageDep
 from api.envelope import MULTIPART_SLACK, declared
 from api.errors import BadRequest
+from api.threads import in_storage_thread
 
 FIELD_BYTES = 64 * 1024
 LIFETIME = (3600, 2_592_000)
@@ -116,3 +118,12 @@ def _lifetime(form: FormData) -> int | None:
 
 
 UploadDep = Annotated[Upload, Depends(_upload)]
+
+
+async def _stored(upload: UploadDep, attempt: AttemptDep, storage: StorageDep) -> Stored:
+    """The bytes of the upload in storage, before the route has a session."""
+    limits = {"project_id": attempt.caller.project_id, "limit": get_settings().max_upload_bytes}
+    return await in_storage_thread(files.store, storage, upload.stream, **limits)
+
+
+StoredDep = Annotated[Stored, Depends(_stored)]

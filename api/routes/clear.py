@@ -1,0 +1,15 @@
+"""The bytes of what was deleted, after the answer has left."""
+
+from obstore.exceptions import BaseError as StoreError
+
+from api.core.logs import get_logger
+from api.core.storage import Storage
+from api.threads import in_storage_thread
+
+
+async def clear(storage: Storage, key: str) -> None:
+    """Remove an object that no row needs. If storage is away, the reconciler does it later."""
+    try:
+        await in_storage_thread(storage.delete, key)
+    except (StoreError, OSError) as error:
+        get_logger(__name__).warning("left_for_the_reconciler", key=key, error=str(error))

@@ -1,0 +1,42 @@
+"""Threads for what may have to wait: storage and health have their own, so that neither keeps others from answering.
+
+The framework runs plain functions in forty threads. Forty downloads from a store that is slow would else be all that a
+process does.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import RunVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+STORAGE_THREADS, HEALTH_THREADS = 40, 8
+_storage = RunVar[CapacityLimiter]("storage threads")
+_health = RunVar[CapacityLimiter]("health threads")
+
+
+async def in_storage_thread(
+    work: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
+) -> Result:
+    """Run what reads or writes storage."""
+    limiter = _limiter(_storage, STORAGE_THREADS)
+    return await to_thread.run_sync(partial(work, *arguments, **named), limiter=limiter)
+
+
+async def in_health_thread(work: Callable[[], Result]) -> Result:
+    """Run what says how the service is."""
+    return await to_thread.run_sync(work, limiter=_limiter(_health, HEALTH_THREADS))
+
+
+def _limiter(kept: RunVar[CapacityLimiter], threads: int) -> CapacityLimiter:
+    """That of the running event loop."""
+    try:
+        return kept.get()
+    except LookupError:
+        limiter = CapacityLimiter(threads)
+        kept.set(limiter)
+        return limiter
