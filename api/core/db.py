@@ -116,7 +116,8 @@ def _postgresql(url: str, waits: Waits) -> Engine:
     )
     arguments, parameters = engine.dialect.create_connect_args(engine.url)
     breaker = Breaker("database", partial(postgres.look, *arguments, **parameters))
-    event.listen(engine, "do_connect", lambda _, __, given, named: postgres.connect(breaker, *given, **named))
+    connections = postgres.watched_by(breaker)
+    event.listen(engine, "do_connect", lambda _, __, given, named: connections.connect(*given, **named))
     return engine
 
 

@@ -5,10 +5,10 @@ the driver's waiting, through which every statement, commit and ping goes, is wa
 """
 
 from collections.abc import Generator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import psycopg
-from psycopg.abc import PQGen
+from psycopg.abc import PQGen, PQGenConn
 from psycopg.waiting import READY_NONE
 
 from api.core.breaker import Breaker
@@ -29,14 +29,20 @@ PARAMETERS: dict[str, Any] = {
 class Silent(psycopg.OperationalError):
     """The database does not say anything; the connection is given up."""
 
-    def __init__(self) -> None:
-        super().__init__("the database is silent; nobody is kept waiting for it until it answers again")
+    def __init__(
+        self, message: str = "the database is silent; nobody waits until it answers again", **more: Any
+    ) -> None:
+        super().__init__(message, **more)
 
 
 class Connection(psycopg.Connection[Any]):
-    """psycopg's connection, given up while `breaker` is open."""
+    """psycopg's connection, given up while `breaker` is open: a class of its own per breaker (`watched_by`)."""
 
-    breaker: Breaker | None = None
+    breaker: ClassVar[Breaker]
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
+        return _watched(super()._connect_gen(conninfo), cls.breaker)
 
     def wait(self, gen: PQGen[Result], interval: float = 0.1, timeout: float | None = None) -> Result:
         """Wait for the server, as psycopg does.
@@ -44,49 +50,38 @@ class Connection(psycopg.Connection[Any]):
         Raises:
             Silent: it says nothing, to us and to a look that was taken meanwhile.
         """
-        if self.breaker is None:
-            return super().wait(gen, interval, timeout)
-        return super().wait(self._watched(gen, self.breaker), interval, timeout)
-
-    def _watched(self, gen: PQGen[Result], breaker: Breaker) -> Generator[Any, Any, Result]:
-        self._give_up_if(breaker)
-        heard = breaker.clock()
         try:
-            wanted = next(gen)
-            while True:
-                ready = yield wanted
-                if ready == READY_NONE:  # psycopg tells its generators every `interval` that nothing came
-                    self._give_up_if(breaker)
-                    breaker.doubt(heard)
-                else:
-                    heard = breaker.clock()
-                wanted = gen.send(ready)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-
-    def _give_up_if(self, breaker: Breaker) -> None:
-        if breaker.is_open:
+            return super().wait(_watched(gen, self.breaker), interval, timeout)
+        except Silent:
             self.close()  # in the middle of a statement it is good for nothing; the pool makes a new one
-            raise Silent
+            raise
 
 
-def connect(breaker: Breaker, *arguments: Any, **parameters: Any) -> Connection:
-    """A connection that is watched by `breaker`.
+def watched_by(breaker: Breaker) -> type[Connection]:
+    """Connections that are given up while `breaker` is open, and that tell it when they hear nothing."""
+    return type("WatchedConnection", (Connection,), {"breaker": breaker})
 
-    Raises:
-        Silent: the breaker is open.
-        psycopg.OperationalError: there is no connection.
-    """
+
+def _watched(gen: Generator[Any, Any, Result], breaker: Breaker) -> Generator[Any, Any, Result]:
+    heard = breaker.clock()
+    try:
+        _refuse_if_open(breaker)
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if ready == READY_NONE:  # psycopg tells its generators every `interval` that nothing came
+                _refuse_if_open(breaker)
+                breaker.doubt(heard)
+            else:
+                heard = breaker.clock()
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        return cast(Result, end.value)
+
+
+def _refuse_if_open(breaker: Breaker) -> None:
     if breaker.is_open:
         raise Silent
-    asked = breaker.clock()
-    try:
-        connection = Connection.connect(*arguments, **parameters)
-    except psycopg.errors.ConnectionTimeout:
-        breaker.doubt(asked)
-        raise
-    connection.breaker = breaker
-    return connection
 
 
 def look(*arguments: Any, **parameters: Any) -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from starlette.testclient import TestClient
 
 from api.core import db, keys, migrate
 from api.core.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
-from api.core.settings import Settings
+from api.core.settings import Settings, get_settings
 from api.core.storage import Answering, Storage, get_storage, make_storage
 from api.main import create_app
 from api.routes import health
@@ -45,6 +46,7 @@ def watch(service: None, monkeypatch: pytest.MonkeyPatch) -> Watch:
     found = Watch([], [])
     monkeypatch.setattr(health, "DATABASE_SECONDS", 3600.0)  # /readyz looks at both at once, each by itself
     health.forget()
+    assert health._database().works()
 
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*arguments: Any, **more: Any) -> Any:
@@ -124,6 +126,7 @@ def test_an_upload_that_cannot_be_counted_is_removed_without_a_session(
     watch: Watch, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("LORAINIT_PROJECT_FILES", "1")
+    get_settings.cache_clear()
     lab = a_lab()
     lab.upload()
     reply = lab.client.post("/v1/files", files={"file": ("b.jsonl", JSONL)}, data={"purpose": "evals"},
@@ -254,15 +257,14 @@ class Service:
 def freeze(process: Any) -> Callable[[], None]:
     """Stop a server with everything below it; what thaws it."""
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in tree:
-        one.send_signal(signal.SIGSTOP)
 
-    def thaw() -> None:
+    def send(number: signal.Signals) -> None:
         for one in tree:
-            if one.is_running():
-                one.send_signal(signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):  # a server's helpers come and go
+                one.send_signal(number)
 
-    return thaw
+    send(signal.SIGSTOP)
+    return lambda: send(signal.SIGCONT)
 
 
 @pytest.mark.slow
