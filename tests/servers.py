@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,6 +60,22 @@ def stopped(process: subprocess.Popen[bytes], number: signal.Signals, *, patienc
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def freeze(process: subprocess.Popen[bytes]) -> Callable[[], None]:
+    """Stop a server and all below it in mid-step: its connections stay, and nothing comes. Returns what thaws it."""
+    import psutil
+
+    server = psutil.Process(process.pid)
+    tree = [server, *server.children(recursive=True)]
+
+    def send(number: signal.Signals) -> None:
+        for one in tree:
+            with suppress(psutil.NoSuchProcess):  # a server's helpers come and go
+                one.send_signal(number)
+
+    send(signal.SIGSTOP)
+    return lambda: send(signal.SIGCONT)
 
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, *, seconds: float = 30) -> None:
@@ -201,6 +217,13 @@ def valkey(port: int | None = None) -> Iterator[str]:
 @contextmanager
 def seaweed(bucket: str = "lorainit") -> Iterator[dict[str, str]]:
     """SeaweedFS with one bucket; the settings that point at it, by environment variable."""
+    with seaweed_process(bucket) as (settings, _):
+        yield settings
+
+
+@contextmanager
+def seaweed_process(bucket: str = "lorainit") -> Iterator[tuple[dict[str, str], subprocess.Popen[bytes]]]:
+    """The same, with the process that serves it."""
     binary = Path(sys.executable).parent / "weed"
     ports = {
         name: free_port()
@@ -231,12 +254,13 @@ def seaweed(bucket: str = "lorainit") -> Iterator[dict[str, str]]:
             wait_for(lambda: listening(ports["s3"]), process, place / "log", seconds=60)
             endpoint = f"http://127.0.0.1:{ports['s3']}"
             _make_bucket(endpoint, bucket, process, place / "log")
-            yield {
+            settings = {
                 "LORAINIT_STORAGE_URL": f"s3://{bucket}",
                 "LORAINIT_S3_ENDPOINT": endpoint,
                 "LORAINIT_S3_ACCESS_KEY_ID": "test",
                 "LORAINIT_S3_SECRET_ACCESS_KEY": "testtest",
             }
+            yield settings, process
         finally:
             stopped(process, signal.SIGKILL)  # it takes more than 15 s to stop when asked
 

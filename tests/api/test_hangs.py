@@ -1,18 +1,15 @@
 """A store or a database that hangs: no session is open meanwhile, the answer is a 503 in time, and a thaw is enough."""
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import httpx2
 import obstore
-import psutil
 import pytest
 from sqlalchemy.pool import QueuePool
 from starlette.testclient import TestClient
@@ -254,17 +251,9 @@ class Service:
         return str(answer.reply.json()["id"])
 
 
-def freeze(process: Any) -> Callable[[], None]:
-    """Stop a server with everything below it; what thaws it."""
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-
-    def send(number: signal.Signals) -> None:
-        for one in tree:
-            with suppress(psutil.NoSuchProcess):  # a server's helpers come and go
-                one.send_signal(number)
-
-    send(signal.SIGSTOP)
-    return lambda: send(signal.SIGCONT)
+def client_of(address: str, secret: str) -> httpx2.Client:
+    limits, bearer = httpx2.Limits(max_connections=200), {"authorization": f"Bearer {secret}"}
+    return httpx2.Client(base_url=address, headers=bearer, timeout=60, limits=limits)
 
 
 @pytest.mark.slow
@@ -283,10 +272,8 @@ def test_a_frozen_postgresql_is_a_503_in_time_and_its_thaw_is_enough(
                 session.commit()
             engine.dispose()
             settings = {"LORAINIT_STATE_DIR": str(tmp_path), "LORAINIT_DATABASE_URL": url}
-            with servers.web(settings, log=tmp_path / "web.log") as address:
-                limits, bearer = httpx2.Limits(max_connections=200), {"authorization": f"Bearer {secret}"}
-                with httpx2.Client(base_url=address, headers=bearer, timeout=60, limits=limits) as client:
-                    _freeze_and_thaw(Service(client), server)
+            with servers.web(settings, log=tmp_path / "web.log") as address, client_of(address, secret) as client:
+                _freeze_and_thaw(Service(client), server)
         finally:
             server.stop()
 
@@ -295,7 +282,7 @@ def _freeze_and_thaw(service: Service, server: servers.Postgres) -> None:
     file = service.upload()
     routes = [("GET", "/v1/models"), ("GET", JOBS), ("GET", f"/v1/files/{file}/content"), ("GET", "/v1/files")]
     assert {answer.status for answer in service.at_once(*routes, times=5)} == {200}
-    thaw = freeze(server.process)
+    thaw = servers.freeze(server.process)
     try:
         # More requests than threads: those that wait for a thread are in time, too.
         with ThreadPoolExecutor(2) as pool:
@@ -315,3 +302,37 @@ def _freeze_and_thaw(service: Service, server: servers.Postgres) -> None:
         thaw()
     until(lambda: service.ask("GET", "/readyz").status == 200, seconds=15)
     assert {answer.status for answer in service.at_once(*routes, times=5)} == {200}
+
+
+@pytest.mark.slow
+def test_a_frozen_bucket_is_a_503_in_time_and_its_thaw_is_enough(
+    service: None, tmp_path: Path, database_url: str
+) -> None:
+    secret = a_lab().client.headers["authorization"].removeprefix("Bearer ")
+    with servers.seaweed_process() as (bucket, process):
+        settings = {"LORAINIT_STATE_DIR": str(tmp_path), "LORAINIT_DATABASE_URL": database_url, **bucket}
+        with servers.web(settings, log=tmp_path / "web.log") as address, client_of(address, secret) as client:
+            _freeze_and_thaw_the_bucket(Service(client), process)
+
+
+def _freeze_and_thaw_the_bucket(service: Service, process: Any) -> None:
+    file = service.upload()
+    content, others = ("GET", f"/v1/files/{file}/content"), [("GET", "/v1/models"), ("GET", JOBS), ("GET", "/healthz")]
+    assert service.ask(*content).reply.content == JSONL
+    thaw = servers.freeze(process)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            downloads = pool.submit(service.at_once, content, times=60)  # more than there are threads for any work
+            beside = service.at_once(*others, times=5)
+        assert {answer.status for answer in beside} == {200}
+        assert {answer.status for answer in downloads.result()} == {503}
+        assert max(answer.seconds for answer in downloads.result()) < IN_TIME
+        files = {"file": ("a.jsonl", JSONL)}
+        upload = service.ask("POST", "/v1/files", files=files, data={"purpose": "evals"})
+        assert (upload.status, upload.seconds < IN_TIME) == (503, True)
+        assert service.ask("GET", "/readyz").seconds < IN_TIME
+    finally:
+        thaw()
+    until(lambda: service.ask(*content).status == 200, seconds=15)
+    until(lambda: service.ask("GET", "/readyz").status == 200, seconds=15)
+    service.upload()

@@ -20,6 +20,7 @@ from celery import Celery
 from redis import Redis
 
 from api.core import queue
+from tests import servers
 from tests.chaos.fleet import LEASE_SECONDS, Fleet, family
 from tests.chaos.storage import SmallDisk
 
@@ -117,7 +118,14 @@ class Nemesis:
 
     def _kinds(self) -> list[Trouble]:
         kinds = [self._broker_wiped, self._broker_crashed, self._broker_frozen, self._broker_black_holed]
-        kinds += [self._postgres_restarted, self._supervisor_frozen, self._host_frozen, self._doorbells, self._drained]
+        kinds += [
+            self._postgres_restarted,
+            self._postgres_frozen,
+            self._supervisor_frozen,
+            self._host_frozen,
+            self._doorbells,
+            self._drained,
+        ]
         return kinds + ([self._storage_full, self._storage_read_only] if self._disk else [])
 
     def _deck(self, kinds: list[Trouble]) -> Iterator[Trouble]:
@@ -180,6 +188,11 @@ class Nemesis:
     def _postgres_restarted(self, length: float, pick: float) -> Lasting:
         postgres, how = self._fleet.postgres, signal.SIGQUIT if pick < 0.5 else signal.SIGINT
         return self._lasting("PostgreSQL restarted", 2 * length, lambda: postgres.stop(how), postgres.start)
+
+    def _postgres_frozen(self, length: float, _pick: float) -> Lasting:
+        thaws: list[Callable[[], None]] = []
+        freeze = lambda: thaws.append(servers.freeze(self._fleet.postgres.process))  # noqa: E731
+        return self._lasting("database frozen", 3 + 7 * length, freeze, lambda: thaws.pop()())
 
     def _supervisor_frozen(self, length: float, _pick: float) -> Lasting:
         """That of the run which began last, past its lease, until its job has a successor.
