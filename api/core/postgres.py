@@ -59,7 +59,12 @@ class Connection(psycopg.Connection[Any]):
 
 def watched_by(breaker: Breaker) -> type[Connection]:
     """Connections that are given up while `breaker` is open, and that tell it when they hear nothing."""
-    return type("WatchedConnection", (Connection,), {"breaker": breaker})
+
+    class WatchedConnection(Connection):
+        pass
+
+    WatchedConnection.breaker = breaker
+    return WatchedConnection
 
 
 def _watched(gen: Generator[Any, Any, Result], breaker: Breaker) -> Generator[Any, Any, Result]:

@@ -31,7 +31,6 @@ REQUEST_SECONDS = 60  # one request to a bucket, which carries some megabytes at
 RETRY_SECONDS = 20  # after which what failed is not tried again here
 LOOK_SECONDS = 4  # a look gives up
 TICK_SECONDS = 0.1  # between two looks at the breaker while a call is under way
-ABSENT = "probe/absent"  # a key that is asked for and never written
 PROBE = "probe/ready-"  # how the keys of `Storage.probe` begin; a process that is killed meanwhile leaves one
 
 
@@ -133,7 +132,7 @@ class Answering:
         self._within(self._storage.probe)
 
     def _each(self, items: Iterator[Result]) -> Iterator[Result]:
-        while (item := self._within(partial(next, items, None))) is not None:
+        while (item := self._within(lambda: next(items, None))) is not None:
             yield item
 
     def _within(self, call: Callable[[], Result]) -> Result:
@@ -168,12 +167,12 @@ def make_storage(url: str, settings: Settings) -> Storage:
     if parts.scheme == "file":
         folder = Path(unquote(parts.path))
         folder.mkdir(parents=True, exist_ok=True)
-        store: LocalStore | S3Store = LocalStore(folder)
-        return Answering(ObjectStorage(store), Breaker("storage", partial(_look, store)))
+        store = ObjectStorage(LocalStore(folder))
+        return Answering(store, Breaker("storage", store.probe))
     if parts.scheme == "s3":
-        store = _bucket(parts, settings, seconds=REQUEST_SECONDS, retries=5)
-        looked_at = _bucket(parts, settings, seconds=LOOK_SECONDS, retries=0)
-        return Answering(ObjectStorage(store), Breaker("storage", partial(_look, looked_at)))
+        bucket = ObjectStorage(_bucket(parts, settings, seconds=REQUEST_SECONDS, retries=5))
+        looked_at = ObjectStorage(_bucket(parts, settings, seconds=LOOK_SECONDS, retries=0))
+        return Answering(bucket, Breaker("storage", looked_at.probe))
     raise ValueError(f"storage URL {url!r} must start with file:// or s3://")
 
 
@@ -194,11 +193,6 @@ def _bucket(parts: SplitResult, settings: Settings, *, seconds: int, retries: in
         },
         retry_config={"max_retries": retries, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
     )
-
-
-def _look(store: LocalStore | S3Store) -> None:
-    with suppress(FileNotFoundError):
-        obstore.head(store, ABSENT)
 
 
 @cache

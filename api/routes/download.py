@@ -40,13 +40,16 @@ class Download(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the first bytes, then answer."""
-        span = {"start": self._start, "end": self._end}
-        self.body_iterator = _chunks(await in_storage_thread(files.stream, self._storage, self._file, **span))
+        chunks = await in_storage_thread(files.stream, self._storage, self._file, start=self._start, end=self._end)
+        self.body_iterator = _each(chunks)
         await super().__call__(scope, receive, send)
 
 
-async def _chunks(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    while (chunk := await in_storage_thread(next, chunks, None)) is not None:
+async def _each(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    def take() -> bytes | None:
+        return next(chunks, None)
+
+    while (chunk := await in_storage_thread(take)) is not None:
         yield chunk
 
 

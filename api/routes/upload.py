@@ -122,8 +122,8 @@ UploadDep = Annotated[Upload, Depends(_upload)]
 
 async def _stored(upload: UploadDep, attempt: AttemptDep, storage: StorageDep) -> Stored:
     """The bytes of the upload in storage, before the route has a session."""
-    limits = {"project_id": attempt.caller.project_id, "limit": get_settings().max_upload_bytes}
-    return await in_storage_thread(files.store, storage, upload.stream, **limits)
+    project, limit = attempt.caller.project_id, get_settings().max_upload_bytes
+    return await in_storage_thread(files.store, storage, upload.stream, project_id=project, limit=limit)
 
 
 StoredDep = Annotated[Stored, Depends(_stored)]
