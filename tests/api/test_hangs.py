@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from api.core import db, keys, migrate
 from api.core.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
 from api.core.settings import Settings, get_settings
-from api.core.storage import Answering, Storage, get_storage, make_storage
+from api.core.storage import CHUNK, Answering, Silent, Storage, get_storage, make_storage
 from api.main import create_app
 from api.routes import health
 from tests import servers, stub_worker
@@ -169,7 +169,9 @@ class Hanging:
         self._frozen.put(key, source)
 
     def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        yield from self._frozen.read(key, start=start, end=end)
+        for chunk in self._frozen.read(key, start=start, end=end):
+            assert self._frozen.thawed.wait(10)
+            yield chunk
 
     def delete(self, key: str) -> None:
         self._frozen.delete(key)
@@ -210,6 +212,18 @@ def test_a_thawed_store_is_used_again_without_a_restart(lab: Lab, frozen: Frozen
     frozen.thawed.set()
     until(lambda: not frozen.breaker.is_open)
     assert lab.client.get(f"/v1/files/{file}/content").content == JSONL
+
+
+def test_a_download_whose_store_freezes_in_the_middle_is_let_go(tmp_path: Path) -> None:
+    frozen = Frozen(make_storage((tmp_path / "storage").as_uri(), Settings()))
+    answering = Answering(cast(Storage, Hanging(frozen)), frozen.breaker)
+    answering.put("large", iter([bytes(8 * CHUNK), b"the rest"]))
+    chunks = answering.read("large")
+    assert len(next(chunks)) == 8 * CHUNK
+    frozen.thawed.clear()
+    with pytest.raises(Silent):
+        next(chunks)
+    frozen.thawed.set()
 
 
 def until(what: Callable[[], bool], seconds: float = 30) -> None:
