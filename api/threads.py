@@ -1,4 +1,4 @@
-"""Threads for what may have to wait: storage and health have their own, so that neither keeps others from answering.
+"""Threads for what may have to wait: storage, the broker and health have their own, so that none keeps others waiting.
 
 The framework runs plain functions in forty threads. Forty downloads from a store that is slow would else be all that a
 process does.
@@ -14,9 +14,10 @@ from anyio.lowlevel import RunVar
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-STORAGE_THREADS, HEALTH_THREADS = 40, 8
+STORAGE_THREADS, HEALTH_THREADS, BELL_THREADS = 40, 8, 8
 _storage = RunVar[CapacityLimiter]("storage threads")
 _health = RunVar[CapacityLimiter]("health threads")
+_bell = RunVar[CapacityLimiter]("bell threads")
 
 
 async def in_storage_thread(
@@ -30,6 +31,11 @@ async def in_storage_thread(
 async def in_health_thread(work: Callable[[], Result]) -> Result:
     """Run what says how the service is."""
     return await to_thread.run_sync(work, limiter=_limiter(_health, HEALTH_THREADS))
+
+
+async def in_bell_thread(work: Callable[[str], None], job_id: str) -> None:
+    """Run what waits for the broker."""
+    await to_thread.run_sync(work, job_id, limiter=_limiter(_bell, BELL_THREADS))
 
 
 def _limiter(kept: RunVar[CapacityLimiter], threads: int) -> CapacityLimiter:

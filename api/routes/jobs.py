@@ -7,8 +7,7 @@ from fastapi import APIRouter, BackgroundTasks, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from api.bodies import BoundedBody
-from api.core import admission, checkpoints, events, jobs, keys, logs, lookup, pauses, queue, results
-from api.core.db import session_scope
+from api.core import checkpoints, events, jobs, keys, lookup, pauses, results
 from api.core.errors import InvalidValue
 from api.core.idempotency import once
 from api.core.submit import submit
@@ -42,7 +41,12 @@ _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 @router.post(JOBS, response_model=JobObject, responses=ONCE)
 def create(
-    body: JobRequest, attempt: AttemptDep, session: Writing, background: BackgroundTasks, reply: Response
+    request: Request,
+    body: JobRequest,
+    attempt: AttemptDep,
+    session: Writing,
+    background: BackgroundTasks,
+    reply: Response,
 ) -> Any:
     """Order a job. The answer never waits for files to be checked or for a worker."""
     project = attempt.caller.project_id
@@ -56,7 +60,7 @@ def create(
     content = body.model_dump(mode="json", exclude_unset=True)
     outcome = once(session, attempt, content, make=make, again=lambda job_id: _shown(session, project, job_id))
     session.commit()
-    background.add_task(announce, outcome.object_id)
+    background.add_task(request.app.state.bell.announce, outcome.object_id)
     if outcome.replayed:
         reply.headers["idempotency-replayed"] = "true"
     return outcome.body
@@ -99,12 +103,14 @@ def pause(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobOb
 
 
 @router.post(JOBS + "/{fine_tuning_job_id}/resume")
-def resume(fine_tuning_job_id: str, caller: CallerDep, session: Writing, background: BackgroundTasks) -> JobObject:
+def resume(
+    fine_tuning_job_id: str, request: Request, caller: CallerDep, session: Writing, background: BackgroundTasks
+) -> JobObject:
     """Go on from the last checkpoint, or from the start if there is none."""
     job = pauses.resume(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
     answer = job_object(lookup.sight(session, job))
     session.commit()
-    background.add_task(announce, job.id)
+    background.add_task(request.app.state.bell.announce, job.id)
     return answer
 
 
@@ -181,22 +187,3 @@ def _filter(request: Request) -> tuple[dict[str, str], bool]:
             param="metadata",
         )
     return pairs, bool(plain)
-
-
-def announce(job_id: str) -> None:
-    """Admit a new job if its files are known, then ring. The reconciler does both if this fails."""
-    log = logs.get_logger(__name__).bind(job_id=job_id)
-    try:
-        with session_scope() as session:
-            admission.consider(session, job_id)
-            name = admission.bell(session, job_id)
-            session.commit()
-        if name is not None:
-            queue.ring(job_id, name)
-            with session_scope() as session:
-                admission.mark_rung(session, job_id)
-                session.commit()
-    except queue.BrokerUnavailable as error:
-        log.warning("broker_unavailable", error=str(error))
-    except Exception:
-        log.exception("announce_failed")

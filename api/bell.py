@@ -1,0 +1,47 @@
+"""The bell after an answer: admit a new job if its files are known, then tell the workers.
+
+The reconciler does both if this fails. So nobody waits for a broker that is silent more than once: for a while after,
+this process leaves the ringing to it.
+"""
+
+import time
+from collections.abc import Callable
+
+from api.core import admission, logs, queue
+from api.core.db import session_scope
+from api.threads import in_bell_thread
+
+PAUSE_SECONDS = 5.0
+
+
+class Bell:
+    """This process's way to ring."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left_alone_until = clock()
+
+    async def announce(self, job_id: str) -> None:
+        """Announce a job whose row is committed."""
+        await in_bell_thread(self._announce, job_id)
+
+    def _announce(self, job_id: str) -> None:
+        log = logs.get_logger(__name__).bind(job_id=job_id)
+        try:
+            with session_scope() as session:
+                admission.consider(session, job_id)
+                name = admission.bell(session, job_id)
+                session.commit()
+            if name is not None and self._clock() >= self._left_alone_until:
+                self._ring(job_id, name)
+        except queue.BrokerUnavailable as error:
+            self._left_alone_until = self._clock() + PAUSE_SECONDS
+            log.warning("broker_unavailable", error=str(error), left_alone_seconds=PAUSE_SECONDS)
+        except Exception:
+            log.exception("announce_failed")
+
+    def _ring(self, job_id: str, name: str) -> None:
+        queue.ring(job_id, name)
+        with session_scope() as session:
+            admission.mark_rung(session, job_id)
+            session.commit()

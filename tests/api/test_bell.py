@@ -1,0 +1,30 @@
+"""A broker that is silent costs one waiting, not one a job; the reconciler rings meanwhile."""
+
+from typing import Any
+
+import anyio
+import pytest
+
+from api import bell
+from api.bell import Bell
+from api.core import admission, queue
+
+
+def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rung: list[str] = []
+
+    def silent(job_id: str, _name: str) -> None:
+        rung.append(job_id)
+        raise queue.BrokerUnavailable("no answer")
+
+    monkeypatch.setattr(queue, "ring", silent)
+    monkeypatch.setattr(admission, "consider", lambda *_: None)
+    monkeypatch.setattr(admission, "bell", lambda *_: "train")
+    time = 100.0
+    ours = Bell(clock=lambda: time)
+    for job in ("one", "two", "three"):
+        anyio.run(ours.announce, job)
+    assert rung == ["one"]
+    time += bell.PAUSE_SECONDS
+    anyio.run(ours.announce, "four")
+    assert rung == ["one", "four"]
