@@ -11,10 +11,11 @@ from typing import Any, cast
 import httpx2
 import obstore
 import pytest
+from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.pool import QueuePool
 from starlette.testclient import TestClient
 
-from api.core import db, keys, migrate
+from api.core import db, files, keys, migrate
 from api.core.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
 from api.core.settings import Settings, get_settings
 from api.core.storage import CHUNK, Answering, Silent, Storage, get_storage, make_storage
@@ -203,6 +204,31 @@ def test_a_frozen_store_is_a_503_where_it_is_needed_and_nothing_elsewhere(lab: L
     assert lab.client.head(f"/v1/files/{file}/content").status_code == 200
     assert lab.client.get("/v1/files").status_code == 200
     assert lab.client.delete(f"/v1/files/{file}").status_code == 200, "its bytes go later"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InternalError("SELECT 1", {}, Exception("idle-in-transaction timeout"), connection_invalidated=True),
+        OperationalError("SELECT 1", {}, Exception("the database is silent")),
+        Silent(),
+    ],
+    ids=["a session that was ended", "a silent database", "a silent store"],
+)
+def test_what_passes_is_a_503(lab: Lab, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(files, "page", fail)
+    unavailable(lab.client.get("/v1/files"))
+
+
+def test_another_error_inside_the_database_is_a_500(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise InternalError("SELECT 1", {}, Exception("a bug"))
+
+    monkeypatch.setattr(files, "page", fail)
+    refused(lab.client.get("/v1/files"), 500, "internal_error")
 
 
 def test_a_thawed_store_is_used_again_without_a_restart(lab: Lab, frozen: Frozen) -> None:
