@@ -6,6 +6,7 @@ and `methods`.
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.init_report import mean_loss
 from lorainit.initialize import Known, Report, initialize
+from lorainit.kept import entry_name
 from lorainit.layer import detach
 from lorainit.methods import Factors
 from lorainit.prepare import Job
@@ -161,7 +163,16 @@ def _keys(job: Job, context: Context) -> _Keys:
     if config.facts.needs == "preheat":
         recipe = job.training.model_dump(mode="json"), job.data.sha256, job.plan.total_steps, job.spec.seed
         parts |= {"recipe": recipe}
-    return _Keys(
-        evidence=key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None),
-        starts=key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora),
-    )
+    evidence = key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None)
+    starts = key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=job.lora.use_dora)
+    named = partial(entry_name, owner=job.spec.data.owner, files=_files_looked_at(job))
+    return _Keys(named(evidence), named(starts))
+
+
+def _files_looked_at(job: Job) -> list[str]:
+    """SHA-256 of the files whose rows shape the evidence, and so the start."""
+    needs = job.lora.method.facts.needs
+    if needs in ("none", "weight"):
+        return []
+    rows = job.calibration or job.data
+    return [rows.sha256, job.data.sha256] if needs == "preheat" else [rows.sha256]

@@ -140,6 +140,7 @@ def _load_data(
             store=store(spec, "tokens", on_event),
             max_length=max_length,
             append_eos=spec.data.append_eos,
+            owner=spec.data.owner,
             on_tick=tick,
         )
         _report_data(data, param, on_event)

@@ -249,6 +249,7 @@ class Data(Strict):
     """Local JSONL files. `on_row_error` "skip" trains on the good rows and reports the others.
 
     `append_eos`: train the tokenizer's end token behind a last answer that ends with no token at which the model stops.
+    `owner`: whose rows they are. What is cached of them stands under this name, and is found by the same owner only.
     """
 
     training: str
@@ -256,6 +257,7 @@ class Data(Strict):
     calibration: str | None = None
     on_row_error: Literal["fail", "skip"] = "fail"
     append_eos: bool = False
+    owner: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] | None = None
 
 
 class RunSpec(Strict):

@@ -24,8 +24,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lorainit.events import Event, Message
+from lorainit.kept import SUFFIX
 
-SUFFIX = ".safetensors"
 STALE_SECONDS = 3600.0
 MAX_JSON = 32 << 20  # the format ends at 100 MB of header, and this is quoted into one
 # Folders beside each other that share one limit, and what an entry in them is called.

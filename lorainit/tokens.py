@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorainit.data import Dataset, Sample, file_sha256, tokenize
+from lorainit.kept import entry_name
 from lorainit.rows import Problem
 from lorainit.store import Store, key
 
@@ -26,24 +27,28 @@ def load_kept(
     store: Store,
     max_length: int,
     append_eos: bool = False,
+    owner: str | None = None,
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """`data.tokenize`, from the store where an earlier run has read the same rows in the same way.
 
     Args:
         folder: the base model's, whose files but the weights say how its tokenizer works.
+        owner: whose rows they are (`spec.Data.owner`).
 
     Raises:
         As `data.tokenize`.
     """
-    name = key(
-        data=file_sha256(path),
+    sha256 = file_sha256(path)
+    shape = key(
+        data=sha256,
         tokenizer=_folder_digest(folder),
         max_length=max_length,
         append_eos=append_eos,
         rules=RULES,
         libraries=[version("transformers"), version("tokenizers")],
     )
+    name = entry_name(shape, owner=owner, files=[sha256])
     found = store.read(name)
     if found is not None:
         return _unpacked(found)

@@ -48,6 +48,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         else None,
         on_row_error="skip" if job.on_row_error == "skip" else "fail",
         append_eos=job.append_eos,
+        owner=job.project_id,
     )
     resume = None
     if checkpoint is not None:
