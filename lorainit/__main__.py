@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         from lorainit.progress import Display
 
         with Display() as display:
-            code = _run(runs, stop, display.show, others)
+            code = _run(runs, stop, partial(_aloud, display.show), others)
         display.conclude()
         return code
 
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
-    """Run, and turn every way to end into events, one line on stderr and an exit code."""
+    """Run, and turn every way to end into events and an exit code."""
     code = _run_to_an_end(runs, stop, on_event, others)
     if code:
         others.dismiss()
@@ -129,7 +129,7 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
     others.watch(partial(_end_as, on_event=on_event))
 
     def fail(who: int, error: LorainitError) -> None:
-        _fail(Failed(member=who, code=error.code, message=error.message, param=error.param), on_event)
+        on_event(Failed(member=who, code=error.code, message=error.message, param=error.param))
 
     try:
         # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
@@ -178,13 +178,15 @@ def _end_as(loss: Loss, on_event: OnEvent) -> None:
     if loss.code < 0:
         os.kill(os.getpid(), -loss.code)
     if loss.word is not None:
-        _fail(loss.word, on_event)
+        on_event(loss.word)
     os._exit(FAILED)
 
 
-def _fail(word: Failed, on_event: OnEvent) -> None:
-    on_event(word)
-    print(f"{word.code}: {word.message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the command line
+def _aloud(show: OnEvent, event: Event) -> None:
+    """On the command line a failure is said on stderr, too; a supervisor logs that, and the words may quote rows."""
+    show(event)
+    if isinstance(event, Failed):
+        print(f"{event.code}: {event.message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the command line
 
 
 def _write(stream: TextIO, event: Event) -> None:

@@ -19,7 +19,7 @@ from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings
 from api.core.storage import get_storage
-from worker import scratch
+from worker import caches, scratch
 
 app = get_celery()
 app.conf.imports = ("worker.tasks",)
@@ -96,5 +96,9 @@ def _say_alive() -> None:
             scratch.sweep()
         except Exception as error:
             log.warning("the scratch folder could not be swept", error=str(error))
+        try:
+            caches.sweep()
+        except Exception as error:
+            log.warning("the cache could not be swept", error=str(error))
         if _stopped.wait(10):
             return

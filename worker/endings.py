@@ -33,7 +33,7 @@ log = get_logger(__name__)
 
 def told(job: Job, lease: Lease, failed: Failed) -> None:
     """The child said why the job failed. A shared process that ran out of memory is no verdict on one job."""
-    log.error("the run failed", code=failed.code, message=failed.message)
+    log.error("the run failed", code=failed.code, param=failed.param)  # its message may quote rows, and logs stay
     if failed.code == KILLED.code and _may_try_alone(job):
         _retry(lease, "ran out of memory")
     elif failed.code == HUB_UNAVAILABLE:

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from functools import wraps
 from itertools import islice
 
-from api.core import idempotency, retention, tallies
-from api.core.db import session_scope
+from api.core import idempotency, quotes, retention, tallies
+from api.core.db import cut_write_ahead_log, session_scope
 from api.core.logs import get_logger
 from api.core.models import Checkpoint, File
 from api.core.settings import get_settings
@@ -92,7 +92,7 @@ def forget_orders() -> bool:
 
 
 def clear() -> bool:
-    """The bytes of deleted rows go; True when there may be more."""
+    """The bytes of deleted rows go, and what was quoted of them; True when there may be more."""
     return any([_clear(File), _clear(Checkpoint)])
 
 
@@ -104,9 +104,18 @@ def _clear(kind: retention.Row) -> bool:
         get_storage().delete(key)
     if rows:
         with session_scope() as session:
-            retention.mark_cleared(session, kind, [row_id for row_id, _ in rows])
+            ids = [row_id for row_id, _ in rows]
+            if kind is File:
+                quotes.forget(session, ids)
+            retention.mark_cleared(session, kind, ids)
             session.commit()
     return bool(rows)
+
+
+def overwrite() -> bool:
+    """What was overwritten in the database leaves its log, too."""
+    cut_write_ahead_log()
+    return False
 
 
 def sweep_orphans() -> bool:
@@ -143,5 +152,6 @@ CHORES = (
     every(HOUR)(forget_jobs),
     every(HOUR)(forget_orders),
     clear,
+    every(MINUTE / 2)(overwrite),
     every(HOUR)(sweep_orphans),
 )

@@ -18,7 +18,7 @@ from api.core.settings import get_settings
 
 LOCK, FLAG = "held", "drain-"
 # A folder is made a moment before its lock is taken.
-YOUNG_SECONDS = 60.0
+YOUNG_SECONDS = 30.0
 
 log = get_logger(__name__)
 _raised: list[IO[bytes]] = []

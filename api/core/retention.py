@@ -27,7 +27,7 @@ def expire_files(session: Session, *, limit: int = 100) -> list[str]:
     rows = session.scalars(past.order_by(File.expires_at).limit(limit).with_for_update(skip_locked=True)).all()
     gone = [file for file in rows if files.user_of(session, file) is None]
     for file in gone:
-        file.deleted_at = now(session)
+        files.bury(session, file)
     session.flush()
     return [file.id for file in gone]
 

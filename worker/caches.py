@@ -1,0 +1,49 @@
+"""Cached things go with the rows that they were made of: each worker looks after the cache of its own host.
+
+The name of an entry says whose rows and which files it was made of (`lorainit.kept`), and the database says which
+files there are. So nobody has to tell a worker of a deletion, and one that was away when a file was deleted sweeps
+when it is back. What a run that was just cancelled writes behind a sweep is found by the next one.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from api.core import files
+from api.core.db import session_scope
+from api.core.settings import get_settings
+from lorainit import kept
+
+STALE_SECONDS = 3600.0  # a writer that is still at it after this has crashed
+
+
+def sweep() -> list[Path]:
+    """Remove entries one of whose files nobody has any more, and those whose names do not say; what was removed."""
+    found = {path: kept.rows_of(path.name) for path in _entries()}
+    made_of = {(rows.owner, sha256) for rows in found.values() if rows for sha256 in rows.files}
+    with session_scope(read_only=True) as session:
+        there = files.those_there(session, made_of)
+    gone = [path for path, rows in found.items() if not _may_stay(path, rows, there)]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return gone
+
+
+def _entries() -> Iterator[Path]:
+    for kind in kept.OF_ROWS:
+        folder = get_settings().models() / kind
+        yield from folder.iterdir() if folder.is_dir() else ()
+
+
+def _may_stay(path: Path, rows: kept.Rows | None, there: set[tuple[str, str]]) -> bool:
+    if rows is None:  # of an earlier release, whose entries nobody reads, if not of the base alone
+        return kept.is_of_no_rows(path.name)
+    return all((rows.owner, sha256) in there for sha256 in rows.files) and not _is_stale(path)
+
+
+def _is_stale(path: Path) -> bool:
+    """What a crashed writer left."""
+    try:
+        return path.name.startswith(".") and time.time() - path.stat().st_mtime > STALE_SECONDS
+    except FileNotFoundError:
+        return False
