@@ -1,0 +1,100 @@
+"""The cache of a worker's host: what goes with the files that it was made of, and what stays."""
+
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy.orm import Session
+
+from api.core import files
+from api.core.models import Project
+from api.core.settings import get_settings
+from lorainit.kept import entry_name
+from tests.things import a_file, a_project
+from worker import caches
+
+A, B = "a" * 64, "b" * 64
+
+
+def an_entry(project: Project | str | None, *digests: str, kind: str = "tokens", key: str = "k" * 40) -> Path:
+    owner = project.id if isinstance(project, Project) else project
+    path = get_settings().models() / kind / f"{entry_name(key, owner=owner, files=digests)}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"tokens")
+    return path
+
+
+@pytest.fixture
+def project(session: Session) -> Project:
+    return a_project(session)
+
+
+def test_an_entry_goes_when_its_file_is_deleted_and_not_before(session: Session, project: Project) -> None:
+    file, entry = a_file(session, project, sha256=A), an_entry(project, A)
+    assert caches.sweep() == []
+    files.bury(session, file)
+    session.flush()
+    assert caches.sweep() == [entry]
+    assert not entry.exists()
+
+
+def test_what_two_files_share_stays_while_one_of_them_lives(session: Session, project: Project) -> None:
+    first, second = a_file(session, project, sha256=A), a_file(session, project, sha256=A)
+    an_entry(project, A)
+    files.bury(session, first)
+    session.flush()
+    assert caches.sweep() == []
+    files.bury(session, second)
+    session.flush()
+    assert len(caches.sweep()) == 1
+
+
+def test_the_same_bytes_in_another_project_keep_nothing(session: Session, project: Project) -> None:
+    a_file(session, a_project(session, "others"), sha256=A)
+    entry = an_entry(project, A)
+    assert caches.sweep() == [entry]
+
+
+def test_an_entry_of_two_files_goes_with_either(session: Session, project: Project) -> None:
+    a_file(session, project, sha256=A)
+    entry = an_entry(project, A, B, kind="init")
+    assert caches.sweep() == [entry]
+
+
+def test_what_a_crashed_writer_left_goes_with_its_file(session: Session, project: Project) -> None:
+    a_file(session, project, sha256=A)
+    living, dead, old = (an_entry(project, digest) for digest in (A, B, A))
+    living, dead = (path.rename(path.with_name(f".{path.stem}-0123456789abcdef")) for path in (living, dead))
+    old = an_entry(project, A)
+    old = old.rename(old.with_name(f".{old.stem}-fedcba9876543210"))
+    os.utime(old, (time.time() - 4000,) * 2)
+    assert set(caches.sweep()) == {dead, old}
+    assert living.exists()
+
+
+def test_what_is_of_the_base_alone_stays(session: Session) -> None:
+    an_entry(None, kind="init")
+    an_entry(None, A, kind="bases")
+    assert caches.sweep() == []
+
+
+def test_entries_of_earlier_releases_go(session: Session) -> None:
+    folder = get_settings().models() / "tokens"
+    folder.mkdir(parents=True)
+    (folder / f"{'0' * 40}.safetensors").write_bytes(b"whose rows these are, nobody knows")
+    assert len(caches.sweep()) == 1
+
+
+def test_a_file_whose_time_is_over_is_there_until_it_is_deleted(session: Session, project: Project) -> None:
+    a_file(session, project, sha256=A, expires_at=datetime(2026, 1, 1, tzinfo=UTC))
+    an_entry(project, A)
+    assert caches.sweep() == []
+
+
+def test_more_files_than_one_statement_asks_for(session: Session, project: Project) -> None:
+    wanted = {(project.id, f"{number:064x}") for number in range(1100)}
+    for number in (0, 700, 1099):
+        a_file(session, project, sha256=f"{number:064x}")
+    assert {int(sha256, 16) for _, sha256 in files.those_there(session, wanted)} == {0, 700, 1099}
