@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from lorainit.events import Done, Event, Failed, Message, Stage
 from worker.supervisor import Outcome, Place, run_child
@@ -205,3 +206,11 @@ def test_a_run_is_what_the_oom_killer_takes_first(child: Child) -> None:
     """)
     assert isinstance(child.events[0], Message)
     assert child.events[0].message == "900"
+
+
+def test_an_event_that_cannot_be_read_is_logged_without_its_words(child: Child) -> None:
+    with capture_logs() as logs:
+        child.run("""say(kind="message", level="zanzibarquince", message="zanzibarquince")""")
+    (said,) = [entry for entry in logs if "unreadable" in entry["event"]]
+    assert "literal_error" in said["error"]
+    assert "zanzibarquince" not in str(said)
