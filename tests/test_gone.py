@@ -15,20 +15,20 @@ from sqlalchemy import select
 from sqlalchemy.engine import make_url
 from starlette.testclient import TestClient
 
-from api.core import db, keys
+from api.core import db, keys, quotes
 from api.core.db import session_scope
 from api.core.jobs import Lease
 from api.core.models import Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from api.main import create_app
-from lorainit.events import Checkpoint, Done, Event
+from lorainit.events import Checkpoint, Done, Event, Failed
 from lorainit.run import run
 from lorainit.spec import BaseModelRef, RunSpec
 from tests import stub_worker
 from tests.lorainit.conftest import bases, chat, make_tokenizer, tokenizer
 from tests.things import MODEL
-from worker import artifacts, caches, janitor, scratch
+from worker import artifacts, caches, endings, janitor, scratch
 from worker.progress import Recorder
 
 __all__ = ["bases", "tokenizer"]
@@ -149,3 +149,25 @@ def test_a_word_of_deleted_rows_is_nowhere_any_more(
     assert WORD not in "".join(capfd.readouterr())
     (events,) = [client.get(f"/v1/fine_tuning/jobs/{job_id}/events?limit=100").raise_for_status().json()]
     assert [event for event in events["data"] if event["data"].get("errors") == []]
+
+
+def test_a_run_that_failed_quotes_rows_in_its_job_alone_and_only_while_they_are_there(
+    client: TestClient, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = upload(client, ROWS)
+    job_id = order(client, file)
+    stub_worker.tidy()
+    taken = stub_worker.claim()
+    assert taken is not None
+    job, lease = taken
+    message = f"12 of 12 rows of the training file cannot be used; first: Line 1: {WORD}."
+    endings.told(job, lease, Failed(code="invalid_training_file", message=message, param="data.training"))
+    assert {"jobs", "events"} <= where_it_is(WORD, tmp_path)
+
+    client.delete(f"/v1/files/{file}").raise_for_status()
+    a_minute_passes()
+
+    assert where_it_is(WORD, tmp_path) == set()
+    assert WORD not in "".join(capfd.readouterr())
+    error = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()["error"]
+    assert error == {"code": "invalid_training_file", "message": quotes.REMOVED, "param": "training_file"}
