@@ -1,5 +1,6 @@
 """An installation with jobs in it survives the newest migrations, there and back."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import sessionmaker
 
 from api.core import db, migrate
-from api.core.models import Event, Job
+from api.core.models import Event, File, Job
 from tests import servers
-from tests.things import a_job, a_project, a_queued_job
+from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job
 
+FILE_RESULTS = "fine-tune-results"
 GROUPED_JOBS = "1c7e5b0a94d3"  # the newest revision before the queue's
 
 
@@ -51,4 +53,23 @@ def test_jobs_of_the_release_before_keep_their_order_and_their_events(
         assert (unchecked.turn, low.queue, low.losses, low.pause_requested) == (None, "train", 0, False)
         assert session.query(Event).count() == 5
     assert migrate.drift(old) == []
+    old.dispose()
+
+
+def test_files_that_an_earlier_release_deleted_lose_what_it_left(environment: pytest.MonkeyPatch, old: Engine) -> None:
+    migrate.upgrade(old)
+    at = datetime(2026, 11, 1, tzinfo=UTC)
+    with sessionmaker(old)() as session:
+        project = a_project(session)
+        ended = {"deleted_at": at, "cleared_at": at, "status_details": "line 3: 'secret' is not a key"}
+        deleted, result = (a_file(session, project, purpose=name, **ended).id for name in ("fine-tune", FILE_RESULTS))
+        kept = a_file(session, project).id
+        session.commit()
+    back(old, "41c7be09d2f6")
+    migrate.upgrade(old)
+    with sessionmaker(old)() as session:
+        gone = session.get_one(File, deleted)
+        assert (gone.validation, gone.status_details, gone.cleared_at) == (None, None, None)
+        assert session.get_one(File, kept).validation == CHECKED
+        assert session.get_one(File, result).cleared_at == at
     old.dispose()
