@@ -140,15 +140,19 @@ def test_a_word_of_deleted_rows_is_nowhere_any_more(
     assert WORD in make_tokenizer().decode(load_file(tokenized)["0"])
     assert entries("init")
 
-    for path in (f"models/{job['fine_tuned_model']}", f"files/{job['result_files'][0]}", f"files/{file}"):
-        client.delete(f"/v1/{path}").raise_for_status()
+    client.delete(f"/v1/files/{file}").raise_for_status()
     a_minute_passes()
 
-    assert where_it_is(WORD, tmp_path) == set()
+    assert where_it_is(WORD, tmp_path) == set()  # the adapter, its checkpoints and results quote nothing
     assert entries("tokens") == entries("init") == []
     assert WORD not in "".join(capfd.readouterr())
     (events,) = [client.get(f"/v1/fine_tuning/jobs/{job_id}/events?limit=100").raise_for_status().json()]
     assert [event for event in events["data"] if event["data"].get("errors") == []]
+
+    for path in (f"models/{job['fine_tuned_model']}", f"files/{job['result_files'][0]}"):
+        client.delete(f"/v1/{path}").raise_for_status()
+    a_minute_passes()
+    assert [path for path in (tmp_path / "storage").rglob("*") if path.is_file()] == []
 
 
 def test_a_run_that_failed_quotes_rows_in_its_job_alone_and_only_while_they_are_there(

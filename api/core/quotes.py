@@ -38,7 +38,8 @@ def _fields(job: Job, file_ids: Collection[str]) -> set[str]:
 def _forget(session: Session, job: Job, fields: set[str]) -> None:
     if job.error is not None and _quotes(job.error, fields):
         job.error = {**job.error, "message": REMOVED}
-    for event in session.scalars(select(Event).where(Event.job_id == job.id, Event.type == "message")):
+    about = Event.data["file"].as_string().in_(fields), Event.data["error"]["code"].as_string().is_not(None)
+    for event in session.scalars(select(Event).where(Event.job_id == job.id, or_(*about))).all():
         error = event.data.get("error")
         if isinstance(error, dict) and _quotes(error, fields):
             event.message = f"The job failed: {REMOVED}"
