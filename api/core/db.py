@@ -185,13 +185,13 @@ def cut_write_ahead_log() -> None:
     if engine.dialect.name != "sqlite":
         return
     connection = engine.raw_connection()
+    cursor = connection.cursor()
     try:
-        cursor = connection.cursor()
         cursor.execute("PRAGMA busy_timeout=100")  # writers wait as long as this waits for readers
-        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
         cursor.execute(f"PRAGMA busy_timeout={round(_Process.waits.lock * 1000)}")
         cursor.close()
-    finally:
         connection.close()
 
 

@@ -19,8 +19,11 @@ _OF_ANY_FILE = ("unsupported_model",)
 def forget(session: Session, file_ids: Collection[str]) -> None:
     """Take the quotes of these files out of what the jobs that used them have said. Safe to repeat."""
     projects = select(File.project_id).where(File.id.in_(file_ids), File.purpose != "fine-tune-results")
-    columns = (Job.training_file_id, Job.validation_file_id, Job.calibration_file_id)
-    used = or_(*(column.in_(file_ids) for column in columns))
+    used = or_(
+        Job.training_file_id.in_(file_ids),
+        Job.validation_file_id.in_(file_ids),
+        Job.calibration_file_id.in_(file_ids),
+    )
     for job in session.scalars(select(Job).where(Job.project_id.in_(projects), used)).all():
         _forget(session, job, _fields(job, file_ids))
 

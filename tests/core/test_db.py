@@ -1,0 +1,54 @@
+"""What SQLite keeps of what was deleted."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import delete, text
+
+from api.core import db, migrate
+from api.core.db import session_scope
+from api.core.models import Tally
+from tests.conftest import forget
+
+WORD = "zanzibarquince"
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The write-ahead log of a database of this test's own."""
+    monkeypatch.setenv("LORAINIT_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("LORAINIT_DATABASE_URL", f"sqlite:///{tmp_path}/own.db")
+    forget()
+    migrate.upgrade(db.get_engine())
+    yield tmp_path / "own.db-wal"
+    forget()
+
+
+def write_and_delete() -> None:
+    with session_scope() as session:
+        session.add(Tally(name=WORD, labels="{}", value=1.0))
+        session.commit()
+    with session_scope() as session:
+        session.execute(delete(Tally))
+        session.commit()
+
+
+def test_what_was_deleted_is_neither_in_the_database_nor_in_its_log(log: Path) -> None:
+    write_and_delete()
+    assert WORD.encode() in log.read_bytes()
+    db.cut_write_ahead_log()
+    assert log.stat().st_size == 0
+    assert WORD.encode() not in log.with_name("own.db").read_bytes()
+
+
+def test_a_log_that_somebody_reads_is_cut_the_next_time_and_nobody_waits(log: Path) -> None:
+    with session_scope(read_only=True) as reader:
+        reader.execute(text("SELECT count(*) FROM tallies")).all()
+        write_and_delete()
+        db.cut_write_ahead_log()
+        assert log.stat().st_size > 0
+    with session_scope(read_only=True) as session:
+        assert session.execute(text("PRAGMA busy_timeout")).scalar() == db.BUSY_MS
+    db.cut_write_ahead_log()
+    assert log.stat().st_size == 0
