@@ -15,10 +15,11 @@ from api.core.db import cut_write_ahead_log, session_scope
 from api.core.logs import get_logger
 from api.core.models import Checkpoint, File
 from api.core.settings import get_settings
-from api.core.storage import PROBE, get_storage
+from api.core.storage import PROBE, get_storage, unfinished
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 SWEEPS = 2 * HOUR  # every orphan that is old enough has been swept within this
+STALLED = 10 * MINUTE  # whoever goes on with an object after that is told that it is gone, and tries again
 BATCH = 500
 
 log = get_logger(__name__)
@@ -134,6 +135,21 @@ def sweep_orphans() -> bool:
     return False
 
 
+def sweep_unfinished() -> bool:
+    """Parts of objects whose writer was killed go once nothing more is written to them."""
+    before = datetime.now(UTC) - timedelta(seconds=STALLED)
+    left = [found for prefix in retention.OWNERS for found in unfinished(get_settings(), before, prefix=prefix)]
+    while left:
+        batch, left = left[:BATCH], left[BATCH:]
+        with session_scope(read_only=True) as session:
+            ours = retention.owned(session, [key for key, _ in batch])
+        for key, path in batch:
+            if key in ours:
+                path.unlink(missing_ok=True)
+                log.warning("removed what was never stored to its end", key=key)
+    return False
+
+
 def _remove_orphans(keys: list[str]) -> None:
     with session_scope(read_only=True) as session:
         gone = retention.orphans(session, keys)
@@ -154,4 +170,5 @@ CHORES = (
     clear,
     every(MINUTE / 2)(overwrite),
     every(HOUR)(sweep_orphans),
+    every(STALLED)(sweep_unfinished),
 )

@@ -117,8 +117,13 @@ def orphans(session: Session, keys: Sequence[str]) -> set[str]:
     An object of an unknown project or job belongs to somebody else who uses the bucket, or to a
     database that was lost: never ours to remove.
     """
-    ours = {key for prefix in OWNERS for key in _owned(session, prefix, keys)}
+    ours = owned(session, keys)
     return unnamed(session, ours) if ours else set()
+
+
+def owned(session: Session, keys: Sequence[str]) -> set[str]:
+    """Those keys whose project or job this database knows."""
+    return {key for prefix in OWNERS for key in _owned(session, prefix, keys)}
 
 
 def _owned(session: Session, prefix: str, keys: Sequence[str]) -> list[str]:

@@ -195,6 +195,23 @@ def _bucket(parts: SplitResult, settings: Settings, *, seconds: int, retries: in
     )
 
 
+def unfinished(settings: Settings, before: datetime, *, prefix: str) -> Iterator[tuple[str, Path]]:
+    """(key, file) of objects under `prefix` that somebody began to write, but wrote nothing more to since `before`.
+
+    In a folder a writer that is killed leaves `KEY#1`, which no listing shows. Nothing is found in a bucket, where a
+    lifecycle rule ends such uploads.
+    """
+    parts = urlsplit(settings.storage())
+    root = Path(unquote(parts.path))
+    if parts.scheme != "file":
+        return
+    for path in (root / prefix).rglob("*#*"):
+        key, _, number = str(path.relative_to(root)).rpartition("#")
+        with suppress(FileNotFoundError):  # it has just been finished
+            if number.isdecimal() and path.stat().st_mtime < before.timestamp():
+                yield key, path
+
+
 @cache
 def get_storage() -> Storage:
     """This process's storage."""

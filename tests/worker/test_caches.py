@@ -1,19 +1,21 @@
 """The cache of a worker's host: what goes with the files that it was made of, and what stays."""
 
 import os
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core import files
-from api.core.models import Project
+from api.core.models import Project, Worker
 from api.core.settings import get_settings
 from lorainit.kept import entry_name
 from tests.things import a_file, a_project
-from worker import caches
+from worker import app, caches
 
 A, B = "a" * 64, "b" * 64
 
@@ -98,3 +100,15 @@ def test_more_files_than_one_statement_asks_for(session: Session, project: Proje
     for number in (0, 700, 1099):
         a_file(session, project, sha256=f"{number:064x}")
     assert {int(sha256, 16) for _, sha256 in files.those_there(session, wanted)} == {0, 700, 1099}
+
+
+def test_a_worker_sweeps_with_its_heartbeat(
+    session: Session, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = threading.Event()
+    stopped.set()
+    monkeypatch.setattr(app, "_stopped", stopped)
+    entry = an_entry(project, A)
+    app._say_alive()
+    assert not entry.exists()
+    assert session.scalars(select(Worker.id)).all()

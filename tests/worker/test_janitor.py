@@ -2,6 +2,9 @@
 
 import io
 import os
+import signal
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -203,3 +206,27 @@ def test_every_bytes_less_row_is_found_in_batches(monkeypatch: pytest.MonkeyPatc
         pass
     with session_scope() as session:
         assert session.scalars(select(File.id).where(File.cleared_at.is_(None))).all() == []
+
+
+WRITER = """
+import os, signal, sys
+from api.core.storage import get_storage
+def chunks():
+    for _ in range(12):
+        yield bytes(1 << 20)
+    os.kill(os.getpid(), signal.SIGKILL)
+get_storage().put(sys.argv[1], chunks())
+"""
+
+
+def test_what_a_killed_writer_left_of_an_object_goes_when_nobody_goes_on_with_it(tmp_path: Path) -> None:
+    project, _ = a_stored_file()
+    for key in (f"files/{project.id}/half", "files/proj_of-others/half"):
+        assert subprocess.run([sys.executable, "-c", WRITER, key], check=False).returncode == -signal.SIGKILL
+    assert stored(tmp_path) == ["half#1", "half#1", "x"]
+    assert janitor.sweep_unfinished() is False
+    assert stored(tmp_path) == ["half#1", "half#1", "x"]
+    age(tmp_path)
+    assert janitor.sweep_unfinished() is False
+    assert [path.parent.name for path in (tmp_path / "storage").rglob("half#1")] == ["proj_of-others"]
+    assert "x" in stored(tmp_path)
