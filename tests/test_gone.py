@@ -5,6 +5,7 @@ A real run of a tiny base, around it the service's own pieces: API, file check, 
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from lorainit.run import run
 from lorainit.spec import BaseModelRef, RunSpec
 from tests import stub_worker
 from tests.lorainit.conftest import bases, chat, make_tokenizer, tokenizer
+from tests.test_job_path import Stack, stack, tiny_base
 from tests.things import MODEL
 from worker import artifacts, caches, endings, janitor, scratch
 from worker.progress import Recorder
 
-__all__ = ["bases", "tokenizer"]
+__all__ = ["bases", "stack", "tiny_base", "tokenizer"]
 WORD = "zanzibarquince"
 ROWS = [chat(f"Where is {n}?", f"In {WORD} {n}") for n in range(12)]
 QUOTED = {**chat("Who?", "Nobody"), f"{WORD}_key": 1}  # the check of the file says which key it does not know
@@ -175,3 +177,19 @@ def test_a_run_that_failed_quotes_rows_in_its_job_alone_and_only_while_they_are_
     assert WORD not in "".join(capfd.readouterr())
     error = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()["error"]
     assert error == {"code": "invalid_training_file", "message": quotes.REMOVED, "param": "training_file"}
+
+
+@pytest.mark.slow
+def test_a_running_service_forgets_within_a_minute(stack: Stack, tmp_path: Path) -> None:
+    """Web process, reconciler and worker by themselves, their logs included."""
+    word = "It is 11 and 11"
+    order = stack.create({"r": 2, "init": GRADIENT})
+    stack.wait(order.id, "succeeded")
+    assert where_it_is(word, tmp_path)
+    assert entries("tokens") and entries("init")
+    for file in (order.training_file, order.validation_file):
+        stack.client.files.delete(str(file))
+    deadline = time.monotonic() + 60
+    while where_it_is(word, tmp_path) or entries("tokens") or entries("init"):
+        assert time.monotonic() < deadline, (where_it_is(word, tmp_path), entries("tokens"), entries("init"))
+        time.sleep(1)
