@@ -238,7 +238,7 @@ def those_there(session: Session, wanted: Collection[tuple[str, str]]) -> set[tu
         projects, digests = ({pair[place] for pair in batch} for place in (0, 1))
         query = select(File.project_id, File.sha256).where(File.project_id.in_(projects), File.sha256.in_(digests))
         found |= {(owner, sha256) for owner, sha256 in session.execute(query.where(File.deleted_at.is_(None)))}
-    return found
+    return found & set(wanted)
 
 
 def gone_by(attempt: Attempt, deleted_at: datetime | None, deleted_by: str | None, *, at: datetime) -> bool:
