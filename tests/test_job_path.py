@@ -29,6 +29,7 @@ from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama
 WORKER = ["-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", "-Q", "train"]
 QUIET = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
 FINAL = ("succeeded", "failed", "cancelled")
+PATIENCE = 300  # seconds until a test gives up hope, on however busy a machine
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +76,7 @@ class Stack:
             extra_body={"lora": lora, "resources": {"group": group, "devices": devices}},
         )
 
-    def wait(self, job_id: str, *until: str, seconds: float = 120) -> FineTuningJob:
+    def wait(self, job_id: str, *until: str, seconds: float = PATIENCE) -> FineTuningJob:
         deadline = time.monotonic() + seconds
         while (job := self.client.fine_tuning.jobs.retrieve(job_id)).status not in until:
             if job.status in FINAL or time.monotonic() > deadline:
@@ -187,7 +188,7 @@ print(total / count)
 def test_cancel_stops_the_training_process_within_five_seconds(stack: Stack) -> None:
     job = stack.create({"init": "kaiming", "r": 4}, n_epochs=50, batch_size=1)
     stack.wait(job.id, "running")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not children_of(stack.processes["worker"]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert children_of(stack.processes["worker"])
@@ -268,7 +269,7 @@ def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None
     assert any(text.startswith("Each of 2 devices holds a part") for text in stack.messages(divided.id))
     long = stack.create({"init": "kaiming", "r": 4}, devices=2, n_epochs=50)
     stack.wait(long.id, "running")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(runs := children_of(stack.processes["worker"])) < 2:
         assert time.monotonic() < deadline, runs
         time.sleep(0.05)
@@ -280,7 +281,7 @@ def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None
 def test_a_job_that_loses_one_of_its_two_processes_is_tried_again(stack: Stack) -> None:
     """From its last checkpoint: nobody knows why the process was killed, and the job is not to blame."""
     job = stack.create({"init": "kaiming", "r": 4}, devices=2, n_epochs=30, checkpoint_interval=2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not list(stack.client.fine_tuning.jobs.checkpoints.list(job.id)):
         assert time.monotonic() < deadline, stack.log("worker")
         time.sleep(0.05)
