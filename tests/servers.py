@@ -78,7 +78,7 @@ def freeze(process: subprocess.Popen[bytes]) -> Callable[[], None]:
     return lambda: send(signal.SIGCONT)
 
 
-def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, *, seconds: float = 30) -> None:
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, *, seconds: float = 300) -> None:
     """Wait until `ready()`; say what the server wrote when it does not come up."""
     deadline = time.monotonic() + seconds
     while not ready():
