@@ -279,7 +279,7 @@ def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
 
 
 def _with_v1(verb: str, path: str, routes: Table) -> str | None:
-    """The path that was meant by a base URL with another version than /v1, or with none."""
-    rest = re.sub(r"^/v\d+(?=/)", "", path)
+    """The path that was meant by a base URL with another version than /v1, with more before it, or with none."""
+    rest = re.sub(r"^(/[^/]+){0,3}/v\d+(?=/)", "", path)
     meant = f"/v1{rest}"
     return meant if meant != path and (routes.verbs(meant) or planned(verb, meant, routes)) else None

@@ -1,16 +1,15 @@
 """From pydantic's errors to one fault a caller can act on: a code, a dotted path, a sentence.
 
-Pydantic's location holds the tags of unions beside the caller's keys. Walking the submitted body
-along it keeps only what the caller wrote.
+A field is named as the caller wrote it (`lorainit.faults`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from reprlib import Repr
 from typing import Any
 
-Details = Mapping[str, Any]
+from lorainit.faults import Details, written
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -118,15 +117,8 @@ def _path(error: Details, body: Any) -> str:
     source, *location = error["loc"]
     if source in ("query", "path", "header"):
         return ".".join(str(part) for part in location)
-    path, here, last = "", body, len(location) - 1
-    for index, part in enumerate(location):
-        if isinstance(here, list) and isinstance(part, int):
-            path, here = f"{path}[{part}]", here[part] if part < len(here) else None
-        elif isinstance(here, Mapping) and part in here:
-            path, here = f"{path}.{part}", here[part]
-        elif index == last and error["type"] == "missing":
-            path = f"{path}.{part}"
-    return path.lstrip(".")
+    parts = written(location, body, missing=error["type"] == "missing")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 
 def _code(same: Sequence[Details], path: str) -> str:

@@ -195,12 +195,16 @@ def _write(stream: TextIO, event: Event) -> None:
 
 def _read_spec(path: Path) -> RunSpec | None:
     try:
-        return RunSpec.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         print(f"{path}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return None
+    try:
+        return RunSpec.model_validate_json(text)
     except ValidationError as error:
-        for place, text in faults_of(error).items():
-            print(f"{path}: {place or 'spec'}: {text}", file=sys.stderr)  # noqa: T201
+        broken = error.errors()[0]["type"] == "json_invalid"
+        for place, sentence in faults_of(error, None if broken else json.loads(text)).items():
+            print(f"{path}: {place or 'spec'}: {sentence}", file=sys.stderr)  # noqa: T201
     return None
 
 

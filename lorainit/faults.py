@@ -1,37 +1,43 @@
 """What pydantic found wrong, by the fields that the person wrote. Torch-free."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-# How pydantic names the alternatives of a union in a location, such as `constrained-int`, `literal['auto']` or
-# `function-after[check(), str]`: a name of ours has neither a dash nor a bracket.
-_ALTERNATIVE = re.compile(r".*[-\[].*|int|float|str|bool|none|any")
+Details = Mapping[str, Any]  # one element of `ValidationError.errors()`
+Part = str | int
 
 
-def faults_of(error: ValidationError) -> dict[str, str]:
-    """Each wrong field by its dotted path, with one sentence: what the alternatives of a union ask is joined."""
+def faults_of(error: ValidationError, document: Any) -> dict[str, str]:
+    """Each wrong field of `document` by its dotted path, with one sentence: what the alternatives of a union ask is
+    joined."""
     found: dict[str, dict[str, None]] = {}
     for fault in error.errors():
-        found.setdefault(_path(fault["loc"], fault.get("ctx", {})), {})[fault["msg"].removeprefix("Value error, ")] = (
-            None
-        )
+        parts = list(written(fault["loc"], document, missing=fault["type"] == "missing"))
+        if "param" in fault.get("ctx", {}):
+            parts.append(fault["ctx"]["param"])
+        sentence = fault["msg"].removeprefix("Value error, ")
+        found.setdefault(".".join(map(str, parts)), {})[sentence] = None
     outer = {path for path in found if any(other.startswith(f"{path}.") for other in found)}  # no list, and its element
     return {path: _joined(list(sentences)) for path, sentences in found.items() if path not in outer}
 
 
-def _path(location: Sequence[str | int], context: Mapping[str, Any]) -> str:
-    return ".".join(_parts(location, context))
+def written(location: Sequence[Part], document: Any, *, missing: bool) -> Iterator[Part]:
+    """Those parts of pydantic's location that lead through `document`.
 
-
-def _parts(location: Sequence[str | int], context: Mapping[str, Any]) -> Iterator[str]:
+    Beside them it names the alternatives of unions, which nobody wrote: `lora.init.pissa.niter` is `lora.init.niter`.
+    A field that is missing ends its own path.
+    """
+    here, last = document, len(location) - 1
     for index, part in enumerate(location):
-        if not index or isinstance(part, int) or _ALTERNATIVE.fullmatch(part) is None:
-            yield str(part)
-    if "param" in context:
-        yield str(context["param"])
+        if isinstance(here, list) and isinstance(part, int):
+            here = here[part] if part < len(here) else None
+        elif isinstance(here, Mapping) and part in here:
+            here = here[part]
+        elif not (missing and index == last):
+            continue
+        yield part
 
 
 def _joined(sentences: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ class Entry(ModelFacts):
 class Catalogue(Strict):
     """The file as a whole."""
 
-    models: list[Entry]
+    models: Annotated[list[Entry], Field(min_length=1)]
 
 
 def load(path: Path | None) -> dict[str, Entry]:

@@ -66,10 +66,13 @@ def test_an_address_without_v1_is_told_so(client: TestClient, verb: str, path: s
     assert error["message"] == f"{path} does not exist and /v1{path} does: the base URL of this API ends in /v1."
 
 
+@pytest.mark.parametrize("base", ["/v2", "/api/v1", "/v1/v1", "/some/where/v1"])
 @pytest.mark.parametrize("path", ["/models", "/fine_tuning/jobs", "/fine_tuning/jobs/x/events"])
-def test_an_address_of_another_version_is_told_so(client: TestClient, path: str) -> None:
-    error = refused(client.get(f"/v2{path}"), 404, "unsupported_endpoint")
-    assert error["message"] == f"/v2{path} does not exist and /v1{path} does: the base URL of this API ends in /v1."
+def test_an_address_of_another_version_or_with_more_before_it_is_told_so(
+    client: TestClient, base: str, path: str
+) -> None:
+    error = refused(client.get(base + path), 404, "unsupported_endpoint")
+    assert error["message"] == f"{base}{path} does not exist and /v1{path} does: the base URL of this API ends in /v1."
 
 
 def test_an_id_with_a_slash_is_answered_in_a_sentence(client: TestClient) -> None:

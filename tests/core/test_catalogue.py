@@ -306,3 +306,10 @@ def test_a_catalogue_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) 
     file = tmp_path / "catalogue.toml"
     file.write_text("models = []\n", encoding="utf-8-sig")
     assert catalogue_file.read(file).tables == {"models": []}
+
+
+def test_a_catalogue_without_a_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "catalogue.toml"
+    file.write_text("models = []\n")
+    with pytest.raises(BadCatalogue, match="line 1: models: list should have at least 1 item"):
+        catalogue.load(file)

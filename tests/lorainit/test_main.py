@@ -260,10 +260,12 @@ def test_torch_is_not_needed_to_read_a_spec_or_check_a_file():
         *(({"training": {"batch_size": value}}, "training.batch_size") for value in (0, "many", 1.5)),
         ({"lora": {"target_modules": 3}}, "lora.target_modules"),
         ({"lora": {"target_modules": [1]}}, "lora.target_modules.0"),
+        ({"lora": {"init": {"method": "pissa", "niter": "many"}}}, "lora.init.niter"),
+        ({"data": {}}, "data.training"),
     ],
 )
 def test_a_field_of_several_kinds_is_one_fault_by_its_own_name(more, field):
     given = {"model": {"id": "x", "source": "x", "root": "local:x"}, "data": {"training": "x"}}
     with pytest.raises(ValidationError) as caught:
         RunSpec.model_validate(given | more)
-    assert list(faults_of(caught.value)) == [field]
+    assert list(faults_of(caught.value, given | more)) == [field]
