@@ -5,6 +5,7 @@ Torch-free. Knows nothing of modules: `lorainit.model.targets` finds the facts a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.facts import LeftOut, Target
@@ -69,9 +70,15 @@ def chosen(target: Target, names: Sequence[str]) -> int:
     """How many of these layers the names of a placement mean together."""
     if target.name in names:
         return target.count
-    held = [path for one in target.paths for path in unfolded(one)]
-    found = sum(any(matches(path, name) for name in names) for path in held)
-    return target.count * found // len(held) if held else 0
+    found, held = _found(tuple(target.paths), tuple(names))
+    return target.count * found // held if held else 0
+
+
+@lru_cache(maxsize=1024)
+def _found(paths: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, int]:
+    """How many of these layers the names mean, and how many there are. A service asks it for every look at a job."""
+    held = [path for one in paths for path in unfolded(one)]
+    return sum(any(matches(path, name) for name in names) for path in held), len(held)
 
 
 def _part(layer: LeftOut, name: str, count: int) -> LeftOut:

@@ -258,7 +258,8 @@ def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
 
 def size(lora: Lora, entry: Entry) -> tuple[int, int]:
     """(adapted modules, trainable parameters) of a placed adapter."""
-    counts = [placement.chosen(target, lora.target_modules) for target in entry.targets]
+    names = tuple(lora.target_modules)
+    counts = [placement.chosen(target, names) for target in entry.targets]
     parameters = sum(
         lora.parameters(target.out_features, target.in_features) * count
         for target, count in zip(entry.targets, counts, strict=True)

@@ -9,6 +9,7 @@ from api.core import catalogue, catalogue_file
 from api.core.catalogue_file import BadCatalogue
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
+from lorainit import placement
 from lorainit.errors import UnsupportedModel
 from lorainit.facts import Target
 from lorainit.model.find import find
@@ -44,6 +45,17 @@ def test_the_size_counts_every_shape_of_a_name() -> None:
 def with_experts() -> catalogue.Entry:
     experts = target("experts.down_proj", 64, 48, "mlp", count=8).model_copy(update={"experts": True})
     return ENTRY.model_copy(update={"targets": [*ENTRY.targets, experts]})
+
+
+def test_layers_are_counted_once_for_all_jobs_with_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, unfolded = catalogue.require("smollm2-135m-instruct"), list[str]()
+    unfold = placement.unfolded
+    monkeypatch.setattr(placement, "unfolded", lambda path: unfolded.append(path) or unfold(path))
+    placement._found.cache_clear()
+    orders = [(["q_proj", "v_proj"], 4), (["q_proj", "v_proj"], 8)]
+    (modules, parameters), again = (catalogue.size(Lora(target_modules=names, r=r), entry) for names, r in orders)
+    assert unfolded == [path for target in entry.targets if target.name not in orders[0][0] for path in target.paths]
+    assert (modules, again) == (60, (60, 2 * parameters))
 
 
 def test_experts_are_counted_one_by_one() -> None:
