@@ -12,14 +12,13 @@ from fastapi import Depends, Header, Request
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api.core import keys, rates
+from api import access
+from api.core import keys
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.idempotency import Attempt
 from api.core.keys import Caller
-from api.core.models import Project
 from api.core.storage import Storage, get_storage
-from api.errors import TooManyRequests, Unauthenticated
 
 # Checked here, and told in words of our own.
 Printable = Annotated[str, Field(json_schema_extra={"maxLength": 255})]
@@ -36,54 +35,14 @@ def _writing() -> Iterator[Session]:
         yield session
 
 
-def _authenticated(
-    request: Request,
-    authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
-    openai_project: Annotated[str | None, Header(include_in_schema=False)] = None,
-) -> Caller:
-    scheme, _, secret = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or not secret.strip():
-        raise Unauthenticated(
-            "You didn't provide an API key: send it as 'Authorization: Bearer sk-lorainit-...'.", code="missing_api_key"
-        )
-    with session_scope(read_only=True) as session:
-        caller = keys.authenticate(session, secret.strip())
-        if caller is None:
-            raise Unauthenticated(
-                f"Incorrect API key provided: {_hint(secret.strip())}. It is unknown, expired or deleted.",
-                code="invalid_api_key",
-            )
-        # A project id this server does not know is somebody's hosted one, left in the environment.
-        foreign = openai_project not in (None, "", caller.project_id) and "\x00" not in (openai_project or "")
-        if foreign and session.get(Project, openai_project) is not None:
-            raise Unauthenticated(
-                f"OpenAI-Project {openai_project!r} is not the project of this API key.", code="mismatched_project"
-            )
-    request.scope["state"]["project"] = caller.project_id
-    return caller
-
-
-def _caller(request: Request, caller: Annotated[Caller, Depends(_authenticated)]) -> Caller:
-    """Whoever asks, within what the key may ask for; `api.envelope` writes the allowance into the headers."""
-    limiter = rates.get_limiter()
-    allowance = request.scope["state"]["allowance"] = None if limiter is None else limiter.take(caller.key_id)
-    if allowance is not None and allowance.wait:
-        raise TooManyRequests(
-            f"Rate limit reached for this API key: {allowance.limit} requests per minute."
-            f" Please try again in {allowance.wait:.2g} s.",
-            code="rate_limit_exceeded",
-            wait=allowance.wait,
-        )
-    return caller
+def _caller(request: Request) -> Caller:
+    secret = access.secret_of(request)
+    return access.let_in(request, keys.find(keys.id_in(secret)), secret)
 
 
 def _admin(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
     keys.require_admin(caller, "This route")
     return caller
-
-
-def _hint(secret: str) -> str:
-    return f"{secret[:12]}...{secret[-4:]}" if len(secret) > 24 else "too short"
 
 
 def _attempt(

@@ -5,6 +5,7 @@ open, so that a restart under `lorainit serve` neither loses its port nor refuse
 """
 
 import argparse
+import gc
 import socket
 from types import FrameType
 
@@ -52,6 +53,8 @@ def main() -> None:
         limit_concurrency=MAX_CONCURRENCY,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
+    gc.collect()
+    gc.freeze()  # what there is by now stays, and need not be gone through for garbage while requests are answered
     sockets = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
     Server(app, config).run(sockets=sockets)
 

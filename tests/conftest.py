@@ -6,6 +6,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 # Models here are tiny: a second thread helps none of them, and the waiting of several processes'
@@ -77,7 +78,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: s
 
 def forget() -> None:
     """Drop every cached setting, engine, storage and queue of this process."""
-    for made in (db.get_engine, db.get_reader):
+    for made in (db.get_engine, db.get_reader, db.get_plain_engine):
         if made.cache_info().currsize:
             made().dispose()
         made.cache_clear()
@@ -97,6 +98,7 @@ def session(environment: pytest.MonkeyPatch, engine: Engine) -> Iterator[Session
             patch.setattr(db, "get_engine", lambda: connection)
             patch.setattr(db, "get_reader", lambda: connection)
             patch.setattr(db, "get_sessions", lambda: sessions)
+            patch.setattr(db, "plain_connection", lambda: nullcontext(connection))
             with sessions() as session:
                 yield session
         transaction.rollback()

@@ -8,16 +8,30 @@ Every wait has an end (docs/decisions/0038): for a connection, for a lock, for a
 fallen silent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, Engine, MetaData, create_engine, event, func, select
+from sqlalchemy import (
+    JSON,
+    Connection,
+    DateTime,
+    Dialect,
+    Engine,
+    MetaData,
+    Row,
+    Select,
+    create_engine,
+    event,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -25,6 +39,13 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from api.core import postgres
 from api.core.breaker import Breaker
 from api.core.settings import get_settings
+
+# No transaction is begun around a statement, and none is ended after it.
+_PLAIN: dict[str, Any] = {
+    "isolation_level": "AUTOCOMMIT",
+    "skip_autocommit_rollback": True,
+    "pool_reset_on_return": None,
+}
 
 
 @dataclass(frozen=True)
@@ -86,16 +107,19 @@ class Base(DeclarativeBase):
     )
 
 
-def make_engine(url: str, *, read_only: bool = False, waits: Waits = PATIENT) -> Engine:
-    """An engine for `url` with the settings each database needs; `read_only` matters to SQLite alone."""
-    return (
-        _sqlite(url, waits, read_only=read_only)
-        if make_url(url).get_backend_name() == "sqlite"
-        else _postgresql(url, waits)
-    )
+def make_engine(url: str, *, read_only: bool = False, plain: bool = False, waits: Waits = PATIENT) -> Engine:
+    """An engine for `url` with the settings each database needs.
+
+    Args:
+        read_only: matters to SQLite alone.
+        plain: for statements that read and stand alone: no transaction, and no look at the connection before.
+    """
+    if make_url(url).get_backend_name() == "sqlite":
+        return _sqlite(url, waits, read_only=read_only, plain=plain)
+    return _postgresql(url, waits, plain=plain)
 
 
-def _postgresql(url: str, waits: Waits) -> Engine:
+def _postgresql(url: str, waits: Waits, *, plain: bool) -> Engine:
     # A process that is frozen in the middle of a transaction holds its rows no longer than a minute; no
     # transaction is open during slow work.
     limits = {
@@ -106,13 +130,14 @@ def _postgresql(url: str, waits: Waits) -> Engine:
     options = " ".join(f"-c {name}={round(seconds * 1000)}" for name, seconds in limits.items())
     engine = create_engine(
         url,
-        pool_pre_ping=True,
+        pool_pre_ping=not plain,
         pool_size=10,
-        max_overflow=30,
+        max_overflow=10 if plain else 30,
         pool_timeout=waits.connection,
         connect_args={**postgres.PARAMETERS, "options": options},
         # What a statement carried (labels, digests of keys) would else stand in logged errors.
         hide_parameters=True,
+        **(_PLAIN if plain else {}),
     )
     arguments, parameters = engine.dialect.create_connect_args(engine.url)
     breaker = Breaker("database", partial(postgres.look, *arguments, **parameters))
@@ -121,7 +146,7 @@ def _postgresql(url: str, waits: Waits) -> Engine:
     return engine
 
 
-def _sqlite(url: str, waits: Waits, *, read_only: bool) -> Engine:
+def _sqlite(url: str, waits: Waits, *, read_only: bool, plain: bool) -> Engine:
     # One writing connection per process: its writers then wait in the pool, in turn and at once
     # awake, where SQLite's own waiting sleeps up to 100 ms a try. Readers never wait for a writer.
     pool = {"pool_size": 20, "max_overflow": 20} if read_only else {"pool_size": 1, "max_overflow": 0}
@@ -132,8 +157,11 @@ def _sqlite(url: str, waits: Waits, *, read_only: bool) -> Engine:
         connect_args={"timeout": waits.lock, "check_same_thread": False, "isolation_level": None},
         hide_parameters=True,
         **pool,
+        **(_PLAIN if plain else {}),
     )
     event.listen(engine, "connect", _sqlite_connect)
+    if plain:
+        return engine
     start = "BEGIN" if read_only else "BEGIN IMMEDIATE"
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(start))
     return engine
@@ -171,6 +199,12 @@ def get_reader() -> Engine:
 
 
 @cache
+def get_plain_engine() -> Engine:
+    """The engine for statements that read and stand alone (`find_alone`)."""
+    return make_engine(get_settings().database(), read_only=True, plain=True, waits=_Process.waits)
+
+
+@cache
 def get_sessions() -> sessionmaker[Session]:
     """This process's session factory."""
     return sessionmaker(get_engine(), expire_on_commit=False)
@@ -200,6 +234,29 @@ def session_scope(*, read_only: bool = False) -> Iterator[Session]:
     """A session that rolls back unless its owner commits."""
     with get_sessions()(bind=get_reader() if read_only else get_engine()) as session:
         yield session
+
+
+def find_alone(statement: Select[Any], values: Mapping[str, Any]) -> Row[Any] | None:
+    """The one row that a statement finds, if there is one, without the transaction and the look at the connection
+    around it, which cost more than such a statement. Where the connection was dead, it is asked again on a new one."""
+    try:
+        return _find_alone(statement, values)
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        return _find_alone(statement, values)
+
+
+def _find_alone(statement: Select[Any], values: Mapping[str, Any]) -> Row[Any] | None:
+    with plain_connection() as connection:
+        return connection.execute(statement, values).one_or_none()
+
+
+@contextmanager
+def plain_connection() -> Iterator[Connection]:
+    """A connection for statements that stand alone; each is its own transaction."""
+    with get_plain_engine().connect() as connection:
+        yield connection
 
 
 def now(session: Session) -> datetime:

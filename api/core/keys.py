@@ -10,12 +10,12 @@ import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from sqlalchemy import or_, select
+from sqlalchemy import bindparam, or_, select
 from sqlalchemy.orm import Session
 
-from api.core import paging
+from api.core import db, paging
 from api.core.db import now
 from api.core.errors import Forbidden, NotFound
 from api.core.ids import new_id
@@ -32,6 +32,22 @@ class Caller:
     key_id: str
     project_id: str
     role: str
+
+
+class Key(NamedTuple):
+    """What decides whether a key lets its holder in."""
+
+    id: str
+    project_id: str
+    role: str
+    secret_sha256: str
+    expires_at: datetime | None
+    deleted_at: datetime | None
+
+
+# The columns of a `Key`, by names that no column of another table has.
+FACTS = [ApiKey.__table__.c[name].label(f"key_{name}") for name in Key._fields]
+_ONE_KEY = select(*FACTS).where(ApiKey.id == bindparam("key"))
 
 
 def get_or_create_project(session: Session, name: str) -> Project:
@@ -66,25 +82,28 @@ def create_key(
     return key, secret
 
 
-def authenticate(session: Session, secret: str) -> Caller | None:
-    """The caller behind `secret`; None when it is unknown, deleted or expired.
-
-    The row is found by the id inside the key; the digests are compared in constant time.
-    """
+def id_in(secret: str) -> str | None:
+    """The id of the key whose secret this is; None for what has not the form of a secret."""
     key_id, _, rest = secret.removeprefix(PREFIX).partition("-")
-    if not secret.startswith(PREFIX) or not rest:
-        return None
-    key = session.get(ApiKey, f"key_{key_id}")
-    if key is None or not hmac.compare_digest(key.secret_sha256, _digest(secret)):
-        return None
-    return Caller(key_id=key.id, project_id=key.project_id, role=key.role) if is_usable(session, key) else None
+    return f"key_{key_id}" if secret.startswith(PREFIX) and rest else None
 
 
-def is_usable(session: Session, key: ApiKey | None) -> bool:
-    """Whether there is such a key, neither deleted nor expired."""
-    if key is None or key.deleted_at is not None:
-        return False
-    return key.expires_at is None or key.expires_at > now(session)
+def find(key_id: str | None) -> Key | None:
+    """The key of this id, deleted or not."""
+    row = db.find_alone(_ONE_KEY, {"key": key_id}) if key_id else None
+    return None if row is None else Key._make(row)
+
+
+def caller_of(session: Session, key: Key, secret: str) -> Caller | None:
+    """Whoever holds the secret of this key, unless it is deleted or expired. Digests are compared in constant time.
+
+    Asks the database for the time, if that matters.
+    """
+    if not hmac.compare_digest(key.secret_sha256, _digest(secret)) or key.deleted_at is not None:
+        return None
+    if key.expires_at is not None and key.expires_at <= now(session):
+        return None
+    return Caller(key_id=key.id, project_id=key.project_id, role=key.role)
 
 
 def usable(session: Session, key_ids: Collection[str]) -> set[str]:

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, select, text
+from sqlalchemy import ColumnElement, and_, bindparam, select, text
 from sqlalchemy.orm import Session
 
-from api.core import paging, pauses, places
-from api.core.models import Adapter, File, Job
+from api.core import db, keys, paging, pauses, places
+from api.core.keys import Key
+from api.core.models import SHOWN, Adapter, ApiKey, File, Job, ShownJob
 from api.core.pauses import Prospect
 from api.core.places import Place
 from api.core.transitions import unknown
@@ -25,7 +26,7 @@ class Result:
 class Sight:
     """A job with what other tables say about it: everything that a caller is shown."""
 
-    job: Job
+    job: ShownJob
     place: Place | None
     result: Result | None
     prospect: Prospect
@@ -39,6 +40,21 @@ def find(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
+_KEY_AND_JOB = (
+    select(*keys.FACTS, *SHOWN)
+    .outerjoin_from(ApiKey, Job, and_(Job.id == bindparam("job"), Job.project_id == ApiKey.project_id))
+    .where(ApiKey.id == bindparam("key"))
+)
+
+
+def find_with_key(key_id: str | None, job_id: str) -> tuple[Key | None, ShownJob | None]:
+    """The key of this id, deleted or not, and the job of its project, by one statement; None for what there is not."""
+    row = db.find_alone(_KEY_AND_JOB, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
+    if row is None:
+        return keys.find(key_id), None
+    return Key._make(row[: len(keys.FACTS)]), None if row.id is None else row
+
+
 def page(
     session: Session,
     project_id: str,
@@ -47,20 +63,21 @@ def page(
     limit: int,
     metadata: dict[str, str] | None = None,
     unlabelled: bool = False,
-) -> tuple[Sequence[Job], bool]:
+) -> tuple[Sequence[ShownJob], bool]:
     """Newest first; True when there are more.
 
     Args:
         metadata: every pair must match exactly.
         unlabelled: only jobs without metadata.
     """
-    query = select(Job).where(Job.project_id == project_id)
+    query = select(*SHOWN).where(Job.project_id == project_id)
     dialect = session.get_bind().dialect.name
     for index, (key, value) in enumerate((metadata or {}).items()):
         query = query.where(_has(dialect, index, key, value))
     if unlabelled:
         query = query.where(Job.labels.is_(None))
-    return paging.page(session, query, Job, project_id=project_id, after=after, limit=limit)
+    query = paging.beyond(session, query, Job, project_id=project_id, after=after)
+    return paging.cut(session.execute(query.limit(limit + 1)).all(), limit)
 
 
 def _has(dialect: str, index: int, key: str, value: str) -> ColumnElement[bool]:
@@ -73,7 +90,7 @@ def _has(dialect: str, index: int, key: str, value: str) -> ColumnElement[bool]:
     return clause.bindparams(**{k: key, v: value})  # type: ignore[return-value]
 
 
-def sights(session: Session, found: Sequence[Job]) -> list[Sight]:
+def sights(session: Session, found: Sequence[ShownJob]) -> list[Sight]:
     """The jobs with their places, results and prospects, in a few queries however many there are."""
     standing = places.of(session, [job for job in found if job.status == "queued"])
     results = _results(session, [job.id for job in found if job.status == "succeeded"])
@@ -81,7 +98,7 @@ def sights(session: Session, found: Sequence[Job]) -> list[Sight]:
     return [Sight(job, standing.get(job.id), results.get(job.id), prospects[job.id]) for job in found]
 
 
-def sight(session: Session, job: Job) -> Sight:
+def sight(session: Session, job: ShownJob) -> Sight:
     """One job as a caller is shown it."""
     return sights(session, [job])[0]
 

@@ -14,6 +14,8 @@ from api.core.errors import InvalidValue
 from api.core.models import ApiKey, File, Job
 
 R = TypeVar("R", ApiKey, File, Job)
+Query = TypeVar("Query", bound=Select[Any])
+Found = TypeVar("Found")
 
 
 def page(
@@ -31,14 +33,29 @@ def page(
     Raises:
         InvalidValue: `after` is no row of this project.
     """
+    query = beyond(session, query, table, project_id=project_id, after=after, descending=descending)
+    return cut(session.scalars(query.limit(limit + 1)).all(), limit)
+
+
+def beyond(
+    session: Session, query: Query, table: type[R], *, project_id: str, after: str | None, descending: bool = True
+) -> Query:
+    """`query` in order, from behind the row `after` on.
+
+    Raises:
+        InvalidValue: `after` is no row of this project.
+    """
     if after is not None:
         cursor = session.get(table, after)
         if cursor is None or cursor.project_id != project_id:
             raise unknown_cursor(after)
         query = query.where(_beyond(table, cursor, descending=descending))
     columns: list[Any] = [table.created_at, table.id]
-    query = query.order_by(*(column.desc() if descending else column.asc() for column in columns))
-    rows = session.scalars(query.limit(limit + 1)).all()
+    return query.order_by(*(column.desc() if descending else column.asc() for column in columns))
+
+
+def cut(rows: Sequence[Found], limit: int) -> tuple[Sequence[Found], bool]:
+    """At most `limit` of these rows; True when there are more."""
     return rows[:limit], len(rows) > limit
 
 

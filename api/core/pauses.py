@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from api.core import events, turns
 from api.core.db import now
 from api.core.errors import WrongState
-from api.core.models import FINAL_STATUSES, Checkpoint, File, Job
+from api.core.models import FINAL_STATUSES, Checkpoint, File, Job, ShownJob
 from api.core.transitions import Lease, change, hold, in_state, move
 
 # What was wrong is not in the order: the same order may well succeed.
@@ -89,7 +89,7 @@ def _wake(session: Session, job: Job, prospect: Prospect) -> None:
     move(session, here, "queued", message, turn=turn, losses=0, not_before=None)
 
 
-def prospects(session: Session, jobs: Iterable[Job]) -> dict[str, Prospect]:
+def prospects(session: Session, jobs: Iterable[ShownJob]) -> dict[str, Prospect]:
     """For each of these jobs, whether it can be resumed; two queries however many there are."""
     jobs = list(jobs)
     steps = _last_steps(session, [job.id for job in jobs if job.status in ("paused", "failed")])
@@ -97,14 +97,14 @@ def prospects(session: Session, jobs: Iterable[Job]) -> dict[str, Prospect]:
     return {job.id: _prospect(job, steps.get(job.id), gone=job.id in gone) for job in jobs}
 
 
-def _prospect(job: Job, step: int | None, *, gone: bool) -> Prospect:
+def _prospect(job: ShownJob, step: int | None, *, gone: bool) -> Prospect:
     if job.status == "paused":
         return Prospect(possible=True, from_step=step, reason=None)
     reason = _why_not(job, step, gone=gone)
     return Prospect(possible=reason is None, from_step=step if reason is None else None, reason=reason)
 
 
-def _why_not(job: Job, step: int | None, *, gone: bool) -> str | None:
+def _why_not(job: ShownJob, step: int | None, *, gone: bool) -> str | None:
     if job.status != "failed":
         return {
             "validating_files": "the job has not started",

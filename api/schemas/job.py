@@ -1,6 +1,7 @@
 """The job object. Every field is always there; what has no value yet is null."""
 
-from dataclasses import asdict
+import json
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from pydantic import Field
 from api.core import catalogue, turns
 from api.core.fields import chosen
 from api.core.lookup import Result, Sight
-from api.core.models import Job
+from api.core.models import ShownJob, shown_status
 from api.core.settings import get_settings
 from api.core.submit import PRIORITIES
 from api.schemas.wire import Element, Wire, finite, unix, unix_or_none
@@ -121,7 +122,7 @@ class JobObject(Element):
 
 def job_object(sight: Sight) -> JobObject:
     """A row and what belongs to it, as the caller sees it."""
-    job, training = sight.job, finite(_training(sight.job))
+    job, prospect, training = sight.job, sight.prospect, finite(_training(sight.job))
     progress = Progress.model_validate(finite(job.progress)) if job.progress else None
     return JobObject(
         id=job.id,
@@ -130,7 +131,7 @@ def job_object(sight: Sight) -> JobObject:
         model=job.model,
         fine_tuned_model=sight.result.adapter.name if sight.result else None,
         organization_id=f"org-{get_settings().organization}",
-        status=job.shown_status,
+        status=shown_status(job.status, job.pause_requested),
         training_file=job.training_file_id,
         validation_file=job.validation_file_id,
         result_files=[job.result_file_id] if job.result_file_id else [],
@@ -152,7 +153,7 @@ def job_object(sight: Sight) -> JobObject:
         queue_position=sight.place.position if sight.place else None,
         queue_reason=sight.place.reason if sight.place else None,
         estimated_start=None,
-        resume=Resume.model_validate(asdict(sight.prospect)),
+        resume=Resume(possible=prospect.possible, from_step=prospect.from_step, reason=prospect.reason),
         progress=progress,
         lora=_lora(job),
         init_report=finite(job.init_report),
@@ -163,28 +164,28 @@ def job_object(sight: Sight) -> JobObject:
     )
 
 
-def _resources(job: Job) -> dict[str, Any]:
+def _resources(job: ShownJob) -> dict[str, Any]:
     asked = {"group": job.wants_group, "device": turns.device_of(job.queue), "devices": job.devices}
     return {**asked, "trained_with": job.trained_with, **(finite(job.resources) or {})}
 
 
-def _choices(job: Job, prefix: str) -> list[Any]:
+def _choices(job: ShownJob, prefix: str) -> list[Any]:
     return [choice for choice in [*job.choices, *_decided_by_the_run(job)] if choice["param"].startswith(prefix)]
 
 
-def _decided_by_the_run(job: Job) -> list[dict[str, Any]]:
+def _decided_by_the_run(job: ShownJob) -> list[dict[str, Any]]:
     """The autos that waited for the machine; none before the run has a plan."""
     return [chosen(choice) for choice in (job.plan or {}).get("choices", [])]
 
 
-def _training(job: Job) -> dict[str, Any]:
+def _training(job: ShownJob) -> dict[str, Any]:
     decided = {choice["param"].rpartition(".")[2]: choice["value"] for choice in _decided_by_the_run(job)}
     return {**job.recipe["training"], **decided}
 
 
-def _lora(job: Job) -> dict[str, Any]:
+def _lora(job: ShownJob) -> dict[str, Any]:
     """The resolved adapter: what was asked for, what it comes to, and what we chose."""
-    lora, entry = Lora.model_validate(job.recipe["lora"]), catalogue.find(job.model)
+    lora, entry = _read(json.dumps(job.recipe["lora"])), catalogue.find(job.model)
     modules, parameters = catalogue.size(lora, entry) if entry else (None, None)
     plan, report = job.plan or {}, job.init_report or {}
     init = {**job.recipe["lora"]["init"]}
@@ -205,13 +206,19 @@ def _lora(job: Job) -> dict[str, Any]:
     }
 
 
-def _finish(job: Job, progress: Progress | None) -> int | None:
+@lru_cache(maxsize=256)
+def _read(lora: str) -> Lora:
+    """A stored adapter. Jobs of a list often have the same one, and a job that is looked at again has."""
+    return Lora.model_validate_json(lora)
+
+
+def _finish(job: ShownJob, progress: Progress | None) -> int | None:
     if job.status != "running" or progress is None or progress.remaining_seconds is None:
         return None
     return int((progress.updated_at or unix(job.created_at)) + progress.remaining_seconds)
 
 
-def _adapter(job: Job, result: Result) -> AdapterObject | None:
+def _adapter(job: ShownJob, result: Result) -> AdapterObject | None:
     if result.adapter.deleted_at is not None:
         return None
     entry = catalogue.find(job.model)

@@ -107,7 +107,7 @@ def test_a_bug_is_a_500_in_our_shape_with_a_request_id(lab: Lab, monkeypatch: py
     def broken(*_: Any) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(lookup, "find", broken)
+    monkeypatch.setattr(lookup, "find_with_key", broken)
     reply = lab.client.get(f"{JOBS}/ftjob-x")
     error = refused(reply, 500, "internal_error")
     assert error["type"] == "server_error"
@@ -146,7 +146,7 @@ def test_a_database_that_is_down_is_a_503(lab: Lab, session: Session, monkeypatc
     def down(*_: Any) -> None:
         raise OperationalError("SELECT 1", {}, Exception("connection refused"))
 
-    monkeypatch.setattr(lookup, "find", down)
+    monkeypatch.setattr(lookup, "find_with_key", down)
     reply = lab.client.get(f"{JOBS}/ftjob-x")
     refused(reply, 503, "not_ready")
     assert 1 <= int(reply.headers["retry-after"]) <= 10

@@ -1,0 +1,66 @@
+"""Who may ask: a key that opens a project of this server, as often as its limit says. The same for every route."""
+
+from fastapi import Request
+
+from api.core import keys, rates
+from api.core.db import session_scope
+from api.core.keys import Caller, Key
+from api.core.models import Project
+from api.errors import TooManyRequests, Unauthenticated
+
+
+def secret_of(request: Request) -> str:
+    """What the request gives as its key.
+
+    Raises:
+        Unauthenticated: nothing.
+    """
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise Unauthenticated(
+            "You didn't provide an API key: send it as 'Authorization: Bearer sk-lorainit-...'.", code="missing_api_key"
+        )
+    return secret.strip()
+
+
+def let_in(request: Request, key: Key | None, secret: str) -> Caller:
+    """Whoever holds this key; the project and what the key has left are noted for the log and the headers.
+
+    Raises:
+        Unauthenticated: there is no such key, it is deleted or expired, or another project is meant.
+        TooManyRequests: it has asked as often as it may.
+    """
+    caller = _known(request, key, secret)
+    request.scope["state"]["project"] = caller.project_id
+    limiter = rates.get_limiter()
+    allowance = request.scope["state"]["allowance"] = None if limiter is None else limiter.take(caller.key_id)
+    if allowance is not None and allowance.wait:
+        raise TooManyRequests(
+            f"Rate limit reached for this API key: {allowance.limit} requests per minute."
+            f" Please try again in {allowance.wait:.2g} s.",
+            code="rate_limit_exceeded",
+            wait=allowance.wait,
+        )
+    return caller
+
+
+def _known(request: Request, key: Key | None, secret: str) -> Caller:
+    with session_scope(read_only=True) as session:  # takes a connection for its first statement, which few keys need
+        caller = None if key is None else keys.caller_of(session, key, secret)
+        if caller is None:
+            raise Unauthenticated(
+                f"Incorrect API key provided: {_hint(secret)}. It is unknown, expired or deleted.",
+                code="invalid_api_key",
+            )
+        # A project id this server does not know is somebody's hosted one, left in the environment.
+        meant = request.headers.get("openai-project", "")
+        foreign = meant not in ("", caller.project_id) and "\x00" not in meant
+        if foreign and session.get(Project, meant) is not None:
+            raise Unauthenticated(
+                f"OpenAI-Project {meant!r} is not the project of this API key.", code="mismatched_project"
+            )
+    return caller
+
+
+def _hint(secret: str) -> str:
+    return f"{secret[:12]}...{secret[-4:]}" if len(secret) > 24 else "too short"
