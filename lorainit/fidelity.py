@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
@@ -124,6 +122,9 @@ def _merge(model: nn.Module, base_folder: Path, *, on_event: OnEvent) -> None:
 
     Layer by layer, so that a base which fits the device in bf16 never lies there in float32.
     """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
     stored = load_model(base_folder, dtype="auto", device=torch.device("cpu"))
     originals = linear_layers(stored)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -53,6 +52,8 @@ def prompts(samples: Sequence[Sample], *, rows: int = MAX_PROMPTS, tokens: int =
 
 def with_stock_peft(base: nn.Module, folder: Path) -> Any:
     """The exported adapter on `base` as any user's PEFT would put it there: unmerged, its factors in float32."""
+    from peft import PeftModel
+
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by an old name, and only warns about what it does not find:
         # `_unread_tensors` looks for itself.

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lorainit.events import Event, Tick
@@ -106,6 +104,9 @@ def _change(name: str, layer: LoRALinear, width: int) -> Change:
 
 def observe_peft(model: nn.Module, ours: Mapping[str, Change]) -> Iterator[tuple[str, Change]]:
     """What each of PEFT's layers does to the rows that ours was given, by the base's module names."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
     for name, layer in model.named_modules():
         # Of two dimensions it is a linear layer's weight (`peft_support.rewritten`): the layer can be asked.
         if isinstance(layer, ParamWrapper) and layer.get_param().ndim > 2:

@@ -3,7 +3,7 @@
 One layer of each kind is tried, in bounded time: a base of 700 billion parameters takes seconds and no memory to speak
 of. Whether an adapter *computes* what was trained is for the check of the download; here it is whether PEFT can put
 one there, finds it again, and whether it is heard: Mamba's kernels read some weights past their layers, and a router's
-output is no tensor. Knows nothing of runs.
+output is no tensor. Knows nothing of runs. PEFT is imported only when it is asked: that takes more than a second.
 """
 
 import copy
@@ -21,8 +21,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -62,6 +60,9 @@ def rewritten(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _is_rewritten(model: nn.Module, leaf: str) -> bool:
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     config = LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, model, None)
@@ -277,6 +278,8 @@ def _is_harmless(frame: FrameType, layer: nn.Module, attribute: str) -> bool:
 
 def _adapt(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
     """Put PEFT's LoRA on these layers and go through forward and backward: which adapter gets no gradient?"""
+    from peft import LoraConfig, get_peft_model
+
     if not names:
         return {}
     model = _skeleton(config)
@@ -298,6 +301,8 @@ def _lost(adapted: Any, names: Sequence[str]) -> dict[str, str]:
 
     transformers' rules for the names of older files are applied to adapters too (Laguna's `shared_experts`).
     """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     read: Any = set_peft_model_state_dict(adapted, saved)
     missing = set(read.missing_keys)
