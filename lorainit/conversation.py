@@ -15,6 +15,7 @@ from lorainit import strict_json
 Kind = Literal["chat", "prompt_completion", "preference"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_PLAIN_ROLES = ("user", "assistant", "system")
 _CHAT_KEYS = {"messages", "tools", "parallel_tool_calls", "functions"}
 _PREFERENCE_KEYS = {"input", "preferred_output", "non_preferred_output"}
 _UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of Unicode
@@ -37,6 +38,25 @@ def kind_of(row: dict[str, Any]) -> Kind | None:
     if (_PREFERENCE_KEYS - {"input"}) & row.keys() or isinstance(row.get("input"), dict):
         return "preference"
     return "prompt_completion" if {"prompt", "completion"} & row.keys() else None
+
+
+def is_plain(row: dict[str, Any]) -> bool:
+    """Whether it is a chat of texts alone, the last of them an answer: most rows are, and have no fault and no warning.
+
+    Whoever reads a large file asks this first. False says nothing.
+    """
+    messages = row.get("messages")
+    if len(row) != 1 or type(messages) is not list or not messages:
+        return False
+    for message in messages:
+        if type(message) is not dict or len(message) != 2:
+            return False
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str or role not in _PLAIN_ROLES or type(content) is not str:
+            return False
+        if role == "assistant" and not content[:1].isalnum() and _shows_nothing(content):
+            return False
+    return bool(messages[-1]["role"] == "assistant")
 
 
 def faults(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:

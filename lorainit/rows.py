@@ -6,7 +6,7 @@ one row may look like is in `conversation`, what a tokenizer makes of it in `dat
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorainit import strict_json
-from lorainit.conversation import Fault, Kind, faults, kind_of, normalized, warnings
+from lorainit.conversation import Fault, Kind, faults, is_plain, kind_of, normalized, warnings
 from lorainit.padding import without_padding
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
@@ -106,7 +106,8 @@ def _shortened(text: str, most: int) -> str:
 def read_rows(path: str | Path) -> Iterator[Row | BadRow]:
     """The rows of a JSONL file in order, good and bad; blank lines are skipped but counted."""
     with Path(path).open("rb") as stream:
-        yield from _scan(stream)
+        for row in _scan(stream):
+            yield replace(row, value=normalized(row.value, row.kind)) if isinstance(row, Row) else row
 
 
 def check_file(source: BinaryIO | str | Path) -> FileReport:
@@ -185,7 +186,7 @@ class _Tally:
 
 
 def _scan(stream: BinaryIO, tally: _Tally | None = None) -> Iterator[Row | BadRow]:
-    """Rows of a stream; the first row that names a kind decides that of the file."""
+    """Rows of a stream as they were sent; the first row that names a kind decides that of the file."""
     tally = tally or _Tally()
     lines = _lines(stream)
     opening = list(islice(lines, 2))
@@ -217,16 +218,18 @@ def _judge(
     if kind != tally.kind:
         tally.mixed = True
         return _bad(line, iter((Fault("mixed_formats", None, f"this is a {kind} row in a {tally.kind} file."),)), tally)
-    found = faults(row, kind)
-    if (first := next(found, None)) is not None:
-        return _bad(line, chain((first,), found), tally)
-    notes = [problem(line, fault) for fault in warnings(row, kind, doubled)]
+    notes = list[Problem]()
+    if doubled or not is_plain(row):
+        found = faults(row, kind)
+        if (first := next(found, None)) is not None:
+            return _bad(line, chain((first,), found), tally)
+        notes += [problem(line, fault) for fault in warnings(row, kind, doubled)]
     digest = blake2b(raw.strip(), digest_size=8).digest()
     if digest in tally.digests:
         notes.append(problem(line, Fault("duplicate_row", None, "the same row appears earlier in the file.")))
     elif len(tally.digests) < DUPLICATE_WINDOW:
         tally.digests.add(digest)
-    return Row(line, kind, normalized(row, kind), tuple(notes))
+    return Row(line, kind, row, tuple(notes))
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -265,7 +268,7 @@ def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
     if raw is None:
         return Fault("line_too_long", None, f"the line is longer than {MAX_LINE_BYTES} bytes.")
     try:
-        row = strict_json.read(raw.decode("utf-8"), doubled)
+        row = strict_json.read(raw, doubled)
     except UnicodeDecodeError as error:
         return Fault("invalid_utf8", None, f"byte {error.start + 1} of the line is not UTF-8.")
     except strict_json.Unreadable as error:
