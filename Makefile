@@ -21,7 +21,7 @@ help:
 	@echo "make lock       what is installed, with hashes, from pyproject.toml and constraints.txt (needs the network); UPGRADE=1"
 	@echo "make test-slow  the tests that need minutes"
 	@echo "make zoo        try every architecture of tests/zoo beside stock transformers and PEFT; writes docs/models.md (half an hour); ONLY="
-	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT="
+	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT= STORAGE=bucket DATABASE=sqlite"
 	@echo "make bench-api  requests per second for submit and poll"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
@@ -70,7 +70,8 @@ zoo: setup
 # A table of what came of it, and exit code 1 unless every promise of docs/reliability.md was kept.
 chaos: setup
 	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
-	  $(if $(KILLS),--kills $(KILLS)) $(if $(MUTANT),--mutant $(MUTANT))
+	  $(if $(KILLS),--kills $(KILLS)) $(if $(MUTANT),--mutant $(MUTANT)) \
+	  $(if $(STORAGE),--storage $(STORAGE)) $(if $(DATABASE),--database $(DATABASE))
 
 lint: setup
 	$(BIN)/ruff format --check .

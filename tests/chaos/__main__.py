@@ -21,7 +21,7 @@ from tests.chaos.ledger import Ledger
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.nemesis import Nemesis
 from tests.chaos.orphans import Orphans
-from tests.chaos.storage import SmallDisk, enter
+from tests.chaos.storage import Bucket, Folder, SmallDisk, enter
 
 TICK_SECONDS = 0.05
 REAL_STEPS = 300
@@ -50,6 +50,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=120, help="how long jobs may take to end afterwards")
     parser.add_argument("--steps", type=int, nargs=2, default=(150, 250), help="shortest and longest job")
     parser.add_argument("--only", default="", help="only troubles whose name has this in it, as in supervisor_frozen")
+    parser.add_argument("--storage", choices=["folder", "bucket"], default="folder", help="where files are kept")
+    parser.add_argument("--database", choices=["postgresql", "sqlite"], default="postgresql")
     parser.add_argument("--patience", type=float, default=20, help="how long a trouble waits for what it is to provoke")
     parser.add_argument("--users", type=int, default=4, help="who order three jobs at a time, for four slots")
     parser.add_argument("--fickle", type=float, default=0.15, help="share of their jobs that they cancel")
@@ -71,13 +73,13 @@ def _options() -> argparse.Namespace:
 def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verdict:
     """Start everything, disturb it, let it settle, judge."""
     with ExitStack() as exits:
-        storage = place / "storage"
-        storage.mkdir()
-        disk = SmallDisk(storage) if can_mount else None
+        store = exits.enter_context(Bucket.served()) if options.storage == "bucket" else Folder(place / "storage")
+        disk = SmallDisk(store.path) if isinstance(store, Folder) and can_mount else None
         if disk is not None:
             exits.callback(disk.close)
         catalogue = real.catalogue(place / "tiny") if options.real else ""
-        fleet = Fleet(place, storage, mutant=options.mutant, catalogue=catalogue)
+        sqlite = options.database == "sqlite"
+        fleet = Fleet(place, store, mutant=options.mutant, catalogue=catalogue, sqlite=sqlite)
         exits.callback(fleet.close)
         secret, ledger = fleet.set_up(), Ledger(fleet.database)
         ledger.watch()
@@ -104,7 +106,7 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         _loop(fleet, orphans, until=lambda: False, seconds=LEASE_SECONDS + 1)
         for user in users:
             user.gone.set()
-        verdict = Judge(ledger, book=book, storage=storage, steps=fleet.steps).decide(full=nemesis.full)
+        verdict = Judge(ledger, book=book, store=store, steps=fleet.steps).decide(full=nemesis.full)
         for sentence in orphans.found:
             verdict.blame("orphan trainers", sentence)
         _print(verdict, nemesis, options, can_mount=can_mount)
@@ -138,10 +140,11 @@ def _loop(fleet: Fleet, orphans: Orphans, *, until: object, seconds: float, paus
 def _print(verdict: Verdict, nemesis: Nemesis, options: argparse.Namespace, *, can_mount: bool) -> None:
     kills = sum(count for name, count in nemesis.did.items() if name.startswith("kill"))
     times = f"{options.seconds:.0f} s and {options.settle:.0f} s to settle"
-    print(f"\nchaos: seed {options.seed}, {times}, {kills} kills, mutant {options.mutant or 'none'}\n")
+    print(f"\nchaos: seed {options.seed}, {times}, {kills} kills, mutant {options.mutant or 'none'}")
+    print(f"files in a {options.storage}, rows in {options.database}\n")
     for name, count in sorted(nemesis.did.items()):
         print(f"  {name:32} {count:6}")
-    if not can_mount:
+    if options.storage == "folder" and not can_mount:
         print("  storage full or read-only             -   (no user namespaces here)")
     print()
     for name, count in sorted(verdict.counts.items(), key=lambda item: item[0] in BAD):

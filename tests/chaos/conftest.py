@@ -11,6 +11,7 @@ import pytest
 from tests.chaos.clients import ROWS, stub_orders
 from tests.chaos.fleet import Fleet
 from tests.chaos.ledger import Ledger
+from tests.chaos.storage import Folder
 
 
 class Town:
@@ -53,8 +54,7 @@ class Town:
 @pytest.fixture(scope="module")
 def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
     place = tmp_path_factory.mktemp("town")
-    (place / "storage").mkdir()
-    fleet = Fleet(place, place / "storage", mutant=None)
+    fleet = Fleet(place, Folder(place / "storage"), mutant=None)
     try:
         town = Town(fleet)
         with closing(town.client):  # which is open since its first request

@@ -17,6 +17,7 @@ import psutil
 
 from tests import servers
 from tests.chaos.proxy import Proxy
+from tests.chaos.storage import Store
 
 ROOT = Path(__file__).parents[2]
 PAUSE = 0.3
@@ -44,22 +45,27 @@ class Kept:
 
 
 class Fleet:
-    """PostgreSQL, Valkey behind a proxy, the web process, a reconciler and two workers."""
+    """A database, Valkey behind a proxy, the web process, a reconciler and two workers."""
 
-    def __init__(self, place: Path, storage: Path, *, mutant: str | None, catalogue: str = "") -> None:
+    def __init__(
+        self, place: Path, store: Store, *, mutant: str | None, catalogue: str = "", sqlite: bool = False
+    ) -> None:
         self._exits = ExitStack()
-        self.place, self.storage = place, storage
+        self.place, self.store = place, store
         for name in ("state", "logs", "steps", "held"):
             (place / name).mkdir()
         self.steps, self.held = place / "steps", place / "held"
         # A Unix socket's path may have 107 bytes at most, so these two get short folders of their own.
-        self.postgres = servers.Postgres(self._exits.enter_context(servers.folder()))
-        self._exits.callback(lambda: self.postgres.stop())
+        self.postgres = None if sqlite else servers.Postgres(self._exits.enter_context(servers.folder()))
+        if self.postgres is not None:
+            self._exits.callback(self.postgres.stop)
         self.valkey = servers.Valkey(self._exits.enter_context(servers.folder()))
         self._exits.callback(lambda: self.valkey.stop())
         self.proxy = Proxy(self.valkey.port)
         self._exits.callback(self.proxy.close)
-        self.database = servers.new_database(self.postgres.url, "chaos")
+        self.database = (
+            servers.new_database(self.postgres.url, "chaos") if self.postgres else f"sqlite:///{place}/chaos.db"
+        )
         self.port = servers.free_port()
         (place / "catalogue.toml").write_text(CATALOGUE + catalogue)
         self.env = self._environment(mutant)
@@ -78,7 +84,6 @@ class Fleet:
             "STATE_DIR": self.place / "state",
             "DATABASE_URL": self.database,
             "BROKER_URL": f"redis://127.0.0.1:{self.proxy.port}/0",
-            "STORAGE_URL": self.storage.as_uri(),
             "CATALOGUE": self.place / "catalogue.toml",
             "HOST": "127.0.0.1",
             "PORT": self.port,
@@ -95,7 +100,8 @@ class Fleet:
         ours = {"PYTHONPATH": str(ROOT), "CHAOS_MUTANT": mutant or ""}
         ours |= {"CHAOS_LOG": str(self.steps), "CHAOS_HELD": str(self.held)}
         threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        return {**kept, **{f"LORAINIT_{name}": str(value) for name, value in settings.items()}, **ours, **threads}
+        set_here = {f"LORAINIT_{name}": str(value) for name, value in settings.items()}
+        return {**kept, **set_here, **self.store.settings, **ours, **threads}
 
     def set_up(self) -> str:
         """Tables, a project, and a key of it."""

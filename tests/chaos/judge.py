@@ -12,6 +12,7 @@ from typing import Any
 from tests.chaos import real
 from tests.chaos.clients import FINAL, Book, Order
 from tests.chaos.ledger import Ledger
+from tests.chaos.storage import Store
 from tests.chaos.trainer import after, begin, loss
 
 CANCEL_SECONDS = 5.0
@@ -54,9 +55,9 @@ class Verdict:
 class Judge:
     """Everything there is to know of one run, once it is over."""
 
-    def __init__(self, ledger: Ledger, *, book: Book, storage: Path, steps: Path) -> None:
+    def __init__(self, ledger: Ledger, *, book: Book, store: Store, steps: Path) -> None:
         self.verdict = Verdict()
-        self._book, self._storage = book, storage
+        self._book, self._store = book, store
         self._jobs = {row["id"]: row for row in ledger.rows("SELECT * FROM jobs")}
         self._stale = ledger.rows("SELECT * FROM chaos_stale")
         self._metrics = _grouped(ledger.rows("SELECT * FROM metrics ORDER BY job_id, step"))
@@ -145,11 +146,10 @@ class Judge:
     def _adapter(self, job_id: str, job: dict[str, Any]) -> None:
         """Stored, whole, of the last attempt, and that of an undisturbed run."""
         row = self._adapters.get(job_id)
-        if row is None or not (self._storage / row["storage_key"]).exists():
+        content = self._store.read(row["storage_key"]) if row else None
+        if row is None or content is None:
             self.verdict.blame("wrong adapters", f"{job_id} has none")
-            return
-        content = (self._storage / row["storage_key"]).read_bytes()
-        if hashlib.sha256(content).hexdigest() != row["sha256"]:
+        elif hashlib.sha256(content).hexdigest() != row["sha256"]:
             self.verdict.blame("wrong adapters", f"{job_id}'s checksum")
         elif f"/attempt-{job['lease_token']}/" not in f"/{row['storage_key']}":
             self.verdict.blame("wrong adapters", f"{job_id}'s is of another attempt: {row['storage_key']}")
@@ -172,7 +172,9 @@ class Judge:
         self.verdict.counts["  of these resumed"] = sum(len(one) > 1 for one in tokens)
 
     def _content(self, job: dict[str, Any]) -> bytes:
-        return real.weights((self._storage / self._adapters[job["id"]]["storage_key"]).read_bytes())
+        content = self._store.read(self._adapters[job["id"]]["storage_key"])
+        assert content is not None, f"{job['id']} has no adapter"
+        return real.weights(content)
 
     def _overlap(self, job_id: str) -> None:
         """No step of an attempt begins after a later attempt's process has started."""

@@ -9,11 +9,13 @@ import heapq
 import itertools
 import random
 import signal
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from subprocess import Popen
 
 import psutil
 from celery import Celery
@@ -22,7 +24,7 @@ from redis import Redis
 from api.core import queue
 from tests import servers
 from tests.chaos.fleet import LEASE_SECONDS, Fleet, family
-from tests.chaos.storage import SmallDisk
+from tests.chaos.storage import Bucket, SmallDisk
 
 # Of a hundred kills: the cheaper a process is to start, the more often it dies.
 KINDS = {"trainer": 30, "supervisor": 25, "worker": 15, "reconciler": 15, "api": 15}
@@ -118,14 +120,9 @@ class Nemesis:
 
     def _kinds(self) -> list[Trouble]:
         kinds = [self._broker_wiped, self._broker_crashed, self._broker_frozen, self._broker_black_holed]
-        kinds += [
-            self._postgres_restarted,
-            self._postgres_frozen,
-            self._supervisor_frozen,
-            self._host_frozen,
-            self._doorbells,
-            self._drained,
-        ]
+        kinds += [self._supervisor_frozen, self._host_frozen, self._doorbells, self._drained]
+        kinds += [self._postgres_restarted, self._postgres_frozen] if self._fleet.postgres else [self._sqlite_locked]
+        kinds += [self._bucket_frozen] if isinstance(self._fleet.store, Bucket) else []
         return kinds + ([self._storage_full, self._storage_read_only] if self._disk else [])
 
     def _deck(self, kinds: list[Trouble]) -> Iterator[Trouble]:
@@ -187,12 +184,40 @@ class Nemesis:
 
     def _postgres_restarted(self, length: float, pick: float) -> Lasting:
         postgres, how = self._fleet.postgres, signal.SIGQUIT if pick < 0.5 else signal.SIGINT
+        assert postgres is not None
         return self._lasting("PostgreSQL restarted", 2 * length, lambda: postgres.stop(how), postgres.start)
 
     def _postgres_frozen(self, length: float, _pick: float) -> Lasting:
+        postgres = self._fleet.postgres
+        assert postgres is not None
+        return self._server_frozen("database frozen", 3 + 7 * length, lambda: postgres.process)
+
+    def _bucket_frozen(self, length: float, _pick: float) -> Lasting:
+        bucket = self._fleet.store
+        assert isinstance(bucket, Bucket)
+        return self._server_frozen("bucket frozen", 3 + 7 * length, lambda: bucket.process)
+
+    def _server_frozen(self, name: str, seconds: float, server: Callable[[], Popen[bytes]]) -> Lasting:
         thaws: list[Callable[[], None]] = []
-        freeze = lambda: thaws.append(servers.freeze(self._fleet.postgres.process))  # noqa: E731
-        return self._lasting("database frozen", 3 + 7 * length, freeze, lambda: thaws.pop()())
+        freeze = lambda: thaws.append(servers.freeze(server()))  # noqa: E731
+        return self._lasting(name, seconds, freeze, lambda: thaws.pop()())
+
+    def _sqlite_locked(self, length: float, _pick: float) -> Lasting:
+        """Somebody writes to it and does not come to an end: a backup, or a person with a shell."""
+        held: list[sqlite3.Connection] = []
+
+        def lock() -> bool:
+            path = self._fleet.database.removeprefix("sqlite:///")
+            connection = sqlite3.connect(path, timeout=1, isolation_level=None)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                connection.close()
+                return False
+            held.append(connection)
+            return True
+
+        return self._lasting("database locked", 3 + 7 * length, lock, lambda: held.pop().close())
 
     def _supervisor_frozen(self, length: float, _pick: float) -> Lasting:
         """That of the run which began last, past its lease, until its job has a successor.

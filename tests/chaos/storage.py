@@ -1,12 +1,20 @@
-"""A storage folder that can really be full or read-only: a small file system of its own in a mount namespace.
+"""Where the service under attack keeps its files: a bucket that can be frozen, or a folder that can really be full.
 
-Needs user namespaces, which most Linux systems have and some containers forbid.
+A folder that is full or read-only is a small file system of its own in a mount namespace. That needs user namespaces,
+which most Linux systems have and some containers forbid.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
+
+from api.core.settings import Settings
+from api.core.storage import make_storage
+from tests import servers
 
 INSIDE = "CHAOS_INSIDE"
 _NAMESPACE = ("unshare", "-Urm")
@@ -20,6 +28,54 @@ def enter() -> bool:
         os.environ[INSIDE] = "1"
         os.execvp(_NAMESPACE[0], [*_NAMESPACE, sys.executable, "-m", "tests.chaos", *sys.argv[1:]])
     return inside
+
+
+class Store(Protocol):
+    """What the service is told of it, and what is in it."""
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Environment variables that point at it."""
+
+    def read(self, key: str) -> bytes | None:
+        """The bytes under `key`, None when there are none."""
+
+
+class Folder:
+    """A folder of this host."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir()
+        self.path = path
+        self.settings = {"LORAINIT_STORAGE_URL": path.as_uri()}
+
+    def read(self, key: str) -> bytes | None:
+        """What the file holds."""
+        path = self.path / key
+        return path.read_bytes() if path.exists() else None
+
+
+class Bucket:
+    """A bucket of a server of its own, whose `process` can be frozen."""
+
+    def __init__(self, settings: Mapping[str, str], process: subprocess.Popen[bytes]) -> None:
+        self.settings, self.process = settings, process
+        named = {name.removeprefix("LORAINIT_").lower(): value for name, value in settings.items()}
+        self._storage = make_storage(settings["LORAINIT_STORAGE_URL"], Settings.model_validate(named))
+
+    @classmethod
+    @contextmanager
+    def served(cls) -> Iterator["Bucket"]:
+        """One that is there as long as the context."""
+        with servers.seaweed_process() as (settings, process):
+            yield cls(settings, process)
+
+    def read(self, key: str) -> bytes | None:
+        """What the bucket has."""
+        try:
+            return b"".join(self._storage.read(key))
+        except FileNotFoundError:
+            return None
 
 
 class SmallDisk:

@@ -21,6 +21,15 @@ def test_half_a_minute_of_chaos_breaks_no_promise() -> None:
     assert "every promise was kept" in said
 
 
+@pytest.mark.slow
+def test_with_a_bucket_and_sqlite_no_promise_is_broken_either() -> None:
+    places = ("--storage", "bucket", "--database", "sqlite")
+    code, said = chaos("--seed", "2", "--seconds", "60", "--kills", "30", "--real", "0", *places)
+    assert code == 0, said
+    assert "files in a bucket, rows in sqlite" in said
+    assert "every promise was kept" in said
+
+
 @pytest.mark.parametrize(
     ("mutant", "column"),
     [

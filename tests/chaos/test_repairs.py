@@ -59,8 +59,9 @@ def test_without_a_broker_jobs_are_accepted_and_run_when_it_is_back(town: Town) 
 def test_without_a_database_a_run_stops_itself_before_its_lease_ends(town: Town) -> None:
     job = town.order(steps=400, seed=4)
     town.until(lambda: len(town.lines(job)) > 30, seconds=60)
-    down = time.monotonic()
-    town.fleet.postgres.stop(signal.SIGQUIT)
+    down, postgres = time.monotonic(), town.fleet.postgres
+    assert postgres is not None
+    postgres.stop(signal.SIGQUIT)
     try:
         time.sleep(LEASE_SECONDS + 1)
         reply = town.client.get(f"/fine_tuning/jobs/{job}")
@@ -68,7 +69,7 @@ def test_without_a_database_a_run_stops_itself_before_its_lease_ends(town: Town)
         assert max(at for at, _ in town.lines(job)) < down + LEASE_SECONDS
         assert not town.fleet.trainers()
     finally:
-        town.fleet.postgres.start()
+        postgres.start()
     town.until(lambda: 2 in {token for _, token in town.lines(job)}, seconds=60)
     assert town.client.post(f"/fine_tuning/jobs/{job}/cancel").json()["status"] == "cancelled"
 
