@@ -7,7 +7,7 @@ this process leaves the ringing to it.
 import time
 from collections.abc import Callable
 
-from api.core import admission, logs, queue
+from api.core import admission, bells, logs, queue
 from api.core.db import session_scope
 from api.threads import in_bell_thread
 
@@ -30,18 +30,18 @@ class Bell:
         try:
             with session_scope() as session:
                 admission.consider(session, job_id)
-                name = admission.bell(session, job_id)
+                bell = bells.bell(session, job_id)
                 session.commit()
-            if name is not None and self._clock() >= self._left_alone_until:
-                self._ring(job_id, name)
+            if bell is not None and self._clock() >= self._left_alone_until:
+                self._ring(bell)
         except queue.BrokerUnavailable as error:
             self._left_alone_until = self._clock() + PAUSE_SECONDS
             log.warning("broker_unavailable", error=str(error), left_alone_seconds=PAUSE_SECONDS)
         except Exception:
             log.exception("announce_failed")
 
-    def _ring(self, job_id: str, name: str) -> None:
-        queue.ring(job_id, name)
+    def _ring(self, bell: bells.Bell) -> None:
+        queue.ring(*bell)
         with session_scope() as session:
-            admission.mark_rung(session, job_id)
+            bells.mark_rung(session, bell.job_id)
             session.commit()

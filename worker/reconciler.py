@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from sqlalchemy.exc import OperationalError
 
-from api.core import admission, jobs, metrics, queue, startup
+from api.core import admission, bells, jobs, metrics, queue, startup
 from api.core.db import session_scope
 from api.core.logs import configure, get_logger
 from api.core.settings import get_settings
@@ -49,16 +49,16 @@ def admit() -> None:
 def announce() -> None:
     """Ring for jobs that were never announced, and again for those whose message got lost."""
     with session_scope(read_only=True) as session:
-        new = admission.unannounced(session)
-        forgotten = admission.unheard(session, patience=PATIENCE)
-    for job_id, name in [*new, *forgotten]:
+        new = bells.unannounced(session)
+        forgotten = bells.unheard(session, patience=PATIENCE)
+    for bell in [*new, *forgotten]:
         try:
-            queue.ring(job_id, name)
+            queue.ring(*bell)
         except queue.BrokerUnavailable as error:
-            log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=job_id)
+            log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=bell.job_id)
             return
         with session_scope() as session:
-            admission.mark_rung(session, job_id)
+            bells.mark_rung(session, bell.job_id)
             session.commit()
 
 

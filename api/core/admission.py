@@ -5,14 +5,12 @@ the reconciler for all others. Nothing here commits.
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Literal
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from api.core import catalogue, groups, jobs, turns, workers
-from api.core.db import now
+from api.core import catalogue, groups, jobs
 from api.core.errors import Refusal
 from api.core.fields import chosen, in_body
 from api.core.jobs import Failure
@@ -96,44 +94,3 @@ def _unusable(file: File, field: str, job: Job) -> Failure | None:
     if report.get("kind") == "preference":
         return Failure(code, f"{field} {file.id} holds preference rows, which supervised training cannot use.", field)
     return None
-
-
-# --- the outbox: queued jobs nobody has been told about -----------------------------------------
-
-
-def unannounced(session: Session) -> list[turns.Bell]:
-    """For jobs that could start and whose doorbell has not been rung, most urgent first.
-
-    A job that its project's limit or a back-off holds is not announced before that is over: a bell that
-    finds nothing to do is gone.
-    """
-    return turns.bells(session, Job.rung_at.is_(None))
-
-
-def bell(session: Session, job_id: str) -> str | None:
-    """The queue to ring for a job; None if that has been done, or while it could not start anyway."""
-    return next((row.queue for row in turns.bells(session, Job.id == job_id, Job.rung_at.is_(None))), None)
-
-
-def mark_rung(session: Session, job_id: str) -> None:
-    """Remember that the doorbell was rung for a job."""
-    session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.status == "queued")
-        .values(rung_at=now(session))
-        .execution_options(synchronize_session=False)
-    )
-
-
-def unheard(session: Session, *, patience: timedelta) -> list[turns.Bell]:
-    """For jobs to ring again: rung long ago while a living worker of their queue has a free slot.
-
-    A message that waits behind busy workers is not lost, so nothing is rung while all are busy; the
-    number of free slots bounds how many are rung. Jobs trained together have one owner and fill one slot.
-    """
-    running = session.scalar(select(func.count(Job.lease_owner.distinct())).where(Job.status == "running")) or 0
-    free = workers.free_slots(session, running=running)
-    if not free:
-        return []
-    heard_by_nobody = Job.rung_at < now(session) - patience
-    return turns.bells(session, heard_by_nobody, Job.queue.in_(workers.served(session)), limit=free)

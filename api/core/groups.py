@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from api.core import turns
 from api.core.catalogue import Entry
-from api.core.models import Job
+from api.core.models import Job, has_status
 from lorainit.placement import chosen
 from lorainit.spec import Hyperparameters, Lora
 
@@ -62,7 +62,7 @@ def next_up(session: Session, *, size: int, queues: Sequence[str]) -> list[str]:
     fellows = (
         select(Job.id)
         .where(
-            Job.status == "queued",
+            has_status(Job, "queued"),
             Job.queue == best.queue,
             Job.project_id == best.project_id,
             Job.group_key == best.group_key,

@@ -19,10 +19,12 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    literal_column,
     text,
 )
 from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm.util import AliasedClass
 
 from api.core.db import Base, Json, UTCDateTime
 
@@ -36,6 +38,11 @@ Bytes = BigInteger()
 def shown_status(status: str, pause_requested: bool) -> str:
     """The status a caller sees."""
     return "pausing" if pause_requested else status
+
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    """An index of those rows alone that a condition is true of, on both databases."""
+    return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
 
 
 class Project(Base):
@@ -120,8 +127,14 @@ class Job(Base):
         CheckConstraint("NOT pause_requested OR status = 'running'", name="only_runs_are_asked_to_pause"),
         CheckConstraint("status <> 'queued' OR turn IS NOT NULL", name="queued_has_a_turn"),
         Index("ix_jobs_project_created", "project_id", "created_at", "id"),
-        Index("ix_jobs_open", "status", "created_at", postgresql_where=text("finished_at IS NULL")),
-        Index("ix_jobs_group", "group_key", "project_id", postgresql_where=text("status = 'queued'")),
+        # Each of these is read by statements that spell its condition out (`has_status`, `is_open`).
+        _partial("ix_jobs_open", "status", "created_at", where="finished_at IS NULL"),
+        _partial("ix_jobs_line", "queue", "project_id", "turn", "id", where="status = 'queued'"),
+        _partial("ix_jobs_bells", "queue", "rung_at", "turn", "id", where="status = 'queued'"),
+        _partial(
+            "ix_jobs_group", "group_key", "project_id", "queue", "priority", "turn", "id", where="status = 'queued'"
+        ),
+        _partial("ix_jobs_running", "project_id", where="status = 'running'"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -208,6 +221,16 @@ class Job(Base):
 _HIDDEN = {"group_key", "turn", "lease_token", "lease_owner", "lease_until", "rung_at", "event_count", "traceparent"}
 SHOWN = [getattr(Job, name).label(name) for name, _ in Job.__mapper__.column_attrs.items() if name not in _HIDDEN]
 ShownJob = Job | Row[Any]
+
+
+def has_status(job: "type[Job] | AliasedClass[Job]", status: str) -> ColumnElement[bool]:
+    """True of jobs with that status; written into the statement.
+
+    A partial index serves no statement that carries its condition's value as a parameter.
+    """
+    assert status in JOB_STATUSES
+    found: ColumnElement[bool] = job.status == literal_column(f"'{status}'")
+    return found
 
 
 class Adapter(Base):

@@ -9,24 +9,19 @@ The first job of a project is never more than its running jobs' worth of steps b
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple
+from functools import cache
+from typing import Any
 
-from sqlalchemy import ColumnElement, Double, Subquery, func, literal, or_, select, true
-from sqlalchemy.orm import Session
+from sqlalchemy import BigInteger, ColumnElement, Double, Select, String, bindparam, func, literal, select
+from sqlalchemy.orm import Session, aliased
 
+from api.core import lines
 from api.core.db import now
 from api.core.errors import QuotaExceeded
-from api.core.models import Job, Project
+from api.core.models import Job, Project, has_status
 from api.core.settings import get_settings
 
-
-class Bell(NamedTuple):
-    """Which job to ring for, and where."""
-
-    job_id: str
-    queue: str
-
-
+NO_LIMIT = 2**62
 ANY = "train"  # the queue of jobs that say nothing of a device
 
 
@@ -45,46 +40,64 @@ def new_turn(at: datetime) -> ColumnElement[float]:
     return literal(at.timestamp(), Double) - Job.priority * literal(get_settings().priority_seconds, Double)
 
 
-def line(*conditions: ColumnElement[bool]) -> Subquery:
-    """Queued jobs that meet `conditions`, with their `queue`, `slot` and `due`; projects are ranked queue by queue."""
-    busy = (
-        select(Job.project_id, func.count().label("jobs")).where(Job.status == "running").group_by(Job.project_id)
-    ).subquery()
-    rank = func.row_number().over(partition_by=(Job.project_id, Job.queue), order_by=(Job.turn, Job.id))
-    slot = (func.coalesce(busy.c.jobs, 0) + rank).label("slot")
-    ranked = (
-        select(Job.id, Job.queue, Job.turn, slot)
-        .outerjoin(busy, busy.c.project_id == Job.project_id)
-        .where(Job.status == "queued", *conditions)
-        .subquery()
-    )
-    due = ranked.c.turn + ranked.c.slot * literal(get_settings().priority_seconds, Double)
-    return select(ranked.c.id, ranked.c.queue, ranked.c.slot, due.label("due")).subquery()
-
-
-def ready(at: datetime) -> ColumnElement[bool]:
-    """True of jobs that wait for no back-off."""
-    return or_(Job.not_before.is_(None), Job.not_before <= at)
-
-
-def within_limit(line: Subquery) -> ColumnElement[bool]:
-    """True of jobs that may run beside those that their project runs or has waiting before them."""
-    limit = get_settings().project_running
-    return line.c.slot <= limit if limit else true()
-
-
 def first(session: Session, queues: Sequence[str]) -> Job | None:
     """The queued job of these queues to start next, locked; those that others are taking are passed over."""
-    ranked = line(ready(now(session)), Job.queue.in_(queues))
-    return session.scalar(
-        select(Job)
-        .join(ranked, ranked.c.id == Job.id)
-        .where(Job.status == "queued", within_limit(ranked))
-        .order_by(ranked.c.due, Job.id)
-        .limit(1)
-        .with_for_update(of=Job, skip_locked=True)
-        .execution_options(populate_existing=True)
-    )
+    passed = [""]  # an empty list is written differently for IN and for NOT IN
+    given = {"at": now(session), "passed": passed, **weights(), **lines.named(queues)}
+    while (job_id := session.scalar(_best(len(queues)), given)) is not None:
+        job = select(Job).where(Job.id == job_id, Job.status == "queued").with_for_update(skip_locked=True)
+        if (found := session.scalar(job.execution_options(populate_existing=True))) is not None:
+            return found
+        passed.append(job_id)
+    return None
+
+
+@cache
+def _best(queues: int) -> Select[str]:
+    """The id of the first of all heads of lines; the line of a job that is passed over has its next as head."""
+    job, ahead = aliased(Job), aliased(Job)
+    passed = bindparam("passed", expanding=True, type_=String)
+    heads = lines.heads(job, lines.ready(job), job.id.not_in(passed), queues=queues)
+    before = select(func.count()).where(ahead.id.in_(passed), has_status(ahead, "queued"))
+    mine = before.where(ahead.queue == Job.queue, ahead.project_id == Job.project_id).scalar_subquery()
+    slot = lines.running(Job.project_id) + mine + 1
+    waiting = select(Job.id).join(heads, heads.c.id == Job.id).where(slot <= LIMIT)
+    return waiting.order_by(due(Job.turn, slot, STEP), Job.id).limit(1)
+
+
+# What the settings say, as parameters of statements.
+STEP, LIMIT = bindparam("step", type_=Double), bindparam("limit", type_=BigInteger)
+
+
+def weights() -> dict[str, float]:
+    """What a slot weighs, in seconds, and the highest slot that may run: jobs that the project runs or has before."""
+    settings = get_settings()
+    return {"step": settings.priority_seconds, "limit": settings.project_running or NO_LIMIT}
+
+
+def due(turn: Any, slot: Any, step: Any) -> Any:
+    """When a job is due, in seconds since 1970, of numbers and of columns: the earliest is next."""
+    return turn + slot * step
+
+
+def held(session: Session, job_ids: Sequence[str], *, ready_at: datetime | None = None) -> set[str]:
+    """Those of these queued jobs that their project's limit holds back.
+
+    Args:
+        ready_at: count only jobs before them that wait for no back-off then.
+    """
+    if not get_settings().project_running:
+        return set()
+    given = {"at": ready_at, "ids": job_ids, **weights()}
+    return set(session.scalars(_held(ready_at is not None), given))
+
+
+@cache
+def _held(ready: bool) -> Select[str]:
+    other = aliased(Job)
+    conditions = (lines.ready(other),) if ready else ()
+    slot = lines.running(Job.project_id) + lines.before(Job, other, *conditions, most=LIMIT) + 1
+    return select(Job.id).where(Job.id.in_(bindparam("ids", expanding=True, type_=String)), slot > LIMIT)
 
 
 def room(session: Session, project_id: str, *, wanted: int) -> int:
@@ -93,7 +106,7 @@ def room(session: Session, project_id: str, *, wanted: int) -> int:
     if not limit:
         return wanted
     hold(session, project_id)
-    running = select(func.count()).where(Job.project_id == project_id, Job.status == "running")
+    running = select(func.count()).where(Job.project_id == project_id, has_status(Job, "running"))
     return min(wanted, limit - (session.scalar(running) or 0))
 
 
@@ -117,16 +130,3 @@ def check_room(session: Session, project_id: str) -> None:
 def hold(session: Session, project_id: str) -> None:
     """Let nobody else count this project's jobs until the commit; new rows may refer to it all the same."""
     session.execute(select(Project.id).where(Project.id == project_id).with_for_update(key_share=True))
-
-
-def bells(session: Session, *conditions: ColumnElement[bool], limit: int = 100) -> list[Bell]:
-    """For jobs that could start if a worker came, most urgent first."""
-    ranked = line(ready(now(session)))
-    rows = session.execute(
-        select(Job.id, Job.queue)
-        .join(ranked, ranked.c.id == Job.id)
-        .where(within_limit(ranked), *conditions)
-        .order_by(ranked.c.due, Job.id)
-        .limit(limit)
-    )
-    return [Bell(*row) for row in rows]

@@ -79,7 +79,10 @@ class AdapterObject(Wire):
 
 
 class JobObject(Element):
-    """A fine-tuning job."""
+    """A fine-tuning job.
+
+    `queue_position`: 1 for the next of its queue; exact up to 100, and 101 for every job behind these.
+    """
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"

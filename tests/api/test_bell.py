@@ -7,7 +7,7 @@ import pytest
 
 from api import bell
 from api.bell import Bell
-from api.core import admission, queue
+from api.core import admission, bells, queue
 
 
 def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monk
 
     monkeypatch.setattr(queue, "ring", silent)
     monkeypatch.setattr(admission, "consider", lambda *_: None)
-    monkeypatch.setattr(admission, "bell", lambda *_: "train")
+    monkeypatch.setattr(bells, "bell", lambda _session, job_id: bells.Bell(job_id, "train"))
     time = 100.0
     ours = Bell(clock=lambda: time)
     for job in ("one", "two", "three"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Engine, event, text
 
-from api.core import admission
+from api.core import bells
 from api.core.db import session_scope
 from api.core.queue import get_celery
 from worker import reconciler, tasks
@@ -70,7 +70,7 @@ def late_ack() -> None:
 
 def no_ring() -> None:
     """A message that the broker forgot is never sent again."""
-    admission.unheard = lambda _session, **_: []
+    bells.unheard = lambda _session, **_: []
 
 
 def no_recovery() -> None:

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core import admission, catalogue, groups, jobs
+from api.core import admission, bells, catalogue, groups, jobs
 from api.core.jobs import Failure, Lease
 from api.core.models import Event, Job, Project
 from lorainit.facts import Target
@@ -186,7 +186,7 @@ def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     a_worker(session, slots=2)
-    assert admission.unheard(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
+    assert bells.unheard(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
 
 
 # --- the key ------------------------------------------------------------------------------------

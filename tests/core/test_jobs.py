@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core import admission, events, jobs, metrics
+from api.core import admission, bells, events, jobs, metrics
 from api.core.errors import WrongState
 from api.core.jobs import Failure, Lease
 from api.core.models import Adapter, Event, Job, Project
@@ -245,9 +245,9 @@ def test_a_file_with_bad_rows_is_refused_or_used_as_asked(session: Session, on_r
 
 def test_a_queued_job_is_announced_once_then_left_alone(session: Session) -> None:
     job = a_queued_job(session, a_project(session))
-    assert admission.unannounced(session) == [(job.id, "train")]
-    admission.mark_rung(session, job.id)
-    assert admission.unannounced(session) == []
+    assert bells.unannounced(session) == [(job.id, "train")]
+    bells.mark_rung(session, job.id)
+    assert bells.unannounced(session) == []
 
 
 def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Session) -> None:
@@ -255,10 +255,10 @@ def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Sessi
     job = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == job.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     patience = timedelta(seconds=15)
-    assert admission.unheard(session, patience=patience) == []
+    assert bells.unheard(session, patience=patience) == []
     a_worker(session, slots=1)
-    assert admission.unheard(session, patience=patience) == [(job.id, "train")]
+    assert bells.unheard(session, patience=patience) == [(job.id, "train")]
     assert jobs.claim(session, "w", lease_seconds=30)
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
-    assert admission.unheard(session, patience=patience) == []
+    assert bells.unheard(session, patience=patience) == []

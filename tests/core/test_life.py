@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import admission, checkpoints, jobs, pauses, places, transitions, turns
+from api.core import bells, checkpoints, jobs, pauses, places, transitions, turns
 from api.core.errors import Refusal
 from api.core.jobs import Failure, Lease
 from api.core.models import Adapter, Event, Job
@@ -134,9 +134,9 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def announce(self) -> None:
-        for bell in admission.unannounced(self.session):
+        for bell in bells.unannounced(self.session):
             assert not self.lives[bell.job_id].rung
-            admission.mark_rung(self.session, bell.job_id)
+            bells.mark_rung(self.session, bell.job_id)
             self.lives[bell.job_id].rung = True
 
     @rule()
@@ -280,6 +280,6 @@ def test_any_order_of_moves_leaves_the_rows_as_the_model_says(
     environment.setenv("LORAINIT_PROJECT_RUNNING", str(LIMIT))
     get_settings.cache_clear()
     clock = Clock()
-    for module in (jobs, transitions, turns, pauses, admission, places, checkpoints):
+    for module in (jobs, transitions, turns, pauses, bells, places, checkpoints):
         environment.setattr(module, "now", clock)
     run_state_machine_as_test(lambda: Lives(session, clock), settings=PLENTY)

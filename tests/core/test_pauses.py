@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core import admission, checkpoints, jobs, pauses
+from api.core import admission, bells, checkpoints, jobs, pauses
 from api.core.errors import WrongState
 from api.core.jobs import Failure, Lease
 from api.core.models import Event, File, Job
@@ -45,7 +45,7 @@ def test_a_waiting_job_is_paused_at_once_and_not_claimed(session: Session) -> No
     job = pauses.pause(session, a_queued_job(session, a_project(session)))
     assert (job.status, job.finished_at) == ("paused", None)
     assert jobs.claim(session, "w", lease_seconds=30) == []
-    assert admission.unannounced(session) == []
+    assert bells.unannounced(session) == []
 
 
 def test_a_run_is_asked_to_pause_and_goes_on_holding_its_job(session: Session) -> None:
@@ -118,10 +118,10 @@ def test_a_pausing_or_paused_job_can_be_cancelled(session: Session, state: str) 
 def test_a_resumed_job_queues_anew_and_is_announced(session: Session) -> None:
     project = a_project(session)
     job, other = a_queued_job(session, project), a_queued_job(session, project)
-    admission.mark_rung(session, job.id)
+    bells.mark_rung(session, job.id)
     pauses.resume(session, pauses.pause(session, job))
     assert job.status == "queued"
-    assert [bell.job_id for bell in admission.unannounced(session)] == [other.id, job.id]
+    assert [bell.job_id for bell in bells.unannounced(session)] == [other.id, job.id]
 
 
 def test_a_job_paused_before_its_files_were_checked_is_checked_first(session: Session) -> None:

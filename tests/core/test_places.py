@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from api.core import db, jobs, lookup, places
 from api.core.models import Job
-from api.core.places import Board, Rank
+from api.core.places import Board, Rank, Ranking
 from tests.things import a_project, a_queued_job
 
 
@@ -22,7 +22,7 @@ def rankings(session: Session, environment: pytest.MonkeyPatch) -> Iterator[list
     seen: list[str] = []
 
     def look(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        seen.extend([statement] if "row_number()" in statement else [])
+        seen.extend([statement] if "heads" in statement else [])
 
     event.listen(session.get_bind(), "before_cursor_execute", look)
     yield seen
@@ -72,15 +72,26 @@ def test_threads_that_ask_at_once_rank_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(places, "MAX_AGE_SECONDS", 60.0)
     board, ranked, together = Board(), list[float](), threading.Barrier(8)
 
-    def rank_all() -> dict[str, Rank]:
+    def rank() -> Ranking:
         ranked.append(time.monotonic())
         time.sleep(0.05)
-        return {"job": Rank(1, allowed=True)}
+        return Ranking({"job": Rank(1, allowed=True)})
 
     def ask(_: int) -> int:
         together.wait()
-        return board.ranks(["job"], rank_all)["job"].position
+        return board.ranking([Job(id="job", queue="train")], rank).ranks["job"].position
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(8))) == [1] * 8
     assert len(ranked) == 1
+
+
+def test_behind_the_first_of_a_long_queue_everybody_has_one_place(
+    session: Session, rankings: list[str], environment: pytest.MonkeyPatch
+) -> None:
+    environment.setattr(places, "MOST", 2)
+    project = a_project(session)
+    jobs = [a_queued_job(session, project) for _ in range(5)]
+    assert positions(session, *jobs) == [1, 2, 3, 3, 3]
+    assert positions(session, a_queued_job(session, project)) == [3]
+    assert len(rankings) == 1, "a job that is not among the first is no reason to rank anew"

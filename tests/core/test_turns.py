@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.core import admission, jobs, lookup, turns
+from api.core import bells, jobs, lookup, turns
 from api.core.errors import QuotaExceeded
 from api.core.jobs import Lease
 from api.core.models import Job
@@ -117,12 +117,12 @@ def test_a_job_that_the_limit_holds_is_announced_once_it_may_run(
     settings(environment, project_running=1)
     project = a_project(session)
     first, second = a_queued_job(session, project), a_queued_job(session, project)
-    assert admission.unannounced(session) == [(first.id, "train")]
+    assert bells.unannounced(session) == [(first.id, "train")]
     assert claim(session) == [first.id]
-    assert admission.unannounced(session) == []
-    assert admission.bell(session, second.id) is None
+    assert bells.unannounced(session) == []
+    assert bells.bell(session, second.id) is None
     jobs.cancel(session, first)
-    assert admission.bell(session, second.id) == "train"
+    assert bells.bell(session, second.id) == (second.id, "train")
 
 
 def test_the_waiting_jobs_of_a_project_are_counted(session: Session, environment: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_lost_message_is_rung_again_only_for_a_queue_that_somebody_serves(sess
     plain = a_queued_job(session, project)
     session.execute(update(Job).values(rung_at=past))
     a_worker(session, slots=4)
-    assert admission.unheard(session, patience=timedelta(seconds=15)) == [(plain.id, "train")]
+    assert bells.unheard(session, patience=timedelta(seconds=15)) == [(plain.id, "train")]
 
 
 def test_places_are_counted_within_a_queue(session: Session) -> None:
@@ -211,10 +211,10 @@ def test_a_job_that_waits_after_a_loss_is_not_claimed_or_announced_before(sessio
     job = lose(session, lease)
     later = datetime.now(UTC) + timedelta(seconds=5)
     session.execute(update(Job).values(not_before=later))
-    assert (claim(session), admission.unannounced(session)) == ([], [])
+    assert (claim(session), bells.unannounced(session)) == ([], [])
     assert place(session, job) == (1, "restarting")
     session.execute(update(Job).values(not_before=later - timedelta(seconds=6)))
-    assert admission.unannounced(session) == [(job.id, "train")]
+    assert bells.unannounced(session) == [(job.id, "train")]
     assert claim(session) == [job.id]
 
 

@@ -1,0 +1,120 @@
+"""The lines that jobs wait in: one for each queue and project, by `turn` and id. Statements only; nothing is run here.
+
+A line is read from its head on, one look into `ix_jobs_line` for each job, so that a statement costs what it looks
+at, however many jobs wait. That is why there is recursion here: a window function would rank them all.
+
+To put such a statement together takes longer than to run it, so those who use these parts do it once. What changes
+from call to call are parameters: `at`, a time, and `queue_0`, `queue_1` …
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TypeVar
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    ScalarSelect,
+    Select,
+    SQLColumnExpression,
+    bindparam,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+)
+from sqlalchemy.orm import InstrumentedAttribute, aliased
+from sqlalchemy.orm.util import AliasedClass
+
+from api.core.db import UTCDateTime
+from api.core.models import Job, has_status
+
+Row = type[Job] | AliasedClass[Job]
+T = TypeVar("T")
+
+
+def ready(job: Row) -> ColumnElement[bool]:
+    """True of jobs that wait for no back-off `at` that time."""
+    return or_(job.not_before.is_(None), job.not_before <= bindparam("at", type_=UTCDateTime))
+
+
+def named(queues: Sequence[str]) -> dict[str, str]:
+    """The parameters that name queues."""
+    return {f"queue_{number}": name for number, name in enumerate(queues)}
+
+
+def running(project_id: SQLColumnExpression[str]) -> ScalarSelect[int]:
+    """How many jobs that project runs."""
+    job = aliased(Job)
+    return select(func.count()).where(has_status(job, "running"), job.project_id == project_id).scalar_subquery()
+
+
+def before(job: Row, other: Row, *conditions: ColumnElement[bool], most: ColumnElement[int]) -> ScalarSelect[int]:
+    """How many jobs stand before `job` in its line and meet `conditions`, which are about `other`; counts to `most`."""
+    earlier = tuple_(other.turn, other.id) < tuple_(job.turn, job.id)
+    found = select(other.id).where(has_status(other, "queued"), *_same_line(other, job), earlier, *conditions)
+    return select(func.count()).select_from(found.limit(most).correlate(job).subquery()).scalar_subquery()
+
+
+@cache
+def queues() -> Select[str | None]:
+    """The queues in which a job waits, and a row without a name."""
+    job = aliased(Job)
+    lowest = select(func.min(job.queue).label("name")).where(has_status(job, "queued"))
+    found = lowest.cte("queues", recursive=True)
+    further = lowest.where(job.queue > found.c.name).correlate(found).scalar_subquery()
+    return select(found.union_all(select(further).where(found.c.name.is_not(None))).c.name)
+
+
+def heads(job: Row, *conditions: ColumnElement[bool], queues: int = 1) -> CTE:
+    """The `id` of the first job of each line that meets `conditions`, which are about `job`; the last may be NULL.
+
+    Args:
+        queues: how many queues' lines, at least one.
+    """
+    previous = aliased(Job)
+
+    def first(*where: ColumnElement[bool]) -> ScalarSelect[str]:
+        found = select(job.id).where(has_status(job, "queued"), *where, *conditions)
+        return found.order_by(job.project_id, job.turn, job.id).limit(1).correlate(previous).scalar_subquery()
+
+    start, *others = (select(first(job.queue == bindparam(name)).label("id")) for name in named([""] * queues))
+    found = start.cte("heads", recursive=True)
+    following = first(job.queue == previous.queue, job.project_id > previous.project_id)
+    return found.union_all(*others, select(following).join_from(found, previous, previous.id == found.c.id))
+
+
+def walk(
+    job: Row,
+    start: Select[str, str],
+    *conditions: ColumnElement[bool],
+    steps: Callable[[ColumnElement[str]], ColumnElement[int]],
+) -> CTE:
+    """The jobs behind each of `start` that meet `conditions`: `start`, `id`, `project_id`, `step`; `id` may be NULL.
+
+    No table is joined: PostgreSQL, which expects far too many rows of recursion, would read a table whole for it.
+
+    Args:
+        start: ids and projects of jobs of the queue `queue_0`; they are step 0.
+        steps: how far to go in the line of that project.
+    """
+    at = start.subquery()
+    first = select(at.c[0].label("start"), at.c[0].label("id"), at.c[1].label("project_id"), literal(0).label("step"))
+    found = first.cte("walk", recursive=True)
+    turn = value(Job.turn, found)
+    line = (job.queue == bindparam("queue_0"), job.project_id == found.c.project_id)
+    later = select(job.id).where(has_status(job, "queued"), *line, tuple_(job.turn, job.id) > tuple_(turn, found.c.id))
+    following = later.where(*conditions).order_by(job.turn, job.id).limit(1).correlate(found).scalar_subquery()
+    further = select(found.c.start, following, found.c.project_id, found.c.step + 1)
+    goes_on = (found.c.id.is_not(None), found.c.step < steps(found.c.project_id))
+    return found.union_all(further.where(*goes_on))
+
+
+def value(column: InstrumentedAttribute[T], walk: CTE) -> ScalarSelect[T]:
+    """What a job of a walk has in that column."""
+    return select(column).where(Job.id == walk.c.id).correlate(walk).scalar_subquery()
+
+
+def _same_line(job: Row, other: Row) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return job.queue == other.queue, job.project_id == other.project_id

@@ -1,0 +1,131 @@
+"""How both databases find the rows of what is asked all the time, among twenty thousand jobs: never by reading all."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy.orm import Session
+
+from api.core import db, events, files, jobs, lookup, metrics, migrate, pauses, turns
+from api.core.jobs import Lease
+from api.core.models import File, Job
+from api.core.settings import Settings
+from benchmarks import queue_costs
+from tests import servers
+
+LATER = ("jobs whose files are checked", "ended jobs without a result file")
+LARGE = ("jobs", "events", "metrics")
+SCAN = re.compile(rf"SCAN ({'|'.join(LARGE)})(_\d+)?( USING .*)?")
+
+
+@dataclass(frozen=True)
+class Things:
+    """What is asked for, found beforehand."""
+
+    queued: Job
+    ended: Job
+    lease: Lease
+    file: File
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A database of its own with many ended and many queued jobs."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('crowded')}/test.db"
+    else:
+        url = servers.new_database(request.getfixturevalue("postgres_server"), "crowded")
+    engine = db.make_engine(url)
+    migrate.upgrade(engine)
+    queue_costs.furnish(engine, ended=18_000, projects=20)
+    queue_costs.line_up(engine, start=0, end=2000)
+    yield engine
+    engine.dispose()
+
+
+def look(session: Session) -> Things:
+    with session.begin_nested():
+        queued, running, ended = (
+            session.scalars(select(Job).where(Job.status == status).limit(1)).one()
+            for status in ("queued", "running", "succeeded")
+        )
+        file = session.scalars(select(File).limit(1)).one()
+        return Things(queued, ended, Lease(running.id, running.lease_token), file)
+
+
+ASKED: Mapping[str, Callable[[Session, Things], object]] = {
+    **{name: lambda session, _, ask=ask: ask(session) for name, ask in queue_costs.HOT.items() if name not in LATER},
+    "a job by its id": lambda session, it: lookup.sight(
+        session, lookup.find(session, it.queued.project_id, it.queued.id)
+    ),
+    "a page of jobs": lambda session, it: lookup.page(session, it.queued.project_id, after=None, limit=20),
+    "a page of events": lambda session, it: events.page(session, it.lease.job_id, after=None, limit=20),
+    "a run's numbers": lambda session, it: list(metrics.read(session, it.ended.id)),
+    "numbers beyond a checkpoint": lambda session, it: metrics.forget_after(session, it.ended.id, 1),
+    "a lease is renewed": lambda session, it: jobs.beat(session, it.lease, lease_seconds=30),
+    "is a run asked to pause?": lambda session, it: pauses.is_asked(session, it.lease),
+    "may a project order one more?": lambda session, it: turns.check_room(session, it.queued.project_id),
+    "may a project run one more?": lambda session, it: turns.room(session, it.queued.project_id, wanted=1),
+    "who uses a file?": lambda session, it: files.user_of(session, it.file),
+}
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_asked_all_the_time_reads_no_table_whole(
+    crowded: Engine, name: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(project_running=limit, project_queued=1_000_000 if limit else 0)
+    monkeypatch.setattr("api.core.turns.get_settings", lambda: settings)
+    monkeypatch.setattr("api.core.bells.get_settings", lambda: settings)
+    faults: list[str] = []
+    with crowded.connect() as connection, Session(connection) as session:
+        things = look(session)
+        for statement, given in heard(connection, lambda: ASKED[name](session, things)):
+            faults += [f"{what} for {statement}" for what in read_whole(connection, statement, given)]
+    assert faults == []
+
+
+@pytest.mark.parametrize("statement", ["SELECT * FROM jobs", "SELECT count(*) FROM events JOIN jobs USING (id)"])
+def test_a_statement_that_reads_a_table_whole_is_noticed(crowded: Engine, statement: str) -> None:
+    with crowded.connect() as connection:
+        assert read_whole(connection, statement, {})
+
+
+def heard(connection: Connection, ask: Callable[[], object]) -> list[tuple[str, Any]]:
+    """The statements that were run meanwhile, as the driver got them."""
+    found: list[tuple[str, Any]] = []
+
+    def listen(_connection: object, _cursor: object, statement: str, given: Any, *_: object) -> None:
+        found.append((statement, given))
+
+    event.listen(connection, "before_cursor_execute", listen)
+    ask()
+    event.remove(connection, "before_cursor_execute", listen)
+    return found
+
+
+def read_whole(connection: Connection, statement: str, given: Any) -> list[str]:
+    """What the database's plan for a statement reads from end to end: large tables, and indexes of all their rows."""
+    if not statement.startswith(("SELECT", "WITH", "INSERT", "UPDATE", "DELETE")):
+        return []
+    if connection.dialect.name == "sqlite":
+        rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", given).all()
+        return [row.detail for row in rows if SCAN.fullmatch(row.detail) and not _is_partial(row.detail)]
+    (plan,) = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", given).scalar_one()
+    scans = (node for node in _nodes(plan["Plan"]) if node["Node Type"] == "Seq Scan")
+    return [node["Relation Name"] for node in scans if node["Relation Name"] in LARGE]
+
+
+def _is_partial(detail: str) -> bool:
+    partial = (index.name for index in Job.metadata.tables["jobs"].indexes if index.dialect_kwargs)
+    return any(detail.endswith(f"INDEX {name}") for name in partial)
+
+
+def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield plan
+    for below in plan.get("Plans", ()):
+        yield from _nodes(below)
