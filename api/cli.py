@@ -56,7 +56,7 @@ app = typer.Typer(
     help="LoRA fine-tuning as a service, with the initialization as a typed choice. "
     "Client commands read OPENAI_BASE_URL and OPENAI_API_KEY.",
 )
-models_app = typer.Typer(no_args_is_help=True, help="Base models (on the server's machine).")
+models_app = typer.Typer(no_args_is_help=True, help="What a server offers, and base models of your own.")
 app.add_typer(keys.app, name="keys", rich_help_panel="Service")
 app.add_typer(models_app, name="models", rich_help_panel="Service")
 
@@ -119,6 +119,16 @@ def migrate(
     out.print("migrations and tables agree")
 
 
+@models_app.command("list")
+def list_models(
+    search: Annotated[str, Argument(help="Only those with this in their name.")] = "",
+    limit: Annotated[int, Option(min=1, help="How many.")] = 20,
+) -> None:
+    """What a server offers: bases, then adapters, newest first."""
+    rows = [tables.model_row(model) for model in remote.models(remote.connect(), search=search, limit=limit)]
+    out.print(tables.table(tables.MODEL_COLUMNS, rows), soft_wrap=False)
+
+
 @models_app.command("inspect")
 def models_inspect(
     source: Annotated[
@@ -129,7 +139,7 @@ def models_inspect(
         str | None, Option(help="Hub id of exactly these weights, by which adapters name their base.")
     ] = None,
 ) -> None:
-    """Print the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
+    """On the server's machine: the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
     from api.core.catalogue import ID
     from lorainit.facts import ModelFacts
     from lorainit.sources import LOCAL, is_root

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from api.core import jobs
 from api.core.ids import new_id
-from api.core.models import File, Job, Project, Worker
+from api.core.models import Adapter, File, Job, Project, Worker
 from lorainit.spec import Hyperparameters, Lora
 
 MODEL = "smollm2-135m-instruct"
@@ -87,6 +87,23 @@ def a_running_job(session: Session, project: Project, **changes: Any) -> tuple[J
     a_queued_job(session, project, **changes)
     (job,) = jobs.claim(session, "worker:1", lease_seconds=30)
     return job, jobs.Lease(job.id, job.lease_token)
+
+
+def an_adapter(session: Session, project: Project, name: str, **changes: Any) -> Adapter:
+    """The adapter of a job that has succeeded."""
+    job = a_job(session, project, file=changes.pop("file", None))
+    job.status, job.finished_at = "succeeded", datetime.now(UTC)
+    adapter = Adapter(
+        job_id=job.id,
+        project_id=project.id,
+        name=name,
+        file_id=a_file(session, project).id,
+        rank=16,
+        **{"created_at": datetime.now(UTC), **changes},
+    )
+    session.add(adapter)
+    session.flush()
+    return adapter
 
 
 def a_worker(

@@ -237,9 +237,19 @@ class Adapter(Base):
     """The finished adapter of a job, as the model it is called by. One per job."""
 
     __tablename__ = "adapters"
+    __table_args__ = (
+        Index(
+            "ix_adapters_project_created",
+            "project_id",
+            "created_at",
+            "job_id",
+            postgresql_where=text("deleted_at IS NULL"),
+            sqlite_where=text("deleted_at IS NULL"),
+        ),
+    )
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     name: Mapped[str] = mapped_column(String(255), unique=True)
     file_id: Mapped[str] = mapped_column(ForeignKey("files.id"), unique=True)
     rank: Mapped[int] = mapped_column(Integer)

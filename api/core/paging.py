@@ -7,7 +7,7 @@ tombstones, and `after` works on them.
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, or_
+from sqlalchemy import ColumnElement, Select, tuple_
 from sqlalchemy.orm import Session
 
 from api.core.errors import InvalidValue
@@ -65,7 +65,6 @@ def unknown_cursor(after: str) -> InvalidValue:
 
 
 def _beyond(table: type[R], cursor: R, *, descending: bool) -> ColumnElement[bool]:
-    time, key = table.created_at, table.id
-    if descending:
-        return or_(time < cursor.created_at, and_(time == cursor.created_at, key < cursor.id))
-    return or_(time > cursor.created_at, and_(time == cursor.created_at, key > cursor.id))
+    # Compared as pairs, which databases look up in an index; `a OR (b AND c)` is gone through from the start.
+    place, there = tuple_(table.created_at, table.id), (cursor.created_at, cursor.id)
+    return place < there if descending else place > there

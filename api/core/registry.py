@@ -2,38 +2,86 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Row, func, select, tuple_
 from sqlalchemy.orm import Session
 
-from api.core import catalogue
-from api.core.db import now
+from api.core import catalogue, paging
+from api.core.db import now, session_scope
 from api.core.errors import NotFound, WrongState
 from api.core.files import gone_by
 from api.core.idempotency import Attempt
 from api.core.models import Adapter, Checkpoint, File, Job
 
-Named = catalogue.Entry | Adapter | Checkpoint
+BATCH = 1000  # models of a complete list that are in memory at once: about a megabyte
+Named = catalogue.Entry | Adapter | Checkpoint | Row[*tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a name stands for; `base` is None when the base has left the catalogue."""
+    """What a name stands for; an adapter of a list is a plain row. `base` is None when it has left the catalogue."""
 
     named: Named
     base: catalogue.Entry | None
 
 
-def every(session: Session, project_id: str) -> list[Model]:
-    """Bases, then this project's adapters, newest first."""
-    adapters = session.execute(
-        select(Adapter, Job.model)
+def every(project_id: str) -> Iterator[list[Model]]:
+    """Bases, then this project's adapters, newest first, batch by batch: no session is open between two of them."""
+    bases, beyond = [Model(entry, entry) for entry in catalogue.entries().values()], None
+    while True:
+        with session_scope(read_only=True) as session:
+            rows = _adapters(session, project_id, beyond=beyond, limit=BATCH)
+        yield bases + [_listed(row) for row in rows]
+        if len(rows) < BATCH:
+            return
+        bases, beyond = [], (rows[-1].created_at, rows[-1].job_id)
+
+
+def page(
+    session: Session, project_id: str, *, after: str | None, limit: int, search: str
+) -> tuple[Sequence[Model], bool]:
+    """Part of the same list: what comes after the model `after` and has `search` in its name; True when there is more.
+
+    Raises:
+        InvalidValue: `after` is no model of this project.
+    """
+    entries, beyond = list(catalogue.entries().values()), None
+    ids = [entry.id for entry in entries]
+    if after in ids:
+        entries = entries[ids.index(after) + 1 :]
+    elif after is not None:
+        cursor = session.scalar(select(Adapter).where(Adapter.name == after, Adapter.project_id == project_id))
+        if cursor is None:
+            raise paging.unknown_cursor(after)
+        entries, beyond = [], (cursor.created_at, cursor.job_id)
+    bases = [Model(entry, entry) for entry in entries if search.lower() in entry.id.lower()]
+    rows = _adapters(session, project_id, beyond=beyond, limit=limit + 1, search=search)
+    return paging.cut(bases + [_listed(row) for row in rows], limit)
+
+
+def _adapters(
+    session: Session, project_id: str, *, beyond: tuple[datetime, str] | None, limit: int, search: str = ""
+) -> Sequence[Row[*tuple[Any, ...]]]:
+    """Newest first, from behind a position (`created_at`, `job_id`) on."""
+    place = tuple_(Adapter.created_at, Adapter.job_id)
+    query = (
+        select(Adapter.name, Adapter.project_id, Adapter.created_at, Adapter.job_id, Job.model)
         .join(Job, Job.id == Adapter.job_id)
         .where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
         .order_by(Adapter.created_at.desc(), Adapter.job_id.desc())
-    ).all()
-    bases = [Model(entry, entry) for entry in catalogue.entries().values()]
-    return bases + [Model(adapter, catalogue.find(base)) for adapter, base in adapters]
+        .limit(limit)
+    )
+    if beyond is not None:
+        query = query.where(place < beyond)
+    if search:
+        query = query.where(func.lower(Adapter.name).contains(search.lower(), autoescape=True))
+    return session.execute(query).all()
+
+
+def _listed(row: Row[*tuple[Any, ...]]) -> Model:
+    return Model(row, catalogue.find(row.model))
 
 
 def find(session: Session, project_id: str, name: str) -> Model:

@@ -3,27 +3,34 @@
 from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Query
+from fastapi.responses import Response
 from pydantic import Field
 
 from api.core import catalogue, registry
+from api.core.db import session_scope
 from api.core.errors import NotFound
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.clear import clear
-from api.routes.query import Empty, Text
-from api.schemas.model import MethodObject, ModelList, ModelObject, method_object, model_object
-from api.schemas.wire import Deleted, Page, listed
+from api.routes.query import After, Empty, Limit1000, Text
+from api.schemas.model import MethodObject, ModelObject, method_object, model_object
+from api.schemas.wire import Deleted, Page, as_json, listed, streamed
 from lorainit.inits import INITS
 
 router = APIRouter(prefix="/v1", tags=["models"])
 Base = Annotated[Text | None, Empty, Query(description="A base model: fills in rates and availability.")]
+Search = Annotated[Text | None, Empty, Query(description="Only models with this in their name, in any case.")]
 Rank = Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Empty, Query()]
 
 
-@router.get("/models")
-def list_models(caller: CallerDep, session: Reading) -> ModelList:
-    """Every base, then this project's adapters, newest first."""
-    rows = [model_object(model) for model in registry.every(session, caller.project_id)]
-    return ModelList(data=rows, first_id=rows[0].id if rows else None, last_id=rows[-1].id if rows else None)
+@router.get("/models", response_model=Page[ModelObject])
+def list_models(caller: CallerDep, after: After = None, limit: Limit1000 = None, search: Search = None) -> Response:
+    """Every base, then this project's adapters, newest first; with `limit`, `after` or `search` a page of them."""
+    if not (after or limit or search):
+        batches = ([model_object(model) for model in models] for models in registry.every(caller.project_id))
+        return streamed(batches)
+    with session_scope(read_only=True) as session:
+        models, more = registry.page(session, caller.project_id, after=after, limit=limit or 20, search=search or "")
+        return as_json(listed([model_object(model) for model in models], has_more=more))
 
 
 # A hub name has a slash, raw or encoded: nothing may live below a model's name.

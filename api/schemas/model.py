@@ -48,16 +48,6 @@ class ModelObject(Element):
     limits: ModelLimits | None
 
 
-class ModelList(Wire):
-    """All models; this list does not page."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: Literal[False] = False
-
-
 class MethodObject(Element):
     """An initialization: its facts, its parameters as JSON Schema, what we recommend."""
 

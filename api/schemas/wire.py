@@ -1,11 +1,12 @@
 """What every answer has in common: the list envelope, the error, Unix times, numbers JSON can hold."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import chain
 from typing import Any, Generic, Literal, TypeVar
 
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
 
@@ -76,6 +77,32 @@ def listed(rows: Sequence[T], *, has_more: bool) -> Page[T]:
 def as_json(answer: Wire) -> Response:
     """An answer as it is sent, made where it was built: in a thread, where the framework would go to a second one."""
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def streamed(batches: Iterator[Sequence[Element]]) -> Response:
+    """A complete list, written while it is read: no more than a batch is in memory, however slowly it is taken.
+
+    The first batch is read before the answer begins, so that a refusal is still a refusal. What fails later ends the
+    connection in the middle, which clients notice.
+    """
+    parts = _parts(batches)
+    return StreamingResponse(chain([next(parts)], parts), media_type="application/json")
+
+
+def _parts(batches: Iterator[Sequence[Element]]) -> Iterator[bytes]:
+    first = last = None
+    opening, _ = _around(None, None)
+    for batch in filter(None, batches):
+        yield opening + b",".join(element.model_dump_json().encode() for element in batch)
+        opening, first, last = b",", first or batch[0].id, batch[-1].id
+    yield (opening if first is None else b"") + _around(first, last)[1]
+
+
+def _around(first_id: str | None, last_id: str | None) -> list[bytes]:
+    """What stands before the elements of a complete list, and after."""
+    empty = Page[Element](data=[], first_id=first_id, last_id=last_id, has_more=False).model_dump_json()
+    before, _, after = empty.partition("[]")
+    return [f"{before}[".encode(), f"]{after}".encode()]
 
 
 def unix(at: datetime) -> int:

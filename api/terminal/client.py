@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from openai import OpenAI, OpenAIError
+from openai.types import Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 FINAL = ("succeeded", "failed", "cancelled")
 CHECK_SECONDS = 60.0
+PAGE = 100
 
 
 class Problem(Exception):
@@ -172,9 +174,22 @@ def _fetch(client: OpenAI, adapter: dict[str, Any], archive: Path) -> None:
         raise Problem(f"the download is damaged: SHA-256 {digest.hexdigest()}, promised {' and '.join(promised)}.")
 
 
+def models(client: OpenAI, *, search: str, limit: int) -> Iterator[Model]:
+    """Bases, then adapters, newest first, with `search` in their name. Page by page: the client's own list is whole."""
+    after = ""
+    while limit > 0:
+        query = {"limit": min(limit, PAGE), "after": after, "search": search}
+        page = client.models.list(extra_query=query)
+        yield from page.data
+        limit -= PAGE
+        if not (page.model_extra or {}).get("has_more"):
+            return
+        after = page.data[-1].id
+
+
 def jobs(client: OpenAI, limit: int) -> Iterator[FineTuningJob]:
     """The newest jobs, newest first."""
-    for index, job in enumerate(client.fine_tuning.jobs.list(limit=min(limit, 100))):
+    for index, job in enumerate(client.fine_tuning.jobs.list(limit=min(limit, PAGE))):
         if index == limit:
             return
         yield job

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from openai.types import Model
 from openai.types.fine_tuning import FineTuningJob
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,7 @@ from lorainit.inits import INITS
 from lorainit.sources import HUB, LOCAL
 
 METHOD_COLUMNS = ("method", "looks at", "export", "what it does")
+MODEL_COLUMNS = ("model", "type", "base", "job")
 JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "result")
 
 
@@ -53,6 +55,12 @@ def job_row(job: FineTuningJob) -> tuple[str, ...]:
         str(lora.get("r", "")),
         _result(job),
     )
+
+
+def model_row(model: Model) -> tuple[str, ...]:
+    """One model in `lorainit models list`."""
+    told = model.model_extra or {}
+    return (model.id, *(str(told.get(name) or "") for name in ("type", "parent", "fine_tuning_job_id")))
 
 
 def _result(job: FineTuningJob) -> str:
