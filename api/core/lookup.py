@@ -40,7 +40,7 @@ def find(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-_KEY_AND_JOB = (
+KEY_AND_JOB = (
     select(*keys.FACTS, *SHOWN)
     .outerjoin_from(ApiKey, Job, and_(Job.id == bindparam("job"), Job.project_id == ApiKey.project_id))
     .where(ApiKey.id == bindparam("key"))
@@ -49,7 +49,7 @@ _KEY_AND_JOB = (
 
 def find_with_key(key_id: str | None, job_id: str) -> tuple[Key | None, ShownJob | None]:
     """The key of this id, deleted or not, and the job of its project, by one statement; None for what there is not."""
-    row = db.find_alone(_KEY_AND_JOB, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
+    row = db.find_alone(KEY_AND_JOB, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
     if row is None:
         return keys.find(key_id), None
     return Key._make(row[: len(keys.FACTS)]), None if row.id is None else row

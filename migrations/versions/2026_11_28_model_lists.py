@@ -1,13 +1,13 @@
 """adapters are found in the order in which they are listed
 
-Revision: 0d7f3b62c9a5, after 8c2f5a71e6d4, 2026-11-28
+Revision: 0d7f3b62c9a5, after e5a1c07b93d4, 2026-11-28
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0d7f3b62c9a5"
-down_revision = "8c2f5a71e6d4"
+down_revision = "e5a1c07b93d4"
 branch_labels = None
 depends_on = None
 

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session
 
-from api.core import db, events, files, jobs, lookup, metrics, migrate, pauses, turns
+from api.core import db, events, files, jobs, lookup, metrics, migrate, pauses, registry, turns
 from api.core.jobs import Lease
 from api.core.models import File, Job
 from api.core.settings import Settings
@@ -60,6 +60,15 @@ ASKED: Mapping[str, Callable[[Session, Things], object]] = {
     **{name: lambda session, _, ask=ask: ask(session) for name, ask in queue_costs.HOT.items() if name not in LATER},
     "a job by its id": lambda session, it: lookup.sight(
         session, lookup.find(session, it.queued.project_id, it.queued.id)
+    ),
+    "a job and the key that asks for it": lambda session, it: session.execute(
+        lookup.KEY_AND_JOB, {"key": "key_0", "job": it.queued.id}
+    ),
+    "all models of a project": lambda session, it: registry.page(
+        session, it.queued.project_id, after=None, limit=1000, search=""
+    ),
+    "models that are searched for": lambda session, it: registry.page(
+        session, it.queued.project_id, after=None, limit=20, search="x"
     ),
     "a page of jobs": lambda session, it: lookup.page(session, it.queued.project_id, after=None, limit=20),
     "a page of events": lambda session, it: events.page(session, it.lease.job_id, after=None, limit=20),
