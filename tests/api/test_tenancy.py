@@ -123,6 +123,11 @@ def assert_passed_over(lab: Lab, verb: str, path: str, foreign: str, **request: 
     assert (reply.status_code, reply.text) == (plain.status_code, plain.text), (verb, path, foreign)
 
 
+def assert_finds_nothing(lab: Lab, verb: str, path: str, _foreign: str, **request: Any) -> None:
+    """A foreign id is looked for, and nothing has it."""
+    assert lab.client.request(verb, path, **request).json()["data"] == []
+
+
 def holes(body: dict[str, Any], field: str, value: str) -> dict[str, Any]:
     """`body` with `value` at the dotted `field`."""
     if field == "lora.init.calibration_file":
@@ -155,8 +160,9 @@ def test_a_query_value_reaches_nothing_of_another_project(app: Any, admin: Lab, 
         for verb, operation in operations.items():
             names = [one["name"] for one in operation.get("parameters", []) if one["in"] == "query"]
             for name, foreign in product(set(names) - PLAIN, theirs.every()):
-                assert name in ("after", "checkpoint", "model"), f"{verb} {path}: what is {name}?"
+                assert name in ("after", "checkpoint", "model", "search"), f"{verb} {path}: what is {name}?"
                 look = assert_passed_over if path in FROM_THE_START else assert_hidden
+                look = assert_finds_nothing if name == "search" else look
                 look(admin, verb.upper(), fill(path, own), foreign, params={name: foreign})
                 walked.add((path, name))
     assert len(walked) >= 8
