@@ -4,6 +4,7 @@
 # docker-compose.yml builds both.
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+# The CUDA that torch's wheels are built with. The image refuses to start under a driver that is too old for it.
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # --- api -----------------------------------------------------------------------------------------
@@ -50,7 +51,9 @@ RUN pip install --require-hashes --no-deps --requirement requirements/worker.txt
     && pip install --no-deps --no-build-isolation .
 
 FROM ${CUDA_IMAGE} AS worker
-RUN apt-get update && apt-get install --yes --no-install-recommends python3 \
+# Triton builds its kernels' launchers, and torch what it compiles for the processor, while a job runs: that takes a
+# compiler and Python's headers.
+RUN apt-get update && apt-get install --yes --no-install-recommends python3 python3-dev gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home lorainit && install -d -o lorainit /var/lib/lorainit
 COPY --from=worker-build /opt/lorainit /opt/lorainit

@@ -92,6 +92,7 @@ def run(section: Section, args: argparse.Namespace, folder: Path) -> str:
     command = [sys.executable, __file__, "--section", section.name, "--folder", folder / section.name]
     command += ["--device", args.device, *(["--tiny"] if args.tiny else [])]
     own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    own |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what repeats bit by bit needs it from the start
     own |= {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
     own |= {} if section.alone else {"OMP_NUM_THREADS": "2"}  # there are others beside it
     with out.open("w") as stdout, err.open("w") as stderr:

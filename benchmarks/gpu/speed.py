@@ -60,8 +60,11 @@ Step = Callable[[], tuple[float, float]]
 
 
 def steps(day: Day) -> None:
-    """One adapter: ours, and PEFT as HF Trainer runs it with bf16 (autocast, sdpa, fused AdamW, rows padded)."""
-    _table(day, [Case("tiny", 4, 64)] if day.tiny else STEPS, [_ours, _peft])
+    """One adapter: ours, ours as a job runs it by default, which has to repeat bit by bit, and PEFT.
+
+    PEFT as HF Trainer runs it with bf16: autocast, sdpa, fused AdamW, rows padded.
+    """
+    _table(day, [Case("tiny", 4, 64)] if day.tiny else STEPS, [_ours, _deterministic, _peft])
 
 
 def groups(day: Day) -> None:
@@ -76,20 +79,17 @@ def _table(day: Day, cases: Sequence[Case], contenders: Sequence[Any]) -> None:
     for case in cases:
         for contender in contenders:
             if time.monotonic() > day.until:
-                day.say(
-                    f"| {case.shape} | {case.rows} | {contender.__name__.strip('_')} | not tried for lack of time |"
-                )
+                day.say(f"| {case.shape} | {case.rows} | {WHO[contender]} | not tried for lack of time |")
                 continue
             if shape != case.shape or contender is _peft or case.again:
                 model = None
                 _free(day)
                 model, shape = llama(case.shape, day.device, torch.bfloat16), case.shape
-            name = "PEFT" if contender is _peft else "ours"
             try:
                 found = _measured(day, case, model, contender)
             except Exception as error:
                 found = f"**{type(error).__name__}: {' '.join(str(error).split())[:200]}** |"
-            day.say(f"| {case.shape} | {case.rows} | {name} | {found}")
+            day.say(f"| {case.shape} | {case.rows} | {WHO[contender]} | {found}")
             if contender is _peft or case.again:
                 shape = ""  # it has been changed
 
@@ -195,6 +195,21 @@ def _ours(day: Day, case: Case, model: Any) -> Step:
     return step
 
 
+def _deterministic(day: Day, case: Case, model: Any) -> Step:
+    step = _ours(day, case, model)
+    debugging: Any = torch.utils.deterministic
+    debugging.fill_uninitialized_memory = False
+
+    def run() -> tuple[float, float]:
+        torch.use_deterministic_algorithms(True)
+        try:
+            return step()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return run
+
+
 def _peft(day: Day, case: Case, model: Any) -> Step:
     from peft import LoraConfig, get_peft_model
 
@@ -230,3 +245,6 @@ def _padded(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.stack([s.ids for s in samples]).long()
     trained = torch.stack([s.trained for s in samples])
     return ids, ids.masked_fill(~trained, -100)
+
+
+WHO = {_ours: "ours", _deterministic: "ours, deterministic", _peft: "PEFT"}

@@ -118,7 +118,29 @@ def test_nothing_of_ours_runs_as_root() -> None:
             assert "\nUSER lorainit\n" in stage
 
 
-def test_the_worker_reserves_a_gpu() -> None:
-    (device,) = SERVICES["worker"]["deploy"]["resources"]["reservations"]["devices"]
-    assert device["driver"] == "nvidia"
-    assert device["capabilities"] == ["gpu"]
+def test_the_worker_reserves_as_many_gpus_as_it_has_slots() -> None:
+    worker = SERVICES["worker"]
+    (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
+    # `capabilities` is required, and of `count` and `device_ids` only one may be there.
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    concurrency = worker["command"][worker["command"].index("-c") + 1]
+    assert concurrency == worker["environment"]["LORAINIT_WORKER_SLOTS"] == str(device["count"])
+
+
+def test_processes_of_one_job_have_room_to_exchange_gradients() -> None:
+    assert re.fullmatch(r"[1-9]\d*gb", SERVICES["worker"]["shm_size"])
+
+
+def test_the_image_has_the_cuda_that_torch_is_built_with() -> None:
+    image = re.search(r"^ARG CUDA_IMAGE=nvidia/cuda:(\d+\.\d+)", DOCKERFILE, re.MULTILINE)
+    torchs = re.search(r"^nvidia-cuda-runtime==(\d+\.\d+)", (ROOT / "requirements/torch.txt").read_text(), re.MULTILINE)
+    assert image is not None
+    assert torchs is not None
+    assert image[1] == torchs[1]
+
+
+def test_the_worker_can_compile() -> None:
+    (stage,) = (stage for stage in DOCKERFILE.split("\nFROM ") if re.match(r"\S+ AS worker\n", stage))
+    installed = re.search(r"apt-get install [^&]*", stage)
+    assert installed is not None
+    assert {"gcc", "g++", "libc6-dev", "python3-dev"} <= set(installed[0].split())
