@@ -14,16 +14,14 @@ import itertools
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -33,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from api.core import db, jobs, keys, migrate  # noqa: E402
 from api.core.db import session_scope  # noqa: E402
 from api.core.jobs import Lease  # noqa: E402
+from benchmarks.load_page import FAST, Found, Phase, Seen, page  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
 from lorainit.events import Metrics  # noqa: E402
 from tests import servers  # noqa: E402
@@ -40,9 +39,11 @@ from tests.things import CHECKED, MODEL, a_file  # noqa: E402
 from worker.progress import Recorder  # noqa: E402
 
 JOBS = "/v1/fine_tuning/jobs"
-PACES = {"20 steps a second, as a run": 20, "as fast as it can": None}
+PACES = {"20 steps a second, as a run": 20, FAST: None}
 TURNS = 3
 SILENCE = 3.0  # seconds without an event after which a stream is left
+RUN_SECONDS = 10  # of the run that goes as fast as it can, whose story has 200 points
+TRIAL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,6 @@ class Door:
     address: str
     secret: str
     ids: Sequence[str]
-
-
-@dataclass
-class Seen:
-    """Seconds of each request of the clients, until the first event where it is a stream; events of all streams."""
-
-    polls: list[float] = field(default_factory=list)
-    events: list[float] = field(default_factory=list)
-    streams: list[float] = field(default_factory=list)
-    streamed: int = 0
-
-    def __iadd__(self, other: "Seen") -> "Seen":
-        self.polls += other.polls
-        self.events += other.events
-        self.streams += other.streams
-        self.streamed += other.streamed
-        return self
 
 
 def call(connection: http.client.HTTPConnection, door: Door, path: str, body: str | None = None) -> bytes:
@@ -101,14 +85,21 @@ def look_on(door: Door, *, clients: int, seconds: float, pause: float) -> Seen:
                 return
             time.sleep(pause)
 
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    return seen
+
+
+def follow_on(door: Door, *, clients: int, seconds: float, pause: float) -> Seen:
+    """As many streams of the running job; in a process of its own, so that reading them delays no other client."""
+    seen, until = Seen(), time.monotonic() + seconds
+
     def watch(number: int) -> int:
         time.sleep(pause * number / clients)
         return follow(door, seen.streams, until=until)
 
-    with ThreadPoolExecutor(2 * clients) as pool:
-        polling = pool.map(client, range(clients))
+    with ThreadPoolExecutor(clients) as pool:
         seen.streamed = sum(pool.map(watch, range(clients)))
-        list(polling)
     return seen
 
 
@@ -124,7 +115,8 @@ def follow(door: Door, took: list[float], *, until: float) -> int:
             if line.startswith(b"data: "):
                 took += [] if count else [time.perf_counter() - started]
                 count += 1
-                assert json.loads(line[6:])["sequence"] == count
+                # The last field. Reading all of them would cost the clients more than the server.
+                assert line.endswith(b'"sequence":%d}\n' % count), line
             if time.monotonic() > until:
                 break
     return count
@@ -135,25 +127,30 @@ class Stub:
 
     def __init__(self, lease: Lease) -> None:
         self._recorder = Recorder(lease)
-        self._step = 0
+        self._step, self._total = 0, 10**6
 
-    def work(self, seconds: float, *, pace: float | None) -> float:
-        """Record steps for a while; how many a second were committed."""
-        started, first = time.monotonic(), self._step
+    def try_out(self) -> None:
+        """Find out how many steps a run has that goes as fast as it can for a while."""
+        self._total = round(self.work(TRIAL_SECONDS, pace=None).pace * RUN_SECONDS)
+
+    def work(self, seconds: float, *, pace: float | None) -> Phase:
+        """Record steps for a while and write them when the worker would."""
+        started, spent, first = time.monotonic(), time.process_time(), self._step
         while (passed := time.monotonic() - started) < seconds:
             wanted = self._step + 1 if pace is None else first + int(passed * pace)
-            while self._step < wanted:
-                self._tell()
-            if pace is None or self._recorder.is_due:
-                self._recorder.flush()
-            else:
+            if self._step == wanted:
                 time.sleep(0.01)
+            while self._step < wanted:
+                self._tell(self._total if pace is None else 4000)
+            if self._recorder.is_due:
+                self._recorder.flush()
         self._recorder.flush()
-        return (self._step - first) / (time.monotonic() - started)
+        count = self._step - first
+        return Phase(count / (time.monotonic() - started), (time.process_time() - spent) / count * 1e6)
 
-    def _tell(self) -> None:
+    def _tell(self, total: int) -> None:
         self._step += 1
-        step = {"step": self._step, "total_steps": 4000, "tokens": 100 * self._step, "seconds": 0.05 * self._step}
+        step = {"step": self._step, "total_steps": total, "tokens": 100 * self._step, "seconds": 0.05 * self._step}
         self._recorder.take(Metrics(**step, epoch=0.1, train_loss=2.0, learning_rate=1e-4, tokens_per_second=300.0))
 
 
@@ -207,57 +204,31 @@ def claim() -> Lease:
     return Lease(job.id, job.lease_token)
 
 
-def measure(given: argparse.Namespace) -> tuple[Seen, dict[str, list[tuple[float, float]]]]:
-    """All clients' requests, and for each pace the steps per second of its (quiet, busy) phases."""
-    seen, speeds = Seen(), defaultdict(list)
+def measure(given: argparse.Namespace) -> dict[str, Found]:
+    """What came of each pace."""
+    found = {words: Found() for words in PACES}
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as name,
         service(Path(name)) as (door, file),
-        ProcessPoolExecutor(1, spawn) as others,
+        ProcessPoolExecutor(2, spawn) as others,
     ):
         made = submit(door, file, given.jobs + 1)
         lease = claim()
         stub = Stub(lease)
         door = Door(door.address, door.secret, [lease.job_id, *made])
-        others.submit(int).result()  # started before the first phase
+        crowd = {"clients": given.clients, "seconds": given.seconds + 1, "pause": given.pause}
+        list(others.map(time.sleep, (0.5, 0.5)))  # both are started before the first phase
+        stub.try_out()
         for (words, pace), _ in itertools.product(PACES.items(), range(TURNS)):
             quiet = stub.work(given.seconds, pace=pace)
-            crowd = others.submit(look_on, door, clients=given.clients, seconds=given.seconds + 1, pause=given.pause)
+            people = [others.submit(what, door, **crowd) for what in (look_on, follow_on)]
             time.sleep(0.5)
             busy = stub.work(given.seconds, pace=pace)
-            seen += crowd.result()
-            speeds[words].append((quiet, busy))
-    return seen, speeds
-
-
-def page(given: argparse.Namespace, seen: Seen, speeds: dict[str, list[tuple[float, float]]]) -> str:
-    """The figures as Markdown."""
-    total = (len(seen.polls) + len(seen.events)) / (len(PACES) * TURNS * (given.seconds + 1))
-    lines = [
-        f"{given.clients} clients, {given.jobs} jobs queued, {given.pause:g} s pause: {total:.0f} requests a second;"
-        f" {os.cpu_count()} cores shared by clients, API, PostgreSQL, Valkey, reconciler and worker.",
-        "",
-        "| request | p50 | p99 | requests |",
-        "|---|---|---|---|",
-    ]
-    asked = {"poll a job": seen.polls, "its last 20 events": seen.events, "a stream's first event": seen.streams}
-    for words, took in asked.items():
-        cuts = statistics.quantiles(took, n=100)
-        lines.append(f"| {words} | {cuts[49] * 1000:.0f} ms | {cuts[98] * 1000:.0f} ms | {len(took)} |")
-    told = f"{given.clients} streams of the running job brought {seen.streamed} events in all, none missing or double."
-    lines += [
-        "",
-        told,
-        "",
-        "| the worker records | quiet | with the clients | ratio of each turn |",
-        "|---|---|---|---|",
-    ]
-    for words, turns in speeds.items():
-        quiet, busy = (statistics.median(part) for part in zip(*turns, strict=True))
-        ratios = ", ".join(f"{after / before:.2f}" for before, after in turns)
-        lines.append(f"| {words} | {quiet:.1f} steps/s | {busy:.1f} steps/s | {ratios} |")
-    return "\n".join(lines) + "\n"
+            for one in people:
+                found[words].seen += one.result()
+            found[words].turns.append((quiet, busy))
+    return found
 
 
 def main() -> None:
@@ -269,7 +240,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--write", type=Path)
     given = parser.parse_args()
-    text = page(given, *measure(given))
+    load = os.getloadavg()[0]
+    text = page(measure(given), given, load)
     print(text)
     if given.write:
         write_section(given.write, "bench-load", text)

@@ -23,6 +23,7 @@ BANDS = {
     "verifying": (95.0, 99.0),
 }
 FLUSH_SECONDS = 0.5
+FLUSH_EVENTS = 1000  # a run may take thousands of steps a second, and no transaction is to hold others up
 EVENT_POINTS = 200
 PACE_STEPS = 10
 
@@ -69,8 +70,9 @@ class Recorder:
 
     @property
     def is_due(self) -> bool:
-        """Time to write: something a watcher waits for happened, or a while has passed."""
-        return self._urgent or time.monotonic() - self._flushed >= FLUSH_SECONDS
+        """Time to write: something a watcher waits for happened, or much has, or a while has passed."""
+        enough = self._urgent or len(self._pending) >= FLUSH_EVENTS
+        return enough or time.monotonic() - self._flushed >= FLUSH_SECONDS
 
     def flush(self) -> None:
         """Write what is pending in one transaction, or nothing at all; then it can be called again.

@@ -15,6 +15,7 @@ from api.core.models import Event, Job, Project
 from lorainit.events import InitReport, Message, Metrics, Plan, Stage, Tick
 from tests.statements import statements
 from tests.things import a_job, a_project, a_running_job
+from worker import progress
 from worker.progress import Lost, Recorder
 
 pytestmark = pytest.mark.usefixtures("service")
@@ -79,6 +80,20 @@ def test_a_flush_of_many_steps_takes_no_more_statements_than_one_of_few(lease: L
         ).all()
     told = [[f"Step {number}/200: training loss=1.00", f"after step {number}"] for number in range(1, 103)]
     assert story[-204:] == [text for pair in told for text in pair]
+
+
+def test_a_run_faster_than_its_worker_is_written_a_thousand_events_at_a_time(
+    lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FLUSH_SECONDS", 60.0)
+    recorder = Recorder(lease)
+    due = []
+    for number in range(1, 2502):
+        recorder.take(step(number, total=3000, train_loss=1.0))
+        if recorder.is_due:
+            due.append(number)
+            recorder.flush()
+    assert due == [1000, 2000]
 
 
 def test_plan_report_and_messages_reach_the_job(lease: Lease) -> None:
