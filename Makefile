@@ -26,7 +26,7 @@ help:
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
 	@echo "make bench-rates DATA=folder-of-gsm8k  does every initialization's default rate help on three data sets? (hours); ONLY= SEEDS="
-	@echo "make bench-load do fifty clients slow a worker down? (minutes)"
+	@echo "make bench-load do fifty clients slow a worker down, and what do streams and recording cost? (minutes)"
 	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast (about five minutes)"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
 
@@ -112,6 +112,7 @@ bench-rates: setup
 	  $(if $(ONLY),--only $(ONLY),--write docs/rates.md)
 
 bench-load: setup
+	$(BIN)/python benchmarks/costs.py --write docs/operations.md
 	$(BIN)/python benchmarks/load.py --write docs/operations.md
 
 # On a machine whose .venv has a torch with CUDA. Exit code 1 if anything did not hold; what, stands in bold on the page.

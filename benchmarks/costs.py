@@ -1,6 +1,6 @@
 """What recording and watching a run costs, in CPU milliseconds: a flush of the worker's, an event of a stream.
 
-    python benchmarks/costs.py [--database sqlite|postgresql] [--streams 50] [--seconds 10]
+    python benchmarks/costs.py [--database sqlite|postgresql] [--streams 50] [--seconds 10] [--write PAGE]
 
 A real server process. The flush is the worker's own code, in this process. A stream's cost is what the server
 process spends while a job has twenty events a second, divided by the events that all streams brought.
@@ -30,6 +30,7 @@ from api.core import db, events, keys, migrate  # noqa: E402
 from api.core.db import now, session_scope  # noqa: E402
 from api.core.jobs import Lease  # noqa: E402
 from api.core.settings import get_settings  # noqa: E402
+from benchmarks.train_page import write_section  # noqa: E402
 from lorainit.events import Metrics  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import a_running_job  # noqa: E402
@@ -180,9 +181,14 @@ def main() -> None:
     parser.add_argument("--database", choices=KINDS, action="append")
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--write", type=Path)
     given = parser.parse_args()
     kinds = given.database or KINDS
-    print(table({kind: measure(kind, streams=given.streams, seconds=given.seconds) for kind in kinds}, given.streams))
+    found = {kind: measure(kind, streams=given.streams, seconds=given.seconds) for kind in kinds}
+    text = table(found, given.streams)
+    print(text)
+    if given.write:
+        write_section(given.write, "costs", text)
 
 
 if __name__ == "__main__":

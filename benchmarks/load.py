@@ -41,6 +41,7 @@ from worker.progress import Recorder  # noqa: E402
 JOBS = "/v1/fine_tuning/jobs"
 PACES = {"20 steps a second, as a run": 20, FAST: None}
 TURNS = 3
+ARRIVAL_SECONDS = 1.0  # of a phase, in which everybody comes and fifty streams replay the story so far
 SILENCE = 3.0  # seconds without an event after which a stream is left
 RUN_SECONDS = 10  # of the run that goes as fast as it can, whose story has 200 points
 TRIAL_SECONDS = 2.0
@@ -69,7 +70,10 @@ def look_on(door: Door, *, clients: int, seconds: float, pause: float) -> Seen:
     """Clients that look at jobs for a while; runs in a process of its own."""
     seen, until = Seen(), time.monotonic() + seconds
 
+    began = time.monotonic()
+
     def timed(connection: http.client.HTTPConnection, path: str, took: list[float]) -> None:
+        took = seen.arriving if time.monotonic() - began < ARRIVAL_SECONDS else took
         started = time.perf_counter()
         call(connection, door, path)
         took.append(time.perf_counter() - started)
@@ -139,7 +143,7 @@ class Stub:
         while (passed := time.monotonic() - started) < seconds:
             wanted = self._step + 1 if pace is None else first + int(passed * pace)
             if self._step == wanted:
-                time.sleep(0.01)
+                time.sleep(0.02)
             while self._step < wanted:
                 self._tell(self._total if pace is None else 4000)
             if self._recorder.is_due:
@@ -204,8 +208,8 @@ def claim() -> Lease:
     return Lease(job.id, job.lease_token)
 
 
-def measure(given: argparse.Namespace) -> dict[str, Found]:
-    """What came of each pace."""
+def measure(given: argparse.Namespace) -> tuple[Seen, dict[str, Found]]:
+    """The requests of clients that have the service for themselves, and what came of each pace."""
     found = {words: Found() for words in PACES}
     spawn = multiprocessing.get_context("spawn")
     with (
@@ -220,6 +224,7 @@ def measure(given: argparse.Namespace) -> dict[str, Found]:
         crowd = {"clients": given.clients, "seconds": given.seconds + 1, "pause": given.pause}
         list(others.map(time.sleep, (0.5, 0.5)))  # both are started before the first phase
         stub.try_out()
+        alone = others.submit(look_on, door, **crowd).result()
         for (words, pace), _ in itertools.product(PACES.items(), range(TURNS)):
             quiet = stub.work(given.seconds, pace=pace)
             people = [others.submit(what, door, **crowd) for what in (look_on, follow_on)]
@@ -228,7 +233,7 @@ def measure(given: argparse.Namespace) -> dict[str, Found]:
             for one in people:
                 found[words].seen += one.result()
             found[words].turns.append((quiet, busy))
-    return found
+    return alone, found
 
 
 def main() -> None:
@@ -241,7 +246,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     given = parser.parse_args()
     load = os.getloadavg()[0]
-    text = page(measure(given), given, load)
+    text = page(*measure(given), given, load)
     print(text)
     if given.write:
         write_section(given.write, "bench-load", text)

@@ -20,14 +20,19 @@ class Given(Protocol):
 
 @dataclass
 class Seen:
-    """Seconds of each request of the clients, until the first event where it is a stream; events of all streams."""
+    """Seconds of each request of the clients, until the first event where it is a stream; events of all streams.
 
+    Requests made while all arrive stand in `arriving`, and in none of the others.
+    """
+
+    arriving: list[float] = field(default_factory=list)
     polls: list[float] = field(default_factory=list)
     events: list[float] = field(default_factory=list)
     streams: list[float] = field(default_factory=list)
     streamed: int = 0
 
     def __iadd__(self, other: "Seen") -> "Seen":
+        self.arriving += other.arriving
         self.polls += other.polls
         self.events += other.events
         self.streams += other.streams
@@ -62,11 +67,13 @@ class Found:
         return statistics.median(busy.pace / quiet.pace for quiet, busy in self.turns)
 
 
-def page(found: dict[str, Found], given: Given, load: float) -> str:
+def page(alone: Seen, found: dict[str, Found], given: Given, load: float) -> str:
     """The figures as Markdown."""
     everything = [one.seen for one in found.values()]
     phases = sum(len(one.turns) for one in found.values())
-    total = sum(len(seen.polls) + len(seen.events) for seen in everything) / (phases * (given.seconds + 1))
+    total = sum(len(seen.arriving) + len(seen.polls) + len(seen.events) for seen in everything) / (
+        phases * (given.seconds + 1)
+    )
     lines = [
         f"{given.clients} clients, {given.jobs} jobs queued, {given.pause:g} s pause: {total:.0f} requests a second;"
         f" {os.cpu_count()} cores shared by clients, API, PostgreSQL, Valkey, reconciler and worker. Phases of"
@@ -75,7 +82,7 @@ def page(found: dict[str, Found], given: Given, load: float) -> str:
         f"{given.clients} streams of the running job brought {sum(seen.streamed for seen in everything)} events in all,"
         " none missing or double.",
         "",
-        *_requests(found),
+        *_requests(alone, found),
         "",
         *_paces(found),
         "",
@@ -84,13 +91,15 @@ def page(found: dict[str, Found], given: Given, load: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _requests(found: dict[str, Found]) -> list[str]:
+def _requests(alone: Seen, found: dict[str, Found]) -> list[str]:
     lines = ["| request, while the worker records | p50 | p99 | ratio | requests |", "|---|---|---|---|---|"]
-    for words, one in found.items():
-        asked = {"poll a job": one.seen.polls, "its last 20 events": one.seen.events}
-        for what, took in {**asked, "a stream's first event": one.seen.streams}.items():
-            p50, p99 = (statistics.quantiles(took, n=100)[number] * 1000 for number in (49, 98))
-            lines.append(f"| {what}, {words} | {p50:.0f} ms | {p99:.0f} ms | {p99 / p50:.1f} | {len(took)} |")
+    phases = {"nothing, and without streams": alone, **{words: one.seen for words, one in found.items()}}
+    for words, seen in phases.items():
+        asked = {"poll a job": seen.polls, "its last 20 events": seen.events, "any, while all arrive": seen.arriving}
+        for what, took in {**asked, "a stream's first event": seen.streams}.items():
+            if took:
+                p50, p99 = (statistics.quantiles(took, n=100)[number] * 1000 for number in (49, 98))
+                lines.append(f"| {what}: {words} | {p50:.0f} ms | {p99:.0f} ms | {p99 / p50:.1f} | {len(took)} |")
     return lines
 
 

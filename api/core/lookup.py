@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, select, text
+from sqlalchemy import ColumnElement, Select, and_, bindparam, select, text
 from sqlalchemy.orm import Session
 
 from api.core import db, keys, paging, pauses, places
@@ -40,16 +41,22 @@ def find(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-KEY_AND_JOB = (
-    select(*keys.FACTS, *SHOWN)
-    .outerjoin_from(ApiKey, Job, and_(Job.id == bindparam("job"), Job.project_id == ApiKey.project_id))
-    .where(ApiKey.id == bindparam("key"))
-)
+def _key_and_job(*columns: Any) -> Select[Any]:
+    joined = select(*keys.FACTS, *columns).outerjoin_from(
+        ApiKey, Job, and_(Job.id == bindparam("job"), Job.project_id == ApiKey.project_id)
+    )
+    return joined.where(ApiKey.id == bindparam("key"))
 
 
-def find_with_key(key_id: str | None, job_id: str) -> tuple[Key | None, ShownJob | None]:
-    """The key of this id, deleted or not, and the job of its project, by one statement; None for what there is not."""
-    row = db.find_alone(KEY_AND_JOB, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
+KEY_AND_JOB, KEY_AND_JOB_ID = _key_and_job(*SHOWN), _key_and_job(Job.id)
+
+
+def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[Key | None, ShownJob | None]:
+    """The key of this id, deleted or not, and the job of its project, by one statement; None for what there is not.
+
+    `what` is `KEY_AND_JOB` for all that a caller is shown of a job, `KEY_AND_JOB_ID` for its id alone.
+    """
+    row = db.find_alone(what, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
     if row is None:
         return keys.find(key_id), None
     return Key._make(row[: len(keys.FACTS)]), None if row.id is None else row

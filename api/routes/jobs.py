@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
+from sqlalchemy import Select
 
 from api import access
 from api.bodies import BoundedBody
@@ -12,6 +13,7 @@ from api.core import checkpoints, events, jobs, keys, lookup, pauses, results
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.idempotency import once
+from api.core.models import ShownJob
 from api.core.submit import submit
 from api.core.transitions import unknown
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
@@ -85,11 +87,7 @@ def list_jobs(
 def retrieve(fine_tuning_job_id: str, request: Request) -> Response:
     """One job, from the database alone."""
     # Clients repeat this until the job has ended: one thread, and for most jobs one statement (docs/decisions/0041).
-    secret = access.secret_of(request)
-    key, job = lookup.find_with_key(keys.id_in(secret), fine_tuning_job_id)
-    access.let_in(request, key, secret)
-    if job is None:
-        raise unknown(fine_tuning_job_id)
+    _, job = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB)
     with session_scope(read_only=True) as session:  # takes a connection for its first statement
         return as_json(job_object(lookup.sight(session, job)))
 
@@ -124,30 +122,28 @@ def resume(
     return answer
 
 
-@router.get(JOBS + "/{fine_tuning_job_id}/events")
-def list_events(
-    fine_tuning_job_id: str, caller: CallerDep, session: Reading, after: After = None, limit: Limit1000 = None
-) -> Page[EventObject]:
+@router.get(JOBS + "/{fine_tuning_job_id}/events", response_model=Page[EventObject])
+def list_events(fine_tuning_job_id: str, request: Request, after: After = None, limit: Limit1000 = None) -> Response:
     """The story of a job, newest first."""
-    job = lookup.find(session, caller.project_id, fine_tuning_job_id)
-    rows, more = events.page(session, job.id, after=after, limit=limit or 20)
-    return listed([event_object(row) for row in rows], has_more=more)
+    _, job = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
+    with session_scope(read_only=True) as session:
+        rows, more = events.page(session, job.id, after=after, limit=limit or 20)
+    return as_json(listed([event_object(row) for row in rows], has_more=more))
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/events/stream", response_class=StreamingResponse, responses=EVENT_STREAM)
 def stream_events(
     fine_tuning_job_id: str,
     request: Request,
-    caller: CallerDep,
-    session: Reading,
     after: Annotated[Text | None, Empty, Query(description="Id of the last event seen; unknown = all events.")] = None,
     last_event_id: Annotated[
         str | None, Header(max_length=255, description="The same, sent by clients that reconnect.")
     ] = None,
 ) -> StreamingResponse:
     """The story of a job as it happens, oldest first, as server-sent events; ends with the job."""
-    job = lookup.find(session, caller.project_id, fine_tuning_job_id)
-    seen = events.number(session, job.id, last_event_id or after)
+    caller, job = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
+    with session_scope(read_only=True) as session:  # takes a connection where an event is named
+        seen = events.number(session, job.id, last_event_id or after)
     return EventStream(request.app.state.streams, caller, job.id, after=seen)
 
 
@@ -176,6 +172,16 @@ def adapter(
     job = lookup.find(session, caller.project_id, fine_tuning_job_id)
     file = results.tar(session, job, checkpoint=checkpoint)
     return download(request, storage, file, media_type="application/x-tar", name=f"{job.id}.tar", digest=True)
+
+
+def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, ShownJob]:
+    """Who asks, and what of the job of this id: one statement, for what clients ask again and again."""
+    secret = access.secret_of(request)
+    key, job = lookup.find_with_key(keys.id_in(secret), job_id, what)
+    caller = access.let_in(request, key, secret)
+    if job is None:
+        raise unknown(job_id)
+    return caller, job
 
 
 def _shown(session: Writing, project_id: str, job_id: str) -> dict[str, Any]:

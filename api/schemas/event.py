@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from api.core.models import Checkpoint, Event, File
+from api.core.events import ShownEvent
+from api.core.models import Checkpoint, File
 from api.schemas.wire import Element, Wire, finite, unix
 
 
@@ -46,7 +47,7 @@ class CheckpointObject(Element):
     sha256: str
 
 
-def event_object(event: Event) -> EventObject:
+def event_object(event: ShownEvent) -> EventObject:
     """A row as the caller sees it."""
     return EventObject(
         id=event.id,

@@ -43,6 +43,13 @@ def test_a_poll_of_a_queued_or_running_job_is_one_statement(lab: Lab, session: S
         assert len(selects) == 1
 
 
+def test_a_look_at_the_events_of_a_job_is_two_statements(lab: Lab, session: Session, selects: list[str]) -> None:
+    job, _ = a_running_job(session, lab.project)
+    selects.clear()
+    assert len(lab.client.get(f"{JOBS}/{job.id}/events").json()["data"]) == 3
+    assert len(selects) == 2
+
+
 def test_a_key_of_any_other_request_is_one_statement(lab: Lab, selects: list[str]) -> None:
     lab.client.get("/v1/lora/methods")
     assert len(selects) == 1
