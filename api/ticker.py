@@ -129,13 +129,18 @@ def look(positions: Collection[Position]) -> dict[Position, Found]:
     """
     try:
         with session_scope(read_only=True) as session:
-            usable = keys.usable(session, {one.key_id for one in positions})
-            # Before the events: what ended a job is among them.
-            jobs = _jobs(session, {one.job_id for one in positions})
-            places = {(one.job_id, one.after) for one in positions if one.key_id in usable}
-            pages = {(job_id, after): _page(session, job_id, after, jobs.get(job_id)) for job_id, after in places}
+            return find_news(session, positions)
     except DATABASE_AWAY:
         return {}
+
+
+def find_news(session: Session, positions: Collection[Position]) -> dict[Position, Found]:
+    """As `look`, while the database is there."""
+    usable = keys.usable(session, {one.key_id for one in positions})
+    # Before the events: what ended a job is among them.
+    jobs = _jobs(session, {one.job_id for one in positions})
+    places = {(one.job_id, one.after) for one in positions if one.key_id in usable}
+    pages = {(job_id, after): _page(session, job_id, after, jobs.get(job_id)) for job_id, after in places}
     found: dict[Position, Found] = {}
     for one in positions:
         if one.key_id not in usable:

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session
 
+from api import ticker
 from api.core import db, events, files, jobs, lookup, metrics, migrate, pauses, registry, turns
 from api.core.jobs import Lease
 from api.core.models import File, Job
@@ -72,6 +73,16 @@ ASKED: Mapping[str, Callable[[Session, Things], object]] = {
     ),
     "a page of jobs": lambda session, it: lookup.page(session, it.queued.project_id, after=None, limit=20),
     "a page of events": lambda session, it: events.page(session, it.lease.job_id, after=None, limit=20),
+    "events after one": lambda session, it: events.since(session, it.ended.id, 0, limit=200),
+    "what streams have not sent": lambda session, it: ticker.find_news(
+        session, [ticker.Position(job.id, -1, "key_0") for job in (it.ended, it.queued)]
+    ),
+    "the numbers of a flush": lambda session, it: metrics.put(
+        session, it.lease.job_id, it.lease.token, [(1, {}), (2, {})], at=it.queued.created_at
+    ),
+    "the events of a flush": lambda session, it: events.append_all(
+        session, it.lease.job_id, [events.Line("one"), events.Line("two")], at=it.queued.created_at
+    ),
     "a run's numbers": lambda session, it: list(metrics.read(session, it.ended.id)),
     "numbers beyond a checkpoint": lambda session, it: metrics.forget_after(session, it.ended.id, 1),
     "a lease is renewed": lambda session, it: jobs.beat(session, it.lease, lease_seconds=30),
@@ -108,8 +119,8 @@ def heard(connection: Connection, ask: Callable[[], object]) -> list[tuple[str, 
     """The statements that were run meanwhile, as the driver got them."""
     found: list[tuple[str, Any]] = []
 
-    def listen(_connection: object, _cursor: object, statement: str, given: Any, *_: object) -> None:
-        found.append((statement, given))
+    def listen(_: object, __: object, statement: str, given: Any, ___: object, is_many: bool) -> None:
+        found.append((statement, given[0] if is_many else given))
 
     event.listen(connection, "before_cursor_execute", listen)
     ask()
