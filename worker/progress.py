@@ -38,6 +38,8 @@ class Recorder:
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._pending: list[Event] = []
+        self._lines: list[events.Line] = []  # what the job's story says of them
+        self._in_doubt = False  # the last flush has not ended well, and may have been committed all the same
         self._flushed = self._started = time.monotonic()
         self._percent = 0.0
         self._urgent = False
@@ -67,6 +69,9 @@ class Recorder:
         self._urgent |= isinstance(event, Stage | Plan | InitReport)
         if not isinstance(event, Tick):
             self._pending.append(event)
+        line = _line(event)
+        if line is not None:
+            self._lines.append(line)
 
     @property
     def is_due(self) -> bool:
@@ -75,7 +80,7 @@ class Recorder:
         return enough or time.monotonic() - self._flushed >= FLUSH_SECONDS
 
     def flush(self) -> None:
-        """Write what is pending in one transaction, or nothing at all; then it can be called again.
+        """Write what is pending in one transaction, or nothing at all; then it can be called again, and writes it once.
 
         Raises:
             Lost: the job is not ours any more.
@@ -92,12 +97,19 @@ class Recorder:
                 raise Lost
             steps = [(event.step, _numbers(event)) for event in pending if isinstance(event, Metrics)]
             metrics.put(session, self._lease.job_id, self._lease.token, steps, at=at)
-            lines = [line for event in pending if (line := _line(event)) is not None]
+            lines = self._unwritten(session)
             events.append_all(session, self._lease.job_id, lines, at=at)
             retries = sum(line.data.get("kind") == "oom_retry" for line in lines)
             tallies.add(session, "out_of_memory", retries, outcome="retried")
+            self._in_doubt = True
             session.commit()
-        self._pending, self._urgent, self._flushed = [], False, time.monotonic()
+        self._pending, self._lines, self._in_doubt = [], [], False
+        self._urgent, self._flushed = False, time.monotonic()
+
+    def _unwritten(self, session: Session) -> list[events.Line]:
+        """Lines to write. A connection that was lost during a commit does not say whether the database had done it."""
+        known = events.written(session, self._lines) if self._in_doubt else ()
+        return [line for line in self._lines if line.id not in known]
 
     def _columns(self, session: Session, pending: list[Event]) -> dict[str, Any]:
         """What the job's row is to say."""

@@ -21,12 +21,13 @@ _SHOWN = (Event.id, Event.created_at, Event.level, Event.message, Event.type, Ev
 
 @dataclass(frozen=True)
 class Line:
-    """What one event says."""
+    """What one event says. It has its id before it is written, so that a writer can ask whether it was."""
 
     message: str
     level: Level = "info"
     type: Literal["message", "metrics"] = "message"
     data: dict[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=new_event_id)
 
 
 def append(
@@ -53,10 +54,15 @@ def append_all(session: Session, job_id: str, lines: Sequence[Line], *, at: date
     taken = update(Job).where(Job.id == job_id).values(event_count=count).returning(Job.event_count)
     last = session.execute(taken.execution_options(synchronize_session=False)).scalar_one()
     rows = [
-        {"id": new_event_id(), "job_id": job_id, "sequence": sequence, "created_at": at, **vars(line)}
+        {"job_id": job_id, "sequence": sequence, "created_at": at, **vars(line)}
         for sequence, line in enumerate(lines, start=last - len(lines) + 1)
     ]
     session.execute(insert(Event), rows)
+
+
+def written(session: Session, lines: Sequence[Line]) -> set[str]:
+    """The ids of those of these events that are there."""
+    return set(session.scalars(select(Event.id).where(Event.id.in_([line.id for line in lines]))))
 
 
 def status_event(

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
-from api.core import jobs, metrics
+from api.core import events, jobs, metrics
 from api.core.db import session_scope
 from api.core.jobs import Lease
-from api.core.models import Event, Job, Project
+from api.core.models import Event, Job, Project, Tally
 from lorainit.events import InitReport, Message, Metrics, Plan, Stage, Tick
 from tests.statements import statements
 from tests.things import a_job, a_project, a_running_job
@@ -213,6 +214,32 @@ def test_what_could_not_be_written_is_written_later(lease: Lease, monkeypatch: p
     recorder.flush()
     with session_scope() as session:
         assert [row["step"] for row in metrics.read(session, lease.job_id)] == [1]
+
+
+def test_a_flush_whose_commit_went_through_unheard_is_not_written_twice(
+    lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, commit = Recorder(lease), Session.commit
+
+    def unheard(session: Session) -> None:
+        commit(session)
+        raise OperationalError("COMMIT", {}, Exception("the connection is gone"))
+
+    recorder.take(step(1, train_loss=1.0))
+    recorder.take(Message(message="smaller batches", data={"kind": "oom_retry"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "commit", unheard)
+        with pytest.raises(OperationalError):
+            recorder.flush()
+    recorder.take(step(2, train_loss=1.0))
+    recorder.flush()
+    with session_scope() as session:
+        story = events.since(session, lease.job_id, 3, limit=10)
+        retries = session.scalar(select(Tally.value).where(Tally.name == "out_of_memory"))
+        assert [row["step"] for row in metrics.read(session, lease.job_id)] == [1, 2]
+    told = ["Step 1/10: training loss=1.00", "smaller batches", "Step 2/10: training loss=1.00"]
+    assert [(row.sequence, row.message) for row in story] == list(enumerate(told, start=4))
+    assert retries == 1
 
 
 def raising(error: Exception) -> Callable[..., None]:
