@@ -50,7 +50,8 @@ def furnish(engine: Engine, *, ended: int, projects: int) -> None:
     with sessionmaker(engine)() as session:
         crowd = [a_project(session) for _ in range(projects)]
         for project in crowd[:: max(1, projects // 10)]:
-            a_running_job(session, project)
+            running, _ = a_running_job(session, project)
+            running.lease_until = running.created_at + timedelta(days=1)
             a_job(session, project, file=a_file(session, project, status="uploaded"))
         a_worker(session, slots=projects)
         done = a_job(session, crowd[0], result_file_id=a_file(session, crowd[0]).id)

@@ -70,8 +70,7 @@ def leave_results() -> None:
         with session_scope(read_only=True) as session:
             file = metrics.store_csv(session, get_storage(), job)
         with session_scope() as session:
-            if file is not None:
-                metrics.attach_csv(session, job.id, file)
+            metrics.attach_csv(session, job.id, file)
             session.commit()
 
 

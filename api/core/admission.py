@@ -14,7 +14,7 @@ from api.core import catalogue, groups, jobs
 from api.core.errors import Refusal
 from api.core.fields import chosen, in_body
 from api.core.jobs import Failure
-from api.core.models import File, Job
+from api.core.models import File, Job, has_status, is_unchecked
 from api.core.submit import CALIBRATION_FILE, error_code
 from lorainit.errors import LorainitError
 from lorainit.resolve import resolve
@@ -25,11 +25,12 @@ Verdict = Literal["queued", "failed", "waiting"]
 
 def waiting(session: Session, *, limit: int = 100) -> Sequence[str]:
     """Ids of jobs whose files have all been checked, oldest first."""
-    unchecked = select(File.id).where(File.status == "uploaded")
+    unchecked = select(File.id).where(is_unchecked())
     return session.scalars(
         select(Job.id)
         .where(
-            Job.status == "validating_files",
+            has_status(Job, "validating_files"),
+            Job.finished_at.is_(None),  # as the index says it
             Job.training_file_id.not_in(unchecked),
             or_(Job.validation_file_id.is_(None), Job.validation_file_id.not_in(unchecked)),
             or_(Job.calibration_file_id.is_(None), Job.calibration_file_id.not_in(unchecked)),

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.core import tallies, workers
 from api.core.db import now
-from api.core.models import FINAL_STATUSES, JOB_STATUSES, Job
+from api.core.models import FINAL_STATUSES, JOB_STATUSES, Job, has_status
 from api.core.tallies import Count
 
 OPEN_STATUSES = tuple(status for status in JOB_STATUSES if status not in FINAL_STATUSES)
@@ -30,15 +30,15 @@ class Picture:
 
 def take(session: Session) -> Picture:
     """Read everything. Ended jobs are not counted here: their counts are in the tallies."""
-    by_status = select(Job.status, func.count()).where(Job.finished_at.is_(None)).group_by(Job.status)
+    queued, is_open = has_status(Job, "queued"), Job.finished_at.is_(None)
+    by_status = select(Job.status, func.count()).where(is_open).group_by(Job.status)
     found: dict[str, int] = dict(session.execute(by_status).all())
-    queued = select(func.min(Job.created_at), func.count().filter(Job.rung_at.is_(None))).where(Job.status == "queued")
-    oldest, unannounced = session.execute(queued).one()
+    oldest = session.scalar(select(func.min(Job.created_at)).where(queued, is_open))
     wait = now(session) - oldest if oldest is not None else timedelta()
     return Picture(
         jobs={status: found.get(status, 0) for status in OPEN_STATUSES},
         oldest_wait=max(0.0, wait.total_seconds()),
-        unannounced=unannounced,
+        unannounced=session.scalar(select(func.count()).where(queued, Job.rung_at.is_(None))) or 0,
         workers=workers.online(session),
         slots=workers.free_slots(session, running=0),
         speeds=_speeds(session),
@@ -48,7 +48,7 @@ def take(session: Session) -> Picture:
 
 def _speeds(session: Session) -> dict[str, float]:
     speeds: dict[str, float] = {}
-    for recipe, progress in session.execute(select(Job.recipe, Job.progress).where(Job.status == "running")):
+    for recipe, progress in session.execute(select(Job.recipe, Job.progress).where(has_status(Job, "running"))):
         method = str(recipe["lora"]["init"]["method"])
         speeds[method] = speeds.get(method, 0.0) + float((progress or {}).get("tokens_per_second") or 0.0)
     return speeds

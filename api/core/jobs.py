@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from api.core import events, groups, tallies, turns
 from api.core.db import now
 from api.core.errors import WrongState
-from api.core.models import FINAL_STATUSES, Adapter, File, Job
+from api.core.models import FINAL_STATUSES, Adapter, File, Job, has_status
 from api.core.settings import get_settings
 from api.core.transitions import Failure, Lease, change, hold, in_state, lock, move
 
@@ -212,7 +212,7 @@ def recover_lost(session: Session, *, max_attempts: int) -> list[str]:
     Returns:
         The ids of the jobs that will be tried again.
     """
-    silent = select(Job.id, Job.lease_token).where(Job.status == "running", Job.lease_until < now(session))
+    silent = select(Job.id, Job.lease_token).where(has_status(Job, "running"), Job.lease_until < now(session))
     rows = session.execute(silent.with_for_update(skip_locked=True)).all()
     leases = [Lease(row.id, row.lease_token) for row in rows]
     tallies.add(session, "leases_lost", len(leases))

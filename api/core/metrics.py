@@ -100,17 +100,22 @@ def result_file(session: Session, project_id: str, *, filename: str, key: str, s
     )
 
 
-def attach_csv(session: Session, job_id: str, file: File) -> None:
-    """Make `file` the result file of an ended job that has none yet, or a deleted file if there is no such job."""
+def attach_csv(session: Session, job_id: str, file: File | None) -> None:
+    """Make `file` the result file of an ended job that has none yet, or a deleted file if there is no such job.
+
+    None says that the job logged nothing: nobody looks again.
+    """
+    ended = [Job.id == job_id, Job.finished_at.is_not(None)]
+    if file is None:
+        change(session, ended, {"csv_due": None})
+        return
     session.add(file)
     session.flush()
-    ended = [Job.id == job_id, Job.finished_at.is_not(None), Job.result_file_id.is_(None)]
-    if not change(session, ended, {"result_file_id": file.id}):
+    if not change(session, [*ended, Job.result_file_id.is_(None)], {"result_file_id": file.id, "csv_due": None}):
         file.deleted_at = now(session)
 
 
 def ended_without_csv(session: Session, *, limit: int = 20) -> list[Job]:
-    """Ended jobs that logged steps and have no result file yet (cancelled, or their worker was lost)."""
-    logged = select(Metric.job_id).where(Metric.job_id == Job.id).exists()
-    query = select(Job).where(Job.finished_at.is_not(None), Job.result_file_id.is_(None), logged).limit(limit)
-    return list(session.scalars(query))
+    """Ended jobs whose numbers wait to become their result file (cancelled, or their worker was lost), oldest first."""
+    due = select(Job).where(Job.csv_due.is_not(None))
+    return list(session.scalars(due.order_by(Job.csv_due).limit(limit)))

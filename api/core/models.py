@@ -127,14 +127,16 @@ class Job(Base):
         CheckConstraint("NOT pause_requested OR status = 'running'", name="only_runs_are_asked_to_pause"),
         CheckConstraint("status <> 'queued' OR turn IS NOT NULL", name="queued_has_a_turn"),
         Index("ix_jobs_project_created", "project_id", "created_at", "id"),
-        # Each of these is read by statements that spell its condition out (`has_status`, `is_open`).
-        _partial("ix_jobs_open", "status", "created_at", where="finished_at IS NULL"),
+        # Each of these is read by statements that spell its condition out (`has_status`).
+        _partial("ix_jobs_open", "status", "created_at", "finished_at", where="finished_at IS NULL"),
         _partial("ix_jobs_line", "queue", "project_id", "turn", "id", where="status = 'queued'"),
         _partial("ix_jobs_bells", "queue", "rung_at", "turn", "id", where="status = 'queued'"),
         _partial(
             "ix_jobs_group", "group_key", "project_id", "queue", "priority", "turn", "id", where="status = 'queued'"
         ),
         _partial("ix_jobs_running", "project_id", where="status = 'running'"),
+        _partial("ix_jobs_unrung", "queue", "status", "rung_at", where="status = 'queued' AND rung_at IS NULL"),
+        _partial("ix_jobs_csv_due", "csv_due", where="csv_due IS NOT NULL"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -198,6 +200,8 @@ class Job(Base):
     # What its author should know although it succeeded; None before its end.
     warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(Json)
     result_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    # Another outbox: since when the job's numbers wait to become its result file; None once somebody looked.
+    csv_due: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
     @property
     def shown_status(self) -> str:
@@ -218,7 +222,17 @@ class Job(Base):
 
 
 # What of a job's row a caller is shown, by the names of `Job`. As plain columns it costs a third of a `Job`.
-_HIDDEN = {"group_key", "turn", "lease_token", "lease_owner", "lease_until", "rung_at", "event_count", "traceparent"}
+_HIDDEN = {
+    "group_key",
+    "turn",
+    "lease_token",
+    "lease_owner",
+    "lease_until",
+    "rung_at",
+    "event_count",
+    "traceparent",
+    "csv_due",
+}
 SHOWN = [getattr(Job, name).label(name) for name, _ in Job.__mapper__.column_attrs.items() if name not in _HIDDEN]
 ShownJob = Job | Row[Any]
 
@@ -231,6 +245,11 @@ def has_status(job: "type[Job] | AliasedClass[Job]", status: str) -> ColumnEleme
     assert status in JOB_STATUSES
     found: ColumnElement[bool] = job.status == literal_column(f"'{status}'")
     return found
+
+
+def is_unchecked() -> ColumnElement[bool]:
+    """True of files whose rows nobody has checked; written into the statement, as in `has_status`."""
+    return File.status == literal_column("'uploaded'")
 
 
 class Adapter(Base):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, CursorResult, Row, select, update
+from sqlalchemy import ColumnElement, CursorResult, Row, case, literal, select, update
 from sqlalchemy.orm import Session
 
 from api.core import events
-from api.core.db import now
+from api.core.db import UTCDateTime, now
 from api.core.errors import NotFound
 from api.core.models import FINAL_STATUSES, Job, shown_status
 
@@ -89,7 +89,10 @@ def move(
     """
     found = session.execute(select(Job.id, Job.status, Job.pause_requested).where(*conditions).with_for_update())
     job = found.one_or_none()
-    if job is None or not change(session, conditions, {**_implied(status, now(session)), **columns}):
+    values = {**_implied(status, now(session)), **columns}
+    if values.get("result_file_id") is not None:
+        values["csv_due"] = None
+    if job is None or not change(session, conditions, values):
         return None
     previous, at = shown_status(job.status, job.pause_requested), now(session)
     events.status_event(session, job.id, message, at=at, status=status, previous=previous, level=level, **(told or {}))
@@ -99,7 +102,9 @@ def move(
 def _implied(status: str, at: datetime) -> dict[str, Any]:
     """What a status says about the other columns; a failure's error comes from who moves it there."""
     ended = at if status in FINAL_STATUSES else None
-    implied = {"status": status, "finished_at": ended, "error": None}
+    implied: dict[str, Any] = {"status": status, "finished_at": ended, "error": None, "csv_due": None}
+    if ended is not None:
+        implied["csv_due"] = case((Job.result_file_id.is_(None), literal(ended, UTCDateTime)))
     if status == "queued":
         implied["rung_at"] = None
     return implied if status == "running" else {**implied, **_UNHELD}

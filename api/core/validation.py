@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from api.core.db import now
-from api.core.models import File
+from api.core.models import File, is_unchecked
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def unusable(why: str) -> dict[str, object]:
 def _waiting(at: datetime, above: int, up_to: int | None) -> list[ColumnElement[bool]]:
     small_enough = [] if up_to is None else [File.bytes <= up_to]
     in_peace = or_(File.check_until.is_(None), File.check_until <= at)
-    return [File.status == "uploaded", File.deleted_at.is_(None), in_peace, File.bytes > above, *small_enough]
+    return [is_unchecked(), File.deleted_at.is_(None), in_peace, File.bytes > above, *small_enough]
 
 
 def _ours(claim: Claim) -> ColumnElement[bool]:

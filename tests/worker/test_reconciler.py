@@ -100,6 +100,17 @@ def test_a_cancelled_job_still_gets_its_result_file() -> None:
     assert file.bytes == len(text.encode())
 
 
+def test_an_ended_job_that_logged_nothing_is_looked_at_once() -> None:
+    with session_scope() as session:
+        jobs.cancel(session, a_queued_job(session, a_project(session)))
+        session.commit()
+    with session_scope() as session:
+        assert len(metrics.ended_without_csv(session)) == 1
+    reconciler.leave_results()
+    with session_scope() as session:
+        assert metrics.ended_without_csv(session) == []
+
+
 def test_a_chore_that_fails_or_hangs_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     stop, rounds = threading.Event(), list[str]()
 
