@@ -10,7 +10,12 @@ _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 def new_id(prefix: str, length: int = 24) -> str:
     """`prefix` followed by `length` random alphanumerics (24 give 142 bits)."""
-    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+    number = secrets.randbits(6 * length + 64)  # 64 bits more than are needed make every letter as likely as another
+    letters = []
+    for _ in range(length):
+        number, place = divmod(number, len(_ALPHABET))
+        letters.append(_ALPHABET[place])
+    return prefix + "".join(letters)
 
 
 def new_event_id() -> str:
