@@ -22,7 +22,7 @@ help:
 	@echo "make test-slow  the tests that need minutes"
 	@echo "make zoo        try every architecture of tests/zoo beside stock transformers and PEFT; writes docs/models.md (half an hour); ONLY="
 	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT= STORAGE=bucket DATABASE=sqlite"
-	@echo "make bench-api  requests per second for submit and poll"
+	@echo "make bench-api  what polls and lists cost, beside a bare FastAPI route (minutes)"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
 	@echo "make bench-rates DATA=folder-of-gsm8k  does every initialization's default rate help on three data sets? (hours); ONLY= SEEDS="
@@ -94,7 +94,7 @@ lock:
 	@$(PYTHON) tests/deploy/lock.py $(if $(UPGRADE),--upgrade)
 
 bench-api: setup
-	$(BIN)/python benchmarks/api.py
+	$(BIN)/python benchmarks/api.py --write docs/operations.md
 
 bench-init: setup
 	$(BIN)/python benchmarks/bench_init.py --write docs/methods/benchmark.md
