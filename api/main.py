@@ -23,7 +23,8 @@ from api.routes import files, health, jobs, keys, models, prometheus
 from api.schemas.wire import ErrorBody
 from api.streams import Streams
 
-ROUTERS = (files.router, jobs.router, models.router, keys.router, health.router, prometheus.router)
+# One is asked after the other: first the one that most requests are for.
+ROUTERS = (jobs.router, files.router, models.router, keys.router, health.router, prometheus.router)
 # What any route under /v1 may answer beside its success; routes name what only they answer.
 DOCUMENTED = (400, 401, 403, 404, 413, 429, 500, 503)
 DOCUMENTED_OUTSIDE = (500, 503)

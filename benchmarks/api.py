@@ -199,7 +199,7 @@ def main() -> None:
     given = parser.parse_args()
     busy = os.getloadavg()[0]
     found = [measure(kind, polls=given.polls, rounds=given.rounds, models=given.models) for kind in given.database]
-    text = page(found, busy=busy)
+    text = page(found, busy=(busy, os.getloadavg()[0]))
     print(text)
     if given.write:
         write_section(given.write, "bench-api", text)

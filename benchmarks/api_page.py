@@ -45,11 +45,11 @@ class Found:
     whole: Whole
 
 
-def page(found: Sequence[Found], *, busy: float) -> str:
-    """The figures as Markdown; `busy`: how many programs wanted a core when it began."""
+def page(found: Sequence[Found], *, busy: tuple[float, float]) -> str:
+    """The figures as Markdown; `busy`: how many programs wanted a core when it began, and at its end."""
     text = (
-        f"{THREADS} connections, {os.cpu_count()} cores shared by client, web process and database; load average of the"
-        f" machine before: {busy:.1f}. A bare route is 1."
+        f"{THREADS} connections, {os.cpu_count()} cores shared by client, web process, database and whatever else ran:"
+        f" load averages {busy[0]:.1f} before and {busy[1]:.1f} after. A bare route is 1."
     )
     lines = [text, ""]
     lines += [

@@ -20,14 +20,14 @@ def found(*, poll: float, seconds: float) -> Found:
 
 
 def test_the_page_shows_costs_as_multiples_of_the_bare_route() -> None:
-    text = page([found(poll=1.25, seconds=0.0005)], busy=1.0)
+    text = page([found(poll=1.25, seconds=0.0005)], busy=(1.0, 2.0))
     assert f"| {POLL} | sqlite | 1.25 | 2.5 | 2000 | 0.5 | 0.5 |" in text
     assert "| 1000 adapters | sqlite | 1.5 | 0.2 | 0.1 | 8 |" in text
     assert "not held" not in text
 
 
 def test_a_goal_that_was_missed_is_said() -> None:
-    text = page([found(poll=1.6, seconds=0.002)], busy=1.0)
+    text = page([found(poll=1.6, seconds=0.002)], busy=(1.0, 2.0))
     assert text.count("not held in this run") == 2
 
 
