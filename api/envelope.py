@@ -16,8 +16,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.at_once import AtOnce, Place
 from api.core import logs
-from api.core.errors import TooLarge
+from api.core.errors import Refusal, TooLarge
 from api.core.files import too_large
 from api.core.ids import new_id
 from api.core.rates import Allowance
@@ -38,6 +39,7 @@ class Envelope:
     def __init__(self, app: ASGIApp, settings: Settings, requests: Requests) -> None:
         self.app = app
         self.settings = settings
+        self.at_once = AtOnce(settings)
         self.requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,10 +49,13 @@ class Envelope:
             return
         exchange = _Exchange(scope, receive, send, self.settings, self.requests)
         tokens = structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
+        place = self.at_once.enter(scope)
         try:
-            await exchange.run(self.app)
+            await exchange.run(self.app, place)
         finally:
             _unbind(tokens)
+            if isinstance(place, Place):
+                place.leave()
 
 
 class _Exchange:
@@ -68,9 +73,12 @@ class _Exchange:
         self.refusal = _limit(scope, settings)
         scope.setdefault("state", {})["request_id"] = self.request_id
 
-    async def run(self, app: ASGIApp) -> None:
+    async def run(self, app: ASGIApp, place: Place | Refusal) -> None:
+        self.scope["state"]["place"] = place
         try:
-            if declared(self.scope) > self.refusal.limit:
+            if isinstance(place, Refusal):
+                await respond(place)(self.scope, self._receive, self.send)
+            elif declared(self.scope) > self.refusal.limit:
                 await respond(self.refusal.error)(self.scope, self._receive, self.send)
             else:
                 await app(self.scope, self.receive, self.send)

@@ -10,11 +10,13 @@ Refusal (api.core.errors)      status
 ├── InProgress                 409   (the one status that asks the client to retry a 4xx)
 ├── Unavailable                503
 └── only over HTTP:
+    ├── Overloaded             503
     ├── BadRequest             400
     ├── Unauthenticated        401
     ├── WrongVerb              405
     ├── TooManyRequests        429   (retry-after: a retry is right)
     ├── TooSlow                400   (connection: close)
+    ├── HeadTooLarge           431
     └── OutOfRange             416
 """
 
@@ -69,6 +71,14 @@ class TooSlow(Refusal):
     """The body does not arrive; nobody waits for the rest of it."""
 
 
+class HeadTooLarge(Refusal):
+    """Request line and headers are larger than we take."""
+
+
+class Overloaded(Unavailable):
+    """There is too much to do; it will be less."""
+
+
 class WrongVerb(Refusal):
     """The path exists, the verb does not."""
 
@@ -93,6 +103,8 @@ STATUS: Mapping[type[Refusal], int] = {
     WrongVerb: 405,
     TooManyRequests: 429,
     TooSlow: 400,
+    HeadTooLarge: 431,
+    Overloaded: 503,
     OutOfRange: 416,
 }
 
@@ -137,12 +149,16 @@ CODES: Mapping[str, tuple[int, ...]] = {
     "request_too_large": (413,),
     "range_not_satisfiable": (416,),
     "body_too_slow": (400,),
+    "head_too_slow": (400,),
+    "head_too_large": (431,),
+    "malformed_request": (400,),
     "rate_limit_exceeded": (429,),
     "quota_exceeded": (429,),
     "insufficient_storage": (429,),
     "queue_full": (429,),
     "internal_error": (500,),
     "not_ready": (503,),
+    "overloaded": (503,),
 }
 
 

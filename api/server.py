@@ -12,11 +12,11 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from api.connections import Connection, allow_open_files
 from api.core import db, logs, startup
 from api.core.settings import get_settings
 from api.main import create_app
 
-MAX_CONCURRENCY = 512
 SHUTDOWN_SECONDS = 3
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     startup.check_or_exit()
     settings = get_settings()
+    allow_open_files(settings)
     logs.configure()
     db.be_brief()
     app = create_app()
@@ -50,7 +51,9 @@ def main() -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=MAX_CONCURRENCY,
+        http=Connection,  # it and the envelope bound what is under way at once
+        ws="none",
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     gc.collect()

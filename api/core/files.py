@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import chain, islice
+from itertools import islice
 from typing import BinaryIO, Literal
 
 from obstore.exceptions import BaseError as StoreError
@@ -24,7 +24,7 @@ from api.core.idempotency import Attempt
 from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
 from api.core.settings import get_settings
-from api.core.storage import CHUNK, Storage
+from api.core.storage import BLOCK, CHUNK, Storage
 
 UPLOADABLE = ("fine-tune", "evals", "user_data")
 
@@ -148,21 +148,19 @@ def readable(session: Session, project_id: str, file_id: str) -> File:
     return file
 
 
-def stream(storage: Storage, file: File, *, start: int, end: int) -> Iterator[bytes]:
-    """The bytes [start, end) of a file; the first chunk is read before this returns.
+def read(storage: Storage, file: File, *, start: int, end: int) -> bytes:
+    """The bytes [start, end) of a file; at least one, and `BLOCK` at most, if any are asked for.
 
     Raises:
         NotFound: storage does not have the bytes.
         Unavailable: storage does not answer.
     """
-    chunks = storage.read(file.storage_key, start=start, end=end)
     try:
-        first = next(chunks, b"")
+        return next(storage.read(file.storage_key, start=start, end=min(end, start + BLOCK)), b"")
     except FileNotFoundError as error:
         raise NotFound(f"The bytes of file {file.id} are gone.", code="file_not_found", param="file_id") from error
     except Exception as error:  # every store has its own kinds
         raise Unavailable("Storage cannot be reached; try again shortly.", code="not_ready") from error
-    return chain((first,), chunks)
 
 
 def expired(file: File, at: datetime) -> bool:

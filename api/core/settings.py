@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "LORAINIT_"
@@ -85,6 +85,33 @@ class Settings(BaseSettings):
     body_seconds: Annotated[float, Field(gt=0)] = Field(
         30.0, description="A request's body may keep us waiting this long, and a second more per 16 KiB received."
     )
+    head_seconds: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="A connection that sends no whole request head in this time is closed."
+    )
+    max_head_bytes: Annotated[int, Field(ge=1024)] = Field(
+        64 * 1024, description="Largest request line and headers together."
+    )
+    keep_alive_seconds: Annotated[int, Field(ge=1)] = Field(
+        15, description="A connection that asks nothing more after an answer is closed after this."
+    )
+    stall_seconds: Annotated[int, Field(ge=1)] = Field(
+        60, description="A client that takes nothing of what waits for it for this long is let go."
+    )
+    download_bytes: Annotated[int, Field(ge=0)] = Field(
+        64 * 2**20, description="Memory of a process for downloads, beside 256 KiB for each."
+    )
+    connections: Annotated[int, Field(ge=1)] = Field(
+        1000, description="Open connections of an API process; beyond, the oldest that asks nothing is closed."
+    )
+    requests_at_once: Annotated[int, Field(ge=1)] = Field(
+        512,
+        validate_default=True,
+        description="Requests that an API process answers at once, downloads and streams included.",
+    )
+    address_at_once: Annotated[int, Field(ge=1)] = Field(
+        256, description="Of these, from one client address (IPv6: from one /64 network)."
+    )
+    key_at_once: Annotated[int, Field(ge=1)] = Field(128, description="Of these, with one API key.")
     requests_per_minute: Annotated[int, Field(ge=0)] = Field(
         0, description="Requests per API key and minute, counted in the broker; 0 = no limit."
     )
@@ -158,6 +185,13 @@ class Settings(BaseSettings):
     metrics_token: SecretStr | None = Field(
         None, description="Bearer token of `GET /metrics`; empty = it answers this host only."
     )
+
+    @field_validator("requests_at_once")
+    @classmethod
+    def _some_left(cls, requests: int, info: ValidationInfo) -> int:
+        if requests >= info.data.get("connections", requests + 1):
+            raise ValueError("must be less than LORAINIT_CONNECTIONS: health is asked for beside them")
+        return requests
 
     def database(self) -> str:
         """The SQLAlchemy URL in effect."""

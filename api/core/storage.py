@@ -26,6 +26,7 @@ from api.core.settings import Settings, get_settings
 Result = TypeVar("Result")
 
 CHUNK = 1 << 20
+BLOCK = 8 * CHUNK  # that a bucket is asked for at once, at most
 CONNECT_SECONDS = 3
 REQUEST_SECONDS = 60  # one request to a bucket, which carries some megabytes at most
 RETRY_SECONDS = 20  # after which what failed is not tried again here
@@ -65,11 +66,12 @@ class ObjectStorage:
 
     def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Stream [start, end)."""
-        size = obstore.head(self._store, key)["size"]
-        stop = size if end is None else min(end, size)
+        if end is None or end - start > BLOCK:  # what lies beyond the end must not be asked for
+            size = obstore.head(self._store, key)["size"]
+            end = size if end is None else min(end, size)
         # Ranges of a few megabytes: one connection is never held open by a slow reader.
-        for offset in range(start, stop, 8 * CHUNK):
-            yield bytes(obstore.get_range(self._store, key, start=offset, end=min(offset + 8 * CHUNK, stop)))
+        for offset in range(start, end, BLOCK):
+            yield bytes(obstore.get_range(self._store, key, start=offset, end=min(offset + BLOCK, end)))
 
     def delete(self, key: str) -> None:
         """Remove `key`."""

@@ -5,13 +5,15 @@ Storage is read after the route has returned, when its database session is close
 
 import base64
 import re
-from collections.abc import AsyncIterator, Iterator
+import time
 from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from api import blocks
+from api.blocks import Room
 from api.core import files
 from api.core.models import File
 from api.core.storage import Storage
@@ -26,31 +28,50 @@ BYTES: dict[int | str, dict[str, Any]] = {
     304: {"description": "`If-None-Match` names the bytes there are."},
     416: {"description": "The range lies outside the file.", "model": ErrorBody},
 }
+PIECE = 64 * 1024  # as much as the server's transport holds before it lets us wait
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class Download(StreamingResponse):
-    """The bytes [start, end) of a file. Nothing is read before the answer begins, and it is a refusal if that fails."""
+    """The bytes [start, end) of a file. Nothing is read before the answer begins, and it is a refusal if that fails.
+
+    A block is given to the server in pieces, each of which waits until the one before has almost left.
+    """
 
     def __init__(
         self, storage: Storage, file: File, *, start: int, end: int, status_code: int, headers: dict[str, str]
     ) -> None:
         super().__init__((), status_code=status_code, headers=headers)
         self._storage, self._file, self._start, self._end = storage, file, start, end
+        self._first = b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the first bytes, then answer."""
-        chunks = await in_storage_thread(files.stream, self._storage, self._file, start=self._start, end=self._end)
-        self.body_iterator = _each(chunks)
+        self._room: Room = scope["app"].state.room
+        self._first = await self._read(self._start, blocks.SMALL)
         await super().__call__(scope, receive, send)
 
+    async def stream_response(self, send: Send) -> None:
+        """Send a block after the other."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        position, size = self._start, blocks.SMALL
+        while position < self._end:
+            with self._room.block(size) as allowed:
+                position, size = await self._pass_on(position, allowed, send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-async def _each(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    def take() -> bytes | None:
-        return next(chunks, None)
+    async def _pass_on(self, start: int, size: int, send: Send) -> tuple[int, int]:
+        """Send so many bytes from `start` on. Returns where the next block begins, and its size."""
+        block, self._first = self._first or await self._read(start, size), b""
+        begun = time.monotonic()
+        for offset in range(0, len(block), PIECE):
+            # A copy: a piece that is still to leave must not keep the whole block.
+            await send({"type": "http.response.body", "body": block[offset : offset + PIECE], "more_body": True})
+        return start + len(block), blocks.after(len(block), seconds=time.monotonic() - begun)
 
-    while (chunk := await in_storage_thread(take)) is not None:
-        yield chunk
+    async def _read(self, start: int, size: int) -> bytes:
+        end = min(start + size, self._end)
+        return await in_storage_thread(files.read, self._storage, self._file, start=start, end=end)
 
 
 def download(
