@@ -18,12 +18,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -126,6 +129,20 @@ def follow(door: Door, took: list[float], *, until: float) -> int:
     return count
 
 
+PARTS = {"api.server": "API", "postgres": "PostgreSQL", "worker.reconciler": "reconciler", "spawn_main": "clients"}
+
+
+def used() -> Counter[str]:
+    """Seconds of CPU so far, of this process and of each part of the benchmark that it has started."""
+    spent = Counter({"worker": time.process_time()})
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            command, times = " ".join(process.cmdline()), process.cpu_times()
+            part = next((part for name, part in PARTS.items() if name in command), "others")
+            spent[part] += times.user + times.system
+    return spent
+
+
 class Stub:
     """A worker whose run is only told."""
 
@@ -139,7 +156,7 @@ class Stub:
 
     def work(self, seconds: float, *, pace: float | None) -> Phase:
         """Record steps for a while and write them when the worker would."""
-        started, spent, first = time.monotonic(), time.process_time(), self._step
+        started, spent, first = time.monotonic(), used(), self._step
         while (passed := time.monotonic() - started) < seconds:
             wanted = self._step + 1 if pace is None else first + int(passed * pace)
             if self._step == wanted:
@@ -149,8 +166,10 @@ class Stub:
             if self._recorder.is_due:
                 self._recorder.flush()
         self._recorder.flush()
-        count = self._step - first
-        return Phase(count / (time.monotonic() - started), (time.process_time() - spent) / count * 1e6)
+        passed, count = time.monotonic() - started, self._step - first
+        more = used() - spent
+        cores = {part: seconds / passed for part, seconds in more.items()}
+        return Phase(count / passed, more["worker"] / count * 1e6, cores)
 
     def _tell(self, total: int) -> None:
         self._step += 1

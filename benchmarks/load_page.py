@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,10 +43,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps that were committed a second, and microseconds of the worker's CPU for each."""
+    """Steps that were committed a second, microseconds of the worker's CPU for each, and cores that each part used."""
 
     pace: float
     cost: float
+    cores: Mapping[str, float]
 
 
 @dataclass
@@ -86,6 +88,8 @@ def page(alone: Seen, found: dict[str, Found], given: Given, load: float) -> str
         "",
         *_paces(found),
         "",
+        *_cores(found),
+        "",
         *_goals(found[FAST]),
     ]
     return "\n".join(lines) + "\n"
@@ -114,6 +118,21 @@ def _paces(found: dict[str, Found]) -> list[str]:
         ratios = ", ".join(f"{after.pace / before.pace:.2f}" for before, after in one.turns)
         told = " and ".join(f"{cost:.0f} µs" for cost in costs)
         lines.append(f"| {words} | {quiet:.1f} steps/s | {busy:.1f} steps/s | {ratios} | {told} |")
+    return lines
+
+
+def _cores(found: dict[str, Found]) -> list[str]:
+    """What everybody used: it says more than a pace where other programs keep the machine busy."""
+    phases = {
+        f"{words}, {how}": [turn[number] for turn in one.turns]
+        for words, one in found.items()
+        for number, how in enumerate(("quiet", "with the clients"))
+    }
+    parts = sorted({part for some in phases.values() for phase in some for part in phase.cores})
+    lines = [f"| cores used | {' | '.join(parts)} | all |", "|---" * (2 + len(parts)) + "|"]
+    for words, some in phases.items():
+        figures = [statistics.median(phase.cores.get(part, 0.0) for phase in some) for part in parts]
+        lines.append(f"| {words} | {' | '.join(f'{one:.2f}' for one in [*figures, sum(figures)])} |")
     return lines
 
 
