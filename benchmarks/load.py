@@ -112,11 +112,12 @@ def follow_on(door: Door, *, clients: int, seconds: float, pause: float) -> Seen
 
 def follow(door: Door, took: list[float], *, until: float) -> int:
     """Hold a stream of the running job; how many events came. One missing or double ends the benchmark."""
-    connection = http.client.HTTPConnection(door.address, timeout=SILENCE)
+    connection = http.client.HTTPConnection(door.address, timeout=60)
     started, count = time.perf_counter(), 0
     connection.request("GET", f"{JOBS}/{door.ids[0]}/events/stream", headers={"authorization": f"Bearer {door.secret}"})
     reply = connection.getresponse()
     assert reply.status == 200, reply.read()
+    connection.sock.settimeout(SILENCE)
     with closing(connection), suppress(TimeoutError):  # the worker has stopped for this time
         for line in reply:
             if line.startswith(b"data: "):
