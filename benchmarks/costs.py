@@ -145,7 +145,7 @@ def followed(address: str, secret: str, job_id: str, count: int) -> Iterator[lis
     def read() -> None:
         while not closing.is_set():
             for key, _ in selector.select(0.2):
-                one: socket = key.fileobj  # type: ignore[assignment]
+                one: socket = key.fileobj
                 text = ends[key.data] + one.recv(1 << 20)
                 seen[key.data] += text.count(b"\n\n")  # each event ends with one
                 ends[key.data] = text[-1:]
