@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session, sessionmaker
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import admission, bells, db, gauges, jobs, metrics, migrate, places  # noqa: E402
+from api.core import admission, bells, db, due, gauges, jobs, metrics, migrate, places  # noqa: E402
 from api.core.models import Job, Project  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
 from tests import servers  # noqa: E402
@@ -36,6 +36,7 @@ ENOUGH_SECONDS, ENOUGH_CALLS = 0.5, 200
 HOT: Mapping[str, Callable[[Session], object]] = {
     "a worker claims a job": lambda session: jobs.claim(session, "bench", lease_seconds=30),
     "the places of the first hundred": places.rank,
+    "the reconciler looks for work": lambda session: due.look(session.connection()),
     "jobs nobody was rung for": bells.unannounced,
     "jobs whose message was lost": lambda session: bells.unheard(session, patience=timedelta(seconds=15)),
     "jobs of silent workers": lambda session: jobs.recover_lost(session, max_attempts=3),

@@ -5,17 +5,22 @@
 Take jobs back from workers that fell silent, check the rows of new files, admit jobs whose files
 are checked, ring for queued jobs nobody was told about, finish what cancelled jobs left. Not Celery
 beat: beat needs the broker whose losses this loop repairs.
+
+One look every `LORAINIT_RECONCILE_SECONDS` finds out which of these there are any of, and wakes those chores. One
+that got something done has the next look come at once: a file that is checked has its jobs admitted, and rung for,
+without a pause in between. All chores look for themselves four times a minute besides.
 """
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Protocol
 
 from sqlalchemy.exc import OperationalError
 
-from api.core import admission, bells, jobs, metrics, queue, startup
-from api.core.db import session_scope
+from api.core import admission, bells, due, jobs, metrics, queue, startup
+from api.core.db import plain_connection, session_scope
 from api.core.logs import configure, get_logger
 from api.core.settings import get_settings
 from api.core.storage import get_storage
@@ -27,43 +32,60 @@ PATIENCE = timedelta(seconds=15)
 log = get_logger(__name__)
 
 
-def recover() -> None:
-    """Jobs whose lease ran out go back to the queue, or fail when that happened too often without progress."""
+class Chore(Protocol):
+    """Something to do over and over; true when it did something, so that there may be more."""
+
+    __name__: str
+
+    def __call__(self) -> object:
+        """Do it once."""
+
+
+def recover() -> bool:
+    """Jobs whose lease ran out go back to the queue, or fail when that happened too often without progress.
+
+    True if some went back.
+    """
     with session_scope() as session:
-        for job_id in jobs.recover_lost(session, max_attempts=get_settings().max_attempts):
-            log.warning("took a job back from a silent worker", job_id=job_id)
+        taken = jobs.recover_lost(session, max_attempts=get_settings().max_attempts)
         session.commit()
+    for job_id in taken:
+        log.warning("took a job back from a silent worker", job_id=job_id)
+    return bool(taken)
 
 
-def admit() -> None:
-    """Jobs whose files are checked become queued or failed, one transaction each."""
+def admit() -> bool:
+    """Jobs whose files are checked become queued or failed, one transaction each; True if some did."""
     with session_scope(read_only=True) as session:
         ready = admission.waiting(session)
+    verdicts = set[str]()
     for job_id in ready:
         with session_scope() as session:
             verdict = admission.consider(session, job_id)
             session.commit()
         log.info("considered", job_id=job_id, verdict=verdict)
+        verdicts.add(verdict)
+    return bool(verdicts - {"waiting"})
 
 
-def announce() -> None:
-    """Ring for jobs that were never announced, and again for those whose message got lost."""
+def announce() -> bool:
+    """Ring for jobs that were never announced, and again for those whose message got lost; True if somebody heard."""
     with session_scope(read_only=True) as session:
-        new = bells.unannounced(session)
-        forgotten = bells.unheard(session, patience=PATIENCE)
-    for bell in [*new, *forgotten]:
+        waiting = [*bells.unannounced(session), *bells.unheard(session, patience=PATIENCE)]
+    for bell in waiting:
         try:
             queue.ring(*bell)
         except queue.BrokerUnavailable as error:
             log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=bell.job_id)
-            return
+            return False
         with session_scope() as session:
             bells.mark_rung(session, bell.job_id)
             session.commit()
+    return bool(waiting)
 
 
-def leave_results() -> None:
-    """Ended jobs that logged steps get their result file."""
+def leave_results() -> bool:
+    """Ended jobs that logged steps get their result file; True if some were looked at."""
     with session_scope(read_only=True) as session:
         ended = metrics.ended_without_csv(session)
     for job in ended:
@@ -72,9 +94,21 @@ def leave_results() -> None:
         with session_scope() as session:
             metrics.attach_csv(session, job.id, file)
             session.commit()
+    return bool(ended)
 
 
-CHORES: tuple[Callable[[], object], ...] = (recover, admit, announce, leave_results, *LANES, *janitor.CHORES)
+CHORES: tuple[Chore, ...] = (recover, admit, announce, leave_results, *LANES, *janitor.CHORES)
+# Which of them there is something to do for, as far as a look can say.
+WOKEN: Mapping[str, Sequence[Chore]] = {
+    "lost": [recover],
+    "validating": [admit],
+    "queued": [announce],
+    "unwritten": [leave_results],
+    "unchecked": LANES,
+    "uncleared": [janitor.clear],
+}
+# However little a look finds, every chore is done so often: should it ever miss something, that costs a delay.
+SWEEP_SECONDS = 15.0
 LONGEST_PAUSE = 30.0
 
 
@@ -84,23 +118,60 @@ def run(stop: threading.Event) -> None:
     A broker that does not answer (seconds per message) or a file of gigabytes holds up nobody else: rows are read by
     processes of their own (`worker.row_checks`).
     """
-    threads = [threading.Thread(target=_repeat, args=(chore, stop), name=chore.__name__) for chore in CHORES]
+    look, wakes = threading.Event(), {chore: threading.Event() for chore in CHORES}
+    threads = [
+        threading.Thread(target=_watch, args=(look, wakes, stop), name="watch"),
+        threading.Thread(target=_end, args=(look, wakes, stop), name="end"),
+    ]
+    for chore, wake in wakes.items():
+        threads += [threading.Thread(target=_repeat, args=(chore, wake, look, stop), name=chore.__name__)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def _repeat(chore: Callable[[], object], stop: threading.Event) -> None:
+def _end(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: threading.Event) -> None:
+    """Nobody sleeps on once `stop` is set."""
+    stop.wait()
+    for event in (look, *wakes.values()):
+        event.set()
+
+
+def _watch(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: threading.Event) -> None:
+    """Look, and wake the chores that there is something for; again when `look` is set, or after a pause."""
     pause = get_settings().reconcile_seconds
     while not stop.is_set():
-        more = None
+        look.clear()
+        try:
+            with plain_connection() as connection:
+                found = due.look(connection)
+            pause = get_settings().reconcile_seconds
+        except Exception as error:
+            pause = _longer(pause)
+            log.warning("the reconciler could not look for work", error=str(error))
+            found = None
+        for chore in _woken(found):
+            if chore in wakes:
+                wakes[chore].set()
+        look.wait(pause)
+
+
+def _woken(found: due.Due | None) -> list[Chore]:
+    names = [] if found is None else [name for name, some in found._asdict().items() if some]
+    return [chore for name in names for chore in WOKEN[name]]
+
+
+def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: threading.Event) -> None:
+    pause = get_settings().reconcile_seconds
+    while not stop.is_set():
+        wake.clear()
         try:
             more = chore()
             pause = get_settings().reconcile_seconds
         except Exception as error:
             # Twice a second for as long as a disk is full would fill it further.
-            pause = min(2 * pause, max(LONGEST_PAUSE, get_settings().reconcile_seconds))
+            pause = _longer(pause)
             # Nothing in our code is wrong where a database is away, and a traceback would say no more.
             log.exception(
                 "a chore of the reconciler failed; it will be tried again",
@@ -108,8 +179,16 @@ def _repeat(chore: Callable[[], object], stop: threading.Event) -> None:
                 error=str(error),
                 exc_info=not isinstance(error, OperationalError),
             )
-        if not more:
             stop.wait(pause)
+            continue
+        if more:
+            look.set()
+        else:
+            wake.wait(SWEEP_SECONDS)
+
+
+def _longer(pause: float) -> float:
+    return min(2 * pause, max(LONGEST_PAUSE, get_settings().reconcile_seconds))
 
 
 def _leave(stop: threading.Event) -> None:

@@ -112,6 +112,7 @@ def attach_csv(session: Session, job_id: str, file: File | None) -> None:
     session.add(file)
     session.flush()
     if not change(session, [*ended, Job.result_file_id.is_(None)], {"result_file_id": file.id, "csv_due": None}):
+        change(session, ended, {"csv_due": None})
         file.deleted_at = now(session)
 
 

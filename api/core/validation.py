@@ -67,10 +67,15 @@ def unusable(why: str) -> dict[str, object]:
     return {"status": "error", "status_details": why, "validation": None}
 
 
+def unclaimed(at: datetime | ColumnElement[datetime]) -> list[ColumnElement[bool]]:
+    """True of files that wait for a check at that time, of whatever size."""
+    in_peace = or_(File.check_until.is_(None), File.check_until <= at)
+    return [is_unchecked(), File.deleted_at.is_(None), in_peace]
+
+
 def _waiting(at: datetime, above: int, up_to: int | None) -> list[ColumnElement[bool]]:
     small_enough = [] if up_to is None else [File.bytes <= up_to]
-    in_peace = or_(File.check_until.is_(None), File.check_until <= at)
-    return [is_unchecked(), File.deleted_at.is_(None), in_peace, File.bytes > above, *small_enough]
+    return [*unclaimed(at), File.bytes > above, *small_enough]
 
 
 def _ours(claim: Claim) -> ColumnElement[bool]:

@@ -8,11 +8,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import update
 
-from api.core import jobs, metrics, queue
-from api.core.db import session_scope
+from api.core import due, files, jobs, metrics, queue
+from api.core.db import plain_connection, session_scope
 from api.core.models import File, Job
+from api.core.settings import Settings
 from api.core.storage import get_storage
-from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
+from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job, a_running_job
 from worker import reconciler, row_checks
 
 pytestmark = pytest.mark.usefixtures("service")
@@ -146,5 +147,78 @@ def test_a_chore_that_goes_on_failing_is_tried_ever_less_often(monkeypatch: pyte
         if len(pauses) < 8:
             raise OSError(28, "No space left on device")
 
-    reconciler._repeat(broken, Stop())
-    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30, 0.5]
+    class Wake(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            return False
+
+    reconciler._repeat(broken, Wake(), threading.Event(), Stop())
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30, reconciler.SWEEP_SECONDS]
+
+
+def test_each_chore_is_woken_by_what_there_is_to_do_and_by_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "ring", lambda job_id, name: None)
+    assert woken() == set()
+    with session_scope() as session:
+        project = a_project(session)
+        file = a_file(session, project, status="uploaded", validation=None)
+        job = a_job(session, project, file=file)
+        session.commit()
+    assert woken() == {"admit", "check_small_files", "check_medium_files", "check_large_files"}
+    with session_scope() as session:
+        session.execute(update(File).values(status="processed", validation=CHECKED))
+        session.commit()
+    assert woken() == {"admit"} and reconciler.admit()
+    assert woken() == {"announce"} and reconciler.announce()
+    with session_scope() as session:
+        (_,) = jobs.claim(session, "w", lease_seconds=30)
+        session.commit()
+    assert woken() == set()
+    with session_scope() as session:
+        session.execute(update(Job).values(lease_until=datetime.now(UTC) - timedelta(seconds=1)))
+        session.commit()
+    assert woken() == {"recover"} and reconciler.recover()
+    with session_scope() as session:
+        jobs.cancel(session, session.get_one(Job, job.id))
+        files.bury(session, session.get_one(File, file.id))
+        session.commit()
+    assert woken() == {"leave_results", "clear"}
+
+
+def woken() -> set[str]:
+    with plain_connection() as connection:
+        return {chore.__name__ for chore in reconciler._woken(due.look(connection))}
+
+
+def test_a_file_that_is_checked_has_its_jobs_rung_for_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chore after another is woken by what the one before did, however long the pause between two looks is."""
+    with session_scope() as session:
+        project = a_project(session)
+        file = a_file(session, project, status="uploaded", validation=None)
+        a_job(session, project, file=file)
+        session.commit()
+    stop, rung = threading.Event(), list[str]()
+    checked = iter([True])
+
+    def check() -> bool:
+        if not next(checked, False):
+            return False
+        with session_scope() as session:
+            session.execute(update(File).values(status="processed", validation=CHECKED))
+            session.commit()
+        return True
+
+    def ring(job_id: str, _name: str) -> None:
+        rung.append(job_id)
+        stop.set()
+
+    monkeypatch.setattr(queue, "ring", ring)
+    monkeypatch.setattr(reconciler, "CHORES", (check, reconciler.admit, reconciler.announce))
+    monkeypatch.setattr(reconciler, "WOKEN", {**reconciler.WOKEN, "unchecked": [check]})
+    monkeypatch.setattr(reconciler, "SWEEP_SECONDS", 3600.0)
+    monkeypatch.setattr(reconciler, "get_settings", lambda: Settings(reconcile_seconds=3600.0))
+    patience = threading.Timer(60, stop.set)
+    patience.start()
+    reconciler.run(stop)
+    patience.cancel()
+    assert len(rung) == 1
