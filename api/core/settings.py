@@ -166,7 +166,9 @@ class Settings(BaseSettings):
     project_queued: Annotated[int, Field(ge=0)] = Field(
         0, description="Jobs of one project that wait (validating, queued, paused); 0 = any number."
     )
-    reconcile_seconds: Annotated[float, Field(gt=0)] = Field(0.5, description="Pause between two reconciler rounds.")
+    reconcile_seconds: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="Pause between two looks of the reconciler for work."
+    )
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="Checkpoints kept beside the best one.")
 
     min_free_bytes: Annotated[int, Field(ge=0)] = Field(
