@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Every package in the version and with the hash that requirements/ has: docs/decisions/0037
 LOCKED := $(PIP) install --require-hashes --no-deps
 
-.PHONY: help setup demo serve test test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load gpu-day clean
+.PHONY: help setup demo serve test test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load bench-start gpu-day clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -23,6 +23,7 @@ help:
 	@echo "make zoo        try every architecture of tests/zoo beside stock transformers and PEFT; writes docs/models.md (half an hour); ONLY="
 	@echo "make chaos      kill, freeze, cut off and fill up everything while jobs run (10 minutes); SEED= SECONDS= KILLS= MUTANT= STORAGE=bucket DATABASE=sqlite"
 	@echo "make bench-api  what polls and lists cost, beside a bare FastAPI route (minutes)"
+	@echo "make bench-start seconds from a claimed job to its first step"
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
 	@echo "make bench-rates DATA=folder-of-gsm8k  does every initialization's default rate help on three data sets? (hours); ONLY= SEEDS="
@@ -110,6 +111,10 @@ bench-rates: setup
 	@test -n '$(DATA)' || { echo "Say where GSM8K's train.jsonl and test.jsonl are: make bench-rates DATA=folder"; exit 1; }
 	$(BIN)/python benchmarks/bench_rates.py --data '$(DATA)' $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(if $(ONLY),--only $(ONLY),--write docs/rates.md)
+
+# From a claimed job to its first step, beside a process from scratch.
+bench-start: setup
+	$(BIN)/python benchmarks/first_step.py
 
 bench-load: setup
 	$(BIN)/python benchmarks/costs.py --write docs/operations.md

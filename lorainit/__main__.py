@@ -132,16 +132,12 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
         on_event(Failed(member=who, code=error.code, message=error.message, param=error.param))
 
     try:
-        # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         settings = machine.set_up()  # loads torch: seconds, and only then the libraries that need it
         for who in range(len(runs)):
             on_event(settings.model_copy(update={"member": who}))
-        from transformers.utils.logging import disable_progress_bar
-
+        load()
         from lorainit.run import Request, run_together
 
-        disable_progress_bar()
         requests = [
             Request(spec, member.out, stop.listener(who, member, on_event)) for who, (spec, member) in enumerate(runs)
         ]
@@ -167,6 +163,17 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
             on_event(Failed(member=who, code="internal_error", message=text))
         return FAILED
     return FAILED if failed else 0
+
+
+def load() -> None:
+    """Import all that a run needs; what has to be set before torch is loaded has been set."""
+    # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    import lorainit.run  # noqa: F401
+
+    disable_progress_bar()
 
 
 def _end_as(loss: Loss, on_event: OnEvent) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from lorainit.events import Message
@@ -58,15 +59,20 @@ def set_up() -> Message:
         The event that says what was chosen.
     """
     if not _record:
-        memory = [keep_freed_memory()]
-        waiting, gpu = _sleeping_threads(), _growing_gpu_memory()
+        kept, waiting, gpu = before_torch()
         from lorainit import arithmetic  # loads torch, which reads the environment once
 
         products = arithmetic.set_up(cpus=usable_cpus())
-        memory += [gpu] if arithmetic.has_gpu() else []
+        memory = [kept, gpu] if arithmetic.has_gpu() else [kept]
         for choice in (*memory, waiting, *products):
             note(choice)
     return message()
+
+
+@cache
+def before_torch() -> tuple[Choice, Choice, Choice]:
+    """The part of `set_up` that comes before torch is loaded, once: for a process that loads it for later runs."""
+    return keep_freed_memory(), _sleeping_threads(), _growing_gpu_memory()
 
 
 def message() -> Message:

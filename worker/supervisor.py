@@ -23,8 +23,11 @@ from pydantic import ValidationError
 from api.core.logs import get_logger
 from lorainit.events import EVENT, Event
 from worker.memory import oom_kills
+from worker.warm import Split, Warm
 
+PROGRAM = (sys.executable, "-m", "lorainit")
 POLL_SECONDS = 0.2
+Child = subprocess.Popen[bytes] | Split
 StopReason = Literal["", "drain", "lost"]
 
 
@@ -58,24 +61,32 @@ def run_child(
     on_event: Callable[[Event], None],
     should_stop: Callable[[], StopReason],
     gpus: str | None = None,
-    program: Sequence[str] = (sys.executable, "-m", "lorainit"),
+    program: Sequence[str] | None = None,
+    warm: Warm | None = None,
 ) -> Outcome:
-    """Run `program` for one or more members until it ends or `should_stop` says why it must.
+    """Run `program` for one or more members until it ends or `should_stop` says why it must; None = `PROGRAM`.
 
     `on_event` is called from this thread for each event, which names its member by its index in
     `places`, last words included; `should_stop` several times a second. On "drain" the child is asked to
     leave and heard for `grace` more seconds: it has a checkpoint to tell. On "lost" it is killed at once.
     `gpus`: the only ones that the child sees, by their names in CUDA; None = as this process. It works in the folder
-    of the first place.
+    of the first place. `warm`: what it is split off, if that is ready; it is made ready for the next one. A
+    `program` that was given is always started.
     """
     kills = oom_kills()
     reader, writer = os.pipe()
     folder = places[0].out.parent
     stderr = folder / "stderr.log"
+    environment = _environment(gpus)
+    warm = warm if program is None else None
     with stderr.open("wb") as log:
-        child = subprocess.Popen(
-            [*program, *_arguments(places, writer)],
-            env=_environment(folder, gpus),
+        for_it = {**environment, "TMPDIR": str(folder)}
+        child: Child | None = None
+        if warm is not None:
+            child = warm.split(_arguments(places), folder=folder, environment=for_it, files=[writer, log.fileno()])
+        child = child or subprocess.Popen(
+            [*(program or PROGRAM), *_arguments(places), "--events-fd", str(writer)],
+            env=for_it,
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -84,6 +95,22 @@ def run_child(
             start_new_session=True,
         )
     os.close(writer)
+    with child:
+        stopped = _supervise(child, reader, on_event, should_stop, grace)
+    if warm is not None:
+        warm.prepare(environment)
+    ran_out = kills is not None and oom_kills() != kills
+    return Outcome(child.wait(), stopped=bool(stopped), stderr_tail=_tail(stderr), memory_ran_out=ran_out)
+
+
+def _supervise(
+    child: Child,
+    reader: int,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], StopReason],
+    grace: float,
+) -> str:
+    """Listen to a child until it has ended, by itself or not; returns why it was stopped, if it was."""
     _offer_to_the_oom_killer(child.pid)
     family = list[psutil.Process]()
     try:
@@ -100,14 +127,13 @@ def run_child(
         os.close(reader)
     if stopped:
         stop_tree(child, family)
-    returncode = child.wait()
-    ran_out = kills is not None and oom_kills() != kills
-    return Outcome(returncode, stopped=bool(stopped), stderr_tail=_tail(stderr), memory_ran_out=ran_out)
+    child.wait()
+    return stopped
 
 
-def _arguments(places: Sequence[Place], writer: int) -> list[str]:
+def _arguments(places: Sequence[Place]) -> list[str]:
     first, *others = places
-    own = [str(first.spec), str(first.out), "--events-fd", str(writer), "--lease", str(first.lease)]
+    own = [str(first.spec), str(first.out), "--lease", str(first.lease)]
     return own + [part for one in others for part in ("--member", str(one.spec), str(one.out), str(one.lease))]
 
 
@@ -151,12 +177,12 @@ def _until(deadline: float, should_stop: Callable[[], StopReason]) -> Callable[[
     return ends
 
 
-def _await_end(child: subprocess.Popen[bytes], seconds: float) -> None:
+def _await_end(child: Child, seconds: float) -> None:
     with suppress(subprocess.TimeoutExpired):
         child.wait(seconds)
 
 
-def stop_tree(child: subprocess.Popen[bytes], family: Sequence[psutil.Process] = ()) -> None:
+def stop_tree(child: Child, family: Sequence[psutil.Process] = ()) -> None:
     """SIGKILL the child and everything below it, and those of `family` that it had before and may have left."""
     family = [*family, *_family(child)]
     child.kill()
@@ -171,7 +197,7 @@ def stop_tree(child: subprocess.Popen[bytes], family: Sequence[psutil.Process] =
         get_logger(__name__).error("processes of a stopped run are still there", pids=[one.pid for one in left])
 
 
-def _family(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def _family(child: Child) -> list[psutil.Process]:
     try:
         return psutil.Process(child.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -184,9 +210,9 @@ def without_secrets() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
 
 
-def _environment(folder: Path, gpus: str | None) -> dict[str, str]:
+def _environment(gpus: str | None) -> dict[str, str]:
     chosen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    return {**without_secrets(), **chosen, "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
+    return {**without_secrets(), **chosen, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _offer_to_the_oom_killer(pid: int) -> None:

@@ -18,7 +18,7 @@ from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
 from lorainit.events import Event
-from worker import devices, room
+from worker import devices, room, warm
 from worker.app import app, drain_file, name
 from worker.member import Member
 from worker.supervisor import Place, StopReason, run_child
@@ -78,6 +78,7 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
             grace=settings.stop_grace_seconds,
             on_event=on_event,
             should_stop=should_stop,
+            warm=warm.of_this_slot(),
             gpus=devices.of_slot(int(getattr(current_process(), "index", 0)), settings.worker_slots),
         )
     except Exception:

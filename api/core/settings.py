@@ -131,6 +131,10 @@ class Settings(BaseSettings):
         False, description="A changed catalogue is refused if a base model is not on this host; `serve` sets it itself."
     )
     worker_scratch: Path | None = Field(None, description="Where runs work; empty = a folder in the state folder.")
+    keep_warm: bool = Field(
+        True,
+        description="A slot without GPUs that has run a job keeps a process with torch loaded (300 MB) for the next.",
+    )
     worker_queues: Annotated[str, AfterValidator(_some_queue)] = Field(
         "train", description="Queues (device classes) this worker takes jobs from, comma-separated."
     )

@@ -97,10 +97,10 @@ def test_every_member_is_named_on_the_command_line_and_by_its_events(child: Chil
     first, other = child.events
     assert isinstance(first, Message)
     given = first.data["arguments"]
-    assert given[:3] == [str(child.folder / "spec.json"), str(child.folder / "out"), "--events-fd"]
-    assert given[4:] == ["--lease", str(child.folder / "lease"), "--member"] + [
-        str(second / name) for name in ("spec.json", "out", "lease")
-    ]
+    assert given[:3] == [str(child.folder / "spec.json"), str(child.folder / "out"), "--lease"]
+    assert given[3:5] == [str(child.folder / "lease"), "--member"]
+    assert given[5:8] == [str(second / name) for name in ("spec.json", "out", "lease")]
+    assert given[8] == "--events-fd"
     assert [event.member for event in child.events] == [0, 1]
     assert isinstance(other, Message)
 
