@@ -7,16 +7,16 @@ before any training. Knows nothing of adapters or devices.
 import hashlib
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorainit.conversation import Fault
-from lorainit.encode import Encoded, Encoder
+from lorainit.encode import Encoded, Encoder, pieces
 from lorainit.errors import (
     InvalidTrainingFile,
     InvalidValidationFile,
@@ -30,6 +30,8 @@ from lorainit.stops import stop_tokens
 from lorainit.template import Template
 
 TICK_ROWS = 64
+# Rows that are tokenized in one call: it takes half the time of as many calls, and memory for all of them.
+TOGETHER_ROWS, TOGETHER_CHARACTERS = 64, 1 << 20
 _ERRORS: dict[str, type[LorainitError]] = {
     "data.calibration": InvalidTrainingFile,
     "data.training": InvalidTrainingFile,
@@ -118,10 +120,11 @@ def tokenize(
         raise UnsupportedModel("The base model's tokenizer has no end token to append.", param="data.append_eos")
     reader = _Reader(tokenizer, max_length, stop_tokens(tokenizer, folder), append_eos=append_eos)
     total = _count_lines(path)
-    for row in read_rows(path):
-        reader.read(row)
-        if on_tick and reader.rows % TICK_ROWS == 0:
+    for number, row in enumerate(read_rows(path), start=1):
+        reader.take(row)
+        if on_tick and number % TICK_ROWS == 0:
             on_tick(row.line, total)
+    reader.finish()
     return Dataset(
         samples=reader.samples,
         sha256=file_sha256(path),
@@ -131,6 +134,14 @@ def tokenize(
         warnings=reader.warnings,
         remarks=list(reader.remarks.values()),
     )
+
+
+class _Draft(NamedTuple):
+    """A row that is text: the pieces of it that are tokenized by themselves, and what makes tokens of them."""
+
+    pieces: Sequence[str]
+    encode: Callable[[], Encoded]
+    warnings: tuple[Fault, ...] = ()
 
 
 class _Reader:
@@ -147,15 +158,32 @@ class _Reader:
         self.problems: list[Problem] = []
         self.warnings: Counter[str] = Counter()
         self.remarks: dict[str, Problem] = {}
-        self.rows = self.truncated = 0
+        self.rows = self.truncated = self._characters = 0
+        self._waiting: list[tuple[Row | BadRow, _Draft | Fault | None]] = []
 
-    def read(self, row: Row | BadRow) -> None:
+    def take(self, row: Row | BadRow) -> None:
+        """The next row, which is tokenized together with others."""
+        draft = None if isinstance(row, BadRow) else self._draft(row)
+        self._waiting.append((row, draft))
+        self._characters += sum(map(len, draft.pieces)) if isinstance(draft, _Draft) else 0
+        if len(self._waiting) == TOGETHER_ROWS or self._characters > TOGETHER_CHARACTERS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Tokenize what has been taken."""
+        self.encode.ahead(draft.pieces for _, draft in self._waiting if isinstance(draft, _Draft))
+        for row, draft in self._waiting:
+            self._read(row, draft)
+        self._waiting, self._characters = [], 0
+
+    def _read(self, row: Row | BadRow, draft: "_Draft | Fault | None") -> None:
         self.rows += 1
         if isinstance(row, BadRow):
             self.problems += row.problems
             return
         self.warnings.update(w.code for w in row.warnings)
-        sample = self._sample(row)
+        assert draft is not None
+        sample = draft if isinstance(draft, Fault) else self._encoded(row.line, draft)
         if isinstance(sample, Fault):
             self.problems.append(problem(row.line, sample))
             return
@@ -169,24 +197,26 @@ class _Reader:
             return
         self.samples.append(sample)
 
-    def _sample(self, row: Row) -> Sample | Fault:
+    def _draft(self, row: Row) -> "_Draft | Fault":
         if row.kind == "preference":
             return Fault("missing_messages_list", None, "a preference row cannot be used in supervised training.")
         if fault := self.template.control_token_fault(row.value, ""):
             return fault
         if row.kind == "prompt_completion":
-            return self._encoded(row.line, lambda: self.encode.pair(row.value["prompt"], row.value["completion"]))
+            pair = row.value["prompt"], row.value["completion"]
+            return _Draft(pair, lambda: self.encode.pair(*pair))
         rendered = self.template.render(row.value)
         if isinstance(rendered, Fault):
             return rendered
-        for fault in rendered.warnings:
-            self._warn(row.line, fault)
-        return self._encoded(row.line, lambda: self.encode.text(rendered.text, rendered.spans))
+        text, spans = rendered.text, rendered.spans
+        return _Draft(pieces(text, spans), lambda: self.encode.text(text, spans), rendered.warnings)
 
-    def _encoded(self, line: int, encode: Callable[[], Encoded]) -> Sample | Fault:
+    def _encoded(self, line: int, draft: "_Draft") -> Sample | Fault:
         """A tokenizer that has read other texts is told with the row that it cannot read."""
+        for fault in draft.warnings:
+            self._warn(line, fault)
         try:
-            found = encode()
+            found = draft.encode()
         except UnsupportedModel as error:
             return Fault("tokenizer_error", None, error.message)
         endless = [end for end in found.ends if int(found.ids[end - 1]) not in self.stops]

@@ -4,7 +4,8 @@ A server tokenizes the prompt alone and the model goes on from there, so no toke
 the two: a text is cut where an answer begins, and each piece is tokenized by itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from lorainit import tokenizer_time
 from lorainit.errors import UnsupportedModel
 from lorainit.turns import Span
 
+# Ids, and the characters that each of them stands for.
+Tokens = tuple[list[int], list[tuple[int, int]]]
 # Texts to go on from, of kinds that no tokenizer merges with everything.
 _ANCHORS = ("\n", "a", ".", "0")
 
@@ -36,7 +39,29 @@ class Encoder:
         # What the tokenizer puts before a text of its own accord (a begin-of-text token, or nothing).
         self.opening: list[int] = full[: full.index(bare[0])] if bare and bare[0] in full else []
         # Whether a text at its beginning is tokenized otherwise than behind another one, with a space before it.
+        self._ahead: dict[str, Tokens] = {}
         self._begins_anew = self._encode("\na")[0] != self._encode("\n")[0] + self._encode("a")[0]
+
+    def ahead(self, texts: Iterable[Sequence[str]]) -> None:
+        """Read the pieces of several texts at once, in half the time: those that `text` and `pair` are given next.
+
+        Args:
+            texts: of each the pieces that are read by themselves, as `pieces` has them.
+        """
+        wanted = dict[str, None]()
+        for first, *more in texts:
+            wanted[first] = None
+            behind = bool(first)
+            for piece in more:
+                wanted[_ANCHORS[0] + piece if self._begins_anew and behind else piece] = None
+                behind = True
+        wanted.pop("", None)
+        self._ahead = {}
+        if not wanted:
+            return
+        with suppress(UnsupportedModel):  # whichever cannot be read is told by its own row
+            found = tokenizer_time.read(self.tokenizer, list(wanted), add_special_tokens=False)
+            self._ahead = dict(zip(wanted, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
 
     def text(self, text: str, spans: Sequence[Span]) -> Encoded:
         """Tokens of a rendered conversation; trained are those of the spans."""
@@ -71,11 +96,19 @@ class Encoder:
                 return ids[len(head) :], [max(start - len(anchor), 0) for start, _ in offsets[len(head) :]]
         raise UnsupportedModel("The base model's tokenizer cannot read a text as the end of another.", param="model")
 
-    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode(self, text: str) -> Tokens:
         if not text:
             return [], []
+        if text in self._ahead:
+            ids, offsets = self._ahead[text]
+            return list(ids), offsets
         encoded = tokenizer_time.read(self.tokenizer, text, add_special_tokens=False)
         return list(encoded.input_ids), list(encoded.offset_mapping)
+
+
+def pieces(text: str, spans: Sequence[Span]) -> list[str]:
+    """What of a rendered conversation is read by itself: the text up to the first answer, and what `_pieces` cuts."""
+    return [text[: spans[0].start], *(piece for piece, _ in _pieces(text, spans))]
 
 
 def _pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, int]]:

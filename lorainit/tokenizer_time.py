@@ -18,8 +18,8 @@ _HARD = ("a", " ", "\n", "1", "-", ".", "aA", "a1 ", "a'", "\u00e9", "\u6f22", "
 _END = "\u2603!"  # something that ends no expression's match
 
 
-def read(tokenizer: Any, text: str, **options: bool) -> Any:
-    """The encoding of a text, with the characters that its tokens stand for.
+def read(tokenizer: Any, text: str | list[str], **options: bool) -> Any:
+    """The encoding of a text, or of several at once, with the characters that its tokens stand for.
 
     Raises:
         UnsupportedModel: the tokenizer cannot read it.

@@ -272,3 +272,45 @@ def test_file_that_cannot_be_opened_is_refused(field: str, path: str, words: str
     with pytest.raises(LorainitError, match=words) as caught:
         require_readable(files)
     assert caught.value.param == f"data.{field}"
+
+
+@pytest.mark.parametrize("kind", ["chat", "pair"])
+@pytest.mark.parametrize("space", [False, True], ids=["plain", "with a space at the beginning"])
+def test_rows_that_are_tokenized_together_are_what_each_is_by_itself(tmp_path, monkeypatch, space, kind):
+    words = ["the cat", "two", "", "What is four?", " sat", "mats\n\n"]
+    rows = [chat(f"{word} {n}", f"{words[n % 5]} is {word or 'it'}") for n, word in enumerate(words)]
+    if kind == "pair":
+        rows = [{"prompt": word, "completion": f"{word}so"} for word in words]
+    else:
+        rows += [{"messages": 2 * chat(f"{word} a", "my")["messages"]} for word in words]
+    path, tokenizer = write_rows(tmp_path / "rows.jsonl", rows), make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    found = {}
+    for together in (1, 7, 64):
+        monkeypatch.setattr("lorainit.data.TOGETHER_ROWS", together)
+        data = load(path, tokenizer, max_length=256)
+        found[together] = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in data.samples]
+    # And without reading anything ahead.
+    monkeypatch.setattr("lorainit.encode.Encoder.ahead", lambda _self, _texts: None)
+    alone = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in load(path, tokenizer, max_length=256).samples]
+    assert len(alone) == len(rows)
+    assert found == {1: alone, 7: alone, 64: alone}
+
+
+def test_rows_are_tokenized_in_one_call(tmp_path, monkeypatch):
+    calls, tokenizer = [], make_tokenizer()
+    path = write_rows(tmp_path / "rows.jsonl", [chat(f"the {n}", f"cat {n}") for n in range(64)])
+    monkeypatch.setattr("lorainit.encode.tokenizer_time.read", _counted(calls))
+    load(path, tokenizer, max_length=256)
+    assert [len(texts) for texts in calls if isinstance(texts, list)] == [128]
+    assert len(calls) < 8  # the others try out what the tokenizer does
+
+
+def _counted(calls):
+    from lorainit.tokenizer_time import read as plain
+
+    def read_and_count(tokenizer, text, **options):
+        calls.append(text)
+        return plain(tokenizer, text, **options)
+
+    return read_and_count
