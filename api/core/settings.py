@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     keep_alive_seconds: Annotated[int, Field(ge=1)] = Field(
         15, description="A connection that asks nothing more after an answer is closed after this."
     )
-    stall_seconds: Annotated[int, Field(ge=1)] = Field(
+    stall_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(
         60, description="A client that takes nothing of what waits for it for this long is let go."
     )
     download_bytes: Annotated[int, Field(ge=0)] = Field(
