@@ -133,6 +133,7 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
 
     try:
         settings = machine.set_up()  # loads torch: seconds, and only then the libraries that need it
+        machine.keep_kernels(runs[0][0].cache)
         for who in range(len(runs)):
             on_event(settings.model_copy(update={"member": who}))
         load()

@@ -23,6 +23,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 _TOP_PAD_BYTES = 256 << 20
 
+KERNELS = "kernels"  # the folder of a cache in which torch keeps what it compiled, Triton's kernels included
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -73,6 +75,15 @@ def set_up() -> Message:
 def before_torch() -> tuple[Choice, Choice, Choice]:
     """The part of `set_up` that comes before torch is loaded, once: for a process that loads it for later runs."""
     return keep_freed_memory(), _sleeping_threads(), _growing_gpu_memory()
+
+
+def keep_kernels(cache: str | None) -> None:
+    """Let what torch compiles be found by the next run; without this it lies in the run's own folder and goes with it.
+
+    Where the environment says another place, that is taken.
+    """
+    if cache is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache) / KERNELS))
 
 
 def message() -> Message:

@@ -3,6 +3,8 @@
 The name of an entry says whose rows and which files it was made of (`lorainit.kept`), and the database says which
 files there are. So nobody has to tell a worker of a deletion, and one that was away when a file was deleted sweeps
 when it is back. What a run that was just cancelled writes behind a sweep is found by the next one.
+
+Compiled kernels are made of no rows; they go after a month, for a new version of anything makes others.
 """
 
 import time
@@ -13,8 +15,10 @@ from api.core import files
 from api.core.db import session_scope
 from api.core.settings import get_settings
 from lorainit import kept
+from lorainit.machine import KERNELS
 
 STALE_SECONDS = 3600.0  # a writer that is still at it after this has crashed
+KERNEL_SECONDS = 30 * 86400.0
 
 
 def sweep() -> list[Path]:
@@ -24,6 +28,7 @@ def sweep() -> list[Path]:
     with session_scope(read_only=True) as session:
         there = files.those_there(session, made_of)
     gone = [path for path, rows in found.items() if not _may_stay(path, rows, there)]
+    gone += [path for path in _kernels() if _is_older(path, KERNEL_SECONDS)]
     for path in gone:
         path.unlink(missing_ok=True)
     return gone
@@ -35,15 +40,19 @@ def _entries() -> Iterator[Path]:
         yield from folder.iterdir() if folder.is_dir() else ()
 
 
+def _kernels() -> Iterator[Path]:
+    return (path for path in (get_settings().models() / KERNELS).rglob("*") if not path.is_dir())
+
+
 def _may_stay(path: Path, rows: kept.Rows | None, there: set[tuple[str, str]]) -> bool:
     if rows is None:  # of an earlier release, whose entries nobody reads, if not of the base alone
         return kept.is_of_no_rows(path.name)
-    return all((rows.owner, sha256) in there for sha256 in rows.files) and not _is_stale(path)
+    left_by_a_crash = path.name.startswith(".") and _is_older(path, STALE_SECONDS)
+    return all((rows.owner, sha256) in there for sha256 in rows.files) and not left_by_a_crash
 
 
-def _is_stale(path: Path) -> bool:
-    """What a crashed writer left."""
+def _is_older(path: Path, seconds: float) -> bool:
     try:
-        return path.name.startswith(".") and time.time() - path.stat().st_mtime > STALE_SECONDS
+        return time.time() - path.stat().st_mtime > seconds
     except FileNotFoundError:
         return False

@@ -245,6 +245,22 @@ def test_others_add_to_the_record_and_the_event_tells_all(record):
     }
 
 
+def runtime_cache_dir():
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
 def test_a_process_that_calls_run_itself_keeps_its_settings(record):
     assert machine.report() == ()
     assert machine.settings() == {}
+
+
+def test_kernels_are_kept_in_the_cache_unless_the_environment_says_where(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    machine.keep_kernels(None)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    machine.keep_kernels(str(tmp_path))
+    assert runtime_cache_dir() == str(tmp_path / "kernels")
+    machine.keep_kernels("elsewhere")
+    assert runtime_cache_dir() == str(tmp_path / "kernels")

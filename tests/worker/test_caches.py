@@ -112,3 +112,14 @@ def test_a_worker_sweeps_with_its_heartbeat(
     app._say_alive()
     assert not entry.exists()
     assert session.scalars(select(Worker.id)).all()
+
+
+def test_kernels_go_when_they_are_old(session: Session) -> None:
+    folder = get_settings().models() / "kernels" / "ab"
+    folder.mkdir(parents=True)
+    old, new = folder / "old.so", folder / "new.so"
+    for path in (old, new):
+        path.write_bytes(b"")
+    os.utime(old, (0, time.time() - caches.KERNEL_SECONDS - 60))
+    assert caches.sweep() == [old]
+    assert new.exists()
