@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     gc.collect()
     gc.freeze()  # else the first collection of each run would copy all of this
     server.send(READY)
+    show_as([sys.executable, "-m", "lorainit.warm", READY.decode()])
     me = os.getpid()
     while server.recv(1, socket.MSG_PEEK):
         run = os.fork()

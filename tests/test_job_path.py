@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,41 @@ def test_cancel_stops_the_training_process_within_five_seconds(stack: Stack) -> 
         time.sleep(0.05)
     assert time.monotonic() - cancelled_at < 5
     assert stack.messages(job.id)[-1] == "The job was cancelled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_second_run_of_a_slot_is_split_off_what_has_torch_loaded(stack: Stack) -> None:
+    stack.wait(stack.create({"init": "kaiming", "r": 2}, n_epochs=1).id, "succeeded")
+    ready = wait_for(lambda: [one for one in family(stack) if words_of(one)[-2:] == ["lorainit.warm", "ready"]])
+    job = stack.create({"init": "kaiming", "r": 2}, n_epochs=50)
+    (run, *_) = wait_for(lambda: children_of(stack.processes["worker"]))
+    assert run.parent() == ready[0]
+    assert any(job.id in word for word in words_of(run))
+    stack.client.fine_tuning.jobs.cancel(job.id)
+    wait_for(lambda: not children_of(stack.processes["worker"]), seconds=5)
+    assert ready[0].is_running()
+    stack.wait(stack.create({"init": "kaiming", "r": 2}, n_epochs=1).id, "succeeded")
+
+
+def wait_for(look: Callable[[], Any], *, seconds: float = PATIENCE) -> Any:
+    """What it finds, once it finds something."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+    return found
+
+
+def family(stack: Stack) -> list[psutil.Process]:
+    return psutil.Process(stack.processes["worker"].pid).children(recursive=True)
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return [word for word in process.cmdline() if word]
+    except psutil.Error:  # it ended while we looked
+        return []
 
 
 def test_a_killed_worker_loses_no_job(stack: Stack) -> None:
