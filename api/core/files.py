@@ -251,6 +251,7 @@ def user_of(session: Session, file: File) -> str | None:
     job = session.scalar(
         select(Job.id)
         .where(
+            Job.project_id == file.project_id,
             Job.finished_at.is_(None),
             or_(
                 Job.training_file_id == file.id,

@@ -129,6 +129,7 @@ class Job(Base):
         Index("ix_jobs_project_created", "project_id", "created_at", "id"),
         # Each of these is read by statements that spell its condition out (`has_status`).
         _partial("ix_jobs_open", "status", "created_at", "finished_at", where="finished_at IS NULL"),
+        _partial("ix_jobs_open_of_project", "project_id", "status", "finished_at", where="finished_at IS NULL"),
         _partial("ix_jobs_line", "queue", "project_id", "turn", "id", where="status = 'queued'"),
         _partial("ix_jobs_bells", "queue", "rung_at", "turn", "id", where="status = 'queued'"),
         _partial(

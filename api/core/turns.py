@@ -120,8 +120,8 @@ def check_room(session: Session, project_id: str) -> None:
     if not limit:
         return
     hold(session, project_id)
-    waiting = Job.status.in_(("validating_files", "queued", "paused"))
-    count = session.scalar(select(func.count()).where(Job.project_id == project_id, waiting)) or 0
+    waiting = (Job.status.in_(("validating_files", "queued", "paused")), Job.finished_at.is_(None))
+    count = session.scalar(select(func.count()).where(Job.project_id == project_id, *waiting)) or 0
     if count >= limit:
         message = f"{count} jobs of this project are waiting, and {limit} may. Wait for one to start, or cancel one."
         raise QuotaExceeded(message, code="queue_full")
