@@ -37,7 +37,8 @@ from tests.things import MODEL  # noqa: E402
 WORKER = ["-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", "-Q", "train"]
 QUIET = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
 PARTS = {"worker.reconciler": "reconciler", "celery": "worker", "api.server": "API", "postgres": "PostgreSQL"}
-SETTLED_SECONDS = 20.0  # until every process has done what it does at its start
+SETTLED = 0.02  # of a core: every process has done what it does at its start
+LONGEST_START = 240.0
 LONGEST_WAIT = 60.0
 
 
@@ -69,10 +70,18 @@ def service(kind: str) -> Iterator[tuple[openai.OpenAI, Engine]]:
         for command in ([*WORKER, *QUIET], ["-m", "worker.reconciler"]):
             process = servers.spawn([sys.executable, *command], log=folder / command[-1])
             exits.callback(servers.stopped, process, servers.signal.SIGTERM, patience=30)
-        time.sleep(SETTLED_SECONDS)
+        settle()
         reader = db.make_engine(url, read_only=True)  # another engine's look would keep writers waiting on SQLite
         exits.callback(reader.dispose)
         yield openai.OpenAI(base_url=f"{address}/v1", api_key=secret), reader
+
+
+def settle() -> None:
+    """Wait until the service is up and has nothing left to load."""
+    deadline = time.monotonic() + LONGEST_START
+    time.sleep(10)
+    while sum(idle(5).values()) > SETTLED and time.monotonic() < deadline:
+        pass
 
 
 def idle(seconds: float) -> dict[str, float]:
