@@ -20,8 +20,9 @@ WAITING = {
     "restarting": "it starts again after a loss",
     "project_limit_reached": "its project runs as many jobs as it may",
     "waiting_for_gpu": "it is the next to start when a worker is free",
-    "waiting_for_turn": "it is number {position} in the queue",
+    "waiting_for_turn": "it is {place} in the queue",
 }
+PLACES_COUNTED = 100  # by the server; jobs further behind all have the next number
 
 
 def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
@@ -95,7 +96,9 @@ def why_it_waits(job: FineTuningJob) -> str:
     """A queued job's `queue_reason` in words; "" if it has none."""
     reason = field_of(job, "queue_reason") or ""
     device = (field_of(job, "resources") or {}).get("device")
-    return WAITING.get(reason, reason).format(device=device, position=field_of(job, "queue_position"))
+    position = field_of(job, "queue_position") or 0
+    place = f"number {position}" if position <= PLACES_COUNTED else f"behind the first {PLACES_COUNTED}"
+    return WAITING.get(reason, reason).format(device=device, place=place)
 
 
 def _bar(console: Console) -> Progress:
