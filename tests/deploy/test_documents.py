@@ -134,6 +134,13 @@ def test_the_example_rows_are_what_the_generator_writes(tmp_path: Path) -> None:
         assert (ROOT / "examples" / name).read_text() == (tmp_path / name).read_text()
 
 
+def test_every_decision_has_a_number_of_its_own_and_stands_in_the_list() -> None:
+    folder = ROOT / "docs" / "decisions"
+    pages = sorted(page.name for page in folder.glob("[0-9]*.md"))
+    assert re.findall(r"^\| \[\d{4}\]\(([^)]+)\)", (folder / "README.md").read_text(), re.MULTILINE) == pages
+    assert len({name[:4] for name in pages}) == len(pages)
+
+
 def test_ci_runs_the_readmes_test_command() -> None:
     assert "exec make test\n" in (ROOT / ".ci" / "run").read_text()
     assert "make test " in README
