@@ -1,5 +1,6 @@
 """Whether the kernel has killed something for lack of memory: what tells such a kill from anybody else's."""
 
+from contextlib import suppress
 from pathlib import Path
 
 CGROUPS, OWN_CGROUP, HOST = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/vmstat")
@@ -16,6 +17,12 @@ def oom_kills() -> int | None:
         if counts:
             return int(counts[0])
     return None
+
+
+def offer_to_the_oom_killer(pid: int) -> None:
+    """When memory runs out, the system should take this child and leave the worker to report it."""
+    with suppress(OSError):  # not Linux, or the child has ended already
+        Path(f"/proc/{pid}/oom_score_adj").write_text("900")
 
 
 def _events_of_our_cgroup() -> Path | None:

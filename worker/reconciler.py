@@ -173,12 +173,8 @@ def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: th
             # Twice a second for as long as a disk is full would fill it further.
             pause = _longer(pause)
             # Nothing in our code is wrong where a database is away, and a traceback would say no more.
-            log.exception(
-                "a chore of the reconciler failed; it will be tried again",
-                chore=chore.__name__,
-                error=str(error),
-                exc_info=not isinstance(error, OperationalError),
-            )
+            say = log.warning if isinstance(error, OperationalError) else log.exception
+            say("a chore of the reconciler failed; it will be tried again", chore=chore.__name__, error=str(error))
             stop.wait(pause)
             continue
         if more:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from api.core.logs import get_logger
 from lorainit.events import EVENT, Event
-from worker.memory import oom_kills
+from worker.memory import offer_to_the_oom_killer, oom_kills
 from worker.warm import Split, Warm
 
 PROGRAM = (sys.executable, "-m", "lorainit")
@@ -111,7 +111,7 @@ def _supervise(
     grace: float,
 ) -> str:
     """Listen to a child until it has ended, by itself or not; returns why it was stopped, if it was."""
-    _offer_to_the_oom_killer(child.pid)
+    offer_to_the_oom_killer(child.pid)
     family = list[psutil.Process]()
     try:
         stopped = _listen(reader, on_event, should_stop)
@@ -213,12 +213,6 @@ def without_secrets() -> dict[str, str]:
 def _environment(gpus: str | None) -> dict[str, str]:
     chosen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     return {**without_secrets(), **chosen, "TOKENIZERS_PARALLELISM": "false"}
-
-
-def _offer_to_the_oom_killer(pid: int) -> None:
-    """When memory runs out, the system should take the run and leave the worker to report it."""
-    with suppress(OSError):  # not Linux, or the child has ended already
-        Path(f"/proc/{pid}/oom_score_adj").write_text("900")
 
 
 def _tail(path: Path, size: int = 8000) -> str:

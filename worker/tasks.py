@@ -10,6 +10,7 @@ from concurrent.futures import wait
 from contextlib import ExitStack
 
 from billiard.process import current_process
+from sqlalchemy.exc import OperationalError
 from structlog.contextvars import bound_contextvars
 
 from api.core import jobs, queue, traces
@@ -30,7 +31,11 @@ log = get_logger(__name__)
 def run_job(job_id: str) -> None:
     """Somebody rang: take the best queued job, if there is one, with those that may share its run."""
     traces.provider()  # a fault in its set-up shows before a job is taken
-    claimed = _claim()
+    try:
+        claimed = _claim()
+    except OperationalError as error:
+        log.warning("no job could be claimed; the reconciler rings again", error=str(error))
+        return
     if not claimed:
         log.info("nothing to do", rung_for=job_id)
         return

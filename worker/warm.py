@@ -10,9 +10,11 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,19 +25,24 @@ from api.core.logs import get_logger
 from api.core.settings import get_settings
 from lorainit import gpus
 from lorainit.orders import DONE, MAX_MESSAGE, READY, ROOM
+from worker.memory import offer_to_the_oom_killer
 
 log = get_logger(__name__)
 PROGRAM = (sys.executable, "-P", "-m", "lorainit.warm")
 ANSWER_SECONDS = 2.0  # a run that is cancelled meanwhile waits, too
+LOOK_SECONDS = 0.5  # between two looks whether a run is still there
 
 
 class Split:
-    """A run that was split off, with what `subprocess.Popen` has of the same names; the context waits for its end."""
+    """A run that was split off, with what `subprocess.Popen` has of the same names; the context waits for its end.
 
-    def __init__(self, pid: int, server: socket.socket) -> None:
+    `give_up` ends the process that it was split off, when that one is silent.
+    """
+
+    def __init__(self, pid: int, server: socket.socket, give_up: Callable[[], None]) -> None:
         self.pid = pid
         self.returncode: int | None = None
-        self._server, self._process = server, psutil.Process(pid)
+        self._server, self._process, self._give_up = server, psutil.Process(pid), give_up
 
     def __enter__(self) -> Self:
         return self
@@ -66,17 +73,37 @@ class Split:
         return self.returncode
 
     def _ended(self, timeout: float | None) -> int:
-        self._server.settimeout(timeout)
+        deadline = inf if timeout is None else time.monotonic() + timeout
+        silent_since = inf  # when the run had ended and nobody had said how
+        while not (said := self._said(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))):
+            now = time.monotonic()
+            silent_since = min(silent_since, now) if self._is_over() else inf
+            if said == b"" or now - silent_since > ANSWER_SECONDS:
+                return self._lost()
+            if now >= deadline:
+                raise subprocess.TimeoutExpired("a run", timeout or 0.0)
+        return int(json.loads(said)["returncode"])
+
+    def _said(self, seconds: float) -> bytes | None:
+        """What the process says that the run was split off; None for nothing yet, b"" when it will say no more."""
+        self._server.settimeout(seconds)
         try:
-            said = self._server.recv(MAX_MESSAGE)
-        except TimeoutError:
-            raise subprocess.TimeoutExpired("a run", timeout or 0.0) from None
+            return self._server.recv(MAX_MESSAGE)
+        except (TimeoutError, BlockingIOError):
+            return None
         except OSError:
-            said = b""
-        if said:
-            return int(json.loads(said)["returncode"])
-        # Who could have said has been killed, and the run with it.
+            return b""
+
+    def _is_over(self) -> bool:
+        try:
+            return self._process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def _lost(self) -> int:
+        """Who could say how the run ended has been killed, and the run with it, or is frozen: it counts as killed."""
         self.kill()
+        self._give_up()
         psutil.wait_procs([self._process], timeout=5)
         return -9
 
@@ -110,6 +137,7 @@ class Warm:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        offer_to_the_oom_killer(self._process.pid)  # another is started for the next run
 
     def split(
         self, arguments: Sequence[str], *, folder: Path, environment: Mapping[str, str], files: Sequence[int]
@@ -128,7 +156,7 @@ class Warm:
         try:
             self._server.settimeout(ANSWER_SECONDS)
             socket.send_fds(self._server, [json.dumps(order).encode()], files)
-            return Split(json.loads(self._server.recv(MAX_MESSAGE))["pid"], self._server)
+            return Split(json.loads(self._server.recv(MAX_MESSAGE))["pid"], self._server, self.close)
         except (OSError, ValueError, psutil.NoSuchProcess) as error:
             log.warning("no run could be split off; it is started from scratch", error=repr(error))
             self.close()  # what it may have split off dies with it

@@ -7,7 +7,7 @@ it holds the bytes of a model.
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice
@@ -27,6 +27,8 @@ from api.core.settings import get_settings
 from api.core.storage import BLOCK, CHUNK, Storage
 
 UPLOADABLE = ("fine-tune", "evals", "user_data")
+PAGE_PROBLEMS = 2000  # that the checks of a page's files found: some hundred bytes each, and 5 KB of the worst
+_BATCH = 100  # rows of a page read at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +196,27 @@ def page(
     purpose: str | None,
     order: Literal["asc", "desc"],
 ) -> tuple[Sequence[File], bool]:
-    """Files of a project by time of upload; True when there are more."""
+    """Files of a project by time of upload; True when there are more.
+
+    What their checks found may be much, so a page ends early, too: when it has `PAGE_PROBLEMS` faults and warnings.
+    """
     query = select(File).where(File.project_id == project_id, File.deleted_at.is_(None))
     if purpose is not None:
         query = query.where(File.purpose == purpose)
-    return paging.page(
-        session, query, File, project_id=project_id, after=after, limit=limit, descending=order == "desc"
-    )
+    query = paging.beyond(session, query, File, project_id=project_id, after=after, descending=order == "desc")
+    found, problems = list[File](), 0
+    with closing(session.scalars(query.limit(limit + 1).execution_options(yield_per=_BATCH))) as files:
+        for file in files:
+            problems += _problems(file)
+            if len(found) == limit or (found and problems > PAGE_PROBLEMS):
+                return found, True
+            found.append(file)
+    return found, False
+
+
+def _problems(file: File) -> int:
+    report = file.validation or {}
+    return len(report.get("errors", ())) + len(report.get("warnings", ()))
 
 
 def delete(session: Session, attempt: Attempt, file_id: str) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from obstore.exceptions import GenericError
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from starlette.formparsers import MultiPartParser
@@ -140,6 +141,25 @@ def test_pages_follow_each_other_without_gap_or_repeat(lab: Lab) -> None:
         if not page["has_more"]:
             break
     assert seen == ids[::-1]
+
+
+def test_a_page_of_files_in_which_much_is_wrong_ends_early(lab: Lab, session: Session) -> None:
+    """Ten thousand files with twenty long faults each would be half a gigabyte of one answer."""
+    problem = {"line": 1, "code": "unknown_key", "param": "x", "message": "x" * 500}
+    report = {"kind": None, "rows": 20, "errors": [problem] * 20, "warnings": []}
+    ids = [lab.upload(b"%d" % n, purpose="evals")["id"] for n in range(5)]
+    for file in session.scalars(select(File)):
+        file.validation = report
+    session.commit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PAGE_PROBLEMS", 45)
+        first = lab.client.get("/v1/files?order=asc").json()
+        rest = lab.client.get(f"/v1/files?order=asc&after={first['last_id']}&limit=2").json()
+        patch.setattr(files, "PAGE_PROBLEMS", 5)
+        one = lab.client.get("/v1/files?order=asc").json()
+    assert ([file["id"] for file in first["data"]], first["has_more"]) == (ids[:2], True)
+    assert ([file["id"] for file in rest["data"]], rest["has_more"]) == (ids[2:4], True)
+    assert ([file["id"] for file in one["data"]], one["has_more"]) == (ids[:1], True)
 
 
 def test_files_are_listed_in_either_order_and_by_purpose(lab: Lab) -> None:

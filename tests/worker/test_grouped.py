@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.exc import OperationalError
 
 from api.core import jobs
 from api.core.db import session_scope
@@ -299,6 +300,17 @@ def test_a_run_that_cannot_be_started_fails_its_jobs(lab: Lab, monkeypatch: pyte
     tasks.run_job("ftjob-x")
     assert lab.statuses() == ["failed"] * 3
     assert {lab.job(seed).error["code"] for seed in (1, 2, 3)} == {"internal_error"}  # type: ignore[index]
+
+
+def test_a_doorbell_while_the_database_is_away_is_heard_for_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reconciler rings again; an error of the task would be one of ours."""
+
+    def silent(*_: Any, **__: Any) -> None:
+        raise OperationalError("SELECT", {}, Exception("the database is silent"))
+
+    monkeypatch.setattr(jobs, "claim", silent)
+    tasks.run_job("ftjob-x")
+    assert lab.statuses() == ["queued"] * 3
 
 
 def test_leases_are_renewed_while_results_are_stored(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,20 @@ def test_a_run_dies_with_what_it_was_split_off_and_the_next_is_started_from_scra
     assert pid_of(slot.warm) != before
 
 
+@pytest.mark.parametrize("stop", ["", "lost", "drain"])
+def test_a_run_whose_origin_is_frozen_counts_as_killed_when_it_has_ended(slot: Slot, stop: str) -> None:
+    """Nobody can say how it ended, and the slot waits for nobody."""
+    origin = slot.warm.process
+    assert origin is not None
+    wait = "" if not stop else "import time; time.sleep(60)"
+    outcome = slot.run(f"import os, signal; os.kill(os.getppid(), signal.SIGSTOP); say('frozen'); {wait}", stop=stop)
+    assert (outcome.returncode, outcome.stopped) == (-9, bool(stop))
+    assert origin.poll() is not None, "it is ended, frozen as it is"
+    until(slot.warm.is_ready)
+    slot.said.clear()
+    assert slot.run("say('next')", name="b").returncode == 0
+
+
 def test_without_an_answer_a_run_is_started_from_scratch(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.warm.ANSWER_SECONDS", 0.2)
     silent, marker = psutil.Process(pid_of(slot.warm)), slot.folder / "program.py"
