@@ -14,10 +14,11 @@ from anyio.lowlevel import RunVar
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-STORAGE_THREADS, HEALTH_THREADS, BELL_THREADS = 40, 8, 8
+STORAGE_THREADS, HEALTH_THREADS, BELL_THREADS, SEARCH_THREADS = 40, 8, 8, 2
 _storage = RunVar[CapacityLimiter]("storage threads")
 _health = RunVar[CapacityLimiter]("health threads")
 _bell = RunVar[CapacityLimiter]("bell threads")
+_search = RunVar[CapacityLimiter]("search threads")
 
 
 async def in_storage_thread(
@@ -36,6 +37,11 @@ async def in_health_thread(work: Callable[[], Result]) -> Result:
 async def in_bell_thread(work: Callable[[str], None], job_id: str) -> None:
     """Run what waits for the broker."""
     await to_thread.run_sync(work, job_id, limiter=_limiter(_bell, BELL_THREADS))
+
+
+async def in_search_thread(work: Callable[[], Result]) -> Result:
+    """Run what looks through all rows of a project: two at a time, so that polls find connections and a processor."""
+    return await to_thread.run_sync(work, limiter=_limiter(_search, SEARCH_THREADS))
 
 
 def _limiter(kept: RunVar[CapacityLimiter], threads: int) -> CapacityLimiter:

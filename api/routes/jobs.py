@@ -4,6 +4,7 @@ import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import Select
 
@@ -24,6 +25,7 @@ from api.schemas.job import JobObject, job_object
 from api.schemas.job_request import MAX_LABELS, JobRequest
 from api.schemas.wire import ONCE, Page, as_json, listed
 from api.streams import EventStream
+from api.threads import in_search_thread
 
 router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody)
 JOBS = "/fine_tuning/jobs"
@@ -72,15 +74,18 @@ def create(
 
 
 @router.get(JOBS, response_model=Page[JobObject])
-def list_jobs(
-    request: Request, caller: CallerDep, session: Reading, after: After = None, limit: Limit100 = None
-) -> Response:
+async def list_jobs(request: Request, caller: CallerDep, after: After = None, limit: Limit100 = None) -> Response:
     """Jobs of the project, newest first; `metadata[key]=value` filters."""
     pairs, unlabelled = _filter(request)
-    rows, more = lookup.page(
-        session, caller.project_id, after=after, limit=limit or 20, metadata=pairs, unlabelled=unlabelled
-    )
-    return as_json(listed([job_object(sight) for sight in lookup.sights(session, rows)], has_more=more))
+
+    def find() -> Response:
+        with session_scope(read_only=True) as session:
+            rows, more = lookup.page(
+                session, caller.project_id, after=after, limit=limit or 20, metadata=pairs, unlabelled=unlabelled
+            )
+            return as_json(listed([job_object(sight) for sight in lookup.sights(session, rows)], has_more=more))
+
+    return await (in_search_thread(find) if pairs or unlabelled else run_in_threadpool(find))
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}", response_model=JobObject)

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Query
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydantic import Field
 
@@ -14,6 +15,7 @@ from api.routes.clear import clear
 from api.routes.query import After, Empty, Limit1000, Text
 from api.schemas.model import MethodObject, ModelObject, method_object, model_object
 from api.schemas.wire import Deleted, Page, as_json, listed, streamed
+from api.threads import in_search_thread
 from lorainit.inits import INITS
 
 router = APIRouter(prefix="/v1", tags=["models"])
@@ -23,14 +25,21 @@ Rank = Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Empty, Query()]
 
 
 @router.get("/models", response_model=Page[ModelObject])
-def list_models(caller: CallerDep, after: After = None, limit: Limit1000 = None, search: Search = None) -> Response:
+async def list_models(
+    caller: CallerDep, after: After = None, limit: Limit1000 = None, search: Search = None
+) -> Response:
     """Every base, then this project's adapters, newest first; with `limit`, `after` or `search` a page of them."""
     if not (after or limit or search):
         batches = ([model_object(model) for model in models] for models in registry.every(caller.project_id))
-        return streamed(batches)
-    with session_scope(read_only=True) as session:
-        models, more = registry.page(session, caller.project_id, after=after, limit=limit or 20, search=search or "")
-        return as_json(listed([model_object(model) for model in models], has_more=more))
+        return await run_in_threadpool(streamed, batches)
+
+    def find() -> Response:
+        project, most = caller.project_id, limit or 20
+        with session_scope(read_only=True) as session:
+            models, more = registry.page(session, project, after=after, limit=most, search=search or "")
+            return as_json(listed([model_object(model) for model in models], has_more=more))
+
+    return await (in_search_thread(find) if search else run_in_threadpool(find))
 
 
 # A hub name has a slash, raw or encoded: nothing may live below a model's name.
