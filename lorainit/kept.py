@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 SUFFIX = ".safetensors"
 OF_ROWS = ("init", "tokens")  # folders whose entries are made of rows, or have a name that says they are not
+KERNELS = "kernels"  # the folder in which torch keeps what it compiled, which is made of no rows
 NOBODY = "nobody"
 NO_ROWS = "no-rows"
 _NAME = re.compile(r"\.?[^.]+\.(?P<owner>[A-Za-z0-9_-]+)(?P<files>(?:\.[0-9a-f]{64})+)(?:\.safetensors|-[0-9a-f]+)")

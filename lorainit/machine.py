@@ -17,13 +17,12 @@ from functools import cache
 from pathlib import Path
 
 from lorainit.events import Message
+from lorainit.kept import KERNELS
 
 # mallopt's names (malloc.h) and the variables by which glibc takes the same from the environment.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 _TOP_PAD_BYTES = 256 << 20
-
-KERNELS = "kernels"  # the folder of a cache in which torch keeps what it compiled, Triton's kernels included
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from api.core import files
 from api.core.db import session_scope
 from api.core.settings import get_settings
 from lorainit import kept
-from lorainit.machine import KERNELS
 
 STALE_SECONDS = 3600.0  # a writer that is still at it after this has crashed
 KERNEL_SECONDS = 30 * 86400.0
@@ -41,7 +40,7 @@ def _entries() -> Iterator[Path]:
 
 
 def _kernels() -> Iterator[Path]:
-    return (path for path in (get_settings().models() / KERNELS).rglob("*") if not path.is_dir())
+    return (path for path in (get_settings().models() / kept.KERNELS).rglob("*") if not path.is_dir())
 
 
 def _may_stay(path: Path, rows: kept.Rows | None, there: set[tuple[str, str]]) -> bool:
