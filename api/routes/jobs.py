@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Header, Query, Request
+from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import Select
@@ -44,6 +44,24 @@ EVENT_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": _EVENT}}}
 }
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+
+
+def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, ShownJob]:
+    """Who asks, and what of the job of this id: one statement, for what clients ask again and again."""
+    secret = access.secret_of(request)
+    key, job = lookup.find_with_key(keys.id_in(secret), job_id, what)
+    caller = access.let_in(request, key, secret)
+    if job is None:
+        raise unknown(job_id)
+    return caller, job
+
+
+def _asked(fine_tuning_job_id: str, request: Request) -> tuple[keys.Caller, ShownJob]:
+    """As `_found`, before anything else of the request is looked at: who has no key is told nothing but that."""
+    return _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
+
+
+AskedDep = Annotated[tuple[keys.Caller, ShownJob], Depends(_asked)]
 
 
 @router.post(JOBS, response_model=JobObject, responses=ONCE)
@@ -128,9 +146,9 @@ def resume(
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/events", response_model=Page[EventObject])
-def list_events(fine_tuning_job_id: str, request: Request, after: After = None, limit: Limit1000 = None) -> Response:
+def list_events(asked: AskedDep, after: After = None, limit: Limit1000 = None) -> Response:
     """The story of a job, newest first."""
-    _, job = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
+    _, job = asked
     with session_scope(read_only=True) as session:
         rows, more = events.page(session, job.id, after=after, limit=limit or 20)
     return as_json(listed([event_object(row) for row in rows], has_more=more))
@@ -138,7 +156,7 @@ def list_events(fine_tuning_job_id: str, request: Request, after: After = None, 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/events/stream", response_class=StreamingResponse, responses=EVENT_STREAM)
 def stream_events(
-    fine_tuning_job_id: str,
+    asked: AskedDep,
     request: Request,
     after: Annotated[Text | None, Empty, Query(description="Id of the last event seen; unknown = all events.")] = None,
     last_event_id: Annotated[
@@ -146,7 +164,7 @@ def stream_events(
     ] = None,
 ) -> StreamingResponse:
     """The story of a job as it happens, oldest first, as server-sent events; ends with the job."""
-    caller, job = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
+    caller, job = asked
     with session_scope(read_only=True) as session:  # takes a connection where an event is named
         seen = events.number(session, job.id, last_event_id or after)
     return EventStream(request.app.state.streams, caller, job.id, after=seen)
@@ -177,16 +195,6 @@ def adapter(
     job = lookup.find(session, caller.project_id, fine_tuning_job_id)
     file = results.tar(session, job, checkpoint=checkpoint)
     return download(request, storage, file, media_type="application/x-tar", name=f"{job.id}.tar", digest=True)
-
-
-def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, ShownJob]:
-    """Who asks, and what of the job of this id: one statement, for what clients ask again and again."""
-    secret = access.secret_of(request)
-    key, job = lookup.find_with_key(keys.id_in(secret), job_id, what)
-    caller = access.let_in(request, key, secret)
-    if job is None:
-        raise unknown(job_id)
-    return caller, job
 
 
 def _shown(session: Writing, project_id: str, job_id: str) -> dict[str, Any]:
