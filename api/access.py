@@ -2,7 +2,7 @@
 
 from fastapi import Request
 
-from api.at_once import Place
+from api.concurrency import Permit
 from api.core import keys, rates
 from api.core.db import session_scope
 from api.core.keys import Caller, Key
@@ -33,8 +33,8 @@ def let_in(request: Request, key: Key | None, secret: str) -> Caller:
     """
     caller = _known(request, key, secret)
     request.scope["state"]["project"] = caller.project_id
-    place: Place = request.scope["state"]["place"]
-    place.know(caller.key_id)
+    permit: Permit = request.scope["state"]["permit"]
+    permit.know(caller.key_id)
     limiter = rates.get_limiter()
     allowance = request.scope["state"]["allowance"] = None if limiter is None else limiter.take(caller.key_id)
     if allowance is not None and allowance.wait:

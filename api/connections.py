@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from api.at_once import network
+from api.concurrency import network
 from api.core import logs
 from api.core.errors import Refusal
 from api.core.settings import Settings, get_settings

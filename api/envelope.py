@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.at_once import AtOnce, Place
+from api.concurrency import Concurrency, Permit
 from api.core import logs
 from api.core.errors import Refusal, TooLarge
 from api.core.files import too_large
@@ -39,7 +39,7 @@ class Envelope:
     def __init__(self, app: ASGIApp, settings: Settings, requests: Requests) -> None:
         self.app = app
         self.settings = settings
-        self.at_once = AtOnce(settings)
+        self.concurrency = Concurrency(settings)
         self.requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,13 +49,13 @@ class Envelope:
             return
         exchange = _Exchange(scope, receive, send, self.settings, self.requests)
         tokens = structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
-        place = self.at_once.enter(scope)
+        permit = self.concurrency.acquire(scope)
         try:
-            await exchange.run(self.app, place)
+            await exchange.run(self.app, permit)
         finally:
             _unbind(tokens)
-            if isinstance(place, Place):
-                place.leave()
+            if isinstance(permit, Permit):
+                permit.release()
 
 
 class _Exchange:
@@ -73,11 +73,11 @@ class _Exchange:
         self.refusal = _limit(scope, settings)
         scope.setdefault("state", {})["request_id"] = self.request_id
 
-    async def run(self, app: ASGIApp, place: Place | Refusal) -> None:
-        self.scope["state"]["place"] = place
+    async def run(self, app: ASGIApp, permit: Permit | Refusal) -> None:
+        self.scope["state"]["permit"] = permit
         try:
-            if isinstance(place, Refusal):
-                await respond(place)(self.scope, self._receive, self.send)
+            if isinstance(permit, Refusal):
+                await respond(permit)(self.scope, self._receive, self.send)
             elif declared(self.scope) > self.refusal.limit:
                 await respond(self.refusal.error)(self.scope, self._receive, self.send)
             else:

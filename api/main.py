@@ -14,9 +14,9 @@ from fastapi.routing import APIRoute
 
 from api import errors
 from api.bell import Bell
-from api.blocks import Room
 from api.core import logs, traces
 from api.core.settings import get_settings
+from api.download_memory import DownloadMemory
 from api.envelope import Envelope
 from api.exposition import Requests, make_registry
 from api.offered import Table
@@ -64,7 +64,7 @@ def create_app() -> FastAPI:
     app.state.table = Table(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     app.state.streams = Streams()
     app.state.bell = Bell()
-    app.state.room = Room(get_settings().download_bytes)
+    app.state.download_memory = DownloadMemory(get_settings().download_bytes)
     registry = app.state.registry = make_registry({"storage": health.storage_works, "broker": health.broker_works})
     app.add_middleware(Envelope, settings=get_settings(), requests=Requests(registry))
     errors.install(app)

@@ -1,4 +1,4 @@
-"""From a claimed job to its first step: a process from scratch beside one that is split off a warm one.
+"""From a claimed job to its first step: a process from scratch beside one that is forked from a warm one.
 
     python benchmarks/first_step.py [--rounds 3]
 
@@ -121,7 +121,7 @@ def main() -> None:
             runs = [(measured(folder, None), measured(folder, warm)) for _ in range(rounds)]
         finally:
             warm.close()
-    print("| until | from scratch | split off | |\n|---|---:|---:|---:|")
+    print("| until | from scratch | forked | |\n|---|---:|---:|---:|")
     for stage in STAGES:
         cells = []
         for part in (0, 1):

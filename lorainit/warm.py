@@ -1,7 +1,7 @@
-"""`python -m lorainit.warm FD`: has loaded what every run loads, and splits a run off itself when an order comes.
+"""`python -m lorainit.warm FD`: has loaded what every run loads, and forks a run when an order comes.
 
-It knows nothing of any run: an order is read by the process that was split off for it. It starts no thread and looks at
-no GPU, since neither outlives a split (docs/decisions/0046). Its parent is `worker.warm`, and what they say to each
+It knows nothing of any run: an order is read by the process that was forked for it. It starts no thread and looks at
+no GPU, since neither survives a fork (docs/decisions/0046). Its parent is `worker.warm`, and what they say to each
 other on the socket FD is in `lorainit.orders`. Linux only.
 """
 
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     server = socket.socket(fileno=int(arguments[0]))
     _load()
     if threads() > 1:
-        print("What runs load has started a thread: no run can be split off.", file=sys.stderr)  # noqa: T201
+        print("What runs load has started a thread: no run can be forked.", file=sys.stderr)  # noqa: T201
         return 1
     gc.collect()
     gc.freeze()  # else the first collection of each run would copy all of this

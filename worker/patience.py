@@ -2,8 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextvars import copy_context
 from typing import TypeVar
 
 from obstore.exceptions import GenericError
@@ -18,6 +16,7 @@ from tenacity import (
     wait_exponential,
 )
 
+from api.core.apart import run_apart
 from api.core.logs import get_logger
 from worker.progress import Lost
 
@@ -62,23 +61,12 @@ def unless_lost(action: Callable[[], Result], *, until: threading.Event) -> Resu
     Raises:
         Lost: it was left alone.
     """
-    done, context = Future[Result](), copy_context()
 
-    def work() -> None:
-        try:
-            done.set_result(context.run(action))
-        except BaseException as error:
-            done.set_exception(error)
+    def look() -> None:
+        if until.is_set():
+            raise Lost
 
-    threading.Thread(target=work, name="action", daemon=True).start()
-    while True:
-        try:
-            return done.result(LOOK_SECONDS)
-        except TimeoutError:
-            if done.done():  # the action's own error, or it ended just now
-                return done.result()
-            if until.is_set():
-                raise Lost from None
+    return run_apart(action, name="action", every=LOOK_SECONDS, look=look)
 
 
 def _say(state: RetryCallState) -> None:

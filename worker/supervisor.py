@@ -23,11 +23,11 @@ from pydantic import ValidationError
 from api.core.logs import get_logger
 from lorainit.events import EVENT, Event
 from worker.memory import offer_to_the_oom_killer, oom_kills
-from worker.warm import Split, Warm
+from worker.warm import Forked, Warm
 
 PROGRAM = (sys.executable, "-m", "lorainit")
 POLL_SECONDS = 0.2
-Child = subprocess.Popen[bytes] | Split
+Child = subprocess.Popen[bytes] | Forked
 StopReason = Literal["", "drain", "lost"]
 
 
@@ -70,7 +70,7 @@ def run_child(
     `places`, last words included; `should_stop` several times a second. On "drain" the child is asked to
     leave and heard for `grace` more seconds: it has a checkpoint to tell. On "lost" it is killed at once.
     `gpus`: the only ones that the child sees, by their names in CUDA; None = as this process. It works in the folder
-    of the first place. `warm`: what it is split off, if that is ready; it is made ready for the next one. A
+    of the first place. `warm`: what it is forked from, if that is ready; it is made ready for the next one. A
     `program` that was given is always started.
     """
     kills = oom_kills()
@@ -83,7 +83,7 @@ def run_child(
         for_it = {**environment, "TMPDIR": str(folder)}
         child: Child | None = None
         if warm is not None:
-            child = warm.split(_arguments(places), folder=folder, environment=for_it, files=[writer, log.fileno()])
+            child = warm.fork(_arguments(places), folder=folder, environment=for_it, files=[writer, log.fileno()])
         child = child or subprocess.Popen(
             [*(program or PROGRAM), *_arguments(places), "--events-fd", str(writer)],
             env=for_it,

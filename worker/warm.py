@@ -1,4 +1,4 @@
-"""The process beside a slot that has torch loaded and no run, and splits one off itself for the next run.
+"""The process beside a slot that has torch loaded and no run, and forks one for the next run.
 
 A run starts in a tenth of a second that way. Where there is no such process yet, or where it does not answer, the run
 is started from scratch as ever. What happens inside is in `lorainit.warm`, why in docs/decisions/0046.
@@ -33,10 +33,10 @@ ANSWER_SECONDS = 2.0  # a run that is cancelled meanwhile waits, too
 LOOK_SECONDS = 0.5  # between two looks whether a run is still there
 
 
-class Split:
-    """A run that was split off, with what `subprocess.Popen` has of the same names; the context waits for its end.
+class Forked:
+    """A run that was forked, with what `subprocess.Popen` has of the same names; the context waits for its end.
 
-    `give_up` ends the process that it was split off, when that one is silent.
+    `give_up` ends the process that it was forked from, when that one is silent.
     """
 
     def __init__(self, pid: int, server: socket.socket, give_up: Callable[[], None]) -> None:
@@ -85,7 +85,7 @@ class Split:
         return int(json.loads(said)["returncode"])
 
     def _said(self, seconds: float) -> bytes | None:
-        """What the process says that the run was split off; None for nothing yet, b"" when it will say no more."""
+        """What the process says that the run was forked from; None for nothing yet, b"" when it will say no more."""
         self._server.settimeout(seconds)
         try:
             return self._server.recv(MAX_MESSAGE)
@@ -139,10 +139,10 @@ class Warm:
             )
         offer_to_the_oom_killer(self._process.pid)  # another is started for the next run
 
-    def split(
+    def fork(
         self, arguments: Sequence[str], *, folder: Path, environment: Mapping[str, str], files: Sequence[int]
-    ) -> Split | None:
-        """Split off `python -m lorainit` with these arguments; None where it is not ready.
+    ) -> Forked | None:
+        """Fork `python -m lorainit` with these arguments; None where it is not ready.
 
         Args:
             folder: where the run works.
@@ -156,10 +156,10 @@ class Warm:
         try:
             self._server.settimeout(ANSWER_SECONDS)
             socket.send_fds(self._server, [json.dumps(order).encode()], files)
-            return Split(json.loads(self._server.recv(MAX_MESSAGE))["pid"], self._server, self.close)
+            return Forked(json.loads(self._server.recv(MAX_MESSAGE))["pid"], self._server, self.close)
         except (OSError, ValueError, psutil.NoSuchProcess) as error:
-            log.warning("no run could be split off; it is started from scratch", error=repr(error))
-            self.close()  # what it may have split off dies with it
+            log.warning("no run could be forked; it is started from scratch", error=repr(error))
+            self.close()  # what it may have forked dies with it
             return None
 
     def is_ready(self) -> bool:
@@ -171,7 +171,7 @@ class Warm:
         return self._ready
 
     def close(self) -> None:
-        """End it, and whatever it split off."""
+        """End it, and whatever it forked."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -186,6 +186,6 @@ def _of(_pid: int) -> Warm:
 
 
 def of_this_slot() -> Warm | None:
-    """The one of this process; None where it is not wanted, or where a GPU could be looked at before the split."""
+    """The one of this process; None where it is not wanted, or where a GPU could be looked at before the fork."""
     wanted = get_settings().keep_warm and sys.platform == "linux" and not gpus.visible()
     return _of(os.getpid()) if wanted else None

@@ -5,11 +5,8 @@ Everything streams: a 10 GB adapter costs a few megabytes of memory. Nobody wait
 """
 
 import secrets
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
-from contextvars import copy_context
 from datetime import datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +17,7 @@ import obstore
 from obstore.exceptions import GenericError
 from obstore.store import LocalStore, S3Store
 
+from api.core.apart import run_apart
 from api.core.breaker import Breaker
 from api.core.settings import Settings, get_settings
 
@@ -140,23 +138,14 @@ class Answering:
     def _within(self, call: Callable[[], Result]) -> Result:
         if self._breaker.is_open:
             raise Silent
-        done, context, asked = Future[Result](), copy_context(), self._breaker.clock()
+        asked = self._breaker.clock()
 
-        def work() -> None:
-            try:
-                done.set_result(context.run(call))
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=work, name="storage", daemon=True).start()
-        while True:
-            with suppress(TimeoutError):
-                return done.result(TICK_SECONDS)
-            if done.done():  # it ended just now, or with a TimeoutError of its own
-                return done.result()
+        def look() -> None:
             if self._breaker.is_open:
                 raise Silent
             self._breaker.doubt(asked)
+
+        return run_apart(call, name="storage", every=TICK_SECONDS, look=look)
 
 
 def make_storage(url: str, settings: Settings) -> Storage:

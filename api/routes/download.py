@@ -12,11 +12,11 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api import blocks
-from api.blocks import Room
+from api import download_memory
 from api.core import files
 from api.core.models import File
 from api.core.storage import Storage
+from api.download_memory import DownloadMemory
 from api.errors import OutOfRange, respond
 from api.schemas.wire import ErrorBody
 from api.threads import in_storage_thread
@@ -47,16 +47,16 @@ class Download(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the first bytes, then answer."""
-        self._room: Room = scope["app"].state.room
-        self._first = await self._read(self._start, blocks.SMALL)
+        self._memory: DownloadMemory = scope["app"].state.download_memory
+        self._first = await self._read(self._start, download_memory.SMALL)
         await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
         """Send a block after the other."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        position, size = self._start, blocks.SMALL
+        position, size = self._start, download_memory.SMALL
         while position < self._end:
-            with self._room.block(size) as allowed:
+            with self._memory.block(size) as allowed:
                 position, size = await self._pass_on(position, allowed, send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -67,7 +67,7 @@ class Download(StreamingResponse):
         for offset in range(0, len(block), PIECE):
             # A copy: a piece that is still to leave must not keep the whole block.
             await send({"type": "http.response.body", "body": block[offset : offset + PIECE], "more_body": True})
-        return start + len(block), blocks.after(len(block), seconds=time.monotonic() - begun)
+        return start + len(block), download_memory.after(len(block), seconds=time.monotonic() - begun)
 
     async def _read(self, start: int, size: int) -> bytes:
         end = min(start + size, self._end)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from api.at_once import network
+from api.concurrency import network
 from api.core import db, keys, migrate
 from api.core.settings import BadSettings, get_settings
 from tests import servers
@@ -256,7 +256,7 @@ def test_one_key_does_not_take_all_places(strict: tuple[Server, Server]) -> None
     assert eventually(lambda: server.send("GET", JOBS)[0] == 200)
 
 
-def test_every_route_takes_one_place_and_gives_it_back(service: None, environment: pytest.MonkeyPatch) -> None:
+def test_every_route_takes_one_permit_and_gives_it_back(service: None, environment: pytest.MonkeyPatch) -> None:
     for name in ("REQUESTS", "ADDRESS", "KEY"):
         environment.setenv(f"LORAINIT_{name}_AT_ONCE", "1")
     get_settings.cache_clear()

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from sqlalchemy.orm import Session
 
-from api.blocks import LARGE, SMALL, Room, after
 from api.core import db, events, keys
+from api.download_memory import LARGE, SMALL, DownloadMemory, after
 from tests.api.conftest import JOBS
 from tests.api.test_connections import limited
 from tests.api.test_server import Server, eventually
@@ -169,17 +169,17 @@ def test_who_reads_nothing_of_long_answers_is_let_go(server: Server, job: str) -
 
 
 def test_what_blocks_hold_beyond_the_smallest_is_bounded_in_all() -> None:
-    room = Room(3 * MIB)
+    memory = DownloadMemory(3 * MIB)
     with ExitStack() as held:
-        sizes = [held.enter_context(room.block(2 * MIB)) for _ in range(5)]
+        sizes = [held.enter_context(memory.block(2 * MIB)) for _ in range(5)]
         assert sizes[0] == 2 * MIB and sizes[-1] == SMALL
         assert sum(size - SMALL for size in sizes) == 3 * MIB
-    assert room.left == 3 * MIB
+    assert memory.left == 3 * MIB
 
 
-def test_a_small_block_needs_no_room() -> None:
-    room = Room(0)
-    with room.block(SMALL - 1) as size, room.block(LARGE) as another:
+def test_a_small_block_needs_no_shared_memory() -> None:
+    memory = DownloadMemory(0)
+    with memory.block(SMALL - 1) as size, memory.block(LARGE) as another:
         assert (size, another) == (SMALL - 1, SMALL)
 
 

@@ -1,4 +1,4 @@
-"""Runs that are split off a process which is warm, with small scripts in the run's place, and once with real ones."""
+"""Runs that are forked from a process which is warm, with small scripts in the run's place, and once with real ones."""
 
 import json
 import signal
@@ -129,7 +129,7 @@ def test_a_run_shows_its_own_command_line(slot: Slot) -> None:
 
 
 def test_what_is_warm_never_knows_of_a_run(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the order nor what a run makes of it is in the memory that the next run is split off with."""
+    """Neither the order nor what a run makes of it is in the memory that the next run is forked with."""
     monkeypatch.setenv("MARK", "only-of-" + "this-run")
     slot.run("""
         import os, sys
@@ -156,7 +156,7 @@ def memory(pid: int) -> bytes:
     return found
 
 
-def test_a_lost_run_is_killed_with_what_it_started_and_the_next_one_is_split_off(slot: Slot) -> None:
+def test_a_lost_run_is_killed_with_what_it_started_and_the_next_one_is_forked(slot: Slot) -> None:
     before = pid_of(slot.warm)
     outcome = slot.run(
         """
@@ -195,7 +195,7 @@ def test_a_run_that_is_killed_is_seen_as_killed(slot: Slot, number: signal.Signa
     assert (outcome.returncode, outcome.stopped) == (-number, False)
 
 
-def test_a_run_dies_with_what_it_was_split_off_and_the_next_is_started_from_scratch(slot: Slot) -> None:
+def test_a_run_dies_with_what_it_was_forked_from_and_the_next_is_started_from_scratch(slot: Slot) -> None:
     before = pid_of(slot.warm)
     outcome = slot.run("import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(1000)")
     assert (outcome.returncode, outcome.stopped) == (-signal.SIGKILL, False)
@@ -223,12 +223,12 @@ def test_without_an_answer_a_run_is_started_from_scratch(slot: Slot, monkeypatch
     marker.write_text("import os, sys\nprint('from scratch', file=sys.stderr)")
     monkeypatch.setattr("worker.supervisor.PROGRAM", (sys.executable, str(marker)))
     silent.suspend()
-    assert "from scratch" in slot.run("say('split off')").stderr_tail
+    assert "from scratch" in slot.run("say('forked')").stderr_tail
     assert not silent.is_running()
 
 
 def test_a_run_on_several_devices_begins_before_torch_is_loaded(slot: Slot, tmp_path: Path) -> None:
-    outcome = slot.run("say('split off')", spec='{"devices": 2}')
+    outcome = slot.run("say('forked')", spec='{"devices": 2}')
     assert outcome.returncode == 2  # of the real program, which does not take this spec
     assert slot.said == []
 
@@ -258,7 +258,7 @@ run_child([Place(place / "spec.json", place / "out", place / "lease")], grace=0,
     assert psutil.wait_procs(processes, timeout=5)[1] == []
 
 
-def test_a_real_run_that_is_split_off_ends_with_the_bits_of_one_from_scratch(tmp_path: Path) -> None:
+def test_a_real_run_that_is_forked_ends_with_the_bits_of_one_from_scratch(tmp_path: Path) -> None:
     from tests.lorainit.conftest import make_tokenizer, tiny_llama  # which loads torch
 
     tiny_llama().save_pretrained(tmp_path / "base")
@@ -278,7 +278,7 @@ def test_a_real_run_that_is_split_off_ends_with_the_bits_of_one_from_scratch(tmp
     try:
         process = made_ready(warm)
         assert process.num_threads() == 1
-        for name, used in (("split", warm), ("scratch", None)):
+        for name, used in (("forked", warm), ("scratch", None)):
             place, events = tmp_path / name, list[Event]()
             place.mkdir()
             (place / "spec.json").write_text(json.dumps(spec))

@@ -1,6 +1,6 @@
 """How much of a file is read at once: little for who reads slowly or not at all, much for who reads fast.
 
-Each download may hold `SMALL` bytes. What it holds beyond is lent to it from a room that all downloads of a process
+Each download may hold `SMALL` bytes. What it holds beyond is lent to it from memory that all downloads of a process
 share, so that many who read nothing cost little each, and nothing more in all.
 """
 
@@ -14,7 +14,7 @@ LARGE = BLOCK
 QUICK_SECONDS = 1.0  # a block that was taken within this is followed by one of twice its size
 
 
-class Room:
+class DownloadMemory:
     """The bytes that downloads may hold beyond the smallest block of each; used in the event loop's own thread."""
 
     def __init__(self, size: int) -> None:
@@ -22,7 +22,7 @@ class Room:
 
     @contextmanager
     def block(self, wanted: int) -> Iterator[int]:
-        """The size of a block that may be held while the context is open: what is wanted, or what there is room for."""
+        """The size of a block that may be held while the context is open: what is wanted, or what is left for it."""
         lent = min(max(0, wanted - SMALL), self.left)
         self.left -= lent
         try:

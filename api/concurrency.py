@@ -19,7 +19,7 @@ HEALTH = frozenset({"/healthz", "/readyz"})
 WAIT_SECONDS = 1.0  # after which one who was refused may ask again
 
 
-class AtOnce:
+class Concurrency:
     """What is under way in this process."""
 
     def __init__(self, settings: Settings) -> None:
@@ -29,10 +29,10 @@ class AtOnce:
         self._addresses = Counter[str]()
         self._keys = Counter[str]()
 
-    def enter(self, scope: Scope) -> "Place | Refusal":
-        """A place for a request, to be left when it is answered; or why there is none."""
+    def acquire(self, scope: Scope) -> "Permit | Refusal":
+        """A permit for a request, to be released when it is answered; or why there is none."""
         if scope["path"] in HEALTH:
-            return Place(self, address=None)
+            return Permit(self, address=None)
         address, limit = network(scope.get("client")), self._settings.address_at_once
         with self._lock:
             if self._addresses[address] >= limit:
@@ -42,7 +42,7 @@ class AtOnce:
                                   code="overloaded")  # fmt: skip
             self._count += 1
             self._addresses[address] += 1
-        return Place(self, address=address)
+        return Permit(self, address=address)
 
     def count_key(self, key_id: str) -> None:
         """One request more with this key.
@@ -56,7 +56,7 @@ class AtOnce:
                 raise too_many(f"{limit} requests with this API key")
             self._keys[key_id] += 1
 
-    def leave(self, address: str | None, key_id: str | None) -> None:
+    def release(self, address: str | None, key_id: str | None) -> None:
         """One request less."""
         with self._lock:
             if address is not None:
@@ -67,10 +67,10 @@ class AtOnce:
 
 
 @dataclass
-class Place:
-    """That of one request."""
+class Permit:
+    """That one request is being answered."""
 
-    among: AtOnce
+    concurrency: Concurrency
     address: str | None  # None: it is not counted
     key_id: str | None = None
 
@@ -80,12 +80,12 @@ class Place:
         Raises:
             TooManyRequests: the key has as many requests under way as it may.
         """
-        self.among.count_key(key_id)
+        self.concurrency.count_key(key_id)
         self.key_id = key_id
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """It is answered, or its client has gone."""
-        self.among.leave(self.address, self.key_id)
+        self.concurrency.release(self.address, self.key_id)
 
 
 def too_many(what: str) -> TooManyRequests:
