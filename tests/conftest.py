@@ -79,7 +79,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: s
 def forget() -> None:
     """Drop every cached setting, engine, storage and queue of this process."""
     for made in (db.get_engine, db.get_reader, db.get_plain_engine):
-        if made.cache_info().currsize:
+        if made.is_made:
             made().dispose()
         made.cache_clear()
     for cached in (settings.get_settings, db.get_sessions, storage.get_storage, queue.get_celery, rates.get_limiter):

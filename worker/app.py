@@ -63,8 +63,9 @@ def _ready(**_: Any) -> None:
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _child(**_: Any) -> None:
     # A connection opened before the fork belongs to the parent, and so do the threads that watch for silence.
-    for engine in (get_engine(), get_reader()):
-        engine.dispose(close=False)
+    for engine in (get_engine, get_reader):
+        if engine.is_made:
+            engine().dispose(close=False)
     for made in (get_engine, get_reader, get_sessions, get_storage):
         made.cache_clear()
 

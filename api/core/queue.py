@@ -4,11 +4,11 @@ Losing or doubling a message does no harm: the row decides, and the reconciler r
 after the commit, never before.
 """
 
-from functools import cache
 from typing import Any
 
 from celery import Celery
 
+from api.core.once import once
 from api.core.settings import get_settings
 
 TASK = "lorainit.run_job"
@@ -19,7 +19,7 @@ class BrokerUnavailable(Exception):
     """The message could not be sent; the job stays unannounced and the reconciler will ring."""
 
 
-@cache
+@once
 def get_celery() -> Celery:
     """The Celery application of this process. Settings are read when it is first used, not here."""
     app = Celery("lorainit", set_as_current=False)

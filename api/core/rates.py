@@ -6,7 +6,6 @@ that does not answer limits nobody: losing the API would be worse than losing it
 
 import time
 from dataclasses import dataclass
-from functools import cache
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -14,6 +13,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from api.core.logs import get_logger
+from api.core.once import once
 from api.core.settings import get_settings
 
 MINUTE = 60.0
@@ -73,7 +73,7 @@ class Limiter:
         return Allowance(self._limit, int(left), reset / 1000, wait / 1000)
 
 
-@cache
+@once
 def get_limiter() -> Limiter | None:
     """This process's limiter; None when there is no limit, or no server to count in."""
     settings = get_settings()

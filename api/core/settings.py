@@ -6,13 +6,14 @@ is one that is not set. No setting has a default secret.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from api.core.once import once
 
 PREFIX = "LORAINIT_"
 
@@ -220,7 +221,7 @@ class Settings(BaseSettings):
         return (self.model_cache or self.state_dir / "models").resolve()
 
 
-@cache
+@once
 def get_settings() -> Settings:
     """The settings of this process, read once.
 

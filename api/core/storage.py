@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -19,6 +19,7 @@ from obstore.store import LocalStore, S3Store
 
 from api.core.apart import run_apart
 from api.core.breaker import Breaker
+from api.core.once import once
 from api.core.settings import Settings, get_settings
 
 Result = TypeVar("Result")
@@ -203,7 +204,7 @@ def unfinished(settings: Settings, before: datetime, *, prefix: str) -> Iterator
                 yield key, path
 
 
-@cache
+@once
 def get_storage() -> Storage:
     """This process's storage."""
     return make_storage(get_settings().storage(), get_settings())

@@ -8,8 +8,9 @@ takes the job goes on with it, days later too.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING
+
+from api.core.once import once
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -24,7 +25,7 @@ def configured() -> bool:
     return not off and any(os.environ.get(name) for name in _ENDPOINTS)
 
 
-@cache
+@once
 def provider() -> "TracerProvider | None":
     """This process's spans and where they go; None when nobody listens. A worker asks after its fork.
 

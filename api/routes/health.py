@@ -1,7 +1,6 @@
 """Is the process alive, and can it do its work? Outside /v1, without a key."""
 
 import asyncio
-from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from api.core import catalogue, migrate, queue, workers
 from api.core.db import session_scope
+from api.core.once import once
 from api.core.probes import Probe
 from api.core.settings import get_settings
 from api.core.storage import get_storage
@@ -69,17 +69,17 @@ def forget() -> None:
         probe.cache_clear()
 
 
-@cache
+@once
 def _database() -> Probe[dict[str, str | int]]:
     return Probe("database", _look_into_the_database, good_seconds=DATABASE_SECONDS)
 
 
-@cache
+@once
 def _storage() -> Probe[None]:
     return Probe("storage", lambda: get_storage().probe())
 
 
-@cache
+@once
 def _broker() -> Probe[None]:
     return Probe("broker", lambda: queue.probe())
 
