@@ -84,7 +84,7 @@ lint: setup
 check: lint test
 	@$(BIN)/python tests/deploy/audit.py --or-skip
 
-# Asks an advisory service on the network; fails when it cannot. docs/decisions/0021
+# Asks an advisory service on the network; fails when it cannot. docs/decisions/0020
 audit: setup
 	$(BIN)/python tests/deploy/audit.py
 
