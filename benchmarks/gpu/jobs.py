@@ -4,6 +4,7 @@ import gc
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,13 +19,15 @@ from lorainit.events import Checkpoint, Done, Event, Message, Metrics
 from lorainit.inits import INITS
 from lorainit.run import Request, run, run_together
 from lorainit.spec import RunSpec
-from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, write_rows
+from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, tiny_mistral, write_rows
 
 WORDS = ["the", "cat", "sat", "on", "two", "mats", "and", "it", "is", "four", "my", "friend", "so", "what"]
 MAKERS = {
     "llama": lambda: tiny_llama(64, 128),
     "gpt2": lambda: tiny_gpt2(64),
-    "narrow": lambda: tiny_llama(80, 48),  # heads of 20, which no fast kernel takes
+    "narrow": lambda: tiny_llama(80, 48),  # heads of 20, which no kernel takes as they are
+    **{f"heads-of-{size}": partial(tiny_llama, 64, 48, head_dim=size) for size in (80, 96, 208, 512)},
+    "windows": lambda: tiny_mistral(16),
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"name": "adamw"},
@@ -159,6 +162,9 @@ def options(day: Day) -> None:
         "gradient checkpointing": {"training": {"gradient_checkpointing": True}},
         "heads of 20": {"base": "narrow"},
         "heads of 20, fp32": {"base": "narrow", "precision": "fp32"},
+        "heads of 512": {"base": "heads-of-512"},
+        "heads of 512, fp32": {"base": "heads-of-512", "precision": "fp32"},
+        "windows, fp32": {"base": "windows", "precision": "fp32"},
         "validation rows": {"data": {"validation": str(jobs.rows)}},
         "not deterministic": {"deterministic": False},
         "compiled layers": {"training": {"compile": True}},

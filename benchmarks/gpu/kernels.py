@@ -15,7 +15,7 @@ from lorainit.model import attention as ours
 
 LENGTHS = (70, 5, 125, 300)
 HEADS = {"all heads alike": (4, 4), "grouped heads": (8, 2)}
-SIZES = (64, 96, 128, 20, 192, 256)
+SIZES = (64, 96, 128, 20, 80, 192, 208, 256, 512)
 WINDOWS = (None, 64)
 # Relative errors of outputs and gradients that are the format's own rounding.
 EXACT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

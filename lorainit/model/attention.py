@@ -2,8 +2,9 @@
 
 On a CPU: blocks of queries of all heads that share a key head in one product, so keys and values are
 never repeated; probabilities of long rows are formed again in the backward pass, so memory grows with
-the length and not with its square. On CUDA: torch's own variable-length flash attention, for bf16. Dropout of
-attention probabilities is never active here, since the base runs as it is evaluated.
+the length and not with its square. On CUDA: torch's own kernels for rows of any lengths, flash attention and,
+for float32 and wide heads, memory-efficient attention. Dropout of attention probabilities is never active here,
+since the base runs as it is evaluated.
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ BLOCK = 256  # queries of one product on a CPU
 # Keys up to which a block keeps its probabilities for the backward pass: forming them again costs another product,
 # softmax and two conversions.
 KEPT = 512
+CAUSAL = 1  # a token sees itself and those before: torch's number for `CausalFromTopLeft` (`sdp_utils_cpp.h`)
 
 
 class UnsupportedAttention(Exception):
@@ -71,22 +73,32 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
+# --- on CUDA --------------------------------------------------------------------------------------
+#
+# What the kernels take is checked in torch's aten/src/ATen/native/transformers/cuda. Flash (flash_api.cpp): half
+# precision; one width for queries, keys and values, a multiple of 8 up to 256, and for training on some GPUs not from
+# 193 to 224 (sdp_utils.cpp). Memory-efficient (attention.cu, attention_backward.cu): float32 too; widths of any size in
+# multiples of 16 bytes; as many key heads as heads. Both: rows' ends as int32 on the device; both repeat bit by bit
+# where deterministic algorithms are asked for. What they refuse beyond that, model.layout finds out by trying.
+
+HALVES = (torch.bfloat16, torch.float16)
+FLASH_WIDTH, FLASH_TRAINED = 256, 192
+
+
 def _on_cuda(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor | None, longest: int, scale: float, window: int | None
 ) -> Tensor:
+    if query.dtype not in (*HALVES, torch.float32):
+        raise UnsupportedAttention(f"no kernel keeps attention inside of packed rows in {query.dtype}")
     rows, _, length, _ = query.shape
     if ends is None:
         ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
-    if query.dtype == torch.float32:  # flash kernels know half precision only
-        return _row_by_row(query, key, value, ends, scale, window)
-    from torch.nn.attention.varlen import varlen_attn
-
-    # The kernels know one width, a multiple of eight, for queries, keys and values; zeros beyond it change no score.
     width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+    flash = query.dtype in HALVES and width <= FLASH_WIDTH
+    width = FLASH_WIDTH if flash and width > FLASH_TRAINED else width
+    # Zeros beyond a head's own width change no score.
     q, k, v = (_widened(t.transpose(1, 2).flatten(0, 1), width) for t in (query, key, value))
-    reach = (-1 if window is None else window - 1, 0)
-    found = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=reach, enable_gqa=True)
-    assert isinstance(found, Tensor)
+    found = (_flash if flash else _efficient)(q, k, v, ends, longest, scale, window)
     return found[..., : value.shape[-1]].reshape(rows, length, -1, value.shape[-1])
 
 
@@ -94,20 +106,45 @@ def _widened(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _row_by_row(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, window: int | None) -> Tensor:
-    rows, _, length, _ = query.shape
-    q, k, v = (t.transpose(0, 1).flatten(1, 2) for t in (query, key, value))
-    lengths = ends.diff().tolist()
-    parts = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
-    found = [_causal(q, k, v, scale, window) for q, k, v in parts]
-    return torch.cat(found, dim=1).transpose(0, 1).reshape(rows, length, len(query[0]), value.shape[-1])
+def _flash(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
+    """tokens×heads×width; so for `_efficient`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach = (-1 if window is None else window - 1, 0)
+    found = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=reach, enable_gqa=True)
+    assert isinstance(found, Tensor)
+    return found
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    length, seen = q.shape[1], None
-    if window is not None and window < length:
-        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=True)
+def _efficient(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
+    k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // k.shape[1], -1).flatten(1, 2) for t in (k, v))
+    found: Tensor = _Efficient.apply(q[None], k[None], v[None], ends, longest, scale, window)  # type: ignore[no-untyped-call]
+    return found[0]
+
+
+class _Efficient(torch.autograd.Function):
+    """One kernel for all rows, for 1×tokens×heads×width. torch's own backward pass of it forgets the window (2.13)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, window: int | None
+    ) -> Tensor:
+        found: tuple[Tensor, ...] = torch.ops.aten._efficient_attention_forward(
+            q, k, v, None, ends, ends, longest, longest, 0.0, CAUSAL, any(ctx.needs_input_grad),
+            scale=scale, window_size=window,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, ends, *found[:4])
+        ctx.longest, ctx.scale, ctx.window = longest, scale, window
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, ends, out, lse, seed, offset = ctx.saved_tensors
+        found = torch.ops.aten._efficient_attention_backward(
+            grads[0], q, k, v, None, out, ends, ends, ctx.longest, ctx.longest, lse, 0.0, seed, offset, CAUSAL, False,
+            scale=ctx.scale, window_size=ctx.window,
+        )  # fmt: skip
+        return *found[:3], None, None, None, None
 
 
 # --- on a CPU -----------------------------------------------------------------------------------

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lorainit.spec import RunSpec
 
@@ -46,8 +54,8 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_llama(hidden: int = 32, intermediate: int = 48) -> LlamaForCausalLM:
-    """Two layers, grouped-query attention, rectangular matrices throughout."""
+def tiny_llama(hidden: int = 32, intermediate: int = 48, **more: int) -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, rectangular matrices throughout; `more` of its configuration."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320,
@@ -61,8 +69,29 @@ def tiny_llama(hidden: int = 32, intermediate: int = 48) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **more,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_mistral(window: int) -> MistralForCausalLM:
+    """Two layers in which a token sees itself and those before, `window` in all."""
+    torch.manual_seed(2)
+    config = MistralConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        sliding_window=window,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return MistralForCausalLM(config).eval()
 
 
 def tiny_gpt2(hidden: int = 32) -> GPT2LMHeadModel:

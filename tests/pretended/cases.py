@@ -1,18 +1,22 @@
 """The cases: initializations, options, resumed runs and groups, as `make gpu-day` has them for a real GPU."""
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu.day import Day
 from benchmarks.gpu.jobs import OPTIMIZERS, Jobs, _grouped, _resumed, laid
-from lorainit.events import Event, Metrics
+from lorainit.events import Event, Message, Metrics
 from lorainit.inits import INITS
 from lorainit.run import run
-from tests.pretended import device
+from tests.pretended import device, rules
 from tests.pretended.device import NAME
 from tests.pretended.rules import Refused
 
@@ -35,10 +39,16 @@ def _refusals(_: Day) -> str:
         "a step on the host": optimizer.step,
         "fp32 for flash": lambda: varlen_attn(q, q, q, ends, ends, 4, 4),
         "heads of 20 for flash": lambda: varlen_attn(*3 * [q.bfloat16()], ends, ends, 4, 4),
+        "grouped heads for the other kernel": lambda: _rows_by_other_kernel(q[None], q[None, :, :1], ends),
+        "heads of 18 for it": lambda: _rows_by_other_kernel(*2 * [q[None, ..., :18]], ends),
         "a sum without an order": lambda: x.cumsum(0),
     }
     taken = [name for name, attempt in attempts.items() if not _is_refused(attempt)]
     return f"it takes {', '.join(taken)}" if taken else "all refused"
+
+
+def _rows_by_other_kernel(q: Tensor, k: Tensor, ends: Tensor) -> object:
+    return torch.ops.aten._efficient_attention_forward(q, k, k, None, ends, ends, 4, 4, 0.0, 1, True)
 
 
 def _is_refused(attempt: Callable[[], object]) -> bool:
@@ -63,7 +73,18 @@ def _goes_on(day: Day, **asked: Any) -> str:
     return _resumed(jobs, jobs.spec(**asked))
 
 
-def _step(day: Day) -> str:
+def _padded(day: Day) -> str:
+    """What a kernel refuses that no check here knows of is found out before training, and rows are padded."""
+    jobs = Jobs(day)
+    with mock.patch.object(rules, "_check_efficient", side_effect=Refused("no kernel found to launch!")):
+        done, heard = jobs.run(jobs.spec(precision="fp32"))
+    said = next(e for e in heard if isinstance(e, Message) and e.data["kind"] == "machine")
+    settings = json.loads((Path(done.adapter) / "manifest.json").read_text())["hardware"]["settings"]
+    told = "no kernel found to launch!" in said.message and settings["rows"] == "padded"
+    return f"rows {said.data['rows']}, {'ends checked' if told else '**untold**'}"
+
+
+def _step(day: Day, **asked: Any) -> str:
     """What one step of a run costs, between the metrics of the second and of the third: launches, and waits."""
     jobs, seen = Jobs(day), list[tuple[int, int]]()
 
@@ -71,13 +92,14 @@ def _step(day: Day) -> str:
         if isinstance(event, Metrics):
             seen.append((device.tally().launches, device.tally().waits))
 
-    run(jobs.spec(training={"batch_size": 4, "checkpoint_interval": 100}), day.folder / "out", note)
+    run(jobs.spec(training={"batch_size": 4, "checkpoint_interval": 100}, **asked), day.folder / "out", note)
     (launches, waits), (more_launches, more_waits) = seen[1:3]  # packed rows, all in one pass
     return f"{more_launches - launches} launches and {more_waits - waits} waits"
 
 
 CASES: dict[str, Case] = {
     "step": _step,
+    "step in fp32": partial(_step, base="windows", precision="fp32"),
     "refusals": _refusals,
     **{f"resume {name}": partial(_goes_on, training={"optimizer": asked}) for name, asked in OPTIMIZERS.items()},
     "resume DoRA": partial(_goes_on, lora={"use_dora": True}),
@@ -88,5 +110,13 @@ CASES: dict[str, Case] = {
     "gradient checkpointing": partial(_ends, training={"gradient_checkpointing": True}),
     "heads of 20": partial(_ends, base="narrow"),
     "heads of 20 in fp32": partial(_ends, base="narrow", precision="fp32"),
+    "heads of 80": partial(_ends, base="heads-of-80"),
+    "heads of 96": partial(_ends, base="heads-of-96"),
+    "heads of 208": partial(_ends, base="heads-of-208"),
+    "heads of 512": partial(_ends, base="heads-of-512"),
+    "heads of 512 in fp32": partial(_ends, base="heads-of-512", precision="fp32"),
+    "windows": partial(_ends, base="windows"),
+    "windows in fp32": partial(_ends, base="windows", precision="fp32"),
+    "no kernel for packed rows": _padded,
     "group": lambda day: _grouped(Jobs(day)),
 }

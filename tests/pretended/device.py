@@ -171,6 +171,8 @@ def _special(name: str) -> Callable[..., Any]:
     kinds = {
         "aten::copy_": _copied, "aten::_to_copy": _moved, "torch_attn::_varlen_attn": _attended,
         "torch_attn::_varlen_attn_backward": _attended_backward,
+        "aten::_efficient_attention_forward": _attended_efficiently,
+        "aten::_efficient_attention_backward": _attended_efficiently_backward,
     }  # fmt: skip
     return kinds.get(name, _plain)
 
@@ -225,6 +227,32 @@ def _attended_backward(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwa
     grad, q, k, v, ends = (named[name] for name in ("grad_out", "query", "key", "value", "cu_seq_q"))
     _tally.launches += 3
     return tuple(There(t) for t in flash.backward(grad, q, k, v, ends, **_shape(named, q)))
+
+
+def _attended_efficiently(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
+    named = _named(func, own_args, own_kwargs)
+    q, k, v, ends = (named[name] for name in ("query", "key", "value", "cu_seqlens_q"))
+    _tally.launches += 1
+    with torch.no_grad():
+        found = flash.forward(q[0], k[0], v[0], ends, **_band(named))
+    rest = torch.zeros(len(ends) - 1, q.shape[2], named["max_seqlen_q"]), *(torch.zeros((), dtype=torch.long),) * 2
+    return There(found[None]), *(There(t) for t in rest), named["max_seqlen_q"], named["max_seqlen_k"]
+
+
+def _attended_efficiently_backward(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
+    named = _named(func, own_args, own_kwargs)
+    grad, q, k, v = (named[name][0] for name in ("grad_out_", "query", "key", "value"))
+    _tally.launches += 2
+    found = flash.backward(grad, q, k, v, named["cu_seqlens_q"], **_band(named))
+    return *(There(t[None]) for t in found), None
+
+
+def _band(named: dict[str, Any]) -> dict[str, Any]:
+    """Its window counts a token itself; with mask 1 a token sees none behind it, without a mask a window is refused."""
+    if named["custom_mask_type"] != 1:
+        raise rules.Refused("only the causal mask of memory-efficient attention is pretended")
+    reach = named.get("window_size")
+    return {"scale": named["scale"], "window": [-1 if reach is None else reach - 1, 0]}
 
 
 def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Variable-length flash attention by explicit probabilities in float32, forward and backward."""
+"""Attention over rows of any lengths by explicit probabilities in float32, forward and backward."""
 
 from collections.abc import Iterator
 from itertools import pairwise

@@ -18,6 +18,7 @@ NOT_DETERMINISTIC = {
     "aten::_ctc_loss", "aten::_embedding_bag_dense_backward", "aten::_cdist_backward",
 }  # fmt: skip
 FLASH_DTYPES, FLASH_HEAD, FLASH_STEP = (torch.float16, torch.bfloat16), 256, 8
+EFFICIENT_BYTES = 16  # what its pointers and strides are multiples of, on GPUs since Ampere
 
 
 class Refused(RuntimeError):
@@ -41,6 +42,8 @@ def check(func: Any, there: Sequence[Tensor], here: Sequence[Tensor], args: Any)
         return
     if name == "torch_attn::_varlen_attn":
         _check_flash(*args[:5])
+    if name == "aten::_efficient_attention_forward":
+        _check_efficient(*args[:3], *args[4:8])
     indices = tree_leaves(args[1]) if name in INDEXING else []
     apart = [t for t in here if t.dim() and not any(t is index for index in indices)]
     if apart:
@@ -63,6 +66,28 @@ def _check_flash(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor
         raise Refused(f"flash attention takes head sizes of multiples of 8 up to 256, not {q.shape[-1]}")
     if any(t.stride(-1) != 1 for t in (q, k, v)):
         raise Refused("flash attention wants the last dimension in one piece")
-    for ends in (ends_q, ends_k):
+    _check_ends(ends_q, ends_k)
+
+
+def _check_efficient(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int
+) -> None:
+    if q.dtype not in (*FLASH_DTYPES, torch.float32):
+        raise Refused(f"memory-efficient attention does not know {q.dtype}")
+    if len(q) != 1 or q.shape[2] != k.shape[2] or q.shape[2] != v.shape[2]:
+        raise Refused("memory-efficient attention wants one batch, and as many key heads as heads")
+    if any(size * t.element_size() % EFFICIENT_BYTES for t in (q, k, v) for size in (*t.stride()[1:3], t.shape[3])):
+        raise Refused(
+            f"memory-efficient attention wants multiples of {EFFICIENT_BYTES} bytes, not {q.shape[3]} numbers"
+        )
+    if any(t.stride(-1) != 1 for t in (q, k, v)):
+        raise Refused("memory-efficient attention wants the last dimension in one piece")
+    if not (0 < longest_q <= q.shape[1] and 0 < longest_k <= k.shape[1]):
+        raise Refused("memory-efficient attention wants to know the longest row")
+    _check_ends(ends_q, ends_k)
+
+
+def _check_ends(*both: Tensor) -> None:
+    for ends in both:
         if ends.device.type == "cpu" or ends.dtype != torch.int32 or not ends.is_contiguous():
-            raise Refused("flash attention wants the rows' ends as contiguous int32 on the device")
+            raise Refused("attention over rows wants their ends as contiguous int32 on the device")
