@@ -22,6 +22,7 @@ from lorainit.model.finite import require_finite
 from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
+from lorainit.model.parts import load_part
 from lorainit.model.targets import describe
 from lorainit.model.vocabulary import require_rows
 from lorainit.quantize import require_library
@@ -104,8 +105,15 @@ class Base:
         with as_unsupported(f"The base model does not run with its layers in {self.quantization}"):
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
 
-    def fresh(self) -> nn.Module:
-        """Another copy of the base: on the device, or on the CPU if it is to be divided with `place`."""
+    def fresh(self, *, in_parts: bool = True) -> nn.Module:
+        """Another copy of the base: on the device; if it is to be divided with `place`, this process's part of it.
+
+        Args:
+            in_parts: False = one that is to be divided is on the CPU, and whole until then.
+        """
+        if self.sharded and in_parts:
+            part = {"rank": self.world.rank, "size": self.world.size}
+            return load_part(self.location.folder, dtype=self.dtype, device=self.device, **part)
         return self._copy(torch.device("cpu") if self.sharded else self.device)
 
     def _copy(self, device: torch.device) -> nn.Module:
@@ -127,7 +135,7 @@ class Base:
         return [cpu] if self.sharded or self.device == cpu else [self.device, cpu]
 
     def place(self, model: nn.Module, whole: Collection[nn.Parameter] = ()) -> None:
-        """Divide a model that lies on the CPU, if this base is divided."""
+        """Divide a model that `fresh` has made, if this base is divided."""
         if self.sharded:
             shard(model, self.device, world=self.world, whole=whole)
 
@@ -196,7 +204,9 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALO
     skeleton = examine(location.folder)
     tokenizer = load_tokenizer(location.folder)
     require_rows(tokenizer, skeleton)
-    digest = known_sha256(location.folder, store(spec, "bases", on_event))
+    # The leading process alone reads all of it for that.
+    digest = known_sha256(location.folder, store(spec, "bases", on_event)) if world.leads else ""
+    digest = world.told(digest, device)
     require_whole(location.folder, digest)
     require_inspected(spec.model, digest)
     sharded = decide(spec, location.folder, world=world, dtype=dtype, device=device)

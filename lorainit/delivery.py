@@ -109,7 +109,8 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
     if last:
         job.base.release()
     gc.collect()
-    base = job.base.fresh()
+    # PEFT measures the weights that a DoRA scales, and takes no parts for that.
+    base = job.base.fresh(in_parts=not job.lora.use_dora)
     result, served = check.check(
         base,
         folder,

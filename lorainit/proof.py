@@ -26,6 +26,7 @@ from lorainit.layer import LoRALinear, borrowed
 from lorainit.methods import Factors
 from lorainit.model.experts import short_name
 from lorainit.model.load import free
+from lorainit.model.parts import forget_pass
 from lorainit.prepare import Job
 from lorainit.spec import Lora
 from lorainit.store import key
@@ -159,6 +160,7 @@ def _effect(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> Effec
     except check.FAULTS as error:
         if is_out_of_memory(error):
             raise
+        forget_pass(job.base.model)
         name = _culprit(job, layers, on_event)
         raise UnsupportedModel(
             f"The base model does not run with adapted layers ({name}): {check.short(error)}. Leave them out of"
@@ -189,6 +191,7 @@ def _culprit(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> str:
             with borrowed(job.base.model, {name: layers[name]}):
                 logits_of(job.base.model, text, dtype=None, on_event=on_event)
         except check.FAULTS:
+            forget_pass(job.base.model)
             return name
     return next(iter(layers))
 

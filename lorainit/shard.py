@@ -1,23 +1,26 @@
 """A base that no device holds whole: torch's FSDP2 on each decoder layer.
 
-Every process keeps 1/n of each layer's weights, and gets a layer whole for as long as it is computed. What stands
-outside of the layers (embeddings, last norm, output head) stays whole on every device, and so do adapters.
+Every process keeps 1/n of each layer's weights, and gets a layer whole for as long as it is computed, while the next
+one is on its way: two layers at most are whole. What stands outside of the layers (embeddings, last norm, output head)
+stays whole on every device, and so do adapters.
 Each pass is everybody's: a process with nothing to do makes it along (`World.idle`).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lorainit.errors import TooFewDevices, UnsupportedModel
+from lorainit.errors import TooFewDevices
 from lorainit.model.load import skeleton
-from lorainit.recompute import layers_of
+from lorainit.model.parts import divisible_layers
 from lorainit.spec import RunSpec
 from lorainit.world import World
 
@@ -46,22 +49,25 @@ def decide(spec: RunSpec, folder: Path, *, world: World, dtype: torch.dtype, dev
 
 
 def shard(model: nn.Module, device: torch.device, *, world: World, whole: Collection[nn.Parameter] = ()) -> None:
-    """Divide `model`, which lies on the CPU, between the devices of all processes, layer by layer.
+    """Divide `model` between the devices of all processes, layer by layer.
 
     Args:
+        model: on the CPU, or read by this process in parts (`lorainit.model.parts`).
         whole: parameters within layers that every device gets whole.
 
     Raises:
         UnsupportedModel: the architecture does not name its layers, or some of them share a weight.
     """
-    layers = layers_of(model)
-    _refuse_indivisible(model, layers)
+    layers = divisible_layers(model)
     mesh = init_device_mesh(device.type, (world.size,))
-    for layer in layers:
-        kept = set(whole) & set(layer.parameters())
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
-    # The model around the layers is run in parts, so each of them is a root of its own: one set of streams for all.
-    share_comm_ctx([cast(FSDPModule, layer) for layer in layers])
+    with _parts_aside(layers):
+        for layer in layers:
+            kept = set(whole) & set(layer.parameters())
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+        _make_root(_around(model, layers), mesh)
+    # In this order they run; backward, FSDP asks for them in the reverse of the order in which they ran.
+    for one, following in pairwise(cast(list[FSDPModule], layers)):
+        one.set_modules_to_forward_prefetch([following])
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device)
@@ -70,18 +76,40 @@ def shard(model: nn.Module, device: torch.device, *, world: World, whole: Collec
             setattr(module, name, buffer.to(device))
 
 
-def _refuse_indivisible(model: nn.Module, layers: list[nn.Module]) -> None:
-    if not layers:
-        raise UnsupportedModel("This architecture does not name its layers, so it cannot be divided.", param=PARAM)
-    inside = [parameter for layer in layers for parameter in layer.parameters()]
-    outside = [p for name, p in model.named_parameters(remove_duplicate=False) if not _lies_in(model, name, layers)]
-    if len(set(inside)) < len(inside) or set(inside) & set(outside):
-        raise UnsupportedModel("Layers of this base share a weight, so it cannot be divided.", param=PARAM)
+@contextmanager
+def _parts_aside(layers: list[nn.Module]) -> Iterator[None]:
+    """FSDP divides what is whole: parts that were read as such give way to weights without numbers, and come back.
+
+    FSDP looks for its parameters again when it first runs.
+    """
+    modules = [module for layer in layers for module in layer.modules()]
+    tables = [(module._parameters, name, part) for module in modules for name, part in module._parameters.items()]
+    held = [(own, name, part) for own, name, part in tables if part is not None and isinstance(part, DTensor)]
+    for own, name, part in held:
+        hollow = torch.empty(part.shape, dtype=part.dtype, device="meta")
+        own[name] = nn.Parameter(hollow, requires_grad=False)
+    yield
+    for own, name, part in held:
+        own[name] = part
 
 
-def _lies_in(model: nn.Module, name: str, layers: list[nn.Module]) -> bool:
-    parts = name.split(".")
-    return any(model.get_submodule(".".join(parts[:n])) in layers for n in range(1, len(parts)))
+def _around(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+    """The smallest module that runs all layers."""
+    every = [module for module in model.modules() if set(layers) <= set(module.modules()) - {module}]
+    return next(module for module in reversed(every) if not isinstance(module, nn.ModuleList | nn.ModuleDict))
+
+
+def _make_root(around: nn.Module, mesh: DeviceMesh) -> None:
+    """One root for all layers: a layer that is one by itself waits for all that was computed before it is sent for."""
+    kind = type(around)
+    fully_shard(around, mesh=mesh, ignored_params=_unwrapped(around))
+    # transformers reads what a model can do in the file of its class, and FSDP has made a class of its own for it.
+    type(around).__module__ = kind.__module__
+
+
+def _unwrapped(around: nn.Module) -> set[nn.Parameter]:
+    """What stands beside the layers stays as it is: every device has it whole."""
+    return {parameter for parameter in around.parameters() if not isinstance(parameter, DTensor)}
 
 
 def local_bytes(model: nn.Module) -> int:

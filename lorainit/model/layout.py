@@ -17,6 +17,7 @@ from lorainit.batches import Batch, Regime, collate, pack
 from lorainit.data import Sample
 from lorainit.hardware import is_out_of_memory
 from lorainit.model import attention
+from lorainit.model.parts import forget_pass
 from lorainit.model.positions import chosen_tokens, regime_of
 from lorainit.model.probe import Lay, Seen, Windows, distances, in_float32, rows_of, see, short, windows_of
 
@@ -92,6 +93,7 @@ def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Lay
             except Exception as error:  # a kernel's, the architecture's: whatever it is, this is not the way
                 if is_out_of_memory(error):
                     raise
+                forget_pass(model)
                 why.append(_reason(error))
                 # Falcon's eager attention adds ALiBi twice: then what a base is loaded with is what everybody has.
                 if trial.attention == loaded != stock and judge.contradicts(loaded):
@@ -101,6 +103,7 @@ def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Lay
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        forget_pass(model)
         why.append(f"its stock attention could not be tried: {_reason(error)}")
     _switch(model, loaded)
     return Layout("one by one", "; padded: ".join(dict.fromkeys(why)), _alone)

@@ -180,11 +180,13 @@ def load_model(
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     quantization: Quantization | None = None,
+    kind: Any = AutoModelForCausalLM,
 ) -> nn.Module:
     """The base model in evaluation mode with every parameter frozen.
 
     Args:
         dtype: "auto" = as stored; the weights then stay mapped from the files until they are read.
+        kind: the class to make it of, if that is not left to its configuration.
         quantization: how its linear layers are held (`lorainit.model.four_bits`); None = in `dtype`.
 
     Raises:
@@ -199,7 +201,7 @@ def load_model(
     config = read_config(folder)
     require_language_model(config)
     with as_unsupported("The base model cannot be loaded"), quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -211,7 +213,9 @@ def load_model(
         )
     model, report = loaded
     require_nothing_left(report, stored_weights(folder))
-    model.to(device).requires_grad_(requires_grad=False).eval()
+    if kind is AutoModelForCausalLM:  # parts of a weight lie where they belong
+        model.to(device)
+    model.requires_grad_(requires_grad=False).eval()
     if quantization is not None:
         settle(model)
     model.config.use_cache = False
