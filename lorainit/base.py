@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit import hardware, machine
+from lorainit import hardware, machine, memory
 from lorainit.batches import Batch, Regime, any_length, collate, pack, pad_id
 from lorainit.data import Sample
 from lorainit.digest import known_sha256, require_inspected, require_whole
@@ -74,25 +74,32 @@ class Base:
     def load(self, on_event: OnEvent) -> nn.Module:
         """Load the weights, if nobody has, and choose the attention."""
         if self._model is None:
-            self._model = self.fresh()
-            require_finite(self._model)
-            if self.quantization:
-                self._require_to_run()
-                self._tell_what_is_kept(on_event)
-            experts.install(self._model)  # before the base is divided, which remembers where each weight stands
-            if self.sharded:
-                self.place(self._model)
-                text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
-                machine.note(machine.Choice("base", "sharded", self.sharded))
-                on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
-            self.layout = choose_layout(self._model)
-            is_plain(self._model)  # asked now, while nobody watches its layers
-            why = self.layout.why or "no padding to compute, and attention inside each row only"
-            machine.note(machine.Choice("rows", self.layout.rows, why))
-            verb = "go" if self.layout.rows == "one by one" else "are"
-            data = {"kind": "machine", "rows": self.layout.rows}
-            on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))
-        return self._model
+            try:
+                self._load(on_event)
+            except BaseException:
+                self._model = None  # the next run of a group learns the same, and not something else
+                raise
+        return self.model
+
+    def _load(self, on_event: OnEvent) -> None:
+        self._model = self.fresh()
+        require_finite(self._model)
+        if self.quantization:
+            self._require_to_run()
+            self._tell_what_is_kept(on_event)
+        experts.install(self._model)  # before the base is divided, which remembers where each weight stands
+        if self.sharded:
+            self.place(self._model)
+            text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
+            machine.note(machine.Choice("base", "sharded", self.sharded))
+            on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
+        self.layout = choose_layout(self._model)
+        is_plain(self._model)  # asked now, while nobody watches its layers
+        why = self.layout.why or "no padding to compute, and attention inside each row only"
+        machine.note(machine.Choice("rows", self.layout.rows, why))
+        verb = "go" if self.layout.rows == "one by one" else "are"
+        data = {"kind": "machine", "rows": self.layout.rows}
+        on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))
 
     def _tell_what_is_kept(self, on_event: OnEvent) -> None:
         if self.four_bits and self.four_bits.kept:
@@ -119,16 +126,22 @@ class Base:
     def _copy(self, device: torch.device) -> nn.Module:
         return load_model(self.location.folder, dtype=self.dtype, device=device, quantization=self.quantization)
 
-    def beside(self) -> Iterator[nn.Module]:
-        """Copies of the base while the first one lies there: on the device if it fits, then on the CPU if it does."""
-        held = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        largest = max(p.numel() for p in self.model.parameters())
+    def beside(self, *, tokens: int, factors: int) -> Iterator[nn.Module]:
+        """Copies of the base while the first one lies there: on the device if it fits, then on the CPU if it does.
+
+        Args:
+            tokens, factors: as for `memory.of_a_copy`.
+        """
+        wanted = memory.of_a_copy(self.model, tokens=tokens, factors=factors)
         for device in self._devices():
             # Four bits may be rounded otherwise on another device.
-            free = hardware.free_bytes(device) if device == self.device or not self.quantization else 0
-            # And a layer or the output head in float64.
-            if free is None or 1.2 * held + 16 * largest <= free:
+            if (device == self.device or not self.quantization) and _is_free(wanted, device):
                 yield self._copy(device)
+
+    def has_room_beside(self, *, tokens: int, factors: int) -> bool:
+        """Whether a `fresh` copy fits while this one lies there."""
+        device = torch.device("cpu") if self.sharded else self.device
+        return _is_free(memory.of_a_copy(self.model, tokens=tokens, factors=factors), device)
 
     def _devices(self) -> list[torch.device]:
         cpu = torch.device("cpu")
@@ -180,6 +193,11 @@ class Base:
         """Raise `GroupMismatch` where several adapters cannot share a forward pass."""
         if not self.packs:
             raise GroupMismatch("This base model cannot train on packed rows, which grouped runs need.", param="member")
+
+
+def _is_free(wanted: float, device: torch.device) -> bool:
+    free = hardware.free_bytes(device)
+    return free is None or wanted <= free
 
 
 def store(spec: RunSpec, kind: str, on_event: OnEvent) -> Store:

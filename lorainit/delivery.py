@@ -5,15 +5,19 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from lorainit import fidelity, hardware
 from lorainit.base import OnEvent
 from lorainit.errors import ExportCheckFailed
 from lorainit.events import Message, Stage, Warned
 from lorainit.export import check, model_card, peft_adapter
-from lorainit.export.effect import observe
+from lorainit.export import effect as effects
+from lorainit.export.effect import Effect
 from lorainit.hardware import is_out_of_memory
 from lorainit.initialize import Report
 from lorainit.inits import EVA
@@ -88,41 +92,69 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str, Any]:
-    """Load the written adapter with stock PEFT on a fresh base and compare it with the trained model.
+@dataclass(frozen=True)
+class Observed:
+    """What a trained adapter does, in the host's memory: all that its check needs of the model that was trained.
 
-    Args:
-        last: nobody trains on the base any more: it goes before the fresh one is loaded.
-
-    Raises:
-        ExportCheckFailed: they differ.
+    `losses`: of every trained token of `rows`; None where the base is divided, whose served forms are not measured.
     """
-    on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
+
+    effect: Effect
+    rows: fidelity.HeldOut
+    losses: Tensor | None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that goes through a base when it is checked."""
+        return max(len(ids) for ids in [*self.effect.texts, *(sample.ids for sample in self.rows.samples)])
+
+
+def observe(job: Job, on_event: OnEvent) -> Observed:
+    """Note what the trained adapter does to the base, which stays bare; the job lets go of both."""
     texts = check.prompts(job.data.samples)
-    effect = observe(job.base.model, job.layers, texts, divided=bool(job.base.sharded), on_event=on_event)
+    effect = effects.observe(job.base.model, job.layers, texts, divided=bool(job.base.sharded), on_event=on_event)
     rows, losses = fidelity.held_out(job.data, job.valid), None
     if not job.base.sharded:
         with borrowed(job.base.model, job.layers):
             losses = fidelity.token_losses(job.base.model, rows, on_event=on_event)
     job.targets.clear()
     job.layers.clear()
-    if last:
-        job.base.release()
+    return Observed(effect, rows, losses)
+
+
+def verify(job: Job, folder: Path, seen: Observed, on_event: OnEvent, *, beside: bool) -> dict[str, Any]:
+    """Load the written adapter with stock PEFT on a fresh base and compare it with the trained model.
+
+    Args:
+        beside: the base that it was trained on stays in memory; running out of it is the caller's to deal with.
+
+    Raises:
+        ExportCheckFailed: they differ.
+    """
+    on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
     gc.collect()
     # PEFT measures the weights that a DoRA scales, and takes no parts for that.
     base = job.base.fresh(in_parts=not job.lora.use_dora)
+    try:
+        return _compared(job, folder, seen, base, on_event, beside=beside)
+    finally:
+        free(base)
+
+
+def _compared(
+    job: Job, folder: Path, seen: Observed, base: nn.Module, on_event: OnEvent, *, beside: bool
+) -> dict[str, Any]:
+    rows, losses = seen.rows, seen.losses
     result, served = check.check(
         base,
         folder,
-        effect,
+        seen.effect,
         source_rank=job.lora.r,
         base_sha256=job.base.sha256,
         place=job.base.place,
         on_event=on_event,
     )
     _tell(result, on_event)
-    if losses is None or not result["passed"]:
-        free(base)
     check.require(result)
     if losses is None:
         result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=fidelity.DIVIDED, on_event=on_event)
@@ -140,7 +172,7 @@ def verify(job: Job, folder: Path, on_event: OnEvent, *, last: bool) -> dict[str
             on_event=on_event,
         )
     except check.FAULTS as error:  # a base that does not run in bf16, for one: the adapter has passed its check
-        if is_out_of_memory(error):
+        if beside and is_out_of_memory(error):
             raise
         reason = f"measuring it failed: {check.short(error)}"
         result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=reason, on_event=on_event)

@@ -5,14 +5,13 @@ until it fits, and last the layers are computed again in the backward pass. Neit
 effective batch, the order of rows or what is minimized; both are said in an event.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby, islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorainit import compiled
 from lorainit.batches import Batch, batches
@@ -21,7 +20,7 @@ from lorainit.data import Sample
 from lorainit.errors import OutOfMemory
 from lorainit.events import Message
 from lorainit.group import Stand
-from lorainit.hardware import is_out_of_memory
+from lorainit.hardware import is_out_of_memory, return_memory
 from lorainit.loss import tallies
 from lorainit.recompute import recompute
 from lorainit.resolve import total_steps
@@ -88,9 +87,7 @@ def _fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> b
         failed = True
     if failed:  # outside of the except clause, whose traceback holds what is to be freed
         _forget(stand, members)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return_memory()
     return world.anybody(failed, next(stand.model.parameters()).device)
 
 
@@ -100,13 +97,18 @@ def _try(stand: Stand, members: Sequence[Member], lay: Lay) -> None:
     for member in members:
         _drop(member, "tried")
     counts = [sum(int(s.trained[1:].sum()) for s in some) for some in rows]
-    # What the optimizer will hold beside the gradients from its first step on: two moments for each parameter.
-    trained = [p for member in members for layer in member.layers.values() for p in layer.trained().values()]
-    moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+    kept = [torch.empty_like(p) for member in members for p in _kept(member)]
     parts = tallies(stand.model, lay([sample for some in rows for sample in some]), counts)
     torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
-    del moments
+    del kept
     _forget(stand, members)
+
+
+def _kept(member: Member) -> list[Tensor]:
+    """Of what there will be another one beside a pass: Adam's two moments, and gradients of the pieces before it."""
+    trained: list[Tensor] = [p for layer in member.layers.values() for p in layer.trained().values()]
+    assert member.recipe.batch_size != "auto"
+    return trained * (3 if member.recipe.batch_size > member.micro_batch_size else 2)
 
 
 def _longest(member: Member) -> list[Sample]:

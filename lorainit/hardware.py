@@ -1,5 +1,6 @@
 """Where a run happens: device, number format, randomness, memory, and a description for the record."""
 
+import gc
 import hashlib
 import os
 import platform
@@ -135,6 +136,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY_LEFT)
+
+
+def return_memory() -> None:
+    """Give back what nobody holds any more: other processes, and copies of a base, ask the device for it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int | None:

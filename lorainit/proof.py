@@ -201,7 +201,7 @@ def _culprit(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> str:
 
 def _compared(job: Job, folder: Path, effect: Effect, on_event: OnEvent) -> dict[str, Any] | None:
     """What the check says on a copy of the base, or None where there is no room for one."""
-    copies = job.base.beside()
+    copies = job.base.beside(tokens=TOKENS, factors=job.plan.trainable_parameters)
     while True:
         with suppress(torch.OutOfMemoryError):  # it was measured, but others may use the device too
             base = next(copies, None)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from torch import nn
 
+from lorainit import company
 from lorainit.batches import Batch, batches
 from lorainit.checkpoint import Progress
 from lorainit.course import Course, Evaluate, Member
@@ -26,19 +27,20 @@ End = Progress | LorainitError
 
 def train(
     model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World
-) -> Generator[tuple[int, End], None, None]:
+) -> Generator[list[tuple[int, End]], None, None]:
     """Train the adapters of `members` in place, on a `model` that carries none of them.
 
-    Yields each member's index as it ends, with how far it came or the error it ended by. At a yield the
-    model is bare and the caller's. What `on_event` raises beside our own errors ends everything; a `Stopped`
-    does so too, once each member's steps so far are in a checkpoint.
+    Yields the members that have just ended, each as its index and how far it came or the error it ended by: whatever
+    goes wrong in its own work, as an evaluation or a checkpoint, ends that member. At a yield the model is bare and the
+    caller's. What `on_event` raises beside our own errors ends everything; a `Stopped`, also one that the caller throws
+    in, does so too, once each member's steps so far are in a checkpoint.
 
     Args:
         lay: rows to a batch on the model's device; with several members it must pack.
     """
     stand = Stand(model)
     courses = {i: Course(m, world) for i, m in enumerate(members)}
-    ended: list[tuple[int, End]] = []
+    ended = list[tuple[int, End]]()
 
     def attempt(who: int, work: Callable[[Evaluate], None]) -> None:
         course = courses[who]
@@ -46,27 +48,26 @@ def train(
             work(lambda samples: evaluate(stand, course, samples, lay=lay))
             if course.is_over:
                 ended.append((who, course.progress))
-        except Stopped:
-            raise
-        except LorainitError as error:
-            ended.append((who, error))
+        except Exception as error:
+            ended.append((who, company.end_of(error, alone=len(members) == 1)))
         if ended and ended[-1][0] == who:
             del courses[who]
 
     try:
-        for who, course in list(courses.items()):
-            attempt(who, course.begin)
+        for who in list(courses):  # no variable holds on to the optimizer of one that has ended
+            attempt(who, courses[who].begin)
         while courses or ended:
             stand.clear()
-            yield from ended
-            ended.clear()
+            if ended:
+                yield ended
+            ended = []
             while courses and not ended:
                 _forward_and_backward(stand, list(courses.values()), lay)
                 poisoned = [who for who, course in courses.items() if len(courses) > 1 and course.is_poisoned()]
                 for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
                     attempt(who, courses[who].give_up)
-                for who, course in list(courses.items()):
-                    attempt(who, course.repeat_step if poisoned else course.finish_step)
+                for who in list(courses):
+                    attempt(who, courses[who].repeat_step if poisoned else courses[who].finish_step)
     except Stopped:
         for course in courses.values():
             course.save()

@@ -149,7 +149,7 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
         layers=detach(model), data=data, valid=None, recipe=recipe, seed=7, micro_batch_size=4, out=out,
         checkpoint_recipe={}, write_adapter=lambda path: None, on_event=lambda event: None,
     )  # fmt: skip
-    ((_, end),) = train(model, [member], lay=lambda samples: collate(samples, pad=0), world=World())
+    ([(_, end)],) = train(model, [member], lay=lambda samples: collate(samples, pad=0), world=World())
     assert end.step == steps
     for name, layer in member.layers.items():
         attach(model, name, layer)

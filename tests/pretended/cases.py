@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu.day import Day
-from benchmarks.gpu.jobs import OPTIMIZERS, Jobs, _grouped, _resumed, laid
-from lorainit.events import Event, Message, Metrics
+from benchmarks.gpu.jobs import MAKERS, OPTIMIZERS, Jobs, _grouped, _resumed, adapter, apart, laid
+from lorainit.events import Done, Event, Message, Metrics, Stage
 from lorainit.inits import INITS
-from lorainit.run import run
+from lorainit.memory import of_a_copy
+from lorainit.run import Request, run, run_together
+from lorainit.spec import RunSpec
+from tests.lorainit.conftest import tiny_llama
 from tests.pretended import device, rules
 from tests.pretended.device import NAME
 from tests.pretended.rules import Refused
@@ -97,6 +100,38 @@ def _step(day: Day, **asked: Any) -> str:
     return f"{more_launches - launches} launches and {more_waits - waits} waits"
 
 
+def _short_of_memory(day: Day) -> str:
+    """Three runs, of which the first is done early, on a device with room for training and not for a second base."""
+    jobs, held = Jobs(day), list[int]()
+    MAKERS["broad"] = lambda: tiny_llama(512, 1024)
+    specs = [jobs.spec("broad", training={"max_steps": steps, "batch_size": 2}, seed=steps) for steps in (1, 2, 3)]
+
+    def note(event: Event) -> None:
+        if isinstance(event, Stage) and event.stage == "exporting":
+            held.append(device.memory.held)
+
+    whole = _run_together(day, "whole", specs, note)
+    device.memory.limit = held[0] + int(0.8 * of_a_copy(MAKERS["broad"]().bfloat16(), tokens=1, factors=0))
+    heard = list[Event]()
+    try:
+        short = _run_together(day, "short", specs, heard.append)
+    finally:
+        device.memory.limit = device.PLENTY
+    off = sum(isinstance(event, Message) and "put_off" in event.data for event in heard)
+    cut = sum(isinstance(event, Message) and event.data.get("kind") == "oom_retry" for event in heard)
+    said = [apart(adapter(one.adapter), adapter(two.adapter)) for one, two in zip(short, whole, strict=True)]
+    return "; ".join([*said, f"{off} put off, {cut} batches cut"])
+
+
+def _run_together(day: Day, name: str, specs: list[RunSpec], on_event: Callable[[Event], None]) -> list[Done]:
+    requests = [Request(spec, day.folder / f"{name}-{n}", on_event) for n, spec in enumerate(specs)]
+    ends = dict(run_together(requests))
+    failed = [end for end in ends.values() if not isinstance(end, Done)]
+    if failed:
+        raise failed[0]
+    return [end for _, end in sorted(ends.items()) if isinstance(end, Done)]
+
+
 CASES: dict[str, Case] = {
     "step": _step,
     "step in fp32": partial(_step, base="windows", precision="fp32"),
@@ -119,4 +154,5 @@ CASES: dict[str, Case] = {
     "windows in fp32": partial(_ends, base="windows", precision="fp32"),
     "no kernel for packed rows": _padded,
     "group": lambda day: _grouped(Jobs(day)),
+    "group without room for two bases": _short_of_memory,
 }

@@ -1,9 +1,11 @@
 """The device `pretend`: tensors that say they lie there and hold their numbers on the CPU, by torch's PrivateUse1.
 
-Every operation is checked by `rules` and done on the CPU. Counted: launches of kernels, and how often the host would
-have waited (`Tally`).
+Every operation is checked by `rules` and done on the CPU. Counted: launches of kernels, how often the host would have
+waited, bytes that cross between host and device (`Tally`), and the bytes that lie there (`Memory`), of which there may
+be a limit.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from tests.pretended import flash, rules
 
 NAME = "pretend"
 WAITING = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
+PLENTY = 2**34  # bytes
 _LIBRARY: list[Any] = []  # registrations live as long as this
 
 
@@ -29,8 +32,39 @@ class Tally:
 
     launches: int = 0
     waits: int = 0
+    crossed: int = 0  # bytes between host and device
 
 
+@dataclass
+class Memory:
+    """Bytes of the tensors that lie on the device, now and at most; what goes beyond `limit` is refused.
+
+    Storages are counted once however many views they have, and without a real allocator's rounding and holes.
+    """
+
+    held: int = 0
+    peak: int = 0
+    limit: int = PLENTY
+
+    def take(self, held: Tensor) -> None:
+        """A tensor comes to lie there."""
+        storage = held.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in _lying:
+            return
+        if self.held + size > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} B, {self.held} B are in use")
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        _lying[key] = weakref.ref(storage, lambda _: self._let_go(key, size))
+
+    def _let_go(self, key: int, size: int) -> None:
+        self.held -= size
+        del _lying[key]
+
+
+_lying: dict[int, Any] = {}
+memory = Memory()
 _tally = Tally()
 _generators: list[torch.Generator] = []
 
@@ -47,6 +81,7 @@ class There(Tensor):
             layout=held.layout, device=torch.device(NAME, 0),
         )  # fmt: skip
         made.held = held
+        memory.take(held)
         return made
 
     @classmethod
@@ -71,6 +106,7 @@ class There(Tensor):
 
     def tolist(self) -> Any:
         _tally.waits += 1
+        _tally.crossed += self.numel() * self.element_size()
         return self.held.tolist()
 
     def __deepcopy__(self, memo: Any) -> Tensor:
@@ -139,6 +175,7 @@ def _empty(size: Any, *, dtype: Any = None, **_: Any) -> Tensor:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    _tally.crossed += (isinstance(source, There) != isinstance(target, There)) * source.numel() * source.element_size()
     _held(target).copy_(_held(source))
     return target
 
@@ -196,6 +233,7 @@ def _plain(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) ->
 def _copied(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
     one_way = isinstance(args[0], There) != isinstance(args[1], There)
     _tally.waits += one_way
+    _tally.crossed += one_way * args[0].numel() * args[0].element_size()
     _tally.launches += not one_way
     func(*own_args, **own_kwargs)
     return args[0]
@@ -208,6 +246,7 @@ def _moved(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) ->
     _tally.waits += comes != stays
     _tally.launches += comes == stays
     found = func(*own_args, **{**own_kwargs, "device": torch.device("cpu")})
+    _tally.crossed += (comes != stays) * args[0].numel() * args[0].element_size()
     found = found.clone() if found.numel() and found.data_ptr() == own_args[0].data_ptr() else found
     return There(found) if stays else found
 

@@ -57,8 +57,9 @@ def _cuda() -> ModuleType:
     cuda.is_available = lambda: True
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.device_count = lambda: 0  # of generators that the engine saves: there are none
-    cuda.max_memory_allocated = cuda.memory_allocated = cuda.memory_reserved = lambda: 0
-    cuda.mem_get_info = lambda device: (2**34, 2**34)
+    cuda.max_memory_allocated = lambda: device.memory.peak
+    cuda.memory_allocated = cuda.memory_reserved = lambda: device.memory.held
+    cuda.mem_get_info = lambda _: (device.memory.limit - device.memory.held, device.memory.limit)
     cuda.get_device_name = lambda: "a pretended GPU"
     cuda.empty_cache = lambda: None
     cuda.generator = device.generator

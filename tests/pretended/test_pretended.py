@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WELL = ("ends checked", "the same bits", "factors differ by", "all refused", "launches and")
+WELL = ("ends checked", "the same bits", "factors differ by", "all refused", "launches and", "2 put off, 0 batches cut")
 
 
 def run(folder: Path, *names: str) -> list[dict[str, object]]:

@@ -215,6 +215,73 @@ def test_a_member_whose_result_cannot_be_stored_fails_alone(lab: Lab, monkeypatc
     assert lab.job(2).error["code"] == "internal_error"  # type: ignore[index]
 
 
+@pytest.mark.parametrize("stage", ["exporting", "verifying"])
+def test_one_that_fails_at_its_end_leaves_the_others_training(lab: Lab, stage: str) -> None:
+    lab.run(f"""
+        for i in range(3): shown(i, 1)
+        checkpoint(0, 1)
+        say(0, kind="stage", stage="{stage}", message="")
+        failed(0, "export_check_failed")
+        for i in (1, 2): step(i, 2); done(i)
+        sys.exit(1)
+    """)
+    assert lab.statuses() == ["failed", "succeeded", "succeeded"]
+    assert lab.job(1).error["code"] == "export_check_failed"  # type: ignore[index]
+    assert [lab.losses(seed) for seed in (2, 3)] == [[(1, 2), (2, 2)], [(1, 3), (2, 3)]]
+
+
+def test_one_that_cannot_be_stored_leaves_the_others_training(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = artifacts.store_result
+
+    def broken(job: Job, *rest: Any) -> None:
+        if job.seed == 1:
+            raise ValueError("a bug")
+        store(job, *rest)
+
+    monkeypatch.setattr(artifacts, "store_result", broken)
+    lab.run("""
+        for i in range(3): shown(i, 1)
+        done(0)
+        until(lambda: not held(0))
+        for i in (1, 2): step(i, 2); done(i)
+    """)
+    assert lab.statuses() == ["failed", "succeeded", "succeeded"]
+    assert [lab.losses(seed) for seed in (2, 3)] == [[(1, 2), (2, 2)], [(1, 3), (2, 3)]]
+
+
+def test_one_whose_end_ran_out_of_memory_is_tried_alone_from_its_last_step(lab: Lab) -> None:
+    lab.run("""
+        for i in range(3): shown(i, 1)
+        checkpoint(0, 10)
+        failed(0, "out_of_memory")
+        for i in (1, 2): step(i, 2); done(i)
+        sys.exit(1)
+    """)
+    assert lab.statuses() == ["queued", "succeeded", "succeeded"]
+    lab.run("""
+        assert (Path(json.loads(members[0].spec.read_text())["resume_from"]) / "state.json").is_file()
+        done(0)
+    """)
+    assert lab.statuses() == ["succeeded"] * 3
+
+
+def test_a_crash_while_one_waits_to_be_verified_loses_nothing_of_its_training(lab: Lab) -> None:
+    lab.run("""
+        for i in range(3): shown(i, 1)
+        checkpoint(0, 10)
+        say(0, kind="message", message="Put off", data={"kind": "export", "put_off": True})
+        step(1, 2)
+        time.sleep(0.5)
+        os.kill(os.getpid(), 9)
+    """)
+    assert lab.statuses() == ["queued"] * 3
+    lab.run("""
+        assert (Path(json.loads(members[0].spec.read_text())["resume_from"]) / "state.json").is_file()
+        done(0)
+    """)
+    assert lab.statuses() == ["succeeded", "queued", "queued"]
+
+
 # --- when something happens to all --------------------------------------------------------------
 
 

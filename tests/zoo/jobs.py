@@ -76,14 +76,14 @@ def whole_job(tried: Tried, source: Path, rows: Path, out: Path, events: list[Ev
 @contextmanager
 def _witness(tried: Tried) -> Iterator[None]:
     """Write down what the trained model, and the base in its place, says of the training rows."""
-    verify = delivery.verify
+    observe = delivery.observe
 
     def watched(job: Any, *args: Any, **named: Any) -> Any:
         tried.rows = [sample.ids.long() for sample in job.data.samples]
         tried.before = stock.logits(job.base.model, tried.rows)
         with borrowed(job.base.model, job.layers):
             tried.trained = stock.logits(job.base.model, tried.rows)
-        return verify(job, *args, **named)
+        return observe(job, *args, **named)
 
-    with mock.patch.object(delivery, "verify", watched):
+    with mock.patch.object(delivery, "observe", watched):
         yield

@@ -1,0 +1,119 @@
+"""Runs that share a process: what goes wrong for one of them is that one's end, and leaves the others alone.
+
+Knows nothing of training: it tells whose an error is, puts the machine's failures into our words, and lets go of what
+lay in memory when they happened.
+"""
+
+import errno
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lorainit import hardware
+from lorainit.errors import DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
+from lorainit.events import Event
+
+OnEvent = Callable[[Event], None]
+
+
+class Unheard(BaseException):
+    """Whoever listens to a run broke down: the cause ends everything, whatever it interrupts."""
+
+
+def listener(on_event: OnEvent) -> OnEvent:
+    """`on_event`, with what it raises beside our own errors told apart from what goes wrong in the run."""
+
+    def listen(event: Event) -> None:
+        try:
+            on_event(event)
+        except LorainitError:
+            raise
+        except Exception as error:
+            raise Unheard from error
+
+    return listen
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """What a `listener` raised inside is raised as itself."""
+    try:
+        yield
+    except Unheard as unheard:
+        cause = unheard.__cause__
+    else:
+        return
+    assert cause is not None
+    raise cause
+
+
+def end_of(error: Exception, *, alone: bool) -> LorainitError:
+    """How the one run ends in whose own work `error` was raised; what it held in memory is let go of.
+
+    Args:
+        alone: there is no other run to keep it from.
+
+    Raises:
+        Stopped: that is what it was, and it is meant for all.
+        Exception: the error itself, if it is none of ours and the run is alone.
+    """
+    if isinstance(error, Stopped):
+        raise error
+    if alone:
+        if isinstance(error, LorainitError):
+            return error
+        raise error
+    ours = our_error(error)
+    if ours is None:
+        traceback.print_exception(error)
+        ours = LorainitError("The run failed for a reason that is ours, not yours.")
+    forget(error)
+    return ours
+
+
+def forget(error: BaseException) -> None:
+    """Empty the frames that an error went through: their variables are tensors of the size of what did not fit."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
+    hardware.return_memory()
+
+
+# --- the machine's failures ----------------------------------------------------------------------
+
+
+@contextmanager
+def as_our_errors() -> Iterator[None]:
+    """Machine failures a caller can do something about, as errors with advice."""
+    try:
+        yield
+    except LorainitError:
+        raise
+    except Exception as error:
+        if ours := our_error(error):
+            raise ours from error
+        raise
+
+
+def our_error(error: Exception) -> LorainitError | None:
+    """An error in our words; None where it is nothing that a caller can do something about."""
+    if isinstance(error, LorainitError):
+        return error
+    if hardware.is_out_of_memory(error):
+        return OutOfMemory(
+            "The device ran out of memory. A smaller max_length or batch_size, a lower r, or fewer target modules"
+            " helps.",
+            param="training.max_length",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"No space left to write {error.filename or 'the results'}.")
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    if "No space left on device" in text:
+        return DiskFull("No space left to write the results.")
+    if "deterministic" in text and "use_deterministic_algorithms" in text:
+        return UnsupportedModel(
+            "This base model needs a kernel without a deterministic form: set deterministic to false.",
+            param="deterministic",
+        )
+    return None

@@ -1,0 +1,159 @@
+"""How a run ends: its adapter is written while the model that was trained is there, and verified on a fresh base.
+
+The second needs room for another base. Where others still train on the first one and the device has no room beside
+it, it waits until they are done and that base is gone (docs/decisions/0050). What goes wrong is the end of this run.
+"""
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorainit import company, delivery
+from lorainit.base import OnEvent
+from lorainit.checkpoint import Progress, Restored
+from lorainit.errors import LorainitError
+from lorainit.events import Done, Message, Stage
+from lorainit.hardware import is_out_of_memory
+from lorainit.initialize import Report
+from lorainit.prepare import Job
+from lorainit.spec import Hyperparameters
+from lorainit.verdict import judge, judge_effect
+from lorainit.world import World
+
+End = Done | LorainitError
+Steps = Generator[None, bool, Done]
+
+
+@dataclass
+class Run:
+    """One run, initialized. `retries`: how often memory ran out before it fitted. `alone`: it has no company."""
+
+    job: Job
+    report: Report
+    restored: Restored | None
+    out: Path
+    on_event: OnEvent
+    alone: bool
+    started: float
+    retries: int = 0
+
+    def let_go(self) -> None:
+        """Keep no part of the base in memory when others let go of it."""
+        self.job.targets.clear()
+        self.job.layers.clear()
+
+
+class Ending:
+    """What comes after a run's last step, in two halves: `observe`, which needs the trained model, and `conclude`.
+
+    Neither raises what goes wrong: that is the run's end. A `Stopped` is raised.
+    """
+
+    def __init__(self, run: Run, end: Progress | LorainitError, world: World) -> None:
+        self._run, self._observed = run, False
+        self._end: End | None = None
+        self._steps: Steps | None = None
+        if isinstance(end, LorainitError):
+            self._set(end)
+        else:
+            self._steps = _deliver(run, end) if world.leads else _accompany(run, end)
+
+    def observe(self) -> None:
+        """Write the adapter and note what it does to the model, once; nothing of the run holds on to the base then."""
+        if self._steps is not None and not self._observed:
+            self._observed = True
+            self._go_on(lambda steps: next(steps))
+
+    def conclude(self, *, beside: bool) -> End | None:
+        """Verify on a fresh base; None: it is put off, because there is no room for it.
+
+        Args:
+            beside: others train on the first base, which stays where it is.
+        """
+        if self._steps is not None:
+            self._go_on(lambda steps: steps.send(beside))
+        return self._end
+
+    def close(self) -> None:
+        """Nobody will conclude it: leave no half of an adapter behind."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def _go_on(self, further: Callable[[Any], None]) -> None:
+        try:
+            further(self._steps)
+        except StopIteration as over:
+            self._set(over.value)
+        except Exception as error:
+            self._set(company.end_of(error, alone=self._run.alone))
+
+    def _set(self, end: End) -> None:
+        self._end, self._steps = end, None
+        self._run.let_go()
+
+
+def _deliver(run: Run, progress: Progress) -> Steps:
+    """Export and check what has been trained; each yield asks whether the fresh base is to lie beside the first one."""
+    job, out, say = run.job, run.out, run.on_event
+    delivery.write_metrics(out)
+    say(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
+    with delivery.complete_or_absent(out / "adapter") as folder:
+        delivery.write_adapter(job, folder, run.report)
+        seen, check = delivery.observe(job, say), None
+        while check is None:
+            check = _verified(run, folder, seen, beside=(yield))
+        base = run.report.summary.get("base_valid_loss")
+        warnings = judge(out / "metrics.jsonl", **_rates(job.training), base=base) + judge_effect(check)
+        delivery.write_manifest(job, folder, run.report, export_check=check, warnings=warnings)
+    for found in warnings:
+        say(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))
+    done = Done(
+        adapter=str((out / "adapter").resolve()),
+        trained_tokens=progress.tokens,
+        warnings=warnings,
+        export_check=check,
+        resources=delivery.resources(job, run.report, out, seconds=time.monotonic() - run.started, retries=run.retries),
+    )
+    say(done)
+    return done
+
+
+def _verified(run: Run, folder: Path, seen: delivery.Observed, *, beside: bool) -> dict[str, Any] | None:
+    """What the check found; None where there is no room for it beside the base that others train on."""
+    if beside and not run.job.base.has_room_beside(tokens=seen.longest, factors=run.job.plan.trainable_parameters):
+        _say_put_off(run)
+        return None
+    try:
+        return delivery.verify(run.job, folder, seen, run.on_event, beside=beside)
+    except Exception as error:
+        if not (beside and is_out_of_memory(error)):  # it was measured, but others may use the device too
+            raise
+        company.forget(error)
+    _say_put_off(run)
+    return None
+
+
+def _say_put_off(run: Run) -> None:
+    text = (
+        "The training is finished and in a checkpoint. The adapter is verified when those that it is trained together"
+        " with are done: there is no room for a second copy of the base beside theirs"
+    )
+    run.on_event(Message(message=text, data={"kind": "export", "put_off": True}))
+
+
+def _rates(training: Hyperparameters) -> dict[str, float]:
+    """The peak rate of a resolved recipe, and the one that a multiplier of 1 stands for."""
+    assert training.learning_rate is not None and training.learning_rate_multiplier != "auto"
+    return {"rate": training.learning_rate, "usual": training.learning_rate / training.learning_rate_multiplier}
+
+
+def _accompany(run: Run, progress: Progress) -> Steps:
+    """The end of a process that trained along: the leading one writes the adapter, and needs our part to check it."""
+    job, folder = run.job, run.out / "adapter"
+    seen = delivery.observe(job, run.on_event) if job.base.sharded else None
+    beside = yield
+    if seen is not None:
+        delivery.verify(job, delivery.unproven(folder), seen, run.on_event, beside=beside)
+    return Done(adapter=str(folder), trained_tokens=progress.tokens, export_check={}, resources={})
