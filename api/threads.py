@@ -40,7 +40,7 @@ async def in_bell_thread(work: Callable[[str], None], job_id: str) -> None:
 
 
 async def in_search_thread(work: Callable[[], Result]) -> Result:
-    """Run what looks through all rows of a project: two at a time, so that polls find connections and a processor."""
+    """Run what may look through many rows: two at a time, so that polls find connections and a processor."""
     return await to_thread.run_sync(work, limiter=_limiter(_search, SEARCH_THREADS))
 
 

@@ -1,9 +1,11 @@
 """What the queue's statements cost a processor with few and with many jobs, on both databases.
 
-    python benchmarks/queue_costs.py [--queued 10 1000 100000] [--ended 1000000] [--projects 50] [--write PAGE]
+    python benchmarks/queue_costs.py [--queued 10 1000 100000] [--ended 1000000] [--projects 50] [--labelled 100000]
+                                     [--write PAGE]
 
 Real SQLite and PostgreSQL through the real migrations. `ended` jobs have ended, each with an event, a step's
-numbers and a result file; of the others `queued` wait in one queue, and every fifth project runs one. A cost is
+numbers and a result file; of the others `queued` wait in one queue, and every fifth project runs one. One more
+project has jobs with metadata: a pair that all of them share, and one that is each one's own. A cost is
 milliseconds of a processor for one call, this process and the database's together: the mean of many calls.
 """
 
@@ -18,19 +20,20 @@ from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, inspect, select, text
+from sqlalchemy import Connection, Engine, insert, inspect, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import admission, bells, db, due, gauges, jobs, metrics, migrate, places  # noqa: E402
-from api.core.models import Job, Project  # noqa: E402
+from api.core import admission, bells, db, due, gauges, jobs, labels, lookup, metrics, migrate, places  # noqa: E402
+from api.core.models import Job, JobLabel, Project  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job, a_worker  # noqa: E402
 
 ENOUGH_SECONDS, ENOUGH_CALLS = 0.5, 200
+SEARCHED = "proj_searched"
 
 # What is asked again and again, by whom there is a queue for.
 HOT: Mapping[str, Callable[[Session], object]] = {
@@ -43,10 +46,20 @@ HOT: Mapping[str, Callable[[Session], object]] = {
     "jobs whose files are checked": admission.waiting,
     "ended jobs without a result file": metrics.ended_without_csv,
     "the figures of /metrics": gauges.take,
+    "jobs with a pair that all have": lambda session: search(session, team="a"),
+    "jobs with a pair that one has": lambda session: search(session, run="7"),
+    "jobs with a pair that none has": lambda session: search(session, team="b"),
+    "jobs with both of two pairs": lambda session: search(session, team="a", run="7"),
+    "jobs without metadata": lambda session: lookup.page(session, SEARCHED, after=None, limit=20, unlabelled=True),
 }
 
 
-def furnish(engine: Engine, *, ended: int, projects: int) -> None:
+def search(session: Session, **pairs: str) -> object:
+    """A page of the jobs that have all these pairs."""
+    return lookup.page(session, SEARCHED, after=None, limit=20, metadata=pairs)
+
+
+def furnish(engine: Engine, *, ended: int, projects: int, labelled: int = 0) -> None:
     """A migrated database's projects, workers and jobs that have ended; some run and some wait for their files."""
     with sessionmaker(engine)() as session:
         _take_time(session.connection())
@@ -67,6 +80,8 @@ def furnish(engine: Engine, *, ended: int, projects: int) -> None:
         kept = 'job_id, step, lease_token, created_at, "values"'
         copied = "SELECT id, 1, 1, created_at, '{}' FROM jobs WHERE status = 'succeeded'"
         session.execute(text(f"INSERT INTO metrics ({kept}) {copied}"))
+        if labelled:
+            _label(session, done.id, labelled)
         session.commit()
     _analyze(engine)
 
@@ -83,8 +98,28 @@ def line_up(engine: Engine, *, start: int, end: int) -> None:
     _analyze(engine)
 
 
-def _copy(connection: Connection, job_id: str, prefix: str, start: int, end: int) -> None:
-    """Copies of a job, dealt out to all projects, each entering the queue after the one before it."""
+def _label(session: Session, job_id: str, jobs: int) -> None:
+    """A project of jobs with metadata, copies of one that has none."""
+    session.add(Project(id=SEARCHED, name=SEARCHED, created_at=db.now(session)))
+    session.flush()
+    build = "json_object" if session.get_bind().dialect.name == "sqlite" else "jsonb_build_object"
+    own = {"project_id": f"'{SEARCHED}'", "metadata": f"{build}('team', 'a', 'run', CAST(n AS text))"}
+    _copy(session.connection(), job_id, "l", 0, jobs, **own)
+    found = session.execute(select(Job.id, Job.created_at, Job.labels).where(Job.project_id == SEARCHED)).all()
+    rows = [
+        {"mark": labels.mark(SEARCHED, *pair), "created_at": at, "job_id": job_id}
+        for job_id, at, pairs in found
+        for pair in pairs.items()
+    ]
+    session.execute(insert(JobLabel), rows)
+
+
+def _copy(connection: Connection, job_id: str, prefix: str, start: int, end: int, **changes: str) -> None:
+    """Copies of a job, dealt out to all projects, each entering the queue after the one before it.
+
+    Args:
+        changes: SQL of what columns hold instead; `n` is a copy's number.
+    """
     numbers = "generate_series(:start + 1, :end) AS n"
     if connection.dialect.name == "sqlite":
         counted = "SELECT :start + 1 AS n WHERE :start < :end UNION ALL SELECT n + 1 FROM r WHERE n < :end"
@@ -93,6 +128,7 @@ def _copy(connection: Connection, job_id: str, prefix: str, start: int, end: int
         "id": f"'ftjob-{prefix}' || n",
         "project_id": "(SELECT id FROM dealt WHERE dealt.number = n % (SELECT count(*) FROM dealt))",
         "turn": "turn + n * 0.001",
+        **changes,
     }
     columns = [column.name for column in inspect(Job).local_table.columns]
     names, values = (", ".join(words) for words in (map(_quoted, columns), (own.get(c, _quoted(c)) for c in columns)))
@@ -168,7 +204,8 @@ def page(costs: Mapping[str, Mapping[str, Sequence[float]]], given: argparse.Nam
     """The section for the documentation: a table for each database, a column for each number of queued jobs."""
     sizes = " | ".join(f"{size:,} queued" for size in given.queued)
     text = (
-        f"{given.ended:,} jobs have ended; they and those that wait are of {given.projects} projects. Milliseconds.\n"
+        f"{given.ended:,} jobs have ended; they and those that wait are of {given.projects} projects."
+        f" {given.labelled:,} more, of one project, have metadata. Milliseconds.\n"
     )
     for kind, rows in costs.items():
         text += f"\n| {kind} | {sizes} |\n|---|{'---:|' * len(given.queued)}\n"
@@ -180,7 +217,7 @@ def measure(kind: str, given: argparse.Namespace) -> Mapping[str, Sequence[float
     """Milliseconds by what is asked, in the order of the sizes."""
     found: dict[str, list[float]] = {name: [] for name in HOT}
     with database(kind) as engine:
-        furnish(engine, ended=given.ended, projects=given.projects)
+        furnish(engine, ended=given.ended, projects=given.projects, labelled=given.labelled)
         for there, size in pairwise([0, *given.queued]):
             line_up(engine, start=there, end=size)
             for name, ask in HOT.items():
@@ -195,6 +232,7 @@ def main() -> None:
     parser.add_argument("--queued", nargs="+", type=int, default=[10, 1000, 100_000])
     parser.add_argument("--ended", type=int, default=1_000_000)
     parser.add_argument("--projects", type=int, default=50)
+    parser.add_argument("--labelled", type=int, default=100_000)
     parser.add_argument("--write", type=Path)
     given = parser.parse_args()
     text = page({kind: measure(kind.lower(), given) for kind in given.databases}, given)

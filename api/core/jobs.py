@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import events, groups, tallies, turns
+from api.core import events, groups, labels, tallies, turns
 from api.core.db import now
 from api.core.errors import WrongState
 from api.core.models import FINAL_STATUSES, Adapter, File, Job, has_status
@@ -31,9 +31,10 @@ LONGEST_WAIT_SECONDS = 300.0
 
 
 def create(session: Session, job: Job) -> Job:
-    """Insert a new job (status `validating_files`) with its first event."""
+    """Insert a new job (status `validating_files`) with its first event and what it is searched by."""
     session.add(job)
     session.flush()
+    labels.index(session, job)
     message = f"Created fine-tuning job: {job.id}"
     events.status_event(session, job.id, message, at=job.created_at, status="validating_files", previous=None)
     return job

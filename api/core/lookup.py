@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, bindparam, select, text
+from sqlalchemy import Select, and_, bindparam, select
 from sqlalchemy.orm import Session
 
-from api.core import db, keys, paging, pauses, places
+from api.core import db, keys, labels, paging, pauses, places
 from api.core.keys import Key
 from api.core.models import SHOWN, Adapter, ApiKey, File, Job, ShownJob
 from api.core.pauses import Prospect
@@ -75,26 +75,15 @@ def page(
 
     Args:
         metadata: every pair must match exactly.
-        unlabelled: only jobs without metadata.
+        unlabelled: only jobs without metadata; not together with pairs.
     """
-    query = select(*SHOWN).where(Job.project_id == project_id)
-    dialect = session.get_bind().dialect.name
-    for index, (key, value) in enumerate((metadata or {}).items()):
-        query = query.where(_has(dialect, index, key, value))
-    if unlabelled:
+    query, place = select(*SHOWN).where(Job.project_id == project_id), None
+    if metadata:
+        query, place = labels.search(session, project_id, metadata)
+    elif unlabelled:
         query = query.where(Job.labels.is_(None))
-    query = paging.beyond(session, query, Job, project_id=project_id, after=after)
+    query = paging.beyond(session, query, Job, project_id=project_id, after=after, place=place)
     return paging.cut(session.execute(query.limit(limit + 1)).all(), limit)
-
-
-def _has(dialect: str, index: int, key: str, value: str) -> ColumnElement[bool]:
-    # Any character may stand in a key, so it travels as a parameter and never inside a JSON path.
-    k, v = f"k{index}", f"v{index}"
-    if dialect == "postgresql":
-        clause = text(f"jobs.metadata ->> CAST(:{k} AS text) = CAST(:{v} AS text)")
-    else:
-        clause = text(f"EXISTS (SELECT 1 FROM json_each(jobs.metadata) m WHERE m.key = :{k} AND m.value = :{v})")  # noqa: S608
-    return clause.bindparams(**{k: key, v: value})  # type: ignore[return-value]
 
 
 def sights(session: Session, found: Sequence[ShownJob]) -> list[Sight]:

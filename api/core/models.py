@@ -14,6 +14,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     Row,
     String,
     Text,
@@ -138,6 +139,7 @@ class Job(Base):
         _partial("ix_jobs_running", "project_id", where="status = 'running'"),
         _partial("ix_jobs_unrung", "queue", "status", "rung_at", where="status = 'queued' AND rung_at IS NULL"),
         _partial("ix_jobs_csv_due", "csv_due", where="csv_due IS NOT NULL"),
+        _partial("ix_jobs_unlabelled", "project_id", "created_at", "id", where="metadata IS NULL"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -220,6 +222,17 @@ class Job(Base):
     def _calibration_file_id(cls) -> ColumnElement[str | None]:
         found: ColumnElement[str | None] = cls.recipe["lora"]["init"]["calibration_file"].as_string()
         return found
+
+
+class JobLabel(Base):
+    """That a job has a pair of metadata, whose mark it is (`api.core.labels`); a search reads these rows in order."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    mark: Mapped[bytes] = mapped_column(LargeBinary(16), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True, index=True)
 
 
 # What of a job's row a caller is shown, by the names of `Job`. As plain columns it costs a third of a `Job`.

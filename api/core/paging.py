@@ -38,20 +38,30 @@ def page(
 
 
 def beyond(
-    session: Session, query: Query, table: type[R], *, project_id: str, after: str | None, descending: bool = True
+    session: Session,
+    query: Query,
+    table: type[R],
+    *,
+    project_id: str,
+    after: str | None,
+    descending: bool = True,
+    place: Sequence[Any] | None = None,
 ) -> Query:
     """`query` in order, from behind the row `after` on.
+
+    Args:
+        place: the columns that say where a row of `query` stands; the time and the id of `table` without.
 
     Raises:
         InvalidValue: `after` is no row of this project.
     """
+    place = place or [table.created_at, table.id]
     if after is not None:
         cursor = session.get(table, after)
         if cursor is None or cursor.project_id != project_id:
             raise unknown_cursor(after)
-        query = query.where(_beyond(table, cursor, descending=descending))
-    columns: list[Any] = [table.created_at, table.id]
-    return query.order_by(*(column.desc() if descending else column.asc() for column in columns))
+        query = query.where(_beyond(place, cursor, descending=descending))
+    return query.order_by(*(column.desc() if descending else column.asc() for column in place))
 
 
 def cut(rows: Sequence[Found], limit: int) -> tuple[Sequence[Found], bool]:
@@ -64,7 +74,7 @@ def unknown_cursor(after: str) -> InvalidValue:
     return InvalidValue(f"after: {after!r} is no position in this list.", code="invalid_value", param="after")
 
 
-def _beyond(table: type[R], cursor: R, *, descending: bool) -> ColumnElement[bool]:
+def _beyond(place: Sequence[Any], cursor: R, *, descending: bool) -> ColumnElement[bool]:
     # Compared as pairs, which databases look up in an index; `a OR (b AND c)` is gone through from the start.
-    place, there = tuple_(table.created_at, table.id), (cursor.created_at, cursor.id)
-    return place < there if descending else place > there
+    here, there = tuple_(*place), (cursor.created_at, cursor.id)
+    return here < there if descending else here > there

@@ -13,7 +13,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from api.core import checkpoints, files
 from api.core.db import now
-from api.core.models import Adapter, Checkpoint, Event, File, Job, Metric, Project
+from api.core.models import Adapter, Checkpoint, Event, File, Job, JobLabel, Metric, Project
 
 # Whose objects may be orphans of ours: `files/<project>/...` and `jobs/<job>/...`.
 OWNERS: dict[str, type[Project] | type[Job]] = {"files": Project, "jobs": Job}
@@ -69,7 +69,7 @@ def remove_jobs(session: Session, *, days: float, limit: int = 10) -> list[str]:
     empty = _long_ended(session, days).where(~_checkpoint(Checkpoint.cleared_at))
     rows = session.scalars(empty.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
     gone = [job.id for job in rows]
-    for table in (Metric, Event, Checkpoint, Adapter):
+    for table in (Metric, Event, Checkpoint, Adapter, JobLabel):
         session.execute(delete(table).where(table.job_id.in_(gone)))
     session.execute(delete(Job).where(Job.id.in_(gone)))
     return gone

@@ -103,7 +103,8 @@ async def list_jobs(request: Request, caller: CallerDep, after: After = None, li
             )
             return as_json(listed([job_object(sight) for sight in lookup.sights(session, rows)], has_more=more))
 
-    return await (in_search_thread(find) if pairs or unlabelled else run_in_threadpool(find))
+    # Jobs with one pair are read from an index; those with several are looked for among all that have the rarest.
+    return await (in_search_thread(find) if len(pairs) > 1 else run_in_threadpool(find))
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}", response_model=JobObject)

@@ -40,6 +40,22 @@ def test_metadata_pairs_match_exactly_and_together(lab: Lab, made: dict[str, str
     assert listed(lab, made, pair("a.b[0]", "ä")) == {"odd"}
 
 
+def test_pages_of_a_search_follow_each_other(lab: Lab) -> None:
+    file = lab.upload()["id"]
+    both = [lab.order(file, metadata={"team": "a", "env": "dev", "run": str(n)})["id"] for n in range(5)]
+    lab.order(file, metadata={"team": "a"})
+    for asked in (pair("env", "dev"), f"{pair('team', 'a')}&{pair('env', 'dev')}"):
+        first = lab.client.get(f"{JOBS}?limit=3&{asked}").json()
+        second = lab.client.get(f"{JOBS}?limit=3&after={first['last_id']}&{asked}").json()
+        assert [job["id"] for job in first["data"] + second["data"]] == both[::-1]
+        assert (first["has_more"], second["has_more"]) == (True, False)
+
+
+def test_a_search_finds_nothing_of_other_projects(stranger: Lab, lab: Lab, made: dict[str, str]) -> None:
+    assert listed(lab, made, pair("team", "a b/c"))
+    assert stranger.client.get(f"{JOBS}?{pair('team', 'a b/c')}").json()["data"] == []
+
+
 def test_metadata_may_be_empty_null_or_not_asked_for(lab: Lab, made: dict[str, str]) -> None:
     assert listed(lab, made, pair("team", "")) == {"empty"}
     assert listed(lab, made, "metadata=null") == {"none"}

@@ -38,7 +38,7 @@ def test_a_cost_is_milliseconds_and_leaves_nothing_behind(filled: Engine, monkey
 
 
 def test_the_page_has_a_column_for_each_size_and_a_row_for_each_question() -> None:
-    given = argparse.Namespace(queued=[10, 1000], ended=5, projects=2)
+    given = argparse.Namespace(queued=[10, 1000], ended=5, projects=2, labelled=3)
     text = queue_costs.page({"SQLite": {"a claim": [1.0, 2.5]}}, given)
     assert "| SQLite | 10 queued | 1,000 queued |" in text
     assert "| a claim | 1.00 | 2.50 |" in text

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 from alembic import command
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import sessionmaker
 
-from api.core import db, migrate
-from api.core.models import Event, File, Job
+from api.core import db, lookup, migrate
+from api.core.models import Event, File, Job, JobLabel
+from benchmarks import queue_costs
 from tests import servers
 from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job
 
 FILE_RESULTS = "fine-tune-results"
 GROUPED_JOBS = "1c7e5b0a94d3"  # the newest revision before the queue's
+OPEN_OF_PROJECT = "6a1d84e0f7c3"  # the newest before jobs were found by their metadata
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -72,4 +74,24 @@ def test_files_that_an_earlier_release_deleted_lose_what_it_left(environment: py
         assert (gone.validation, gone.status_details, gone.cleared_at) == (None, None, None)
         assert session.get_one(File, kept).validation == CHECKED
         assert session.get_one(File, result).cleared_at == at
+    old.dispose()
+
+
+def test_jobs_of_the_release_before_are_found_by_their_metadata(environment: pytest.MonkeyPatch, old: Engine) -> None:
+    migrate.upgrade(old)
+    queue_costs.furnish(old, ended=1, projects=1, labelled=1100)  # more than a batch
+    rows = select(JobLabel.mark, JobLabel.created_at, JobLabel.job_id)
+    with sessionmaker(old)() as session:
+        project = a_project(session)
+        job, project_id = a_job(session, project, labels={"run": "7", "team": "ä"}).id, project.id
+        a_job(session, project)
+        before = set(session.execute(rows))
+        session.commit()
+    back(old, OPEN_OF_PROJECT)
+    migrate.upgrade(old)
+    with sessionmaker(old)() as session:
+        assert set(session.execute(rows)) == before
+        found, _ = lookup.page(session, project_id, after=None, limit=10, metadata={"team": "ä", "run": "7"})
+        assert [job.id for job in found] == [job]
+    assert migrate.drift(old) == []
     old.dispose()

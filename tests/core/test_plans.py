@@ -17,7 +17,7 @@ from api.core.settings import Settings
 from benchmarks import queue_costs
 from tests import servers
 
-LARGE = ("jobs", "events", "metrics")
+LARGE = ("jobs", "events", "metrics", "job_labels")
 SCAN = re.compile(rf"SCAN ({'|'.join(LARGE)})(_\d+)?( USING .*)?")
 
 
@@ -40,7 +40,7 @@ def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         url = servers.new_database(request.getfixturevalue("postgres_server"), "crowded")
     engine = db.make_engine(url)
     migrate.upgrade(engine)
-    queue_costs.furnish(engine, ended=18_000, projects=20)
+    queue_costs.furnish(engine, ended=18_000, projects=20, labelled=2000)
     queue_costs.line_up(engine, start=0, end=2000)
     yield engine
     engine.dispose()
@@ -71,6 +71,9 @@ ASKED: Mapping[str, Callable[[Session, Things], object]] = {
         session, it.queued.project_id, after=None, limit=20, search="x"
     ),
     "a page of jobs": lambda session, it: lookup.page(session, it.queued.project_id, after=None, limit=20),
+    "a further page of jobs with a pair": lambda session, it: lookup.page(
+        session, queue_costs.SEARCHED, after="ftjob-l9", limit=20, metadata={"team": "a"}
+    ),
     "a page of events": lambda session, it: events.page(session, it.lease.job_id, after=None, limit=20),
     "events after one": lambda session, it: events.since(session, it.ended.id, 0, limit=200),
     "what streams have not sent": lambda session, it: ticker.find_news(

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.core import checkpoints, jobs, metrics, pauses, retention
 from api.core.errors import NotFound
-from api.core.models import Adapter, Checkpoint, Event, File, Job, Metric
+from api.core.models import Adapter, Checkpoint, Event, File, Job, JobLabel, Metric
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
 
 PAST = datetime.now(UTC) - timedelta(days=40)
@@ -123,8 +123,8 @@ def test_objects_of_another_database_are_left_alone(session: Session) -> None:
 
 
 def an_ended_job(session: Session, *, at: datetime = PAST) -> Job:
-    """With a metric, a checkpoint and a result file."""
-    job, lease = a_running_job(session, a_project(session))
+    """With metadata, a metric, a checkpoint and a result file."""
+    job, lease = a_running_job(session, a_project(session), labels={"team": "a"})
     metrics.put(session, job.id, lease.token, [(1, {"train_loss": 2.0})], at=at)
     a_checkpoint(session, job, 1)
     end(session, job, at)
@@ -150,11 +150,11 @@ def forget(session: Session, *, days: float = 30) -> list[str]:
     return retention.remove_jobs(session, days=days)
 
 
-def test_a_job_long_ended_goes_with_its_events_metrics_and_checkpoints(session: Session) -> None:
+def test_a_job_long_ended_goes_with_its_events_metrics_checkpoints_and_labels(session: Session) -> None:
     job = an_ended_job(session)
     result = session.get_one(File, job.result_file_id)
     assert forget(session) == [job.id]
-    for table in (Event, Metric, Checkpoint):
+    for table in (Event, Metric, Checkpoint, JobLabel):
         assert session.scalar(select(func.count()).where(table.job_id == job.id)) == 0
     session.expire_all()
     assert session.get(Job, job.id) is None
