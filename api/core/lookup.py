@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.core import db, keys, labels, paging, pauses, places
 from api.core.keys import Key
-from api.core.models import SHOWN, Adapter, ApiKey, File, Job, ShownJob
+from api.core.models import SHOWN, Adapter, ApiKey, File, Job, ShownJob, ShownRow
 from api.core.pauses import Prospect
 from api.core.places import Place
 from api.core.transitions import unknown
@@ -51,15 +51,17 @@ def _key_and_job(*columns: Any) -> Select[Any]:
 KEY_AND_JOB, KEY_AND_JOB_ID = _key_and_job(*SHOWN), _key_and_job(Job.id)
 
 
-def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[Key | None, ShownJob | None]:
+def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[Key | None, tuple[Any, ...] | None]:
     """The key of this id, deleted or not, and the job of its project, by one statement; None for what there is not.
 
-    `what` is `KEY_AND_JOB` for all that a caller is shown of a job, `KEY_AND_JOB_ID` for its id alone.
+    `what` is `KEY_AND_JOB` for all that a caller is shown of a job, as a `ShownRow` has it, `KEY_AND_JOB_ID` for its
+    id alone.
     """
     row = db.find_alone(what, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
     if row is None:
         return keys.find(key_id), None
-    return Key._make(row[: len(keys.FACTS)]), None if row.id is None else row
+    key, job = row[: len(keys.FACTS)], row[len(keys.FACTS) :]
+    return Key._make(key), None if row.id is None else job
 
 
 def page(
@@ -83,7 +85,8 @@ def page(
     elif unlabelled:
         query = query.where(Job.labels.is_(None))
     query = paging.beyond(session, query, Job, project_id=project_id, after=after, place=place)
-    return paging.cut(session.execute(query.limit(limit + 1)).all(), limit)
+    rows, more = paging.cut(session.execute(query.limit(limit + 1)).all(), limit)
+    return [ShownRow._make(row) for row in rows], more
 
 
 def sights(session: Session, found: Sequence[ShownJob]) -> list[Sight]:

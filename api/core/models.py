@@ -3,6 +3,7 @@
 A job's row is the truth about it. Everything a tenant owns carries `project_id`.
 """
 
+from collections import namedtuple
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +16,6 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
-    Row,
     String,
     Text,
     UniqueConstraint,
@@ -247,8 +247,11 @@ _HIDDEN = {
     "traceparent",
     "csv_due",
 }
-SHOWN = [getattr(Job, name).label(name) for name, _ in Job.__mapper__.column_attrs.items() if name not in _HIDDEN]
-ShownJob = Job | Row[Any]
+_NAMES = [name for name, _ in Job.__mapper__.column_attrs.items() if name not in _HIDDEN]
+SHOWN = [getattr(Job, name).label(name) for name in _NAMES]
+# Such a row by names, which are looked at some sixty times for one answer: a tuple of ours costs a tenth of a `Row`.
+ShownRow: Any = namedtuple("ShownRow", _NAMES)  # noqa: PYI024
+ShownJob = Job | Any
 
 
 def has_status(job: "type[Job] | AliasedClass[Job]", status: str) -> ColumnElement[bool]:

@@ -14,7 +14,7 @@ from api.core import checkpoints, events, jobs, keys, lookup, pauses, results
 from api.core.db import session_scope
 from api.core.errors import InvalidValue
 from api.core.idempotency import once
-from api.core.models import ShownJob
+from api.core.models import ShownRow
 from api.core.submit import submit
 from api.core.transitions import unknown
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
@@ -46,7 +46,7 @@ EVENT_STREAM: dict[int | str, dict[str, Any]] = {
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
-def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, ShownJob]:
+def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, tuple[Any, ...]]:
     """Who asks, and what of the job of this id: one statement, for what clients ask again and again."""
     secret = access.secret_of(request)
     key, job = lookup.find_with_key(keys.id_in(secret), job_id, what)
@@ -56,12 +56,14 @@ def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Calle
     return caller, job
 
 
-def _asked(fine_tuning_job_id: str, request: Request) -> tuple[keys.Caller, ShownJob]:
-    """As `_found`, before anything else of the request is looked at: who has no key is told nothing but that."""
-    return _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
+def _asked(fine_tuning_job_id: str, request: Request) -> tuple[keys.Caller, str]:
+    """Who asks, and the id of a job of theirs, before anything else of the request is looked at: who has no key is
+    told nothing but that."""
+    caller, (job_id,) = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
+    return caller, job_id
 
 
-AskedDep = Annotated[tuple[keys.Caller, ShownJob], Depends(_asked)]
+AskedDep = Annotated[tuple[keys.Caller, str], Depends(_asked)]
 
 
 @router.post(JOBS, response_model=JobObject, responses=ONCE)
@@ -113,7 +115,7 @@ def retrieve(fine_tuning_job_id: str, request: Request) -> Response:
     # Clients repeat this until the job has ended: one thread, and for most jobs one statement (docs/decisions/0041).
     _, job = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB)
     with session_scope(read_only=True) as session:  # takes a connection for its first statement
-        return as_json(job_object(lookup.sight(session, job)))
+        return as_json(job_object(lookup.sight(session, ShownRow._make(job))))
 
 
 @router.post(JOBS + "/{fine_tuning_job_id}/cancel")
@@ -149,9 +151,9 @@ def resume(
 @router.get(JOBS + "/{fine_tuning_job_id}/events", response_model=Page[EventObject])
 def list_events(asked: AskedDep, after: After = None, limit: Limit1000 = None) -> Response:
     """The story of a job, newest first."""
-    _, job = asked
+    _, job_id = asked
     with session_scope(read_only=True) as session:
-        rows, more = events.page(session, job.id, after=after, limit=limit or 20)
+        rows, more = events.page(session, job_id, after=after, limit=limit or 20)
     return as_json(listed([event_object(row) for row in rows], has_more=more))
 
 
@@ -165,10 +167,10 @@ def stream_events(
     ] = None,
 ) -> StreamingResponse:
     """The story of a job as it happens, oldest first, as server-sent events; ends with the job."""
-    caller, job = asked
+    caller, job_id = asked
     with session_scope(read_only=True) as session:  # takes a connection where an event is named
-        seen = events.number(session, job.id, last_event_id or after)
-    return EventStream(request.app.state.streams, caller, job.id, after=seen)
+        seen = events.number(session, job_id, last_event_id or after)
+    return EventStream(request.app.state.streams, caller, job_id, after=seen)
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/checkpoints")

@@ -1,9 +1,10 @@
 """The job object. Every field is always there; what has no value yet is null."""
 
-import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+import orjson
 from pydantic import Field
 
 from api.core import catalogue, turns
@@ -125,7 +126,8 @@ class JobObject(Element):
 
 def job_object(sight: Sight) -> JobObject:
     """A row and what belongs to it, as the caller sees it."""
-    job, prospect, training = sight.job, sight.prospect, finite(_training(sight.job))
+    job, prospect, decided = sight.job, sight.prospect, _decided_by_the_run(sight.job)
+    training, choices = _training(job, decided), [*job.choices, *decided]
     progress = Progress.model_validate(finite(job.progress)) if job.progress else None
     return JobObject(
         id=job.id,
@@ -140,7 +142,7 @@ def job_object(sight: Sight) -> JobObject:
         result_files=[job.result_file_id] if job.result_file_id else [],
         trained_tokens=job.trained_tokens,
         hyperparameters=training,
-        method={"type": "supervised", "supervised": {"hyperparameters": training, "auto": _choices(job, "method.")}},
+        method={"type": "supervised", "supervised": {"hyperparameters": training, "auto": _of(choices, "method.")}},
         seed=job.seed,
         error=JobError.model_validate(job.error) if job.error else None,
         estimated_finish=_finish(job, progress),
@@ -158,7 +160,7 @@ def job_object(sight: Sight) -> JobObject:
         estimated_start=None,
         resume=Resume(possible=prospect.possible, from_step=prospect.from_step, reason=prospect.reason),
         progress=progress,
-        lora=_lora(job),
+        lora=_lora(job, choices),
         init_report=finite(job.init_report),
         export_check=finite(job.export_check),
         resources=_resources(job),
@@ -172,8 +174,8 @@ def _resources(job: ShownJob) -> dict[str, Any]:
     return {**asked, "trained_with": job.trained_with, **(finite(job.resources) or {})}
 
 
-def _choices(job: ShownJob, prefix: str) -> list[Any]:
-    return [choice for choice in [*job.choices, *_decided_by_the_run(job)] if choice["param"].startswith(prefix)]
+def _of(choices: Sequence[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+    return [choice for choice in choices if choice["param"].startswith(prefix)]
 
 
 def _decided_by_the_run(job: ShownJob) -> list[dict[str, Any]]:
@@ -181,14 +183,15 @@ def _decided_by_the_run(job: ShownJob) -> list[dict[str, Any]]:
     return [chosen(choice) for choice in (job.plan or {}).get("choices", [])]
 
 
-def _training(job: ShownJob) -> dict[str, Any]:
-    decided = {choice["param"].rpartition(".")[2]: choice["value"] for choice in _decided_by_the_run(job)}
-    return {**job.recipe["training"], **decided}
+def _training(job: ShownJob, decided: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was ordered, where every number is finite, and what a run made of it."""
+    found = {choice["param"].rpartition(".")[2]: finite(choice["value"]) for choice in decided}
+    return {**job.recipe["training"], **found}
 
 
-def _lora(job: ShownJob) -> dict[str, Any]:
+def _lora(job: ShownJob, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The resolved adapter: what was asked for, what it comes to, and what we chose."""
-    lora, entry = _read(json.dumps(job.recipe["lora"])), catalogue.find(job.model)
+    lora, entry = _read(orjson.dumps(job.recipe["lora"])), catalogue.find(job.model)
     modules, parameters = catalogue.size(lora, entry) if entry else (None, None)
     plan, report = job.plan or {}, job.init_report or {}
     init = {**job.recipe["lora"]["init"]}
@@ -205,12 +208,12 @@ def _lora(job: ShownJob) -> dict[str, Any]:
         # Until the ranks have been spread they count as r each.
         "trainable_parameters_estimated": lora.method.export_rank == "per module"
         and "trainable_parameters" not in report,
-        "auto": _choices(job, "lora."),
+        "auto": _of(choices, "lora."),
     }
 
 
 @lru_cache(maxsize=256)
-def _read(lora: str) -> Lora:
+def _read(lora: bytes) -> Lora:
     """A stored adapter. Jobs of a list often have the same one, and a job that is looked at again has."""
     return Lora.model_validate_json(lora)
 
