@@ -48,21 +48,23 @@ def let_in(request: Request, key: Key | None, secret: str) -> Caller:
 
 
 def _known(request: Request, key: Key | None, secret: str) -> Caller:
-    with session_scope(read_only=True) as session:  # takes a connection for its first statement, which few keys need
-        caller = None if key is None else keys.caller_of(session, key, secret)
-        if caller is None:
-            raise Unauthenticated(
-                f"Incorrect API key provided: {_hint(secret)}. It is unknown, expired or deleted.",
-                code="invalid_api_key",
-            )
-        # A project id this server does not know is somebody's hosted one, left in the environment.
-        meant = request.headers.get("openai-project", "")
-        foreign = meant not in ("", caller.project_id) and "\x00" not in meant
-        if foreign and session.get(Project, meant) is not None:
-            raise Unauthenticated(
-                f"OpenAI-Project {meant!r} is not the project of this API key.", code="mismatched_project"
-            )
+    caller = None if key is None else keys.caller_of(key, secret)
+    if caller is None:
+        raise Unauthenticated(
+            f"Incorrect API key provided: {_hint(secret)}. It is unknown, expired or deleted.", code="invalid_api_key"
+        )
+    # A project id this server does not know is somebody's hosted one, left in the environment.
+    meant = request.headers.get("openai-project", "")
+    if meant not in ("", caller.project_id) and _is_project(meant):
+        raise Unauthenticated(
+            f"OpenAI-Project {meant!r} is not the project of this API key.", code="mismatched_project"
+        )
     return caller
+
+
+def _is_project(name: str) -> bool:
+    with session_scope(read_only=True) as session:
+        return "\x00" not in name and session.get(Project, name) is not None
 
 
 def _hint(secret: str) -> str:

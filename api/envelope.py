@@ -41,13 +41,14 @@ class Envelope:
         self.settings = settings
         self.concurrency = Concurrency(settings)
         self.requests = requests
+        self.log = logs.get_logger(__name__)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self.settings, self.requests)
+        exchange = _Exchange(scope, receive, send, self)
         tokens = structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
         permit = self.concurrency.acquire(scope)
         try:
@@ -61,9 +62,10 @@ class Envelope:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings, requests: Requests) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, envelope: Envelope) -> None:
+        settings = envelope.settings
         self.scope, self._receive, self._send = scope, receive, send
-        self._requests = requests
+        self._requests, self._logger = envelope.requests, envelope.log
         self.request_id = new_id("req_")
         self.organization = settings.organization
         self.started = time.perf_counter()
@@ -84,8 +86,8 @@ class _Exchange:
                 await app(self.scope, self.receive, self.send)
         except ClientDisconnect:
             self.status = self.status or 499
-        except Exception as error:
-            logs.get_logger(__name__).error("unhandled", exc_info=error)
+        except Exception:
+            self._logger.exception("unhandled")
             if self.status is not None:
                 raise
             await self._internal_error()(self.scope, self._receive, self.send)
@@ -133,7 +135,7 @@ class _Exchange:
         route = self.scope.get("route")
         seconds = time.perf_counter() - self.started
         self._requests.observe(self.scope["method"], getattr(route, "path", None), self.status, seconds)
-        logs.get_logger(__name__).info(
+        self._logger.info(
             "request",
             method=self.scope["method"],
             route=getattr(route, "path", None),

@@ -4,18 +4,18 @@ import secrets
 import string
 import time
 
-_ALPHABET = string.ascii_letters + string.digits
+_ALPHABET = (string.ascii_letters + string.digits).encode()
+# Of 256 bytes the last eight are passed over, so that every letter is as likely as another.
+_LETTERS, _PASSED_OVER = bytes(_ALPHABET[byte % 62] for byte in range(256)), bytes(range(248, 256))
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
 def new_id(prefix: str, length: int = 24) -> str:
     """`prefix` followed by `length` random alphanumerics (24 give 142 bits)."""
-    number = secrets.randbits(6 * length + 64)  # 64 bits more than are needed make every letter as likely as another
-    letters = []
-    for _ in range(length):
-        number, place = divmod(number, len(_ALPHABET))
-        letters.append(_ALPHABET[place])
-    return prefix + "".join(letters)
+    letters = b""
+    while len(letters) < length:
+        letters += secrets.token_bytes(length + 16).translate(_LETTERS, _PASSED_OVER)
+    return prefix + letters[:length].decode()
 
 
 def new_event_id() -> str:

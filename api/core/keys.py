@@ -94,16 +94,21 @@ def find(key_id: str | None) -> Key | None:
     return None if row is None else Key._make(row)
 
 
-def caller_of(session: Session, key: Key, secret: str) -> Caller | None:
+def caller_of(key: Key, secret: str) -> Caller | None:
     """Whoever holds the secret of this key, unless it is deleted or expired. Digests are compared in constant time.
 
     Asks the database for the time, if that matters.
     """
     if not hmac.compare_digest(key.secret_sha256, _digest(secret)) or key.deleted_at is not None:
         return None
-    if key.expires_at is not None and key.expires_at <= now(session):
+    if key.expires_at is not None and key.expires_at <= _now():
         return None
     return Caller(key_id=key.id, project_id=key.project_id, role=key.role)
+
+
+def _now() -> datetime:
+    with db.session_scope(read_only=True) as session:
+        return now(session)
 
 
 def usable(session: Session, key_ids: Collection[str]) -> set[str]:

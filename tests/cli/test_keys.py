@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from api.core import db, keys, settings
+from api.core import keys, settings
 from tests.cli.conftest import environment, lorainit
 from tests.conftest import forget
 
@@ -22,9 +22,8 @@ def caller_of(secret: str, state: Path, patch: pytest.MonkeyPatch) -> keys.Calle
     forget()
     assert settings.get_settings().state_dir == state
     try:
-        with db.session_scope(read_only=True) as session:
-            key = keys.find(keys.id_in(secret))
-            return key and keys.caller_of(session, key, secret)
+        key = keys.find(keys.id_in(secret))
+        return key and keys.caller_of(key, secret)
     finally:
         forget()
 
