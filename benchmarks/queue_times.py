@@ -1,10 +1,11 @@
 """How long an order waits for its claim while a worker is free, and what the service costs while nobody asks it.
 
-    python benchmarks/queue_times.py [--databases SQLite PostgreSQL] [--orders 10] [--seconds 30] [--write PAGE]
+    python benchmarks/queue_times.py [--databases SQLite PostgreSQL] [--orders 10] [--seconds 60] [--write PAGE]
 
-A real web process, reconciler, worker and Valkey, as containers would run them. Orders name a file whose rows have been
-checked, or one that was uploaded a moment before; times are the database's, from the job's first event to the one of
-its claim, and each job is cancelled then. The idle service is watched first: seconds of a processor over seconds.
+A real `lorainit serve`: web process, reconciler, worker, Valkey and the parent of these. Orders name a file whose rows
+have been checked, or one that was uploaded a moment before; times are the database's, from the job's first event to the
+one of its claim, and each job is cancelled then. The idle service is watched first: seconds of CPU over seconds. With
+`--orders 0` that is all.
 """
 
 import argparse
@@ -34,9 +35,14 @@ from benchmarks.train_page import write_section  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import MODEL  # noqa: E402
 
-WORKER = ["-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", "-Q", "train"]
-QUIET = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-PARTS = {"worker.reconciler": "reconciler", "celery": "worker", "api.server": "API", "postgres": "PostgreSQL"}
+PARTS = {
+    "api.cli": "parent of the others",
+    "api.server": "API",
+    "worker.reconciler": "reconciler",
+    "celery": "worker",
+    "valkey": "Valkey",
+    "postgres": "PostgreSQL",
+}
 SETTLED = 0.02  # of a core: every process has done what it does at its start
 LONGEST_START = 240.0
 LONGEST_WAIT = 60.0
@@ -64,20 +70,19 @@ def service(kind: str) -> Iterator[tuple[openai.OpenAI, Engine]]:
         with Session(engine) as session:
             _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="bench")
             session.commit()
-        where = {"DATABASE_URL": url, "STATE_DIR": str(folder), "BROKER_URL": exits.enter_context(servers.valkey())}
-        os.environ.update({f"LORAINIT_{name}": value for name, value in where.items()})
-        address = exits.enter_context(servers.web({}, log=folder / "web"))
-        for command in ([*WORKER, *QUIET], ["-m", "worker.reconciler"]):
-            process = servers.spawn([sys.executable, *command], log=folder / command[-1])
-            exits.callback(servers.stopped, process, servers.signal.SIGTERM, patience=30)
+        os.environ.update({"LORAINIT_DATABASE_URL": url, "LORAINIT_STATE_DIR": str(folder)})
+        port, log = servers.free_port(), folder / "serve.log"
+        process = servers.spawn([sys.executable, "-m", "api.cli", "serve", "--port", str(port)], log=log)
+        exits.callback(servers.stopped, process, servers.signal.SIGTERM, patience=30)
+        servers.wait_for(lambda: "is ready" in log.read_text(), process, log)
         settle()
         reader = db.make_engine(url, read_only=True)  # another engine's look would keep writers waiting on SQLite
         exits.callback(reader.dispose)
-        yield openai.OpenAI(base_url=f"{address}/v1", api_key=secret), reader
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=secret), reader
 
 
 def settle() -> None:
-    """Wait until the service is up and has nothing left to load."""
+    """Wait until the service has nothing left to load."""
     deadline = time.monotonic() + LONGEST_START
     time.sleep(10)
     while sum(idle(5).values()) > SETTLED and time.monotonic() < deadline:
@@ -98,7 +103,7 @@ def _used() -> dict[str, float]:
     used: dict[str, float] = {}
     for child in psutil.Process().children(recursive=True):
         command, times = " ".join(child.cmdline()), child.cpu_times()
-        part = next((name for word, name in PARTS.items() if word in command), "Valkey")
+        part = next(name for word, name in PARTS.items() if word in command)
         used[part] = used.get(part, 0.0) + times.user + times.system
     return used
 
@@ -131,55 +136,68 @@ def upload(client: openai.OpenAI, name: str) -> str:
     return client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id
 
 
+def waits(client: openai.OpenAI, engine: Engine, orders: int) -> dict[str, list[float]]:
+    """Seconds from so many orders to their claims, by kind of file."""
+    checked = upload(client, "checked")
+    while client.files.retrieve(checked).status == "uploaded":
+        time.sleep(0.1)
+    wait_for_claim(client, engine, checked)  # not counted: with their first order, API and worker load what they need
+    return {
+        "a file that is checked": [wait_for_claim(client, engine, checked) for _ in range(orders)],
+        "a file uploaded a moment before": [
+            wait_for_claim(client, engine, upload(client, f"new {number}")) for number in range(orders)
+        ],
+    }
+
+
 def measure(kind: str, given: argparse.Namespace) -> Times:
     """Watch, then order."""
     found = Times()
     with service(kind) as (client, engine):
         found.idle = idle(given.seconds)
-        checked = upload(client, "checked")
-        while client.files.retrieve(checked).status == "uploaded":
-            time.sleep(0.1)
-        wait_for_claim(
-            client, engine, checked
-        )  # not counted: with their first order, API and worker load what they need
-        found.waits["a file that is checked"] = [wait_for_claim(client, engine, checked) for _ in range(given.orders)]
-        found.waits["a file uploaded a moment before"] = [
-            wait_for_claim(client, engine, upload(client, f"new {number}")) for number in range(given.orders)
-        ]
+        if given.orders:
+            found.waits = waits(client, engine, given.orders)
     return found
 
 
-def page(times: Mapping[str, Times]) -> str:
-    """The section for the documentation."""
-    load = os.getloadavg()[0]
-    text = f"Load average of the machine's two cores at the end: {load:.1f}.\n\n"
-    text += "| seconds from an order to its claim | | median | most | orders |\n|---|---|---:|---:|---:|\n"
+def waits_page(times: Mapping[str, Times]) -> str:
+    """How long orders wait, for the documentation."""
+    text = _load() + "| seconds from an order to its claim | | median | most | orders |\n|---|---|---:|---:|---:|\n"
     for kind, found in times.items():
-        for what, waits in found.waits.items():
-            figures = f"{statistics.median(waits):.3f} | {max(waits):.3f} | {len(waits)}"
+        for what, seconds in found.waits.items():
+            figures = f"{statistics.median(seconds):.3f} | {max(seconds):.3f} | {len(seconds)}"
             text += f"| {what} | {kind} | {figures} |\n"
-    text += "\n| % of a core while idle | " + " | ".join(times) + " |\n|---|" + "---:|" * len(times) + "\n"
+    return text
+
+
+def idle_page(times: Mapping[str, Times]) -> str:
+    """What an idle service costs, for the documentation."""
+    text = _load() + "| % of a core while idle | " + " | ".join(times) + " |\n|---|" + "---:|" * len(times) + "\n"
     parts = sorted({part for found in times.values() for part in found.idle})
-    for part in parts:
-        text += (
-            f"| {part} | " + " | ".join(f"{100 * found.idle.get(part, 0.0):.2f}" for found in times.values()) + " |\n"
-        )
-    return (
-        text + "| **all** | " + " | ".join(f"{100 * sum(found.idle.values()):.2f}" for found in times.values()) + " |\n"
+    rows = {part: [found.idle.get(part, 0.0) for found in times.values()] for part in parts}
+    rows["**all**"] = [sum(found.idle.values()) for found in times.values()]
+    return text + "".join(
+        f"| {part} | " + " | ".join(f"{100 * share:.2f}" for share in shares) + " |\n" for part, shares in rows.items()
     )
+
+
+def _load() -> str:
+    return f"Load average of the machine's two cores at the end: {os.getloadavg()[0]:.1f}.\n\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--databases", nargs="+", choices=["SQLite", "PostgreSQL"], default=["SQLite", "PostgreSQL"])
     parser.add_argument("--orders", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--write", type=Path)
     given = parser.parse_args(arguments)
-    text = page({kind: measure(kind.lower(), given) for kind in given.databases})
-    print(text)
-    if given.write:
-        write_section(given.write, "queue-times", text)
+    times = {kind: measure(kind.lower(), given) for kind in given.databases}
+    sections = {"idle": idle_page(times)} | ({"queue-times": waits_page(times)} if given.orders else {})
+    for name, text in sections.items():
+        print(text)
+        if given.write:
+            write_section(given.write, name, text)
 
 
 if __name__ == "__main__":

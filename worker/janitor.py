@@ -4,10 +4,8 @@ transactions, and is safe to repeat, to interrupt and to run twice at once.
 What a run left in the scratch folder of its host is that host's worker's to remove (`worker.scratch`).
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from functools import wraps
 from itertools import islice
 
 from api.core import idempotency, quotes, retention, tallies
@@ -23,27 +21,6 @@ STALLED = 10 * MINUTE  # whoever goes on with an object after that is told that 
 BATCH = 500
 
 log = get_logger(__name__)
-
-
-def every(seconds: float) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
-    """At once when the process starts, then again `seconds` after the chore last had nothing left to do."""
-
-    def wrap(chore: Callable[[], bool]) -> Callable[[], bool]:
-        due = 0.0
-
-        @wraps(chore)
-        def when_due() -> bool:
-            nonlocal due
-            if time.monotonic() < due:
-                return False
-            if chore():
-                return True
-            due = time.monotonic() + seconds
-            return False
-
-        return when_due
-
-    return wrap
 
 
 def expire_files() -> bool:
@@ -162,13 +139,13 @@ def _remove_orphans(keys: list[str]) -> None:
             session.commit()
 
 
-CHORES = (
-    every(MINUTE)(expire_files),
-    every(HOUR)(forget_checkpoints),
-    every(HOUR)(forget_jobs),
-    every(HOUR)(forget_orders),
-    clear,
-    every(MINUTE / 2)(overwrite),
-    every(HOUR)(sweep_orphans),
-    every(STALLED)(sweep_unfinished),
-)
+# How long each rests once it has nothing left to do.
+RESTS: Mapping[Callable[[], object], float] = {
+    expire_files: MINUTE,
+    forget_checkpoints: HOUR,
+    forget_jobs: HOUR,
+    forget_orders: HOUR,
+    overwrite: MINUTE / 2,
+    sweep_orphans: HOUR,
+    sweep_unfinished: STALLED,
+}

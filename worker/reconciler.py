@@ -8,15 +8,17 @@ beat: beat needs the broker whose losses this loop repairs.
 
 One look every `LORAINIT_RECONCILE_SECONDS` finds out which of these there are any of, and wakes those chores. One
 that got something done has the next look come at once: a file that is checked has its jobs admitted, and rung for,
-without a pause in between. All chores look for themselves four times a minute besides.
+without a pause in between. All chores look for themselves once a minute besides, or as often as they say.
 """
 
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Protocol
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
 from api.core import admission, bells, due, jobs, metrics, queue, startup
@@ -97,7 +99,7 @@ def leave_results() -> bool:
     return bool(ended)
 
 
-CHORES: tuple[Chore, ...] = (recover, admit, announce, leave_results, *LANES, *janitor.CHORES)
+CHORES: tuple[Chore, ...] = (recover, admit, announce, leave_results, *LANES, janitor.clear, *janitor.RESTS)
 # Which of them there is something to do for, as far as a look can say.
 WOKEN: Mapping[str, Sequence[Chore]] = {
     "lost": [recover],
@@ -107,8 +109,8 @@ WOKEN: Mapping[str, Sequence[Chore]] = {
     "unchecked": LANES,
     "uncleared": [janitor.clear],
 }
-# However little a look finds, every chore is done so often: should it ever miss something, that costs a delay.
-SWEEP_SECONDS = 15.0
+# However little a look finds, its chores are done so often: should it ever miss something, that costs a delay.
+SWEEP_SECONDS = 60.0
 LONGEST_PAUSE = 30.0
 
 
@@ -141,20 +143,22 @@ def _end(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: th
 def _watch(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: threading.Event) -> None:
     """Look, and wake the chores that there is something for; again when `look` is set, or after a pause."""
     pause = get_settings().reconcile_seconds
-    while not stop.is_set():
-        look.clear()
-        try:
-            with plain_connection() as connection:
+    with ExitStack() as held:
+        connection: Connection | None = None  # kept from look to look
+        while not stop.is_set():
+            look.clear()
+            try:
+                connection = connection or held.enter_context(plain_connection())
                 found = due.look(connection)
-            pause = get_settings().reconcile_seconds
-        except Exception as error:
-            pause = _longer(pause)
-            log.warning("the reconciler could not look for work", error=str(error))
-            found = None
-        for chore in _woken(found):
-            if chore in wakes:
-                wakes[chore].set()
-        look.wait(pause)
+                pause = get_settings().reconcile_seconds
+            except Exception as error:
+                pause = _longer(pause)
+                log.warning("the reconciler could not look for work", error=str(error))
+                found = None
+            for chore in _woken(found):
+                if chore in wakes:
+                    wakes[chore].set()
+            look.wait(pause)
 
 
 def _woken(found: due.Due | None) -> list[Chore]:
@@ -180,7 +184,7 @@ def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: th
         if more:
             look.set()
         else:
-            wake.wait(SWEEP_SECONDS)
+            wake.wait(janitor.RESTS.get(chore, SWEEP_SECONDS))
 
 
 def _longer(pause: float) -> float:

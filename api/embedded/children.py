@@ -5,13 +5,15 @@ Knows processes and log files, nothing of what runs in them.
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import psutil
@@ -68,6 +70,10 @@ class Child:
         self.process, self.start_at = None, clock + pause
         return f"{self.name} ended ({_ending(code)}); starting it again in {pause:.1f} s, see {self.log}"
 
+    def seconds_to_start(self) -> float:
+        """Until it is to be started again; infinite while it runs."""
+        return inf if self.process is not None else max(0.0, self.start_at - time.monotonic())
+
     def stop(self) -> None:
         """SIGTERM, wait `grace` seconds, then kill it with everything below it."""
         if self.process is None:
@@ -105,6 +111,31 @@ def tether() -> Callable[[], None]:
     return before_exec
 
 
+@contextmanager
+def sleeping() -> Iterator[Callable[[float], None]]:
+    """A sleep of so many seconds that ends early when a child ends or another signal is handled.
+
+    For the main thread; a signal that came since the last sleep counts, too.
+    """
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    told = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGCHLD, lambda *_: None)  # one without a handler wakes nobody
+
+    def sleep(seconds: float) -> None:
+        if select.select([reader], [], [], seconds)[0]:
+            os.read(reader, 4096)
+
+    try:
+        yield sleep
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        signal.set_wakeup_fd(told)
+        os.close(reader)
+        os.close(writer)
+
+
 def tail(path: Path, *, lines: int = 15) -> str:
     """The end of a log, for an error message."""
     if not path.exists():
@@ -116,7 +147,7 @@ def follow(path: Path, *, start: int) -> Iterator[list[str]]:
     """What was added to `path` since the last call of next(), in whole lines; never ends."""
     position = start
     while True:
-        size = path.stat().st_size if path.exists() else 0
+        size = size_of(path)
         if size < position:
             position = 0  # the file was rotated
         lines: list[str] = []
@@ -128,6 +159,14 @@ def follow(path: Path, *, start: int) -> Iterator[list[str]]:
             position += len(complete)
             lines = complete.decode("utf-8", "replace").splitlines()
         yield lines
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 where none is."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _family(pid: int) -> list[psutil.Process]:

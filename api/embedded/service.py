@@ -27,10 +27,11 @@ from api.core.db import get_engine, session_scope
 from api.core.models import ApiKey
 from api.core.settings import Settings, get_settings, unknown_variables
 from api.embedded import broker
-from api.embedded.children import Child, follow, tail
+from api.embedded.children import Child, follow, size_of, sleeping, tail
 
 READY_SECONDS = 60.0
-TICK_SECONDS = 0.2
+LOOK_SECONDS = 0.2  # between two looks whether the API is ready
+TICK_SECONDS = 1.0  # between two looks at the logs; the end of a child is told by a signal
 MAX_REASON = 500  # characters of a log line's error that are shown
 
 Say = Callable[[str], None]
@@ -85,21 +86,26 @@ class Service:
 
     def watch(self) -> None:
         """Keep the children alive and pass on what they have to say, until somebody asks to stop."""
-        logs = {child.name: follow(child.log, start=_size(child.log)) for child in self.children}
-        while not self._asked_to_stop:
-            for child in self.children:
-                pid = child.process and child.process.pid
-                if (news := child.tend()) is not None:
-                    self.say(news)
-                if child.process and child.process.pid != pid:
-                    self._write_service_file()
-            for name, lines in logs.items():
-                for line in next(lines):
-                    self.pass_on(name, line)
-            time.sleep(TICK_SECONDS)
+        logs = {child.name: follow(child.log, start=size_of(child.log)) for child in self.children}
+        with sleeping() as sleep:
+            while not self._asked_to_stop:
+                self._tend()
+                for name, lines in logs.items():
+                    for line in next(lines):
+                        self.pass_on(name, line)
+                sleep(min(TICK_SECONDS, *(child.seconds_to_start() for child in self.children)))
+
+    def _tend(self) -> None:
+        """Start children again that have fallen."""
+        for child in self.children:
+            pid = child.process and child.process.pid
+            if (news := child.tend()) is not None:
+                self.say(news)
+            if child.process and child.process.pid != pid:
+                self._write_service_file()
 
     def ask_to_stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
-        """A signal handler: the next tick ends `watch()`; asked twice, everything dies at once."""
+        """A signal handler: `watch()` ends; asked twice, everything dies at once."""
         if self._asked_to_stop:
             os._exit(130)  # the children die with us
         self._asked_to_stop = True
@@ -161,7 +167,7 @@ class Service:
             if fallen or time.monotonic() > deadline:
                 why = "ended" if fallen else f"is not ready after {READY_SECONDS:.0f} s ({trouble})"
                 raise CannotServe(f"the API {why}. The end of {api.log}:\n{tail(api.log)}")
-            time.sleep(TICK_SECONDS)
+            time.sleep(LOOK_SECONDS)
 
     def _write_service_file(self) -> None:
         pids = {child.name: child.process.pid for child in self.children if child.process}
@@ -266,10 +272,6 @@ def _first_key() -> str | None:
 def _has_key(session: Session) -> bool:
     usable = select(func.count()).select_from(ApiKey).where(ApiKey.deleted_at.is_(None))
     return bool(session.scalar(usable))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _worth_showing(name: str, line: str) -> str | None:

@@ -189,13 +189,6 @@ def test_0_days_keep_for_ever(chore: object, tmp_path: Path, environment: pytest
     assert stored(tmp_path) == ["orphan", "x"]
 
 
-def test_a_chore_of_its_own_pace_is_repeated_at_once_while_there_is_more() -> None:
-    left = [True, True, False]
-    chore = janitor.every(3600)(lambda: left.pop(0))
-    assert [chore() for _ in range(5)] == [True, True, False, False, False]
-    assert left == []
-
-
 def test_every_bytes_less_row_is_found_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     with session_scope() as session:
         project = a_project(session)

@@ -156,6 +156,26 @@ def test_a_chore_that_goes_on_failing_is_tried_ever_less_often(monkeypatch: pyte
     assert pauses == [1, 2, 4, 8, 16, 30, 30, 30, reconciler.SWEEP_SECONDS]
 
 
+def test_a_chore_is_repeated_at_once_while_there_is_more_and_rests_then_as_long_as_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left, rests = [True, True, False], list[float]()
+
+    def chore() -> bool:
+        return left.pop(0)
+
+    class Wake(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            rests.append(timeout or 0.0)
+            stop.set()
+            return False
+
+    stop = threading.Event()
+    monkeypatch.setattr(reconciler.janitor, "RESTS", {chore: 3600.0})
+    reconciler._repeat(chore, Wake(), threading.Event(), stop)
+    assert (left, rests) == ([], [3600.0])
+
+
 def test_each_chore_is_woken_by_what_there_is_to_do_and_by_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "ring", lambda job_id, name: None)
     assert woken() == set()
@@ -188,6 +208,15 @@ def test_each_chore_is_woken_by_what_there_is_to_do_and_by_nothing_else(monkeypa
 def woken() -> set[str]:
     with plain_connection() as connection:
         return {chore.__name__ for chore in reconciler._woken(due.look(connection))}
+
+
+def test_a_look_whose_connection_died_is_an_error_and_the_next_one_has_another() -> None:
+    with plain_connection() as connection:
+        due.look(connection)
+        connection.connection.driver_connection.close()
+        with pytest.raises(Exception, match="closed"):
+            due.look(connection)
+        assert not any(due.look(connection))
 
 
 def test_a_file_that_is_checked_has_its_jobs_rung_for_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
