@@ -24,11 +24,11 @@ from typing import NamedTuple, TextIO
 
 from pydantic import ValidationError
 
-from lorainit import machine
+from lorainit import machine, silence
 from lorainit.errors import Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Stage, Tick
 from lorainit.faults import faults_of
-from lorainit.launch import Loss, Others, companions, leave_word
+from lorainit.launch import PATIENCE, RENDEZVOUS, Loss, Others, companions, leave_word
 from lorainit.limits import die_with_parent
 from lorainit.sources import LOCAL, is_root
 from lorainit.spec import RunSpec
@@ -139,8 +139,9 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
         load()
         from lorainit.run import Request, run_together
 
+        heard = _watched(runs[0][0], on_event, others)
         requests = [
-            Request(spec, member.out, stop.listener(who, member, on_event)) for who, (spec, member) in enumerate(runs)
+            Request(spec, member.out, stop.listener(who, member, heard)) for who, (spec, member) in enumerate(runs)
         ]
         for who, end in run_together(requests):
             open_runs.discard(who)
@@ -188,6 +189,31 @@ def _end_as(loss: Loss, on_event: OnEvent) -> None:
     if loss.word is not None:
         on_event(loss.word)
     os._exit(FAILED)
+
+
+def _watched(spec: RunSpec, on_event: OnEvent, others: Others) -> OnEvent:
+    """`on_event` of a run of several processes, which ends when nothing happens any more."""
+    if spec.devices == 1:
+        return on_event
+
+    def give_up() -> None:
+        if not _rank() and others.are_over:
+            return  # what this process does alone, nobody waits for
+        on_event(silence.failure())
+        others.dismiss()
+        if _rank() and RENDEZVOUS in os.environ:  # the leading one, which started this one, may be what hangs
+            time.sleep(PATIENCE)
+            os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(FAILED)
+
+    lasting = silence.Silence()
+    silence.watch(lasting, give_up)
+
+    def listen(event: Event) -> None:
+        lasting.hear(event)
+        on_event(event)
+
+    return listen
 
 
 def _aloud(show: OnEvent, event: Event) -> None:

@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lorainit import hardware
-from lorainit.errors import DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
+from lorainit import hardware, silence
+from lorainit.errors import DeviceSilent, DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
 from lorainit.events import Event
 
 OnEvent = Callable[[Event], None]
@@ -109,6 +109,8 @@ def our_error(error: Exception) -> LorainitError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"No space left to write {error.filename or 'the results'}.")
     text = str(error) if isinstance(error, RuntimeError) else ""
+    if "Timed out waiting" in text and "operation to complete" in text:  # gloo's words
+        return DeviceSilent(silence.failure().message)
     if "No space left on device" in text:
         return DiskFull("No space left to write the results.")
     if "deterministic" in text and "use_deterministic_algorithms" in text:

@@ -10,6 +10,7 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
     ├── TooFewDevices          (the operator's: more devices were promised than the worker has)
+    ├── DeviceSilent           (a process of the run does not answer the others)
     ├── UnusableDevice         (the operator's: there are GPUs, and CUDA cannot use them)
     ├── Dropped                (not a failure: one run of a group is not ours any more)
     └── Stopped                (not a failure: somebody asked the run to stop)
@@ -132,6 +133,10 @@ class GroupMismatch(LorainitError):
 
 class TooFewDevices(LorainitError):
     """The machine has fewer devices than the run was promised."""
+
+
+class DeviceSilent(LorainitError):
+    """One of the run's processes, or the connection to it, hangs."""
 
 
 class UnusableDevice(LorainitError):

@@ -20,7 +20,7 @@ from lorainit.events import Event, Failed
 PATIENCE = 30.0  # seconds for the others to end after the leading one has
 LAST_WORDS = 5.0  # seconds for the leading one to say itself what is wrong
 TOGETHER = 2.0  # seconds in which the end of one brings the others down, too
-RENDEZVOUS = "RENDEZVOUS"  # of the environment: where the processes of one run meet (`lorainit.world`)
+RENDEZVOUS = "RENDEZVOUS"  # of the environment: the file by which the processes of one run meet (`lorainit.world`)
 
 Process = subprocess.Popen[bytes]
 
@@ -64,6 +64,11 @@ class Others:
         self._over.set()
         for other in self._processes:
             other.kill()
+
+    @property
+    def are_over(self) -> bool:
+        """Whether there were any, and none is left."""
+        return bool(self._processes) and all(other.poll() is not None for other in self._processes)
 
     def close(self) -> None:
         """Wait for them to end, then insist."""
@@ -112,7 +117,7 @@ def companions(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[O
     meeting = out / "rendezvous"
     for old in (meeting, *(_word(out, rank) for rank in range(1, count))):
         old.unlink(missing_ok=True)  # of an interrupted run: its ranks are not ours
-    common = {"WORLD_SIZE": str(count), RENDEZVOUS: meeting.resolve().as_uri(), **_threads(count)}
+    common = {"WORLD_SIZE": str(count), RENDEZVOUS: str(meeting.resolve()), **_threads(count)}
     os.environ.update(common | _rank(0))
     command = [sys.executable, "-m", "lorainit", *arguments]
     others = Others([subprocess.Popen(command, env={**os.environ, **_rank(rank)}) for rank in range(1, count)], out)

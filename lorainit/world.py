@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+from lorainit import silence
 from lorainit.errors import TooFewDevices
 from lorainit.launch import RENDEZVOUS
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # the others wait at their next sum while one evaluates or writes
+LATER = 60.0  # seconds after `silence` has ended a run that hangs: this limit is for what is not watched, as loading
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,13 @@ def joined(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         _take_gpu(int(os.environ.get("LOCAL_RANK", rank)), size)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    meeting = os.environ.get(RENDEZVOUS, "env://")
-    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=TIMEOUT)
+    # Not by a URL of the file: torch would look for one with a space in it under the name that the URL writes.
+    file = os.environ.get(RENDEZVOUS)
+    meeting: dict[str, Any] = {"init_method": "env://"}
+    if file:
+        meeting = {"store": distributed.FileStore(file, size)}  # type: ignore[attr-defined]
+    patience = timedelta(seconds=silence.limit() + LATER)
+    distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience, **meeting)
     try:
         yield World(rank, size)
     finally:

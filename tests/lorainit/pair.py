@@ -1,4 +1,4 @@
-"""One of two processes that run several specs in turn: `python -m tests.lorainit.pair RANK FOLDER`.
+"""One of two or more processes that run several specs in turn: `python -m tests.lorainit.pair RANK FOLDER [SIZE]`.
 
 FOLDER/specs.json is {name: spec}. Each run leaves its files in FOLDER/name; each process writes what it found
 to FOLDER/name/found-RANK.json: the error it ended by, and the bytes of the base that it held.
@@ -22,8 +22,8 @@ from lorainit.spec import RunSpec
 
 def main() -> None:
     torch.set_num_threads(1)
-    rank, folder = sys.argv[1], Path(sys.argv[2])
-    os.environ |= {"RANK": rank, "WORLD_SIZE": "2"}
+    rank, folder, size = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], "2")[0]
+    os.environ |= {"RANK": rank, "WORLD_SIZE": size}
     held: list[int] = []
     place = base.Base.place
 
@@ -35,7 +35,7 @@ def main() -> None:
     for name, spec in json.loads((folder / "specs.json").read_text()).items():
         out = folder / name
         out.mkdir(exist_ok=True)
-        os.environ[RENDEZVOUS] = (out / "meeting").as_uri()
+        os.environ[RENDEZVOUS] = str(out / "meeting")
         error, messages = go(RunSpec.model_validate(spec), out)
         found = {"error": error, "held": held, "messages": messages}
         (out / f"found-{rank}.json").write_text(json.dumps(found))

@@ -36,7 +36,7 @@ def quiet(_event) -> None:
 
 def shared(spec: RunSpec, **update) -> dict:
     training = spec.training.model_copy(update={"shard_base": True})
-    return spec.model_copy(update={"devices": 2, "training": training, **update}).model_dump(mode="json")
+    return spec.model_copy(update={"devices": 2, "training": training} | update).model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +65,54 @@ def cases(bases, rows, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def begun_by_one(cases, tmp_path_factory):
+    """The folder of a run with checkpoints, by one process that holds all of the base."""
+    folder = tmp_path_factory.mktemp("one")
+    run(halfway(cases), folder, quiet)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def halves(cases, begun_by_one, tmp_path_factory):
+    """The folder of what two processes began, and of what they made of the checkpoint of one."""
+    folder = tmp_path_factory.mktemp("halves")
+    going_on = halfway(cases, resume_from=str(point(begun_by_one)))
+    run_by(2, {"begun": shared(halfway(cases)), "gone on": shared(going_on)}, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def pair(cases, tmp_path_factory):
     """The folder of what two processes made of all cases."""
     folder = tmp_path_factory.mktemp("pair")
-    given = {name: shared(spec) for name, spec in cases.items()}
+    given = {name: shared(spec) for name, spec in cases.items() if name != "dropped"}
     bad = cases["kaiming"].data.model_copy(update={"training": str(folder / "none.jsonl")})
     (folder / "none.jsonl").write_text("no row\n")
     given["bad"] = shared(cases["kaiming"], data=bad)
+    run_by(2, given, folder)
+    return folder
+
+
+def run_by(size: int, given: dict[str, dict], folder: Path) -> None:
+    """Let so many processes run all of these specs."""
     (folder / "specs.json").write_text(json.dumps(given))
     command = [sys.executable, "-m", "tests.lorainit.pair"]
-    both = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+    every = [
+        subprocess.Popen([*command, str(rank), str(folder), str(size)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in range(size)
     ]
-    said = [process.communicate(timeout=280)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    return folder
+    said = [process.communicate(timeout=280)[1] for process in every]
+    assert [process.returncode for process in every] == [0] * size, said
+
+
+def halfway(cases: dict[str, RunSpec], **update) -> RunSpec:
+    """A run with dropout that leaves a checkpoint after two of its four steps."""
+    training = cases["dropped"].training.model_copy(update={"max_steps": 4, "checkpoint_interval": 2})
+    return cases["dropped"].model_copy(update={"training": training, **update})
+
+
+def point(folder: Path) -> Path:
+    return folder / "checkpoints" / "step-000002"
 
 
 def found(pair, name):
@@ -90,17 +122,46 @@ def found(pair, name):
 @pytest.mark.parametrize("name", [*WHOLE, "gpt2", "dora", "kept", "experts"])
 def test_a_divided_base_trains_the_adapter_that_a_whole_one_trains(name, cases, pair, tmp_path):
     assert [one["error"] for one in found(pair, name)] == [None, None]
-    alone = run(cases[name], tmp_path / "alone", quiet)
-    ours = load_file(pair / name / "adapter" / "adapter_model.safetensors")
-    theirs = load_file(f"{alone.adapter}/adapter_model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for key, tensor in ours.items():
-        assert torch.allclose(tensor, theirs[key], rtol=1e-3, atol=5e-6), key
-    logs = [(where / "metrics.jsonl").read_text().splitlines() for where in (pair / name, tmp_path / "alone")]
-    assert len(logs[0]) == len(logs[1]) == 4
+    run(cases[name], tmp_path / "alone", quiet)
+    require_same(pair / name, tmp_path / "alone", points=4)
+
+
+def require_same(ours: Path, theirs: Path, *, points: int) -> None:
+    """The same adapter and the same log, up to rounding."""
+    factors, others = (load_file(where / "adapter" / "adapter_model.safetensors") for where in (ours, theirs))
+    assert factors.keys() == others.keys()
+    for key, tensor in factors.items():
+        assert torch.allclose(tensor, others[key], rtol=1e-3, atol=5e-6), key
+    logs = [(where / "metrics.jsonl").read_text().splitlines() for where in (ours, theirs)]
+    assert len(logs[0]) == len(logs[1]) == points
     for line, expected in zip(*(map(json.loads, log) for log in logs), strict=True):
         for number in ("train_loss", "full_valid_loss"):
             assert line[number] is expected[number] is None or abs(line[number] - expected[number]) < 1e-5
+
+
+def test_two_processes_train_with_the_dropout_of_one(begun_by_one, halves):
+    """Masks belong to the place of a micro-batch in its step, whoever computes it."""
+    assert [one["error"] for one in found(halves, "begun")] == [None, None]
+    require_same(halves / "begun", begun_by_one, points=5)
+
+
+def test_what_one_process_began_two_go_on_with(begun_by_one, halves):
+    assert [one["error"] for one in found(halves, "gone on")] == [None, None]
+    require_same(halves / "gone on", begun_by_one, points=5)
+
+
+def test_what_two_processes_began_one_goes_on_with(cases, begun_by_one, halves, tmp_path):
+    run(halfway(cases, resume_from=str(point(halves / "begun"))), tmp_path, quiet)
+    require_same(tmp_path, begun_by_one, points=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divided", [True, False])
+def test_what_two_processes_began_three_go_on_with(cases, begun_by_one, halves, tmp_path, divided):
+    spec = halfway(cases, resume_from=str(point(halves / "begun")))
+    training = spec.training.model_copy(update={"shard_base": divided})
+    run_by(3, {"by three": shared(spec, devices=3, training=training)}, tmp_path)
+    require_same(tmp_path / "by three", begun_by_one, points=5)
 
 
 def test_each_process_holds_half_of_every_layer_and_all_that_is_no_layer(cases, pair):
@@ -123,11 +184,6 @@ def test_the_adapter_of_a_divided_base_is_checked_and_what_bf16_keeps_is_not_mea
     assert any(text.startswith("Gradient checkpointing is on: memory is short") for text in leading["messages"])
     assert any("was not measured: the base is divided" in text for text in leading["messages"])
     assert not list((pair / "pissa").glob("**/init/*"))
-
-
-def test_dropout_of_a_divided_base_trains_and_is_checked(pair):
-    """Masks are each process's own, so there is no run of one process to compare with."""
-    assert [one["error"] for one in found(pair, "dropped")] == [None, None]
 
 
 def test_what_is_wrong_with_the_rows_is_the_same_for_both(pair):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -67,17 +68,30 @@ def test_two_processes_train_what_one_trains(spec, rows, tmp_path, start):
             assert line[name] is expected[name] is None or abs(line[name] - expected[name]) < 1e-5
 
 
+@contextmanager
+def training(one, folder, *, silence=1800):
+    """A long run of several processes that is training: the leading process and the others."""
+    file, out = folder / "spec.json", folder / "a folder for it"
+    file.write_text(one.model_dump_json())
+    command = [sys.executable, "-m", "lorainit", str(file), str(out)]
+    environment = {**os.environ, "RUN_SILENCE_SECONDS": str(silence)}
+    leading = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+    wait(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 3)
+    others = psutil.Process(leading.pid).children()
+    yield leading, others
+    for process in (leading, *others):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    leading.communicate()
+
+
+ENDLESS = {"max_steps": 100_000, "checkpoint_interval": 100_000}
+
+
 @pytest.fixture
 def two(spec, tmp_path):
-    """A long run of two processes that is training: the leading process and the other."""
-    file, out = tmp_path / "spec.json", tmp_path / "out"
-    file.write_text(spec(devices=2, training={"max_steps": 100_000, "checkpoint_interval": 100_000}).model_dump_json())
-    leading = subprocess.Popen([sys.executable, "-m", "lorainit", str(file), str(out)], stderr=subprocess.PIPE)
-    wait(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 3)
-    (other,) = psutil.Process(leading.pid).children()
-    yield leading, other
-    leading.kill()
-    leading.communicate()
+    with training(spec(devices=2, training=ENDLESS), tmp_path) as (leading, (other,)):
+        yield leading, other
 
 
 def wait(condition, seconds=120):
@@ -148,11 +162,44 @@ def test_processes_that_end_well_or_are_none_are_no_loss(tmp_path):
     others.close()
 
 
+def test_of_three_processes_none_is_left_when_one_is_killed(spec, tmp_path):
+    with training(spec(devices=3, micro_batch_size=1, training=ENDLESS), tmp_path) as (leading, others):
+        assert len(others) == 2
+        others[0].kill()
+        leading.communicate(timeout=60)
+        assert leading.returncode == -signal.SIGKILL
+        wait(lambda: not any(is_there(other) for other in others), seconds=10)
+
+
+def test_a_process_that_hangs_ends_its_run_with_the_reason(spec, tmp_path):
+    """It is frozen, as a device that does not answer any more freezes the process that waits for it."""
+    with training(spec(devices=2, training=ENDLESS), tmp_path, silence=20) as (leading, (other,)):
+        other.suspend()
+        _, said = leading.communicate(timeout=60)
+        assert leading.returncode == 1
+        assert b"The processes of this run do not answer each other: nothing has happened for 20 seconds" in said
+        wait(lambda: not is_there(other), seconds=10)
+
+
+@pytest.mark.slow
+def test_a_leading_process_that_hangs_is_killed_by_the_others(spec, tmp_path):
+    """Whoever supervises it sees a killed run, and has it tried again."""
+    with training(spec(devices=2, training=ENDLESS), tmp_path, silence=20) as (leading, (other,)):
+        leading.send_signal(signal.SIGSTOP)
+        leading.communicate(timeout=120)
+        assert leading.returncode == -signal.SIGKILL
+        wait(lambda: not is_there(other), seconds=10)
+
+
+def is_there(process):
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def test_nothing_is_left_of_a_run_whose_leading_process_dies(two):
     leading, other = two
     leading.kill()
     leading.wait()
-    wait(lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, seconds=10)
+    wait(lambda: not is_there(other), seconds=10)
 
 
 def test_a_run_of_two_processes_stops_when_it_is_asked(two):
