@@ -4,7 +4,6 @@ The schemas bound what a body may hold; this bounds how many large ones are take
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -13,7 +12,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 
-from api.errors import malformed
+from api import json_text
+from api.errors import BadRequest, malformed
 
 LARGE = 32 * 1024  # bytes; below, going to a thread and back costs more than what is done there
 AT_ONCE = 2
@@ -48,16 +48,28 @@ class _Request(Request):
         """The body as JSON, or its model.
 
         Raises:
-            BadRequest: no model can be made of a large body.
+            BadRequest: no model can be made of a large body; it is not UTF-8, or has a key twice.
+            json.JSONDecodeError: it is no JSON.
         """
         raw = await self.body()
         if len(raw) <= LARGE:
-            return await super().json()
+            return _parsed(raw)
         return await asyncio.get_running_loop().run_in_executor(self._threads, _model_of, raw, self._model)
 
 
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json_text.parse(raw)
+    except json_text.Ambiguous as error:
+        text = f"The body is ambiguous: {error}. Give it once."
+        raise BadRequest(text, code="invalid_json", param=error.key) from error
+    except UnicodeDecodeError as error:
+        text = f"The body is not valid JSON: it must be UTF-8, and byte {error.start} is not."
+        raise BadRequest(text, code="invalid_json") from error
+
+
 def _model_of(raw: bytes, model: TypeAdapter[Any]) -> Any:
-    given = json.loads(raw)
+    given = _parsed(raw)
     try:
         return model.validate_python(given)
     except ValidationError as error:

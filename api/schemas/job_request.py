@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from api import json_text
 from api.core.answers import Told
 from api.core.submit import Order
 from api.invalid import first_fault
@@ -240,9 +241,9 @@ class JobRequest(Strict):
 def _lora_of(text: str) -> LoraOrder:
     """The adapter that a label describes; what is wrong in it is said of the label."""
     try:
-        given = json.loads(text, parse_constant=_no_number)
+        given = json_text.parse(text, parse_constant=_no_number)
         return LoraOrder.model_validate(given)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (json.JSONDecodeError, json_text.Ambiguous, RecursionError) as error:
         raise _fault(
             "invalid_value", LORA_PARAM, f"{LORA_PARAM} must hold the lora object as JSON: {error}."
         ) from error
