@@ -61,7 +61,6 @@ def tiny_llama(hidden: int = 32, intermediate: int = 48, **more: int) -> LlamaFo
         vocab_size=320,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -69,7 +68,7 @@ def tiny_llama(hidden: int = 32, intermediate: int = 48, **more: int) -> LlamaFo
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **more,
+        **{"num_hidden_layers": 2, **more},
     )
     return LlamaForCausalLM(config).eval()
 

@@ -13,10 +13,10 @@ from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu.day import Day
 from benchmarks.gpu.jobs import MAKERS, OPTIMIZERS, Jobs, _grouped, _resumed, adapter, apart, laid
-from lorainit.events import Done, Event, Message, Metrics, Stage
+from lorainit.events import Done, Event, Message, Stage
 from lorainit.inits import INITS
 from lorainit.memory import of_a_copy
-from lorainit.run import Request, run, run_together
+from lorainit.run import Request, run_together
 from lorainit.spec import RunSpec
 from tests.lorainit.conftest import tiny_llama
 from tests.pretended import device, rules
@@ -87,19 +87,6 @@ def _padded(day: Day) -> str:
     return f"rows {said.data['rows']}, {'ends checked' if told else '**untold**'}"
 
 
-def _step(day: Day, **asked: Any) -> str:
-    """What one step of a run costs, between the metrics of the second and of the third: launches, and waits."""
-    jobs, seen = Jobs(day), list[tuple[int, int]]()
-
-    def note(event: Event) -> None:
-        if isinstance(event, Metrics):
-            seen.append((device.tally().launches, device.tally().waits))
-
-    run(jobs.spec(training={"batch_size": 4, "checkpoint_interval": 100}, **asked), day.folder / "out", note)
-    (launches, waits), (more_launches, more_waits) = seen[1:3]  # packed rows, all in one pass
-    return f"{more_launches - launches} launches and {more_waits - waits} waits"
-
-
 def _short_of_memory(day: Day) -> str:
     """Three runs, of which the first is done early, on a device with room for training and not for a second base."""
     jobs, held = Jobs(day), list[int]()
@@ -133,8 +120,6 @@ def _run_together(day: Day, name: str, specs: list[RunSpec], on_event: Callable[
 
 
 CASES: dict[str, Case] = {
-    "step": _step,
-    "step in fp32": partial(_step, base="windows", precision="fp32"),
     "refusals": _refusals,
     **{f"resume {name}": partial(_goes_on, training={"optimizer": asked}) for name, asked in OPTIMIZERS.items()},
     "resume DoRA": partial(_goes_on, lora={"use_dora": True}),

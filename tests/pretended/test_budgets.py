@@ -1,0 +1,69 @@
+"""What a step asks of a GPU only ever becomes less: budgets.json has today's counts, and nothing may be above them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pretended.budgets import CASES, Budget, accept, known
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("bf16", "fp32")
+ROSE = (
+    "A training step asks more of a GPU than it did: {}. Make it as little as before; where it has to be more, write"
+    " the new number into tests/pretended/budgets.json by hand, and say why in the commit."
+)
+FELL = (
+    "A training step asks less of a GPU than it did: {}. Keep it so: run `python -m tests.pretended.budgets --accept`,"
+    " which writes the lower numbers, and commit tests/pretended/budgets.json."
+)
+
+
+def counted(*cases: str) -> dict[str, Budget]:
+    """In a process of its own: its `lorainit` is not ours."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.pretended.budgets", *cases]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]
+    found: dict[str, Budget] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def hold(found: dict[str, Budget], kept: dict[str, Budget]) -> None:
+    """Fail where a count is not the one that is kept, with what to do about it."""
+    changes = [
+        (value - kept[case][what], f"{what} of {case} from {kept[case][what]} to {value}")
+        for case, budget in found.items()
+        for what, value in budget.items()
+    ]
+    for sign, advice in ((1, ROSE), (-1, FELL)):
+        said = "; ".join(text for change, text in changes if change * sign > 0)
+        assert not said, advice.format(said)
+
+
+def test_a_step_asks_no_more_of_a_gpu_than_it_did() -> None:
+    hold(counted(*QUICK), known())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_kind_of_step_asks_more_of_a_gpu_than_it_did() -> None:
+    hold(counted(*(case for case in CASES if case not in QUICK)), known())
+
+
+def test_no_layer_makes_the_host_wait_or_sends_it_anything() -> None:
+    kept = known()
+    assert kept.keys() == CASES.keys()
+    assert all(not budget["waits a layer"] and not budget["bytes across a layer"] for budget in kept.values())
+
+
+def test_what_rose_is_named_and_never_accepted() -> None:
+    kept, found = {"bf16": {"launches": 5, "waits": 2}}, {"bf16": {"launches": 6, "waits": 1}}
+    with pytest.raises(AssertionError, match=r"asks more .* launches of bf16 from 5 to 6"):
+        hold(found, kept)
+    assert accept(found, kept) == {"bf16": {"launches": 5, "waits": 1}}
+    with pytest.raises(AssertionError, match=r"asks less .* waits of bf16 from 2 to 1.* --accept"):
+        hold({"bf16": {"launches": 5, "waits": 1}}, kept)
