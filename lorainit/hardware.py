@@ -145,17 +145,24 @@ def return_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device or, for the CPU, in this process's container; None = unknown."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Memory that can still be had on a device or, for the CPU, in this process's container; None = unknown.
+
+    Args:
+        root: where `proc` and `sys` lie.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     free = []
     with suppress(OSError):
-        (line,) = [one for one in Path("/proc/meminfo").read_text().splitlines() if one.startswith("MemAvailable")]
+        (line,) = [one for one in (root / "proc/meminfo").read_text().splitlines() if one.startswith("MemAvailable")]
         free.append(int(line.split()[1]) * 1024)
     with suppress(OSError, ValueError):  # "max" where there is no limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free.append(limit - used)
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # Pages of files that were read, as a base's, are counted as used and given back when somebody needs them.
+        files = [line for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file ")]
+        free.append(limit - used + sum(int(line.split()[1]) for line in files))
     return min(free, default=None)
 
 

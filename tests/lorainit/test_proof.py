@@ -206,7 +206,17 @@ def test_a_second_base_that_does_not_fit_after_all_is_tried_elsewhere(spec, tmp_
     assert loads == [CPU, CPU, CPU, CPU]
 
 
-def test_free_memory_is_what_this_machine_says(tmp_path):
+def test_free_memory_is_what_this_machine_says():
     free = hardware.free_bytes(CPU)
     assert free is not None
     assert 2**20 < free < 2**50
+
+
+def test_files_that_were_read_take_no_memory_from_a_container(tmp_path):
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 100\ninactive_file 700\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert hardware.free_bytes(CPU, tmp_path) == 800
+    (group / "memory.max").write_text("max")
+    assert hardware.free_bytes(CPU, tmp_path) is None
