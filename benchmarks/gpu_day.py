@@ -40,6 +40,7 @@ SECTIONS = [
     Section("machine", "The machine", ("kernels", "machine"), 60, alone=True),
     Section("attention", "Attention beside stock attention in float64", ("kernels", "attention"), 90),
     Section("dead-zone", "Small updates beside a large W·x", ("kernels", "dead_zone"), 60),
+    Section("cases", "The pretended GPU's cases, on this one: `pytest -m gpu`", ("cases", "tests"), 400),
     Section("resume", "Resumed runs", ("jobs", "resume"), 120),
     Section("jobs-llama", "Every initialization on a tiny Llama", ("jobs", "llama"), 120),
     Section("jobs-gpt2", "Every initialization on a tiny GPT-2", ("jobs", "gpt2"), 120),

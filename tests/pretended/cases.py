@@ -1,6 +1,8 @@
-"""The cases: initializations, options, resumed runs and groups, as `make gpu-day` has them for a real GPU."""
+"""The cases: initializations, options, resumed runs, groups; on the pretended GPU or a real one (`pytest -m gpu`)."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu.day import Day
-from benchmarks.gpu.jobs import MAKERS, OPTIMIZERS, Jobs, _grouped, _resumed, adapter, apart, laid
+from benchmarks.gpu.jobs import MAKERS, OPTIMIZERS, Jobs, _cut, _grouped, _resumed, adapter, apart, laid
 from lorainit.events import Done, Event, Message, Stage
 from lorainit.inits import INITS
 from lorainit.memory import of_a_copy
@@ -119,8 +121,22 @@ def _run_together(day: Day, name: str, specs: list[RunSpec], on_event: Callable[
     return [end for _, end in sorted(ends.items()) if isinstance(end, Done)]
 
 
-CASES: dict[str, Case] = {
-    "refusals": _refusals,
+def _by_two(day: Day, **asked: Any) -> str:
+    """A run of two processes, beside one that is alone."""
+    jobs = Jobs(day)
+    alone, _ = jobs.run(jobs.spec(micro_batch_size=2, precision="fp32"))
+    spec = jobs.spec(devices=2, micro_batch_size=2, precision="fp32", **asked)
+    file, out = day.folder / "spec.json", day.folder / "by-two"
+    file.write_text(spec.model_dump_json())
+    command = [sys.executable, "-m", "lorainit", str(file), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    if done.returncode:
+        return f"**it ended with exit code {done.returncode}: {done.stderr[-300:]}**"
+    return apart(adapter(out / "adapter"), adapter(alone.adapter))
+
+
+# On either device.
+SHARED: dict[str, Case] = {
     **{f"resume {name}": partial(_goes_on, training={"optimizer": asked}) for name, asked in OPTIMIZERS.items()},
     "resume DoRA": partial(_goes_on, lora={"use_dora": True}),
     **{name: partial(_ends, lora={"init": name, "r": 4}) for name in INITS if name != "loftq"},
@@ -137,7 +153,29 @@ CASES: dict[str, Case] = {
     "heads of 512 in fp32": partial(_ends, base="heads-of-512", precision="fp32"),
     "windows": partial(_ends, base="windows"),
     "windows in fp32": partial(_ends, base="windows", precision="fp32"),
-    "no kernel for packed rows": _padded,
     "group": lambda day: _grouped(Jobs(day)),
+}
+
+# What is asked of the pretended device itself: what it refuses, and how much memory it has.
+PRETENDED: dict[str, Case] = {
+    "refusals": _refusals,
+    "no kernel for packed rows": _padded,
     "group without room for two bases": _short_of_memory,
 }
+
+# What it has not: kernels of bitsandbytes, an allocator, and neighbours.
+REAL: dict[str, Case] = {
+    "nf4": partial(_ends, lora={"init": "lora_one", "r": 4, "quantization": "nf4"}),
+    "loftq on nf4": partial(_ends, lora={"init": "loftq", "r": 4, "quantization": "nf4"}),
+    "a step that does not fit": lambda day: _cut(Jobs(day)),
+}
+# Each by two processes, on two devices of a machine that has them.
+BY_TWO: dict[str, Case] = {
+    "two devices": _by_two,
+    "two devices that divide the base": partial(_by_two, training={"shard_base": True}),
+}
+
+
+def cases_on(kind: str) -> dict[str, Case]:
+    """The cases by name: of the device `pretended`, or of a real one, `cuda`."""
+    return SHARED | (PRETENDED if kind == "pretended" else REAL | BY_TWO)

@@ -8,17 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from tests.pretended.cases import BY_TWO, cases_on
+
 ROOT = Path(__file__).parents[2]
 WELL = ("ends checked", "the same bits", "factors differ by", "all refused", "2 put off, 0 batches cut")
 
 
-def run(folder: Path, *names: str) -> list[dict[str, object]]:
-    """What each case found, in a process of its own: its `lorainit` is not ours."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.pretended", folder, *names]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def run(folder: Path, *names: str, on: str = "pretended") -> list[dict[str, str]]:
+    """What each case found, in processes of their own: a pretended GPU changes the engine, a real one may be lost."""
+    found: list[dict[str, str]] = []
+    while left := names[len(found) :]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "tests.pretended", on, folder / f"from-{len(found)}", *left]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        how = f"**its process ended with exit code {done.returncode}: {done.stderr[-1000:]}**"
+        found += told or [{"case": left[0], "found": how}]
+    return found
+
+
+def require_well(found: dict[str, str]) -> None:
+    parts = found["found"].split("; ")
+    assert all("**" not in part and any(words in part for words in WELL) for part in parts), found
 
 
 def test_a_run_goes_on_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
@@ -30,6 +41,54 @@ def test_a_run_goes_on_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kind_of_run_ends_well_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
-    for found in run(tmp_path):
-        parts = str(found["found"]).split("; ")
-        assert all("**" not in part and any(words in part for words in WELL) for part in parts), found
+    for found in run(tmp_path, *cases_on("pretended")):
+        require_well(found)
+
+
+# --- the same on a real GPU: `pytest -m gpu` ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found_on_a_gpu(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, str]]:
+    """What all chosen cases found, one after the other."""
+    items = [item for item in request.session.items if item.get_closest_marker("gpu") and hasattr(item, "callspec")]
+    names = [item.callspec.params["name"] for item in items if "found_on_a_gpu" in item.fixturenames]  # type: ignore[attr-defined]
+    names = names if gpus() > 1 else [name for name in names if name not in BY_TWO]
+    return {found["case"]: found for found in run(tmp_path_factory.mktemp("gpu"), *names, on="cuda")}
+
+
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", cases_on("cuda"))
+def test_every_kind_of_run_ends_well_on_a_gpu(name: str, found_on_a_gpu: dict[str, dict[str, str]]) -> None:
+    if name in BY_TWO and gpus() < 2:
+        pytest.skip("this machine has one GPU, and the case is for two")
+    require_well(found_on_a_gpu[name])
+
+
+def test_without_a_gpu_the_tests_for_one_are_refused_and_not_skipped(tmp_path: Path) -> None:
+    done = pytest_in_a_process("-m", "gpu", basetemp=tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "pytest -m gpu needs a GPU that this torch can use" in done.stderr
+
+
+def pytest_in_a_process(*asked: str, basetemp: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={basetemp / 'its'}"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    here = "tests/pretended/test_pretended.py"
+    return subprocess.run([*command, *asked, here], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_what_two_devices_are_asked_works_with_two_processes(tmp_path: Path) -> None:
+    """On the processor: nothing but the device is left for the day on which there are two GPUs."""
+    for found in run(tmp_path, *BY_TWO, on="cpu"):
+        require_well(found)
