@@ -73,9 +73,8 @@ def main() -> None:
     )
     gc.collect()
     gc.freeze()  # what there is by now stays, and need not be gone through for garbage while requests are answered
-    gc.set_threshold(
-        10_000, 20
-    )  # a long answer is thousands of objects, which were gone through again and again while it was made
+    # A long answer is thousands of objects, which were gone through again and again while it was made.
+    gc.set_threshold(10_000, 20)
     sockets = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
     Server(app, config).run(sockets=sockets)
 

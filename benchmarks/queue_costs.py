@@ -107,7 +107,7 @@ def _label(session: Session, job_id: str, jobs: int) -> None:
     _copy(session.connection(), job_id, "l", 0, jobs, **own)
     found = session.execute(select(Job.id, Job.created_at, Job.labels).where(Job.project_id == SEARCHED)).all()
     rows = [
-        {"mark": labels.mark(SEARCHED, *pair), "created_at": at, "job_id": job_id}
+        {"digest": labels.digest(SEARCHED, *pair), "created_at": at, "job_id": job_id}
         for job_id, at, pairs in found
         for pair in pairs.items()
     ]

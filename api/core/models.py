@@ -225,12 +225,12 @@ class Job(Base):
 
 
 class JobLabel(Base):
-    """That a job has a pair of metadata, whose mark it is (`api.core.labels`); a search reads these rows in order."""
+    """That a job has a pair of metadata, whose digest it is (`api.core.labels`); a search reads these rows in order."""
 
     __tablename__ = "job_labels"
     __table_args__ = ({"sqlite_with_rowid": False},)
 
-    mark: Mapped[bytes] = mapped_column(LargeBinary(16), primary_key=True)
+    digest: Mapped[bytes] = mapped_column(LargeBinary(16), primary_key=True)
     created_at: Mapped[datetime] = mapped_column(UTCDateTime, primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True, index=True)
 

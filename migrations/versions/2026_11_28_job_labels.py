@@ -32,11 +32,11 @@ JOBS = sa.table(
 def upgrade() -> None:
     labels = op.create_table(
         "job_labels",
-        sa.Column("mark", sa.LargeBinary(16), nullable=False),
+        sa.Column("digest", sa.LargeBinary(16), nullable=False),
         sa.Column("created_at", UTCDateTime(), nullable=False),
         sa.Column("job_id", sa.String(64), nullable=False),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_job_labels_job_id_jobs"),
-        sa.PrimaryKeyConstraint("mark", "created_at", "job_id", name="pk_job_labels"),
+        sa.PrimaryKeyConstraint("digest", "created_at", "job_id", name="pk_job_labels"),
         sqlite_with_rowid=False,
     )
     for jobs in _labelled():
@@ -62,8 +62,8 @@ def _labelled() -> Iterator[Sequence[sa.Row[Any]]]:
 
 def _rows(job: sa.Row[Any]) -> Iterator[dict[str, Any]]:
     for pair in job.metadata.items():
-        mark = hashlib.sha256(json.dumps([job.project_id, *pair]).encode()).digest()[:16]
-        yield {"mark": mark, "created_at": job.created_at, "job_id": job.id}
+        digest = hashlib.sha256(json.dumps([job.project_id, *pair]).encode()).digest()[:16]
+        yield {"digest": digest, "created_at": job.created_at, "job_id": job.id}
 
 
 def downgrade() -> None:

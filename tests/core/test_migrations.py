@@ -80,7 +80,7 @@ def test_files_that_an_earlier_release_deleted_lose_what_it_left(environment: py
 def test_jobs_of_the_release_before_are_found_by_their_metadata(environment: pytest.MonkeyPatch, old: Engine) -> None:
     migrate.upgrade(old)
     queue_costs.furnish(old, ended=1, projects=1, labelled=1100)  # more than a batch
-    rows = select(JobLabel.mark, JobLabel.created_at, JobLabel.job_id)
+    rows = select(JobLabel.digest, JobLabel.created_at, JobLabel.job_id)
     with sessionmaker(old)() as session:
         project = a_project(session)
         job, project_id = a_job(session, project, labels={"run": "7", "team": "ä"}).id, project.id
