@@ -46,7 +46,6 @@ def log_of(client: OpenAI, job: FineTuningJob) -> list[tuple[str, str, str]]:
     return [(row["step"], row["train_loss"], row["train_accuracy"]) for row in csv.DictReader(text.splitlines())]
 
 
-@pytest.mark.timeout(240)
 def test_a_job_paused_in_the_middle_ends_as_if_it_had_not_been(
     client: OpenAI, order: Callable[[], FineTuningJob], served: Served
 ) -> None:

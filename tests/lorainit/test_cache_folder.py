@@ -113,7 +113,7 @@ def test_workers_that_share_a_folder_never_see_half_an_entry(tmp_path):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "error", "-c", WRITER, str(tmp_path / "init")]
     running = [subprocess.Popen([*command, str(n)], cwd=root, stderr=subprocess.PIPE) for n in range(3)]
-    errors = [process.communicate(timeout=120)[1].decode() for process in running]
+    errors = [process.communicate(timeout=600)[1].decode() for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], errors
     left = list((tmp_path / "init").iterdir())
     assert not [p for p in left if p.name.startswith(".")]

@@ -193,7 +193,7 @@ def test_download_of_a_mixture_is_read_by_stock_peft_in_a_new_process(folders, r
     done = run(spec(folders("mixtral"), rows), tmp_path / "out", events.append)
     ids = tokens()[:1, :12]
     command = [sys.executable, "-c", READER, folders("mixtral"), done.adapter, json.dumps(ids.tolist())]
-    subprocess.run([*map(str, command), str(tmp_path / "logits")], check=True, capture_output=True, timeout=120)
+    subprocess.run([*map(str, command), str(tmp_path / "logits")], check=True, capture_output=True, timeout=600)
     theirs = torch.load(tmp_path / "logits", weights_only=True)
     with torch.no_grad():
         base = stock(folders("mixtral"))(input_ids=ids).logits

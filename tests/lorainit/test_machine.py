@@ -19,7 +19,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 def doctor(*options, **environment):
     command = [sys.executable, "-m", "lorainit", "doctor", *options]
-    return subprocess.run(command, env={**CLEAN, **environment}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env={**CLEAN, **environment}, capture_output=True, text=True, timeout=600)
 
 
 def values(done):
@@ -105,7 +105,7 @@ def test_a_child_whose_check_fails_trains_in_true_fp32_and_says_so(spec, tmp_pat
     path.write_text(spec(training={"max_steps": 1}).model_dump_json())
     command = [sys.executable, "-c", ROUNDING, str(path), str(tmp_path / "out")]
     environment = {**CLEAN, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout.split() == ["0", "highest"], done.stderr
     manifest = json.loads((tmp_path / "out" / "adapter" / "manifest.json").read_text())
     assert manifest["hardware"]["settings"]["fp32 products"] == "default"
@@ -195,7 +195,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(**environment):
     command = [sys.executable, "-c", FAULTS]
-    done = subprocess.run(command, env={**CLEAN, **environment}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env={**CLEAN, **environment}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     value, count = done.stdout.strip().splitlines()
     return value, int(count)

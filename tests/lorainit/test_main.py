@@ -49,7 +49,7 @@ def child(spec, tmp_path):
 
 def test_person_gets_a_picture_and_the_adapters_place(child, tmp_path):
     process, _ = child()
-    _, shown = process.communicate(timeout=120)
+    _, shown = process.communicate(timeout=600)
     assert process.returncode == 0, shown
     assert f"Adapter: {tmp_path / 'out' / 'adapter'}" in shown
     assert "Initialized 14 modules with loram" in shown
@@ -63,7 +63,7 @@ def test_worker_gets_events_as_lines(child):
     process, stream = child(events=True)
     with stream:
         events = [EVENT.validate_json(line) for line in stream]
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=600)
     assert (process.returncode, out) == (0, ""), errors
     assert isinstance(events[-1], Done)
 
@@ -75,7 +75,7 @@ def test_failure_is_an_event_and_code_1_and_nothing_that_is_logged(child):
     process, stream = child(events=True, lora=TOO_LARGE)
     with stream:
         last = [EVENT.validate_json(line) for line in stream][-1]
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert last == Failed(code="rank_too_large", message=last.message, param="lora.r")
     assert errors == ""  # the supervisor logs it, and what a run says may quote rows
@@ -83,7 +83,7 @@ def test_failure_is_an_event_and_code_1_and_nothing_that_is_logged(child):
 
 def test_a_person_reads_a_failure_as_one_line(child):
     process, _ = child(lora=TOO_LARGE)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("rank_too_large: ")]
 
@@ -93,7 +93,7 @@ def test_failure_nobody_foresaw_is_internal_and_says_nothing_to_the_client(child
     process, stream = child(events=True)
     with stream:
         last = [EVENT.validate_json(line) for line in stream][-1]
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert (process.returncode, last.code) == (1, "internal_error")
     assert str(tmp_path) not in last.message
     assert "Traceback" in errors
@@ -120,7 +120,7 @@ def test_failure_nobody_foresaw_is_internal_and_says_nothing_to_the_client(child
 )
 def test_wrong_spec_names_the_field(child, raw, text):
     process, _ = child(raw=raw)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
     assert text in errors
     assert "Traceback" not in errors
@@ -144,7 +144,7 @@ def test_sigterm_stops_at_the_next_event_without_a_traceback(child):
             pass
         process.send_signal(signal.SIGTERM)
         kinds = {json.loads(line)["kind"] for line in stream}
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 143
     assert errors == ""
     assert "failed" not in kinds
@@ -156,7 +156,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_steps_taken(child):
         read_until(stream, Metrics)
         process.send_signal(signal.SIGTERM)
         rest = [EVENT.validate_json(line) for line in stream]
-    process.communicate(timeout=30)
+    process.communicate(timeout=600)
     last = rest[-1]
     assert isinstance(last, Checkpoint)
     assert last.step == max([1, *(event.step for event in rest if isinstance(event, Metrics))])

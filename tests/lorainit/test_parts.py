@@ -26,7 +26,7 @@ def read_by(size: int, bases: dict[str, Path], folder: Path) -> list[dict[str, d
         subprocess.Popen([*command, str(rank), str(size), str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for rank in range(size)
     ]
-    said = [process.communicate(timeout=280)[1] for process in every]
+    said = [process.communicate(timeout=600)[1] for process in every]
     assert [process.returncode for process in every] == [0] * size, said
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 

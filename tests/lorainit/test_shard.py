@@ -101,7 +101,7 @@ def run_by(size: int, given: dict[str, dict], folder: Path) -> None:
         subprocess.Popen([*command, str(rank), str(folder), str(size)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for rank in range(size)
     ]
-    said = [process.communicate(timeout=280)[1] for process in every]
+    said = [process.communicate(timeout=600)[1] for process in every]
     assert [process.returncode for process in every] == [0] * size, said
 
 
@@ -218,16 +218,16 @@ def test_a_divided_run_that_is_stopped_goes_on_with_the_same_bits(cases, tmp_pat
     }
     spec = RunSpec.model_validate({**cases["pissa"].model_dump(mode="json"), "training": training})
     straight = by_command_line(shared(spec), tmp_path / "straight")
-    said = straight.communicate(timeout=120)[1]
+    said = straight.communicate(timeout=600)[1]
     assert straight.returncode == 0, said
     stopped = by_command_line(shared(spec), tmp_path / "stopped")
     await_steps(stopped, tmp_path / "stopped" / "metrics.jsonl")
     stopped.terminate()
-    said = stopped.communicate(timeout=60)[1]
+    said = stopped.communicate(timeout=600)[1]
     assert stopped.returncode == 143, said
     (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
     resumed = by_command_line(shared(spec, resume_from=str(checkpoint)), tmp_path / "resumed")
-    said = resumed.communicate(timeout=120)[1]
+    said = resumed.communicate(timeout=600)[1]
     assert resumed.returncode == 0, said
     weights = [
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("straight", "resumed")
@@ -242,7 +242,7 @@ def test_a_process_that_is_killed_takes_a_divided_run_with_it(cases, tmp_path):
     await_steps(leading, tmp_path / "out" / "metrics.jsonl")
     (other,) = psutil.Process(leading.pid).children()
     other.kill()
-    said = leading.communicate(timeout=60)[1]
+    said = leading.communicate(timeout=600)[1]
     assert leading.returncode == -signal.SIGKILL, said
 
 

@@ -186,7 +186,7 @@ def test_two_processes_that_write_at_once_never_see_half_an_entry(bases, rows, t
     command = [sys.executable, "-W", "error", "-c", READER, str(bases["llama"]), str(rows), str(tmp_path)]
     root = Path(__file__).parents[2]
     running = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in running]
+    errors = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
     assert not [p for p in (tmp_path / "tokens").iterdir() if p.name.startswith(".")]
 

@@ -50,7 +50,7 @@ def test_two_processes_train_what_one_trains(spec, rows, tmp_path, start):
     file = tmp_path / "spec.json"
     file.write_text(one.model_copy(update={"devices": 2}).model_dump_json())
     processes = start([sys.executable, "-m", "lorainit", str(file), str(tmp_path / "shared")])
-    said = [process.communicate(timeout=200)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), said
     assert "".join(said).count("Adapter:") == 1
     assert not list(tmp_path.glob("shared/rendezvous*"))
@@ -106,7 +106,7 @@ def test_a_process_that_dies_takes_its_run_with_it_by_the_same_signal(two, numbe
     """Whoever watches the run then knows whether it was killed from outside, and does not wait for the next sum."""
     leading, other = two
     other.send_signal(number)
-    _, said = leading.communicate(timeout=60)
+    _, said = leading.communicate(timeout=600)
     assert leading.returncode == -number
     assert f"process 1 of this run ended with exit code {-number}".encode() in said
 
@@ -124,7 +124,7 @@ def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_pa
     pipe.write_text(good.model_dump_json())
     wait(lambda: psutil.Process(leading.pid).children())  # by then the first has read its own
     pipe.write_text(bad.model_dump_json())
-    _, said = leading.communicate(timeout=120)
+    _, said = leading.communicate(timeout=600)
     with os.fdopen(reader) as told:
         *_, last = (json.loads(line) for line in told)
     assert leading.returncode == 1
@@ -166,7 +166,7 @@ def test_of_three_processes_none_is_left_when_one_is_killed(spec, tmp_path):
     with training(spec(devices=3, micro_batch_size=1, training=ENDLESS), tmp_path) as (leading, others):
         assert len(others) == 2
         others[0].kill()
-        leading.communicate(timeout=60)
+        leading.communicate(timeout=600)
         assert leading.returncode == -signal.SIGKILL
         wait(lambda: not any(is_there(other) for other in others), seconds=10)
 
@@ -175,7 +175,7 @@ def test_a_process_that_hangs_ends_its_run_with_the_reason(spec, tmp_path):
     """It is frozen, as a device that does not answer any more freezes the process that waits for it."""
     with training(spec(devices=2, training=ENDLESS), tmp_path, silence=20) as (leading, (other,)):
         other.suspend()
-        _, said = leading.communicate(timeout=60)
+        _, said = leading.communicate(timeout=600)
         assert leading.returncode == 1
         assert b"The processes of this run do not answer each other: nothing has happened for 20 seconds" in said
         wait(lambda: not is_there(other), seconds=10)
@@ -186,7 +186,7 @@ def test_a_leading_process_that_hangs_is_killed_by_the_others(spec, tmp_path):
     """Whoever supervises it sees a killed run, and has it tried again."""
     with training(spec(devices=2, training=ENDLESS), tmp_path, silence=20) as (leading, (other,)):
         leading.send_signal(signal.SIGSTOP)
-        leading.communicate(timeout=120)
+        leading.communicate(timeout=600)
         assert leading.returncode == -signal.SIGKILL
         wait(lambda: not is_there(other), seconds=10)
 
@@ -205,6 +205,6 @@ def test_nothing_is_left_of_a_run_whose_leading_process_dies(two):
 def test_a_run_of_two_processes_stops_when_it_is_asked(two):
     leading, other = two
     leading.terminate()
-    leading.communicate(timeout=60)
+    leading.communicate(timeout=600)
     assert leading.returncode == 143
     wait(lambda: not other.is_running(), seconds=10)

@@ -49,7 +49,6 @@ def test_a_step_asks_no_more_of_a_gpu_than_it_did() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_no_kind_of_step_asks_more_of_a_gpu_than_it_did() -> None:
     hold(counted(*(case for case in CASES if case not in QUICK)), known())
 

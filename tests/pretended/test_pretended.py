@@ -39,7 +39,6 @@ def test_a_run_goes_on_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_every_kind_of_run_ends_well_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
     for found in run(tmp_path, *cases_on("pretended")):
         require_well(found)
