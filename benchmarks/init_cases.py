@@ -74,7 +74,7 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     import torch
 
     from lorainit import init_report
-    from lorainit.batches import collate
+    from lorainit.batches import Budget, collate
     from lorainit.evidence.collect import collect
     from lorainit.evidence.context import Context
     from lorainit.initialize import initialize
@@ -90,7 +90,7 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
         samples = joined(samples, 512)
     context = Context(
         model=model, targets=find_targets(model, "all-linear"), samples=samples[:rows], training_samples=samples[:rows],
-        pad=0, device=torch.device("cpu"), micro_batch_size=size, lora=lora,
+        pad=0, device=torch.device("cpu"), budget=Budget(size), lora=lora,
         training=Hyperparameters(learning_rate=1e-3, batch_size=4, n_epochs=1), total_steps=100, seed=0,
         on_event=lambda event: None, order=lambda epoch: range(rows),
     )  # fmt: skip
@@ -227,7 +227,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from peft.tuners.lora.corda import preprocess_corda
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    from lorainit.batches import batches, collate
+    from lorainit.batches import Budget, batches, collate
     from lorainit.loss import row_losses
     from lorainit.model.targets import find_targets
 
@@ -236,7 +236,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     norm = sum(float(m.weight.square().sum()) for m in targets.values())
     config = peft_config(name, r, sorted({n.rpartition(".")[2] for n in targets}))
     rows, size = ROWS["gradient" if name == "lora_ga" else "activation"]
-    pieces = [collate(piece, pad=0) for piece in batches(samples[:rows], size)]
+    pieces = [collate(piece, pad=0) for piece in batches(samples[:rows], Budget(size))]
 
     def passes() -> None:
         for batch in pieces:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
-from lorainit.batches import batches, collate  # noqa: E402
+from lorainit.batches import Budget, batches, collate  # noqa: E402
 from lorainit.data import Sample  # noqa: E402
 from lorainit.loss import tally  # noqa: E402
 from lorainit.model.load import load_model  # noqa: E402
@@ -38,7 +38,7 @@ def main(base: str, held: str, adapter: str) -> None:
 def loss(model: Any, samples: list[Sample]) -> float:
     """Nats per trained token."""
     model.eval()
-    parts = [tally(model, collate(piece, pad=0)) for piece in batches(samples, ROWS_PER_PASS)]
+    parts = [tally(model, collate(piece, pad=0)) for piece in batches(samples, Budget(ROWS_PER_PASS))]
     return sum(float(part.loss) for part in parts) / sum(part.tokens for part in parts)
 
 

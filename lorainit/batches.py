@@ -1,4 +1,4 @@
-"""The order in which rows are seen, and the two ways to lay rows into one forward pass.
+"""The order in which rows are seen, which of them share a forward pass, and the two ways to lay them into one.
 
 Packed: rows end to end, no padding, attention kept inside each row (`lorainit.model.attention`). Padded:
 rows side by side, filled up on the right; what initializations look at, and what a base without
@@ -6,9 +6,10 @@ our attention trains on. Both give the same losses. Knows nothing of adapters.
 """
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,22 @@ Regime = Callable[[int], int | None]
 def any_length(_tokens: int) -> int | None:
     """The regime of most models: rows of all lengths may share a pass."""
     return 0
+
+
+class Budget(NamedTuple):
+    """What a forward pass may hold: so many rows, and so many tokens, with the padding unless rows are `packed`.
+
+    A row that is longer goes alone.
+    """
+
+    rows: int
+    tokens: int = sys.maxsize
+    packed: bool = False
+
+    def tokens_of(self, rows: Sequence[Sample]) -> int:
+        """What a pass over these rows takes of it."""
+        lengths = [len(row.ids) for row in rows]
+        return sum(lengths) if self.packed else len(rows) * max(lengths)
 
 
 @dataclass(frozen=True)
@@ -64,16 +81,21 @@ def order(data: Dataset, *, seed: int, epoch: int) -> list[int]:
     return sorted(range(len(data.samples)), key=lambda i: hashlib.blake2b(key + str(i).encode()).digest())
 
 
-def batches(samples: Sequence[Sample], size: int, regime: Regime = any_length) -> list[list[Sample]]:
-    """Micro-batches of at most `size` rows of one regime, rows of similar length together to save padding."""
+def batches(samples: Sequence[Sample], budget: Budget, regime: Regime = any_length) -> list[list[Sample]]:
+    """Micro-batches of rows of one regime within the budget, rows of similar length together to save padding."""
     pieces: list[list[Sample]] = []
     last: int | None = None
+    tokens = 0  # of the last piece
     for sample in sorted(samples, key=lambda s: -len(s.ids)):
-        kind = regime(len(sample.ids))
-        if pieces and kind is not None and kind == last and len(pieces[-1]) < size:
+        kind, length = regime(len(sample.ids)), len(sample.ids)
+        added = length if budget.packed or not pieces else len(pieces[-1][0].ids)
+        fits = pieces and len(pieces[-1]) < budget.rows and tokens + added <= budget.tokens
+        if fits and kind is not None and kind == last:
             pieces[-1].append(sample)
+            tokens += added
         else:
             pieces.append([sample])
+            tokens = length
         last = kind
     return pieces
 

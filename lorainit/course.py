@@ -8,18 +8,18 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorainit.batches import Regime, any_length, batches, order
+from lorainit.batches import Budget, Regime, any_length, batches, order
 from lorainit.checkpoint import Progress, Restored, write
 from lorainit.data import Dataset, Sample
 from lorainit.errors import NonFiniteLoss
-from lorainit.events import Checkpoint, Event, Metrics, Stage, Tick
+from lorainit.events import Checkpoint, Event, Message, Metrics, Stage, Tick
 from lorainit.layer import LoRALinear
 from lorainit.loss import Tally
 from lorainit.optimizers import make_optimizer, set_rate
@@ -43,11 +43,11 @@ Evaluate = Callable[[Sequence[Sample]], dict[str, float]]
 class Member:
     """One adapter to train.
 
-    `recipe` is resolved (no "auto" left). `micro_batch_size` is its rows in one forward pass, which changes
-    speed and memory, not the gradient. `out` gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
+    `recipe` is resolved (no "auto" left). `budget` is what its part of one forward pass may hold, which
+    changes speed and memory, not the gradient; `on_budget` hears how many tokens it has where that changes, and whether
+    memory had run out. `out` gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
     `skip`: batches of the data's order that are passed over before the first step. `regime`: which rows may share
-    a forward pass. For
-    `checkpoint_recipe` and `write_adapter` see `checkpoint.write`.
+    a forward pass. For `checkpoint_recipe` and `write_adapter` see `checkpoint.write`.
     """
 
     layers: dict[str, LoRALinear]
@@ -55,14 +55,28 @@ class Member:
     valid: Dataset | None
     recipe: Hyperparameters
     seed: int
-    micro_batch_size: int
+    budget: Budget
     out: Path
     checkpoint_recipe: dict[str, Any]
     write_adapter: Callable[[Path], None]
     on_event: Callable[[Event], None]
+    on_budget: Callable[[int, bool], None] = lambda _tokens, _ran_out: None
     skip: int = 0
     regime: Regime = any_length
     resumed: Restored | None = None
+
+
+def smaller(member: Member, tried: Sequence[Sample]) -> Member:
+    """The member with half the tokens to a pass of one that did not fit, which is said."""
+    before = member.budget.tokens_of(tried)
+    tokens = before // 2
+    text = (
+        f"A pass over {before:,} tokens did not fit into memory: {tokens:,} at most from here on, same effective batch"
+    )
+    data = {"kind": "oom_retry", "tokens_per_pass": tokens}
+    member.on_event(Message(level="warn", message=text, data=data))
+    member.on_budget(tokens, True)
+    return replace(member, budget=member.budget._replace(tokens=tokens))
 
 
 class Course:
@@ -81,6 +95,7 @@ class Course:
         self.optimizer = make_optimizer(recipe, member.layers)
         self.log = member.out / "metrics.jsonl"
         self.step, self.tokens, self._before = 0, 0, 0.0
+        self.is_smaller = False  # than it began, since memory ran out
         # Steps that the optimizer has taken, and how many of them a checkpoint has: `step` runs ahead while one is
         # on its way. What the last step found waits in `_unsaid` until the evaluation that belongs to it is done.
         self._taken = self._saved = 0
@@ -132,7 +147,7 @@ class Course:
         self._seen = sum(len(s.ids) for s in samples)
         self._begun = time.monotonic()
         self._parts: list[Tally] = []
-        pieces = batches(samples, self.member.micro_batch_size, self.member.regime)
+        pieces = batches(samples, self.member.budget, self.member.regime)
         self.pieces, self.idle = list(self.world.share(pieces)), self.world.idle(pieces)
         return self.pieces
 
@@ -162,10 +177,17 @@ class Course:
         """Raise `NonFiniteLoss`."""
         raise _not_finite(f"Step {self.step}: factors of the adapter are not finite.")
 
-    def repeat_step(self, _evaluate: Evaluate) -> None:
+    def repeat_step(self, _evaluate: Evaluate | None = None) -> None:
         """Forget this step's gradients; it is drawn again."""
         self.optimizer.zero_grad()
         self.step -= 1
+
+    def repeat_smaller(self) -> None:
+        """Forget this step's gradients; it is drawn again, in smaller passes."""
+        self.repeat_step()
+        if self.pieces:
+            self.member = smaller(self.member, max(self.pieces, key=self.member.budget.tokens_of))
+        self.is_smaller = True
 
     def finish_step(self, evaluate: Evaluate) -> None:
         """Clip, update, log, and where due evaluate and write a checkpoint.

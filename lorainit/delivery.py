@@ -237,7 +237,8 @@ def write_manifest(
 
 def write_spec(job: Job, out: Path) -> None:
     """The spec with every "auto" resolved."""
-    update = {"lora": job.lora, "training": job.training, "micro_batch_size": job.plan.micro_batch_size}
+    passes = {"micro_batch_size": job.plan.micro_batch_size, "tokens_per_pass": job.plan.tokens_per_pass}
+    update = {"lora": job.lora, "training": job.training, **passes}
     peft_adapter.write_json(out / "spec.json", job.spec.model_copy(update=update).model_dump(mode="json"))
 
 
@@ -258,7 +259,7 @@ def resources(job: Job, report: Report, out: Path, *, seconds: float, retries: i
         "init_gpu_seconds": report.summary["seconds"] if gpu else 0.0,
         "peak_memory_bytes": hardware.peak_memory_bytes(),
         "micro_batch_size": job.plan.micro_batch_size,
-        "gradient_accumulation_steps": job.plan.gradient_accumulation_steps,
+        "tokens_per_pass": job.plan.tokens_per_pass,
         "oom_retries": retries,
         "disk_bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
     }

@@ -28,7 +28,7 @@ Steps = Generator[None, bool, Done]
 
 @dataclass
 class Run:
-    """One run, initialized. `retries`: how often memory ran out before it fitted. `alone`: it has no company."""
+    """One run, initialized. `retries`: how often memory ran out. `alone`: it has no company."""
 
     job: Job
     report: Report

@@ -52,9 +52,10 @@ class Message(_Event):
 class Plan(_Event):
     """What will run, once data and model are known: resolved numbers and sizes.
 
-    `trainable_parameters` counts rank r everywhere. Where the method spreads ranks over layers that is an
-    estimate (`trainable_parameters_estimated`), and `init_report` has the number. `choices` are the autos
-    that only the machine of the run could decide. `left_out`: kinds of layers that were asked for and get no LoRA.
+    `micro_batch_size` rows and `tokens_per_pass` tokens are the most of one forward pass; where memory changes
+    that, the plan is said again. `trainable_parameters` counts rank r everywhere. Where the method spreads ranks over
+    layers that is an estimate (`trainable_parameters_estimated`), and `init_report` has the number. `choices` are the
+    autos that only the machine of the run could decide. `left_out`: kinds of layers that were asked for and get none.
     """
 
     kind: Literal["plan"] = "plan"
@@ -63,7 +64,7 @@ class Plan(_Event):
     rows: int
     trained_tokens_per_epoch: int
     micro_batch_size: int
-    gradient_accumulation_steps: int
+    tokens_per_pass: int
     modules: int
     trainable_parameters: int
     trainable_parameters_estimated: bool = False

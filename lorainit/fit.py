@@ -1,68 +1,68 @@
-"""Makes a step fit: the longest batch is tried, forward and backward, before the first step.
+"""Makes passes fit: on a GPU two small ones are measured; the largest is tried, forward and backward, before step 1.
 
-Running out of memory late is what hurts, so the worst comes first. Then the micro-batch is halved
+Running out of memory late is what hurts, so the worst comes first. Then a pass's tokens are halved
 until it fits, and last the layers are computed again in the backward pass. Neither changes the
 effective batch, the order of rows or what is minimized; both are said in an event.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate, groupby, islice, pairwise
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorainit import compiled
 from lorainit.batches import Batch, batches
-from lorainit.course import Member
+from lorainit.course import Member, smaller
 from lorainit.data import Sample
 from lorainit.errors import OutOfMemory
 from lorainit.events import Message
 from lorainit.group import Stand
-from lorainit.hardware import is_out_of_memory, return_memory
+from lorainit.hardware import is_out_of_memory, peak_while, return_memory
 from lorainit.loss import tallies
 from lorainit.recompute import recompute
 from lorainit.resolve import total_steps
 from lorainit.world import World
 
 Lay = Callable[[Sequence[Sample]], Batch]
+Rows = Sequence[Sequence[Sample]]  # of each member
 PARAM = "training"
+# Tokens of the larger of two passes that are measured: beyond a few hundred, memory grows evenly with them.
+PROBED = 2048
+SHARE = 0.8  # of a GPU that may be full: the rest is for memory in pieces and for CUDA's own
+STEP = 256
 
 
-class Fitted(NamedTuple):
-    """The members with micro-batches that fit, and how often memory had run out before."""
-
-    members: list[Member]
-    retries: int
-
-
-def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) -> Fitted:
-    """Set the model and its members up for the run; the model is left bare.
+def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) -> list[Member]:
+    """The members with passes that fit; the model is set up for the run and left bare.
 
     Raises:
         OutOfMemory: not one row fits, whatever is done; on a base that is divided between devices, the first try.
     """
-    stand, members, retries = Stand(model), list(members), 0
+    stand, planned = Stand(model), list(members)
     switches = [member.recipe.gradient_checkpointing for member in members]
     recomputes = _from_the_start(stand, members, switches, world)
-    while _fails(stand, members, lay, world):
-        retries += 1
-        if any(member.micro_batch_size > 1 for member in members):
-            members = [replace(m, micro_batch_size=(m.micro_batch_size + 1) // 2) for m in members]
-            for member in members:
-                _say_smaller(member)
+    members = _measured(stand, planned, lay, world)
+    while _fails(stand, members, world, partial(_try, stand, members, fullest := _fullest(members), lay)):
+        if any(len(rows) > 1 for rows in fullest):
+            members = [smaller(member, rows) for member, rows in zip(members, fullest, strict=True)]
         elif not recomputes and False not in switches:
             recomputes = _recompute(stand, members, "one row did not fit into memory without it", kind="oom_retry")
             if not recomputes:
                 raise _too_large()
+            for member in members:
+                member.on_budget(member.budget.tokens, True)
+            members = _measured(stand, members, lay, world, most=[m.budget.tokens for m in planned])
         else:
             raise _too_large()
     if world.in_step:
         _do_not_compile(members)
     elif not recomputes:
         _compile(stand, members, lay, world)
-    return Fitted(members, retries)
+    return list(members)
 
 
 def _from_the_start(stand: Stand, members: Sequence[Member], switches: Sequence[bool | str], world: World) -> bool:
@@ -74,11 +74,11 @@ def _from_the_start(stand: Stand, members: Sequence[Member], switches: Sequence[
     return False
 
 
-def _fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> bool:
-    """Whether any process runs out of memory on the longest batch."""
+def _fails(stand: Stand, members: Sequence[Member], world: World, attempt: Callable[[], None]) -> bool:
+    """Whether any process runs out of memory."""
     failed = False
     try:
-        _try(stand, members, lay)
+        attempt()
     except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
         if not is_out_of_memory(error):
             raise
@@ -91,32 +91,84 @@ def _fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> b
     return world.anybody(failed, next(stand.model.parameters()).device)
 
 
-def _try(stand: Stand, members: Sequence[Member], lay: Lay) -> None:
-    rows = [_longest(member) for member in members]
+def _try(stand: Stand, members: Sequence[Member], rows: Rows, lay: Lay) -> None:
     stand.put([m.layers for m in members], list(pairwise([0, *accumulate(sum(len(s.ids) for s in r) for r in rows)])))
     for member in members:
         _drop(member, "tried")
     counts = [sum(int(s.trained[1:].sum()) for s in some) for some in rows]
-    kept = [torch.empty_like(p) for member in members for p in _kept(member)]
+    kept = [torch.empty_like(p) for m, some in zip(members, rows, strict=True) for p in _kept(m, len(some))]
     parts = tallies(stand.model, lay([sample for some in rows for sample in some]), counts)
     torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
     del kept
     _forget(stand, members)
 
 
-def _kept(member: Member) -> list[Tensor]:
-    """Of what there will be another one beside a pass: Adam's two moments, and gradients of the pieces before it."""
+def _kept(member: Member, rows: int) -> list[Tensor]:
+    """Of what there will be another one beside a pass over so many rows: Adam's moments, gradients of passes before."""
     trained: list[Tensor] = [p for layer in member.layers.values() for p in layer.trained().values()]
     assert member.recipe.batch_size != "auto"
-    return trained * (3 if member.recipe.batch_size > member.micro_batch_size else 2)
+    return trained * (3 if member.recipe.batch_size > rows else 2)
 
 
-def _longest(member: Member) -> list[Sample]:
-    """The largest micro-batch that the data can make, in rows times the longest of them."""
-    size, found = member.micro_batch_size, list[list[Sample]]()
-    for _, rows in groupby(sorted(member.data.samples, key=lambda s: -len(s.ids)), lambda s: member.regime(len(s.ids))):
-        found += batches(list(islice(rows, size)), size, member.regime)
-    return max(found, key=lambda rows: len(rows) * len(rows[0].ids))
+def _fullest(members: Sequence[Member]) -> Rows:
+    """The largest pass that each member's data can make."""
+    return [max(batches(m.data.samples, m.budget, m.regime), key=m.budget.tokens_of) for m in members]
+
+
+# --- how many tokens fit --------------------------------------------------------------------------
+
+
+def _measured(
+    stand: Stand, members: Sequence[Member], lay: Lay, world: World, most: Sequence[int] = ()
+) -> Sequence[Member]:
+    """The members with as many tokens to a pass as a GPU holds, from what two small passes take; else as they are.
+
+    Of all its memory, not of what is free now: the same job has the same passes, and so the same bits. A run that goes
+    on keeps what it had.
+
+    Args:
+        most: tokens of each member's passes if the GPU had room for all; () = what they have.
+    """
+    device = next(stand.model.parameters()).device
+    if device.type != "cuda" or any(m.resumed is not None or m.budget.rows == 1 for m in members):
+        return members
+    seen = list[tuple[int, int]]()
+    for tokens in (PROBED // 2, PROBED):
+        rows = [_like_the_longest(member, tokens // len(members)) for member in members]
+        if _fails(stand, members, world, partial(_note_peak, seen, stand, members, rows, lay)):
+            return _with_tokens(members, tokens // 2, most)
+    (few, small), (many, large) = seen
+    each = max(1.0, (large - small) / (many - few))
+    found = many + int((SHARE * torch.cuda.mem_get_info(device)[1] - large) / each)
+    agreed = torch.tensor(max(STEP, found // STEP * STEP), device=device)
+    world.agree([agreed])
+    return _with_tokens(members, int(agreed), most)
+
+
+def _note_peak(seen: list[tuple[int, int]], stand: Stand, members: Sequence[Member], rows: Rows, lay: Lay) -> None:
+    """Add how many tokens these rows have, and how much memory was in use at most during a pass over them."""
+    peak = peak_while(lambda: _try(stand, members, rows, lay))
+    seen.append((sum(len(sample.ids) for some in rows for sample in some), peak))
+
+
+def _like_the_longest(member: Member, tokens: int) -> list[Sample]:
+    """So many tokens in rows as long as the longest, all of them trained."""
+    longest = max(member.data.samples, key=lambda sample: len(sample.ids))
+    ids = longest.ids[:tokens]
+    return [Sample(longest.line, ids, torch.ones(len(ids), dtype=torch.bool))] * (tokens // len(ids))
+
+
+def _with_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) -> list[Member]:
+    """The members with their parts of so many tokens to a pass; where that is less than was planned it is said."""
+    found = []
+    for member, planned in zip(members, most or [m.budget.tokens for m in members], strict=True):
+        part = max(1, min(planned, tokens // len(members)))
+        if part < planned:
+            text = f"A pass holds {part:,} tokens at most: what two small ones took shows that no more fit into memory"
+            _tell([member], "info", text, kind="machine", tokens_per_pass=part)
+        member.on_budget(part, False)
+        found.append(replace(member, budget=member.budget._replace(tokens=part)))
+    return found
 
 
 def _drop(member: Member, key: str | None) -> None:
@@ -133,14 +185,6 @@ def _forget(stand: Stand, members: Sequence[Member]) -> None:
 
 
 # --- what is done about it ----------------------------------------------------------------------
-
-
-def _say_smaller(member: Member) -> None:
-    micro, batch = member.micro_batch_size, member.recipe.batch_size
-    assert batch != "auto"
-    pieces = -(-batch // micro)
-    text = f"The longest batch did not fit into memory: {pieces} micro-batches of {micro} rows, same effective batch"
-    _tell([member], "warn", text, kind="oom_retry", micro_batch_size=micro, gradient_accumulation_steps=pieces)
 
 
 def _recompute(stand: Stand, members: Sequence[Member], why: str, *, kind: str) -> bool:
@@ -176,7 +220,7 @@ def _compile(stand: Stand, members: Sequence[Member], lay: Lay, world: World) ->
         return
     compiled.compile_layers(stand.model)
     try:
-        _try(stand, members, lay)
+        _try(stand, members, _fullest(members), lay)
     except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
         compiled.undo(stand.model)
         _forget(stand, members)

@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -166,10 +166,21 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     return min(free, default=None)
 
 
+_peaks: list[int] = []  # of a GPU, before its counter was set back
+
+
+def peak_while(work: Callable[[], None]) -> int:
+    """Bytes of the GPU that were in use at most while `work` ran."""
+    _peaks.append(torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
+
+
 def peak_memory_bytes() -> int:
     """Peak so far: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return max(torch.cuda.max_memory_allocated(), *_peaks, 0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -6,6 +6,7 @@ and `methods`.
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ from lorainit.base import OnEvent
 from lorainit.batches import Batch, batches, collate, order
 from lorainit.cache import Cache, data_digest
 from lorainit.data import Sample
-from lorainit.events import Tick
+from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
+from lorainit.hardware import is_out_of_memory, return_memory
 from lorainit.init_report import mean_loss
 from lorainit.initialize import Known, Report, initialize
 from lorainit.kept import entry_name
@@ -73,7 +75,7 @@ def _context(job: Job, on_event: OnEvent) -> Context:
         training_samples=job.data.samples,
         pad=job.base.pad,
         device=job.base.device,
-        micro_batch_size=job.plan.micro_batch_size,
+        budget=job.budget,
         lora=job.lora,
         training=job.training,
         total_steps=job.plan.total_steps,
@@ -83,6 +85,7 @@ def _context(job: Job, on_event: OnEvent) -> Context:
         folder=job.base.location.folder,
         regime=job.base.regime,
         anybody=lambda flag: job.base.world.anybody(flag, job.base.device),
+        divided=bool(job.base.sharded),
     )
 
 
@@ -103,7 +106,7 @@ def _calibration(context: Context) -> list[Batch]:
     """The rows that a displaced start was made from, in passes that fit the device."""
     rows = [s for s in context.samples if s.trained[1:].any()]
     rows = rows[: getattr(context.lora.method, "samples", PROBE_ROWS)]
-    pieces = batches(rows, context.micro_batch_size, context.regime)
+    pieces = batches(rows, context.budget, context.regime)
     return [collate(piece, pad=context.pad).to(context.device) for piece in pieces]
 
 
@@ -111,7 +114,7 @@ def _base_valid_loss(job: Job, on_event: OnEvent) -> float | None:
     """The bare base's loss on the validation rows, where a displaced start hides it; None where the start shows it."""
     if job.valid is None or job.lora.method.function_preserving:
         return None
-    pieces = batches(job.valid.samples, job.plan.micro_batch_size, job.base.regime)
+    pieces = batches(job.valid.samples, job.budget, job.base.regime)
     rows = (collate(piece, pad=job.base.pad).to(job.base.device) for piece in pieces)
     loss = mean_loss(job.base.model, rows, tick=lambda done: on_event(Tick(done=done, total=len(pieces))))
     return loss if math.isfinite(loss) else None
@@ -139,9 +142,26 @@ def _evidence(context: Context, store: Cache, keys: _Keys) -> tuple[dict[str, Ev
     found = store.evidence(keys.evidence)
     if found is not None:
         return found, True
-    found = collect(config, context)
+    found = _collected(context)
     store.keep_evidence(keys.evidence, found)
     return found, False
+
+
+def _collected(context: Context) -> dict[str, Evidence]:
+    """The evidence; where memory runs out, all of it again in passes half as large, as long as that changes any."""
+    longest = max(len(sample.ids) for sample in (*context.samples, *context.training_samples))
+    while True:
+        try:
+            return collect(context.lora.method, context)
+        except Exception as error:
+            if not is_out_of_memory(error) or context.budget.tokens <= longest or context.divided:
+                raise
+        return_memory()
+        tokens = max(longest, context.budget.tokens // 2)
+        context = replace(context, budget=context.budget._replace(tokens=tokens))
+        text = f"Memory ran out while evidence was collected: again, in passes over {tokens:,} tokens at most"
+        data = {"kind": "oom_retry", "tokens_per_pass": tokens}
+        context.on_event(Message(level="warn", message=text, data=data))
 
 
 def _keys(job: Job, context: Context) -> _Keys:
@@ -158,7 +178,7 @@ def _keys(job: Job, context: Context) -> _Keys:
         "device": job.base.device.type,
         "precision": job.plan.precision,
         "data": data_digest(context.samples) if looks_at_data else None,
-        "micro_batch_size": job.plan.micro_batch_size if looks_at_data else None,
+        "budget": job.budget if looks_at_data else None,
     }
     if config.facts.needs == "preheat":
         recipe = job.training.model_dump(mode="json"), job.data.sha256, job.plan.total_steps, job.spec.seed

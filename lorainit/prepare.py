@@ -13,6 +13,7 @@ from torch import nn
 
 from lorainit import hardware
 from lorainit.base import Base, OnEvent, store
+from lorainit.batches import Budget
 from lorainit.data import Dataset, Sample, name_of, refuse
 from lorainit.errors import GroupMismatch
 from lorainit.events import Message, Plan, Tick
@@ -30,10 +31,10 @@ from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
 from lorainit.tokens import load_kept
 from lorainit.weight import shape_of
 
-# Rows × tokens of one forward pass when the spec leaves the micro-batch to us: the logits of a large
-# vocabulary are what fills memory first (2048 × 49152 × 4 bytes = 0.4 GB, held about three times).
+# The most of one forward pass, where the spec does not say. On a GPU more tokens would hardly be faster, and
+# `lorainit.fit` measures how many fit.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
-MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 64}
+MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 256}
 
 
 @dataclass
@@ -54,6 +55,11 @@ class Job:
     plan: Plan
     layers: dict[str, LoRALinear] = field(default_factory=dict)
     proof: dict[str, Any] | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """Of a pass over padded rows."""
+        return Budget(self.plan.micro_batch_size, self.plan.tokens_per_pass)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -218,18 +224,16 @@ def _plan(
     choices: list[Choice],
 ) -> Plan:
     assert training.batch_size != "auto"
-    longest = max(len(s.ids) for s in data.samples)
     kind = base.device.type
-    fitting = min(MAX_ROWS_PER_PASS[kind], max(1, TOKENS_PER_PASS[kind] // (longest * sharing)))
-    micro = min(spec.micro_batch_size or fitting, training.batch_size)
-    micro = 1 if base.layout.rows == "one by one" else micro
+    # Every device gets a part of a step.
+    rows = min(spec.micro_batch_size or MAX_ROWS_PER_PASS[kind], math.ceil(training.batch_size / base.world.size))
     return Plan(
         total_steps=total_steps(training, rows=len(data.samples)),
         steps_per_epoch=steps_per_epoch(len(data.samples), training.batch_size),
         rows=len(data.samples),
         trained_tokens_per_epoch=data.trained_tokens,
-        micro_batch_size=micro,
-        gradient_accumulation_steps=math.ceil(training.batch_size / micro),
+        micro_batch_size=1 if base.layout.rows == "one by one" else rows,
+        tokens_per_pass=max(1, (spec.tokens_per_pass or TOKENS_PER_PASS[kind]) // sharing),
         modules=len(targets),
         trainable_parameters=sum(lora.parameters(*shape_of(m)) for m in targets.values()),
         trainable_parameters_estimated=lora.method.export_rank == "per module",
@@ -239,10 +243,3 @@ def _plan(
         precision=training.precision,
         choices=choices,
     )
-
-
-def with_micro_batch(plan: Plan, rows: int, training: Hyperparameters) -> Plan:
-    """The plan with so many rows to a forward pass; the effective batch stays what it is."""
-    assert training.batch_size != "auto"
-    pieces = math.ceil(training.batch_size / rows)
-    return plan.model_copy(update={"micro_batch_size": rows, "gradient_accumulation_steps": pieces})

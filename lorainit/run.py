@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lorainit.events import Done, InitReport, Stage
 from lorainit.fit import fit
 from lorainit.initialize import Report
 from lorainit.inits import HRP
-from lorainit.prepare import Job, prepare, with_micro_batch
+from lorainit.prepare import Job, prepare
 from lorainit.spec import RunSpec
 from lorainit.train import train
 from lorainit.world import World, joined
@@ -95,11 +96,9 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
             yield who, company.end_of(error, alone=len(requests) == 1)
     if base is None or not runs:
         return
-    fitted = fit(base.model, [_member(one) for one in runs.values()], lay=base.lay, world=world)
-    for one, member in zip(runs.values(), fitted.members, strict=True):
-        _fitted(one, member, fitted.retries)
+    members = fit(base.model, [_member(one) for one in runs.values()], lay=base.lay, world=world)
     names, training, waiting = list(runs), set(runs), dict[int, Ending]()
-    with closing(train(base.model, fitted.members, lay=base.lay, world=world)) as trained, _closing(waiting):
+    with closing(train(base.model, members, lay=base.lay, world=world)) as trained, _closing(waiting):
         for ended in trained:
             endings = {names[index]: Ending(runs[names[index]], end, world) for index, end in ended}
             waiting |= endings
@@ -141,10 +140,13 @@ def _begin(request: Request, base: Base, world: World, *, sharing: int) -> Run:
     job = prepare(request.spec, base, say, sharing=sharing)
     if world.leads:
         delivery.write_spec(job, request.out)
-    say(job.plan)
     restored = _restored(job)
+    known = _manifest(restored)
+    tokens = known.get("plan", {}).get("tokens_per_pass", job.plan.tokens_per_pass)
+    job.plan = job.plan.model_copy(update={"tokens_per_pass": tokens})
+    say(job.plan)
     say(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
-    job.proof = proof.prove(job, request.out, say, known=_proof(restored))
+    job.proof = proof.prove(job, request.out, say, known=known.get("proof"))
     report = _resume(job, restored) if restored else init_stage.start(job, say)
     world.agree(
         [t for layer in job.layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
@@ -161,7 +163,7 @@ def _member(one: Run) -> Member:
         valid=job.valid,
         recipe=job.training,
         seed=job.spec.seed,
-        micro_batch_size=job.plan.micro_batch_size,
+        budget=job.budget._replace(packed=job.base.packs),
         out=one.out,
         checkpoint_recipe=job.recipe,
         write_adapter=lambda folder: delivery.write_adapter(job, folder, one.report),
@@ -169,15 +171,16 @@ def _member(one: Run) -> Member:
         regime=job.base.regime,
         resumed=one.restored,
         on_event=one.on_event,
+        on_budget=partial(_change_passes, one),
     )
 
 
-def _fitted(one: Run, member: Member, retries: int) -> None:
+def _change_passes(one: Run, tokens: int, ran_out: bool) -> None:
     """Tell again what will run, where memory has changed it."""
-    job, one.retries = one.job, retries
-    if member.micro_batch_size != job.plan.micro_batch_size:
-        job.plan = with_micro_batch(job.plan, member.micro_batch_size, job.training)
-        one.on_event(job.plan)
+    one.retries += ran_out
+    if tokens != one.job.plan.tokens_per_pass:
+        one.job.plan = one.job.plan.model_copy(update={"tokens_per_pass": tokens})
+        one.on_event(one.job.plan)
 
 
 # --- going on from a checkpoint ------------------------------------------------------------------
@@ -189,13 +192,12 @@ def _restored(job: Job) -> Restored | None:
     return checkpoint.read(Path(job.spec.resume_from), recipe=job.recipe)
 
 
-def _proof(restored: Restored | None) -> dict[str, Any] | None:
-    """What the attempt that wrote the checkpoint had shown of its download."""
+def _manifest(restored: Restored | None) -> dict[str, Any]:
+    """What the attempt that wrote the checkpoint knew: what it had shown of its download, and what fits into a pass."""
     if restored is None:
-        return None
-    manifest = json.loads((restored.folder / "adapter" / "manifest.json").read_text())
-    known: dict[str, Any] | None = manifest.get("proof")
-    return known
+        return {}
+    found: dict[str, Any] = json.loads((restored.folder / "adapter" / "manifest.json").read_text())
+    return found
 
 
 def _resume(job: Job, restored: Restored) -> Report:

@@ -265,6 +265,7 @@ class RunSpec(Strict):
 
     `cache`: a folder for converted base models and, under `init/`, `tokens/` and `bases/`, what earlier runs found
     out: starts, tokenized files and digests, of which at most `cache_limit_bytes` are kept (0 = none).
+    `micro_batch_size`, `tokens_per_pass`: at most so many rows and tokens in a forward pass, null = as many as pay.
     `devices`: processes of this host that share each step's rows, one to a GPU; `python -m lorainit` starts them.
     """
 
@@ -275,6 +276,7 @@ class RunSpec(Strict):
     seed: Seed = 0
     deterministic: bool = True
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_pass: Annotated[int, Field(ge=1)] | None = None
     devices: Annotated[int, Field(ge=1, le=64)] = 1
     cache: str | None = None
     cache_limit_bytes: Annotated[int, Field(ge=0)] = 8 << 30

@@ -18,6 +18,7 @@ from lorainit.data import Sample
 from lorainit.errors import LorainitError, Stopped
 from lorainit.events import Stage, Tick
 from lorainit.group import Stand
+from lorainit.hardware import is_out_of_memory, return_memory
 from lorainit.loss import tallies, tally
 from lorainit.world import World
 
@@ -62,7 +63,8 @@ def train(
                 yield ended
             ended = []
             while courses and not ended:
-                _forward_and_backward(stand, list(courses.values()), lay)
+                if not _fits(stand, list(courses.values()), lay):
+                    continue
                 poisoned = [who for who, course in courses.items() if len(courses) > 1 and course.is_poisoned()]
                 for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
                     attempt(who, courses[who].give_up)
@@ -74,6 +76,24 @@ def train(
         raise
     finally:
         stand.clear()
+
+
+def _fits(stand: Stand, courses: list[Course], lay: Lay) -> bool:
+    """Everybody's next step as far as the gradients; False where memory ran out and it is to be drawn again.
+
+    Once in a run: memory is in pieces by then, or others use the device. Other processes would wait for this one.
+    """
+    try:
+        _forward_and_backward(stand, courses, lay)
+    except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
+        if not is_out_of_memory(error) or any(course.is_smaller or course.world.size > 1 for course in courses):
+            raise
+    else:
+        return True
+    return_memory()  # outside of the except clause, whose traceback holds what is to be freed
+    for course in courses:
+        course.repeat_smaller()
+    return False
 
 
 def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None:
@@ -128,7 +148,7 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
     """Loss and accuracy over all these rows, under both names the hosted service uses."""
     say, world = course.member.on_event, course.world
     say(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
-    every = batches(samples, course.member.micro_batch_size, course.member.regime)
+    every = batches(samples, course.member.budget, course.member.regime)
     pieces = world.share(every)
     device = next(stand.model.parameters()).device
     loss, sums = torch.zeros((), device=device), torch.zeros(2, dtype=torch.long, device=device)

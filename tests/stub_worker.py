@@ -52,7 +52,7 @@ def train(
         rows=20,
         trained_tokens_per_epoch=100,
         micro_batch_size=1,
-        gradient_accumulation_steps=1,
+        tokens_per_pass=1,
         modules=modules,
         trainable_parameters=parameters,
         target_modules=["q_proj"],

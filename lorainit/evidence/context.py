@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorainit.batches import Regime, any_length
+from lorainit.batches import Budget, Regime, any_length
 from lorainit.data import Sample
 from lorainit.events import Event, Message
 from lorainit.inits import EVA, CorDA, LoRAGA, LoRAOne
@@ -24,8 +24,9 @@ class Context:
     training_samples: the training rows, for methods that train.
     order: the run's own permutation of the training rows in an epoch.
     folder: where the base model's files are; None for a model that was not loaded from any.
-    anybody: whether something is so in any process of the run, where several make the same passes.
-    regime: which rows may share a pass (`Base.regime`).
+    anybody: whether something is so in any process of the run, where several make the same passes; `divided`: they have
+        to, since each has a part of the base.
+    budget: of one pass; `regime`: which rows may share one (`Base.regime`).
     """
 
     model: nn.Module
@@ -34,7 +35,7 @@ class Context:
     training_samples: Sequence[Sample]
     pad: int
     device: torch.device
-    micro_batch_size: int
+    budget: Budget
     lora: Lora
     training: Hyperparameters
     total_steps: int
@@ -43,6 +44,7 @@ class Context:
     order: Callable[[int], Sequence[int]]
     folder: Path | None = None
     anybody: Callable[[bool], bool] = bool
+    divided: bool = False
     regime: Regime = any_length
 
 

@@ -38,7 +38,7 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
         OutOfMemory: they take more than is free.
     """
     rows = calibration_rows(config, context)
-    pieces = batches(rows, context.micro_batch_size, context.regime)
+    pieces = batches(rows, context.budget, context.regime)
     leader = shared_inputs(context, pieces[0])
     widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
     # The directions, and those of the batch before.

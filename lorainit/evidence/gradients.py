@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Regime, any_length, batches, collate
+from lorainit.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data import Sample
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Tick
@@ -52,7 +52,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
         rows,
         pad=context.pad,
         device=context.device,
-        size=context.micro_batch_size,
+        budget=context.budget,
         regime=context.regime,
         on_tick=tick,
     )
@@ -91,7 +91,7 @@ def mean_gradients(
     *,
     pad: int,
     device: torch.device,
-    size: int,
+    budget: Budget,
     regime: Regime = any_length,
     on_tick: OnTick,
 ) -> dict[str, Tensor]:
@@ -99,13 +99,13 @@ def mean_gradients(
 
     Args:
         model: its parameters are frozen before and after; its mode is left alone.
-        size: rows per forward pass; `regime`: which of them may share one.
+        budget: of a forward pass; `regime`: which rows may share one.
         on_tick: called with (rows done, rows) after every pass.
     """
     sums: dict[str, Tensor] = {}
     done = 0
     with _gradients_taken_away(model, targets, sums):
-        for piece in batches(rows, size, regime):
+        for piece in batches(rows, budget, regime):
             loss = row_losses(model, collate(piece, pad=pad).to(device)).sum()
             torch.autograd.backward(loss)
             done += len(piece)

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorainit.batches import Regime, any_length, batches, collate
+from lorainit.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data import Sample
 from lorainit.errors import InitFailed
 from lorainit.events import Message, Tick
@@ -51,12 +51,14 @@ def search_step(
         scale = context.lora.scaling / gamma
         for layer in adapted(context.model).values():
             layer.scale = scale
-        loss = calibration_loss(context.model, rows, pad=context.pad, device=context.device, size=size, regime=regime)
+        loss = calibration_loss(
+            context.model, rows, pad=context.pad, device=context.device, budget=budget, regime=regime
+        )
         context.on_event(Tick(done=len(tried) + 1, total=len(GAMMAS) + 2))
         return loss if math.isfinite(loss) else math.inf
 
-    size, regime = context.micro_batch_size, context.regime
-    base = calibration_loss(context.model, rows, pad=context.pad, device=context.device, size=size, regime=regime)
+    budget, regime = context.budget, context.regime
+    base = calibration_loss(context.model, rows, pad=context.pad, device=context.device, budget=budget, regime=regime)
     with _attached(config, context, evidence):
         for gamma in GAMMAS:
             tried[gamma] = loss_at(gamma)
@@ -78,11 +80,11 @@ def calibration_loss(
     *,
     pad: int,
     device: torch.device,
-    size: int,
+    budget: Budget,
     regime: Regime = any_length,
 ) -> float:
     """Mean over rows of each row's mean loss: what the gradient methods take their gradient of."""
-    pieces = (collate(piece, pad=pad).to(device) for piece in batches(rows, size, regime))
+    pieces = (collate(piece, pad=pad).to(device) for piece in batches(rows, budget, regime))
     return sum(float(row_losses(model, batch).sum()) for batch in pieces) / len(rows)
 
 

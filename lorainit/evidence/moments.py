@@ -33,7 +33,7 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
         OutOfMemory: more than is free.
     """
     rows = calibration_rows(config, context)
-    pieces = batches(rows, context.micro_batch_size, context.regime)
+    pieces = batches(rows, context.budget, context.regime)
     leader = shared_inputs(context, pieces[0])
     sides = {g: shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values())}
     moments: dict[str, Tensor] = {}

@@ -165,7 +165,7 @@ def _stream(context: Context) -> Iterator[list[Sample]]:
 
 def _accumulate(samples: list[Sample], step: int, steps: int, context: Context) -> float:
     """Gradients and loss of one effective batch, by micro-batches as in training."""
-    pieces = batches(samples, context.micro_batch_size, context.regime)
+    pieces = batches(samples, context.budget, context.regime)
     wanted = sum(int(s.trained[1:].sum()) for s in samples)
     loss = 0.0
     for done, piece in enumerate(pieces, start=1):

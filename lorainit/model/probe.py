@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Batch, Regime, batches
+from lorainit.batches import Batch, Budget, Regime, batches
 from lorainit.data import Sample
 
 _WORDS = ("window", "chunk", "local_attention")  # the last is ModernBERT's
@@ -63,7 +63,7 @@ def see(
         only: lines of the rows that are in the sum whose gradient is taken.
     """
     values, gradients = dict[int, Tensor](), dict[int, Tensor]()
-    for piece in batches(rows, size, regime):
+    for piece in batches(rows, Budget(size), regime):
         batch = lay(piece)
         hidden, leaf = _run(model, batch)
         spans = _spans(piece, batch)

@@ -113,7 +113,7 @@ class Trainer:
         return {
             "kind": "plan",
             "total_steps": self.steps,
-            **dict.fromkeys((*counts, "gradient_accumulation_steps", "trainable_parameters"), 1),
+            **dict.fromkeys((*counts, "tokens_per_pass", "trainable_parameters"), 1),
             "target_modules": ["q_proj"],
             "device": "cpu",
             "precision": "fp32",

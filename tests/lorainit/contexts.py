@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from lorainit.batches import order
+from lorainit.batches import Budget, order
 from lorainit.data import load
 from lorainit.evidence.context import Context
 from lorainit.model import experts
@@ -31,7 +31,7 @@ def make_context(
         training_samples=data.samples,
         pad=pad,
         device=CPU,
-        micro_batch_size=size,
+        budget=Budget(size),
         lora=Lora.model_validate({"init": init, "r": r}).resolved()[0],
         training=Hyperparameters(**recipe),
         total_steps=total,

@@ -3,6 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorainit.batches import Budget
 from lorainit.data import Sample
 from lorainit.evidence.context import Context
 from lorainit.evidence.line_search import calibration_loss
@@ -51,7 +52,7 @@ def context(
         training_samples=samples,
         pad=0,
         device=CPU,
-        micro_batch_size=size,
+        budget=Budget(size),
         lora=Lora.model_validate({"init": init, "r": r, **lora}).resolved()[0],
         training=Hyperparameters(),
         total_steps=1,
@@ -92,4 +93,4 @@ def loss_with(found: Context, factors, *, sign=1.0) -> float:
 
 def loss_of(found: Context) -> float:
     """The loss of the model as it is."""
-    return calibration_loss(found.model, found.samples, pad=0, device=CPU, size=8)
+    return calibration_loss(found.model, found.samples, pad=0, device=CPU, budget=Budget(8))

@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorainit.batches import collate
+from lorainit.batches import Budget, collate
 from lorainit.course import Member
 from lorainit.data import load
 from lorainit.evidence.collect import collect
@@ -101,7 +101,7 @@ def evidence_for(model, targets, lora, data, folder):
     recipe = Hyperparameters(learning_rate=1e-2, batch_size=4, n_epochs=1)
     context = Context(
         model=model, targets=targets, samples=data.samples, training_samples=data.samples, pad=0, device=CPU,
-        micro_batch_size=4, lora=lora, training=recipe, total_steps=4, seed=7, on_event=lambda event: None,
+        budget=Budget(4), lora=lora, training=recipe, total_steps=4, seed=7, on_event=lambda event: None,
         order=lambda epoch: range(len(data.samples)), folder=folder,
     )  # fmt: skip
     return collect(lora.method, context)
@@ -146,7 +146,7 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
     hyper = {"max_steps": steps, "batch_size": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "n_epochs": 1}
     recipe = Hyperparameters(**hyper, eval_interval=9, checkpoint_interval=9)
     member = Member(
-        layers=detach(model), data=data, valid=None, recipe=recipe, seed=7, micro_batch_size=4, out=out,
+        layers=detach(model), data=data, valid=None, recipe=recipe, seed=7, budget=Budget(4), out=out,
         checkpoint_recipe={}, write_adapter=lambda path: None, on_event=lambda event: None,
     )  # fmt: skip
     ([(_, end)],) = train(model, [member], lay=lambda samples: collate(samples, pad=0), world=World())

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
 
-from lorainit.batches import batches, collate, order
-from lorainit.data import load, require_readable
+from lorainit.batches import Budget, batches, collate, order
+from lorainit.data import Sample, load, require_readable
 from lorainit.errors import (
     InvalidTrainingFile,
     InvalidValidationFile,
@@ -227,7 +227,7 @@ def test_order_depends_on_seed_epoch_and_file_only(tmp_path, rows, tokenizer):
 
 def test_batches_hold_every_row_once_and_padding_is_masked(rows, tokenizer):
     data = load(rows, tokenizer, max_length=256)
-    pieces = batches(data.samples, 5)
+    pieces = batches(data.samples, Budget(5))
     assert sorted(s.line for piece in pieces for s in piece) == list(range(1, 13))
     assert [len(piece) for piece in pieces] == [5, 5, 2]
     batch = collate(pieces[0], pad=7)
@@ -237,6 +237,17 @@ def test_batches_hold_every_row_once_and_padding_is_masked(rows, tokenizer):
         assert batch.ids[row, n:].eq(7).all()
         assert batch.attention[row].sum() == n
         assert not batch.trained[row, n:].any()
+
+
+@pytest.mark.parametrize(
+    ("packed", "expected"), [(False, [[9], [6], [4, 3], [2, 2, 1]]), (True, [[9], [6], [4, 3, 2], [2, 1]])]
+)
+def test_a_pass_holds_as_many_tokens_as_its_budget_and_a_longer_row_goes_alone(packed, expected):
+    rows = [
+        Sample(n, torch.zeros(n, dtype=torch.int32), torch.ones(n, dtype=torch.bool)) for n in (2, 9, 4, 1, 6, 2, 3)
+    ]
+    budget = Budget(3, 9 if packed else 8, packed)
+    assert [[len(s.ids) for s in piece] for piece in batches(rows, budget)] == expected
 
 
 def read_with_expression(expression, tmp_path, *texts, **options):

@@ -1,6 +1,8 @@
 """Before the first step: what does not fit into memory is found out and made to fit, and slow parts are compiled."""
 
+import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AttentionInterface
 from lorainit import base as base_module
 from lorainit import compiled, fit
 from lorainit.errors import OutOfMemory
-from lorainit.events import Message, Metrics, Plan
+from lorainit.events import Checkpoint, Message, Metrics, Plan
 from lorainit.group import GroupedLinear
 from lorainit.hardware import is_out_of_memory
 from lorainit.layer import LoRALinear
@@ -20,7 +22,7 @@ from lorainit.recompute import layers_of, recompute
 from lorainit.run import Request, run, run_together
 from tests.lorainit.conftest import tiny_llama
 
-CHECKPOINTING = "gradient_checkpointing"
+CHECKPOINTING, TOKENS = "gradient_checkpointing", "tokens_per_pass"
 
 
 class Memory:
@@ -78,14 +80,69 @@ def test_a_batch_that_does_not_fit_is_cut_and_the_step_stays_what_it_was(wanted,
     plain = run(wanted(), tmp_path / "plain", lambda event: None)
     memory, heard = Memory(monkeypatch, tokens=70), []
     cut = run(wanted(), tmp_path / "cut", heard.append)
-    assert told(heard)[-1] == {"kind": "oom_retry", "micro_batch_size": 1, "gradient_accumulation_steps": 4}
-    assert [fact["micro_batch_size"] for fact in told(heard)] == [2, 1]
-    assert memory.largest <= 70
-    plans = [(event.micro_batch_size, event.gradient_accumulation_steps) for event in heard if isinstance(event, Plan)]
-    assert plans == [(4, 1), (1, 4)], "what will run is told again"
-    used = [cut.resources[name] for name in ("oom_retries", "micro_batch_size", "gradient_accumulation_steps")]
-    assert used == [2, 1, 4]
+    (fact,) = told(heard)
+    assert fact["kind"] == "oom_retry"
+    assert 30 < memory.largest <= fact[TOKENS] <= 70
+    plans = [event.tokens_per_pass for event in heard if isinstance(event, Plan)]
+    assert plans == [2048, fact[TOKENS]], "what will run is told again"
+    assert (cut.resources["oom_retries"], cut.resources[TOKENS]) == (1, fact[TOKENS])
+    manifest = json.loads((Path(cut.adapter) / "manifest.json").read_text())
+    assert manifest["plan"][TOKENS] == fact[TOKENS]
     assert close(adapter(cut), adapter(plain))
+
+
+def test_memory_that_runs_out_in_the_middle_halves_passes_once_and_the_step_is_done_again(
+    wanted, tmp_path, monkeypatch
+):
+    plain = run(wanted(), tmp_path / "plain", lambda event: None)
+    memory, heard = Memory(monkeypatch, tokens=10_000), []
+
+    def shrink(event):
+        heard.append(event)
+        if isinstance(event, Metrics) and event.step == 2:
+            memory.limit = 70
+
+    cut = run(wanted(), tmp_path / "cut", shrink)
+    (fact,) = told(heard)
+    assert fact[TOKENS] <= 70
+    assert [event.step for event in heard if isinstance(event, Metrics) and event.train_loss] == [1, 2, 3, 4]
+    assert cut.resources["oom_retries"] == 1
+    assert close(adapter(cut), adapter(plain))
+
+
+def test_memory_that_runs_out_twice_in_the_middle_ends_the_run(wanted, tmp_path, monkeypatch):
+    memory, heard = Memory(monkeypatch, tokens=10_000), []
+
+    def shrink(event):
+        heard.append(event)
+        if isinstance(event, Metrics) and event.step == 2:
+            memory.limit = 4
+
+    with pytest.raises(OutOfMemory):
+        run(wanted(), tmp_path / "out", shrink)
+    assert len(told(heard)) == 1
+
+
+def test_a_run_that_goes_on_keeps_its_passes_and_gives_the_same_bits(wanted, tmp_path, monkeypatch):
+    training = {"batch_size": 4, "checkpoint_interval": 2}
+    memory, heard = Memory(monkeypatch, tokens=70), []
+    whole = run(wanted(training=training), tmp_path / "whole", heard.append)
+    point = next(event for event in heard if isinstance(event, Checkpoint))
+    memory.limit = 10_000
+    rest = run(wanted(training=training, resume_from=point.path), tmp_path / "rest", lambda event: None)
+    assert rest.resources[TOKENS] == whole.resources[TOKENS] <= 70
+    assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(rest).items())
+
+
+def test_evidence_that_does_not_fit_is_collected_in_smaller_passes(wanted, tmp_path, monkeypatch):
+    training, heard = {"batch_size": 4}, []
+    init = {"method": "lora_ga", "samples": 4}
+    plain = run(wanted(lora={"init": init}, training=training), tmp_path / "plain", lambda event: None)
+    memory = Memory(monkeypatch, tokens=60)
+    memory.train = memory.allocate  # its passes carry no adapter
+    cut = run(wanted(lora={"init": init}, training=training), tmp_path / "cut", heard.append)
+    assert "evidence" in next(e.message for e in heard if isinstance(e, Message) and e.data["kind"] == "oom_retry")
+    assert close(adapter(cut), adapter(plain), atol=1e-4)
 
 
 def test_gradient_checkpointing_is_the_last_resort(wanted, tmp_path, monkeypatch):
@@ -93,7 +150,10 @@ def test_gradient_checkpointing_is_the_last_resort(wanted, tmp_path, monkeypatch
     Memory(monkeypatch, tokens=4, recomputed=70)
     heard = []
     done = run(wanted(), tmp_path / "again", heard.append)
-    assert [fact.get("micro_batch_size") for fact in told(heard)] == [2, 1, None]
+    *smaller, none = [fact.get(TOKENS) for fact in told(heard)]
+    assert smaller == sorted(smaller, reverse=True)
+    assert len(smaller) >= 2
+    assert none is None
     assert told(heard)[-1] == {"kind": "oom_retry", CHECKPOINTING: True}
     ours, theirs = adapter(done), adapter(plain)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -177,7 +237,7 @@ def test_members_of_a_group_get_smaller_together(wanted, tmp_path, monkeypatch):
     requests = [Request(one, tmp_path / f"g{i}", heard[i].append) for i, one in enumerate(specs)]
     ends = dict(run_together(requests))
     for i in (0, 1):
-        assert told(heard[i])[-1]["gradient_accumulation_steps"] > 1
+        assert told(heard[i])[-1][TOKENS] <= 80
         assert close(adapter(ends[i]), plain[i])
 
 

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from lorainit.batches import batches, collate
+from lorainit.batches import Budget, batches, collate
 from lorainit.data import Sample, load
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.events import Message, Tick
@@ -29,13 +29,13 @@ def quiet(done, total):
 
 
 def take(model, targets, samples, *, size=1):
-    return mean_gradients(model, targets, samples, pad=0, device=CPU, size=size, on_tick=quiet)
+    return mean_gradients(model, targets, samples, pad=0, device=CPU, budget=Budget(size), on_tick=quiet)
 
 
 def accumulated(model, targets, samples):
     """The same by plain accumulation in `.grad`: each row's mean loss over its own trained tokens."""
     weights = {name: module.weight.requires_grad_() for name, module in targets.items()}
-    for piece in batches(samples, 1):
+    for piece in batches(samples, Budget(1)):
         part = tally(model, collate(piece, pad=0))
         (part.loss / part.tokens).backward()
     found = {name: weight.grad / len(samples) for name, weight in weights.items()}
@@ -121,7 +121,7 @@ def test_model_comes_back_as_it_was(bases, samples, fails):
             raise KeyboardInterrupt
 
     try:
-        mean_gradients(model, targets, samples[:2], pad=0, device=CPU, size=1, on_tick=stop)
+        mean_gradients(model, targets, samples[:2], pad=0, device=CPU, budget=Budget(1), on_tick=stop)
     except KeyboardInterrupt:
         assert fails
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["model.norm.weight"]

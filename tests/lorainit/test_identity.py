@@ -35,7 +35,7 @@ def initialized(spec, tmp_path, **overrides):
 def member(job, tmp_path):
     return Member(
         layers=job.layers, data=job.data, valid=None, recipe=job.training, seed=job.spec.seed,
-        micro_batch_size=job.plan.micro_batch_size, out=tmp_path, checkpoint_recipe={},
+        budget=job.budget, out=tmp_path, checkpoint_recipe={},
         write_adapter=lambda folder: folder.mkdir(), on_event=lambda event: None,
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def stock_step(job, model, factors, draw):
     """The loop anybody would write: full logits, mean over the batch's trained tokens, clip, AdamW."""
     samples = [job.data.samples[i] for i in order(job.data, seed=0, epoch=0)[: job.training.batch_size]]
     trained = sum(int(s.trained[1:].sum()) for s in samples)
-    for number, piece in enumerate(batches(samples, job.plan.micro_batch_size)):
+    for number, piece in enumerate(batches(samples, job.budget)):
         draw(number)
         batch = collate(piece, pad=0)
         logits = model(input_ids=batch.ids, attention_mask=batch.attention).logits[:, :-1]

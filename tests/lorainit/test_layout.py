@@ -13,7 +13,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from lorainit.batches import collate, pack
+from lorainit.batches import Budget, collate, pack
 from lorainit.data import Sample
 from lorainit.loss import tallies
 from lorainit.model import attention, probe
@@ -77,7 +77,7 @@ def assert_rows_are_as_alone(folder, *, kind=None, attention="eager"):
     model.requires_grad_(True)
     model.get_output_embeddings().requires_grad_(False)
     expected = [stock(folder, row, attention) for row in rows]
-    passes = probe.batches(rows, 8, layout.regime)
+    passes = probe.batches(rows, Budget(8), layout.regime)
     for piece in passes:
         batch = pack(piece) if layout.rows == "packed" else collate(piece, pad=0)
         parts = tallies(model, batch, [len(row.ids) - 1 for row in piece])

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorainit import hardware, quantize
-from lorainit.batches import collate
+from lorainit.batches import Budget, collate
 from lorainit.data import load
 from lorainit.errors import InitFailed, UnsupportedModel
 from lorainit.events import Done, InitReport, Message, Metrics
@@ -276,7 +276,9 @@ def test_the_gradient_is_that_of_the_dequantized_model(bases, samples, base):
         nn.functional.cross_entropy(logits[wanted], sample.ids[1:].long()[wanted]).backward()
     targets = find_targets(model, "all-linear")
     before = bits(model)
-    found = mean_gradients(model, targets, samples[:4], pad=0, device=CPU, size=2, on_tick=lambda done, total: None)
+    found = mean_gradients(
+        model, targets, samples[:4], pad=0, device=CPU, budget=Budget(2), on_tick=lambda done, total: None
+    )
     assert found.keys() == weights.keys()
     for name, G in found.items():
         wanted = weights[name].grad / 4

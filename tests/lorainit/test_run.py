@@ -106,7 +106,7 @@ def test_folder_holds_what_the_download_promises(finished):
 def test_plan_says_what_runs(finished):
     (plan,) = of(finished[0], Plan)
     assert (plan.total_steps, plan.steps_per_epoch, plan.rows, plan.modules) == (4, 3, 12, 14)
-    assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == (5, 1)
+    assert (plan.micro_batch_size, plan.tokens_per_pass) == (5, 2048)
     assert plan.trainable_parameters == 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert plan.trainable_parameters_estimated is False
     (report,) = of(finished[0], InitReport)
@@ -127,12 +127,13 @@ def test_same_spec_gives_the_same_bits(spec, tmp_path):
     assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_micro_batch_size_does_not_change_the_result(spec, tmp_path, size):
+@pytest.mark.parametrize("most", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"tokens_per_pass": 70}], ids=str)
+def test_how_a_step_is_cut_into_passes_does_not_change_the_result(spec, tmp_path, most):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    go(spec(micro_batch_size=5), whole)
-    events = go(spec(micro_batch_size=size), pieces)
-    assert of(events, Plan)[0].gradient_accumulation_steps == -(-5 // size)
+    passes = [
+        sum(isinstance(event, Tick) for event in go(spec(**more), out)) for more, out in (({}, whole), (most, pieces))
+    ]
+    assert passes[1] > passes[0]
     for name, value in weights(whole).items():
         assert torch.allclose(value, weights(pieces)[name], rtol=0, atol=2e-5), name
 

@@ -15,7 +15,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu.day import Day
 from benchmarks.gpu.jobs import MAKERS, OPTIMIZERS, Jobs, _cut, _grouped, _resumed, adapter, apart, laid
-from lorainit.events import Done, Event, Message, Stage
+from lorainit import fit
+from lorainit.events import Checkpoint, Done, Event, Message, Stage
 from lorainit.inits import INITS
 from lorainit.memory import of_a_copy
 from lorainit.run import Request, run_together
@@ -89,6 +90,25 @@ def _padded(day: Day) -> str:
     return f"rows {said.data['rows']}, {'ends checked' if told else '**untold**'}"
 
 
+def _budget(day: Day) -> str:
+    """Passes are as large as the device's memory, by what two small ones take; a run that goes on keeps them."""
+    jobs, has = Jobs(day), device.memory
+    training = {"batch_size": 12, "max_steps": 4, "checkpoint_interval": 2}
+    with mock.patch.object(fit, "PROBED", 64), mock.patch.object(fit, "STEP", 8):
+        has.peak = has.held
+        wide, _ = jobs.run(jobs.spec(training=training))
+        enough, has.limit = has.limit, has.peak * 4 // 5
+        narrow, heard = jobs.run(jobs.spec(training=training))
+        has.limit = enough
+        point = next(event for event in heard if isinstance(event, Checkpoint) and event.step == 2)
+        rest, _ = jobs.run(jobs.spec(training=training, resume_from=point.path))
+    runs = [done.resources for done in (wide, narrow, rest)]
+    most, fits, kept = (used["tokens_per_pass"] for used in runs)
+    held_to = fits == kept < 300 < most and not any(used["oom_retries"] for used in runs)
+    same = apart(adapter(narrow.adapter), adapter(wide.adapter)), apart(adapter(rest.adapter), adapter(narrow.adapter))
+    return "; ".join((*same, "ends checked" if held_to else f"**passes of {most}, {fits}, {kept} tokens**"))
+
+
 def _short_of_memory(day: Day) -> str:
     """Three runs, of which the first is done early, on a device with room for training and not for a second base."""
     jobs, held = Jobs(day), list[int]()
@@ -160,6 +180,7 @@ SHARED: dict[str, Case] = {
 PRETENDED: dict[str, Case] = {
     "refusals": _refusals,
     "no kernel for packed rows": _padded,
+    "token budget": _budget,
     "group without room for two bases": _short_of_memory,
 }
 

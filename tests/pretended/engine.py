@@ -58,6 +58,7 @@ def _cuda() -> ModuleType:
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.device_count = lambda: 0  # of generators that the engine saves: there are none
     cuda.max_memory_allocated = lambda: device.memory.peak
+    cuda.reset_peak_memory_stats = lambda: setattr(device.memory, "peak", device.memory.held)
     cuda.memory_allocated = cuda.memory_reserved = lambda: device.memory.held
     cuda.mem_get_info = lambda _: (device.memory.limit - device.memory.held, device.memory.limit)
     cuda.get_device_name = lambda: "a pretended GPU"

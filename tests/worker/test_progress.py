@@ -137,7 +137,7 @@ def test_the_time_left_follows_the_pace_of_the_last_steps(lease: Lease) -> None:
 
 PLAN = Plan(
     total_steps=10, steps_per_epoch=5, rows=40, trained_tokens_per_epoch=100, micro_batch_size=4,
-    gradient_accumulation_steps=2, modules=3, trainable_parameters=9, target_modules=["q_proj"], device="cpu",
+    tokens_per_pass=2, modules=3, trainable_parameters=9, target_modules=["q_proj"], device="cpu",
     precision="fp32",
 )  # fmt: skip
 
