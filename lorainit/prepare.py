@@ -5,7 +5,6 @@ What can be refused is refused here, before the slow parts. Says what it decided
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,8 +224,7 @@ def _plan(
 ) -> Plan:
     assert training.batch_size != "auto"
     kind = base.device.type
-    # Every device gets a part of a step.
-    rows = min(spec.micro_batch_size or MAX_ROWS_PER_PASS[kind], math.ceil(training.batch_size / base.world.size))
+    rows = min(spec.micro_batch_size or MAX_ROWS_PER_PASS[kind], training.batch_size)
     return Plan(
         total_steps=total_steps(training, rows=len(data.samples)),
         steps_per_epoch=steps_per_epoch(len(data.samples), training.batch_size),
