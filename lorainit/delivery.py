@@ -260,6 +260,7 @@ def resources(job: Job, report: Report, out: Path, *, seconds: float, retries: i
         "peak_memory_bytes": hardware.peak_memory_bytes(),
         "micro_batch_size": job.plan.micro_batch_size,
         "tokens_per_pass": job.plan.tokens_per_pass,
+        "gradient_accumulation_steps": job.passes,
         "oom_retries": retries,
         "disk_bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
     }

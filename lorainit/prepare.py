@@ -12,7 +12,7 @@ from torch import nn
 
 from lorainit import hardware
 from lorainit.base import Base, OnEvent, store
-from lorainit.batches import Budget
+from lorainit.batches import Budget, batches, order
 from lorainit.data import Dataset, Sample, name_of, refuse
 from lorainit.errors import GroupMismatch
 from lorainit.events import Message, Plan, Tick
@@ -59,6 +59,14 @@ class Job:
     def budget(self) -> Budget:
         """Of a pass over padded rows."""
         return Budget(self.plan.micro_batch_size, self.plan.tokens_per_pass)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the first step; of others it differs a little with the lengths of their rows."""
+        assert self.training.batch_size != "auto"
+        first = order(self.data, seed=self.spec.seed, epoch=0)[: self.training.batch_size]
+        budget = self.budget._replace(packed=self.base.packs)
+        return len(batches([self.data.samples[i] for i in first], budget, self.base.regime))
 
     @property
     def recipe(self) -> dict[str, Any]:

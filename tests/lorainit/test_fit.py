@@ -86,6 +86,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_the_step_stays_what_it_was(wanted,
     plans = [event.tokens_per_pass for event in heard if isinstance(event, Plan)]
     assert plans == [2048, fact[TOKENS]], "what will run is told again"
     assert (cut.resources["oom_retries"], cut.resources[TOKENS]) == (1, fact[TOKENS])
+    assert plain.resources["gradient_accumulation_steps"] == 1 < cut.resources["gradient_accumulation_steps"] <= 4
     manifest = json.loads((Path(cut.adapter) / "manifest.json").read_text())
     assert manifest["plan"][TOKENS] == fact[TOKENS]
     assert close(adapter(cut), adapter(plain))
