@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import gc
 import socket
+import sys
 from contextlib import suppress
 from types import FrameType
 
@@ -55,6 +56,8 @@ def main() -> None:
     arguments = parser.parse_args()
     startup.check_or_exit()
     settings = get_settings()
+    if arguments.fd is None:
+        _require_address(settings.host)
     allow_open_files(settings)
     logs.configure()
     db.be_brief()
@@ -77,6 +80,13 @@ def main() -> None:
     gc.set_threshold(10_000, 20)
     sockets = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
     Server(app, config).run(sockets=sockets)
+
+
+def _require_address(host: str) -> None:
+    try:
+        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        sys.exit(f"error: LORAINIT_HOST: {host!r} is no address ({error.strerror}).")
 
 
 if __name__ == "__main__":

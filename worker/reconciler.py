@@ -13,10 +13,10 @@ without a pause in between. All chores look for themselves once a minute besides
 
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
@@ -24,10 +24,13 @@ from sqlalchemy.exc import OperationalError
 from api.core import admission, bells, due, jobs, metrics, queue, startup
 from api.core.db import plain_connection, session_scope
 from api.core.logs import configure, get_logger
+from api.core.models import Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from worker import janitor
 from worker.row_checks import LANES
+
+Item = TypeVar("Item")
 
 PATIENCE = timedelta(seconds=15)
 
@@ -48,10 +51,16 @@ def recover() -> bool:
 
     True if some went back.
     """
+    with session_scope(read_only=True) as session:
+        silent = jobs.silent(session)
+    return any(_for_each(silent, _recover))
+
+
+def _recover(job_id: str) -> bool:
     with session_scope() as session:
-        taken = jobs.recover_lost(session, max_attempts=get_settings().max_attempts)
+        taken = jobs.recover_lost(session, max_attempts=get_settings().max_attempts, among=[job_id])
         session.commit()
-    for job_id in taken:
+    if taken:
         log.warning("took a job back from a silent worker", job_id=job_id)
     return bool(taken)
 
@@ -60,14 +69,15 @@ def admit() -> bool:
     """Jobs whose files are checked become queued or failed, one transaction each; True if some did."""
     with session_scope(read_only=True) as session:
         ready = admission.waiting(session)
-    verdicts = set[str]()
-    for job_id in ready:
-        with session_scope() as session:
-            verdict = admission.consider(session, job_id)
-            session.commit()
-        log.info("considered", job_id=job_id, verdict=verdict)
-        verdicts.add(verdict)
-    return bool(verdicts - {"waiting"})
+    return any(_for_each(ready, _consider))
+
+
+def _consider(job_id: str) -> bool:
+    with session_scope() as session:
+        verdict = admission.consider(session, job_id)
+        session.commit()
+    log.info("considered", job_id=job_id, verdict=verdict)
+    return verdict != "waiting"
 
 
 def announce() -> bool:
@@ -90,13 +100,34 @@ def leave_results() -> bool:
     """Ended jobs that logged steps get their result file; True if some were looked at."""
     with session_scope(read_only=True) as session:
         ended = metrics.ended_without_csv(session)
-    for job in ended:
-        with session_scope(read_only=True) as session:
-            file = metrics.store_csv(session, get_storage(), job)
-        with session_scope() as session:
-            metrics.attach_csv(session, job.id, file)
-            session.commit()
-    return bool(ended)
+    return any(_for_each(ended, _leave_result))
+
+
+def _leave_result(job: Job) -> bool:
+    with session_scope(read_only=True) as session:
+        file = metrics.store_csv(session, get_storage(), job)
+    with session_scope() as session:
+        metrics.attach_csv(session, job.id, file)
+        session.commit()
+    return True
+
+
+def _for_each(items: Sequence[Item], do: Callable[[Item], bool]) -> list[bool]:
+    """What `do` says of each. One with which it goes wrong holds up none behind it; its error is raised at the end.
+
+    Without a database all wait for the next time.
+    """
+    said, wrong = list[bool](), list[Exception]()
+    for item in items:
+        try:
+            said.append(do(item))
+        except OperationalError:
+            raise
+        except Exception as error:
+            wrong.append(error)
+    if wrong:
+        raise wrong[0]
+    return said
 
 
 CHORES: tuple[Chore, ...] = (recover, admit, announce, leave_results, *LANES, janitor.clear, *janitor.RESTS)

@@ -38,8 +38,8 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from api.core import postgres
 from api.core.breaker import Breaker
-from api.core.once import once
 from api.core.settings import get_settings
+from api.core.singleton import singleton
 
 # No transaction is begun around a statement, and none is ended after it.
 _PLAIN: dict[str, Any] = {
@@ -186,26 +186,26 @@ def be_brief() -> None:
     _Process.waits = BRIEF
 
 
-@once
+@singleton
 def get_engine() -> Engine:
     """This process's engine, made on first use."""
     return make_engine(get_settings().database(), waits=_Process.waits)
 
 
-@once
+@singleton
 def get_reader() -> Engine:
     """The engine for sessions that only read; the same one on PostgreSQL."""
     url = get_settings().database()
     return make_engine(url, read_only=True, waits=_Process.waits) if url.startswith("sqlite") else get_engine()
 
 
-@once
+@singleton
 def get_plain_engine() -> Engine:
     """The engine for statements that read and stand alone (`find_alone`)."""
     return make_engine(get_settings().database(), read_only=True, plain=True, waits=_Process.waits)
 
 
-@once
+@singleton
 def get_sessions() -> sessionmaker[Session]:
     """This process's session factory."""
     return sessionmaker(get_engine(), expire_on_commit=False)

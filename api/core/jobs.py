@@ -204,17 +204,29 @@ def lose(session: Session, lease: Lease, how: str, *, max_attempts: int, code: s
 
 def _patience(losses: int) -> float:
     """Seconds before the next attempt: 0, then doubling from the setting on, five minutes at most."""
-    return 0.0 if losses < 2 else min(LONGEST_WAIT_SECONDS, float(get_settings().retry_seconds * 2 ** (losses - 2)))
+    # Of more doublings the last ones would be no number any more, and every wait is the longest long before.
+    doublings = min(losses - 2, 60)
+    return 0.0 if losses < 2 else min(LONGEST_WAIT_SECONDS, float(get_settings().retry_seconds * 2**doublings))
 
 
-def recover_lost(session: Session, *, max_attempts: int) -> list[str]:
+def silent(session: Session) -> list[str]:
+    """The ids of running jobs whose lease ran out."""
+    return list(session.scalars(select(Job.id).where(has_status(Job, "running"), Job.lease_until < now(session))))
+
+
+def recover_lost(session: Session, *, max_attempts: int, among: Sequence[str] | None = None) -> list[str]:
     """Take running jobs whose lease ran out away from their workers: see `lose`.
+
+    Args:
+        among: look at these jobs alone; None = at all.
 
     Returns:
         The ids of the jobs that will be tried again.
     """
-    silent = select(Job.id, Job.lease_token).where(has_status(Job, "running"), Job.lease_until < now(session))
-    rows = session.execute(silent.with_for_update(skip_locked=True)).all()
+    wanted = select(Job.id, Job.lease_token).where(has_status(Job, "running"), Job.lease_until < now(session))
+    if among is not None:
+        wanted = wanted.where(Job.id.in_(among))
+    rows = session.execute(wanted.with_for_update(skip_locked=True)).all()
     leases = [Lease(row.id, row.lease_token) for row in rows]
     tallies.add(session, "leases_lost", len(leases))
     return [one.job_id for one in leases if lose(session, one, "The worker was lost", max_attempts=max_attempts)]

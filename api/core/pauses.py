@@ -60,6 +60,7 @@ def resume(session: Session, job: Job) -> Job:
 
     Raises:
         WrongState: the job is still pausing, has ended for good, or would only fail again.
+        QuotaExceeded: it would wait again, and as many jobs of its project as may do.
     """
     row = hold(session, job)
     session.refresh(job)
@@ -73,6 +74,8 @@ def resume(session: Session, job: Job) -> Job:
     prospect = prospects(session, [job])[job.id]
     if not prospect.possible:
         raise WrongState(f"Job {job.id} cannot be resumed: {prospect.reason}.", code="job_not_resumable")
+    if row.status == "failed":  # one that is paused is among those that wait
+        turns.check_room(session, job.project_id)
     _wake(session, job, prospect)
     session.refresh(job)
     return job

@@ -8,8 +8,8 @@ from typing import Any
 
 from celery import Celery
 
-from api.core.once import once
 from api.core.settings import get_settings
+from api.core.singleton import singleton
 
 TASK = "lorainit.run_job"
 QUEUE = "train"
@@ -19,7 +19,7 @@ class BrokerUnavailable(Exception):
     """The message could not be sent; the job stays unannounced and the reconciler will ring."""
 
 
-@once
+@singleton
 def get_celery() -> Celery:
     """The Celery application of this process. Settings are read when it is first used, not here."""
     app = Celery("lorainit", set_as_current=False)

@@ -13,8 +13,8 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from api.core.logs import get_logger
-from api.core.once import once
 from api.core.settings import get_settings
+from api.core.singleton import singleton
 
 MINUTE = 60.0
 ANSWER_SECONDS = 0.5
@@ -73,7 +73,7 @@ class Limiter:
         return Allowance(self._limit, int(left), reset / 1000, wait / 1000)
 
 
-@once
+@singleton
 def get_limiter() -> Limiter | None:
     """This process's limiter; None when there is no limit, or no server to count in."""
     settings = get_settings()

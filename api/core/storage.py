@@ -19,8 +19,8 @@ from obstore.store import LocalStore, S3Store
 
 from api.core.apart import run_apart
 from api.core.breaker import Breaker
-from api.core.once import once
 from api.core.settings import Settings, get_settings
+from api.core.singleton import singleton
 
 Result = TypeVar("Result")
 
@@ -204,7 +204,7 @@ def unfinished(settings: Settings, before: datetime, *, prefix: str) -> Iterator
                 yield key, path
 
 
-@once
+@singleton
 def get_storage() -> Storage:
     """This process's storage."""
     return make_storage(get_settings().storage(), get_settings())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from api.core.once import once
+from api.core.singleton import singleton
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -25,7 +25,7 @@ def configured() -> bool:
     return not off and any(os.environ.get(name) for name in _ENDPOINTS)
 
 
-@once
+@singleton
 def provider() -> "TracerProvider | None":
     """This process's spans and where they go; None when nobody listens. A worker asks after its fork.
 

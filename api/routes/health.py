@@ -9,9 +9,9 @@ from fastapi.responses import JSONResponse
 
 from api.core import catalogue, migrate, queue, workers
 from api.core.db import session_scope
-from api.core.once import once
 from api.core.probes import Probe
 from api.core.settings import get_settings
+from api.core.singleton import singleton
 from api.core.storage import get_storage
 from api.schemas.wire import Wire
 from api.threads import in_health_thread
@@ -69,17 +69,17 @@ def forget() -> None:
         probe.cache_clear()
 
 
-@once
+@singleton
 def _database() -> Probe[dict[str, str | int]]:
     return Probe("database", _look_into_the_database, good_seconds=DATABASE_SECONDS)
 
 
-@once
+@singleton
 def _storage() -> Probe[None]:
     return Probe("storage", lambda: get_storage().probe())
 
 
-@once
+@singleton
 def _broker() -> Probe[None]:
     return Probe("broker", lambda: queue.probe())
 

@@ -207,6 +207,10 @@ def _shown(session: Writing, project_id: str, job_id: str) -> dict[str, Any]:
 def _filter(request: Request) -> tuple[dict[str, str], bool]:
     """The metadata pairs of a list, and whether jobs without metadata are wanted."""
     items = [(key, value) for key, value in request.query_params.multi_items() if key.startswith("metadata")]
+    odd = [key for key, _ in items if key != "metadata" and not _METADATA.fullmatch(key)]
+    if odd:
+        text = f"metadata is searched as metadata[key]=value (got {odd[0]!r})."
+        raise InvalidValue(text, code="invalid_value", param="metadata")
     pairs = {match[1]: value for key, value in items if (match := _METADATA.fullmatch(key))}
     if len(items) > MAX_LABELS or len(pairs) < sum(_METADATA.fullmatch(key) is not None for key, _ in items):
         text = f"metadata takes at most {MAX_LABELS} pairs, as a job has no more, and each key once (got {len(items)})."

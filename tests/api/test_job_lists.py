@@ -74,8 +74,10 @@ def test_a_key_that_is_asked_for_twice_is_refused(lab: Lab) -> None:
     refused(lab.client.get(f"{JOBS}?{pair('a', '1')}&{pair('a', '2')}"), 400, "invalid_value", "metadata")
 
 
-@pytest.mark.parametrize("query", ["metadata=null&metadata%5Ba%5D=b", "metadata=other"])
-def test_metadata_filters_that_contradict_are_refused(lab: Lab, query: str) -> None:
+@pytest.mark.parametrize(
+    "query", ["metadata=null&metadata%5Ba%5D=b", "metadata=other", "metadata%5Ba=b", "metadata.a=b"]
+)
+def test_metadata_filters_that_contradict_or_are_none_are_refused(lab: Lab, query: str) -> None:
     refused(lab.client.get(f"{JOBS}?{query}"), 400, "invalid_value", "metadata")
 
 

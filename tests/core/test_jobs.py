@@ -137,6 +137,17 @@ def test_a_job_whose_workers_keep_dying_fails_in_the_end(session: Session) -> No
     )
 
 
+def test_however_often_a_job_was_lost_others_are_recovered(session: Session) -> None:
+    """Its wait is a number all the same: all silent jobs are recovered in one transaction."""
+    project = a_project(session)
+    often, once = (a_running_job(session, project)[0] for _ in range(2))
+    often.losses = 5000
+    session.flush()
+    for job in (often, once):
+        expire(session, job)
+    assert set(jobs.recover_lost(session, max_attempts=10_000)) == {often.id, once.id}
+
+
 def test_a_failure_carries_code_message_and_param(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
     jobs.fail(session, lease, Failure("rank_too_large", "Too large.", "lora.r"))

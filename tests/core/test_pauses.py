@@ -7,9 +7,10 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from api.core import admission, bells, checkpoints, jobs, pauses
-from api.core.errors import WrongState
+from api.core.errors import QuotaExceeded, WrongState
 from api.core.jobs import Failure, Lease
-from api.core.models import Event, File, Job
+from api.core.models import Event, File, Job, Project
+from api.core.settings import get_settings
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
 
 
@@ -99,6 +100,29 @@ def test_a_cancelled_job_can_be_neither_paused_nor_resumed(session: Session, ver
     with pytest.raises(WrongState, match="already been cancelled") as caught:
         verb(session, job)  # type: ignore[operator]
     assert caught.value.code == "invalid_job_state"
+
+
+def test_a_failed_job_is_not_resumed_where_as_many_wait_as_may(
+    session: Session, environment: pytest.MonkeyPatch
+) -> None:
+    job = a_failed_job(session, "worker_lost")
+    a_checkpoint(session, job)
+    a_queued_job(session, session.get_one(Project, job.project_id))
+    environment.setenv("LORAINIT_PROJECT_QUEUED", "1")
+    get_settings.cache_clear()
+    with pytest.raises(QuotaExceeded, match="1 jobs of this project are waiting") as caught:
+        pauses.resume(session, job)
+    assert (caught.value.code, job.status) == ("queue_full", "failed")
+    environment.setenv("LORAINIT_PROJECT_QUEUED", "2")
+    get_settings.cache_clear()
+    assert pauses.resume(session, job).status == "queued"
+
+
+def test_a_paused_job_is_among_those_that_wait_and_resumed(session: Session, environment: pytest.MonkeyPatch) -> None:
+    job = pauses.pause(session, a_queued_job(session, a_project(session)))
+    environment.setenv("LORAINIT_PROJECT_QUEUED", "1")
+    get_settings.cache_clear()
+    assert pauses.resume(session, job).status == "queued"
 
 
 @pytest.mark.parametrize("state", ["pausing", "paused"])

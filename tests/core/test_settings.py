@@ -5,8 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
+
+
+def _is_number(field: FieldInfo) -> bool:
+    return field.annotation in (int, float)
 
 
 @pytest.mark.parametrize(
@@ -17,11 +23,27 @@ from api.core.settings import BadSettings, Settings, get_settings, unknown_varia
         ("LEASE_SECONDS", "inf", "must be a finite number"),
         ("LOG_LEVEL", "loud", "must be 'debug', 'info', 'warning', 'error' or 'critical'"),
         ("LOG_FORMAT", "xml", "must be 'json' or 'console'"),
-        ("DATABASE_URL", "mysql://swordfish@host/x", "begins with postgresql:// or sqlite://"),
+        ("DATABASE_URL", "mysql://swordfish@host/x", "begins with postgresql:// or "),
         ("DATABASE_URL", "postgresql://me:sword/fish@host/x", "percent-encoded"),
         ("BROKER_URL", "amqp://swordfish@host", "begins with redis:// or rediss://"),
         ("STORAGE_URL", "/swordfish", "begins with file:// or s3://"),
-        ("WORKER_QUEUES", " ,", "must name at least one queue"),
+        ("DATABASE_URL", "postgresql+asyncpg://me:swordfish@host/x", "begins with postgresql:// or "),
+        ("DATABASE_URL", "sqlite:///", "must name a file"),
+        ("DATABASE_URL", "sqlite:///:memory:", "must name a file"),
+        ("STORAGE_URL", "file://relative/swordfish", "with three slashes"),
+        ("STORAGE_URL", "file:///", "with three slashes"),
+        ("STORAGE_URL", "s3://", "must name a bucket"),
+        ("S3_ENDPOINT", "ftp://swordfish", "begins with http:// or https://"),
+        ("STATE_DIR", "/etc/passwd", "must be a folder"),
+        ("STATE_DIR", " ", "is blank"),
+        ("HOST", "not a host", "match pattern"),
+        ("WORKER_QUEUES", "train,;slow", "must be names of small letters"),
+        ("WORKER_QUEUES", ",", "must name at least one queue"),
+        ("BEAT_SECONDS", "20", "must be at most half of LORAINIT_LEASE_SECONDS"),
+        ("LEASE_SECONDS", "1e23", "must be less than or equal to 86400"),
+        ("RECONCILE_SECONDS", "1e23", "must be less than or equal to 86400"),
+        ("CHECKPOINT_DAYS", "800000", "must be less than or equal to 36500"),
+        ("PROJECT_RUNNING", "9999999999999999999999", "must be less than or equal to"),
         ("ORGANIZATION", "Åse", "match pattern"),
         ("MAX_BODY_BYTES", "0", "must be greater than or equal to 1"),
     ],
@@ -33,6 +55,19 @@ def test_a_wrong_setting_is_one_sentence(name: str, value: str, words: str, envi
         get_settings()
     assert words in str(raised.value)
     assert "swordfish" not in str(raised.value)
+
+
+def test_queues_are_the_same_for_the_worker_and_for_what_it_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAINIT_WORKER_QUEUES", " train, slow ,")
+    settings = Settings()
+    assert (settings.worker_queues, settings.queues()) == ("train,slow", ("train", "slow"))
+
+
+@pytest.mark.parametrize("name", [name for name, field in Settings.model_fields.items() if _is_number(field)])
+def test_no_number_is_without_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"LORAINIT_{name.upper()}", "9" * 30)
+    with pytest.raises(ValidationError, match="less than or equal to"):
+        Settings()
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
@@ -64,3 +99,12 @@ def test_no_process_starts_with_what_it_cannot_use(
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
     assert done.stderr.startswith("error: ")
     assert words in done.stderr
+
+
+def test_the_api_says_which_address_is_none(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.setenv("LORAINIT_HOST", "no-such-host.invalid")
+    done = subprocess.run(
+        [sys.executable, "-m", "api.server"], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: LORAINIT_HOST: 'no-such-host.invalid' is no address")

@@ -4,11 +4,14 @@ import io
 import json
 import threading
 from datetime import UTC, datetime, timedelta
+from types import ModuleType
+from typing import Any
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.orm import Session
 
-from api.core import due, files, jobs, metrics, queue
+from api.core import admission, due, files, jobs, metrics, queue
 from api.core.db import plain_connection, session_scope
 from api.core.models import File, Job
 from api.core.settings import Settings
@@ -45,6 +48,32 @@ def test_a_waiting_job_is_queued_once_its_file_is_checked() -> None:
     assert row_checks.LANES[0]()
     reconciler.admit()
     assert job_of(job.id).status == "queued"
+
+
+@pytest.mark.parametrize(
+    ("chore", "module", "step"), [("admit", admission, "consider"), ("recover", jobs, "recover_lost")]
+)
+def test_a_job_with_which_it_goes_wrong_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, chore: str, module: ModuleType, step: str
+) -> None:
+    with session_scope() as session:
+        project = a_project(session)
+        made = [a_job(session, project) if chore == "admit" else a_running_job(session, project)[0] for _ in range(3)]
+        session.execute(update(Job).values(lease_until=datetime.now(UTC) - timedelta(seconds=1)))
+        session.commit()
+        ids = sorted(job.id for job in made)
+    real = getattr(module, step)
+
+    def breaks_for_the_first(session: Session, *args: Any, **named: Any) -> Any:
+        if ids[0] in (*args, *named.get("among", ())):
+            raise OverflowError("a fault of ours")
+        return real(session, *args, **named)
+
+    monkeypatch.setattr(module, step, breaks_for_the_first)
+    with pytest.raises(OverflowError, match="a fault of ours"):
+        getattr(reconciler, chore)()
+    before = "validating_files" if chore == "admit" else "running"
+    assert [job_of(job_id).status for job_id in ids] == [before, "queued", "queued"]
 
 
 def test_a_dead_broker_leaves_jobs_unannounced(monkeypatch: pytest.MonkeyPatch) -> None:

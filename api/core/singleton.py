@@ -13,7 +13,7 @@ Made = TypeVar("Made")
 _NOTHING = object()
 
 
-class Once(Generic[Made]):
+class Singleton(Generic[Made]):
     """Calls `make` when it is called first; threads that come meanwhile wait for what is made. An error is not kept."""
 
     def __init__(self, make: Callable[[], Made]) -> None:
@@ -40,6 +40,6 @@ class Once(Generic[Made]):
         self._made, self._lock = _NOTHING, RLock()
 
 
-def once(make: Callable[[], Made]) -> Once[Made]:
+def singleton(make: Callable[[], Made]) -> Singleton[Made]:
     """The decorator."""
-    return Once(make)
+    return Singleton(make)

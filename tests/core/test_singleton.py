@@ -6,13 +6,13 @@ from threading import Barrier, Event
 import pytest
 
 from api.core import db
-from api.core.once import once
+from api.core.singleton import singleton
 
 
 def test_threads_that_come_first_at_once_get_the_same() -> None:
     first_is_making, second_came = Event(), Event()
 
-    @once
+    @singleton
     def thing() -> object:
         first_is_making.set()
         second_came.wait(10)
@@ -43,7 +43,7 @@ def test_all_threads_share_one_engine() -> None:
 def test_an_error_is_not_kept() -> None:
     answers = iter([ValueError("the first time"), None])
 
-    @once
+    @singleton
     def thing() -> None:
         if (answer := next(answers)) is not None:
             raise answer
@@ -56,7 +56,7 @@ def test_an_error_is_not_kept() -> None:
 
 
 def test_what_was_forgotten_is_made_anew() -> None:
-    @once
+    @singleton
     def thing() -> list[int]:
         return []
 
