@@ -133,8 +133,9 @@ def _measured(
     if device.type != "cuda" or any(m.resumed is not None or m.budget.rows == 1 for m in members):
         return members
     seen = list[tuple[int, int]]()
+    longest = PROBED // 2 // len(members)  # so that the larger pass has about twice the tokens of the smaller one
     for tokens in (PROBED // 2, PROBED):
-        rows = [_like_the_longest(member, tokens // len(members)) for member in members]
+        rows = [_like_the_longest(member, tokens // len(members), longest) for member in members]
         if _fails(stand, members, world, partial(_note_peak, seen, stand, members, rows, lay)):
             return _with_tokens(members, tokens // 2, most)
     (few, small), (many, large) = seen
@@ -151,11 +152,11 @@ def _note_peak(seen: list[tuple[int, int]], stand: Stand, members: Sequence[Memb
     seen.append((sum(len(sample.ids) for some in rows for sample in some), peak))
 
 
-def _like_the_longest(member: Member, tokens: int) -> list[Sample]:
-    """So many tokens in rows as long as the longest, all of them trained."""
-    longest = max(member.data.samples, key=lambda sample: len(sample.ids))
-    ids = longest.ids[:tokens]
-    return [Sample(longest.line, ids, torch.ones(len(ids), dtype=torch.bool))] * (tokens // len(ids))
+def _like_the_longest(member: Member, tokens: int, longest: int) -> list[Sample]:
+    """About so many tokens in rows as long as the data's longest, if that is not beyond `longest`; all trained."""
+    row = max(member.data.samples, key=lambda sample: len(sample.ids))
+    ids = row.ids[:longest]
+    return [Sample(row.line, ids, torch.ones(len(ids), dtype=torch.bool))] * (tokens // len(ids))
 
 
 def _with_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) -> list[Member]:

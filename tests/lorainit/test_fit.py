@@ -3,6 +3,7 @@
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AttentionInterface
 
 from lorainit import base as base_module
 from lorainit import compiled, fit
+from lorainit.data import Sample
 from lorainit.errors import OutOfMemory
 from lorainit.events import Checkpoint, Message, Metrics, Plan
 from lorainit.group import GroupedLinear
@@ -90,6 +92,19 @@ def test_a_batch_that_does_not_fit_is_cut_and_the_step_stays_what_it_was(wanted,
     manifest = json.loads((Path(cut.adapter) / "manifest.json").read_text())
     assert manifest["plan"][TOKENS] == fact[TOKENS]
     assert close(adapter(cut), adapter(plain))
+
+
+@pytest.mark.parametrize("length", [5, 700, 1023, 1025, 5000])
+@pytest.mark.parametrize("members", [1, 3])
+def test_of_two_passes_that_are_measured_one_has_about_twice_the_tokens(length, members):
+    """Else the difference between them would be the allocator's rounding and not what tokens take."""
+    row = Sample(1, list(range(length)), torch.ones(length, dtype=torch.bool))
+    member = SimpleNamespace(data=SimpleNamespace(samples=[row]))
+    small, large = (
+        sum(len(s.ids) for s in fit._like_the_longest(member, tokens // members, fit.PROBED // 2 // members))
+        for tokens in (fit.PROBED // 2, fit.PROBED)
+    )
+    assert 1.8 * small <= large <= 3 * small <= 3 * fit.PROBED // 2
 
 
 def test_memory_that_runs_out_in_the_middle_halves_passes_once_and_the_step_is_done_again(
