@@ -6,6 +6,7 @@ that went to the processor instead would take days and say nothing.
 
 import os
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,13 +35,26 @@ def trouble(root: Path = Path("/")) -> str | None:
     asked, count, cuda = _asked(), installed(root), cuda_of_torch()
     if cuda is None or asked == [] or (asked is None and not count):
         return None
-    if beyond := [name for name in asked or [] if name.isdecimal() and int(name) >= count]:
-        return f"{VISIBLE} names GPU {beyond[0]}, and this machine shows {count or 'none'} (they count from 0)."
+    if why := _trouble_with(asked or [], count):
+        return f"{VISIBLE} {why}."
     found, oldest = driver(root), OLDEST_DRIVER.get(int(cuda.partition(".")[0]))
     if found and oldest and _numbers(found)[:2] < oldest:
         needed = ".".join(map(str, oldest))
         return f"The NVIDIA driver is {found}, and torch's CUDA {cuda} needs {needed} or newer: update the driver."
     return None
+
+
+def _trouble_with(names: Sequence[str], count: int) -> str | None:
+    """What is wrong with names of GPUs on a machine that shows `count`. CUDA would silently see fewer of them."""
+    for name in names:
+        if not (name.isdecimal() or re.fullmatch(r"(GPU|MIG)-[\w/-]+", name)):
+            return f"names {name!r}, which is neither a number nor an identity (GPU-..., MIG-...)"
+        if not count or (name.isdecimal() and int(name) >= count):
+            what = f"GPU {name}" if name.isdecimal() else name
+            return f"names {what}, and this machine shows {count or 'none'} (they count from 0)"
+    meant = [str(int(name)) if name.isdecimal() else name for name in names]
+    twice = next((name for name in meant if meant.count(name) > 1), None)
+    return None if twice is None else f"names {twice} twice, and each GPU is used once"
 
 
 def driver(root: Path = Path("/")) -> str | None:

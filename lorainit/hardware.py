@@ -1,5 +1,6 @@
 """Where a run happens: device, number format, randomness, memory, and a description for the record."""
 
+import errno
 import gc
 import hashlib
 import os
@@ -29,9 +30,13 @@ _NO_MEMORY_LEFT = (
     "status_alloc_failed",  # cuBLAS, cuSOLVER, cuSPARSE, cuDNN 8
     "allocation_failed",  # cuDNN 9
     "status_not_initialized when calling `cublascreate",  # cuBLAS with no room for its workspace
+    "status_not_initialized when calling `cublasltcreate",
+    "status_not_initialized, when calling `cusolverdncreate",
     "failed to cuda calloc",  # NCCL
+    "failed to cuda malloc",
     "failed to cuda host alloc",
     "can't allocate memory",  # torch on the host
+    "cannot allocate memory",  # the system's own words, of mapping a file
     "not enough memory",
 )
 PACKAGES = ("lorainit", "torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "bitsandbytes", "numpy")
@@ -135,6 +140,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host had no memory left, whichever library says so."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY_LEFT)
 
 

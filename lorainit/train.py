@@ -16,7 +16,7 @@ from lorainit.checkpoint import Progress
 from lorainit.course import Course, Evaluate, Member
 from lorainit.data import Sample
 from lorainit.errors import LorainitError, Stopped
-from lorainit.events import Stage, Tick
+from lorainit.events import Message, Stage, Tick
 from lorainit.group import Stand
 from lorainit.hardware import is_out_of_memory, return_memory
 from lorainit.loss import tallies, tally
@@ -40,8 +40,15 @@ def train(
         lay: rows to a batch on the model's device; with several members it must pack.
     """
     stand = Stand(model)
-    courses = {i: Course(m, world) for i, m in enumerate(members)}
-    ended = list[tuple[int, End]]()
+    courses, ended = dict[int, Course](), list[tuple[int, End]]()
+
+    def begin(who: int) -> None:
+        try:
+            courses[who] = Course(members[who], world)
+        except Exception as error:
+            ended.append((who, company.end_of(error, alone=len(members) == 1)))
+        else:
+            attempt(who, courses[who].begin)
 
     def attempt(who: int, work: Callable[[Evaluate], None]) -> None:
         course = courses[who]
@@ -55,8 +62,8 @@ def train(
             del courses[who]
 
     try:
-        for who in list(courses):  # no variable holds on to the optimizer of one that has ended
-            attempt(who, courses[who].begin)
+        for who in range(len(members)):  # no variable holds on to the optimizer of one that has ended
+            begin(who)
         while courses or ended:
             stand.clear()
             if ended:
@@ -71,11 +78,22 @@ def train(
                 for who in list(courses):
                     attempt(who, courses[who].repeat_step if poisoned else courses[who].finish_step)
     except Stopped:
-        for course in courses.values():
-            course.save()
+        _save_all(list(courses.values()))
         raise
     finally:
         stand.clear()
+
+
+def _save_all(courses: Sequence[Course]) -> None:
+    """A checkpoint of each; one of several whose cannot be written keeps no other from its own, and says so."""
+    for course in courses:
+        try:
+            course.save()
+        except Exception as error:
+            if len(courses) == 1:
+                raise
+            text = f"No checkpoint of this moment could be written: {company.end_of(error, alone=False)}"
+            course.member.on_event(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 
 def _fits(stand: Stand, courses: list[Course], lay: Lay) -> bool:

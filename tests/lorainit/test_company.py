@@ -1,5 +1,6 @@
 """Three runs of one process, of which the first is done before the others: its end, good or bad, is its own."""
 
+import errno
 import gc
 import weakref
 from pathlib import Path
@@ -230,6 +231,49 @@ def test_a_stop_while_one_is_verified_leaves_the_others_a_checkpoint(spec, tmp_p
         together(alike(spec), tmp_path, lambda who, event: (said.append((who, event)), stop(who, event)))
     steps = {who: [e.step for one, e in said if one == who and isinstance(e, Checkpoint)] for who in range(3)}
     assert steps == {0: [1], 1: [1], 2: [1]}
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_at_a_stop_one_whose_checkpoint_cannot_be_written_keeps_no_other_from_its_own(
+    spec, tmp_path, monkeypatch, which
+):
+    save = course.Course.save
+
+    def breaks(self):
+        if self.member.seed == which:
+            raise OSError(errno.EIO, "the disk")
+        save(self)
+
+    def stop(who, event):
+        if isinstance(event, Metrics) and who == 2 and event.step == 1:
+            raise Stopped("asked")
+
+    monkeypatch.setattr(course.Course, "save", breaks)
+    specs = [
+        one.model_copy(update={"training": one.training.model_copy(update={"max_steps": 3})}) for one in alike(spec)
+    ]
+    said = []
+    with pytest.raises(Stopped):
+        together(specs, tmp_path, lambda who, event: (said.append((who, event)), stop(who, event)))
+    assert {who for who, event in said if isinstance(event, Checkpoint)} == {0, 1, 2} - {which}
+    (warning,) = (event.message for who, event in said if isinstance(event, Message) and "moment" in event.message)
+    assert warning.startswith("No checkpoint of this moment could be written: ")
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_one_whose_optimizer_cannot_be_made_ends_before_the_others_train(spec, tmp_path, monkeypatch, which):
+    make = course.make_optimizer
+    made = iter(range(3))
+
+    def fails(recipe, layers):
+        if next(made) == which:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return make(recipe, layers)
+
+    monkeypatch.setattr(course, "make_optimizer", fails)
+    ends, _ = together(alike(spec), tmp_path)
+    assert isinstance(ends[which], OutOfMemory)
+    assert all(isinstance(end, Done) for who, end in ends.items() if who != which)
 
 
 def test_a_listener_that_breaks_down_ends_everything_as_itself(spec, tmp_path):

@@ -1,7 +1,9 @@
 """Before the first step: what does not fit into memory is found out and made to fit, and slow parts are compiled."""
 
+import errno
 import json
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +219,11 @@ def test_the_trial_leaves_room_for_what_the_optimizer_will_hold(wanted, tmp_path
          "Cuda failure 2 'out of memory'"),
         (DistBackendError, "NCCL error ... Last error:\nFailed to CUDA calloc 10485760 bytes"),
         (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        (DistBackendError, "NCCL error ... Last error:\nFailed to CUDA malloc 10485760 bytes"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate(&handle)`"),
+        (RuntimeError, "cusolver error: CUSOLVER_STATUS_NOT_INITIALIZED, when calling `cusolverDnCreate(handle)`"),
+        (RuntimeError, "unable to mmap 5000 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        (partial(OSError, errno.ENOMEM), "Cannot allocate memory"),
         (MemoryError, ""),
     ],
 )  # fmt: skip

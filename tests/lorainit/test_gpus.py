@@ -72,6 +72,14 @@ def test_there_is_no_trouble(machine, case):
         ({"driver": "535.183.01"}, r"driver is 535\.183\.01, .* CUDA 13\.0 needs 580\.0 or newer"),
         ({"asked": "0,2"}, r"names GPU 2, and this machine shows 2 \(they count from 0\)"),
         ({"count": 0, "driver": None, "asked": "0"}, "names GPU 0, and this machine shows none"),
+        ({"count": 0, "driver": None, "asked": "GPU-5d1e"}, "names GPU-5d1e, and this machine shows none"),
+        ({"count": 0, "driver": None, "asked": "MIG-5c6a"}, "names MIG-5c6a, and this machine shows none"),
+        ({"asked": "0,nonsense,1"}, "names 'nonsense', which is neither"),
+        ({"asked": "all"}, "names 'all', which is neither"),
+        ({"asked": "cuda:0"}, "names 'cuda:0', which is neither"),
+        ({"asked": "0,0"}, "names 0 twice"),
+        ({"asked": "01,1"}, "names 1 twice"),
+        ({"asked": "MIG-5c6a,MIG-5c6a"}, "names MIG-5c6a twice"),
     ],
 )
 def test_gpus_that_cannot_be_used_are_told_with_the_reason(machine, case, words):
