@@ -66,7 +66,7 @@ class Member:
     resumed: Restored | None = None
 
 
-def smaller(member: Member, tried: Sequence[Sample]) -> Member:
+def with_half_the_tokens(member: Member, tried: Sequence[Sample]) -> Member:
     """The member with half the tokens to a pass of one that did not fit, which is said."""
     before = member.budget.tokens_of(tried)
     tokens = before // 2
@@ -186,7 +186,7 @@ class Course:
         """Forget this step's gradients; it is drawn again, in smaller passes."""
         self.repeat_step()
         if self.pieces:
-            self.member = smaller(self.member, max(self.pieces, key=self.member.budget.tokens_of))
+            self.member = with_half_the_tokens(self.member, max(self.pieces, key=self.member.budget.tokens_of))
         self.is_smaller = True
 
     def finish_step(self, evaluate: Evaluate) -> None:

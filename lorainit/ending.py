@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorainit import company, delivery
+from lorainit import delivery, isolation
 from lorainit.base import OnEvent
 from lorainit.checkpoint import Progress, Restored
 from lorainit.errors import LorainitError
@@ -28,7 +28,7 @@ Steps = Generator[None, bool, Done]
 
 @dataclass
 class Run:
-    """One run, initialized. `retries`: how often memory ran out. `alone`: it has no company."""
+    """One run, initialized. `retries`: how often memory ran out. `alone`: no other shares its process."""
 
     job: Job
     report: Report
@@ -87,7 +87,7 @@ class Ending:
         except StopIteration as over:
             self._set(over.value)
         except Exception as error:
-            self._set(company.end_of(error, alone=self._run.alone))
+            self._set(isolation.end_of(error, alone=self._run.alone))
 
     def _set(self, end: End) -> None:
         self._end, self._steps = end, None
@@ -130,7 +130,7 @@ def _verified(run: Run, folder: Path, seen: delivery.Observed, *, beside: bool) 
     except Exception as error:
         if not (beside and is_out_of_memory(error)):  # it was measured, but others may use the device too
             raise
-        company.forget(error)
+        isolation.forget(error)
     _say_put_off(run)
     return None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorainit import compiled
 from lorainit.batches import Batch, batches
-from lorainit.course import Member, smaller
+from lorainit.course import Member, with_half_the_tokens
 from lorainit.data import Sample
 from lorainit.errors import OutOfMemory
 from lorainit.events import Message
@@ -48,7 +48,7 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
     members = _measured(stand, planned, lay, world)
     while _fails(stand, members, world, partial(_try, stand, members, fullest := _fullest(members), lay)):
         if any(len(rows) > 1 for rows in fullest):
-            members = [smaller(member, rows) for member, rows in zip(members, fullest, strict=True)]
+            members = [with_half_the_tokens(member, rows) for member, rows in zip(members, fullest, strict=True)]
         elif not recomputes and False not in switches:
             recomputes = _recompute(stand, members, "one row did not fit into memory without it", kind="oom_retry")
             if not recomputes:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit.export.exact import layers_of
+from lorainit.export.exact import listed_layers
 
 # Of each logit that a served form of the adapter makes: as computed, chosen and in float32, and its log-probability.
 LOGIT = 12
@@ -31,7 +31,7 @@ def of_a_copy(model: Any, *, tokens: int, factors: int) -> float:
         tokens: of the longest row that goes through it.
         factors: numbers of the adapter, which stock PEFT holds in float32.
     """
-    layers, head = layers_of(model), model.get_output_embeddings()
+    layers, head = listed_layers(model), model.get_output_embeddings()
     in_a_layer = max((_numbers(layer) for layer in layers), default=0) + factors / max(1, len(layers))
     logits: int = LOGIT * tokens * model.config.get_text_config().vocab_size
     passing = max(FLOAT64 * in_a_layer, FLOAT64 * _numbers(head) if head else 0, logits)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorainit import checkpoint, company, delivery, hardware, init_stage, proof
+from lorainit import checkpoint, delivery, hardware, init_stage, isolation, proof
 from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Restored
 from lorainit.course import Member
@@ -71,10 +71,10 @@ def run_together(requests: Sequence[Request]) -> Iterator[tuple[int, End]]:
         LorainitError: as for `run`.
     """
     first = requests[0].spec
-    requests = [replace(request, on_event=company.listener(request.on_event)) for request in requests]
+    requests = [replace(request, on_event=isolation.listener(request.on_event)) for request in requests]
     with (
-        company.as_our_errors(),
-        company.heard(),
+        isolation.as_our_errors(),
+        isolation.raise_listener_errors(),
         hardware.reproducible(first.seed, deterministic=first.deterministic),
         joined(hardware.pick_device()) as world,
         closing(_together(requests, world)) as ends,
@@ -93,7 +93,7 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
             world = base.world
             runs[who] = _begin(request, base, world, sharing=len(requests))
         except Exception as error:
-            yield who, company.end_of(error, alone=len(requests) == 1)
+            yield who, isolation.end_of(error, alone=len(requests) == 1)
     if base is None or not runs:
         return
     members = fit(base.model, [_member(one) for one in runs.values()], lay=base.lay, world=world)

@@ -20,11 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from lorainit.errors import TooFewDevices
 from lorainit.model.load import skeleton
-from lorainit.model.parts import divisible_layers
+from lorainit.model.parts import PARAM, divisible_layers
 from lorainit.spec import RunSpec
 from lorainit.world import World
 
-PARAM = "training.shard_base"
 ROOM = 0.8  # of a device's memory for the base; the rest is for what training adds
 
 

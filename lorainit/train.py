@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from torch import nn
 
-from lorainit import company
+from lorainit import isolation
 from lorainit.batches import Batch, batches
 from lorainit.checkpoint import Progress
 from lorainit.course import Course, Evaluate, Member
@@ -46,7 +46,7 @@ def train(
         try:
             courses[who] = Course(members[who], world)
         except Exception as error:
-            ended.append((who, company.end_of(error, alone=len(members) == 1)))
+            ended.append((who, isolation.end_of(error, alone=len(members) == 1)))
         else:
             attempt(who, courses[who].begin)
 
@@ -57,7 +57,7 @@ def train(
             if course.is_over:
                 ended.append((who, course.progress))
         except Exception as error:
-            ended.append((who, company.end_of(error, alone=len(members) == 1)))
+            ended.append((who, isolation.end_of(error, alone=len(members) == 1)))
         if ended and ended[-1][0] == who:
             del courses[who]
 
@@ -92,7 +92,7 @@ def _save_all(courses: Sequence[Course]) -> None:
         except Exception as error:
             if len(courses) == 1:
                 raise
-            text = f"No checkpoint of this moment could be written: {company.end_of(error, alone=False)}"
+            text = f"No checkpoint of this moment could be written: {isolation.end_of(error, alone=False)}"
             course.member.on_event(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from api.core import events, groups, labels, tallies, turns
@@ -211,7 +211,7 @@ def _patience(losses: int) -> float:
 
 def silent(session: Session) -> list[str]:
     """The ids of running jobs whose lease ran out."""
-    return list(session.scalars(select(Job.id).where(has_status(Job, "running"), Job.lease_until < now(session))))
+    return list(session.scalars(select(Job.id).where(*_lease_ran_out(session))))
 
 
 def recover_lost(session: Session, *, max_attempts: int, among: Sequence[str] | None = None) -> list[str]:
@@ -223,13 +223,17 @@ def recover_lost(session: Session, *, max_attempts: int, among: Sequence[str] | 
     Returns:
         The ids of the jobs that will be tried again.
     """
-    wanted = select(Job.id, Job.lease_token).where(has_status(Job, "running"), Job.lease_until < now(session))
+    wanted = select(Job.id, Job.lease_token).where(*_lease_ran_out(session))
     if among is not None:
         wanted = wanted.where(Job.id.in_(among))
     rows = session.execute(wanted.with_for_update(skip_locked=True)).all()
     leases = [Lease(row.id, row.lease_token) for row in rows]
     tallies.add(session, "leases_lost", len(leases))
     return [one.job_id for one in leases if lose(session, one, "The worker was lost", max_attempts=max_attempts)]
+
+
+def _lease_ran_out(session: Session) -> tuple[ColumnElement[bool], ...]:
+    return has_status(Job, "running"), Job.lease_until < now(session)
 
 
 def _requeue(

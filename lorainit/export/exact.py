@@ -42,7 +42,7 @@ def exact(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_stock_kernels(model))
         stack.enter_context(_uncompiled(model))
-        layers = layers_of(model)
+        layers = listed_layers(model)
         inside = {id(module) for layer in layers for module in layer.modules()}
         for layer in layers:
             stack.enter_context(_widened_while_it_runs(layer, dtype, recurse=True))
@@ -136,11 +136,11 @@ def _widen(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def listed_layers(model: nn.Module) -> list[nn.Module]:
     """The members of the outermost module lists: every architecture keeps its decoder layers in one."""
     found: list[nn.Module] = []
     for child in model.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
+        found += list(child) if isinstance(child, nn.ModuleList) else listed_layers(child)
     return found
 
 

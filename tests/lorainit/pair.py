@@ -1,4 +1,4 @@
-"""One of two or more processes that run several specs in turn: `python -m tests.lorainit.pair RANK FOLDER [SIZE]`.
+"""One of two or more processes that run several specs in turn: `python -m tests.lorainit.pair RANK SIZE FOLDER`.
 
 FOLDER/specs.json is {name: spec}. Each run leaves its files in FOLDER/name; each process writes what it found
 to FOLDER/name/found-RANK.json: the error it ended by, and the bytes of the base that it held.
@@ -22,7 +22,7 @@ from lorainit.spec import RunSpec
 
 def main() -> None:
     torch.set_num_threads(1)
-    rank, folder, size = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], "2")[0]
+    rank, size, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     os.environ |= {"RANK": rank, "WORLD_SIZE": size}
     held: list[int] = []
     place = base.Base.place

@@ -1,8 +1,6 @@
 """A base read by several processes, each its own part: what they hold together is the base, bit for bit."""
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,24 +8,17 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.lorainit.conftest import make_tokenizer
+from tests.lorainit.ranks import run_ranks
 from tests.zoo.bases import KINDS, make
 from tests.zoo.dense import DENSE
 from tests.zoo.hybrids import HYBRIDS
 from tests.zoo.mixtures import MIXTURES
 
-ROOT = Path(__file__).parents[2]
-
 
 def read_by(size: int, bases: dict[str, Path], folder: Path) -> list[dict[str, dict]]:
     """What each of so many processes found of each base."""
     (folder / "bases.json").write_text(json.dumps({name: str(base) for name, base in bases.items()}))
-    command = [sys.executable, "-m", "tests.lorainit.parts"]
-    every = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]
-    said = [process.communicate(timeout=600)[1] for process in every]
-    assert [process.returncode for process in every] == [0] * size, said
+    run_ranks("tests.lorainit.parts", size, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 

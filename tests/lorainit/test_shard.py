@@ -23,6 +23,7 @@ from lorainit.run import run
 from lorainit.shard import decide, shard
 from lorainit.spec import RunSpec
 from lorainit.world import World
+from tests.lorainit.ranks import run_ranks
 from tests.zoo.bases import make
 
 ROOT = Path(__file__).parents[2]
@@ -96,13 +97,7 @@ def pair(cases, tmp_path_factory):
 def run_by(size: int, given: dict[str, dict], folder: Path) -> None:
     """Let so many processes run all of these specs."""
     (folder / "specs.json").write_text(json.dumps(given))
-    command = [sys.executable, "-m", "tests.lorainit.pair"]
-    every = [
-        subprocess.Popen([*command, str(rank), str(folder), str(size)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]
-    said = [process.communicate(timeout=600)[1] for process in every]
-    assert [process.returncode for process in every] == [0] * size, said
+    run_ranks("tests.lorainit.pair", size, folder)
 
 
 def halfway(cases: dict[str, RunSpec], **update) -> RunSpec:

@@ -3,9 +3,9 @@
 import threading
 
 from lorainit import silence
-from lorainit.company import our_error
 from lorainit.errors import DeviceSilent
 from lorainit.events import Stage, Tick
+from lorainit.isolation import our_error
 from lorainit.silence import BEAT, USUAL, Silence, watch
 
 BEATS = int(USUAL / BEAT)

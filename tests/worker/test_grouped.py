@@ -201,15 +201,20 @@ def test_a_member_whose_file_is_gone_fails_alone_and_the_others_start(lab: Lab) 
     assert [lab.losses(seed) for seed in (2, 3)] == [[(1, 2)], [(1, 3)]]
 
 
-def test_a_member_whose_result_cannot_be_stored_fails_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def break_the_store(monkeypatch: pytest.MonkeyPatch, *, seed: int) -> None:
+    """Let the result of the job with this seed be one that cannot be stored."""
     store = artifacts.store_result
 
     def broken(job: Job, *rest: Any) -> None:
-        if job.seed == 2:
+        if job.seed == seed:
             raise ValueError("a bug")
         store(job, *rest)
 
     monkeypatch.setattr(artifacts, "store_result", broken)
+
+
+def test_a_member_whose_result_cannot_be_stored_fails_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_the_store(monkeypatch, seed=2)
     lab.run("for i in range(3): step(i, 1); done(i)")
     assert lab.statuses() == ["succeeded", "failed", "succeeded"]
     assert lab.job(2).error["code"] == "internal_error"  # type: ignore[index]
@@ -231,14 +236,7 @@ def test_one_that_fails_at_its_end_leaves_the_others_training(lab: Lab, stage: s
 
 
 def test_one_that_cannot_be_stored_leaves_the_others_training(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = artifacts.store_result
-
-    def broken(job: Job, *rest: Any) -> None:
-        if job.seed == 1:
-            raise ValueError("a bug")
-        store(job, *rest)
-
-    monkeypatch.setattr(artifacts, "store_result", broken)
+    break_the_store(monkeypatch, seed=1)
     lab.run("""
         for i in range(3): shown(i, 1)
         done(0)

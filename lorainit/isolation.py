@@ -16,7 +16,7 @@ from lorainit.events import Event
 OnEvent = Callable[[Event], None]
 
 
-class Unheard(BaseException):
+class ListenerFailed(BaseException):
     """Whoever listens to a run broke down: the cause ends everything, whatever it interrupts."""
 
 
@@ -29,18 +29,18 @@ def listener(on_event: OnEvent) -> OnEvent:
         except LorainitError:
             raise
         except Exception as error:
-            raise Unheard from error
+            raise ListenerFailed from error
 
     return listen
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def raise_listener_errors() -> Iterator[None]:
     """What a `listener` raised inside is raised as itself."""
     try:
         yield
-    except Unheard as unheard:
-        cause = unheard.__cause__
+    except ListenerFailed as failure:
+        cause = failure.__cause__
     else:
         return
     assert cause is not None
