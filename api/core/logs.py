@@ -35,8 +35,8 @@ def configure() -> None:
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # Nothing here says from which line of code, process and thread a message comes, and looking that up takes half of
-    # what a message costs. These are the switches that logging has for it.
+    # Nothing here says from which line of code, process and thread a message comes, and looking that up costs as much
+    # as the rest of a message. These are the switches that logging has for it.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # One access line per request is ours; the libraries' own chatter is not.
