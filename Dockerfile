@@ -3,9 +3,9 @@
 #   docker build --target worker -t lorainit-worker .
 # docker-compose.yml builds both.
 
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 # The CUDA that torch's wheels are built with. The image refuses to start under a driver that is too old for it.
-ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
+ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04@sha256:f8ef28f579ea42a44b415d2c5d46f788e6a9b395c6c83f2929416e1fc192c143
 
 # --- api -----------------------------------------------------------------------------------------
 FROM ${PYTHON_IMAGE} AS api-build
