@@ -39,7 +39,7 @@ def _with_scheme(*known: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _some_place(url: str | None) -> str | None:
+def _storage_url(url: str | None) -> str | None:
     parts = urlsplit(url or "")
     if parts.scheme == "file" and (parts.netloc or not parts.path.strip("/")):
         raise ValueError("must name a folder by its whole path, with three slashes: file:///folder")
@@ -48,14 +48,14 @@ def _some_place(url: str | None) -> str | None:
     return url
 
 
-def _some_database(url: str | None) -> str | None:
+def _database_url(url: str | None) -> str | None:
     parts = urlsplit(url or "")
     if parts.scheme == "sqlite" and parts.path.strip("/") in ("", ":memory:"):
         raise ValueError("must name a file: sqlite:////folder/lorainit.db")
     return url
 
 
-def _some_queues(names: str) -> str:
+def _queue_names(names: str) -> str:
     queues = [name.strip() for name in names.split(",") if name.strip()]
     if not queues:
         raise ValueError("must name at least one queue")
@@ -64,7 +64,7 @@ def _some_queues(names: str) -> str:
     return ",".join(queues)
 
 
-def _no_file(path: Path | None) -> Path | None:
+def _folder(path: Path | None) -> Path | None:
     if path is not None and path.exists() and not path.is_dir():
         raise ValueError("must be a folder, and there is a file of this name")
     return path
@@ -95,16 +95,16 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
 
-    state_dir: Annotated[Path, AfterValidator(_no_file)] = Field(
+    state_dir: Annotated[Path, AfterValidator(_folder)] = Field(
         Path(".state"), description="Folder of the embedded default: database, files, caches."
     )
     database_url: Annotated[
-        str | None, _with_scheme("postgresql", "postgresql+psycopg", "sqlite"), AfterValidator(_some_database)
+        str | None, _with_scheme("postgresql", "postgresql+psycopg", "sqlite"), AfterValidator(_database_url)
     ] = Field(None, description="SQLAlchemy URL; empty = SQLite (WAL) in the state folder.")
     broker_url: Annotated[str | None, _with_scheme("redis", "rediss")] = Field(
         None, description="Redis or Valkey URL; empty = `lorainit serve` starts its own."
     )
-    storage_url: Annotated[str | None, _with_scheme("file", "s3"), AfterValidator(_some_place)] = Field(
+    storage_url: Annotated[str | None, _with_scheme("file", "s3"), AfterValidator(_storage_url)] = Field(
         None, description="`file:///folder` or `s3://bucket/prefix`; empty = a folder in the state folder."
     )
     s3_endpoint: Annotated[str | None, _with_scheme("http", "https")] = Field(
@@ -167,17 +167,17 @@ class Settings(BaseSettings):
     base_models_here: bool = Field(
         False, description="A changed catalogue is refused if a base model is not on this host; `serve` sets it itself."
     )
-    worker_scratch: Annotated[Path | None, AfterValidator(_no_file)] = Field(
+    worker_scratch: Annotated[Path | None, AfterValidator(_folder)] = Field(
         None, description="Where runs work; empty = a folder in the state folder."
     )
     keep_warm: bool = Field(
         True,
         description="A slot without GPUs that has run a job keeps a process with torch loaded (300 MB) for the next.",
     )
-    worker_queues: Annotated[str, AfterValidator(_some_queues)] = Field(
+    worker_queues: Annotated[str, AfterValidator(_queue_names)] = Field(
         "train", description="Queues (device classes) this worker takes jobs from, comma-separated."
     )
-    model_cache: Annotated[Path | None, AfterValidator(_no_file)] = Field(
+    model_cache: Annotated[Path | None, AfterValidator(_folder)] = Field(
         None, description="Converted base models; empty = a folder in the state folder."
     )
     init_cache_bytes: BytesOrNone = Field(
@@ -240,14 +240,14 @@ class Settings(BaseSettings):
 
     @field_validator("beat_seconds")
     @classmethod
-    def _two_beats(cls, beat: float, info: ValidationInfo) -> float:
+    def _beats_twice_a_lease(cls, beat: float, info: ValidationInfo) -> float:
         if beat > info.data.get("lease_seconds", beat * 2) / 2:
             raise ValueError("must be at most half of LORAINIT_LEASE_SECONDS, or living workers would lose their jobs")
         return beat
 
     @field_validator("requests_at_once")
     @classmethod
-    def _some_left(cls, requests: int, info: ValidationInfo) -> int:
+    def _leaves_connections_for_health(cls, requests: int, info: ValidationInfo) -> int:
         if requests >= info.data.get("connections", requests + 1):
             raise ValueError("must be less than LORAINIT_CONNECTIONS: health is asked for beside them")
         return requests
