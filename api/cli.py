@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +24,21 @@ from api.terminal import keys, tables
 from api.terminal.client import Problem
 from api.terminal.console import err, out
 from api.terminal.local import EXAMPLES, State, configure, explain
+from lorainit import closed_pipe
 
 WARNED = 3  # exit code of a job that succeeded and that its author should look at
 
 
 class Commands(TyperGroup):
     """Commands whose expected errors are one readable line and exit code 1."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        """The whole command line; ends the process, unless it does not stand alone."""
+        more["standalone_mode"] = standalone_mode
+        command = partial(super().main, *args, **more)
+        if not standalone_mode:
+            return command()
+        sys.exit(closed_pipe.run(command))
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; show what the person can mend."""

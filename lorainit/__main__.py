@@ -1,7 +1,8 @@
 """`python -m lorainit spec.json out/`: the product without the service, and the worker's child.
 
-Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 143 asked to stop (the steps taken are in a
-checkpoint). A run of several processes ends as the first of them that ended badly, killed by the same signal too.
+Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 141 nobody reads what it prints, 143 asked to
+stop (the steps taken are in a checkpoint). A run of several processes ends as the first of them that ended badly,
+killed by the same signal too.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import NamedTuple, TextIO
 
 from pydantic import ValidationError
 
-from lorainit import machine, silence
+from lorainit import closed_pipe, machine, silence
 from lorainit.errors import Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Stage, Tick
 from lorainit.faults import faults_of
@@ -341,4 +342,4 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(closed_pipe.run(main))

@@ -14,7 +14,7 @@ _PIPE_COLUMNS = 400
 def plain(*, stderr: bool = False) -> Console:
     """A console on standard output or standard error."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _PIPE_COLUMNS
+    width = None if stream is not None and stream.isatty() else _PIPE_COLUMNS  # it is None where it was closed
     return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False, width=width)
 
 

@@ -59,6 +59,14 @@ def test_person_gets_a_picture_and_the_adapters_place(child, tmp_path):
     assert "pip install kernels" not in shown  # bitsandbytes, on some CPUs
 
 
+def test_a_person_who_reads_no_more_ends_the_run_quietly(child):
+    """As in `python -m lorainit spec.json out 2>&1 | head -1`; the exit code is that of other tools in a pipe."""
+    process, _ = child(training={"max_steps": 2000})
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+
+
 def test_worker_gets_events_as_lines(child):
     process, stream = child(events=True)
     with stream:
