@@ -26,7 +26,7 @@ from typing import NamedTuple, TextIO
 from pydantic import ValidationError
 
 from lorainit import closed_pipe, machine, silence
-from lorainit.errors import Dropped, LorainitError, Stopped
+from lorainit.errors import DeviceSilent, Dropped, LorainitError, Stopped
 from lorainit.events import Event, Failed, Stage, Tick
 from lorainit.faults import faults_of
 from lorainit.launch import PATIENCE, RENDEZVOUS, Loss, Others, companions, leave_word
@@ -127,7 +127,7 @@ def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, 
 
 def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
     open_runs, failed = set(range(len(runs))), False
-    others.watch(partial(_end_as, on_event=on_event))
+    others.watch(partial(_end_as, on_event=on_event, others=others))
 
     def fail(who: int, error: LorainitError) -> None:
         on_event(Failed(member=who, code=error.code, message=error.message, param=error.param))
@@ -152,15 +152,23 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
     except (Stopped, KeyboardInterrupt):
         return STOPPED
     except LorainitError as error:
+        silent = isinstance(error, DeviceSilent)
+        if silent and (loss := others.loss()):
+            _end_as(loss, on_event, others)
         for who in sorted(open_runs):
             fail(who, error)
+        if silent:
+            others.dismiss()
+            _kill_the_leading_one()
         return FAILED
     except BrokenPipeError:
         return STOPPED  # nobody listens any more
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
         if loss := others.loss():
-            _end_as(loss, on_event)
+            _end_as(loss, on_event, others)
+        if len(runs) > 1 and _ended_cuda_for_all(error):
+            return FAILED  # without a word about any: each is tried by itself
         text = "The run failed for a reason that is ours, not yours."
         for who in sorted(open_runs):
             on_event(Failed(member=who, code="internal_error", message=text))
@@ -179,8 +187,9 @@ def load() -> None:
     disable_progress_bar()
 
 
-def _end_as(loss: Loss, on_event: OnEvent) -> None:
+def _end_as(loss: Loss, on_event: OnEvent, others: Others) -> None:
     """Leave at once, as another process of this run has left, so that whoever waits for us learns why."""
+    others.dismiss()
     if loss.code in (LEASE_LOST, STOPPED):
         os._exit(loss.code)
     if loss.code in (-signal.SIGTERM, -signal.SIGINT):  # which would only be noted here
@@ -200,11 +209,9 @@ def _watched(spec: RunSpec, on_event: OnEvent, others: Others) -> OnEvent:
     def give_up() -> None:
         if not _rank() and others.are_over:
             return  # what this process does alone, nobody waits for
-        on_event(silence.failure())
+        on_event(silence.failure(lasting.limit))
         others.dismiss()
-        if _rank() and RENDEZVOUS in os.environ:  # the leading one, which started this one, may be what hangs
-            time.sleep(PATIENCE)
-            os.kill(os.getppid(), signal.SIGKILL)
+        _kill_the_leading_one()
         os._exit(FAILED)
 
     lasting = silence.Silence()
@@ -215,6 +222,19 @@ def _watched(spec: RunSpec, on_event: OnEvent, others: Others) -> OnEvent:
         on_event(event)
 
     return listen
+
+
+def _ended_cuda_for_all(error: Exception) -> bool:
+    from lorainit import breakage
+
+    return breakage.of_an_assert(error)
+
+
+def _kill_the_leading_one() -> None:
+    """If this is another one of a run that we started: the leading one may be what hangs, and nobody else sees that."""
+    if _rank() and RENDEZVOUS in os.environ:
+        time.sleep(PATIENCE)
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 def _aloud(show: OnEvent, event: Event) -> None:

@@ -10,8 +10,8 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
     ├── TooFewDevices          (the operator's: more devices were promised than the worker has)
-    ├── DeviceSilent           (a process of the run does not answer the others)
-    ├── UnusableDevice         (the operator's: there are GPUs, and CUDA cannot use them)
+    ├── DeviceSilent           (passes: a process of the run is gone, or does not answer the others)
+    ├── UnusableDevice         (the operator's: there are GPUs, and CUDA cannot use them, or not any more)
     ├── Dropped                (not a failure: one run of a group is not ours any more)
     └── Stopped                (not a failure: somebody asked the run to stop)
 """
@@ -136,11 +136,15 @@ class TooFewDevices(LorainitError):
 
 
 class DeviceSilent(LorainitError):
-    """One of the run's processes, or the connection to it, hangs."""
+    """One of the run's processes, or the connection to it, hangs or is gone."""
+
+    code = "worker_lost"
 
 
 class UnusableDevice(LorainitError):
-    """The machine has GPUs that CUDA cannot use; the processor is no substitute."""
+    """The machine has GPUs that CUDA cannot use, or one that failed in mid-run; the processor is no substitute."""
+
+    code = "device_failed"
 
 
 class Dropped(LorainitError):

@@ -9,8 +9,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lorainit import hardware, silence
-from lorainit.errors import DeviceSilent, DiskFull, LorainitError, OutOfMemory, Stopped, UnsupportedModel
+from lorainit import breakage, hardware, silence
+from lorainit.errors import (
+    DeviceSilent,
+    DiskFull,
+    LorainitError,
+    OutOfMemory,
+    Stopped,
+    UnsupportedModel,
+    UnusableDevice,
+)
 from lorainit.events import Event
 
 OnEvent = Callable[[Event], None]
@@ -55,15 +63,18 @@ def end_of(error: Exception, *, alone: bool) -> LorainitError:
 
     Raises:
         Stopped: that is what it was, and it is meant for all.
-        Exception: the error itself, if it is none of ours and the run is alone.
+        UnusableDevice, DeviceSilent: the GPU, or another process, has failed for all.
+        Exception: the error itself, if it is none of ours and the run is alone, or if it ended CUDA for all.
     """
-    if isinstance(error, Stopped):
+    if isinstance(error, Stopped | UnusableDevice) or breakage.of_an_assert(error):
         raise error
     if alone:
         if isinstance(error, LorainitError):
             return error
         raise error
     ours = our_error(error)
+    if isinstance(ours, UnusableDevice | DeviceSilent):
+        raise ours from error
     if ours is None:
         traceback.print_exception(error)
         ours = LorainitError("The run failed for a reason that is ours, not yours.")
@@ -109,10 +120,13 @@ def our_error(error: Exception) -> LorainitError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"No space left to write {error.filename or 'the results'}.")
     text = str(error) if isinstance(error, RuntimeError) else ""
-    if "Timed out waiting" in text and "operation to complete" in text:  # gloo's words
-        return DeviceSilent(silence.failure().message)
     if "No space left on device" in text:
         return DiskFull("No space left to write the results.")
+    if breakage.of_device(error):
+        said = " ".join(text.splitlines()[0].split())[:300]
+        return UnusableDevice(f"The GPU failed while the run was using it: {said}")
+    if how := breakage.of_another_process(error):
+        return DeviceSilent(silence.failure().message if how == "silent" else silence.GONE)
     if "deterministic" in text and "use_deterministic_algorithms" in text:
         return UnsupportedModel(
             "This base model needs a kernel without a deterministic form: set deterministic to false.",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lorainit import machine
 from lorainit.events import Event, Failed
+from lorainit.limits import tether
 
 PATIENCE = 30.0  # seconds for the others to end after the leading one has
 LAST_WORDS = 5.0  # seconds for the leading one to say itself what is wrong
@@ -34,7 +35,7 @@ class Loss:
 
     def is_a_consequence(self) -> int:
         """How likely another one's end explains this one: least where it says what is wrong, most where it cannot."""
-        if self.word is not None and self.word.code != "internal_error":
+        if self.word is not None and self.word.code not in ("internal_error", "worker_lost"):
             return 0
         return 1 if self.code < 0 else 3 if self.code == 1 else 2
 
@@ -55,7 +56,7 @@ class Others:
             threading.Thread(target=self._watch, args=(other, on_loss), daemon=True).start()
 
     def loss(self) -> Loss | None:
-        """Whether one has ended badly, which explains a sum that failed here; its end may show a little later."""
+        """Whether one has ended badly, or says so, which explains a sum that failed here; it may show a bit later."""
         ended = self._wait(any, seconds=LAST_WORDS)
         return self._cause() if ended else None
 
@@ -77,17 +78,17 @@ class Others:
             try:
                 other.wait(PATIENCE)
             except subprocess.TimeoutExpired:
-                other.kill()
+                other.kill()  # which ends one that is frozen, too
 
     def _watch(self, other: Process, on_loss: Callable[[Loss], None]) -> None:
         if other.wait() and not self._over.wait(LAST_WORDS):
             on_loss(self._cause())
 
     def _wait(self, which: Callable[[Iterable[bool]], bool], *, seconds: float) -> bool:
-        """Whether any, or all, have ended badly within so many seconds."""
+        """Whether any, or all, have ended badly, or are about to, within so many seconds."""
         until = time.monotonic() + seconds
         while self._processes:
-            if which(bool(other.poll()) for other in self._processes):
+            if which(self._loss_of(rank) is not None for rank in self._ranks):
                 return True
             if time.monotonic() > until:
                 return False
@@ -98,12 +99,21 @@ class Others:
         """What ended the run: one ends because it was killed or found something wrong, the others because it did."""
         self._wait(all, seconds=TOGETHER)
         losses = []
-        for rank, other in enumerate(self._processes, start=1):
-            if code := other.poll():
-                print(f"process {rank} of this run ended with exit code {code}", file=sys.stderr, flush=True)  # noqa: T201
-                path = _word(self._out, rank)
-                losses.append(Loss(code, Failed.model_validate_json(path.read_bytes()) if path.exists() else None))
+        for rank in self._ranks:
+            if loss := self._loss_of(rank):
+                print(f"process {rank} of this run ended with exit code {loss.code}", file=sys.stderr, flush=True)  # noqa: T201
+                losses.append(loss)
         return min(losses, key=Loss.is_a_consequence)
+
+    @property
+    def _ranks(self) -> range:
+        return range(1, len(self._processes) + 1)
+
+    def _loss_of(self, rank: int) -> Loss | None:
+        """How one has ended badly; one that has left its last word will, and its end may take seconds."""
+        path, code = _word(self._out, rank), self._processes[rank - 1].poll()
+        word = Failed.model_validate_json(path.read_bytes()) if path.exists() else None
+        return Loss(code or 1, word) if code or (code is None and word) else None
 
 
 @contextmanager
@@ -120,7 +130,10 @@ def companions(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[O
     common = {"WORLD_SIZE": str(count), RENDEZVOUS: str(meeting.resolve()), **_threads(count)}
     os.environ.update(common | _rank(0))
     command = [sys.executable, "-m", "lorainit", *arguments]
-    others = Others([subprocess.Popen(command, env={**os.environ, **_rank(rank)}) for rank in range(1, count)], out)
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **_rank(rank)}, preexec_fn=tether()) for rank in range(1, count)
+    ]
+    others = Others(processes, out)
     try:
         yield others
     finally:

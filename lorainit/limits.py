@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,6 +41,24 @@ def die_with_parent(code: int = 1) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(code)  # it died before we asked
+
+
+def tether() -> Callable[[], None]:
+    """What a child does before it becomes its program (`preexec_fn`): ask the kernel to die with its parent.
+
+    So there is no moment, however early it is frozen, in which it could stay behind. The signal is sent when the
+    *thread* that started the child ends, so start children from one that lives as long as they may. Only Linux has it.
+    """
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def before_exec() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:
+            os._exit(1)  # the parent died before the request was in place
+
+    return before_exec
 
 
 def give_way() -> None:

@@ -15,6 +15,8 @@ from lorainit.events import Event, Failed, Stage
 SECONDS = "RUN_SILENCE_SECONDS"  # of the environment
 BEAT = 1.0  # seconds
 USUAL = 1800.0  # the longest that one evaluates, writes or reads alone while the others wait
+LOADING = 4  # times as long may pass while the base is loaded, of which nothing is told
+GONE = "Another process of this run is gone, or the connection to it."
 
 
 def limit() -> float:
@@ -22,12 +24,13 @@ def limit() -> float:
     return float(os.environ.get(SECONDS, USUAL))
 
 
-def failure() -> Failed:
-    """What the run ends with."""
+def failure(seconds: float | None = None) -> Failed:
+    """What the run ends with after so many seconds; None = the usual limit."""
+    seconds = limit() if seconds is None else seconds
     return Failed(
-        code="internal_error",
-        message=f"The processes of this run do not answer each other: nothing has happened for {limit():.0f} seconds."
-        " A device, or the connection between two, hangs. The run can go on from its last checkpoint.",
+        code="worker_lost",
+        message=f"The processes of this run do not answer each other: nothing has happened for {seconds:.0f} seconds,"
+        " since a device, or the connection between two, hangs.",
     )
 
 
@@ -35,17 +38,21 @@ class Silence:
     """How long no event has come, in beats of a clock of this process: time in which it is frozen does not count."""
 
     def __init__(self) -> None:
-        self._seconds: float | None = None
+        self._seconds, self._is_loading = 0.0, True
 
     def hear(self, event: Event) -> None:
-        """Something has happened. While the base is loaded, nothing is told, and that may take long."""
-        self._seconds = None if isinstance(event, Stage) and event.stage == "loading" else 0.0
+        """Something has happened."""
+        self._seconds, self._is_loading = 0.0, isinstance(event, Stage) and event.stage == "loading"
 
     def beat(self, seconds: float) -> bool:
         """So much time has passed; whether it has been too long."""
-        if self._seconds is not None:
-            self._seconds += seconds
-        return self._seconds is not None and self._seconds > limit()
+        self._seconds += seconds
+        return self._seconds > self.limit
+
+    @property
+    def limit(self) -> float:
+        """Seconds without an event that are too many at this moment."""
+        return limit() * (LOADING if self._is_loading else 1)
 
 
 def watch(silence: Silence, on_silence: Callable[[], None]) -> None:

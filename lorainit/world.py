@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from lorainit import silence
-from lorainit.errors import TooFewDevices
+from lorainit import breakage, silence
+from lorainit.errors import DeviceSilent, TooFewDevices
 from lorainit.launch import RENDEZVOUS
 
 T = TypeVar("T")
-LATER = 60.0  # seconds after `silence` has ended a run that hangs: this limit is for what is not watched, as loading
+LATER = 60.0  # seconds after `silence` has ended a run that hangs: this limit is for those that have not met yet
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def joined(device: torch.device) -> Iterator[World]:
 
     Raises:
         TooFewDevices: there are more processes than GPUs.
+        DeviceSilent: they did not all come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -102,7 +103,14 @@ def joined(device: torch.device) -> Iterator[World]:
     if file:
         meeting = {"store": distributed.FileStore(file, size)}  # type: ignore[attr-defined]
     patience = timedelta(seconds=silence.limit() + LATER)
-    distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience, **meeting)
+    try:
+        distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience, **meeting)
+    except RuntimeError as error:
+        if breakage.of_another_process(error) is None:
+            raise
+        within = f"{patience.total_seconds():.0f} seconds"
+        text = f"Not all {size} processes of this run met within {within}: one hangs, or is gone."
+        raise DeviceSilent(text) from error
     try:
         yield World(rank, size)
     finally:

@@ -65,11 +65,13 @@ class Stack:
         rows = "".join(json.dumps(chat(f"What is {n}?", f"It is {n} and {n}")) + "\n" for n in range(count))
         return self.client.files.create(file=("rows.jsonl", io.BytesIO(rows.encode())), purpose="fine-tune").id
 
-    def create(self, lora: dict[str, Any], *, group: bool = False, devices: int = 1, **recipe: Any) -> FineTuningJob:
+    def create(
+        self, lora: dict[str, Any], *, rows: int = 16, group: bool = False, devices: int = 1, **recipe: Any
+    ) -> FineTuningJob:
         settings = {"n_epochs": 2, "batch_size": 8, "learning_rate": 1e-2, **recipe}
         return self.client.fine_tuning.jobs.create(
             model="tiny",
-            training_file=self.upload(),
+            training_file=self.upload(rows),
             validation_file=self.upload(4),
             seed=3,
             method={"type": "supervised", "supervised": {"hyperparameters": settings}},  # type: ignore[typeddict-item]
@@ -99,7 +101,7 @@ def stack(
     environment.setenv("LORAINIT_BROKER_URL", valkey_url)
     environment.setenv("LORAINIT_CATALOGUE", str(tiny_base / "catalogue.toml"))
     environment.setenv("LORAINIT_LEASE_SECONDS", "6")
-    environment.setenv("LORAINIT_DEVICES_PER_JOB", "2")
+    environment.setenv("LORAINIT_DEVICES_PER_JOB", "3")
     with session_scope() as session:
         _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="test")
         session.commit()

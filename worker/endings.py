@@ -20,7 +20,9 @@ from worker.supervisor import Outcome
 LEASE_LOST = 75  # how the child leaves when no lease holds any more
 # Killed, or asked to leave, by somebody who was not us: the job is not to blame.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
-DISK_FULL, HUB_UNAVAILABLE = "disk_full", "hub_unavailable"
+DISK_FULL, DEVICE_FAILED = "disk_full", "device_failed"
+# What the child found wrong with something else than the job: it is tried again, with a limit.
+PASSES = ("hub_unavailable", "worker_lost", DEVICE_FAILED)
 INTERNAL = Failure("internal_error", "The worker failed while handling this job; see its log.")
 KILLED = Failure(
     "out_of_memory",
@@ -32,12 +34,14 @@ log = get_logger(__name__)
 
 
 def told(job: Job, lease: Lease, failed: Failed) -> None:
-    """The child said why the job failed. A shared process that ran out of memory is no verdict on one job."""
+    """The child said why the job failed. What happened to a shared process is no verdict on one job."""
     log.error("the run failed", code=failed.code, param=failed.param)  # its message may quote rows, and logs stay
     if failed.code == KILLED.code and _may_try_alone(job):
         _retry(lease, "ran out of memory")
-    elif failed.code == HUB_UNAVAILABLE:
-        lose(lease, failed.message.rstrip("."), code=HUB_UNAVAILABLE)
+    elif failed.code == DEVICE_FAILED and _may_try_alone(job):
+        _retry(lease, "lost its GPU")
+    elif failed.code in PASSES:
+        lose(lease, failed.message.rstrip("."), code=failed.code)
     else:
         figures = f" {_room_left()}" if failed.code == DISK_FULL else ""
         fail(lease, Failure(failed.code, failed.message + figures, in_body(failed.param)))

@@ -18,7 +18,15 @@ from api.core.models import FINAL_STATUSES, Checkpoint, File, Job, ShownJob
 from api.core.transitions import Lease, change, hold, in_state, move
 
 # What was wrong is not in the order: the same order may well succeed.
-_MAY_PASS = ("worker_lost", "hub_unavailable", "out_of_memory", "disk_full", "internal_error", "quota_exceeded")
+_MAY_PASS = (
+    "worker_lost",
+    "device_failed",
+    "hub_unavailable",
+    "out_of_memory",
+    "disk_full",
+    "internal_error",
+    "quota_exceeded",
+)
 _PAUSABLE = ("validating_files", "queued")
 
 

@@ -3,12 +3,10 @@
 Knows processes and log files, nothing of what runs in them.
 """
 
-import ctypes
 import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +15,8 @@ from math import inf
 from pathlib import Path
 
 import psutil
+
+from lorainit.limits import tether
 
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 60.0
@@ -91,24 +91,6 @@ class Child:
                 member.kill()
         self.process.wait()
         self.process = None
-
-
-def tether() -> Callable[[], None]:
-    """What a child does before it becomes its program: ask the kernel to die with its parent.
-
-    The signal is sent when the *thread* that started the child ends, so start children from a
-    thread that lives as long as the service does. Only Linux has it.
-    """
-    parent = os.getpid()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def before_exec() -> None:
-        if libc is not None:
-            libc.prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)  # the parent died before the request was in place
-
-    return before_exec
 
 
 @contextmanager

@@ -316,17 +316,21 @@ def test_a_job_whose_only_attempt_died_in_company_fails(lab: Lab, environment: p
     assert lab.statuses() == ["failed"] * 3
 
 
-def test_a_hub_that_is_away_is_tried_again_and_named_in_the_end(lab: Lab, environment: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", ["hub_unavailable", "worker_lost"])
+def test_what_may_pass_is_tried_again_and_named_in_the_end(
+    lab: Lab, environment: pytest.MonkeyPatch, code: str
+) -> None:
+    """A hub that is away, another process of the run that does not answer."""
     environment.setenv("LORAINIT_MAX_ATTEMPTS", "2")
     get_settings.cache_clear()
-    script = "for i in range(len(members)): failed(i, 'hub_unavailable')"
+    script = f"for i in range(len(members)): failed(i, '{code}')"
     lab.run(script)
     assert lab.statuses() == ["queued"] * 3
-    assert lab.story(1)[-1] == "hub_unavailable of 1 while loading; the job goes back to the queue"
+    assert lab.story(1)[-1] == f"{code} of 1 while loading; the job goes back to the queue"
     for _ in range(3):  # each alone now
         lab.run(script)
     assert lab.statuses() == ["failed"] * 3
-    assert {lab.job(seed).error["code"] for seed in (1, 2, 3)} == {"hub_unavailable"}  # type: ignore[index]
+    assert {lab.job(seed).error["code"] for seed in (1, 2, 3)} == {code}  # type: ignore[index]
 
 
 def test_a_child_that_saw_no_lease_leaves_its_jobs_to_the_reconciler(lab: Lab) -> None:

@@ -1,0 +1,106 @@
+"""How libraries say that a GPU, or another process of the run, is gone: mostly by words alone.
+
+Whose fault that is decides what becomes of the job (docs/decisions/0057, 0058). Knows nothing of jobs.
+"""
+
+import os
+from typing import Literal
+
+from torch import distributed
+
+# Who speaks of GPUs. cuSOLVER is not among them: its own errors come of matrices that have no decomposition.
+_SPEAKERS = ("cuda", "cudnn", "nvml", "nccl", "nvidia")
+# What they say, in lower case, when the same work may succeed on another GPU, or on this one in a new process.
+_BROKEN = (
+    "unknown error",
+    "no cuda-capable device",
+    "no cuda gpus are available",
+    "found no nvidia driver",
+    "driver on your system is too old",
+    "driver version is insufficient",
+    "devices are busy or unavailable",
+    "invalid device ordinal",
+    "initialization error",
+    "no kernel image is available",  # a GPU that the installed torch was not built for
+    "system not yet initialized",
+    "unsupported display driver",  # the driver's kernel module and its library differ
+    "forward compatibility was attempted",
+    "mps client failed",
+    "operation not supported on global/shared address space",
+    "uncorrectable ecc",
+    "uncorrectable nvlink",
+    "nvlink error was detected",
+    "hardware stack error",
+    "hardware error",
+    "device not ready",
+    "gpu is lost",
+    "gpu_is_lost",
+    "fallen off the bus",
+    "device lost",
+    "nvml_success ==",  # torch's allocator asks NVML for the GPU, which is not there any more
+    # A kernel that went wrong, which is a bug or a bad memory cell, and ends CUDA for the process.
+    "illegal memory access",
+    "illegal instruction",
+    "illegal address",
+    "misaligned address",
+    "invalid program counter",
+    "launch failure",
+    "launch timed out",
+    "context is destroyed",
+    "cublas_status_execution_failed",
+    "cublas_status_internal_error",
+    "cudnn_status_execution_failed",
+    "cudnn_status_internal_error",
+)
+_ASSERT = "device-side assert"  # a kernel that looked at its numbers and refused them, as an index out of range
+# Words of gloo, NCCL and torch's stores, in lower case, where another process does not answer, and where it is gone.
+_SILENT = (
+    "wait timeout",
+    "timeout waiting for key",
+    "timed out waiting",
+    "timed out after",
+    "has timed out",
+    "socket timeout",
+    "operation timed out",
+    "connection timed out",
+    "operation timeout",  # NCCL's watchdog: "collective operation timeout"
+    "application timeout",
+)
+_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "connection was likely closed",
+    "connectfullmesh failed",
+    "broken pipe",
+    "socket closed",
+    "read error [",
+    "write error [",
+    "sendbytes failed",
+    "recvbytes failed",
+    "remote process exited",
+    "communicator was aborted",
+    "remote peer",
+)
+
+
+def of_device(error: BaseException) -> bool:
+    """Whether the GPU, or the way to it, has failed and not the run. Ask first whether memory ran out."""
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(who in said for who in _SPEAKERS) and any(words in said for words in _BROKEN)
+
+
+def of_an_assert(error: BaseException) -> bool:
+    """Whether a kernel refused its numbers: the run is to blame, and CUDA is over for the whole process."""
+    return isinstance(error, RuntimeError) and _ASSERT in str(error).lower()
+
+
+def of_another_process(error: BaseException) -> Literal["silent", "gone"] | None:
+    """How another process of this run fails this one; None if it does not, as where the run has one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
+        return None
+    said = str(error).lower()
+    if any(words in said for words in _SILENT):
+        return "silent"
+    is_gone = isinstance(error, distributed.DistNetworkError | distributed.DistStoreError)
+    return "gone" if is_gone or any(words in said for words in _GONE) else None
