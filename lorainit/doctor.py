@@ -13,7 +13,7 @@ def examine() -> dict[str, Any]:
     choices = [{"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in machine.report()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {**hardware.description(), "usable_cpus": machine.usable_cpus(), "memory_bytes": memory}
-    facts |= {"gpus": gpus.visible(), "gpu_trouble": hardware.unusable_gpu()}
+    facts |= {"gpus": gpus.visible(), "gpu_trouble": hardware.unusable_gpu() or hardware.failing_gpu()}
     del facts["settings"]  # the choices, without their reasons
     return {"machine": facts, "packages": hardware.versions(), "choices": choices}
 

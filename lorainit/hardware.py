@@ -72,6 +72,22 @@ def unusable_gpu() -> str | None:
     return f"There is an NVIDIA GPU, and CUDA cannot use it: {said}"
 
 
+def failing_gpu() -> str | None:
+    """Which GPU does not compute, and what it says; None where each does, or where there is none."""
+    for number in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
+        said = "a product is wrong"
+        try:
+            ones = torch.ones(256, 256, device=torch.device("cuda", number))
+            if bool((ones @ ones == 256).all()):
+                continue
+        except Exception as error:  # whatever it is, it is what a run would meet
+            if is_out_of_memory(error):
+                continue  # somebody else is using it
+            said = " ".join(str(error).split())[:300]
+        return f"GPU {number} of those that are visible does not compute: {said}"
+    return None
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 numbers in hardware; an emulation costs more than it saves."""
     if device.type == "cuda":

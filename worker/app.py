@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings
 from api.core.storage import get_storage
-from worker import caches, scratch
+from worker import caches, devices, scratch
 
 app = get_celery()
 app.conf.imports = ("worker.tasks",)
@@ -40,6 +41,11 @@ def drain_file(pid: int) -> Path:
     Several hosts may share the scratch folder, where process numbers repeat: the name is this worker's alone.
     """
     return get_settings().scratch() / f"{scratch.FLAG}{socket.gethostname()}-{pid}-{_BIRTH}"
+
+
+def rest_file(pid: int, slot: int | str) -> Path:
+    """Exists while a slot of that worker takes no job because its GPU has failed, and says why."""
+    return get_settings().scratch() / f"{scratch.RESTS}{socket.gethostname()}-{pid}-{_BIRTH}-{slot}"
 
 
 @app.on_configure.connect  # type: ignore[union-attr, untyped-decorator]
@@ -81,14 +87,26 @@ def _gone(**_: Any) -> None:
     drain_file(os.getpid()).unlink(missing_ok=True)
 
 
+def _able() -> tuple[int, str | None]:
+    """How many slots of this worker take jobs, and why not all."""
+    slots, flags = get_settings().worker_slots, rest_file(os.getpid(), "*")
+    if why := devices.trouble(slots):
+        return 0, why
+    resting = list[str]()
+    for flag in flags.parent.glob(flags.name):
+        with suppress(FileNotFoundError):  # it has just come back
+            resting.append(flag.read_text())
+    return max(0, slots - len(resting)), " ".join(dict.fromkeys(resting)) or None
+
+
 def _say_alive() -> None:
     log, me, started = get_logger(__name__), name(os.getpid()), datetime.now(UTC)
     while True:
         try:
+            slots, trouble = _able()
             with session_scope() as session:
-                settings = get_settings()
                 workers.say_alive(
-                    session, me, slots=settings.worker_slots, queues=settings.queues(), started_at=started
+                    session, me, slots=slots, queues=get_settings().queues(), started_at=started, trouble=trouble
                 )
                 session.commit()
         except Exception as error:

@@ -7,11 +7,16 @@ log = get_logger(__name__)
 
 
 def may_take_a_job(slots: int) -> bool:
-    """False, and the log says why, where GPUs are meant to be used and cannot be, or slots would share one."""
-    why = gpus.trouble() or _too_many(slots)
+    """False where there is `trouble`, which the log tells."""
+    why = trouble(slots)
     if why:
         log.error("no job is taken: the GPUs cannot be used", reason=why)
     return not why
+
+
+def trouble(slots: int) -> str | None:
+    """Why no slot takes a job: GPUs are meant to be used and cannot be, or slots would share one."""
+    return gpus.trouble() or _too_many(slots)
 
 
 def of_slot(slot: int, slots: int) -> str | None:

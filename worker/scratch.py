@@ -9,14 +9,15 @@ drains is held in the same way, since hosts may share the folder.
 import fcntl
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 
-LOCK, FLAG = "held", "drain-"
+LOCK, FLAG, RESTS = "held", "drain-", "rest-"
 # A folder is made a moment before its lock is taken.
 YOUNG_SECONDS = 30.0
 
@@ -48,13 +49,27 @@ def raise_flag(flag: Path) -> None:
     _raised.append(file)
 
 
+@contextmanager
+def raised(flag: Path, text: str) -> Iterator[None]:
+    """The file `flag` with this text is this process's while the context is open."""
+    flag.parent.mkdir(parents=True, exist_ok=True)
+    with flag.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.write(text)
+        file.flush()
+        try:
+            yield
+        finally:
+            flag.unlink(missing_ok=True)
+
+
 def held() -> list[Path]:
     """The folders of runs on this host, whichever worker's."""
     return [path for path in get_settings().scratch().glob("ftjob-*/attempt-*") if not _is_nobodys(path)]
 
 
 def sweep() -> list[Path]:
-    """Remove the folders of attempts nobody holds and the drain flags of workers that are gone; what was removed."""
+    """Remove the folders of attempts nobody holds and the flags of workers that are gone; what was removed."""
     scratch = get_settings().scratch()
     left = [path for path in scratch.glob("ftjob-*/attempt-*") if _is_nobodys(path)]
     for folder in left:
@@ -62,7 +77,7 @@ def sweep() -> list[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another attempt's folder lies beside it
             folder.parent.rmdir()
-    flags = [path for path in scratch.glob(f"{FLAG}*") if _is_nobodys(path, path)]
+    flags = [path for kind in (FLAG, RESTS) for path in scratch.glob(f"{kind}*") if _is_nobodys(path, path)]
     for flag in flags:
         flag.unlink(missing_ok=True)
     return [*left, *flags]

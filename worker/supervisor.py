@@ -77,7 +77,7 @@ def run_child(
     reader, writer = os.pipe()
     folder = places[0].out.parent
     stderr = folder / "stderr.log"
-    environment = _environment(gpus)
+    environment = environment_of_runs(gpus)
     warm = warm if program is None else None
     with stderr.open("wb") as log:
         for_it = {**environment, "TMPDIR": str(folder)}
@@ -210,7 +210,8 @@ def without_secrets() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
 
 
-def _environment(gpus: str | None) -> dict[str, str]:
+def environment_of_runs(gpus: str | None) -> dict[str, str]:
+    """What a run finds in its environment; `gpus` as for `run_child`."""
     chosen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     return {**without_secrets(), **chosen, "TOKENIZERS_PARALLELISM": "false"}
 

@@ -19,8 +19,8 @@ from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
 from lorainit.events import Event
-from worker import devices, room, warm
-from worker.app import app, drain_file, name
+from worker import devices, rest, room, warm
+from worker.app import app, drain_file, name, rest_file
 from worker.member import Member
 from worker.supervisor import Place, StopReason, run_child
 
@@ -47,6 +47,7 @@ def run_job(job_id: str) -> None:
         ready = {member: member.place for member in members if member.place is not None}
         if ready:
             _train(list(ready), list(ready.values()))
+    rest.of_this_slot().rest_if_broken(_gpus(), rest_file(os.getppid(), _slot()), is_leaving=_is_leaving)
 
 
 def _claim() -> list[Job]:
@@ -69,6 +70,7 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
     settings = get_settings()
 
     def on_event(event: Event) -> None:
+        rest.of_this_slot().hear(event)
         members[event.member].take(event)
 
     def should_stop() -> StopReason:
@@ -84,7 +86,7 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
             on_event=on_event,
             should_stop=should_stop,
             warm=warm.of_this_slot(),
-            gpus=devices.of_slot(int(getattr(current_process(), "index", 0)), settings.worker_slots),
+            gpus=_gpus(),
         )
     except Exception:
         log.exception("the worker failed")
@@ -95,6 +97,14 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
     # Pausing one of several stops the process of all; the others go back to the queue with a checkpoint, too.
     reason = "The worker is shutting down" if _is_leaving() else "The run was stopped for a pause"
     wait([member.conclude(outcome, reason) for member in members])
+
+
+def _slot() -> int:
+    return int(getattr(current_process(), "index", 0))
+
+
+def _gpus() -> str | None:
+    return devices.of_slot(_slot(), get_settings().worker_slots)
 
 
 def _is_leaving() -> bool:

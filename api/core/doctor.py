@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from api.core import catalogue, disk, migrate, queue
+from api.core import catalogue, disk, migrate, queue, workers
 from api.core.db import get_engine, now, session_scope
 from api.core.disk import Volume, human
 from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
@@ -57,6 +57,7 @@ def examine() -> Iterator[Check]:
     if database.status != "failed":  # else these would only say the same again
         yield _check("migrations", partial(_migrations, settings))
         yield _check("clock", partial(_clock, settings))
+        yield _check("workers", partial(_workers, settings))
     yield _check("broker", partial(_broker, settings))
     yield _check("storage", partial(_storage, settings))
     for volume in volumes.values():
@@ -117,6 +118,15 @@ def _clock(settings: Settings) -> str:
     if abs(skew) > MAX_SKEW_SECONDS:
         raise RuntimeError(f"the database's clock differs from this host's by {skew:+.1f} s: set both by NTP")
     return f"the database's clock is {skew * 1000:+.0f} ms from this host's"
+
+
+def _workers(settings: Settings) -> str:
+    _require_state(settings, "database_url")
+    with session_scope(read_only=True) as session:
+        found, count = workers.troubles(session), workers.online(session)
+    if found:
+        raise RuntimeError("; ".join(f"{name} takes no job, or not in all slots: {why}" for name, why in found.items()))
+    return f"{count} online"
 
 
 def _broker(settings: Settings) -> str:

@@ -388,7 +388,7 @@ class Tally(Base):
 
 
 class Worker(Base):
-    """A worker that says it is alive; how many jobs it can hold, and from which queues."""
+    """A worker that says it is alive; how many jobs it can hold, from which queues, and why not more."""
 
     __tablename__ = "workers"
 
@@ -397,3 +397,4 @@ class Worker(Base):
     queues: Mapped[list[str]] = mapped_column(Json)
     started_at: Mapped[datetime] = mapped_column(UTCDateTime)
     seen_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    trouble: Mapped[str | None] = mapped_column(Text)

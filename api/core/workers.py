@@ -12,16 +12,36 @@ from api.core.models import Worker
 FRESH = timedelta(seconds=30)
 
 
-def say_alive(session: Session, worker_id: str, *, slots: int, queues: Sequence[str], started_at: datetime) -> None:
-    """Renew this worker's row and drop the rows of workers gone for an hour."""
+def say_alive(
+    session: Session,
+    worker_id: str,
+    *,
+    slots: int,
+    queues: Sequence[str],
+    started_at: datetime,
+    trouble: str | None = None,
+) -> None:
+    """Renew this worker's row and drop the rows of workers gone for an hour.
+
+    Args:
+        slots: those that take jobs.
+        trouble: why others do not.
+    """
     at = now(session)
-    session.merge(Worker(id=worker_id, slots=slots, queues=list(queues), started_at=started_at, seen_at=at))
+    row = Worker(id=worker_id, slots=slots, queues=list(queues), started_at=started_at, seen_at=at, trouble=trouble)
+    session.merge(row)
     session.execute(delete(Worker).where(Worker.seen_at < at - timedelta(hours=1)))
 
 
 def online(session: Session) -> int:
     """How many workers have been heard of lately."""
     return session.scalar(select(func.count()).where(Worker.seen_at >= now(session) - FRESH)) or 0
+
+
+def troubles(session: Session) -> dict[str, str]:
+    """Why living workers take no job, or not in all their slots."""
+    at_work = select(Worker.id, Worker.trouble).where(Worker.seen_at >= now(session) - FRESH)
+    return {name: why for name, why in session.execute(at_work.order_by(Worker.id)) if why}
 
 
 def served(session: Session) -> set[str]:

@@ -1,0 +1,130 @@
+"""Whose fault an error of a GPU is, by what its libraries say: the machine's, or the run's own."""
+
+import pytest
+import torch
+
+from lorainit import __main__ as main
+from lorainit import breakage, gpus, hardware, isolation
+from lorainit.errors import OutOfMemory, UnusableDevice
+from lorainit.events import Failed, Message
+from lorainit.launch import Others
+
+ADVICE = "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below"
+ASSERT = RuntimeError("CUDA error: device-side assert triggered" + ADVICE)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env variable"
+        " CUDA_VISIBLE_DEVICES after program start. Setting the available devices to be zero.",
+        "CUDA error: unknown error",
+        "No CUDA GPUs are available",
+        "The NVIDIA driver on your system is too old (found version 11040).",
+        "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: all CUDA-capable devices are busy or unavailable",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb, m, n, k)`",
+        "Triton Error [CUDA]: misaligned address",
+        "NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp:1124",
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error. Last error: Cuda failure 999 'unknown error'",
+    ],
+)
+def test_a_gpu_that_fails_is_the_machines_fault(words):
+    found = isolation.our_error(RuntimeError(words + ADVICE))
+    assert isinstance(found, UnusableDevice)
+    assert found.code == "device_failed"
+    assert words[:80] in found.message
+    assert "asynchronously" not in found.message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)",
+        "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnXsyevd`. This error may appear if"
+        " the input matrix contains NaN. You may use torch.backends.cuda.preferred_linalg_library()",
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!",
+        "an unknown error in a tokenizer",
+        "CUDA error: device-side assert triggered",
+    ],
+)
+def test_what_the_run_does_wrong_is_not(words):
+    assert not breakage.of_device(RuntimeError(words))
+    assert isolation.our_error(RuntimeError(words)) is None
+
+
+def test_memory_that_ran_out_is_no_broken_gpu():
+    error = RuntimeError("NCCL error: unhandled cuda error. Cuda failure 2 'out of memory', then 'unknown error'")
+    assert isinstance(isolation.our_error(error), OutOfMemory)
+
+
+def test_a_gpu_that_fails_in_one_runs_own_work_ends_all_that_share_it():
+    with pytest.raises(UnusableDevice, match="unknown error"):
+        isolation.end_of(RuntimeError("CUDA error: unknown error"), alone=False)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        isolation.end_of(ASSERT, alone=False)
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, ["internal_error"]), (2, [])])
+def test_a_kernel_that_refuses_its_numbers_is_a_verdict_on_one_run_only(monkeypatch, spec, tmp_path, count, told):
+    """Of several nobody knows whose it was: without a word the worker tries each by itself."""
+
+    def broken(_requests):
+        raise ASSERT
+        yield
+
+    monkeypatch.setattr("lorainit.run.run_together", broken)
+    monkeypatch.setattr(main.machine, "set_up", lambda: Message(message="m"))
+    heard = []
+    runs = [(spec(), main._Member(tmp_path, tmp_path, None)) for _ in range(count)]
+    assert main._run(runs, main._Stop([]), heard.append, Others()) == 1
+    assert [event.code for event in heard if isinstance(event, Failed)] == told
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """One that torch shows; tensors that are meant for it go where the test says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    ones = torch.ones
+
+    def on(make):
+        monkeypatch.setattr(torch, "ones", lambda *size, device=None: make(ones(*size)))
+
+    return on
+
+
+def broken(_tensor):
+    raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+
+def full(_tensor):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda t: t, None),
+        (full, None),
+        (lambda t: t + 1, "GPU 0 of those that are visible does not compute: a product is wrong"),
+        (broken, "GPU 0 of those that are visible does not compute: CUDA error: uncorrectable ECC error encountered"),
+    ],
+)
+def test_the_doctor_lets_each_gpu_compute(a_gpu, make, expected):
+    a_gpu(make)
+    assert hardware.failing_gpu() == expected
+
+
+def test_a_gpu_that_torch_alone_cannot_find_is_the_machines_fault_before_the_run_begins(monkeypatch):
+    """An identity in CUDA_VISIBLE_DEVICES that no GPU here has: the driver's files do not tell."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(gpus, "trouble", lambda: None)
+    monkeypatch.setattr(gpus, "visible", lambda: ["GPU-5d1e7a10-0000-1111-2222-333344445555"])
+    with pytest.raises(UnusableDevice) as refused:
+        hardware.pick_device()
+    assert refused.value.code == "device_failed"

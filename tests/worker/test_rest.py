@@ -1,0 +1,169 @@
+"""A slot whose GPU has failed a run takes no job until that GPU computes again, and its jobs go back to the queue."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from api.core import doctor, workers
+from api.core.db import now, session_scope
+from api.core.settings import get_settings
+from lorainit.events import Failed
+from tests.worker.conftest import Lab
+from worker import app, devices, rest, scratch
+
+FAILS = "for i in range(len(members)): failed(i, 'device_failed')"
+BROKEN = Failed(code="device_failed", message="The GPU failed.", param=None)
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> None:
+    rest._of.cache_clear()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What the next looks at the GPU find; after them, that it computes."""
+    found = list[str | None]()
+    monkeypatch.setattr(rest, "examine", lambda *_, **__: found.pop(0) if found else None)
+    monkeypatch.setattr(rest, "FIRST_WAIT", 0.0)
+    return found
+
+
+def test_a_job_whose_gpu_fails_is_tried_alone_then_again_and_fails_in_the_end(
+    lab: Lab, looks: list[str | None], environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv("LORAINIT_MAX_ATTEMPTS", "2")
+    environment.setenv("LORAINIT_RETRY_SECONDS", "0")
+    get_settings.cache_clear()
+    lab.run(FAILS)
+    assert lab.statuses() == ["queued"] * 3
+    assert "lost its GPU" in lab.story(1)[-1]
+    lab.run(FAILS)
+    assert lab.statuses() == ["queued"] * 3
+    assert lab.story(1)[-1] == "device_failed of 1 while loading; the job goes back to the queue"
+    for _ in range(5):
+        lab.run(FAILS)
+    assert lab.statuses() == ["failed"] * 3
+    assert lab.job(1).error["code"] == "device_failed"  # type: ignore[index]
+
+
+def test_the_slot_rests_until_its_gpu_computes(
+    lab: Lab, looks: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag, seen = app.rest_file(os.getppid(), 0), list[str]()
+    answers = iter(["No CUDA GPUs are available", None])
+
+    def look(*_: object, **__: object) -> str | None:
+        seen.append(flag.read_text())
+        return next(answers)
+
+    monkeypatch.setattr(rest, "examine", look)
+    lab.run(FAILS)
+    assert seen == ["device_failed of 3.", "No CUDA GPUs are available"]
+    assert not flag.exists()
+    lab.run("for i in range(len(members)): step(i, 1); done(i)")
+    assert "succeeded" in lab.statuses()
+
+
+def test_each_failure_in_a_row_is_waited_for_twice_as_long() -> None:
+    assert [rest._wait(failures) for failures in (1, 2, 3, 4)] == [0.0, 60.0, 120.0, 240.0]
+    assert rest._wait(10_000) == 3600.0
+
+
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found = list[float]()
+    monkeypatch.setattr(rest, "_sleep", lambda seconds, _leaving: bool(found.append(seconds)))
+    monkeypatch.setattr(rest, "examine", lambda *_, **__: None)
+    return found
+
+
+def test_a_run_that_ends_otherwise_begins_the_count_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU that computes for the look and fails each run is given fewer and fewer."""
+    waited, health = waits(monkeypatch), rest.Health()
+    for is_broken in (True, True, False, True):
+        if is_broken:
+            health.hear(BROKEN)
+        health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
+    assert waited == [0.0, 60.0, 0.0]
+
+
+@pytest.mark.parametrize(("names", "looked"), [([], 0), (["0", "1"], 1)])
+def test_a_process_that_fell_silent_has_its_gpus_looked_at_where_it_had_any(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[str], looked: int
+) -> None:
+    monkeypatch.setattr(rest.gpus, "visible", lambda: names)
+    waited, health = waits(monkeypatch), rest.Health()
+    health.hear(Failed(code="worker_lost", message="Silence.", param=None))
+    health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
+    assert len(waited) == looked
+
+
+def test_a_worker_that_leaves_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    health = rest.Health()
+    health.hear(BROKEN)
+    monkeypatch.setattr(rest, "PROGRAM", ("no such program",))
+    health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ('print(\'{"machine": {"gpu_trouble": null}}\')', None),
+        ('print(\'{"machine": {"gpu_trouble": "It is too old."}}\')', "It is too old."),
+        ("import os, json; print(json.dumps({'machine': {'gpu_trouble': os.environ['CUDA_VISIBLE_DEVICES']}}))", "7"),
+        ("import sys; sys.exit('It fell over.')", "It fell over."),
+        ("import time; time.sleep(600)", "The GPU does not answer within 2 seconds."),
+    ],
+)
+def test_a_gpu_is_looked_at_by_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, script: str, expected: str | None
+) -> None:
+    monkeypatch.setattr(rest, "PROGRAM", (sys.executable, "-c", script))
+    monkeypatch.setattr(rest, "ANSWER_SECONDS", 2.0 if "sleep" in script else 300.0)
+    assert rest.examine("7", is_leaving=lambda: False) == expected
+
+
+@pytest.fixture
+def slots(environment: pytest.MonkeyPatch) -> Callable[[int], None]:
+    def set_to(count: int) -> None:
+        environment.setenv("LORAINIT_WORKER_SLOTS", str(count))
+        get_settings.cache_clear()
+
+    return set_to
+
+
+@pytest.mark.usefixtures("service")
+def test_only_the_slot_whose_gpu_failed_is_missing_from_its_workers_row(slots: Callable[[int], None]) -> None:
+    slots(3)
+    assert app._able() == (3, None)
+    with scratch.raised(app.rest_file(os.getpid(), 1), "The GPU failed."):
+        assert app._able() == (2, "The GPU failed.")
+        with scratch.raised(app.rest_file(os.getpid(), 2), "The GPU failed."):
+            assert app._able() == (1, "The GPU failed.")
+    assert app._able() == (3, None)
+
+
+@pytest.mark.usefixtures("service")
+def test_a_worker_that_takes_no_job_at_all_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "trouble", lambda _slots: "The NVIDIA driver is old.")
+    assert app._able() == (0, "The NVIDIA driver is old.")
+
+
+@pytest.mark.usefixtures("service")
+def test_the_doctor_tells_why_a_living_worker_takes_no_job() -> None:
+    def check() -> doctor.Check:
+        return next(check for check in doctor.examine() if check.name == "workers")
+
+    def say(trouble: str | None) -> None:
+        with session_scope() as session:
+            at = now(session)
+            workers.say_alive(session, "here:1", slots=1, queues=["train"], started_at=at, trouble=trouble)
+            session.commit()
+
+    say("The GPU failed.")
+    assert (check().status, check().message) == ("failed", "here:1 takes no job, or not in all slots: The GPU failed.")
+    say(None)
+    assert (check().status, check().message) == ("ok", "1 online")

@@ -1,0 +1,111 @@
+"""A slot whose GPU has failed a run: it takes no job until a process of its own has computed on that GPU.
+
+It rests within its task, so that Celery hands it no bell that another slot could hear. Whose fault a broken GPU is, and
+why a slot comes back by itself: docs/decisions/0058.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from api.core.logs import get_logger
+from lorainit import gpus
+from lorainit.events import Event, Failed
+from worker import scratch
+from worker.endings import DEVICE_FAILED
+from worker.supervisor import PROGRAM, environment_of_runs
+
+FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds, doubled from the second failure in a row on
+ANSWER_SECONDS = 300.0
+LOOK_SECONDS = 0.2
+
+log = get_logger(__name__)
+
+
+class Health:
+    """What the GPUs of this slot have done to its runs."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._why: str | None = None
+
+    def hear(self, event: Event) -> None:
+        """An event of a run: it may be that its GPU has failed, or that one of its GPUs may be what hangs."""
+        codes = (DEVICE_FAILED, "worker_lost") if gpus.visible() else (DEVICE_FAILED,)
+        if isinstance(event, Failed) and event.code in codes:
+            self._why = event.message
+
+    def rest_if_broken(self, names: str | None, flag: Path, *, is_leaving: Callable[[], bool]) -> None:
+        """After each run: return when the GPUs work, or when the worker leaves.
+
+        Args:
+            names: `CUDA_VISIBLE_DEVICES` of this slot's runs; None = as this process has it.
+            flag: a file that exists while it rests, and says why.
+        """
+        why, self._why = self._why, None
+        if why is None:
+            self._failures = 0
+        while why is not None:
+            self._failures += 1
+            log.error("no job is taken: a run found a broken GPU", reason=why, gpus=names)
+            with scratch.raised(flag, why):
+                if _sleep(_wait(self._failures), is_leaving):
+                    return
+                why = examine(names, is_leaving=is_leaving)
+        if self._failures:
+            log.info("the GPU computes; jobs are taken again", failures=self._failures)
+
+
+def _wait(failures: int) -> float:
+    """Seconds before a GPU is looked at that has failed so often in a row; most errors end a process only."""
+    return 0.0 if failures < 2 else min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(failures - 2, 60))
+
+
+def _sleep(seconds: float, is_leaving: Callable[[], bool]) -> bool:
+    """Whether the worker leaves within so many seconds."""
+    until = time.monotonic() + seconds
+    while not (leaving := is_leaving()) and time.monotonic() < until:
+        time.sleep(LOOK_SECONDS)
+    return leaving
+
+
+def examine(names: str | None, *, is_leaving: Callable[[], bool]) -> str | None:
+    """What a run would find wrong with these GPUs, by a process of its own: this one loads no torch. None: nothing."""
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [*PROGRAM, "doctor", "--json"],
+            env=environment_of_runs(names),
+            stdin=subprocess.DEVNULL,
+            stdout=answer,
+            stderr=said,
+        )
+        until = time.monotonic() + ANSWER_SECONDS
+        while process.poll() is None:
+            if is_leaving() or time.monotonic() > until:
+                process.kill()
+                with suppress(subprocess.TimeoutExpired):  # a driver that hangs may never let it go
+                    process.wait(5)
+                return f"The GPU does not answer within {ANSWER_SECONDS:.0f} seconds."
+            time.sleep(LOOK_SECONDS)
+        answer.seek(0)
+        said.seek(0)
+        if process.returncode:
+            return said.read().decode("utf-8", "replace").strip()[-300:] or "A run cannot start here."
+        trouble: str | None = json.load(answer)["machine"]["gpu_trouble"]
+        return trouble
+
+
+@cache
+def _of(_pid: int) -> Health:
+    return Health()
+
+
+def of_this_slot() -> Health:
+    """The one of this process."""
+    return _of(os.getpid())
