@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from tests.pretended import flash, rules
+from tests.pretended import flash, rules, waits
 
 NAME = "pretend"
-WAITING = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
+# Nothing is computed for these.
+NO_KERNEL = {"aten::_local_scalar_dense", "aten::_linalg_check_errors", "aten::_unsafe_view"}
 PLENTY = 2**34  # bytes
 _LIBRARY: list[Any] = []  # registrations live as long as this
 
@@ -89,7 +90,13 @@ class There(Tensor):
         return _done(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        _tally.waits += 1
         return f"There({self.held!r})"
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """A number stays on the host, as for CUDA, where torch would bring it to any other device."""
+        given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=self.dtype)
+        super().__setitem__(index, given)
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -158,6 +165,11 @@ def tally() -> Tally:
     return _tally
 
 
+def wait() -> None:
+    """The host waits for all that the device was asked for."""
+    _tally.waits += 1
+
+
 def generator(device: Any) -> torch.Generator:
     """`torch.Generator(device)`."""
     made = torch.Generator()
@@ -175,7 +187,7 @@ def _empty(size: Any, *, dtype: Any = None, **_: Any) -> Tensor:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    _tally.crossed += (isinstance(source, There) != isinstance(target, There)) * source.numel() * source.element_size()
+    _count_copy(source, target, goes=isinstance(target, There), blocking=not non_blocking)
     _held(target).copy_(_held(source))
     return target
 
@@ -219,34 +231,39 @@ def _plain(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) ->
     if "device" in own_kwargs:
         own_kwargs["device"] = torch.device("cpu")
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    _tally.waits += name in WAITING
-    _tally.launches += not views and name not in WAITING and name != "aten::_unsafe_view" and "empty" not in name
+    _tally.waits += waits.of(func, args, kwargs)
+    _tally.crossed += waits.bytes_of_indices(func, args, kwargs)
+    _tally.launches += not views and name not in NO_KERNEL and "empty" not in name
     found = func(*own_args, **own_kwargs)
     written = [r.alias_info is not None and r.alias_info.is_write for r in returns]
     if written and all(written) and len(returns) == 1:
         return kwargs["out"] if "out" in kwargs else args[0]
-    if name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"):
-        return found
     return tree_map(lambda t: There(t) if isinstance(t, Tensor) else t, found)
 
 
 def _copied(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
-    one_way = isinstance(args[0], There) != isinstance(args[1], There)
-    _tally.waits += one_way
-    _tally.crossed += one_way * args[0].numel() * args[0].element_size()
-    _tally.launches += not one_way
+    blocking = not _named(func, args, kwargs).get("non_blocking", False)
+    _count_copy(args[1], args[0], goes=isinstance(args[0], There), blocking=blocking)
     func(*own_args, **own_kwargs)
     return args[0]
+
+
+def _count_copy(source: Tensor, target: Tensor | None, *, goes: bool, blocking: bool) -> None:
+    """`goes`: to the device. `target`: None where torch makes it."""
+    comes = isinstance(source, There)
+    _tally.waits += waits.of_copy(source=source, target=target, blocking=blocking, comes=comes, goes=goes)
+    if comes == goes:
+        _tally.launches += 1
+    else:
+        _tally.crossed += source.numel() * source.element_size()
 
 
 def _moved(func: Any, args: Any, kwargs: Any, own_args: Any, own_kwargs: Any) -> Any:
     """`Tensor.to`: to another device, another dtype, or both."""
     comes, goes = isinstance(args[0], There), kwargs.get("device")
     stays = comes if goes is None else torch.device(goes).type == NAME
-    _tally.waits += comes != stays
-    _tally.launches += comes == stays
+    _count_copy(args[0], None, goes=stays, blocking=not kwargs.get("non_blocking", False))
     found = func(*own_args, **{**own_kwargs, "device": torch.device("cpu")})
-    _tally.crossed += (comes != stays) * args[0].numel() * args[0].element_size()
     found = found.clone() if found.numel() and found.data_ptr() == own_args[0].data_ptr() else found
     return There(found) if stays else found
 

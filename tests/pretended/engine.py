@@ -62,6 +62,7 @@ def _cuda() -> ModuleType:
     cuda.memory_allocated = cuda.memory_reserved = lambda: device.memory.held
     cuda.mem_get_info = lambda _: (device.memory.limit - device.memory.held, device.memory.limit)
     cuda.get_device_name = lambda: "a pretended GPU"
-    cuda.empty_cache = lambda: None
+    cuda.synchronize = lambda _=None: device.wait()
+    cuda.empty_cache = device.wait  # memory is only given back when nothing runs
     cuda.generator = device.generator
     return cuda
