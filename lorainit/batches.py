@@ -7,7 +7,7 @@ our attention trains on. Both give the same losses. Knows nothing of adapters.
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,12 +64,21 @@ class Batch:
         return mask
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        there = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.layout.items()}
-        ids, trained, predicting, targets = (
-            t.to(device) for t in (self.ids, self.trained, self.predicting, self.targets)
-        )
-        return Batch(ids, trained, predicting, targets, there)
+        """The same batch on another device, all of it in one copy: a GPU is waited for at each."""
+        if device == self.ids.device:
+            return self
+        tensors = {name: value for name, value in {**vars(self), **self.layout}.items() if isinstance(value, Tensor)}
+        there = together(tensors, device)
+        layout = {name: there.get(name, value) for name, value in self.layout.items()}
+        return Batch(there["ids"], there["trained"], there["predicting"], there["targets"], layout)
+
+
+def together(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """These on another device as views of one piece; numbers of more bytes first, so that each lies where it may."""
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    flat = [tensors[name].flatten().view(torch.uint8) for name in order]
+    pieces = torch.cat(flat).to(device).split([len(piece) for piece in flat])
+    return {n: p.view(tensors[n].dtype).view(tensors[n].shape) for n, p in zip(order, pieces, strict=True)}
 
 
 def order(data: Dataset, *, seed: int, epoch: int) -> list[int]:

@@ -243,7 +243,9 @@ class Course:
         correct = sum((part.correct for part in self._parts), zero.long())
         self.world.add_up([loss, correct, *(p.grad for p in self.parameters if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.member.recipe.max_grad_norm or math.inf)
-        return float(loss), int(correct), float(norm)
+        # Together, since a GPU is waited for each time; float64 has all of them exactly.
+        found = torch.stack([loss, correct.double(), norm]).tolist()
+        return found[0], int(found[1]), found[2]
 
     def _is_due(self, interval: int | str) -> bool:
         assert isinstance(interval, int)

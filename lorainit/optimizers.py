@@ -174,23 +174,20 @@ def _gram(factor: Tensor, *, rows: bool) -> Tensor:
 
 
 def _inverses(grams: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """(gram + damping·I)⁻¹ of each, all of one rank in one call: a GPU would spend its time on launches."""
+    """(gram + damping·I)⁻¹ of each, those of a kind in one call: a GPU would spend its time on launches."""
     inverses: list[Tensor] = [torch.empty(0)] * len(grams)
-    for rank in {len(gram) for gram in grams}:
-        where = [i for i, gram in enumerate(grams) if len(gram) == rank]
+    kinds = [(len(gram), group["damping"] == 0) for gram, group in zip(grams, groups, strict=True)]
+    for rank, undamped in set(kinds):
+        where = [i for i, kind in enumerate(kinds) if kind == (rank, undamped)]
         eye = torch.eye(rank, dtype=torch.float64, device=grams[where[0]].device)
         damped = torch.stack([grams[i] + groups[i]["damping"] * eye for i in where])
         factors, failed = torch.linalg.cholesky_ex(damped)
-        singular = (failed != 0) | (_undamped(groups, where) & _near_singular(factors).cpu()).to(failed.device)
+        singular = (failed != 0) | _near_singular(factors) if undamped else failed != 0
         if singular.any():
             raise _singular(groups[where[int(singular.nonzero()[0])]])
         for i, inverse in zip(where, torch.cholesky_inverse(factors), strict=True):
             inverses[i] = inverse
     return inverses
-
-
-def _undamped(groups: Sequence[Mapping[str, Any]], where: Sequence[int]) -> Tensor:
-    return torch.tensor([groups[i]["damping"] == 0 for i in where])
 
 
 def _near_singular(factors: Tensor) -> Tensor:

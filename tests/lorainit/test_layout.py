@@ -13,7 +13,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from lorainit.batches import Budget, collate, pack
+from lorainit.batches import Budget, collate, pack, together
 from lorainit.data import Sample
 from lorainit.loss import tallies
 from lorainit.model import attention, probe
@@ -294,3 +294,18 @@ def test_weights_and_windows_are_as_before():
 def test_scores_that_are_more_than_products_keep_their_own_attention(config, kind):
     torch.manual_seed(0)
     assert choose_layout(kind(config).eval()).rows == "padded"
+
+
+@pytest.mark.parametrize("lay", [pack, lambda rows: collate(rows, pad=0)], ids=["packed", "padded"])
+def test_a_batch_that_goes_elsewhere_in_one_piece_is_the_same_batch(lay):
+    rows = [Sample(0, torch.arange(1, n, dtype=torch.int32), torch.arange(1, n) > 2) for n in (5, 9, 4)]
+    batch = lay(rows)
+    tensors = {"ids": batch.ids, "trained": batch.trained, "predicting": batch.predicting, "targets": batch.targets}
+    tensors |= {name: value for name, value in batch.layout.items() if isinstance(value, torch.Tensor)}
+    moved = together(tensors, torch.device("cpu"))
+    assert moved.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert moved[name].dtype == tensor.dtype
+        assert moved[name].is_contiguous()
+        assert torch.equal(moved[name], tensor)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in moved.values()}) == 1
