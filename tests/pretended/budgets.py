@@ -5,12 +5,13 @@ what is lower than before into budgets.json. What is higher it never writes: who
 hand, and the reason into the commit.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,10 +19,12 @@ from unittest import mock
 from tests.pretended import device, engine
 
 BUDGETS = Path(__file__).with_name("budgets.json")
+BASE = "counted"
 Budget = dict[str, int]
 CASES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp32": {"precision": "fp32"},
+    "preconditioned AdamW": {"optimizer": {"name": "adamw_preconditioned"}},
     "LoRA+": {"optimizer": {"name": "adamw_lora_plus", "ratio": 16}},
     "DoRA": {"lora": {"use_dora": True}},
     "dropout": {"lora": {"dropout": 0.1}},
@@ -30,51 +33,61 @@ CASES: dict[str, dict[str, Any]] = {
     "two micro-batches": {"micro_batch_size": 2},
     "three adapters": {"members": 3},
 }
-FEW, MORE = 2, 3  # layers
+FEW, MORE = 1, 2  # layers
 
 
 def count(case: str, folder: Path) -> Budget:
-    """Of a step of two layers with seven adapted matrices each; `... a layer` is what a third one adds."""
-    few, more = (_step(folder / f"{layers}", layers=layers, **CASES[case]) for layers in (FEW, MORE))
-    each = {f"{what} a layer": (more[what] - few[what]) // (MORE - FEW) for what in few}
-    return {**few, **each}
+    """Of a step of two layers with seven adapted matrices each; `... a layer` is what the second one adds."""
+    few, more = (_step(case, folder, layers=layers) for layers in (FEW, MORE))
+    each = {f"{what} a layer": (more[what] - few[what]) // (MORE - FEW) for what in more}
+    return {**more, **each}
 
 
-def _step(folder: Path, *, layers: int, **asked: Any) -> Budget:
+def _step(case: str, folder: Path, *, layers: int) -> Budget:
     """From the metrics of the second step to those of the third; nothing before and after them is counted."""
     from benchmarks.gpu import jobs
-    from benchmarks.gpu.day import Day
     from lorainit.errors import Stopped
     from lorainit.events import Event, Metrics, Tick
     from lorainit.run import Request, run_together
-    from tests.lorainit.conftest import tiny_llama
 
-    jobs.MAKERS["counted"] = lambda: tiny_llama(64, 128, num_hidden_layers=layers)
-    folder.mkdir(parents=True)
-    their, seen = jobs.Jobs(Day.begun("cpu", folder=folder, tiny=True, seconds=1e6)), list[tuple[int, int, int]]()
+    seen = list[device.Tally]()
 
     def note(event: Event) -> None:
-        tally = device.tally()
         if isinstance(event, Metrics):
-            seen.append((tally.launches, tally.waits, tally.crossed))
+            seen.append(replace(device.tally()))
         elif isinstance(event, Tick) and len(seen) == 3:
             raise Stopped("All is counted.")
 
+    asked = dict(CASES[case])
     members = asked.pop("members", 1)
     lora = {"init": "kaiming", "r": 4, **asked.pop("lora", {})}
     more = {key: asked.pop(key) for key in ("micro_batch_size", "precision") if key in asked}
     training = {"batch_size": 4, "max_steps": 4, "checkpoint_interval": 100, **asked}
-    specs = [their.spec("counted", lora=lora, training=training, seed=n, **more) for n in range(members)]
+    their = jobs.Jobs(_day(folder, layers=layers))
+    specs = [their.spec(BASE, lora=lora, training=training, seed=n, **more) for n in range(members)]
     listeners = [note, *[lambda _: None] * (members - 1)]
-    requests = [Request(spec, folder / f"out-{n}", listeners[n]) for n, spec in enumerate(specs)]
+    out = folder / f"{case}-{layers}".replace(" ", "-")
+    requests = [Request(spec, out / f"{n}", listeners[n]) for n, spec in enumerate(specs)]
     with suppress(Stopped), mock.patch("lorainit.proof.prove", return_value=None):
         list(run_together(requests))
-    (launches, waits, crossed), (more_launches, more_waits, more_crossed) = seen[1:3]
+    before, after = seen[1:3]
     return {
-        "launches": more_launches - launches,
-        "waits": more_waits - waits,
-        "bytes across": more_crossed - crossed,
+        "launches": after.launches - before.launches,
+        "waits": after.waits - before.waits,
+        "bytes across": after.crossed - before.crossed,
     }
+
+
+def _day(folder: Path, *, layers: int) -> Any:
+    """Where the base of so many layers lies: one for all cases, so that what is found out about it once serves all."""
+    from benchmarks.gpu import jobs
+    from benchmarks.gpu.day import Day
+    from tests.lorainit.conftest import tiny_llama
+
+    jobs.MAKERS[BASE] = lambda: tiny_llama(64, 128, num_hidden_layers=layers)
+    place = folder / f"layers-{layers}"
+    place.mkdir(parents=True, exist_ok=True)
+    return Day.begun("cpu", folder=place, tiny=True, seconds=1e6)
 
 
 def counted(cases: Sequence[str]) -> dict[str, Budget]:
@@ -83,7 +96,7 @@ def counted(cases: Sequence[str]) -> dict[str, Budget]:
     device.install()
     engine.install()
     with tempfile.TemporaryDirectory() as folder, device.switched_on():
-        return {case: count(case, Path(folder) / f"{n}") for n, case in enumerate(cases)}
+        return {case: count(case, Path(folder)) for case in cases}
 
 
 def accept(found: dict[str, Budget], known: dict[str, Budget]) -> dict[str, Budget]:
@@ -100,9 +113,20 @@ def known() -> dict[str, Budget]:
     return budgets
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.pretended.budgets", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one or more of: {', '.join(CASES)} (default: all)")
+    parser.add_argument("--accept", action="store_true", help="write what is lower, and what is new; of all cases")
+    args = parser.parse_args()
+    if unknown := [case for case in args.cases if case not in CASES]:
+        parser.error(f"there is no case {unknown[0]!r}; there are: {', '.join(CASES)}")
+    if args.accept and args.cases:
+        parser.error("--accept is for all cases at once: the file has all of them")
+    found = counted(args.cases or list(CASES))
+    if args.accept:
+        BUDGETS.write_text(json.dumps(accept(found, known()), indent=2) + "\n")
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    now = counted(list(CASES) if arguments in ([], ["--accept"]) else arguments)
-    if arguments == ["--accept"]:
-        BUDGETS.write_text(json.dumps(accept(now, known()), indent=2) + "\n")
-    print(json.dumps(now))
+    main()
