@@ -23,6 +23,9 @@ BLOCK = 256  # queries of one product on a CPU
 # Keys up to which a block keeps its probabilities for the backward pass: forming them again costs another product,
 # softmax and two conversions.
 KEPT = 512
+# What architectures ask for beside that, by transformers' names: caps, sinks, biases, and sparse attention's choice of
+# tokens or blocks, which is everything in short rows, so that no trial on those would show it.
+OTHER_THINGS = ("softcap", "s_aux", "sinks", "head_mask", "position_bias", "indices", "block_indices")
 CAUSAL = 1  # a token sees itself and those before: torch's number for `CausalFromTopLeft` (`sdp_utils_cpp.h`)
 
 
@@ -56,7 +59,7 @@ def attend(
         UnsupportedAttention: it would be something else than weighing the tokens before (`model.layout` then keeps
             the architecture's own attention).
     """
-    if attention_mask is not None or any(others.get(name) is not None for name in ("softcap", "s_aux", "head_mask")):
+    if attention_mask is not None or any(others.get(name) is not None for name in OTHER_THINGS):
         raise UnsupportedAttention("its attention does more than weigh the tokens before")
     if getattr(module, "is_causal", True) is False or query.shape[2] != key.shape[2]:
         raise UnsupportedAttention("its attention is not causal over whole rows")

@@ -1,5 +1,7 @@
 """Attention inside each row of a packed batch: the same as row by row, whatever the architecture asks for."""
 
+import random
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -66,6 +68,52 @@ def test_values_may_be_wider_than_keys():
     upper = torch.randn(found.shape, generator=generator, dtype=F64)
     ours, theirs = (torch.autograd.grad((y * upper).sum(), pairs) for y in (found, expected))
     assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(ours, theirs, strict=True))
+
+
+# Of the largest value: what rounding in the format may do to a sum of a few dozen.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_whatever_the_shape_it_is_torchs_own_attention(monkeypatch, dtype, seed):
+    """Heads of any width and number, windows, rows of any lengths, packed or side by side; against float64."""
+    chance, generator = random.Random(f"{dtype} {seed}"), torch.Generator().manual_seed(seed)
+    monkeypatch.setattr(attention, "BLOCK", chance.choice([1, 7, 16]))
+    monkeypatch.setattr(attention, "KEPT", chance.choice([0, 9, 512]))
+    for _ in range(8):
+        groups, keys, window = chance.randint(1, 3), chance.randint(1, 3), chance.choice([None, 1, 2, 11, 100])
+        d, wide, rows = chance.randint(1, 21), chance.randint(1, 21), chance.randint(1, 4)
+        lengths = [chance.randint(1, 30) for _ in range(rows)]
+        if side_by_side := chance.random() < 0.4:
+            lengths = lengths[:1] * rows
+        shapes = [(groups * keys, d), (keys, d), (keys, wide)]
+        q, k, v = (
+            torch.randn(1, h, sum(lengths), n, generator=generator).to(dtype).requires_grad_() for h, n in shapes
+        )
+        if side_by_side:
+            given = [t.unflatten(2, (rows, -1))[0].transpose(0, 1) for t in (q, k, v)]
+            found, _ = attention.attend(torch.nn.Module(), *given, None, scaling=0.3, sliding_window=window)
+            found = found.flatten(0, 1)[None]
+        else:
+            ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+            found, _ = attention.attend(
+                torch.nn.Module(), q, k, v, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=ends
+            )
+        exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        expected, upper = reference(*exact, lengths, window), torch.randn(found.shape, generator=generator)
+        ours = [found, *torch.autograd.grad((found * upper).sum(), [q, k, v])]
+        theirs = [expected, *torch.autograd.grad((expected * upper).sum(), exact)]
+        for one, two in zip(ours, theirs, strict=True):
+            assert (one.double() - two).abs().max() <= ROUNDING[dtype] * two.abs().max().clamp(min=0.1)
+
+
+@pytest.mark.parametrize("name", attention.OTHER_THINGS)
+def test_what_attention_is_asked_for_beside_that_is_refused(name):
+    q = torch.randn(1, 2, 5, 4)
+    with pytest.raises(attention.UnsupportedAttention):
+        attention.attend(torch.nn.Module(), q, q, q, None, **{name: torch.zeros(1)})
+    assert attention.attend(torch.nn.Module(), q, q, q, None, **{name: None})[0].isfinite().all()
 
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
