@@ -141,6 +141,19 @@ def _counts_on_device(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What the attempt that wrote a checkpoint knew of itself.
+
+    Raises:
+        CheckpointMismatch: it cannot be read.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / "adapter" / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    return found
+
+
 def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
     """Read a checkpoint back.
 
@@ -151,9 +164,7 @@ def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
         facts = json.loads((folder / FACTS).read_text())
         tensors = load_file(folder / STATE)
     except (OSError, ValueError) as error:
-        raise CheckpointMismatch(
-            f"The checkpoint {folder.name} cannot be read: {error}", param="resume_from"
-        ) from error
+        raise _unreadable(folder, error) from error
     differing = sorted(k for k in recipe.keys() | facts["recipe"].keys() if recipe.get(k) != facts["recipe"].get(k))
     if differing:
         raise CheckpointMismatch(
@@ -162,6 +173,10 @@ def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
         )
     progress = Progress(facts["step"], facts["tokens"], facts["seconds"], facts.get("unsaid", {}))
     return Restored(folder, progress, tensors)
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointMismatch:
+    return CheckpointMismatch(f"The checkpoint {folder.name} cannot be read: {error}", param="resume_from")
 
 
 def layers_of(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> dict[str, LoRALinear]:

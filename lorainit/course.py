@@ -20,6 +20,7 @@ from lorainit.checkpoint import Progress, Restored, write
 from lorainit.data import Dataset, Sample
 from lorainit.errors import NonFiniteLoss
 from lorainit.events import Checkpoint, Event, Message, Metrics, Stage, Tick
+from lorainit.largest import Rows
 from lorainit.layer import LoRALinear
 from lorainit.loss import Tally
 from lorainit.optimizers import make_optimizer, set_rate
@@ -45,9 +46,11 @@ class Member:
 
     `recipe` is resolved (no "auto" left). `budget` is what its part of one forward pass may hold, which
     changes speed and memory, not the gradient; `on_budget` hears how many tokens it has where that changes, and whether
-    memory had run out. `out` gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
-    `skip`: batches of the data's order that are passed over before the first step. `regime`: which rows may share
-    a forward pass. For `checkpoint_recipe` and `write_adapter` see `checkpoint.write`.
+    memory had run out. `keeps_budget`: it is what an earlier attempt had, and memory is not measured again.
+    `recomputes`: an earlier attempt had to compute layers again; `on_recompute` hears that this one has to.
+    `out` gets `metrics.jsonl` and `checkpoints/step-NNNNNN`. `skip`: batches of the data's order that are passed over
+    before the first step. `regime`: which rows may share a forward pass. For `checkpoint_recipe` and `write_adapter`
+    see `checkpoint.write`.
     """
 
     layers: dict[str, LoRALinear]
@@ -61,17 +64,29 @@ class Member:
     write_adapter: Callable[[Path], None]
     on_event: Callable[[Event], None]
     on_budget: Callable[[int, bool], None] = lambda _tokens, _ran_out: None
+    on_recompute: Callable[[], None] = lambda: None
+    keeps_budget: bool = False
+    recomputes: bool = False
     skip: int = 0
     regime: Regime = any_length
     resumed: Restored | None = None
 
+    def largest_pass(self) -> list[Sample]:
+        """Rows that no pass of training is larger than."""
+        return Rows(self.data.samples, self.budget.rows).largest_pass(self.budget)
 
-def with_half_the_tokens(member: Member, tried: Sequence[Sample]) -> Member:
-    """The member with half the tokens to a pass of one that did not fit, which is said."""
-    before = member.budget.tokens_of(tried)
-    tokens = before // 2
+
+def with_half_the_tokens(member: Member, largest: Sequence[Sample]) -> Member:
+    """The member with half the tokens to a pass, which is said.
+
+    Args:
+        largest: the largest pass that its rows can make. Where a budget is wider, the half of it may change nothing.
+    """
+    before = min(member.budget.tokens, member.budget.tokens_of(largest))
+    tokens = max(1, before // 2)
     text = (
-        f"A pass over {before:,} tokens did not fit into memory: {tokens:,} at most from here on, same effective batch"
+        f"Memory ran out with passes over up to {before:,} tokens: {tokens:,} at most from here on, same effective"
+        " batch"
     )
     data = {"kind": "oom_retry", "tokens_per_pass": tokens}
     member.on_event(Message(level="warn", message=text, data=data))
@@ -95,7 +110,7 @@ class Course:
         self.optimizer = make_optimizer(recipe, member.layers)
         self.log = member.out / "metrics.jsonl"
         self.step, self.tokens, self._before = 0, 0, 0.0
-        self.is_smaller = False  # than it began, since memory ran out
+        self._is_repeated = False  # a step was drawn again, since memory had run out
         # Steps that the optimizer has taken, and how many of them a checkpoint has: `step` runs ahead while one is
         # on its way. What the last step found waits in `_unsaid` until the evaluation that belongs to it is done.
         self._taken = self._saved = 0
@@ -182,12 +197,20 @@ class Course:
         self.optimizer.zero_grad()
         self.step -= 1
 
+    def can_repeat(self) -> bool:
+        """Whether a step that ran out of memory may fit when it is drawn again: in smaller passes, or once as it is."""
+        return len(self.member.largest_pass()) > 1 or not self._is_repeated
+
     def repeat_smaller(self) -> None:
-        """Forget this step's gradients; it is drawn again, in smaller passes."""
+        """Forget this step's gradients; it is drawn again, and from here on all passes are smaller.
+
+        By what the rows can make and not by this step's, which may be a few short ones beside those of others.
+        """
         self.repeat_step()
-        if self.pieces:
-            self.member = with_half_the_tokens(self.member, max(self.pieces, key=self.member.budget.tokens_of))
-        self.is_smaller = True
+        self._is_repeated = True
+        largest = self.member.largest_pass()
+        if len(largest) > 1:
+            self.member = with_half_the_tokens(self.member, largest)
 
     def finish_step(self, evaluate: Evaluate) -> None:
         """Clip, update, log, and where due evaluate and write a checkpoint.

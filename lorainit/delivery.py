@@ -224,6 +224,7 @@ def write_manifest(
         "seeds": {"run": job.spec.seed, "init": report.summary["seed"]},
         "data": {"training": data, "validation": valid, "order": "by keyed hash of seed, epoch and file hash"},
         "plan": job.plan.model_dump(exclude={"kind", "member"}),
+        "passes": job.passes.model_dump(exclude={"kept"}),
         "deterministic": job.spec.deterministic,
         "packages": hardware.versions(),
         "hardware": hardware.description(),
@@ -236,8 +237,8 @@ def write_manifest(
 
 
 def write_spec(job: Job, out: Path) -> None:
-    """The spec with every "auto" resolved."""
-    passes = {"micro_batch_size": job.plan.micro_batch_size, "tokens_per_pass": job.plan.tokens_per_pass}
+    """The spec with every "auto" resolved, and passes as they begin: memory may make them smaller."""
+    passes = {"micro_batch_size": job.passes.begun.rows, "tokens_per_pass": job.passes.begun.tokens}
     update = {"lora": job.lora, "training": job.training, **passes}
     peft_adapter.write_json(out / "spec.json", job.spec.model_copy(update=update).model_dump(mode="json"))
 
@@ -258,9 +259,9 @@ def resources(job: Job, report: Report, out: Path, *, seconds: float, retries: i
         "gpu_seconds": round(gpus * seconds, 1),
         "init_gpu_seconds": report.summary["seconds"] if gpu else 0.0,
         "peak_memory_bytes": hardware.peak_memory_bytes(),
-        "micro_batch_size": job.plan.micro_batch_size,
-        "tokens_per_pass": job.plan.tokens_per_pass,
-        "gradient_accumulation_steps": job.passes,
+        "micro_batch_size": job.passes.rows,
+        "tokens_per_pass": job.passes.tokens,
+        "gradient_accumulation_steps": job.passes_of_first_step,
         "oom_retries": retries,
         "disk_bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
     }

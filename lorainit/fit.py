@@ -5,30 +5,30 @@ until it fits, and last the layers are computed again in the backward pass. Neit
 effective batch, the order of rows or what is minimized; both are said in an event.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorainit import compiled
-from lorainit.batches import Batch, batches
+from lorainit.batches import Batch
 from lorainit.course import Member, with_half_the_tokens
 from lorainit.data import Sample
 from lorainit.errors import OutOfMemory
 from lorainit.events import Message
 from lorainit.group import Stand
 from lorainit.hardware import is_out_of_memory, peak_while, return_memory
+from lorainit.largest import Rows, size_of
 from lorainit.loss import tallies
 from lorainit.recompute import recompute
 from lorainit.resolve import total_steps
 from lorainit.world import World
 
 Lay = Callable[[Sequence[Sample]], Batch]
-Rows = Sequence[Sequence[Sample]]  # of each member
 PARAM = "training"
 # Tokens of the larger of two passes that are measured: beyond a few hundred, memory grows evenly with them.
 PROBED = 2048
@@ -46,15 +46,19 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
     switches = [member.recipe.gradient_checkpointing for member in members]
     recomputes = _from_the_start(stand, members, switches, world)
     members = _measured(stand, planned, lay, world)
-    while _fails(stand, members, world, partial(_try, stand, members, fullest := _fullest(members), lay)):
-        if any(len(rows) > 1 for rows in fullest):
-            members = [with_half_the_tokens(member, rows) for member, rows in zip(members, fullest, strict=True)]
-        elif not recomputes and False not in switches:
+    while failed := _first_that_fails(stand, members, lay, world):
+        if any(len(rows) > 1 for rows in failed.rows.values()):
+            members = [
+                with_half_the_tokens(m, failed.rows[who]) if len(failed.rows.get(who, ())) > 1 else m
+                for who, m in enumerate(members)
+            ]
+        elif not (recomputes or False in switches) and failed.learns:
             recomputes = _recompute(stand, members, "one row did not fit into memory without it", kind="oom_retry")
             if not recomputes:
                 raise _too_large()
             for member in members:
-                member.on_budget(member.budget.tokens, True)
+                member.on_recompute()
+            members = [replace(member, keeps_budget=False) for member in members]
             members = _measured(stand, members, lay, world, most=[m.budget.tokens for m in planned])
         else:
             raise _too_large()
@@ -69,6 +73,8 @@ def _from_the_start(stand: Stand, members: Sequence[Member], switches: Sequence[
     """Whether layers are computed again before anything was tried: where passes are everybody's there is one try."""
     if True in switches:
         return _recompute(stand, members, "it was asked for", kind="machine")
+    if any(member.recomputes for member in members) and False not in switches:
+        return _recompute(stand, members, "the run that this one goes on from had to", kind="machine")
     if world.in_step and False not in switches:
         return _recompute(stand, members, "memory is short where a base has to be divided", kind="machine")
     return False
@@ -91,28 +97,68 @@ def _fails(stand: Stand, members: Sequence[Member], world: World, attempt: Calla
     return world.anybody(failed, next(stand.model.parameters()).device)
 
 
-def _try(stand: Stand, members: Sequence[Member], rows: Rows, lay: Lay) -> None:
-    stand.put([m.layers for m in members], list(pairwise([0, *accumulate(sum(len(s.ids) for s in r) for r in rows)])))
-    for member in members:
-        _drop(member, "tried")
-    counts = [sum(int(s.trained[1:].sum()) for s in some) for some in rows]
-    kept = [torch.empty_like(p) for m, some in zip(members, rows, strict=True) for p in _kept(m, len(some))]
-    parts = tallies(stand.model, lay([sample for some in rows for sample in some]), counts)
-    torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
+class _Trial(NamedTuple):
+    """A pass: the rows of some members, by their number, and whether they learn from it."""
+
+    rows: dict[int, list[Sample]]
+    learns: bool = True
+
+
+def _first_that_fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> _Trial | None:
+    for trial in _trials(members):
+        if _fails(stand, members, world, partial(_try, stand, members, trial, lay)):
+            return trial
+    return None
+
+
+def _trials(members: Sequence[Member]) -> Iterator[_Trial]:
+    """A pass that no pass of training is larger than, and such a one of everybody's validation, unless it is smaller.
+
+    Each member's validation rows go alone, and are not learned from, which takes less.
+    """
+    trained = {who: member.largest_pass() for who, member in enumerate(members)}
+    yield _Trial(trained)
+    for who, member in enumerate(members):
+        if member.valid is None:
+            continue
+        packed, rows = member.budget.packed, Rows(member.valid.samples, member.budget.rows)
+        largest = rows.largest_pass(member.budget)
+        if not size_of(trained[who], packed=packed).covers(size_of(largest, packed=packed)):
+            yield _Trial({who: largest}, learns=False)
+
+
+def _try(stand: Stand, members: Sequence[Member], trial: _Trial, lay: Lay) -> None:
+    some = [members[who] for who in trial.rows]
+    lengths = [sum(len(s.ids) for s in rows) for rows in trial.rows.values()]
+    stand.put([member.layers for member in some], list(pairwise([0, *accumulate(lengths)])))
+    for member in some:
+        _drop(member, "tried" if trial.learns else None)
+    counts = [sum(int(s.trained[1:].sum()) for s in rows) for rows in trial.rows.values()]
+    kept = [torch.empty_like(parameter) for parameter in _kept(members, trial)]
+    with torch.set_grad_enabled(trial.learns):
+        parts = tallies(stand.model, lay([sample for rows in trial.rows.values() for sample in rows]), counts)
+    if trial.learns:
+        torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
     del kept
     _forget(stand, members)
 
 
-def _kept(member: Member, rows: int) -> list[Tensor]:
-    """Of what there will be another one beside a pass over so many rows: Adam's moments, gradients of passes before."""
-    trained: list[Tensor] = [p for layer in member.layers.values() for p in layer.trained().values()]
+def _kept(members: Sequence[Member], trial: _Trial) -> list[Tensor]:
+    """What there will be another one of beside this pass: of everybody, Adam's moments and gradients of passes before.
+
+    While validation rows are looked at there are no gradients.
+    """
+    trained: list[Tensor] = [p for m in members for layer in m.layers.values() for p in layer.trained().values()]
+    several = trial.learns and any(_may_take_several(member) for member in members)
+    return trained * (3 if several else 2)
+
+
+def _may_take_several(member: Member) -> bool:
+    """Whether some step of its may take more than one pass."""
     assert member.recipe.batch_size != "auto"
-    return trained * (3 if member.recipe.batch_size > rows else 2)
-
-
-def _fullest(members: Sequence[Member]) -> Rows:
-    """The largest pass that each member's data can make."""
-    return [max(batches(m.data.samples, m.budget, m.regime), key=m.budget.tokens_of) for m in members]
+    rows = Rows(member.data.samples, member.recipe.batch_size)
+    kinds = {member.regime(len(sample.ids)) for sample in member.data.samples}
+    return member.budget.rows < rows.most or not rows.takes_one_pass(member.budget) or len(kinds) > 1 or None in kinds
 
 
 # --- how many tokens fit --------------------------------------------------------------------------
@@ -123,20 +169,21 @@ def _measured(
 ) -> Sequence[Member]:
     """The members with as many tokens to a pass as a GPU holds, from what two small passes take; else as they are.
 
-    Of all its memory, not of what is free now: the same job has the same passes, and so the same bits. A run that goes
-    on keeps what it had.
+    Of all its memory, not of what is free now: the same job has the same passes, and so the same bits. What an earlier
+    attempt had is kept for that reason, too.
 
     Args:
         most: tokens of each member's passes if the GPU had room for all; () = what they have.
     """
     device = next(stand.model.parameters()).device
-    if device.type != "cuda" or any(m.resumed is not None or m.budget.rows == 1 for m in members):
+    if device.type != "cuda" or all(m.keeps_budget or m.budget.rows == 1 for m in members):
         return members
     seen = list[tuple[int, int]]()
     longest = PROBED // 2 // len(members)  # so that the larger pass has about twice the tokens of the smaller one
     for tokens in (PROBED // 2, PROBED):
         rows = [_like_the_longest(member, tokens // len(members), longest) for member in members]
-        if _fails(stand, members, world, partial(_note_peak, seen, stand, members, rows, lay)):
+        trial = _Trial(dict(enumerate(rows)))
+        if _fails(stand, members, world, partial(_note_peak, seen, stand, members, trial, lay)):
             return _with_tokens(members, tokens // 2, most)
     (few, small), (many, large) = seen
     each = max(1.0, (large - small) / (many - few))
@@ -146,10 +193,10 @@ def _measured(
     return _with_tokens(members, int(agreed), most)
 
 
-def _note_peak(seen: list[tuple[int, int]], stand: Stand, members: Sequence[Member], rows: Rows, lay: Lay) -> None:
-    """Add how many tokens these rows have, and how much memory was in use at most during a pass over them."""
-    peak = peak_while(lambda: _try(stand, members, rows, lay))
-    seen.append((sum(len(sample.ids) for some in rows for sample in some), peak))
+def _note_peak(seen: list[tuple[int, int]], stand: Stand, members: Sequence[Member], trial: _Trial, lay: Lay) -> None:
+    """Add how many tokens this pass has, and how much memory was in use at most while it was made."""
+    peak = peak_while(lambda: _try(stand, members, trial, lay))
+    seen.append((sum(len(sample.ids) for rows in trial.rows.values() for sample in rows), peak))
 
 
 def _like_the_longest(member: Member, tokens: int, longest: int) -> list[Sample]:
@@ -163,6 +210,9 @@ def _with_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) ->
     """The members with their parts of so many tokens to a pass; where that is less than was planned it is said."""
     found = []
     for member, planned in zip(members, most or [m.budget.tokens for m in members], strict=True):
+        if member.keeps_budget:
+            found.append(member)
+            continue
         part = max(1, min(planned, tokens // len(members)))
         if part < planned:
             text = f"A pass holds {part:,} tokens at most: what two small ones took shows that no more fit into memory"
@@ -221,7 +271,7 @@ def _compile(stand: Stand, members: Sequence[Member], lay: Lay, world: World) ->
         return
     compiled.compile_layers(stand.model)
     try:
-        _try(stand, members, _fullest(members), lay)
+        _try(stand, members, next(_trials(members)), lay)
     except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
         compiled.undo(stand.model)
         _forget(stand, members)

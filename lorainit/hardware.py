@@ -212,6 +212,13 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
+def name_and_memory(device: torch.device) -> tuple[str, int]:
+    """A GPU's name and bytes; of a CPU, how much memory there is says nothing of how much may be taken: 0."""
+    if device.type != "cuda":
+        return device.type, 0
+    return torch.cuda.get_device_name(), torch.cuda.mem_get_info(device)[1]
+
+
 def description() -> dict[str, Any]:
     """The machine and what was chosen for it, for the manifest."""
     return {

@@ -23,17 +23,13 @@ from lorainit.model.experts import ExpertLinear, short_name
 from lorainit.model.load import check_length
 from lorainit.model.targets import resolve as resolve_targets
 from lorainit.model.vocabulary import require_known
+from lorainit.passes import Passes, go_on
 from lorainit.placement import sentence
 from lorainit.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.rows import KEPT_PROBLEMS
 from lorainit.spec import Choice, Hyperparameters, Lora, RunSpec
 from lorainit.tokens import load_kept
 from lorainit.weight import shape_of
-
-# The most of one forward pass, where the spec does not say. On a GPU more tokens would hardly be faster, and
-# `lorainit.fit` measures how many fit.
-TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
-MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 256}
 
 
 @dataclass
@@ -51,6 +47,7 @@ class Job:
     valid: Dataset | None
     calibration: Dataset | None
     targets: dict[str, nn.Module]
+    passes: Passes
     plan: Plan
     layers: dict[str, LoRALinear] = field(default_factory=dict)
     proof: dict[str, Any] | None = None
@@ -58,11 +55,18 @@ class Job:
     @property
     def budget(self) -> Budget:
         """Of a pass over padded rows."""
-        return Budget(self.plan.micro_batch_size, self.plan.tokens_per_pass)
+        return Budget(self.passes.rows, self.passes.tokens)
+
+    def change_passes(self, **changes: int | bool) -> bool:
+        """Note what memory has made of the passes; returns whether that changes the plan."""
+        self.passes = self.passes.model_copy(update=changes)
+        tokens = self.plan.tokens_per_pass
+        self.plan = self.plan.model_copy(update={"tokens_per_pass": self.passes.tokens})
+        return tokens != self.passes.tokens
 
     @property
-    def passes(self) -> int:
-        """Forward passes of the first step; of others it differs a little with the lengths of their rows."""
+    def passes_of_first_step(self) -> int:
+        """How many; of other steps it differs a little with the lengths of their rows."""
         assert self.training.batch_size != "auto"
         first = order(self.data, seed=self.spec.seed, epoch=0)[: self.training.batch_size]
         budget = self.budget._replace(packed=self.base.packs)
@@ -88,12 +92,15 @@ class Job:
         }
 
 
-def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -> Job:
+def prepare(
+    spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1, known: dict[str, Any] | None = None
+) -> Job:
     """Load and check everything.
 
     Args:
         base: loaded here, after the data, unless an earlier run of the group has done it.
         sharing: how many runs share a forward pass, and so its memory.
+        known: the passes of the checkpoint that it goes on from, as `passes.go_on`.
 
     Raises:
         LorainitError: whatever makes the run impossible, with the field at fault.
@@ -124,8 +131,10 @@ def prepare(spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1) -
     _report_left_out(left_out, targets, on_event)
     for message in mixture.describe(model, targets, lora):
         on_event(message)
-    plan = _plan(spec, lora, training, data, targets, base=base, sharing=sharing, choices=decided_here)
-    return Job(spec, base, lora, training, data, valid, calibration, targets, plan)
+    assert training.batch_size != "auto"
+    passes = go_on(spec, base, known, batch_size=training.batch_size, sharing=sharing)
+    plan = _plan(lora, training, data, targets, base=base, passes=passes, choices=decided_here)
+    return Job(spec, base, lora, training, data, valid, calibration, targets, passes, plan)
 
 
 def _refuse_routed(targets: dict[str, nn.Module]) -> None:
@@ -220,26 +229,23 @@ def _say(on_event: OnEvent, text: str, **facts: Any) -> None:
 
 
 def _plan(
-    spec: RunSpec,
     lora: Lora,
     training: Hyperparameters,
     data: Dataset,
     targets: dict[str, nn.Module],
     *,
     base: Base,
-    sharing: int,
+    passes: Passes,
     choices: list[Choice],
 ) -> Plan:
     assert training.batch_size != "auto"
-    kind = base.device.type
-    rows = min(spec.micro_batch_size or MAX_ROWS_PER_PASS[kind], training.batch_size)
     return Plan(
         total_steps=total_steps(training, rows=len(data.samples)),
         steps_per_epoch=steps_per_epoch(len(data.samples), training.batch_size),
         rows=len(data.samples),
         trained_tokens_per_epoch=data.trained_tokens,
-        micro_batch_size=1 if base.layout.rows == "one by one" else rows,
-        tokens_per_pass=max(1, (spec.tokens_per_pass or TOKENS_PER_PASS[kind]) // sharing),
+        micro_batch_size=passes.rows,
+        tokens_per_pass=passes.tokens,
         modules=len(targets),
         trainable_parameters=sum(lora.parameters(*shape_of(m)) for m in targets.values()),
         trainable_parameters_estimated=lora.method.export_rank == "per module",

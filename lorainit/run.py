@@ -11,7 +11,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lorainit import checkpoint, delivery, hardware, init_stage, isolation, proof
 from lorainit.base import Base, OnEvent, open_base
@@ -137,13 +136,12 @@ def _closing(waiting: dict[int, Ending]) -> Iterator[None]:
 def _begin(request: Request, base: Base, world: World, *, sharing: int) -> Run:
     """Load what this run learns from, and initialize its adapter or take it from a checkpoint."""
     started, say = time.monotonic(), request.on_event
-    job = prepare(request.spec, base, say, sharing=sharing)
+    point = request.spec.resume_from
+    known = checkpoint.manifest_of(Path(point)) if point else {}
+    job = prepare(request.spec, base, say, sharing=sharing, known=known.get("passes"))
     if world.leads:
         delivery.write_spec(job, request.out)
-    restored = _restored(job)
-    known = _manifest(restored)
-    tokens = known.get("plan", {}).get("tokens_per_pass", job.plan.tokens_per_pass)
-    job.plan = job.plan.model_copy(update={"tokens_per_pass": tokens})
+    restored = checkpoint.read(Path(point), recipe=job.recipe) if point else None
     say(job.plan)
     say(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
     job.proof = proof.prove(job, request.out, say, known=known.get("proof"))
@@ -164,6 +162,8 @@ def _member(one: Run) -> Member:
         recipe=job.training,
         seed=job.spec.seed,
         budget=job.budget._replace(packed=job.base.packs),
+        keeps_budget=job.passes.kept,
+        recomputes=job.passes.recomputed,
         out=one.out,
         checkpoint_recipe=job.recipe,
         write_adapter=lambda folder: delivery.write_adapter(job, folder, one.report),
@@ -171,33 +171,24 @@ def _member(one: Run) -> Member:
         regime=job.base.regime,
         resumed=one.restored,
         on_event=one.on_event,
-        on_budget=partial(_change_passes, one),
+        on_budget=partial(_change_budget, one),
+        on_recompute=lambda: _note_recomputed(one),
     )
 
 
-def _change_passes(one: Run, tokens: int, ran_out: bool) -> None:
+def _change_budget(one: Run, tokens: int, ran_out: bool) -> None:
     """Tell again what will run, where memory has changed it."""
     one.retries += ran_out
-    if tokens != one.job.plan.tokens_per_pass:
-        one.job.plan = one.job.plan.model_copy(update={"tokens_per_pass": tokens})
+    if one.job.change_passes(tokens=tokens):
         one.on_event(one.job.plan)
 
 
+def _note_recomputed(one: Run) -> None:
+    one.retries += 1
+    one.job.change_passes(recomputed=True)
+
+
 # --- going on from a checkpoint ------------------------------------------------------------------
-
-
-def _restored(job: Job) -> Restored | None:
-    if job.spec.resume_from is None:
-        return None
-    return checkpoint.read(Path(job.spec.resume_from), recipe=job.recipe)
-
-
-def _manifest(restored: Restored | None) -> dict[str, Any]:
-    """What the attempt that wrote the checkpoint knew: what it had shown of its download, and what fits into a pass."""
-    if restored is None:
-        return {}
-    found: dict[str, Any] = json.loads((restored.folder / "adapter" / "manifest.json").read_text())
-    return found
 
 
 def _resume(job: Job, restored: Restored) -> Report:

@@ -265,7 +265,8 @@ class RunSpec(Strict):
 
     `cache`: a folder for converted base models and, under `init/`, `tokens/` and `bases/`, what earlier runs found
     out: starts, tokenized files and digests, of which at most `cache_limit_bytes` are kept (0 = none).
-    `micro_batch_size`, `tokens_per_pass`: at most so many rows and tokens in a forward pass, null = as many as pay.
+    `micro_batch_size`, `tokens_per_pass`: at most so many rows and tokens in a forward pass, null = as many as pay;
+    with `resume_from`, null = as the run before.
     `devices`: processes of this host that share each step's rows, one to a GPU; `python -m lorainit` starts them.
     """
 

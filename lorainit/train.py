@@ -99,12 +99,14 @@ def _save_all(courses: Sequence[Course]) -> None:
 def _fits(stand: Stand, courses: list[Course], lay: Lay) -> bool:
     """Everybody's next step as far as the gradients; False where memory ran out and it is to be drawn again.
 
-    Once in a run: memory is in pieces by then, or others use the device. Other processes would wait for this one.
+    Memory is in pieces by then, or others use the device: passes are halved, until rows go alone. Other processes
+    would wait for this one.
     """
     try:
         _forward_and_backward(stand, courses, lay)
     except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
-        if not is_out_of_memory(error) or any(course.is_smaller or course.world.size > 1 for course in courses):
+        alone = all(course.world.size == 1 for course in courses)
+        if not (alone and is_out_of_memory(error) and any(course.can_repeat() for course in courses)):
             raise
     else:
         return True

@@ -15,16 +15,18 @@ from transformers import AttentionInterface
 
 from lorainit import base as base_module
 from lorainit import compiled, fit
+from lorainit.batches import Budget
 from lorainit.data import Sample
 from lorainit.errors import OutOfMemory
 from lorainit.events import Checkpoint, Message, Metrics, Plan
 from lorainit.group import GroupedLinear
 from lorainit.hardware import is_out_of_memory
+from lorainit.largest import Rows
 from lorainit.layer import LoRALinear
 from lorainit.model import attention
 from lorainit.recompute import layers_of, recompute
 from lorainit.run import Request, run, run_together
-from tests.lorainit.conftest import tiny_llama
+from tests.lorainit.conftest import chat, tiny_llama, write_rows
 
 CHECKPOINTING, TOKENS = "gradient_checkpointing", "tokens_per_pass"
 
@@ -109,36 +111,99 @@ def test_of_two_passes_that_are_measured_one_has_about_twice_the_tokens(length, 
     assert 1.8 * small <= large <= 3 * small <= 3 * fit.PROBED // 2
 
 
-def test_memory_that_runs_out_in_the_middle_halves_passes_once_and_the_step_is_done_again(
-    wanted, tmp_path, monkeypatch
+def after(step, memory, heard, *, limit):
+    """A listener that makes memory short after a step."""
+
+    def shrink(event):
+        heard.append(event)
+        if isinstance(event, Metrics) and event.step == step:
+            memory.limit = limit
+
+    return shrink
+
+
+@pytest.mark.parametrize("limit", [80, 40])
+def test_memory_that_runs_out_in_the_middle_halves_passes_and_the_step_is_done_again(
+    wanted, tmp_path, monkeypatch, limit
 ):
     plain = run(wanted(), tmp_path / "plain", lambda event: None)
     memory, heard = Memory(monkeypatch, tokens=10_000), []
-
-    def shrink(event):
-        heard.append(event)
-        if isinstance(event, Metrics) and event.step == 2:
-            memory.limit = 70
-
-    cut = run(wanted(), tmp_path / "cut", shrink)
-    (fact,) = told(heard)
-    assert fact[TOKENS] <= 70
+    cut = run(wanted(), tmp_path / "cut", after(2, memory, heard, limit=limit))
+    facts = told(heard)
+    assert limit // 2 < facts[-1][TOKENS] <= limit
     assert [event.step for event in heard if isinstance(event, Metrics) and event.train_loss] == [1, 2, 3, 4]
-    assert cut.resources["oom_retries"] == 1
+    assert cut.resources["oom_retries"] == len(facts)
     assert close(adapter(cut), adapter(plain))
 
 
-def test_memory_that_runs_out_twice_in_the_middle_ends_the_run(wanted, tmp_path, monkeypatch):
+def test_memory_that_stays_away_in_the_middle_ends_the_run(wanted, tmp_path, monkeypatch):
+    memory, heard = Memory(monkeypatch, tokens=10_000), []
+    with pytest.raises(OutOfMemory):
+        run(wanted(), tmp_path / "out", after(2, memory, heard, limit=4))
+    assert 1 <= len(told(heard)) <= 3, "passes of single rows are not halved"
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_memory_that_runs_out_in_a_short_step_leaves_passes_of_half_of_what_rows_make(
+    wanted, tmp_path, monkeypatch, members
+):
+    """The last step of an epoch has a row or two: half of those would be tiny passes for the rest of the run."""
+    memory, heard = Memory(monkeypatch, tokens=10_000), [[] for _ in range(members)]
+    training = {"batch_size": 11, "max_steps": 4}  # of 12 rows
+    specs = [wanted(training=training, micro_batch_size=8, seed=seed) for seed in range(members)]
+
+    def listener(who):
+        def hear(event):
+            heard[who].append(event)
+            once = isinstance(event, Metrics) and event.step == 1 and who == members - 1
+            memory.limit = 4 if once else memory.limit
+
+        return hear
+
+    allocate = memory.allocate
+
+    def fail_once(model, **named):
+        try:
+            allocate(model, **named)
+        finally:
+            memory.limit = 10_000
+
+    memory.allocate = fail_once
+    ends = dict(run_together([Request(s, tmp_path / f"{n}", listener(n)) for n, s in enumerate(specs)]))
+    for who, end in ends.items():
+        (fact,) = told(heard[who])
+        assert end.resources[TOKENS] == fact[TOKENS] > 60
+
+
+def test_validation_that_does_not_fit_is_cut_before_the_first_step(wanted, tmp_path, monkeypatch):
+    """Its rows may be longer than those of training, and it was not tried once: what it takes came as a surprise."""
+    rows = write_rows(tmp_path / "valid.jsonl", [chat(f"q{i}", "one two three " * 8) for i in range(5)])
+    plain = run(wanted(data={"validation": str(rows)}), tmp_path / "plain", lambda event: None)
     memory, heard = Memory(monkeypatch, tokens=10_000), []
 
-    def shrink(event):
-        heard.append(event)
-        if isinstance(event, Metrics) and event.step == 2:
-            memory.limit = 4
+    def allocate(model, *, input_ids, **_named):
+        if not torch.is_grad_enabled() and input_ids.numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    with pytest.raises(OutOfMemory):
-        run(wanted(), tmp_path / "out", shrink)
-    assert len(told(heard)) == 1
+    memory.allocate = allocate
+    cut = run(wanted(data={"validation": str(rows)}), tmp_path / "cut", heard.append)
+    (fact,) = told(heard)
+    first = next(n for n, event in enumerate(heard) if isinstance(event, Metrics))
+    assert fact[TOKENS] <= 200
+    assert [e.data for e in heard[:first] if isinstance(e, Message)][-1] == fact
+    assert close(adapter(cut), adapter(plain))
+
+
+def test_validation_rows_like_those_of_training_are_not_tried_beside_them():
+    def member(*lengths):
+        samples = [[Sample(1, torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in some] for some in lengths]
+        data, valid = (SimpleNamespace(samples=some) for some in samples)
+        budget = Budget(2, 100, packed=True)
+        largest = Rows(data.samples, 2).largest_pass(budget)
+        return SimpleNamespace(data=data, valid=valid, budget=budget, largest_pass=lambda: largest)
+
+    for lengths, tried in (([[20, 30, 40], [30, 30]], 1), ([[20, 30, 40], [60]], 2), ([[20, 30, 40], [35, 36]], 2)):
+        assert len(list(fit._trials([member(*lengths)]))) == tried
 
 
 def test_a_run_that_goes_on_keeps_its_passes_and_gives_the_same_bits(wanted, tmp_path, monkeypatch):
@@ -149,6 +214,18 @@ def test_a_run_that_goes_on_keeps_its_passes_and_gives_the_same_bits(wanted, tmp
     memory.limit = 10_000
     rest = run(wanted(training=training, resume_from=point.path), tmp_path / "rest", lambda event: None)
     assert rest.resources[TOKENS] == whole.resources[TOKENS] <= 70
+    assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(rest).items())
+
+
+def test_a_run_that_goes_on_computes_layers_again_if_it_had_to(wanted, tmp_path, monkeypatch):
+    training = {"batch_size": 4, "checkpoint_interval": 2}
+    Memory(monkeypatch, tokens=4, recomputed=70)
+    lora, heard = {"init": "kaiming", "dropout": 0.2}, []
+    whole = run(wanted(training=training, lora=lora), tmp_path / "whole", lambda event: None)
+    point = tmp_path / "whole/checkpoints/step-000002"
+    rest = run(wanted(training=training, lora=lora, resume_from=str(point)), tmp_path / "rest", heard.append)
+    assert told(heard) == [{"kind": "machine", CHECKPOINTING: True}]
+    assert rest.resources[TOKENS] == whole.resources[TOKENS]
     assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(rest).items())
 
 

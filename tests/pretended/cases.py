@@ -92,7 +92,7 @@ def _padded(day: Day) -> str:
 
 
 def _budget(day: Day) -> str:
-    """Passes are as large as the device's memory, by what two small ones take; a run that goes on keeps them.
+    """Passes are as large as the device's memory, by what two small ones take; a run that goes on there keeps them.
 
     In fp32: in bf16 other passes round otherwise, and a first step of Adam is the sign of each number.
     """
@@ -104,14 +104,17 @@ def _budget(day: Day) -> str:
         wide, _ = jobs.run(jobs.spec(training=training, precision="fp32"))
         enough, has.limit = has.limit, has.peak * 4 // 5
         narrow, heard = jobs.run(jobs.spec(training=training, precision="fp32"))
-        has.limit = enough
         point = next(event for event in heard if isinstance(event, Checkpoint) and event.step == 2)
-        rest, _ = jobs.run(jobs.spec(training=training, precision="fp32", resume_from=point.path))
-    runs = [done.resources for done in (wide, narrow, rest)]
-    most, fits, kept = (used["tokens_per_pass"] for used in runs)
-    held_to = fits == kept < 300 < most and not any(used["oom_retries"] for used in runs)
+        again = jobs.spec(training=training, precision="fp32", resume_from=point.path)
+        with mock.patch.object(fit, "SHARE", 0.7):  # what would be measured now is something else
+            rest, _ = jobs.run(again)
+        has.limit = enough
+        elsewhere, _ = jobs.run(again)
+    runs = [done.resources for done in (wide, narrow, rest, elsewhere)]
+    most, fits, kept, anew = (used["tokens_per_pass"] for used in runs)
+    held_to = fits == kept < 300 < most == anew and not any(used["oom_retries"] for used in runs)
     same = apart(adapter(narrow.adapter), adapter(wide.adapter)), apart(adapter(rest.adapter), adapter(narrow.adapter))
-    return "; ".join((*same, "ends checked" if held_to else f"**passes of {most}, {fits}, {kept} tokens**"))
+    return "; ".join((*same, "ends checked" if held_to else f"**passes of {most}, {fits}, {kept}, {anew} tokens**"))
 
 
 def _short_of_memory(day: Day) -> str:

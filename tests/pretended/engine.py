@@ -20,7 +20,7 @@ CHANGES = [
     (r"torch\.Generator\((\w[\w.]*)\)", r"torch._pretended_cuda.generator(\1)"),
 ]
 # Tables by kind of device, where the name is a key.
-KEYS = {"lorainit.prepare": [(r'"CUDA": ', f'"{device.NAME}": ')]}
+KEYS = {"lorainit.passes": [(r'"CUDA": ', f'"{device.NAME}": ')]}
 
 
 class _Loader(SourceFileLoader):
