@@ -108,6 +108,49 @@ def test_whatever_the_shape_it_is_torchs_own_attention(monkeypatch, dtype, seed)
             assert (one.double() - two).abs().max() <= ROUNDING[dtype] * two.abs().max().clamp(min=0.1)
 
 
+class Kernels:
+    """Both kernels of a GPU, as far as `attention` has to know: what they take, and what they make of it."""
+
+    def flash(self, q, k, v, ends, longest, scale, window):
+        width = q.shape[-1]
+        assert q.dtype in attention.HALVES
+        assert width % 8 == 0
+        assert width <= 192 or width == 256
+        return self._rows(q, k, v, ends, longest, scale, window)
+
+    def efficient(self, q, k, v, ends, longest, scale, window):
+        assert q.shape[2] == k.shape[2] == v.shape[2]
+        assert q.shape[-1] * q.element_size() % 16 == 0
+        return self._rows(q[0], k[0], v[0], ends, longest, scale, window)[None]
+
+    def _rows(self, q, k, v, ends, longest, scale, window):
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        lengths = ends.diff().tolist()
+        assert max(lengths) == longest
+        assert scale == 0.3
+        return reference(*(t.transpose(0, 1)[None] for t in (q, k, v)), lengths, window)[0]
+
+
+@pytest.mark.parametrize("widest", [24, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whatever_the_shape_a_kernel_is_given_what_it_takes(monkeypatch, dtype, widest):
+    kernels, chance, generator = Kernels(), random.Random(str(dtype)), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(attention, "_flash", kernels.flash)
+    monkeypatch.setattr(attention._Efficient, "apply", kernels.efficient)
+    for _ in range(15):
+        groups, keys, window = chance.randint(1, 3), chance.randint(1, 3), chance.choice([None, 1, 5])
+        d, wide, lengths = chance.randint(1, widest), chance.randint(1, widest), [chance.randint(1, 12)] * 2
+        shapes = [(groups * keys, d), (keys, d), (keys, wide)]
+        q, k, v = (torch.randn(1, h, sum(lengths), n, generator=generator).to(dtype) for h, n in shapes)
+        expected = reference(q, k, v, lengths, window)
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        packed = attention._on_cuda(q, k, v, ends, lengths[0], 0.3, window)
+        beside = [t.unflatten(2, (2, -1))[0].transpose(0, 1) for t in (q, k, v)]
+        padded = attention._on_cuda(*beside, None, lengths[0], 0.3, window).flatten(0, 1)[None]
+        for found in (packed, padded):
+            assert torch.allclose(found.float(), expected.float(), atol=2e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("name", attention.OTHER_THINGS)
 def test_what_attention_is_asked_for_beside_that_is_refused(name):
     q = torch.randn(1, 2, 5, 4)

@@ -8,12 +8,15 @@ import copy
 import hashlib
 import importlib.util
 import json
+import subprocess
+import sys
 
 import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -348,6 +351,20 @@ def test_a_resumed_run_ends_with_the_same_bits(spec, tmp_path):
     go(spec("wide-llama", lora=lora, resume_from=str(whole / "checkpoints/step-000002")), second)
     name = "adapter/adapter_model.safetensors"
     assert (second / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(spec, tmp_path):
+    """Each of them quantizes the base, and starts from the same factors."""
+    one = spec("wide-llama", lora={"init": "loftq", "quantization": "nf4"}, micro_batch_size=2)
+    go(one, tmp_path / "alone")
+    file = tmp_path / "spec.json"
+    file.write_text(one.model_copy(update={"devices": 2}).model_dump_json())
+    command = [sys.executable, "-m", "lorainit", str(file), str(tmp_path / "shared")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(tmp_path / who / "adapter/adapter_model.safetensors") for who in ("shared", "alone"))
+    assert all(torch.allclose(tensor, theirs[name], rtol=1e-4, atol=2e-6) for name, tensor in ours.items())
 
 
 def test_the_cache_does_not_mix_bases(spec, tmp_path):
