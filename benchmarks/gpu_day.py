@@ -14,11 +14,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -35,12 +38,14 @@ class Section:
     alone: bool = False
 
 
+NO_GPU = 2  # exit code
+
 # Cheapest and most telling first.
 SECTIONS = [
     Section("machine", "The machine", ("kernels", "machine"), 60, alone=True),
     Section("attention", "Attention beside stock attention in float64", ("kernels", "attention"), 90),
     Section("dead-zone", "Small updates beside a large W·x", ("kernels", "dead_zone"), 60),
-    Section("cases", "The pretended GPU's cases, on this one: `pytest -m gpu`", ("cases", "tests"), 400),
+    Section("cases", "The pretended GPU's cases, on this one: `pytest -m gpu`", ("cases", "tests"), 480),
     Section("resume", "Resumed runs", ("jobs", "resume"), 120),
     Section("jobs-llama", "Every initialization on a tiny Llama", ("jobs", "llama"), 120),
     Section("jobs-gpt2", "Every initialization on a tiny GPT-2", ("jobs", "gpt2"), 120),
@@ -50,7 +55,7 @@ SECTIONS = [
     Section("memory", "When memory runs out", ("jobs", "memory"), 90),
     Section("steps", "Steps", ("speed", "steps"), 120, alone=True),
     Section("groups", "Adapters together in one pass", ("speed", "groups"), 60, alone=True),
-    Section("child", "A whole run of six adapters on a base of 1B", ("child", "whole"), 150, alone=True),
+    Section("child", "A whole run of seven adapters on a base of 1B", ("child", "whole"), 150, alone=True),
 ]
 
 
@@ -59,6 +64,11 @@ def main() -> int:
     chosen = [section for section in SECTIONS if not args.only or section.name in args.only]
     if args.section:
         return inside(args)
+    if args.device == "cuda" and not has_gpu():
+        print(
+            "Nothing was run: this needs a GPU that this torch can use, and there is none. `lorainit doctor` says why."
+        )
+        return NO_GPU
     texts: dict[str, str] = {}
     with ExitStack() as exits:
         folder = args.folder or Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="gpu-day-")))
@@ -70,6 +80,12 @@ def main() -> int:
     bad = [name for name, text in texts.items() if "**" in text]
     print("\nEverything held." if not bad else f"\nLook at: {', '.join(bad)}")
     return 1 if bad else 0
+
+
+def has_gpu() -> bool:
+    """Asked of another process, since this one loads no torch."""
+    asked = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    return not subprocess.run(asked, stderr=subprocess.DEVNULL, check=False).returncode
 
 
 def outside(chosen: Sequence[Section], args: argparse.Namespace, folder: Path) -> Iterator[tuple[Section, str]]:
@@ -89,7 +105,7 @@ def outside(chosen: Sequence[Section], args: argparse.Namespace, folder: Path) -
 def run(section: Section, args: argparse.Namespace, folder: Path) -> str:
     """One section in a process of its own: what it said, and how it ended where that was no good end."""
     out, err = (folder / f"{section.name}.{kind}" for kind in ("md", "err"))
-    (folder / section.name).mkdir(parents=True)
+    (folder / section.name).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--section", section.name, "--folder", folder / section.name]
     command += ["--device", args.device, *(["--tiny"] if args.tiny else [])]
     own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
@@ -97,15 +113,29 @@ def run(section: Section, args: argparse.Namespace, folder: Path) -> str:
     own |= {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
     own |= {} if section.alone else {"OMP_NUM_THREADS": "2"}  # there are others beside it
     with out.open("w") as stdout, err.open("w") as stderr:
-        try:
-            done = subprocess.run(
-                command, stdout=stdout, stderr=stderr, env={**os.environ, **own}, timeout=section.seconds, check=False
-            )
-            how = f"it ended with exit code {done.returncode}: {last_words(err)}" if done.returncode else ""
-        except subprocess.TimeoutExpired:
-            how = f"it did not end in {section.seconds:g} s"
-    said = out.read_text().strip()
+        code = run_for(section.seconds, command, stdout=stdout, stderr=stderr, env={**os.environ, **own})
+    how = f"it did not end in {section.seconds:g} s" if code is None else ""
+    if code:
+        how = f"it ended with exit code {code}: {last_words(err)}"
+    said = out.read_text(errors="replace").strip()
     return f"{said}\n\n**{how}**".strip() if how else said
+
+
+def run_for(seconds: float, command: Sequence[str | Path], **more: Any) -> int | None:
+    """Run a command; its exit code, or None where it did not end in time. Then nothing of it is left on the GPU."""
+    with subprocess.Popen(command, **more) as process:
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            end(process)
+            return None
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process and all that it started."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def last_words(path: Path) -> str:
@@ -130,11 +160,13 @@ def inside(args: argparse.Namespace) -> int:
 
 
 def page(texts: dict[str, str], args: argparse.Namespace) -> str:
-    """docs/speed-gpu.md: what is fixed, then each section as it came."""
-    head = HEAD if args.device != "cpu" else HEAD + "\nThis run was on a processor: it shows that the command works.\n"
-    parts = [f"## {section.title}\n\n{texts[section.name]}" for section in SECTIONS if section.name in texts]
+    """docs/speed-gpu.md: what is fixed, then each section as it came; one that has not run, or not yet, says so."""
+    parts = [f"## {section.title}\n\n{texts.get(section.name, 'Not run.')}" for section in SECTIONS]
     date = datetime.now(UTC).date().isoformat()
-    return f"{head}\nMeasured {date} by `make gpu-day`.\n\n" + "\n\n".join(parts) + "\n"
+    where = f"Nothing was measured on a GPU: this run was on a processor, {date}, and shows that the command works."
+    if args.device != "cpu":
+        where = f"Measured {date} by `make gpu-day`."
+    return f"{HEAD}\n{where}\n\n" + "\n\n".join(parts) + "\n"
 
 
 HEAD = """# On a GPU

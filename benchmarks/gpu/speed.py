@@ -115,10 +115,10 @@ def _measured(day: Day, case: Case, model: Any, contender: Callable[[Day, Case, 
         day.wait()
         seconds.append(time.perf_counter() - started)
     best, tokens = sorted(seconds)[len(seconds) // 2], case.group * case.count * case.length
-    peak = torch.cuda.max_memory_allocated() / 2**30 if day.has_gpu else float("nan")
+    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if day.has_gpu else "–"
     return (
         f"{1e3 * best:.1f} | {tokens / best:,.0f} | {_share(case, model, best)} | {_kernels(day, step)} |"
-        f" {1e3 * sorted(busy)[len(busy) // 2]:.1f} | {peak:.1f} | {_syncs(day, step)} |"
+        f" {1e3 * sorted(busy)[len(busy) // 2]:.1f} | {peak} | {_syncs(day, step)} |"
     )
 
 
@@ -128,7 +128,9 @@ def _share(case: Case, model: Any, seconds: float) -> str:
     A product forward and one backward for every frozen matrix, the head for trained tokens only, causal attention.
     """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((value for key, value in PEAK.items() if key in name), float("nan"))
+    peak = next((value for key, value in PEAK.items() if key in name), None)
+    if peak is None:
+        return "–"
     config, tokens = model.config, case.group * case.count * case.length
     frozen = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora" not in n and "head" not in n]
     matrices = sum(m.weight.numel() for m in frozen) + config.vocab_size * config.hidden_size * 2 / 3
@@ -182,15 +184,13 @@ def _ours(day: Day, case: Case, model: Any) -> Step:
         batch = pack([sample for some in samples for sample in some]).to(day.device)
         parts = tallies(model, batch, counts)
         torch.autograd.backward(torch.stack([p.loss / n for p, n in zip(parts, counts, strict=True)]).sum())
-        found = [
-            (float(part.loss.detach()), float(nn.utils.clip_grad_norm_(some, 1.0)))
-            for part, some in zip(parts, trained, strict=True)
-        ]
-        for optimizer in optimizers:
+        for part, some, optimizer in zip(parts, trained, optimizers, strict=True):
+            norm = nn.utils.clip_grad_norm_(some, 1.0)
+            loss, found = torch.stack([part.loss.detach(), norm]).tolist()
             optimizer.step()
             optimizer.zero_grad()
         stand.clear()
-        return found[0]
+        return loss, found
 
     return step
 

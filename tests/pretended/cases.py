@@ -25,6 +25,7 @@ from lorainit.spec import RunSpec
 from tests.lorainit.conftest import tiny_llama
 from tests.pretended import device, rules
 from tests.pretended.device import NAME
+from tests.pretended.options import OF_A_RUN
 from tests.pretended.rules import Refused
 
 Case = Callable[[Day], str]
@@ -182,6 +183,8 @@ SHARED: dict[str, Case] = {
     "windows": partial(_ends, base="windows"),
     "windows in fp32": partial(_ends, base="windows", precision="fp32"),
     "group": lambda day: _grouped(Jobs(day)),
+    "validation": lambda day: _ends(day, data={"validation": str(Jobs(day).rows)}),
+    **{name: partial(_ends, **asked) for name, asked in OF_A_RUN.items()},
 }
 
 # What is asked of the pretended device itself: what it refuses, and how much memory it has.
@@ -196,6 +199,7 @@ PRETENDED: dict[str, Case] = {
 REAL: dict[str, Case] = {
     "nf4": partial(_ends, lora={"init": "lora_one", "r": 4, "quantization": "nf4"}),
     "loftq on nf4": partial(_ends, lora={"init": "loftq", "r": 4, "quantization": "nf4"}),
+    "compiled layers": partial(_ends, training={"compile": True}),
     "a step that does not fit": lambda day: _cut(Jobs(day)),
 }
 # Each by two processes, on two devices of a machine that has them.
