@@ -1,6 +1,7 @@
 """Which GPUs each slot of this worker has. No two slots share one, and none runs where its GPUs cannot be used."""
 
 from api.core.logs import get_logger
+from api.core.settings import get_settings
 from lorainit import gpus
 
 log = get_logger(__name__)
@@ -15,8 +16,8 @@ def may_take_a_job(slots: int) -> bool:
 
 
 def trouble(slots: int) -> str | None:
-    """Why no slot takes a job: GPUs are meant to be used and cannot be, or slots would share one."""
-    return gpus.trouble() or _too_many(slots)
+    """Why no slot takes a job: GPUs are meant to be used and cannot be, slots would share one, or have too few."""
+    return gpus.trouble() or _too_many(slots) or _too_few(slots)
 
 
 def of_slot(slot: int, slots: int) -> str | None:
@@ -36,3 +37,14 @@ def _too_many(slots: int) -> str | None:
     if not count or slots <= count:
         return None
     return f"LORAINIT_WORKER_SLOTS is {slots}, and this worker sees {count}: name more, or MIG instances, or lower it."
+
+
+def _too_few(slots: int) -> str | None:
+    """A job for several devices that a slot without them took would only fail there."""
+    share, promised = len(gpus.visible()) // slots, get_settings().devices_per_job
+    if not share or promised <= share:
+        return None
+    return (
+        f"LORAINIT_DEVICES_PER_JOB lets a job ask for {promised} devices, and a slot of this worker has {share}: name"
+        " more GPUs, or lower it or LORAINIT_WORKER_SLOTS."
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from api.core.settings import Settings
 from lorainit import gpus
 from tests.worker.conftest import Lab
 from worker import devices
@@ -37,6 +38,15 @@ def test_more_slots_than_gpus_take_no_job(seen: list[str]) -> None:
     seen += ["2", "3"]
     assert devices.may_take_a_job(2)
     assert not devices.may_take_a_job(4)
+
+
+def test_a_slot_has_as_many_gpus_as_a_job_may_ask_for(seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "get_settings", lambda: Settings(devices_per_job=2))
+    assert devices.may_take_a_job(2), "processes of a machine without GPUs share its processor"
+    seen += ["0", "1", "2", "3"]
+    assert devices.may_take_a_job(2)
+    assert not devices.may_take_a_job(4)
+    assert "LORAINIT_DEVICES_PER_JOB" in str(devices.trouble(4))
 
 
 def test_a_worker_whose_gpu_cannot_be_used_leaves_the_job_in_the_queue(
