@@ -25,7 +25,7 @@ from lorainit.spec import RunSpec
 from tests.lorainit.conftest import tiny_llama
 from tests.pretended import device, rules
 from tests.pretended.device import NAME
-from tests.pretended.options import OF_A_RUN
+from tests.pretended.options import OF_A_RUN, of_methods
 from tests.pretended.rules import Refused
 
 Case = Callable[[Day], str]
@@ -184,7 +184,7 @@ SHARED: dict[str, Case] = {
     "windows in fp32": partial(_ends, base="windows", precision="fp32"),
     "group": lambda day: _grouped(Jobs(day)),
     "validation": lambda day: _ends(day, data={"validation": str(Jobs(day).rows)}),
-    **{name: partial(_ends, **asked) for name, asked in OF_A_RUN.items()},
+    **{name: partial(_ends, **asked) for name, asked in (OF_A_RUN | of_methods()).items()},
 }
 
 # What is asked of the pretended device itself: what it refuses, and how much memory it has.

@@ -1,6 +1,10 @@
-"""What a spec can ask for beside a method, an optimizer and a base: a run for each option."""
+"""What a spec can ask for beside a method, an optimizer and a base: a run for each value of each option."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from lorainit.inits import INITS
+from lorainit.inits.base import InitConfig
 
 Asked = dict[str, Any]
 # Of the spec's parts. What a processor or a GPU alone can do is with the cases of that device.
@@ -23,3 +27,21 @@ OF_A_RUN: dict[str, Asked] = {
         "training": {"gradient_checkpointing": True},
     },
 }
+
+
+def of_methods() -> dict[str, Asked]:
+    """Every method with every value of its settings that are words or switches, but the default one."""
+    return {
+        f"{method}, {setting} {value}": {"lora": {"init": {"method": method, setting: value}, "r": 4}}
+        for method, config in INITS.items()
+        if None in config.facts.quantization
+        for setting, value in _values(config)
+    }
+
+
+def _values(config: type[InitConfig]) -> Iterator[tuple[str, object]]:
+    for name, field in config.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        switch = [True, False] if field.annotation is bool else []
+        yield from ((name, value) for value in (*words, *switch) if value != field.default and name != "method")
