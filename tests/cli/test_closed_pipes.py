@@ -74,7 +74,9 @@ def test_a_service_whose_reader_has_left_ends_whole(nobody: int, tmp_path: Path)
     done = run(*API, "serve", "--state", str(tmp_path / "state"), "--port", "0", out=nobody)
     assert done.returncode == CLOSED
     assert "Traceback" not in done.stderr
-    assert not [one.pid for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(one.info["cmdline"])]
+    assert not [
+        one.pid for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(one.info["cmdline"] or ())
+    ]
 
 
 def test_a_refused_spec_of_which_nobody_reads_the_fault_ends_as_quietly(nobody: int, tmp_path: Path) -> None:
