@@ -28,7 +28,7 @@ help:
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
 	@echo "make bench-rates DATA=folder-of-gsm8k  does every initialization's default rate help on three data sets? (hours); ONLY= SEEDS="
 	@echo "make bench-load do fifty clients slow a worker down, and what do streams and recording cost? (minutes)"
-	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast (about five minutes)"
+	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
 
 setup: $(READY)

@@ -1,4 +1,4 @@
-"""Everything to be checked and measured when a GPU is at hand: `make gpu-day`, about five minutes on an H100.
+"""Everything to be checked and measured when a GPU is at hand: `make gpu-day`.
 
     python benchmarks/gpu_day.py [--only SECTION ...] [--write docs/speed-gpu.md]
     python benchmarks/gpu_day.py --device cpu --tiny        the same path on a processor: `make test` keeps it alive
