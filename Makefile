@@ -28,7 +28,7 @@ help:
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
 	@echo "make bench-rates DATA=folder-of-gsm8k  does every initialization's default rate help on three data sets? (hours); ONLY= SEEDS="
 	@echo "make bench-load do fifty clients slow a worker down, and what do streams and recording cost? (minutes)"
-	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast"
+	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast (ten minutes)"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
 
 setup: $(READY)
@@ -120,7 +120,7 @@ bench-load: setup
 	$(BIN)/python benchmarks/costs.py --write docs/operations.md
 	$(BIN)/python benchmarks/load.py --write docs/operations.md
 
-# On a machine whose .venv has a torch with CUDA. Exit code 1 if anything did not hold; what, stands in bold on the page.
+# On a machine whose .venv has a torch with CUDA. docs/speed-gpu.md has the exit codes: 1 wrong, 2 no GPU, 3 not all tried.
 gpu-day: setup
 	$(BIN)/python benchmarks/gpu_day.py --write docs/speed-gpu.md
 

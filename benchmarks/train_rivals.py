@@ -3,7 +3,7 @@
     .venvs/competitors/bin/python benchmarks/train_rivals.py ORDER.json RESULT.json
 
 ORDER.json says what to do (`train_plan.Rival` and the rows' file). Both trainers get token ids and labels: TRL leaves
-a data set alone that has them already, but for packing. Nothing of Lorainit is imported here.
+a data set alone that has them already, but for packing. Nothing of Lorainit's engine is imported here.
 """
 
 import json
@@ -15,16 +15,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.train_peft import lora, trainer
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 
@@ -66,13 +62,13 @@ def main(order_file: str, result_file: str) -> None:
     order = json.loads(Path(order_file).read_text())
     exact = order["machine"] and route_float32_to_onednn()
     rows = Dataset.from_list(json.loads(Path(order["rows"]).read_text()))
-    trainer = {"trl": trl_trainer, "hf": hf_trainer}[order["trainer"]](order, rows)
+    one = {"trl": trl_trainer, "hf": hf_trainer}[order["trainer"]](order, rows)
     clock = Clock()
-    trainer.add_callback(clock)
-    counting = trainer.data_collator = Counting(trainer.data_collator)
-    trainer.train()
+    one.add_callback(clock)
+    counting = one.data_collator = Counting(one.data_collator)
+    one.train()
     at_end = peak()
-    trainer.save_model(order["adapter"])
+    one.save_model(order["adapter"])
     steps = len(clock.seconds)
     result = {
         "seconds": clock.seconds, "trained": counting.trained[:steps], "tokens": counting.tokens[:steps],
@@ -85,32 +81,21 @@ def main(order_file: str, result_file: str) -> None:
 def trl_trainer(order: dict[str, Any], rows: Dataset) -> Trainer:
     options = {"dtype": order["dtype"], "attn_implementation": order["attention"]}
     chosen = {name: value for name, value in options.items() if value is not None}
-    trainer: Trainer = SFTTrainer(
+    made: Trainer = SFTTrainer(
         model=order["base"],
         args=SFTConfig(**order["arguments"], model_init_kwargs=chosen or None),
         train_dataset=rows,
-        peft_config=lora(order),
+        peft_config=lora(r=order["r"], alpha=order["alpha"]),
     )
-    return trainer
+    return made
 
 
 def hf_trainer(order: dict[str, Any], rows: Dataset) -> Trainer:
     model = AutoModelForCausalLM.from_pretrained(
         order["base"], dtype=order["dtype"], attn_implementation=order["attention"]
     )
-    tokenizer = AutoTokenizer.from_pretrained(order["base"])
-    return Trainer(
-        model=get_peft_model(model, lora(order)),
-        args=TrainingArguments(**order["arguments"]),
-        train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-    )
-
-
-def lora(order: dict[str, Any]) -> LoraConfig:
-    return LoraConfig(
-        r=order["r"], lora_alpha=order["alpha"], target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(order["base"]))
+    return trainer(model, rows, order["arguments"], collator=collator, r=order["r"], alpha=order["alpha"])
 
 
 def route_float32_to_onednn() -> bool:

@@ -1,27 +1,31 @@
-"""The cases of the pretended GPU (`tests/pretended`) on the real one, as `pytest -m gpu` runs them."""
+"""The cases of the pretended GPU (`tests/pretended`) on the real one: the same list as `pytest -m gpu`."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
+
+import torch
 
 from benchmarks.gpu.day import Day, held
+from tests.pretended.cases import BY_TWO, Case, cases_on
+from tests.pretended.ends import ends_well
 
-ROOT = Path(__file__).parents[2]
+
+def cases(day: Day) -> None:
+    """Each in a folder of its own, with what it found."""
+    for name, case in _chosen(day).items():
+        day.attempt(name, lambda n=name, c=case: _found(day, n, c))
 
 
-def tests(day: Day) -> None:
-    """What passed and what did not; on a processor, only how many there are."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/pretended"]
-    command += [f"--basetemp={day.folder / 'pytest'}", *([] if day.has_gpu else ["--collect-only"])]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    for line in lines:
-        if line.startswith(("FAILED", "ERROR", "SKIPPED")):
-            day.say(f"- {held(line.startswith('SKIPPED'), line[:300])}")
-    summary = next(
-        (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)|tests? collected", line)), ""
-    )
-    day.say(f"- {held(done.returncode == 0 and bool(summary), summary or done.stderr[-300:] or 'nothing was said')}")
+def _chosen(day: Day) -> dict[str, Case]:
+    if day.tiny:
+        return {name: cases_on("cuda")[name] for name in ("dropout",)}
+    if torch.cuda.device_count() > 1:
+        return cases_on("cuda")
+    day.say(f"- {', '.join(BY_TWO)}: for a machine with two GPUs")
+    return {name: case for name, case in cases_on("cuda").items() if name not in BY_TWO}
+
+
+def _found(day: Day, name: str, case: Case) -> str:
+    folder = day.folder / name.replace(" ", "-")
+    folder.mkdir()
+    found = case(replace(day, folder=folder, tiny=True))
+    return held(ends_well(found), found.replace("**", ""))

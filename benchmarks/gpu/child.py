@@ -19,18 +19,22 @@ STARTS: dict[str, dict[str, Any]] = {
     "kaiming": {}, "pissa": {}, "lora_ga": {"samples": 32}, "lora_one": {}, "eva": {"samples": 32},
     "corda": {"samples": 32}, "loram": {},
 }  # fmt: skip
+ENDS = ("done", "failed")
 SENTENCE = "It is four, my friend, and the cat sat on two mats. "
 
 
 def whole(day: Day) -> None:
-    """Base on disk, spec, child process, checked adapters; then what the device still holds."""
+    """Base on disk, spec, child process, checked adapters; then what the device still holds. Told as it comes."""
     names = ["kaiming"] if day.tiny else list(STARTS)
     specs = _prepared(day, names)
     before = _held(day)
-    started = time.monotonic()
-    events = list(_watched(day, specs))
+    heard: dict[int, list[dict[str, Any]]] = {who: [] for who in range(len(names))}
+    for event in _watched(day, specs):
+        heard[event["member"]].append(event)
+        _told(day, names[event["member"]], heard[event["member"]], event)
     for who, name in enumerate(names):
-        _told(day, name, [e for e in events if e["member"] == who], started if who == 0 else None)
+        if not any(event["kind"] in ENDS for event in heard[who]):
+            day.say(f"- {name}: **it has no end**")
     after = _held(day)
     if day.has_gpu:
         text = f"{after - before:.0f} MiB more than before it"
@@ -62,39 +66,41 @@ def _prepared(day: Day, names: list[str]) -> list[Path]:
 
 
 def _watched(day: Day, specs: list[Path]) -> Any:
-    """The child's events with the moment each came, `at`."""
+    """The child's events with the seconds since it was started, `at`."""
     reading, writing = os.pipe()
     first, *others = [(str(spec), str(day.folder / f"out-{spec.stem}")) for spec in specs]
     lease = day.folder / "lease"
     lease.write_text(str(time.clock_gettime(time.CLOCK_MONOTONIC) + 600))
     more = [part for one in others for part in ("--member", *one, str(lease))]
     command = [sys.executable, "-m", "lorainit", *first, "--events-fd", str(writing), *more]
+    started = time.monotonic()
     with subprocess.Popen(command, pass_fds=[writing], cwd=Path(__file__).parents[2]) as child:
         os.close(writing)
         with os.fdopen(reading) as stream:
             for line in stream:
-                yield {**json.loads(line), "at": time.monotonic()}
+                yield {**json.loads(line), "at": time.monotonic() - started}
         if child.wait():
             day.say(f"- **the child ended with exit code {child.returncode}**")
 
 
-def _told(day: Day, name: str, events: list[dict[str, Any]], started: float | None) -> None:
-    ends = [e for e in events if e["kind"] in ("done", "failed")]
-    if not ends or ends[-1]["kind"] == "failed":
-        day.say(f"- {name}: **{ends[-1]['code']}: {ends[-1]['message']}**" if ends else f"- {name}: **it has no end**")
-        return
-    at = {e["stage"]: e["at"] for e in events if e["kind"] == "stage"}
-    report = next(e["report"] for e in events if e["kind"] == "init_report")
-    said = f"initialized in {report['seconds']:.1f} s"
-    if started is not None:
-        stages = [e for e in events if e["kind"] == "stage"]
-        seconds = [f"{a['stage']} {b['at'] - a['at']:.1f}" for a, b in pairwise([*stages, ends[-1]])]
-        said += f"; seconds of the process: until it speaks {events[0]['at'] - started:.1f}, {', '.join(seconds)}"
-    steps = [e["at"] for e in events if e["kind"] == "metrics" and e["train_loss"] is not None]
-    check = ends[-1]["export_check"]["max_abs_logit_difference"]
-    said += f"; last step {1e3 * (steps[-1] - steps[-2]):.0f} ms; exported and checked"
-    said += f" in {ends[-1]['at'] - at['exporting']:.1f} s, logits at most {check:.1e} from stock PEFT's"
-    day.say(f"- {name}: {said}; peak {ends[-1]['resources']['peak_memory_bytes'] / 2**30:.1f} GiB")
+def _told(day: Day, name: str, heard: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    """The line that an adapter's event is worth, if it is."""
+    if event["kind"] == "init_report":
+        day.say(f"- {name}: initialized in {event['report']['seconds']:.1f} s, {event['at']:.0f} s after the start")
+    elif event["kind"] == "failed":
+        day.say(f"- {name}: **{event['code']}: {event['message']}**")
+    elif event["kind"] == "done":
+        day.say(f"- {name}: {_trained(heard, event)}")
+
+
+def _trained(heard: list[dict[str, Any]], done: dict[str, Any]) -> str:
+    stages = [e for e in heard if e["kind"] == "stage"]
+    seconds = ", ".join(f"{a['stage']} {b['at'] - a['at']:.1f}" for a, b in pairwise([*stages, done]))
+    steps = [e["at"] for e in heard if e["kind"] == "metrics" and e["train_loss"] is not None]
+    off = done["export_check"]["max_abs_logit_difference"]
+    said = f"last step {1e3 * (steps[-1] - steps[-2]):.0f} ms; exported and checked, logits at most {off:.1e} from"
+    said += f" stock PEFT's; peak {done['resources']['peak_memory_bytes'] / 2**30:.1f} GiB"
+    return f"{said}; seconds: until it spoke {heard[0]['at']:.1f}, {seconds}"
 
 
 def _held(day: Day) -> float:

@@ -1,15 +1,18 @@
 """What every section has: a device, a folder, a clock, and a voice. Also random bases of known shapes."""
 
+import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.gpu.outside import AGAIN, BEGUN
+from benchmarks.gpu.plan import NOT_TRIED
 from lorainit.data import Sample
 from lorainit.layer import LoRALinear
 from lorainit.methods import Factors
@@ -30,38 +33,58 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Day:
-    """One section's device, scratch folder and deadline. `tiny`: small shapes and few cases."""
+    """One section's device, scratch folder, deadline and page. `tiny`: small shapes and few cases.
+
+    `earlier`: names of the cases that another process of this section began; what became of them stands on the page.
+    """
 
     device: torch.device
     folder: Path
     tiny: bool
     until: float
+    page: TextIO | None = None
+    earlier: set[str] = field(default_factory=set)
 
     @classmethod
-    def begun(cls, device: str, *, folder: Path, tiny: bool, seconds: float) -> "Day":
-        """The section ends by itself a little before it would be ended."""
-        return cls(torch.device(device), folder, tiny, time.monotonic() + 0.85 * seconds)
+    def begun(cls, device: str, *, folder: Path, tiny: bool, seconds: float, page: TextIO | None = None) -> "Day":
+        """The section begins no case shortly before it would be ended."""
+        names = folder / BEGUN
+        earlier = set(names.read_text().splitlines()) if names.exists() else set[str]()
+        return cls(torch.device(device), folder, tiny, time.monotonic() + 0.85 * seconds, page, earlier)
 
     @property
     def has_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def say(self, text: str) -> None:
-        """A line of the page; it is kept even if the section is ended later."""
-        print(text, flush=True)
+    def say(self, text: str, *, end: str = "\n") -> None:
+        """A part of the page; it is kept even if the section is ended later."""
+        print(text, file=self.page or sys.stdout, end=end, flush=True)
 
-    def attempt(self, name: str, work: Callable[[], str]) -> None:
-        """One case as a line; one that fails is a line too, and the others go on while there is time."""
-        if time.monotonic() > self.until:
-            self.say(f"- {name}: not tried for lack of time")
+    def attempt(self, name: str, work: Callable[[], str], *, line: str = "- {}: ", timed: bool = True) -> None:
+        """One case as a line, which begins when the case does; one that fails is a line too, and the others go on."""
+        if name in self.earlier:
             return
-        started = time.monotonic()
+        if time.monotonic() > self.until:
+            self.say(f"{line.format(name)}{NOT_TRIED} for lack of time")
+            return
+        self._note(name)
+        self.say(line.format(name), end="")
+        started, error = time.monotonic(), None
         try:
             found = work()
-        except Exception as error:
+        except Exception as caught:
             traceback.print_exc()
-            found = f"**{type(error).__name__}: {' '.join(str(error).split())[:240]}** ({place(error)})"
-        self.say(f"- {name}: {found} ({time.monotonic() - started:.1f} s)")
+            error, found = (
+                caught,
+                f"**{type(caught).__name__}: {' '.join(str(caught).split())[:240]}** ({place(caught)})",
+            )
+        self.say(f"{found} ({time.monotonic() - started:.1f} s)" if timed else found)
+        if error is not None and "CUDA error" in str(error):
+            sys.exit(AGAIN)  # from here on every call of this process would fail
+
+    def _note(self, name: str) -> None:
+        with (self.folder / BEGUN).open("a") as file:
+            file.write(f"{name}\n")
 
     def wait(self) -> None:
         """For everything that the device has been asked for."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.gpu.day import Day, held
+from benchmarks.gpu.plan import NOT_TRIED
 from lorainit import hardware
 from lorainit.events import Checkpoint, Done, Event, Message, Metrics
 from lorainit.inits import INITS
@@ -207,7 +208,7 @@ def _on_both(jobs: Jobs, spec: RunSpec) -> str:
 def nf4(day: Day) -> None:
     """Bases in NF4, where bitsandbytes is installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        day.say("- not tried: bitsandbytes is not installed")
+        day.say(f"- {NOT_TRIED}: bitsandbytes is not installed")
         return
     jobs = Jobs(day)
     names = [name for name, config in INITS.items() if "nf4" in config.facts.quantization]
@@ -221,7 +222,7 @@ def nf4(day: Day) -> None:
 def memory(day: Day) -> None:
     """A step that does not fit is cut into smaller passes, and the run ends."""
     if not day.has_gpu:
-        day.say("- not tried: a processor has no limit that a process can set itself")
+        day.say(f"- {NOT_TRIED}: a processor has no limit that a process can set itself")
         return
     day.attempt("a batch that does not fit", lambda: _cut(Jobs(day)))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.pretended.cases import BY_TWO, cases_on
+from tests.pretended.ends import ends_well
 
 ROOT = Path(__file__).parents[2]
-WELL = ("ends checked", "the same bits", "factors differ by", "all refused", "2 put off, 0 batches cut")
 
 
 def run(folder: Path, *names: str, on: str = "pretended") -> list[dict[str, str]]:
@@ -28,8 +28,7 @@ def run(folder: Path, *names: str, on: str = "pretended") -> list[dict[str, str]
 
 
 def require_well(found: dict[str, str]) -> None:
-    parts = found["found"].split("; ")
-    assert all("**" not in part and any(words in part for words in WELL) for part in parts), found
+    assert ends_well(found["found"]), found
 
 
 def test_a_run_goes_on_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
