@@ -74,7 +74,7 @@ def inside(args: argparse.Namespace) -> int:
 
 def page(texts: dict[str, str], device: str) -> str:
     """docs/speed-gpu.md: what is fixed, the verdict, then each section as it came or that it was not tried."""
-    parts = [f"## {one.title}\n\n{texts.get(one.name, 'Not tried.')}" for one in SECTIONS]
+    parts = [f"## {one.title}\n\n*{one.shows}*\n\n{texts.get(one.name, 'Not tried.')}" for one in SECTIONS]
     date = datetime.now(UTC).date().isoformat()
     where = f"Nothing was measured on a GPU: this run was on a processor, {date}, and shows that the command works."
     if device != "cpu":

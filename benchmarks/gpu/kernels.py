@@ -65,7 +65,8 @@ def attention(day: Day) -> None:
     """Packed rows by our attention: outputs and all gradients, beside explicit attention row by row in float64."""
     sizes = SIZES[:2] if day.tiny else SIZES
     for dtype, size, (kind, heads), window in product(EXACT, sizes, HEADS.items(), WINDOWS):
-        name = f"{str(dtype).removeprefix('torch.')}, head size {size}, {kind}, window {window}"
+        shown = f"a window of {window}" if window else "no window"
+        name = f"{str(dtype).removeprefix('torch.')}, head size {size}, {kind}, {shown}"
         day.attempt(name, lambda d=dtype, s=size, h=heads, w=window: _attention_error(day, d, s, h, w))
 
 

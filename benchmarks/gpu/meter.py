@@ -37,12 +37,12 @@ class Meter:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around one step."""
+        self.day.wait()
+        started, used = time.perf_counter(), time.thread_time()
         with self._looking():
-            self.day.wait()
-            started, used = time.perf_counter(), time.thread_time()
             yield
-            busy = time.thread_time() - used
-            self.day.wait()
+        busy = time.thread_time() - used
+        self.day.wait()
         if WARM <= self.done < WARM + self.timed:
             self.seconds.append(time.perf_counter() - started)
             self.busy.append(busy)
@@ -59,6 +59,7 @@ class Meter:
             self.peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 yield
+                self.day.wait()
             self.kernels = str(sum(1 for e in profile.events() if _is_kernel(e)))
         else:
             with _waits() as found:

@@ -45,7 +45,8 @@ def hf_trainer(day: Day, case: Case, model: Any, meter: Meter) -> None:
 def arguments_of(day: Day, case: Case, meter: Meter) -> dict[str, Any]:
     """TrainingArguments' keywords for so many steps as the meter wants."""
     work = Work(steps=meter.steps, batch=case.count, r=RANK, alpha=2 * RANK, learning_rate=1e-4)
-    own: dict[str, Any] = {"use_cpu": not day.has_gpu, "bf16": day.has_gpu, "logging_strategy": "no"}
+    own: dict[str, Any] = {"use_cpu": not day.has_gpu, "bf16": day.has_gpu, "dataloader_pin_memory": day.has_gpu}
+    own["logging_strategy"] = "no"
     if case.again:
         own |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return rival_arguments(work, Rival("hf", arguments=own), out=day.folder / "trainer")

@@ -149,7 +149,7 @@ def test_an_unsloth_that_works_is_measured_in_a_process_of_its_own(day, capsys, 
 
 
 def some(name, seconds=60.0, **more):
-    return Section(name, name.title(), ("kernels", "machine"), seconds, **more)
+    return Section(name, name.title(), "what it shows", ("kernels", "machine"), seconds, **more)
 
 
 class Time:
@@ -363,9 +363,10 @@ def test_a_page_lists_first_what_did_not_hold_and_what_was_not_tried():
 def test_a_page_of_a_processor_says_so():
     text = page({"machine": "- no GPU"}, "cpu")
     assert "Nothing was measured on a GPU: this run was on a processor" in text
-    assert "## The machine\n\n- no GPU" in text
+    assert f"## The machine\n\n*{SECTIONS[0].shows}*\n\n- no GPU" in text
 
 
 def test_the_pages_table_of_sections_is_the_plan():
     table = (gpu_day.ROOT / "docs/speed-gpu.md").read_text().partition("| section |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| ([\w-]+) \|", table, re.MULTILINE) == [section.name for section in SECTIONS]
+    rows = re.findall(r"^\| ([\w-]+) \| (.*) \|$", table, re.MULTILINE)
+    assert rows == [(section.name, section.shows) for section in SECTIONS]
