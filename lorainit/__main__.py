@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,18 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
     if any(spec is None for spec in specs):
         return WRONG_SPEC
     runs = [(spec, member) for spec, member in zip(specs, members, strict=True) if spec is not None]
-    with _companions(runs) as others:
-        if args.events_fd is not None:
-            with os.fdopen(args.events_fd, "w", buffering=1) as stream:
-                return _run(runs, stop, lambda event: _write(stream, event), others)
-        if _rank():
-            return _run(runs, stop, partial(leave_word, args.out), others)  # another process of this run speaks
-        from lorainit.progress import Display
+    if args.events_fd is not None:
+        with os.fdopen(args.events_fd, "w", buffering=1) as stream:
+            return _run_with_companions(runs, stop, lambda event: _write(stream, event))
+    if _rank():
+        return _run_with_companions(runs, stop, partial(leave_word, args.out))  # another process of this run speaks
+    from lorainit.progress import Display
 
-        with Display() as display:
-            code = _run(runs, stop, partial(_aloud, display.show), others)
-        display.conclude()
-        return code
+    with Display() as display:
+        code = _run_with_companions(runs, stop, partial(_aloud, display.show))
+    display.conclude()
+    return code
 
 
 class _Member(NamedTuple):
@@ -117,6 +116,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_with_companions(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent) -> int:
+    with ExitStack() as exits:
+        try:
+            others = exits.enter_context(_companions(runs))
+        except Exception as error:
+            return _fail(error, range(len(runs)), on_event, Others())
+        return _run(runs, stop, on_event, others)
+
+
 def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
     """Run, and turn every way to end into events and an exit code."""
     code = _run_to_an_end(runs, stop, on_event, others)
@@ -128,10 +136,6 @@ def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, 
 def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
     open_runs, failed = set(range(len(runs))), False
     others.watch(partial(_end_as, on_event=on_event, others=others))
-
-    def fail(who: int, error: LorainitError) -> None:
-        on_event(Failed(member=who, code=error.code, message=error.message, param=error.param))
-
     try:
         settings = machine.set_up()  # loads torch: seconds, and only then the libraries that need it
         machine.keep_kernels(runs[0][0].cache)
@@ -147,33 +151,49 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
         for who, end in run_together(requests):
             open_runs.discard(who)
             if isinstance(end, LorainitError) and not isinstance(end, Dropped):
-                fail(who, end)
+                on_event(_last_word(who, end))
                 failed = True
     except (Stopped, KeyboardInterrupt):
         return STOPPED
-    except LorainitError as error:
-        silent = isinstance(error, DeviceSilent)
-        if silent and (loss := others.loss()):
-            _end_as(loss, on_event, others)
-        for who in sorted(open_runs):
-            fail(who, error)
-        if silent:
-            others.dismiss()
-            _kill_the_leading_one()
-        return FAILED
     except BrokenPipeError:
         return STOPPED  # nobody listens any more
     except Exception as error:
-        traceback.print_exc()
-        if loss := others.loss():
-            _end_as(loss, on_event, others)
         if len(runs) > 1 and _ended_cuda_for_all(error):
+            traceback.print_exc()
             return FAILED  # without a word about any: each is tried by itself
-        text = "The run failed for a reason that is ours, not yours."
-        for who in sorted(open_runs):
-            on_event(Failed(member=who, code="internal_error", message=text))
-        return FAILED
+        return _fail(error, sorted(open_runs), on_event, others)
     return FAILED if failed else 0
+
+
+def _fail(error: Exception, members: Iterable[int], on_event: OnEvent, others: Others) -> int:
+    """Tell these members of the run what has ended it, whether it had begun or not."""
+    ours = _in_our_words(error)
+    if ours is None:
+        traceback.print_exception(error)
+    is_lost = isinstance(ours, DeviceSilent)
+    if (is_lost or ours is None) and (loss := others.loss()):
+        _end_as(loss, on_event, others)
+    for who in members:
+        on_event(_last_word(who, ours or LorainitError("The run failed for a reason that is ours, not yours.")))
+    if is_lost:
+        others.dismiss()
+        _kill_the_leading_one()
+    return FAILED
+
+
+def _in_our_words(error: Exception) -> LorainitError | None:
+    """What the library calls it, also before `run_together` has begun, as when a kernel's cache is on a full disk."""
+    if isinstance(error, LorainitError):
+        return error
+    try:
+        from lorainit import isolation
+    except Exception:
+        return None  # what cannot be loaded is what went wrong
+    return isolation.our_error(error)
+
+
+def _last_word(who: int, error: LorainitError) -> Failed:
+    return Failed(member=who, code=error.code, message=error.message, param=error.param)
 
 
 def load() -> None:
@@ -225,9 +245,9 @@ def _watched(spec: RunSpec, on_event: OnEvent, others: Others) -> OnEvent:
 
 
 def _ended_cuda_for_all(error: Exception) -> bool:
-    from lorainit import breakage
+    from lorainit import machine_errors
 
-    return breakage.of_an_assert(error)
+    return machine_errors.is_kernel_assert(error)
 
 
 def _kill_the_leading_one() -> None:

@@ -22,6 +22,7 @@ from lorainit.hardware import is_out_of_memory
 from lorainit.initialize import Report
 from lorainit.inits import EVA
 from lorainit.layer import LoRALinear, borrowed
+from lorainit.machine_errors import is_machine_failure
 from lorainit.model import tokenizer_files
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.load import free
@@ -172,7 +173,7 @@ def _compared(
             on_event=on_event,
         )
     except check.FAULTS as error:  # a base that does not run in bf16, for one: the adapter has passed its check
-        if beside and is_out_of_memory(error):
+        if is_machine_failure(error) and (beside or not is_out_of_memory(error)):
             raise
         reason = f"measuring it failed: {check.short(error)}"
         result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=reason, on_event=on_event)

@@ -10,6 +10,7 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
     ├── TooFewDevices          (the operator's: more devices were promised than the worker has)
+    ├── SharedMemoryFull       (the operator's: /dev/shm, in which processes hand each other memory)
     ├── DeviceSilent           (passes: a process of the run is gone, or does not answer the others)
     ├── UnusableDevice         (the operator's: there are GPUs, and CUDA cannot use them, or not any more)
     ├── Dropped                (not a failure: one run of a group is not ours any more)
@@ -132,7 +133,15 @@ class GroupMismatch(LorainitError):
 
 
 class TooFewDevices(LorainitError):
-    """The machine has fewer devices than the run was promised."""
+    """The machine has fewer devices than the run was promised; another worker may have them."""
+
+    code = "device_failed"
+
+
+class SharedMemoryFull(LorainitError):
+    """There is no room in /dev/shm, in which processes hand each other memory; another worker may have more of it."""
+
+    code = "worker_lost"
 
 
 class DeviceSilent(LorainitError):

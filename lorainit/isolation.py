@@ -4,17 +4,17 @@ Knows nothing of training: it tells whose an error is, puts the machine's failur
 lay in memory when they happened.
 """
 
-import errno
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lorainit import breakage, hardware, silence
+from lorainit import hardware, machine_errors, shared_memory, silence
 from lorainit.errors import (
     DeviceSilent,
     DiskFull,
     LorainitError,
     OutOfMemory,
+    SharedMemoryFull,
     Stopped,
     UnsupportedModel,
     UnusableDevice,
@@ -66,7 +66,7 @@ def end_of(error: Exception, *, alone: bool) -> LorainitError:
         UnusableDevice, DeviceSilent: the GPU, or another process, has failed for all.
         Exception: the error itself, if it is none of ours and the run is alone, or if it ended CUDA for all.
     """
-    if isinstance(error, Stopped | UnusableDevice) or breakage.of_an_assert(error):
+    if isinstance(error, Stopped | UnusableDevice) or machine_errors.is_kernel_assert(error):
         raise error
     if alone:
         if isinstance(error, LorainitError):
@@ -111,22 +111,31 @@ def our_error(error: Exception) -> LorainitError | None:
     """An error in our words; None where it is nothing that a caller can do something about."""
     if isinstance(error, LorainitError):
         return error
+    found = (_of_the_machine(one) for one in machine_errors.with_causes(error))
+    return next((ours for ours in found if ours), None) or _of_the_model(error)
+
+
+def _of_the_machine(error: BaseException) -> LorainitError | None:
     if hardware.is_out_of_memory(error):
         return OutOfMemory(
             "The device ran out of memory. A smaller max_length or batch_size, a lower r, or fewer target modules"
             " helps.",
             param="training.max_length",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(f"No space left to write {error.filename or 'the results'}.")
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    if "No space left on device" in text:
-        return DiskFull("No space left to write the results.")
-    if breakage.of_device(error):
-        said = " ".join(text.splitlines()[0].split())[:300]
+    if shared_memory.is_full(error):
+        return SharedMemoryFull(shared_memory.FULL)
+    if machine_errors.is_full_disk(error):
+        return DiskFull(f"No space left to write {getattr(error, 'filename', None) or 'the results'}.")
+    if machine_errors.is_failed_device(error):
+        said = " ".join(str(error).splitlines()[0].split())[:300]
         return UnusableDevice(f"The GPU failed while the run was using it: {said}")
-    if how := breakage.of_another_process(error):
+    if how := machine_errors.lost_process(error):
         return DeviceSilent(silence.failure().message if how == "silent" else silence.GONE)
+    return None
+
+
+def _of_the_model(error: Exception) -> LorainitError | None:
+    text = str(error) if isinstance(error, RuntimeError) else ""
     if "deterministic" in text and "use_deterministic_algorithms" in text:
         return UnsupportedModel(
             "This base model needs a kernel without a deterministic form: set deterministic to false.",

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lorainit.batches import Batch
 from lorainit.errors import UnsupportedModel
+from lorainit.machine_errors import is_machine_failure
 
 # Logits held at once: 64 MB in float32. SmolLM2's 49,152 words make that 341 positions.
 LOGITS = 1 << 24
@@ -132,8 +133,10 @@ def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
         stage.forward = lambda *_args, **_named: nothing
     try:
         heard: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
-    except Exception:  # it wants more of its decoder than hidden states: nothing is known of it
-        return False
+    except Exception as error:
+        if is_machine_failure(error):
+            raise
+        return False  # it wants more of its decoder than hidden states: nothing is known of it
     finally:
         handle.remove()
         for stage in stages.values():

@@ -21,8 +21,9 @@ from lorainit.errors import ExportCheckFailed, LorainitError, UnsupportedModel
 from lorainit.events import Message
 from lorainit.export import check
 from lorainit.export.effect import Effect, logits_of, observe
-from lorainit.hardware import generator_for, is_out_of_memory, versions
+from lorainit.hardware import generator_for, versions
 from lorainit.layer import LoRALinear, borrowed
+from lorainit.machine_errors import is_machine_failure
 from lorainit.methods import Factors
 from lorainit.model.experts import short_name
 from lorainit.model.load import free
@@ -158,7 +159,7 @@ def _effect(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> Effec
     try:
         effect = observe(job.base.model, layers, texts, divided=bool(job.base.sharded), on_event=on_event)
     except check.FAULTS as error:
-        if is_out_of_memory(error):
+        if is_machine_failure(error):
             raise
         forget_pass(job.base.model)
         name = _culprit(job, layers, on_event)
@@ -190,7 +191,9 @@ def _culprit(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> str:
         try:
             with borrowed(job.base.model, {name: layers[name]}):
                 logits_of(job.base.model, text, dtype=None, on_event=on_event)
-        except check.FAULTS:
+        except check.FAULTS as error:
+            if is_machine_failure(error):
+                raise
             forget_pass(job.base.model)
             return name
     return next(iter(layers))

@@ -1,11 +1,10 @@
 """Errors of libraries that trust the model files they read, as refusals of the model."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lorainit.errors import LorainitError, UnsupportedModel
-from lorainit.hardware import is_out_of_memory
+from lorainit.machine_errors import is_machine_failure
 
 
 @contextmanager
@@ -13,7 +12,7 @@ def as_unsupported(what: str) -> Iterator[None]:
     """Whatever is raised inside, by libraries that trust the files they read, is the files' fault.
 
     A panic of the tokenizers' Rust code is a BaseException that only its name tells apart. What the machine does
-    wrong (no memory, no disk) and what somebody asks for (`Stopped`, an interrupt) is passed on.
+    wrong (no room, a failed device, a lost process) and what somebody asks for (`Stopped`, an interrupt) is passed on.
     """
     try:
         yield
@@ -22,7 +21,7 @@ def as_unsupported(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if is_machine_failure(error):
             raise
         raise UnsupportedModel(f"{what}: {_words(error)}", param="model") from error
 

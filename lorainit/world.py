@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from lorainit import breakage, silence
+from lorainit import machine_errors, silence
 from lorainit.errors import DeviceSilent, TooFewDevices
 from lorainit.launch import RENDEZVOUS
 
@@ -106,7 +106,7 @@ def joined(device: torch.device) -> Iterator[World]:
     try:
         distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience, **meeting)
     except RuntimeError as error:
-        if breakage.of_another_process(error) is None:
+        if machine_errors.lost_process(error) is None:
             raise
         within = f"{patience.total_seconds():.0f} seconds"
         text = f"Not all {size} processes of this run met within {within}: one hangs, or is gone."

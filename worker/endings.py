@@ -12,14 +12,13 @@ from api.core.logs import get_logger
 from api.core.models import File, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
+from lorainit import shared_memory
 from lorainit.events import Failed
 from worker.patience import PASSING
 from worker.progress import Lost
 from worker.supervisor import Outcome
 
 LEASE_LOST = 75  # how the child leaves when no lease holds any more
-# Killed, or asked to leave, by somebody who was not us: the job is not to blame.
-FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
 DISK_FULL, DEVICE_FAILED = "disk_full", "device_failed"
 # What the child found wrong with something else than the job: it is tried again, with a limit.
 PASSES = ("hub_unavailable", "worker_lost", DEVICE_FAILED)
@@ -61,11 +60,11 @@ def silent(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
     elif outcome.returncode == LEASE_LOST:
         raise Lost
     elif _may_try_alone(job):
-        _retry(lease, _how(outcome.returncode))
+        _retry(lease, _how(outcome))
     elif outcome.returncode == -signal.SIGKILL and outcome.memory_ran_out:
         fail(lease, KILLED)
-    elif outcome.returncode in FROM_OUTSIDE:
-        lose(lease, f"The training process {_how(outcome.returncode)}")
+    elif outcome.is_lost:
+        lose(lease, f"The training process {_how(outcome)}")
     else:
         fail(lease, _unexplained(outcome.returncode))
 
@@ -99,7 +98,9 @@ def wait_for_room(lease: Lease, reason: str) -> None:
 
 def broken(lease: Lease, error: Exception) -> None:
     """The worker itself could not go on: its disks, what it depends on, or a bug."""
-    if isinstance(error, PASSING) and not disk.is_full(error):  # for ten minutes, and perhaps only for this worker
+    if shared_memory.is_full(error):  # the database's, for one
+        lose(lease, shared_memory.FULL.rstrip("."))
+    elif isinstance(error, PASSING) and not disk.is_full(error):  # for ten minutes, and perhaps only for this worker
         lose(lease, "The worker could not reach the database or the storage")
     else:
         fail(lease, failure_of(error))
@@ -154,8 +155,13 @@ def _give_back(lease: Lease, reason: str) -> None:
         session.commit()
 
 
-def _how(returncode: int) -> str:
-    return f"was killed (signal {-returncode})" if returncode < 0 else f"ended with exit code {returncode} and no word"
+def _how(outcome: Outcome) -> str:
+    if outcome.crash == "SIGBUS":  # by which a process ends that writes to memory of a file without room
+        return f"crashed (SIGBUS); a full /dev/shm is the usual cause ({shared_memory.MORE})"
+    if outcome.crash:
+        return f"crashed ({outcome.crash})"
+    code = outcome.returncode
+    return f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code} and no word"
 
 
 def _unexplained(returncode: int) -> Failure:

@@ -19,7 +19,7 @@ from lorainit import gpus
 from lorainit.events import Event, Failed
 from worker import scratch
 from worker.endings import DEVICE_FAILED
-from worker.supervisor import PROGRAM, environment_of_runs
+from worker.supervisor import PROGRAM, Outcome, environment_of_runs
 
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds, doubled from the second failure in a row on
 ANSWER_SECONDS = 300.0
@@ -35,11 +35,16 @@ class Health:
         self._failures = 0
         self._why: str | None = None
 
-    def hear(self, event: Event) -> None:
+    def note_event(self, event: Event) -> None:
         """An event of a run: it may be that its GPU has failed, or that one of its GPUs may be what hangs."""
         codes = (DEVICE_FAILED, "worker_lost") if gpus.visible() else (DEVICE_FAILED,)
         if isinstance(event, Failed) and event.code in codes:
             self._why = event.message
+
+    def note_end(self, outcome: Outcome) -> None:
+        """How a run's process ended: drivers and libraries of a GPU that fails may crash it, and nobody says why."""
+        if outcome.crash and not outcome.stopped and gpus.visible():
+            self._why = self._why or f"The process of a run crashed ({outcome.crash})."
 
     def rest_if_broken(self, names: str | None, flag: Path, *, is_leaving: Callable[[], bool]) -> None:
         """After each run: return when the GPUs work, or when the worker leaves.
@@ -53,7 +58,7 @@ class Health:
             self._failures = 0
         while why is not None:
             self._failures += 1
-            log.error("no job is taken: a run found a broken GPU", reason=why, gpus=names)
+            log.error("no job is taken until the GPU has been looked at", reason=why, gpus=names)
             with scratch.raised(flag, why):
                 if _sleep(_wait(self._failures), is_leaving):
                     return

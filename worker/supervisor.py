@@ -26,6 +26,8 @@ from worker.memory import offer_to_the_oom_killer, oom_kills
 from worker.warm import Forked, Warm
 
 PROGRAM = (sys.executable, "-m", "lorainit")
+# How a child ends that somebody has killed, or asked to leave, who was not us.
+FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
 POLL_SECONDS = 0.2
 Child = subprocess.Popen[bytes] | Forked
 StopReason = Literal["", "drain", "lost"]
@@ -52,6 +54,17 @@ class Outcome:
     stopped: bool
     stderr_tail: str
     memory_ran_out: bool = False
+
+    @property
+    def crash(self) -> str | None:
+        """The signal that ended the child from inside, as "SIGABRT"; None where it left or somebody else killed it."""
+        is_crash = self.returncode < 0 and self.returncode not in FROM_OUTSIDE
+        return signal.Signals(-self.returncode).name if is_crash else None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a signal ended the child, from inside or outside: from that nobody can tell whose fault it is."""
+        return self.returncode < 0 or self.returncode in FROM_OUTSIDE
 
 
 def run_child(

@@ -70,7 +70,7 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
     settings = get_settings()
 
     def on_event(event: Event) -> None:
-        rest.of_this_slot().hear(event)
+        rest.of_this_slot().note_event(event)
         members[event.member].take(event)
 
     def should_stop() -> StopReason:
@@ -92,6 +92,7 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
         log.exception("the worker failed")
         wait([member.give_up() for member in members])
         return
+    rest.of_this_slot().note_end(outcome)
     if outcome.returncode and not outcome.stopped:
         log.error("the run ended badly", returncode=outcome.returncode, stderr=outcome.stderr_tail)
     # Pausing one of several stops the process of all; the others go back to the queue with a checkpoint, too.

@@ -63,5 +63,6 @@ def clean(text: str, names: Mapping[str, str]) -> str:
 
 
 def _last_part(found: re.Match[str]) -> str:
-    here = Path(found[1]).exists()  # a route or a place in a JSON document begins nowhere
+    # A route or a place in a JSON document begins nowhere; devices, and /dev/shm, have their names on every host.
+    here = Path(found[1]).exists() and found[1] != "/dev"
     return Path(found[0]).name if here else found[0]

@@ -23,7 +23,7 @@ from lorainit.errors import ExportCheckFailed
 from lorainit.events import Event, Tick
 from lorainit.export.effect import Change, Effect, logits_of, norm_of, observe_peft
 from lorainit.export.peft_adapter import MAGNITUDE, WEIGHTS
-from lorainit.hardware import is_out_of_memory
+from lorainit.machine_errors import is_machine_failure
 
 OnEvent = Callable[[Event], None]
 MAX_PROMPTS, PROMPT_TOKENS = 4, 64
@@ -119,7 +119,7 @@ def check(
         place(model, [p for name, p in model.named_parameters() if ".lora_" in name])
         found = _compare(model, effect, layers_only=layers_only, on_event=on_event)
     except FAULTS as error:
-        if is_out_of_memory(error):
+        if is_machine_failure(error):  # nothing was compared
             raise
         found = _Found(f"{'loading it' if model is None else 'running it'} failed: {short(error)}", distance=None)
         unread = unread or (found.message if model is None else None)

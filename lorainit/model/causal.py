@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lorainit.errors import UnsupportedModel
+from lorainit.machine_errors import is_machine_failure
 
 MAX_PARAMETERS = 300_000_000  # of a copy: 1.2 GB in float32
 LAYERS = 12  # if they show every kind of module: kinds recur within six (Gemma 3) or eight (Jamba)
@@ -55,6 +56,8 @@ def require_causal(config: Any, skeleton: nn.Module) -> None:
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
     except Exception as error:
+        if is_machine_failure(error):
+            raise
         raise _untried(config, error) from error
     if logits.shape[:2] != ids.shape or logits.ndim != 3:
         raise _not_causal(config, f"it answers {tuple(logits.shape)} to {tuple(ids.shape)} tokens")
@@ -103,6 +106,8 @@ def _narrow_copy(config: Any, kinds: set[type]) -> nn.Module:
             if small and {type(module) for module in shape.modules()} == kinds:
                 return _filled(narrow)
         except Exception as error:  # whatever a configuration may do that does not fit together
+            if is_machine_failure(error):
+                raise
             problem = error
         if time.process_time() > end:
             break

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from lorainit.errors import UnsupportedModel
+from lorainit.machine_errors import is_machine_failure
 from lorainit.model.files import Stored, counted, stored_weights
 from lorainit.model.tied_weights import require_same_where_tied
 
@@ -48,6 +49,8 @@ def require_complete(folder: Path, skeleton: nn.Module) -> None:
                 ignore_mismatched_sizes=True,
             )
         except RuntimeError as error:
+            if is_machine_failure(error):
+                raise
             raise _unfit(complaints, stored) from error
     require_nothing_left(report, stored)
     _require_floating(skeleton, stored)

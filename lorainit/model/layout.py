@@ -16,6 +16,7 @@ from torch import Tensor
 from lorainit.batches import Batch, Regime, collate, pack
 from lorainit.data import Sample
 from lorainit.hardware import is_out_of_memory
+from lorainit.machine_errors import is_machine_failure, is_missing_kernel
 from lorainit.model import attention
 from lorainit.model.parts import forget_pass
 from lorainit.model.positions import chosen_tokens, regime_of
@@ -91,7 +92,7 @@ def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Lay
             try:
                 judge.try_out(trial)
             except Exception as error:  # a kernel's, the architecture's: whatever it is, this is not the way
-                if is_out_of_memory(error):
+                if _says_nothing_of_a_layout(error):
                     raise
                 forget_pass(model)
                 why.append(_reason(error))
@@ -101,12 +102,17 @@ def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Lay
             else:
                 return Layout(trial.rows, why[0] if why else None, regime)
     except Exception as error:
-        if is_out_of_memory(error):
+        if _says_nothing_of_a_layout(error):
             raise
         forget_pass(model)
         why.append(f"its stock attention could not be tried: {_reason(error)}")
     _switch(model, loaded)
     return Layout("one by one", "; padded: ".join(dict.fromkeys(why)), _alone)
+
+
+def _says_nothing_of_a_layout(error: Exception) -> bool:
+    """Whether it is the machine's; of one kernel that was not built for this GPU another layout has no need."""
+    return is_machine_failure(error) and not is_missing_kernel(error)
 
 
 def _alone(_tokens: int) -> int | None:

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM
 
 from lorainit.errors import UnsupportedModel
+from lorainit.machine_errors import is_machine_failure
 from lorainit.model.like_layers import counterpart, like_layers, skip
 from lorainit.model.names import pattern_of
 
@@ -139,9 +140,9 @@ def _try_each(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
     """Args: end: when the thread's processor time is up."""
     try:
         found = _observe(config, names, end)
-    except UnsupportedModel:
-        raise
     except Exception as error:
+        if isinstance(error, UnsupportedModel) or is_machine_failure(error):
+            raise
         text = f"The architecture of the base model cannot be tried out: {' '.join(str(error).split())[:400]}"
         raise UnsupportedModel(text, param="model") from error
     left = [name for name in names if name not in found]
@@ -150,16 +151,16 @@ def _try_each(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
         kinds.setdefault(pattern_of(name), []).append(name)
     try:
         return found | _adapt(config, left, end)
-    except UnsupportedModel:
-        raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, UnsupportedModel) or is_machine_failure(error):
+            raise
         for group in kinds.values():
             try:
                 found |= _adapt(config, group, end)
-            except UnsupportedModel:
-                raise
-            except Exception as error:
-                found |= dict.fromkeys(group, _because(error))
+            except Exception as its_own:
+                if isinstance(its_own, UnsupportedModel) or is_machine_failure(its_own):
+                    raise
+                found |= dict.fromkeys(group, _because(its_own))
     return found
 
 

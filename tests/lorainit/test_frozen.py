@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorainit import breakage, silence
+from lorainit import machine_errors, silence
 from tests.lorainit.test_world import ENDLESS, is_there, wait
 
 GLOO = """
@@ -45,8 +45,8 @@ def while_it_verifies(other, out, events):
     wait(lambda: '"stage":"verifying"' in events.read_text())
 
 
-def end_of_a_run(one, folder, when, *, leading_hangs=False):
-    """Freeze a process of it at that moment; its exit code and last event, and whether anybody is left."""
+def end_of_a_run(one, folder, when, *, leading_hangs=False, end=psutil.Process.suspend):
+    """Freeze a process of it at that moment, or `end` it; its exit code and last event, and whether anybody is left."""
     file, out, events = folder / "spec.json", folder / "out", folder / "events"
     file.write_text(one.model_dump_json())
     with events.open("w") as stream:
@@ -59,7 +59,7 @@ def end_of_a_run(one, folder, when, *, leading_hangs=False):
     wait(lambda: len(process.children()) == one.devices - 1)
     family = [process, *process.children()]
     when(family[-1], out, events)
-    (process if leading_hangs else family[-1]).suspend()
+    end(process if leading_hangs else family[-1])
     said = leading.communicate(timeout=600)[1]
     *_, last = [json.loads(line) for line in events.read_text().splitlines()] or [None]
     wait(lambda: not any(is_there(one) for one in family), seconds=10)
@@ -81,6 +81,12 @@ def test_a_process_that_hangs_in_the_verification_ends_the_run_and_does_not_stay
     one = spec(devices=2, training={"max_steps": 2, "checkpoint_interval": 1, "shard_base": True})
     code, last, said = end_of_a_run(one, tmp_path, while_it_verifies)
     assert (code, last["kind"], last["code"]) == (1, "failed", "worker_lost"), said
+
+
+def test_a_process_that_is_killed_in_the_verification_is_no_verdict_on_the_adapter(spec, tmp_path):
+    one = spec(devices=2, training={"max_steps": 2, "checkpoint_interval": 1, "shard_base": True})
+    code, last, said = end_of_a_run(one, tmp_path, while_it_verifies, end=psutil.Process.kill)
+    assert (code, last["kind"]) == (-signal.SIGKILL, "tick"), said
 
 
 @pytest.mark.slow
@@ -154,9 +160,9 @@ def test_what_gloo_says_of_another_process_is_told_in_our_words(tmp_path, count,
 )  # fmt: skip
 def test_a_process_that_fails_the_others_is_known_by_its_librarys_words(monkeypatch, words, how):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert breakage.of_another_process(RuntimeError(words)) == how
+    assert machine_errors.lost_process(RuntimeError(words)) == how
 
 
 def test_a_run_of_one_process_has_no_other_that_could_be_gone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert breakage.of_another_process(RuntimeError("Connection reset by peer")) is None
+    assert machine_errors.lost_process(RuntimeError("Connection reset by peer")) is None

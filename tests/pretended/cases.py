@@ -150,6 +150,43 @@ def _run_together(day: Day, name: str, specs: list[RunSpec], on_event: Callable[
     return [end for _, end in sorted(ends.items()) if isinstance(end, Done)]
 
 
+_BROKEN = "CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA` for assertions."
+
+
+def _fails_while_it_verifies(day: Day) -> str:
+    """The GPU fails at several moments of both checks of a download, in a run alone and in one of two."""
+    jobs = Jobs(day)
+    specs = [jobs.spec(training={"max_steps": steps, "batch_size": 2}) for steps in (1, 2)]
+    told = list[str]()
+    for count, stage, after in (
+        (1, "initializing", 0),
+        (1, "initializing", 30),
+        (1, "verifying", 0),
+        (2, "verifying", 1),
+    ):
+        try:
+            _run_together(day, f"fails-{len(told)}", specs[:count], _breaking(stage, after))
+            told.append("ended well")
+        except Exception as error:
+            told.append(getattr(error, "code", type(error).__name__))
+        finally:
+            device.fail(None)
+    return "told as device_failed" if set(told) == {"device_failed"} else f"**{', '.join(told)}**"
+
+
+def _breaking(stage: str, after: int) -> Callable[[Event], None]:
+    """Breaks the GPU for good so many events after this stage has begun."""
+    heard = list[Event]()
+
+    def listen(event: Event) -> None:
+        if heard or (isinstance(event, Stage) and event.stage == stage):
+            heard.append(event)
+        if len(heard) == after + 1:
+            device.fail(_BROKEN)
+
+    return listen
+
+
 def _by_two(day: Day, **asked: Any) -> str:
     """A run of two processes, beside one that is alone."""
     jobs = Jobs(day)
@@ -193,6 +230,7 @@ PRETENDED: dict[str, Case] = {
     "no kernel for packed rows": _padded,
     "token budget": _budget,
     "group without room for two bases": _short_of_memory,
+    "a GPU that fails while it verifies": _fails_while_it_verifies,
 }
 
 # What it has not: kernels of bitsandbytes, an allocator, and neighbours.

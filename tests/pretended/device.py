@@ -66,6 +66,7 @@ class Memory:
 
 _lying: dict[int, Any] = {}
 memory = Memory()
+_failure: str | None = None  # what every operation says; CUDA, too, stays broken in a process
 _tally = Tally()
 _generators: list[torch.Generator] = []
 
@@ -160,6 +161,12 @@ def switched_on() -> Iterator[Tally]:
         yield _tally
 
 
+def fail(words: str | None) -> None:
+    """From now on every operation of the device fails with these words; None = it works again."""
+    global _failure
+    _failure = words
+
+
 def tally() -> Tally:
     """What was counted since the device was switched on."""
     return _tally
@@ -205,6 +212,8 @@ def _done(func: Any, args: Any, kwargs: Any) -> Any:
     made_there = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == NAME
     if not there and not made_there:
         return func(*args, **kwargs)
+    if _failure is not None:
+        raise RuntimeError(_failure)
     here = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, There)]
     rules.check(func, there, here, args)
     source = kwargs.get("generator")

@@ -1,6 +1,13 @@
 """Which words of a case say that it ended well."""
 
-WELL = ("ends checked", "the same bits", "factors differ by", "all refused", "2 put off, 0 batches cut")
+WELL = (
+    "ends checked",
+    "the same bits",
+    "factors differ by",
+    "all refused",
+    "2 put off, 0 batches cut",
+    "told as device_failed",
+)
 
 
 def ends_well(found: str) -> bool:

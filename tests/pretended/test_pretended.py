@@ -38,6 +38,11 @@ def test_a_run_goes_on_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
     assert "**" not in str(resumed["found"])
 
 
+def test_a_gpu_that_fails_while_a_download_is_checked_is_no_verdict_on_it(tmp_path: Path) -> None:
+    (found,) = run(tmp_path, "a GPU that fails while it verifies")
+    assert found["found"] == "told as device_failed"
+
+
 @pytest.mark.slow
 def test_every_kind_of_run_ends_well_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
     for found in run(tmp_path, *cases_on("pretended")):

@@ -1,6 +1,7 @@
 """A slot whose GPU has failed a run takes no job until that GPU computes again, and its jobs go back to the queue."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from api.core.settings import get_settings
 from lorainit.events import Failed
 from tests.worker.conftest import Lab
 from worker import app, devices, rest, scratch
+from worker.supervisor import Outcome
 
 FAILS = "for i in range(len(members)): failed(i, 'device_failed')"
 BROKEN = Failed(code="device_failed", message="The GPU failed.", param=None)
@@ -85,7 +87,7 @@ def test_a_run_that_ends_otherwise_begins_the_count_anew(monkeypatch: pytest.Mon
     waited, health = waits(monkeypatch), rest.Health()
     for is_broken in (True, True, False, True):
         if is_broken:
-            health.hear(BROKEN)
+            health.note_event(BROKEN)
         health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
     assert waited == [0.0, 60.0, 0.0]
 
@@ -96,14 +98,36 @@ def test_a_process_that_fell_silent_has_its_gpus_looked_at_where_it_had_any(
 ) -> None:
     monkeypatch.setattr(rest.gpus, "visible", lambda: names)
     waited, health = waits(monkeypatch), rest.Health()
-    health.hear(Failed(code="worker_lost", message="Silence.", param=None))
+    health.note_event(Failed(code="worker_lost", message="Silence.", param=None))
     health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
     assert len(waited) == looked
 
 
+@pytest.mark.parametrize(("names", "looked"), [([], 0), (["0"], 1)])
+def test_after_a_crash_the_slot_looks_at_its_gpu_before_it_takes_the_next_job(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, names: list[str], looked: int
+) -> None:
+    found = list[list[str]]()
+    monkeypatch.setattr(rest.gpus, "visible", lambda: names)
+    monkeypatch.setattr(rest, "examine", lambda *_, **__: found.append(lab.statuses()))
+    lab.run("os.abort()")
+    assert found == [["queued"] * 3] * looked
+
+
+def test_a_run_that_crashes_when_it_is_stopped_or_is_killed_says_nothing_of_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rest.gpus, "visible", lambda: ["0"])
+    waited, health = waits(monkeypatch), rest.Health()
+    for returncode, stopped in ((-signal.SIGABRT, True), (-signal.SIGKILL, False), (1, False)):
+        health.note_end(Outcome(returncode, stopped=stopped, stderr_tail=""))
+        health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
+    assert not waited
+
+
 def test_a_worker_that_leaves_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     health = rest.Health()
-    health.hear(BROKEN)
+    health.note_event(BROKEN)
     monkeypatch.setattr(rest, "PROGRAM", ("no such program",))
     health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: True)
 

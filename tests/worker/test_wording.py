@@ -118,6 +118,7 @@ def test_a_base_that_is_not_there_is_told_by_its_id(tmp_path: Path, name: str) -
         ),
         ("the cache ({home}/.cache/huggingface/hub) lacks files", "the cache (hub) lacks files"),
         ("cannot be fetched from https://hub.example/etc/x", "cannot be fetched from https://hub.example/etc/x"),
+        ("no room in /dev/shm/nccl-x, or /dev/nvidia0", "no room in /dev/shm/nccl-x, or /dev/nvidia0"),
         ("POST /v1/fine_tuning/jobs and/or either/or", "POST /v1/fine_tuning/jobs and/or either/or"),
     ],
 )

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lorainit import __main__ as main
-from lorainit import breakage, gpus, hardware, isolation
-from lorainit.errors import OutOfMemory, UnusableDevice
+from lorainit import gpus, hardware, isolation, machine_errors, world
+from lorainit.errors import DiskFull, OutOfMemory, TooFewDevices, UnusableDevice
 from lorainit.events import Failed, Message
 from lorainit.launch import Others
+from worker import endings
 
 ADVICE = "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below"
 ASSERT = RuntimeError("CUDA error: device-side assert triggered" + ADVICE)
@@ -53,8 +55,49 @@ def test_a_gpu_that_fails_is_the_machines_fault(words):
     ],
 )
 def test_what_the_run_does_wrong_is_not(words):
-    assert not breakage.of_device(RuntimeError(words))
+    assert not machine_errors.is_failed_device(RuntimeError(words))
     assert isolation.our_error(RuntimeError(words)) is None
+
+
+SHARED_MEMORY = [
+    "unable to allocate shared memory(shm) for file </torch_19921_3177843093_0>: No space left on device (28)",
+    "NCCL error in: NCCLUtils.cpp:94, unhandled system error, NCCL version 2.27.3 Last error: Error while creating"
+    " shared memory segment /dev/shm/nccl-JEBY9C (size 5767520)",
+    "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
+    " shared memory. Please try to raise your shared memory limit.",
+]
+
+
+@pytest.mark.parametrize("error", [*map(RuntimeError, SHARED_MEMORY), OSError(28, "No space left on device", "/psm_1")])
+def test_a_full_dev_shm_is_no_full_disk(error):
+    found = isolation.our_error(error)
+    assert found.code == "worker_lost"
+    assert "/dev/shm" in found.message
+    assert "shm_size" in found.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "/scratch/a"),
+        RuntimeError("[enforce fail] No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_whichever_library_writes(error):
+    assert isinstance(isolation.our_error(error), DiskFull)
+
+
+def test_a_kernel_that_wants_more_of_a_gpus_own_shared_memory_is_neither():
+    error = RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
+    assert isolation.our_error(error) is None
+
+
+def test_what_a_library_wraps_is_known_by_its_cause():
+    wrapped = ValueError("The weights cannot be loaded.")
+    wrapped.__cause__ = RuntimeError("CUDA error: unknown error")
+    assert machine_errors.is_machine_failure(wrapped)
+    assert isinstance(isolation.our_error(wrapped), UnusableDevice)
 
 
 def test_memory_that_ran_out_is_no_broken_gpu():
@@ -83,6 +126,49 @@ def test_a_kernel_that_refuses_its_numbers_is_a_verdict_on_one_run_only(monkeypa
     runs = [(spec(), main._Member(tmp_path, tmp_path, None)) for _ in range(count)]
     assert main._run(runs, main._Stop([]), heard.append, Others()) == 1
     assert [event.code for event in heard if isinstance(event, Failed)] == told
+
+
+def told_before_it_begins(monkeypatch, spec, folder, error):
+    """What a run says that meets this error before `run_together`."""
+
+    def broken(_cache):
+        raise error
+
+    heard = []
+    monkeypatch.setattr(main.machine, "set_up", lambda: Message(message="m"))
+    monkeypatch.setattr(main.machine, "keep_kernels", broken)
+    assert main._run([(spec(), main._Member(folder, folder, None))], main._Stop([]), heard.append, Others()) == 1
+    return [event.code for event in heard if isinstance(event, Failed)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device", "/cache"), "disk_full"),
+        (MemoryError(), "out_of_memory"),
+        (RuntimeError("CUDA error: unknown error"), "device_failed"),
+        (RuntimeError("a bug"), "internal_error"),
+    ],
+)
+def test_what_goes_wrong_before_a_run_begins_is_told_in_our_words_too(monkeypatch, spec, tmp_path, error, code):
+    assert told_before_it_begins(monkeypatch, spec, tmp_path, error) == [code]
+
+
+def test_a_run_whose_other_processes_cannot_be_started_says_why(monkeypatch, spec, tmp_path):
+    def broken(*_args, **_named):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(main, "companions", broken)
+    runs, heard = [(spec(devices=2), main._Member(tmp_path, tmp_path, None))], []
+    assert main._run_with_companions(runs, main._Stop([]), heard.append) == 1
+    assert [event.code for event in heard] == ["out_of_memory"]
+
+
+def test_a_worker_with_fewer_devices_than_the_api_promised_has_the_job_tried_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(TooFewDevices, match="2 devices, and its worker sees 1") as refused:
+        world._take_gpu(1, 2)
+    assert refused.value.code in endings.PASSES
 
 
 @pytest.fixture

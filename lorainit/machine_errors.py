@@ -1,17 +1,24 @@
-"""How libraries say that a GPU, or another process of the run, is gone: mostly by words alone.
+"""How libraries say that the machine has failed a run: a failed device, a lost process, no room. Mostly by words alone.
 
-Whose fault that is decides what becomes of the job (docs/decisions/0057, 0058). Knows nothing of jobs.
+Whose fault that is decides what becomes of the job (docs/decisions/0057, 0058). Whoever turns "any error" into a
+verdict on a model or an adapter asks `is_machine_failure` first, and raises such an error as it is.
 """
 
+import errno
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 from torch import distributed
 
+from lorainit import shared_memory
+from lorainit.hardware import is_out_of_memory
+
 # Who speaks of GPUs. cuSOLVER is not among them: its own errors come of matrices that have no decomposition.
 _SPEAKERS = ("cuda", "cudnn", "nvml", "nccl", "nvidia")
+_MISSING = "no kernel image is available"
 # What they say, in lower case, when the same work may succeed on another GPU, or on this one in a new process.
-_BROKEN = (
+_FAILED = (
     "unknown error",
     "no cuda-capable device",
     "no cuda gpus are available",
@@ -21,7 +28,7 @@ _BROKEN = (
     "devices are busy or unavailable",
     "invalid device ordinal",
     "initialization error",
-    "no kernel image is available",  # a GPU that the installed torch was not built for
+    _MISSING,  # a GPU that the installed torch was not built for
     "system not yet initialized",
     "unsupported display driver",  # the driver's kernel module and its library differ
     "forward compatibility was attempted",
@@ -53,6 +60,7 @@ _BROKEN = (
     "cudnn_status_internal_error",
 )
 _ASSERT = "device-side assert"  # a kernel that looked at its numbers and refused them, as an index out of range
+_FULL_DISK = ("No space left on device", "Disk quota exceeded")
 # Words of gloo, NCCL and torch's stores, in lower case, where another process does not answer, and where it is gone.
 _SILENT = (
     "wait timeout",
@@ -84,18 +92,49 @@ _GONE = (
 )
 
 
-def of_device(error: BaseException) -> bool:
+def is_machine_failure(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says nothing of the model, the data or the adapter in work.
+
+    So does a kernel's assert where it ends CUDA for all that share the process, whoever's numbers it refused.
+    """
+    kinds = (is_out_of_memory, is_full_disk, shared_memory.is_full, is_failed_device, is_kernel_assert, lost_process)
+    return any(kind(one) for one in with_causes(error) for kind in kinds)
+
+
+def with_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from: libraries wrap what they meet while they load a model."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a file could not be written for lack of room, if it is not `shared_memory`."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error, Exception) and any(
+        words in str(error) for words in _FULL_DISK
+    )  # safetensors has its own class
+
+
+def is_failed_device(error: BaseException) -> bool:
     """Whether the GPU, or the way to it, has failed and not the run. Ask first whether memory ran out."""
     said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return any(who in said for who in _SPEAKERS) and any(words in said for words in _BROKEN)
+    return any(who in said for who in _SPEAKERS) and any(words in said for words in _FAILED)
 
 
-def of_an_assert(error: BaseException) -> bool:
+def is_missing_kernel(error: BaseException) -> bool:
+    """Whether one kernel was not built for this GPU: others may have been, and the process goes on."""
+    return is_failed_device(error) and _MISSING in str(error).lower()
+
+
+def is_kernel_assert(error: BaseException) -> bool:
     """Whether a kernel refused its numbers: the run is to blame, and CUDA is over for the whole process."""
     return isinstance(error, RuntimeError) and _ASSERT in str(error).lower()
 
 
-def of_another_process(error: BaseException) -> Literal["silent", "gone"] | None:
+def lost_process(error: BaseException) -> Literal["silent", "gone"] | None:
     """How another process of this run fails this one; None if it does not, as where the run has one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
         return None

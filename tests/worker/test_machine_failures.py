@@ -1,0 +1,146 @@
+"""A machine that fails while an adapter is verified fails no job: it goes back to the queue, and is verified elsewhere.
+
+The worker, the database, the storage and the child are real; one thing in the child fails (failing_child.py).
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+
+from api.core import catalogue
+from api.core.db import session_scope
+from api.core.models import Event, Job
+from api.core.settings import get_settings
+from api.core.storage import get_storage
+from lorainit.spec import Hyperparameters, Lora
+from tests.lorainit.conftest import chat
+from tests.test_job_path import tiny_base
+from tests.things import a_file, a_project, a_queued_job
+from tests.worker import failing_child
+from tests.worker.conftest import Lab
+from worker import artifacts, patience, rest, supervisor, tasks
+
+__all__ = ["tiny_base"]  # a fixture
+pytestmark = pytest.mark.usefixtures("service")
+RECIPE = {
+    "lora": Lora.model_validate({"init": "kaiming", "r": 2, "target_modules": ["q_proj"]})
+    .resolved()[0]
+    .model_dump(mode="json"),
+    "training": Hyperparameters(max_steps=2, batch_size=4, learning_rate=1e-2).model_dump(mode="json"),
+}
+BEFORE_TRAINING, DOWNLOAD = "1", "2"
+Worker = Callable[[str, str], Job]
+
+
+@pytest.fixture
+def worker(environment: pytest.MonkeyPatch, tiny_base: Path) -> Worker:
+    """A worker with one queued job, on a machine that fails so in that check; returns what became of the job."""
+    rest._of.cache_clear()
+    settings = {"CATALOGUE": str(tiny_base / "catalogue.toml"), "KEEP_WARM": "false", "RETRY_SECONDS": "0"}
+    for name, value in settings.items():
+        environment.setenv(f"LORAINIT_{name}", value)
+    environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    get_settings.cache_clear()
+    catalogue.forget()
+    environment.setattr(supervisor, "PROGRAM", (sys.executable, "-m", failing_child.__name__))
+    rows = "".join(json.dumps(chat(f"What is {n}?", f"It is {n} and {n}")) + "\n" for n in range(8))
+    with session_scope() as session:
+        project = a_project(session)
+        file = a_file(session, project, bytes=len(rows))
+        get_storage().put(file.storage_key, iter([rows.encode()]))
+        job_id = a_queued_job(session, project, file=file, model="tiny", recipe=RECIPE).id
+        session.commit()
+
+    def run(fails: str, check: str = "") -> Job:
+        environment.setenv("FAILS", fails)
+        environment.setenv("CHECK", check)
+        tasks.run_job(job_id)
+        with session_scope() as session:
+            return session.get_one(Job, job_id)
+
+    return run
+
+
+def last_event(job: Job) -> str:
+    query = select(Event.message).where(Event.job_id == job.id).order_by(Event.sequence.desc()).limit(1)
+    with session_scope() as session:
+        return session.scalars(query).one()
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        ("CUDA", "The GPU failed while the run was using it: CUDA error: uncorrectable ECC error encountered"),
+        ("bus error", "The training process crashed (SIGBUS); a full /dev/shm is the usual cause (shm_size"),
+        ("shared memory", "There was no room left in /dev/shm, the memory that processes share (shm_size"),
+    ],
+)
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_machine_that_fails_while_the_download_is_checked_is_no_verdict_on_the_job(
+    worker: Worker, fails: str, told: str
+) -> None:
+    job = worker(fails, DOWNLOAD)
+    assert (job.status, job.losses) == ("queued", 1), job.error
+    assert last_event(job).startswith(told)
+    assert last_event(job).endswith("while verifying; the job goes back to the queue")
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_download_whose_check_crashed_is_checked_by_the_next_run(worker: Worker) -> None:
+    assert worker("abort", DOWNLOAD).status == "queued"
+    job = worker("")
+    assert job.status == "succeeded", job.error
+    assert job.export_check["passed"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_gpu_that_fails_in_the_check_before_the_first_step_is_no_verdict_either(worker: Worker) -> None:
+    job = worker("CUDA", BEFORE_TRAINING)
+    assert (job.status, job.losses, job.trained_tokens) == ("queued", 1, None), job.error
+    assert "while initializing" in last_event(job)
+
+
+# --- a process that crashes, whenever that is: a script stands in the child's place ---------------
+
+
+@pytest.mark.parametrize("name", ["SIGABRT", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE"])
+def test_a_job_whose_process_crashes_goes_back_to_the_queue_and_is_counted(lab: Lab, name: str) -> None:
+    lab.cancel(2)
+    lab.cancel(3)
+    lab.run(f"import signal; step(0, 1); time.sleep(0.2); os.kill(os.getpid(), signal.{name})")
+    assert (lab.statuses()[0], lab.job(1).losses) == ("queued", 1)
+    assert f"The training process crashed ({name})" in lab.story(1)[-1]
+
+
+def test_a_job_whose_processes_always_crash_fails_in_the_end_and_says_how(
+    lab: Lab, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv("LORAINIT_MAX_ATTEMPTS", "1")
+    get_settings.cache_clear()
+    lab.run("os.abort()")
+    assert lab.statuses() == ["failed"] * 3
+    error = lab.job(1).error or {}
+    assert error["code"] == "worker_lost"
+    assert "The training process crashed (SIGABRT) while loading" in str(error["message"])
+
+
+def test_the_databases_full_shared_memory_is_no_full_disk(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PostgreSQL says of its own /dev/shm."""
+    words = 'could not resize shared memory segment "/PostgreSQL.1" to 8388608 bytes: No space left on device'
+    monkeypatch.setattr(artifacts, "store_result", raising(OperationalError("SELECT", {}, Exception(words))))
+    monkeypatch.setattr(patience, "LONGEST_SECONDS", 0)
+    lab.run("for i in range(3): done(i)")
+    assert lab.statuses() == ["queued"] * 3
+    assert "no room left in /dev/shm" in lab.story(1)[-1]
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
