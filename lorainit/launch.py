@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorainit import machine
+from lorainit import machine, shared_memory
 from lorainit.events import Event, Failed
 from lorainit.limits import tether
 
@@ -36,6 +36,8 @@ class Loss:
     def is_a_consequence(self) -> int:
         """How likely another one's end explains this one: least where it says what is wrong, most where it cannot."""
         if self.word is not None and self.word.code not in ("internal_error", "worker_lost"):
+            return 0
+        if self.word is not None and self.word.message == shared_memory.FULL:
             return 0
         return 1 if self.code < 0 else 3 if self.code == 1 else 2
 

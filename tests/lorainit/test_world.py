@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorainit import shared_memory, silence
 from lorainit.events import Failed
 from lorainit.launch import Others
 from lorainit.run import run
@@ -131,10 +132,10 @@ def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_pa
     assert (last["kind"], last["code"], last["param"]) == ("failed", "invalid_training_file", "data.training"), said
 
 
-def process_that(out, rank, *, says=None, how="sys.exit(1)"):
+def process_that(out, rank, *, says=None, how="sys.exit(1)", message="m"):
     """A stand-in for a companion, which leaves a word and ends."""
     if says is not None:
-        out.joinpath(f"failed-{rank}.json").write_text(Failed(code=says, message="m", param="p").model_dump_json())
+        out.joinpath(f"failed-{rank}.json").write_text(Failed(code=says, message=message, param="p").model_dump_json())
     return subprocess.Popen([sys.executable, "-c", f"import os, sys; {how}"])
 
 
@@ -152,6 +153,14 @@ def test_of_several_that_end_the_one_that_others_followed_is_the_cause(tmp_path,
     others = Others([followers[1], process_that(tmp_path, 2, says=says, how=how), followers[3]], tmp_path)
     loss = others.loss()
     assert (loss.code, loss.word and loss.word.code) == expected
+    others.close()
+
+
+def test_a_full_dev_shm_of_one_is_the_cause_of_what_the_others_say(tmp_path):
+    said = {1: silence.GONE, 2: shared_memory.FULL, 3: silence.GONE}
+    processes = [process_that(tmp_path, rank, says="worker_lost", message=words) for rank, words in said.items()]
+    others = Others(processes, tmp_path)
+    assert others.loss().word.message == shared_memory.FULL
     others.close()
 
 
