@@ -4,11 +4,12 @@ transactions, and is safe to repeat, to interrupt and to run twice at once.
 What a run left in the scratch folder of its host is that host's worker's to remove (`worker.scratch`).
 """
 
+import io
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
-from api.core import idempotency, quotes, retention, tallies
+from api.core import idempotency, quotes, retention, tallies, watches
 from api.core.db import cut_write_ahead_log, session_scope
 from api.core.logs import get_logger
 from api.core.models import Checkpoint, File
@@ -19,6 +20,10 @@ MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 SWEEPS = 2 * HOUR  # every orphan that is old enough has been swept within this
 STALLED = 10 * MINUTE  # whoever goes on with an object after that is told that it is gone, and tries again
 BATCH = 500
+ANOTHER_DATABASE = (
+    "The mark in storage is not the one that this database left there. Was the database restored from a backup, or do"
+    " two databases use this storage? Objects without a row that were written before now are not removed as orphans."
+)
 
 log = get_logger(__name__)
 
@@ -96,17 +101,50 @@ def overwrite() -> bool:
     return False
 
 
+def keep_watch() -> bool:
+    """Find out whether database and storage still belong together, and leave a new mark of that in both."""
+    with session_scope(read_only=True) as session:
+        seen, key = watches.newest(session), watches.mark_key(session)
+    mark = None if key is None else _mark(key)
+    with session_scope() as session:
+        look = watches.begin(session) if seen is None else watches.announce(session, seen, mark)
+        key = watches.mark_key(session)
+        session.commit()
+    if look is None or key is None:
+        return False
+    if seen is not None and seen.lasted and not seen.knows(mark):
+        log.warning("storage_of_another_database", mark=key, help=ANOTHER_DATABASE)
+    get_storage().put(key, io.BytesIO(look.next_token.encode()))
+    with session_scope() as session:
+        watches.settle(session, look)
+        session.commit()
+    return False
+
+
+def _mark(key: str) -> str | None:
+    try:
+        return b"".join(get_storage().read(key)).decode("ascii", "replace")
+    except FileNotFoundError:
+        return None
+
+
 def sweep_orphans() -> bool:
-    """Stored objects that a crash left without a row go, a day after they were written."""
+    """Stored objects that a crash left without a row go, a day after they were written.
+
+    Not those that this database may not know because it was restored from a backup (`api.core.watches`).
+    """
     days = get_settings().orphan_days
     if not days:
         return False
     before = datetime.now(UTC) - timedelta(days=days)
+    with session_scope(read_only=True) as session:
+        watched = watches.spans(session)
     for prefix in retention.OWNERS:
-        keys = get_storage().older_than(before, prefix=prefix)
+        old = get_storage().older_than(before, prefix=prefix)
+        keys = (key for key, written in old if any(since <= written <= until for since, until in watched))
         while batch := list(islice(keys, BATCH)):
             _remove_orphans(batch)
-    for key in get_storage().older_than(before, prefix=PROBE.partition("/")[0]):
+    for key, _ in get_storage().older_than(before, prefix=PROBE.partition("/")[0]):
         if key.startswith(PROBE):  # the bucket may be others' too
             get_storage().delete(key)
     return False
@@ -145,6 +183,7 @@ RESTS: Mapping[Callable[[], object], float] = {
     forget_checkpoints: HOUR,
     forget_jobs: HOUR,
     forget_orders: HOUR,
+    keep_watch: MINUTE,
     overwrite: MINUTE / 2,
     sweep_orphans: HOUR,
     sweep_unfinished: STALLED,

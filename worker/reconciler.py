@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
+from obstore.exceptions import BaseError as StoreError
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
@@ -207,8 +208,8 @@ def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: th
         except Exception as error:
             # Twice a second for as long as a disk is full would fill it further.
             pause = _longer(pause)
-            # Nothing in our code is wrong where a database is away, and a traceback would say no more.
-            say = log.warning if isinstance(error, OperationalError) else log.exception
+            # Nothing in our code is wrong where a database or a store is away, and a traceback would say no more.
+            say = log.warning if isinstance(error, OperationalError | StoreError) else log.exception
             say("a chore of the reconciler failed; it will be tried again", chore=chore.__name__, error=str(error))
             stop.wait(pause)
             continue

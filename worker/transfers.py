@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from api.core.storage import CHUNK, Storage
+from api.core.storage import CHUNK, Found, Storage
 from worker.progress import Lost
 
 
@@ -32,8 +32,8 @@ class WhileOurs:
         """Remove `key`."""
         self._storage.delete(key)
 
-    def older_than(self, time: datetime, *, prefix: str) -> Iterator[str]:
-        """Keys under the folder `prefix` last written before `time`."""
+    def older_than(self, time: datetime, *, prefix: str) -> Iterator[Found]:
+        """Objects under the folder `prefix` last written before `time`."""
         return self._storage.older_than(time, prefix=prefix)
 
     def probe(self) -> None:

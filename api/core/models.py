@@ -398,3 +398,18 @@ class Worker(Base):
     started_at: Mapped[datetime] = mapped_column(UTCDateTime)
     seen_at: Mapped[datetime] = mapped_column(UTCDateTime)
     trouble: Mapped[str | None] = mapped_column(Text)
+
+
+class Watch(Base):
+    """A time in which this database alone went on with its storage (`api.core.watches`).
+
+    `until` is when the mark in the storage was last seen to be `token`; `next_token` is the one that replaces it.
+    """
+
+    __tablename__ = "watches"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    since: Mapped[datetime] = mapped_column(UTCDateTime)
+    until: Mapped[datetime] = mapped_column(UTCDateTime)
+    token: Mapped[str] = mapped_column(String(64))
+    next_token: Mapped[str] = mapped_column(String(64))

@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import obstore
@@ -34,6 +34,13 @@ TICK_SECONDS = 0.1  # between two looks at the breaker while a call is under way
 PROBE = "probe/ready-"  # how the keys of `Storage.probe` begin; a process that is killed meanwhile leaves one
 
 
+class Found(NamedTuple):
+    """An object that a listing found: its key, and when it was last written, by the clock of the store."""
+
+    key: str
+    written_at: datetime
+
+
 class Storage(Protocol):
     """What the service asks of storage."""
 
@@ -46,8 +53,8 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Remove `key`; nothing happens when it is not there."""
 
-    def older_than(self, time: datetime, *, prefix: str) -> Iterator[str]:
-        """Keys under the folder `prefix` whose objects were last written before `time`, in no order."""
+    def older_than(self, time: datetime, *, prefix: str) -> Iterator[Found]:
+        """Objects under the folder `prefix` that were last written before `time`, in no order."""
 
     def probe(self) -> None:
         """Write, read and delete a small object; raises when storage is not usable."""
@@ -79,10 +86,11 @@ class ObjectStorage:
         except FileNotFoundError:
             return
 
-    def older_than(self, time: datetime, *, prefix: str) -> Iterator[str]:
+    def older_than(self, time: datetime, *, prefix: str) -> Iterator[Found]:
         """List page by page."""
         for page in obstore.list(self._store, prefix):
-            yield from (found["path"] for found in page if found["last_modified"] < time)
+            found = (Found(entry["path"], entry["last_modified"]) for entry in page)
+            yield from (object for object in found if object.written_at < time)
 
     def probe(self) -> None:
         """Write, read and delete."""
@@ -124,8 +132,8 @@ class Answering:
         """Remove `key`."""
         self._within(partial(self._storage.delete, key))
 
-    def older_than(self, time: datetime, *, prefix: str) -> Iterator[str]:
-        """Keys under the folder `prefix` last written before `time`."""
+    def older_than(self, time: datetime, *, prefix: str) -> Iterator[Found]:
+        """Objects under the folder `prefix` last written before `time`."""
         return self._each(self._storage.older_than(time, prefix=prefix))
 
     def probe(self) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 
 from api.core import jobs, keys, metrics, tallies
 from api.core.db import session_scope
-from api.core.models import Creation, File, Job, Project
+from api.core.models import Creation, File, Job, Project, Watch
 from api.core.settings import get_settings
 from api.core.storage import ObjectStorage, get_storage
 from tests.things import a_file, a_project, a_running_job
@@ -39,9 +39,13 @@ def stored(folder: Path) -> list[str]:
 
 
 def age(folder: Path) -> None:
-    """Every object becomes two days old."""
+    """Every object becomes two days old, and the database has been there for three."""
     for path in (folder / "storage").rglob("*"):
         os.utime(path, (time.time() - 2 * 86400,) * 2)
+    since, until = (datetime.now(UTC) - timedelta(days=days) for days in (3, 0))
+    with session_scope() as session:
+        session.add(Watch(id="watch-1", since=since, until=until, token="", next_token=""))
+        session.commit()
 
 
 def test_an_expired_file_loses_its_row_and_then_its_bytes(tmp_path: Path) -> None:

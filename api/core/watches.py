@@ -1,0 +1,91 @@
+"""Since when this database and its storage have belonged together without a break.
+
+An object that no row names is an orphan only if this database would know it otherwise. A database that was restored
+from a backup does not know what was stored after the backup. So a random mark is written to the storage once a minute
+and remembered here. If the two differ, another database has gone on with this storage meanwhile: the watch ends where
+this database last saw its own mark, and a new one begins now. What was written between two watches is left alone.
+
+Functions take a session first and never commit. Nothing here reads or writes the storage.
+"""
+
+import secrets
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from api.core.db import now
+from api.core.ids import new_id
+from api.core.models import Watch
+
+FOLDER = "watch"
+# A row is written some time after the bytes that it names, and clocks differ a little.
+SLACK = timedelta(hours=1)
+
+
+class Look(NamedTuple):
+    """The newest watch as one look found or left it; the mark in the storage has to be one of the two tokens."""
+
+    id: str
+    token: str
+    next_token: str
+    lasted: bool
+
+    def knows(self, mark: str | None) -> bool:
+        """The mark in the storage is one that this database wrote last, or was about to write."""
+        return mark in (self.token, self.next_token)
+
+
+def mark_key(session: Session) -> str | None:
+    """Where the mark of this database and of all its copies lies; None before its first watch."""
+    first = session.scalar(select(Watch.id).order_by(Watch.since, Watch.id).limit(1))
+    return None if first is None else f"{FOLDER}/{first}"
+
+
+def newest(session: Session) -> Look | None:
+    """The watch that is going on, or was when somebody last looked."""
+    row = _newest(session)
+    return None if row is None else Look(row.id, row.token, row.next_token, lasted=row.until > row.since)
+
+
+def _newest(session: Session) -> Watch | None:
+    return session.scalar(select(Watch).order_by(Watch.since.desc(), Watch.id.desc()).limit(1))
+
+
+def begin(session: Session) -> Look:
+    """A new watch, from now on. One that was too short to say anything of an object is begun again instead."""
+    at, token = now(session), secrets.token_hex(16)
+    last = _newest(session)
+    if last is None or last.until - last.since > SLACK:
+        last = Watch(id=new_id("watch-"))
+        session.add(last)
+    last.since = last.until = at
+    last.token = last.next_token = token
+    session.flush()
+    return Look(last.id, token, token, lasted=False)
+
+
+def announce(session: Session, seen: Look, mark: str | None) -> Look | None:
+    """Go on with the watch that was seen, with a new token that is to become the mark.
+
+    A new watch begins if the mark is not this database's. None: somebody else is looking right now.
+    """
+    if not seen.knows(mark):
+        return begin(session)
+    same = (Watch.id == seen.id, Watch.token == seen.token, Watch.next_token == seen.next_token)
+    token = secrets.token_hex(16)
+    changed = update(Watch).where(*same).values(next_token=token).returning(Watch.id)
+    return None if session.scalar(changed) is None else seen._replace(next_token=token)
+
+
+def settle(session: Session, look: Look) -> None:
+    """The mark is written: the watch has lasted until now."""
+    same = (Watch.id == look.id, Watch.next_token == look.next_token)
+    session.execute(update(Watch).where(*same).values(token=look.next_token, until=now(session)))
+
+
+def spans(session: Session) -> list[tuple[datetime, datetime]]:
+    """From when to when: objects written then would have a row here, unless they are orphans."""
+    rows = session.execute(select(Watch.since, Watch.until).order_by(Watch.since))
+    return [(since, until - SLACK) for since, until in rows]
