@@ -109,12 +109,19 @@ def demo(
 def migrate(
     state: State = None,
     check: Annotated[bool, Option("--check", help="Compare migrations and tables on an empty database.")] = False,
+    back_to: Annotated[
+        str | None, Option(metavar="REVISION", help="Undo later migrations, before an older release is started.")
+    ] = None,
 ) -> None:
     """Bring the database to the newest revision."""
     configure(state=state)
     from api.core import db, migrate, startup
     from api.core.settings import get_settings
 
+    if back_to is not None:
+        migrate.downgrade(db.get_engine(), back_to)
+        out.print(f"database at revision {back_to}: {db.get_engine().url!r}")
+        return
     if not check:
         os.umask(startup.OTHERS)
         if get_settings().database_url is None:

@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.gpu.day import SHAPES  # noqa: E402
-from benchmarks.train_page import write_section  # noqa: E402
-from lorainit import memory  # noqa: E402
-from lorainit.export.exact import listed_layers  # noqa: E402
-from lorainit.fit import SHARE  # noqa: E402
+from benchmarks.gpu.day import SHAPES
+from benchmarks.train_page import write_section
+from lorainit import memory
+from lorainit.export.exact import listed_layers
+from lorainit.fit import SHARE
 
 NAME = "sizes"  # the place in docs/sizes.md
 RANK, TOKENS = 16, 2048
@@ -71,7 +71,10 @@ def sums(shape: dict[str, Any]) -> dict[str, float]:
 def table() -> str:
     """The page's tables."""
     found = {name: sums(shape) for name, shape in SHAPES_OF_PAGE.items()}
-    lines = ["| shape | weights in bf16 | weights in NF4 | adapter, gradients, optimizer | second base, for the check |", "|---|---|---|---|---|"]
+    lines = [
+        "| shape | weights in bf16 | weights in NF4 | adapter, gradients, optimizer | second base, for the check |",
+        "|---|---|---|---|---|",
+    ]
     for name, of in found.items():
         held = " | ".join(f"{of[kind] / GIB:.1f}" for kind in ("weights", "nf4", "trained", "copy"))
         lines.append(f"| {name} | {held} |")

@@ -101,7 +101,10 @@ def _database(settings: Settings) -> str:
 def _migrations(settings: Settings) -> str:
     _require_state(settings, "database_url")
     if not migrate.is_current(get_engine()):
-        raise RuntimeError("the database is not at the newest revision: run `lorainit migrate`")
+        raise RuntimeError(
+            "the database is not at the newest revision of this release: run `lorainit migrate`, which says so if it is"
+            " at one of a newer release"
+        )
     return "the database is at the newest revision"
 
 

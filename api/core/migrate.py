@@ -1,7 +1,8 @@
 """Bring the database to the newest revision, and say whether it is there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -22,12 +23,51 @@ def _config() -> Config:
     return config
 
 
+class UnknownRevision(Exception):
+    """A revision that this release does not have; the message says what to do."""
+
+
 def upgrade(engine: Engine) -> None:
-    """Run every migration that is missing; all or none."""
+    """Run every migration that is missing; all or none.
+
+    Raises:
+        UnknownRevision: the database was made by a newer release.
+    """
+    _refuse_newer(engine)
+    _move(engine, partial(command.upgrade, revision="head"))
+
+
+def downgrade(engine: Engine, revision: str) -> None:
+    """Undo every migration after `revision`; all or none. What only these tables and columns held is lost.
+
+    Raises:
+        UnknownRevision: this release has no such revision, or the database was made by a newer one.
+    """
+    _refuse_newer(engine)
+    if revision not in _revisions():
+        raise UnknownRevision(f"there is no revision {revision!r}; the changelog names that of each release.")
+    _move(engine, partial(command.downgrade, revision=revision))
+
+
+def _move(engine: Engine, change: Callable[[Config], None]) -> None:
     config = _config()
     with engine.connect() as connection, _tables_replaceable(connection), connection.begin():
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        change(config)
+
+
+def _revisions() -> set[str]:
+    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+
+
+def _refuse_newer(engine: Engine) -> None:
+    with engine.connect() as connection:
+        unknown = set(MigrationContext.configure(connection).get_current_heads()) - _revisions()
+    if unknown:
+        raise UnknownRevision(
+            f"the database is at revision {', '.join(sorted(unknown))}, which this release does not know: it was"
+            " migrated by a newer one. Run that one, or let it undo its migrations: docs/upgrade.md."
+        )
 
 
 @contextmanager

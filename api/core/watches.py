@@ -4,6 +4,7 @@ An object that no row names is an orphan only if this database would know it oth
 from a backup does not know what was stored after the backup. So a random mark is written to the storage once a minute
 and remembered here. If the two differ, another database has gone on with this storage meanwhile: the watch ends where
 this database last saw its own mark, and a new one begins now. What was written between two watches is left alone.
+The same is done after an hour without a look, because whoever restores a backup may have copied the old mark back, too.
 
 Functions take a session first and never commit. Nothing here reads or writes the storage.
 """
@@ -20,7 +21,7 @@ from api.core.ids import new_id
 from api.core.models import Watch
 
 FOLDER = "watch"
-# A row is written some time after the bytes that it names, and clocks differ a little.
+# A row is written some time after the bytes that it names, and clocks differ a little. A restart takes less.
 SLACK = timedelta(hours=1)
 
 
@@ -30,6 +31,7 @@ class Look(NamedTuple):
     id: str
     token: str
     next_token: str
+    until: datetime
     lasted: bool
 
     def knows(self, mark: str | None) -> bool:
@@ -46,7 +48,7 @@ def mark_key(session: Session) -> str | None:
 def newest(session: Session) -> Look | None:
     """The watch that is going on, or was when somebody last looked."""
     row = _newest(session)
-    return None if row is None else Look(row.id, row.token, row.next_token, lasted=row.until > row.since)
+    return None if row is None else Look(row.id, row.token, row.next_token, row.until, lasted=row.until > row.since)
 
 
 def _newest(session: Session) -> Watch | None:
@@ -63,15 +65,16 @@ def begin(session: Session) -> Look:
     last.since = last.until = at
     last.token = last.next_token = token
     session.flush()
-    return Look(last.id, token, token, lasted=False)
+    return Look(last.id, token, token, at, lasted=False)
 
 
 def announce(session: Session, seen: Look, mark: str | None) -> Look | None:
     """Go on with the watch that was seen, with a new token that is to become the mark.
 
-    A new watch begins if the mark is not this database's. None: somebody else is looking right now.
+    A new watch begins if the mark is not this database's, or if nobody has looked for long. None: somebody else is
+    looking right now.
     """
-    if not seen.knows(mark):
+    if not seen.knows(mark) or now(session) - seen.until > SLACK:
         return begin(session)
     same = (Watch.id == seen.id, Watch.token == seen.token, Watch.next_token == seen.next_token)
     token = secrets.token_hex(16)

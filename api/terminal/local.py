@@ -28,10 +28,11 @@ def explain(error: Exception) -> str | None:
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
     from api.core.catalogue_file import BadCatalogue
+    from api.core.migrate import UnknownRevision
     from api.core.settings import BadSettings, get_settings
     from api.core.startup import OpenFolder
 
-    if isinstance(error, BadSettings | BadCatalogue | OpenFolder):
+    if isinstance(error, BadSettings | BadCatalogue | OpenFolder | UnknownRevision):
         return str(error)
     if isinstance(error, SQLAlchemyError):
         said = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__

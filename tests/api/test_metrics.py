@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from api import exposition
 from api.core import jobs, tallies
 from api.core.jobs import Failure
+from api.core.models import FINAL_STATUSES
 from api.core.settings import get_settings
 from tests.api.conftest import Lab, refused
+from tests.deploy.test_troubleshooting import job_codes
 from tests.things import a_project, a_queued_job, a_running_job, a_worker
 
 ROOT = Path(__file__).parents[2]
@@ -130,20 +133,65 @@ def test_with_a_token_that_token_is_needed(
     refused(local.get("/metrics"), 401, "invalid_api_key")
 
 
-def test_every_query_of_the_dashboard_names_a_metric_that_is_shown(session: Session, local: TestClient) -> None:
+def everything_shown(session: Session, local: TestClient) -> dict[str, set[str]]:
+    """Every metric there is, with its labels."""
     a_worker(session)
     a_running_job(session, a_project(session))
     for name, (_, labels) in exposition.COUNTERS.items():
         tallies.add(session, name, 1, **dict.fromkeys(labels, "x"))
     session.commit()
     local.get("/healthz")
-    shown = {name.partition("{")[0]: set(re.findall(r'(\w+)="', name)) for name in scrape(local)}
+    return {name.partition("{")[0]: set(re.findall(r'(\w+)="', name)) for name in scrape(local)}
+
+
+def assert_shown(queries: list[str], shown: dict[str, set[str]]) -> None:
+    """Every metric and label that a query names is there."""
+    for query in queries:
+        named = re.findall(r"\b(lorainit_\w+)(\{[^}]*\})?", query)
+        assert named, query
+        for name, selector in named:
+            assert name in shown, query
+            assert set(re.findall(r"(\w+)\s*(?:=|!=|=~|!~)\s*\"", selector)) <= shown[name], query
+
+
+def test_every_query_of_the_dashboard_names_a_metric_that_is_shown(session: Session, local: TestClient) -> None:
     queries = list(_queries(json.loads((ROOT / "docs" / "operations" / "grafana.json").read_text())))
     assert len(queries) > 10
-    for query in queries:
-        for name, selector in re.findall(r"\b(lorainit_\w+)(\{[^}]*\})?", query):
-            assert name in shown, query
-            assert set(re.findall(r"(\w+)\s*[=!]", selector)) <= shown[name], query
+    assert_shown(queries, everything_shown(session, local))
+
+
+def alerts() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((ROOT / "docs" / "operations" / "alerts.yml").read_text())["groups"]
+    rules: list[dict[str, Any]] = group["rules"]
+    return rules
+
+
+def test_every_alert_names_a_metric_that_is_shown(session: Session, local: TestClient) -> None:
+    assert_shown([rule["expr"] for rule in alerts()], everything_shown(session, local))
+
+
+def test_every_alert_groups_by_and_shows_labels_that_its_metrics_have(session: Session, local: TestClient) -> None:
+    shown = everything_shown(session, local)
+    for rule in alerts():
+        labels = set.union(*(shown[name] for name in re.findall(r"\blorainit_\w+", rule["expr"])))
+        grouped = {name.strip() for names in re.findall(r"by \(([^)]*)\)", rule["expr"]) for name in names.split(",")}
+        assert grouped <= labels, rule["alert"]
+        kept = grouped or (set() if re.search(r"\b(max|min|sum)\(", rule["expr"]) else labels)
+        assert set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"]))) <= kept, rule["alert"]
+
+
+def test_every_code_and_status_that_an_alert_waits_for_is_one_that_a_job_can_end_with() -> None:
+    (expression,) = (rule["expr"] for rule in alerts() if rule["alert"] == "LorainitJobsFail")
+    (codes,) = re.findall(r'code=~"([^"]*)"', expression)
+    assert set(codes.split("|")) <= job_codes()
+    assert set(re.findall(r'status="([^"]*)"', expression)) <= set(FINAL_STATUSES)
+
+
+def test_every_alert_says_what_is_wrong_and_what_to_look_at() -> None:
+    for rule in alerts():
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"]["summary"].endswith(".")
+        assert rule["annotations"]["description"].endswith((".", "`"))
 
 
 def _queries(part: Any) -> Any:

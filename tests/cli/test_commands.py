@@ -193,6 +193,15 @@ def test_migrations_lead_to_the_tables_in_code() -> None:
     assert lorainit("migrate", "--check").stdout.strip() == "migrations and tables agree"
 
 
+def test_migrations_are_undone_down_to_a_revision_and_done_again(tmp_path: Path) -> None:
+    state = ("--state", str(tmp_path / "state"))
+    lorainit("migrate", *state)
+    assert "database at revision c4f1a96e07d3" in lorainit("migrate", "--back-to", "c4f1a96e07d3", *state).stdout
+    assert "no database at" in one_error(lorainit("keys", "list", *state))
+    assert "'nothing'" in one_error(lorainit("migrate", "--back-to", "nothing", *state))
+    assert "newest revision" in lorainit("migrate", *state).stdout
+
+
 def test_a_model_that_is_none_gets_no_entry(tmp_path: Path) -> None:
     done = lorainit("models", "inspect", str(tmp_path), "--id", "x")
     assert done.returncode == 1

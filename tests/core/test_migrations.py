@@ -4,7 +4,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from alembic import command
 from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import sessionmaker
 
@@ -27,13 +26,6 @@ def old(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
     return db.make_engine(servers.new_database(request.getfixturevalue("postgres_server"), "old"))
 
 
-def back(engine: Engine, revision: str) -> None:
-    config = migrate._config()
-    with engine.connect() as connection, migrate._tables_replaceable(connection), connection.begin():
-        config.attributes["connection"] = connection
-        command.downgrade(config, revision)
-
-
 def test_jobs_of_the_release_before_keep_their_order_and_their_events(
     environment: pytest.MonkeyPatch, old: Engine
 ) -> None:
@@ -43,7 +35,7 @@ def test_jobs_of_the_release_before_keep_their_order_and_their_events(
         queued = [a_queued_job(session, project, priority=priority).id for priority in (0, 2)]
         waiting = a_job(session, project).id
         session.commit()
-    back(old, GROUPED_JOBS)
+    migrate.downgrade(old, GROUPED_JOBS)
     with old.connect() as connection:
         columns = list(connection.execute(text("SELECT * FROM jobs")).keys())
     assert "created_at" in columns and "turn" not in columns
@@ -67,7 +59,7 @@ def test_files_that_an_earlier_release_deleted_lose_what_it_left(environment: py
         deleted, result = (a_file(session, project, purpose=name, **ended).id for name in ("fine-tune", FILE_RESULTS))
         kept = a_file(session, project).id
         session.commit()
-    back(old, "41c7be09d2f6")
+    migrate.downgrade(old, "41c7be09d2f6")
     migrate.upgrade(old)
     with sessionmaker(old)() as session:
         gone = session.get_one(File, deleted)
@@ -87,11 +79,29 @@ def test_jobs_of_the_release_before_are_found_by_their_metadata(environment: pyt
         a_job(session, project)
         before = set(session.execute(rows))
         session.commit()
-    back(old, OPEN_OF_PROJECT)
+    migrate.downgrade(old, OPEN_OF_PROJECT)
     migrate.upgrade(old)
     with sessionmaker(old)() as session:
         assert set(session.execute(rows)) == before
         found, _ = lookup.page(session, project_id, after=None, limit=10, metadata={"team": "ä", "run": "7"})
         assert [job.id for job in found] == [job]
     assert migrate.drift(old) == []
+    old.dispose()
+
+
+def test_a_database_of_a_newer_release_is_refused_with_its_revision(old: Engine) -> None:
+    migrate.upgrade(old)
+    with old.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = 'ffffffffffff'"))
+    for move in (migrate.upgrade, lambda engine: migrate.downgrade(engine, GROUPED_JOBS)):
+        with pytest.raises(migrate.UnknownRevision, match=r"ffffffffffff.*newer"):
+            move(old)
+    old.dispose()
+
+
+def test_a_revision_that_does_not_exist_is_refused_before_anything_is_undone(old: Engine) -> None:
+    migrate.upgrade(old)
+    with pytest.raises(migrate.UnknownRevision, match="'nothing'"):
+        migrate.downgrade(old, "nothing")
+    assert migrate.is_current(old)
     old.dispose()

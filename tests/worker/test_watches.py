@@ -20,6 +20,7 @@ from worker import janitor
 
 pytestmark = pytest.mark.usefixtures("service")
 
+HALF_AN_HOUR = 0.5 / 24
 Backup = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -63,6 +64,18 @@ def days_pass(folder: Path, days: float) -> None:
     age_watches(days)
 
 
+def keep_watch_for_days(folder: Path, days: int) -> None:
+    """As if the reconciler had looked once a minute."""
+    for _ in range(days):
+        days_pass(folder, 1)
+        with session_scope() as session:
+            last = session.scalars(select(Watch).order_by(Watch.since.desc())).first()
+            assert last is not None
+            last.until += timedelta(days=1)
+            session.commit()
+        janitor.keep_watch()
+
+
 def age(path: Path, days: float) -> None:
     written = path.stat().st_mtime - days * 86400
     os.utime(path, (written, written))
@@ -88,11 +101,9 @@ def test_an_older_database_removes_nothing_that_a_newer_one_may_have_known(engin
     janitor.keep_watch()
     store(project, "newer")
     restore(engine, backup)
-    for _ in range(2):
-        janitor.keep_watch()
-        days_pass(tmp_path, 2)
-        janitor.keep_watch()
-        janitor.sweep_orphans()
+    janitor.keep_watch()
+    keep_watch_for_days(tmp_path, 3)
+    janitor.sweep_orphans()
     assert stored(tmp_path) == ["newer"]
 
 
@@ -108,20 +119,37 @@ def test_a_restored_database_removes_orphans_again_that_are_younger_than_the_res
     restore(engine, backup)
     janitor.keep_watch()
     store(project, "orphan")
-    days_pass(tmp_path, 2)
-    janitor.keep_watch()
+    keep_watch_for_days(tmp_path, 2)
     janitor.sweep_orphans()
     assert stored(tmp_path) == ["newer"]
 
 
-def test_a_service_that_was_only_stopped_removes_what_was_left_just_before(tmp_path: Path) -> None:
+def test_a_service_that_is_restarted_removes_what_was_left_just_before(tmp_path: Path) -> None:
     project = a_known_project()
     janitor.keep_watch()
     store(project, "orphan")
-    days_pass(tmp_path, 2)
+    days_pass(tmp_path, HALF_AN_HOUR)
     janitor.keep_watch()
+    keep_watch_for_days(tmp_path, 2)
     janitor.sweep_orphans()
     assert stored(tmp_path) == []
+
+
+def test_an_old_mark_that_was_restored_with_the_database_hides_nothing(engine: Engine, tmp_path: Path) -> None:
+    project = a_known_project()
+    janitor.keep_watch()
+    backup, mark = back_up(engine), {path: path.read_bytes() for path in _marks()}
+    janitor.keep_watch()
+    store(project, "newer")
+    days_pass(tmp_path, 1)
+    restore(engine, backup)
+    age_watches(1)
+    for path, content in mark.items():
+        path.write_bytes(content)
+    janitor.keep_watch()
+    keep_watch_for_days(tmp_path, 2)
+    janitor.sweep_orphans()
+    assert stored(tmp_path) == ["newer"]
 
 
 def test_before_the_first_look_after_a_restore_nothing_younger_is_removed(engine: Engine, tmp_path: Path) -> None:
@@ -152,8 +180,8 @@ def test_two_databases_on_one_storage_remove_nothing_of_each_other(engine: Engin
 
     both_look(0)
     store(project, "of-one-of-them")
-    for days in (0, 1, 1, 1):
-        both_look(days)
+    for _ in range(60):
+        both_look(HALF_AN_HOUR * 1.5)
     assert stored(tmp_path) == ["of-one-of-them"]
 
 
@@ -177,7 +205,7 @@ def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    days_pass(tmp_path, 1)
+    days_pass(tmp_path, HALF_AN_HOUR)
     for owner, name in ((type(get_storage()), "put"), (watches, "settle")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, crash)
@@ -187,7 +215,7 @@ def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
     assert spans() == 1
     with session_scope(read_only=True) as session:
         ((since, until),) = watches.spans(session)
-    assert until - since > timedelta(hours=22)
+    assert until + timedelta(hours=1) - since > timedelta(minutes=29)
 
 
 def test_of_two_looks_at_once_one_gives_way() -> None:
