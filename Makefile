@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Every package in the version and with the hash that requirements/ has: docs/decisions/0037
 LOCKED := $(PIP) install --require-hashes --no-deps
 
-.PHONY: help setup demo serve test test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load bench-start gpu-day clean
+.PHONY: help setup demo serve test test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load bench-start gpu-day docs clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-rates DATA=folder-of-gsm8k  does every initialization's default rate help on three data sets? (hours); ONLY= SEEDS="
 	@echo "make bench-load do fifty clients slow a worker down, and what do streams and recording cost? (minutes)"
 	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast (ten minutes)"
+	@echo "make docs       write what the code knows into the documents: settings, error codes, methods, rates, pictures"
 	@echo "make clean      remove what was built here (.venv, .venvs, .state, caches)"
 
 setup: $(READY)
@@ -123,6 +124,10 @@ bench-load: setup
 # On a machine whose .venv has a torch with CUDA. docs/speed-gpu.md has the exit codes: 1 wrong, 2 no GPU, 3 not all tried.
 gpu-day: setup
 	$(BIN)/python benchmarks/gpu_day.py --write docs/speed-gpu.md
+
+# Exit code 1 if a page has a place that only a person can fill.
+docs: setup
+	$(BIN)/python -m docs.generate
 
 clean:
 	rm -rf $(VENV) .venvs .state .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

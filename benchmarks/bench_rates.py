@@ -2,12 +2,11 @@
 
     python benchmarks/bench_rates.py --data GSM8K [--only pissa loram ...] [--seeds 0 1 2] [--sets gsm8k examples]
                                      [--results FOLDER] [--rate 2e-4 ...] [--write docs/rates.md]
-    python benchmarks/bench_rates.py --table --write docs/rates.md
 
 A run is what a user gets on a GPU who gives no hyperparameter but the number of steps: 16 steps of 8 rows on
 SmolLM2-135M, in bf16.
 Each has a process and a file in FOLDER of its own; a call that is cut off goes on from them. `--rate` tries rates
-instead of the default one, and writes no page. `--table` only writes what the code's table of rates says.
+instead of the default one, and writes no page. The table of default rates is written by `make docs`.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.rates_page import RESULTS, TABLE, Cell, results, table  # noqa: E402
+from benchmarks.rates_page import RESULTS, Cell, results  # noqa: E402
 from benchmarks.rates_rows import DATA_SETS, write  # noqa: E402
 from benchmarks.train_page import section, write_section  # noqa: E402
 from lorainit.inits import INITS  # noqa: E402
@@ -97,9 +96,6 @@ def main() -> None:
     args = arguments()
     if args.write:
         section(args.write, RESULTS)  # before an hour of work for a page that has no place for it
-        write_section(args.write, TABLE, table())
-    if args.table:
-        return
     cells = []
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(args, Path(temporary))
@@ -125,10 +121,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rate", nargs="+", type=float, help="try these peak rates instead of the default one")
     parser.add_argument("--results", type=Path, default=ROOT / ".state" / "bench-rates" / "results")
-    parser.add_argument("--table", action="store_true", help="only write the table of default rates")
-    parser.add_argument("--write", type=Path, help="write both tables to this page")
+    parser.add_argument("--write", type=Path, help="write the table to this page")
     args = parser.parse_args()
-    if "gsm8k" in args.sets and args.data is None and not args.table:
+    if "gsm8k" in args.sets and args.data is None:
         parser.error("say where GSM8K's train.jsonl and test.jsonl are: --data FOLDER")
     return args
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from benchmarks.rates_rows import DATA_SETS
 from benchmarks.train_page import machine
-from lorainit.rates import RATES, SIZES, Rate
+from lorainit.rates import RATES, SIZES
 
 TABLE, RESULTS = "rates", "bench-rates"  # the places in docs/rates.md
 
@@ -41,17 +41,6 @@ def table() -> str:
         for size, rate in zip(SIZES, row, strict=True):
             lines.append(f"| `{name}` | {size} | {rate.value:g} | {rate.source} |")
     return "\n".join(lines)
-
-
-def sentence(name: str) -> str:
-    """What a method's own page says of its default rates."""
-    return f"By default {by_size(RATES[name])} ([where from, and how sizes in between are met](../rates.md))."
-
-
-def by_size(row: Sequence[Rate]) -> str:
-    """A row of the table in words."""
-    *others, last = [f"{rate.value:g} on a base of {size}" for size, rate in zip(SIZES, row, strict=True)]
-    return f"{', '.join(others)} and {last}"
 
 
 # --- what was measured ---------------------------------------------------------------------------

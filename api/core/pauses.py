@@ -18,7 +18,7 @@ from api.core.models import FINAL_STATUSES, Checkpoint, File, Job, ShownJob
 from api.core.transitions import Lease, change, hold, in_state, move
 
 # What was wrong is not in the order: the same order may well succeed.
-_MAY_PASS = (
+MAY_PASS = (
     "worker_lost",
     "device_failed",
     "hub_unavailable",
@@ -125,7 +125,7 @@ def _why_not(job: ShownJob, step: int | None, *, gone: bool) -> str | None:
             "cancelled": "a cancelled job cannot be resumed",
         }[job.status]
     code = (job.error or {}).get("code")
-    if code not in _MAY_PASS:
+    if code not in MAY_PASS:
         return f"the same order would fail again with {code}"
     if step is None:
         return "there is no checkpoint to go on from"

@@ -84,7 +84,7 @@ class LoRAM(InitConfig):
 
     facts = Method(
         title="LoRAM",
-        description="Orthonormal sine bases at the magnitude of each weight: no SVD, no data, no chance.",
+        description="Fixed sine bases, sized like each weight; needs no SVD, no data and no random numbers.",
         paper="The Primacy of Magnitude in Low-Rank Adaptation",
         arxiv="2507.06558",
         needs="weight",

@@ -5,7 +5,7 @@ Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of LLMs", arXiv 2
 default A and B start with equal norms. U, S and C⁻¹ leave the split of a product between its factors
 to the size of C, c²·C making B c times larger and A c times smaller, and in the authors' code that
 size is an accident: that of the inputs over their largest signed entry. `balance` "authors" keeps it.
-The second moments come from `lorainit.evidence.activations`.
+The second moments come from `lorainit.evidence.moments`.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not

@@ -1,7 +1,7 @@
 """EVA: A starts in the principal directions of the layer's inputs.
 
 Paischer et al., "Explained Variance Adaptation", arXiv 2410.07170, section 3. The directions and
-the rank each layer gets are collected in `lorainit.evidence.activations`; a rank of 0 means no
+the rank each layer gets are collected in `lorainit.evidence.directions`; a rank of 0 means no
 adapter. The scale s stays what was asked for whatever rank a layer gets, also with rsLoRA.
 """
 

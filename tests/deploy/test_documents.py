@@ -1,9 +1,11 @@
-"""README and docs say what is there: settings, initializations, commands, files, rows."""
+"""README and docs say what is there: settings, initializations, commands, files, modules, rows. What is generated is
+held by `test_generated.py`."""
 
 import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ import typer.main
 
 from api.cli import app
 from api.core.settings import Settings
-from benchmarks import rates_page
+from api.schemas.job_request import JobRequest
+from lorainit.conversation import faults, kind_of
 from lorainit.inits import INITS
 from lorainit.rates import RATES
+from lorainit.spec import RunSpec
+from tests.deploy.test_generated import read
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -22,41 +27,17 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 )
 
 
-def section(title: str) -> str:
-    """The text below a heading, up to the next one of its level."""
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-def test_every_setting_is_documented_with_its_default_and_nothing_else_is() -> None:
-    rows = re.findall(r"^\| `(LORAINIT_[A-Z0-9_]+)` \| (.*?) \| (.*) \|$", section("Configuration"), re.MULTILINE)
-    documented = {name: (default.strip("`"), text) for name, default, text in rows}
-    expected = {
-        f"LORAINIT_{name.upper()}": ("" if field.default is None else str(field.default), field.description)
-        for name, field in Settings.model_fields.items()
-    }
-    assert documented == expected
-
-
-def test_the_table_of_initializations_is_the_registry() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|", section("Initializations"), re.MULTILINE)
-    expected = []
-    for name, model in INITS.items():
-        facts, default = model.facts, model.model_validate({"method": name})
-        paper = f"[{facts.title}](https://arxiv.org/abs/{facts.arxiv})" if facts.arxiv else facts.title
-        expected.append((name, paper, facts.description, default.export_rank))
-    assert rows == expected
-
-
-@pytest.mark.parametrize("name", INITS)
-def test_the_readme_names_every_parameter_of_a_method(name: str) -> None:
-    (row,) = re.findall(rf"^\| `{name}` \|.*\| (.*?) \|$", section("Initializations"), re.MULTILINE)
-    assert set(re.findall(r"`(\w+)`", row)) == set(INITS[name].model_fields) - {"method", "seed"}
+def test_the_readmes_first_settings_are_settings_with_their_defaults() -> None:
+    rows = re.findall(r"^\| `(LORAINIT_[A-Z0-9_]+)` \| (.*?) \| .+ \|$", README, re.MULTILINE)
+    fields = {f"LORAINIT_{name.upper()}": field.default for name, field in Settings.model_fields.items()}
+    assert len(rows) > 3
+    assert rows == [(name, "" if fields[name] is None else f"`{fields[name]}`") for name, _ in rows]
 
 
 @pytest.mark.parametrize("name", INITS)
 def test_every_method_has_a_page_with_its_facts_and_parameters(name: str) -> None:
-    kind, default = INITS[name], INITS[name].model_validate({"method": name})
-    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    kind = INITS[name]
+    page = read(f"docs/methods/{name}.md")
     assert page.startswith(f"# {kind.facts.title}\n")
     for part in (
         "**When to use it.**",
@@ -69,32 +50,17 @@ def test_every_method_has_a_page_with_its_facts_and_parameters(name: str) -> Non
         assert part in page
     if kind.facts.arxiv:
         assert f"https://arxiv.org/abs/{kind.facts.arxiv}" in page
-    (told,) = re.findall(rf"^\| {kind.facts.needs} \| (.*) \| (.*) \| (.*) \| (\w+) \|$", page, re.MULTILINE)
-    assert told[0].startswith("the base model") == default.function_preserving
-    assert told[1].startswith("yes" if default.offset == "subtract" else "no")
-    assert told[2].startswith(default.export_rank)
-    assert told[3] == kind.facts.maturity
     documented = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| .+ \|$", page, re.MULTILINE))
     fields = {field: info.default for field, info in kind.model_fields.items() if field not in ("method", "seed")}
     assert {field: json.loads(value) for field, value in documented.items()} == fields
 
 
-def test_the_table_of_learning_rates_is_the_codes() -> None:
-    page = (ROOT / "docs" / "rates.md").read_text()
-    assert page.partition("<!-- rates -->\n")[2].partition("<!-- /rates -->")[0].strip() == rates_page.table(), (
-        "python benchmarks/bench_rates.py --table --write docs/rates.md"
-    )
-
-
-@pytest.mark.parametrize("name", RATES)
-def test_a_methods_page_says_its_default_learning_rates(name: str) -> None:
-    page = (ROOT / "docs" / "methods" / f"{name.partition(' ')[0]}.md").read_text()
-    (said,) = re.findall(r"^\*\*Learning rate\.\*\* (.*)$", page, re.MULTILINE)
-    assert rates_page.by_size(RATES[name]) in said
+@pytest.mark.parametrize("name", INITS)
+def test_numbers_of_rates_in_the_text_of_a_methods_page_are_the_tables(name: str) -> None:
+    page = read(f"docs/methods/{name}.md")
+    (said,) = re.findall(r"^\*\*Learning rate\.\*\* (.+)$", page, re.MULTILINE)
     numbers = {float(number) for number in re.findall(r"\b[\d.]+e-\d+\b|\b0\.000?\d+\b", said)}
-    assert numbers <= {
-        rate.value for other, row in RATES.items() if other.split()[0] == name.split()[0] for rate in row
-    }
+    assert numbers <= {rate.value for other, row in RATES.items() if other.split()[0] == name for rate in row}
 
 
 def test_the_list_of_methods_is_the_registry() -> None:
@@ -143,4 +109,62 @@ def test_every_decision_has_a_number_of_its_own_and_stands_in_the_list() -> None
 
 def test_ci_runs_the_readmes_test_command() -> None:
     assert "exec make test\n" in (ROOT / ".ci" / "run").read_text()
-    assert "make test " in README
+    assert "`make test`" in README
+
+
+def test_the_index_has_every_page() -> None:
+    folder = ROOT / "docs"
+    linked = {(folder / target).resolve() for target in re.findall(r"\]\(([^)#]+)", (folder / "README.md").read_text())}
+    pages = {*folder.glob("*.md"), folder / "methods" / "README.md", folder / "decisions" / "README.md"}
+    assert sorted(str(page.relative_to(ROOT)) for page in pages - linked - {folder / "README.md"}) == []
+
+
+SOURCES = sorted(path for name in ("api", "worker", "lorainit", "docs") for path in (ROOT / name).rglob("*.py"))
+
+
+def test_modules_named_in_words_exist() -> None:
+    """`lorainit.spec.RunSpec` in a docstring or a page: the longest part of it that is a module, and a word in that."""
+    texts = {path: path.read_text() for path in (*SOURCES, *PAGES) if path.name not in ("CHANGELOG.md", "log.md")}
+    named = {
+        (path, name)
+        for path, text in texts.items()
+        if "decisions" not in path.parts
+        for name in re.findall(r"`((?:api|worker|lorainit)(?:\.\w+)+)`", text)
+    }
+    assert len(named) > 50
+    assert sorted(f"{path.relative_to(ROOT)}: {name}" for path, name in named if not leads_somewhere(name)) == []
+
+
+def leads_somewhere(name: str) -> bool:
+    """Whether a dotted name is a module of ours, or something that is named in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:length])
+        module = next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.exists()), None)
+        if module is not None:
+            return all(re.search(rf"\b{word}\b", module.read_text()) for word in parts[length:])
+    return False
+
+
+def test_the_example_spec_is_a_run_on_the_built_in_base_and_on_files_that_are_there() -> None:
+    spec = RunSpec.model_validate_json((ROOT / "examples" / "spec.json").read_bytes())
+    built_in = tomllib.loads((ROOT / "api" / "core" / "catalogue.toml").read_text())["models"][0]
+    assert (spec.model.id, spec.model.source, spec.model.root) == (built_in["id"], built_in["source"], built_in["root"])
+    assert spec.data.validation is not None
+    assert all((ROOT / file).exists() for file in (spec.data.training, spec.data.validation))
+    package, _, file = spec.model.source.removeprefix("package:").partition("/")
+    quickstart = (ROOT / "docs" / "quickstart.md").read_text()
+    assert f'find_spec("{package}")' in quickstart
+    assert f'gguf_file="{file}"' in quickstart
+
+
+@pytest.mark.parametrize("page", ["your-data", "grouped"])
+def test_json_in_the_guides_is_what_the_api_takes(page: str) -> None:
+    """A row of training data, or part of an order: never a field that does not exist."""
+    blocks = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in map(json.loads, blocks):
+        if kind_of(block):
+            assert list(faults(block, kind_of(block) or "chat")) == []
+        else:
+            JobRequest.model_validate({"model": "base", "training_file": "file-1", **block})

@@ -1,0 +1,1 @@
+"""The documents. `docs.generate` writes the parts of them that the code knows."""

@@ -1,0 +1,94 @@
+"""docs/add-a-method.md, followed on a copy of the repository: its blocks, its commands, and what they promise."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("api", "worker", "lorainit", "migrations", "docs", "benchmarks", "tests", "examples")
+PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
+BLOCK = re.compile(r"^```python title=(\S+)(?: in=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\.venv/bin/python -m pytest (.+)$", re.MULTILINE)
+
+
+class Copy:
+    """The repository as a contributor has it, without what is ignored."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in COPIED:
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in (*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "Makefile", ROOT / "LICENSE"):
+            shutil.copy(path, folder)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """One command of the page, in the copy and with its code."""
+        environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.pop("OPENAI_BASE_URL", None)
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )
+
+    def replace(self, path: str, old: str, new: str) -> None:
+        """Change one place of one file."""
+        text = (self.folder / path).read_text()
+        assert text.count(old) == 1, (path, old)
+        (self.folder / path).write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    made = Copy(tmp_path_factory.mktemp("copy"))
+    for path, table, block in BLOCK.findall(PAGE):
+        _write(made, path, table, block)
+    # What the page says in a sentence: the class's three other places, and the function's import.
+    inits, methods = "lorainit/inits/__init__.py", "lorainit/methods/__init__.py"
+    made.replace(inits, "from lorainit.inits.weights import ", "from lorainit.inits.weights import Halves, ")
+    made.replace(inits, '    "HRP",\n', '    "HRP",\n    "Halves",\n')
+    made.replace(inits, "AnyInit = (\n", "AnyInit = (\n    Halves | ")
+    made.replace(methods, "\nMETHODS:", "from lorainit.methods.halves import halves\n\nMETHODS:")
+    return made
+
+
+def _write(copy: Copy, path: str, table: str, block: str) -> None:
+    """A block of the page: a line of a table, the end of a file that is there, or a new file."""
+    file = copy.folder / path
+    if table:
+        head, rest = re.split(rf"^(?={table}: dict.*$)", file.read_text(), maxsplit=1, flags=re.MULTILINE)
+        file.write_text(head + rest.replace("\n}\n", f"\n{block}}}\n", 1))
+    elif file.exists():
+        file.write_text(f"{file.read_text()}\n\n{block}")
+    else:
+        file.write_text(block)
+
+
+def test_the_page_can_be_followed_to_its_end(copy: Copy) -> None:
+    begun = copy.run("-m", "docs.generate")
+    assert begun.returncode == 1
+    assert begun.stderr == "docs/methods/halves.md says 'To be written.': write it.\n"
+    page = copy.folder / "docs" / "methods" / "halves.md"
+    page.write_text(page.read_text().replace("To be written.", "Written."))
+    written = copy.run("-m", "docs.generate")
+    assert (written.returncode, written.stdout, written.stderr) == (0, "", "")
+    files = [word for command in COMMAND.findall(PAGE) for word in command.split() if word.endswith(".py")]
+    assert len(files) == 5
+    told = copy.run(
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        *files,
+        "-k",
+        "halves or initializations or registry or README.md",
+    )
+    assert told.returncode == 0, told.stdout
+    assert "test_every_method" not in told.stdout  # nothing is listed that failed or was skipped
+    assert re.search(r"^\d{2,} passed", told.stdout, re.MULTILINE), told.stdout
+    listed = copy.run("-m", "api.cli", "methods")
+    assert re.search(r"^halves +weight +rank 2r +Starts from half", listed.stdout, re.MULTILINE), listed.stdout
