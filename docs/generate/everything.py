@@ -1,6 +1,7 @@
 """All generated files and sections, as one table of path and text."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "docs" / "methods"
 PICTURES = ROOT / "docs" / "pictures"
 
-SECTIONS = [
+SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "initializations", methods.overview),
     ("docs/settings.md", "settings", settings.settings),
     ("docs/errors.md", "answers", errors.of_answers),

@@ -1,5 +1,6 @@
 """The tables of initializations: one row of each in the README and in docs/methods/README.md, its facts on its page."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def page(name: str) -> str:
     """A new page, with everything that the code knows and the headings of all others."""
     kind = INITS[name]
     own = {field: info for field, info in kind.model_fields.items() if field not in ("method", "seed")}
-    rows = [[f"`{field}`", f"`{_json(info.default)}`", "To be written."] for field, info in own.items()]
+    rows = [[f"`{field}`", f"`{json.dumps(info.default)}`", "To be written."] for field, info in own.items()]
     parameters = table(["parameter", "default", "meaning"], rows) if rows else "None of its own."
     return PAGE.format(name=name, title=kind.facts.title, description=kind.facts.description, parameters=parameters)
 
@@ -119,9 +120,3 @@ def _facts(config: InitConfig) -> list[str]:
     trained = "W + s(BA − B₀A₀)" if config.offset == "subtract" else "W + sBA"
     scale = f"{alpha}, s = alpha/{'√r' if facts.rslora else 'r'}"
     return [facts.needs, _start(config), trained, config.export_rank, scale, facts.maturity]
-
-
-def _json(value: object) -> str:
-    return {None: "null", True: "true", False: "false"}.get(
-        value, f'"{value}"' if isinstance(value, str) else str(value)
-    )

@@ -104,7 +104,8 @@ def _with_spectrum(m: int, n: int, *, power: float, draw: torch.Generator) -> Te
     U = torch.linalg.qr(torch.randn(m, m, generator=draw, dtype=torch.float64)).Q
     V = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64)).Q
     k = min(m, n)
-    return U[:, :k] / torch.arange(1.0, k + 1, dtype=torch.float64) ** power @ V[:, :k].T
+    W: Tensor = U[:, :k] / torch.arange(1.0, k + 1, dtype=torch.float64) ** power @ V[:, :k].T
+    return W
 
 
 def _preheated(error: Tensor, moment: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
