@@ -315,11 +315,14 @@ def _doctor(arguments: list[str]) -> int:
     if importlib.util.find_spec("torch") is None:
         print("Nothing can be trained here: torch is not installed.", file=sys.stderr)  # noqa: T201
         return FAILED
-    machine.set_up()  # before anything else loads torch
-    from lorainit import doctor
+    from lorainit import doctor, doctor_text, driver
 
-    found = doctor.examine()
-    print(doctor.as_json(found) if args.json else doctor.as_text(found))  # noqa: T201
+    try:
+        found = doctor.examine()
+    except driver.DriverSilent as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return FAILED
+    print(doctor.as_json(found) if args.json else doctor_text.as_text(found))  # noqa: T201
     return 0
 
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+NEEDED = "RUN_NEEDS_GPU"  # set to 1, no run of this process may go to the processor
 # Oldest driver on Linux for each major version of CUDA (CUDA's release notes; minor versions are compatible).
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
 
@@ -27,15 +28,38 @@ def visible(root: Path = Path("/")) -> list[str]:
     return [] if not count else [str(i) for i in range(count)] if asked is None else asked
 
 
+def why_none(root: Path = Path("/")) -> str | None:
+    """Why runs go to the processor although nothing is wrong, as half a sentence; None where GPUs are meant."""
+    asked = _asked()
+    if not may_be_used():
+        return f"{VISIBLE} names none" if is_hidden() else "the installed torch has no CUDA"
+    return "this machine shows no NVIDIA GPU" if asked is None and not installed(root) else None
+
+
+def is_hidden() -> bool:
+    """Whether somebody has said that no GPU is to be used."""
+    return _asked() == []
+
+
+def may_be_used() -> bool:
+    """Whether a GPU that is here would be used: torch is installed with CUDA, and nobody has hidden the GPUs."""
+    return cuda_of_torch() is not None and not is_hidden()
+
+
+def is_needed() -> bool:
+    """Whether somebody has said that a run of this process needs a GPU."""
+    return os.environ.get(NEEDED) == "1"
+
+
 def trouble(root: Path = Path("/")) -> str | None:
     """Why GPUs that are meant to be used cannot be, in a sentence; None where all is well or none is meant.
 
     A torch without CUDA means none, and so does an empty `CUDA_VISIBLE_DEVICES`.
     """
-    asked, count, cuda = _asked(), installed(root), cuda_of_torch()
-    if cuda is None or asked == [] or (asked is None and not count):
+    cuda = cuda_of_torch()
+    if cuda is None or why_none(root):
         return None
-    if why := _trouble_with(asked or [], count):
+    if why := _trouble_with(_asked() or [], installed(root)):
         return f"{VISIBLE} {why}."
     found, oldest = driver(root), OLDEST_DRIVER.get(int(cuda.partition(".")[0]))
     if found and oldest and _numbers(found)[:2] < oldest:
@@ -52,9 +76,27 @@ def _trouble_with(names: Sequence[str], count: int) -> str | None:
         if not count or (name.isdecimal() and int(name) >= count):
             what = f"GPU {name}" if name.isdecimal() else name
             return f"names {what}, and this machine shows {count or 'none'} (they count from 0)"
-    meant = [str(int(name)) if name.isdecimal() else name for name in names]
-    twice = next((name for name in meant if meant.count(name) > 1), None)
+    if len({_kind(name) for name in names}) > 1:
+        return (
+            f"names GPUs in more than one way ({', '.join(names)}): CUDA reads the first way only, and one GPU may be"
+            " there twice. Write all as numbers, or all as identities of one kind"
+        )
+    pairs = ((first, second) for index, second in enumerate(names) for first in names[:index])
+    twice = next((second for first, second in pairs if _is_same(first, second)), None)
     return None if twice is None else f"names {twice} twice, and each GPU is used once"
+
+
+def _kind(name: str) -> str:
+    """How a GPU is named: CUDA takes one kind of name in a list. A MIG instance has an older and a newer kind."""
+    return "number" if name.isdecimal() else "MIG-GPU-" if name.startswith("MIG-GPU-") else name[:4]
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two names of one kind are one GPU; of an identity the beginning is enough, unless it ends in numbers."""
+    if first.isdecimal():
+        return int(first) == int(second)
+    short, long = sorted((first.lower(), second.lower()), key=len)
+    return short == long or ("/" not in short and long.startswith(short))
 
 
 def driver(root: Path = Path("/")) -> str | None:

@@ -58,12 +58,12 @@ def pick_device() -> torch.device:
 
 def unusable_gpu() -> str | None:
     """Why this process cannot use the GPUs that it is meant to use; None where it can, or where none is meant."""
-    if torch.version.cuda is None or torch.cuda.is_available():
+    if torch.cuda.is_available():
         return None
     if why := gpus.trouble():
         return why
-    if not gpus.visible():
-        return None
+    if torch.version.cuda is None or not gpus.visible():
+        return f"This run needs a GPU, and {gpus.why_none() or 'CUDA sees none'}." if gpus.is_needed() else None
     try:
         torch.cuda.init()
         said = "it does not say why"

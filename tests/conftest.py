@@ -18,7 +18,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.core import catalogue, db, migrate, places, queue, rates, settings, storage, traces
+from api.core import catalogue, db, devices, migrate, places, queue, rates, settings, storage, traces
 from tests import servers
 
 
@@ -85,6 +85,7 @@ def forget() -> None:
     for cached in (settings.get_settings, db.get_sessions, storage.get_storage, queue.get_celery, rates.get_limiter):
         cached.cache_clear()
     catalogue.forget()
+    devices.forget()
     traces.provider.cache_clear()
 
 

@@ -26,7 +26,7 @@ from api.core.db import session_scope
 from tests import servers
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama
 
-WORKER = ["-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", "-Q", "train"]
+WORKER = ["-m", "celery", "-A", "worker.app", "worker"]
 QUIET = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
 FINAL = ("succeeded", "failed", "cancelled")
 PATIENCE = 300  # seconds until a test gives up hope, on however busy a machine

@@ -1,26 +1,38 @@
 """The Celery worker: which tasks, a heartbeat row while it lives, and a drain flag when it leaves.
 
-celery -A worker.app worker -P prefork -c SLOTS --without-gossip --without-mingle -Q train
+celery -A worker.app worker --without-gossip --without-mingle --without-heartbeat
+
+How many processes it has, and which queues it listens on, is in the settings (worker/pool.py).
 """
 
 import os
 import secrets
 import socket
+import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from celery.signals import setup_logging, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import (
+    celeryd_init,
+    setup_logging,
+    worker_init,
+    worker_process_init,
+    worker_ready,
+    worker_shutdown,
+    worker_shutting_down,
+)
 
-from api.core import catalogue, startup, workers
+from api.core import catalogue, devices, startup, workers
 from api.core.db import get_engine, get_reader, get_sessions, session_scope
 from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings
 from api.core.storage import get_storage
-from worker import caches, devices, scratch
+from worker import caches, pool, scratch
 
 app = get_celery()
 app.conf.imports = ("worker.tasks",)
@@ -54,6 +66,18 @@ def _check(**_: Any) -> None:
     startup.check_or_exit()
 
 
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _agree(options: Mapping[str, Any], **_: Any) -> None:
+    if why := pool.refusal(options):
+        sys.exit(f"error: {why}")
+
+
+@worker_init.connect  # type: ignore[untyped-decorator]
+def _listen(sender: Any, **_: Any) -> None:
+    # The command line has been read, and the processes are not forked yet: they all have one answer.
+    sender.app.amqp.queues.select(devices.queues() or get_settings().queues())
+
+
 @setup_logging.connect  # type: ignore[untyped-decorator]
 def _logs(**_: Any) -> None:
     configure()
@@ -63,6 +87,12 @@ def _logs(**_: Any) -> None:
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
 def _ready(**_: Any) -> None:
+    settings, found = get_settings(), devices.names()
+    log = get_logger(__name__)
+    log.info("the worker is ready", slots=settings.worker_slots, device=devices.device(), gpus=found)
+    left = sorted(set(settings.queues()) - set(devices.queues()))
+    if devices.may_take_a_job(settings.worker_slots) and left:
+        log.warning("jobs of these queues ask for another device and are not taken", queues=left)
     threading.Thread(target=_say_alive, name="heartbeat", daemon=True).start()
 
 
@@ -106,7 +136,7 @@ def _say_alive() -> None:
             slots, trouble = _able()
             with session_scope() as session:
                 workers.say_alive(
-                    session, me, slots=slots, queues=get_settings().queues(), started_at=started, trouble=trouble
+                    session, me, slots=slots, queues=devices.queues(), started_at=started, trouble=trouble
                 )
                 session.commit()
         except Exception as error:

@@ -4,25 +4,20 @@ It rests within its task, so that Celery hands it no bell that another slot coul
 why a slot comes back by itself: docs/decisions/0058.
 """
 
-import json
 import os
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from api.core import devices, examination
 from api.core.logs import get_logger
-from lorainit import gpus
 from lorainit.events import Event, Failed
 from worker import scratch
 from worker.endings import DEVICE_FAILED
-from worker.supervisor import PROGRAM, Outcome, environment_of_runs
+from worker.supervisor import Outcome
 
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds, doubled from the second failure in a row on
-ANSWER_SECONDS = 300.0
 LOOK_SECONDS = 0.2
 
 log = get_logger(__name__)
@@ -37,13 +32,13 @@ class Health:
 
     def note_event(self, event: Event) -> None:
         """An event of a run: it may be that its GPU has failed, or that one of its GPUs may be what hangs."""
-        codes = (DEVICE_FAILED, "worker_lost") if gpus.visible() else (DEVICE_FAILED,)
+        codes = (DEVICE_FAILED, "worker_lost") if devices.names() else (DEVICE_FAILED,)
         if isinstance(event, Failed) and event.code in codes:
             self._why = event.message
 
     def note_end(self, outcome: Outcome) -> None:
         """How a run's process ended: drivers and libraries of a GPU that fails may crash it, and nobody says why."""
-        if outcome.crash and not outcome.stopped and gpus.visible():
+        if outcome.crash and not outcome.stopped and devices.names():
             self._why = self._why or f"The process of a run crashed ({outcome.crash})."
 
     def rest_if_broken(self, names: str | None, flag: Path, *, is_leaving: Callable[[], bool]) -> None:
@@ -81,29 +76,13 @@ def _sleep(seconds: float, is_leaving: Callable[[], bool]) -> bool:
 
 
 def examine(names: str | None, *, is_leaving: Callable[[], bool]) -> str | None:
-    """What a run would find wrong with these GPUs, by a process of its own: this one loads no torch. None: nothing."""
-    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [*PROGRAM, "doctor", "--json"],
-            env=environment_of_runs(names),
-            stdin=subprocess.DEVNULL,
-            stdout=answer,
-            stderr=said,
-        )
-        until = time.monotonic() + ANSWER_SECONDS
-        while process.poll() is None:
-            if is_leaving() or time.monotonic() > until:
-                process.kill()
-                with suppress(subprocess.TimeoutExpired):  # a driver that hangs may never let it go
-                    process.wait(5)
-                return f"The GPU does not answer within {ANSWER_SECONDS:.0f} seconds."
-            time.sleep(LOOK_SECONDS)
-        answer.seek(0)
-        said.seek(0)
-        if process.returncode:
-            return said.read().decode("utf-8", "replace").strip()[-300:] or "A run cannot start here."
-        trouble: str | None = json.load(answer)["machine"]["gpu_trouble"]
-        return trouble
+    """What a run would find wrong with these GPUs; None: nothing."""
+    try:
+        found = examination.examine(names, is_unwanted=is_leaving)
+    except examination.Unanswered as why:
+        return str(why)
+    trouble: str | None = found["machine"]["gpu_trouble"]
+    return trouble
 
 
 @cache

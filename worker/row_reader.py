@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from api.core.run_environment import without_secrets
 from api.core.validation import unusable
-from worker.supervisor import without_secrets
 
 MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that were found take less: benchmarks/row_checks.py
 BEAT_SECONDS, TICK_SECONDS = 5.0, 0.2

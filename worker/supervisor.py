@@ -9,7 +9,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,11 +20,11 @@ import psutil
 from pydantic import ValidationError
 
 from api.core.logs import get_logger
+from api.core.run_environment import PROGRAM, environment_of_runs
 from lorainit.events import EVENT, Event
 from worker.memory import offer_to_the_oom_killer, oom_kills
 from worker.warm import Forked, Warm
 
-PROGRAM = (sys.executable, "-m", "lorainit")
 # How a child ends that somebody has killed, or asked to leave, who was not us.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
 POLL_SECONDS = 0.2
@@ -215,18 +214,6 @@ def _family(child: Child) -> list[psutil.Process]:
         return psutil.Process(child.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def without_secrets() -> dict[str, str]:
-    """What a child that reads what others wrote may know: no settings of the service, so none of its secrets."""
-    hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_", "OTEL_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-
-
-def environment_of_runs(gpus: str | None) -> dict[str, str]:
-    """What a run finds in its environment; `gpus` as for `run_child`."""
-    chosen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    return {**without_secrets(), **chosen, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _tail(path: Path, size: int = 8000) -> str:

@@ -13,13 +13,13 @@ from billiard.process import current_process
 from sqlalchemy.exc import OperationalError
 from structlog.contextvars import bound_contextvars
 
-from api.core import jobs, queue, traces
+from api.core import devices, jobs, queue, traces
 from api.core.db import session_scope
 from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
 from lorainit.events import Event
-from worker import devices, rest, room, warm
+from worker import rest, room, warm
 from worker.app import app, drain_file, name, rest_file
 from worker.member import Member
 from worker.supervisor import Place, StopReason, run_child
@@ -60,7 +60,7 @@ def _claim() -> list[Job]:
             owner,
             lease_seconds=settings.lease_seconds,
             group_size=settings.group_size,
-            queues=settings.queues(),
+            queues=devices.queues(),
         )
         session.commit()
     return claimed

@@ -21,9 +21,9 @@ from typing import Self
 
 import psutil
 
+from api.core import devices
 from api.core.logs import get_logger
 from api.core.settings import get_settings
-from lorainit import gpus
 from lorainit.orders import DONE, MAX_MESSAGE, READY, ROOM
 from worker.memory import offer_to_the_oom_killer
 
@@ -187,5 +187,5 @@ def _of(_pid: int) -> Warm:
 
 def of_this_slot() -> Warm | None:
     """The one of this process; None where it is not wanted, or where a GPU could be looked at before the fork."""
-    wanted = get_settings().keep_warm and sys.platform == "linux" and not gpus.visible()
+    wanted = get_settings().keep_warm and sys.platform == "linux" and not devices.names()
     return _of(os.getpid()) if wanted else None

@@ -39,6 +39,7 @@ def _configuration() -> dict[str, Any]:
         "task_reject_on_worker_lost": False,
         "worker_disable_prefetch": True,
         "worker_prefetch_multiplier": 1,
+        "worker_concurrency": get_settings().worker_slots,  # the one place that says how many (worker/pool.py)
         "worker_enable_remote_control": False,  # a worker is asked to leave by its signal, and by nobody else
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "task_default_queue": QUEUE,

@@ -163,7 +163,13 @@ class Settings(BaseSettings):
         "info", description="Lowest level written."
     )
 
-    worker_slots: Count = Field(1, description="Runs one worker holds at once (one per GPU).")
+    worker_slots: Count = Field(
+        1, description="Runs one worker holds at once, a process for each; one per GPU at most."
+    )
+    worker_device: Literal["auto", "gpu", "cpu"] = Field(
+        "auto",
+        description="What runs of this worker compute on: `gpu`, `cpu`, or `auto`, which is GPUs where it finds any.",
+    )
     base_models_here: bool = Field(
         False, description="A changed catalogue is refused if a base model is not on this host; `serve` sets it itself."
     )

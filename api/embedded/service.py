@@ -73,10 +73,10 @@ class Service:
         environment = self._environment()
         migrate.upgrade(get_engine())
         get_engine().dispose()
-        python, slots = sys.executable, str(self.settings.worker_slots)
+        python = sys.executable
         self._add("reconciler", [python, "-m", "worker.reconciler"], environment)
-        celery = ["-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", slots]
-        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", self.settings.worker_queues]
+        celery = ["-m", "celery", "-A", "worker.app", "worker"]
+        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         self._add("worker", [python, *celery, *quiet], environment, grace=self.settings.stop_grace_seconds + 15.0)
         descriptor = self._socket.fileno()
         api = self._add("api", [python, "-m", "api.server", "--fd", str(descriptor)], environment, fds=(descriptor,))
@@ -284,5 +284,5 @@ def _worth_showing(name: str, line: str) -> str | None:
     job = record.get("job_id")
     if level not in ("warning", "error", "critical") and not (name == "worker" and job):
         return None
-    why = " ".join(str(record.get("error", "")).split())[:MAX_REASON]
+    why = " ".join(str(record.get("error") or record.get("reason") or "").split())[:MAX_REASON]
     return f"{event}{f' [{job}]' if job else ''}{f': {why}' if why else ''}"

@@ -1,16 +1,17 @@
 """What `lorainit doctor` prints: a line for each check of the service, then what a run finds on this machine."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from api.core import doctor
+from api.core import devices, doctor
 from api.core.doctor import Check
+from api.core.examination import Unanswered, examine
+from api.core.settings import BadSettings, get_settings
+from lorainit.doctor_text import as_text
 
 COLOURS = {"ok": "green", "failed": "red", "absent": "yellow"}
 
@@ -22,14 +23,14 @@ def run(out: Console, *, as_json: bool) -> bool:
         checks.append(check)
         if not as_json:
             _print(out, check)
-    devices, machine = _devices()
+    check, machine = _devices()
+    checks.append(check)
     if as_json:
-        report = doctor.as_json([*checks, devices])
-        out.print(json.dumps({**report, **machine}, indent=2))
+        out.print(json.dumps({**doctor.as_json(checks), **machine}, indent=2))
     else:
-        _print(out, devices)
-        out.print(_words() if machine else "", end="")
-    return all(check.status != "failed" for check in [*checks, devices])
+        _print(out, check)
+        out.print(f"\n{as_text(machine)}\n" if machine else "", end="")
+    return all(check.status != "failed" for check in checks)
 
 
 def _print(out: Console, check: Check) -> None:
@@ -37,23 +38,21 @@ def _print(out: Console, check: Check) -> None:
 
 
 def _devices() -> tuple[Check, dict[str, Any]]:
-    """A run's own view of this machine, by a process of its own: this one loads no torch."""
+    """What a worker here would say of its devices, and a run's own view of this machine."""
     if find_spec("torch") is None:
         return Check("devices", "absent", "torch is not installed here; ask where the worker runs"), {}
-    answer = subprocess.run(_command("--json"), capture_output=True, text=True, check=False)
-    if answer.returncode:
-        return Check("devices", "failed", answer.stderr.strip()[-300:] or "a run cannot start here"), {}
-    found: dict[str, Any] = json.loads(answer.stdout)
+    try:
+        settings = get_settings()
+    except BadSettings:
+        return Check("devices", "absent", "what they are used for is in the settings, which cannot be read"), {}
+    try:
+        if hangs := devices.silence():
+            return Check("devices", "failed", hangs), {}
+        found = examine("" if settings.worker_device == "cpu" else None)
+    except Unanswered as error:
+        return Check("devices", "failed", str(error)), {}
     facts = found["machine"]
-    if facts["gpu_trouble"]:
-        return Check("devices", "failed", facts["gpu_trouble"]), found
-    return Check("devices", "ok", facts["gpu"] or "no GPU; runs go to the CPU"), found
-
-
-def _words() -> str:
-    answer = subprocess.run(_command(), capture_output=True, text=True, check=False)
-    return "\n" + answer.stdout
-
-
-def _command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "lorainit", "doctor", *options]
+    if why := devices.trouble(settings.worker_slots) or facts["gpu_trouble"]:
+        return Check("devices", "failed", why), found
+    why = "LORAINIT_WORKER_DEVICE is cpu" if settings.worker_device == "cpu" else "no GPU"
+    return Check("devices", "ok", facts["gpu"] or f"{why}; runs go to the CPU"), found

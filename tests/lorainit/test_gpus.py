@@ -60,6 +60,8 @@ def test_a_machine_without_gpus_shows_none_whatever_is_asked(machine):
         {"driver": None},
         {"driver": "470.42", "cuda": "14.1"},  # not known to be too old
         {"asked": "MIG-5c6a"},
+        {"asked": "GPU-8932,GPU-5c6a"},
+        {"asked": "MIG-GPU-8932f937/1/0,MIG-GPU-8932f937/1/01"},
     ],
 )
 def test_there_is_no_trouble(machine, case):
@@ -80,11 +82,31 @@ def test_there_is_no_trouble(machine, case):
         ({"asked": "0,0"}, "names 0 twice"),
         ({"asked": "01,1"}, "names 1 twice"),
         ({"asked": "MIG-5c6a,MIG-5c6a"}, "names MIG-5c6a twice"),
+        ({"asked": "GPU-8932,GPU-5c6a,GPU-8932f937-d72c"}, "names GPU-8932f937-d72c twice"),
+        ({"asked": "GPU-8932F937,GPU-8932f9"}, "names GPU-8932f9 twice"),
+        ({"asked": "0,GPU-8932f937"}, r"more than one way \(0, GPU-8932f937\): CUDA reads the first way only"),
+        ({"asked": "GPU-8932f937,MIG-5c6a"}, "more than one way"),
+        ({"asked": "0,MIG-5c6a"}, "more than one way"),
+        ({"asked": "MIG-GPU-8932f937/1/0,MIG-5c6a"}, "more than one way"),
     ],
 )
 def test_gpus_that_cannot_be_used_are_told_with_the_reason(machine, case, words):
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(gpus.trouble(machine(**case)))
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        ({}, None),
+        ({"count": 0, "driver": None, "asked": "0"}, None),  # which is trouble
+        ({"count": 0, "driver": None}, "this machine shows no NVIDIA GPU"),
+        ({"asked": ""}, "CUDA_VISIBLE_DEVICES names none"),
+        ({"cuda": None}, "the installed torch has no CUDA"),
+    ],
+)
+def test_why_runs_go_to_the_processor_is_known(machine, case, why):
+    assert gpus.why_none(machine(**case)) == why
 
 
 def test_what_torch_was_built_for_is_known_without_loading_it():
@@ -109,6 +131,15 @@ def test_a_reason_that_only_cuda_knows_is_told_in_its_words(monkeypatch):
     monkeypatch.setattr(gpus, "trouble", lambda: None)
     monkeypatch.setattr(gpus, "visible", lambda: ["0"])
     with pytest.raises(UnusableDevice, match="CUDA cannot use it: CUDA unknown error"):
+        hardware.pick_device()
+
+
+def test_a_run_that_needs_a_gpu_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpus, "why_none", lambda: "this machine shows no NVIDIA GPU")
+    monkeypatch.setattr(gpus, "trouble", lambda: None)
+    monkeypatch.setenv(gpus.NEEDED, "1")
+    with pytest.raises(UnusableDevice, match=r"^This run needs a GPU, and this machine shows no NVIDIA GPU\.$"):
         hardware.pick_device()
 
 

@@ -38,6 +38,12 @@ class Lab:
         get_storage().put(file.storage_key, iter([b"{}\n"]))
         return a_queued_job(session, project, file=file, seed=seed, wants_group=True, group_key="k").id
 
+    def move(self, seed: int, queue: str) -> None:
+        """Let a job wait in another queue."""
+        with session_scope() as session:
+            session.get_one(Job, self.ids[seed - 1]).queue = queue
+            session.commit()
+
     def child(self, script: str) -> None:
         """What the next run's process does."""
         path = self.folder / "script.py"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from api.core import doctor, workers
+from api.core import devices, doctor, examination, workers
 from api.core.db import now, session_scope
 from api.core.settings import get_settings
 from lorainit.events import Failed
 from tests.worker.conftest import Lab
-from worker import app, devices, rest, scratch
+from worker import app, rest, scratch
 from worker.supervisor import Outcome
 
 FAILS = "for i in range(len(members)): failed(i, 'device_failed')"
@@ -96,7 +96,7 @@ def test_a_run_that_ends_otherwise_begins_the_count_anew(monkeypatch: pytest.Mon
 def test_a_process_that_fell_silent_has_its_gpus_looked_at_where_it_had_any(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[str], looked: int
 ) -> None:
-    monkeypatch.setattr(rest.gpus, "visible", lambda: names)
+    monkeypatch.setattr(rest.devices, "names", lambda: names)
     waited, health = waits(monkeypatch), rest.Health()
     health.note_event(Failed(code="worker_lost", message="Silence.", param=None))
     health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
@@ -108,7 +108,7 @@ def test_after_a_crash_the_slot_looks_at_its_gpu_before_it_takes_the_next_job(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, names: list[str], looked: int
 ) -> None:
     found = list[list[str]]()
-    monkeypatch.setattr(rest.gpus, "visible", lambda: names)
+    monkeypatch.setattr(rest.devices, "names", lambda: names)
     monkeypatch.setattr(rest, "examine", lambda *_, **__: found.append(lab.statuses()))
     lab.run("os.abort()")
     assert found == [["queued"] * 3] * looked
@@ -117,7 +117,7 @@ def test_after_a_crash_the_slot_looks_at_its_gpu_before_it_takes_the_next_job(
 def test_a_run_that_crashes_when_it_is_stopped_or_is_killed_says_nothing_of_its_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rest.gpus, "visible", lambda: ["0"])
+    monkeypatch.setattr(rest.devices, "names", lambda: ["0"])
     waited, health = waits(monkeypatch), rest.Health()
     for returncode, stopped in ((-signal.SIGABRT, True), (-signal.SIGKILL, False), (1, False)):
         health.note_end(Outcome(returncode, stopped=stopped, stderr_tail=""))
@@ -128,7 +128,7 @@ def test_a_run_that_crashes_when_it_is_stopped_or_is_killed_says_nothing_of_its_
 def test_a_worker_that_leaves_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     health = rest.Health()
     health.note_event(BROKEN)
-    monkeypatch.setattr(rest, "PROGRAM", ("no such program",))
+    monkeypatch.setattr(examination, "PROGRAM", ("no such program",))
     health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: True)
 
 
@@ -145,8 +145,8 @@ def test_a_worker_that_leaves_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch, 
 def test_a_gpu_is_looked_at_by_a_process_of_its_own(
     monkeypatch: pytest.MonkeyPatch, script: str, expected: str | None
 ) -> None:
-    monkeypatch.setattr(rest, "PROGRAM", (sys.executable, "-c", script))
-    monkeypatch.setattr(rest, "ANSWER_SECONDS", 2.0 if "sleep" in script else 300.0)
+    monkeypatch.setattr(examination, "PROGRAM", (sys.executable, "-c", script))
+    monkeypatch.setattr(examination, "ANSWER_SECONDS", 2.0 if "sleep" in script else 300.0)
     assert rest.examine("7", is_leaving=lambda: False) == expected
 
 

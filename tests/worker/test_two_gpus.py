@@ -16,7 +16,7 @@ from tests.conftest import forget
 from tests.test_job_path import QUIET, wait_for
 from tests.things import a_file, a_project, a_queued_job
 
-WORKER = ["-m", "celery", "-A", "tests.worker.two_gpus", "worker", "-P", "prefork", "-c", "2", "-Q", "train"]
+WORKER = ["-m", "celery", "-A", "tests.worker.two_gpus", "worker"]
 
 
 def order(project_id: str) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from api.core.run_environment import without_secrets
 from lorainit.events import Event, Message, Metrics
-from worker.supervisor import Outcome, Place, run_child, without_secrets
+from worker.supervisor import Outcome, Place, run_child
 from worker.warm import Warm
 
 # What `lorainit.warm` is, but for what it loads and what a run does: `run(say, arguments)` of the script `RUN`.

@@ -26,6 +26,7 @@ if __name__ == "__main__":
         time.sleep(1)  # so that the other slot gets the next job
         child.done(0)
 else:
+    from api.core import examination
     from lorainit import gpus
     from worker import rest, supervisor
     from worker.app import app
@@ -33,5 +34,6 @@ else:
     __all__ = ["app"]
     setattr(gpus, "visible", lambda: ["0", "1"])  # noqa: B010 - a plain assignment is no replacement to mypy
     setattr(gpus, "trouble", lambda: None)  # noqa: B010
-    supervisor.PROGRAM = rest.PROGRAM = (sys.executable, __file__)
+    setattr(gpus, "why_none", lambda: None)  # noqa: B010
+    supervisor.PROGRAM = examination.PROGRAM = (sys.executable, __file__)
     rest.FIRST_WAIT = rest.LONGEST_WAIT = 0.5

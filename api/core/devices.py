@@ -1,0 +1,149 @@
+"""What a worker's runs compute on: GPUs, of which each slot has its own, or the processor; and why it takes no job.
+
+`LORAINIT_WORKER_DEVICE` says which, and a worker decides once, when it starts: one whose GPU goes away later takes no
+job, instead of going on with the processor. Why: docs/decisions/0060.
+"""
+
+import time
+from typing import Literal
+
+from api.core.logs import get_logger
+from api.core.settings import get_settings
+from api.core.singleton import singleton
+from lorainit import driver, gpus
+
+Device = Literal["gpu", "cpu"]
+AGAIN_SECONDS = 60.0  # until a driver that did not answer is asked again
+# Queues of jobs that ask for one kind of device; a worker of the other kind takes none of them.
+_OTHER: dict[Device, str] = {"gpu": "cpu", "cpu": "gpu"}
+
+log = get_logger(__name__)
+
+
+@singleton
+def device() -> Device:
+    """What this worker's runs compute on. First asked before its processes are forked, so that all have one answer.
+
+    A driver that hangs is one of a machine with GPUs.
+    """
+    hangs, wanted = silence(), get_settings().worker_device
+    if wanted != "auto":
+        return wanted
+    return "gpu" if hangs or not gpus.why_none() else "cpu"
+
+
+def names() -> list[str]:
+    """The GPUs that this worker shares out, as `CUDA_VISIBLE_DEVICES` names them."""
+    return gpus.visible() if device() == "gpu" else []
+
+
+def of_slot(slot: int, slots: int) -> str | None:
+    """`CUDA_VISIBLE_DEVICES` of a slot's runs; None leaves the environment as it is.
+
+    The worker's GPUs are dealt out evenly, so that a job for two devices finds them where each slot has two.
+    """
+    if device() == "cpu":
+        return ""
+    found = names()
+    if slots == 1 or not found:
+        return None
+    share = len(found) // slots
+    return ",".join(found[slot * share : (slot + 1) * share])
+
+
+def queues() -> tuple[str, ...]:
+    """Those that it takes jobs from: no job that asks for a GPU lands on the processor, nor the reverse."""
+    return tuple(name for name in get_settings().queues() if name != _OTHER[device()])
+
+
+def may_take_a_job(slots: int) -> bool:
+    """False where there is `trouble`, which the log tells."""
+    why = trouble(slots)
+    if why:
+        log.error("no job is taken", reason=why)
+    return not why
+
+
+def trouble(slots: int) -> str | None:
+    """Why no slot takes a job: its GPUs cannot be used, slots would share one or have too few, or no queue is left."""
+    if why := _no_queue():
+        return why
+    if device() == "cpu":
+        return None
+    return silence() or _no_gpu() or gpus.trouble() or _unknown() or _too_many(slots) or _too_few(slots)
+
+
+def silence() -> str | None:
+    """That the NVIDIA driver does not answer, in a sentence; None where it does, or where nobody asks it."""
+    is_asked = get_settings().worker_device != "cpu" and gpus.may_be_used()
+    return _driver().silence() if is_asked else None
+
+
+def _no_queue() -> str | None:
+    if queues():
+        return None
+    asked, uses = get_settings().worker_queues, {"gpu": "GPUs", "cpu": "the processor"}[device()]
+    return f"LORAINIT_WORKER_QUEUES names {asked} alone, and this worker uses {uses}: it may take none of these jobs."
+
+
+def _no_gpu() -> str | None:
+    why = gpus.why_none()
+    if not why:
+        return None
+    if get_settings().worker_device == "auto":
+        return f"This worker began with GPUs, and now {why}."
+    return f"LORAINIT_WORKER_DEVICE is gpu, and {why}."
+
+
+def _unknown() -> str | None:
+    listed = _driver().listed
+    why = None if listed is None else driver.trouble_with(names(), listed)
+    return f"{gpus.VISIBLE} {why}." if why else None
+
+
+def _too_many(slots: int) -> str | None:
+    count = len(names())
+    if slots <= count:
+        return None
+    return f"LORAINIT_WORKER_SLOTS is {slots}, and this worker sees {count}: name more, or MIG instances, or lower it."
+
+
+def _too_few(slots: int) -> str | None:
+    """A job for several devices that a slot without them took would only fail there."""
+    share, promised = len(names()) // slots, get_settings().devices_per_job
+    if promised <= share:
+        return None
+    return (
+        f"LORAINIT_DEVICES_PER_JOB lets a job ask for {promised} devices, and a slot of this worker has {share}: name"
+        " more GPUs, or lower it or LORAINIT_WORKER_SLOTS."
+    )
+
+
+class _Driver:
+    """What the driver lists, and that it hangs: an answer is kept, silence for a minute."""
+
+    def __init__(self) -> None:
+        self.listed: list[driver.Gpu] | None = None
+        self._silence: str | None = None
+        self._ask_at: float | None = 0.0  # on the monotonic clock; None = it has answered
+
+    def silence(self) -> str | None:
+        """Why it is not to be used now: it does not answer. The first to ask after a restart makes GPUs appear."""
+        if self._ask_at is None or time.monotonic() < self._ask_at:
+            return self._silence
+        try:
+            self.listed, self._silence, self._ask_at = driver.listed(), None, None
+        except driver.DriverSilent as silent:
+            self._silence, self._ask_at = str(silent), time.monotonic() + AGAIN_SECONDS
+        return self._silence
+
+
+@singleton
+def _driver() -> _Driver:
+    return _Driver()
+
+
+def forget() -> None:
+    """Decide anew, and ask the driver anew."""
+    device.cache_clear()
+    _driver.cache_clear()

@@ -1,0 +1,26 @@
+"""The program of a run, and what it finds in its environment."""
+
+import os
+import sys
+
+from api.core import devices
+from lorainit import gpus
+
+PROGRAM = (sys.executable, "-m", "lorainit")
+
+
+def without_secrets() -> dict[str, str]:
+    """What a child that reads what others wrote may know: no settings of the service, so none of its secrets."""
+    hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_", "OTEL_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+
+
+def environment_of_runs(names: str | None) -> dict[str, str]:
+    """What a run finds in its environment.
+
+    Args:
+        names: the only GPUs that it sees, by their names in CUDA; None = as this process.
+    """
+    chosen = {} if names is None else {gpus.VISIBLE: names}
+    needed = {gpus.NEEDED: "1"} if devices.device() == "gpu" else {}
+    return {**without_secrets(), **chosen, **needed, "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,72 @@
+"""The NVIDIA driver, asked by `nvidia-smi -L` where that is installed: which GPUs and MIG instances there are.
+
+It is a process of its own with a time limit, because a driver that hangs lets no caller go.
+"""
+
+import re
+import shutil
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lorainit.ask import ask
+
+PROGRAM = "nvidia-smi"
+ANSWER_SECONDS = 30.0  # without persistence mode the driver first starts each GPU, a second or two for each
+
+
+class DriverSilent(Exception):
+    """It has not answered in time; the message is a sentence."""
+
+
+class Gpu(NamedTuple):
+    """A GPU as the driver lists it."""
+
+    identity: str
+    instances: tuple[str, ...]  # identities of its MIG instances
+
+
+def listed() -> list[Gpu] | None:
+    """The GPUs that the driver lists; None where there is no nvidia-smi, or where it fails, which is for CUDA to judge.
+
+    On a machine that has just started, being asked makes the driver create its files in /dev.
+
+    Raises:
+        DriverSilent: no answer within `ANSWER_SECONDS`.
+    """
+    program = shutil.which(PROGRAM)
+    if program is None:
+        return None
+    answer = ask([program, "-L"], seconds=ANSWER_SECONDS)
+    if answer is None:
+        raise DriverSilent(
+            f"The NVIDIA driver hangs: {PROGRAM} has not answered within {ANSWER_SECONDS:.0f} seconds."
+            " Its messages are in the kernel's log (dmesg); restarting the machine often is the only cure."
+        )
+    return read(answer.output) if answer.returncode == 0 else None
+
+
+def read(text: str) -> list[Gpu]:
+    """The GPUs of what `nvidia-smi -L` prints: a line for each, and below it one for each MIG instance."""
+    found = list[Gpu]()
+    for identity in re.findall(r"\(UUID:\s*([^)\s]+)\)", text):
+        if identity.startswith("GPU-"):
+            found.append(Gpu(identity, ()))
+        elif found:
+            found[-1] = found[-1]._replace(instances=(*found[-1].instances, identity))
+    return found
+
+
+def trouble_with(names: Sequence[str], gpus: Sequence[Gpu]) -> str | None:
+    """Which name is not the identity, or the beginning of the identity, of one GPU or instance; None where each is.
+
+    Numbers are passed over: CUDA may count in another order than the driver lists.
+    """
+    known = [identity for gpu in gpus for identity in (gpu.identity, *gpu.instances)]
+    for name in names:
+        meant = [one for one in known if one.lower().startswith(name.lower())]
+        if name.isdecimal() or len(meant) == 1 or name in meant:
+            continue
+        if meant:
+            return f"names {name}, with which {len(meant)} identities begin: {', '.join(meant)}"
+        return f"names {name}, and the driver lists {', '.join(known) or 'no GPU'}"
+    return None
