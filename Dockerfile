@@ -63,5 +63,4 @@ WORKDIR /var/lib/lorainit
 # Is the worker's parent process there? Whether it works is the database's to say: GET /readyz counts workers.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=30s \
     CMD ["python", "-c", "import psutil; p = psutil.Process(1); assert any('worker.app' in q.cmdline() for q in [p, *p.children()])"]
-CMD ["celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", \
-     "--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "train"]
+CMD ["celery", "-A", "worker.app", "worker", "--without-gossip", "--without-mingle", "--without-heartbeat"]

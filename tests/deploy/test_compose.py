@@ -123,8 +123,13 @@ def test_the_worker_reserves_as_many_gpus_as_it_has_slots() -> None:
     (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
     # `capabilities` is required, and of `count` and `device_ids` only one may be there.
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
-    concurrency = worker["command"][worker["command"].index("-c") + 1]
-    assert concurrency == worker["environment"]["LORAINIT_WORKER_SLOTS"] == str(device["count"])
+    assert worker["environment"]["LORAINIT_WORKER_SLOTS"] == str(device["count"])
+
+
+def test_only_the_settings_say_how_many_processes_a_worker_has_and_where_it_listens() -> None:
+    worker = SERVICES["worker"]
+    assert worker["environment"]["LORAINIT_WORKER_DEVICE"] == "gpu"
+    assert not {"-c", "-Q", "-P", "--autoscale"} & set(worker["command"])
 
 
 def test_processes_of_one_job_have_room_to_exchange_gradients() -> None:

@@ -1,6 +1,7 @@
 """A program that is asked gets so much time, and neither it nor what it started stays behind."""
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import sleep
@@ -13,6 +14,15 @@ from lorainit.ask import Answer, ask
 
 def python(script: str) -> list[str]:
     return [sys.executable, "-c", script]
+
+
+class Clock:
+    """What `ask` needs of the module `time`."""
+
+    sleep = staticmethod(sleep)
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self.monotonic = monotonic
 
 
 def wait_until_gone(pid: int) -> None:
@@ -49,7 +59,8 @@ def test_a_program_that_does_not_answer_is_killed_with_what_it_started(
         return pid.exists() and pid.read_text().endswith("\n")
 
     if how == "out of time":
-        monkeypatch.setattr("lorainit.ask.time.monotonic", lambda: 2.0 if has_started() else 0.0)
+        begin = iter([0.0])
+        monkeypatch.setattr("lorainit.ask.time", Clock(lambda: next(begin, 2.0 if has_started() else 0.0)))
     is_unwanted = has_started if how == "unwanted" else lambda: False
     assert ask(["sh", "-c", f"sleep 600 & echo $! > {pid}; wait"], seconds=1, is_unwanted=is_unwanted) is None
     wait_until_gone(int(pid.read_text()))

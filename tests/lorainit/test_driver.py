@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lorainit import driver
+from lorainit import driver, gpus
+from lorainit.__main__ import main
 from lorainit.driver import Gpu
 
 TWO = """GPU 0: NVIDIA H200 (UUID: GPU-8932f937-d72c-4106-c12f-20bd9faed9f6)
@@ -66,3 +67,15 @@ def test_names_of_what_is_there_are_no_trouble(names: list[str]) -> None:
 )
 def test_a_name_of_no_gpu_or_of_several_is_told(name: str, words: str) -> None:
     assert driver.trouble_with([H200, name], GPUS) == words
+
+
+def test_the_doctor_of_a_run_ends_with_the_reason_when_the_driver_hangs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hang() -> None:
+        raise driver.DriverSilent("It hangs.")
+
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    monkeypatch.setattr(driver, "listed", hang)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr() == ("", "It hangs.\n")
