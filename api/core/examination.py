@@ -34,7 +34,9 @@ def examine(names: str | None, *, is_unwanted: Callable[[], bool] = lambda: Fals
         is_unwanted=is_unwanted,
     )
     if answer is None:
-        raise Unanswered(f"The GPU does not answer within {ANSWER_SECONDS:.0f} seconds.")
+        raise Unanswered(
+            f"The examination of this machine has not ended after {ANSWER_SECONDS:.0f} seconds; a GPU may hang."
+        )
     if answer.returncode:
         raise Unanswered(answer.errors.strip()[-300:] or "A run cannot start here.")
     found: dict[str, Any] = json.loads(answer.output)

@@ -101,6 +101,13 @@ def test_a_catalogue_that_is_refused_while_it_runs_is_told_once_with_its_reason(
     assert said == [told, told]  # the second is another change
 
 
+def test_a_worker_that_takes_no_job_is_told_with_its_reason(tmp_path: Path) -> None:
+    said = list[str]()
+    line = {"level": "error", "event": "no job is taken", "reason": "LORAINIT_WORKER_DEVICE is gpu."}
+    Service(Settings(state_dir=tmp_path), say=said.append).pass_on("worker", json.dumps(line))
+    assert said == ["worker: no job is taken: LORAINIT_WORKER_DEVICE is gpu."]
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -139,7 +139,10 @@ def test_a_worker_that_leaves_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch, 
         ('print(\'{"machine": {"gpu_trouble": "It is too old."}}\')', "It is too old."),
         ("import os, json; print(json.dumps({'machine': {'gpu_trouble': os.environ['CUDA_VISIBLE_DEVICES']}}))", "7"),
         ("import sys; sys.exit('It fell over.')", "It fell over."),
-        ("import time; time.sleep(600)", "The GPU does not answer within 2 seconds."),
+        (
+            "import time; time.sleep(600)",
+            "The examination of this machine has not ended after 2 seconds; a GPU may hang.",
+        ),
     ],
 )
 def test_a_gpu_is_looked_at_by_a_process_of_its_own(
