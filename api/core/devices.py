@@ -4,6 +4,7 @@
 job, instead of going on with the processor. Why: docs/decisions/0060.
 """
 
+import threading
 import time
 from typing import Literal
 
@@ -120,22 +121,31 @@ def _too_few(slots: int) -> str | None:
 
 
 class _Driver:
-    """What the driver lists, and that it hangs: an answer is kept, silence for a minute."""
+    """What the driver lists, and that it hangs: an answer is kept, and silence is until it is asked again."""
 
     def __init__(self) -> None:
         self.listed: list[driver.Gpu] | None = None
+        self._has_answered = False
         self._silence: str | None = None
-        self._ask_at: float | None = 0.0  # on the monotonic clock; None = it has answered
+        self._ask_at = 0.0  # on the monotonic clock
 
     def silence(self) -> str | None:
-        """Why it is not to be used now: it does not answer. The first to ask after a restart makes GPUs appear."""
-        if self._ask_at is None or time.monotonic() < self._ask_at:
-            return self._silence
-        try:
-            self.listed, self._silence, self._ask_at = driver.listed(), None, None
-        except driver.DriverSilent as silent:
-            self._silence, self._ask_at = str(silent), time.monotonic() + AGAIN_SECONDS
+        """That it did not answer when it was asked last. The first to ask after a restart makes GPUs appear in /dev."""
+        if not self._has_answered and time.monotonic() >= self._ask_at:
+            self._ask_at = time.monotonic() + AGAIN_SECONDS
+            if self._silence is None:
+                self._ask()
+            else:  # whoever asks meanwhile has the worker's heart to beat
+                threading.Thread(target=self._ask, name="nvidia-smi", daemon=True).start()
         return self._silence
+
+    def _ask(self) -> None:
+        try:
+            self.listed = driver.listed()
+        except driver.DriverSilent as silent:
+            self._silence = str(silent)
+        else:
+            self._has_answered, self._silence = True, None
 
 
 @singleton
