@@ -106,7 +106,7 @@ def _too_many(slots: int) -> str | None:
     count = len(names())
     if slots <= count:
         return None
-    return f"LORAINIT_WORKER_SLOTS is {slots}, and this worker sees {count} GPUs: name more, or MIG instances, or lower it."
+    return f"LORAINIT_WORKER_SLOTS is {slots}, and this worker sees {count} GPUs: name more, or lower it."
 
 
 def _too_few(slots: int) -> str | None:
