@@ -121,13 +121,16 @@ class Base:
         if self.sharded and in_parts:
             part = {"rank": self.world.rank, "size": self.world.size}
             return load_part(self.location.folder, dtype=self.dtype, device=self.device, **part)
-        return self._copy(torch.device("cpu") if self.sharded else self.device)
+        return self.copy_on(torch.device("cpu") if self.sharded else self.device)
 
-    def _copy(self, device: torch.device) -> nn.Module:
+    def copy_on(self, device: torch.device) -> nn.Module:
+        """Another whole copy of the base, on this device."""
         return load_model(self.location.folder, dtype=self.dtype, device=device, quantization=self.quantization)
 
-    def beside(self, *, tokens: int, factors: int) -> Iterator[nn.Module]:
-        """Copies of the base while the first one lies there: on the device if it fits, then on the CPU if it does.
+    def places_beside(self, *, tokens: int, factors: int) -> Iterator[torch.device]:
+        """Where another copy fits while the first one lies there: on the device, then on the CPU.
+
+        What is free is asked when the place is asked for.
 
         Args:
             tokens, factors: as for `memory.of_a_copy`.
@@ -136,7 +139,7 @@ class Base:
         for device in self._devices():
             # Four bits may be rounded otherwise on another device.
             if (device == self.device or not self.quantization) and _is_free(wanted, device):
-                yield self._copy(device)
+                yield device
 
     def has_room_beside(self, *, tokens: int, factors: int) -> bool:
         """Whether a `fresh` copy fits while this one lies there."""

@@ -63,6 +63,11 @@ class Batch:
         assert isinstance(mask, Tensor)
         return mask
 
+    def cut(self, rows: int) -> list["Batch"]:
+        """A padded batch as several, of so many rows each; the last may have fewer."""
+        parts = zip(self.ids.split(rows), self.trained.split(rows), self.attention.split(rows), strict=True)
+        return [_batch(ids, trained, {"attention_mask": mask}) for ids, trained, mask in parts]
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device, all of it in one copy: a GPU is waited for at each."""
         if device == self.ids.device:

@@ -8,24 +8,21 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lorainit.batches import Budget, Regime, any_length, batches, order
-from lorainit.checkpoint import Progress, Restored, write
-from lorainit.data import Dataset, Sample
+from lorainit.batches import batches, order
+from lorainit.checkpoint import Progress, write
+from lorainit.data import Sample
 from lorainit.errors import NonFiniteLoss
-from lorainit.events import Checkpoint, Event, Message, Metrics, Stage, Tick
-from lorainit.largest import Rows
-from lorainit.layer import LoRALinear
+from lorainit.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.loss import Tally
+from lorainit.member import Member, clip, with_half_the_tokens, with_smaller_evaluations
 from lorainit.optimizers import make_optimizer, set_rate
 from lorainit.resolve import steps_per_epoch, total_steps
-from lorainit.spec import Hyperparameters
+from lorainit.retry import until_it_fits
 from lorainit.world import World
 
 _CHECKPOINT_METRICS = (
@@ -40,60 +37,6 @@ _CHECKPOINT_METRICS = (
 Evaluate = Callable[[Sequence[Sample]], dict[str, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One adapter to train.
-
-    `recipe` is resolved (no "auto" left). `budget` is what its part of one forward pass may hold, which
-    changes speed and memory, not the gradient; `on_budget` hears how many tokens it has where that changes, and whether
-    memory had run out. `keeps_budget`: it is what an earlier attempt had, and memory is not measured again.
-    `recomputes`: an earlier attempt had to compute layers again; `on_recompute` hears that this one has to.
-    `out` gets `metrics.jsonl` and `checkpoints/step-NNNNNN`. `skip`: batches of the data's order that are passed over
-    before the first step. `regime`: which rows may share a forward pass. For `checkpoint_recipe` and `write_adapter`
-    see `checkpoint.write`.
-    """
-
-    layers: dict[str, LoRALinear]
-    data: Dataset
-    valid: Dataset | None
-    recipe: Hyperparameters
-    seed: int
-    budget: Budget
-    out: Path
-    checkpoint_recipe: dict[str, Any]
-    write_adapter: Callable[[Path], None]
-    on_event: Callable[[Event], None]
-    on_budget: Callable[[int, bool], None] = lambda _tokens, _ran_out: None
-    on_recompute: Callable[[], None] = lambda: None
-    keeps_budget: bool = False
-    recomputes: bool = False
-    skip: int = 0
-    regime: Regime = any_length
-    resumed: Restored | None = None
-
-    def largest_pass(self) -> list[Sample]:
-        """Rows that no pass of training is larger than."""
-        return Rows(self.data.samples, self.budget.rows).largest_pass(self.budget)
-
-
-def with_half_the_tokens(member: Member, largest: Sequence[Sample]) -> Member:
-    """The member with half the tokens to a pass, which is said.
-
-    Args:
-        largest: the largest pass that its rows can make. Where a budget is wider, the half of it may change nothing.
-    """
-    before = min(member.budget.tokens, member.budget.tokens_of(largest))
-    tokens = max(1, before // 2)
-    text = (
-        f"Memory ran out with passes over up to {before:,} tokens: {tokens:,} at most from here on, same effective"
-        " batch"
-    )
-    data = {"kind": "oom_retry", "tokens_per_pass": tokens}
-    member.on_event(Message(level="warn", message=text, data=data))
-    member.on_budget(tokens, True)
-    return replace(member, budget=member.budget._replace(tokens=tokens))
-
-
 class Course:
     """A member on its way: which step it is at and everything that step needs."""
 
@@ -106,11 +49,10 @@ class Course:
         self.total = total_steps(recipe, rows=rows)
         self.per_epoch = steps_per_epoch(rows, recipe.batch_size)
         self.warmup = math.ceil(recipe.warmup_ratio * self.total)
-        self.parameters = [p for layer in member.layers.values() for p in layer.trained().values()]
+        self.parameters = member.parameters
         self.optimizer = make_optimizer(recipe, member.layers)
         self.log = member.out / "metrics.jsonl"
         self.step, self.tokens, self._before = 0, 0, 0.0
-        self._is_repeated = False  # a step was drawn again, since memory had run out
         # Steps that the optimizer has taken, and how many of them a checkpoint has: `step` runs ahead while one is
         # on its way. What the last step found waits in `_unsaid` until the evaluation that belongs to it is done.
         self._taken = self._saved = 0
@@ -197,20 +139,23 @@ class Course:
         self.optimizer.zero_grad()
         self.step -= 1
 
-    def can_repeat(self) -> bool:
-        """Whether a step that ran out of memory may fit when it is drawn again: in smaller passes, or once as it is."""
-        return len(self.member.largest_pass()) > 1 or not self._is_repeated
-
-    def repeat_smaller(self) -> None:
-        """Forget this step's gradients; it is drawn again, and from here on all passes are smaller.
+    def repeat_smaller(self) -> bool:
+        """Forget this step's gradients; it is drawn again, and from here on passes are smaller if they can be.
 
         By what the rows can make and not by this step's, which may be a few short ones beside those of others.
         """
         self.repeat_step()
-        self._is_repeated = True
         largest = self.member.largest_pass()
         if len(largest) > 1:
             self.member = with_half_the_tokens(self.member, largest)
+        return len(largest) > 1
+
+    def evaluate_smaller(self) -> bool:
+        """From here on passes over validation rows are smaller, if they can be."""
+        largest = self.member.largest_evaluation()
+        if len(largest) > 1:
+            self.member = with_smaller_evaluations(self.member, largest)
+        return len(largest) > 1
 
     def finish_step(self, evaluate: Evaluate) -> None:
         """Clip, update, log, and where due evaluate and write a checkpoint.
@@ -265,7 +210,7 @@ class Course:
         loss = sum((part.loss for part in self._parts), zero) / self._wanted
         correct = sum((part.correct for part in self._parts), zero.long())
         self.world.add_up([loss, correct, *(p.grad for p in self.parameters if p.grad is not None)])
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.member.recipe.max_grad_norm or math.inf)
+        norm = clip(self.member)
         # Together, since a GPU is waited for each time; float64 has all of them exactly.
         found = torch.stack([loss, correct.double(), norm]).tolist()
         return found[0], int(found[1]), found[2]
@@ -293,7 +238,8 @@ class Course:
 
     def _write_checkpoint(self, metrics: Metrics) -> None:
         folder = self.member.out / "checkpoints" / f"step-{self.step:06d}"
-        write(
+        written = partial(
+            write,
             folder,
             self.member.layers,
             self.optimizer,
@@ -302,6 +248,7 @@ class Course:
             metrics=self.log,
             write_adapter=self.member.write_adapter,
         )
+        until_it_fits(written)
         self._saved = self.step
         shown = {name: getattr(metrics, name) for name in _CHECKPOINT_METRICS}
         self.member.on_event(Checkpoint(step=self.step, path=str(folder.resolve()), metrics=shown))

@@ -1,34 +1,30 @@
-"""Makes passes fit: on a GPU two small ones are measured; the largest is tried, forward and backward, before step 1.
+"""Makes passes fit: on a GPU two small ones are measured; an update and the largest pass are tried before step 1.
 
-Running out of memory late is what hurts, so the worst comes first. Then a pass's tokens are halved
+Running out of memory late is what hurts, so the worst comes first (`lorainit.trial`). Then a pass's tokens are halved
 until it fits, and last the layers are computed again in the backward pass. Neither changes the
 effective batch, the order of rows or what is minimized; both are said in an event.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorainit import compiled
-from lorainit.batches import Batch
-from lorainit.course import Member, with_half_the_tokens
 from lorainit.data import Sample
 from lorainit.errors import OutOfMemory
 from lorainit.events import Message
 from lorainit.group import Stand
 from lorainit.hardware import is_out_of_memory, peak_while, return_memory
-from lorainit.largest import Rows, size_of
-from lorainit.loss import tallies
+from lorainit.member import Member, with_half_the_tokens, with_smaller_evaluations
 from lorainit.recompute import recompute
 from lorainit.resolve import total_steps
+from lorainit.trial import Lay, Trial, forget, trials, try_pass, try_update
 from lorainit.world import World
 
-Lay = Callable[[Sequence[Sample]], Batch]
 PARAM = "training"
 # Tokens of the larger of two passes that are measured: beyond a few hundred, memory grows evenly with them.
 PROBED = 2048
@@ -40,16 +36,20 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
     """The members with passes that fit; the model is set up for the run and left bare.
 
     Raises:
-        OutOfMemory: not one row fits, whatever is done; on a base that is divided between devices, the first try.
+        OutOfMemory: not one row fits, whatever is done, or not the optimizer's update; on a base that is divided
+            between devices, the first pass that is tried does not.
     """
     stand, planned = Stand(model), list(members)
+    if _fails(stand, members, world, partial(try_update, members, world)):
+        raise _too_much_is_trained()
     switches = [member.recipe.gradient_checkpointing for member in members]
     recomputes = _from_the_start(stand, members, switches, world)
     members = _measured(stand, planned, lay, world)
     while failed := _first_that_fails(stand, members, lay, world):
         if any(len(rows) > 1 for rows in failed.rows.values()):
+            smaller = with_half_the_tokens if failed.learns else with_smaller_evaluations
             members = [
-                with_half_the_tokens(m, failed.rows[who]) if len(failed.rows.get(who, ())) > 1 else m
+                smaller(m, failed.rows[who]) if len(failed.rows.get(who, ())) > 1 else m
                 for who, m in enumerate(members)
             ]
         elif not (recomputes or False in switches) and failed.learns:
@@ -57,6 +57,7 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
             if not recomputes:
                 raise _too_large()
             for member in members:
+                member.on_shortage()
                 member.on_recompute()
             members = [replace(member, keeps_budget=False) for member in members]
             members = _measured(stand, members, lay, world, most=[m.budget.tokens for m in planned])
@@ -80,85 +81,34 @@ def _from_the_start(stand: Stand, members: Sequence[Member], switches: Sequence[
     return False
 
 
-def _fails(stand: Stand, members: Sequence[Member], world: World, attempt: Callable[[], None]) -> bool:
-    """Whether any process runs out of memory."""
+def _fails(
+    stand: Stand, members: Sequence[Member], world: World, attempt: Callable[[], None], *, in_step: bool = False
+) -> bool:
+    """Whether any process runs out of memory.
+
+    Args:
+        in_step: processes make this attempt together, and not side by side.
+    """
     failed = False
     try:
         attempt()
     except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
         if not is_out_of_memory(error):
             raise
-        if world.in_step:  # the others are in the middle of a pass that cannot be finished
+        if in_step:  # the others are in the middle of a pass that cannot be finished
             raise _too_large_a_part() from error
         failed = True
     if failed:  # outside of the except clause, whose traceback holds what is to be freed
-        _forget(stand, members)
+        forget(stand, members)
         return_memory()
     return world.anybody(failed, next(stand.model.parameters()).device)
 
 
-class _Trial(NamedTuple):
-    """A pass: the rows of some members, by their number, and whether they learn from it."""
-
-    rows: dict[int, list[Sample]]
-    learns: bool = True
-
-
-def _first_that_fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> _Trial | None:
-    for trial in _trials(members):
-        if _fails(stand, members, world, partial(_try, stand, members, trial, lay)):
+def _first_that_fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> Trial | None:
+    for trial in trials(members):
+        if _fails(stand, members, world, partial(try_pass, stand, members, trial, lay), in_step=world.in_step):
             return trial
     return None
-
-
-def _trials(members: Sequence[Member]) -> Iterator[_Trial]:
-    """A pass that no pass of training is larger than, and such a one of everybody's validation, unless it is smaller.
-
-    Each member's validation rows go alone, and are not learned from, which takes less.
-    """
-    trained = {who: member.largest_pass() for who, member in enumerate(members)}
-    yield _Trial(trained)
-    for who, member in enumerate(members):
-        if member.valid is None:
-            continue
-        packed, rows = member.budget.packed, Rows(member.valid.samples, member.budget.rows)
-        largest = rows.largest_pass(member.budget)
-        if not size_of(trained[who], packed=packed).covers(size_of(largest, packed=packed)):
-            yield _Trial({who: largest}, learns=False)
-
-
-def _try(stand: Stand, members: Sequence[Member], trial: _Trial, lay: Lay) -> None:
-    some = [members[who] for who in trial.rows]
-    lengths = [sum(len(s.ids) for s in rows) for rows in trial.rows.values()]
-    stand.put([member.layers for member in some], list(pairwise([0, *accumulate(lengths)])))
-    for member in some:
-        _drop(member, "tried" if trial.learns else None)
-    counts = [sum(int(s.trained[1:].sum()) for s in rows) for rows in trial.rows.values()]
-    kept = [torch.empty_like(parameter) for parameter in _kept(members, trial)]
-    with torch.set_grad_enabled(trial.learns):
-        parts = tallies(stand.model, lay([sample for rows in trial.rows.values() for sample in rows]), counts)
-    if trial.learns:
-        torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
-    del kept
-    _forget(stand, members)
-
-
-def _kept(members: Sequence[Member], trial: _Trial) -> list[Tensor]:
-    """What there will be another one of beside this pass: of everybody, Adam's moments and gradients of passes before.
-
-    While validation rows are looked at there are no gradients.
-    """
-    trained: list[Tensor] = [p for m in members for layer in m.layers.values() for p in layer.trained().values()]
-    several = trial.learns and any(_may_take_several(member) for member in members)
-    return trained * (3 if several else 2)
-
-
-def _may_take_several(member: Member) -> bool:
-    """Whether some step of its may take more than one pass."""
-    assert member.recipe.batch_size != "auto"
-    rows = Rows(member.data.samples, member.recipe.batch_size)
-    kinds = {member.regime(len(sample.ids)) for sample in member.data.samples}
-    return member.budget.rows < rows.most or not rows.takes_one_pass(member.budget) or len(kinds) > 1 or None in kinds
 
 
 # --- how many tokens fit --------------------------------------------------------------------------
@@ -182,8 +132,9 @@ def _measured(
     longest = PROBED // 2 // len(members)  # so that the larger pass has about twice the tokens of the smaller one
     for tokens in (PROBED // 2, PROBED):
         rows = [_like_the_longest(member, tokens // len(members), longest) for member in members]
-        trial = _Trial(dict(enumerate(rows)))
-        if _fails(stand, members, world, partial(_note_peak, seen, stand, members, trial, lay)):
+        trial = Trial(dict(enumerate(rows)))
+        note = partial(_note_peak, seen, stand, members, trial, lay)
+        if _fails(stand, members, world, note, in_step=world.in_step):
             return _with_tokens(members, tokens // 2, most)
     (few, small), (many, large) = seen
     each = max(1.0, (large - small) / (many - few))
@@ -193,9 +144,9 @@ def _measured(
     return _with_tokens(members, int(agreed), most)
 
 
-def _note_peak(seen: list[tuple[int, int]], stand: Stand, members: Sequence[Member], trial: _Trial, lay: Lay) -> None:
+def _note_peak(seen: list[tuple[int, int]], stand: Stand, members: Sequence[Member], trial: Trial, lay: Lay) -> None:
     """Add how many tokens this pass has, and how much memory was in use at most while it was made."""
-    peak = peak_while(lambda: _try(stand, members, trial, lay))
+    peak = peak_while(lambda: try_pass(stand, members, trial, lay))
     seen.append((sum(len(sample.ids) for rows in trial.rows.values() for sample in rows), peak))
 
 
@@ -217,22 +168,9 @@ def _with_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) ->
         if part < planned:
             text = f"A pass holds {part:,} tokens at most: what two small ones took shows that no more fit into memory"
             _tell([member], "info", text, kind="machine", tokens_per_pass=part)
-        member.on_budget(part, False)
+        member.on_budget(part)
         found.append(replace(member, budget=member.budget._replace(tokens=part)))
     return found
-
-
-def _drop(member: Member, key: str | None) -> None:
-    for layer in member.layers.values():
-        layer.dropout.key = key
-
-
-def _forget(stand: Stand, members: Sequence[Member]) -> None:
-    stand.clear()
-    for member in members:
-        _drop(member, None)
-        for layer in member.layers.values():
-            layer.zero_grad()
 
 
 # --- what is done about it ----------------------------------------------------------------------
@@ -250,6 +188,14 @@ def _too_large() -> OutOfMemory:
         "One row of the longest length does not fit into the device's memory. A smaller max_length helps, as do"
         " gradient_checkpointing where it is switched off, lora.quantization nf4, and fewer target modules.",
         param=f"{PARAM}.max_length",
+    )
+
+
+def _too_much_is_trained() -> OutOfMemory:
+    return OutOfMemory(
+        "The optimizer's update of the adapter does not fit into the device's memory beside the base. A smaller lora.r"
+        " helps, as do fewer target modules, and the optimizer adamw where it is another one.",
+        param="lora.r",
     )
 
 
@@ -271,10 +217,10 @@ def _compile(stand: Stand, members: Sequence[Member], lay: Lay, world: World) ->
         return
     compiled.compile_layers(stand.model)
     try:
-        _try(stand, members, next(_trials(members)), lay)
+        try_pass(stand, members, next(trials(members)), lay)
     except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
         compiled.undo(stand.model)
-        _forget(stand, members)
+        forget(stand, members)
         reason = " ".join(str(error).split())[:300]
         text = f"The decoder layers run uncompiled: compiling them failed with {type(error).__name__}: {reason}"
         _tell(members, "warn", text, kind="machine", compiled=False)

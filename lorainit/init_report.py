@@ -18,6 +18,7 @@ from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of, row_losses, tally
 from lorainit.methods import Factors
 from lorainit.norms import norm
+from lorainit.retry import until_it_fits
 from lorainit.spec import Lora
 from lorainit.weight import weight_of
 
@@ -188,14 +189,22 @@ def _spread(modules: Iterable[dict[str, Any]], key: str) -> dict[str, float] | N
 def measure(model: nn.Module, probe: Batch) -> dict[str, Any]:
     """Loss and logits of the base and of the initialized model on the same rows."""
     with disabled(model):
-        before, base = logits_of(model, probe), tally(model, probe)
-    after, initial = logits_of(model, probe), tally(model, probe)
-    real = probe.attention.bool()
+        base = tally(model, probe)
+    initial = tally(model, probe)
     return {
         "base_loss": float(base.loss) / base.tokens,
         "initial_loss": float(initial.loss) / initial.tokens,
-        "max_abs_logit_difference": float((before - after)[real].abs().max()),
+        # With a large vocabulary logits are what fills memory first: those of one row at a time.
+        "max_abs_logit_difference": max(_moved(model, row) for row in probe.cut(1)),
     }
+
+
+def _moved(model: nn.Module, row: Batch) -> float:
+    """How far a logit of the row's tokens lies from the base's at most."""
+    with disabled(model):
+        before = logits_of(model, row)
+    difference = before.sub_(logits_of(model, row)).abs_()
+    return float(difference.amax(-1)[row.attention.bool()].max())
 
 
 @torch.no_grad()
@@ -205,7 +214,7 @@ def displacement(model: nn.Module, batches: Sequence[Batch], *, tick: Callable[[
     def loss() -> float:
         total = 0.0
         for batch in batches:
-            total += float(row_losses(model, batch).sum())
+            total += _summed(batch, lambda part: float(row_losses(model, part).sum()))
             tick()
         return total / rows
 
@@ -220,10 +229,22 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], *, tick: Callable[[int
     """Nats per trained token over all rows; `tick` is told how many batches are done."""
     loss, tokens = 0.0, 0
     for done, batch in enumerate(batches, start=1):
-        part = tally(model, batch)
-        loss, tokens = loss + float(part.loss), tokens + part.tokens
+        loss += _summed(batch, lambda part: float(tally(model, part).loss))
+        tokens += len(batch.targets)
         tick(done)
     return loss / tokens
+
+
+def _summed(batch: Batch, look: Callable[[Batch], float]) -> float:
+    """`look` at a batch; where memory runs out, at halves of it, and so on down to single rows, summed."""
+    rows = len(batch.ids)
+
+    def halve() -> bool:
+        nonlocal rows
+        before, rows = rows, max(1, rows // 2)
+        return rows < before
+
+    return until_it_fits(lambda: sum(map(look, [batch] if rows == len(batch.ids) else batch.cut(rows))), halve)
 
 
 def gate(summary: dict[str, Any], model: nn.Module) -> None:

@@ -19,13 +19,13 @@ from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
-from lorainit.hardware import is_out_of_memory, return_memory
 from lorainit.init_report import mean_loss
 from lorainit.initialize import Known, Report, initialize
 from lorainit.kept import entry_name
 from lorainit.layer import detach
 from lorainit.methods import Factors
 from lorainit.prepare import Job
+from lorainit.retry import until_it_fits
 from lorainit.store import key
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
@@ -150,18 +150,21 @@ def _evidence(context: Context, store: Cache, keys: _Keys) -> tuple[dict[str, Ev
 def _collected(context: Context) -> dict[str, Evidence]:
     """The evidence; where memory runs out, all of it again in passes half as large, as long as that changes any."""
     longest = max(len(sample.ids) for sample in (*context.samples, *context.training_samples))
-    while True:
-        try:
-            return collect(context.lora.method, context)
-        except Exception as error:
-            if not is_out_of_memory(error) or context.budget.tokens <= longest or context.divided:
-                raise
-        return_memory()
+
+    def halve() -> bool:
+        nonlocal context
         tokens = max(longest, context.budget.tokens // 2)
+        if tokens >= context.budget.tokens:
+            return False
         context = replace(context, budget=context.budget._replace(tokens=tokens))
         text = f"Memory ran out while evidence was collected: again, in passes over {tokens:,} tokens at most"
         data = {"kind": "oom_retry", "tokens_per_pass": tokens}
         context.on_event(Message(level="warn", message=text, data=data))
+        return True
+
+    if context.divided:  # the others are in the middle of the same passes
+        return collect(context.lora.method, context)
+    return until_it_fits(lambda: collect(context.lora.method, context), halve)
 
 
 def _keys(job: Job, context: Context) -> _Keys:

@@ -8,7 +8,7 @@ the run's own adapter is used or changed.
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from lorainit.errors import ExportCheckFailed, LorainitError, UnsupportedModel
 from lorainit.events import Message
 from lorainit.export import check
 from lorainit.export.effect import Effect, logits_of, observe
-from lorainit.hardware import generator_for, versions
+from lorainit.hardware import generator_for, is_out_of_memory, versions
+from lorainit.isolation import forget
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.machine_errors import is_machine_failure
 from lorainit.methods import Factors
@@ -204,21 +205,27 @@ def _culprit(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> str:
 
 def _compared(job: Job, folder: Path, effect: Effect, on_event: OnEvent) -> dict[str, Any] | None:
     """What the check says on a copy of the base, or None where there is no room for one."""
-    copies = job.base.beside(tokens=TOKENS, factors=job.plan.trainable_parameters)
-    while True:
-        with suppress(torch.OutOfMemoryError):  # it was measured, but others may use the device too
-            base = next(copies, None)
-            if base is None:
-                return None
-            try:
-                return check.check(
-                    base,
-                    folder,
-                    effect,
-                    source_rank=job.lora.r,
-                    base_sha256=job.base.sha256,
-                    layers_only=bool(job.base.sharded),
-                    on_event=on_event,
-                )[0]
-            finally:
-                free(base)
+    for place in job.base.places_beside(tokens=TOKENS, factors=job.plan.trainable_parameters):
+        try:
+            return _compared_on(place, job, folder, effect, on_event)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            forget(error)  # it was measured, but others may use the device too
+    return None
+
+
+def _compared_on(place: torch.device, job: Job, folder: Path, effect: Effect, on_event: OnEvent) -> dict[str, Any]:
+    base = job.base.copy_on(place)
+    try:
+        return check.check(
+            base,
+            folder,
+            effect,
+            source_rank=job.lora.r,
+            base_sha256=job.base.sha256,
+            layers_only=bool(job.base.sharded),
+            on_event=on_event,
+        )[0]
+    finally:
+        free(base)

@@ -15,7 +15,6 @@ from pathlib import Path
 from lorainit import checkpoint, delivery, hardware, init_stage, isolation, proof
 from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Restored
-from lorainit.course import Member
 from lorainit.data import require_readable
 from lorainit.ending import End, Ending, Run
 from lorainit.errors import Stopped
@@ -23,6 +22,7 @@ from lorainit.events import Done, InitReport, Stage
 from lorainit.fit import fit
 from lorainit.initialize import Report
 from lorainit.inits import HRP
+from lorainit.member import Member
 from lorainit.prepare import Job, prepare
 from lorainit.spec import RunSpec
 from lorainit.train import train
@@ -172,20 +172,19 @@ def _member(one: Run) -> Member:
         resumed=one.restored,
         on_event=one.on_event,
         on_budget=partial(_change_budget, one),
-        on_recompute=lambda: _note_recomputed(one),
+        on_recompute=lambda: one.job.change_passes(recomputed=True),
+        on_shortage=partial(_count_shortage, one),
     )
 
 
-def _change_budget(one: Run, tokens: int, ran_out: bool) -> None:
+def _change_budget(one: Run, tokens: int) -> None:
     """Tell again what will run, where memory has changed it."""
-    one.retries += ran_out
     if one.job.change_passes(tokens=tokens):
         one.on_event(one.job.plan)
 
 
-def _note_recomputed(one: Run) -> None:
+def _count_shortage(one: Run) -> None:
     one.retries += 1
-    one.job.change_passes(recomputed=True)
 
 
 # --- going on from a checkpoint ------------------------------------------------------------------

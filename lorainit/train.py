@@ -5,21 +5,23 @@ share is the base and the clock.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorainit import isolation
 from lorainit.batches import Batch, batches
 from lorainit.checkpoint import Progress
-from lorainit.course import Course, Evaluate, Member
+from lorainit.course import Course, Evaluate
 from lorainit.data import Sample
 from lorainit.errors import LorainitError, Stopped
 from lorainit.events import Message, Stage, Tick
 from lorainit.group import Stand
-from lorainit.hardware import is_out_of_memory, return_memory
 from lorainit.loss import tallies, tally
+from lorainit.member import Member
+from lorainit.retry import until_it_fits
 from lorainit.world import World
 
 Lay = Callable[[Sequence[Sample]], Batch]
@@ -70,8 +72,7 @@ def train(
                 yield ended
             ended = []
             while courses and not ended:
-                if not _fits(stand, list(courses.values()), lay):
-                    continue
+                _pass_and_return(stand, list(courses.values()), lay)
                 poisoned = [who for who, course in courses.items() if len(courses) > 1 and course.is_poisoned()]
                 for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
                     attempt(who, courses[who].give_up)
@@ -96,24 +97,17 @@ def _save_all(courses: Sequence[Course]) -> None:
             course.member.on_event(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 
-def _fits(stand: Stand, courses: list[Course], lay: Lay) -> bool:
-    """Everybody's next step as far as the gradients; False where memory ran out and it is to be drawn again.
+def _pass_and_return(stand: Stand, courses: list[Course], lay: Lay) -> None:
+    """Everybody's next step as far as the gradients; where memory runs out in it, it is drawn again in smaller passes.
 
-    Memory is in pieces by then, or others use the device: passes are halved, until rows go alone. Other processes
-    would wait for this one.
+    Memory is in pieces by then, or others use the device: passes are halved, until rows go alone.
     """
-    try:
-        _forward_and_backward(stand, courses, lay)
-    except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
-        alone = all(course.world.size == 1 for course in courses)
-        if not (alone and is_out_of_memory(error) and any(course.can_repeat() for course in courses)):
-            raise
-    else:
-        return True
-    return_memory()  # outside of the except clause, whose traceback holds what is to be freed
-    for course in courses:
-        course.repeat_smaller()
-    return False
+    until_it_fits(
+        lambda: _forward_and_backward(stand, courses, lay),
+        lambda: max([course.repeat_smaller() for course in courses]),
+        world=courses[0].world,
+        device=courses[0].parameters[0].device,
+    )
 
 
 def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None:
@@ -165,25 +159,37 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: Lay) -> dict[str, float]:
-    """Loss and accuracy over all these rows, under both names the hosted service uses."""
-    say, world = course.member.on_event, course.world
-    say(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
-    every = batches(samples, course.member.budget, course.member.regime)
+    """Loss and accuracy over all these rows, under both names the hosted service uses.
+
+    Where memory runs out all of them are looked at again, in smaller passes.
+    """
+    course.member.on_event(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
+    world, device = course.world, course.parameters[0].device
+    loss, correct, tokens = until_it_fits(
+        lambda: _looked_at(stand, course, samples, lay), course.evaluate_smaller, world=world, device=device
+    )
+    # Together, since a GPU is waited for each time; float64 has all of them exactly.
+    sums = torch.stack([loss.double(), correct.double(), torch.full_like(loss, tokens, dtype=torch.float64)])
+    world.add_up([sums])
+    lost, right, every = sums.tolist()
+    found = {"mean_token_accuracy": right / every}
+    if math.isfinite(lost):
+        found["loss"] = lost / every
+    return {f"{prefix}_{k}": v for k, v in found.items() for prefix in ("valid", "full_valid")}
+
+
+def _looked_at(stand: Stand, course: Course, samples: Sequence[Sample], lay: Lay) -> tuple[Tensor, Tensor, int]:
+    """Of this process's part of the rows: the sum of losses, how many tokens were right, and how many there are."""
+    world, device = course.world, course.parameters[0].device
+    every = batches(samples, course.member.evaluation_budget, course.member.regime)
     pieces = world.share(every)
-    device = next(stand.model.parameters()).device
-    loss, sums = torch.zeros((), device=device), torch.zeros(2, dtype=torch.long, device=device)
+    loss, correct, tokens = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device), 0
     for done, piece in enumerate(pieces, start=1):
         batch = lay(piece)
         stand.put([course.member.layers], _spans([batch.ids.numel()]))
         part = tally(stand.model, batch)
-        loss += part.loss
-        sums += torch.stack([part.correct, torch.tensor(part.tokens, device=device)])
-        say(Tick(done=done, total=len(pieces)))
+        loss, correct, tokens = loss + part.loss, correct + part.correct, tokens + part.tokens
+        course.member.on_event(Tick(done=done, total=len(pieces)))
     for _ in range(world.idle(every)):
         tally(stand.model, lay([_shortest(samples)]))
-    world.add_up([loss, sums])
-    correct, tokens = sums.tolist()
-    found = {"mean_token_accuracy": correct / tokens}
-    if loss.isfinite():
-        found["loss"] = float(loss) / tokens
-    return {f"{prefix}_{k}": v for k, v in found.items() for prefix in ("valid", "full_valid")}
+    return loss, correct, tokens

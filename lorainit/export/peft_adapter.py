@@ -29,11 +29,14 @@ MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module w
 
 
 def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    """A' and B' with s·B'·A' = the trained difference from the base; rank r or 2r."""
+    """A' and B' with s·B'·A' = the trained difference from the base; rank r or 2r, on the CPU.
+
+    Layer by layer, so that no second copy of an adapter lies on a device.
+    """
     A, B = layer.A.detach(), layer.B.detach()
-    if layer.A0 is None or layer.B0 is None:
-        return A, B
-    return torch.cat([A, -layer.A0]), torch.cat([B, layer.B0], dim=1)
+    if layer.A0 is not None and layer.B0 is not None:
+        A, B = torch.cat([A, -layer.A0]), torch.cat([B, layer.B0], dim=1)
+    return A.cpu(), B.cpu()
 
 
 def plain_alpha(*, r: int, scale: float) -> float:

@@ -168,6 +168,12 @@ def spec(bases: dict[str, Path], rows: Path):
     return make
 
 
+@pytest.fixture
+def wanted(spec):
+    """The same of a wider base, four rows to a step and to a pass."""
+    return lambda **more: spec("wide-llama", **{"micro_batch_size": 4, "training": {"batch_size": 4}, **more})
+
+
 def change_json(path: Path, **values: object) -> None:
     """Write other values into a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorainit.batches import Budget, collate
-from lorainit.course import Member
 from lorainit.data import load
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
@@ -28,6 +27,7 @@ from lorainit.initialize import initialize
 from lorainit.inits import INITS
 from lorainit.layer import adapted, attach, detach, disabled
 from lorainit.loss import logits_of, tally
+from lorainit.member import Member
 from lorainit.methods import METHODS
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets

@@ -188,22 +188,26 @@ def test_without_room_for_a_second_base_the_run_says_so_and_checks_at_the_end(sp
     assert manifest["export_check"]["passed"] is True
 
 
-def test_a_second_base_that_does_not_fit_after_all_is_tried_elsewhere(spec, tmp_path, loads, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+@pytest.mark.parametrize("when", ["loading", "comparing"])
+def test_a_second_base_that_does_not_fit_after_all_is_tried_elsewhere(spec, tmp_path, loads, monkeypatch, when, error):
     """As where others use the device too; here a device of the same machine."""
-    tried = []
+    tried, (place, name) = [], {"loading": (base_module.Base, "copy_on"), "comparing": (check, "check")}[when]
+    works = getattr(place, name)
 
     def runs_out_once(*args, **options):
         tried.append(args)
-        if len(tried) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return checked(*args, **options)
+        if len(tried) == 1 + (when == "loading"):  # the base to train on is loaded first
+            raise error
+        return works(*args, **options)
 
-    checked = check.check
-    monkeypatch.setattr(check, "check", runs_out_once)
+    monkeypatch.setattr(place, name, runs_out_once)
     monkeypatch.setattr(base_module.Base, "_devices", lambda self: [CPU, CPU])
     (said,) = proofs(go(spec(), tmp_path))
     assert said.data["proof"]["modules"] == 14
-    assert loads == [CPU, CPU, CPU, CPU]
+    assert len(loads) == (3 if when == "loading" else 4)
 
 
 def test_free_memory_is_what_this_machine_says():

@@ -1,4 +1,6 @@
-"""What one training step asks of the pretended GPU, and of it each decoder layer: launches, waits, bytes that cross.
+"""What a training step asks of the pretended GPU, and of it each decoder layer: launches, waits, bytes that cross.
+
+The same of an evaluation, here of three passes, and of a checkpoint.
 
 `python -m tests.pretended.budgets [CASE ...]` counts and prints; `python -m tests.pretended.budgets --accept` writes
 what is lower than before into budgets.json. What is higher it never writes: whoever has a reason for that writes it by
@@ -32,50 +34,78 @@ CASES: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "two micro-batches": {"micro_batch_size": 2},
     "three adapters": {"members": 3},
+    "an evaluation": {"counted": "evaluation", "validation": True, "eval_interval": 2, "micro_batch_size": 4},
+    "a checkpoint": {"counted": "checkpoint", "checkpoint_interval": 2},
+}
+# What is counted: from the first of two moments to the second. Of steps the third, when optimizers have their state.
+MOMENTS = {
+    "step": ("metrics of step 2", "metrics of step 3"),
+    "evaluation": ("evaluating after step 1", "training after step 1"),
+    "checkpoint": ("metrics of step 2", "checkpoint of step 2"),
 }
 FEW, MORE = 1, 2  # layers
 
 
 def count(case: str, folder: Path) -> Budget:
-    """Of a step of two layers with seven adapted matrices each; `... a layer` is what the second one adds."""
-    few, more = (_step(case, folder, layers=layers) for layers in (FEW, MORE))
+    """On two layers with seven adapted matrices each; `... a layer` is what the second one adds."""
+    few, more = (_counted(case, folder, layers=layers) for layers in (FEW, MORE))
     each = {f"{what} a layer": (more[what] - few[what]) // (MORE - FEW) for what in more}
     return {**more, **each}
 
 
-def _step(case: str, folder: Path, *, layers: int) -> Budget:
-    """From the metrics of the second step to those of the third; nothing before and after them is counted."""
-    from benchmarks.gpu import jobs
-    from lorainit.errors import Stopped
-    from lorainit.events import Event, Metrics, Tick
-    from lorainit.run import Request, run_together
+class _Watch:
+    """What was counted at each moment of a run, which ends when both of two have been."""
 
-    seen = list[device.Tally]()
+    def __init__(self, first: str, last: str) -> None:
+        self.first, self.last, self.seen = first, last, dict[str, device.Tally]()
+        self._step = 0
 
-    def note(event: Event) -> None:
-        if isinstance(event, Metrics):
-            seen.append(replace(device.tally()))
-        elif isinstance(event, Tick) and len(seen) == 3:
+    def hear(self, event: Any) -> None:
+        """A listener of the first run of a process."""
+        from lorainit.errors import Stopped
+
+        if event.kind in ("metrics", "checkpoint"):
+            self._step = event.step
+            self._note(f"{event.kind} of step {event.step}")
+        elif event.kind == "stage":
+            self._note(f"{event.stage} after step {self._step}")
+        elif event.kind == "tick" and self.last in self.seen:
             raise Stopped("All is counted.")
 
+    def _note(self, moment: str) -> None:
+        self.seen.setdefault(moment, replace(device.tally()))
+
+    def between(self) -> Budget:
+        """What was counted between the two."""
+        before, after = self.seen[self.first], self.seen[self.last]
+        return {
+            "launches": after.launches - before.launches,
+            "waits": after.waits - before.waits,
+            "bytes across": after.crossed - before.crossed,
+        }
+
+
+def _counted(case: str, folder: Path, *, layers: int) -> Budget:
+    """Of a run on a base of so many layers; nothing before and after the case's two moments is counted."""
+    from benchmarks.gpu import jobs
+    from lorainit.errors import Stopped
+    from lorainit.run import Request, run_together
+
     asked = dict(CASES[case])
+    watch = _Watch(*MOMENTS[asked.pop("counted", "step")])
     members = asked.pop("members", 1)
     lora = {"init": "kaiming", "r": 4, **asked.pop("lora", {})}
     more = {key: asked.pop(key) for key in ("micro_batch_size", "precision") if key in asked}
-    training = {"batch_size": 4, "max_steps": 4, "checkpoint_interval": 100, **asked}
     their = jobs.Jobs(_day(folder, layers=layers))
+    more["data"] = {"validation": str(their.rows)} if asked.pop("validation", False) else {}
+    training = {"batch_size": 4, "max_steps": 4, "checkpoint_interval": 100, **asked}
     specs = [their.spec(BASE, lora=lora, training=training, seed=n, **more) for n in range(members)]
-    listeners = [note, *[lambda _: None] * (members - 1)]
+    listeners = [watch.hear, *[lambda _: None] * (members - 1)]
     out = folder / f"{case}-{layers}".replace(" ", "-")
     requests = [Request(spec, out / f"{n}", listeners[n]) for n, spec in enumerate(specs)]
     with suppress(Stopped), mock.patch("lorainit.proof.prove", return_value=None):
         list(run_together(requests))
-    before, after = seen[1:3]
-    return {
-        "launches": after.launches - before.launches,
-        "waits": after.waits - before.waits,
-        "bytes across": after.crossed - before.crossed,
-    }
+    return watch.between()
 
 
 def _day(folder: Path, *, layers: int) -> Any:

@@ -1,0 +1,133 @@
+"""A pass and an update as a run makes them, tried before its first step: what they take of memory, and nothing else.
+
+Nothing of it stays: what is trained, the optimizer's state and random numbers are afterwards as if it had not been.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.batches import Batch
+from lorainit.data import Sample
+from lorainit.errors import NonFiniteLoss
+from lorainit.group import Stand
+from lorainit.largest import Rows, size_of
+from lorainit.loss import tallies
+from lorainit.member import Member, clip
+from lorainit.optimizers import make_optimizer
+from lorainit.world import World
+
+Lay = Callable[[Sequence[Sample]], Batch]
+
+
+class Trial(NamedTuple):
+    """A pass: the rows of some members, by their number, and whether they learn from it."""
+
+    rows: dict[int, list[Sample]]
+    learns: bool = True
+
+
+def trials(members: Sequence[Member]) -> Iterator[Trial]:
+    """A pass that no pass of training is larger than, and such a one of everybody's validation, unless it is smaller.
+
+    Each member's validation rows go alone, and are not learned from, which takes less.
+    """
+    trained = {who: member.largest_pass() for who, member in enumerate(members)}
+    yield Trial(trained)
+    for who, member in enumerate(members):
+        if member.valid is None:
+            continue
+        packed, largest = member.budget.packed, member.largest_evaluation()
+        if not size_of(trained[who], packed=packed).covers(size_of(largest, packed=packed)):
+            yield Trial({who: largest}, learns=False)
+
+
+# --- a pass ---------------------------------------------------------------------------------------
+
+
+def try_pass(stand: Stand, members: Sequence[Member], trial: Trial, lay: Lay) -> None:
+    """Forward and, where they learn from it, backward, beside what lies there by then."""
+    some = [members[who] for who in trial.rows]
+    lengths = [sum(len(s.ids) for s in rows) for rows in trial.rows.values()]
+    stand.put([member.layers for member in some], list(pairwise([0, *accumulate(lengths)])))
+    for member in some:
+        _drop(member, "tried" if trial.learns else None)
+    counts = [sum(int(s.trained[1:].sum()) for s in rows) for rows in trial.rows.values()]
+    kept = [torch.empty_like(parameter) for parameter in _kept(members, trial)]
+    with torch.set_grad_enabled(trial.learns):
+        parts = tallies(stand.model, lay([sample for rows in trial.rows.values() for sample in rows]), counts)
+    if trial.learns:
+        torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
+    del kept
+    forget(stand, members)
+
+
+def _kept(members: Sequence[Member], trial: Trial) -> list[Tensor]:
+    """What there will be another one of beside this pass: of everybody, Adam's moments and gradients of passes before.
+
+    While validation rows are looked at there are no gradients.
+    """
+    trained: list[Tensor] = [p for m in members for p in m.parameters]
+    several = trial.learns and any(_may_take_several(member) for member in members)
+    return trained * (3 if several else 2)
+
+
+def _may_take_several(member: Member) -> bool:
+    """Whether some step of its may take more than one pass."""
+    assert member.recipe.batch_size != "auto"
+    rows = Rows(member.data.samples, member.recipe.batch_size)
+    kinds = {member.regime(len(sample.ids)) for sample in member.data.samples}
+    return member.budget.rows < rows.most or not rows.takes_one_pass(member.budget) or len(kinds) > 1 or None in kinds
+
+
+def forget(stand: Stand, members: Sequence[Member]) -> None:
+    """The bare base again, and no gradients."""
+    stand.clear()
+    for member in members:
+        _drop(member, None)
+        for layer in member.layers.values():
+            layer.zero_grad()
+
+
+def _drop(member: Member, key: str | None) -> None:
+    for layer in member.layers.values():
+        layer.dropout.key = key
+
+
+# --- an update ------------------------------------------------------------------------------------
+
+
+def try_update(members: Sequence[Member], world: World) -> None:
+    """Everybody's gradients are summed, clipped and used, twice: at first an optimizer makes its state on the way.
+
+    Numbers are not tried: gradients are zero here, and factors that an optimizer refuses are told by step 1.
+    """
+    trained = [parameter for member in members for parameter in member.parameters]
+    with _as_they_were(trained), suppress(NonFiniteLoss):
+        optimizers = [make_optimizer(member.recipe, member.layers) for member in members]
+        for _ in range(2):
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            for member, optimizer in zip(members, optimizers, strict=True):
+                if world.size > 1:  # their sum over all processes is made in one piece
+                    torch.cat([p.grad.flatten() for p in member.parameters if p.grad is not None])
+                clip(member)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@contextmanager
+def _as_they_were(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Afterwards these have the bits that they had, from a copy on the host, and no gradients."""
+    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.grad = None
+                parameter.copy_(value)
