@@ -16,7 +16,7 @@ from lorainit.run import run
 from lorainit.spec import RunSpec
 from tests.lorainit.shortage import PLENTY, Memory, after, told, until_export
 
-LIMIT = 100  # tokens
+LIMIT = 60  # tokens
 
 
 def main(rank: int, size: int, folder: Path) -> None:

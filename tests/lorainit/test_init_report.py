@@ -69,13 +69,13 @@ def test_a_mean_loss_that_does_not_fit_is_looked_at_in_parts(model, batch, limit
     whole = tally(model, batch)
     sizes = short_of_memory(model, limit)
     found = init_report.mean_loss(model, [batch], tick=lambda done: None)
-    assert found == pytest.approx(float(whole.loss) / whole.tokens, rel=1e-5)
+    assert found == pytest.approx(float(whole.loss.detach()) / whole.tokens, rel=1e-5)
     assert sizes == fitted
 
 
 @pytest.mark.parametrize("limit", [9, 2, 1])
 def test_the_loss_before_and_after_a_displaced_start_is_the_same_in_parts(model, batch, limit):
-    expected = float(row_losses(model, batch).mean())
+    expected = float(row_losses(model, batch).mean().detach())
     short_of_memory(model, limit)
     found = init_report.displacement(model, [batch], tick=lambda: None)
     assert found["after"] == pytest.approx(expected, rel=1e-5)

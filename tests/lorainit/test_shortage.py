@@ -85,7 +85,7 @@ def evaluated(heard):
     return [event.full_valid_loss for event in heard if isinstance(event, Metrics) and event.full_valid_loss]
 
 
-@pytest.mark.parametrize("limit", [150, 80])
+@pytest.mark.parametrize("limit", [100, 50])
 def test_an_evaluation_that_runs_out_of_memory_is_done_again_and_gives_the_same_number(
     wanted, rows, tmp_path, monkeypatch, limit
 ):

@@ -23,6 +23,14 @@ CASES: dict[str, dict[str, Any]] = {
     "moments of inputs": {"lora": {"init": "corda", "r": 8}},
     "LoRA+": {"lora": {"r": 32}, "optimizer": {"name": "adamw_lora_plus", "ratio": 16}, "micro_batch_size": 2},
     "preconditioned": {"lora": {"r": 64}, "optimizer": {"name": "adamw_preconditioned"}},
+    "tiny passes": {
+        "lora": {"r": 64}, "optimizer": {"name": "adamw_preconditioned"}, "batch_size": 1,
+        "gradient_checkpointing": True, "max_length": 20,
+    },
+    "tiny passes, simultaneous": {
+        "lora": {"r": 64}, "optimizer": {"name": "adamw_preconditioned", "update": "simultaneous"}, "batch_size": 1,
+        "gradient_checkpointing": True, "max_length": 20,
+    },
     "float32": {"lora": {"r": 16}, "precision": "fp32", "validation": True},
     "three together": {"lora": {"r": 32}, "members": 3, "validation": True},
 }  # fmt: skip
