@@ -172,7 +172,7 @@ def _member(one: Run) -> Member:
         resumed=one.restored,
         on_event=one.on_event,
         on_budget=partial(_change_budget, one),
-        on_recompute=lambda: one.job.change_passes(recomputed=True),
+        on_recompute=partial(_note_recomputed, one),
         on_shortage=partial(_count_shortage, one),
     )
 
@@ -181,6 +181,10 @@ def _change_budget(one: Run, tokens: int) -> None:
     """Tell again what will run, where memory has changed it."""
     if one.job.change_passes(tokens=tokens):
         one.on_event(one.job.plan)
+
+
+def _note_recomputed(one: Run) -> None:
+    one.job.change_passes(recomputed=True)
 
 
 def _count_shortage(one: Run) -> None:
