@@ -30,7 +30,7 @@ def test_the_worker_is_that_of_the_whole_service() -> None:
 def test_it_is_told_all_that_the_worker_of_the_whole_service_is() -> None:
     of_the_api = {"LORAINIT_REQUESTS_PER_MINUTE"}
     assert set(SERVICES["worker"]["environment"]) - of_the_api <= set(WORKER["environment"])
-    for name in ("LORAINIT_WORKER_SLOTS", "LORAINIT_WORKER_QUEUES"):
+    for name in ("LORAINIT_WORKER_SLOTS", "LORAINIT_WORKER_DEVICE", "LORAINIT_WORKER_QUEUES"):
         assert WORKER["environment"][name] == SERVICES["worker"]["environment"][name]
 
 
