@@ -25,7 +25,7 @@ _FAILED = (
     "found no nvidia driver",
     "driver on your system is too old",
     "driver version is insufficient",
-    "devices are busy or unavailable",
+    "busy or unavailable",  # "device(s) is/are" since CUDA 11, "devices are" before
     "invalid device ordinal",
     "initialization error",
     _MISSING,  # a GPU that the installed torch was not built for

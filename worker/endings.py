@@ -1,5 +1,6 @@
 """How a run ends for one job when no adapter comes of it: each a short fenced transaction, safe to repeat."""
 
+import errno
 import signal
 
 from api.core import disk, jobs, metrics
@@ -19,6 +20,8 @@ from worker.progress import Lost
 from worker.supervisor import Outcome
 
 LEASE_LOST = 75  # how the child leaves when no lease holds any more
+WRONG_SPEC = 2  # and when it cannot read what it is to do, which is a fault of ours
+NO_MORE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, open files
 DISK_FULL, DEVICE_FAILED = "disk_full", "device_failed"
 # What the child found wrong with something else than the job: it is tried again, with a limit.
 PASSES = ("hub_unavailable", "worker_lost", DEVICE_FAILED)
@@ -63,10 +66,10 @@ def silent(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
         _retry(lease, _how(outcome))
     elif outcome.returncode == -signal.SIGKILL and outcome.memory_ran_out:
         fail(lease, KILLED)
-    elif outcome.is_lost:
+    elif outcome.returncode == WRONG_SPEC:
+        fail(lease, Failure("internal_error", f"The training process {_how(outcome)}."))
+    else:  # libraries end a process as they like, bitsandbytes with exit code 1, and it is the machine's as a crash is
         lose(lease, f"The training process {_how(outcome)}")
-    else:
-        fail(lease, _unexplained(outcome.returncode))
 
 
 def fail(lease: Lease, failure: Failure) -> None:
@@ -102,6 +105,8 @@ def broken(lease: Lease, error: Exception) -> None:
         lose(lease, shared_memory.FULL.rstrip("."))
     elif isinstance(error, PASSING) and not disk.is_full(error):  # for ten minutes, and perhaps only for this worker
         lose(lease, "The worker could not reach the database or the storage")
+    elif isinstance(error, OSError) and error.errno in NO_MORE:
+        lose(lease, f"The worker's host has no room for another process or open file ({error.strerror})")
     else:
         fail(lease, failure_of(error))
 
@@ -162,7 +167,3 @@ def _how(outcome: Outcome) -> str:
         return f"crashed ({outcome.crash})"
     code = outcome.returncode
     return f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code} and no word"
-
-
-def _unexplained(returncode: int) -> Failure:
-    return Failure("internal_error", f"The training process ended with exit code {returncode} and no word.")

@@ -103,9 +103,9 @@ class Member:
         """The child is gone: end the job unless a last word has. `reason`: why we stopped it, if we did."""
         return self._soon(partial(self._end_silently, outcome, reason))
 
-    def give_up(self) -> Future[None]:
-        """The child could not be supervised: fail the job, which is our fault."""
-        return self._soon(self._give_up)
+    def give_up(self, error: Exception) -> Future[None]:
+        """The child could not be supervised, by a fault of ours or for want of what its host has."""
+        return self._soon(partial(self._give_up, error))
 
     @property
     def _storage(self) -> Storage:
@@ -132,8 +132,8 @@ class Member:
             log.exception("the worker failed")
             self._last_word(partial(endings.broken, self._lease, error))
 
-    def _give_up(self) -> None:
-        self._last_word(partial(endings.fail, self._lease, endings.INTERNAL))
+    def _give_up(self, error: Exception) -> None:
+        self._last_word(partial(endings.broken, self._lease, error))
 
     def _last_word(self, write: Callable[[], None]) -> None:
         try:

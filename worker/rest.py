@@ -12,9 +12,9 @@ from pathlib import Path
 
 from api.core import devices, examination
 from api.core.logs import get_logger
-from lorainit.events import Event, Failed
+from lorainit.events import Done, Event, Failed
 from worker import scratch
-from worker.endings import DEVICE_FAILED
+from worker.endings import DEVICE_FAILED, LEASE_LOST, WRONG_SPEC
 from worker.supervisor import Outcome
 
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds, doubled from the second failure in a row on
@@ -29,17 +29,29 @@ class Health:
     def __init__(self) -> None:
         self._failures = 0
         self._why: str | None = None
+        self._has_ended = set[int]()  # members of the run at hand that had their last word
 
     def note_event(self, event: Event) -> None:
         """An event of a run: it may be that its GPU has failed, or that one of its GPUs may be what hangs."""
+        if isinstance(event, Done | Failed):
+            self._has_ended.add(event.member)
         codes = (DEVICE_FAILED, "worker_lost") if devices.names() else (DEVICE_FAILED,)
         if isinstance(event, Failed) and event.code in codes:
             self._why = event.message
 
-    def note_end(self, outcome: Outcome) -> None:
-        """How a run's process ended: drivers and libraries of a GPU that fails may crash it, and nobody says why."""
-        if outcome.crash and not outcome.stopped and devices.names():
-            self._why = self._why or f"The process of a run crashed ({outcome.crash})."
+    def note_end(self, outcome: Outcome, *, members: int) -> None:
+        """How a run's process ended: drivers and libraries of a GPU that fails may end it, and nobody says why.
+
+        Args:
+            members: how many jobs the run had, each of which gets a last word from a process that ends by itself.
+        """
+        unexplained = len(self._has_ended) < members and outcome.returncode not in (0, WRONG_SPEC, LEASE_LOST)
+        self._has_ended.clear()
+        if outcome.stopped or outcome.is_from_outside or not devices.names():
+            return
+        if outcome.crash or unexplained:
+            how = f"crashed ({outcome.crash})" if outcome.crash else f"left without a word ({outcome.returncode})"
+            self._why = self._why or f"The process of a run {how}."
 
     def rest_if_broken(self, names: str | None, flag: Path, *, is_leaving: Callable[[], bool]) -> None:
         """After each run: return when the GPUs work, or when the worker leaves.

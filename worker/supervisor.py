@@ -61,9 +61,9 @@ class Outcome:
         return signal.Signals(-self.returncode).name if is_crash else None
 
     @property
-    def is_lost(self) -> bool:
-        """Whether a signal ended the child, from inside or outside: from that nobody can tell whose fault it is."""
-        return self.returncode < 0 or self.returncode in FROM_OUTSIDE
+    def is_from_outside(self) -> bool:
+        """Whether somebody killed the child, or asked it to leave."""
+        return self.returncode in FROM_OUTSIDE
 
 
 def run_child(

@@ -88,11 +88,11 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
             warm=warm.of_this_slot(),
             gpus=_gpus(),
         )
-    except Exception:
+    except Exception as error:
         log.exception("the worker failed")
-        wait([member.give_up() for member in members])
+        wait([member.give_up(error) for member in members])
         return
-    rest.of_this_slot().note_end(outcome)
+    rest.of_this_slot().note_end(outcome, members=len(members))
     if outcome.returncode and not outcome.stopped:
         log.error("the run ended badly", returncode=outcome.returncode, stderr=outcome.stderr_tail)
     # Pausing one of several stops the process of all; the others go back to the queue with a checkpoint, too.

@@ -29,6 +29,7 @@ ASSERT = RuntimeError("CUDA error: device-side assert triggered" + ADVICE)
         "CUDA error: unspecified launch failure",
         "CUDA error: no kernel image is available for execution on the device",
         "CUDA error: all CUDA-capable devices are busy or unavailable",
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb, m, n, k)`",
         "Triton Error [CUDA]: misaligned address",
         "NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp:1124",

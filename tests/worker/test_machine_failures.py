@@ -117,6 +117,21 @@ def test_a_job_whose_process_crashes_goes_back_to_the_queue_and_is_counted(lab: 
     assert f"The training process crashed ({name})" in lab.story(1)[-1]
 
 
+def test_a_job_whose_process_a_library_ends_goes_back_to_the_queue_and_is_counted(lab: Lab) -> None:
+    lab.cancel(2)
+    lab.cancel(3)
+    lab.run("step(0, 1); time.sleep(0.2); print('Error an illegal memory access', file=sys.stderr); os._exit(1)")
+    assert (lab.statuses()[0], lab.job(1).losses) == ("queued", 1)
+    assert "The training process ended with exit code 1 and no word" in lab.story(1)[-1]
+
+
+def test_a_child_that_cannot_read_its_spec_is_no_fault_of_the_machine(lab: Lab) -> None:
+    lab.cancel(2)
+    lab.cancel(3)
+    lab.run("sys.exit(2)")
+    assert (lab.statuses()[0], (lab.job(1).error or {})["code"]) == ("failed", "internal_error")
+
+
 def test_a_job_whose_processes_always_crash_fails_in_the_end_and_says_how(
     lab: Lab, environment: pytest.MonkeyPatch
 ) -> None:
