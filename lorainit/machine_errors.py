@@ -28,6 +28,11 @@ _FAILED = (
     "busy or unavailable",  # "device(s) is/are" since CUDA 11, "devices are" before
     "invalid device ordinal",
     "initialization error",
+    "provided ptx was compiled",  # by a newer compiler than the driver's, as is the next
+    "device kernel image is invalid",
+    "api call is not supported in the installed",
+    "os call failed",
+    "device < num_gpus",  # torch's check of a GPU that was there when it counted them
     _MISSING,  # a GPU that the installed torch was not built for
     "system not yet initialized",
     "unsupported display driver",  # the driver's kernel module and its library differ
@@ -59,6 +64,22 @@ _FAILED = (
     "cudnn_status_execution_failed",
     "cudnn_status_internal_error",
 )
+# How an error begins that CUDA's runtime, its driver or a library of it has answered a call with. What it says then is
+# the machine's unless it speaks of the call itself: new words are tried again, not taken for a fault of the job.
+_ANSWERS = ("cuda error: ", "cuda driver error: ", "triton error [cuda]: ")
+_OF_A_CALL = (
+    "invalid",
+    "not supported",
+    "not_supported",
+    "not permitted",
+    "unrecognized",
+    "too many",
+    "too large",
+    "captur",  # of what a graph records
+    "already",
+    "peer access",
+    "named symbol",
+)
 _ASSERT = "device-side assert"  # a kernel that looked at its numbers and refused them, as an index out of range
 _FULL_DISK = ("No space left on device", "Disk quota exceeded")
 # Words of gloo, NCCL and torch's stores, in lower case, where another process does not answer, and where it is gone.
@@ -89,6 +110,8 @@ _GONE = (
     "remote process exited",
     "communicator was aborted",
     "remote peer",
+    "no route to host",
+    "network is unreachable",
 )
 
 
@@ -121,7 +144,11 @@ def is_full_disk(error: BaseException) -> bool:
 def is_failed_device(error: BaseException) -> bool:
     """Whether the GPU, or the way to it, has failed and not the run. Ask first whether memory ran out."""
     said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return any(who in said for who in _SPEAKERS) and any(words in said for words in _FAILED)
+    if any(who in said for who in _SPEAKERS) and any(words in said for words in _FAILED):
+        return True
+    if not said.startswith(_ANSWERS) or is_out_of_memory(error) or is_kernel_assert(error):
+        return False
+    return not any(words in said.splitlines()[0] for words in _OF_A_CALL)
 
 
 def is_missing_kernel(error: BaseException) -> bool:

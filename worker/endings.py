@@ -1,7 +1,6 @@
 """How a run ends for one job when no adapter comes of it: each a short fenced transaction, safe to repeat."""
 
 import errno
-import signal
 
 from api.core import disk, jobs, metrics
 from api.core.db import session_scope
@@ -28,8 +27,7 @@ PASSES = ("hub_unavailable", "worker_lost", DEVICE_FAILED)
 INTERNAL = Failure("internal_error", "The worker failed while handling this job; see its log.")
 KILLED = Failure(
     "out_of_memory",
-    "The system ran out of memory and killed the training process. "
-    "Try a smaller max_length or batch, or a smaller model.",
+    "Memory ran out, and the training process was ended. Try a smaller max_length or batch, or a smaller model.",
 )
 
 log = get_logger(__name__)
@@ -64,7 +62,7 @@ def silent(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
         raise Lost
     elif _may_try_alone(job):
         _retry(lease, _how(outcome))
-    elif outcome.returncode == -signal.SIGKILL and outcome.memory_ran_out:
+    elif outcome.has_run_out_of_memory:
         fail(lease, KILLED)
     elif outcome.returncode == WRONG_SPEC:
         fail(lease, Failure("internal_error", f"The training process {_how(outcome)}."))

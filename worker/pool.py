@@ -24,6 +24,9 @@ def _pool(options: Mapping[str, Any]) -> str | None:
         return "this worker needs Celery's prefork pool, in which each slot is a process: leave --pool out."
     if options.get("pool_start_method") not in (None, "fork"):
         return "the processes of this worker are forked: leave --pool-start-method out."
+    for name in ("max_tasks_per_child", "max_memory_per_child"):
+        if options.get(name):
+            return f"a slot's process remembers how its GPU has failed: leave --{name.replace('_', '-')} out."
     return None
 
 

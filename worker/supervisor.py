@@ -61,6 +61,14 @@ class Outcome:
         return signal.Signals(-self.returncode).name if is_crash else None
 
     @property
+    def has_run_out_of_memory(self) -> bool:
+        """Whether the system killed it for want of memory, or bitsandbytes left because CUDA had none for it."""
+        if self.returncode == -signal.SIGKILL:
+            return self.memory_ran_out
+        last = self.stderr_tail.strip().rsplit("\n", 1)[-1]
+        return self.returncode > 0 and last.startswith("Error out of memory at line ")
+
+    @property
     def is_from_outside(self) -> bool:
         """Whether somebody killed the child, or asked it to leave."""
         return self.returncode in FROM_OUTSIDE

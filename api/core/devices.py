@@ -112,6 +112,11 @@ def _too_many(slots: int) -> str | None:
 def _too_few(slots: int) -> str | None:
     """A job for several devices that a slot without them took would only fail there."""
     share, promised = len(names()) // slots, get_settings().devices_per_job
+    if promised > 1 and any(name.upper().startswith("MIG-") for name in names()):
+        return (
+            f"LORAINIT_DEVICES_PER_JOB lets a job ask for {promised} devices, and this worker has instances of divided"
+            " GPUs (MIG), of which a process uses one: lower it to 1, or name whole GPUs."
+        )
     if promised <= share:
         return None
     return (

@@ -4,7 +4,8 @@ import os
 import sys
 
 from api.core import devices
-from lorainit import gpus
+from api.core.settings import get_settings
+from lorainit import gpus, silence
 
 PROGRAM = (sys.executable, "-m", "lorainit")
 
@@ -23,4 +24,10 @@ def environment_of_runs(names: str | None) -> dict[str, str]:
     """
     chosen = {} if names is None else {gpus.VISIBLE: names}
     needed = {gpus.NEEDED: "1"} if devices.device() == "gpu" else {}
-    return {**without_secrets(), **chosen, **needed, "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **without_secrets(),
+        **chosen,
+        **needed,
+        silence.SECONDS: str(get_settings().silence_seconds),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

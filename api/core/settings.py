@@ -197,6 +197,10 @@ class Settings(BaseSettings):
     stop_grace_seconds: SecondsOrNone = Field(
         10.0, description="For a run that is paused or drained: to write a checkpoint before it is killed."
     )
+    silence_seconds: Seconds = Field(
+        1800.0,
+        description="A run on several devices in which nothing has happened for so long is ended and tried again.",
+    )
     group_size: Count = Field(
         8, description="Most jobs trained together when they ask for it; 1 = every job runs alone."
     )

@@ -75,6 +75,14 @@ def test_a_slot_has_as_many_gpus_as_a_job_may_ask_for(seen: list[str], set_to: S
     assert "LORAINIT_DEVICES_PER_JOB" in str(devices.trouble(4))
 
 
+def test_a_job_for_several_devices_finds_them_in_no_divided_gpu(seen: list[str], set_to: Set) -> None:
+    """CUDA lets a process use one instance of a divided GPU."""
+    seen += ["MIG-1", "MIG-2"]
+    assert devices.may_take_a_job(1)
+    set_to(devices_per_job="2")
+    assert "(MIG)" in str(devices.trouble(1))
+
+
 @pytest.mark.parametrize(
     ("names", "wanted", "used"),
     [

@@ -125,6 +125,13 @@ def test_a_job_whose_process_a_library_ends_goes_back_to_the_queue_and_is_counte
     assert "The training process ended with exit code 1 and no word" in lab.story(1)[-1]
 
 
+def test_a_library_that_ends_the_process_for_want_of_memory_is_told_as_that(lab: Lab) -> None:
+    lab.cancel(2)
+    lab.cancel(3)
+    lab.run("step(0, 1); print('Error out of memory at line 63 in file /src/ops.cu', file=sys.stderr); sys.exit(1)")
+    assert (lab.statuses()[0], (lab.job(1).error or {})["code"]) == ("failed", "out_of_memory")
+
+
 def test_a_child_that_cannot_read_its_spec_is_no_fault_of_the_machine(lab: Lab) -> None:
     lab.cancel(2)
     lab.cancel(3)

@@ -44,6 +44,8 @@ def test_options_that_say_the_same_are_taken(options: dict[str, object]) -> None
         (["-P", "solo"], "leave --pool out"),
         (["-P", "threads"], "leave --pool out"),
         (["--pool-start-method", "spawn"], "leave --pool-start-method out"),
+        (["--max-tasks-per-child", "1"], "leave --max-tasks-per-child out"),
+        (["--max-memory-per-child", "100"], "leave --max-memory-per-child out"),
         (["-Q", "train"], "-Q (--queues) names train, and LORAINIT_WORKER_QUEUES is train, slow"),
         (["-X", "slow"], "leave -X (--exclude-queues) out"),
     ],
