@@ -207,7 +207,8 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(begin, monkeypatch):
 
 @pytest.mark.parametrize("init", SEEDLESS.values(), ids=SEEDLESS)
 def test_second_seed_costs_no_pass_over_the_calibration_rows(begin, monkeypatch, init):
-    """Only what every run measures is left: the probe with the adapter off and on, and a displaced start's loss."""
+    """Only what every run measures is left: the loss of the probe and the logits of its four rows, each with the
+    adapter off and on, and a displaced start's loss."""
     passes = []
     forward = LlamaForCausalLM.forward
 
@@ -227,7 +228,7 @@ def test_second_seed_costs_no_pass_over_the_calibration_rows(begin, monkeypatch,
     first = len(passes)
     begin(init, seed=1)
     displaced = init["method"] == "lora_one"
-    assert first > len(passes) == (6 if displaced else 4)
+    assert first > len(passes) == 2 + 2 * 4 + 2 * displaced
     assert not any(passes)  # and nothing to differentiate
 
 
