@@ -8,12 +8,15 @@ READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Every package in the version and with the hash that requirements/ has: docs/decisions/0037
 LOCKED := $(PIP) install --require-hashes --no-deps
+# Each process runs whole files of tests: docs/decisions/0063
+SIDE_BY_SIDE = -n $(N) --dist loadfile
 
-.PHONY: help setup demo serve test test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load bench-start gpu-day docs clean
+.PHONY: help setup demo serve test test-quick test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load bench-start gpu-day docs clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
-	@echo "make test       the whole test suite"
+	@echo "make test       the whole test suite; N=auto: in several processes (no whole run of them was timed)"
+	@echo "make test-quick the tests of what differs from main (BASE=), then a few of everything, in about a minute"
 	@echo "make serve      keep the service running; prints its URL and a first API key"
 	@echo "make check      format, lint, types, import contracts, migration drift, tests, audit"
 	@echo "make audit      known holes in the installed packages (needs the network)"
@@ -60,7 +63,10 @@ test: setup
 	@$(BIN)/python tests/deploy/environment.py
 	@$(BIN)/python tests/readers/environments.py
 	@$(BIN)/python tests/templates/environment.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(N),$(SIDE_BY_SIDE))
+
+test-quick: setup
+	@$(BIN)/python -m tests.quick $(if $(BASE),--base $(BASE))
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -5,8 +5,9 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 # Models here are tiny: a second thread helps none of them, and the waiting of several processes'
@@ -20,6 +21,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api.core import catalogue, db, devices, migrate, places, queue, rates, settings, storage, traces
 from tests import servers
+from tests.side_by_side import pytest_xdist_auto_num_workers
+
+__all__ = ["pytest_xdist_auto_num_workers"]  # pytest finds its hooks here
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,17 +46,28 @@ def valkey_url() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The URL of the migrated database of a kind, which is made once: files of tests take turns with the two kinds."""
+
+    @cache
+    def make(kind: str) -> str:
+        if kind == "sqlite":
+            url = f"sqlite:///{tmp_path_factory.mktemp('database')}/test.db"
+        else:
+            url = servers.new_database(request.getfixturevalue("postgres_server"), "test")
+        engine = db.make_engine(url)
+        migrate.upgrade(engine)
+        engine.dispose()
+        return url
+
+    return make
+
+
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+def database_url(request: pytest.FixtureRequest, migrated: Callable[[str], str]) -> str:
     """A migrated database of each kind."""
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path_factory.mktemp('database')}/test.db"
-    else:
-        url = servers.new_database(request.getfixturevalue("postgres_server"), "test")
-    engine = db.make_engine(url)
-    migrate.upgrade(engine)
-    engine.dispose()
-    return url
+    return migrated(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -66,13 +81,18 @@ def engine(database_url: str) -> Iterator[Engine]:
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: str) -> Iterator[pytest.MonkeyPatch]:
     """Settings that point at this test's database and folder; whatever was cached is made anew."""
-    monkeypatch.setenv("LORAINIT_STATE_DIR", str(tmp_path))
-    monkeypatch.setenv("LORAINIT_DATABASE_URL", database_url)
-    for name in ("STORAGE_URL", "BROKER_URL", "CATALOGUE"):
-        monkeypatch.delenv(f"LORAINIT_{name}", raising=False)
-    monkeypatch.setattr(places, "MAX_AGE_SECONDS", 0.0)  # the queue as it is now
-    forget()
+    point_at(monkeypatch, database_url, tmp_path)
     yield monkeypatch
+    forget()
+
+
+def point_at(patch: pytest.MonkeyPatch, database_url: str, folder: Path) -> None:
+    """Settings of a service with this database and folder, and otherwise as a user finds it."""
+    patch.setenv("LORAINIT_STATE_DIR", str(folder))
+    patch.setenv("LORAINIT_DATABASE_URL", database_url)
+    for name in ("STORAGE_URL", "BROKER_URL", "CATALOGUE"):
+        patch.delenv(f"LORAINIT_{name}", raising=False)
+    patch.setattr(places, "MAX_AGE_SECONDS", 0.0)  # the queue as it is now
     forget()
 
 
@@ -109,6 +129,11 @@ def session(environment: pytest.MonkeyPatch, engine: Engine) -> Iterator[Session
 def service(environment: pytest.MonkeyPatch, engine: Engine) -> Iterator[None]:
     """The settings in effect, with a database that really commits; emptied afterwards."""
     yield
+    empty(engine)
+
+
+def empty(engine: Engine) -> None:
+    """Delete every row."""
     with engine.begin() as connection:
         for table in reversed(db.Base.metadata.sorted_tables):
             connection.execute(table.delete())

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 from sqlalchemy.orm import Session
 
 from api.core import jobs
@@ -10,6 +11,8 @@ from api.core.ids import new_id
 from api.core.models import Adapter, File, Job, Project, Worker
 from lorainit.spec import Hyperparameters, Lora
 
+# For a test that asks the database only what other tests ask both kinds: twice would say nothing new.
+ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 MODEL = "smollm2-135m-instruct"
 CHECKED = {
     "kind": "chat",

@@ -57,6 +57,12 @@ def make_lab(session: Session, app: Any, name: str, *, role: keys.Role = "member
     return Lab(project, secret, client)
 
 
+def a_lab(role: keys.Role = "member") -> Lab:
+    """For the fixture `service`: what several threads ask, each with a connection of its own."""
+    with db.session_scope() as session:
+        return make_lab(session, create_app(), "lab", role=role)
+
+
 @pytest.fixture
 def lab(session: Session, app: Any) -> Lab:
     return make_lab(session, app, "lab")

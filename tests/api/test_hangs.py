@@ -13,16 +13,14 @@ import obstore
 import pytest
 from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.pool import QueuePool
-from starlette.testclient import TestClient
 
 from api.core import db, files, keys, migrate
 from api.core.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
 from api.core.settings import Settings, get_settings
 from api.core.storage import CHUNK, Answering, Silent, Storage, get_storage, make_storage
-from api.main import create_app
 from api.routes import health
 from tests import servers, stub_worker
-from tests.api.conftest import JOBS, JSONL, Lab, refused
+from tests.api.conftest import JOBS, JSONL, Lab, a_lab, refused
 from tests.things import MODEL
 
 IN_TIME = 5.0
@@ -59,15 +57,6 @@ def watch(service: None, monkeypatch: pytest.MonkeyPatch) -> Watch:
     for name in ("put", "head", "get_range", "delete"):
         monkeypatch.setattr(obstore, name, watched(name, getattr(obstore, name)))
     return found
-
-
-def a_lab(role: keys.Role = "member") -> Lab:
-    with db.session_scope() as session:
-        project = keys.get_or_create_project(session, "lab")
-        _, secret = keys.create_key(session, project, name="test", role=role)
-        session.commit()
-    client = TestClient(create_app(), headers={"authorization": f"Bearer {secret}"}, raise_server_exceptions=False)
-    return Lab(project, secret, client)
 
 
 def everything(lab: Lab) -> Iterator[tuple[str, str]]:

@@ -84,19 +84,19 @@ def test_a_request_over_the_limit_does_nothing(limit: int, lab: Lab) -> None:
 
 def test_several_processes_share_one_bucket(valkey_url: str) -> None:
     limiters = [rates.Limiter(valkey_url, limit=40) for _ in range(4)]
-    key = f"key_{time.monotonic_ns()}"
+    key, began = f"key_{time.monotonic_ns()}", time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         taken = list(pool.map(lambda number: limiters[number % 4].take(key), range(120)))
     allowed = [one for one in taken if one is not None and not one.wait]
-    # Forty at once; each 1.5 s of a slow machine refills one more.
-    assert 40 <= len(allowed) <= 44
+    refilled = (time.monotonic() - began) / 1.5  # one more each 1.5 s, and a slow machine needs several
+    assert 40 <= len(allowed) <= 41 + refilled
     assert len({one.remaining for one in allowed}) >= 40
 
 
 def test_a_bucket_is_refilled_evenly(valkey_url: str) -> None:
-    limiter, key = rates.Limiter(valkey_url, limit=600), f"key_{time.monotonic_ns()}"
+    limiter, key, began = rates.Limiter(valkey_url, limit=600), f"key_{time.monotonic_ns()}", time.monotonic()
     last = [limiter.take(key) for _ in range(600)][-1]
-    assert last is not None and last.remaining < 100
+    assert last is not None and last.remaining <= 1 + 10 * (time.monotonic() - began)
     while (taken := limiter.take(key)) is not None and not taken.wait:
         pass
     assert taken is not None and taken.wait <= 0.1

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from lorainit.rows import check_file
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused
-from tests.things import MODEL, a_queued_job
+from tests.things import MODEL, ON_ONE_DATABASE, a_queued_job
 
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 LORA_LABEL = "metadata.lora_config"
@@ -135,6 +135,7 @@ ORDERS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "code", "param"), ORDERS, ids=lambda value: str(value)[:60])
+@ON_ONE_DATABASE
 def test_a_wrong_order_is_refused_with_its_field(
     lab: Lab, traces: Traces, fields: dict[str, Any], code: str, param: str
 ) -> None:

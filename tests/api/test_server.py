@@ -27,6 +27,7 @@ HEAD = (
     b'--B\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
 )
 TAIL = b"\r\n--B--\r\n"
+TRIES = 15
 
 
 class Server:
@@ -40,6 +41,17 @@ class Server:
 
     def send(
         self, verb: str, path: str, body: bytes | None = None, *, over: Any = None, **headers: str
+    ) -> tuple[int, Any, dict[str, str]]:
+        """What is answered. After a 503 (a lock took too long on a busy machine) it is asked again, as clients do."""
+        for _ in range(TRIES):
+            status, content, answered = self._send(verb, path, body, over=over, **headers)
+            if status != 503:
+                break
+            time.sleep(float(answered["retry-after"]))
+        return status, content, answered
+
+    def _send(
+        self, verb: str, path: str, body: bytes | None, *, over: Any, **headers: str
     ) -> tuple[int, Any, dict[str, str]]:
         connection = over or self.connect()
         given = {"authorization": f"Bearer {self.secret}", "content-type": "application/json"}

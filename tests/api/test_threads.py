@@ -10,11 +10,13 @@ from fastapi.testclient import TestClient
 
 from api import threads
 from api.routes import jobs
-from tests.api.conftest import JOBS, Lab
+from tests.api.conftest import JOBS, a_lab
 
 
-def test_searches_take_turns_and_polls_do_not_wait_for_them(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("service")
+def test_searches_take_turns_and_polls_do_not_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of several pairs may look through many rows, and a member may send many at once."""
+    lab = a_lab()
     busy, most, lock = 0, 0, threading.Lock()
     page = jobs.lookup.page
 

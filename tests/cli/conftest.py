@@ -59,7 +59,7 @@ def serving(state: Path, *options: str, **env: str) -> Iterator[Served]:
     command = [sys.executable, "-m", "api.cli", "serve", "--state", str(state), "--port", "0", *options]
     process = servers.spawn(command, log=output, env=environment(**env))
     try:
-        servers.wait_for(lambda: "Try," in output.read_text(), process, output, seconds=60)
+        servers.wait_for(lambda: "Try," in output.read_text(), process, output)
         url = json.loads((state / "service.json").read_text())["url"]
         shown = output.read_text().partition("shown only now: ")[2]
         yield Served(process, state, url, shown.split()[0] if shown else "", output)

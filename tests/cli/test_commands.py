@@ -74,7 +74,7 @@ def test_a_root_or_an_id_that_is_none_is_refused(tiny: Path) -> None:
 def test_an_order_may_ask_for_a_group_and_an_end_token(served: Served, rows: Path) -> None:
     with OpenAI(base_url=served.url, api_key=served.key) as client:
         for options, wanted in (((), False), (("--group", "--append-eos"), True)):
-            job = served.run("submit", str(rows), *TINY, "--steps", "1", *options).stdout.strip()
+            job = served.run("submit", str(rows), *TINY, "--steps", "1", "--device", "nowhere", *options).stdout.strip()
             shown = client.fine_tuning.jobs.retrieve(job)
             client.fine_tuning.jobs.cancel(job)
             assert shown.resources["group"] is wanted  # type: ignore[attr-defined]

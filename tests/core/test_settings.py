@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
+from tests.things import ON_ONE_DATABASE
 
 
 def _is_number(field: FieldInfo) -> bool:
@@ -48,6 +49,7 @@ def _is_number(field: FieldInfo) -> bool:
         ("MAX_BODY_BYTES", "0", "must be greater than or equal to 1"),
     ],
 )
+@ON_ONE_DATABASE
 def test_a_wrong_setting_is_one_sentence(name: str, value: str, words: str, environment: pytest.MonkeyPatch) -> None:
     environment.setenv(f"LORAINIT_{name}", value)
     get_settings.cache_clear()
@@ -89,6 +91,7 @@ def test_a_misspelt_variable_is_told_with_the_one_it_resembles() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"), [("PORT", "abc", "LORAINIT_PORT"), ("CATALOGUE", "none.toml", "none.toml")]
 )
+@ON_ONE_DATABASE
 def test_no_process_starts_with_what_it_cannot_use(
     program: str, name: str, value: str, words: str, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -101,6 +104,7 @@ def test_no_process_starts_with_what_it_cannot_use(
     assert words in done.stderr
 
 
+@ON_ONE_DATABASE
 def test_the_api_says_which_address_is_none(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment.setenv("LORAINIT_HOST", "no-such-host.invalid")
     done = subprocess.run(

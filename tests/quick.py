@@ -1,0 +1,119 @@
+"""`make test-quick`: the tests of what differs from main, then a few of everything, in about a minute.
+
+    python -m tests.quick [--base main] [--list]
+
+A test belongs to `lorainit/rows.py` if its file is named `test_rows.py` or `test_rows_....py`, or imports it. After
+45 seconds of tests no further one begins, and what was left out is said. It replaces no `make test`.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 45  # for tests; the rest of the minute is for starting pytest and importing what they need
+# Each takes seconds: the life of a job, what is asked of the API, one method from spec to adapter, the documents.
+CORE = (
+    "tests/core/test_jobs.py",
+    "tests/core/test_groups.py",
+    "tests/api/test_job_lists.py",
+    "tests/worker/test_progress.py",
+    "tests/lorainit/test_methods.py",
+    "tests/lorainit/test_rows.py",
+    "tests/lorainit/test_imports.py",
+    "tests/deploy/test_documents.py",
+)
+
+
+def git(*arguments: str) -> list[str]:
+    """The lines of what git says."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()
+
+
+def changed(base: str) -> list[str]:
+    """Files that differ from where this branch left `base`, committed or not, new ones included."""
+    (begin,) = git("merge-base", "HEAD", base)
+    return [*git("diff", "--name-only", begin), *git("ls-files", "--others", "--exclude-standard")]
+
+
+def test_files() -> dict[str, str]:
+    """Every file of tests and its text."""
+    return {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+
+
+def tests_of(file: str, among: dict[str, str]) -> Iterator[str]:
+    """Tests that belong to a changed file: itself, then those by name, then those that import it."""
+    package, _, name = file.removesuffix(".py").removesuffix("/__init__").rpartition("/")
+    if not file.endswith(".py"):
+        return
+    module = package.replace("/", ".")
+    imports = rf"(from|import) {re.escape(module)}\.{name}\b|from {re.escape(module)} import [^\n]*\b{name}\b"
+    yield from (test for test in among if test == file)
+    yield from (test for test in among if re.fullmatch(rf"test_{name}(_\w+)?\.py", Path(test).name))
+    yield from (test for test, text in among.items() if re.search(imports, text))
+
+
+class TimeLimit:
+    """A plugin of pytest: tests in the order of their files, none of which begins when `seconds` are over.
+
+    Args:
+        files: as `pytest` is given them.
+    """
+
+    def __init__(self, files: Sequence[str], seconds: float) -> None:
+        self._files, self._seconds, self._deadline = list(files), seconds, 0.0
+        self.left = Counter[str]()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """File after file, where pytest would run all tests on one kind of database first."""
+        items.sort(key=lambda item: self._files.index(file_of(item)))
+
+    def pytest_collection_finish(self) -> None:
+        """The time begins: however long the imports took, some tests run."""
+        self._deadline = time.monotonic() + self._seconds
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Leave a test out (True) once the time is over; else pytest runs it."""
+        if time.monotonic() < self._deadline:
+            return None
+        self.left[file_of(item)] += 1
+        return True
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say how many tests of which files were left out."""
+        if self.left:
+            terminalreporter.write_line(f"Not run, since {self._seconds} seconds were over:")
+        for file, count in self.left.items():
+            terminalreporter.write_line(f"  {file}: {count}")
+
+
+def file_of(item: pytest.Item) -> str:
+    """The path of its file from the repository's root."""
+    return item.nodeid.partition("::")[0]
+
+
+def main() -> int:
+    """Choose, run, and say what was left out."""
+    parser = argparse.ArgumentParser(prog="python -m tests.quick")
+    parser.add_argument("--base", default="main", help="the branch or commit to compare with")
+    parser.add_argument("--list", action="store_true", help="only say which files would run")
+    options = parser.parse_args()
+    among = test_files()
+    wanted = [test for file in changed(options.base) for test in tests_of(file, among)]
+    files = list(dict.fromkeys([*wanted, *CORE]))
+    print(*files, sep="\n", flush=True)
+    return 0 if options.list else pytest.main(["-q", *files], plugins=[TimeLimit(files, SECONDS)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""In how many processes `make test N=auto` runs, and what `make test-quick` chooses."""
+
+import subprocess
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import quick, side_by_side
+
+GIB = 1 << 30
+AMONG = {
+    "tests/core/test_jobs.py": "from api.core import jobs\n",
+    "tests/core/test_lines.py": "from api.core import catalogue, jobs\nfrom lorainit.rows import check_file\n",
+    "tests/lorainit/test_rows.py": "",
+    "tests/lorainit/test_rows_of_tools.py": "",
+    "tests/lorainit/test_rowsets.py": "from api.core import jobs_of_tests\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("cores", "free", "count"),
+    [(2, 64 * GIB, 2), (16, 9 * GIB, 2), (16, 64 * GIB, 16), (4, 1 * GIB, 1), (3, None, 3)],
+)
+def test_there_are_as_many_processes_as_cores_and_memory_allow(cores: int, free: int | None, count: int) -> None:
+    assert side_by_side.processes(cores, free) == count
+
+
+@pytest.mark.parametrize(
+    ("file", "tests"),
+    [
+        ("lorainit/rows.py", ["lorainit/test_rows.py", "lorainit/test_rows_of_tools.py", "core/test_lines.py"]),
+        ("api/core/jobs.py", ["core/test_jobs.py", "core/test_jobs.py", "core/test_lines.py"]),
+        ("tests/core/test_lines.py", ["core/test_lines.py"]),
+        ("docs/jobs.md", []),
+    ],
+)
+def test_tests_belong_to_a_file_by_name_or_because_they_import_it(file: str, tests: list[str]) -> None:
+    assert list(quick.tests_of(file, AMONG)) == [f"tests/{test}" for test in tests]
+
+
+def test_files_of_the_core_exist() -> None:
+    assert [file for file in quick.CORE if not (quick.ROOT / file).exists()] == []
+
+
+def test_a_quick_run_takes_file_after_file_in_the_order_given() -> None:
+    items: list[Any] = [SimpleNamespace(nodeid=f"{one[0]}.py::{one}") for one in ("a1", "b1", "a2", "b2")]
+    quick.TimeLimit(["b.py", "a.py"], inf).pytest_collection_modifyitems(items)
+    assert [item.nodeid.rpartition(":")[2] for item in items] == ["b1", "b2", "a1", "a2"]
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(inf, {}), (0, {"a.py": 2})])
+def test_a_quick_run_begins_no_test_after_its_time_and_counts_what_it_left(
+    seconds: float, left: dict[str, int]
+) -> None:
+    limit, item = quick.TimeLimit(["a.py"], seconds), SimpleNamespace(nodeid="a.py::test")
+    limit.pytest_collection_finish()
+    is_left = [limit.pytest_runtest_protocol(item) for _ in range(2)]  # type: ignore[arg-type]
+    assert (is_left, limit.left) == ([bool(left) or None] * 2, left)
+
+
+def test_what_is_committed_changed_or_new_on_a_branch_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(quick, "ROOT", tmp_path)
+    git("init", "--quiet", "--initial-branch", "main")
+    for name in ("old.py", "touched.py"):
+        (tmp_path / name).write_text("")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    git("switch", "--quiet", "--create", "branch")
+    (tmp_path / "committed.py").write_text("")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "second")
+    (tmp_path / "touched.py").write_text("x = 1\n")
+    (tmp_path / "new.py").write_text("")
+    assert sorted(quick.changed("main")) == ["committed.py", "new.py", "touched.py"]
