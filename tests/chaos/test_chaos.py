@@ -33,8 +33,9 @@ def test_with_a_bucket_and_sqlite_no_promise_is_broken_either() -> None:
 @pytest.mark.parametrize(
     ("mutant", "column"),
     [
-        ("no-watchdog", "overlapping"),
         ("no-recovery", "stuck"),
+        # A run that overlaps with its successor has to be seen at it, which a busy machine may miss.
+        pytest.param("no-watchdog", "overlapping", marks=pytest.mark.slow),
         pytest.param("no-fence", "stale writes", marks=pytest.mark.slow),
         pytest.param("late-ack", "overlapping", marks=pytest.mark.slow),
         pytest.param("no-ring", "stuck", marks=pytest.mark.slow),
