@@ -5,6 +5,7 @@ waited, bytes that cross between host and device (`Tally`), and the bytes that l
 be a limit.
 """
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyDeviceGuard, _setup_privateuseone_for_python_backend
 
 from tests.pretended import flash, rules, waits
 
@@ -24,6 +25,9 @@ NAME = "pretend"
 # Nothing is computed for these.
 NO_KERNEL = {"aten::_local_scalar_dense", "aten::_linalg_check_errors", "aten::_unsafe_view"}
 PLENTY = 2**34  # bytes
+# Any function would do: an error that is pending when a call of a `PyDLL` is over is raised. Looked up now, because a
+# look-up would take the error away.
+_raise_pending = ctypes.pythonapi.Py_IsInitialized
 _LIBRARY: list[Any] = []  # registrations live as long as this
 
 
@@ -66,6 +70,7 @@ class Memory:
 
 _lying: dict[int, Any] = {}
 memory = Memory()
+_watcher: Callable[[], None] | None = None  # may raise what is to go wrong
 _failure: str | None = None  # what every operation says; CUDA, too, stays broken in a process
 _tally = Tally()
 _generators: list[torch.Generator] = []
@@ -130,9 +135,40 @@ class _Everywhere(TorchDispatchMode):
         return _done(func, args, kwargs or {})
 
 
+class _Guard(_DummyDeviceGuard):  # type: ignore[misc]
+    """What torch asks for the kind of the device, also while an error is on its way out of a backward pass.
+
+    There its C++ ends the process if a call from it returns while Python has an error pending. So the error is taken
+    out of its way here, and `_Engine` raises it.
+    """
+
+    raised: BaseException | None = None
+
+    def type_(self) -> Any:
+        try:
+            _raise_pending()
+        except BaseException as error:
+            _Guard.raised = error
+        return torch._C._autograd.DeviceType.PrivateUse1
+
+
+class _Engine(torch._C._ImperativeEngine):
+    """Backward passes, from which errors of the device come as Python raised them."""
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run_backward(*args, **kwargs)
+        except SystemError:  # torch has an error, and Python none
+            error, _Guard.raised = _Guard.raised, None
+            if error is None:
+                raise
+            raise error from None
+
+
 def install() -> None:
     """Make the device known to torch, once in a process."""
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, device_guard=_Guard())
+    torch.autograd.Variable._execution_engine = _Engine()
     own = ModuleType(f"torch.{NAME}")
     own.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
     own.is_available = lambda: True  # type: ignore[attr-defined]
@@ -165,6 +201,12 @@ def fail(words: str | None) -> None:
     """From now on every operation of the device fails with these words; None = it works again."""
     global _failure
     _failure = words
+
+
+def watch(before: Callable[[], None] | None) -> None:
+    """From now on this is called before every operation of the device, in its thread; None = nothing is."""
+    global _watcher
+    _watcher = before
 
 
 def tally() -> Tally:
@@ -212,6 +254,8 @@ def _done(func: Any, args: Any, kwargs: Any) -> Any:
     made_there = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == NAME
     if not there and not made_there:
         return func(*args, **kwargs)
+    if _watcher is not None:
+        _watcher()
     if _failure is not None:
         raise RuntimeError(_failure)
     here = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, There)]
