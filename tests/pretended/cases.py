@@ -23,7 +23,7 @@ from lorainit.memory import of_a_copy
 from lorainit.run import Request, run_together
 from lorainit.spec import RunSpec
 from tests.lorainit.conftest import tiny_llama
-from tests.pretended import device, rules
+from tests.pretended import device, rules, trouble
 from tests.pretended.device import NAME
 from tests.pretended.options import OF_A_RUN, of_methods
 from tests.pretended.rules import Refused
@@ -231,6 +231,9 @@ PRETENDED: dict[str, Case] = {
     "token budget": _budget,
     "group without room for two bases": _short_of_memory,
     "a GPU that fails while it verifies": _fails_while_it_verifies,
+    "no memory in a backward pass": trouble.no_memory_in_backward,
+    "no memory in any backward pass": trouble.never_memory_in_backward,
+    "a GPU that fails in a backward pass": trouble.fails_in_backward,
 }
 
 # What it has not: kernels of bitsandbytes, an allocator, and neighbours.

@@ -7,6 +7,7 @@ WELL = (
     "all refused",
     "2 put off, 0 batches cut",
     "told as device_failed",
+    "told as out_of_memory",
 )
 
 

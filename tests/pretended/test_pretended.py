@@ -43,6 +43,22 @@ def test_a_gpu_that_fails_while_a_download_is_checked_is_no_verdict_on_it(tmp_pa
     assert found["found"] == "told as device_failed"
 
 
+def test_memory_that_runs_out_in_a_backward_pass_is_backed_off(tmp_path: Path) -> None:
+    """In the try of packed rows, in evidence, and before the first step."""
+    (found,) = run(tmp_path, "no memory in a backward pass")
+    assert found["found"] == "; ".join(3 * ["ends checked"])
+
+
+def test_a_gpu_that_fails_in_a_backward_pass_is_told(tmp_path: Path) -> None:
+    (found,) = run(tmp_path, "a GPU that fails in a backward pass")
+    assert found["found"] == "; ".join(3 * ["told as device_failed"])
+
+
+def test_no_memory_in_any_backward_pass_is_told(tmp_path: Path) -> None:
+    (found,) = run(tmp_path, "no memory in any backward pass")
+    assert found["found"] == "; ".join(3 * ["told as out_of_memory"])
+
+
 @pytest.mark.slow
 def test_every_kind_of_run_ends_well_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
     for found in run(tmp_path, *cases_on("pretended")):
