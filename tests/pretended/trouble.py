@@ -89,6 +89,7 @@ def _under_way(trouble: Trouble) -> Iterator[None]:
 
 def ends_of(specs: "list[RunSpec]", folder: Path, trouble: Trouble) -> list[str]:
     """How each run ended: "done" where its download was checked, else the code of its error."""
+    from lorainit.errors import LorainitError
     from lorainit.run import Request, run_together
 
     requests = [Request(spec, folder / f"{n}", trouble.hear) for n, spec in enumerate(specs)]
@@ -96,7 +97,7 @@ def ends_of(specs: "list[RunSpec]", folder: Path, trouble: Trouble) -> list[str]
     with _under_way(trouble):
         try:
             for who, end in run_together(requests):
-                ends[who] = "done" if end.kind == "done" else end.code  # type: ignore[union-attr]
+                ends[who] = end.code if isinstance(end, LorainitError) else "done"
         except Exception as error:  # it is the end of all that have none
             rest = getattr(error, "code", f"{type(error).__name__}: {error}"[:200])
             ends = {who: ends.get(who, rest) for who in range(len(specs))}
@@ -166,7 +167,7 @@ def _swept(name: str, folder: Path, points: int) -> Iterator[bool]:
     whole = Trouble()
     assert ends_of(specs, folder / "whole", whole) == ["done"] * len(specs)
     for stage, count in whole.seen.items():
-        for at in sorted({1 + count * n // points for n in range(points)}):
+        for at in sorted({max(1, count * (2 * n + 1) // (2 * points)) for n in range(points)}):
             yield _struck(specs, folder, Trouble("memory", at, stage))
             yield _struck(specs, folder, Trouble("broken", at, stage))
 
