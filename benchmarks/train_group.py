@@ -95,7 +95,7 @@ def _adapter(targets: Any, seed: int) -> dict[str, Any]:
     import torch
 
     from lorainit.layer import LoRALinear
-    from lorainit.methods import Factors
+    from lorainit.model.factors import Factors
     from lorainit.weight import shape_of
 
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from lorainit.data import Sample
 from lorainit.events import Event
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.store import Store, raw_bytes
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorainit.errors import CheckpointMismatch
 from lorainit.layer import LoRALinear
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.spec import Lora
 from lorainit.weight import device_of
 

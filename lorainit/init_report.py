@@ -16,7 +16,7 @@ from lorainit.evidence import Evidence
 from lorainit.hardware import peak_memory_bytes
 from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of, row_losses, tally
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.norms import norm
 from lorainit.retry import until_it_fits
 from lorainit.spec import Lora

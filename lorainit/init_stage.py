@@ -23,7 +23,7 @@ from lorainit.init_report import mean_loss
 from lorainit.initialize import Known, Report, initialize
 from lorainit.kept import entry_name
 from lorainit.layer import detach
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.prepare import Job
 from lorainit.retry import until_it_fits
 from lorainit.store import key

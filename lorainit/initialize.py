@@ -22,7 +22,8 @@ from lorainit.hardware import generator_for
 from lorainit.init_report import Report
 from lorainit.inits import HRP, InitConfig, Kaiming, LoftQ, LoRAM
 from lorainit.layer import LoRALinear, adapted, attach
-from lorainit.methods import METHODS, Factors
+from lorainit.methods import METHODS
+from lorainit.model.factors import Factors
 from lorainit.norms import row_norms
 from lorainit.spec import Lora
 from lorainit.weight import shape_of, weight_of

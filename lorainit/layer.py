@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from lorainit.low_rank import Slot, low_rank
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.weight import weight_of
 
 

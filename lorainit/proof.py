@@ -25,8 +25,8 @@ from lorainit.hardware import generator_for, is_out_of_memory, versions
 from lorainit.isolation import forget
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.machine_errors import is_machine_failure
-from lorainit.methods import Factors
 from lorainit.model.experts import short_name
+from lorainit.model.factors import Factors
 from lorainit.model.load import free
 from lorainit.model.parts import forget_pass
 from lorainit.prepare import Job

@@ -15,7 +15,7 @@ from benchmarks.gpu.outside import AGAIN, BEGUN
 from benchmarks.gpu.plan import NOT_TRIED
 from lorainit.data import Sample
 from lorainit.layer import LoRALinear
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.model.targets import find_targets
 from lorainit.weight import shape_of
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from docs.generate.svg import Drawing
 from lorainit.evidence import Evidence
 from lorainit.inits import INITS
-from lorainit.methods import METHODS, Factors
+from lorainit.methods import METHODS
+from lorainit.model.factors import Factors
 from lorainit.spec import Lora
 
 OUT, IN, RANK, ROWS = 48, 64, 4, 512

@@ -24,10 +24,10 @@ from lorainit.hardware import generator_for
 from lorainit.inits import HRP
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
-from lorainit.methods import Factors
 from lorainit.methods._linalg import normal
 from lorainit.methods.hrp import alive_directions
 from lorainit.model.experts import ExpertLinear
+from lorainit.model.factors import Factors
 from lorainit.weight import device_of, shape_of
 
 MAX_RANK, RANK_FACTOR = 128, 8

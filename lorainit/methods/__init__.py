@@ -8,7 +8,6 @@ on the weight's device. What a method needs and promises stands beside its param
 
 from collections.abc import Callable
 
-from lorainit.methods._linalg import Factors
 from lorainit.methods.corda import corda
 from lorainit.methods.eva import eva
 from lorainit.methods.gaussian import gaussian
@@ -22,6 +21,7 @@ from lorainit.methods.milora import milora
 from lorainit.methods.olora import olora
 from lorainit.methods.orthogonal import orthogonal
 from lorainit.methods.pissa import pissa
+from lorainit.model.factors import Factors
 
 METHODS: dict[str, Callable[..., Factors]] = {
     "kaiming": kaiming,
@@ -39,4 +39,4 @@ METHODS: dict[str, Callable[..., Factors]] = {
     "loftq": loftq,
 }
 
-__all__ = ["METHODS", "Factors"]
+__all__ = ["METHODS"]

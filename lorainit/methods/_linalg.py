@@ -1,18 +1,16 @@
-"""The factors every method returns, and the one decomposition several of them share.
+"""How several methods split singular triples, and the one decomposition that they share.
 
 Random numbers are drawn on the CPU from the caller's generator, never from the global one, so the
 same seed gives the same factors on every device.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorainit.errors import InitFailed
+from lorainit.model.factors import Factors
 from lorainit.norms import row_norms
 
 # The block never carries fewer directions: alone, the first of them would need many more passes over W.
@@ -22,15 +20,6 @@ ROUNDING = 1e-5
 # The end: one more block added less than this share of the energy found so far. On the gradients of SmolLM2 the
 # best rank-16 part is then met within 5e-6 in norm, on its weights within 3e-4 (docs/log.md).
 STANDS_STILL = 1e-7
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A LoRA pair of one layer in float32: `A` (r×in) and `B` (out×r), and `facts` for the report."""
-
-    A: Tensor
-    B: Tensor
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def normal(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.inits import CorDA
-from lorainit.methods._linalg import Factors, last_alive, symmetric
+from lorainit.methods._linalg import last_alive, symmetric
+from lorainit.model.factors import Factors
 from lorainit.norms import norm
 
 FIRST_DAMPING, MAX_DAMPING = 0.01, 1.0

@@ -13,7 +13,8 @@ from torch import Tensor
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.inits import EVA
-from lorainit.methods._linalg import Factors, count_alive
+from lorainit.methods._linalg import count_alive
+from lorainit.model.factors import Factors
 
 # Directions below this share of the strongest are rounding of a float32 decomposition.
 DEAD = 1e-6

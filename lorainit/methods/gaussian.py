@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lorainit.evidence import Evidence
 from lorainit.inits import Gaussian
-from lorainit.methods._linalg import Factors, normal
+from lorainit.methods._linalg import normal
+from lorainit.model.factors import Factors
 
 
 def gaussian(

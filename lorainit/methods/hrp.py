@@ -19,7 +19,8 @@ from torch import Tensor
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.inits import HRP
-from lorainit.methods._linalg import Factors, count_alive, normal
+from lorainit.methods._linalg import count_alive, normal
+from lorainit.model.factors import Factors
 
 # Below this share of the top singular value a direction of the preheated product is rounding.
 DEAD = 1e-7

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorainit.evidence import Evidence
 from lorainit.inits import Kaiming
-from lorainit.methods._linalg import Factors
+from lorainit.model.factors import Factors
 
 
 def kaiming(

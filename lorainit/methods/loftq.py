@@ -14,7 +14,8 @@ from torch import Tensor
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.inits import LoftQ
-from lorainit.methods._linalg import Factors, randomized_svd, symmetric
+from lorainit.methods._linalg import randomized_svd, symmetric
+from lorainit.model.factors import Factors
 from lorainit.norms import norm
 
 # Rounding errors have a flat spectrum, which needs many blocks: 99.99 % of the best energy on a 2048×2048 matrix of

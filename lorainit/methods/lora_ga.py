@@ -12,7 +12,8 @@ from torch import Tensor
 from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.inits import LoRAGA
-from lorainit.methods._linalg import Factors, numerical_rank, randomized_svd
+from lorainit.methods._linalg import numerical_rank, randomized_svd
+from lorainit.model.factors import Factors
 
 NITER = 16  # at most; the SVD ends when it is exact
 ROWS = 512  # of the offset that are looked at together

@@ -13,7 +13,8 @@ from torch import Tensor
 from lorainit.errors import InitFailed
 from lorainit.evidence import Evidence
 from lorainit.inits import LoRAOne
-from lorainit.methods._linalg import Factors, numerical_rank, randomized_svd
+from lorainit.methods._linalg import numerical_rank, randomized_svd
+from lorainit.model.factors import Factors
 
 GAMMA = {"v3": 128.0, "v1": 64.0}  # the authors' commands
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.inits import LoRAM, MiLoRA, OLoRA, PiSSA
-from lorainit.methods._linalg import Factors, normal
+from lorainit.methods._linalg import normal
 from lorainit.methods.milora import milora
 from lorainit.methods.olora import olora
 from lorainit.methods.pissa import pissa
+from lorainit.model.factors import Factors
 from lorainit.norms import norm
 
 F64 = torch.float64

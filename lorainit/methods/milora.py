@@ -11,7 +11,8 @@ from torch import Tensor
 from lorainit.errors import UnsupportedInit
 from lorainit.evidence import Evidence
 from lorainit.inits import MiLoRA
-from lorainit.methods._linalg import Factors, last_alive, symmetric
+from lorainit.methods._linalg import last_alive, symmetric
+from lorainit.model.factors import Factors
 
 # A float32 SVD returns 1e-7 to 3e-7 of the top singular value where the true one is 0, so the line lies above that.
 DEAD = 1e-6

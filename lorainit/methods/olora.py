@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorainit.evidence import Evidence
 from lorainit.inits import OLoRA
-from lorainit.methods._linalg import Factors
+from lorainit.model.factors import Factors
 
 
 def olora(

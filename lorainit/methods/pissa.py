@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lorainit.evidence import Evidence
 from lorainit.inits import PiSSA
-from lorainit.methods._linalg import Factors, randomized_svd, symmetric
+from lorainit.methods._linalg import randomized_svd, symmetric
+from lorainit.model.factors import Factors
 
 
 def pissa(

@@ -12,7 +12,7 @@ import torch
 from lorainit.cache import Cache, data_digest
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.store import key
 
 

@@ -19,7 +19,7 @@ from lorainit.initialize import initialize
 from lorainit.inits import INITS
 from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.optimizers import make_optimizer

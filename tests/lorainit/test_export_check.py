@@ -17,8 +17,8 @@ from lorainit.export.exact import exact, widest
 from lorainit.export.peft_adapter import export
 from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear
-from lorainit.methods import Factors
 from lorainit.model import experts
+from lorainit.model.factors import Factors
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets

@@ -17,7 +17,7 @@ from lorainit.errors import Dropped, GroupMismatch, InvalidTrainingFile, Loraini
 from lorainit.events import Checkpoint, Done, Metrics
 from lorainit.layer import LoRALinear
 from lorainit.loss import tallies, tally
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.run import Request, run, run_together

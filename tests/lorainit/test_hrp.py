@@ -22,8 +22,9 @@ from lorainit.initialize import initialize
 from lorainit.inits import HRP
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
-from lorainit.methods import METHODS, Factors
+from lorainit.methods import METHODS
 from lorainit.methods.hrp import right_directions
+from lorainit.model.factors import Factors
 from lorainit.run import run
 from tests.lorainit.contexts import make_context, state
 

@@ -11,8 +11,8 @@ from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence, line_search
 from lorainit.evidence.collect import collect
 from lorainit.inits import LoRAOne
-from lorainit.methods import Factors
 from lorainit.methods.lora_one import lora_one
+from lorainit.model.factors import Factors
 from lorainit.rates import SIZES
 from lorainit.resolve import base_learning_rate
 from lorainit.run import run

@@ -7,7 +7,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lorainit.layer import LoRALinear
 from lorainit.low_rank import Slot, low_rank
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 
 IN, OUT, R, ROWS = 96, 128, 4, 512
 BF16 = torch.bfloat16

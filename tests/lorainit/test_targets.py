@@ -21,8 +21,8 @@ from lorainit.export.peft_adapter import export
 from lorainit.facts import ModelFacts, Target
 from lorainit.inspect import inspect
 from lorainit.layer import LoRALinear, attach
-from lorainit.methods import Factors
 from lorainit.model import attention, experts, peft_support
+from lorainit.model.factors import Factors
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model, skeleton
 from lorainit.model.names import pattern_of

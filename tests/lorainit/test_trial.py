@@ -16,7 +16,7 @@ from lorainit.events import Plan
 from lorainit.largest import Rows
 from lorainit.layer import LoRALinear
 from lorainit.member import Member
-from lorainit.methods import Factors
+from lorainit.model.factors import Factors
 from lorainit.run import run
 from lorainit.spec import Hyperparameters
 from lorainit.world import World
