@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu.day import SHAPES
 from benchmarks.train_page import write_section
 from lorainit import memory
-from lorainit.export.exact import listed_layers
 from lorainit.fit import SHARE
+from lorainit.model.decoder_layers import listed_layers
 
 NAME = "sizes"  # the place in docs/sizes.md
 RANK, TOKENS = 16, 2048

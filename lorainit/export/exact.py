@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorainit.layer import LoRALinear
 from lorainit.model import attention
+from lorainit.model.decoder_layers import listed_layers
 from lorainit.quantize import is_quantized
 from lorainit.weight import weight_of
 
@@ -134,14 +135,6 @@ def _widen_output(dtype: torch.dtype, _module: nn.Module, _inputs: Any, output: 
 
 def _widen(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def listed_layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the outermost module lists: every architecture keeps its decoder layers in one."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else listed_layers(child)
-    return found
 
 
 @contextmanager
