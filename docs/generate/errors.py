@@ -65,7 +65,7 @@ def _kinds(kind: type[LorainitError]) -> Iterator[type[LorainitError]]:
 
 def _row_codes() -> Iterator[str]:
     """The codes that `lorainit` gives to faults of rows: the first argument of the calls that make one, or `code=`."""
-    for path in (ROOT / "lorainit").glob("*.py"):
+    for path in (ROOT / "lorainit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Fault", "Problem", "Unreadable"):
                 yield from _literals([*node.args[:1], *(key.value for key in node.keywords if key.arg == "code")])

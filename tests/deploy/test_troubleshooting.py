@@ -31,7 +31,7 @@ def kinds(kind: type[LorainitError]) -> Iterator[str]:
 def job_codes() -> set[str]:
     """What a job may fail with, as far as it stands in code."""
     said = set(kinds(LorainitError)) | set(pauses.MAY_PASS) | set(endings.PASSES)
-    for path in (ROOT / "worker").glob("*.py"):
+    for path in (ROOT / "worker").rglob("*.py"):
         said |= set(re.findall(r'Failure\(\s*"(\w+)"', path.read_text()))
     return said
 
