@@ -158,8 +158,8 @@ def models_inspect(
 ) -> None:
     """On the server's machine: the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
     from api.core.catalogue import ID
-    from lorainit.facts import ModelFacts
-    from lorainit.sources import LOCAL, is_root
+    from lorainit.config.facts import ModelFacts
+    from lorainit.config.sources import LOCAL, is_root
 
     if re.fullmatch(ID, model_id) is None:
         raise Problem(f"--id must be letters, digits, '.', '_' and '-', at most 128 (got {model_id[:80]!r}).")

@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from lorainit.config.inits import Kaiming
 from lorainit.evidence import Evidence
-from lorainit.inits import Kaiming
 from lorainit.layer import LoRALinear, attach
 from lorainit.methods import METHODS
 from lorainit.model import experts, mixture

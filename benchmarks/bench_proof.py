@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.init_cases import SOURCE  # noqa: E402
-from lorainit.events import Event, Message, Metrics, Stage  # noqa: E402
+from lorainit.config.events import Event, Message, Metrics, Stage  # noqa: E402
+from lorainit.config.spec import RunSpec  # noqa: E402
 from lorainit.run import run  # noqa: E402
-from lorainit.spec import RunSpec  # noqa: E402
 
 
 def measured(steps: int, rank: int, folder: str) -> dict[str, float]:

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.rates_page import RESULTS, Cell, results  # noqa: E402
 from benchmarks.rates_rows import DATA_SETS, write  # noqa: E402
 from benchmarks.train_page import section, write_section  # noqa: E402
-from lorainit.inits import INITS  # noqa: E402
-from lorainit.rates import default_rate  # noqa: E402
+from lorainit.config.inits import INITS  # noqa: E402
+from lorainit.config.rates import default_rate  # noqa: E402
 
 BASE = {
     "id": "smollm2-135m-instruct",

@@ -31,7 +31,7 @@ from api.core.db import now, session_scope  # noqa: E402
 from api.core.jobs import Lease  # noqa: E402
 from api.core.settings import get_settings  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
-from lorainit.events import Metrics  # noqa: E402
+from lorainit.config.events import Metrics  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import a_running_job  # noqa: E402
 from worker.progress import Recorder  # noqa: E402

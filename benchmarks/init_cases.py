@@ -75,12 +75,12 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
 
     from lorainit import init_report
     from lorainit.batches import Budget, collate
+    from lorainit.config.spec import Hyperparameters, Lora
     from lorainit.evidence.collect import collect
     from lorainit.evidence.context import Context
     from lorainit.initialize import initialize
     from lorainit.methods import METHODS
     from lorainit.model.targets import find_targets
-    from lorainit.spec import Hyperparameters, Lora
 
     model, samples = base(cache)
     init = {"method": name.partition(" ")[0], **OURS[name]}
@@ -298,9 +298,9 @@ def layer_gradient() -> Any:
 def ours_on_a_layer(name: str, r: int, cache: str) -> dict[str, Any]:
     import torch
 
+    from lorainit.config.spec import Lora
     from lorainit.evidence import Evidence
     from lorainit.methods import METHODS
-    from lorainit.spec import Lora
 
     W = layer_weight()
     lora = Lora.model_validate({"init": {"method": name.partition(" ")[0], **OURS[name]}, "r": r}).resolved()[0]

@@ -36,7 +36,7 @@ from api.core.db import session_scope  # noqa: E402
 from api.core.jobs import Lease  # noqa: E402
 from benchmarks.load_page import FAST, Found, Phase, Seen, page  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
-from lorainit.events import Metrics  # noqa: E402
+from lorainit.config.events import Metrics  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import CHECKED, MODEL, a_file  # noqa: E402
 from worker.progress import Recorder  # noqa: E402

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from benchmarks.rates_rows import DATA_SETS
 from benchmarks.train_page import machine
-from lorainit.rates import RATES, SIZES
+from lorainit.config.rates import RATES, SIZES
 
 TABLE, RESULTS = "rates", "bench-rates"  # the places in docs/rates.md
 

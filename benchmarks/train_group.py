@@ -49,11 +49,11 @@ class Bench:
         import torch
 
         from lorainit import group, hardware
+        from lorainit.config.spec import Hyperparameters
         from lorainit.model import load
         from lorainit.model.layout import choose_layout
         from lorainit.model.targets import find_targets
         from lorainit.optimizers import make_optimizer
-        from lorainit.spec import Hyperparameters
 
         base = load.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
         self.model: Any = load.load_model(base, dtype=hardware.dtype_of(precision), device=torch.device("cpu"))

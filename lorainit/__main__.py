@@ -26,13 +26,13 @@ from typing import NamedTuple, TextIO
 from pydantic import ValidationError
 
 from lorainit import closed_pipe, machine, silence
-from lorainit.errors import DeviceSilent, Dropped, LorainitError, Stopped
-from lorainit.events import Event, Failed, Stage, Tick
-from lorainit.faults import faults_of
+from lorainit.config.errors import DeviceSilent, Dropped, LorainitError, Stopped
+from lorainit.config.events import Event, Failed, Stage, Tick
+from lorainit.config.faults import faults_of
+from lorainit.config.sources import LOCAL, is_root
+from lorainit.config.spec import RunSpec
 from lorainit.launch import PATIENCE, RENDEZVOUS, Loss, Others, companions, leave_word
 from lorainit.limits import die_with_parent
-from lorainit.sources import LOCAL, is_root
-from lorainit.spec import RunSpec
 
 FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
 LEASE_SECONDS = 0.5

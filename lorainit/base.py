@@ -10,11 +10,12 @@ from torch import nn
 
 from lorainit import hardware, machine, memory
 from lorainit.batches import Batch, Regime, any_length, collate, pack, pad_id
+from lorainit.config.errors import GroupMismatch
+from lorainit.config.events import Event, Message
+from lorainit.config.inits import Quantization
+from lorainit.config.spec import RunSpec
 from lorainit.data import Sample
 from lorainit.digest import known_sha256, require_inspected, require_whole
-from lorainit.errors import GroupMismatch
-from lorainit.events import Event, Message
-from lorainit.inits import Quantization
 from lorainit.loss import is_plain
 from lorainit.model import experts
 from lorainit.model.examine import examine
@@ -28,7 +29,6 @@ from lorainit.model.vocabulary import require_rows
 from lorainit.quantize import require_library
 from lorainit.refusal import as_unsupported
 from lorainit.shard import decide, shard
-from lorainit.spec import RunSpec
 from lorainit.store import Store
 from lorainit.world import ALONE, World
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lorainit.config.events import Event
 from lorainit.data import Sample
-from lorainit.events import Event
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
 from lorainit.model.factors import Factors

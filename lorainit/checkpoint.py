@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorainit.errors import CheckpointMismatch
+from lorainit.config.errors import CheckpointMismatch
+from lorainit.config.spec import Lora
 from lorainit.layer import LoRALinear
 from lorainit.model.factors import Factors
-from lorainit.spec import Lora
 from lorainit.weight import device_of
 
 STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"

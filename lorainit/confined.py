@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lorainit import limits
-from lorainit.errors import LorainitError, UnsupportedModel
+from lorainit.config.errors import LorainitError, UnsupportedModel
 from lorainit.model.find import find
 
 # Of a base of any size: building its modules without weights takes seconds, loading our libraries ten on a slow disk.
@@ -32,7 +32,7 @@ _TAIL = 2000  # of what the child wrote when it crashed
 
 
 def inspect(source: str, cache: Path) -> dict[str, Any]:
-    """The facts of a base model (`lorainit.facts.ModelFacts`) as JSON values.
+    """The facts of a base model (`lorainit.config.facts.ModelFacts`) as JSON values.
 
     One of a hub is fetched first, by this process: a download takes as long as it takes, and shows how far it is.
 

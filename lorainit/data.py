@@ -15,17 +15,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lorainit.conversation import Fault
-from lorainit.encode import Encoded, Encoder, pieces
-from lorainit.errors import (
+from lorainit.config.errors import (
     InvalidTrainingFile,
     InvalidValidationFile,
     LorainitError,
     NoTrainableTokens,
     UnsupportedModel,
 )
+from lorainit.config.spec import Data
+from lorainit.conversation import Fault
+from lorainit.encode import Encoded, Encoder, pieces
 from lorainit.rows import KEPT_PROBLEMS, BadRow, Problem, Row, problem, read_rows
-from lorainit.spec import Data
 from lorainit.stops import stop_tokens
 from lorainit.template import Template
 

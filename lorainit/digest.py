@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from lorainit.errors import UnsupportedModel
-from lorainit.spec import BaseModelRef
+from lorainit.config.errors import UnsupportedModel
+from lorainit.config.spec import BaseModelRef
 from lorainit.store import Store, key
 
 # A file changed twice within one tick of the file system's clock looks unchanged: younger ones are not trusted.

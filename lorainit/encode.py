@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorainit import tokenizer_time
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.turns import Span
 
 # Ids, and the characters that each of them stands for.

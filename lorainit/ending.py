@@ -13,12 +13,12 @@ from typing import Any
 from lorainit import delivery, isolation
 from lorainit.base import OnEvent
 from lorainit.checkpoint import Progress, Restored
-from lorainit.errors import LorainitError
-from lorainit.events import Done, Message, Stage
+from lorainit.config.errors import LorainitError
+from lorainit.config.events import Done, Message, Stage
+from lorainit.config.spec import Hyperparameters
 from lorainit.hardware import is_out_of_memory
 from lorainit.initialize import Report
 from lorainit.prepare import Job
-from lorainit.spec import Hyperparameters
 from lorainit.verdict import judge, judge_effect
 from lorainit.world import World
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
+from lorainit.config.events import Event, Message, Tick
+from lorainit.config.inits import Quantization
 from lorainit.data import Dataset, Sample
-from lorainit.events import Event, Message, Tick
 from lorainit.export.check import with_stock_peft
 from lorainit.hardware import has_bf16
-from lorainit.inits import Quantization
 from lorainit.model.load import free, load_model
 from lorainit.model.targets import linear_layers
 from lorainit.weight import was_conv1d, weight_of

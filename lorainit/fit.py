@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from lorainit import compiled
+from lorainit.config.errors import OutOfMemory
+from lorainit.config.events import Message
+from lorainit.config.resolve import total_steps
 from lorainit.data import Sample
-from lorainit.errors import OutOfMemory
-from lorainit.events import Message
 from lorainit.group import Stand
 from lorainit.hardware import is_out_of_memory, peak_while, return_memory
 from lorainit.member import Member, with_half_the_tokens, with_smaller_evaluations
 from lorainit.recompute import recompute
-from lorainit.resolve import total_steps
 from lorainit.trial import Lay, Trial, forget, trials, try_pass, try_update
 from lorainit.world import World
 

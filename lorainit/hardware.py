@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 from lorainit import gpus, machine
-from lorainit.errors import UnsupportedModel, UnusableDevice
-from lorainit.spec import Choice, Hyperparameters
+from lorainit.config.errors import UnsupportedModel, UnusableDevice
+from lorainit.config.spec import Choice, Hyperparameters
 
 PRECISION = "training.precision"
 # torch's names for instructions that multiply bf16: x86 with AVX-512 or AMX, and ARM.

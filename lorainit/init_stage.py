@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 from lorainit.base import OnEvent
 from lorainit.batches import Batch, batches, collate, order
 from lorainit.cache import Cache, data_digest
+from lorainit.config.events import Message, Tick
+from lorainit.config.kept import entry_name
 from lorainit.data import Sample
-from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.init_report import mean_loss
 from lorainit.initialize import Known, Report, initialize
-from lorainit.kept import entry_name
 from lorainit.layer import detach
 from lorainit.model.factors import Factors
 from lorainit.prepare import Job

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from lorainit import init_report
 from lorainit.batches import Batch
-from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Event, Message, Tick
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Event, Message, Tick
+from lorainit.config.inits import HRP, InitConfig, Kaiming, LoftQ, LoRAM
+from lorainit.config.spec import Lora
 from lorainit.evidence import Evidence
 from lorainit.hardware import generator_for
 from lorainit.init_report import Report
-from lorainit.inits import HRP, InitConfig, Kaiming, LoftQ, LoRAM
 from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.methods import METHODS
 from lorainit.model.factors import Factors
 from lorainit.norms import row_norms
-from lorainit.spec import Lora
 from lorainit.weight import shape_of, weight_of
 
 __all__ = ["Known", "Report", "initialize"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lorainit import hardware, machine_errors, shared_memory, silence
-from lorainit.errors import (
+from lorainit.config.errors import (
     DeviceSilent,
     DiskFull,
     LorainitError,
@@ -19,7 +19,7 @@ from lorainit.errors import (
     UnsupportedModel,
     UnusableDevice,
 )
-from lorainit.events import Event
+from lorainit.config.events import Event
 
 OnEvent = Callable[[Event], None]
 

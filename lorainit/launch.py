@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorainit import machine, shared_memory
-from lorainit.events import Event, Failed
+from lorainit.config.events import Event, Failed
 from lorainit.limits import tether
 
 PATIENCE = 30.0  # seconds for the others to end after the leading one has

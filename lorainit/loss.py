@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lorainit.batches import Batch
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.machine_errors import is_machine_failure
 
 # Logits held at once: 64 MB in float32. SmolLM2's 49,152 words make that 341 positions.

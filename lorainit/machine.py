@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from lorainit.events import Message
-from lorainit.kept import KERNELS
+from lorainit.config.events import Message
+from lorainit.config.kept import KERNELS
 
 # mallopt's names (malloc.h) and the variables by which glibc takes the same from the environment.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4

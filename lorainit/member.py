@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lorainit.batches import Budget, Regime, any_length
 from lorainit.checkpoint import Restored
+from lorainit.config.events import Event, Message
+from lorainit.config.spec import Hyperparameters
 from lorainit.data import Dataset, Sample
-from lorainit.events import Event, Message
 from lorainit.largest import Rows
 from lorainit.layer import LoRALinear
-from lorainit.spec import Hyperparameters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.errors import NonFiniteLoss
+from lorainit.config.errors import NonFiniteLoss
+from lorainit.config.spec import AdamWLoRAPlus, AdamWPreconditioned, Hyperparameters
 from lorainit.layer import LoRALinear
-from lorainit.spec import AdamWLoRAPlus, AdamWPreconditioned, Hyperparameters
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 # Squared ratio of the sizes of a factor's directions below which the smallest is rounding; matters without damping.

@@ -11,9 +11,9 @@ from pydantic import Field, ValidationError
 
 from lorainit import hardware
 from lorainit.base import Base
-from lorainit.errors import CheckpointMismatch
-from lorainit.schema import Strict
-from lorainit.spec import RunSpec
+from lorainit.config.errors import CheckpointMismatch
+from lorainit.config.schema import Strict
+from lorainit.config.spec import RunSpec
 
 # The most of one forward pass, where nobody says. On a GPU more tokens would hardly be faster, and `lorainit.fit`
 # measures how many fit.

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from lorainit.events import Done, Event, InitReport, Message, Metrics, Plan, Stage, Tick
+from lorainit.config.events import Done, Event, InitReport, Message, Metrics, Plan, Stage, Tick
 
 
 class Display:

@@ -17,8 +17,9 @@ from torch import nn
 
 from lorainit import delivery
 from lorainit.base import OnEvent
-from lorainit.errors import ExportCheckFailed, LorainitError, UnsupportedModel
-from lorainit.events import Message
+from lorainit.config.errors import ExportCheckFailed, LorainitError, UnsupportedModel
+from lorainit.config.events import Message
+from lorainit.config.spec import Lora
 from lorainit.export import check
 from lorainit.export.effect import Effect, logits_of, observe
 from lorainit.hardware import generator_for, is_out_of_memory, versions
@@ -30,7 +31,6 @@ from lorainit.model.factors import Factors
 from lorainit.model.load import free
 from lorainit.model.parts import forget_pass
 from lorainit.prepare import Job
-from lorainit.spec import Lora
 from lorainit.store import key
 from lorainit.weight import shape_of
 

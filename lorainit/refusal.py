@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lorainit.errors import LorainitError, UnsupportedModel
+from lorainit.config.errors import LorainitError, UnsupportedModel
 from lorainit.machine_errors import is_machine_failure
 
 

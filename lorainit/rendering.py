@@ -17,7 +17,7 @@ from pathlib import Path
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 
 MAX_SECONDS = 10.0  # the slowest real templates take some 0.05 s for conversations of a hundred messages
 MAX_CHARACTERS = 32 << 20  # a row of a file is at most 1 MB, and tools may be described in it more than once

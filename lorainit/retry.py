@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from lorainit.errors import OutOfMemory
+from lorainit.config.errors import OutOfMemory
 from lorainit.hardware import is_out_of_memory
 from lorainit.isolation import forget
 from lorainit.world import ALONE, World

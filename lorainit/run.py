@@ -15,16 +15,16 @@ from pathlib import Path
 from lorainit import checkpoint, delivery, hardware, init_stage, isolation, proof
 from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Restored
+from lorainit.config.errors import Stopped
+from lorainit.config.events import Done, InitReport, Stage
+from lorainit.config.inits import HRP
+from lorainit.config.spec import RunSpec
 from lorainit.data import require_readable
 from lorainit.ending import End, Ending, Run
-from lorainit.errors import Stopped
-from lorainit.events import Done, InitReport, Stage
 from lorainit.fit import fit
 from lorainit.initialize import Report
-from lorainit.inits import HRP
 from lorainit.member import Member
 from lorainit.prepare import Job, prepare
-from lorainit.spec import RunSpec
 from lorainit.train import train
 from lorainit.world import World, joined
 

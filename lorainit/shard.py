@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lorainit.errors import TooFewDevices
+from lorainit.config.errors import TooFewDevices
+from lorainit.config.spec import RunSpec
 from lorainit.model.load import skeleton
 from lorainit.model.parts import PARAM, divisible_layers
-from lorainit.spec import RunSpec
 from lorainit.world import World
 
 ROOM = 0.8  # of a device's memory for the base; the rest is for what training adds

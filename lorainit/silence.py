@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from lorainit.events import Event, Failed, Stage
+from lorainit.config.events import Event, Failed, Stage
 
 SECONDS = "RUN_SILENCE_SECONDS"  # of the environment
 BEAT = 1.0  # seconds

@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from lorainit import rendering, tokenizer_time
+from lorainit.config.errors import UnsupportedModel
 from lorainit.conversation import Fault, trained
-from lorainit.errors import UnsupportedModel
 from lorainit.turns import Border, Conversation, Habits, Lost, Messages, Span, marked, marks_for, places
 
 _PROBE = "zq_probe"

@@ -9,7 +9,7 @@ row that has one (`lorainit.data`), where Oniguruma ends it.
 import time
 from typing import Any
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.refusal import as_unsupported
 
 MAX_SECONDS = 1.0  # of a processor, for a text of `LONGEST` letters; real tokenizers take some 0.002

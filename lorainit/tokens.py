@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from lorainit.config.kept import entry_name
 from lorainit.data import Dataset, Sample, file_sha256, tokenize
-from lorainit.kept import entry_name
 from lorainit.rows import Problem
 from lorainit.store import Store, key
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lorainit import isolation
 from lorainit.batches import Batch, batches
 from lorainit.checkpoint import Progress
+from lorainit.config.errors import LorainitError, Stopped
+from lorainit.config.events import Message, Stage, Tick
 from lorainit.course import Course, Evaluate
 from lorainit.data import Sample
-from lorainit.errors import LorainitError, Stopped
-from lorainit.events import Message, Stage, Tick
 from lorainit.group import Stand
 from lorainit.loss import tallies, tally
 from lorainit.member import Member

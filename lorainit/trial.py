@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.batches import Batch
+from lorainit.config.errors import NonFiniteLoss
 from lorainit.data import Sample
-from lorainit.errors import NonFiniteLoss
 from lorainit.group import Stand
 from lorainit.largest import Rows, size_of
 from lorainit.loss import tallies

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorainit.events import Warned
+from lorainit.config.events import Warned
 
 # What PiSSA and LoRAM needed where the base rate of 1e-3 made a model worse (docs/log.md).
 LOWER = 5

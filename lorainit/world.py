@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from lorainit import machine_errors, silence
-from lorainit.errors import DeviceSilent, TooFewDevices
+from lorainit.config.errors import DeviceSilent, TooFewDevices
 from lorainit.launch import RENDEZVOUS
 
 T = TypeVar("T")

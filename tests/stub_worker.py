@@ -14,8 +14,8 @@ from api.core.db import session_scope
 from api.core.jobs import Failure, Lease
 from api.core.models import Job
 from api.core.storage import get_storage
-from lorainit.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
-from lorainit.spec import Choice, Lora
+from lorainit.config.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
+from lorainit.config.spec import Choice, Lora
 from worker import artifacts, reconciler, row_checks
 from worker.progress import Lost, Recorder
 

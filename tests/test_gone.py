@@ -23,9 +23,9 @@ from api.core.models import Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from api.main import create_app
-from lorainit.events import Checkpoint, Done, Event, Failed
+from lorainit.config.events import Checkpoint, Done, Event, Failed
+from lorainit.config.spec import BaseModelRef, RunSpec
 from lorainit.run import run
-from lorainit.spec import BaseModelRef, RunSpec
 from tests import stub_worker
 from tests.lorainit.conftest import bases, chat, make_tokenizer, tokenizer
 from tests.test_job_path import Stack, stack, tiny_base

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from api.core import jobs
 from api.core.ids import new_id
 from api.core.models import Adapter, File, Job, Project, Worker
-from lorainit.spec import Hyperparameters, Lora
+from lorainit.config.spec import Hyperparameters, Lora
 
 # For a test that asks the database only what other tests ask both kinds: twice would say nothing new.
 ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

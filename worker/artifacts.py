@@ -15,9 +15,9 @@ from api.core.jobs import Lease
 from api.core.models import Adapter, File, Job
 from api.core.settings import get_settings
 from api.core.storage import Storage
-from lorainit.events import Checkpoint, Done
-from lorainit.resolve import as_resolved
-from lorainit.spec import Data, Hyperparameters, Lora, RunSpec
+from lorainit.config.events import Checkpoint, Done
+from lorainit.config.resolve import as_resolved
+from lorainit.config.spec import Data, Hyperparameters, Lora, RunSpec
 from worker import room
 from worker.archive import Archive, pack, unpack
 from worker.progress import Lost

@@ -1,8 +1,8 @@
 """Cached things go with the rows that they were made of: each worker looks after the cache of its own host.
 
-The name of an entry says whose rows and which files it was made of (`lorainit.kept`), and the database says which
-files there are. So nobody has to tell a worker of a deletion, and one that was away when a file was deleted sweeps
-when it is back. What a run that was just cancelled writes behind a sweep is found by the next one.
+The name of an entry says whose rows and which files it was made of (`lorainit.config.kept`), and the database says
+which files there are. So nobody has to tell a worker of a deletion, and one that was away when a file was deleted
+sweeps when it is back. What a run that was just cancelled writes behind a sweep is found by the next one.
 
 Compiled kernels are made of no rows; they go after a month, for a new version of anything makes others.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from api.core import files
 from api.core.db import session_scope
 from api.core.settings import get_settings
-from lorainit import kept
+from lorainit.config import kept
 
 STALE_SECONDS = 3600.0  # a writer that is still at it after this has crashed
 KERNEL_SECONDS = 30 * 86400.0

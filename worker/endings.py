@@ -13,7 +13,7 @@ from api.core.models import File, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from lorainit import shared_memory
-from lorainit.events import Failed
+from lorainit.config.events import Failed
 from worker.patience import PASSING
 from worker.progress import Lost
 from worker.supervisor import Outcome

@@ -22,7 +22,7 @@ from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
 from api.core.storage import Storage, get_storage
-from lorainit.events import Checkpoint, Done, Event, Failed
+from lorainit.config.events import Checkpoint, Done, Event, Failed
 from worker import artifacts, endings, room, scratch, wording
 from worker.lease import LeaseKeeper
 from worker.patience import Result, patiently, unless_lost

@@ -10,7 +10,7 @@ from api.core import estimates, events, jobs, metrics, tallies
 from api.core.db import now, session_scope
 from api.core.fields import told
 from api.core.jobs import Lease
-from lorainit.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
+from lorainit.config.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
 from worker.stopwatch import STARTING, Stopwatch
 
 # Where each stage ends on a scale of 100, so that the bar never falls and is full only at the end.

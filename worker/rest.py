@@ -12,7 +12,7 @@ from pathlib import Path
 
 from api.core import devices, examination
 from api.core.logs import get_logger
-from lorainit.events import Done, Event, Failed
+from lorainit.config.events import Done, Event, Failed
 from worker import scratch
 from worker.endings import DEVICE_FAILED, LEASE_LOST, WRONG_SPEC
 from worker.supervisor import Outcome

@@ -18,7 +18,7 @@ from api.core.jobs import Failure
 from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import Settings, get_settings
-from lorainit.spec import Lora
+from lorainit.config.spec import Lora
 from worker import reservations
 
 FLOAT = 4  # bytes; states are written in fp32

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from lorainit.events import Event, Metrics, Stage
+from lorainit.config.events import Event, Metrics, Stage
 
 STARTING = "starting"  # until the child's first word: fetching files, starting Python, loading torch
 

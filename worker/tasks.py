@@ -18,7 +18,7 @@ from api.core.db import session_scope
 from api.core.logs import get_logger
 from api.core.models import Job
 from api.core.settings import get_settings
-from lorainit.events import Event
+from lorainit.config.events import Event
 from worker import rest, room, warm
 from worker.app import app, drain_file, name, rest_file
 from worker.member import Member

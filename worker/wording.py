@@ -10,9 +10,9 @@ from typing import Any
 
 from api.core import catalogue
 from api.core.models import Job
-from lorainit import sources
-from lorainit.errors import LorainitError
-from lorainit.events import Done, Event, Failed, InitReport, Message, Plan, Stage
+from lorainit.config import sources
+from lorainit.config.errors import LorainitError
+from lorainit.config.events import Done, Event, Failed, InitReport, Message, Plan, Stage
 
 # An absolute path of at least two parts, but for addresses (`https://…`) and parts of relative paths.
 _PATH = re.compile(r"(?<![\w:/.~-])(/[\w.@+~-]+)(?:/[\w.@+~-]+)+/?")

@@ -16,9 +16,9 @@ from api.core.fields import chosen, in_body
 from api.core.jobs import Failure
 from api.core.models import File, Job, has_status, is_unchecked
 from api.core.submit import CALIBRATION_FILE, error_code
-from lorainit.errors import LorainitError
-from lorainit.resolve import resolve
-from lorainit.spec import Hyperparameters, Lora
+from lorainit.config.errors import LorainitError
+from lorainit.config.resolve import resolve
+from lorainit.config.spec import Hyperparameters, Lora
 
 Verdict = Literal["queued", "failed", "waiting"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from api.core import catalogue
 from api.core.catalogue import Entry
 from api.core.errors import InvalidValue
-from lorainit.paths import matches
-from lorainit.spec import Lora
+from lorainit.config.paths import matches
+from lorainit.config.spec import Lora
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from api.core import catalogue_file, logs
 from api.core.catalogue_file import BadCatalogue, CatalogueFile
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
-from lorainit import placement, sources
-from lorainit.errors import LorainitError, UnsupportedInit
-from lorainit.facts import NF4_BLOCK, ModelFacts
-from lorainit.schema import Strict
-from lorainit.spec import BaseModelRef, Lora, Rate, Root
+from lorainit.config import placement, sources
+from lorainit.config.errors import LorainitError, UnsupportedInit
+from lorainit.config.facts import NF4_BLOCK, ModelFacts
+from lorainit.config.schema import Strict
+from lorainit.config.spec import BaseModelRef, Lora, Rate, Root
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 

@@ -1,4 +1,4 @@
-"""Where the body of a request has what the library calls by the names of its own spec (`lorainit.spec.RunSpec`).
+"""Where the body of a request has what the library calls by the names of its own spec (`lorainit.config.spec.RunSpec`).
 
 The library knows no HTTP. Errors, choices and events of a run are translated where they enter the service.
 """

@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session
 from api.core import turns
 from api.core.catalogue import Entry
 from api.core.models import Job, has_status
-from lorainit.placement import chosen
-from lorainit.spec import Hyperparameters, Lora
+from lorainit.config.placement import chosen
+from lorainit.config.spec import Hyperparameters, Lora
 
 # What the members' batches must have in common: their numeric type, and their shape, since a member with
 # longer or more rows makes all others wait.

@@ -16,7 +16,7 @@ from api.core.ids import new_id
 from api.core.models import File, Job, Metric
 from api.core.storage import Storage
 from api.core.transitions import change
-from lorainit.results import write_csv
+from lorainit.config.results import write_csv
 
 
 def put(

@@ -15,9 +15,9 @@ from api.core.errors import BadReference, InvalidValue
 from api.core.ids import new_id
 from api.core.models import Adapter, Checkpoint, File, Job
 from api.core.settings import get_settings
-from lorainit.inits import CalibratedConfig
-from lorainit.resolve import base_learning_rate
-from lorainit.spec import HIGHEST_RATE, LOWEST_RATE, Hyperparameters, Lora, why_not_sharded
+from lorainit.config.inits import CalibratedConfig
+from lorainit.config.resolve import base_learning_rate
+from lorainit.config.spec import HIGHEST_RATE, LOWEST_RATE, Hyperparameters, Lora, why_not_sharded
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 CALIBRATION_FILE = "lora.init.calibration_file"

@@ -16,7 +16,7 @@ from api.routes.query import After, Empty, Limit1000, Text
 from api.schemas.model import MethodObject, ModelObject, method_object, model_object
 from api.schemas.wire import Deleted, Page, as_json, listed, streamed
 from api.threads import in_search_thread
-from lorainit.inits import INITS
+from lorainit.config.inits import INITS
 
 router = APIRouter(prefix="/v1", tags=["models"])
 Base = Annotated[Text | None, Empty, Query(description="A base model: fills in rates and availability.")]

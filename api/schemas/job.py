@@ -14,7 +14,7 @@ from api.core.models import ShownJob, shown_status
 from api.core.settings import get_settings
 from api.core.submit import PRIORITIES
 from api.schemas.wire import Element, Wire, finite, unix, unix_or_none
-from lorainit.spec import Lora
+from lorainit.config.spec import Lora
 
 PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
 

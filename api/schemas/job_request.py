@@ -11,8 +11,8 @@ from api import json_text
 from api.core.answers import Told
 from api.core.submit import Order
 from api.invalid import first_fault
-from lorainit.schema import Seed, Strict, no_more_than
-from lorainit.spec import Choice, Hyperparameters, Lora
+from lorainit.config.schema import Seed, Strict, no_more_than
+from lorainit.config.spec import Choice, Hyperparameters, Lora
 
 MAX_MULTIPLIER = 100.0
 MAX_LABEL, MAX_LABELS = 512, 16

@@ -7,7 +7,7 @@ from pydantic import Field
 from api.core.keys import PREFIX, Role
 from api.core.models import ApiKey
 from api.schemas.wire import Element, Wire, unix, unix_or_none
-from lorainit.schema import Strict
+from lorainit.config.schema import Strict
 
 LONGEST = 10 * 365 * 86400
 

@@ -6,9 +6,9 @@ from api.core.catalogue import Entry
 from api.core.models import Checkpoint
 from api.core.registry import Model
 from api.schemas.wire import Element, Wire, unix
-from lorainit.facts import LeftOut
-from lorainit.inits import INITS, AnyInit, ExportRank, Kaiming, Quantization
-from lorainit.resolve import base_learning_rate
+from lorainit.config.facts import LeftOut
+from lorainit.config.inits import INITS, AnyInit, ExportRank, Kaiming, Quantization
+from lorainit.config.resolve import base_learning_rate
 
 ModelType = Literal["base", "adapter", "checkpoint"]
 

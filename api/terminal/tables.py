@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from api.terminal.client import field_of
-from lorainit.facts import ModelFacts, Target
-from lorainit.inits import INITS
-from lorainit.sources import HUB, LOCAL
+from lorainit.config.facts import ModelFacts, Target
+from lorainit.config.inits import INITS
+from lorainit.config.sources import HUB, LOCAL
 
 METHOD_COLUMNS = ("method", "looks at", "export", "what it does")
 MODEL_COLUMNS = ("model", "type", "base", "job")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.day import Day, held, llama
-from lorainit.spec import RunSpec
+from lorainit.config.spec import RunSpec
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 STARTS: dict[str, dict[str, Any]] = {

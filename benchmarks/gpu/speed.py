@@ -13,12 +13,12 @@ from benchmarks.gpu.meter import Meter
 from benchmarks.gpu.rivals import hf_trainer
 from benchmarks.gpu.steps import GROUPS, RANK, STEPS, Case, Contender, table
 from lorainit.batches import pack
+from lorainit.config.spec import Hyperparameters
 from lorainit.group import Stand
 from lorainit.loss import tallies
 from lorainit.model import attention
 from lorainit.optimizers import make_optimizer
 from lorainit.recompute import recompute
-from lorainit.spec import Hyperparameters
 
 
 def steps(day: Day) -> None:

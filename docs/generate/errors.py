@@ -14,8 +14,8 @@ from api.core.pauses import MAY_PASS
 from api.errors import CODES
 from docs.generate import meanings
 from docs.generate.marks import table
-from lorainit.errors import Dropped, LorainitError, Stopped
-from lorainit.events import Warned
+from lorainit.config.errors import Dropped, LorainitError, Stopped
+from lorainit.config.events import Warned
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from benchmarks import rates_page
 from docs.generate import errors, methods, plots, settings
 from docs.generate.drawings import DRAWINGS
 from docs.generate.marks import put
-from lorainit.inits import INITS
+from lorainit.config.inits import INITS
 
 ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "docs" / "methods"

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from docs.generate.marks import table
-from lorainit.inits import INITS, InitConfig
-from lorainit.rates import RATES, SIZES
+from lorainit.config.inits import INITS, InitConfig
+from lorainit.config.rates import RATES, SIZES
 
 # Where a start lies that is not the base model; and the settings that change a method's facts.
 ELSEWHERE = {

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from docs.generate.svg import Drawing
+from lorainit.config.inits import INITS
+from lorainit.config.spec import Lora
 from lorainit.evidence import Evidence
-from lorainit.inits import INITS
 from lorainit.methods import METHODS
 from lorainit.model.factors import Factors
-from lorainit.spec import Lora
 
 OUT, IN, RANK, ROWS = 48, 64, 4, 512
 PREHEAT_RANK, PREHEAT_STEPS, PREHEAT_RATE = 16, 100, 0.5

@@ -1,6 +1,6 @@
 """What a method may look at beside the weight of its own layer.
 
-A method declares its need in `lorainit.inits`; `collect` gathers it once per run, before the first
+A method declares its need in `lorainit.config.inits`; `collect` gathers it once per run, before the first
 layer is initialized, and each method then sees the `Evidence` of its own layer only. The model
 comes back as it was: no hook, no gradient, no adapter, no mode is left behind.
 """

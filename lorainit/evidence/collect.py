@@ -1,5 +1,6 @@
 """Gathering evidence: which collector serves which need."""
 
+from lorainit.config.inits import EVA, HRP, CorDA, InitConfig, LoftQ, LoRAGA, LoRAOne
 from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context
 from lorainit.evidence.directions import principal_directions
@@ -7,7 +8,6 @@ from lorainit.evidence.gradients import gradient_evidence
 from lorainit.evidence.moments import second_moments
 from lorainit.evidence.originals import original_weights
 from lorainit.evidence.preheat import preheat
-from lorainit.inits import EVA, HRP, CorDA, InitConfig, LoftQ, LoRAGA, LoRAOne
 
 
 def collect(config: InitConfig, context: Context) -> dict[str, Evidence]:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lorainit.batches import Budget, Regime, any_length
+from lorainit.config.events import Event, Message
+from lorainit.config.inits import EVA, CorDA, LoRAGA, LoRAOne
+from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data import Sample
-from lorainit.events import Event, Message
-from lorainit.inits import EVA, CorDA, LoRAGA, LoRAOne
-from lorainit.spec import Hyperparameters, Lora
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from lorainit.batches import batches
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Message, Tick
+from lorainit.config.inits import EVA
 from lorainit.data import Sample
-from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
 from lorainit.evidence.inputs import calibration_rows, look, shared_inputs
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.hardware import generator_for
-from lorainit.inits import EVA
 from lorainit.methods.eva import alive_directions
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.names import listed

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.batches import Budget, Regime, any_length, batches, collate
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Tick
+from lorainit.config.inits import LoRAGA, LoRAOne
 from lorainit.data import Sample
-from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Tick
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.line_search import search_step
-from lorainit.inits import LoRAGA, LoRAOne
 from lorainit.loss import row_losses
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.names import listed

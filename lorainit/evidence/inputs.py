@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.batches import collate
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.inits import EVA, CorDA
 from lorainit.data import Sample
-from lorainit.errors import InitFailed, UnsupportedInit
 from lorainit.evidence.context import Context, few_rows
-from lorainit.inits import EVA, CorDA
 from lorainit.loss import logits_of
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.names import listed

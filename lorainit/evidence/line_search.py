@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from lorainit.batches import Budget, Regime, any_length, batches, collate
+from lorainit.config.errors import InitFailed
+from lorainit.config.events import Message, Tick
+from lorainit.config.inits import LoRAOne
 from lorainit.data import Sample
-from lorainit.errors import InitFailed
-from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.evidence.context import Context
 from lorainit.hardware import generator_for
-from lorainit.inits import LoRAOne
 from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.loss import row_losses
 from lorainit.methods.lora_one import lora_one

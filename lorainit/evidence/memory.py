@@ -6,8 +6,8 @@ A mixture of experts has thousands of matrices, and some methods keep something 
 import torch
 
 from lorainit import hardware
-from lorainit.errors import OutOfMemory
-from lorainit.events import Message
+from lorainit.config.errors import OutOfMemory
+from lorainit.config.events import Message
 from lorainit.evidence.context import Context
 from lorainit.model.experts import ExpertLinear
 

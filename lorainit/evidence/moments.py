@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lorainit.batches import batches
-from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Tick
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Tick
+from lorainit.config.inits import CorDA
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
 from lorainit.evidence.inputs import calibration_rows, look, shared_inputs
-from lorainit.inits import CorDA
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.names import listed
 from lorainit.weight import shape_of

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from lorainit.batches import batches, collate
+from lorainit.config.errors import NonFiniteLoss, UnsupportedInit
+from lorainit.config.events import Message, Tick
+from lorainit.config.inits import HRP
 from lorainit.data import Sample
-from lorainit.errors import NonFiniteLoss, UnsupportedInit
-from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
 from lorainit.hardware import generator_for
-from lorainit.inits import HRP
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods._linalg import normal

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lorainit.config.errors import ExportCheckFailed
+from lorainit.config.events import Event, Tick
 from lorainit.data import Sample
-from lorainit.errors import ExportCheckFailed
-from lorainit.events import Event, Tick
 from lorainit.export.effect import Change, Effect, logits_of, norm_of, observe_peft
 from lorainit.export.peft_adapter import MAGNITUDE, WEIGHTS
 from lorainit.machine_errors import is_machine_failure

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.events import Event, Tick
+from lorainit.config.events import Event, Tick
 from lorainit.export.exact import exact, plain, widened, widest
 from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, borrowed

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorainit.sources import LOCAL
+from lorainit.config.sources import LOCAL
 
 
 def write(

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorainit.config.inits import ExportRanks
 from lorainit.export import experts
-from lorainit.inits import ExportRanks
 from lorainit.layer import LoRALinear
 from lorainit.model.experts import stacks
 from lorainit.model.peft_support import rewritten

@@ -3,7 +3,7 @@
 A method is a pure function on one layer: `(weight, evidence, *, rank, scale, config, generator) ->
 Factors(A, B)`. `weight` is out×in in float32 (never changed), A is r×in, B is out×r, both float32
 on the weight's device. What a method needs and promises stands beside its parameters in
-`lorainit.inits`.
+`lorainit.config.inits`.
 """
 
 from collections.abc import Callable

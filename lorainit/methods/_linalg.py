@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorainit.errors import InitFailed
+from lorainit.config.errors import InitFailed
 from lorainit.model.factors import Factors
 from lorainit.norms import row_norms
 

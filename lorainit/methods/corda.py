@@ -13,9 +13,9 @@ The second moments come from `lorainit.evidence.moments`.
 import torch
 from torch import Tensor
 
-from lorainit.errors import InitFailed
+from lorainit.config.errors import InitFailed
+from lorainit.config.inits import CorDA
 from lorainit.evidence import Evidence
-from lorainit.inits import CorDA
 from lorainit.methods._linalg import last_alive, symmetric
 from lorainit.model.factors import Factors
 from lorainit.norms import norm

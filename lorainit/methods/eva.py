@@ -10,9 +10,9 @@ adapter. The scale s stays what was asked for whatever rank a layer gets, also w
 import torch
 from torch import Tensor
 
-from lorainit.errors import InitFailed
+from lorainit.config.errors import InitFailed
+from lorainit.config.inits import EVA
 from lorainit.evidence import Evidence
-from lorainit.inits import EVA
 from lorainit.methods._linalg import count_alive
 from lorainit.model.factors import Factors
 

@@ -9,8 +9,8 @@ from the default's; `initialize` warns about it.
 import torch
 from torch import Tensor
 
+from lorainit.config.inits import Gaussian
 from lorainit.evidence import Evidence
-from lorainit.inits import Gaussian
 from lorainit.methods._linalg import normal
 from lorainit.model.factors import Factors
 

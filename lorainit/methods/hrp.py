@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorainit.errors import InitFailed
+from lorainit.config.errors import InitFailed
+from lorainit.config.inits import HRP
 from lorainit.evidence import Evidence
-from lorainit.inits import HRP
 from lorainit.methods._linalg import count_alive, normal
 from lorainit.model.factors import Factors
 

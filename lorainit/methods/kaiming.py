@@ -8,8 +8,8 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 import torch
 from torch import Tensor
 
+from lorainit.config.inits import Kaiming
 from lorainit.evidence import Evidence
-from lorainit.inits import Kaiming
 from lorainit.model.factors import Factors
 
 

@@ -11,9 +11,9 @@ randomized SVD replaces their full one.
 import torch
 from torch import Tensor
 
-from lorainit.errors import UnsupportedInit
+from lorainit.config.errors import UnsupportedInit
+from lorainit.config.inits import LoftQ
 from lorainit.evidence import Evidence
-from lorainit.inits import LoftQ
 from lorainit.methods._linalg import randomized_svd, symmetric
 from lorainit.model.factors import Factors
 from lorainit.norms import norm

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorainit.errors import InitFailed, UnsupportedInit
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.inits import LoRAGA
 from lorainit.evidence import Evidence
-from lorainit.inits import LoRAGA
 from lorainit.methods._linalg import numerical_rank, randomized_svd
 from lorainit.model.factors import Factors
 

@@ -10,9 +10,9 @@ the start subtracted.
 import torch
 from torch import Tensor
 
-from lorainit.errors import InitFailed
+from lorainit.config.errors import InitFailed
+from lorainit.config.inits import LoRAOne
 from lorainit.evidence import Evidence
-from lorainit.inits import LoRAOne
 from lorainit.methods._linalg import numerical_rank, randomized_svd
 from lorainit.model.factors import Factors
 

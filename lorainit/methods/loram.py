@@ -11,9 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lorainit.errors import UnsupportedInit
+from lorainit.config.errors import UnsupportedInit
+from lorainit.config.inits import LoRAM, MiLoRA, OLoRA, PiSSA
 from lorainit.evidence import Evidence
-from lorainit.inits import LoRAM, MiLoRA, OLoRA, PiSSA
 from lorainit.methods._linalg import normal
 from lorainit.methods.milora import milora
 from lorainit.methods.olora import olora

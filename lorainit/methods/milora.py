@@ -8,9 +8,9 @@ Wang et al., arXiv 2406.09044, section 3. Needs the full SVD: a randomized one f
 import torch
 from torch import Tensor
 
-from lorainit.errors import UnsupportedInit
+from lorainit.config.errors import UnsupportedInit
+from lorainit.config.inits import MiLoRA
 from lorainit.evidence import Evidence
-from lorainit.inits import MiLoRA
 from lorainit.methods._linalg import last_alive, symmetric
 from lorainit.model.factors import Factors
 

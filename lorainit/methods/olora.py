@@ -9,8 +9,8 @@ Büyükakyüz, arXiv 2406.01775. Q_r depends on the first r columns of W only, s
 import torch
 from torch import Tensor
 
+from lorainit.config.inits import OLoRA
 from lorainit.evidence import Evidence
-from lorainit.inits import OLoRA
 from lorainit.model.factors import Factors
 
 

@@ -9,8 +9,8 @@ Both factors have rank r/2 only.
 import torch
 from torch import Tensor
 
+from lorainit.config.inits import Orthogonal
 from lorainit.evidence import Evidence
-from lorainit.inits import Orthogonal
 from lorainit.methods._linalg import normal
 from lorainit.model.factors import Factors
 

@@ -9,8 +9,8 @@ from the factors actually used, so the function at step 0 is exact even where th
 import torch
 from torch import Tensor
 
+from lorainit.config.inits import PiSSA
 from lorainit.evidence import Evidence
-from lorainit.inits import PiSSA
 from lorainit.methods._linalg import randomized_svd, symmetric
 from lorainit.model.factors import Factors
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.machine_errors import is_machine_failure
 
 MAX_PARAMETERS = 300_000_000  # of a copy: 1.2 GB in float32

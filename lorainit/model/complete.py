@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.machine_errors import is_machine_failure
 from lorainit.model.files import Stored, counted, stored_weights
 from lorainit.model.tied_weights import require_same_where_tied

@@ -17,7 +17,7 @@ from transformers import (
     __version__,
 )
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.model.causal import require_causal
 from lorainit.model.complete import quiet, require_complete
 from lorainit.model.files import MAX_CONFIG_BYTES, check_folder, read_object, stored_weights

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorainit.errors import UnsupportedModel
-from lorainit.facts import MAX_SIDE
+from lorainit.config.errors import UnsupportedModel
+from lorainit.config.facts import MAX_SIDE
 from lorainit.model.tokenizer_files import TEMPLATES
 
 # The largest files of their kind seen on the hub are tokenizer.json of 35 MB and an index of 15 MB.

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorainit import sources
-from lorainit.errors import HubUnavailable, UnsupportedModel
+from lorainit.config import sources
+from lorainit.config.errors import HubUnavailable, UnsupportedModel
 from lorainit.model import hub
 
 
@@ -24,7 +24,7 @@ def find(source: str) -> Found:
     """Find a base model, and fetch it from the hub if that is where it is.
 
     Args:
-        source: as `lorainit.sources` says; OWNER/NAME[@REVISION] where no such folder is, is on the hub.
+        source: as `lorainit.config.sources` says; OWNER/NAME[@REVISION] where no such folder is, is on the hub.
 
     Raises:
         UnsupportedModel: nothing is there.

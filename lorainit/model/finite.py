@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.weight import weight_of
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lorainit.facts import NF4_BLOCK, LeftOut
+from lorainit.config.facts import NF4_BLOCK, LeftOut
 from lorainit.model.peft_support import READ, UNUSED
 from lorainit.model.targets import TOWER, Layer, kinds_of, survey
 from lorainit.quantize import PACKED_ROWS, nf4_config

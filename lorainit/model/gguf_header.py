@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 
 MAX_KEYS = 10_000  # the largest headers have some 60 of their own
 MAX_STRING = 1 << 20  # a chat template has some 20 KB

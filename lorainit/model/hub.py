@@ -8,8 +8,8 @@ inspected, and is not looked up again.
 import errno
 from pathlib import Path
 
-from lorainit.errors import HubUnavailable, LorainitError, UnsupportedModel
-from lorainit.sources import HUB, is_hub_id
+from lorainit.config.errors import HubUnavailable, LorainitError, UnsupportedModel
+from lorainit.config.sources import HUB, is_hub_id
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # The same weights in formats of others: below folders, and Mistral's.

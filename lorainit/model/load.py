@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorainit import tokenizer_time
+from lorainit.config.errors import SequenceTooLong, UnsupportedModel
+from lorainit.config.inits import Quantization
 from lorainit.digest import seal
-from lorainit.errors import SequenceTooLong, UnsupportedModel
-from lorainit.inits import Quantization
 from lorainit.model import tokenizer_files
 from lorainit.model.complete import quiet, require_nothing_left
 from lorainit.model.examine import build, read_config, require_language_model
@@ -51,7 +51,7 @@ def locate(source: str, *, cache: Path, path: Path | None = None) -> Location:
     """Find a base model and, if it is a GGUF file, convert it once into a folder under `cache`.
 
     Args:
-        source: as `lorainit.sources` says.
+        source: as `lorainit.config.sources` says.
         path: what `find` found, if it was asked already.
 
     Raises:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit.events import Message
+from lorainit.config.events import Message
+from lorainit.config.spec import Lora
 from lorainit.model.experts import ExpertLinear, stacks
-from lorainit.spec import Lora
 from lorainit.weight import shape_of
 
 FLOAT = 4  # bytes of what is trained

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.model.examine import build, read_config
 from lorainit.model.files import Stored, stored_weights
 from lorainit.model.load import load_model

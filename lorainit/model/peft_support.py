@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.machine_errors import is_machine_failure
 from lorainit.model.like_layers import counterpart, like_layers, skip
 from lorainit.model.names import pattern_of

@@ -9,16 +9,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorainit.errors import UnknownTarget
-from lorainit.facts import Group, LeftOut, Target
+from lorainit.config.errors import UnknownTarget
+from lorainit.config.facts import Group, LeftOut, Target
+from lorainit.config.paths import folded, matches
+from lorainit.config.placement import FIELD, place
+from lorainit.config.spec import Lora
 from lorainit.model.experts import ExpertLinear, ExpertStack, full_name
 from lorainit.model.groups import group_of
 from lorainit.model.mixture import OWN_WAY
 from lorainit.model.names import short_names
 from lorainit.model.peft_support import refusals, rewritten
-from lorainit.paths import folded, matches
-from lorainit.placement import FIELD, place
-from lorainit.spec import Lora
 from lorainit.weight import shape_of
 
 TOWER = "it belongs to a vision or audio tower, which text does not pass through"

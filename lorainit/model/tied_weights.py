@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.model.files import Stored
 
 CHUNK = 4096  # rows read at a time: of the widest vocabularies some 100 MB

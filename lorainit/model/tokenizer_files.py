@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 
 # No other file is copied: none of these is code.
 NAMES = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.model.files import counted
 
 # The tokens that come into rows by themselves.

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from api.core import jobs, lookup, queue
 from api.core.models import Job
 from api.core.storage import ObjectStorage
-from lorainit.events import Warned
+from lorainit.config.events import Warned
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, mark, refused
 from tests.things import MODEL, a_queued_job, a_worker

@@ -7,8 +7,8 @@ import pytest
 
 from api.core import catalogue
 from api.schemas.model import method_object
-from lorainit.inits import INITS
-from lorainit.rates import RATES
+from lorainit.config.inits import INITS
+from lorainit.config.rates import RATES
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, Traces, refused
 from tests.things import MODEL

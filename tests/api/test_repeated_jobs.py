@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from api.core.models import Job
 from api.schemas.job_request import JobRequest
-from lorainit.inits import INITS
-from lorainit.rates import RATES
+from lorainit.config.inits import INITS
+from lorainit.config.rates import RATES
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import MODEL

@@ -9,10 +9,10 @@ from api.core import catalogue
 from benchmarks.bench_rates import WEIGHTS, Bench, spec_of
 from benchmarks.rates_page import Cell, results
 from benchmarks.rates_rows import HELD_OUT_ROWS, TRAINING_ROWS, instructions, write
-from lorainit.inits import INITS
-from lorainit.resolve import total_steps
+from lorainit.config.inits import INITS
+from lorainit.config.resolve import total_steps
+from lorainit.config.spec import RunSpec
 from lorainit.rows import read_rows
-from lorainit.spec import RunSpec
 
 
 def cell(method, *, end, seed=0, data="examples"):

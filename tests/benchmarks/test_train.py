@@ -10,7 +10,7 @@ from benchmarks.train_figures import apart, goals, ratio, speed, windows
 from benchmarks.train_page import report, write_section
 from benchmarks.train_plan import ROUND, TRYOUTS, Rival, Work, order, rival_arguments, spec
 from benchmarks.train_rows import held_out, prepare
-from lorainit.spec import RunSpec
+from lorainit.config.spec import RunSpec
 from tests.lorainit.conftest import make_tokenizer, tiny_llama
 
 

@@ -12,7 +12,7 @@ import api
 from api import cli
 from api.terminal import tables
 from api.terminal.console import plain
-from lorainit.events import Message
+from lorainit.config.events import Message
 from lorainit.progress import Display
 from tests.cli.conftest import Served
 

@@ -9,11 +9,11 @@ from api.core import catalogue, catalogue_file
 from api.core.catalogue_file import BadCatalogue
 from api.core.errors import BadReference, InvalidValue
 from api.core.settings import get_settings
-from lorainit import placement
-from lorainit.errors import UnsupportedModel
-from lorainit.facts import Target
+from lorainit.config import placement
+from lorainit.config.errors import UnsupportedModel
+from lorainit.config.facts import Target
+from lorainit.config.spec import Lora
 from lorainit.model.find import find
-from lorainit.spec import Lora
 from tests.conftest import forget
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from api.core.fields import in_body
 from api.schemas.job_request import JobRequest
-from lorainit.spec import Hyperparameters, Lora, RunSpec
+from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 
 LIBRARY = Path(__file__).parents[2] / "lorainit"
 # What the command line calls a run that is trained beside another one: no field of a spec.

@@ -14,10 +14,10 @@ import typer.main
 from api.cli import app
 from api.core.settings import Settings
 from api.schemas.job_request import JobRequest
+from lorainit.config.inits import INITS
+from lorainit.config.rates import RATES
+from lorainit.config.spec import RunSpec
 from lorainit.conversation import faults, kind_of
-from lorainit.inits import INITS
-from lorainit.rates import RATES
-from lorainit.spec import RunSpec
 from tests.deploy.test_generated import read
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +139,9 @@ SOURCES = sorted(path for name in ("api", "worker", "lorainit", "docs") for path
 
 
 def test_modules_named_in_words_exist() -> None:
-    """`lorainit.spec.RunSpec` in a docstring or a page: the longest part of it that is a module, and a word in that."""
+    """`lorainit.config.spec.RunSpec` in a docstring or a page: the longest part of it that is a module, and a word in
+    that.
+    """
     texts = {path: path.read_text() for path in (*SOURCES, *PAGES) if path.name not in ("CHANGELOG.md", "log.md")}
     named = {
         (path, name)

@@ -10,8 +10,8 @@ from api.core.models import JOB_STATUSES
 from docs.generate import errors, everything, methods, plots
 from docs.generate.drawings import DRAWINGS
 from docs.generate.marks import put
-from lorainit.inits import INITS
-from lorainit.rates import RATES
+from lorainit.config.inits import INITS
+from lorainit.config.rates import RATES
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = {f"{page} {section}": (page, section, text) for page, section, text in everything.SECTIONS}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from api.core import pauses
 from api.errors import CODES
-from lorainit.errors import LorainitError
+from lorainit.config.errors import LorainitError
 from worker import endings
 
 ROOT = Path(__file__).parents[2]

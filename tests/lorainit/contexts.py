@@ -5,12 +5,12 @@ import hashlib
 import torch
 
 from lorainit.batches import Budget, order
+from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data import load
 from lorainit.evidence.context import Context
 from lorainit.model import experts
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
-from lorainit.spec import Hyperparameters, Lora
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

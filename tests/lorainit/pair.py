@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from lorainit import base
-from lorainit.errors import LorainitError
-from lorainit.events import Message
+from lorainit.config.errors import LorainitError
+from lorainit.config.events import Message
+from lorainit.config.spec import RunSpec
 from lorainit.launch import RENDEZVOUS
 from lorainit.run import run
 from lorainit.shard import local_bytes
-from lorainit.spec import RunSpec
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM, modeling_utils
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.model.load import load_model
 from lorainit.model.parts import divisible_layers, load_part
 from lorainit.shard import local_bytes, shard

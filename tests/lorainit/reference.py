@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit.batches import Budget
+from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data import Sample
 from lorainit.evidence.context import Context
 from lorainit.evidence.line_search import calibration_loss
@@ -11,7 +12,6 @@ from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, attach
 from lorainit.methods import METHODS
 from lorainit.model.targets import find_targets
-from lorainit.spec import Hyperparameters, Lora
 from lorainit.weight import weight_of
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorainit.config.spec import RunSpec
 from lorainit.launch import RENDEZVOUS
 from lorainit.run import run
-from lorainit.spec import RunSpec
 from tests.lorainit.shortage import PLENTY, Memory, after, told, until_export
 
 LIMIT = 60  # tokens

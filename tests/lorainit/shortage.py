@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit import base as base_module
-from lorainit.events import Message, Metrics, Stage
+from lorainit.config.events import Message, Metrics, Stage
 from lorainit.group import GroupedLinear
 from lorainit.layer import LoRALinear
 from lorainit.recompute import layers_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit, UnsupportedModel
+from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit, UnsupportedModel
 from lorainit.model.targets import find_targets
 from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows

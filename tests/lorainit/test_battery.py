@@ -19,19 +19,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorainit.batches import Budget, collate
+from lorainit.config.inits import INITS
+from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data import load
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.inits import INITS
 from lorainit.layer import adapted, attach, detach, disabled
 from lorainit.loss import logits_of, tally
 from lorainit.member import Member
 from lorainit.methods import METHODS
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
-from lorainit.spec import Hyperparameters, Lora
 from lorainit.train import train
 from lorainit.world import World
 from tests.lorainit.conftest import make_tokenizer

@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 from lorainit import init_stage as stage
 from lorainit import store as store_module
 from lorainit.base import open_base
-from lorainit.events import Message
-from lorainit.inits import INITS
+from lorainit.config.events import Message
+from lorainit.config.inits import INITS
 from lorainit.model.layout import choose_layout
 from lorainit.prepare import prepare
 

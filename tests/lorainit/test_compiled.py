@@ -5,7 +5,7 @@ import torch
 from transformers import AttentionInterface
 
 from lorainit import compiled
-from lorainit.events import Message
+from lorainit.config.events import Message
 from lorainit.group import GroupedLinear
 from lorainit.layer import LoRALinear
 from lorainit.model import attention

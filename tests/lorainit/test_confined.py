@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorainit import confined
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 
 SAY = "import os, json; os.write(1, json.dumps({}).encode() + b'\\n')"
 

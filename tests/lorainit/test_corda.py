@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from lorainit.errors import InitFailed
+from lorainit.config.errors import InitFailed
+from lorainit.config.inits import CorDA, PiSSA
 from lorainit.evidence import Evidence
-from lorainit.inits import CorDA, PiSSA
 from lorainit.methods import METHODS
 from lorainit.methods.corda import damped
 from lorainit.run import run

@@ -6,15 +6,15 @@ import torch
 from tokenizers import Regex, pre_tokenizers
 
 from lorainit.batches import Budget, batches, collate, order
-from lorainit.data import Sample, load, require_readable
-from lorainit.errors import (
+from lorainit.config.errors import (
     InvalidTrainingFile,
     InvalidValidationFile,
     LorainitError,
     NoTrainableTokens,
     UnsupportedModel,
 )
-from lorainit.spec import Data
+from lorainit.config.spec import Data
+from lorainit.data import Sample, load, require_readable
 from tests.lorainit.conftest import PLAIN_TEMPLATE, chat, make_tokenizer, write_rows
 
 

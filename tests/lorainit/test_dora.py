@@ -11,12 +11,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorainit.batches import collate
+from lorainit.config.errors import UnsupportedInit
+from lorainit.config.events import InitReport, Metrics, Plan
+from lorainit.config.inits import INITS
+from lorainit.config.spec import Lora
 from lorainit.data import load
-from lorainit.errors import UnsupportedInit
-from lorainit.events import InitReport, Metrics, Plan
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
-from lorainit.inits import INITS
 from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.model.factors import Factors
@@ -24,7 +25,6 @@ from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.optimizers import make_optimizer
 from lorainit.run import run
-from lorainit.spec import Lora
 from lorainit.weight import weight_of
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.stock_peft import SameMask

@@ -10,8 +10,10 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 
 from lorainit.batches import collate
-from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Message
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Message
+from lorainit.config.inits import EVA
+from lorainit.config.spec import Lora
 from lorainit.evidence import Evidence
 from lorainit.evidence import directions as eva_directions
 from lorainit.evidence.collect import collect
@@ -20,12 +22,10 @@ from lorainit.export.check import check, prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.inits import EVA
 from lorainit.layer import adapted, detach
 from lorainit.methods import METHODS
 from lorainit.model.load import load_model
 from lorainit.run import run
-from lorainit.spec import Lora
 from tests.lorainit.contexts import CPU, make_context
 
 F64 = torch.float64

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.inspect import inspect
 from lorainit.model.examine import examine
 from lorainit.model.load import load_model, locate

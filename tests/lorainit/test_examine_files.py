@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import pre_tokenizers
 
+from lorainit.config.errors import UnsupportedModel
 from lorainit.encode import Encoder
-from lorainit.errors import UnsupportedModel
 from lorainit.inspect import inspect
 from lorainit.model.examine import examine
 from lorainit.model.load import load_tokenizer, locate

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorainit import tokenizer_time
-from lorainit.errors import SequenceTooLong, UnsupportedModel
+from lorainit.config.errors import SequenceTooLong, UnsupportedModel
 from lorainit.inspect import inspect
 from lorainit.model.examine import examine
 from lorainit.model.load import check_length, load_tokenizer, locate

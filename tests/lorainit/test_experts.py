@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, LongcatFlashConfig
 
 from lorainit.batches import collate
-from lorainit.errors import GroupMismatch, UnsupportedInit
-from lorainit.events import InitReport, Message, Plan
+from lorainit.config.errors import GroupMismatch, UnsupportedInit
+from lorainit.config.events import InitReport, Message, Plan
+from lorainit.config.spec import Lora, RunSpec
 from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
 from lorainit.inspect import inspect
@@ -27,7 +28,6 @@ from lorainit.model.factors import Factors
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.run import Request, run, run_together
-from lorainit.spec import Lora, RunSpec
 from tests.lorainit.contexts import make_context
 from tests.zoo.bases import KINDS, make
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorainit import delivery
-from lorainit.errors import ExportCheckFailed
-from lorainit.events import Done, Message
+from lorainit.config.errors import ExportCheckFailed
+from lorainit.config.events import Done, Message
+from lorainit.config.spec import Lora
 from lorainit.export.check import check, require
 from lorainit.export.effect import observe
 from lorainit.export.exact import exact, widest
@@ -24,7 +25,6 @@ from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.proof import trial
 from lorainit.run import run
-from lorainit.spec import Lora
 from lorainit.weight import weight_of
 from tests.zoo.bases import make
 

@@ -11,9 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit import fidelity, proof
 from lorainit.batches import collate
+from lorainit.config.errors import ExportCheckFailed
+from lorainit.config.events import Message
+from lorainit.config.spec import Lora, RunSpec
 from lorainit.data import Dataset, Sample, load
-from lorainit.errors import ExportCheckFailed
-from lorainit.events import Message
 from lorainit.export.check import with_stock_peft
 from lorainit.export.peft_adapter import export
 from lorainit.fidelity import HeldOut, held_out, measure, token_losses
@@ -23,7 +24,6 @@ from lorainit.model import attention
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
-from lorainit.spec import Lora, RunSpec
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 CPU = torch.device("cpu")

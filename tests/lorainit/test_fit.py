@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lorainit import fit
+from lorainit.config.errors import OutOfMemory
+from lorainit.config.events import Checkpoint, Message, Metrics, Plan
 from lorainit.data import Sample
-from lorainit.errors import OutOfMemory
-from lorainit.events import Checkpoint, Message, Metrics, Plan
 from lorainit.run import Request, run, run_together
 from tests.lorainit.conftest import chat, write_rows
 from tests.lorainit.shortage import CHECKPOINTING, TOKENS, Memory, adapter, close, told

@@ -139,7 +139,7 @@ def what_gloo_says(folder, count, number):
     ],
 )
 def test_what_gloo_says_of_another_process_is_told_in_our_words(tmp_path, count, number, expected):
-    assert f"lorainit.errors.DeviceSilent: {expected}" in what_gloo_says(tmp_path, count, number)
+    assert f"lorainit.config.errors.DeviceSilent: {expected}" in what_gloo_says(tmp_path, count, number)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from lorainit import group
 from lorainit.batches import pack
+from lorainit.config.errors import Dropped, GroupMismatch, InvalidTrainingFile, LorainitError, NonFiniteLoss
+from lorainit.config.events import Checkpoint, Done, Metrics
 from lorainit.data import load
-from lorainit.errors import Dropped, GroupMismatch, InvalidTrainingFile, LorainitError, NonFiniteLoss
-from lorainit.events import Checkpoint, Done, Metrics
 from lorainit.layer import LoRALinear
 from lorainit.loss import tallies, tally
 from lorainit.model.factors import Factors

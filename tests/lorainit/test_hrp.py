@@ -11,15 +11,15 @@ import torch
 from pydantic import ValidationError
 
 from lorainit.batches import collate
-from lorainit.errors import InitFailed, NonFiniteLoss, UnsupportedInit
-from lorainit.events import Message, Tick
+from lorainit.config.errors import InitFailed, NonFiniteLoss, UnsupportedInit
+from lorainit.config.events import Message, Tick
+from lorainit.config.inits import HRP
 from lorainit.evidence import Evidence
 from lorainit.evidence import preheat as module
 from lorainit.evidence.collect import collect
 from lorainit.evidence.preheat import preheat_steps
 from lorainit.hardware import generator_for
 from lorainit.initialize import initialize
-from lorainit.inits import HRP
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods import METHODS

@@ -10,9 +10,9 @@ from torch import nn
 
 from lorainit.base import open_base
 from lorainit.batches import batches, collate, order
+from lorainit.config.inits import INITS
 from lorainit.course import Course
 from lorainit.init_stage import start
-from lorainit.inits import INITS
 from lorainit.member import Member
 from lorainit.model.load import load_model
 from lorainit.prepare import prepare

@@ -5,13 +5,13 @@ import torch
 
 from lorainit import init_report
 from lorainit.batches import collate
+from lorainit.config.spec import Lora
 from lorainit.data import load
 from lorainit.initialize import initialize
 from lorainit.layer import disabled
 from lorainit.loss import logits_of, row_losses, tally
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
-from lorainit.spec import Lora
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

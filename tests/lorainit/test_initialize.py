@@ -6,19 +6,19 @@ import torch
 from torch import nn
 
 from lorainit.batches import collate
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Message, Tick
+from lorainit.config.inits import INITS
+from lorainit.config.spec import Lora
 from lorainit.data import load
-from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Message, Tick
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
-from lorainit.inits import INITS
 from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.methods import METHODS
 from lorainit.model.factors import Factors
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
-from lorainit.spec import Lora
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Message, Tick
 from lorainit.data import Sample
-from lorainit.errors import InitFailed, UnsupportedInit
-from lorainit.events import Message, Tick
 from lorainit.evidence import moments
 from lorainit.evidence.collect import collect
 from lorainit.evidence.inputs import shared_inputs

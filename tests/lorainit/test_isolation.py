@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from lorainit import base as base_module
 from lorainit import course, delivery, hardware
-from lorainit.errors import LorainitError, OutOfMemory, Stopped
-from lorainit.events import Checkpoint, Done, Message, Metrics, Stage
+from lorainit.config.errors import LorainitError, OutOfMemory, Stopped
+from lorainit.config.events import Checkpoint, Done, Message, Metrics, Stage
 from lorainit.run import Request, run, run_together
 
 FIRST, OTHERS = 0, (1, 2)

@@ -3,9 +3,9 @@
 import pytest
 
 from lorainit.base import open_base
+from lorainit.config.kept import Rows, entry_name, is_of_no_rows, rows_of
 from lorainit.data import file_sha256
 from lorainit.init_stage import start
-from lorainit.kept import Rows, entry_name, is_of_no_rows, rows_of
 from lorainit.prepare import prepare
 
 A, B = "a" * 64, "b" * 64

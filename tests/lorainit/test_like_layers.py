@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.model import peft_support
 from lorainit.model.like_layers import counterpart, like_layers
 from lorainit.model.targets import linear_layers

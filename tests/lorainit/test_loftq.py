@@ -7,13 +7,13 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from lorainit.batches import collate
+from lorainit.config.errors import UnsupportedInit
+from lorainit.config.events import InitReport, Message
+from lorainit.config.inits import LoftQ
 from lorainit.data import load
-from lorainit.errors import UnsupportedInit
-from lorainit.events import InitReport, Message
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.initialize import _rise, initialize
-from lorainit.inits import LoftQ
 from lorainit.layer import disabled
 from lorainit.loss import logits_of
 from lorainit.methods import METHODS

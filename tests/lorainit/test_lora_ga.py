@@ -9,12 +9,12 @@ from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 
 from lorainit.batches import collate
-from lorainit.errors import UnsupportedInit
+from lorainit.config.errors import UnsupportedInit
+from lorainit.config.inits import LoRAGA
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.inits import LoRAGA
 from lorainit.layer import adapted
 from lorainit.loss import logits_of, tally
 from lorainit.methods.lora_ga import _largest_entry, lora_ga

@@ -6,17 +6,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lorainit.errors import InitFailed
-from lorainit.events import Message, Tick
+from lorainit.config.errors import InitFailed
+from lorainit.config.events import Message, Tick
+from lorainit.config.inits import LoRAOne
+from lorainit.config.rates import SIZES
+from lorainit.config.resolve import base_learning_rate
+from lorainit.config.spec import BaseModelRef, Lora
 from lorainit.evidence import Evidence, line_search
 from lorainit.evidence.collect import collect
-from lorainit.inits import LoRAOne
 from lorainit.methods.lora_one import lora_one
 from lorainit.model.factors import Factors
-from lorainit.rates import SIZES
-from lorainit.resolve import base_learning_rate
 from lorainit.run import run
-from lorainit.spec import BaseModelRef, Lora
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny
 
 S0 = 16 / math.sqrt(8)

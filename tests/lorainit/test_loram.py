@@ -8,10 +8,11 @@ from pydantic import ValidationError
 
 from lorainit import init_report
 from lorainit.batches import collate
-from lorainit.errors import UnsupportedInit
+from lorainit.config.errors import UnsupportedInit
+from lorainit.config.inits import INITS, LoRAM
+from lorainit.config.spec import Lora
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
-from lorainit.inits import INITS, LoRAM
 from lorainit.loss import logits_of
 from lorainit.methods import METHODS
 from lorainit.methods.loram import (
@@ -25,7 +26,6 @@ from lorainit.methods.loram import (
     sine_variance,
 )
 from lorainit.run import run
-from lorainit.spec import Lora
 from tests.lorainit.reference import context, eight_rows, tiny
 
 F64 = torch.float64

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lorainit.config.inits import INITS
 from lorainit.evidence import Evidence
-from lorainit.inits import INITS
 from lorainit.methods import METHODS
 from tests.lorainit.test_loram import factors, weight
 

@@ -6,8 +6,8 @@ from safetensors import SafetensorError
 
 from lorainit import __main__ as main
 from lorainit import gpus, hardware, isolation, machine_errors, world
-from lorainit.errors import DiskFull, OutOfMemory, TooFewDevices, UnusableDevice
-from lorainit.events import Failed, Message
+from lorainit.config.errors import DiskFull, OutOfMemory, TooFewDevices, UnusableDevice
+from lorainit.config.events import Failed, Message
 from lorainit.launch import Others
 from worker import endings
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorainit import delivery, proof
-from lorainit.errors import UnusableDevice
+from lorainit.config.errors import UnusableDevice
 from lorainit.export import check
 from lorainit.model import causal, layout, peft_support
 from lorainit.run import run

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from lorainit import confined
 from lorainit.__main__ import main
-from lorainit.events import EVENT, Checkpoint, Done, Failed, Metrics, Stage
-from lorainit.faults import faults_of
-from lorainit.spec import RunSpec
+from lorainit.config.events import EVENT, Checkpoint, Done, Failed, Metrics, Stage
+from lorainit.config.faults import faults_of
+from lorainit.config.spec import RunSpec
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
@@ -255,7 +255,8 @@ def test_the_root_of_a_base_can_be_given(monkeypatch, capsys):
 
 def test_torch_is_not_needed_to_read_a_spec_or_check_a_file():
     code = (
-        "import sys, lorainit.rows, lorainit.results, lorainit.events, lorainit.resolve, lorainit.__main__;"
+        "import sys, lorainit.rows, lorainit.config.results, lorainit.config.events, lorainit.config.resolve, "
+        "lorainit.__main__;"
         " print(sorted({'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lorainit.errors import InitFailed, UnsupportedInit
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.inits import INITS
 from lorainit.evidence import Evidence
-from lorainit.inits import INITS
 from lorainit.methods import METHODS
 from lorainit.methods._linalg import numerical_rank, randomized_svd
 from lorainit.norms import norm, row_norms

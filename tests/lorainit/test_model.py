@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorainit.config.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedModel
+from lorainit.config.spec import Lora
 from lorainit.digest import base_sha256
-from lorainit.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedModel
 from lorainit.inspect import inspect
 from lorainit.model import load as module
 from lorainit.model.load import check_length, load_model, load_tokenizer, locate
 from lorainit.model.targets import find_targets, resolve
-from lorainit.spec import Lora
 from tests.lorainit.conftest import tiny_gpt2, tiny_llama
 
 EMPTY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)  # version, tensors, keys

@@ -10,7 +10,8 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
 from lorainit.checkpoint import Progress, Restored
-from lorainit.events import Metrics
+from lorainit.config.events import Metrics
+from lorainit.config.spec import Hyperparameters
 from lorainit.optimizers import (
     PreconditionedAdamW,
     SimultaneousAdamW,
@@ -19,7 +20,6 @@ from lorainit.optimizers import (
     set_rate,
 )
 from lorainit.run import run
-from lorainit.spec import Hyperparameters
 
 F64 = torch.float64
 OPTIMIZERS = {

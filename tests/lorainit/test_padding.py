@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lorainit.base import open_base
-from lorainit.events import Message
+from lorainit.config.events import Message
 from lorainit.padding import without_padding
 from lorainit.prepare import prepare
 from lorainit.rows import Row, check_file, read_rows

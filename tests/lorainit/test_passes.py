@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit import passes
-from lorainit.errors import CheckpointMismatch
+from lorainit.config.errors import CheckpointMismatch
 from lorainit.passes import go_on
 from lorainit.run import Request, run, run_together
 from lorainit.world import ALONE, World

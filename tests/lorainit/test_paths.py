@@ -2,8 +2,8 @@
 
 import pytest
 
+from lorainit.config.paths import folded, matches, unfolded
 from lorainit.model.names import short_names
-from lorainit.paths import folded, matches, unfolded
 
 
 def test_names_are_as_short_as_they_can_be_and_never_mean_another_module():

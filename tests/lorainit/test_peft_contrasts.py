@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorainit.batches import collate
+from lorainit.config.spec import Lora
 from lorainit.export.peft_adapter import export
 from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of
-from lorainit.spec import Lora
 from tests.lorainit.reference import eight_rows, tiny
 from tests.lorainit.stock_peft import ALPHA, INITS, TARGETS, R, ours, pefts
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lorainit.errors import CheckpointMismatch, UnsupportedModel
-from lorainit.events import Message, Plan
+from lorainit.config.errors import CheckpointMismatch, UnsupportedModel
+from lorainit.config.events import Message, Plan
+from lorainit.config.spec import Hyperparameters
 from lorainit.hardware import dtype_of, has_bf16, resolve_precision
 from lorainit.run import run
-from lorainit.spec import Hyperparameters
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FIELD = "training.precision"

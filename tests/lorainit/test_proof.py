@@ -12,15 +12,15 @@ from torch import nn
 
 from lorainit import base as base_module
 from lorainit import delivery, hardware, init_stage, proof
-from lorainit.errors import ExportCheckFailed, UnsupportedModel
-from lorainit.events import Message, Metrics, Stage, Tick
+from lorainit.config.errors import ExportCheckFailed, UnsupportedModel
+from lorainit.config.events import Message, Metrics, Stage, Tick
+from lorainit.config.spec import Lora
 from lorainit.export import check
 from lorainit.layer import LoRALinear
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.proof import trial
 from lorainit.run import Request, run, run_together
-from lorainit.spec import Lora
 from tests.lorainit.test_export_check import K, Q, in_config, in_file
 
 CPU = torch.device("cpu")

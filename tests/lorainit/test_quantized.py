@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorainit import hardware, quantize
 from lorainit.batches import Budget, collate
+from lorainit.config.errors import InitFailed, UnsupportedModel
+from lorainit.config.events import Done, InitReport, Message, Metrics
+from lorainit.config.spec import Lora
 from lorainit.data import load
-from lorainit.errors import InitFailed, UnsupportedModel
-from lorainit.events import Done, InitReport, Message, Metrics
 from lorainit.evidence.gradients import mean_gradients
 from lorainit.export import model_card
 from lorainit.export.check import check, prompts
@@ -39,7 +40,6 @@ from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.load import load_model, skeleton
 from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
-from lorainit.spec import Lora
 from lorainit.weight import shape_of, was_conv1d, weight_of
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import make

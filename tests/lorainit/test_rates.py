@@ -2,10 +2,10 @@
 
 import pytest
 
-from lorainit.inits import INITS, Kaiming, LoRAM
-from lorainit.rates import RATES, SIZES, default_rate
-from lorainit.resolve import as_resolved, base_learning_rate, resolve
-from lorainit.spec import BaseModelRef, Hyperparameters
+from lorainit.config.inits import INITS, Kaiming, LoRAM
+from lorainit.config.rates import RATES, SIZES, default_rate
+from lorainit.config.resolve import as_resolved, base_learning_rate, resolve
+from lorainit.config.spec import BaseModelRef, Hyperparameters
 
 KAIMING, LORAM = Kaiming(method="kaiming"), LoRAM(method="loram")
 

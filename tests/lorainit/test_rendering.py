@@ -6,8 +6,8 @@ import time
 import pytest
 
 from lorainit import rendering
+from lorainit.config.errors import UnsupportedModel
 from lorainit.conversation import Fault
-from lorainit.errors import UnsupportedModel
 from lorainit.rendering import Unbounded
 from lorainit.template import Rendered, Template
 from tests.lorainit.conftest import PLAIN_TEMPLATE, TEMPLATE, make_tokenizer

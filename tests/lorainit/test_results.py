@@ -1,7 +1,7 @@
 import io
 
-from lorainit.events import Metrics
-from lorainit.results import write_csv
+from lorainit.config.events import Metrics
+from lorainit.config.results import write_csv
 
 HEADER = (
     "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,train_mean_token_accuracy,"

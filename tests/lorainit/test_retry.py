@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from lorainit.errors import OutOfMemory
+from lorainit.config.errors import OutOfMemory
 from lorainit.retry import until_it_fits
 from lorainit.world import World
 

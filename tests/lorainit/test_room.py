@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lorainit import hardware
-from lorainit.errors import OutOfMemory
-from lorainit.events import Message
+from lorainit.config.errors import OutOfMemory
+from lorainit.config.events import Message
 from lorainit.evidence.collect import collect
 from tests.lorainit.contexts import make_context
 from tests.zoo.bases import make

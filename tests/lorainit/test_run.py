@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from lorainit import checkpoint, course, train
 from lorainit.base import open_base
-from lorainit.course import schedule
-from lorainit.errors import (
+from lorainit.config.errors import (
     CheckpointMismatch,
     DiskFull,
     InvalidTrainingFile,
@@ -26,7 +25,8 @@ from lorainit.errors import (
     UnknownTarget,
     UnsupportedModel,
 )
-from lorainit.events import EVENT, Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Tick
+from lorainit.config.events import EVENT, Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Tick
+from lorainit.course import schedule
 from lorainit.prepare import prepare
 from lorainit.run import run
 from tests.lorainit.conftest import chat, write_rows

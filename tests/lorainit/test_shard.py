@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lorainit.base import open_base
-from lorainit.errors import TooFewDevices, UnsupportedModel
+from lorainit.config.errors import TooFewDevices, UnsupportedModel
+from lorainit.config.spec import RunSpec
 from lorainit.methods import METHODS
 from lorainit.model.load import load_model
 from lorainit.prepare import prepare
 from lorainit.run import run
 from lorainit.shard import decide, shard
-from lorainit.spec import RunSpec
 from lorainit.world import World
 from tests.lorainit.ranks import run_ranks
 from tests.zoo.bases import make

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit import course
-from lorainit.errors import OutOfMemory
-from lorainit.events import Checkpoint, Done, Message, Metrics
+from lorainit.config.errors import OutOfMemory
+from lorainit.config.events import Checkpoint, Done, Message, Metrics
 from lorainit.run import Request, run, run_together
 from tests.lorainit.ranks import run_ranks
 from tests.lorainit.shortage import TOKENS, Memory, adapter, after, close, told, until_export

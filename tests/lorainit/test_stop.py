@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lorainit.errors import Stopped
-from lorainit.events import Checkpoint, Done, Metrics, Stage, Tick
+from lorainit.config.errors import Stopped
+from lorainit.config.events import Checkpoint, Done, Metrics, Stage, Tick
 from lorainit.run import Request, run, run_together
 
 FAR = {"max_steps": 4, "batch_size": 5, "checkpoint_interval": 100, "eval_interval": 2}

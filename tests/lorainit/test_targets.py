@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 from api.core import catalogue
 from api.core.errors import InvalidValue
 from api.terminal.tables import catalogue_entry
-from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
-from lorainit.events import Message, Plan
+from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
+from lorainit.config.events import Message, Plan
+from lorainit.config.facts import ModelFacts, Target
+from lorainit.config.paths import matches, unfolded
+from lorainit.config.spec import Lora, RunSpec
 from lorainit.export.peft_adapter import export
-from lorainit.facts import ModelFacts, Target
 from lorainit.inspect import inspect
 from lorainit.layer import LoRALinear, attach
 from lorainit.model import attention, experts, peft_support
@@ -27,9 +29,7 @@ from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model, skeleton
 from lorainit.model.names import pattern_of
 from lorainit.model.targets import describe, find_targets, resolve, survey
-from lorainit.paths import matches, unfolded
 from lorainit.run import run
-from lorainit.spec import Lora, RunSpec
 from lorainit.weight import shape_of
 from tests.lorainit.conftest import tiny_llama
 from tests.zoo.bases import make

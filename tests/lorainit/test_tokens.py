@@ -12,10 +12,10 @@ import torch
 
 from lorainit import digest, tokens
 from lorainit.base import open_base
+from lorainit.config.errors import InvalidTrainingFile, UnsupportedModel
+from lorainit.config.events import Message, Tick
 from lorainit.data import load, refuse, tokenize
 from lorainit.digest import base_sha256, known_sha256, require_whole, seal
-from lorainit.errors import InvalidTrainingFile, UnsupportedModel
-from lorainit.events import Message, Tick
 from lorainit.model.load import load_tokenizer
 from lorainit.model.tokenizer_files import TEMPLATES
 from lorainit.prepare import prepare

@@ -11,14 +11,14 @@ from torch import nn
 
 from lorainit import optimizers, trial
 from lorainit.batches import Budget
+from lorainit.config.events import Plan
+from lorainit.config.spec import Hyperparameters
 from lorainit.data import Sample
-from lorainit.events import Plan
 from lorainit.largest import Rows
 from lorainit.layer import LoRALinear
 from lorainit.member import Member
 from lorainit.model.factors import Factors
 from lorainit.run import run
-from lorainit.spec import Hyperparameters
 from lorainit.world import World
 from tests.lorainit.shortage import Memory, adapter
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from lorainit import course
-from lorainit.events import Done, Message
+from lorainit.config.events import Done, Message
 from lorainit.progress import Display
 from lorainit.run import run
 from lorainit.verdict import judge

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit import shared_memory, silence
-from lorainit.events import Failed
+from lorainit.config.events import Failed
 from lorainit.launch import Others
 from lorainit.run import run
 from tests.servers import free_port

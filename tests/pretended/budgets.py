@@ -62,7 +62,7 @@ class _Watch:
 
     def hear(self, event: Any) -> None:
         """A listener of the first run of a process."""
-        from lorainit.errors import Stopped
+        from lorainit.config.errors import Stopped
 
         if event.kind in ("metrics", "checkpoint"):
             self._step = event.step
@@ -88,7 +88,7 @@ class _Watch:
 def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     """Of a run on a base of so many layers; nothing before and after the case's two moments is counted."""
     from benchmarks.gpu import jobs
-    from lorainit.errors import Stopped
+    from lorainit.config.errors import Stopped
     from lorainit.run import Request, run_together
 
     asked = dict(CASES[case])

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from lorainit.inits import INITS
-from lorainit.inits.base import InitConfig
+from lorainit.config.inits import INITS
+from lorainit.config.inits.base import InitConfig
 
 Asked = dict[str, Any]
 # Of the spec's parts. What a processor or a GPU alone can do is with the cases of that device.

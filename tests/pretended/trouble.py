@@ -23,8 +23,8 @@ from tests.pretended import device, engine
 
 if TYPE_CHECKING:  # the engine is read only when it is to take the device for CUDA
     from benchmarks.gpu.day import Day
-    from lorainit.events import Event
-    from lorainit.spec import RunSpec
+    from lorainit.config.events import Event
+    from lorainit.config.spec import RunSpec
 
 How = Literal["memory", "no memory", "broken"]
 NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.81 GiB"
@@ -89,7 +89,7 @@ def _under_way(trouble: Trouble) -> Iterator[None]:
 
 def ends_of(specs: "list[RunSpec]", folder: Path, trouble: Trouble) -> list[str]:
     """How each run ended: "done" where its download was checked, else the code of its error."""
-    from lorainit.errors import LorainitError
+    from lorainit.config.errors import LorainitError
     from lorainit.run import Request, run_together
 
     requests = [Request(spec, folder / f"{n}", trouble.hear) for n, spec in enumerate(specs)]

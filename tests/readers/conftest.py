@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit.inits import INITS
+from lorainit.config.inits import INITS
+from lorainit.config.spec import RunSpec
 from lorainit.model import tokenizer_files
 from lorainit.run import run
-from lorainit.spec import RunSpec
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, write_rows
 from tests.readers import arithmetic
 from tests.readers.environments import python_of

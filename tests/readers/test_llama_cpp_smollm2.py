@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorainit.config.spec import RunSpec
 from lorainit.model.load import load_tokenizer
 from lorainit.run import run
-from lorainit.spec import RunSpec
 from tests.readers import arithmetic, gguf_files
 from tests.readers.conftest import ask
 

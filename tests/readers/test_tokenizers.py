@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 from lorainit.model import tokenizer_files
 from lorainit.model.load import load_tokenizer
 from tests.lorainit.conftest import make_tokenizer

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from api.core import files
 from api.core.models import Project, Worker
 from api.core.settings import get_settings
-from lorainit.kept import entry_name
+from lorainit.config.kept import entry_name
 from tests.things import a_file, a_project
 from worker import app, caches
 

@@ -17,7 +17,7 @@ from api.core.db import session_scope
 from api.core.models import Event, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
-from lorainit.spec import Hyperparameters, Lora
+from lorainit.config.spec import Hyperparameters, Lora
 from tests.lorainit.conftest import chat
 from tests.test_job_path import tiny_base
 from tests.things import a_file, a_project, a_queued_job

@@ -13,7 +13,7 @@ from api.core import events, jobs, metrics
 from api.core.db import session_scope
 from api.core.jobs import Lease
 from api.core.models import Event, Job, Project, Tally
-from lorainit.events import InitReport, Message, Metrics, Plan, Stage, Tick
+from lorainit.config.events import InitReport, Message, Metrics, Plan, Stage, Tick
 from tests.statements import statements
 from tests.things import a_job, a_project, a_running_job
 from worker import progress

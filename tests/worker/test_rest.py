@@ -11,7 +11,7 @@ import pytest
 from api.core import devices, doctor, examination, workers
 from api.core.db import now, session_scope
 from api.core.settings import get_settings
-from lorainit.events import Failed
+from lorainit.config.events import Failed
 from tests.worker.conftest import Lab
 from worker import app, rest, scratch
 from worker.supervisor import Outcome

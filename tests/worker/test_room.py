@@ -16,7 +16,7 @@ from obstore.exceptions import GenericError
 from api.core import catalogue, disk
 from api.core.settings import get_settings
 from api.core.storage import ObjectStorage
-from lorainit.spec import Lora
+from lorainit.config.spec import Lora
 from tests.worker.conftest import Lab
 from worker import artifacts, patience, reconciler, reservations, room, scratch
 

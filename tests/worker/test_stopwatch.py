@@ -1,6 +1,6 @@
 """Where a run's time goes, with a clock that is told."""
 
-from lorainit.events import Event, Message, Metrics, Stage
+from lorainit.config.events import Event, Message, Metrics, Stage
 from worker.stopwatch import Stopwatch
 
 

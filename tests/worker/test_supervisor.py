@@ -10,7 +10,7 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from lorainit.events import Done, Event, Failed, Message, Stage
+from lorainit.config.events import Done, Event, Failed, Message, Stage
 from worker.supervisor import Outcome, Place, run_child
 
 PREAMBLE = """

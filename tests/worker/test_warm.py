@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from api.core.run_environment import without_secrets
-from lorainit.events import Event, Message, Metrics
+from lorainit.config.events import Event, Message, Metrics
 from worker.supervisor import Outcome, Place, run_child
 from worker.warm import Warm
 

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy.orm import Session
 
 from api.core import catalogue
-from lorainit import sources
-from lorainit.errors import LorainitError
-from lorainit.events import Done, Event, Failed, Message
+from lorainit.config import sources
+from lorainit.config.errors import LorainitError
+from lorainit.config.events import Done, Event, Failed, Message
 from lorainit.inspect import inspect
 from tests.lorainit.conftest import change_json
 from tests.things import MODEL, a_project, a_queued_job

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorainit.errors import LorainitError
-from lorainit.events import Event, Message, Metrics, Plan
+from lorainit.config.errors import LorainitError
+from lorainit.config.events import Event, Message, Metrics, Plan
 from lorainit.inspect import inspect
 from tests.zoo.bases import KINDS, make
 from tests.zoo.downloads import read_downloads

@@ -9,10 +9,10 @@ from typing import Any
 from unittest import mock
 
 from lorainit import delivery
-from lorainit.events import Event
+from lorainit.config.events import Event
+from lorainit.config.spec import RunSpec
 from lorainit.layer import borrowed
 from lorainit.run import run
-from lorainit.spec import RunSpec
 from tests.zoo import stock
 from tests.zoo.finding import Case, Tried
 from tests.zoo.kind import MAX_LENGTH

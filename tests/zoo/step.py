@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorainit import course
+from lorainit.config.events import Event, Metrics
 from lorainit.data import load
-from lorainit.events import Event, Metrics
 from lorainit.model.load import load_tokenizer
 from lorainit.run import run
 from tests.zoo import stock

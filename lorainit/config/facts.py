@@ -1,16 +1,16 @@
 """What is known of a base model without opening it: which kinds of its layers can carry a LoRA, and which cannot.
 
-Torch-free. `lorainit.inspect` finds these facts out, a catalogue keeps them, and `lorainit.placement` decides with
-them. Knows nothing of jobs or of the service.
+Torch-free. `lorainit.inspect` finds these facts out, a catalogue keeps them, and `lorainit.config.placement` decides
+with them. Knows nothing of jobs or of the service.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lorainit.inits import Quantization
-from lorainit.paths import meant, size
-from lorainit.schema import Strict
+from lorainit.config.inits import Quantization
+from lorainit.config.paths import meant, size
+from lorainit.config.schema import Strict
 
 NF4_BLOCK = 64  # weights that share a scale in an NF4 base; no block runs over the end of a row
 
@@ -26,8 +26,8 @@ class Target(Strict):
     for a number: `q_proj`, `mlp.c_proj`, `language_model.layers.*.mlp.up_proj`. Layers of one name may have several
     shapes, and then an entry each. `count` = how many layers; `group` is what `target_modules` can ask for. `dora`:
     whether PEFT can put a DoRA there, which it cannot where it adapts a parameter. `experts`: each of them is the
-    matrix of one expert of a mixture. `paths`: the full names, folded (`lorainit.paths`), of experts those of their
-    common parameters; none in catalogue entries that an older version wrote.
+    matrix of one expert of a mixture. `paths`: the full names, folded (`lorainit.config.paths`), of experts those of
+    their common parameters; none in catalogue entries that an older version wrote.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
@@ -66,8 +66,8 @@ class LeftOut(Target):
 class ModelFacts(Strict):
     """What a request can be checked against without opening the model (`lorainit.inspect`).
 
-    `source` and `root` are as in `lorainit.sources`. `left_out` is empty in catalogue entries that an older version
-    wrote.
+    `source` and `root` are as in `lorainit.config.sources`. `left_out` is empty in catalogue entries that an older
+    version wrote.
     """
 
     root: str

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lorainit.inits.base import CalibratedConfig, ExportRank, ExportRanks, InitConfig, Method, Need, Quantization
-from lorainit.inits.data import EVA, HRP, CorDA, LoRAGA, LoRAOne
-from lorainit.inits.plain import Gaussian, Kaiming, Orthogonal
-from lorainit.inits.weights import LoftQ, LoRAM, MiLoRA, OLoRA, PiSSA
-from lorainit.schema import Strict
+from lorainit.config.inits.base import CalibratedConfig, ExportRank, ExportRanks, InitConfig, Method, Need, Quantization
+from lorainit.config.inits.data import EVA, HRP, CorDA, LoRAGA, LoRAOne
+from lorainit.config.inits.plain import Gaussian, Kaiming, Orthogonal
+from lorainit.config.inits.weights import LoftQ, LoRAM, MiLoRA, OLoRA, PiSSA
+from lorainit.config.schema import Strict
 
 __all__ = [
     "EVA",

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from lorainit.facts import LeftOut
-from lorainit.schema import Strict
-from lorainit.spec import Choice
+from lorainit.config.facts import LeftOut
+from lorainit.config.schema import Strict
+from lorainit.config.spec import Choice
 
 StageName = Literal["loading", "initializing", "training", "evaluating", "exporting", "verifying", "done"]
 

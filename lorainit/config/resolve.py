@@ -7,10 +7,10 @@ call `resolve`, and resolving twice changes nothing.
 import math
 from collections.abc import Callable
 
-from lorainit import rates
-from lorainit.errors import LorainitError
-from lorainit.inits import InitConfig
-from lorainit.spec import BaseModelRef, Choice, Hyperparameters
+from lorainit.config import rates
+from lorainit.config.errors import LorainitError
+from lorainit.config.inits import InitConfig
+from lorainit.config.spec import BaseModelRef, Choice, Hyperparameters
 
 
 class ConflictingRates(LorainitError):

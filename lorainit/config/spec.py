@@ -3,24 +3,17 @@
 The same classes are the request's `lora` part, the stored job, the worker's input, the command
 line's input and the method catalogue. Unknown fields are refused, nothing is coerced, and `null`
 means "absent" wherever null is not itself a value. This module never imports torch and knows
-nothing of the service. The initializations themselves are in `lorainit.inits`.
+nothing of the service. The initializations themselves are in `lorainit.config.inits`.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from lorainit import sources
-from lorainit.facts import LeftOut
-from lorainit.inits import (
-    AnyInit,
-    Automatic,
-    Init,
-    Kaiming,
-    LoRAM,
-    Quantization,
-)
-from lorainit.schema import Auto, Seed, Strict, refusal
+from lorainit.config import sources
+from lorainit.config.facts import LeftOut
+from lorainit.config.inits import AnyInit, Automatic, Init, Kaiming, LoRAM, Quantization
+from lorainit.config.schema import Auto, Seed, Strict, refusal
 
 # --- the adapter -------------------------------------------------------------------------------
 
@@ -30,8 +23,8 @@ class Lora(Strict):
 
     `alpha` and `use_rslora` "auto" take the method's recommended value; `init` "auto" lets us
     choose. `Lora.resolved()` replaces every "auto" and says why. `left_out` is an answer: the kinds of layers that
-    `target_modules` meant too and that get no LoRA, with the reason (`lorainit.placement`); a server replaces what is
-    given.
+    `target_modules` meant too and that get no LoRA, with the reason (`lorainit.config.placement`); a server replaces
+    what is given.
     """
 
     init: Init = Kaiming(method="kaiming")
@@ -232,7 +225,7 @@ class BaseModelRef(Strict):
     `hub:<owner>/<name>[@<revision>]`. `root` is the public name written into the adapter: a hub id, or
     `local:<name>`, which no hub can have (docs/decisions/0035).
     `weights`: how many numbers the layers hold that can carry a LoRA, null = counted when the base is opened. Default
-    learning rates go by it (`lorainit.rates`), unless `base_learning_rate` says the best one for `kaiming`.
+    learning rates go by it (`lorainit.config.rates`), unless `base_learning_rate` says the best one for `kaiming`.
     `sha256`: what its weights have to hash to (`lorainit.digest.base_sha256`), null = they may be any.
     """
 

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lorainit.schema import Seed, Strict
+from lorainit.config.schema import Seed, Strict
 
 Need = Literal["none", "weight", "gradient", "activation", "preheat"]
 Offset = Literal["none", "subtract"]
@@ -86,7 +86,7 @@ class InitConfig(Strict):
 
     @property
     def rates(self) -> str:
-        """The row of `lorainit.rates.RATES` that this start takes its default learning rate from."""
+        """The row of `lorainit.config.rates.RATES` that this start takes its default learning rate from."""
         return str(self.method)  # type: ignore[attr-defined]  # every initialization has its own
 
 

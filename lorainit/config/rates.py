@@ -8,7 +8,7 @@ the weight is moved by the same relative step at a much smaller rate than one th
 import math
 from dataclasses import dataclass
 
-from lorainit.inits import InitConfig
+from lorainit.config.inits import InitConfig
 
 # Names of the columns, and how many numbers the linear layers of such a base hold: SmolLM2-135M, Llama-2-7B, LLaMA-33B.
 SIZES = {"135M": 1.06e8, "7B": 6.48e9, "33B": 3.21e10}

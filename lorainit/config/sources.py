@@ -9,7 +9,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from lorainit.errors import UnsupportedModel
+from lorainit.config.errors import UnsupportedModel
 
 PACKAGE, HUB, LOCAL = "package:", "hub:", "local:"
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lorainit.inits.base import InitConfig, Method
+from lorainit.config.inits.base import InitConfig, Method
 
 
 class Kaiming(InitConfig):

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorainit.inits.base import CalibratedConfig, Drawn, ExportRank, ExportRanks, InitConfig, Method, Offset
-from lorainit.schema import Auto, refusal
+from lorainit.config.inits.base import CalibratedConfig, Drawn, ExportRank, ExportRanks, InitConfig, Method, Offset
+from lorainit.config.schema import Auto, refusal
 
 
 class LoRAGA(CalibratedConfig):

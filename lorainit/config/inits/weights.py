@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorainit.inits.base import Drawn, InitConfig, Method
-from lorainit.schema import refusal
+from lorainit.config.inits.base import Drawn, InitConfig, Method
+from lorainit.config.schema import refusal
 
 
 class PiSSA(InitConfig):

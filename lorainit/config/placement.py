@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lorainit.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
-from lorainit.facts import LeftOut, Target
-from lorainit.inits import Automatic
-from lorainit.paths import folded, matches, unfolded
-from lorainit.spec import Lora
+from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
+from lorainit.config.facts import LeftOut, Target
+from lorainit.config.inits import Automatic
+from lorainit.config.paths import folded, matches, unfolded
+from lorainit.config.spec import Lora
 
 FIELD = "lora.target_modules"
 
