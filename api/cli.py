@@ -24,7 +24,7 @@ from api.terminal import keys, tables
 from api.terminal.client import Problem
 from api.terminal.console import err, out
 from api.terminal.local import EXAMPLES, State, configure, explain
-from lorainit import closed_pipe
+from lorainit.system import closed_pipe
 
 WARNED = 3  # exit code of a job that succeeded and that its author should look at
 

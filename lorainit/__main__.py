@@ -25,14 +25,15 @@ from typing import NamedTuple, TextIO
 
 from pydantic import ValidationError
 
-from lorainit import closed_pipe, machine, silence
+from lorainit import machine
 from lorainit.config.errors import DeviceSilent, Dropped, LorainitError, Stopped
 from lorainit.config.events import Event, Failed, Stage, Tick
 from lorainit.config.faults import faults_of
 from lorainit.config.sources import LOCAL, is_root
 from lorainit.config.spec import RunSpec
 from lorainit.launch import PATIENCE, RENDEZVOUS, Loss, Others, companions, leave_word
-from lorainit.limits import die_with_parent
+from lorainit.system import closed_pipe, silence
+from lorainit.system.limits import die_with_parent
 
 FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
 LEASE_SECONDS = 0.5
@@ -315,7 +316,8 @@ def _doctor(arguments: list[str]) -> int:
     if importlib.util.find_spec("torch") is None:
         print("Nothing can be trained here: torch is not installed.", file=sys.stderr)  # noqa: T201
         return FAILED
-    from lorainit import doctor, doctor_text, driver
+    from lorainit import doctor
+    from lorainit.system import doctor_text, driver
 
     try:
         found = doctor.examine()

@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from lorainit import limits
 from lorainit.config.errors import LorainitError, UnsupportedModel
 from lorainit.model.find import find
+from lorainit.system import limits
 
 # Of a base of any size: building its modules without weights takes seconds, loading our libraries ten on a slow disk.
 MAX_SECONDS = 180.0

@@ -4,7 +4,8 @@ import json
 import os
 from typing import Any
 
-from lorainit import driver, gpus, machine
+from lorainit import machine
+from lorainit.system import driver, gpus
 
 
 def examine() -> dict[str, Any]:

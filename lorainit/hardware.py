@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from lorainit import gpus, machine
+from lorainit import machine
 from lorainit.config.errors import UnsupportedModel, UnusableDevice
 from lorainit.config.spec import Choice, Hyperparameters
+from lorainit.system import gpus
 
 PRECISION = "training.precision"
 # torch's names for instructions that multiply bf16: x86 with AVX-512 or AMX, and ARM.

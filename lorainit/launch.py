@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorainit import machine, shared_memory
+from lorainit import machine
 from lorainit.config.events import Event, Failed
-from lorainit.limits import tether
+from lorainit.system import shared_memory
+from lorainit.system.limits import tether
 
 PATIENCE = 30.0  # seconds for the others to end after the leading one has
 LAST_WORDS = 5.0  # seconds for the leading one to say itself what is wrong

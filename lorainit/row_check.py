@@ -11,8 +11,8 @@ import os
 import sys
 import traceback
 
-from lorainit import limits
 from lorainit.rows import check_file
+from lorainit.system import limits
 
 
 def main(arguments: list[str]) -> int:

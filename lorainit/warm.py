@@ -2,7 +2,7 @@
 
 It knows nothing of any run: an order is read by the process that was forked for it. It starts no thread and looks at
 no GPU, since neither survives a fork (docs/decisions/0046). Its parent is `worker.warm`, and what they say to each
-other on the socket FD is in `lorainit.orders`. Linux only.
+other on the socket FD is in `lorainit.system.orders`. Linux only.
 """
 
 import ctypes
@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorainit.limits import die_with_parent
-from lorainit.orders import DONE, MAX_MESSAGE, READY
+from lorainit.system.limits import die_with_parent
+from lorainit.system.orders import DONE, MAX_MESSAGE, READY
 
 _ARGUMENTS_START = 45  # of the fields of /proc/PID/stat behind the name
 

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from lorainit import machine_errors, silence
+from lorainit import machine_errors
 from lorainit.config.errors import DeviceSilent, TooFewDevices
 from lorainit.launch import RENDEZVOUS
+from lorainit.system import silence
 
 T = TypeVar("T")
 LATER = 60.0  # seconds after `silence` has ended a run that hangs: this limit is for those that have not met yet

@@ -12,8 +12,8 @@ from api.core.logs import get_logger
 from api.core.models import File, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
-from lorainit import shared_memory
 from lorainit.config.events import Failed
+from lorainit.system import shared_memory
 from worker.patience import PASSING
 from worker.progress import Lost
 from worker.supervisor import Outcome

@@ -24,7 +24,7 @@ import psutil
 from api.core import devices
 from api.core.logs import get_logger
 from api.core.settings import get_settings
-from lorainit.orders import DONE, MAX_MESSAGE, READY, ROOM
+from lorainit.system.orders import DONE, MAX_MESSAGE, READY, ROOM
 from worker.memory import offer_to_the_oom_killer
 
 log = get_logger(__name__)

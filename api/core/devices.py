@@ -11,7 +11,7 @@ from typing import Literal
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 from api.core.singleton import singleton
-from lorainit import driver, gpus
+from lorainit.system import driver, gpus
 
 Device = Literal["gpu", "cpu"]
 AGAIN_SECONDS = 60.0  # until a driver that did not answer is asked again

@@ -5,7 +5,7 @@ import sys
 
 from api.core import devices
 from api.core.settings import get_settings
-from lorainit import gpus, silence
+from lorainit.system import gpus, silence
 
 PROGRAM = (sys.executable, "-m", "lorainit")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from lorainit.limits import tether
+from lorainit.system.limits import tether
 
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 60.0

@@ -11,7 +11,7 @@ from api.core import devices, doctor
 from api.core.doctor import Check
 from api.core.examination import Unanswered, examine
 from api.core.settings import BadSettings, get_settings
-from lorainit.doctor_text import as_text
+from lorainit.system.doctor_text import as_text
 
 COLOURS = {"ok": "green", "failed": "red", "absent": "yellow"}
 

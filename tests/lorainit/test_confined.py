@@ -50,7 +50,7 @@ def test_child_that_writes_without_end_is_no_burden(monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_beyond_the_bound_is_not_to_be_had() -> None:
-    code = "from lorainit import limits\nlimits.bound_memory(1 << 28)\nbytearray(1 << 30)"
+    code = "from lorainit.system import limits\nlimits.bound_memory(1 << 28)\nbytearray(1 << 30)"
     with pytest.raises(UnsupportedModel, match="MemoryError"):
         ask(code)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lorainit import driver, gpus
 from lorainit.__main__ import main
-from lorainit.driver import Gpu
+from lorainit.system import driver, gpus
+from lorainit.system.driver import Gpu
 
 TWO = """GPU 0: NVIDIA H200 (UUID: GPU-8932f937-d72c-4106-c12f-20bd9faed9f6)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorainit import machine_errors, silence
+from lorainit import machine_errors
+from lorainit.system import silence
 from tests.lorainit.test_world import ENDLESS, is_there, wait
 
 GLOO = """

@@ -5,10 +5,11 @@ import torch
 from safetensors import SafetensorError
 
 from lorainit import __main__ as main
-from lorainit import gpus, hardware, isolation, machine_errors, world
+from lorainit import hardware, isolation, machine_errors, world
 from lorainit.config.errors import DiskFull, OutOfMemory, TooFewDevices, UnusableDevice
 from lorainit.config.events import Failed, Message
 from lorainit.launch import Others
+from lorainit.system import gpus
 from worker import endings
 
 ADVICE = "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below"

@@ -2,9 +2,9 @@
 
 import threading
 
-from lorainit import silence
 from lorainit.config.events import Stage, Tick
-from lorainit.silence import BEAT, USUAL, Silence, watch
+from lorainit.system import silence
+from lorainit.system.silence import BEAT, USUAL, Silence, watch
 
 BEATS = int(USUAL / BEAT)
 EVENT = Tick(done=1, total=2)

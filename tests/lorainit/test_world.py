@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit import shared_memory, silence
 from lorainit.config.events import Failed
 from lorainit.launch import Others
 from lorainit.run import run
+from lorainit.system import shared_memory, silence
 from tests.servers import free_port
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from api.core import devices, run_environment
 from api.core.settings import get_settings
-from lorainit import driver, gpus
+from lorainit.system import driver, gpus
 from tests.conftest import forget
 from tests.worker.conftest import Lab
 

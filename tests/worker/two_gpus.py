@@ -27,7 +27,7 @@ if __name__ == "__main__":
         child.done(0)
 else:
     from api.core import examination
-    from lorainit import gpus
+    from lorainit.system import gpus
     from worker import rest, supervisor
     from worker.app import app
 
