@@ -60,7 +60,7 @@ def inside(args: argparse.Namespace) -> int:
     """One section, in its own process."""
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries and other processes print is no part of the page
-    from lorainit import machine
+    from lorainit.runtime import machine
 
     section = next(one for one in SECTIONS if one.name == args.section)
     machine.set_up()  # as a run's own process does, before torch is loaded

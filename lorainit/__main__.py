@@ -25,13 +25,13 @@ from typing import NamedTuple, TextIO
 
 from pydantic import ValidationError
 
-from lorainit import machine
 from lorainit.config.errors import DeviceSilent, Dropped, LorainitError, Stopped
 from lorainit.config.events import Event, Failed, Stage, Tick
 from lorainit.config.faults import faults_of
 from lorainit.config.sources import LOCAL, is_root
 from lorainit.config.spec import RunSpec
-from lorainit.launch import PATIENCE, RENDEZVOUS, Loss, Others, companions, leave_word
+from lorainit.runtime import machine
+from lorainit.runtime.distributed.launch import PATIENCE, RENDEZVOUS, Loss, Others, companions, leave_word
 from lorainit.system import closed_pipe, silence
 from lorainit.system.limits import die_with_parent
 
@@ -187,7 +187,7 @@ def _in_our_words(error: Exception) -> LorainitError | None:
     if isinstance(error, LorainitError):
         return error
     try:
-        from lorainit import isolation
+        from lorainit.runtime.distributed import isolation
     except Exception:
         return None  # what cannot be loaded is what went wrong
     return isolation.our_error(error)
@@ -246,7 +246,7 @@ def _watched(spec: RunSpec, on_event: OnEvent, others: Others) -> OnEvent:
 
 
 def _ended_cuda_for_all(error: Exception) -> bool:
-    from lorainit import machine_errors
+    from lorainit.runtime import machine_errors
 
     return machine_errors.is_kernel_assert(error)
 
@@ -316,7 +316,7 @@ def _doctor(arguments: list[str]) -> int:
     if importlib.util.find_spec("torch") is None:
         print("Nothing can be trained here: torch is not installed.", file=sys.stderr)  # noqa: T201
         return FAILED
-    from lorainit import doctor
+    from lorainit.runtime import doctor
     from lorainit.system import doctor_text, driver
 
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit import hardware, machine, memory
+from lorainit import memory
 from lorainit.batches import Batch, Regime, any_length, collate, pack, pad_id
 from lorainit.config.errors import GroupMismatch
 from lorainit.config.events import Event, Message
@@ -27,10 +27,11 @@ from lorainit.model.parts import load_part
 from lorainit.model.targets import describe
 from lorainit.model.vocabulary import require_rows
 from lorainit.quantize import require_library
-from lorainit.refusal import as_unsupported
+from lorainit.runtime import hardware, machine
+from lorainit.runtime.distributed.world import ALONE, World
+from lorainit.runtime.refusal import as_unsupported
+from lorainit.runtime.store import Store
 from lorainit.shard import decide, shard
-from lorainit.store import Store
-from lorainit.world import ALONE, World
 
 OnEvent = Callable[[Event], None]
 

@@ -11,7 +11,7 @@ from lorainit.data import Sample
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
 from lorainit.model.factors import Factors
-from lorainit.store import Store, raw_bytes
+from lorainit.runtime.store import Store, raw_bytes
 
 
 @dataclass(frozen=True)

@@ -129,9 +129,9 @@ def answer(source: str, cache: Path) -> None:
     sys.stdout = sys.stderr  # whatever a library prints is no answer
     limits.bound_memory(MAX_BYTES)
     limits.die_with_parent()
-    from lorainit.hardware import is_out_of_memory
     from lorainit.inspect import inspect
-    from lorainit.refusal import as_unsupported
+    from lorainit.runtime.hardware import is_out_of_memory
+    from lorainit.runtime.refusal import as_unsupported
 
     try:
         with as_unsupported("The base model cannot be inspected"):

@@ -22,8 +22,8 @@ from lorainit.data import Sample
 from lorainit.loss import Tally
 from lorainit.member import Member, clip, with_half_the_tokens, with_smaller_evaluations
 from lorainit.optimizers import make_optimizer, set_rate
-from lorainit.retry import until_it_fits
-from lorainit.world import World
+from lorainit.runtime.distributed.world import World
+from lorainit.runtime.retry import until_it_fits
 
 _CHECKPOINT_METRICS = (
     "step",

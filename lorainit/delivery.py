@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorainit import fidelity, hardware
+from lorainit import fidelity
 from lorainit.base import OnEvent
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Message, Stage, Warned
@@ -21,15 +21,16 @@ from lorainit.config.sources import local_path
 from lorainit.export import check, model_card, peft_adapter
 from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
-from lorainit.hardware import is_out_of_memory
 from lorainit.initialize import Report
 from lorainit.layer import LoRALinear, borrowed
-from lorainit.machine_errors import is_machine_failure
 from lorainit.model import tokenizer_files
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.load import free
 from lorainit.prepare import Job
 from lorainit.quantize import nf4_config
+from lorainit.runtime import hardware
+from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.runtime.machine_errors import is_machine_failure
 
 # Largest relative difference of two losses in float32 that is rounding; mixtures may route a token differently.
 SAME_LOSS = 1e-3

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorainit import delivery, isolation
+from lorainit import delivery
 from lorainit.base import OnEvent
 from lorainit.checkpoint import Progress, Restored
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Message, Stage
 from lorainit.config.spec import Hyperparameters
-from lorainit.hardware import is_out_of_memory
 from lorainit.initialize import Report
 from lorainit.prepare import Job
+from lorainit.runtime.distributed import isolation
+from lorainit.runtime.distributed.world import World
+from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.verdict import judge, judge_effect
-from lorainit.world import World
 
 End = Done | LorainitError
 Steps = Generator[None, bool, Done]

@@ -20,9 +20,9 @@ from lorainit.config.events import Event, Message, Tick
 from lorainit.config.inits import Quantization
 from lorainit.data import Dataset, Sample
 from lorainit.export.check import with_stock_peft
-from lorainit.hardware import has_bf16
 from lorainit.model.load import free, load_model
 from lorainit.model.targets import linear_layers
+from lorainit.runtime.hardware import has_bf16
 from lorainit.weight import was_conv1d, weight_of
 
 OnEvent = Callable[[Event], None]

@@ -19,11 +19,11 @@ from lorainit.config.events import Message
 from lorainit.config.resolve import total_steps
 from lorainit.data import Sample
 from lorainit.group import Stand
-from lorainit.hardware import is_out_of_memory, peak_while, return_memory
 from lorainit.member import Member, with_half_the_tokens, with_smaller_evaluations
 from lorainit.recompute import recompute
+from lorainit.runtime.distributed.world import World
+from lorainit.runtime.hardware import is_out_of_memory, peak_while, return_memory
 from lorainit.trial import Lay, Trial, forget, trials, try_pass, try_update
-from lorainit.world import World
 
 PARAM = "training"
 # Tokens of the larger of two passes that are measured: beyond a few hundred, memory grows evenly with them.

@@ -14,12 +14,12 @@ from lorainit.batches import Batch
 from lorainit.config.errors import InitFailed
 from lorainit.config.spec import Lora
 from lorainit.evidence import Evidence
-from lorainit.hardware import peak_memory_bytes
 from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of, row_losses, tally
 from lorainit.model.factors import Factors
 from lorainit.norms import norm
-from lorainit.retry import until_it_fits
+from lorainit.runtime.hardware import peak_memory_bytes
+from lorainit.runtime.retry import until_it_fits
 from lorainit.weight import weight_of
 
 # How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.

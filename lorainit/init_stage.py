@@ -25,8 +25,8 @@ from lorainit.initialize import Known, Report, initialize
 from lorainit.layer import detach
 from lorainit.model.factors import Factors
 from lorainit.prepare import Job
-from lorainit.retry import until_it_fits
-from lorainit.store import key
+from lorainit.runtime.retry import until_it_fits
+from lorainit.runtime.store import key
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
 WORTH_KEEPING_SECONDS = 1.0  # a start that took less is made faster than it is read

@@ -20,12 +20,12 @@ from lorainit.config.events import Event, Message, Tick
 from lorainit.config.inits import HRP, InitConfig, Kaiming, LoftQ, LoRAM
 from lorainit.config.spec import Lora
 from lorainit.evidence import Evidence
-from lorainit.hardware import generator_for
 from lorainit.init_report import Report
 from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.methods import METHODS
 from lorainit.model.factors import Factors
 from lorainit.norms import row_norms
+from lorainit.runtime.hardware import generator_for
 from lorainit.weight import shape_of, weight_of
 
 __all__ = ["Known", "Report", "initialize"]

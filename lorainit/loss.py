@@ -13,7 +13,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lorainit.batches import Batch
 from lorainit.config.errors import UnsupportedModel
-from lorainit.machine_errors import is_machine_failure
+from lorainit.runtime.machine_errors import is_machine_failure
 
 # Logits held at once: 64 MB in float32. SmolLM2's 49,152 words make that 341 positions.
 LOGITS = 1 << 24

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from lorainit import hardware
 from lorainit.base import Base, OnEvent, store
 from lorainit.batches import Budget, batches, order
 from lorainit.config.errors import GroupMismatch
@@ -28,6 +27,7 @@ from lorainit.model.targets import resolve as resolve_targets
 from lorainit.model.vocabulary import require_known
 from lorainit.passes import Passes, go_on
 from lorainit.rows import KEPT_PROBLEMS
+from lorainit.runtime import hardware
 from lorainit.tokens import load_kept
 from lorainit.weight import shape_of
 

@@ -22,16 +22,16 @@ from lorainit.config.events import Message
 from lorainit.config.spec import Lora
 from lorainit.export import check
 from lorainit.export.effect import Effect, logits_of, observe
-from lorainit.hardware import generator_for, is_out_of_memory, versions
-from lorainit.isolation import forget
 from lorainit.layer import LoRALinear, borrowed
-from lorainit.machine_errors import is_machine_failure
 from lorainit.model.experts import short_name
 from lorainit.model.factors import Factors
 from lorainit.model.load import free
 from lorainit.model.parts import forget_pass
 from lorainit.prepare import Job
-from lorainit.store import key
+from lorainit.runtime.distributed.isolation import forget
+from lorainit.runtime.hardware import generator_for, is_out_of_memory, versions
+from lorainit.runtime.machine_errors import is_machine_failure
+from lorainit.runtime.store import key
 from lorainit.weight import shape_of
 
 ROWS, TOKENS = 2, 32

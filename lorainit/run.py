@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lorainit import checkpoint, delivery, hardware, init_stage, isolation, proof
+from lorainit import checkpoint, delivery, init_stage, proof
 from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Restored
 from lorainit.config.errors import Stopped
@@ -25,8 +25,10 @@ from lorainit.fit import fit
 from lorainit.initialize import Report
 from lorainit.member import Member
 from lorainit.prepare import Job, prepare
+from lorainit.runtime import hardware
+from lorainit.runtime.distributed import isolation
+from lorainit.runtime.distributed.world import World, joined
 from lorainit.train import train
-from lorainit.world import World, joined
 
 
 @dataclass(frozen=True)

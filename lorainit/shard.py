@@ -22,7 +22,7 @@ from lorainit.config.errors import TooFewDevices
 from lorainit.config.spec import RunSpec
 from lorainit.model.load import skeleton
 from lorainit.model.parts import PARAM, divisible_layers
-from lorainit.world import World
+from lorainit.runtime.distributed.world import World
 
 ROOM = 0.8  # of a device's memory for the base; the rest is for what training adds
 

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.refusal import as_unsupported
+from lorainit.runtime.refusal import as_unsupported
 
 MAX_SECONDS = 1.0  # of a processor, for a text of `LONGEST` letters; real tokenizers take some 0.002
 LONGEST = 4096

@@ -16,7 +16,7 @@ import torch
 from lorainit.config.kept import entry_name
 from lorainit.data import Dataset, Sample, file_sha256, tokenize
 from lorainit.rows import Problem
-from lorainit.store import Store, key
+from lorainit.runtime.store import Store, key
 
 
 def load_kept(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorainit import isolation
 from lorainit.batches import Batch, batches
 from lorainit.checkpoint import Progress
 from lorainit.config.errors import LorainitError, Stopped
@@ -21,8 +20,9 @@ from lorainit.data import Sample
 from lorainit.group import Stand
 from lorainit.loss import tallies, tally
 from lorainit.member import Member
-from lorainit.retry import until_it_fits
-from lorainit.world import World
+from lorainit.runtime.distributed import isolation
+from lorainit.runtime.distributed.world import World
+from lorainit.runtime.retry import until_it_fits
 
 Lay = Callable[[Sequence[Sample]], Batch]
 End = Progress | LorainitError

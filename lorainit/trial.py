@@ -19,7 +19,7 @@ from lorainit.largest import Rows, size_of
 from lorainit.loss import tallies
 from lorainit.member import Member, clip
 from lorainit.optimizers import make_optimizer
-from lorainit.world import World
+from lorainit.runtime.distributed.world import World
 
 Lay = Callable[[Sequence[Sample]], Batch]
 

@@ -65,7 +65,7 @@ def _load() -> None:
     os.environ.pop("OPENBLAS_NUM_THREADS")
     if own is not None:
         os.environ["OPENBLAS_NUM_THREADS"] = own
-    from lorainit import machine
+    from lorainit.runtime import machine
 
     machine.before_torch()
     from lorainit.__main__ import load

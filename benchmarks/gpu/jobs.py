@@ -15,11 +15,11 @@ from torch import Tensor
 
 from benchmarks.gpu.day import Day, held
 from benchmarks.gpu.plan import NOT_TRIED
-from lorainit import hardware
 from lorainit.config.events import Checkpoint, Done, Event, Message, Metrics
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
 from lorainit.run import Request, run, run_together
+from lorainit.runtime import hardware
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, tiny_mistral, write_rows
 
 WORDS = ["the", "cat", "sat", "on", "two", "mats", "and", "it", "is", "four", "my", "friend", "so", "what"]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.day import Day, held
-from lorainit import hardware
 from lorainit.layer import LoRALinear
 from lorainit.model import attention as ours
 from lorainit.model.factors import Factors
+from lorainit.runtime import hardware
 
 LENGTHS = (70, 5, 125, 300)
 HEADS = {"all heads alike": (4, 4), "grouped heads": (8, 2)}

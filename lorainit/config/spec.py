@@ -183,8 +183,8 @@ class Hyperparameters(Strict):
     not fit otherwise. `compile` fuses the base's element-wise parts: "auto" where a long run gets that back.
     `shard_base` divides the frozen base between the devices of a run (`RunSpec.devices`): "auto" where it does not
     fit on one.
-    These four autos are decided by the machine that the run finds itself on (`lorainit.hardware`, `lorainit.fit`,
-    `lorainit.shard`).
+    These four autos are decided by the machine that the run finds itself on (`lorainit.runtime.hardware`,
+    `lorainit.fit`, `lorainit.shard`).
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"

@@ -22,10 +22,10 @@ from lorainit.config.inits import LoRAOne
 from lorainit.data import Sample
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.evidence.context import Context
-from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.loss import row_losses
 from lorainit.methods.lora_one import lora_one
+from lorainit.runtime.hardware import generator_for
 from lorainit.weight import weight_of
 
 # Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.

@@ -5,11 +5,11 @@ A mixture of experts has thousands of matrices, and some methods keep something 
 
 import torch
 
-from lorainit import hardware
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
 from lorainit.evidence.context import Context
 from lorainit.model.experts import ExpertLinear
+from lorainit.runtime import hardware
 
 FLOAT = 4
 GIB = 2**30

@@ -21,13 +21,13 @@ from lorainit.config.inits import HRP
 from lorainit.data import Sample
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
-from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods._linalg import normal
 from lorainit.methods.hrp import alive_directions
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.factors import Factors
+from lorainit.runtime.hardware import generator_for
 from lorainit.weight import device_of, shape_of
 
 MAX_RANK, RANK_FACTOR = 128, 8

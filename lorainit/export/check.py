@@ -23,7 +23,7 @@ from lorainit.config.events import Event, Tick
 from lorainit.data import Sample
 from lorainit.export.effect import Change, Effect, logits_of, norm_of, observe_peft
 from lorainit.export.peft_adapter import MAGNITUDE, WEIGHTS
-from lorainit.machine_errors import is_machine_failure
+from lorainit.runtime.machine_errors import is_machine_failure
 
 OnEvent = Callable[[Event], None]
 MAX_PROMPTS, PROMPT_TOKENS = 4, 64

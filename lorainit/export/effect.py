@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lorainit.config.events import Event, Tick
 from lorainit.export.exact import exact, plain, widened, widest
-from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.model.experts import ExpertLinear
+from lorainit.runtime.hardware import generator_for
 
 OnEvent = Callable[[Event], None]
 NOTHING = 1e-12  # of the largest logit: what float64 leaves where terms cancel

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.machine_errors import is_machine_failure
+from lorainit.runtime.machine_errors import is_machine_failure
 
 MAX_PARAMETERS = 300_000_000  # of a copy: 1.2 GB in float32
 LAYERS = 12  # if they show every kind of module: kinds recur within six (Gemma 3) or eight (Jamba)

@@ -21,7 +21,7 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.model.causal import require_causal
 from lorainit.model.complete import quiet, require_complete
 from lorainit.model.files import MAX_CONFIG_BYTES, check_folder, read_object, stored_weights
-from lorainit.refusal import as_unsupported
+from lorainit.runtime.refusal import as_unsupported
 
 
 def examine(folder: Path) -> nn.Module:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lorainit.batches import Batch, Regime, collate, pack
 from lorainit.data import Sample
-from lorainit.hardware import is_out_of_memory
-from lorainit.machine_errors import is_machine_failure, is_missing_kernel
 from lorainit.model import attention
 from lorainit.model.parts import forget_pass
 from lorainit.model.positions import chosen_tokens, regime_of
 from lorainit.model.probe import Lay, Seen, Windows, distances, in_float32, rows_of, see, short, windows_of
+from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.runtime.machine_errors import is_machine_failure, is_missing_kernel
 
 Rows = Literal["packed", "padded", "one by one"]
 

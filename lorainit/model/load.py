@@ -28,7 +28,7 @@ from lorainit.model.four_bits import four_bits
 from lorainit.model.gguf_header import check_header
 from lorainit.model.positions import forget_lengths
 from lorainit.quantize import loading_options, settle
-from lorainit.refusal import as_unsupported
+from lorainit.runtime.refusal import as_unsupported
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.
 CONVERTER = 3

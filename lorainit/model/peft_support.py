@@ -27,9 +27,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.machine_errors import is_machine_failure
 from lorainit.model.like_layers import counterpart, like_layers, skip
 from lorainit.model.names import pattern_of
+from lorainit.runtime.machine_errors import is_machine_failure
 
 TOKENS = 8
 # Of a processor, for all of a trial. An operation takes 0.3 ms, and some layers loop over tokens.

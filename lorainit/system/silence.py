@@ -1,8 +1,8 @@
 """Ends a run of several processes when one of them hangs: the others would wait for it in their next sum.
 
-A sum has a time limit of its own (`lorainit.world`), but what comes of it depends on who adds up: gloo raises an error,
-NCCL ends the process without a word, and it begins to wait long after it was asked. So each process notices a little
-earlier, by itself, that nothing happens any more. Torch-free.
+A sum has a time limit of its own (`lorainit.runtime.distributed.world`), but what comes of it depends on who adds up:
+gloo raises an error, NCCL ends the process without a word, and it begins to wait long after it was asked. So each
+process notices a little earlier, by itself, that nothing happens any more. Torch-free.
 """
 
 import os

@@ -15,8 +15,8 @@ from lorainit import base
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Message
 from lorainit.config.spec import RunSpec
-from lorainit.launch import RENDEZVOUS
 from lorainit.run import run
+from lorainit.runtime.distributed.launch import RENDEZVOUS
 from lorainit.shard import local_bytes
 
 

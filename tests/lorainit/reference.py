@@ -8,10 +8,10 @@ from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data import Sample
 from lorainit.evidence.context import Context
 from lorainit.evidence.line_search import calibration_loss
-from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear, attach
 from lorainit.methods import METHODS
 from lorainit.model.targets import find_targets
+from lorainit.runtime.hardware import generator_for
 from lorainit.weight import weight_of
 
 CPU = torch.device("cpu")

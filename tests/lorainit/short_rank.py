@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lorainit.config.spec import RunSpec
-from lorainit.launch import RENDEZVOUS
 from lorainit.run import run
+from lorainit.runtime.distributed.launch import RENDEZVOUS
 from tests.lorainit.shortage import PLENTY, Memory, after, told, until_export
 
 LIMIT = 60  # tokens

@@ -32,8 +32,8 @@ from lorainit.member import Member
 from lorainit.methods import METHODS
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
+from lorainit.runtime.distributed.world import World
 from lorainit.train import train
-from lorainit.world import World
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

@@ -7,12 +7,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lorainit import init_stage as stage
-from lorainit import store as store_module
 from lorainit.base import open_base
 from lorainit.config.events import Message
 from lorainit.config.inits import INITS
 from lorainit.model.layout import choose_layout
 from lorainit.prepare import prepare
+from lorainit.runtime import store as store_module
 
 
 @pytest.fixture

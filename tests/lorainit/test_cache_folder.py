@@ -13,7 +13,7 @@ from lorainit.cache import Cache, data_digest
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
 from lorainit.model.factors import Factors
-from lorainit.store import key
+from lorainit.runtime.store import key
 
 
 def entry(size, fill=0.0):

@@ -13,7 +13,7 @@ from lorainit.encode import Encoder
 from lorainit.inspect import inspect
 from lorainit.model.examine import examine
 from lorainit.model.load import load_tokenizer, locate
-from lorainit.refusal import as_unsupported
+from lorainit.runtime.refusal import as_unsupported
 from lorainit.turns import Span
 from tests.lorainit.conftest import make_tokenizer
 

@@ -16,7 +16,6 @@ from lorainit.export.check import check, require
 from lorainit.export.effect import observe
 from lorainit.export.exact import exact, widest
 from lorainit.export.peft_adapter import export
-from lorainit.hardware import generator_for
 from lorainit.layer import LoRALinear
 from lorainit.model import experts
 from lorainit.model.factors import Factors
@@ -25,6 +24,7 @@ from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.proof import trial
 from lorainit.run import run
+from lorainit.runtime.hardware import generator_for
 from lorainit.weight import weight_of
 from tests.zoo.bases import make
 

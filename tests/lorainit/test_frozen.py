@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorainit import machine_errors
+from lorainit.runtime import machine_errors
 from lorainit.system import silence
 from tests.lorainit.test_world import ENDLESS, is_there, wait
 
 GLOO = """
 import os, sys, time, torch
 from pathlib import Path
-from lorainit import isolation, world
+from lorainit.runtime.distributed import isolation, world
 world.LATER = 0.0
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 folder.joinpath(os.environ["RANK"]).touch()

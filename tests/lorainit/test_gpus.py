@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lorainit import hardware
 from lorainit.config.errors import UnusableDevice
+from lorainit.runtime import hardware
 from lorainit.system import gpus
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Wed Sep 10 03:38:13 UTC 2025\nGCC version: gcc 13\n"

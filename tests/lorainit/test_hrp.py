@@ -18,7 +18,6 @@ from lorainit.evidence import Evidence
 from lorainit.evidence import preheat as module
 from lorainit.evidence.collect import collect
 from lorainit.evidence.preheat import preheat_steps
-from lorainit.hardware import generator_for
 from lorainit.initialize import initialize
 from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
@@ -26,6 +25,7 @@ from lorainit.methods import METHODS
 from lorainit.methods.hrp import right_directions
 from lorainit.model.factors import Factors
 from lorainit.run import run
+from lorainit.runtime.hardware import generator_for
 from tests.lorainit.contexts import make_context, state
 
 F64 = torch.float64

@@ -16,9 +16,9 @@ from lorainit.init_stage import start
 from lorainit.member import Member
 from lorainit.model.load import load_model
 from lorainit.prepare import prepare
+from lorainit.runtime.distributed.world import World
 from lorainit.train import train
 from lorainit.weight import weight_of
-from lorainit.world import World
 from tests.lorainit.stock_peft import SameMask
 
 RATE, CLIP = 1e-2, 0.5

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from lorainit import arithmetic, machine
-from lorainit.arithmetic import Measured, route_fp32, use_threads
-from lorainit.machine import Choice, cpu_quota, usable_cpus
+from lorainit.runtime import arithmetic, machine
+from lorainit.runtime.arithmetic import Measured, route_fp32, use_threads
+from lorainit.runtime.machine import Choice, cpu_quota, usable_cpus
 
 GIVEN = ("OMP_", "MALLOC_", "PYTORCH_")
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(GIVEN)}
@@ -92,7 +92,8 @@ def test_rounding_to_bf16_is_far_above_the_threshold(precision, monkeypatch):
 
 ROUNDING = """
 import sys
-from lorainit import __main__, arithmetic, machine
+from lorainit import __main__
+from lorainit.runtime import arithmetic, machine
 machine.processor_vendor = lambda: "AuthenticAMD"
 arithmetic.measure = lambda: arithmetic.Measured(error=1e-3, ratio=9.0)
 code = __main__.main(sys.argv[1:])
@@ -176,7 +177,7 @@ def test_no_quota_is_no_limit(tmp_path):
 
 FAULTS = """
 import ctypes, resource
-from lorainit import machine
+from lorainit.runtime import machine
 print(machine.keep_freed_memory().value)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

@@ -5,10 +5,11 @@ import torch
 from safetensors import SafetensorError
 
 from lorainit import __main__ as main
-from lorainit import hardware, isolation, machine_errors, world
 from lorainit.config.errors import DiskFull, OutOfMemory, TooFewDevices, UnusableDevice
 from lorainit.config.events import Failed, Message
-from lorainit.launch import Others
+from lorainit.runtime import hardware, machine_errors
+from lorainit.runtime.distributed import isolation, world
+from lorainit.runtime.distributed.launch import Others
 from lorainit.system import gpus
 from worker import endings
 

@@ -11,7 +11,7 @@ from lorainit import passes
 from lorainit.config.errors import CheckpointMismatch
 from lorainit.passes import go_on
 from lorainit.run import Request, run, run_together
-from lorainit.world import ALONE, World
+from lorainit.runtime.distributed.world import ALONE, World
 
 ROWS, TOKENS = 8, 2048  # on a CPU, where nobody says
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from lorainit.config.errors import CheckpointMismatch, UnsupportedModel
 from lorainit.config.events import Message, Plan
 from lorainit.config.spec import Hyperparameters
-from lorainit.hardware import dtype_of, has_bf16, resolve_precision
 from lorainit.run import run
+from lorainit.runtime.hardware import dtype_of, has_bf16, resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FIELD = "training.precision"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorainit import base as base_module
-from lorainit import delivery, hardware, init_stage, proof
+from lorainit import delivery, init_stage, proof
 from lorainit.config.errors import ExportCheckFailed, UnsupportedModel
 from lorainit.config.events import Message, Metrics, Stage, Tick
 from lorainit.config.spec import Lora
@@ -21,6 +21,7 @@ from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.proof import trial
 from lorainit.run import Request, run, run_together
+from lorainit.runtime import hardware
 from tests.lorainit.test_export_check import K, Q, in_config, in_file
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lorainit import hardware, quantize
+from lorainit import quantize
 from lorainit.batches import Budget, collate
 from lorainit.config.errors import InitFailed, UnsupportedModel
 from lorainit.config.events import Done, InitReport, Message, Metrics
@@ -40,6 +40,7 @@ from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.load import load_model, skeleton
 from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
+from lorainit.runtime import hardware
 from lorainit.weight import shape_of, was_conv1d, weight_of
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import make

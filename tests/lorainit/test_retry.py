@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lorainit.config.errors import OutOfMemory
-from lorainit.retry import until_it_fits
-from lorainit.world import World
+from lorainit.runtime.distributed.world import World
+from lorainit.runtime.retry import until_it_fits
 
 
 class Work:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lorainit import hardware
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
 from lorainit.evidence.collect import collect
+from lorainit.runtime import hardware
 from tests.lorainit.contexts import make_context
 from tests.zoo.bases import make
 

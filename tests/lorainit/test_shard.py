@@ -21,8 +21,8 @@ from lorainit.methods import METHODS
 from lorainit.model.load import load_model
 from lorainit.prepare import prepare
 from lorainit.run import run
+from lorainit.runtime.distributed.world import World
 from lorainit.shard import decide, shard
-from lorainit.world import World
 from tests.lorainit.ranks import run_ranks
 from tests.zoo.bases import make
 

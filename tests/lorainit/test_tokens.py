@@ -19,7 +19,7 @@ from lorainit.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.model.load import load_tokenizer
 from lorainit.model.tokenizer_files import TEMPLATES
 from lorainit.prepare import prepare
-from lorainit.store import Store
+from lorainit.runtime.store import Store
 from tests.lorainit.conftest import chat, tiny_llama, write_rows
 
 MIXED = [
@@ -170,7 +170,7 @@ READER = """
 import sys
 from pathlib import Path
 from lorainit.model.load import load_tokenizer
-from lorainit.store import Store
+from lorainit.runtime.store import Store
 from lorainit.tokens import load_kept
 folder, rows, cache = map(Path, sys.argv[1:])
 def complain(event):
@@ -285,7 +285,7 @@ def test_a_run_refuses_a_damaged_conversion(spec, bases, base, tmp_path):
 
 
 def test_store_says_what_could_not_be_kept(tmp_path, monkeypatch):
-    from lorainit import store as store_module
+    from lorainit.runtime import store as store_module
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")

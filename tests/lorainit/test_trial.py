@@ -19,7 +19,7 @@ from lorainit.layer import LoRALinear
 from lorainit.member import Member
 from lorainit.model.factors import Factors
 from lorainit.run import run
-from lorainit.world import World
+from lorainit.runtime.distributed.world import World
 from tests.lorainit.shortage import Memory, adapter
 
 

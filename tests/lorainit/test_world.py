@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit.config.events import Failed
-from lorainit.launch import Others
 from lorainit.run import run
+from lorainit.runtime.distributed.launch import Others
 from lorainit.system import shared_memory, silence
 from tests.servers import free_port
 

@@ -20,7 +20,7 @@ CHANGES = [
     (r"torch\.Generator\((\w[\w.]*)\)", r"torch._pretended_cuda.generator(\1)"),
 ]
 # Where "cuda" is a word of the libraries' errors.
-UNCHANGED = ("lorainit.machine_errors",)
+UNCHANGED = ("lorainit.runtime.machine_errors",)
 # Tables by kind of device, where the name is a key.
 KEYS = {"lorainit.passes": [(r'"CUDA": ', f'"{device.NAME}": ')]}
 

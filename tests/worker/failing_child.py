@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorainit import __main__, machine
+from lorainit import __main__
+from lorainit.runtime import machine
 
 
 def report(words: str) -> None:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from lorainit import machine
 from lorainit.config.errors import UnsupportedModel, UnusableDevice
 from lorainit.config.spec import Choice, Hyperparameters
+from lorainit.runtime import machine
 from lorainit.system import gpus
 
 PRECISION = "training.precision"

@@ -61,7 +61,7 @@ def set_up() -> Message:
     """
     if not _record:
         kept, waiting, gpu = before_torch()
-        from lorainit import arithmetic  # loads torch, which reads the environment once
+        from lorainit.runtime import arithmetic  # loads torch, which reads the environment once
 
         products = arithmetic.set_up(cpus=usable_cpus())
         memory = [kept, gpu] if arithmetic.has_gpu() else [kept]

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lorainit import hardware, machine_errors
 from lorainit.config.errors import (
     DeviceSilent,
     DiskFull,
@@ -20,6 +19,7 @@ from lorainit.config.errors import (
     UnusableDevice,
 )
 from lorainit.config.events import Event
+from lorainit.runtime import hardware, machine_errors
 from lorainit.system import shared_memory, silence
 
 OnEvent = Callable[[Event], None]

@@ -126,7 +126,7 @@ def key(**parts: Any) -> str:
 def code_version() -> str:
     """A digest of this package's sources and torch's version: any change makes every entry a miss."""
     digest = hashlib.sha256(torch.__version__.encode())
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lorainit.config.errors import LorainitError, UnsupportedModel
-from lorainit.machine_errors import is_machine_failure
+from lorainit.runtime.machine_errors import is_machine_failure
 
 
 @contextmanager

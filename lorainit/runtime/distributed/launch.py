@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorainit import machine
 from lorainit.config.events import Event, Failed
+from lorainit.runtime import machine
 from lorainit.system import shared_memory
 from lorainit.system.limits import tether
 
 PATIENCE = 30.0  # seconds for the others to end after the leading one has
 LAST_WORDS = 5.0  # seconds for the leading one to say itself what is wrong
 TOGETHER = 2.0  # seconds in which the end of one brings the others down, too
-RENDEZVOUS = "RENDEZVOUS"  # of the environment: the file by which the processes of one run meet (`lorainit.world`)
+# of the environment: the file by which the processes of one run meet (`lorainit.runtime.distributed.world`)
+RENDEZVOUS = "RENDEZVOUS"
 
 Process = subprocess.Popen[bytes]
 

@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from lorainit import machine
+from lorainit.runtime import machine
 from lorainit.system import driver, gpus
 
 
@@ -17,7 +17,7 @@ def examine() -> dict[str, Any]:
     if not gpus.is_hidden():
         driver.listed()
     machine.set_up()  # before anything else loads torch
-    from lorainit import hardware
+    from lorainit.runtime import hardware
 
     choices = [{"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in machine.report()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from lorainit import machine_errors
 from lorainit.config.errors import DeviceSilent, TooFewDevices
-from lorainit.launch import RENDEZVOUS
+from lorainit.runtime import machine_errors
+from lorainit.runtime.distributed.launch import RENDEZVOUS
 from lorainit.system import silence
 
 T = TypeVar("T")

@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 
 from lorainit.config.errors import OutOfMemory
-from lorainit.hardware import is_out_of_memory
-from lorainit.isolation import forget
-from lorainit.world import ALONE, World
+from lorainit.runtime.distributed.isolation import forget
+from lorainit.runtime.distributed.world import ALONE, World
+from lorainit.runtime.hardware import is_out_of_memory
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import distributed
 
-from lorainit.hardware import is_out_of_memory
+from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.system import shared_memory
 
 # Who speaks of GPUs. cuSOLVER is not among them: its own errors come of matrices that have no decomposition.
