@@ -59,7 +59,7 @@ def base(cache: str) -> tuple[Any, list[Any]]:
     """SmolLM2 in float32 and tokenized rows."""
     import torch
 
-    from lorainit.data import load
+    from lorainit.data.dataset import load
     from lorainit.model.load import load_model, load_tokenizer, locate
 
     folder = locate(SOURCE, cache=Path(cache)).folder
@@ -74,8 +74,8 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     import torch
 
     from lorainit import init_report
-    from lorainit.batches import Budget, collate
     from lorainit.config.spec import Hyperparameters, Lora
+    from lorainit.data.batches import Budget, collate
     from lorainit.evidence.collect import collect
     from lorainit.evidence.context import Context
     from lorainit.initialize import initialize
@@ -147,7 +147,7 @@ def plain_passes(model: Any, samples: list[Any], *, repeat: int) -> float:
 
     The gradients are new memory each time, as in a run: their pages alone cost more than a second.
     """
-    from lorainit.batches import collate
+    from lorainit.data.batches import collate
     from lorainit.loss import row_losses
     from lorainit.model.targets import find_targets
 
@@ -169,7 +169,7 @@ def joined(samples: list[Any], length: int) -> list[Any]:
     """The rows one after the other, cut into pieces of `length` tokens."""
     import torch
 
-    from lorainit.data import Sample
+    from lorainit.data.dataset import Sample
 
     ids, trained = torch.cat([s.ids for s in samples]), torch.cat([s.trained for s in samples])
     pieces = zip(ids.split(length), trained.split(length), strict=True)
@@ -227,7 +227,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from peft.tuners.lora.corda import preprocess_corda
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    from lorainit.batches import Budget, batches, collate
+    from lorainit.data.batches import Budget, batches, collate
     from lorainit.loss import row_losses
     from lorainit.model.targets import find_targets
 

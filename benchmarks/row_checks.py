@@ -4,7 +4,7 @@
 
 Hostile files are one line of about 8 MB. Ordinary ones have `ORDINARY` bytes of rows, and beside them stands what
 reading the same lines with Python's own parser takes, and doing nothing with them. Each is given to
-`python -m lorainit.row_check` as the reconciler gives it.
+`python -m lorainit.data.formats.row_check` as the reconciler gives it.
 """
 
 import json
@@ -77,7 +77,7 @@ def parsing(file: IO[bytes]) -> float:
 
 def cost(lines: Iterable[bytes], *, beside: bool = False) -> tuple[float, float, str, float, int]:
     """Seconds, MiB, what came of it, seconds of parsing alone if that is asked for `beside`, and bytes."""
-    command = [sys.executable, "-m", "lorainit.row_check", str(SECONDS), str(BYTES)]
+    command = [sys.executable, "-m", "lorainit.data.formats.row_check", str(SECONDS), str(BYTES)]
     with tempfile.TemporaryFile() as stdin:
         stdin.writelines(line + b"\n" for line in lines)
         size = stdin.tell()

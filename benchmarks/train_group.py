@@ -71,8 +71,8 @@ class Bench:
         """Seconds of one step of the first `members` adapters, each on rows of its own."""
         import torch
 
-        from lorainit.batches import pack
-        from lorainit.data import Sample
+        from lorainit.data.batches import pack
+        from lorainit.data.dataset import Sample
         from lorainit.loss import tallies
 
         lengths = [min(ROW, tokens)] * max(1, tokens // ROW)

@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
-from lorainit.batches import Budget, batches, collate  # noqa: E402
-from lorainit.data import Sample  # noqa: E402
+from lorainit.data.batches import Budget, batches, collate  # noqa: E402
+from lorainit.data.dataset import Sample  # noqa: E402
 from lorainit.loss import tally  # noqa: E402
 from lorainit.model.load import load_model  # noqa: E402
 

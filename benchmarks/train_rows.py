@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.train_plan import HELD_OUT, SOURCE  # noqa: E402
-from lorainit.batches import order  # noqa: E402
-from lorainit.data import Sample, load  # noqa: E402
+from lorainit.data.batches import order  # noqa: E402
+from lorainit.data.dataset import Sample, load  # noqa: E402
 from lorainit.model.load import load_tokenizer, locate  # noqa: E402
 
 TEST_ROWS = 200  # more than hold 4,096 trained tokens

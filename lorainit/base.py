@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from lorainit import memory
-from lorainit.batches import Batch, Regime, any_length, collate, pack, pad_id
 from lorainit.config.errors import GroupMismatch
 from lorainit.config.events import Event, Message
 from lorainit.config.inits import Quantization
 from lorainit.config.spec import RunSpec
-from lorainit.data import Sample
+from lorainit.data.batches import Batch, Regime, any_length, collate, pack, pad_id
+from lorainit.data.dataset import Sample
 from lorainit.digest import known_sha256, require_inspected, require_whole
 from lorainit.loss import is_plain
 from lorainit.model import experts

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorainit.config.events import Event
-from lorainit.data import Sample
+from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
 from lorainit.model.factors import Factors

@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorainit.batches import batches, order
 from lorainit.checkpoint import Progress, write
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
-from lorainit.data import Sample
+from lorainit.data.batches import batches, order
+from lorainit.data.dataset import Sample
 from lorainit.loss import Tally
 from lorainit.member import Member, clip, with_half_the_tokens, with_smaller_evaluations
 from lorainit.optimizers import make_optimizer, set_rate

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from lorainit.config.events import Event, Message, Tick
 from lorainit.config.inits import Quantization
-from lorainit.data import Dataset, Sample
+from lorainit.data.dataset import Dataset, Sample
 from lorainit.export.check import with_stock_peft
 from lorainit.model.load import free, load_model
 from lorainit.model.targets import linear_layers

@@ -17,7 +17,7 @@ from lorainit import compiled
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
 from lorainit.config.resolve import total_steps
-from lorainit.data import Sample
+from lorainit.data.dataset import Sample
 from lorainit.group import Stand
 from lorainit.member import Member, with_half_the_tokens, with_smaller_evaluations
 from lorainit.recompute import recompute

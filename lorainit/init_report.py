@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Batch
 from lorainit.config.errors import InitFailed
 from lorainit.config.spec import Lora
+from lorainit.data.batches import Batch
 from lorainit.evidence import Evidence
 from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of, row_losses, tally

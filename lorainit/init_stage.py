@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorainit.base import OnEvent
-from lorainit.batches import Batch, batches, collate, order
 from lorainit.cache import Cache, data_digest
 from lorainit.config.events import Message, Tick
 from lorainit.config.kept import entry_name
-from lorainit.data import Sample
+from lorainit.data.batches import Batch, batches, collate, order
+from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context

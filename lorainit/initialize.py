@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lorainit import init_report
-from lorainit.batches import Batch
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Event, Message, Tick
 from lorainit.config.inits import HRP, InitConfig, Kaiming, LoftQ, LoRAM
 from lorainit.config.spec import Lora
+from lorainit.data.batches import Batch
 from lorainit.evidence import Evidence
 from lorainit.init_report import Report
 from lorainit.layer import LoRALinear, adapted, attach

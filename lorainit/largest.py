@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from lorainit.batches import Budget
-from lorainit.data import Sample
+from lorainit.data.batches import Budget
+from lorainit.data.dataset import Sample
 
 
 class Size(NamedTuple):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from lorainit.batches import Batch
 from lorainit.config.errors import UnsupportedModel
+from lorainit.data.batches import Batch
 from lorainit.runtime.machine_errors import is_machine_failure
 
 # Logits held at once: 64 MB in float32. SmolLM2's 49,152 words make that 341 positions.

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Budget, Regime, any_length
 from lorainit.checkpoint import Restored
 from lorainit.config.events import Event, Message
 from lorainit.config.spec import Hyperparameters
-from lorainit.data import Dataset, Sample
+from lorainit.data.batches import Budget, Regime, any_length
+from lorainit.data.dataset import Dataset, Sample
 from lorainit.largest import Rows
 from lorainit.layer import LoRALinear
 

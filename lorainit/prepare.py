@@ -11,14 +11,16 @@ from typing import Any
 from torch import nn
 
 from lorainit.base import Base, OnEvent, store
-from lorainit.batches import Budget, batches, order
 from lorainit.config.errors import GroupMismatch
 from lorainit.config.events import Message, Plan, Tick
 from lorainit.config.facts import LeftOut
 from lorainit.config.placement import sentence
 from lorainit.config.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.config.spec import Choice, Hyperparameters, Lora, RunSpec
-from lorainit.data import Dataset, Sample, name_of, refuse
+from lorainit.data.batches import Budget, batches, order
+from lorainit.data.dataset import Dataset, Sample, name_of, refuse
+from lorainit.data.formats.rows import KEPT_PROBLEMS
+from lorainit.data.tokens import load_kept
 from lorainit.layer import LoRALinear
 from lorainit.model import mixture
 from lorainit.model.experts import ExpertLinear, short_name
@@ -26,9 +28,7 @@ from lorainit.model.load import check_length
 from lorainit.model.targets import resolve as resolve_targets
 from lorainit.model.vocabulary import require_known
 from lorainit.passes import Passes, go_on
-from lorainit.rows import KEPT_PROBLEMS
 from lorainit.runtime import hardware
-from lorainit.tokens import load_kept
 from lorainit.weight import shape_of
 
 

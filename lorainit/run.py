@@ -19,7 +19,7 @@ from lorainit.config.errors import Stopped
 from lorainit.config.events import Done, InitReport, Stage
 from lorainit.config.inits import HRP
 from lorainit.config.spec import RunSpec
-from lorainit.data import require_readable
+from lorainit.data.dataset import require_readable
 from lorainit.ending import End, Ending, Run
 from lorainit.fit import fit
 from lorainit.initialize import Report

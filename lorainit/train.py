@@ -11,12 +11,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Batch, batches
 from lorainit.checkpoint import Progress
 from lorainit.config.errors import LorainitError, Stopped
 from lorainit.config.events import Message, Stage, Tick
 from lorainit.course import Course, Evaluate
-from lorainit.data import Sample
+from lorainit.data.batches import Batch, batches
+from lorainit.data.dataset import Sample
 from lorainit.group import Stand
 from lorainit.loss import tallies, tally
 from lorainit.member import Member

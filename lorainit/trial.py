@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Batch
 from lorainit.config.errors import NonFiniteLoss
-from lorainit.data import Sample
+from lorainit.data.batches import Batch
+from lorainit.data.dataset import Sample
 from lorainit.group import Stand
 from lorainit.largest import Rows, size_of
 from lorainit.loss import tallies

@@ -2,8 +2,8 @@
 
     python -m tests.quick [--base main] [--list]
 
-A test belongs to `lorainit/rows.py` if its file is named `test_rows.py` or `test_rows_....py`, or imports it. After
-45 seconds of tests no further one begins, and what was left out is said. It replaces no `make test`.
+A test belongs to `lorainit/data/formats/rows.py` if its file is named `test_rows.py` or `test_rows_....py`, or imports
+it. After 45 seconds of tests no further one begins, and what was left out is said. It replaces no `make test`.
 """
 
 import argparse

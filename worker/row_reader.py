@@ -1,4 +1,5 @@
-"""One child that checks the rows of one file (`lorainit.row_check`): feed it, hear it, and judge by how it ended.
+"""One child that checks the rows of one file (`lorainit.data.formats.row_check`): feed it, hear it, and judge by how it
+ended.
 
 The bytes come through a pipe, so the child needs no credentials, and takes no time while nothing is fed. A file that
 makes the child run out of time or memory, or crash, has its verdict at once. A child that others ended says nothing
@@ -47,7 +48,7 @@ def read(
     seconds: int,
     leaving: threading.Event,
     wanted: Callable[[], bool],
-    program: tuple[str, ...] = (sys.executable, "-m", "lorainit.row_check"),
+    program: tuple[str, ...] = (sys.executable, "-m", "lorainit.data.formats.row_check"),
 ) -> dict[str, object]:
     """Check the rows in `chunks`; the columns `status`, `status_details` and `validation` of the file.
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.outside import AGAIN, BEGUN
 from benchmarks.gpu.plan import NOT_TRIED
-from lorainit.data import Sample
+from lorainit.data.dataset import Sample
 from lorainit.layer import LoRALinear
 from lorainit.model.factors import Factors
 from lorainit.model.targets import find_targets

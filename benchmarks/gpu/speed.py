@@ -12,8 +12,8 @@ from benchmarks.gpu.day import SHAPES, Day, adapters, rows
 from benchmarks.gpu.meter import Meter
 from benchmarks.gpu.rivals import hf_trainer
 from benchmarks.gpu.steps import GROUPS, RANK, STEPS, Case, Contender, table
-from lorainit.batches import pack
 from lorainit.config.spec import Hyperparameters
+from lorainit.data.batches import pack
 from lorainit.group import Stand
 from lorainit.loss import tallies
 from lorainit.model import attention

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorainit.batches import Budget, Regime, any_length
 from lorainit.config.events import Event, Message
 from lorainit.config.inits import EVA, CorDA, LoRAGA, LoRAOne
 from lorainit.config.spec import Hyperparameters, Lora
-from lorainit.data import Sample
+from lorainit.data.batches import Budget, Regime, any_length
+from lorainit.data.dataset import Sample
 
 
 @dataclass(frozen=True)

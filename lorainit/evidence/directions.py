@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from lorainit.batches import batches
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import EVA
-from lorainit.data import Sample
+from lorainit.data.batches import batches
+from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
 from lorainit.evidence.inputs import calibration_rows, look, shared_inputs

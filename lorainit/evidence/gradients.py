@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Budget, Regime, any_length, batches, collate
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Tick
 from lorainit.config.inits import LoRAGA, LoRAOne
-from lorainit.data import Sample
+from lorainit.data.batches import Budget, Regime, any_length, batches, collate
+from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.line_search import search_step

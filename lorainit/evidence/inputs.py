@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import collate
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.inits import EVA, CorDA
-from lorainit.data import Sample
+from lorainit.data.batches import collate
+from lorainit.data.dataset import Sample
 from lorainit.evidence.context import Context, few_rows
 from lorainit.loss import logits_of
 from lorainit.model.experts import ExpertLinear

@@ -15,11 +15,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorainit.batches import Budget, Regime, any_length, batches, collate
 from lorainit.config.errors import InitFailed
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import LoRAOne
-from lorainit.data import Sample
+from lorainit.data.batches import Budget, Regime, any_length, batches, collate
+from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.evidence.context import Context
 from lorainit.layer import LoRALinear, adapted, attach

@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorainit.batches import batches
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Tick
 from lorainit.config.inits import CorDA
+from lorainit.data.batches import batches
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
 from lorainit.evidence.inputs import calibration_rows, look, shared_inputs

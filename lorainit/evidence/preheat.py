@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit.batches import batches, collate
 from lorainit.config.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import HRP
-from lorainit.data import Sample
+from lorainit.data.batches import batches, collate
+from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
 from lorainit.layer import LoRALinear, borrowed

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Event, Tick
-from lorainit.data import Sample
+from lorainit.data.dataset import Sample
 from lorainit.export.effect import Change, Effect, logits_of, norm_of, observe_peft
 from lorainit.export.peft_adapter import MAGNITUDE, WEIGHTS
 from lorainit.runtime.machine_errors import is_machine_failure

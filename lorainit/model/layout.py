@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lorainit.batches import Batch, Regime, collate, pack
-from lorainit.data import Sample
+from lorainit.data.batches import Batch, Regime, collate, pack
+from lorainit.data.dataset import Sample
 from lorainit.model import attention
 from lorainit.model.parts import forget_pass
 from lorainit.model.positions import chosen_tokens, regime_of

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorainit import tokenizer_time
 from lorainit.config.errors import SequenceTooLong, UnsupportedModel
 from lorainit.config.inits import Quantization
+from lorainit.data.chat import tokenizer_time
 from lorainit.digest import seal
 from lorainit.model import tokenizer_files
 from lorainit.model.complete import quiet, require_nothing_left

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lorainit.batches import Regime, any_length
+from lorainit.data.batches import Regime, any_length
 
 
 def regime_of(model: nn.Module) -> Regime:

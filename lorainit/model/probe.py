@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorainit.batches import Batch, Budget, Regime, batches
-from lorainit.data import Sample
+from lorainit.data.batches import Batch, Budget, Regime, batches
+from lorainit.data.dataset import Sample
 
 _WORDS = ("window", "chunk", "local_attention")  # the last is ModernBERT's
 CUT = 16  # longest window or chunk while the probe looks

@@ -12,7 +12,7 @@ from benchmarks.rates_rows import HELD_OUT_ROWS, TRAINING_ROWS, instructions, wr
 from lorainit.config.inits import INITS
 from lorainit.config.resolve import total_steps
 from lorainit.config.spec import RunSpec
-from lorainit.rows import read_rows
+from lorainit.data.formats.rows import read_rows
 
 
 def cell(method, *, end, seed=0, data="examples"):

@@ -4,9 +4,9 @@ import hashlib
 
 import torch
 
-from lorainit.batches import Budget, order
 from lorainit.config.spec import Hyperparameters, Lora
-from lorainit.data import load
+from lorainit.data.batches import Budget, order
+from lorainit.data.dataset import load
 from lorainit.evidence.context import Context
 from lorainit.model import experts
 from lorainit.model.load import load_model

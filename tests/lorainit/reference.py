@@ -3,9 +3,9 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorainit.batches import Budget
 from lorainit.config.spec import Hyperparameters, Lora
-from lorainit.data import Sample
+from lorainit.data.batches import Budget
+from lorainit.data.dataset import Sample
 from lorainit.evidence.context import Context
 from lorainit.evidence.line_search import calibration_loss
 from lorainit.layer import LoRALinear, attach

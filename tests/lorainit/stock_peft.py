@@ -7,7 +7,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from lorainit.batches import collate
+from lorainit.data.batches import collate
 from lorainit.evidence.collect import collect
 from lorainit.initialize import initialize
 from lorainit.loss import tally

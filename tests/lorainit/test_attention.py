@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from transformers import MistralConfig, MistralForCausalLM
 
-from lorainit.batches import collate, pack
-from lorainit.data import Sample, load
+from lorainit.data.batches import collate, pack
+from lorainit.data.dataset import Sample, load
 from lorainit.loss import tally
 from lorainit.model import attention
 from lorainit.model.layout import choose_layout

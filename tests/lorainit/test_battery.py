@@ -18,10 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorainit.batches import Budget, collate
 from lorainit.config.inits import INITS
 from lorainit.config.spec import Hyperparameters, Lora
-from lorainit.data import load
+from lorainit.data.batches import Budget, collate
+from lorainit.data.dataset import load
 from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.export.peft_adapter import export

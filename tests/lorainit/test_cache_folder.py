@@ -126,7 +126,7 @@ def test_names_depend_on_every_part():
 
 
 def test_digest_of_rows_sees_tokens_masks_and_borders():
-    from lorainit.data import Sample
+    from lorainit.data.dataset import Sample
 
     def rows(*pairs):
         return [Sample(1, torch.tensor(ids), torch.tensor(mask)) for ids, mask in pairs]

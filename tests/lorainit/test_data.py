@@ -5,7 +5,6 @@ import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
 
-from lorainit.batches import Budget, batches, collate, order
 from lorainit.config.errors import (
     InvalidTrainingFile,
     InvalidValidationFile,
@@ -14,7 +13,8 @@ from lorainit.config.errors import (
     UnsupportedModel,
 )
 from lorainit.config.spec import Data
-from lorainit.data import Sample, load, require_readable
+from lorainit.data.batches import Budget, batches, collate, order
+from lorainit.data.dataset import Sample, load, require_readable
 from tests.lorainit.conftest import PLAIN_TEMPLATE, chat, make_tokenizer, write_rows
 
 
@@ -298,11 +298,11 @@ def test_rows_that_are_tokenized_together_are_what_each_is_by_itself(tmp_path, m
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     found = {}
     for together in (1, 7, 64):
-        monkeypatch.setattr("lorainit.data.TOGETHER_ROWS", together)
+        monkeypatch.setattr("lorainit.data.dataset.TOGETHER_ROWS", together)
         data = load(path, tokenizer, max_length=256)
         found[together] = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in data.samples]
     # And without reading anything ahead.
-    monkeypatch.setattr("lorainit.encode.Encoder.ahead", lambda _self, _texts: None)
+    monkeypatch.setattr("lorainit.data.chat.encode.Encoder.ahead", lambda _self, _texts: None)
     alone = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in load(path, tokenizer, max_length=256).samples]
     assert len(alone) == len(rows)
     assert found == {1: alone, 7: alone, 64: alone}
@@ -311,14 +311,14 @@ def test_rows_that_are_tokenized_together_are_what_each_is_by_itself(tmp_path, m
 def test_rows_are_tokenized_in_one_call(tmp_path, monkeypatch):
     calls, tokenizer = [], make_tokenizer()
     path = write_rows(tmp_path / "rows.jsonl", [chat(f"the {n}", f"cat {n}") for n in range(64)])
-    monkeypatch.setattr("lorainit.encode.tokenizer_time.read", _counted(calls))
+    monkeypatch.setattr("lorainit.data.chat.encode.tokenizer_time.read", _counted(calls))
     load(path, tokenizer, max_length=256)
     assert [len(texts) for texts in calls if isinstance(texts, list)] == [128]
     assert len(calls) < 8  # the others try out what the tokenizer does
 
 
 def _counted(calls):
-    from lorainit.tokenizer_time import read as plain
+    from lorainit.data.chat.tokenizer_time import read as plain
 
     def read_and_count(tokenizer, text, **options):
         calls.append(text)

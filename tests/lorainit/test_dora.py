@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorainit.batches import collate
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.events import InitReport, Metrics, Plan
 from lorainit.config.inits import INITS
 from lorainit.config.spec import Lora
-from lorainit.data import load
+from lorainit.data.batches import collate
+from lorainit.data.dataset import load
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
 from lorainit.layer import LoRALinear, adapted

@@ -9,11 +9,11 @@ import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 
-from lorainit.batches import collate
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message
 from lorainit.config.inits import EVA
 from lorainit.config.spec import Lora
+from lorainit.data.batches import collate
 from lorainit.evidence import Evidence
 from lorainit.evidence import directions as eva_directions
 from lorainit.evidence.collect import collect

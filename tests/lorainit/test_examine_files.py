@@ -9,12 +9,12 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.encode import Encoder
+from lorainit.data.chat.encode import Encoder
+from lorainit.data.chat.turns import Span
 from lorainit.inspect import inspect
 from lorainit.model.examine import examine
 from lorainit.model.load import load_tokenizer, locate
 from lorainit.runtime.refusal import as_unsupported
-from lorainit.turns import Span
 from tests.lorainit.conftest import make_tokenizer
 
 

@@ -13,10 +13,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, LongcatFlashConfig
 
-from lorainit.batches import collate
 from lorainit.config.errors import GroupMismatch, UnsupportedInit
 from lorainit.config.events import InitReport, Message, Plan
 from lorainit.config.spec import Lora, RunSpec
+from lorainit.data.batches import collate
 from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
 from lorainit.inspect import inspect

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit import fidelity, proof
-from lorainit.batches import collate
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Message
 from lorainit.config.spec import Lora, RunSpec
-from lorainit.data import Dataset, Sample, load
+from lorainit.data.batches import collate
+from lorainit.data.dataset import Dataset, Sample, load
 from lorainit.export.check import with_stock_peft
 from lorainit.export.peft_adapter import export
 from lorainit.fidelity import HeldOut, held_out, measure, token_losses

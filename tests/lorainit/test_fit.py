@@ -10,7 +10,7 @@ import torch
 from lorainit import fit
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Checkpoint, Message, Metrics, Plan
-from lorainit.data import Sample
+from lorainit.data.dataset import Sample
 from lorainit.run import Request, run, run_together
 from tests.lorainit.conftest import chat, write_rows
 from tests.lorainit.shortage import CHECKPOINTING, TOKENS, Memory, adapter, close, told

@@ -5,10 +5,10 @@ import gc
 import pytest
 import torch
 
-from lorainit.batches import Budget, batches, collate
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
-from lorainit.data import Sample, load
+from lorainit.data.batches import Budget, batches, collate
+from lorainit.data.dataset import Sample, load
 from lorainit.evidence import gradients
 from lorainit.evidence.collect import collect
 from lorainit.evidence.gradients import mean_gradients

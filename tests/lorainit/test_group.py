@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit import group
-from lorainit.batches import pack
 from lorainit.config.errors import Dropped, GroupMismatch, InvalidTrainingFile, LorainitError, NonFiniteLoss
 from lorainit.config.events import Checkpoint, Done, Metrics
-from lorainit.data import load
+from lorainit.data.batches import pack
+from lorainit.data.dataset import load
 from lorainit.layer import LoRALinear
 from lorainit.loss import tallies, tally
 from lorainit.model.factors import Factors

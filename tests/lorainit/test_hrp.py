@@ -10,10 +10,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lorainit.batches import collate
 from lorainit.config.errors import InitFailed, NonFiniteLoss, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import HRP
+from lorainit.data.batches import collate
 from lorainit.evidence import Evidence
 from lorainit.evidence import preheat as module
 from lorainit.evidence.collect import collect

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lorainit import init_report
-from lorainit.batches import collate
 from lorainit.config.spec import Lora
-from lorainit.data import load
+from lorainit.data.batches import collate
+from lorainit.data.dataset import load
 from lorainit.initialize import initialize
 from lorainit.layer import disabled
 from lorainit.loss import logits_of, row_losses, tally

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from lorainit.batches import collate
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import INITS
 from lorainit.config.spec import Lora
-from lorainit.data import load
+from lorainit.data.batches import collate
+from lorainit.data.dataset import load
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
 from lorainit.layer import LoRALinear, adapted

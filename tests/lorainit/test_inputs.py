@@ -8,7 +8,7 @@ from torch import nn
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
-from lorainit.data import Sample
+from lorainit.data.dataset import Sample
 from lorainit.evidence import moments
 from lorainit.evidence.collect import collect
 from lorainit.evidence.inputs import shared_inputs

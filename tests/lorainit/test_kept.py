@@ -4,7 +4,7 @@ import pytest
 
 from lorainit.base import open_base
 from lorainit.config.kept import Rows, entry_name, is_of_no_rows, rows_of
-from lorainit.data import file_sha256
+from lorainit.data.dataset import file_sha256
 from lorainit.init_stage import start
 from lorainit.prepare import prepare
 

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from lorainit.batches import Budget, batches
-from lorainit.data import Sample
+from lorainit.data.batches import Budget, batches
+from lorainit.data.dataset import Sample
 from lorainit.largest import Rows, Size, size_of
 
 

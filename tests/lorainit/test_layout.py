@@ -13,8 +13,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from lorainit.batches import Budget, collate, pack, together
-from lorainit.data import Sample
+from lorainit.data.batches import Budget, collate, pack, together
+from lorainit.data.dataset import Sample
 from lorainit.loss import tallies
 from lorainit.model import attention, probe
 from lorainit.model.layout import choose_layout

@@ -6,11 +6,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from lorainit.batches import collate
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.events import InitReport, Message
 from lorainit.config.inits import LoftQ
-from lorainit.data import load
+from lorainit.data.batches import collate
+from lorainit.data.dataset import load
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.initialize import _rise, initialize

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from lorainit.batches import collate
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits import LoRAGA
+from lorainit.data.batches import collate
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export

@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from lorainit import init_report
-from lorainit.batches import collate
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits import INITS, LoRAM
 from lorainit.config.spec import Lora
+from lorainit.data.batches import collate
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
 from lorainit.loss import logits_of

@@ -7,8 +7,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lorainit import loss
-from lorainit.batches import collate
-from lorainit.data import load
+from lorainit.data.batches import collate
+from lorainit.data.dataset import load
 from lorainit.loss import logits_of, tallies, tally
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer

@@ -7,10 +7,10 @@ import pytest
 
 from lorainit.base import open_base
 from lorainit.config.events import Message
-from lorainit.padding import without_padding
+from lorainit.data.chat.template import Template
+from lorainit.data.formats.padding import without_padding
+from lorainit.data.formats.rows import Row, check_file, read_rows
 from lorainit.prepare import prepare
-from lorainit.rows import Row, check_file, read_rows
-from lorainit.template import Template
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 USER = {"role": "user", "content": "q"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lorainit.batches import collate
 from lorainit.config.spec import Lora
+from lorainit.data.batches import collate
 from lorainit.export.peft_adapter import export
 from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of

@@ -14,8 +14,8 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorainit.batches import collate
-from lorainit.data import Sample
+from lorainit.data.batches import collate
+from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.layer import LoRALinear, adapted

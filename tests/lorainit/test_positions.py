@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorainit.batches import Budget, any_length, batches, collate, pack
-from lorainit.data import Sample, load
+from lorainit.data.batches import Budget, any_length, batches, collate, pack
+from lorainit.data.dataset import Sample, load
 from lorainit.evidence.gradients import mean_gradients
 from lorainit.loss import row_losses, tallies
 from lorainit.model.layout import choose_layout

@@ -21,11 +21,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorainit import quantize
-from lorainit.batches import Budget, collate
 from lorainit.config.errors import InitFailed, UnsupportedModel
 from lorainit.config.events import Done, InitReport, Message, Metrics
 from lorainit.config.spec import Lora
-from lorainit.data import load
+from lorainit.data.batches import Budget, collate
+from lorainit.data.dataset import load
 from lorainit.evidence.gradients import mean_gradients
 from lorainit.export import model_card
 from lorainit.export.check import check, prompts

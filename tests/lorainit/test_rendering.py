@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from lorainit import rendering
 from lorainit.config.errors import UnsupportedModel
-from lorainit.conversation import Fault
-from lorainit.rendering import Unbounded
-from lorainit.template import Rendered, Template
+from lorainit.data.chat import rendering
+from lorainit.data.chat.rendering import Unbounded
+from lorainit.data.chat.template import Rendered, Template
+from lorainit.data.formats.conversation import Fault
 from tests.lorainit.conftest import PLAIN_TEMPLATE, TEMPLATE, make_tokenizer
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": []}

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from lorainit import rows as module
-from lorainit.data import load
-from lorainit.rows import check_file, read_rows
+from lorainit.data.dataset import load
+from lorainit.data.formats import rows as module
+from lorainit.data.formats.rows import check_file, read_rows
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from lorainit import rows as module
-from lorainit.rows import BadRow, check_file, read_rows
+from lorainit.data.formats import rows as module
+from lorainit.data.formats.rows import BadRow, check_file, read_rows
 from tests.lorainit.conftest import chat
 
 GOOD = chat("Hi", "Hello")

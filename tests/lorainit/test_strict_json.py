@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorainit import strict_json
-from lorainit.conversation import faults, is_plain, warnings
+from lorainit.data.formats import strict_json
+from lorainit.data.formats.conversation import faults, is_plain, warnings
 
 CORNERS = [
     "18446744073709551615", "18446744073709551616", "-9223372036854775808", "-9223372036854775809", "9" * 30,

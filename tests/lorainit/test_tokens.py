@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorainit import digest, tokens
+from lorainit import digest
 from lorainit.base import open_base
 from lorainit.config.errors import InvalidTrainingFile, UnsupportedModel
 from lorainit.config.events import Message, Tick
-from lorainit.data import load, refuse, tokenize
+from lorainit.data import tokens
+from lorainit.data.dataset import load, refuse, tokenize
 from lorainit.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.model.load import load_tokenizer
 from lorainit.model.tokenizer_files import TEMPLATES
@@ -171,7 +172,7 @@ import sys
 from pathlib import Path
 from lorainit.model.load import load_tokenizer
 from lorainit.runtime.store import Store
-from lorainit.tokens import load_kept
+from lorainit.data.tokens import load_kept
 folder, rows, cache = map(Path, sys.argv[1:])
 def complain(event):
     raise SystemExit(event.message)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorainit import optimizers, trial
-from lorainit.batches import Budget
 from lorainit.config.events import Plan
 from lorainit.config.spec import Hyperparameters
-from lorainit.data import Sample
+from lorainit.data.batches import Budget
+from lorainit.data.dataset import Sample
 from lorainit.largest import Rows
 from lorainit.layer import LoRALinear
 from lorainit.member import Member

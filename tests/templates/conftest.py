@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lorainit.conversation import Fault
-from lorainit.encode import Encoder
-from lorainit.template import Rendered, Template
+from lorainit.data.chat.encode import Encoder
+from lorainit.data.chat.template import Rendered, Template
+from lorainit.data.formats.conversation import Fault
 from tests.lorainit.test_turns import byte_level, metaspace
 from tests.templates import environment
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lorainit.conversation import Fault
-from lorainit.template import Rendered
+from lorainit.data.chat.template import Rendered
+from lorainit.data.formats.conversation import Fault
 from tests.templates.conftest import CONTROL, MAKERS, ROWS, STOPS
 
 # Read off the templates by hand: what the generation prompt is continued with, up to the token that stops the model.

@@ -177,7 +177,7 @@ def test_a_child_knows_no_setting_of_the_service(monkeypatch: pytest.MonkeyPatch
 def test_a_child_of_a_dead_parent_dies() -> None:
     parent = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'lorainit.row_check', '60', '1000000000'],"
+        "child = subprocess.Popen([sys.executable, '-m', 'lorainit.data.formats.row_check', '60', '1000000000'],"
         " stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
         "child.stdin.write(b'1\\n' * 20000); child.stdin.flush()\n"  # more than a pipe holds: it has begun to read
         "print(child.pid, flush=True); time.sleep(600)"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorainit import course
 from lorainit.config.events import Event, Metrics
-from lorainit.data import load
+from lorainit.data.dataset import load
 from lorainit.model.load import load_tokenizer
 from lorainit.run import run
 from tests.zoo import stock

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorainit.data import Dataset, Sample
+from lorainit.data.dataset import Dataset, Sample
 
 # What rows of a length must have in common to share a pass (`model.positions`); None = they go one by one.
 Regime = Callable[[int], int | None]

@@ -1,9 +1,11 @@
-"""`python -m lorainit.row_check SECONDS BYTES`: check the rows that come on stdin, within bounds. Torch-free.
+"""`python -m lorainit.data.formats.row_check SECONDS BYTES`: check the rows that come on stdin, within bounds.
+
+Torch-free.
 
 The rows are anybody's, so whoever reads them may be made to loop, to take all memory or to crash. This process bounds
 itself before it reads a byte and knows nothing but the bytes. Its only word, one JSON object on stdout, is the report
-(`lorainit.rows.FileReport`) with `status` and `status_details` beside it, or `{"broken": why}` with exit code 1. What
-it has no word for, its parent reads from the way it ended: SIGXCPU is the time.
+(`lorainit.data.formats.rows.FileReport`) with `status` and `status_details` beside it, or `{"broken": why}` with exit
+code 1. What it has no word for, its parent reads from the way it ended: SIGXCPU is the time.
 """
 
 import json
@@ -11,7 +13,7 @@ import os
 import sys
 import traceback
 
-from lorainit.rows import check_file
+from lorainit.data.formats.rows import check_file
 from lorainit.system import limits
 
 

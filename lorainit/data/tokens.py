@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lorainit.config.kept import entry_name
-from lorainit.data import Dataset, Sample, file_sha256, tokenize
-from lorainit.rows import Problem
+from lorainit.data.dataset import Dataset, Sample, file_sha256, tokenize
+from lorainit.data.formats.rows import Problem
 from lorainit.runtime.store import Store, key
 
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorainit import tokenizer_time
 from lorainit.config.errors import UnsupportedModel
-from lorainit.turns import Span
+from lorainit.data.chat import tokenizer_time
+from lorainit.data.chat.turns import Span
 
 # Ids, and the characters that each of them stands for.
 Tokens = tuple[list[int], list[tuple[int, int]]]

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from lorainit import strict_json
+from lorainit.data.formats import strict_json
 
 Kind = Literal["chat", "prompt_completion", "preference"]
 

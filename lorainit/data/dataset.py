@@ -23,11 +23,11 @@ from lorainit.config.errors import (
     UnsupportedModel,
 )
 from lorainit.config.spec import Data
-from lorainit.conversation import Fault
-from lorainit.encode import Encoded, Encoder, pieces
-from lorainit.rows import KEPT_PROBLEMS, BadRow, Problem, Row, problem, read_rows
-from lorainit.stops import stop_tokens
-from lorainit.template import Template
+from lorainit.data.chat.encode import Encoded, Encoder, pieces
+from lorainit.data.chat.stops import stop_tokens
+from lorainit.data.chat.template import Template
+from lorainit.data.formats.conversation import Fault
+from lorainit.data.formats.rows import KEPT_PROBLEMS, BadRow, Problem, Row, problem, read_rows
 
 TICK_ROWS = 64
 # Rows that are tokenized in one call: it takes half the time of as many calls, and memory for all of them.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorainit import rendering, tokenizer_time
 from lorainit.config.errors import UnsupportedModel
-from lorainit.conversation import Fault, trained
-from lorainit.turns import Border, Conversation, Habits, Lost, Messages, Span, marked, marks_for, places
+from lorainit.data.chat import rendering, tokenizer_time
+from lorainit.data.chat.turns import Border, Conversation, Habits, Lost, Messages, Span, marked, marks_for, places
+from lorainit.data.formats.conversation import Fault, trained
 
 _PROBE = "zq_probe"
 _PROBE_TOOL = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
@@ -48,7 +48,7 @@ class Template:
     """What a tokenizer's chat template does, with what it can do found out by trying.
 
     Args:
-        stops: ids of the tokens at which the model stops (`lorainit.stops`).
+        stops: ids of the tokens at which the model stops (`lorainit.data.chat.stops`).
     """
 
     def __init__(self, tokenizer: Any, *, stops: frozenset[int] = frozenset()) -> None:

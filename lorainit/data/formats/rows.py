@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorainit import strict_json
-from lorainit.conversation import Fault, Kind, faults, is_plain, kind_of, normalized, warnings
-from lorainit.padding import without_padding
+from lorainit.data.formats import strict_json
+from lorainit.data.formats.conversation import Fault, Kind, faults, is_plain, kind_of, normalized, warnings
+from lorainit.data.formats.padding import without_padding
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
 KEPT_PROBLEMS = 20
