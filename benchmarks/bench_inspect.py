@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from lorainit.model import experts
-from lorainit.model.examine import build, examine
+from lorainit.model.source.examine import build, examine
 from lorainit.model.targets import describe
 
 BASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -15,17 +15,17 @@ from lorainit.config.inits import Quantization
 from lorainit.config.spec import RunSpec
 from lorainit.data.batches import Batch, Regime, any_length, collate, pack, pad_id
 from lorainit.data.dataset import Sample
-from lorainit.digest import known_sha256, require_inspected, require_whole
 from lorainit.loss import is_plain
 from lorainit.model import experts
-from lorainit.model.examine import examine
 from lorainit.model.finite import require_finite
 from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.model.parts import load_part
+from lorainit.model.source.digest import known_sha256, require_inspected, require_whole
+from lorainit.model.source.examine import examine
+from lorainit.model.source.vocabulary import require_rows
 from lorainit.model.targets import describe
-from lorainit.model.vocabulary import require_rows
 from lorainit.quantize import require_library
 from lorainit.runtime import hardware, machine
 from lorainit.runtime.distributed.world import ALONE, World

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lorainit.config.errors import LorainitError, UnsupportedModel
-from lorainit.model.find import find
+from lorainit.model.source.find import find
 from lorainit.system import limits
 
 # Of a base of any size: building its modules without weights takes seconds, loading our libraries ten on a slow disk.

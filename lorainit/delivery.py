@@ -23,9 +23,9 @@ from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
 from lorainit.initialize import Report
 from lorainit.layer import LoRALinear, borrowed
-from lorainit.model import tokenizer_files
 from lorainit.model.experts import ExpertLinear
 from lorainit.model.load import free
+from lorainit.model.source import tokenizer_files
 from lorainit.prepare import Job
 from lorainit.quantize import nf4_config
 from lorainit.runtime import hardware

@@ -9,14 +9,14 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.config.facts import MAX_SIDE, ModelFacts
 from lorainit.config.sources import LOCAL, is_hub_id
 from lorainit.data.chat.template import Template
-from lorainit.digest import base_sha256
 from lorainit.model import experts
-from lorainit.model.examine import examine
-from lorainit.model.files import MAX_CONFIG_BYTES, read_object
-from lorainit.model.find import find
 from lorainit.model.load import load_tokenizer, locate
+from lorainit.model.source.digest import base_sha256
+from lorainit.model.source.examine import examine
+from lorainit.model.source.files import MAX_CONFIG_BYTES, read_object
+from lorainit.model.source.find import find
+from lorainit.model.source.vocabulary import require_known, require_rows
 from lorainit.model.targets import describe
-from lorainit.model.vocabulary import require_known, require_rows
 
 # The context of a base that has no end to it (Mamba's state, say), where the tokenizer's own word for that is 1e30.
 ENDLESS = 1 << 20

@@ -25,8 +25,8 @@ from lorainit.layer import LoRALinear
 from lorainit.model import mixture
 from lorainit.model.experts import ExpertLinear, short_name
 from lorainit.model.load import check_length
+from lorainit.model.source.vocabulary import require_known
 from lorainit.model.targets import resolve as resolve_targets
-from lorainit.model.vocabulary import require_known
 from lorainit.passes import Passes, go_on
 from lorainit.runtime import hardware
 from lorainit.weight import shape_of

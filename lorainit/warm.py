@@ -78,7 +78,7 @@ def _try_a_model() -> None:
     """Build and try a model of the most common architecture, as each run does with its own, in fake tensors."""
     from transformers import LlamaConfig
 
-    from lorainit.model.examine import build
+    from lorainit.model.source.examine import build
     from lorainit.model.targets import describe
 
     sizes: dict[str, Any] = {

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import api
-from lorainit.model import hub
+from lorainit.model.source import hub
 from worker import app as worker_app
 
 ROOT = Path(api.__file__).parents[1]
@@ -87,7 +87,7 @@ def test_one_place_fetches_from_a_hub() -> None:
     places = [
         place for place, name, _ in calls() if name.rpartition(".")[2] in ("snapshot_download", "hf_hub_download")
     ]
-    assert len(places) == 1 and places[0].startswith("lorainit/model/hub.py")
+    assert len(places) == 1 and places[0].startswith("lorainit/model/source/hub.py")
 
 
 def test_the_queue_takes_json_and_nothing_else() -> None:

@@ -226,7 +226,7 @@ class BaseModelRef(Strict):
     `local:<name>`, which no hub can have (docs/decisions/0035).
     `weights`: how many numbers the layers hold that can carry a LoRA, null = counted when the base is opened. Default
     learning rates go by it (`lorainit.config.rates`), unless `base_learning_rate` says the best one for `kaiming`.
-    `sha256`: what its weights have to hash to (`lorainit.digest.base_sha256`), null = they may be any.
+    `sha256`: what its weights have to hash to (`lorainit.model.source.digest.base_sha256`), null = they may be any.
     """
 
     id: str

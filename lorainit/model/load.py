@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorainit.config.errors import SequenceTooLong, UnsupportedModel
 from lorainit.config.inits import Quantization
 from lorainit.data.chat import tokenizer_time
-from lorainit.digest import seal
-from lorainit.model import tokenizer_files
-from lorainit.model.complete import quiet, require_nothing_left
-from lorainit.model.examine import build, read_config, require_language_model
-from lorainit.model.files import check_folder, stored_weights
-from lorainit.model.find import find
 from lorainit.model.four_bits import four_bits
-from lorainit.model.gguf_header import check_header
 from lorainit.model.positions import forget_lengths
+from lorainit.model.source import tokenizer_files
+from lorainit.model.source.complete import quiet, require_nothing_left
+from lorainit.model.source.digest import seal
+from lorainit.model.source.examine import build, read_config, require_language_model
+from lorainit.model.source.files import check_folder, stored_weights
+from lorainit.model.source.find import find
+from lorainit.model.source.gguf_header import check_header
 from lorainit.quantize import loading_options, settle
 from lorainit.runtime.refusal import as_unsupported
 

@@ -23,9 +23,9 @@ from transformers.core_model_loading import (
 )
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.examine import build, read_config
-from lorainit.model.files import Stored, stored_weights
 from lorainit.model.load import load_model
+from lorainit.model.source.examine import build, read_config
+from lorainit.model.source.files import Stored, stored_weights
 from lorainit.recompute import layers_of
 
 PARAM = "training.shard_base"

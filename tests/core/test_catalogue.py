@@ -13,7 +13,7 @@ from lorainit.config import placement
 from lorainit.config.errors import UnsupportedModel
 from lorainit.config.facts import Target
 from lorainit.config.spec import Lora
-from lorainit.model.find import find
+from lorainit.model.source.find import find
 from tests.conftest import forget
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.inspect import inspect
-from lorainit.model.examine import examine
 from lorainit.model.load import load_model, locate
+from lorainit.model.source.examine import examine
 from tests.lorainit.conftest import change_json
 from tests.zoo.bases import KINDS, make
 

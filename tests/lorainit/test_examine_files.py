@@ -12,8 +12,8 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.data.chat.encode import Encoder
 from lorainit.data.chat.turns import Span
 from lorainit.inspect import inspect
-from lorainit.model.examine import examine
 from lorainit.model.load import load_tokenizer, locate
+from lorainit.model.source.examine import examine
 from lorainit.runtime.refusal import as_unsupported
 from tests.lorainit.conftest import make_tokenizer
 

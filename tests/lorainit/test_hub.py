@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from lorainit.config.sources import absolute, as_hub_id, is_root
-from lorainit.model import hub as fetching
+from lorainit.model.source import hub as fetching
 from tests import hub
 
 FIND = (
-    "import json, sys; from lorainit.model.find import find; from lorainit.config.errors import LorainitError\n"
+    "import json, sys; from lorainit.model.source.find import find; from lorainit.config.errors import LorainitError\n"
     "try:\n found = find(sys.argv[1]); answer = [found.source, str(found.path), found.hub_id]\n"
     "except LorainitError as error:\n answer = f'{error.code}: {error.message}'\n"
     "print(json.dumps(answer))"

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from lorainit import delivery, proof
 from lorainit.config.errors import UnusableDevice
 from lorainit.export import check
-from lorainit.model import causal, layout, peft_support
+from lorainit.model import layout, peft_support
+from lorainit.model.source import causal
 from lorainit.run import run
 from tests.lorainit.test_isolation import alike, together
 

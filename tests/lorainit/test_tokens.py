@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorainit import digest
 from lorainit.base import open_base
 from lorainit.config.errors import InvalidTrainingFile, UnsupportedModel
 from lorainit.config.events import Message, Tick
 from lorainit.data import tokens
 from lorainit.data.dataset import load, refuse, tokenize
-from lorainit.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.model.load import load_tokenizer
-from lorainit.model.tokenizer_files import TEMPLATES
+from lorainit.model.source import digest
+from lorainit.model.source.digest import base_sha256, known_sha256, require_whole, seal
+from lorainit.model.source.tokenizer_files import TEMPLATES
 from lorainit.prepare import prepare
 from lorainit.runtime.store import Store
 from tests.lorainit.conftest import chat, tiny_llama, write_rows

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
-from lorainit.model import tokenizer_files
+from lorainit.model.source import tokenizer_files
 from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, write_rows
 from tests.readers import arithmetic

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model import tokenizer_files
 from lorainit.model.load import load_tokenizer
+from lorainit.model.source import tokenizer_files
 from tests.lorainit.conftest import make_tokenizer
 from tests.readers.conftest import Download, ask
 from tests.readers.environments import LAST_TRANSFORMERS_4, OLDEST_TRANSFORMERS

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.config.facts import MAX_SIDE
-from lorainit.model.tokenizer_files import TEMPLATES
+from lorainit.model.source.tokenizer_files import TEMPLATES
 
 # The largest files of their kind seen on the hub are tokenizer.json of 35 MB and an index of 15 MB.
 MAX_TEXT_BYTES = 256 << 20

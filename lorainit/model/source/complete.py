@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.files import Stored, counted, stored_weights
-from lorainit.model.tied_weights import require_same_where_tied
+from lorainit.model.source.files import Stored, counted, stored_weights
+from lorainit.model.source.tied_weights import require_same_where_tied
 from lorainit.runtime.machine_errors import is_machine_failure
 
 # Names that transformers' report may hold although all is well. Causal masks were saved as if they were weights

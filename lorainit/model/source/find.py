@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lorainit.config import sources
 from lorainit.config.errors import HubUnavailable, UnsupportedModel
-from lorainit.model import hub
+from lorainit.model.source import hub
 
 
 @dataclass(frozen=True)

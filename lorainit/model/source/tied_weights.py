@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.files import Stored
+from lorainit.model.source.files import Stored
 
 CHUNK = 4096  # rows read at a time: of the widest vocabularies some 100 MB
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.files import counted
+from lorainit.model.source.files import counted
 
 # The tokens that come into rows by themselves.
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")

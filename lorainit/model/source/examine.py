@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.causal import require_causal
-from lorainit.model.complete import quiet, require_complete
-from lorainit.model.files import MAX_CONFIG_BYTES, check_folder, read_object, stored_weights
+from lorainit.model.source.causal import require_causal
+from lorainit.model.source.complete import quiet, require_complete
+from lorainit.model.source.files import MAX_CONFIG_BYTES, check_folder, read_object, stored_weights
 from lorainit.runtime.refusal import as_unsupported
 
 
