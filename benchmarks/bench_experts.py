@@ -18,11 +18,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lorainit.config.inits import Kaiming
 from lorainit.evidence import Evidence
-from lorainit.layer import LoRALinear, attach
 from lorainit.methods import METHODS
-from lorainit.model import experts, mixture
+from lorainit.model import mixture
+from lorainit.model.layers import experts
+from lorainit.model.layers.layer import LoRALinear, attach
+from lorainit.model.layers.weight import weight_of
 from lorainit.model.targets import find_targets
-from lorainit.weight import weight_of
 
 RANK = 8
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj"]

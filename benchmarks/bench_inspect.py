@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from lorainit.model import experts
+from lorainit.model.layers import experts
 from lorainit.model.source.examine import build, examine
 from lorainit.model.targets import describe
 

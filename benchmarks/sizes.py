@@ -20,7 +20,7 @@ from benchmarks.gpu.day import SHAPES
 from benchmarks.train_page import write_section
 from lorainit import memory
 from lorainit.fit import SHARE
-from lorainit.model.decoder_layers import listed_layers
+from lorainit.model.layers.decoder_layers import listed_layers
 
 NAME = "sizes"  # the place in docs/sizes.md
 RANK, TOKENS = 16, 2048

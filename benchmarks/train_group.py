@@ -48,9 +48,9 @@ class Bench:
     def __init__(self, precision: str) -> None:
         import torch
 
-        from lorainit import group
         from lorainit.config.spec import Hyperparameters
         from lorainit.model import load
+        from lorainit.model.layers import group
         from lorainit.model.layout import choose_layout
         from lorainit.model.targets import find_targets
         from lorainit.optimizers import make_optimizer
@@ -95,9 +95,9 @@ class Bench:
 def _adapter(targets: Any, seed: int) -> dict[str, Any]:
     import torch
 
-    from lorainit.layer import LoRALinear
-    from lorainit.model.factors import Factors
-    from lorainit.weight import shape_of
+    from lorainit.model.layers.factors import Factors
+    from lorainit.model.layers.layer import LoRALinear
+    from lorainit.model.layers.weight import shape_of
 
     generator = torch.Generator().manual_seed(seed)
     made = {}

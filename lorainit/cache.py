@@ -10,7 +10,7 @@ from lorainit.config.events import Event
 from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 from lorainit.runtime.store import Store, raw_bytes
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lorainit.config.errors import CheckpointMismatch
 from lorainit.config.spec import Lora
-from lorainit.layer import LoRALinear
-from lorainit.model.factors import Factors
-from lorainit.weight import device_of
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear
+from lorainit.model.layers.weight import device_of
 
 STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"
 

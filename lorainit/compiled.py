@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from lorainit.group import GroupedLinear
-from lorainit.layer import LoRALinear
-from lorainit.model import attention, experts
+from lorainit.model import attention
+from lorainit.model.layers import experts
+from lorainit.model.layers.group import GroupedLinear
+from lorainit.model.layers.layer import LoRALinear
 from lorainit.recompute import layers_of
 
 # Operations of a run on a CPU from which it pays, twice over: at 4e11 a second, 25 s are a tenth of 1e14.

@@ -22,12 +22,12 @@ from lorainit.export import check, model_card, peft_adapter
 from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
 from lorainit.initialize import Report
-from lorainit.layer import LoRALinear, borrowed
-from lorainit.model.experts import ExpertLinear
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.quantize import nf4_config
 from lorainit.model.load import free
 from lorainit.model.source import tokenizer_files
 from lorainit.prepare import Job
-from lorainit.quantize import nf4_config
 from lorainit.runtime import hardware
 from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.runtime.machine_errors import is_machine_failure

@@ -20,10 +20,10 @@ from lorainit.config.events import Event, Message, Tick
 from lorainit.config.inits import Quantization
 from lorainit.data.dataset import Dataset, Sample
 from lorainit.export.check import with_stock_peft
+from lorainit.model.layers.weight import was_conv1d, weight_of
 from lorainit.model.load import free, load_model
 from lorainit.model.targets import linear_layers
 from lorainit.runtime.hardware import has_bf16
-from lorainit.weight import was_conv1d, weight_of
 
 OnEvent = Callable[[Event], None]
 Way = Literal["unmerged", "merged"]

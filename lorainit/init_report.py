@@ -14,13 +14,13 @@ from lorainit.config.errors import InitFailed
 from lorainit.config.spec import Lora
 from lorainit.data.batches import Batch
 from lorainit.evidence import Evidence
-from lorainit.layer import adapted, disabled
 from lorainit.loss import logits_of, row_losses, tally
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import adapted, disabled
+from lorainit.model.layers.weight import weight_of
 from lorainit.norms import norm
 from lorainit.runtime.hardware import peak_memory_bytes
 from lorainit.runtime.retry import until_it_fits
-from lorainit.weight import weight_of
 
 # How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
 LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}

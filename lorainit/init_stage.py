@@ -22,8 +22,8 @@ from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.init_report import mean_loss
 from lorainit.initialize import Known, Report, initialize
-from lorainit.layer import detach
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import detach
 from lorainit.prepare import Job
 from lorainit.runtime.retry import until_it_fits
 from lorainit.runtime.store import key

@@ -21,12 +21,12 @@ from lorainit.config.spec import Lora
 from lorainit.data.batches import Batch
 from lorainit.evidence import Evidence
 from lorainit.init_report import Report
-from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.methods import METHODS
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, adapted, attach
+from lorainit.model.layers.weight import shape_of, weight_of
 from lorainit.norms import row_norms
 from lorainit.runtime.hardware import generator_for
-from lorainit.weight import shape_of, weight_of
 
 __all__ = ["Known", "Report", "initialize"]
 

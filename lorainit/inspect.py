@@ -9,7 +9,7 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.config.facts import MAX_SIDE, ModelFacts
 from lorainit.config.sources import LOCAL, is_hub_id
 from lorainit.data.chat.template import Template
-from lorainit.model import experts
+from lorainit.model.layers import experts
 from lorainit.model.load import load_tokenizer, locate
 from lorainit.model.source.digest import base_sha256
 from lorainit.model.source.examine import examine

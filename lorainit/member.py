@@ -16,7 +16,7 @@ from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import Budget, Regime, any_length
 from lorainit.data.dataset import Dataset, Sample
 from lorainit.largest import Rows
-from lorainit.layer import LoRALinear
+from lorainit.model.layers.layer import LoRALinear
 
 
 @dataclass(frozen=True, kw_only=True)

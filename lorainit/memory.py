@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit.model.decoder_layers import listed_layers
+from lorainit.model.layers.decoder_layers import listed_layers
 
 # Of each logit that a served form of the adapter makes: as computed, chosen and in float32, and its log-probability.
 LOGIT = 12

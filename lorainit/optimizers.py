@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.config.spec import AdamWLoRAPlus, AdamWPreconditioned, Hyperparameters
-from lorainit.layer import LoRALinear
+from lorainit.model.layers.layer import LoRALinear
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 # Squared ratio of the sizes of a factor's directions below which the smallest is rounding; matters without damping.

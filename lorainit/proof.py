@@ -22,9 +22,10 @@ from lorainit.config.events import Message
 from lorainit.config.spec import Lora
 from lorainit.export import check
 from lorainit.export.effect import Effect, logits_of, observe
-from lorainit.layer import LoRALinear, borrowed
-from lorainit.model.experts import short_name
-from lorainit.model.factors import Factors
+from lorainit.model.layers.experts import short_name
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import free
 from lorainit.model.parts import forget_pass
 from lorainit.prepare import Job
@@ -32,7 +33,6 @@ from lorainit.runtime.distributed.isolation import forget
 from lorainit.runtime.hardware import generator_for, is_out_of_memory, versions
 from lorainit.runtime.machine_errors import is_machine_failure
 from lorainit.runtime.store import key
-from lorainit.weight import shape_of
 
 ROWS, TOKENS = 2, 32
 SIZE = 0.05  # of what a layer of a trained model makes of its input: an adapter that does something, and not too much

@@ -17,9 +17,9 @@ from lorainit.config.events import Message, Stage, Tick
 from lorainit.course import Course, Evaluate
 from lorainit.data.batches import Batch, batches
 from lorainit.data.dataset import Sample
-from lorainit.group import Stand
 from lorainit.loss import tallies, tally
 from lorainit.member import Member
+from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import until_it_fits

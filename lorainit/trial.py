@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.data.batches import Batch
 from lorainit.data.dataset import Sample
-from lorainit.group import Stand
 from lorainit.largest import Rows, size_of
 from lorainit.loss import tallies
 from lorainit.member import Member, clip
+from lorainit.model.layers.group import Stand
 from lorainit.optimizers import make_optimizer
 from lorainit.runtime.distributed.world import World
 

@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.gpu.outside import AGAIN, BEGUN
 from benchmarks.gpu.plan import NOT_TRIED
 from lorainit.data.dataset import Sample
-from lorainit.layer import LoRALinear
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear
+from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets import find_targets
-from lorainit.weight import shape_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

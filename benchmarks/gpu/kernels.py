@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.day import Day, held
-from lorainit.layer import LoRALinear
 from lorainit.model import attention as ours
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear
 from lorainit.runtime import hardware
 
 LENGTHS = (70, 5, 125, 300)

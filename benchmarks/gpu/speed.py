@@ -14,9 +14,9 @@ from benchmarks.gpu.rivals import hf_trainer
 from benchmarks.gpu.steps import GROUPS, RANK, STEPS, Case, Contender, table
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import pack
-from lorainit.group import Stand
 from lorainit.loss import tallies
 from lorainit.model import attention
+from lorainit.model.layers.group import Stand
 from lorainit.optimizers import make_optimizer
 from lorainit.recompute import recompute
 

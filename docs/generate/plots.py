@@ -16,7 +16,7 @@ from lorainit.config.inits import INITS
 from lorainit.config.spec import Lora
 from lorainit.evidence import Evidence
 from lorainit.methods import METHODS
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 OUT, IN, RANK, ROWS = 48, 64, 4, 512
 PREHEAT_RANK, PREHEAT_STEPS, PREHEAT_RATE = 16, 100, 0.5

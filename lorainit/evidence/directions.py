@@ -12,10 +12,10 @@ from lorainit.evidence.context import Context
 from lorainit.evidence.inputs import calibration_rows, look, shared_inputs
 from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.methods.eva import alive_directions
-from lorainit.model.experts import ExpertLinear
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.layers.weight import shape_of
 from lorainit.model.names import listed
 from lorainit.runtime.hardware import generator_for
-from lorainit.weight import shape_of
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
 MAX_PASSES, MIN_BATCHES = 8, 64

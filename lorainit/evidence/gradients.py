@@ -21,9 +21,9 @@ from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.line_search import search_step
 from lorainit.loss import row_losses
-from lorainit.model.experts import ExpertLinear
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.layers.weight import shape_of
 from lorainit.model.names import listed
-from lorainit.weight import shape_of
 
 OnTick = Callable[[int, int], None]
 

@@ -15,7 +15,7 @@ from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample
 from lorainit.evidence.context import Context, few_rows
 from lorainit.loss import logits_of
-from lorainit.model.experts import ExpertLinear
+from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.names import listed
 
 See = Callable[[str, Tensor, list[int]], None]

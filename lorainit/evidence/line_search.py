@@ -22,11 +22,11 @@ from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.evidence.context import Context
-from lorainit.layer import LoRALinear, adapted, attach
 from lorainit.loss import row_losses
 from lorainit.methods.lora_one import lora_one
+from lorainit.model.layers.layer import LoRALinear, adapted, attach
+from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.hardware import generator_for
-from lorainit.weight import weight_of
 
 # Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))

@@ -8,7 +8,7 @@ import torch
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
 from lorainit.evidence.context import Context
-from lorainit.model.experts import ExpertLinear
+from lorainit.model.layers.experts import ExpertLinear
 from lorainit.runtime import hardware
 
 FLOAT = 4

@@ -21,14 +21,14 @@ from lorainit.data.batches import batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
-from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods._linalg import normal
 from lorainit.methods.hrp import alive_directions
-from lorainit.model.experts import ExpertLinear
-from lorainit.model.factors import Factors
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.weight import device_of, shape_of
 from lorainit.runtime.hardware import generator_for
-from lorainit.weight import device_of, shape_of
 
 MAX_RANK, RANK_FACTOR = 128, 8
 MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02

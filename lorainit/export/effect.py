@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lorainit.config.events import Event, Tick
 from lorainit.export.exact import exact, plain, widened, widest
-from lorainit.layer import LoRALinear, borrowed
-from lorainit.model.experts import ExpertLinear
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.runtime.hardware import generator_for
 
 OnEvent = Callable[[Event], None]

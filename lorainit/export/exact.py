@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.layer import LoRALinear
 from lorainit.model import attention
-from lorainit.model.decoder_layers import listed_layers
-from lorainit.quantize import is_quantized
-from lorainit.weight import weight_of
+from lorainit.model.layers.decoder_layers import listed_layers
+from lorainit.model.layers.layer import LoRALinear
+from lorainit.model.layers.quantize import is_quantized
+from lorainit.model.layers.weight import weight_of
 
 TRIED = 8  # tokens
 

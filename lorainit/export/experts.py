@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lorainit.layer import LoRALinear
-from lorainit.model.experts import ExpertLinear, ExpertStack
+from lorainit.model.layers.experts import ExpertLinear, ExpertStack
+from lorainit.model.layers.layer import LoRALinear
 
 Pair = tuple[Tensor, Tensor]
 

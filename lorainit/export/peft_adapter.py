@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lorainit.config.inits import ExportRanks
 from lorainit.export import experts
-from lorainit.layer import LoRALinear
-from lorainit.model.experts import stacks
+from lorainit.model.layers.experts import stacks
+from lorainit.model.layers.layer import LoRALinear
+from lorainit.model.layers.weight import was_conv1d
 from lorainit.model.peft_support import rewritten
-from lorainit.weight import was_conv1d
 
 WEIGHTS = "adapter_model.safetensors"
 MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module with a `weight`

@@ -21,7 +21,7 @@ from lorainit.methods.milora import milora
 from lorainit.methods.olora import olora
 from lorainit.methods.orthogonal import orthogonal
 from lorainit.methods.pissa import pissa
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 METHODS: dict[str, Callable[..., Factors]] = {
     "kaiming": kaiming,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import InitFailed
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 from lorainit.norms import row_norms
 
 # The block never carries fewer directions: alone, the first of them would need many more passes over W.

@@ -17,7 +17,7 @@ from lorainit.config.errors import InitFailed
 from lorainit.config.inits import CorDA
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import last_alive, symmetric
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 from lorainit.norms import norm
 
 FIRST_DAMPING, MAX_DAMPING = 0.01, 1.0

@@ -14,7 +14,7 @@ from lorainit.config.errors import InitFailed
 from lorainit.config.inits import EVA
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import count_alive
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 # Directions below this share of the strongest are rounding of a float32 decomposition.
 DEAD = 1e-6

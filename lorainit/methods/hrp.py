@@ -20,7 +20,7 @@ from lorainit.config.errors import InitFailed
 from lorainit.config.inits import HRP
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import count_alive, normal
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 # Below this share of the top singular value a direction of the preheated product is rounding.
 DEAD = 1e-7

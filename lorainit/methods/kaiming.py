@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorainit.config.inits import Kaiming
 from lorainit.evidence import Evidence
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 
 def kaiming(

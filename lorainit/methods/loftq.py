@@ -15,7 +15,7 @@ from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits import LoftQ
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import randomized_svd, symmetric
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 from lorainit.norms import norm
 
 # Rounding errors have a flat spectrum, which needs many blocks: 99.99 % of the best energy on a 2048×2048 matrix of

@@ -13,7 +13,7 @@ from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.inits import LoRAGA
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import numerical_rank, randomized_svd
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 NITER = 16  # at most; the SVD ends when it is exact
 ROWS = 512  # of the offset that are looked at together

@@ -14,7 +14,7 @@ from lorainit.config.errors import InitFailed
 from lorainit.config.inits import LoRAOne
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import numerical_rank, randomized_svd
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 GAMMA = {"v3": 128.0, "v1": 64.0}  # the authors' commands
 

@@ -18,7 +18,7 @@ from lorainit.methods._linalg import normal
 from lorainit.methods.milora import milora
 from lorainit.methods.olora import olora
 from lorainit.methods.pissa import pissa
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 from lorainit.norms import norm
 
 F64 = torch.float64

@@ -12,7 +12,7 @@ from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits import MiLoRA
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import last_alive, symmetric
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 # A float32 SVD returns 1e-7 to 3e-7 of the top singular value where the true one is 0, so the line lies above that.
 DEAD = 1e-6

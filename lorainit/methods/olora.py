@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorainit.config.inits import OLoRA
 from lorainit.evidence import Evidence
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 
 def olora(

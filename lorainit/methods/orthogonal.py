@@ -12,7 +12,7 @@ from torch import Tensor
 from lorainit.config.inits import Orthogonal
 from lorainit.evidence import Evidence
 from lorainit.methods._linalg import normal
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 
 
 def orthogonal(

@@ -3,7 +3,7 @@
 from torch import nn
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.weight import weight_of
+from lorainit.model.layers.weight import weight_of
 
 
 def require_finite(model: nn.Module) -> None:

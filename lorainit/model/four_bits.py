@@ -14,10 +14,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorainit.config.facts import NF4_BLOCK, LeftOut
+from lorainit.model.layers.quantize import PACKED_ROWS, nf4_config
+from lorainit.model.layers.weight import shape_of
 from lorainit.model.peft_support import READ, UNUSED
 from lorainit.model.targets import TOWER, Layer, kinds_of, survey
-from lorainit.quantize import PACKED_ROWS, nf4_config
-from lorainit.weight import shape_of
 
 _BLOCKS = f"its rows are no whole blocks of {NF4_BLOCK} weights"
 _REASONS = {READ: "its weight is read past the layer, by code that knows no four bits", UNUSED: UNUSED, TOWER: TOWER}
@@ -29,7 +29,7 @@ class FourBits:
 
     `kept`: kinds of layers that get no LoRA and stay in the run's own precision, and why; `skip`: what to give to
     transformers as `llm_int8_skip_modules`, None where its own choice is the same; `unpackable`: bitsandbytes cannot
-    repack every layer in four bits for a CPU (`lorainit.quantize.settle` keeps it from trying).
+    repack every layer in four bits for a CPU (`lorainit.model.layers.quantize.settle` keeps it from trying).
     """
 
     kept: list[LeftOut]

@@ -19,6 +19,7 @@ from lorainit.config.errors import SequenceTooLong, UnsupportedModel
 from lorainit.config.inits import Quantization
 from lorainit.data.chat import tokenizer_time
 from lorainit.model.four_bits import four_bits
+from lorainit.model.layers.quantize import loading_options, settle
 from lorainit.model.positions import forget_lengths
 from lorainit.model.source import tokenizer_files
 from lorainit.model.source.complete import quiet, require_nothing_left
@@ -27,7 +28,6 @@ from lorainit.model.source.examine import build, read_config, require_language_m
 from lorainit.model.source.files import check_folder, stored_weights
 from lorainit.model.source.find import find
 from lorainit.model.source.gguf_header import check_header
-from lorainit.quantize import loading_options, settle
 from lorainit.runtime.refusal import as_unsupported
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.

@@ -1,7 +1,7 @@
 """What a run on a mixture of experts adapts, what it leaves out and why, and what that costs.
 
 Said before the first step.
-Knows nothing of how experts are run (`lorainit.model.experts`).
+Knows nothing of how experts are run (`lorainit.model.layers.experts`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,8 @@ from torch import nn
 
 from lorainit.config.events import Message
 from lorainit.config.spec import Lora
-from lorainit.model.experts import ExpertLinear, stacks
-from lorainit.weight import shape_of
+from lorainit.model.layers.experts import ExpertLinear, stacks
+from lorainit.model.layers.weight import shape_of
 
 FLOAT = 4  # bytes of what is trained
 OWN_WAY = "their architecture runs them in a way of its own, which is not adapted"

@@ -8,7 +8,7 @@ from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data.batches import Budget, order
 from lorainit.data.dataset import load
 from lorainit.evidence.context import Context
-from lorainit.model import experts
+from lorainit.model.layers import experts
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer

@@ -8,11 +8,11 @@ from lorainit.data.batches import Budget
 from lorainit.data.dataset import Sample
 from lorainit.evidence.context import Context
 from lorainit.evidence.line_search import calibration_loss
-from lorainit.layer import LoRALinear, attach
 from lorainit.methods import METHODS
+from lorainit.model.layers.layer import LoRALinear, attach
+from lorainit.model.layers.weight import weight_of
 from lorainit.model.targets import find_targets
 from lorainit.runtime.hardware import generator_for
-from lorainit.weight import weight_of
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ from safetensors.torch import load_file
 
 from lorainit import base as base_module
 from lorainit.config.events import Message, Metrics, Stage
-from lorainit.group import GroupedLinear
-from lorainit.layer import LoRALinear
+from lorainit.model.layers.group import GroupedLinear
+from lorainit.model.layers.layer import LoRALinear
 from lorainit.recompute import layers_of
 
 CHECKPOINTING, TOKENS = "gradient_checkpointing", "tokens_per_pass"

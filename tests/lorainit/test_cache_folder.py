@@ -12,7 +12,7 @@ import torch
 from lorainit.cache import Cache, data_digest
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.initialize import Known
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 from lorainit.runtime.store import key
 
 

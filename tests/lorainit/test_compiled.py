@@ -6,9 +6,9 @@ from transformers import AttentionInterface
 
 from lorainit import compiled
 from lorainit.config.events import Message
-from lorainit.group import GroupedLinear
-from lorainit.layer import LoRALinear
 from lorainit.model import attention
+from lorainit.model.layers.group import GroupedLinear
+from lorainit.model.layers.layer import LoRALinear
 from lorainit.recompute import layers_of
 from lorainit.run import run
 from tests.lorainit.conftest import tiny_llama

@@ -18,14 +18,14 @@ from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
-from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, adapted
+from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.optimizers import make_optimizer
 from lorainit.run import run
-from lorainit.weight import weight_of
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.stock_peft import SameMask
 from tests.lorainit.test_initialize import gradients

@@ -22,8 +22,8 @@ from lorainit.export.check import check, prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.layer import adapted, detach
 from lorainit.methods import METHODS
+from lorainit.model.layers.layer import adapted, detach
 from lorainit.model.load import load_model
 from lorainit.run import run
 from tests.lorainit.contexts import CPU, make_context

@@ -20,11 +20,12 @@ from lorainit.data.batches import collate
 from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
 from lorainit.inspect import inspect
-from lorainit.layer import LoRALinear, attach
 from lorainit.loss import row_losses
 from lorainit.methods import METHODS
-from lorainit.model import experts, mixture
-from lorainit.model.factors import Factors
+from lorainit.model import mixture
+from lorainit.model.layers import experts
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.run import Request, run, run_together

@@ -16,16 +16,16 @@ from lorainit.export.check import check, require
 from lorainit.export.effect import observe
 from lorainit.export.exact import exact, widest
 from lorainit.export.peft_adapter import export
-from lorainit.layer import LoRALinear
-from lorainit.model import experts
-from lorainit.model.factors import Factors
+from lorainit.model.layers import experts
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear
+from lorainit.model.layers.weight import weight_of
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.proof import trial
 from lorainit.run import run
 from lorainit.runtime.hardware import generator_for
-from lorainit.weight import weight_of
 from tests.zoo.bases import make
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit import group
 from lorainit.config.errors import Dropped, GroupMismatch, InvalidTrainingFile, LorainitError, NonFiniteLoss
 from lorainit.config.events import Checkpoint, Done, Metrics
 from lorainit.data.batches import pack
 from lorainit.data.dataset import load
-from lorainit.layer import LoRALinear
 from lorainit.loss import tallies, tally
-from lorainit.model.factors import Factors
+from lorainit.model.layers import group
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.run import Request, run, run_together

@@ -19,11 +19,11 @@ from lorainit.evidence import preheat as module
 from lorainit.evidence.collect import collect
 from lorainit.evidence.preheat import preheat_steps
 from lorainit.initialize import initialize
-from lorainit.layer import LoRALinear, borrowed
 from lorainit.loss import tally
 from lorainit.methods import METHODS
 from lorainit.methods.hrp import right_directions
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.run import run
 from lorainit.runtime.hardware import generator_for
 from tests.lorainit.contexts import make_context, state

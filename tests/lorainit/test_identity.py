@@ -14,11 +14,11 @@ from lorainit.course import Course
 from lorainit.data.batches import batches, collate, order
 from lorainit.init_stage import start
 from lorainit.member import Member
+from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
 from lorainit.prepare import prepare
 from lorainit.runtime.distributed.world import World
 from lorainit.train import train
-from lorainit.weight import weight_of
 from tests.lorainit.stock_peft import SameMask
 
 RATE, CLIP = 1e-2, 0.5

@@ -8,8 +8,8 @@ from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.initialize import initialize
-from lorainit.layer import disabled
 from lorainit.loss import logits_of, row_losses, tally
+from lorainit.model.layers.layer import disabled
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer

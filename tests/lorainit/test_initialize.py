@@ -13,10 +13,10 @@ from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
-from lorainit.layer import LoRALinear, adapted
 from lorainit.loss import row_losses
 from lorainit.methods import METHODS
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, adapted
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer

@@ -14,9 +14,9 @@ from lorainit.data.dataset import load
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.initialize import _rise, initialize
-from lorainit.layer import disabled
 from lorainit.loss import logits_of
 from lorainit.methods import METHODS
+from lorainit.model.layers.layer import disabled
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run

@@ -15,7 +15,7 @@ from lorainit.config.spec import BaseModelRef, Lora
 from lorainit.evidence import Evidence, line_search
 from lorainit.evidence.collect import collect
 from lorainit.methods.lora_one import lora_one
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
 from lorainit.run import run
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from lorainit.layer import LoRALinear
-from lorainit.low_rank import Slot, low_rank
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear
+from lorainit.model.layers.low_rank import Slot, low_rank
 
 IN, OUT, R, ROWS = 96, 128, 4, 512
 BF16 = torch.bfloat16

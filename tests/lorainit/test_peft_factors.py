@@ -18,10 +18,10 @@ from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
-from lorainit.layer import LoRALinear, adapted
 from lorainit.methods import METHODS
+from lorainit.model.layers.layer import LoRALinear, adapted
+from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.hardware import generator_for
-from lorainit.weight import weight_of
 from tests.lorainit.reference import eight_rows, factors_of, tiny
 from tests.lorainit.stock_peft import ALPHA, INITS, Q_PROJ, TARGETS, R, S, asked, ours, pefts, pefts_factors
 

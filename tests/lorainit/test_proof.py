@@ -16,7 +16,7 @@ from lorainit.config.errors import ExportCheckFailed, UnsupportedModel
 from lorainit.config.events import Message, Metrics, Stage, Tick
 from lorainit.config.spec import Lora
 from lorainit.export import check
-from lorainit.layer import LoRALinear
+from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
 from lorainit.model.targets import find_targets
 from lorainit.proof import trial

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lorainit import quantize
 from lorainit.config.errors import InitFailed, UnsupportedModel
 from lorainit.config.events import Done, InitReport, Message, Metrics
 from lorainit.config.spec import Lora
@@ -32,16 +31,17 @@ from lorainit.export.check import check, prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.layer import adapted, attach, detach
 from lorainit.loss import logits_of
 from lorainit.model import load as load_module
 from lorainit.model import peft_support
 from lorainit.model.four_bits import FourBits, four_bits
+from lorainit.model.layers import quantize
+from lorainit.model.layers.layer import adapted, attach, detach
+from lorainit.model.layers.weight import shape_of, was_conv1d, weight_of
 from lorainit.model.load import load_model, skeleton
 from lorainit.model.targets import find_targets, linear_layers
 from lorainit.run import run
 from lorainit.runtime import hardware
-from lorainit.weight import shape_of, was_conv1d, weight_of
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import make
 

@@ -15,9 +15,9 @@ from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import Budget
 from lorainit.data.dataset import Sample
 from lorainit.largest import Rows
-from lorainit.layer import LoRALinear
 from lorainit.member import Member
-from lorainit.model.factors import Factors
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear
 from lorainit.run import run
 from lorainit.runtime.distributed.world import World
 from tests.lorainit.shortage import Memory, adapter

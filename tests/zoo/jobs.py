@@ -11,7 +11,7 @@ from unittest import mock
 from lorainit import delivery
 from lorainit.config.events import Event
 from lorainit.config.spec import RunSpec
-from lorainit.layer import borrowed
+from lorainit.model.layers.layer import borrowed
 from lorainit.run import run
 from tests.zoo import stock
 from tests.zoo.finding import Case, Tried

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from lorainit.weight import weight_of
+from lorainit.model.layers.weight import weight_of
 
 
 class Slot(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorainit.quantize import dequantized, is_quantized
+from lorainit.model.layers.quantize import dequantized, is_quantized
 
 
 def weight_of(module: nn.Module) -> Tensor:

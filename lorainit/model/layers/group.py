@@ -1,7 +1,7 @@
 """Several adapters on one base in one forward pass: each sees its own rows of a packed batch.
 
 The frozen matrices are multiplied once for all rows, the low-rank parts adapter by adapter
-(`lorainit.low_rank`), so each adapter's loss and gradients are those it would have alone. Knows
+(`lorainit.model.layers.low_rank`), so each adapter's loss and gradients are those it would have alone. Knows
 nothing of optimizers, data or files.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorainit.layer import LoRALinear, attach
-from lorainit.low_rank import low_rank
+from lorainit.model.layers.layer import LoRALinear, attach
+from lorainit.model.layers.low_rank import low_rank
 
 Layers = Mapping[str, LoRALinear]
 Spans = list[tuple[int, int]]  # first token and end of each adapter's part of a pass

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from lorainit.low_rank import Slot, low_rank
-from lorainit.model.factors import Factors
-from lorainit.weight import weight_of
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.low_rank import Slot, low_rank
+from lorainit.model.layers.weight import weight_of
 
 
 class LoRALinear(nn.Module):
