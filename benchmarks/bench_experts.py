@@ -19,11 +19,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from lorainit.config.inits import Kaiming
 from lorainit.evidence import Evidence
 from lorainit.methods import METHODS
-from lorainit.model import mixture
 from lorainit.model.layers import experts
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of
-from lorainit.model.targets import find_targets
+from lorainit.model.targets import mixture
+from lorainit.model.targets.targets import find_targets
 
 RANK = 8
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj"]

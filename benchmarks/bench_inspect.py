@@ -19,7 +19,7 @@ import transformers
 
 from lorainit.model.layers import experts
 from lorainit.model.source.examine import build, examine
-from lorainit.model.targets import describe
+from lorainit.model.targets.targets import describe
 
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3 8B": ("LlamaConfig", {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}),

@@ -80,7 +80,7 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from lorainit.evidence.context import Context
     from lorainit.initialize import initialize
     from lorainit.methods import METHODS
-    from lorainit.model.targets import find_targets
+    from lorainit.model.targets.targets import find_targets
 
     model, samples = base(cache)
     init = {"method": name.partition(" ")[0], **OURS[name]}
@@ -149,7 +149,7 @@ def plain_passes(model: Any, samples: list[Any], *, repeat: int) -> float:
     """
     from lorainit.data.batches import collate
     from lorainit.loss import row_losses
-    from lorainit.model.targets import find_targets
+    from lorainit.model.targets.targets import find_targets
 
     targets = find_targets(model, "all-linear")
 
@@ -229,7 +229,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
 
     from lorainit.data.batches import Budget, batches, collate
     from lorainit.loss import row_losses
-    from lorainit.model.targets import find_targets
+    from lorainit.model.targets.targets import find_targets
 
     model, samples = base(cache)
     targets = find_targets(model, "all-linear")

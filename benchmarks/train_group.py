@@ -52,7 +52,7 @@ class Bench:
         from lorainit.model import load
         from lorainit.model.layers import group
         from lorainit.model.layout import choose_layout
-        from lorainit.model.targets import find_targets
+        from lorainit.model.targets.targets import find_targets
         from lorainit.optimizers import make_optimizer
         from lorainit.runtime import hardware
 

@@ -17,7 +17,6 @@ from lorainit.data.batches import Batch, Regime, any_length, collate, pack, pad_
 from lorainit.data.dataset import Sample
 from lorainit.loss import is_plain
 from lorainit.model.finite import require_finite
-from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.layers import experts
 from lorainit.model.layers.quantize import require_library
 from lorainit.model.layout import Layout, choose_layout
@@ -26,7 +25,8 @@ from lorainit.model.parts import load_part
 from lorainit.model.source.digest import known_sha256, require_inspected, require_whole
 from lorainit.model.source.examine import examine
 from lorainit.model.source.vocabulary import require_rows
-from lorainit.model.targets import describe
+from lorainit.model.targets.four_bits import FourBits, four_bits
+from lorainit.model.targets.targets import describe
 from lorainit.runtime import hardware, machine
 from lorainit.runtime.distributed.world import ALONE, World
 from lorainit.runtime.refusal import as_unsupported

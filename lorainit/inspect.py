@@ -16,7 +16,7 @@ from lorainit.model.source.examine import examine
 from lorainit.model.source.files import MAX_CONFIG_BYTES, read_object
 from lorainit.model.source.find import find
 from lorainit.model.source.vocabulary import require_known, require_rows
-from lorainit.model.targets import describe
+from lorainit.model.targets.targets import describe
 
 # The context of a base that has no end to it (Mamba's state, say), where the tokenizer's own word for that is 1e30.
 ENDLESS = 1 << 20

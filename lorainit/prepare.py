@@ -21,13 +21,13 @@ from lorainit.data.batches import Budget, batches, order
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
 from lorainit.data.tokens import load_kept
-from lorainit.model import mixture
 from lorainit.model.layers.experts import ExpertLinear, short_name
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import check_length
 from lorainit.model.source.vocabulary import require_known
-from lorainit.model.targets import resolve as resolve_targets
+from lorainit.model.targets import mixture
+from lorainit.model.targets.targets import resolve as resolve_targets
 from lorainit.passes import Passes, go_on
 from lorainit.runtime import hardware
 

@@ -79,7 +79,7 @@ def _try_a_model() -> None:
     from transformers import LlamaConfig
 
     from lorainit.model.source.examine import build
-    from lorainit.model.targets import describe
+    from lorainit.model.targets.targets import describe
 
     sizes: dict[str, Any] = {
         "hidden_size": 8,

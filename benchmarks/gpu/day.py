@@ -17,7 +17,7 @@ from lorainit.data.dataset import Sample
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -82,7 +82,8 @@ class ModelFacts(Strict):
     def quantization(self) -> list[Quantization]:
         """What `lora.quantization` can be: NF4 where every row of what can carry a LoRA is whole blocks.
 
-        Experts of a mixture are not quantized, and other layers only where they can be (`lorainit.model.four_bits`).
+        Experts of a mixture are not quantized, and other layers only where they can be
+        (`lorainit.model.targets.four_bits`).
         """
         whole = all(target.in_features % NF4_BLOCK == 0 for target in self.targets if not target.experts)
         return ["nf4"] if whole else []

@@ -1,6 +1,6 @@
 """Which kinds of layers a run adapts, decided from facts alone, so that the API and the engine always agree.
 
-Torch-free. Knows nothing of modules: `lorainit.model.targets` finds the facts and the layers that a name means.
+Torch-free. Knows nothing of modules: `lorainit.model.targets.targets` finds the facts and the layers that a name means.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.methods.eva import alive_directions
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.names import listed
+from lorainit.model.targets.names import listed
 from lorainit.runtime.hardware import generator_for
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.

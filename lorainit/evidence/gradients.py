@@ -23,7 +23,7 @@ from lorainit.evidence.line_search import search_step
 from lorainit.loss import row_losses
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.names import listed
+from lorainit.model.targets.names import listed
 
 OnTick = Callable[[int, int], None]
 

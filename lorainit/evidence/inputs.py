@@ -16,7 +16,7 @@ from lorainit.data.dataset import Sample
 from lorainit.evidence.context import Context, few_rows
 from lorainit.loss import logits_of
 from lorainit.model.layers.experts import ExpertLinear
-from lorainit.model.names import listed
+from lorainit.model.targets.names import listed
 
 See = Callable[[str, Tensor, list[int]], None]
 

@@ -14,7 +14,7 @@ from lorainit.evidence.context import Context
 from lorainit.evidence.inputs import calibration_rows, look, shared_inputs
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.names import listed
+from lorainit.model.targets.names import listed
 
 # Second moments that lie on an accelerator at a time; more of them take one more pass over the rows.
 DEVICE_BYTES = 4 << 30

@@ -6,7 +6,7 @@ from lorainit.evidence import Evidence
 from lorainit.evidence.context import Context
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
-from lorainit.model.targets import linear_layers
+from lorainit.model.targets.targets import linear_layers
 
 
 def original_weights(context: Context) -> dict[str, Evidence]:

@@ -22,7 +22,7 @@ from lorainit.export import experts
 from lorainit.model.layers.experts import stacks
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import was_conv1d
-from lorainit.model.peft_support import rewritten
+from lorainit.model.targets.peft_support import rewritten
 
 WEIGHTS = "adapter_model.safetensors"
 MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module with a `weight`

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorainit.config.errors import SequenceTooLong, UnsupportedModel
 from lorainit.config.inits import Quantization
 from lorainit.data.chat import tokenizer_time
-from lorainit.model.four_bits import four_bits
 from lorainit.model.layers.quantize import loading_options, settle
 from lorainit.model.positions import forget_lengths
 from lorainit.model.source import tokenizer_files
@@ -28,6 +27,7 @@ from lorainit.model.source.examine import build, read_config, require_language_m
 from lorainit.model.source.files import check_folder, stored_weights
 from lorainit.model.source.find import find
 from lorainit.model.source.gguf_header import check_header
+from lorainit.model.targets.four_bits import four_bits
 from lorainit.runtime.refusal import as_unsupported
 
 # What a conversion writes; a change here makes new cache entries instead of trusting old ones.
@@ -187,7 +187,7 @@ def load_model(
     Args:
         dtype: "auto" = as stored; the weights then stay mapped from the files until they are read.
         kind: the class to make it of, if that is not left to its configuration.
-        quantization: how its linear layers are held (`lorainit.model.four_bits`); None = in `dtype`.
+        quantization: how its linear layers are held (`lorainit.model.targets.four_bits`); None = in `dtype`.
 
     Raises:
         UnsupportedModel: not a causal language model of this transformers version, quantized in its files, not all

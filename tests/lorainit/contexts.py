@@ -10,7 +10,7 @@ from lorainit.data.dataset import load
 from lorainit.evidence.context import Context
 from lorainit.model.layers import experts
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

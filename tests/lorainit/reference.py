@@ -11,7 +11,7 @@ from lorainit.evidence.line_search import calibration_loss
 from lorainit.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from lorainit.runtime.hardware import generator_for
 
 CPU = torch.device("cpu")

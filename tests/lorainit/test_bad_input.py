@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit, UnsupportedModel
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
 

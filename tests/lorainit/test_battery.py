@@ -31,7 +31,7 @@ from lorainit.member import Member
 from lorainit.methods import METHODS
 from lorainit.model.layers.layer import adapted, attach, detach, disabled
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from lorainit.runtime.distributed.world import World
 from lorainit.train import train
 from tests.lorainit.conftest import make_tokenizer

@@ -23,7 +23,7 @@ from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, adapted
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from lorainit.optimizers import make_optimizer
 from lorainit.run import run
 from tests.lorainit.conftest import make_tokenizer

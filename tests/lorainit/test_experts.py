@@ -22,12 +22,12 @@ from lorainit.export.peft_adapter import export
 from lorainit.inspect import inspect
 from lorainit.loss import row_losses
 from lorainit.methods import METHODS
-from lorainit.model import mixture
 from lorainit.model.layers import experts
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets import mixture
+from lorainit.model.targets.targets import find_targets
 from lorainit.run import Request, run, run_together
 from tests.lorainit.contexts import make_context
 from tests.zoo.bases import KINDS, make

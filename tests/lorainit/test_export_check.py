@@ -22,7 +22,7 @@ from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from lorainit.proof import trial
 from lorainit.run import run
 from lorainit.runtime.hardware import generator_for

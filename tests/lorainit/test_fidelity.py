@@ -22,7 +22,7 @@ from lorainit.initialize import initialize
 from lorainit.model import attention
 from lorainit.model.layers.layer import adapted, weight_of
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets, linear_layers
+from lorainit.model.targets.targets import find_targets, linear_layers
 from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 

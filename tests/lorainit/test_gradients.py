@@ -14,7 +14,7 @@ from lorainit.evidence.collect import collect
 from lorainit.evidence.gradients import mean_gradients
 from lorainit.loss import row_losses, tally
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.reference import CPU, context, eight_rows, tiny
 

@@ -19,7 +19,7 @@ from lorainit.model.layers import group
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from lorainit.run import Request, run, run_together
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 

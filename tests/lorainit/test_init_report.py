@@ -11,7 +11,7 @@ from lorainit.initialize import initialize
 from lorainit.loss import logits_of, row_losses, tally
 from lorainit.model.layers.layer import disabled
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from lorainit.methods import METHODS
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, adapted
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model import peft_support
-from lorainit.model.like_layers import counterpart, like_layers
-from lorainit.model.targets import linear_layers
+from lorainit.model.targets import peft_support
+from lorainit.model.targets.like_layers import counterpart, like_layers
+from lorainit.model.targets.targets import linear_layers
 from tests.zoo.kind import COMMON
 
 pytestmark = pytest.mark.filterwarnings("ignore")

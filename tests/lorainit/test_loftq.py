@@ -18,7 +18,7 @@ from lorainit.loss import logits_of
 from lorainit.methods import METHODS
 from lorainit.model.layers.layer import disabled
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets, linear_layers
+from lorainit.model.targets.targets import find_targets, linear_layers
 from lorainit.run import run
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.reference import context, tiny

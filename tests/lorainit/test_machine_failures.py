@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from lorainit import delivery, proof
 from lorainit.config.errors import UnusableDevice
 from lorainit.export import check
-from lorainit.model import layout, peft_support
+from lorainit.model import layout
 from lorainit.model.source import causal
+from lorainit.model.targets import peft_support
 from lorainit.run import run
 from tests.lorainit.test_isolation import alike, together
 

@@ -13,7 +13,7 @@ from lorainit.inspect import inspect
 from lorainit.model import load as module
 from lorainit.model.load import check_length, load_model, load_tokenizer, locate
 from lorainit.model.source.digest import base_sha256
-from lorainit.model.targets import find_targets, resolve
+from lorainit.model.targets.targets import find_targets, resolve
 from tests.lorainit.conftest import tiny_gpt2, tiny_llama
 
 EMPTY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)  # version, tensors, keys

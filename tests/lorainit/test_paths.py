@@ -3,7 +3,7 @@
 import pytest
 
 from lorainit.config.paths import folded, matches, unfolded
-from lorainit.model.names import short_names
+from lorainit.model.targets.names import short_names
 
 
 def test_names_are_as_short_as_they_can_be_and_never_mean_another_module():

@@ -14,7 +14,7 @@ from lorainit.loss import row_losses, tallies
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from lorainit.model.positions import forget_lengths, regime_of
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from lorainit.run import Request, run, run_together
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.test_attention import SMALL

@@ -18,7 +18,7 @@ from lorainit.config.spec import Lora
 from lorainit.export import check
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
-from lorainit.model.targets import find_targets
+from lorainit.model.targets.targets import find_targets
 from lorainit.proof import trial
 from lorainit.run import Request, run, run_together
 from lorainit.runtime import hardware

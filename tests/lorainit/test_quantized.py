@@ -33,13 +33,13 @@ from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
 from lorainit.loss import logits_of
 from lorainit.model import load as load_module
-from lorainit.model import peft_support
-from lorainit.model.four_bits import FourBits, four_bits
 from lorainit.model.layers import quantize
 from lorainit.model.layers.layer import adapted, attach, detach
 from lorainit.model.layers.weight import shape_of, was_conv1d, weight_of
 from lorainit.model.load import load_model, skeleton
-from lorainit.model.targets import find_targets, linear_layers
+from lorainit.model.targets import peft_support
+from lorainit.model.targets.four_bits import FourBits, four_bits
+from lorainit.model.targets.targets import find_targets, linear_layers
 from lorainit.run import run
 from lorainit.runtime import hardware
 from tests.lorainit.conftest import make_tokenizer

@@ -22,15 +22,16 @@ from lorainit.config.paths import matches, unfolded
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.export.peft_adapter import export
 from lorainit.inspect import inspect
-from lorainit.model import attention, peft_support
+from lorainit.model import attention
 from lorainit.model.layers import experts
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model, skeleton
-from lorainit.model.names import pattern_of
-from lorainit.model.targets import describe, find_targets, resolve, survey
+from lorainit.model.targets import peft_support
+from lorainit.model.targets.names import pattern_of
+from lorainit.model.targets.targets import describe, find_targets, resolve, survey
 from lorainit.run import run
 from tests.lorainit.conftest import tiny_llama
 from tests.zoo.bases import make

@@ -3,7 +3,7 @@
 transformers' own loader makes them, one layer at a time, so that a GPU never holds the full base and
 the quantized one is bit for bit what anybody gets who loads the untouched model in NF4: blocks of 64,
 no double quantization (Dettmers et al., "QLoRA", arXiv 2305.14314, section 3). Which layers they are is
-decided in `lorainit.model.four_bits`. The only module that
+decided in `lorainit.model.targets.four_bits`. The only module that
 knows bitsandbytes, which is imported when a layer is quantized (docs/decisions/0010). Knows nothing of
 methods, training or files.
 """

@@ -14,12 +14,12 @@ from lorainit.config.facts import Group, LeftOut, Target
 from lorainit.config.paths import folded, matches
 from lorainit.config.placement import FIELD, place
 from lorainit.config.spec import Lora
-from lorainit.model.groups import group_of
 from lorainit.model.layers.experts import ExpertLinear, ExpertStack, full_name
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.mixture import OWN_WAY
-from lorainit.model.names import short_names
-from lorainit.model.peft_support import refusals, rewritten
+from lorainit.model.targets.groups import group_of
+from lorainit.model.targets.mixture import OWN_WAY
+from lorainit.model.targets.names import short_names
+from lorainit.model.targets.peft_support import refusals, rewritten
 
 TOWER = "it belongs to a vision or audio tower, which text does not pass through"
 ROUTER = "it is a router or gate: which experts run would jump with it"

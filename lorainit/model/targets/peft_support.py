@@ -27,8 +27,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.like_layers import counterpart, like_layers, skip
-from lorainit.model.names import pattern_of
+from lorainit.model.targets.like_layers import counterpart, like_layers, skip
+from lorainit.model.targets.names import pattern_of
 from lorainit.runtime.machine_errors import is_machine_failure
 
 TOKENS = 8

@@ -16,8 +16,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lorainit.config.facts import NF4_BLOCK, LeftOut
 from lorainit.model.layers.quantize import PACKED_ROWS, nf4_config
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.peft_support import READ, UNUSED
-from lorainit.model.targets import TOWER, Layer, kinds_of, survey
+from lorainit.model.targets.peft_support import READ, UNUSED
+from lorainit.model.targets.targets import TOWER, Layer, kinds_of, survey
 
 _BLOCKS = f"its rows are no whole blocks of {NF4_BLOCK} weights"
 _REASONS = {READ: "its weight is read past the layer, by code that knows no four bits", UNUSED: UNUSED, TOWER: TOWER}
