@@ -148,7 +148,7 @@ def plain_passes(model: Any, samples: list[Any], *, repeat: int) -> float:
     The gradients are new memory each time, as in a run: their pages alone cost more than a second.
     """
     from lorainit.data.batches import collate
-    from lorainit.loss import row_losses
+    from lorainit.model.forward.loss import row_losses
     from lorainit.model.targets.targets import find_targets
 
     targets = find_targets(model, "all-linear")
@@ -228,7 +228,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from peft.tuners.lora.loraga import preprocess_loraga
 
     from lorainit.data.batches import Budget, batches, collate
-    from lorainit.loss import row_losses
+    from lorainit.model.forward.loss import row_losses
     from lorainit.model.targets.targets import find_targets
 
     model, samples = base(cache)

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.day import SHAPES
 from benchmarks.train_page import write_section
-from lorainit import memory
 from lorainit.fit import SHARE
+from lorainit.model import memory
 from lorainit.model.layers.decoder_layers import listed_layers
 
 NAME = "sizes"  # the place in docs/sizes.md

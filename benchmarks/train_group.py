@@ -73,7 +73,7 @@ class Bench:
 
         from lorainit.data.batches import pack
         from lorainit.data.dataset import Sample
-        from lorainit.loss import tallies
+        from lorainit.model.forward.loss import tallies
 
         lengths = [min(ROW, tokens)] * max(1, tokens // ROW)
         rows = [

@@ -18,7 +18,7 @@ from peft import PeftModel  # noqa: E402
 
 from lorainit.data.batches import Budget, batches, collate  # noqa: E402
 from lorainit.data.dataset import Sample  # noqa: E402
-from lorainit.loss import tally  # noqa: E402
+from lorainit.model.forward.loss import tally  # noqa: E402
 from lorainit.model.load import load_model  # noqa: E402
 
 ROWS_PER_PASS = 8

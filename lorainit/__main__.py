@@ -291,7 +291,7 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("--cache", type=Path, help="where GGUF files are converted to (default: a temporary folder)")
     parser.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)  # the child that does it
     args = parser.parse_args(arguments)
-    from lorainit import confined
+    from lorainit.model import confined
 
     if args.confined:
         confined.answer(args.source, args.cache)

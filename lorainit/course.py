@@ -19,8 +19,8 @@ from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.data.batches import batches, order
 from lorainit.data.dataset import Sample
-from lorainit.loss import Tally
 from lorainit.member import Member, clip, with_half_the_tokens, with_smaller_evaluations
+from lorainit.model.forward.loss import Tally
 from lorainit.optimizers import make_optimizer, set_rate
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import until_it_fits

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorainit import fidelity
-from lorainit.base import OnEvent
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Message, Stage, Warned
 from lorainit.config.inits import EVA
@@ -22,6 +21,7 @@ from lorainit.export import check, model_card, peft_adapter
 from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
 from lorainit.initialize import Report
+from lorainit.model.base import OnEvent
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.quantize import nf4_config

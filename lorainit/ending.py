@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lorainit import delivery
-from lorainit.base import OnEvent
 from lorainit.checkpoint import Progress, Restored
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Message, Stage
 from lorainit.config.spec import Hyperparameters
 from lorainit.initialize import Report
+from lorainit.model.base import OnEvent
 from lorainit.prepare import Job
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World

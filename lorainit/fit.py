@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit import compiled
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
 from lorainit.config.resolve import total_steps
 from lorainit.data.dataset import Sample
 from lorainit.member import Member, with_half_the_tokens, with_smaller_evaluations
+from lorainit.model.forward import compiled
+from lorainit.model.forward.recompute import recompute
 from lorainit.model.layers.group import Stand
-from lorainit.recompute import recompute
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.hardware import is_out_of_memory, peak_while, return_memory
 from lorainit.trial import Lay, Trial, forget, trials, try_pass, try_update

@@ -14,7 +14,7 @@ from lorainit.config.errors import InitFailed
 from lorainit.config.spec import Lora
 from lorainit.data.batches import Batch
 from lorainit.evidence import Evidence
-from lorainit.loss import logits_of, row_losses, tally
+from lorainit.model.forward.loss import logits_of, row_losses, tally
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import adapted, disabled
 from lorainit.model.layers.weight import weight_of

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorainit.base import OnEvent
 from lorainit.cache import Cache, data_digest
 from lorainit.config.events import Message, Tick
 from lorainit.config.kept import entry_name
@@ -22,6 +21,7 @@ from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.init_report import mean_loss
 from lorainit.initialize import Known, Report, initialize
+from lorainit.model.base import OnEvent
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import detach
 from lorainit.prepare import Job

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from lorainit.base import Base, OnEvent, store
 from lorainit.config.errors import GroupMismatch
 from lorainit.config.events import Message, Plan, Tick
 from lorainit.config.facts import LeftOut
@@ -21,14 +20,15 @@ from lorainit.data.batches import Budget, batches, order
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
 from lorainit.data.tokens import load_kept
+from lorainit.model.base import Base, OnEvent, store
 from lorainit.model.layers.experts import ExpertLinear, short_name
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import check_length
+from lorainit.model.passes import Passes, go_on
 from lorainit.model.source.vocabulary import require_known
 from lorainit.model.targets import mixture
 from lorainit.model.targets.targets import resolve as resolve_targets
-from lorainit.passes import Passes, go_on
 from lorainit.runtime import hardware
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from lorainit import checkpoint, delivery, init_stage, proof
-from lorainit.base import Base, OnEvent, open_base
 from lorainit.checkpoint import Restored
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Done, InitReport, Stage
@@ -24,6 +23,7 @@ from lorainit.ending import End, Ending, Run
 from lorainit.fit import fit
 from lorainit.initialize import Report
 from lorainit.member import Member
+from lorainit.model.base import Base, OnEvent, open_base
 from lorainit.prepare import Job, prepare
 from lorainit.runtime import hardware
 from lorainit.runtime.distributed import isolation

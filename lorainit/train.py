@@ -17,8 +17,8 @@ from lorainit.config.events import Message, Stage, Tick
 from lorainit.course import Course, Evaluate
 from lorainit.data.batches import Batch, batches
 from lorainit.data.dataset import Sample
-from lorainit.loss import tallies, tally
 from lorainit.member import Member
+from lorainit.model.forward.loss import tallies, tally
 from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World

@@ -15,8 +15,8 @@ from lorainit.config.errors import NonFiniteLoss
 from lorainit.data.batches import Batch
 from lorainit.data.dataset import Sample
 from lorainit.largest import Rows, size_of
-from lorainit.loss import tallies
 from lorainit.member import Member, clip
+from lorainit.model.forward.loss import tallies
 from lorainit.model.layers.group import Stand
 from lorainit.optimizers import make_optimizer
 from lorainit.runtime.distributed.world import World

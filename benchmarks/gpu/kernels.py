@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.day import Day, held
-from lorainit.model import attention as ours
+from lorainit.model.forward import attention as ours
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.runtime import hardware

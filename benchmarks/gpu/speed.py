@@ -14,11 +14,11 @@ from benchmarks.gpu.rivals import hf_trainer
 from benchmarks.gpu.steps import GROUPS, RANK, STEPS, Case, Contender, table
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import pack
-from lorainit.loss import tallies
-from lorainit.model import attention
+from lorainit.model.forward import attention
+from lorainit.model.forward.loss import tallies
+from lorainit.model.forward.recompute import recompute
 from lorainit.model.layers.group import Stand
 from lorainit.optimizers import make_optimizer
-from lorainit.recompute import recompute
 
 
 def steps(day: Day) -> None:

@@ -1,7 +1,7 @@
 """What is known of a base model without opening it: which kinds of its layers can carry a LoRA, and which cannot.
 
-Torch-free. `lorainit.inspect` finds these facts out, a catalogue keeps them, and `lorainit.config.placement` decides
-with them. Knows nothing of jobs or of the service.
+Torch-free. `lorainit.model.inspect` finds these facts out, a catalogue keeps them, and `lorainit.config.placement`
+decides with them. Knows nothing of jobs or of the service.
 """
 
 from typing import Annotated, Literal
@@ -64,7 +64,7 @@ class LeftOut(Target):
 
 
 class ModelFacts(Strict):
-    """What a request can be checked against without opening the model (`lorainit.inspect`).
+    """What a request can be checked against without opening the model (`lorainit.model.inspect`).
 
     `source` and `root` are as in `lorainit.config.sources`. `left_out` is empty in catalogue entries that an older
     version wrote.

@@ -1,6 +1,6 @@
 """The order in which rows are seen, which of them share a forward pass, and the two ways to lay them into one.
 
-Packed: rows end to end, no padding, attention kept inside each row (`lorainit.model.attention`). Padded:
+Packed: rows end to end, no padding, attention kept inside each row (`lorainit.model.forward.attention`). Padded:
 rows side by side, filled up on the right; what initializations look at, and what a base without
 our attention trains on. Both give the same losses. Knows nothing of adapters.
 """

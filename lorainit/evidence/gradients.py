@@ -20,7 +20,7 @@ from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context, few_rows
 from lorainit.evidence.line_search import search_step
-from lorainit.loss import row_losses
+from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import listed

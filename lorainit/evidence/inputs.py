@@ -14,7 +14,7 @@ from lorainit.config.inits import EVA, CorDA
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample
 from lorainit.evidence.context import Context, few_rows
-from lorainit.loss import logits_of
+from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.targets.names import listed
 

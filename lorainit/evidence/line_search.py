@@ -22,8 +22,8 @@ from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, StepSearch
 from lorainit.evidence.context import Context
-from lorainit.loss import row_losses
 from lorainit.methods.lora_one import lora_one
+from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.layer import LoRALinear, adapted, attach
 from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.hardware import generator_for

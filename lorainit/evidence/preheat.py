@@ -21,9 +21,9 @@ from lorainit.data.batches import batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.evidence import Evidence, memory
 from lorainit.evidence.context import Context
-from lorainit.loss import tally
 from lorainit.methods._linalg import normal
 from lorainit.methods.hrp import alive_directions
+from lorainit.model.forward.loss import tally
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed

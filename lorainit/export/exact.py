@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.model import attention
+from lorainit.model.forward import attention
 from lorainit.model.layers.decoder_layers import listed_layers
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.quantize import is_quantized

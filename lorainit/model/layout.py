@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lorainit.data.batches import Batch, Regime, collate, pack
 from lorainit.data.dataset import Sample
-from lorainit.model import attention
+from lorainit.model.forward import attention
+from lorainit.model.forward.positions import chosen_tokens, regime_of
+from lorainit.model.forward.probe import Lay, Seen, Windows, distances, in_float32, rows_of, see, short, windows_of
 from lorainit.model.parts import forget_pass
-from lorainit.model.positions import chosen_tokens, regime_of
-from lorainit.model.probe import Lay, Seen, Windows, distances, in_float32, rows_of, see, short, windows_of
 from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.runtime.machine_errors import is_machine_failure, is_missing_kernel
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorainit.config.errors import SequenceTooLong, UnsupportedModel
 from lorainit.config.inits import Quantization
 from lorainit.data.chat import tokenizer_time
+from lorainit.model.forward.positions import forget_lengths
 from lorainit.model.layers.quantize import loading_options, settle
-from lorainit.model.positions import forget_lengths
 from lorainit.model.source import tokenizer_files
 from lorainit.model.source.complete import quiet, require_nothing_left
 from lorainit.model.source.digest import seal

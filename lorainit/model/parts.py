@@ -2,7 +2,7 @@
 
 transformers reads in parts what it is told is divided, names and joins it as ever, and tells what is missing. Left to
 it is only what is the same, read in parts or whole: a weight that lies in the files as it is, and experts that lie
-there one by one. What it joins or splits along rows is read whole, and divided afterwards (`lorainit.shard`).
+there one by one. What it joins or splits along rows is read whole, and divided afterwards (`lorainit.model.shard`).
 """
 
 from pathlib import Path
@@ -23,10 +23,10 @@ from transformers.core_model_loading import (
 )
 
 from lorainit.config.errors import UnsupportedModel
+from lorainit.model.forward.recompute import layers_of
 from lorainit.model.load import load_model
 from lorainit.model.source.examine import build, read_config
 from lorainit.model.source.files import Stored, stored_weights
-from lorainit.recompute import layers_of
 
 PARAM = "training.shard_base"
 

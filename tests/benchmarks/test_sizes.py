@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks import sizes
 from benchmarks.gpu.day import SHAPES
 from benchmarks.train_page import section
-from lorainit import memory
+from lorainit.model import memory
 
 PAGE = Path(__file__).parents[2] / "docs" / "sizes.md"
 

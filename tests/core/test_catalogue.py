@@ -306,7 +306,7 @@ def test_files_that_are_not_here_are_named(file: Path) -> None:
 
 @pytest.mark.slow  # it loads torch and a real model
 def test_the_entry_that_comes_with_the_service_is_what_inspecting_its_base_says(tmp_path: Path) -> None:
-    from lorainit.inspect import inspect
+    from lorainit.model.inspect import inspect
 
     entry = catalogue.load(None)["smollm2-135m-instruct"]
     found = inspect(entry.source, cache=tmp_path)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from lorainit import base
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Message
 from lorainit.config.spec import RunSpec
+from lorainit.model import base
+from lorainit.model.shard import local_bytes
 from lorainit.run import run
 from lorainit.runtime.distributed.launch import RENDEZVOUS
-from lorainit.shard import local_bytes
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from transformers import LlamaForCausalLM, modeling_utils
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.load import load_model
 from lorainit.model.parts import divisible_layers, load_part
+from lorainit.model.shard import local_bytes, shard
 from lorainit.runtime.distributed.world import World
-from lorainit.shard import local_bytes, shard
 
 CPU = torch.device("cpu")
 DTYPE = torch.float32

@@ -3,11 +3,11 @@
 import torch
 from safetensors.torch import load_file
 
-from lorainit import base as base_module
 from lorainit.config.events import Message, Metrics, Stage
+from lorainit.model import base as base_module
+from lorainit.model.forward.recompute import layers_of
 from lorainit.model.layers.group import GroupedLinear
 from lorainit.model.layers.layer import LoRALinear
-from lorainit.recompute import layers_of
 
 CHECKPOINTING, TOKENS = "gradient_checkpointing", "tokens_per_pass"
 PLENTY = 10_000

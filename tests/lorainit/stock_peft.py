@@ -10,7 +10,7 @@ from torch import nn
 from lorainit.data.batches import collate
 from lorainit.evidence.collect import collect
 from lorainit.initialize import initialize
-from lorainit.loss import tally
+from lorainit.model.forward.loss import tally
 from tests.lorainit.reference import context, eight_rows, tiny
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

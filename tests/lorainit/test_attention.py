@@ -9,8 +9,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from lorainit.data.batches import collate, pack
 from lorainit.data.dataset import Sample, load
-from lorainit.loss import tally
-from lorainit.model import attention
+from lorainit.model.forward import attention
+from lorainit.model.forward.loss import tally
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer

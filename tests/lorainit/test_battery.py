@@ -26,9 +26,9 @@ from lorainit.evidence.collect import collect
 from lorainit.evidence.context import Context
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.loss import logits_of, tally
 from lorainit.member import Member
 from lorainit.methods import METHODS
+from lorainit.model.forward.loss import logits_of, tally
 from lorainit.model.layers.layer import adapted, attach, detach, disabled
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets

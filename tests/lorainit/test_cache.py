@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lorainit import init_stage as stage
-from lorainit.base import open_base
 from lorainit.config.events import Message
 from lorainit.config.inits import INITS
+from lorainit.model.base import open_base
 from lorainit.model.layout import choose_layout
 from lorainit.prepare import prepare
 from lorainit.runtime import store as store_module
@@ -223,7 +223,7 @@ def test_second_seed_costs_no_pass_over_the_calibration_rows(begin, monkeypatch,
         return layout
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
-    monkeypatch.setattr("lorainit.base.choose_layout", chosen)
+    monkeypatch.setattr("lorainit.model.base.choose_layout", chosen)
     begin(init)
     first = len(passes)
     begin(init, seed=1)

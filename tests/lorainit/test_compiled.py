@@ -4,12 +4,11 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from lorainit import compiled
 from lorainit.config.events import Message
-from lorainit.model import attention
+from lorainit.model.forward import attention, compiled
+from lorainit.model.forward.recompute import layers_of
 from lorainit.model.layers.group import GroupedLinear
 from lorainit.model.layers.layer import LoRALinear
-from lorainit.recompute import layers_of
 from lorainit.run import run
 from tests.lorainit.conftest import tiny_llama
 from tests.lorainit.shortage import adapter, close, told

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lorainit import confined
 from lorainit.config.errors import UnsupportedModel
+from lorainit.model import confined
 
 SAY = "import os, json; os.write(1, json.dumps({}).encode() + b'\\n')"
 
@@ -58,7 +58,7 @@ def test_memory_beyond_the_bound_is_not_to_be_had() -> None:
 @pytest.mark.slow  # it loads torch
 def test_model_that_takes_all_memory_is_refused_with_the_bound(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path\nfrom lorainit import confined\nimport lorainit.inspect as inspecting\n"
+        "from pathlib import Path\nfrom lorainit import confined\nimport lorainit.model.inspect as inspecting\n"
         "inspecting.inspect = lambda *a, **k: bytearray(9 << 30)\n"
         f"confined.answer({json.dumps(str(tmp_path))}, Path('.'))"
     )

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.inspect import inspect
+from lorainit.model.inspect import inspect
 from lorainit.model.load import load_model, locate
 from lorainit.model.source.examine import examine
 from tests.lorainit.conftest import change_json

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 from lorainit.config.errors import UnsupportedModel
 from lorainit.data.chat.encode import Encoder
 from lorainit.data.chat.turns import Span
-from lorainit.inspect import inspect
+from lorainit.model.inspect import inspect
 from lorainit.model.load import load_tokenizer, locate
 from lorainit.model.source.examine import examine
 from lorainit.runtime.refusal import as_unsupported

@@ -9,7 +9,7 @@ import torch
 from lorainit.config.errors import SequenceTooLong, UnsupportedModel
 from lorainit.data.chat import tokenizer_time
 from lorainit.data.chat.template import Template
-from lorainit.inspect import inspect
+from lorainit.model.inspect import inspect
 from lorainit.model.load import check_length, load_tokenizer, locate
 from lorainit.model.source.examine import examine
 from tests.lorainit.conftest import change_json

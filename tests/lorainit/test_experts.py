@@ -19,9 +19,9 @@ from lorainit.config.spec import Lora, RunSpec
 from lorainit.data.batches import collate
 from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
-from lorainit.inspect import inspect
-from lorainit.loss import row_losses
 from lorainit.methods import METHODS
+from lorainit.model.forward.loss import row_losses
+from lorainit.model.inspect import inspect
 from lorainit.model.layers import experts
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, attach

@@ -19,7 +19,7 @@ from lorainit.export.check import with_stock_peft
 from lorainit.export.peft_adapter import export
 from lorainit.fidelity import HeldOut, held_out, measure, token_losses
 from lorainit.initialize import initialize
-from lorainit.model import attention
+from lorainit.model.forward import attention
 from lorainit.model.layers.layer import adapted, weight_of
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets, linear_layers

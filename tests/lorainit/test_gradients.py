@@ -12,7 +12,7 @@ from lorainit.data.dataset import Sample, load
 from lorainit.evidence import gradients
 from lorainit.evidence.collect import collect
 from lorainit.evidence.gradients import mean_gradients
-from lorainit.loss import row_losses, tally
+from lorainit.model.forward.loss import row_losses, tally
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer

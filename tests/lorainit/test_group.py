@@ -14,7 +14,7 @@ from lorainit.config.errors import Dropped, GroupMismatch, InvalidTrainingFile, 
 from lorainit.config.events import Checkpoint, Done, Metrics
 from lorainit.data.batches import pack
 from lorainit.data.dataset import load
-from lorainit.loss import tallies, tally
+from lorainit.model.forward.loss import tallies, tally
 from lorainit.model.layers import group
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
@@ -216,7 +216,7 @@ def test_who_cannot_share_the_pass_is_told_why(spec, tmp_path, change, param):
 
 
 def test_a_base_that_cannot_pack_refuses_groups(spec, tmp_path, monkeypatch):
-    from lorainit.model import attention
+    from lorainit.model.forward import attention
 
     def strange(*_args, **_named):
         raise attention.UnsupportedAttention("its attention is strange")

@@ -19,9 +19,9 @@ from lorainit.evidence import preheat as module
 from lorainit.evidence.collect import collect
 from lorainit.evidence.preheat import preheat_steps
 from lorainit.initialize import initialize
-from lorainit.loss import tally
 from lorainit.methods import METHODS
 from lorainit.methods.hrp import right_directions
+from lorainit.model.forward.loss import tally
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.run import run

@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lorainit.base import open_base
 from lorainit.config.inits import INITS
 from lorainit.course import Course
 from lorainit.data.batches import batches, collate, order
 from lorainit.init_stage import start
 from lorainit.member import Member
+from lorainit.model.base import open_base
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
 from lorainit.prepare import prepare

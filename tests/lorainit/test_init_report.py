@@ -8,7 +8,7 @@ from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.initialize import initialize
-from lorainit.loss import logits_of, row_losses, tally
+from lorainit.model.forward.loss import logits_of, row_losses, tally
 from lorainit.model.layers.layer import disabled
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets

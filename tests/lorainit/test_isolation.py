@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit import base as base_module
 from lorainit import course, delivery
 from lorainit.config.errors import LorainitError, OutOfMemory, Stopped
 from lorainit.config.events import Checkpoint, Done, Message, Metrics, Stage
+from lorainit.model import base as base_module
 from lorainit.run import Request, run, run_together
 from lorainit.runtime import hardware
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from lorainit.base import open_base
 from lorainit.config.kept import Rows, entry_name, is_of_no_rows, rows_of
 from lorainit.data.dataset import file_sha256
 from lorainit.init_stage import start
+from lorainit.model.base import open_base
 from lorainit.prepare import prepare
 
 A, B = "a" * 64, "b" * 64

@@ -15,8 +15,8 @@ from transformers import (
 
 from lorainit.data.batches import Budget, collate, pack, together
 from lorainit.data.dataset import Sample
-from lorainit.loss import tallies
-from lorainit.model import attention, probe
+from lorainit.model.forward import attention, probe
+from lorainit.model.forward.loss import tallies
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import tiny_llama

@@ -14,8 +14,8 @@ from lorainit.data.dataset import load
 from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.initialize import _rise, initialize
-from lorainit.loss import logits_of
 from lorainit.methods import METHODS
+from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.layer import disabled
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets, linear_layers

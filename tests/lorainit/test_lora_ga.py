@@ -15,8 +15,8 @@ from lorainit.evidence import Evidence
 from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.loss import logits_of, tally
 from lorainit.methods.lora_ga import _largest_entry, lora_ga
+from lorainit.model.forward.loss import logits_of, tally
 from lorainit.model.layers.layer import adapted
 from lorainit.model.layers.weight import weight_of
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny

@@ -13,7 +13,6 @@ from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.evidence import Evidence
 from lorainit.initialize import initialize
-from lorainit.loss import logits_of
 from lorainit.methods import METHODS
 from lorainit.methods.loram import (
     bases,
@@ -25,6 +24,7 @@ from lorainit.methods.loram import (
     sine_basis,
     sine_variance,
 )
+from lorainit.model.forward.loss import logits_of
 from lorainit.run import run
 from tests.lorainit.reference import context, eight_rows, tiny
 

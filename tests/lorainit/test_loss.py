@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from lorainit import loss
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
-from lorainit.loss import logits_of, tallies, tally
+from lorainit.model.forward import loss
+from lorainit.model.forward.loss import logits_of, tallies, tally
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import make

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lorainit import confined
 from lorainit.__main__ import main
 from lorainit.config.events import EVENT, Checkpoint, Done, Failed, Metrics, Stage
 from lorainit.config.faults import faults_of
 from lorainit.config.spec import RunSpec
+from lorainit.model import confined
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from lorainit.config.errors import RankTooLarge, SequenceTooLong, UnknownTarget, UnsupportedModel
 from lorainit.config.spec import Lora
-from lorainit.inspect import inspect
 from lorainit.model import load as module
+from lorainit.model.inspect import inspect
 from lorainit.model.load import check_length, load_model, load_tokenizer, locate
 from lorainit.model.source.digest import base_sha256
 from lorainit.model.targets.targets import find_targets, resolve

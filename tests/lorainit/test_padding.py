@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from lorainit.base import open_base
 from lorainit.config.events import Message
 from lorainit.data.chat.template import Template
 from lorainit.data.formats.padding import without_padding
 from lorainit.data.formats.rows import Row, check_file, read_rows
+from lorainit.model.base import open_base
 from lorainit.prepare import prepare
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 

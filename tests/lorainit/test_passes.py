@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit import passes
 from lorainit.config.errors import CheckpointMismatch
-from lorainit.passes import go_on
+from lorainit.model import passes
+from lorainit.model.passes import go_on
 from lorainit.run import Request, run, run_together
 from lorainit.runtime.distributed.world import ALONE, World
 

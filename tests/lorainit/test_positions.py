@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorainit.data.batches import Budget, any_length, batches, collate, pack
 from lorainit.data.dataset import Sample, load
 from lorainit.evidence.gradients import mean_gradients
-from lorainit.loss import row_losses, tallies
+from lorainit.model.forward.loss import row_losses, tallies
+from lorainit.model.forward.positions import forget_lengths, regime_of
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
-from lorainit.model.positions import forget_lengths, regime_of
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import Request, run, run_together
 from tests.lorainit.conftest import make_tokenizer

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorainit import base as base_module
 from lorainit import delivery, init_stage, proof
 from lorainit.config.errors import ExportCheckFailed, UnsupportedModel
 from lorainit.config.events import Message, Metrics, Stage, Tick
 from lorainit.config.spec import Lora
 from lorainit.export import check
+from lorainit.model import base as base_module
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets

@@ -31,8 +31,8 @@ from lorainit.export.check import check, prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
 from lorainit.initialize import initialize
-from lorainit.loss import logits_of
 from lorainit.model import load as load_module
+from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers import quantize
 from lorainit.model.layers.layer import adapted, attach, detach
 from lorainit.model.layers.weight import shape_of, was_conv1d, weight_of

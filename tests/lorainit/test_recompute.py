@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorainit.recompute import recompute
+from lorainit.model.forward.recompute import recompute
 from lorainit.run import run
 from tests.lorainit.conftest import tiny_llama
 from tests.lorainit.shortage import CHECKPOINTING, adapter

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit import checkpoint, course, train
-from lorainit.base import open_base
 from lorainit.config.errors import (
     CheckpointMismatch,
     DiskFull,
@@ -27,6 +26,7 @@ from lorainit.config.errors import (
 )
 from lorainit.config.events import EVENT, Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Tick
 from lorainit.course import schedule
+from lorainit.model.base import open_base
 from lorainit.prepare import prepare
 from lorainit.run import run
 from tests.lorainit.conftest import chat, write_rows

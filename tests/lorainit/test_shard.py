@@ -14,15 +14,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lorainit.base import open_base
 from lorainit.config.errors import TooFewDevices, UnsupportedModel
 from lorainit.config.spec import RunSpec
 from lorainit.methods import METHODS
+from lorainit.model.base import open_base
 from lorainit.model.load import load_model
+from lorainit.model.shard import decide, shard
 from lorainit.prepare import prepare
 from lorainit.run import run
 from lorainit.runtime.distributed.world import World
-from lorainit.shard import decide, shard
 from tests.lorainit.ranks import run_ranks
 from tests.zoo.bases import make
 

@@ -21,8 +21,8 @@ from lorainit.config.facts import ModelFacts, Target
 from lorainit.config.paths import matches, unfolded
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.export.peft_adapter import export
-from lorainit.inspect import inspect
-from lorainit.model import attention
+from lorainit.model.forward import attention
+from lorainit.model.inspect import inspect
 from lorainit.model.layers import experts
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, attach
@@ -348,7 +348,7 @@ def test_an_entry_of_an_older_version_is_read_and_refused_where_its_names_mean_t
 
 
 def test_a_base_without_any_layer_for_a_lora_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("lorainit.inspect.describe", lambda model: ([], []))
+    monkeypatch.setattr("lorainit.model.inspect.describe", lambda model: ([], []))
     with pytest.raises(LorainitError, match="No layer of the base model can carry a LoRA"):
         inspect(str(make("llama", tmp_path / "base")), cache=tmp_path)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorainit.base import open_base
 from lorainit.config.errors import InvalidTrainingFile, UnsupportedModel
 from lorainit.config.events import Message, Tick
 from lorainit.data import tokens
 from lorainit.data.dataset import load, refuse, tokenize
+from lorainit.model.base import open_base
 from lorainit.model.load import load_tokenizer
 from lorainit.model.source import digest
 from lorainit.model.source.digest import base_sha256, known_sha256, require_whole, seal

@@ -20,7 +20,7 @@ from lorainit import fit
 from lorainit.config.events import Checkpoint, Done, Event, Message, Stage
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
-from lorainit.memory import of_a_copy
+from lorainit.model.memory import of_a_copy
 from lorainit.run import Request, run_together
 from tests.lorainit.conftest import tiny_llama
 from tests.pretended import device, rules, trouble

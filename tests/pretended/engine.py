@@ -22,7 +22,7 @@ CHANGES = [
 # Where "cuda" is a word of the libraries' errors.
 UNCHANGED = ("lorainit.runtime.machine_errors",)
 # Tables by kind of device, where the name is a key.
-KEYS = {"lorainit.passes": [(r'"CUDA": ', f'"{device.NAME}": ')]}
+KEYS = {"lorainit.model.passes": [(r'"CUDA": ', f'"{device.NAME}": ')]}
 
 
 class _Loader(SourceFileLoader):

@@ -13,7 +13,7 @@ from api.core import catalogue
 from lorainit.config import sources
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Event, Failed, Message
-from lorainit.inspect import inspect
+from lorainit.model.inspect import inspect
 from tests.lorainit.conftest import change_json
 from tests.things import MODEL, a_project, a_queued_job
 from tests.worker.conftest import Lab

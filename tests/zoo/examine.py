@@ -11,7 +11,7 @@ from typing import Any
 
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Event, Message, Metrics, Plan
-from lorainit.inspect import inspect
+from lorainit.model.inspect import inspect
 from tests.zoo.bases import KINDS, make
 from tests.zoo.downloads import read_downloads
 from tests.zoo.finding import ENGINE, INSPECT, Case, Finding, Tried

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from lorainit.model import attention
+from lorainit.model.forward import attention
+from lorainit.model.forward.recompute import layers_of
 from lorainit.model.layers import experts
 from lorainit.model.layers.group import GroupedLinear
 from lorainit.model.layers.layer import LoRALinear
-from lorainit.recompute import layers_of
 
 # Operations of a run on a CPU from which it pays, twice over: at 4e11 a second, 25 s are a tenth of 1e14.
 PAYS_FROM = 2e14

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit import memory
 from lorainit.config.errors import GroupMismatch
 from lorainit.config.events import Event, Message
 from lorainit.config.inits import Quantization
 from lorainit.config.spec import RunSpec
 from lorainit.data.batches import Batch, Regime, any_length, collate, pack, pad_id
 from lorainit.data.dataset import Sample
-from lorainit.loss import is_plain
+from lorainit.model import memory
 from lorainit.model.finite import require_finite
+from lorainit.model.forward.loss import is_plain
 from lorainit.model.layers import experts
 from lorainit.model.layers.quantize import require_library
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
 from lorainit.model.parts import load_part
+from lorainit.model.shard import decide, shard
 from lorainit.model.source.digest import known_sha256, require_inspected, require_whole
 from lorainit.model.source.examine import examine
 from lorainit.model.source.vocabulary import require_rows
@@ -31,7 +32,6 @@ from lorainit.runtime import hardware, machine
 from lorainit.runtime.distributed.world import ALONE, World
 from lorainit.runtime.refusal import as_unsupported
 from lorainit.runtime.store import Store
-from lorainit.shard import decide, shard
 
 OnEvent = Callable[[Event], None]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from lorainit.base import Base
 from lorainit.config.errors import CheckpointMismatch
 from lorainit.config.schema import Strict
 from lorainit.config.spec import RunSpec
+from lorainit.model.base import Base
 from lorainit.runtime import hardware
 
 # The most of one forward pass, where nobody says. On a GPU more tokens would hardly be faster, and `lorainit.fit`

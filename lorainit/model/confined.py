@@ -129,7 +129,7 @@ def answer(source: str, cache: Path) -> None:
     sys.stdout = sys.stderr  # whatever a library prints is no answer
     limits.bound_memory(MAX_BYTES)
     limits.die_with_parent()
-    from lorainit.inspect import inspect
+    from lorainit.model.inspect import inspect
     from lorainit.runtime.hardware import is_out_of_memory
     from lorainit.runtime.refusal import as_unsupported
 
