@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lorainit.config.inits import Kaiming
-from lorainit.evidence import Evidence
-from lorainit.methods import METHODS
+from lorainit.init.evidence import Evidence
+from lorainit.init.methods import METHODS
 from lorainit.model.layers import experts
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of

@@ -73,13 +73,13 @@ def base(cache: str) -> tuple[Any, list[Any]]:
 def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     import torch
 
-    from lorainit import init_report
     from lorainit.config.spec import Hyperparameters, Lora
     from lorainit.data.batches import Budget, collate
-    from lorainit.evidence.collect import collect
-    from lorainit.evidence.context import Context
-    from lorainit.initialize import initialize
-    from lorainit.methods import METHODS
+    from lorainit.init import report as init_report
+    from lorainit.init.evidence.collect import collect
+    from lorainit.init.evidence.context import Context
+    from lorainit.init.initialize import initialize
+    from lorainit.init.methods import METHODS
     from lorainit.model.targets.targets import find_targets
 
     model, samples = base(cache)
@@ -193,7 +193,7 @@ def decompositions(gradients: list[Any], r: int) -> dict[str, Any]:
     """Top-r of all gradients: our SVD as it is and cut off after two iterations, and PEFT LoRA-GA's settings."""
     import torch
 
-    from lorainit.methods._linalg import randomized_svd
+    from lorainit.init.methods._linalg import randomized_svd
 
     def ours(niter: int) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
@@ -299,8 +299,8 @@ def ours_on_a_layer(name: str, r: int, cache: str) -> dict[str, Any]:
     import torch
 
     from lorainit.config.spec import Lora
-    from lorainit.evidence import Evidence
-    from lorainit.methods import METHODS
+    from lorainit.init.evidence import Evidence
+    from lorainit.init.methods import METHODS
 
     W = layer_weight()
     lora = Lora.model_validate({"init": {"method": name.partition(" ")[0], **OURS[name]}, "r": r}).resolved()[0]

@@ -20,7 +20,7 @@ from lorainit.config.sources import local_path
 from lorainit.export import check, model_card, peft_adapter
 from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
-from lorainit.initialize import Report
+from lorainit.init.initialize import Report
 from lorainit.model.base import OnEvent
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, borrowed

@@ -15,7 +15,7 @@ from lorainit.checkpoint import Progress, Restored
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Message, Stage
 from lorainit.config.spec import Hyperparameters
-from lorainit.initialize import Report
+from lorainit.init.initialize import Report
 from lorainit.model.base import OnEvent
 from lorainit.prepare import Job
 from lorainit.runtime.distributed import isolation

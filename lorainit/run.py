@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lorainit import checkpoint, delivery, init_stage, proof
+from lorainit import checkpoint, delivery, proof
 from lorainit.checkpoint import Restored
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Done, InitReport, Stage
@@ -21,7 +21,8 @@ from lorainit.config.spec import RunSpec
 from lorainit.data.dataset import require_readable
 from lorainit.ending import End, Ending, Run
 from lorainit.fit import fit
-from lorainit.initialize import Report
+from lorainit.init import stage
+from lorainit.init.initialize import Report
 from lorainit.member import Member
 from lorainit.model.base import Base, OnEvent, open_base
 from lorainit.prepare import Job, prepare
@@ -147,7 +148,7 @@ def _begin(request: Request, base: Base, world: World, *, sharing: int) -> Run:
     say(job.plan)
     say(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
     job.proof = proof.prove(job, request.out, say, known=known.get("proof"))
-    report = _resume(job, restored) if restored else init_stage.start(job, say)
+    report = _resume(job, restored) if restored else stage.start(job, say)
     world.agree(
         [t for layer in job.layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
     )

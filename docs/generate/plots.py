@@ -14,8 +14,8 @@ from torch import Tensor
 from docs.generate.svg import Drawing
 from lorainit.config.inits import INITS
 from lorainit.config.spec import Lora
-from lorainit.evidence import Evidence
-from lorainit.methods import METHODS
+from lorainit.init.evidence import Evidence
+from lorainit.init.methods import METHODS
 from lorainit.model.layers.factors import Factors
 
 OUT, IN, RANK, ROWS = 48, 64, 4, 512

@@ -47,13 +47,13 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     for path, table, block in BLOCK.findall(PAGE):
         _write(made, path, table, block)
     # What the page says in a sentence: the class's three other places, and the function's import.
-    inits, methods = "lorainit/config/inits/__init__.py", "lorainit/methods/__init__.py"
+    inits, methods = "lorainit/config/inits/__init__.py", "lorainit/init/methods/__init__.py"
     made.replace(
         inits, "from lorainit.config.inits.weights import ", "from lorainit.config.inits.weights import Halves, "
     )
     made.replace(inits, '    "HRP",\n', '    "HRP",\n    "Halves",\n')
     made.replace(inits, "AnyInit = (\n", "AnyInit = (\n    Halves | ")
-    made.replace(methods, "\nMETHODS:", "from lorainit.methods.halves import halves\n\nMETHODS:")
+    made.replace(methods, "\nMETHODS:", "from lorainit.init.methods.halves import halves\n\nMETHODS:")
     return made
 
 

@@ -7,7 +7,7 @@ import torch
 from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data.batches import Budget, order
 from lorainit.data.dataset import load
-from lorainit.evidence.context import Context
+from lorainit.init.evidence.context import Context
 from lorainit.model.layers import experts
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets

@@ -6,9 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data.batches import Budget
 from lorainit.data.dataset import Sample
-from lorainit.evidence.context import Context
-from lorainit.evidence.line_search import calibration_loss
-from lorainit.methods import METHODS
+from lorainit.init.evidence.context import Context
+from lorainit.init.evidence.line_search import calibration_loss
+from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.targets.targets import find_targets

@@ -8,8 +8,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 from lorainit.data.batches import collate
-from lorainit.evidence.collect import collect
-from lorainit.initialize import initialize
+from lorainit.init.evidence.collect import collect
+from lorainit.init.initialize import initialize
 from lorainit.model.forward.loss import tally
 from tests.lorainit.reference import context, eight_rows, tiny
 

@@ -22,12 +22,12 @@ from lorainit.config.inits import INITS
 from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data.batches import Budget, collate
 from lorainit.data.dataset import load
-from lorainit.evidence.collect import collect
-from lorainit.evidence.context import Context
 from lorainit.export.peft_adapter import export
-from lorainit.initialize import initialize
+from lorainit.init.evidence.collect import collect
+from lorainit.init.evidence.context import Context
+from lorainit.init.initialize import initialize
+from lorainit.init.methods import METHODS
 from lorainit.member import Member
-from lorainit.methods import METHODS
 from lorainit.model.forward.loss import logits_of, tally
 from lorainit.model.layers.layer import adapted, attach, detach, disabled
 from lorainit.model.load import load_model

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lorainit import init_stage as stage
 from lorainit.config.events import Message
 from lorainit.config.inits import INITS
+from lorainit.init import stage
 from lorainit.model.base import open_base
 from lorainit.model.layout import choose_layout
 from lorainit.prepare import prepare

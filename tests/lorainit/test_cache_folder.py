@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorainit.cache import Cache, data_digest
-from lorainit.evidence import Evidence, StepSearch
-from lorainit.initialize import Known
+from lorainit.init.cache import Cache, data_digest
+from lorainit.init.evidence import Evidence, StepSearch
+from lorainit.init.initialize import Known
 from lorainit.model.layers.factors import Factors
 from lorainit.runtime.store import key
 
@@ -95,8 +95,8 @@ def test_an_entry_that_is_evicted_while_it_is_read_stays_readable(store):
 WRITER = """
 import sys, torch
 from pathlib import Path
-from lorainit.cache import Cache
-from lorainit.evidence import Evidence
+from lorainit.init.cache import Cache
+from lorainit.init.evidence import Evidence
 def complain(event):
     raise SystemExit(event.message)
 store = Cache(Path(sys.argv[1]), 30_000, complain)

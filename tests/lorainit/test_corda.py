@@ -8,9 +8,9 @@ import torch
 
 from lorainit.config.errors import InitFailed
 from lorainit.config.inits import CorDA, PiSSA
-from lorainit.evidence import Evidence
-from lorainit.methods import METHODS
-from lorainit.methods.corda import damped
+from lorainit.init.evidence import Evidence
+from lorainit.init.methods import METHODS
+from lorainit.init.methods.corda import damped
 from lorainit.run import run
 
 MODES = ["ipm", "kpm"]

@@ -16,8 +16,8 @@ from lorainit.config.inits import INITS
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
-from lorainit.evidence import Evidence
-from lorainit.initialize import initialize
+from lorainit.init.evidence import Evidence
+from lorainit.init.initialize import initialize
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, adapted

@@ -14,15 +14,15 @@ from lorainit.config.events import Message
 from lorainit.config.inits import EVA
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
-from lorainit.evidence import Evidence
-from lorainit.evidence import directions as eva_directions
-from lorainit.evidence.collect import collect
-from lorainit.evidence.pca import PCA, converged, spread_ranks
 from lorainit.export.check import check, prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
-from lorainit.initialize import initialize
-from lorainit.methods import METHODS
+from lorainit.init.evidence import Evidence
+from lorainit.init.evidence import directions as eva_directions
+from lorainit.init.evidence.collect import collect
+from lorainit.init.evidence.pca import PCA, converged, spread_ranks
+from lorainit.init.initialize import initialize
+from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import adapted, detach
 from lorainit.model.load import load_model
 from lorainit.run import run

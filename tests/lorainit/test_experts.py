@@ -17,9 +17,9 @@ from lorainit.config.errors import GroupMismatch, UnsupportedInit
 from lorainit.config.events import InitReport, Message, Plan
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.data.batches import collate
-from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
-from lorainit.methods import METHODS
+from lorainit.init.evidence.collect import collect
+from lorainit.init.methods import METHODS
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.inspect import inspect
 from lorainit.model.layers import experts

@@ -18,7 +18,7 @@ from lorainit.data.dataset import Dataset, Sample, load
 from lorainit.export.check import with_stock_peft
 from lorainit.export.peft_adapter import export
 from lorainit.fidelity import HeldOut, held_out, measure, token_losses
-from lorainit.initialize import initialize
+from lorainit.init.initialize import initialize
 from lorainit.model.forward import attention
 from lorainit.model.layers.layer import adapted, weight_of
 from lorainit.model.load import load_model

@@ -9,9 +9,9 @@ from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.data.batches import Budget, batches, collate
 from lorainit.data.dataset import Sample, load
-from lorainit.evidence import gradients
-from lorainit.evidence.collect import collect
-from lorainit.evidence.gradients import mean_gradients
+from lorainit.init.evidence import gradients
+from lorainit.init.evidence.collect import collect
+from lorainit.init.evidence.gradients import mean_gradients
 from lorainit.model.forward.loss import row_losses, tally
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets

@@ -14,13 +14,13 @@ from lorainit.config.errors import InitFailed, NonFiniteLoss, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import HRP
 from lorainit.data.batches import collate
-from lorainit.evidence import Evidence
-from lorainit.evidence import preheat as module
-from lorainit.evidence.collect import collect
-from lorainit.evidence.preheat import preheat_steps
-from lorainit.initialize import initialize
-from lorainit.methods import METHODS
-from lorainit.methods.hrp import right_directions
+from lorainit.init.evidence import Evidence
+from lorainit.init.evidence import preheat as module
+from lorainit.init.evidence.collect import collect
+from lorainit.init.evidence.preheat import preheat_steps
+from lorainit.init.initialize import initialize
+from lorainit.init.methods import METHODS
+from lorainit.init.methods.hrp import right_directions
 from lorainit.model.forward.loss import tally
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lorainit.methods.hrp import right_directions
+from lorainit.init.methods.hrp import right_directions
 
 F64 = torch.float64
 m, n, r = 40, 48, 4

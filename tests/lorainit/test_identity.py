@@ -11,7 +11,7 @@ from torch import nn
 from lorainit.config.inits import INITS
 from lorainit.course import Course
 from lorainit.data.batches import batches, collate, order
-from lorainit.init_stage import start
+from lorainit.init.stage import start
 from lorainit.member import Member
 from lorainit.model.base import open_base
 from lorainit.model.layers.weight import weight_of

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from lorainit import init_report
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
-from lorainit.initialize import initialize
+from lorainit.init import report
+from lorainit.init.initialize import initialize
 from lorainit.model.forward.loss import logits_of, row_losses, tally
 from lorainit.model.layers.layer import disabled
 from lorainit.model.load import load_model
@@ -49,8 +49,8 @@ def short_of_memory(model, limit):
 
 def test_whole_logits_are_made_of_one_row_at_a_time(model, batch, monkeypatch):
     seen = []
-    monkeypatch.setattr(init_report, "logits_of", lambda *args: seen.append(args[1].ids.shape[0]) or logits_of(*args))
-    init_report.measure(model, batch)
+    monkeypatch.setattr(report, "logits_of", lambda *args: seen.append(args[1].ids.shape[0]) or logits_of(*args))
+    report.measure(model, batch)
     assert seen == [1] * 2 * len(batch.ids)
 
 
@@ -61,14 +61,14 @@ def test_the_largest_difference_is_that_of_all_rows_and_of_no_padding(model, bat
             before = logits_of(model, batch)
     expected = float((before - after)[batch.attention.bool()].abs().max())
     assert expected > 0.1
-    assert init_report.measure(model, batch)["max_abs_logit_difference"] == pytest.approx(expected, rel=1e-5)
+    assert report.measure(model, batch)["max_abs_logit_difference"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("limit", "fitted"), [(9, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
 def test_a_mean_loss_that_does_not_fit_is_looked_at_in_parts(model, batch, limit, fitted):
     whole = tally(model, batch)
     sizes = short_of_memory(model, limit)
-    found = init_report.mean_loss(model, [batch], tick=lambda done: None)
+    found = report.mean_loss(model, [batch], tick=lambda done: None)
     assert found == pytest.approx(float(whole.loss.detach()) / whole.tokens, rel=1e-5)
     assert sizes == fitted
 
@@ -77,7 +77,7 @@ def test_a_mean_loss_that_does_not_fit_is_looked_at_in_parts(model, batch, limit
 def test_the_loss_before_and_after_a_displaced_start_is_the_same_in_parts(model, batch, limit):
     expected = float(row_losses(model, batch).mean().detach())
     short_of_memory(model, limit)
-    found = init_report.displacement(model, [batch], tick=lambda: None)
+    found = report.displacement(model, [batch], tick=lambda: None)
     assert found["after"] == pytest.approx(expected, rel=1e-5)
     assert found["rows"] == 5
 
@@ -85,4 +85,4 @@ def test_the_loss_before_and_after_a_displaced_start_is_the_same_in_parts(model,
 def test_a_single_row_that_does_not_fit_is_an_error(model, batch):
     short_of_memory(model, 0)
     with pytest.raises(torch.OutOfMemoryError):
-        init_report.mean_loss(model, [batch], tick=lambda done: None)
+        report.mean_loss(model, [batch], tick=lambda done: None)

@@ -9,9 +9,9 @@ from torch import nn
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.data.dataset import Sample
-from lorainit.evidence import moments
-from lorainit.evidence.collect import collect
-from lorainit.evidence.inputs import shared_inputs
+from lorainit.init.evidence import moments
+from lorainit.init.evidence.collect import collect
+from lorainit.init.evidence.inputs import shared_inputs
 from tests.lorainit.contexts import make_context, state
 
 METHODS = ["eva", "corda"]

@@ -146,7 +146,7 @@ def test_an_evaluation_that_runs_out_of_memory_ends_its_own_run_only(spec, tmp_p
 
 @pytest.mark.usefixtures("bare")
 def test_one_whose_initialization_runs_out_of_memory_ends_before_the_others_train(spec, tmp_path, monkeypatch):
-    breaking(__import__("lorainit.init_stage", fromlist=["start"]), "start", MEMORY, monkeypatch, when=of_the_first)
+    breaking(__import__("lorainit.init.stage", fromlist=["start"]), "start", MEMORY, monkeypatch, when=of_the_first)
     ends, said = together(alike(spec), tmp_path)
     assert isinstance(ends[FIRST], OutOfMemory)
     assert all(isinstance(ends[who], Done) for who in OTHERS)

@@ -4,7 +4,7 @@ import pytest
 
 from lorainit.config.kept import Rows, entry_name, is_of_no_rows, rows_of
 from lorainit.data.dataset import file_sha256
-from lorainit.init_stage import start
+from lorainit.init.stage import start
 from lorainit.model.base import open_base
 from lorainit.prepare import prepare
 
@@ -67,7 +67,7 @@ def test_evidence_is_named_after_the_file_that_was_looked_at(kept, rows, tmp_pat
 
 
 def test_a_start_that_looks_at_no_rows_belongs_to_everybody(kept, monkeypatch):
-    monkeypatch.setattr("lorainit.init_stage.WORTH_KEEPING_SECONDS", 0.0)
+    monkeypatch.setattr("lorainit.init.stage.WORTH_KEEPING_SECONDS", 0.0)
     _, (_, starts) = kept({"method": "pissa", "niter": None}, "proj_1")
     assert starts and all(map(is_of_no_rows, starts))
     assert kept({"method": "pissa", "niter": None}, "proj_2")[0]["cached"] is True

@@ -11,10 +11,10 @@ from lorainit.config.events import InitReport, Message
 from lorainit.config.inits import LoftQ
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
-from lorainit.evidence import Evidence
-from lorainit.evidence.collect import collect
-from lorainit.initialize import _rise, initialize
-from lorainit.methods import METHODS
+from lorainit.init.evidence import Evidence
+from lorainit.init.evidence.collect import collect
+from lorainit.init.initialize import _rise, initialize
+from lorainit.init.methods import METHODS
 from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.layer import disabled
 from lorainit.model.load import load_model

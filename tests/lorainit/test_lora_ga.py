@@ -11,11 +11,11 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits import LoRAGA
 from lorainit.data.batches import collate
-from lorainit.evidence import Evidence
-from lorainit.evidence.collect import collect
 from lorainit.export.peft_adapter import export
-from lorainit.initialize import initialize
-from lorainit.methods.lora_ga import _largest_entry, lora_ga
+from lorainit.init.evidence import Evidence
+from lorainit.init.evidence.collect import collect
+from lorainit.init.initialize import initialize
+from lorainit.init.methods.lora_ga import _largest_entry, lora_ga
 from lorainit.model.forward.loss import logits_of, tally
 from lorainit.model.layers.layer import adapted
 from lorainit.model.layers.weight import weight_of

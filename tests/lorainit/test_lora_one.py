@@ -12,9 +12,9 @@ from lorainit.config.inits import LoRAOne
 from lorainit.config.rates import SIZES
 from lorainit.config.resolve import base_learning_rate
 from lorainit.config.spec import BaseModelRef, Lora
-from lorainit.evidence import Evidence, line_search
-from lorainit.evidence.collect import collect
-from lorainit.methods.lora_one import lora_one
+from lorainit.init.evidence import Evidence, line_search
+from lorainit.init.evidence.collect import collect
+from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.layers.factors import Factors
 from lorainit.run import run
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny

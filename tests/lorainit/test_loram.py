@@ -6,15 +6,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lorainit import init_report
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits import INITS, LoRAM
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
-from lorainit.evidence import Evidence
-from lorainit.initialize import initialize
-from lorainit.methods import METHODS
-from lorainit.methods.loram import (
+from lorainit.init import report as init_report
+from lorainit.init.evidence import Evidence
+from lorainit.init.initialize import initialize
+from lorainit.init.methods import METHODS
+from lorainit.init.methods.loram import (
     bases,
     loram,
     magnitude,

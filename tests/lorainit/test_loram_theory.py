@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lorainit.config.inits import INITS
-from lorainit.evidence import Evidence
-from lorainit.methods import METHODS
+from lorainit.init.evidence import Evidence
+from lorainit.init.methods import METHODS
 from tests.lorainit.test_loram import factors, weight
 
 F64 = torch.float64

@@ -7,10 +7,10 @@ import torch
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.inits import INITS
-from lorainit.evidence import Evidence
-from lorainit.methods import METHODS
-from lorainit.methods._linalg import numerical_rank, randomized_svd
-from lorainit.norms import norm, row_norms
+from lorainit.init.evidence import Evidence
+from lorainit.init.methods import METHODS
+from lorainit.init.methods._linalg import numerical_rank, randomized_svd
+from lorainit.init.norms import norm, row_norms
 
 SCALES = [0.25, 1.0, 2.0, math.sqrt(8)]
 

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample
-from lorainit.evidence import Evidence
-from lorainit.evidence.collect import collect
-from lorainit.methods import METHODS
+from lorainit.init.evidence import Evidence
+from lorainit.init.evidence.collect import collect
+from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, adapted
 from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.hardware import generator_for

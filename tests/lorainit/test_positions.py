@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit.data.batches import Budget, any_length, batches, collate, pack
 from lorainit.data.dataset import Sample, load
-from lorainit.evidence.gradients import mean_gradients
+from lorainit.init.evidence.gradients import mean_gradients
 from lorainit.model.forward.loss import row_losses, tallies
 from lorainit.model.forward.positions import forget_lengths, regime_of
 from lorainit.model.layout import choose_layout

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorainit import delivery, init_stage, proof
+from lorainit import delivery, proof
 from lorainit.config.errors import ExportCheckFailed, UnsupportedModel
 from lorainit.config.events import Message, Metrics, Stage, Tick
 from lorainit.config.spec import Lora
 from lorainit.export import check
+from lorainit.init import stage as init_stage
 from lorainit.model import base as base_module
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model

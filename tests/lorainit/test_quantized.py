@@ -25,12 +25,12 @@ from lorainit.config.events import Done, InitReport, Message, Metrics
 from lorainit.config.spec import Lora
 from lorainit.data.batches import Budget, collate
 from lorainit.data.dataset import load
-from lorainit.evidence.gradients import mean_gradients
 from lorainit.export import model_card
 from lorainit.export.check import check, prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
-from lorainit.initialize import initialize
+from lorainit.init.evidence.gradients import mean_gradients
+from lorainit.init.initialize import initialize
 from lorainit.model import load as load_module
 from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers import quantize

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import TooFewDevices, UnsupportedModel
 from lorainit.config.spec import RunSpec
-from lorainit.methods import METHODS
+from lorainit.init.methods import METHODS
 from lorainit.model.base import open_base
 from lorainit.model.load import load_model
 from lorainit.model.shard import decide, shard

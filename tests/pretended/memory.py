@@ -99,7 +99,7 @@ def main(folder: Path, names: list[str]) -> None:
     from benchmarks.gpu import jobs
     from benchmarks.gpu.day import Day
     from lorainit import fit
-    from lorainit.evidence import memory as evidence
+    from lorainit.init.evidence import memory as evidence
     from lorainit.model import memory
     from lorainit.run import Request, run_together
     from tests.lorainit.conftest import tiny_llama

@@ -1,0 +1,145 @@
+"""Principal directions of what the targets are fed (EVA), and the rank that each target deserves."""
+
+from collections.abc import Sequence
+
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Message, Tick
+from lorainit.config.inits import EVA
+from lorainit.data.batches import batches
+from lorainit.data.dataset import Sample
+from lorainit.init.evidence import Evidence, memory
+from lorainit.init.evidence.context import Context
+from lorainit.init.evidence.inputs import calibration_rows, look, shared_inputs
+from lorainit.init.evidence.pca import PCA, converged, spread_ranks
+from lorainit.init.methods.eva import alive_directions
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.layers.weight import shape_of
+from lorainit.model.targets.names import listed
+from lorainit.runtime.hardware import generator_for
+
+# A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
+MAX_PASSES, MIN_BATCHES = 8, 64
+
+
+def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
+    """Principal directions of each layer's inputs, and the rank each layer deserves.
+
+    The inputs are those of trained tokens (`use_label_mask`, PEFT's default) or of all but padding. Each of the first
+    `samples` rows is seen once, then they are seen again until every assigned direction stands
+    still from one batch to the next (`converged`). The sum of the ranks is r times the number of
+    layers, and no layer gets more than rho·r.
+
+    Experts of a mixture that too few tokens reach, or whose directions alone do not settle, are `starved` and take
+    no part in the spreading.
+
+    Raises:
+        UnsupportedInit: a layer's inputs cannot be masked, or too few tokens reach it.
+        InitFailed: the directions have not converged; the message lists the layers.
+        OutOfMemory: they take more than is free.
+    """
+    rows = calibration_rows(config, context)
+    pieces = batches(rows, context.budget, context.regime)
+    leader = shared_inputs(context, pieces[0])
+    widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
+    # The directions, and those of the batch before.
+    numbers = 2 * sum(widths[g] * shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values()))
+    memory.require(context, "eva's directions of every layer's inputs", numbers=numbers, device=context.device)
+    states = _states(config, context, leader, widths)
+    ranks = _settle(states, leader, widths, pieces, config=config, context=context)
+    starved = Evidence(starved=True, rows=len(rows))
+    return {
+        n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) if n in ranks else starved
+        for n in context.targets
+    }
+
+
+def _settle(
+    states: dict[str, PCA],
+    leader: dict[str, str],
+    widths: dict[str, int],
+    pieces: Sequence[Sequence[Sample]],
+    *,
+    config: EVA,
+    context: Context,
+) -> dict[str, int]:
+    """Feed the batches, again and again, until the directions stand still; the ranks they earn."""
+    limit, tokens = max(MIN_BATCHES, MAX_PASSES * len(pieces)), "trained" if config.use_label_mask else "all"
+    moving: list[str] = []
+    for number in range(1, limit + 1):
+        before = {name: state.directions for name, state in states.items()}
+        piece = pieces[(number - 1) % len(pieces)]
+        look(context, piece, states, lambda name, X, _: states[name].update(X), tokens=tokens)
+        context.on_event(Tick(done=number, total=limit))
+        if number == len(pieces):
+            leader = _without(_starved_experts(states, widths, context), leader, states)
+            _refuse_starved({name: states[leader[name]] for name in leader}, widths)
+        if number < max(2, len(pieces)):
+            continue
+        bids = {name: states[leader[name]].ratios[: widths[name]] for name in leader}
+        ranks = spread_ranks(bids, context.lora.r * len(leader))
+        needed = {g: max(ranks[name] for name in leader if leader[name] == g) for g in states}
+        moving = [g for g, state in states.items() if not converged(before[g], state.directions, needed[g], config.tau)]
+        if not context.anybody(bool(moving)):  # rounding may differ, and passes may be everybody's
+            _say_ranks(ranks, number, context)
+            return ranks
+    unsettled = [name for name in moving if not isinstance(context.targets[name], ExpertLinear)]
+    if not unsettled:  # experts that few tokens reach
+        leader = _without(moving, leader, states)
+        return spread_ranks({n: states[leader[n]].ratios[: widths[n]] for n in leader}, context.lora.r * len(leader))
+    raise InitFailed(
+        f"EVA's directions still move after {limit} batches in {listed(unsettled)}: more rows, larger micro-batches or"
+        f" a lower tau than {config.tau:g} help.",
+        param="lora.init.tau",
+    )
+
+
+def _states(config: EVA, context: Context, leader: dict[str, str], widths: dict[str, int]) -> dict[str, PCA]:
+    seed = config.seed_for(context.seed)
+    return {
+        g: PCA(max(widths[n] for n in leader if leader[n] == g), generator=generator_for(seed, g))
+        for g in dict.fromkeys(leader.values())
+    }
+
+
+def _eva_evidence(state: PCA, rank: int, *, rows: int) -> Evidence:
+    V, S = state.directions[:rank].cpu(), state.S[:rank].cpu()
+    facts = {"explained_variance": float(state.ratios[:rank].sum())}
+    return Evidence(directions=V, spread=S, rank=rank, rows=rows, facts=facts)
+
+
+def _starved_experts(states: dict[str, PCA], widths: dict[str, int], context: Context) -> list[str]:
+    """Experts that too few tokens were routed to, or too few different ones, for as many directions."""
+    return [
+        name
+        for name, state in states.items()
+        if isinstance(context.targets[name], ExpertLinear)
+        and (state.tokens <= widths[name] or alive_directions(state.S) < widths[name])
+    ]
+
+
+def _without(experts: Sequence[str], leader: dict[str, str], states: dict[str, PCA]) -> dict[str, str]:
+    """The leaders of all others; `states` forgets these experts too."""
+    for name in experts:
+        del states[name]
+    return {name: g for name, g in leader.items() if name not in experts}
+
+
+def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
+    starved = [name for name, state in states.items() if state.tokens <= widths[name]]
+    if starved:
+        fewest = min(states[name].tokens for name in starved)
+        raise UnsupportedInit(
+            f"EVA needs more tokens to look at than directions, and {listed(starved)} got {fewest}: more or longer"
+            " calibration rows, or a smaller r.",
+            param="lora.init.samples",
+        )
+
+
+def _say_ranks(ranks: dict[str, int], seen: int, context: Context) -> None:
+    empty = [name for name, rank in ranks.items() if rank == 0]
+    text = (
+        f"EVA: directions stand still after {seen} batches; ranks from {min(ranks.values())} to {max(ranks.values())}"
+    )
+    text += f"; {len(empty)} modules get no adapter" if empty else ""
+    data = {"kind": "init", "batches": seen, "without_adapter": empty}
+    context.on_event(Message(message=text, data=data))

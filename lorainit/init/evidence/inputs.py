@@ -1,0 +1,109 @@
+"""What the targets are fed, one forward pass for all of them. Padding is never looked at.
+
+Layers that are handed the very same tensor (the query, key and value projections of a block) share one computation.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.inits import EVA, CorDA
+from lorainit.data.batches import collate
+from lorainit.data.dataset import Sample
+from lorainit.init.evidence.context import Context, few_rows
+from lorainit.model.forward.loss import logits_of
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.targets.names import listed
+
+See = Callable[[str, Tensor, list[int]], None]
+
+
+def calibration_rows(config: EVA | CorDA, context: Context) -> Sequence[Sample]:
+    """The first rows; refused when there are none. Fewer than asked for is said aloud."""
+    rows = context.samples[: config.samples]
+    if not rows:
+        raise UnsupportedInit("This method looks at rows, and there are none.", param="data.calibration")
+    if len(rows) < config.samples:
+        context.on_event(few_rows(config, len(rows)))
+    return rows
+
+
+def shared_inputs(context: Context, piece: Sequence[Sample]) -> dict[str, str]:
+    """For each target the first target that is handed the very same tensor; itself if it is the first.
+
+    Experts share nothing, and whether tokens reach them is known when all rows have passed.
+
+    Raises:
+        UnsupportedInit: a target is not reached at all.
+    """
+    # The tensors are kept until the pass is over, so that an identity cannot be used twice.
+    seen: dict[int, tuple[str, Tensor]] = {}
+    leader = {name: name for name, module in context.targets.items() if isinstance(module, ExpertLinear)}
+    others = {name: module for name, module in context.targets.items() if name not in leader}
+
+    def note(name: str, x: Tensor) -> None:
+        leader.setdefault(name, seen.setdefault(id(x), (name, x))[0])
+
+    batch = collate(piece, pad=context.pad).to(context.device)
+    with torch.no_grad(), _hooked(others, note):
+        logits_of(context.model, batch)
+    unreached = [name for name in context.targets if name not in leader]
+    if unreached:
+        raise UnsupportedInit(f"The calibration rows never reach {listed(unreached)}.", param="lora.target_modules")
+    return {name: leader[name] for name in context.targets}
+
+
+@torch.no_grad()
+def look(context: Context, piece: Sequence[Sample], names: Iterable[str], see: See, *, tokens: str) -> None:
+    """One batch; `see(name, X, counts)` gets the chosen tokens' inputs of each named target, tokens×in float32.
+
+    `counts`: how many of them are each row's, in turn.
+    """
+    batch = collate(piece, pad=context.pad).to(context.device)
+    mask = batch.attention.bool() & batch.trained if tokens == "trained" else batch.attention.bool()
+
+    def select(name: str, x: Tensor) -> None:
+        positions = _positions(name, context.targets[name], x, mask)
+        wanted = mask.flatten()[positions]
+        X = x.flatten(0, -2)[wanted].float()
+        if not X.isfinite().all():
+            raise InitFailed(f"{name}: its inputs are not finite on the calibration rows.", param="lora.init")
+        see(name, X, torch.bincount(positions[wanted] // mask.shape[1], minlength=len(mask)).tolist())
+
+    with _hooked({name: context.targets[name] for name in names}, select):
+        logits_of(context.model, batch)
+
+
+def _positions(name: str, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """Where in the flattened rows×length the tokens of a layer's input stand, in ascending order."""
+    if isinstance(module, ExpertLinear) and module.stack.of == mask.numel():
+        assert module.stack.tokens is not None
+        return module.stack.tokens
+    # Latent attention hands its keys on with an axis for the one head that all share: rows×1×tokens×features.
+    shared_head = x.ndim == 4 and (x.shape[0], *x.shape[2:-1]) == mask.shape and x.shape[1] == 1
+    known = shared_head or x.shape[:-1] in (mask.shape, (mask.numel(),))
+    if known and not isinstance(module, ExpertLinear):
+        return torch.arange(mask.numel(), device=mask.device)
+    raise UnsupportedInit(
+        f"{name}: its inputs come as {tuple(x.shape)}, not as rows x tokens x features: which of them are"
+        " padding cannot be told.",
+        param="lora.target_modules",
+    )
+
+
+@contextmanager
+def _hooked(targets: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, input)` before each target runs."""
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: see(name, args[0])
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in targets.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,43 @@
+"""Is there room for the evidence? Asked before it is collected.
+
+A mixture of experts has thousands of matrices, and some methods keep something as large as a matrix for each of them.
+"""
+
+import torch
+
+from lorainit.config.errors import OutOfMemory
+from lorainit.config.events import Message
+from lorainit.init.evidence.context import Context
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.runtime import hardware
+
+FLOAT = 4
+GIB = 2**30
+
+
+def require(context: Context, what: str, *, numbers: int, device: torch.device) -> None:
+    """Refuse what does not fit; of a mixture, say what it takes.
+
+    Args:
+        what: what is kept, beginning with the method's name.
+        numbers: how many float32 numbers lie there at a time.
+
+    Raises:
+        OutOfMemory: they take more than is free in any process of the run.
+    """
+    wanted, free = FLOAT * numbers, hardware.free_bytes(device)
+    if context.anybody(free is not None and wanted > free):
+        experts = sum(isinstance(module, ExpertLinear) for module in context.targets.values())
+        hint = f" {experts} of the {len(context.targets)} adapted matrices are experts'." if experts else ""
+        raise OutOfMemory(
+            f"{what} takes {_gib(wanted)} of memory, and {_gib(free or 0)} are free.{hint} Fewer target modules"
+            ' ("attention" leaves experts out), or a method that keeps less, such as pissa or kaiming, help.',
+            param="lora.init",
+        )
+    if any(isinstance(module, ExpertLinear) for module in context.targets.values()):
+        text = f"{what} takes {_gib(wanted)} of memory until the layers have started from it"
+        context.on_event(Message(message=text, data={"kind": "init", "evidence_bytes": wanted}))
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,96 @@
+"""Second moments of what the targets are fed (CorDA)."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Tick
+from lorainit.config.inits import CorDA
+from lorainit.data.batches import batches
+from lorainit.init.evidence import Evidence, memory
+from lorainit.init.evidence.context import Context
+from lorainit.init.evidence.inputs import calibration_rows, look, shared_inputs
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.layers.weight import shape_of
+from lorainit.model.targets.names import listed
+
+# Second moments that lie on an accelerator at a time; more of them take one more pass over the rows.
+DEVICE_BYTES = 4 << 30
+
+
+def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
+    """Mean over rows of XᵀX for each layer, in×in float32, X the row's inputs over their size (`_size`).
+
+    Held on the CPU: in² · 4 bytes for every group of layers that share an input. On an accelerator
+    a few GiB of them lie at a time, at the price of one more pass over the rows for each block.
+    Experts of a mixture share no input; those that no token reaches are `starved`.
+
+    Raises:
+        UnsupportedInit: a layer's inputs cannot be masked, or none reach it.
+        InitFailed: a layer's inputs are not finite.
+        OutOfMemory: more than is free.
+    """
+    rows = calibration_rows(config, context)
+    pieces = batches(rows, context.budget, context.regime)
+    leader = shared_inputs(context, pieces[0])
+    sides = {g: shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values())}
+    moments: dict[str, Tensor] = {}
+    what, numbers = "corda's second moment of every layer's inputs", sum(n * n for n in sides.values())
+    memory.require(context, what, numbers=numbers, device=torch.device("cpu"))
+    blocks = _blocks(sides, DEVICE_BYTES if context.device.type != "cpu" else None)
+    for done, block in enumerate(blocks):
+        for number, piece in enumerate(pieces, start=1):
+            look(context, piece, block, partial(_add_moments, moments, config), tokens="all")
+            context.on_event(Tick(done=done * len(pieces) + number, total=len(blocks) * len(pieces)))
+        for name in moments.keys() & block:
+            moments[name] = (moments[name] / len(rows)).cpu()
+    silent = [name for name in sides if name not in moments or not moments[name].any()]
+    starved = {name for name in silent if isinstance(context.targets[name], ExpertLinear)}
+    _refuse_moments(moments, [name for name in silent if name not in starved])
+    return {
+        name: Evidence(starved=True, rows=len(rows))
+        if name in starved
+        else Evidence(second_moment=moments[g], rows=len(rows))
+        for name, g in leader.items()
+    }
+
+
+def _add_moments(sums: dict[str, Tensor], config: CorDA, name: str, X: Tensor, counts: list[int]) -> None:
+    for row in torch.split_with_sizes(X, counts):
+        if not len(row):  # no token of this row was routed to the expert
+            continue
+        scaled = row / _size(row, config).clamp(min=torch.finfo(row.dtype).tiny)
+        C = scaled.T @ scaled
+        sums[name] = sums[name].add_(C) if name in sums else C
+
+
+def _size(row: Tensor, config: CorDA) -> Tensor:
+    """What a row's inputs are divided by: their largest |entry|, or, as the authors do, |their largest entry|."""
+    return row.max().abs() if config.balance == "authors" else row.abs().max()
+
+
+def _blocks(sides: dict[str, int], limit: int | None) -> list[list[str]]:
+    """Consecutive layers whose moments fit together into `limit` bytes (None = no limit)."""
+    blocks: list[list[str]] = [[]]
+    used = 0
+    for name, n in sides.items():
+        used += 4 * n * n
+        if limit is not None and used > limit and blocks[-1]:
+            blocks.append([])
+            used = 4 * n * n
+        blocks[-1].append(name)
+    return blocks
+
+
+def _refuse_moments(moments: dict[str, Tensor], silent: list[str]) -> None:
+    if silent:
+        raise UnsupportedInit(f"No input but zeros reached {listed(silent)}.", param="lora.init")
+    broken = [name for name, C in moments.items() if not C.isfinite().all()]
+    if broken:
+        raise InitFailed(
+            f"The second moment of the inputs is not finite in {listed(broken)}: the largest entry of a row is next"
+            ' to zero, and the authors\' rule divides by it. With balance "equal" it is the largest absolute entry.',
+            param="lora.init.balance",
+        )

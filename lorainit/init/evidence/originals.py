@@ -1,0 +1,16 @@
+"""The full-precision weights behind a quantized base, for methods that look at what was lost."""
+
+import torch
+
+from lorainit.init.evidence import Evidence
+from lorainit.init.evidence.context import Context
+from lorainit.model.layers.weight import weight_of
+from lorainit.model.load import load_model
+from lorainit.model.targets.targets import linear_layers
+
+
+def original_weights(context: Context) -> dict[str, Evidence]:
+    """Each target's weight as the base model's files have it, mapped: read when a method looks at it."""
+    assert context.folder is not None
+    layers = linear_layers(load_model(context.folder, dtype="auto", device=torch.device("cpu")))
+    return {name: Evidence(original=weight_of(layers[name]).detach()) for name in context.targets}

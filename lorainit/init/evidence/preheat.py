@@ -1,0 +1,176 @@
+"""The preheated adapter of HRP: a LoRA of a higher rank, trained for a few steps and taken off again.
+
+The paper's body was not available to us (see `lorainit.init.methods.hrp`): what is trained, for how long
+and with which optimizer are our choices. The main run knows nothing of it: it has an optimizer of
+its own and sees the training rows from the start.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorainit.config.errors import NonFiniteLoss, UnsupportedInit
+from lorainit.config.events import Message, Tick
+from lorainit.config.inits import HRP
+from lorainit.data.batches import batches, collate
+from lorainit.data.dataset import Sample
+from lorainit.init.evidence import Evidence, memory
+from lorainit.init.evidence.context import Context
+from lorainit.init.methods._linalg import normal
+from lorainit.init.methods.hrp import alive_directions
+from lorainit.model.forward.loss import tally
+from lorainit.model.layers.experts import ExpertLinear
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.weight import device_of, shape_of
+from lorainit.runtime.hardware import generator_for
+
+MAX_RANK, RANK_FACTOR = 128, 8
+MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02
+SAY_STEPS, SAY_SECONDS = 10, 1.0
+
+
+def preheat(config: HRP, context: Context) -> dict[str, Evidence]:
+    """Train a rank-R adapter on every target from B' = 0 and return its factors.
+
+    AdamW of its own at the run's learning rate or `preheat_learning_rate`, held constant, without
+    weight decay, dropout or warm-up; the run's batches in the run's order, its clipping and its scale s.
+    The model comes back exactly as it was.
+
+    Raises:
+        UnsupportedInit: R does not fit a target; the message names it.
+        NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
+        OutOfMemory: the preheated adapter takes more than is free.
+    """
+    ranks = {name: preheat_rank(config, name, module, r=context.lora.r) for name, module in context.targets.items()}
+    steps = preheat_steps(config, total=context.total_steps)
+    _warn_without_gain(ranks, context)
+    sides = {name: sum(shape_of(module)) for name, module in context.targets.items()}
+    # Beside the factors their gradients and the optimizer's two moments.
+    numbers = 4 * sum(ranks[name] * side for name, side in sides.items())
+    memory.require(context, "hrp's preheated adapter with its optimizer", numbers=numbers, device=context.device)
+    seed = config.seed_for(context.seed)
+    layers = {
+        name: _adapter(module, ranks[name], config, scale=context.lora.scaling, generator=generator_for(seed, name))
+        for name, module in context.targets.items()
+    }
+    with borrowed(context.model, layers):
+        losses = _train(layers, steps, config, context)
+    facts = {
+        "mode": config.preheat_mode,
+        "max_rank": max(ranks.values()),
+        "steps": steps,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        # These steps come on top of the run's own.
+        "main_optimizer": "fresh",
+        "main_data": "from the start" if config.main_data == "rewind" else "after the preheat's",
+    }
+    return {
+        name: _evidence(layer, config, r=context.lora.r, facts={"preheat_rank": ranks[name], "preheat": facts})
+        for name, layer in layers.items()
+    }
+
+
+def _evidence(layer: LoRALinear, config: HRP, *, r: int, facts: dict[str, Any]) -> Evidence:
+    """The preheated factors; an expert that too few tokens were routed to has not learned r directions."""
+    A, B = layer.A.detach().cpu(), layer.B.detach().cpu()
+    may_starve = isinstance(layer.base, ExpertLinear) and config.complete is None
+    if may_starve and alive_directions(A, B, config) < r:
+        return Evidence(starved=True, facts=facts)
+    return Evidence(preheated=(A, B), facts=facts)
+
+
+def preheat_rank(config: HRP, name: str, module: nn.Module, *, r: int) -> int:
+    """R of one layer; "auto" = min(128, 8r, smaller side)."""
+    side = min(shape_of(module))
+    if config.preheat_rank == "auto":
+        return max(r, min(MAX_RANK, RANK_FACTOR * r, side))
+    if not r <= config.preheat_rank <= side:
+        raise UnsupportedInit(
+            f"{name}: preheat_rank {config.preheat_rank} must lie between r = {r} and the smaller side, {side}.",
+            param="lora.init.preheat_rank",
+        )
+    return config.preheat_rank
+
+
+def preheat_steps(config: HRP, *, total: int) -> int:
+    """Preheat steps; "auto" = 2 % of the run's own, at least 20 and at most 200, never more than the run has."""
+    if config.preheat_steps != "auto":
+        return config.preheat_steps
+    return min(total, max(MIN_STEPS, min(MAX_STEPS, round(SHARE_OF_STEPS * total))))
+
+
+def _warn_without_gain(ranks: dict[str, int], context: Context) -> None:
+    same = [name for name, R in ranks.items() if context.lora.r == R]
+    if same:
+        text = f"Preheating {len(same)} modules at the run's own rank, {same[0]} among them: no gain over random A."
+        context.on_event(Message(level="warn", message=text, data={"kind": "init"}))
+
+
+def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator: torch.Generator) -> LoRALinear:
+    """A' by its law, B' = 0, float32 on the module's device."""
+    (out, n), device = shape_of(module), device_of(module)
+    if config.preheat_a_law == "orthonormal":
+        A = torch.linalg.qr(normal(n, R, generator=generator)).Q.T
+    else:
+        A = (2 * torch.rand(R, n, generator=generator) - 1) / math.sqrt(n)
+    factors = Factors(A=A.contiguous().to(device), B=torch.zeros(out, R, device=device))
+    layer = LoRALinear(module, factors, scale=scale, subtract=False)
+    layer.A.requires_grad_(config.preheat_mode == "classic")
+    return layer
+
+
+def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, context: Context) -> list[float]:
+    """Train for these steps; the loss before each of them."""
+    recipe = context.training
+    rate = recipe.learning_rate if config.preheat_learning_rate == "auto" else config.preheat_learning_rate
+    assert rate is not None
+    parameters = [p for layer in layers.values() for p in (layer.A, layer.B) if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    said, losses = time.monotonic(), list[float]()
+    for step, samples in enumerate(islice(_stream(context), steps), start=1):
+        loss = _accumulate(samples, step, steps, context)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteLoss(
+                f"Preheat step {step}: loss {loss}, gradient norm {norm}. A lower learning rate usually helps.",
+                param="lora.init.preheat_learning_rate",
+            )
+        losses.append(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (1, steps) or step % SAY_STEPS == 0 or time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            text = f"Preheating at rank {max(layer.A.shape[0] for layer in layers.values())}: step {step}/{steps}"
+            data = {"kind": "init", "step": step, "steps": steps, "loss": loss}
+            context.on_event(Message(message=f"{text}, loss {loss:.4f}", data=data))
+    return losses
+
+
+def _stream(context: Context) -> Iterator[list[Sample]]:
+    """The run's effective batches from its first step on, epoch after epoch."""
+    size = context.training.batch_size
+    assert size != "auto"
+    for epoch in count():
+        shuffled = context.order(epoch)
+        for start in range(0, len(shuffled), size):
+            yield [context.training_samples[i] for i in shuffled[start : start + size]]
+
+
+def _accumulate(samples: list[Sample], step: int, steps: int, context: Context) -> float:
+    """Gradients and loss of one effective batch, by micro-batches as in training."""
+    pieces = batches(samples, context.budget, context.regime)
+    wanted = sum(int(s.trained[1:].sum()) for s in samples)
+    loss = 0.0
+    for done, piece in enumerate(pieces, start=1):
+        part = tally(context.model, collate(piece, pad=context.pad).to(context.device))
+        torch.autograd.backward(part.loss / wanted)
+        loss += float(part.loss.detach()) / wanted
+        context.on_event(Tick(done=(step - 1) * len(pieces) + done, total=steps * len(pieces)))
+    return loss

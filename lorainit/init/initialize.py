@@ -1,0 +1,242 @@
+"""From a bare model to an adapted one: evidence once, then each layer, then a gate.
+
+A method that promises to leave the function alone is held to it here, on real rows, before any
+training. The base weights are read and never written.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.config.errors import InitFailed, UnsupportedInit
+from lorainit.config.events import Event, Message, Tick
+from lorainit.config.inits import HRP, InitConfig, Kaiming, LoftQ, LoRAM
+from lorainit.config.spec import Lora
+from lorainit.data.batches import Batch
+from lorainit.init import report
+from lorainit.init.evidence import Evidence
+from lorainit.init.methods import METHODS
+from lorainit.init.norms import row_norms
+from lorainit.init.report import Report
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import LoRALinear, adapted, attach
+from lorainit.model.layers.weight import shape_of, weight_of
+from lorainit.runtime.hardware import generator_for
+
+__all__ = ["Known", "Report", "initialize"]
+
+MESSAGE_SECONDS = 5.0
+DORA_ROW = 1e-18  # norms of shorter rows are lost in float32 squares, in PEFT's DoRA as in ours
+NO_EVIDENCE: Mapping[str, Evidence] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Known:
+    """One layer's start as an earlier run found it: its factors and its entry in the report."""
+
+    factors: Factors
+    facts: dict[str, Any]
+
+
+def initialize(
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    lora: Lora,
+    *,
+    seed: int,
+    probe: Batch,
+    on_event: Callable[[Event], None],
+    evidence: Mapping[str, Evidence] = NO_EVIDENCE,
+    known: Mapping[str, Known] | None = None,
+    calibration: Sequence[Batch] = (),
+    weight_decay: float = 0.0,
+    rate: float = 0.0,
+    started: float | None = None,
+    cached: bool = False,
+) -> Report:
+    """Attach an adapter to every target of `model`.
+
+    Args:
+        lora: resolved.
+        seed: the run's; used when the method has none of its own.
+        probe: a few training rows, on the model's device, to measure the loss before and after.
+        evidence: what `collect` gathered for the method, by module.
+        known: the starts of every target from the cache, instead of computing them.
+        calibration: the method's rows; where the start is displaced, its loss is measured on them.
+        rate: the peak learning rate, for the first step that the report expects.
+        started: `time.monotonic()` of the beginning, where collecting evidence is to count.
+        cached: whether evidence or factors came from the cache.
+
+    Raises:
+        UnsupportedInit: the method cannot work on a module; the message names it.
+        InitFailed: the method moved the function although it promised not to.
+    """
+    started = time.monotonic() if started is None else started
+    config = lora.method
+    drawn_from = config.seed_for(seed)
+    modules: list[dict[str, Any]] = []
+    said = time.monotonic()
+    for done, (name, module) in enumerate(targets.items(), start=1):
+        found = known[name] if known else None
+        evidence_of = evidence.get(name, Evidence())
+        modules.append(_adapt(model, name, module, evidence_of, lora=lora, seed=drawn_from, known=found))
+        on_event(Tick(done=done, total=len(targets)))
+        if done == len(targets) or time.monotonic() - said > MESSAGE_SECONDS:
+            said = time.monotonic()
+            on_event(_progress(config.method, done, len(targets)))
+    seconds = time.monotonic() - started
+    summary = report.summary(
+        lora, modules, seed=seed if config.seed is None else config.seed, seconds=seconds, cached=cached, rate=rate
+    )
+    trained = (p for layer in adapted(model).values() for p in layer.parameters() if p.requires_grad)
+    summary["trainable_parameters"] = sum(p.numel() for p in trained)
+    summary |= report.measure(model, probe)
+    warnings = _warnings(lora, targets, modules, weight_decay)
+    if not config.function_preserving:
+        rows = calibration or [probe]
+        tick = iter(range(1, 2 * len(rows) + 1))
+        loss = report.displacement(model, rows, tick=lambda: on_event(Tick(done=next(tick), total=2 * len(rows))))
+        summary["calibration_loss"] = loss
+        warnings += _rise(config, loss)
+    for text in warnings:
+        on_event(Message(level="warn", message=text, data={"kind": "init"}))
+    summary["warnings"] = warnings
+    report.gate(summary, model)
+    return Report(summary, modules)
+
+
+def _progress(method: str, done: int, total: int) -> Message:
+    text = f"Initializing LoRA with {method}: {done}/{total} modules"
+    return Message(message=text, data={"kind": "init", "done": done, "total": total})
+
+
+# --- one layer ---------------------------------------------------------------------------------
+
+
+def _adapt(
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    evidence: Evidence,
+    *,
+    lora: Lora,
+    seed: int,
+    known: Known | None,
+) -> dict[str, Any]:
+    config, s = lora.method, lora.scaling
+    W = _readable_weight(name, module, needed=config.facts.needs != "none", dora=lora.use_dora)
+    if known:
+        factors = Factors(A=known.factors.A.to(W.device), B=known.factors.B.to(W.device))
+    else:
+        factors = _factors(name, W, evidence, lora=lora, seed=seed)
+    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+        raise InitFailed(f"{name}: {config.method} produced non-finite factors.", param="lora.init")
+    subtract = config.offset == "subtract"
+    layer = LoRALinear(module, factors, scale=s, subtract=subtract, dropout=lora.dropout, dora=lora.use_dora)
+    attach(model, name, layer)
+    if known:
+        return known.facts
+    return report.facts(name, W, factors, evidence, s=s, lora=lora, magnitude=layer.magnitude)
+
+
+def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int) -> Factors:
+    config = Kaiming(method="kaiming") if evidence.starved else lora.method
+    rank = lora.r if evidence.rank is None else evidence.rank
+    try:
+        return METHODS[config.method](
+            W, evidence, rank=rank, scale=lora.scaling, config=config, generator=generator_for(seed, name)
+        )
+    except (UnsupportedInit, InitFailed) as error:
+        raise type(error)(f"{name}: {error.message.removeprefix(f'{name}: ')}", param=error.param) from error
+
+
+def _readable_weight(name: str, module: nn.Module, *, needed: bool, dora: bool) -> Tensor:
+    """The weight as out×in float32, or the reason why no method can use it."""
+    weight = weight_of(module).detach()
+    if weight.is_meta:
+        raise UnsupportedInit(f"{name}: the weight has not been loaded (meta tensor).", param="model")
+    if not weight.is_floating_point():
+        raise UnsupportedInit(f"{name}: the weight is quantized ({weight.dtype}).", param="model")
+    W = weight.to(torch.float32).contiguous()
+    norms = row_norms(W)  # one read of W, and no mask of its size
+    if not norms.isfinite().all():
+        raise UnsupportedInit(f"{name}: the base weight has non-finite entries.", param="model")
+    if needed and not norms.any():
+        raise UnsupportedInit(f"{name}: the base weight is zero, so there is nothing to start from.", param="model")
+    if dora and not (alive := norms > DORA_ROW).all():
+        raise UnsupportedInit(
+            f"{name}: {int((~alive).sum())} rows of the base weight are zero, or nearly, and have no direction for"
+            " DoRA to keep: leave this module out or use plain LoRA.",
+            param="lora.use_dora",
+        )
+    return W
+
+
+# --- what the caller should know ----------------------------------------------------------------
+
+
+def _rise(config: InitConfig, loss: dict[str, Any]) -> list[str]:
+    if loss["after"] <= loss["before"]:
+        return []
+    remedy = 'Use gamma "auto", or a larger gamma (the step shrinks with it).'
+    if isinstance(config, HRP):
+        remedy = 'Use a lower preheat_learning_rate, or b_init "zero".'
+    if isinstance(config, LoftQ):
+        remedy = "A larger r corrects more of the quantization; kaiming starts as the NF4 base itself."
+    return [
+        f"{config.facts.title} starts away from the base model, and that made it worse: the loss on {loss['rows']}"
+        f" calibration rows rose from {loss['before']:.4f} to {loss['after']:.4f}. {remedy}"
+    ]
+
+
+def _starved(lora: Lora, modules: Sequence[dict[str, Any]]) -> list[str]:
+    names = [m["name"] for m in modules if m.get("start") == "kaiming"]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"Too few tokens were routed to {len(names)} of {len(modules)} matrices for {lora.method.method} to start"
+        f" from: {shown}. These experts start as kaiming does, from a product of zero. More or longer rows reach more."
+    ]
+
+
+def _warnings(
+    lora: Lora, targets: dict[str, nn.Module], modules: Sequence[dict[str, Any]], weight_decay: float
+) -> list[str]:
+    config, s, r = lora.method, lora.scaling, lora.r
+    found = _starved(lora, modules)
+    if config.method == "gaussian":
+        n = max(shape_of(m)[1] for m in targets.values())
+        found.append(
+            f"The rows of A have norm sqrt(in)/r, up to {n**0.5 / r:.2f}, against 0.58 for kaiming whatever the"
+            " layer: the best learning rate of gaussian differs and depends on r."
+        )
+    if isinstance(config, LoRAM) and not config.scale_aware and min(abs(s - 1), abs(s - r**0.5)) > 1e-6:
+        found.append(
+            f"LoRAM sizes B·A, and the scale s = {s:g} multiplies it again: the product starts at {s * s:.3g} times"
+            f" the intended energy. Use alpha = r (s = 1), or alpha = r with rsLoRA (s = {r**0.5:g}), or scale_aware."
+        )
+    dead = [m["name"] for m in modules if m.get("first_step_slope") == 0]
+    if dead:
+        found.append(
+            f"The gradient of {len(dead)} modules is zero, {dead[0]} among them: they start without a direction."
+        )
+    poor = {m["name"]: m["gradient_rank"] for m in modules if "gradient_rank" in m}
+    if poor:
+        name, rank = min(poor.items(), key=lambda item: item[1])
+        wanted = f"2r = {2 * r}" if config.method == "lora_ga" else f"r = {r}"
+        found.append(
+            f"The gradient of {len(poor)} modules has fewer directions than {config.method} takes ({wanted}), down to"
+            f" {rank} in {name}: the others carry no gradient. More calibration rows, or a smaller r."
+        )
+    if weight_decay and config.offset == "subtract":
+        found.append(
+            f"With {config.method}, weight decay pulls A and B towards zero, that is towards W - s·B0·A0 and not"
+            " towards the base model."
+        )
+    return found

@@ -1,0 +1,98 @@
+"""HRP: A starts in the leading directions of a preheated adapter of a higher rank.
+
+Chen et al., "HRP: High-Rank Preheating for Superior LoRA Initialization", arXiv 2502.07739. **A
+reconstruction**: the abstracts and the first lines of the introduction were read; the body of the
+paper was not available to us, and no code by the authors is known. From the paper: train a LoRA of
+a higher rank for a few steps, take the main singular vectors of its product, start the main LoRA in
+those directions. Ours, each an inference or a choice: B = 0 and an untouched base, the *right*
+singular vectors for A, orthonormal rows times `c`, a fresh optimizer and the data from the start
+for the main run, and everything about the preheat itself (`lorainit.init.evidence.preheat`).
+"""
+
+# ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorainit.config.errors import InitFailed
+from lorainit.config.inits import HRP
+from lorainit.init.evidence import Evidence
+from lorainit.init.methods._linalg import count_alive, normal
+from lorainit.model.layers.factors import Factors
+
+# Below this share of the top singular value a direction of the preheated product is rounding.
+DEAD = 1e-7
+
+
+def hrp(
+    weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: HRP, generator: torch.Generator
+) -> Factors:
+    """A = c·V_rᵀ with D = B'·A' = U·Σ·Vᵀ, and B = 0; with `side` "left", B = c·U_r and A = 0.
+
+    With `b_init` "carry" B = U_r·Σ_r/c: s·B·A is the best rank-r part of what the preheat came to, which was
+    trained at the same s. `complete` fills the directions that are missing with random orthonormal ones (fact
+    `completed`: how many).
+
+    Raises:
+        InitFailed: there is no preheated adapter, or its product has fewer than r directions to start from.
+    """
+    if evidence.preheated is None:
+        raise InitFailed("HRP needs a preheated adapter, and none was collected.", param="lora.init")
+    A, B = (factor.to(weight.device, torch.float64) for factor in evidence.preheated)
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise InitFailed("the preheated adapter has non-finite entries.", param="lora.init")
+    S, Vh = _directions(A, B, config)
+    alive = _alive(S)
+    if alive < rank and config.complete is None:
+        raise InitFailed(
+            f"the preheated product (rank {len(S)}) has {alive} directions (singular values from {float(S[0]):.2g},"
+            f" counted above {DEAD:g} of it), fewer than r = {rank}. More preheat_steps, or a smaller r.",
+            param="lora.init.preheat_steps",
+        )
+    facts: dict[str, Any] = {
+        "preheat_spectrum": [float(f"{s:.4g}") for s in S[:rank]],
+        "preheat_energy": float(S[:rank].square().sum() / S.square().sum()),
+    }
+    V = Vh[:rank]
+    if alive < rank:
+        V = _completed(V[:alive], rank, generator=generator)
+        facts["completed"] = rank - alive
+    start = (config.c * V).float().contiguous()
+    if config.side == "left":
+        return Factors(A=torch.zeros(rank, weight.shape[1], device=weight.device), B=start.T.contiguous(), facts=facts)
+    carried = B @ (A @ V.T) / config.c if config.b_init == "carry" else torch.zeros_like(B[:, :1]).expand(-1, rank)
+    return Factors(A=start, B=carried.float().contiguous(), facts=facts)
+
+
+def alive_directions(A: Tensor, B: Tensor, config: HRP) -> int:
+    """How many directions of the preheated product are more than rounding."""
+    return _alive(_directions(A.double(), B.double(), config)[0])
+
+
+def _directions(A: Tensor, B: Tensor, config: HRP) -> tuple[Tensor, Tensor]:
+    return right_directions(A, B) if config.side == "right" else right_directions(B.T, A.T)
+
+
+def _alive(S: Tensor) -> int:
+    return count_alive(S, floor=DEAD)
+
+
+def _completed(V: Tensor, rank: int, *, generator: torch.Generator) -> Tensor:
+    """The orthonormal rows of V and random ones orthogonal to them, `rank` in all."""
+    more = normal(V.shape[1], rank - len(V), generator=generator, dtype=V.dtype).to(V.device)
+    return torch.cat([V, torch.linalg.qr(more - V.T @ (V @ more)).Q.T])
+
+
+def right_directions(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values (R) and right singular vectors (R×in) of B·A, without the out×in product.
+
+    Args:
+        A: R×in.
+        B: out×R.
+    """
+    R_B = torch.linalg.qr(B, mode="r").R
+    Q_A, R_A = torch.linalg.qr(A.T)
+    _, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    return S, Vh @ Q_A.T

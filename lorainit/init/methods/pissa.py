@@ -1,0 +1,29 @@
+"""PiSSA: the top r singular directions of W.
+
+Meng et al., arXiv 2404.02948, section 3. The fast variant is a randomized SVD; the offset is formed
+from the factors actually used, so the function at step 0 is exact even where the subspace is not.
+"""
+
+# ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
+
+import torch
+from torch import Tensor
+
+from lorainit.config.inits import PiSSA
+from lorainit.init.evidence import Evidence
+from lorainit.init.methods._linalg import randomized_svd, symmetric
+from lorainit.model.layers.factors import Factors
+
+
+def pissa(
+    weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: PiSSA, generator: torch.Generator
+) -> Factors:
+    """B = U_r·sqrt(S_r/s), A = sqrt(S_r/s)·V_rᵀ, so that s·B·A is the best rank-r part of W.
+
+    With `niter` a randomized SVD that keeps all its blocks (`randomized_svd`): PEFT's keeps the last r directions.
+    """
+    if config.niter is None:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return symmetric(U[:, :rank], S[:rank], Vh[:rank], scale=scale)
+    U, S, Vh = randomized_svd(weight, rank=rank, niter=config.niter, generator=generator)
+    return symmetric(U, S, Vh, scale=scale)

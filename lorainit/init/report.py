@@ -1,0 +1,270 @@
+"""What a start looks like, in numbers: each layer by itself, and the whole model on real rows.
+
+Works on r×r and r×n products only: nothing of a weight's size is made beside the weight itself.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorainit.config.errors import InitFailed
+from lorainit.config.spec import Lora
+from lorainit.data.batches import Batch
+from lorainit.init.evidence import Evidence
+from lorainit.init.norms import norm
+from lorainit.model.forward.loss import logits_of, row_losses, tally
+from lorainit.model.layers.factors import Factors
+from lorainit.model.layers.layer import adapted, disabled
+from lorainit.model.layers.weight import weight_of
+from lorainit.runtime.hardware import peak_memory_bytes
+from lorainit.runtime.retry import until_it_fits
+
+# How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
+LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Report:
+    """`summary` is the object shown as `job.init_report`; `modules` has one entry per layer."""
+
+    summary: dict[str, Any]
+    modules: list[dict[str, Any]]
+
+
+# --- one layer ---------------------------------------------------------------------------------
+
+
+def facts(
+    name: str,
+    W: Tensor,
+    factors: Factors,
+    evidence: Evidence,
+    *,
+    s: float,
+    lora: Lora,
+    magnitude: Tensor | None = None,
+) -> dict[str, Any]:
+    """The entry of one layer in `init_report.json`.
+
+    `captured_energy` (methods that take part of W): share of ‖W‖² that B's columns and A's rows hold.
+    `gradient_alignment` (methods with a gradient): share of ‖G‖² that a first step of A and B can
+    follow. `first_order_change`: <G, s·B·A>, the loss change a displaced start promises.
+    `first_step_slope`: loss change per unit of learning rate of the first AdamW step, first order.
+    `magnitude_norm` (DoRA): ‖m‖, which is ‖W + s·B·A‖ at the start.
+    `start`: "kaiming" for experts that saw too few tokens for the method.
+    """
+    A, B = factors.A, factors.B
+    found: dict[str, Any] = {
+        "name": name,
+        "out": W.shape[0],
+        "in": W.shape[1],
+        "rank": A.shape[0],
+        "scale": s,
+        "weight_norm": norm(W),
+        "product_norm": s * product_norm(A, B),
+    }
+    if magnitude is not None:
+        magnitude = magnitude.detach()
+        found["magnitude_norm"] = norm(magnitude)
+    takes = lora.method.facts.needs in ("weight", "activation") and lora.method.method != "loram"  # only its size
+    if takes and lora.method.offset == "subtract" and not evidence.starved:
+        found["captured_energy"] = _captured_energy(W, factors, whole=found["weight_norm"])
+    if evidence.gradient is not None:
+        G = evidence.gradient.to(W.device)
+        found |= _gradient_facts(G, factors, s=s, lora=lora)
+        if magnitude is not None:
+            found["first_step_slope"] -= _magnitude_slope(W, G, factors, magnitude, s=s)
+    if evidence.starved:
+        found["start"] = "kaiming"
+    if evidence.rows is not None:
+        found["samples"] = evidence.rows
+    if evidence.step is not None:
+        found |= {"gamma": evidence.step.gamma, "line_search": evidence.step.facts()}
+    return found | dict(evidence.facts) | dict(factors.facts)
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """‖B·A‖ from the r×r Gram matrices."""
+    A, B = A.double(), B.double()
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+
+
+def _captured_energy(W: Tensor, factors: Factors, *, whole: float) -> float:
+    """‖Q_Bᵀ·W·Q_A‖²/‖W‖²."""
+    Q_B, Q_A = torch.linalg.qr(factors.B).Q, torch.linalg.qr(factors.A.T).Q
+    return (norm(Q_B.T @ W @ Q_A) / whole) ** 2
+
+
+def _gradient_facts(G: Tensor, factors: Factors, *, s: float, lora: Lora) -> dict[str, Any]:
+    A, B = factors.A, factors.B
+    whole = norm(G)
+    G_A, B_G = s * (G @ A.T), s * (B.T @ G)  # the gradients of B (out×r) and of A (r×in)
+    facts = {
+        "gradient_norm": whole,
+        "gradient_alignment": _alignment(G, factors, whole=whole),
+        # Adam's first step is the sign of the gradient, times the rate.
+        "first_step_slope": -float(G_A.abs().sum() + B_G.abs().sum()),
+    }
+    if not lora.method.function_preserving:
+        facts["first_order_change"] = float((G_A * B).sum())
+    return facts
+
+
+def _magnitude_slope(W: Tensor, G: Tensor, factors: Factors, magnitude: Tensor, *, s: float) -> float:
+    """Sum over the outputs of |∂L/∂m_i| = |<G_i, W_i + s·(B·A)_i>|/m_i, row by row; A and B are as without DoRA."""
+    along = torch.einsum("ij,ij->i", G, W) + s * (G @ factors.A.T * factors.B).sum(1)
+    return float((along / magnitude).abs().sum())
+
+
+def _alignment(G: Tensor, factors: Factors, *, whole: float) -> float:
+    """1 - ‖(I - P_B)·G·(I - P_A)‖²/‖G‖²: what lies outside both spaces is out of the first step's reach."""
+    Q_B, Q_A = _span(factors.B), _span(factors.A.T)
+    B_G, G_A = Q_B.T @ G, G @ Q_A
+    reached = norm(B_G) ** 2 + norm(G_A) ** 2 - norm(B_G @ Q_A) ** 2
+    return min(1.0, reached / whole**2) if whole else 0.0
+
+
+def _span(X: Tensor) -> Tensor:
+    """An orthonormal basis of X's columns; of a zero X, nothing."""
+    Q: Tensor = torch.linalg.qr(X).Q
+    return Q if X.any() else Q[:, :0]
+
+
+# --- the whole ---------------------------------------------------------------------------------
+
+
+def summary(
+    lora: Lora, modules: Sequence[dict[str, Any]], *, seed: int, seconds: float, cached: bool, rate: float
+) -> dict[str, Any]:
+    """Everything of `job.init_report` that needs no forward pass."""
+    method = lora.method
+    ranks = [m["rank"] for m in modules]
+    spread = {m["name"]: m["rank"] for m in modules if m["rank"] != lora.r}
+    slopes = [m["first_step_slope"] for m in modules if "first_step_slope" in m]
+    changes = [m["first_order_change"] for m in modules if "first_order_change" in m]
+    return {
+        "method": method.method,
+        "seed": seed,
+        "seconds": round(seconds, 3),
+        "cached": cached,
+        "samples": max((m["samples"] for m in modules if "samples" in m), default=None),
+        "modules": len(modules),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "function_preserving": method.function_preserving,
+        "captured_energy": _spread(modules, "captured_energy"),
+        "gradient_alignment": _spread(modules, "gradient_alignment"),
+        "ranks": {"min": min(ranks), "max": max(ranks), "sum": sum(ranks)},
+        "rank_pattern": spread,
+        "quantization_error": _corrected(modules),
+        "gamma": modules[0].get("gamma"),
+        "line_search": modules[0].get("line_search"),
+        "preheat": modules[0].get("preheat"),
+        "expected_displacement_change": sum(changes) if changes else None,
+        "expected_first_step_change": rate * sum(slopes) if slopes else None,
+    }
+
+
+def _corrected(modules: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """‖W - Q‖/‖W‖ and ‖W - Q - s·B·A‖/‖W‖ over all modules, for a method that corrects a quantized base."""
+    found = [m for m in modules if "original_norm" in m]
+    if not found:
+        return None
+    whole = sum(m["original_norm"] ** 2 for m in found)
+    before, after = (
+        (sum((m[key] * m["original_norm"]) ** 2 for m in found) / whole) ** 0.5
+        for key in ("quantization_error", "corrected_error")
+    )
+    return {"before": before, "after": after}
+
+
+def _spread(modules: Iterable[dict[str, Any]], key: str) -> dict[str, float] | None:
+    values = [m[key] for m in modules if key in m]
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None
+
+
+@torch.no_grad()
+def measure(model: nn.Module, probe: Batch) -> dict[str, Any]:
+    """Loss and logits of the base and of the initialized model on the same rows."""
+    with disabled(model):
+        base = tally(model, probe)
+    initial = tally(model, probe)
+    return {
+        "base_loss": float(base.loss) / base.tokens,
+        "initial_loss": float(initial.loss) / initial.tokens,
+        # With a large vocabulary logits are what fills memory first: those of one row at a time.
+        "max_abs_logit_difference": max(_moved(model, row) for row in probe.cut(1)),
+    }
+
+
+def _moved(model: nn.Module, row: Batch) -> float:
+    """How far a logit of the row's tokens lies from the base's at most."""
+    with disabled(model):
+        before = logits_of(model, row)
+    difference = before.sub_(logits_of(model, row)).abs_()
+    return float(difference.amax(-1)[row.attention.bool()].max())
+
+
+@torch.no_grad()
+def displacement(model: nn.Module, batches: Sequence[Batch], *, tick: Callable[[], None]) -> dict[str, Any]:
+    """Mean over the calibration rows of each row's loss, before and after a displaced start."""
+
+    def loss() -> float:
+        total = 0.0
+        for batch in batches:
+            total += _summed(batch, lambda part: float(row_losses(model, part).sum()))
+            tick()
+        return total / rows
+
+    rows = sum(len(batch.ids) for batch in batches)
+    with disabled(model):
+        before = loss()
+    return {"before": before, "after": loss(), "rows": rows}
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Iterable[Batch], *, tick: Callable[[int], None]) -> float:
+    """Nats per trained token over all rows; `tick` is told how many batches are done."""
+    loss, tokens = 0.0, 0
+    for done, batch in enumerate(batches, start=1):
+        loss += _summed(batch, lambda part: float(tally(model, part).loss))
+        tokens += len(batch.targets)
+        tick(done)
+    return loss / tokens
+
+
+def _summed(batch: Batch, look: Callable[[Batch], float]) -> float:
+    """`look` at a batch; where memory runs out, at halves of it, and so on down to single rows, summed."""
+    rows = len(batch.ids)
+
+    def halve() -> bool:
+        nonlocal rows
+        before, rows = rows, max(1, rows // 2)
+        return rows < before
+
+    return until_it_fits(lambda: sum(map(look, [batch] if rows == len(batch.ids) else batch.cut(rows))), halve)
+
+
+def gate(summary: dict[str, Any], model: nn.Module) -> None:
+    """Add `checks` to the summary; refuse an adapter that does not start where it promised to.
+
+    Raises:
+        InitFailed: a function-preserving method moved the loss, or a displaced one broke the model.
+    """
+    base, initial = summary["base_loss"], summary["initial_loss"]
+    dtype = weight_of(next(iter(adapted(model).values())).base).dtype
+    limit = LOSS_LIMIT[dtype] * max(1.0, abs(base))
+    moved = abs(initial - base)
+    passed = moved <= limit  # False for NaN too
+    check = {"name": "initial_loss_equals_base", "passed": passed, "value": moved, "limit": limit}
+    summary["checks"] = [check] if summary["function_preserving"] else []
+    if summary["function_preserving"] and not passed:
+        raise InitFailed(
+            f"{summary['method']} promises to start as the base model, but the loss on training rows went from"
+            f" {base:.4f} to {initial:.4f} (limit {limit:.2g}).",
+            param="lora.init",
+        )
+    if not torch.isfinite(torch.tensor(initial)):
+        raise InitFailed(f"The model's loss is not finite after {summary['method']}.", param="lora.init")
