@@ -53,8 +53,8 @@ class Bench:
         from lorainit.model.layers import group
         from lorainit.model.layout import choose_layout
         from lorainit.model.targets.targets import find_targets
-        from lorainit.optimizers import make_optimizer
         from lorainit.runtime import hardware
+        from lorainit.train.optimizers import make_optimizer
 
         base = load.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
         self.model: Any = load.load_model(base, dtype=hardware.dtype_of(precision), device=torch.device("cpu"))

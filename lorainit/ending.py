@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lorainit import delivery
-from lorainit.checkpoint import Progress, Restored
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Message, Stage
 from lorainit.config.spec import Hyperparameters
@@ -21,6 +20,7 @@ from lorainit.prepare import Job
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.train.checkpoint import Progress, Restored
 from lorainit.verdict import judge, judge_effect
 
 End = Done | LorainitError

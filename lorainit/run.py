@@ -12,24 +12,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lorainit import checkpoint, delivery, proof
-from lorainit.checkpoint import Restored
+from lorainit import delivery, proof
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Done, InitReport, Stage
 from lorainit.config.inits import HRP
 from lorainit.config.spec import RunSpec
 from lorainit.data.dataset import require_readable
 from lorainit.ending import End, Ending, Run
-from lorainit.fit import fit
 from lorainit.init import stage
 from lorainit.init.initialize import Report
-from lorainit.member import Member
 from lorainit.model.base import Base, OnEvent, open_base
 from lorainit.prepare import Job, prepare
 from lorainit.runtime import hardware
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World, joined
-from lorainit.train import train
+from lorainit.train import checkpoint
+from lorainit.train.checkpoint import Restored
+from lorainit.train.fit import fit
+from lorainit.train.loop import train
+from lorainit.train.member import Member
 
 
 @dataclass(frozen=True)

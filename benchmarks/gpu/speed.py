@@ -18,7 +18,7 @@ from lorainit.model.forward import attention
 from lorainit.model.forward.loss import tallies
 from lorainit.model.forward.recompute import recompute
 from lorainit.model.layers.group import Stand
-from lorainit.optimizers import make_optimizer
+from lorainit.train.optimizers import make_optimizer
 
 
 def steps(day: Day) -> None:

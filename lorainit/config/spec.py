@@ -184,7 +184,7 @@ class Hyperparameters(Strict):
     `shard_base` divides the frozen base between the devices of a run (`RunSpec.devices`): "auto" where it does not
     fit on one.
     These four autos are decided by the machine that the run finds itself on (`lorainit.runtime.hardware`,
-    `lorainit.fit`, `lorainit.model.shard`).
+    `lorainit.train.fit`, `lorainit.model.shard`).
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"

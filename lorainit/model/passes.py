@@ -15,7 +15,7 @@ from lorainit.config.spec import RunSpec
 from lorainit.model.base import Base
 from lorainit.runtime import hardware
 
-# The most of one forward pass, where nobody says. On a GPU more tokens would hardly be faster, and `lorainit.fit`
+# The most of one forward pass, where nobody says. On a GPU more tokens would hardly be faster, and `lorainit.train.fit`
 # measures how many fit.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 256}

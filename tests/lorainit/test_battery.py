@@ -27,13 +27,13 @@ from lorainit.init.evidence.collect import collect
 from lorainit.init.evidence.context import Context
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
-from lorainit.member import Member
 from lorainit.model.forward.loss import logits_of, tally
 from lorainit.model.layers.layer import adapted, attach, detach, disabled
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.runtime.distributed.world import World
-from lorainit.train import train
+from lorainit.train.loop import train
+from lorainit.train.member import Member
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from lorainit.model.layers.layer import LoRALinear, adapted
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
-from lorainit.optimizers import make_optimizer
 from lorainit.run import run
+from lorainit.train.optimizers import make_optimizer
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.stock_peft import SameMask
 from tests.lorainit.test_initialize import gradients

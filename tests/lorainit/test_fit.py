@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorainit import fit
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Checkpoint, Message, Metrics, Plan
 from lorainit.data.dataset import Sample
 from lorainit.run import Request, run, run_together
+from lorainit.train import fit
 from tests.lorainit.conftest import chat, write_rows
 from tests.lorainit.shortage import CHECKPOINTING, TOKENS, Memory, adapter, close, told
 

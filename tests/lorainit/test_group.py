@@ -154,7 +154,7 @@ def poison(who, step, field="A"):
 def test_one_poisoned_adapter_ends_and_the_others_never_notice(spec, tmp_path, monkeypatch, precision, field):
     """In bf16 all adapters stand in one product, where 0·NaN would reach everybody's rows."""
     listen = poison(1, step=2, field=field)
-    from lorainit import train as module
+    from lorainit.train import loop as module
 
     course = module.Course
 

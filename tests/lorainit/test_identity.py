@@ -9,16 +9,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lorainit.config.inits import INITS
-from lorainit.course import Course
 from lorainit.data.batches import batches, collate, order
 from lorainit.init.stage import start
-from lorainit.member import Member
 from lorainit.model.base import open_base
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
 from lorainit.prepare import prepare
 from lorainit.runtime.distributed.world import World
-from lorainit.train import train
+from lorainit.train.course import Course
+from lorainit.train.loop import train
+from lorainit.train.member import Member
 from tests.lorainit.stock_peft import SameMask
 
 RATE, CLIP = 1e-2, 0.5

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit import course, delivery
+from lorainit import delivery
 from lorainit.config.errors import LorainitError, OutOfMemory, Stopped
 from lorainit.config.events import Checkpoint, Done, Message, Metrics, Stage
 from lorainit.model import base as base_module
 from lorainit.run import Request, run, run_together
 from lorainit.runtime import hardware
+from lorainit.train import course
 
 FIRST, OTHERS = 0, (1, 2)
 
@@ -133,12 +134,12 @@ def test_whatever_goes_wrong_at_the_end_of_one_ends_that_one_only(spec, tmp_path
 
 @pytest.mark.usefixtures("bare")
 def test_an_evaluation_that_runs_out_of_memory_ends_its_own_run_only(spec, tmp_path, monkeypatch, rows):
-    from lorainit import train
+    from lorainit.train import loop
 
     def when(_stand, its_course, *_):
         return its_course.member.seed == FIRST and its_course.step == 1
 
-    breaking(train, "evaluate", MEMORY, monkeypatch, when=when)
+    breaking(loop, "evaluate", MEMORY, monkeypatch, when=when)
     ends, _ = together(alike(spec, data={"validation": str(rows)}), tmp_path)
     assert isinstance(ends[FIRST], OutOfMemory)
     assert all(isinstance(ends[who], Done) for who in OTHERS)

@@ -9,17 +9,17 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
-from lorainit.checkpoint import Progress, Restored
 from lorainit.config.events import Metrics
 from lorainit.config.spec import Hyperparameters
-from lorainit.optimizers import (
+from lorainit.run import run
+from lorainit.train.checkpoint import Progress, Restored
+from lorainit.train.optimizers import (
     PreconditionedAdamW,
     SimultaneousAdamW,
     SingularPreconditioner,
     make_optimizer,
     set_rate,
 )
-from lorainit.run import run
 
 F64 = torch.float64
 OPTIMIZERS = {

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit import checkpoint, course, train
 from lorainit.config.errors import (
     CheckpointMismatch,
     DiskFull,
@@ -25,10 +24,11 @@ from lorainit.config.errors import (
     UnsupportedModel,
 )
 from lorainit.config.events import EVENT, Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Tick
-from lorainit.course import schedule
 from lorainit.model.base import open_base
 from lorainit.prepare import prepare
 from lorainit.run import run
+from lorainit.train import checkpoint, course, loop
+from lorainit.train.course import schedule
 from tests.lorainit.conftest import chat, write_rows
 
 
@@ -279,7 +279,7 @@ def test_running_out_of_memory_comes_with_advice(spec, tmp_path, monkeypatch, er
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(train, "tallies", fail)
+    monkeypatch.setattr(loop, "tallies", fail)
     with pytest.raises(OutOfMemory, match="max_length"):
         go(spec(), tmp_path)
 

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lorainit import optimizers, trial
 from lorainit.config.events import Plan
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import Budget
 from lorainit.data.dataset import Sample
-from lorainit.largest import Rows
-from lorainit.member import Member
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.run import run
 from lorainit.runtime.distributed.world import World
+from lorainit.train import optimizers, trial
+from lorainit.train.largest import Rows
+from lorainit.train.member import Member
 from tests.lorainit.shortage import Memory, adapter
 
 

@@ -6,10 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
-from lorainit import course
 from lorainit.config.events import Done, Message
 from lorainit.progress import Display
 from lorainit.run import run
+from lorainit.train import course
 from lorainit.verdict import judge
 
 

@@ -16,12 +16,12 @@ from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu.day import Day
 from benchmarks.gpu.jobs import MAKERS, OPTIMIZERS, Jobs, _cut, _grouped, _resumed, adapter, apart, laid
-from lorainit import fit
 from lorainit.config.events import Checkpoint, Done, Event, Message, Stage
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
 from lorainit.model.memory import of_a_copy
 from lorainit.run import Request, run_together
+from lorainit.train import fit
 from tests.lorainit.conftest import tiny_llama
 from tests.pretended import device, rules, trouble
 from tests.pretended.device import NAME

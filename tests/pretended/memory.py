@@ -98,10 +98,10 @@ def main(folder: Path, names: list[str]) -> None:
     engine.install()
     from benchmarks.gpu import jobs
     from benchmarks.gpu.day import Day
-    from lorainit import fit
     from lorainit.init.evidence import memory as evidence
     from lorainit.model import memory
     from lorainit.run import Request, run_together
+    from lorainit.train import fit
     from tests.lorainit.conftest import tiny_llama
 
     fit.PROBED = 64  # the passes that are measured are to be smaller than the steps of so few and short rows, as always

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorainit import course
 from lorainit.config.events import Event, Metrics
 from lorainit.data.dataset import load
 from lorainit.model.load import load_tokenizer
 from lorainit.run import run
+from lorainit.train import course
 from tests.zoo import stock
 from tests.zoo.bases import KINDS
 from tests.zoo.finding import BF16, EXACT, Tried

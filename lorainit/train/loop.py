@@ -1,6 +1,6 @@
 """The training loop, top to bottom: one base, one forward pass, one adapter or several.
 
-Plain on purpose. Each adapter's rows, optimizer and log are its own (`lorainit.course`); what they
+Plain on purpose. Each adapter's rows, optimizer and log are its own (`lorainit.train.course`); what they
 share is the base and the clock.
 """
 
@@ -11,18 +11,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorainit.checkpoint import Progress
 from lorainit.config.errors import LorainitError, Stopped
 from lorainit.config.events import Message, Stage, Tick
-from lorainit.course import Course, Evaluate
 from lorainit.data.batches import Batch, batches
 from lorainit.data.dataset import Sample
-from lorainit.member import Member
 from lorainit.model.forward.loss import tallies, tally
 from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import until_it_fits
+from lorainit.train.checkpoint import Progress
+from lorainit.train.course import Course, Evaluate
+from lorainit.train.member import Member
 
 Lay = Callable[[Sequence[Sample]], Batch]
 End = Progress | LorainitError

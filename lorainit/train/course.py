@@ -13,17 +13,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorainit.checkpoint import Progress, write
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.data.batches import batches, order
 from lorainit.data.dataset import Sample
-from lorainit.member import Member, clip, with_half_the_tokens, with_smaller_evaluations
 from lorainit.model.forward.loss import Tally
-from lorainit.optimizers import make_optimizer, set_rate
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import until_it_fits
+from lorainit.train.checkpoint import Progress, write
+from lorainit.train.member import Member, clip, with_half_the_tokens, with_smaller_evaluations
+from lorainit.train.optimizers import make_optimizer, set_rate
 
 _CHECKPOINT_METRICS = (
     "step",

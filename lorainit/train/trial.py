@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.data.batches import Batch
 from lorainit.data.dataset import Sample
-from lorainit.largest import Rows, size_of
-from lorainit.member import Member, clip
 from lorainit.model.forward.loss import tallies
 from lorainit.model.layers.group import Stand
-from lorainit.optimizers import make_optimizer
 from lorainit.runtime.distributed.world import World
+from lorainit.train.largest import Rows, size_of
+from lorainit.train.member import Member, clip
+from lorainit.train.optimizers import make_optimizer
 
 Lay = Callable[[Sequence[Sample]], Batch]
 

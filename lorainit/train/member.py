@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorainit.checkpoint import Restored
 from lorainit.config.events import Event, Message
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import Budget, Regime, any_length
 from lorainit.data.dataset import Dataset, Sample
-from lorainit.largest import Rows
 from lorainit.model.layers.layer import LoRALinear
+from lorainit.train.checkpoint import Restored
+from lorainit.train.largest import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
