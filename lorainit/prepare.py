@@ -36,7 +36,7 @@ from lorainit.runtime import hardware
 class Job:
     """What one run works with, everything resolved. `layers` is its adapter, once it is initialized.
 
-    `proof`: how it was shown that stock PEFT reads what this run exports (`lorainit.proof`); None = not shown.
+    `proof`: how it was shown that stock PEFT reads what this run exports (`lorainit.export.proof`); None = not shown.
     """
 
     spec: RunSpec

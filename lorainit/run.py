@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lorainit import delivery, proof
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Done, InitReport, Stage
 from lorainit.config.inits import HRP
 from lorainit.config.spec import RunSpec
 from lorainit.data.dataset import require_readable
-from lorainit.ending import End, Ending, Run
+from lorainit.export import delivery, proof
+from lorainit.export.ending import End, Ending, Run
 from lorainit.init import stage
 from lorainit.init.initialize import Report
 from lorainit.model.base import Base, OnEvent, open_base

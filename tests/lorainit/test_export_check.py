@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorainit import delivery
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Done, Message
 from lorainit.config.spec import Lora
+from lorainit.export import delivery
 from lorainit.export.check import check, require
 from lorainit.export.effect import observe
 from lorainit.export.exact import exact, widest
 from lorainit.export.peft_adapter import export
+from lorainit.export.proof import trial
 from lorainit.model.layers import experts
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
@@ -23,7 +24,6 @@ from lorainit.model.layers.weight import weight_of
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
-from lorainit.proof import trial
 from lorainit.run import run
 from lorainit.runtime.hardware import generator_for
 from tests.zoo.bases import make

@@ -9,15 +9,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorainit import fidelity, proof
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Message
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Dataset, Sample, load
+from lorainit.export import fidelity, proof
 from lorainit.export.check import with_stock_peft
+from lorainit.export.fidelity import HeldOut, held_out, measure, token_losses
 from lorainit.export.peft_adapter import export
-from lorainit.fidelity import HeldOut, held_out, measure, token_losses
 from lorainit.init.initialize import initialize
 from lorainit.model.forward import attention
 from lorainit.model.layers.layer import adapted, weight_of
@@ -321,7 +321,7 @@ def test_a_run_whose_base_does_not_run_in_bf16_succeeds_and_says_so(spec, tmp_pa
     def measure(*args, **named):
         raise RuntimeError("expected m1 and m2 to have the same dtype")
 
-    monkeypatch.setattr("lorainit.fidelity.measure", measure)
+    monkeypatch.setattr("lorainit.export.fidelity.measure", measure)
     events = []
     done = run(spec("llama"), tmp_path / "out", events.append)
     assert "expected m1 and m2" in done.export_check["fidelity"]["missing"]["kept_unmerged_bf16"]

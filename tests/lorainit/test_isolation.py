@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit import delivery
 from lorainit.config.errors import LorainitError, OutOfMemory, Stopped
 from lorainit.config.events import Checkpoint, Done, Message, Metrics, Stage
+from lorainit.export import delivery
 from lorainit.model import base as base_module
 from lorainit.run import Request, run, run_together
 from lorainit.runtime import hardware
@@ -64,7 +64,7 @@ def put_off(said):
 @pytest.fixture
 def bare(monkeypatch):
     """No proof before the first step: these tests look at the end."""
-    monkeypatch.setattr("lorainit.proof.prove", lambda *_, **__: None)
+    monkeypatch.setattr("lorainit.export.proof.prove", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from lorainit.config.events import Done, Message
+from lorainit.export.verdict import judge
 from lorainit.progress import Display
 from lorainit.run import run
 from lorainit.train import course
-from lorainit.verdict import judge
 
 
 def log(path, losses):

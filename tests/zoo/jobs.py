@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lorainit import delivery
 from lorainit.config.events import Event
 from lorainit.config.spec import RunSpec
+from lorainit.export import delivery
 from lorainit.model.layers.layer import borrowed
 from lorainit.run import run
 from tests.zoo import stock

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorainit import delivery
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Message, Stage
 from lorainit.config.spec import Hyperparameters
+from lorainit.export import delivery
+from lorainit.export.verdict import judge, judge_effect
 from lorainit.init.initialize import Report
 from lorainit.model.base import OnEvent
 from lorainit.prepare import Job
@@ -21,7 +22,6 @@ from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.train.checkpoint import Progress, Restored
-from lorainit.verdict import judge, judge_effect
 
 End = Done | LorainitError
 Steps = Generator[None, bool, Done]

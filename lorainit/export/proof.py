@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit import delivery
 from lorainit.config.errors import ExportCheckFailed, LorainitError, UnsupportedModel
 from lorainit.config.events import Message
 from lorainit.config.spec import Lora
-from lorainit.export import check
+from lorainit.export import check, delivery
 from lorainit.export.effect import Effect, logits_of, observe
 from lorainit.model.base import OnEvent
 from lorainit.model.layers.experts import short_name

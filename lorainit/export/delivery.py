@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorainit import fidelity
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Message, Stage, Warned
 from lorainit.config.inits import EVA
 from lorainit.config.results import write_csv
 from lorainit.config.sources import local_path
-from lorainit.export import check, model_card, peft_adapter
+from lorainit.export import check, fidelity, model_card, peft_adapter
 from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
 from lorainit.init.initialize import Report
