@@ -4,10 +4,10 @@ from fastapi import Request
 
 from api.concurrency import Permit
 from api.core import keys, rates
-from api.core.db import session_scope
+from api.core.db.database import session_scope
+from api.core.db.tables import Project
 from api.core.errors import InvalidValue
 from api.core.keys import Caller, Key
-from api.core.models import Project
 from api.errors import TooManyRequests, Unauthenticated
 
 

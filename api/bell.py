@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from api.core import admission, bells, logs, queue
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.threads import in_bell_thread
 
 PAUSE_SECONDS = 5.0

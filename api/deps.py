@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from api import access
 from api.core import keys
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.errors import InvalidValue
 from api.core.idempotency import Attempt
 from api.core.keys import Caller

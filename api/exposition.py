@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from api.core import disk, gauges
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.gauges import Picture
 from api.core.logs import get_logger
 from api.core.settings import get_settings

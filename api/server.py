@@ -16,7 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.connections import Connection, allow_open_files
-from api.core import db, logs, startup
+from api.core import logs, startup
+from api.core.db import database
 from api.core.settings import get_settings
 from api.main import create_app
 
@@ -60,7 +61,7 @@ def main() -> None:
         _require_address(settings.host)
     allow_open_files(settings)
     logs.configure()
-    db.be_brief()
+    database.be_brief()
     app = create_app()
     config = uvicorn.Config(
         app,

@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.core import events, keys
-from api.core.db import session_scope
-from api.core.models import FINAL_STATUSES, Job
+from api.core.db.database import session_scope
+from api.core.db.tables import FINAL_STATUSES, Job
 from api.schemas.event import EventObject, event_object
 
 BEAT_SECONDS = 1.0

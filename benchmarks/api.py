@@ -26,8 +26,9 @@ from sqlalchemy.orm import Session, sessionmaker
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import db, keys, migrate  # noqa: E402
-from api.core.models import File, Job, Project  # noqa: E402
+from api.core import keys  # noqa: E402
+from api.core.db import database, migrate  # noqa: E402
+from api.core.db.tables import File, Job, Project  # noqa: E402
 from benchmarks import queue_costs  # noqa: E402
 from benchmarks.api_client import MIB, THREADS, ask, get, post  # noqa: E402
 from benchmarks.api_page import BARE, LIST, POLL, Cost, Found, Whole, page  # noqa: E402
@@ -148,7 +149,7 @@ def measure(kind: str, *, polls: int, rounds: int, models: int) -> Found:
         url = f"sqlite:///{folder}/bench.db"
         if kind != "sqlite":
             url = servers.new_database(stack.enter_context(servers.postgres()), "bench")
-        engine = db.make_engine(url)
+        engine = database.make_engine(url)
         things = furnish(engine, models=models)
         engine.dispose()
         bare, ours = stack.enter_context(both(url, folder))

@@ -26,8 +26,9 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import db, events, keys, migrate  # noqa: E402
-from api.core.db import now, session_scope  # noqa: E402
+from api.core import events, keys  # noqa: E402
+from api.core.db import database, migrate  # noqa: E402
+from api.core.db.database import now, session_scope  # noqa: E402
 from api.core.jobs import Lease  # noqa: E402
 from api.core.settings import get_settings  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
@@ -72,12 +73,12 @@ def in_effect(settings: dict[str, str]) -> Iterator[None]:
     """These settings for this process, and a database that is ready."""
     os.environ.update(settings)
     get_settings.cache_clear()
-    for made in (db.get_engine, db.get_reader, db.get_sessions):
+    for made in (database.get_engine, database.get_reader, database.get_sessions):
         made.cache_clear()
-    migrate.upgrade(db.get_engine())
+    migrate.upgrade(database.get_engine())
     yield
-    db.get_engine().dispose()
-    db.get_reader().dispose()
+    database.get_engine().dispose()
+    database.get_reader().dispose()
 
 
 def a_run() -> tuple[Lease, str]:

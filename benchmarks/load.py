@@ -31,8 +31,9 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import db, jobs, keys, migrate  # noqa: E402
-from api.core.db import session_scope  # noqa: E402
+from api.core import jobs, keys  # noqa: E402
+from api.core.db import database, migrate  # noqa: E402
+from api.core.db.database import session_scope  # noqa: E402
 from api.core.jobs import Lease  # noqa: E402
 from benchmarks.load_page import FAST, Found, Phase, Seen, page  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
@@ -190,7 +191,7 @@ def service(folder: Path) -> Iterator[tuple[Door, str]]:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
         os.environ.update(settings)
-        migrate.upgrade(db.get_engine())
+        migrate.upgrade(database.get_engine())
         with session_scope() as session:
             project = keys.get_or_create_project(session, "load")
             _, secret = keys.create_key(session, project, name="load")
@@ -202,7 +203,7 @@ def service(folder: Path) -> Iterator[tuple[Door, str]]:
                 yield Door(urlsplit(address).netloc, secret, []), file
         finally:
             servers.stopped(reconciler, servers.signal.SIGTERM)
-            db.get_engine().dispose()
+            database.get_engine().dispose()
 
 
 def submit(door: Door, file: str, count: int) -> list[str]:

@@ -29,8 +29,9 @@ from sqlalchemy.orm import Session
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import db, keys, migrate  # noqa: E402
-from api.core.models import Event  # noqa: E402
+from api.core import keys  # noqa: E402
+from api.core.db import database, migrate  # noqa: E402
+from api.core.db.tables import Event  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import MODEL  # noqa: E402
@@ -64,7 +65,7 @@ def service(kind: str) -> Iterator[tuple[openai.OpenAI, Engine]]:
         url = f"sqlite:///{folder}/times.db"
         if kind == "postgresql":
             url = servers.new_database(exits.enter_context(servers.postgres()), "times")
-        engine = db.make_engine(url)
+        engine = database.make_engine(url)
         exits.callback(engine.dispose)
         migrate.upgrade(engine)
         with Session(engine) as session:
@@ -76,7 +77,7 @@ def service(kind: str) -> Iterator[tuple[openai.OpenAI, Engine]]:
         exits.callback(servers.stopped, process, servers.signal.SIGTERM, patience=30)
         servers.wait_for(lambda: "is ready" in log.read_text(), process, log)
         settle()
-        reader = db.make_engine(url, read_only=True)  # another engine's look would keep writers waiting on SQLite
+        reader = database.make_engine(url, read_only=True)  # another engine's look would keep writers waiting on SQLite
         exits.callback(reader.dispose)
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=secret), reader
 

@@ -3,8 +3,8 @@
 from alembic import context
 from sqlalchemy import Connection, text
 
-from api.core import models  # noqa: F401  (fills the metadata)
-from api.core.db import Base, make_engine
+from api.core.db import tables  # noqa: F401  (fills the metadata)
+from api.core.db.database import Base, make_engine
 from api.core.settings import get_settings
 
 

@@ -19,7 +19,8 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.core import catalogue, db, devices, migrate, places, queue, rates, settings, storage, traces
+from api.core import catalogue, devices, places, queue, rates, settings, storage, traces
+from api.core.db import database, migrate
 from tests import servers
 from tests.side_by_side import pytest_xdist_auto_num_workers
 
@@ -56,7 +57,7 @@ def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             url = f"sqlite:///{tmp_path_factory.mktemp('database')}/test.db"
         else:
             url = servers.new_database(request.getfixturevalue("postgres_server"), "test")
-        engine = db.make_engine(url)
+        engine = database.make_engine(url)
         migrate.upgrade(engine)
         engine.dispose()
         return url
@@ -73,7 +74,7 @@ def database_url(request: pytest.FixtureRequest, migrated: Callable[[str], str])
 @pytest.fixture(scope="session")
 def engine(database_url: str) -> Iterator[Engine]:
     """One engine per kind of database."""
-    engine = db.make_engine(database_url)
+    engine = database.make_engine(database_url)
     yield engine
     engine.dispose()
 
@@ -98,11 +99,17 @@ def point_at(patch: pytest.MonkeyPatch, database_url: str, folder: Path) -> None
 
 def forget() -> None:
     """Drop every cached setting, engine, storage and queue of this process."""
-    for made in (db.get_engine, db.get_reader, db.get_plain_engine):
+    for made in (database.get_engine, database.get_reader, database.get_plain_engine):
         if made.is_made:
             made().dispose()
         made.cache_clear()
-    for cached in (settings.get_settings, db.get_sessions, storage.get_storage, queue.get_celery, rates.get_limiter):
+    for cached in (
+        settings.get_settings,
+        database.get_sessions,
+        storage.get_storage,
+        queue.get_celery,
+        rates.get_limiter,
+    ):
         cached.cache_clear()
     catalogue.forget()
     devices.forget()
@@ -116,10 +123,10 @@ def session(environment: pytest.MonkeyPatch, engine: Engine) -> Iterator[Session
         transaction = connection.begin()
         sessions = sessionmaker(connection, expire_on_commit=False, join_transaction_mode="create_savepoint")
         with environment.context() as patch:
-            patch.setattr(db, "get_engine", lambda: connection)
-            patch.setattr(db, "get_reader", lambda: connection)
-            patch.setattr(db, "get_sessions", lambda: sessions)
-            patch.setattr(db, "plain_connection", lambda: nullcontext(connection))
+            patch.setattr(database, "get_engine", lambda: connection)
+            patch.setattr(database, "get_reader", lambda: connection)
+            patch.setattr(database, "get_sessions", lambda: sessions)
+            patch.setattr(database, "plain_connection", lambda: nullcontext(connection))
             with sessions() as session:
                 yield session
         transaction.rollback()
@@ -135,5 +142,5 @@ def service(environment: pytest.MonkeyPatch, engine: Engine) -> Iterator[None]:
 def empty(engine: Engine) -> None:
     """Delete every row."""
     with engine.begin() as connection:
-        for table in reversed(db.Base.metadata.sorted_tables):
+        for table in reversed(database.Base.metadata.sorted_tables):
             connection.execute(table.delete())

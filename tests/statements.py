@@ -6,13 +6,13 @@ from typing import Any
 
 from sqlalchemy.event import listen, remove
 
-from api.core import db
+from api.core.db import database
 
 
 @contextmanager
 def statements() -> Iterator[list[str]]:
     """The statements that are executed while the context is open, for reading and for writing."""
-    seen, engines = list[str](), {db.get_engine(), db.get_reader()}
+    seen, engines = list[str](), {database.get_engine(), database.get_reader()}
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         seen.append(statement)

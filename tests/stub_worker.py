@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from api.core import catalogue, jobs
-from api.core.db import session_scope
+from api.core.db.database import session_scope
+from api.core.db.tables import Job
 from api.core.jobs import Failure, Lease
-from api.core.models import Job
 from api.core.storage import get_storage
 from lorainit.config.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
 from lorainit.config.spec import Choice, Lora

@@ -16,10 +16,11 @@ from sqlalchemy import select
 from sqlalchemy.engine import make_url
 from starlette.testclient import TestClient
 
-from api.core import db, keys, quotes
-from api.core.db import session_scope
+from api.core import keys, quotes
+from api.core.db import database
+from api.core.db.database import session_scope
+from api.core.db.tables import Job
 from api.core.jobs import Lease
-from api.core.models import Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from api.main import create_app
@@ -106,7 +107,7 @@ def a_minute_passes() -> None:
         os.utime(path, (path.stat().st_mtime - scratch.YOUNG_SECONDS - 1,) * 2)
     while janitor.clear():
         pass
-    db.cut_write_ahead_log()
+    database.cut_write_ahead_log()
     caches.sweep()
     scratch.sweep()
 
@@ -118,7 +119,7 @@ def where_it_is(word: str, state: Path) -> set[str]:
     files += list(Path(url.database or "").parent.glob("*.db*")) if url.get_backend_name() == "sqlite" else []
     found = {path.name for path in files if word.encode() in path.read_bytes()}
     with session_scope(read_only=True) as session:
-        for table in db.Base.metadata.sorted_tables:
+        for table in database.Base.metadata.sorted_tables:
             if any(word in json.dumps(list(row), default=str) for row in session.execute(select(table))):
                 found.add(table.name)
     return found

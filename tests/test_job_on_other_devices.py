@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load as load_tensors
 from sqlalchemy import update
 
-from api.core.db import session_scope
-from api.core.models import Job
+from api.core.db.database import session_scope
+from api.core.db.tables import Job
 from tests.test_job_path import Stack, children_of, stack, tiny_base, wait_for
 
 __all__ = ["stack", "tiny_base"]  # fixtures

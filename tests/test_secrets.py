@@ -14,8 +14,10 @@ import redis
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
-from api.core import db, keys, migrate
-from api.core.db import session_scope
+from api.core import keys
+from api.core.db import database as db
+from api.core.db import migrate
+from api.core.db.database import session_scope
 from api.core.settings import Settings
 from tests import servers
 from tests.conftest import forget

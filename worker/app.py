@@ -27,7 +27,7 @@ from celery.signals import (
 )
 
 from api.core import catalogue, devices, startup, workers
-from api.core.db import get_engine, get_reader, get_sessions, session_scope
+from api.core.db.database import get_engine, get_reader, get_sessions, session_scope
 from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings

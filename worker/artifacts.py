@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from api.core import catalogue, checkpoints, events, jobs, metrics
-from api.core.db import now, session_scope
+from api.core.db.database import now, session_scope
+from api.core.db.tables import Adapter, File, Job
 from api.core.jobs import Lease
-from api.core.models import Adapter, File, Job
 from api.core.settings import get_settings
 from api.core.storage import Storage
 from lorainit.config.events import Checkpoint, Done

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from api.core import files
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.settings import get_settings
 from lorainit.config import kept
 

@@ -3,13 +3,13 @@
 import errno
 
 from api.core import disk, jobs, metrics
-from api.core.db import session_scope
+from api.core.db.database import session_scope
+from api.core.db.tables import File, Job
 from api.core.disk import human
 from api.core.errors import BadReference
 from api.core.fields import in_body
 from api.core.jobs import Failure, Lease
 from api.core.logs import get_logger
-from api.core.models import File, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from lorainit.config.events import Failed

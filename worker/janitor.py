@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 
 from api.core import idempotency, quotes, retention, tallies, watches
-from api.core.db import cut_write_ahead_log, session_scope
+from api.core.db.database import cut_write_ahead_log, session_scope
+from api.core.db.tables import Checkpoint, File
 from api.core.logs import get_logger
-from api.core.models import Checkpoint, File
 from api.core.settings import get_settings
 from api.core.storage import PROBE, get_storage, unfinished
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from api.core import jobs, pauses
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.jobs import Lease
 from api.core.logs import get_logger
 

@@ -16,8 +16,8 @@ from tenacity import (
     wait_exponential,
 )
 
-from api.core.apart import run_apart
 from api.core.logs import get_logger
+from api.core.resilience.apart import run_apart
 from worker.progress import Lost
 
 Result = TypeVar("Result")

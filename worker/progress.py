@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from api.core import estimates, events, jobs, metrics, tallies
-from api.core.db import now, session_scope
+from api.core.db.database import now, session_scope
 from api.core.fields import told
 from api.core.jobs import Lease
 from lorainit.config.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick

@@ -23,9 +23,9 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
 from api.core import admission, bells, due, jobs, metrics, queue, startup
-from api.core.db import plain_connection, session_scope
+from api.core.db.database import plain_connection, session_scope
+from api.core.db.tables import Job
 from api.core.logs import configure, get_logger
-from api.core.models import Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from worker import janitor

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from api.core import catalogue, disk
 from api.core.catalogue import Entry
+from api.core.db.tables import Job
 from api.core.disk import Volume, human
 from api.core.jobs import Failure
 from api.core.logs import get_logger
-from api.core.models import Job
 from api.core.settings import Settings, get_settings
 from lorainit.config.spec import Lora
 from worker import reservations

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from api.core import validation
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.logs import get_logger
 from api.core.storage import get_storage
 from api.core.validation import Claim

@@ -14,9 +14,9 @@ from sqlalchemy.exc import OperationalError
 from structlog.contextvars import bound_contextvars
 
 from api.core import devices, jobs, queue, traces
-from api.core.db import session_scope
+from api.core.db.database import session_scope
+from api.core.db.tables import Job
 from api.core.logs import get_logger
-from api.core.models import Job
 from api.core.settings import get_settings
 from lorainit.config.events import Event
 from worker import rest, room, warm

@@ -14,8 +14,8 @@ from sqlalchemy import ColumnElement, Select, SQLColumnExpression, bindparam, ca
 from sqlalchemy.orm import Session, aliased
 
 from api.core import lines, turns, workers
-from api.core.db import UTCDateTime, now
-from api.core.models import Job, has_status
+from api.core.db.database import UTCDateTime, now
+from api.core.db.tables import Job, has_status
 from api.core.settings import get_settings
 
 MOST = 100  # bells of a queue at a time

@@ -6,10 +6,10 @@ from typing import Any
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from api.core.db import now
+from api.core.db.database import now
+from api.core.db.tables import Checkpoint, File, Job
 from api.core.errors import InvalidValue
 from api.core.ids import new_id
-from api.core.models import Checkpoint, File, Job
 from api.core.settings import get_settings
 
 

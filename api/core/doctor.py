@@ -15,8 +15,9 @@ from typing import Any, Literal
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from api.core import catalogue, disk, migrate, queue, workers
-from api.core.db import get_engine, now, session_scope
+from api.core import catalogue, disk, queue, workers
+from api.core.db import migrate
+from api.core.db.database import get_engine, now, session_scope
 from api.core.disk import Volume, human
 from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
 from api.core.storage import get_storage

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Connection, Dialect, Exists, Select, SQLColumnExpression, func, or_, select
 
 from api.core import validation
-from api.core.db import UTCDateTime
-from api.core.models import Checkpoint, File, Job, has_status
+from api.core.db.database import UTCDateTime
+from api.core.db.tables import Checkpoint, File, Job, has_status
 
 
 class Due(NamedTuple):

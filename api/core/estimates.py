@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core.models import Job
+from api.core.db.tables import Job
 
 TRAINING = ("training", "evaluating")  # last longer the more there is to train on; other stages as long as they did
 _LOOKED_AT = 20  # of the project's last successes on the base; what is older tells little

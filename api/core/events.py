@@ -9,9 +9,9 @@ from sqlalchemy import Row, insert, select, update
 from sqlalchemy.orm import Session
 
 from api.core import tallies
+from api.core.db.tables import FINAL_STATUSES, Event, Job
 from api.core.errors import InvalidValue
 from api.core.ids import new_event_id
-from api.core.models import FINAL_STATUSES, Event, Job
 
 Level = Literal["info", "warn", "error"]
 # What a caller is shown, as plain columns: an `Event` costs twice as much.

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from api.core import turns
 from api.core.catalogue import Entry
-from api.core.models import Job, has_status
+from api.core.db.tables import Job, has_status
 from lorainit.config.placement import chosen
 from lorainit.config.spec import Hyperparameters, Lora
 

@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 from sqlalchemy import bindparam, or_, select
 from sqlalchemy.orm import Session
 
-from api.core import db, paging
-from api.core.db import now
+from api.core.db import database, paging
+from api.core.db.database import now
+from api.core.db.tables import ApiKey, Project
 from api.core.errors import Forbidden, NotFound
 from api.core.ids import new_id
-from api.core.models import ApiKey, Project
 
 PREFIX = "sk-lorainit-"
 Role = Literal["admin", "member"]
@@ -90,7 +90,7 @@ def id_in(secret: str) -> str | None:
 
 def find(key_id: str | None) -> Key | None:
     """The key of this id, deleted or not."""
-    row = db.find_alone(_ONE_KEY, {"key": key_id}) if key_id else None
+    row = database.find_alone(_ONE_KEY, {"key": key_id}) if key_id else None
     return None if row is None else Key._make(row)
 
 
@@ -107,7 +107,7 @@ def caller_of(key: Key, secret: str) -> Caller | None:
 
 
 def _now() -> datetime:
-    with db.session_scope(read_only=True) as session:
+    with database.session_scope(read_only=True) as session:
         return now(session)
 
 

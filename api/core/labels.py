@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Select, func, literal, select, union_all
 from sqlalchemy.orm import Session, aliased
 
-from api.core.models import SHOWN, Job, JobLabel
+from api.core.db.tables import SHOWN, Job, JobLabel
 
 # To find out which pair is the rarest, none is counted further than this.
 COUNTED = 1000

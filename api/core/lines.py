@@ -27,8 +27,8 @@ from sqlalchemy import (
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 from sqlalchemy.orm.util import AliasedClass
 
-from api.core.db import UTCDateTime
-from api.core.models import Job, has_status
+from api.core.db.database import UTCDateTime
+from api.core.db.tables import Job, has_status
 
 Row = type[Job] | AliasedClass[Job]
 T = TypeVar("T")

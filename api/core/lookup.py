@@ -7,9 +7,10 @@ from typing import Any
 from sqlalchemy import Select, and_, bindparam, select
 from sqlalchemy.orm import Session
 
-from api.core import db, keys, labels, paging, pauses, places
+from api.core import keys, labels, pauses, places
+from api.core.db import database, paging
+from api.core.db.tables import SHOWN, Adapter, ApiKey, File, Job, ShownJob, ShownRow
 from api.core.keys import Key
-from api.core.models import SHOWN, Adapter, ApiKey, File, Job, ShownJob, ShownRow
 from api.core.pauses import Prospect
 from api.core.places import Place
 from api.core.transitions import unknown
@@ -57,7 +58,7 @@ def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[K
     `what` is `KEY_AND_JOB` for all that a caller is shown of a job, as a `ShownRow` has it, `KEY_AND_JOB_ID` for its
     id alone.
     """
-    row = db.find_alone(what, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
+    row = database.find_alone(what, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
     if row is None:
         return keys.find(key_id), None
     key, job = row[: len(keys.FACTS)], row[len(keys.FACTS) :]

@@ -11,9 +11,9 @@ from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from api.core.db import now
+from api.core.db.database import now
+from api.core.db.tables import File, Job, Metric
 from api.core.ids import new_id
-from api.core.models import File, Job, Metric
 from api.core.storage import Storage
 from api.core.transitions import change
 from lorainit.config.results import write_csv

@@ -20,8 +20,8 @@ from sqlalchemy import Connection, Engine, Integer, Select, String, bindparam, s
 from sqlalchemy.orm import Session, aliased
 
 from api.core import lines, turns, workers
-from api.core.db import now
-from api.core.models import Job, ShownJob
+from api.core.db.database import now
+from api.core.db.tables import Job, ShownJob
 from api.core.settings import get_settings
 
 MOST = 100  # further behind, a job's position is "after these"

@@ -3,9 +3,9 @@
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from api.core.db.tables import File, Project
 from api.core.errors import QuotaExceeded
 from api.core.files import UPLOADABLE
-from api.core.models import File, Project
 from api.core.settings import get_settings
 
 

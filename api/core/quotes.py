@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from api.core.models import Event, File, Job
+from api.core.db.tables import Event, File, Job
 
 REMOVED = "What was said here quoted a file that has been deleted since."
 # Said of a base whose template or tokenizer reads no row of a file, with the first of the rows.

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import NotFound, WrongState
-from api.core.models import Adapter, Checkpoint, File, Job
 
 _MAX_STEP = 2**31
 

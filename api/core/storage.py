@@ -17,8 +17,8 @@ import obstore
 from obstore.exceptions import GenericError
 from obstore.store import LocalStore, S3Store
 
-from api.core.apart import run_apart
-from api.core.breaker import Breaker
+from api.core.resilience.apart import run_apart
+from api.core.resilience.breaker import Breaker
 from api.core.settings import Settings, get_settings
 from api.core.singleton import singleton
 

@@ -10,10 +10,10 @@ from sqlalchemy.orm import Session
 
 from api.core import catalogue, files, jobs, traces, turns
 from api.core.answers import Told, require_agreeing
-from api.core.db import now
+from api.core.db.database import now
+from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import BadReference, InvalidValue
 from api.core.ids import new_id
-from api.core.models import Adapter, Checkpoint, File, Job
 from api.core.settings import get_settings
 from lorainit.config.inits import CalibratedConfig
 from lorainit.config.resolve import base_learning_rate

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from api.core.models import FINAL_STATUSES, Job, Tally
+from api.core.db.tables import FINAL_STATUSES, Job, Tally
 
 
 class Count(NamedTuple):

@@ -12,9 +12,9 @@ from sqlalchemy import ColumnElement, CursorResult, Row, case, literal, select, 
 from sqlalchemy.orm import Session
 
 from api.core import events
-from api.core.db import UTCDateTime, now
+from api.core.db.database import UTCDateTime, now
+from api.core.db.tables import FINAL_STATUSES, Job, shown_status
 from api.core.errors import NotFound
-from api.core.models import FINAL_STATUSES, Job, shown_status
 
 _UNHELD: dict[str, Any] = {"lease_until": None, "lease_owner": None, "pause_requested": False}
 

@@ -16,9 +16,9 @@ from sqlalchemy import BigInteger, ColumnElement, Double, Select, String, bindpa
 from sqlalchemy.orm import Session, aliased
 
 from api.core import lines
-from api.core.db import now
+from api.core.db.database import now
+from api.core.db.tables import Job, Project, has_status
 from api.core.errors import QuotaExceeded
-from api.core.models import Job, Project, has_status
 from api.core.settings import get_settings
 
 NO_LIMIT = 2**62

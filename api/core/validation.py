@@ -13,8 +13,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from api.core.db import now
-from api.core.models import File, is_unchecked
+from api.core.db.database import now
+from api.core.db.tables import File, is_unchecked
 
 
 @dataclass(frozen=True)

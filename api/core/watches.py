@@ -16,9 +16,9 @@ from typing import NamedTuple
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core.db import now
+from api.core.db.database import now
+from api.core.db.tables import Watch
 from api.core.ids import new_id
-from api.core.models import Watch
 
 FOLDER = "watch"
 # A row is written some time after the bytes that it names, and clocks differ a little. A restart takes less.

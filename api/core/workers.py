@@ -6,8 +6,8 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from api.core.db import now
-from api.core.models import Worker
+from api.core.db.database import now
+from api.core.db.tables import Worker
 
 FRESH = timedelta(seconds=30)
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from api import download_memory
 from api.core import files
-from api.core.models import File
+from api.core.db.tables import File
 from api.core.storage import Storage
 from api.download_memory import DownloadMemory
 from api.errors import OutOfRange, respond

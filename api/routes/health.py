@@ -7,9 +7,10 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from api.core import catalogue, migrate, queue, workers
-from api.core.db import session_scope
-from api.core.probes import Probe
+from api.core import catalogue, queue, workers
+from api.core.db import migrate
+from api.core.db.database import session_scope
+from api.core.resilience.probes import Probe
 from api.core.settings import get_settings
 from api.core.singleton import singleton
 from api.core.storage import get_storage

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from api.bodies import BoundedBody
 from api.core import keys
-from api.core.db import now
+from api.core.db.database import now
 from api.deps import AdminDep, Reading, Writing
 from api.routes.query import After, Limit100
 from api.schemas.key import KeyObject, KeyRequest, NewKeyObject, key_object, new_key_object

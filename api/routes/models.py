@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from api.core import catalogue, registry
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.errors import NotFound
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.clear import clear

@@ -10,7 +10,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from api.core import files, quota
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.errors import InvalidValue
 from api.core.files import UPLOADABLE, Stored
 from api.core.settings import get_settings

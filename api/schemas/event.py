@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
+from api.core.db.tables import Checkpoint, File
 from api.core.events import ShownEvent
-from api.core.models import Checkpoint, File
 from api.schemas.wire import Element, Wire, finite, unix
 
 

@@ -8,9 +8,9 @@ import orjson
 from pydantic import Field
 
 from api.core import catalogue, turns
+from api.core.db.tables import ShownJob, shown_status
 from api.core.fields import chosen
 from api.core.lookup import Result, Sight
-from api.core.models import ShownJob, shown_status
 from api.core.settings import get_settings
 from api.core.submit import PRIORITIES
 from api.schemas.wire import Element, Wire, finite, unix, unix_or_none

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from api.core.catalogue import Entry
-from api.core.models import Checkpoint
+from api.core.db.tables import Checkpoint
 from api.core.registry import Model
 from api.schemas.wire import Element, Wire, unix
 from lorainit.config.facts import LeftOut

@@ -31,7 +31,7 @@ def create(
             raise Problem(f"{option} must be a name of 1 to {LONGEST_NAME} printable characters (got {text[:80]!r}).")
     configure(state=state)
     from api.core import keys
-    from api.core.db import session_scope
+    from api.core.db.database import session_scope
 
     require_database()
     with session_scope() as session:
@@ -47,7 +47,7 @@ def list_keys(state: State = None) -> None:
     """Every key that opens something, without its secret."""
     configure(state=state)
     from api.core import keys
-    from api.core.db import session_scope
+    from api.core.db.database import session_scope
 
     require_database()
     with session_scope(read_only=True) as session:
@@ -63,7 +63,7 @@ def delete(key: Annotated[str, Argument(help="Id of the key: key_...")], state: 
     """Delete a key. It opens nothing from this moment on."""
     configure(state=state)
     from api.core import keys
-    from api.core.db import session_scope
+    from api.core.db.database import session_scope
 
     require_database()
     with session_scope() as session:

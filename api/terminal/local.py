@@ -28,7 +28,7 @@ def explain(error: Exception) -> str | None:
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
     from api.core.catalogue_file import BadCatalogue
-    from api.core.migrate import UnknownRevision
+    from api.core.db.migrate import UnknownRevision
     from api.core.settings import BadSettings, get_settings
     from api.core.startup import OpenFolder
 
@@ -59,8 +59,8 @@ def require_database() -> None:
     Raises:
         Problem: there is none.
     """
-    from api.core import migrate
-    from api.core.db import get_engine
+    from api.core.db import migrate
+    from api.core.db.database import get_engine
     from api.core.settings import get_settings
 
     settings = get_settings()

@@ -6,7 +6,7 @@ Revision: 5d2f7c1e9a40, after 5b2a9d17c8e4, 2026-11-23
 import sqlalchemy as sa
 from alembic import op
 
-import api.core.db
+import api.core.db.database
 
 revision = "5d2f7c1e9a40"
 down_revision = "5b2a9d17c8e4"
@@ -22,7 +22,7 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("queue", sa.String(length=32), server_default="train", nullable=False))
         batch_op.add_column(sa.Column("turn", sa.Double(), nullable=True))
         batch_op.add_column(sa.Column("losses", sa.Integer(), server_default="0", nullable=False))
-        batch_op.add_column(sa.Column("not_before", api.core.db.UTCDateTime(timezone=True), nullable=True))
+        batch_op.add_column(sa.Column("not_before", api.core.db.database.UTCDateTime(timezone=True), nullable=True))
         batch_op.add_column(sa.Column("pause_requested", sa.Boolean(), server_default=sa.false(), nullable=False))
         batch_op.drop_constraint(op.f("ck_jobs_status"), type_="check")
         batch_op.create_check_constraint(op.f("ck_jobs_status"), AFTER)
@@ -41,7 +41,7 @@ def upgrade() -> None:
     # Rows of workers are renewed every ten seconds; those of the old release say nothing of queues.
     op.execute("DELETE FROM workers")
     with op.batch_alter_table("workers") as batch_op:
-        batch_op.add_column(sa.Column("queues", api.core.db.Json(none_as_null=True), nullable=False))
+        batch_op.add_column(sa.Column("queues", api.core.db.database.Json(none_as_null=True), nullable=False))
 
 
 def downgrade() -> None:

@@ -6,7 +6,7 @@ Revision: 7d20c1f4b6ae, after 5d2f7c1e9a40, 2026-11-23 01:10:00
 import sqlalchemy as sa
 from alembic import op
 
-import api.core.db
+import api.core.db.database
 
 revision = "7d20c1f4b6ae"
 down_revision = "5d2f7c1e9a40"
@@ -19,12 +19,12 @@ EXPIRING = sa.text("expires_at IS NOT NULL AND deleted_at IS NULL")
 
 def upgrade() -> None:
     with op.batch_alter_table("files", schema=None) as batch_op:
-        batch_op.add_column(sa.Column("cleared_at", api.core.db.UTCDateTime(timezone=True), nullable=True))
+        batch_op.add_column(sa.Column("cleared_at", api.core.db.database.UTCDateTime(timezone=True), nullable=True))
         batch_op.create_index("ix_files_expiring", ["expires_at"], unique=False, postgresql_where=EXPIRING)
         batch_op.create_index("ix_files_uncleared", ["deleted_at"], unique=False, postgresql_where=UNCLEARED)
         batch_op.create_index("ix_files_storage_key", ["storage_key"], unique=False)
     with op.batch_alter_table("checkpoints", schema=None) as batch_op:
-        batch_op.add_column(sa.Column("cleared_at", api.core.db.UTCDateTime(timezone=True), nullable=True))
+        batch_op.add_column(sa.Column("cleared_at", api.core.db.database.UTCDateTime(timezone=True), nullable=True))
         batch_op.create_index("ix_checkpoints_uncleared", ["deleted_at"], unique=False, postgresql_where=UNCLEARED)
         batch_op.create_index("ix_checkpoints_state_key", ["state_key"], unique=False)
     with op.batch_alter_table("jobs", schema=None) as batch_op:

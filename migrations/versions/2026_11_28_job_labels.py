@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from api.core.db import Json, UTCDateTime
+from api.core.db.database import Json, UTCDateTime
 
 revision = "b7e20f4c9d18"
 down_revision = "6a1d84e0f7c3"

@@ -6,7 +6,7 @@ Revision: 3f90d2c64b1e, after 0d7f3b62c9a5, 2026-11-28
 import sqlalchemy as sa
 from alembic import op
 
-import api.core.db
+import api.core.db.database
 
 revision = "3f90d2c64b1e"
 down_revision = "0d7f3b62c9a5"
@@ -24,7 +24,7 @@ OPEN = sa.text("finished_at IS NULL")
 
 def upgrade() -> None:
     with op.batch_alter_table("jobs") as batch_op:
-        batch_op.add_column(sa.Column("csv_due", api.core.db.UTCDateTime(timezone=True), nullable=True))
+        batch_op.add_column(sa.Column("csv_due", api.core.db.database.UTCDateTime(timezone=True), nullable=True))
     # Who looked before found those without a file again and again; once more does no harm.
     op.execute("UPDATE jobs SET csv_due = finished_at WHERE finished_at IS NOT NULL AND result_file_id IS NULL")
     op.drop_index("ix_jobs_open", "jobs")

@@ -10,8 +10,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from api.core import db, keys
-from api.core.models import File, Project
+from api.core import keys
+from api.core.db import database
+from api.core.db.tables import File, Project
 from api.main import create_app
 from api.routes import health
 from tests.things import CHECKED, MODEL
@@ -59,7 +60,7 @@ def make_lab(session: Session, app: Any, name: str, *, role: keys.Role = "member
 
 def a_lab(role: keys.Role = "member") -> Lab:
     """For the fixture `service`: what several threads ask, each with a connection of its own."""
-    with db.session_scope() as session:
+    with database.session_scope() as session:
         return make_lab(session, create_app(), "lab", role=role)
 
 
@@ -95,7 +96,7 @@ class Traces:
     def __call__(self) -> dict[str, int]:
         rows = {
             table.name: self.session.scalar(select(func.count()).select_from(table)) or 0
-            for table in db.Base.metadata.sorted_tables
+            for table in database.Base.metadata.sorted_tables
         }
         return {**rows, "stored": sum(path.is_file() for path in self.folder.rglob("*"))}
 

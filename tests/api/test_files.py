@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from starlette.formparsers import MultiPartParser
 
 from api.core import files
-from api.core.models import File
+from api.core.db.tables import File
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused

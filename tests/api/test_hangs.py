@@ -14,8 +14,9 @@ import pytest
 from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.pool import QueuePool
 
-from api.core import db, files, keys, migrate
-from api.core.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
+from api.core import files, keys
+from api.core.db import database, migrate
+from api.core.resilience.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
 from api.core.settings import Settings, get_settings
 from api.core.storage import CHUNK, Answering, Silent, Storage, get_storage, make_storage
 from api.routes import health
@@ -47,7 +48,9 @@ def watch(service: None, monkeypatch: pytest.MonkeyPatch) -> Watch:
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*arguments: Any, **more: Any) -> Any:
             found.calls.append(name)
-            taken = [cast(QueuePool, engine.pool).checkedout() for engine in {db.get_engine(), db.get_reader()}]
+            taken = [
+                cast(QueuePool, engine.pool).checkedout() for engine in {database.get_engine(), database.get_reader()}
+            ]
             if any(taken):
                 found.faults.append(f"{name} {arguments[1]}")
             return call(*arguments, **more)
@@ -293,9 +296,9 @@ def test_a_frozen_postgresql_is_a_503_in_time_and_its_thaw_is_enough(
         server = servers.Postgres(place)
         try:
             url = server.url
-            engine = db.make_engine(url)
+            engine = database.make_engine(url)
             migrate.upgrade(engine)
-            with db.Session(engine) as session:
+            with database.Session(engine) as session:
                 project = keys.get_or_create_project(session, "lab")
                 _, secret = keys.create_key(session, project, name="test")
                 session.commit()

@@ -8,9 +8,9 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from api.core import idempotency, keys
-from api.core.db import session_scope
+from api.core.db.database import session_scope
+from api.core.db.tables import Creation
 from api.core.errors import InProgress
-from api.core.models import Creation
 from api.errors import respond
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, refused
 from tests.things import MODEL

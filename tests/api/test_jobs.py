@@ -13,7 +13,7 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from sqlalchemy.orm import Session
 
 from api.core import jobs, lookup, queue
-from api.core.models import Job
+from api.core.db.tables import Job
 from api.core.storage import ObjectStorage
 from lorainit.config.events import Warned
 from tests import stub_worker

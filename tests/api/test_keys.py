@@ -8,8 +8,8 @@ from openai import OpenAI
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import db
-from api.core.models import ApiKey
+from api.core.db import database
+from api.core.db.tables import ApiKey
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import MODEL
 
@@ -38,7 +38,7 @@ def test_a_new_key_works_at_once_and_shows_its_secret_once(admin: Lab) -> None:
 
 def test_no_row_of_the_database_holds_a_secret(admin: Lab, session: Session) -> None:
     secret = made(admin)["value"]
-    for table in db.Base.metadata.sorted_tables:
+    for table in database.Base.metadata.sorted_tables:
         for row in session.execute(select(table)):
             assert secret[-20:] not in json.dumps(list(row), default=str), table.name
 

@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 
 from api import exposition
 from api.core import jobs, tallies
+from api.core.db.tables import FINAL_STATUSES
 from api.core.jobs import Failure
-from api.core.models import FINAL_STATUSES
 from api.core.settings import get_settings
 from tests.api.conftest import Lab, refused
 from tests.deploy.test_troubleshooting import job_codes

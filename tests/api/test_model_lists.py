@@ -10,7 +10,8 @@ from openai import OpenAI
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from api.core import db, registry
+from api.core import registry
+from api.core.db import database
 from api.terminal import client as remote
 from api.terminal import tables
 from tests.api.conftest import Lab, refused
@@ -71,7 +72,7 @@ def test_a_page_says_of_a_model_what_the_list_and_the_model_say(lab: Lab, traine
 
 def test_no_session_is_open_while_a_batch_is_sent(service: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "BATCH", 2)
-    with db.session_scope() as session:
+    with database.session_scope() as session:
         project = a_project(session)
         for number in range(3):
             an_adapter(session, project, f"ft:x:local::{number}")
@@ -80,7 +81,7 @@ def test_no_session_is_open_while_a_batch_is_sent(service: None, monkeypatch: py
     sizes = []
     for batch in batches:
         sizes.append(len(batch))
-        assert db.get_reader().pool.checkedout() == 0  # type: ignore[attr-defined]
+        assert database.get_reader().pool.checkedout() == 0  # type: ignore[attr-defined]
     assert sizes == [3, 1]  # the base comes with the first
 
 

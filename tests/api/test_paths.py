@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core.models import Checkpoint, File
+from api.core.db.tables import Checkpoint, File
 from api.core.storage import get_storage
 from tests import stub_worker
 from tests.api.conftest import JOBS, JSONL, Lab, refused

@@ -8,8 +8,9 @@ import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
-from api.core import db, keys, places
-from api.core.models import Job
+from api.core import keys, places
+from api.core.db import database
+from api.core.db.tables import Job
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import a_project, a_queued_job, a_running_job
@@ -100,13 +101,13 @@ def test_a_poll_for_another_project_of_this_server_is_refused(lab: Lab, stranger
 
 
 def test_a_database_that_dropped_its_connections_is_asked_again(service: None) -> None:
-    with db.session_scope() as session:
+    with database.session_scope() as session:
         job = a_queued_job(session, a_project(session))
         session.commit()
     query = select(Job.status).where(Job.id == job.id)
-    assert db.find_alone(query, {}) == ("queued",)
-    with db.session_scope() as session:
+    assert database.find_alone(query, {}) == ("queued",)
+    with database.session_scope() as session:
         if session.get_bind().dialect.name == "postgresql":
             others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
             assert session.scalar(text(f"SELECT count(pg_terminate_backend(pid)) {others}"))
-    assert db.find_alone(query, {}) == ("queued",)
+    assert database.find_alone(query, {}) == ("queued",)

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import db, quota, settings
+from api.core import quota, settings
+from api.core.db import database
 from api.core.errors import QuotaExceeded
 from tests.api.conftest import JSONL, Lab, Traces, refused
 from tests.things import a_file, a_project
@@ -85,12 +86,12 @@ def test_results_count_as_bytes_but_not_as_files(allowed: None, lab: Lab, sessio
 def test_uploads_at_the_same_time_are_counted_one_after_another(service: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAINIT_PROJECT_FILES", "3")
     settings.get_settings.cache_clear()
-    with db.session_scope() as session:
+    with database.session_scope() as session:
         project = a_project(session)
         session.commit()
 
     def add(_: int) -> bool:
-        with db.session_scope() as session:
+        with database.session_scope() as session:
             try:
                 quota.take_room(session, project.id, adding=1)
             except QuotaExceeded:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 from sqlalchemy.orm import Session
 
-from api.core.models import Job
+from api.core.db.tables import Job
 from api.schemas.job_request import JobRequest
 from lorainit.config.inits import INITS
 from lorainit.config.rates import RATES

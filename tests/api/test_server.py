@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import func, select
 
 from api.core import keys
-from api.core.db import session_scope
-from api.core.models import Creation, Event, File, Job
+from api.core.db.database import session_scope
+from api.core.db.tables import Creation, Event, File, Job
 from tests import servers
 from tests.api.conftest import JOBS, JSONL, mark
 from tests.things import MODEL

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api.core import keys
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from tests import servers
 from tests.api.conftest import JOBS, JSONL
 from tests.api.test_server import HEAD, TAIL, Server

@@ -11,7 +11,8 @@ import psutil
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import db, events, keys
+from api.core import events, keys
+from api.core.db import database
 from api.download_memory import LARGE, SMALL, DownloadMemory, after
 from tests.api.conftest import JOBS
 from tests.api.test_connections import limited
@@ -41,11 +42,11 @@ def file(server: Server, content: bytes) -> str:
 @pytest.fixture(scope="module")
 def job(server: Server) -> str:
     """A job with a megabyte of events."""
-    engine = db.make_engine(f"sqlite:///{server.folder}/test.db")
+    engine = database.make_engine(f"sqlite:///{server.folder}/test.db")
     with Session(engine) as session:
         job, _ = a_running_job(session, keys.get_or_create_project(session, "one"))
         for number in range(400):
-            events.append(session, job.id, f"{number} {'x' * 3000}", at=db.now(session))
+            events.append(session, job.id, f"{number} {'x' * 3000}", at=database.now(session))
         name = job.id
         session.commit()
     engine.dispose()

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from api import streams, ticker
 from api.core import events, jobs, keys
-from api.core.db import session_scope
-from api.core.models import Job, Project
+from api.core.db.database import session_scope
+from api.core.db.tables import Job, Project
 from api.errors import TooManyRequests
 from api.streams import EventStream, Streams
 from api.ticker import Position

@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import select
 
 from api.core import events, jobs, keys
-from api.core.db import now, session_scope
-from api.core.models import Event, Job
+from api.core.db.database import now, session_scope
+from api.core.db.tables import Event, Job
 from tests.api.conftest import JOBS
 from tests.api.test_server import Server, eventually
 from tests.api.test_server import server as server  # a fixture

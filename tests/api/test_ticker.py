@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from api import streams, ticker
-from api.core.models import Job
+from api.core.db.tables import Job
 from api.schemas.event import event_object
 from api.streams import Streams
 from api.ticker import News, Position, Ticker

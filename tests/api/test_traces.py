@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from sqlalchemy.orm import Session
 
 from api.core import traces
-from api.core.models import Job
+from api.core.db.tables import Job
 from api.main import create_app
 from tests.api.conftest import Lab, make_lab
 

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from api.core import metrics
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from benchmarks.load import Stub
 from benchmarks.load_page import FAST, Found, Phase, Seen, page
 from tests.things import a_project, a_running_job

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
-from api.core.models import Event, Job, Metric
+from api.core.db.tables import Event, Job, Metric
 from benchmarks import queue_costs, queue_times
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Engine, event, text
 
 from api.core import bells
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.queue import get_celery
 from worker import reconciler, tasks
 from worker.supervisor import Outcome, Place

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import db, keys, migrate
+from api.core import keys
+from api.core.db import database, migrate
 from tests import servers
 from tests.conformance.environments import ROOT, VERSIONS, python_of
 from tests.conformance.proxy import recording
@@ -40,7 +41,7 @@ def numbers() -> list[str]:
 
 def people(url: str) -> dict[str, str]:
     """Projects and keys: ours, another's, one without objects per client, an expired and a deleted key."""
-    engine = db.make_engine(url)
+    engine = database.make_engine(url)
     migrate.upgrade(engine)
     with Session(engine) as session:
         lab, other = (keys.get_or_create_project(session, name) for name in ("lab", "other"))

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from api.core import breaker
-from api.core.breaker import Breaker
+from api.core.resilience import breaker
+from api.core.resilience.breaker import Breaker
 
 
 class Dependency:

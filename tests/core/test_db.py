@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import delete, text
 
-from api.core import db, migrate
-from api.core.db import session_scope
-from api.core.models import Tally
+from api.core.db import database, migrate
+from api.core.db.database import session_scope
+from api.core.db.tables import Tally
 from tests.conftest import forget
 
 WORD = "zanzibarquince"
@@ -20,7 +20,7 @@ def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("LORAINIT_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("LORAINIT_DATABASE_URL", f"sqlite:///{tmp_path}/own.db")
     forget()
-    migrate.upgrade(db.get_engine())
+    migrate.upgrade(database.get_engine())
     yield tmp_path / "own.db-wal"
     forget()
 
@@ -37,7 +37,7 @@ def write_and_delete() -> None:
 def test_what_was_deleted_is_neither_in_the_database_nor_in_its_log(log: Path) -> None:
     write_and_delete()
     assert WORD.encode() in log.read_bytes()
-    db.cut_write_ahead_log()
+    database.cut_write_ahead_log()
     assert log.stat().st_size == 0
     assert WORD.encode() not in log.with_name("own.db").read_bytes()
 
@@ -46,9 +46,9 @@ def test_a_log_that_somebody_reads_is_cut_the_next_time_and_nobody_waits(log: Pa
     with session_scope(read_only=True) as reader:
         reader.execute(text("SELECT count(*) FROM tallies")).all()
         write_and_delete()
-        db.cut_write_ahead_log()
+        database.cut_write_ahead_log()
         assert log.stat().st_size > 0
     with session_scope(read_only=True) as session:
-        assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * db.PATIENT.lock
-    db.cut_write_ahead_log()
+        assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * database.PATIENT.lock
+    database.cut_write_ahead_log()
     assert log.stat().st_size == 0

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from api.core import catalogue, doctor, migrate
+from api.core import catalogue, doctor
+from api.core.db import migrate
 from api.core.settings import get_settings
 from api.core.storage import ObjectStorage
 from tests import servers

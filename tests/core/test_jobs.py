@@ -8,9 +8,9 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from api.core import admission, bells, events, jobs, metrics
+from api.core.db.tables import Adapter, Event, Job, Project
 from api.core.errors import WrongState
 from api.core.jobs import Failure, Lease
-from api.core.models import Adapter, Event, Job, Project
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job, a_worker
 

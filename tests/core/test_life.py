@@ -21,9 +21,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core import bells, checkpoints, jobs, pauses, places, transitions, turns
+from api.core.db.tables import Adapter, Event, Job
 from api.core.errors import Refusal
 from api.core.jobs import Failure, Lease
-from api.core.models import Adapter, Event, Job
 from api.core.settings import get_settings
 from tests.core.life import ATTEMPTS, LEASE, LIMIT, Life, next_up
 from tests.things import a_file, a_job, a_project

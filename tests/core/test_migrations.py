@@ -7,8 +7,9 @@ import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import sessionmaker
 
-from api.core import db, lookup, migrate
-from api.core.models import Event, File, Job, JobLabel
+from api.core import lookup
+from api.core.db import database, migrate
+from api.core.db.tables import Event, File, Job, JobLabel
 from benchmarks import queue_costs
 from tests import servers
 from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job
@@ -22,8 +23,8 @@ OPEN_OF_PROJECT = "6a1d84e0f7c3"  # the newest before jobs were found by their m
 def old(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
     """A database of its own."""
     if request.param == "sqlite":
-        return db.make_engine(f"sqlite:///{tmp_path}/old.db")
-    return db.make_engine(servers.new_database(request.getfixturevalue("postgres_server"), "old"))
+        return database.make_engine(f"sqlite:///{tmp_path}/old.db")
+    return database.make_engine(servers.new_database(request.getfixturevalue("postgres_server"), "old"))
 
 
 def test_jobs_of_the_release_before_keep_their_order_and_their_events(

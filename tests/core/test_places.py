@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from api.core import db, jobs, lookup, places
-from api.core.models import Job
+from api.core import jobs, lookup, places
+from api.core.db import database
+from api.core.db.tables import Job
 from api.core.places import Board, Rank, Ranking
 from tests.things import a_project, a_queued_job
 
@@ -37,7 +38,7 @@ def test_one_ranking_serves_everybody(session: Session, rankings: list[str]) -> 
     first, second = (a_queued_job(session, a_project(session)) for _ in range(2))
     assert positions(session, second) == [2]
     assert positions(session, first, second) == [1, 2]
-    with db.session_scope(read_only=True) as other:
+    with database.session_scope(read_only=True) as other:
         assert positions(other, second) == [2]
     assert len(rankings) == 1
 

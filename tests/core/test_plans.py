@@ -10,9 +10,10 @@ from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session
 
 from api import ticker
-from api.core import db, events, files, jobs, lookup, metrics, migrate, pauses, registry, turns
+from api.core import events, files, jobs, lookup, metrics, pauses, registry, turns
+from api.core.db import database, migrate
+from api.core.db.tables import File, Job
 from api.core.jobs import Lease
-from api.core.models import File, Job
 from api.core.settings import Settings
 from benchmarks import queue_costs
 from tests import servers
@@ -38,7 +39,7 @@ def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         url = f"sqlite:///{tmp_path_factory.mktemp('crowded')}/test.db"
     else:
         url = servers.new_database(request.getfixturevalue("postgres_server"), "crowded")
-    engine = db.make_engine(url)
+    engine = database.make_engine(url)
     migrate.upgrade(engine)
     queue_costs.furnish(engine, ended=18_000, projects=20, labelled=2000)
     queue_costs.line_up(engine, start=0, end=2000)

@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from api.core import postgres
-from api.core.breaker import Breaker
-from api.core.db import Waits, make_engine
+from api.core.db import postgres
+from api.core.db.database import Waits, make_engine
+from api.core.resilience.breaker import Breaker
 
 
 def connection_with(url: str, start: Callable[[Callable[[], None]], None]) -> postgres.Connection:

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import obstore
 import pytest
 
-from api.core import probes
-from api.core.probes import Probe
+from api.core.resilience import probes
+from api.core.resilience.probes import Probe
 from api.core.settings import Settings
 from api.core.storage import make_storage
 

@@ -7,8 +7,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core import events, jobs, quotes
+from api.core.db.tables import Event, Job
 from api.core.jobs import Failure
-from api.core.models import Event, Job
 from tests.things import a_file, a_job, a_project
 
 WORD = "swordfish"

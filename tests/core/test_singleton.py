@@ -5,7 +5,7 @@ from threading import Barrier, Event
 
 import pytest
 
-from api.core import db
+from api.core.db import database
 from api.core.singleton import singleton
 
 
@@ -34,7 +34,7 @@ def test_all_threads_share_one_engine() -> None:
 
     def engine(_: int) -> int:
         together.wait(10)
-        return id(db.get_engine())
+        return id(database.get_engine())
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(engine, range(8)))) == 1

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from api.core import tallies
-from api.core.db import session_scope
+from api.core.db.database import session_scope
 from api.core.tallies import Count
 
 pytestmark = pytest.mark.usefixtures("service")

@@ -7,9 +7,9 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from api.core import bells, jobs, lookup, turns
+from api.core.db.tables import Job
 from api.core.errors import QuotaExceeded
 from api.core.jobs import Lease
-from api.core.models import Job
 from api.core.settings import get_settings
 from tests.things import a_job, a_project, a_queued_job, a_running_job, a_worker
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from api.core.models import JOB_STATUSES
+from api.core.db.tables import JOB_STATUSES
 from docs.generate import errors, everything, methods, plots
 from docs.generate.drawings import DRAWINGS
 from docs.generate.marks import put

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core import files
-from api.core.models import Project, Worker
+from api.core.db.tables import Project, Worker
 from api.core.settings import get_settings
 from lorainit.config.kept import entry_name
 from tests.things import a_file, a_project

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from sqlalchemy import select
 
-from api.core.db import session_scope
-from api.core.models import Adapter, Checkpoint, File, Job
+from api.core.db.database import session_scope
+from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from tests.lorainit.conftest import chat

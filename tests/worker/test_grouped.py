@@ -16,9 +16,9 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
 from api.core import jobs
-from api.core.db import session_scope
+from api.core.db.database import session_scope
+from api.core.db.tables import Checkpoint, File, Job
 from api.core.jobs import Lease
-from api.core.models import Checkpoint, File, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from tests.worker.conftest import Lab, when

@@ -13,8 +13,8 @@ import pytest
 from sqlalchemy import select, update
 
 from api.core import jobs, keys, metrics, tallies
-from api.core.db import session_scope
-from api.core.models import Creation, File, Job, Project, Watch
+from api.core.db.database import session_scope
+from api.core.db.tables import Creation, File, Job, Project, Watch
 from api.core.settings import get_settings
 from api.core.storage import ObjectStorage, get_storage
 from tests.things import a_file, a_project, a_running_job

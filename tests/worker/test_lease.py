@@ -8,9 +8,9 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from api.core import jobs
-from api.core.db import session_scope
+from api.core.db.database import session_scope
+from api.core.db.tables import Job
 from api.core.jobs import Lease
-from api.core.models import Job
 from tests.things import a_project, a_running_job
 from worker.lease import LeaseKeeper
 

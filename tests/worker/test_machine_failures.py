@@ -13,8 +13,8 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from api.core import catalogue
-from api.core.db import session_scope
-from api.core.models import Event, Job
+from api.core.db.database import session_scope
+from api.core.db.tables import Event, Job
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from lorainit.config.spec import Hyperparameters, Lora

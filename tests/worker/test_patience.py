@@ -8,7 +8,7 @@ import structlog
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from api.core.db import make_engine
+from api.core.db.database import make_engine
 from worker import patience
 from worker.patience import patiently
 from worker.progress import Lost

@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import update
 
 from api.core import validation
-from api.core.db import session_scope
-from api.core.models import File
+from api.core.db.database import session_scope
+from api.core.db.tables import File
 from api.core.storage import get_storage
 from tests.things import a_file, a_project
 from worker import row_checks, row_reader

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from api.core import workers
-from api.core.db import session_scope
-from api.core.models import Job, Project
+from api.core.db.database import session_scope
+from api.core.db.tables import Job, Project
 from api.core.storage import get_storage
 from tests import servers
 from tests.conftest import forget

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 
-from api.core import db, watches
-from api.core.db import session_scope
-from api.core.models import Watch
+from api.core import watches
+from api.core.db import database
+from api.core.db.database import session_scope
+from api.core.db.tables import Watch
 from api.core.settings import get_settings
 from api.core.storage import get_storage
 from tests.things import a_project
@@ -27,16 +28,16 @@ Backup = Mapping[str, Sequence[Mapping[str, Any]]]
 def back_up(engine: Engine) -> Backup:
     """Every row of the database."""
     with engine.connect() as connection:
-        tables = db.Base.metadata.sorted_tables
+        tables = database.Base.metadata.sorted_tables
         return {table.name: [dict(row) for row in connection.execute(select(table)).mappings()] for table in tables}
 
 
 def restore(engine: Engine, backup: Backup) -> None:
     """The database is what it was, and storage is left as it is."""
     with engine.begin() as connection:
-        for table in reversed(db.Base.metadata.sorted_tables):
+        for table in reversed(database.Base.metadata.sorted_tables):
             connection.execute(table.delete())
-        for table in db.Base.metadata.sorted_tables:
+        for table in database.Base.metadata.sorted_tables:
             if backup[table.name]:
                 connection.execute(table.insert(), list(backup[table.name]))
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, Select, tuple_
 from sqlalchemy.orm import Session
 
+from api.core.db.tables import ApiKey, File, Job
 from api.core.errors import InvalidValue
-from api.core.models import ApiKey, File, Job
 
 R = TypeVar("R", ApiKey, File, Job)
 Query = TypeVar("Query", bound=Select[Any])

@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine
 
-from api.core.db import Base
+from api.core.db.database import Base
 
 
 def _config() -> Config:

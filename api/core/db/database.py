@@ -36,8 +36,8 @@ from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from api.core import postgres
-from api.core.breaker import Breaker
+from api.core.db import postgres
+from api.core.resilience.breaker import Breaker
 from api.core.settings import get_settings
 from api.core.singleton import singleton
 

@@ -27,7 +27,7 @@ from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import Mapped, mapped_column
 from sqlalchemy.orm.util import AliasedClass
 
-from api.core.db import Base, Json, UTCDateTime
+from api.core.db.database import Base, Json, UTCDateTime
 
 JOB_STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 ROLES = ("admin", "member")

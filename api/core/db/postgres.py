@@ -11,7 +11,7 @@ import psycopg
 from psycopg.abc import PQGen, PQGenConn
 from psycopg.waiting import READY_NONE
 
-from api.core.breaker import Breaker
+from api.core.resilience.breaker import Breaker
 
 Result = TypeVar("Result")
 
