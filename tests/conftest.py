@@ -19,8 +19,9 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.core import catalogue, devices, places, queue, rates, settings, storage, traces
+from api.core import catalogue, places, queue, rates, settings, storage, traces
 from api.core.db import database, migrate
+from api.core.devices import devices
 from tests import servers
 from tests.side_by_side import pytest_xdist_auto_num_workers
 

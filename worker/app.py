@@ -26,8 +26,9 @@ from celery.signals import (
     worker_shutting_down,
 )
 
-from api.core import catalogue, devices, startup, workers
+from api.core import catalogue, startup, workers
 from api.core.db.database import get_engine, get_reader, get_sessions, session_scope
+from api.core.devices import devices
 from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from api.core import devices, examination
+from api.core.devices import devices, examination
 from api.core.logs import get_logger
 from lorainit.config.events import Done, Event, Failed
 from worker import scratch

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from api.core.run_environment import without_secrets
+from api.core.devices.run_environment import without_secrets
 from api.core.validation import unusable
 
 MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that were found take less: benchmarks/row_checks.py

@@ -19,8 +19,8 @@ from typing import Literal
 import psutil
 from pydantic import ValidationError
 
+from api.core.devices.run_environment import PROGRAM, environment_of_runs
 from api.core.logs import get_logger
-from api.core.run_environment import PROGRAM, environment_of_runs
 from lorainit.config.events import EVENT, Event
 from worker.memory import offer_to_the_oom_killer, oom_kills
 from worker.warm import Forked, Warm

@@ -21,7 +21,7 @@ from typing import Self
 
 import psutil
 
-from api.core import devices
+from api.core.devices import devices
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 from lorainit.system.orders import DONE, MAX_MESSAGE, READY, ROOM

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from api.core import devices
-from api.core.examination import Unanswered
+from api.core.devices import devices
+from api.core.devices.examination import Unanswered
 from api.terminal import doctor
 from tests.conftest import forget
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from api.core import devices, run_environment
+from api.core.devices import devices, run_environment
 from api.core.settings import get_settings
 from lorainit.system import driver, gpus
 from tests.conftest import forget

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from api.core import devices, doctor, examination, workers
+from api.core import doctor, workers
 from api.core.db.database import now, session_scope
+from api.core.devices import devices, examination
 from api.core.settings import get_settings
 from lorainit.config.events import Failed
 from tests.worker.conftest import Lab

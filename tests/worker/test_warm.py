@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from api.core.run_environment import without_secrets
+from api.core.devices.run_environment import without_secrets
 from lorainit.config.events import Event, Message, Metrics
 from worker.supervisor import Outcome, Place, run_child
 from worker.warm import Warm

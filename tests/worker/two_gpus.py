@@ -26,7 +26,7 @@ if __name__ == "__main__":
         time.sleep(1)  # so that the other slot gets the next job
         child.done(0)
 else:
-    from api.core import examination
+    from api.core.devices import examination
     from lorainit.system import gpus
     from worker import rest, supervisor
     from worker.app import app

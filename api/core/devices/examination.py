@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from api.core.run_environment import PROGRAM, environment_of_runs
+from api.core.devices.run_environment import PROGRAM, environment_of_runs
 from lorainit.system.ask import ask
 
 ANSWER_SECONDS = 300.0  # torch may have to be read from a slow disk, and CUDA starts each GPU

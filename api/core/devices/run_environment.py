@@ -3,7 +3,7 @@
 import os
 import sys
 
-from api.core import devices
+from api.core.devices import devices
 from api.core.settings import get_settings
 from lorainit.system import gpus, silence
 
