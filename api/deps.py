@@ -13,11 +13,11 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from api import access
-from api.core import keys
+from api.core.access import keys
+from api.core.access.idempotency import Attempt
+from api.core.access.keys import Caller
 from api.core.db.database import session_scope
 from api.core.errors import InvalidValue
-from api.core.idempotency import Attempt
-from api.core.keys import Caller
 from api.core.storage import Storage, get_storage
 
 # Checked here, and told in words of our own.

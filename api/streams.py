@@ -12,7 +12,7 @@ from dataclasses import replace
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.core.keys import Caller
+from api.core.access.keys import Caller
 from api.errors import TooManyRequests
 from api.ticker import Position, Ticker
 

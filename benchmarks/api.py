@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session, sessionmaker
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import keys  # noqa: E402
+from api.core.access import keys  # noqa: E402
 from api.core.db import database, migrate  # noqa: E402
 from api.core.db.tables import File, Job, Project  # noqa: E402
 from benchmarks import queue_costs  # noqa: E402

@@ -26,7 +26,8 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import events, keys  # noqa: E402
+from api.core import events  # noqa: E402
+from api.core.access import keys  # noqa: E402
 from api.core.db import database, migrate  # noqa: E402
 from api.core.db.database import now, session_scope  # noqa: E402
 from api.core.jobs import Lease  # noqa: E402

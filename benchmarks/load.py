@@ -31,7 +31,8 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import jobs, keys  # noqa: E402
+from api.core import jobs  # noqa: E402
+from api.core.access import keys  # noqa: E402
 from api.core.db import database, migrate  # noqa: E402
 from api.core.db.database import session_scope  # noqa: E402
 from api.core.jobs import Lease  # noqa: E402

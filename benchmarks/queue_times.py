@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import keys  # noqa: E402
+from api.core.access import keys  # noqa: E402
 from api.core.db import database, migrate  # noqa: E402
 from api.core.db.tables import Event  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402

@@ -19,7 +19,8 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.core import catalogue, places, queue, rates, settings, storage, traces
+from api.core import catalogue, places, queue, settings, storage, traces
+from api.core.access import rates
 from api.core.db import database, migrate
 from api.core.devices import devices
 from tests import servers

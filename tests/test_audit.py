@@ -97,10 +97,10 @@ def test_the_queue_takes_json_and_nothing_else() -> None:
 
 def test_digests_of_keys_are_compared_in_constant_time() -> None:
     compared = [place for place, name, _ in calls() if name == "hmac.compare_digest"]
-    assert any(place.startswith("api/core/keys.py") for place in compared)
+    assert any(place.startswith("api/core/access/keys.py") for place in compared)
     for place, node in nodes(ast.Compare):
         assert isinstance(node, ast.Compare)
-        assert "sha256" not in ast.unparse(node.left) or not place.startswith("api/core/keys.py"), place
+        assert "sha256" not in ast.unparse(node.left) or not place.startswith("api/core/access/keys.py"), place
 
 
 def test_ids_and_keys_come_from_the_systems_randomness() -> None:

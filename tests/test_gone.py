@@ -16,7 +16,8 @@ from sqlalchemy import select
 from sqlalchemy.engine import make_url
 from starlette.testclient import TestClient
 
-from api.core import keys, quotes
+from api.core import quotes
+from api.core.access import keys
 from api.core.db import database
 from api.core.db.database import session_scope
 from api.core.db.tables import Job

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from api.core import keys
+from api.core.access import keys
 from api.core.db.database import session_scope
 from tests import servers
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama

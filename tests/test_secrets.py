@@ -14,7 +14,7 @@ import redis
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
-from api.core import keys
+from api.core.access import keys
 from api.core.db import database as db
 from api.core.db import migrate
 from api.core.db.database import session_scope

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
-from api.core import idempotency, quotes, retention, tallies, watches
+from api.core import quotes, retention, tallies, watches
+from api.core.access import idempotency
 from api.core.db.database import cut_write_ahead_log, session_scope
 from api.core.db.tables import Checkpoint, File
 from api.core.logs import get_logger

@@ -18,11 +18,11 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from api.core import disk
+from api.core.access.idempotency import Attempt
 from api.core.db import paging
 from api.core.db.database import now
 from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import BadReference, NotFound, StorageFull, TooLarge, Unavailable, WrongState
-from api.core.idempotency import Attempt
 from api.core.ids import new_id
 from api.core.settings import get_settings
 from api.core.storage import BLOCK, CHUNK, Storage

@@ -22,7 +22,8 @@ from typing import IO
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.core import catalogue, keys, startup
+from api.core import catalogue, startup
+from api.core.access import keys
 from api.core.db import migrate
 from api.core.db.database import get_engine, session_scope
 from api.core.db.tables import ApiKey

@@ -6,8 +6,8 @@ from fastapi import APIRouter, BackgroundTasks, Query, Request
 from fastapi.responses import Response
 
 from api.core import files, quota
+from api.core.access.idempotency import once
 from api.core.errors import NotFound
-from api.core.idempotency import once
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.clear import clear
 from api.routes.download import BYTES, download

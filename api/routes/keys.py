@@ -1,6 +1,6 @@
 """API keys of one's own project, for its admins. A secret leaves in one answer and is never stored.
 
-Creating is the one create without replays (`api.core.idempotency`): they would have to keep the
+Creating is the one create without replays (`api.core.access.idempotency`): they would have to keep the
 secret. A retry makes a second key, and the first is one that nobody holds.
 """
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 from fastapi import APIRouter
 
 from api.bodies import BoundedBody
-from api.core import keys
+from api.core.access import keys
 from api.core.db.database import now
 from api.deps import AdminDep, Reading, Writing
 from api.routes.query import After, Limit100

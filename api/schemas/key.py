@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from api.core.access.keys import PREFIX, Role
 from api.core.db.tables import ApiKey
-from api.core.keys import PREFIX, Role
 from api.schemas.wire import Element, Wire, unix, unix_or_none
 from lorainit.config.schema import Strict
 

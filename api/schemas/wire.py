@@ -58,7 +58,7 @@ class ErrorBody(Wire):
     error: ErrorDetail
 
 
-# The answers of a route that makes something at most once (`api.core.idempotency`).
+# The answers of a route that makes something at most once (`api.core.access.idempotency`).
 ONCE: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "The first request with this identity is still being carried out."}
 }

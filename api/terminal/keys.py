@@ -30,7 +30,7 @@ def create(
         if not text.strip() or not text.isprintable() or len(text) > LONGEST_NAME:
             raise Problem(f"{option} must be a name of 1 to {LONGEST_NAME} printable characters (got {text[:80]!r}).")
     configure(state=state)
-    from api.core import keys
+    from api.core.access import keys
     from api.core.db.database import session_scope
 
     require_database()
@@ -46,7 +46,7 @@ def create(
 def list_keys(state: State = None) -> None:
     """Every key that opens something, without its secret."""
     configure(state=state)
-    from api.core import keys
+    from api.core.access import keys
     from api.core.db.database import session_scope
 
     require_database()
@@ -62,7 +62,7 @@ def list_keys(state: State = None) -> None:
 def delete(key: Annotated[str, Argument(help="Id of the key: key_...")], state: State = None) -> None:
     """Delete a key. It opens nothing from this moment on."""
     configure(state=state)
-    from api.core import keys
+    from api.core.access import keys
     from api.core.db.database import session_scope
 
     require_database()

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from api.core import keys
+from api.core.access import keys
 from api.core.db import database
 from api.core.db.tables import File, Project
 from api.main import create_app

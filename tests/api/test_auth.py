@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import keys
+from api.core.access import keys
 from tests.api.conftest import JOBS, Lab, refused
 
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from api.concurrency import network
-from api.core import keys
+from api.core.access import keys
 from api.core.db import database as db
 from api.core.db import migrate
 from api.core.settings import BadSettings, get_settings

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.pool import QueuePool
 
-from api.core import files, keys
+from api.core import files
+from api.core.access import keys
 from api.core.db import database, migrate
 from api.core.resilience.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
 from api.core.settings import Settings, get_settings

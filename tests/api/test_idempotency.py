@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.core import idempotency, keys
+from api.core.access import idempotency, keys
 from api.core.db.database import session_scope
 from api.core.db.tables import Creation
 from api.core.errors import InProgress

@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
-from api.core import keys, places
+from api.core import places
+from api.core.access import keys
 from api.core.db import database
 from api.core.db.tables import Job
 from tests import stub_worker

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from api.core import rates
+from api.core.access import rates
 from api.envelope import _duration
 from tests import servers
 from tests.api.conftest import JOBS, Lab, refused

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from sqlalchemy import func, select
 
-from api.core import keys
+from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import Creation, Event, File, Job
 from tests import servers

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api.core import keys
+from api.core.access import keys
 from api.core.db.database import session_scope
 from tests import servers
 from tests.api.conftest import JOBS, JSONL

@@ -11,7 +11,8 @@ import psutil
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import events, keys
+from api.core import events
+from api.core.access import keys
 from api.core.db import database
 from api.download_memory import LARGE, SMALL, DownloadMemory, after
 from tests.api.conftest import JOBS

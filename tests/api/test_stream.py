@@ -11,7 +11,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from api import streams, ticker
-from api.core import events, jobs, keys
+from api.core import events, jobs
+from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import Job, Project
 from api.errors import TooManyRequests

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from sqlalchemy import select
 
-from api.core import events, jobs, keys
+from api.core import events, jobs
+from api.core.access import keys
 from api.core.db.database import now, session_scope
 from api.core.db.tables import Event, Job
 from tests.api.conftest import JOBS

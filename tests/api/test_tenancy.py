@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy.orm import Session
 from starlette.routing import Route
 
-from api.core import keys
+from api.core.access import keys
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab
 from tests.things import MODEL

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from api.core import keys, settings
+from api.core import settings
+from api.core.access import keys
 from tests.cli.conftest import environment, lorainit
 from tests.conftest import forget
 

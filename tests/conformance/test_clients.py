@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import keys
+from api.core.access import keys
 from api.core.db import database, migrate
 from tests import servers
 from tests.conformance.environments import ROOT, VERSIONS, python_of

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from api.core import jobs, keys, metrics, tallies
+from api.core import jobs, metrics, tallies
+from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import Creation, File, Job, Project, Watch
 from api.core.settings import get_settings

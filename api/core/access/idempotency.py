@@ -16,11 +16,11 @@ from sqlalchemy import delete, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from api.core.access.keys import Caller
 from api.core.db.database import now
 from api.core.db.tables import Creation
 from api.core.errors import InProgress, InvalidValue
 from api.core.ids import new_id
-from api.core.keys import Caller
 
 KEY_LIFE = timedelta(hours=24)
 WAIT_SECONDS = 5
