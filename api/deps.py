@@ -18,7 +18,7 @@ from api.core.access.idempotency import Attempt
 from api.core.access.keys import Caller
 from api.core.db.database import session_scope
 from api.core.errors import InvalidValue
-from api.core.storage import Storage, get_storage
+from api.core.files.storage import Storage, get_storage
 
 # Checked here, and told in words of our own.
 Printable = Annotated[str, Field(json_schema_extra={"maxLength": 255})]

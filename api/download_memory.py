@@ -7,7 +7,7 @@ share, so that many who read nothing cost little each, and nothing more in all.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from api.core.storage import BLOCK
+from api.core.files.storage import BLOCK
 
 SMALL = 256 * 1024
 LARGE = BLOCK

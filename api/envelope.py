@@ -20,7 +20,7 @@ from api.concurrency import Concurrency, Permit
 from api.core import logs
 from api.core.access.rates import Allowance
 from api.core.errors import Refusal, TooLarge
-from api.core.files import too_large
+from api.core.files.files import too_large
 from api.core.ids import new_id
 from api.core.settings import Settings
 from api.errors import TooSlow, error_body, respond

@@ -33,7 +33,7 @@ from sqlalchemy.exc import DataError, InterfaceError, InternalError, Operational
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from api.core import disk, logs
+from api.core import logs
 from api.core.errors import (
     BadReference,
     Forbidden,
@@ -47,6 +47,7 @@ from api.core.errors import (
     Unavailable,
     WrongState,
 )
+from api.core.files import disk
 from api.invalid import first_fault
 from api.offered import Table, planned
 

@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from api.core import disk, gauges
+from api.core import gauges
 from api.core.db.database import session_scope
+from api.core.files import disk
 from api.core.gauges import Picture
 from api.core.logs import get_logger
 from api.core.settings import get_settings

@@ -276,8 +276,8 @@ def seaweed_process(bucket: str = "lorainit") -> Iterator[tuple[dict[str, str], 
 
 def _make_bucket(endpoint: str, bucket: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """SeaweedFS makes a bucket when something is first stored in it; it needs a moment after listening."""
+    from api.core.files.storage import make_storage
     from api.core.settings import Settings
-    from api.core.storage import make_storage
 
     settings = Settings(s3_endpoint=endpoint, s3_access_key_id="test", s3_secret_access_key="testtest")
 

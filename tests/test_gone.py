@@ -21,9 +21,9 @@ from api.core.access import keys
 from api.core.db import database
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
+from api.core.files.storage import get_storage
 from api.core.jobs import Lease
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from api.main import create_app
 from lorainit.config.events import Checkpoint, Done, Event, Failed
 from lorainit.config.spec import BaseModelRef, RunSpec

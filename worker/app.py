@@ -29,10 +29,10 @@ from celery.signals import (
 from api.core import catalogue, startup, workers
 from api.core.db.database import get_engine, get_reader, get_sessions, session_scope
 from api.core.devices import devices
+from api.core.files.storage import get_storage
 from api.core.logs import configure, get_logger
 from api.core.queue import get_celery
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from worker import caches, pool, scratch
 
 app = get_celery()

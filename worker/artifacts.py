@@ -12,9 +12,9 @@ from typing import Any
 from api.core import catalogue, checkpoints, events, jobs, metrics
 from api.core.db.database import now, session_scope
 from api.core.db.tables import Adapter, File, Job
+from api.core.files.storage import Storage
 from api.core.jobs import Lease
 from api.core.settings import get_settings
-from api.core.storage import Storage
 from lorainit.config.events import Checkpoint, Done
 from lorainit.config.resolve import as_resolved
 from lorainit.config.spec import Data, Hyperparameters, Lora, RunSpec

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from api.core import files
 from api.core.db.database import session_scope
+from api.core.files import files
 from api.core.settings import get_settings
 from lorainit.config import kept
 

@@ -2,16 +2,17 @@
 
 import errno
 
-from api.core import disk, jobs, metrics
+from api.core import jobs, metrics
 from api.core.db.database import session_scope
 from api.core.db.tables import File, Job
-from api.core.disk import human
 from api.core.errors import BadReference
 from api.core.fields import in_body
+from api.core.files import disk
+from api.core.files.disk import human
+from api.core.files.storage import get_storage
 from api.core.jobs import Failure, Lease
 from api.core.logs import get_logger
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from lorainit.config.events import Failed
 from lorainit.system import shared_memory
 from worker.patience import PASSING

@@ -13,9 +13,9 @@ from api.core import quotes, retention, tallies, watches
 from api.core.access import idempotency
 from api.core.db.database import cut_write_ahead_log, session_scope
 from api.core.db.tables import Checkpoint, File
+from api.core.files.storage import PROBE, get_storage, unfinished
 from api.core.logs import get_logger
 from api.core.settings import get_settings
-from api.core.storage import PROBE, get_storage, unfinished
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 SWEEPS = 2 * HOUR  # every orphan that is old enough has been swept within this

@@ -18,10 +18,10 @@ from typing import Self
 from structlog.contextvars import bind_contextvars
 
 from api.core.db.tables import Job
+from api.core.files.storage import Storage, get_storage
 from api.core.jobs import Lease
 from api.core.logs import get_logger
 from api.core.settings import get_settings
-from api.core.storage import Storage, get_storage
 from lorainit.config.events import Checkpoint, Done, Event, Failed
 from worker import artifacts, endings, room, scratch, wording
 from worker.lease import LeaseKeeper

@@ -25,9 +25,9 @@ from sqlalchemy.exc import OperationalError
 from api.core import admission, bells, due, jobs, metrics, queue, startup
 from api.core.db.database import plain_connection, session_scope
 from api.core.db.tables import Job
+from api.core.files.storage import get_storage
 from api.core.logs import configure, get_logger
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from worker import janitor
 from worker.row_checks import LANES
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from api.core import disk
+from api.core.files import disk
 from api.core.settings import Settings
 from worker import scratch
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from api.core import catalogue, disk
+from api.core import catalogue
 from api.core.catalogue import Entry
 from api.core.db.tables import Job
-from api.core.disk import Volume, human
+from api.core.files import disk
+from api.core.files.disk import Volume, human
 from api.core.jobs import Failure
 from api.core.logs import get_logger
 from api.core.settings import Settings, get_settings

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Iterable
 from functools import partial
 
-from api.core import validation
 from api.core.db.database import session_scope
+from api.core.files import validation
+from api.core.files.storage import get_storage
+from api.core.files.validation import Claim
 from api.core.logs import get_logger
-from api.core.storage import get_storage
-from api.core.validation import Claim
 from worker import row_reader
 
 MIB = 1 << 20

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from api.core.devices.run_environment import without_secrets
-from api.core.validation import unusable
+from api.core.files.validation import unusable
 
 MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that were found take less: benchmarks/row_checks.py
 BEAT_SECONDS, TICK_SECONDS = 5.0, 0.2

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from api.core.storage import CHUNK, Found, Storage
+from api.core.files.storage import CHUNK, Found, Storage
 from worker.progress import Lost
 
 

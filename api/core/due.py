@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Dialect, Exists, Select, SQLColumnExpression, func, or_, select
 
-from api.core import validation
 from api.core.db.database import UTCDateTime
 from api.core.db.tables import Checkpoint, File, Job, has_status
+from api.core.files import validation
 
 
 class Due(NamedTuple):

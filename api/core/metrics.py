@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 
 from api.core.db.database import now
 from api.core.db.tables import File, Job, Metric
+from api.core.files.storage import Storage
 from api.core.ids import new_id
-from api.core.storage import Storage
 from api.core.transitions import change
 from lorainit.config.results import write_csv
 

@@ -14,7 +14,7 @@ from api.core.db import paging
 from api.core.db.database import now, session_scope
 from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import NotFound, WrongState
-from api.core.files import gone_by
+from api.core.files.files import gone_by
 
 BATCH = 1000  # models of a complete list that are in memory at once: about a megabyte
 Named = catalogue.Entry | Adapter | Checkpoint | Row[*tuple[Any, ...]]

@@ -8,11 +8,12 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import catalogue, files, jobs, traces, turns
+from api.core import catalogue, jobs, traces, turns
 from api.core.answers import Told, require_agreeing
 from api.core.db.database import now
 from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import BadReference, InvalidValue
+from api.core.files import files
 from api.core.ids import new_id
 from api.core.settings import get_settings
 from lorainit.config.inits import CalibratedConfig

@@ -2,8 +2,8 @@
 
 from obstore.exceptions import BaseError as StoreError
 
+from api.core.files.storage import Storage
 from api.core.logs import get_logger
-from api.core.storage import Storage
 from api.threads import in_storage_thread
 
 

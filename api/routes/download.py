@@ -13,9 +13,9 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api import download_memory
-from api.core import files
 from api.core.db.tables import File
-from api.core.storage import Storage
+from api.core.files import files
+from api.core.files.storage import Storage
 from api.download_memory import DownloadMemory
 from api.errors import OutOfRange, respond
 from api.schemas.wire import ErrorBody

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, BackgroundTasks, Query, Request
 from fastapi.responses import Response
 
-from api.core import files, quota
 from api.core.access.idempotency import once
 from api.core.errors import NotFound
+from api.core.files import files, quota
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.clear import clear
 from api.routes.download import BYTES, download

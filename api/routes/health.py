@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse
 from api.core import catalogue, queue, workers
 from api.core.db import migrate
 from api.core.db.database import session_scope
+from api.core.files.storage import get_storage
 from api.core.resilience.probes import Probe
 from api.core.settings import get_settings
 from api.core.singleton import singleton
-from api.core.storage import get_storage
 from api.schemas.wire import Wire
 from api.threads import in_health_thread
 

@@ -9,10 +9,10 @@ from fastapi import Depends, Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from api.core import files, quota
 from api.core.db.database import session_scope
 from api.core.errors import InvalidValue
-from api.core.files import UPLOADABLE, Stored
+from api.core.files import files, quota
+from api.core.files.files import UPLOADABLE, Stored
 from api.core.settings import get_settings
 from api.deps import AttemptDep, StorageDep
 from api.envelope import MULTIPART_SLACK, declared

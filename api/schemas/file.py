@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from api.core.db.tables import File
-from api.core.files import Stored
+from api.core.files.files import Stored
 from api.schemas.wire import Element, unix, unix_or_none
 
 

@@ -12,10 +12,10 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from starlette.formparsers import MultiPartParser
 
-from api.core import files
 from api.core.db.tables import File
+from api.core.files import files
+from api.core.files.storage import get_storage
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused
 
 FIELDS = {

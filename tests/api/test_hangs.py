@@ -14,12 +14,12 @@ import pytest
 from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.pool import QueuePool
 
-from api.core import files
 from api.core.access import keys
 from api.core.db import database, migrate
+from api.core.files import files
+from api.core.files.storage import CHUNK, Answering, Silent, Storage, get_storage, make_storage
 from api.core.resilience.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
 from api.core.settings import Settings, get_settings
-from api.core.storage import CHUNK, Answering, Silent, Storage, get_storage, make_storage
 from api.routes import health
 from tests import servers, stub_worker
 from tests.api.conftest import JOBS, JSONL, Lab, a_lab, refused

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from api.core.storage import ObjectStorage
+from api.core.files.storage import ObjectStorage
 from api.routes import health
 from tests.api.conftest import Lab
 from tests.things import a_worker

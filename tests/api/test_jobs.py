@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from api.core import jobs, lookup, queue
 from api.core.db.tables import Job
-from api.core.storage import ObjectStorage
+from api.core.files.storage import ObjectStorage
 from lorainit.config.events import Warned
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, mark, refused

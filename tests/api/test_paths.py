@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core.db.tables import Checkpoint, File
-from api.core.storage import get_storage
+from api.core.files.storage import get_storage
 from tests import stub_worker
 from tests.api.conftest import JOBS, JSONL, Lab, refused
 

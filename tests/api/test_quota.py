@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import quota, settings
+from api.core import settings
 from api.core.db import database
 from api.core.errors import QuotaExceeded
+from api.core.files import quota
 from tests.api.conftest import JSONL, Lab, Traces, refused
 from tests.things import a_file, a_project
 
@@ -52,7 +53,7 @@ def test_the_number_of_files_is_limited_apart_from_their_size(allowed: None, lab
 def test_a_large_body_is_refused_by_its_announced_size(
     allowed: None, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from api.core import files
+    from api.core.files import files
 
     monkeypatch.setattr(files, "store", None)  # whoever gets that far fails with a 500
     refused(send(lab, b"x" * 200_000), 429, "quota_exceeded", "file")

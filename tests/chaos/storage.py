@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from api.core.files.storage import make_storage
 from api.core.settings import Settings
-from api.core.storage import make_storage
 from tests import servers
 
 INSIDE = "CHAOS_INSIDE"

@@ -11,8 +11,8 @@ import pytest
 from obstore.exceptions import GenericError
 from sqlalchemy.exc import OperationalError
 
-from api.core import disk
-from api.core.disk import Volume
+from api.core.files import disk
+from api.core.files.disk import Volume
 from api.core.settings import Settings
 
 STORE = "Generic LocalFileSystem error: Unable to copy data to file: No space left on device (os error 28)"
@@ -70,10 +70,10 @@ def test_only_folders_of_this_host_are_volumes(tmp_path: Path) -> None:
 FULL = """
     import io, os, sys
     from pathlib import Path
-    from api.core import disk, files
+    from api.core.files import disk, files
     from api.core.errors import StorageFull
     from api.core.settings import get_settings
-    from api.core.storage import get_storage
+    from api.core.files.storage import get_storage
 
     storage = get_storage()
     try:

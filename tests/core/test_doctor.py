@@ -7,8 +7,8 @@ import pytest
 
 from api.core import catalogue, doctor
 from api.core.db import migrate
+from api.core.files.storage import ObjectStorage
 from api.core.settings import get_settings
-from api.core.storage import ObjectStorage
 from tests import servers
 from tests.conftest import forget
 

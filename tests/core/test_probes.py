@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import obstore
 import pytest
 
+from api.core.files.storage import make_storage
 from api.core.resilience import probes
 from api.core.resilience.probes import Probe
 from api.core.settings import Settings
-from api.core.storage import make_storage
 
 
 class Thing:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from api.core.files.storage import CHUNK, Storage, make_storage
 from api.core.settings import Settings
-from api.core.storage import CHUNK, Storage, make_storage
 from tests import servers
 
 

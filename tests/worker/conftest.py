@@ -15,8 +15,8 @@ from sqlalchemy import select
 from api.core import jobs, metrics
 from api.core.db.database import session_scope
 from api.core.db.tables import Adapter, Event, File, Job, Project
+from api.core.files.storage import get_storage
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from tests.things import a_file, a_project, a_queued_job
 from worker import tasks
 from worker.supervisor import run_child

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import files
 from api.core.db.tables import Project, Worker
+from api.core.files import files
 from api.core.settings import get_settings
 from lorainit.config.kept import entry_name
 from tests.things import a_file, a_project

@@ -20,8 +20,8 @@ from sqlalchemy import select
 
 from api.core.db.database import session_scope
 from api.core.db.tables import Adapter, Checkpoint, File, Job
+from api.core.files.storage import get_storage
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from tests.lorainit.conftest import chat
 from tests.test_job_path import tiny_base as tiny_base  # a fixture
 from tests.worker.conftest import Lab, await_what_was_left_alone, when

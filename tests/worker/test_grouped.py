@@ -18,9 +18,9 @@ from sqlalchemy.exc import OperationalError
 from api.core import jobs
 from api.core.db.database import session_scope
 from api.core.db.tables import Checkpoint, File, Job
+from api.core.files.storage import get_storage
 from api.core.jobs import Lease
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from tests.worker.conftest import Lab, when
 from worker import artifacts, tasks
 from worker.app import drain_file

@@ -16,8 +16,8 @@ from api.core import jobs, metrics, tallies
 from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import Creation, File, Job, Project, Watch
+from api.core.files.storage import ObjectStorage, get_storage
 from api.core.settings import get_settings
-from api.core.storage import ObjectStorage, get_storage
 from tests.things import a_file, a_project, a_running_job
 from worker import janitor
 
@@ -208,7 +208,7 @@ def test_every_bytes_less_row_is_found_in_batches(monkeypatch: pytest.MonkeyPatc
 
 WRITER = """
 import os, signal, sys
-from api.core.storage import get_storage
+from api.core.files.storage import get_storage
 def chunks():
     for _ in range(12):
         yield bytes(1 << 20)

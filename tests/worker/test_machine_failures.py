@@ -15,8 +15,8 @@ from sqlalchemy.exc import OperationalError
 from api.core import catalogue
 from api.core.db.database import session_scope
 from api.core.db.tables import Event, Job
+from api.core.files.storage import get_storage
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.lorainit.conftest import chat
 from tests.test_job_path import tiny_base

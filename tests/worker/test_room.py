@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 from obstore.exceptions import GenericError
 
-from api.core import catalogue, disk
+from api.core import catalogue
+from api.core.files import disk
+from api.core.files.storage import ObjectStorage
 from api.core.settings import get_settings
-from api.core.storage import ObjectStorage
 from lorainit.config.spec import Lora
 from tests.worker.conftest import Lab
 from worker import artifacts, patience, reconciler, reservations, room, scratch

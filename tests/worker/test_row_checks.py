@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import update
 
-from api.core import validation
 from api.core.db.database import session_scope
 from api.core.db.tables import File
-from api.core.storage import get_storage
+from api.core.files import validation
+from api.core.files.storage import get_storage
 from tests.things import a_file, a_project
 from worker import row_checks, row_reader
 from worker.row_checks import LANES, MAX_CHECKS, Lane, Turns

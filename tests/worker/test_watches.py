@@ -14,8 +14,8 @@ from api.core import watches
 from api.core.db import database
 from api.core.db.database import session_scope
 from api.core.db.tables import Watch
+from api.core.files.storage import get_storage
 from api.core.settings import get_settings
-from api.core.storage import get_storage
 from tests.things import a_project
 from worker import janitor
 

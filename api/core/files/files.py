@@ -17,15 +17,15 @@ from obstore.exceptions import BaseError as StoreError
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from api.core import disk
 from api.core.access.idempotency import Attempt
 from api.core.db import paging
 from api.core.db.database import now
 from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import BadReference, NotFound, StorageFull, TooLarge, Unavailable, WrongState
+from api.core.files import disk
+from api.core.files.storage import BLOCK, CHUNK, Storage
 from api.core.ids import new_id
 from api.core.settings import get_settings
-from api.core.storage import BLOCK, CHUNK, Storage
 
 UPLOADABLE = ("fine-tune", "evals", "user_data")
 PAGE_PROBLEMS = 2000  # that the checks of a page's files found: some hundred bytes each, and 5 KB of the worst

@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from api.core.db.tables import File, Project
 from api.core.errors import QuotaExceeded
-from api.core.files import UPLOADABLE
+from api.core.files.files import UPLOADABLE
 from api.core.settings import get_settings
 
 
