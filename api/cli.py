@@ -159,7 +159,7 @@ def models_inspect(
     ] = None,
 ) -> None:
     """On the server's machine: the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
-    from api.core.catalogue import ID
+    from api.core.models.catalogue import ID
     from lorainit.config.facts import ModelFacts
     from lorainit.config.sources import LOCAL, is_root
 
@@ -310,7 +310,7 @@ def methods() -> None:
 
 
 def _announce(url: str, state: Path, first_key: str | None) -> None:
-    from api.core import catalogue
+    from api.core.models import catalogue
 
     base, command = f"{url}/v1", _own_name()
     out.print(Text.assemble("\n", ("Lorainit", "bold"), " is ready at ", (base, "bold")))

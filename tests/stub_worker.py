@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from api.core import catalogue, jobs
+from api.core import jobs
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from api.core.files.storage import get_storage
 from api.core.jobs import Failure, Lease
+from api.core.models import catalogue
 from lorainit.config.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
 from lorainit.config.spec import Choice, Lora
 from worker import artifacts, reconciler, row_checks

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from api.core import catalogue
-from api.core.catalogue import Entry
 from api.core.db.tables import Job
 from api.core.files import disk
 from api.core.files.disk import Volume, human
 from api.core.jobs import Failure
 from api.core.logs import get_logger
+from api.core.models import catalogue
+from api.core.models.catalogue import Entry
 from api.core.settings import Settings, get_settings
 from lorainit.config.spec import Lora
 from worker import reservations

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from api.core import catalogue
 from api.core.db.tables import Job
+from api.core.models import catalogue
 from lorainit.config import sources
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Event, Failed, InitReport, Message, Plan, Stage

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from api.core import catalogue
-from api.core.catalogue import Entry
 from api.core.errors import InvalidValue
+from api.core.models import catalogue
+from api.core.models.catalogue import Entry
 from lorainit.config.paths import matches
 from lorainit.config.spec import Lora
 

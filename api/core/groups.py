@@ -14,8 +14,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core import turns
-from api.core.catalogue import Entry
 from api.core.db.tables import Job, has_status
+from api.core.models.catalogue import Entry
 from lorainit.config.placement import chosen
 from lorainit.config.spec import Hyperparameters, Lora
 

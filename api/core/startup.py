@@ -6,8 +6,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from api.core import catalogue
-from api.core.catalogue_file import BadCatalogue
+from api.core.models import catalogue
+from api.core.models.catalogue_file import BadCatalogue
 from api.core.settings import BadSettings, get_settings
 
 OTHERS = stat.S_IRWXG | stat.S_IRWXO

@@ -7,9 +7,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydantic import Field
 
-from api.core import catalogue, registry
 from api.core.db.database import session_scope
 from api.core.errors import NotFound
+from api.core.models import catalogue, registry
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.clear import clear
 from api.routes.query import After, Empty, Limit1000, Text

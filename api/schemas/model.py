@@ -2,9 +2,9 @@
 
 from typing import Any, Literal
 
-from api.core.catalogue import Entry
 from api.core.db.tables import Checkpoint
-from api.core.registry import Model
+from api.core.models.catalogue import Entry
+from api.core.models.registry import Model
 from api.schemas.wire import Element, Wire, unix
 from lorainit.config.facts import LeftOut
 from lorainit.config.inits import INITS, AnyInit, ExportRank, Kaiming, Quantization

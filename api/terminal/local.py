@@ -27,8 +27,8 @@ def explain(error: Exception) -> str | None:
         return None  # most errors come from commands that never load a database
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-    from api.core.catalogue_file import BadCatalogue
     from api.core.db.migrate import UnknownRevision
+    from api.core.models.catalogue_file import BadCatalogue
     from api.core.settings import BadSettings, get_settings
     from api.core.startup import OpenFolder
 

@@ -10,8 +10,8 @@ from openai import OpenAI
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from api.core import registry
 from api.core.db import database
+from api.core.models import registry
 from api.terminal import client as remote
 from api.terminal import tables
 from tests.api.conftest import Lab, refused

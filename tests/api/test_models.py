@@ -5,7 +5,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from api.core import catalogue
+from api.core.models import catalogue
 from api.schemas.model import method_object
 from lorainit.config.inits import INITS
 from lorainit.config.rates import RATES

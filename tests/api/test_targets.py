@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from api.core import catalogue
+from api.core.models import catalogue
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import MODEL
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from api.core import catalogue
+from api.core.models import catalogue
 from benchmarks.bench_rates import WEIGHTS, Bench, spec_of
 from benchmarks.rates_page import Cell, results
 from benchmarks.rates_rows import HELD_OUT_ROWS, TRAINING_ROWS, instructions, write

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from api.core import catalogue, catalogue_file
-from api.core.catalogue_file import BadCatalogue
 from api.core.errors import BadReference, InvalidValue
+from api.core.models import catalogue, catalogue_file
+from api.core.models.catalogue_file import BadCatalogue
 from api.core.settings import get_settings
 from lorainit.config import placement
 from lorainit.config.errors import UnsupportedModel

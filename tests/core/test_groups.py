@@ -7,9 +7,10 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core import admission, bells, catalogue, groups, jobs
+from api.core import admission, bells, groups, jobs
 from api.core.db.tables import Event, Job, Project
 from api.core.jobs import Failure, Lease
+from api.core.models import catalogue
 from lorainit.config.facts import Target
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.things import MODEL, a_job, a_project, a_queued_job, a_worker

@@ -10,11 +10,12 @@ from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session
 
 from api import ticker
-from api.core import events, jobs, lookup, metrics, pauses, registry, turns
+from api.core import events, jobs, lookup, metrics, pauses, turns
 from api.core.db import database, migrate
 from api.core.db.tables import File, Job
 from api.core.files import files
 from api.core.jobs import Lease
+from api.core.models import registry
 from api.core.settings import Settings
 from benchmarks import queue_costs
 from tests import servers

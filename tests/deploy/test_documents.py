@@ -166,7 +166,7 @@ def leads_somewhere(name: str) -> bool:
 
 def test_the_example_spec_is_a_run_on_the_built_in_base_and_on_files_that_are_there() -> None:
     spec = RunSpec.model_validate_json((ROOT / "examples" / "spec.json").read_bytes())
-    built_in = tomllib.loads((ROOT / "api" / "core" / "catalogue.toml").read_text())["models"][0]
+    built_in = tomllib.loads((ROOT / "api" / "core" / "models" / "catalogue.toml").read_text())["models"][0]
     assert (spec.model.id, spec.model.source, spec.model.root) == (built_in["id"], built_in["source"], built_in["root"])
     assert spec.data.validation is not None
     assert all((ROOT / file).exists() for file in (spec.data.training, spec.data.validation))

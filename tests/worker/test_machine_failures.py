@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from api.core import catalogue
 from api.core.db.database import session_scope
 from api.core.db.tables import Event, Job
 from api.core.files.storage import get_storage
+from api.core.models import catalogue
 from api.core.settings import get_settings
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.lorainit.conftest import chat

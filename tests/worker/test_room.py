@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 from obstore.exceptions import GenericError
 
-from api.core import catalogue
 from api.core.files import disk
 from api.core.files.storage import ObjectStorage
+from api.core.models import catalogue
 from api.core.settings import get_settings
 from lorainit.config.spec import Lora
 from tests.worker.conftest import Lab

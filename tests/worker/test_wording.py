@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import catalogue
+from api.core.models import catalogue
 from lorainit.config import sources
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Event, Failed, Message

@@ -14,9 +14,10 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from api.core import catalogue_file, logs
-from api.core.catalogue_file import BadCatalogue, CatalogueFile
+from api.core import logs
 from api.core.errors import BadReference, InvalidValue
+from api.core.models import catalogue_file
+from api.core.models.catalogue_file import BadCatalogue, CatalogueFile
 from api.core.settings import get_settings
 from lorainit.config import placement, sources
 from lorainit.config.errors import LorainitError, UnsupportedInit
@@ -71,7 +72,7 @@ def load(path: Path | None) -> dict[str, Entry]:
     Raises:
         BadCatalogue: there is no such file, it is not TOML, or an entry is wrong.
     """
-    file = path.absolute() if path is not None else resources.files("api.core") / "catalogue.toml"
+    file = path.absolute() if path is not None else resources.files("api.core.models") / "catalogue.toml"
     found = catalogue_file.read(file)
     try:
         return _entries(found, folder=path.absolute().parent if path is not None else Path())

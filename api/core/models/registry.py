@@ -8,13 +8,13 @@ from typing import Any
 from sqlalchemy import Row, func, select, tuple_
 from sqlalchemy.orm import Session
 
-from api.core import catalogue
 from api.core.access.idempotency import Attempt
 from api.core.db import paging
 from api.core.db.database import now, session_scope
 from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import NotFound, WrongState
 from api.core.files.files import gone_by
+from api.core.models import catalogue
 
 BATCH = 1000  # models of a complete list that are in memory at once: about a megabyte
 Named = catalogue.Entry | Adapter | Checkpoint | Row[*tuple[Any, ...]]
