@@ -19,12 +19,13 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.core import places, queue, settings, traces
+from api.core import settings, traces
 from api.core.access import rates
 from api.core.db import database, migrate
 from api.core.devices import devices
 from api.core.files import storage
 from api.core.models import catalogue
+from api.core.queue import places, queue
 from tests import servers
 from tests.side_by_side import pytest_xdist_auto_num_workers
 

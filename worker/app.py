@@ -26,13 +26,14 @@ from celery.signals import (
     worker_shutting_down,
 )
 
-from api.core import startup, workers
+from api.core import startup
 from api.core.db.database import get_engine, get_reader, get_sessions, session_scope
 from api.core.devices import devices
 from api.core.files.storage import get_storage
 from api.core.logs import configure, get_logger
 from api.core.models import catalogue
-from api.core.queue import get_celery
+from api.core.queue import workers
+from api.core.queue.queue import get_celery
 from api.core.settings import get_settings
 from worker import caches, pool, scratch
 

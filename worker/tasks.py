@@ -13,11 +13,12 @@ from billiard.process import current_process
 from sqlalchemy.exc import OperationalError
 from structlog.contextvars import bound_contextvars
 
-from api.core import jobs, queue, traces
+from api.core import jobs, traces
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from api.core.devices import devices
 from api.core.logs import get_logger
+from api.core.queue import queue
 from api.core.settings import get_settings
 from lorainit.config.events import Event
 from worker import rest, room, warm

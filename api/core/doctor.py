@@ -15,13 +15,13 @@ from typing import Any, Literal
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from api.core import queue, workers
 from api.core.db import migrate
 from api.core.db.database import get_engine, now, session_scope
 from api.core.files import disk
 from api.core.files.disk import Volume, human
 from api.core.files.storage import get_storage
 from api.core.models import catalogue
+from api.core.queue import queue, workers
 from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
 
 # More than NTP ever leaves; a client's signature of a request to S3 may be off by 15 minutes.

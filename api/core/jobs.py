@@ -18,10 +18,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from api.core import events, groups, labels, tallies, turns
+from api.core import events, labels, tallies
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Adapter, File, Job, has_status
 from api.core.errors import WrongState
+from api.core.queue import groups, turns
 from api.core.settings import get_settings
 from api.core.transitions import Failure, Lease, change, hold, in_state, lock, move
 

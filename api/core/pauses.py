@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.core import events, turns
+from api.core import events
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Checkpoint, File, Job, ShownJob
 from api.core.errors import WrongState
+from api.core.queue import turns
 from api.core.transitions import Lease, change, hold, in_state, move
 
 # What was wrong is not in the order: the same order may well succeed.

@@ -8,7 +8,7 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import jobs, traces, turns
+from api.core import jobs, traces
 from api.core.answers import Told, require_agreeing
 from api.core.db.database import now
 from api.core.db.tables import Adapter, Checkpoint, File, Job
@@ -16,6 +16,7 @@ from api.core.errors import BadReference, InvalidValue
 from api.core.files import files
 from api.core.ids import new_id
 from api.core.models import catalogue
+from api.core.queue import turns
 from api.core.settings import get_settings
 from lorainit.config.inits import CalibratedConfig
 from lorainit.config.resolve import base_learning_rate

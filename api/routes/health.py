@@ -7,11 +7,11 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from api.core import queue, workers
 from api.core.db import migrate
 from api.core.db.database import session_scope
 from api.core.files.storage import get_storage
 from api.core.models import catalogue
+from api.core.queue import queue, workers
 from api.core.resilience.probes import Probe
 from api.core.settings import get_settings
 from api.core.singleton import singleton

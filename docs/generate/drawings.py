@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from api.core import turns
+from api.core.queue import turns
 from api.core.submit import PRIORITIES
 from docs.generate.svg import Drawing
 
@@ -72,7 +72,7 @@ WAITING = (("A", 3.0, "low", 1), ("B", 1.5, "normal", 1), ("B", 1.0, "normal", 2
 
 
 def _due(project: str, waited: float, priority: str, place: int) -> tuple[float, str]:
-    """Hours until the job is due, as `api.core.turns` computes it with a step of one hour, and its name."""
+    """Hours until the job is due, as `api.core.queue.turns` computes it with a step of one hour, and its name."""
     due = turns.due(-waited - PRIORITIES[priority], place, 1.0)
     return due, f"project {project}, {priority} priority, waits {waited:g} h, place {place} of its project"
 

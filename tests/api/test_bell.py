@@ -7,7 +7,8 @@ import pytest
 
 from api import bell
 from api.bell import Bell
-from api.core import admission, bells, queue
+from api.core import admission
+from api.core.queue import bells, queue
 
 
 def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import jobs, queue
+from api.core import jobs
 from api.core.db.tables import Job
 from api.core.jobs import Lease
+from api.core.queue import queue
 from api.core.settings import get_settings
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, mark, refused

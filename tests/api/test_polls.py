@@ -8,10 +8,10 @@ import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
-from api.core import places
 from api.core.access import keys
 from api.core.db import database
 from api.core.db.tables import Job
+from api.core.queue import places
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import a_project, a_queued_job, a_running_job

@@ -12,9 +12,9 @@ from typing import Any
 
 from sqlalchemy import Engine, event, text
 
-from api.core import bells
 from api.core.db.database import session_scope
-from api.core.queue import get_celery
+from api.core.queue import bells
+from api.core.queue.queue import get_celery
 from worker import reconciler, tasks
 from worker.supervisor import Outcome, Place
 

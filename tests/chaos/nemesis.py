@@ -21,7 +21,7 @@ import psutil
 from celery import Celery
 from redis import Redis
 
-from api.core import queue
+from api.core.queue import queue
 from tests import servers
 from tests.chaos.fleet import LEASE_SECONDS, Fleet, family
 from tests.chaos.storage import Bucket, SmallDisk

@@ -11,7 +11,7 @@ from contextlib import suppress
 import httpx2
 from redis import Redis
 
-from api.core.workers import FRESH
+from api.core.queue.workers import FRESH
 from tests.chaos.clients import stub_orders
 from tests.chaos.conftest import Town
 from tests.chaos.fleet import LEASE_SECONDS

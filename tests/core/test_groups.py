@@ -7,10 +7,11 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core import admission, bells, groups, jobs
+from api.core import admission, jobs
 from api.core.db.tables import Event, Job, Project
 from api.core.jobs import Failure, Lease
 from api.core.models import catalogue
+from api.core.queue import bells, groups
 from lorainit.config.facts import Target
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.things import MODEL, a_job, a_project, a_queued_job, a_worker

@@ -10,12 +10,13 @@ from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session
 
 from api import ticker
-from api.core import events, jobs, lookup, metrics, pauses, turns
+from api.core import events, jobs, lookup, metrics, pauses
 from api.core.db import database, migrate
 from api.core.db.tables import File, Job
 from api.core.files import files
 from api.core.jobs import Lease
 from api.core.models import registry
+from api.core.queue import turns
 from api.core.settings import Settings
 from benchmarks import queue_costs
 from tests import servers
@@ -104,8 +105,8 @@ def test_what_is_asked_all_the_time_reads_no_table_whole(
     crowded: Engine, name: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(project_running=limit, project_queued=1_000_000 if limit else 0)
-    monkeypatch.setattr("api.core.turns.get_settings", lambda: settings)
-    monkeypatch.setattr("api.core.bells.get_settings", lambda: settings)
+    monkeypatch.setattr("api.core.queue.turns.get_settings", lambda: settings)
+    monkeypatch.setattr("api.core.queue.bells.get_settings", lambda: settings)
     faults: list[str] = []
     with crowded.connect() as connection, Session(connection) as session:
         things = look(session)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from api.core.queue import get_celery
+from api.core.queue.queue import get_celery
 from tests.conftest import forget
 from worker import pool
 

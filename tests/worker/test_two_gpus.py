@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from api.core import workers
 from api.core.db.database import session_scope
 from api.core.db.tables import Job, Project
 from api.core.files.storage import get_storage
+from api.core.queue import workers
 from tests import servers
 from tests.conftest import forget
 from tests.test_job_path import QUIET, wait_for

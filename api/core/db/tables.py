@@ -168,7 +168,7 @@ class Job(Base):
     wants_group: Mapped[bool] = mapped_column(server_default=false())
     devices: Mapped[int] = mapped_column(Integer, server_default="1")
 
-    # Which workers may take it, and its place among the others (`api.core.turns`); no turn before admission.
+    # Which workers may take it, and its place among the others (`api.core.queue.turns`); no turn before admission.
     queue: Mapped[str] = mapped_column(String(32), server_default="train")
     turn: Mapped[float | None] = mapped_column(Double)
     # Runs that ended for no fault of the job since its last checkpoint, and when the next may start.
@@ -177,7 +177,7 @@ class Job(Base):
     # A request, not a state: whoever runs the job leaves it `paused` instead of `queued`.
     pause_requested: Mapped[bool] = mapped_column(server_default=false())
 
-    # Who may be trained with it (`api.core.groups`), from admission on; None = it runs alone.
+    # Who may be trained with it (`api.core.queue.groups`), from admission on; None = it runs alone.
     group_key: Mapped[str | None] = mapped_column(String(64))
     # Ids of the other jobs in the process of its last start; None before the first.
     trained_with: Mapped[list[str] | None] = mapped_column(Json)

@@ -1,7 +1,7 @@
 """Places in the queue, worked out for everybody at once and at most once a second, for the first hundred of a queue.
 
 Ranking takes some ten times as long as all else that a poll does, and fifty callers who poll ask for the same
-ranking. So what they are shown may be a second old; the claim looks anew (`api.core.turns`).
+ranking. So what they are shown may be a second old; the claim looks anew (`api.core.queue.turns`).
 """
 
 import threading
@@ -19,9 +19,9 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, Engine, Integer, Select, String, bindparam, select
 from sqlalchemy.orm import Session, aliased
 
-from api.core import lines, turns, workers
 from api.core.db.database import now
 from api.core.db.tables import Job, ShownJob
+from api.core.queue import lines, turns, workers
 from api.core.settings import get_settings
 
 MOST = 100  # further behind, a job's position is "after these"

@@ -1,6 +1,6 @@
 """The outbox of the doorbell: for which queued jobs a message is to be sent, and to which queue. Nothing here commits.
 
-A message wakes a worker and says nothing about which job is taken (`api.core.turns`). So what counts is that each
+A message wakes a worker and says nothing about which job is taken (`api.core.queue.turns`). So what counts is that each
 job which could start is rung for, in its queue; one that a limit or a back-off holds is not, before that is over: a
 bell that finds nothing to do is gone.
 """
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, SQLColumnExpression, bindparam, case, func, select, update
 from sqlalchemy.orm import Session, aliased
 
-from api.core import lines, turns, workers
 from api.core.db.database import UTCDateTime, now
 from api.core.db.tables import Job, has_status
+from api.core.queue import lines, turns, workers
 from api.core.settings import get_settings
 
 MOST = 100  # bells of a queue at a time

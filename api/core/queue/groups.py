@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import turns
 from api.core.db.tables import Job, has_status
 from api.core.models.catalogue import Entry
+from api.core.queue import turns
 from lorainit.config.placement import chosen
 from lorainit.config.spec import Hyperparameters, Lora
 

@@ -15,10 +15,10 @@ from typing import Any
 from sqlalchemy import BigInteger, ColumnElement, Double, Select, String, bindparam, func, literal, select
 from sqlalchemy.orm import Session, aliased
 
-from api.core import lines
 from api.core.db.database import now
 from api.core.db.tables import Job, Project, has_status
 from api.core.errors import QuotaExceeded
+from api.core.queue import lines
 from api.core.settings import get_settings
 
 NO_LIMIT = 2**62
