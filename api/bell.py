@@ -7,8 +7,9 @@ this process leaves the ringing to it.
 import time
 from collections.abc import Callable
 
-from api.core import admission, logs
+from api.core import logs
 from api.core.db.database import session_scope
+from api.core.jobs import admission
 from api.core.queue import bells, queue
 from api.threads import in_bell_thread
 

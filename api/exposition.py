@@ -11,11 +11,11 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from api.core import gauges
 from api.core.db.database import session_scope
 from api.core.files import disk
-from api.core.gauges import Picture
 from api.core.logs import get_logger
+from api.core.monitoring import gauges
+from api.core.monitoring.gauges import Picture
 from api.core.settings import get_settings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -16,10 +16,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.core import events
 from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import FINAL_STATUSES, Job
+from api.core.jobs import events
 from api.schemas.event import EventObject, event_object
 
 BEAT_SECONDS = 1.0

@@ -31,11 +31,11 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import jobs  # noqa: E402
 from api.core.access import keys  # noqa: E402
 from api.core.db import database, migrate  # noqa: E402
 from api.core.db.database import session_scope  # noqa: E402
-from api.core.jobs import Lease  # noqa: E402
+from api.core.jobs import jobs  # noqa: E402
+from api.core.jobs.jobs import Lease  # noqa: E402
 from benchmarks.load_page import FAST, Found, Phase, Seen, page  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
 from lorainit.config.events import Metrics  # noqa: E402

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from api.core import jobs
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from api.core.files.storage import get_storage
-from api.core.jobs import Failure, Lease
+from api.core.jobs import jobs
+from api.core.jobs.jobs import Failure, Lease
 from api.core.models import catalogue
 from lorainit.config.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
 from lorainit.config.spec import Choice, Lora

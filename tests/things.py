@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import jobs
 from api.core.db.tables import Adapter, File, Job, Project, Worker
 from api.core.ids import new_id
+from api.core.jobs import jobs
 from lorainit.config.spec import Hyperparameters, Lora
 
 # For a test that asks the database only what other tests ask both kinds: twice would say nothing new.

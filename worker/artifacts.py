@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from api.core import checkpoints, events, jobs, metrics
 from api.core.db.database import now, session_scope
 from api.core.db.tables import Adapter, File, Job
 from api.core.files.storage import Storage
-from api.core.jobs import Lease
+from api.core.jobs import checkpoints, events, jobs, metrics
+from api.core.jobs.jobs import Lease
 from api.core.models import catalogue
 from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done

@@ -2,7 +2,6 @@
 
 import errno
 
-from api.core import jobs, metrics
 from api.core.db.database import session_scope
 from api.core.db.tables import File, Job
 from api.core.errors import BadReference
@@ -10,7 +9,8 @@ from api.core.fields import in_body
 from api.core.files import disk
 from api.core.files.disk import human
 from api.core.files.storage import get_storage
-from api.core.jobs import Failure, Lease
+from api.core.jobs import jobs, metrics
+from api.core.jobs.jobs import Failure, Lease
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 from lorainit.config.events import Failed

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
-from api.core import quotes, retention, tallies, watches
+from api.core import quotes, retention, watches
 from api.core.access import idempotency
 from api.core.db.database import cut_write_ahead_log, session_scope
 from api.core.db.tables import Checkpoint, File
 from api.core.files.storage import PROBE, get_storage, unfinished
 from api.core.logs import get_logger
+from api.core.monitoring import tallies
 from api.core.settings import get_settings
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from api.core import jobs, pauses
 from api.core.db.database import session_scope
-from api.core.jobs import Lease
+from api.core.jobs import jobs, pauses
+from api.core.jobs.jobs import Lease
 from api.core.logs import get_logger
 
 # Let go before the lease runs out: the reconciler may hand the job on the moment it does.

@@ -19,7 +19,7 @@ from structlog.contextvars import bind_contextvars
 
 from api.core.db.tables import Job
 from api.core.files.storage import Storage, get_storage
-from api.core.jobs import Lease
+from api.core.jobs.jobs import Lease
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done, Event, Failed

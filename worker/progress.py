@@ -6,10 +6,11 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from api.core import estimates, events, jobs, metrics, tallies
 from api.core.db.database import now, session_scope
 from api.core.fields import told
-from api.core.jobs import Lease
+from api.core.jobs import estimates, events, jobs, metrics
+from api.core.jobs.jobs import Lease
+from api.core.monitoring import tallies
 from lorainit.config.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
 from worker.stopwatch import STARTING, Stopwatch
 

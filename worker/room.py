@@ -14,7 +14,7 @@ from pathlib import Path
 from api.core.db.tables import Job
 from api.core.files import disk
 from api.core.files.disk import Volume, human
-from api.core.jobs import Failure
+from api.core.jobs.jobs import Failure
 from api.core.logs import get_logger
 from api.core.models import catalogue
 from api.core.models.catalogue import Entry

@@ -13,10 +13,11 @@ from billiard.process import current_process
 from sqlalchemy.exc import OperationalError
 from structlog.contextvars import bound_contextvars
 
-from api.core import jobs, traces
+from api.core import traces
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from api.core.devices import devices
+from api.core.jobs import jobs
 from api.core.logs import get_logger
 from api.core.queue import queue
 from api.core.settings import get_settings

@@ -11,10 +11,10 @@ from datetime import datetime, timedelta
 from sqlalchemy import ColumnElement, Select, delete, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from api.core import checkpoints
 from api.core.db.database import now
 from api.core.db.tables import Adapter, Checkpoint, Event, File, Job, JobLabel, Metric, Project
 from api.core.files import files
+from api.core.jobs import checkpoints
 
 # Whose objects may be orphans of ours: `files/<project>/...` and `jobs/<job>/...`.
 OWNERS: dict[str, type[Project] | type[Job]] = {"files": Project, "jobs": Job}

@@ -10,14 +10,14 @@ from sqlalchemy import Select
 
 from api import access
 from api.bodies import BoundedBody
-from api.core import checkpoints, events, jobs, lookup, pauses, results
 from api.core.access import keys
 from api.core.access.idempotency import once
 from api.core.db.database import session_scope
 from api.core.db.tables import ShownRow
 from api.core.errors import InvalidValue
-from api.core.submit import submit
-from api.core.transitions import unknown
+from api.core.jobs import checkpoints, events, jobs, lookup, pauses, results
+from api.core.jobs.submit import submit
+from api.core.jobs.transitions import unknown
 from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit100, Limit1000, Text

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from api.core.db.tables import Checkpoint, File
-from api.core.events import ShownEvent
+from api.core.jobs.events import ShownEvent
 from api.schemas.wire import Element, Wire, finite, unix
 
 

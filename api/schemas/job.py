@@ -9,11 +9,11 @@ from pydantic import Field
 
 from api.core.db.tables import ShownJob, shown_status
 from api.core.fields import chosen
-from api.core.lookup import Result, Sight
+from api.core.jobs.lookup import Result, Sight
+from api.core.jobs.submit import PRIORITIES
 from api.core.models import catalogue
 from api.core.queue import turns
 from api.core.settings import get_settings
-from api.core.submit import PRIORITIES
 from api.schemas.wire import Element, Wire, finite, unix, unix_or_none
 from lorainit.config.spec import Lora
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+from api.core.jobs.submit import PRIORITIES
 from api.core.queue import turns
-from api.core.submit import PRIORITIES
 from docs.generate.svg import Drawing
 
 

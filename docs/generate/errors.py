@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
-from api.core.pauses import MAY_PASS
+from api.core.jobs.pauses import MAY_PASS
 from api.errors import CODES
 from docs.generate import meanings
 from docs.generate.marks import table

@@ -7,7 +7,7 @@ import pytest
 
 from api import bell
 from api.bell import Bell
-from api.core import admission
+from api.core.jobs import admission
 from api.core.queue import bells, queue
 
 

@@ -9,8 +9,8 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 import api
-from api.core import lookup
 from api.core.errors import Refusal
+from api.core.jobs import lookup
 from api.errors import CODES, STATUS
 from api.invalid import OWN_CODES
 from tests.api.conftest import JOBS, Lab, refused

@@ -12,9 +12,9 @@ import pytest
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from sqlalchemy.orm import Session
 
-from api.core import jobs, lookup
 from api.core.db.tables import Job
 from api.core.files.storage import ObjectStorage
+from api.core.jobs import jobs, lookup
 from api.core.queue import queue
 from lorainit.config.events import Warned
 from tests import stub_worker

@@ -11,9 +11,10 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from api import exposition
-from api.core import jobs, tallies
 from api.core.db.tables import FINAL_STATUSES
-from api.core.jobs import Failure
+from api.core.jobs import jobs
+from api.core.jobs.jobs import Failure
+from api.core.monitoring import tallies
 from api.core.settings import get_settings
 from tests.api.conftest import Lab, refused
 from tests.deploy.test_troubleshooting import job_codes

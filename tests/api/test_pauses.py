@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import jobs
 from api.core.db.tables import Job
-from api.core.jobs import Lease
+from api.core.jobs import jobs
+from api.core.jobs.jobs import Lease
 from api.core.queue import queue
 from api.core.settings import get_settings
 from tests import stub_worker

@@ -288,7 +288,7 @@ def test_a_preference_file_cannot_train_supervised(lab: Lab, session: Session) -
 
 
 def test_a_finished_job_cannot_be_cancelled(lab: Lab, session: Session, traces: Traces) -> None:
-    from api.core import jobs
+    from api.core.jobs import jobs
 
     job = a_queued_job(session, lab.project)
     (taken,) = jobs.claim(session, "w", lease_seconds=30)

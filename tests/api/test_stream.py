@@ -11,10 +11,10 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from api import streams, ticker
-from api.core import events, jobs
 from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import Job, Project
+from api.core.jobs import events, jobs
 from api.errors import TooManyRequests
 from api.streams import EventStream, Streams
 from api.ticker import Position

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from sqlalchemy import select
 
-from api.core import events, jobs
 from api.core.access import keys
 from api.core.db.database import now, session_scope
 from api.core.db.tables import Event, Job
+from api.core.jobs import events, jobs
 from tests.api.conftest import JOBS
 from tests.api.test_server import Server, eventually
 from tests.api.test_server import server as server  # a fixture

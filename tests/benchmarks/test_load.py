@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from api.core import metrics
 from api.core.db.database import session_scope
+from api.core.jobs import metrics
 from benchmarks.load import Stub
 from benchmarks.load_page import FAST, Found, Phase, Seen, page
 from tests.things import a_project, a_running_job

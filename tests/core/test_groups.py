@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core import admission, jobs
 from api.core.db.tables import Event, Job, Project
-from api.core.jobs import Failure, Lease
+from api.core.jobs import admission, jobs
+from api.core.jobs.jobs import Failure, Lease
 from api.core.models import catalogue
 from api.core.queue import bells, groups
 from lorainit.config.facts import Target

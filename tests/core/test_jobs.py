@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core import admission, events, jobs, metrics
 from api.core.db.tables import Adapter, Event, Job, Project
 from api.core.errors import WrongState
-from api.core.jobs import Failure, Lease
+from api.core.jobs import admission, events, jobs, metrics
+from api.core.jobs.jobs import Failure, Lease
 from api.core.queue import bells
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job, a_worker

@@ -20,10 +20,10 @@ from hypothesis.stateful import (
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import checkpoints, jobs, pauses, transitions
 from api.core.db.tables import Adapter, Event, Job
 from api.core.errors import Refusal
-from api.core.jobs import Failure, Lease
+from api.core.jobs import checkpoints, jobs, pauses, transitions
+from api.core.jobs.jobs import Failure, Lease
 from api.core.queue import bells, places, turns
 from api.core.settings import get_settings
 from tests.core.life import ATTEMPTS, LEASE, LIMIT, Life, next_up

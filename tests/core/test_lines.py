@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import insert, inspect, select, update
 from sqlalchemy.orm import Session
 
-from api.core import jobs
 from api.core.db.database import now, session_scope
 from api.core.db.tables import Job
 from api.core.ids import new_id
+from api.core.jobs import jobs
 from api.core.queue import bells, places, turns
 from api.core.settings import get_settings
 from tests.things import a_project, a_queued_job, a_worker

@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import sessionmaker
 
-from api.core import lookup
 from api.core.db import database, migrate
 from api.core.db.tables import Event, File, Job, JobLabel
+from api.core.jobs import lookup
 from benchmarks import queue_costs
 from tests import servers
 from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job

@@ -6,10 +6,10 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.core import admission, checkpoints, jobs, pauses
 from api.core.db.tables import Event, File, Job, Project
 from api.core.errors import QuotaExceeded, WrongState
-from api.core.jobs import Failure, Lease
+from api.core.jobs import admission, checkpoints, jobs, pauses
+from api.core.jobs.jobs import Failure, Lease
 from api.core.queue import bells
 from api.core.settings import get_settings
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job

@@ -9,9 +9,9 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from api.core import jobs, lookup
 from api.core.db import database
 from api.core.db.tables import Job
+from api.core.jobs import jobs, lookup
 from api.core.queue import places
 from api.core.queue.places import Board, Rank, Ranking
 from tests.things import a_project, a_queued_job

@@ -10,11 +10,11 @@ from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session
 
 from api import ticker
-from api.core import events, jobs, lookup, metrics, pauses
 from api.core.db import database, migrate
 from api.core.db.tables import File, Job
 from api.core.files import files
-from api.core.jobs import Lease
+from api.core.jobs import events, jobs, lookup, metrics, pauses
+from api.core.jobs.jobs import Lease
 from api.core.models import registry
 from api.core.queue import turns
 from api.core.settings import Settings

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from api.core import tallies
 from api.core.db.database import session_scope
-from api.core.tallies import Count
+from api.core.monitoring import tallies
+from api.core.monitoring.tallies import Count
 
 pytestmark = pytest.mark.usefixtures("service")
 

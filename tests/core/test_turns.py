@@ -6,10 +6,10 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.core import jobs, lookup
 from api.core.db.tables import Job
 from api.core.errors import QuotaExceeded
-from api.core.jobs import Lease
+from api.core.jobs import jobs, lookup
+from api.core.jobs.jobs import Lease
 from api.core.queue import bells, turns
 from api.core.settings import get_settings
 from tests.things import a_job, a_project, a_queued_job, a_running_job, a_worker

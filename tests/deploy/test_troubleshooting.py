@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from api.core import pauses
+from api.core.jobs import pauses
 from api.errors import CODES
 from lorainit.config.errors import LorainitError
 from worker import endings

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from api.core import jobs, metrics
 from api.core.db.database import session_scope
 from api.core.db.tables import Adapter, Event, File, Job, Project
 from api.core.files.storage import get_storage
+from api.core.jobs import jobs, metrics
 from api.core.settings import get_settings
 from tests.things import a_file, a_project, a_queued_job
 from worker import tasks

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from api.core import jobs, metrics
 from api.core.files.storage import get_storage
-from api.core.jobs import Lease
+from api.core.jobs import jobs, metrics
+from api.core.jobs.jobs import Lease
 from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
 from worker import artifacts

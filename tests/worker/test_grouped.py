@@ -15,11 +15,11 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
-from api.core import jobs
 from api.core.db.database import session_scope
 from api.core.db.tables import Checkpoint, File, Job
 from api.core.files.storage import get_storage
-from api.core.jobs import Lease
+from api.core.jobs import jobs
+from api.core.jobs.jobs import Lease
 from api.core.settings import get_settings
 from tests.worker.conftest import Lab, when
 from worker import artifacts, tasks

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from api.core import jobs, metrics, tallies
 from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import Creation, File, Job, Project, Watch
 from api.core.files.storage import ObjectStorage, get_storage
+from api.core.jobs import jobs, metrics
+from api.core.monitoring import tallies
 from api.core.settings import get_settings
 from tests.things import a_file, a_project, a_running_job
 from worker import janitor

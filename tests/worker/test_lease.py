@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from api.core import jobs
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
-from api.core.jobs import Lease
+from api.core.jobs import jobs
+from api.core.jobs.jobs import Lease
 from tests.things import a_project, a_running_job
 from worker.lease import LeaseKeeper
 

@@ -5,10 +5,10 @@ import os
 import pytest
 from sqlalchemy import select, update
 
-from api.core import checkpoints, jobs, pauses
 from api.core.db.database import session_scope
 from api.core.db.tables import Checkpoint, Job
 from api.core.files.storage import ObjectStorage
+from api.core.jobs import checkpoints, jobs, pauses
 from tests.worker.conftest import Lab, when
 from worker import memory, patience, supervisor
 from worker.app import drain_file

@@ -9,10 +9,10 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from api.core import events, jobs, metrics
 from api.core.db.database import session_scope
 from api.core.db.tables import Event, Job, Project, Tally
-from api.core.jobs import Lease
+from api.core.jobs import events, jobs, metrics
+from api.core.jobs.jobs import Lease
 from lorainit.config.events import InitReport, Message, Metrics, Plan, Stage, Tick
 from tests.statements import statements
 from tests.things import a_job, a_project, a_running_job

@@ -226,7 +226,9 @@ class Job(Base):
 
 
 class JobLabel(Base):
-    """That a job has a pair of metadata, whose digest it is (`api.core.labels`); a search reads these rows in order."""
+    """That a job has a pair of metadata, whose digest it is (`api.core.jobs.labels`); a search reads these rows in
+    order.
+    """
 
     __tablename__ = "job_labels"
     __table_args__ = ({"sqlite_with_rowid": False},)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from sqlalchemy import Row, insert, select, update
 from sqlalchemy.orm import Session
 
-from api.core import tallies
 from api.core.db.tables import FINAL_STATUSES, Event, Job
 from api.core.errors import InvalidValue
 from api.core.ids import new_event_id
+from api.core.monitoring import tallies
 
 Level = Literal["info", "warn", "error"]
 # What a caller is shown, as plain columns: an `Event` costs twice as much.

@@ -10,14 +10,14 @@ from typing import Literal
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from api.core import jobs
 from api.core.db.tables import File, Job, has_status, is_unchecked
 from api.core.errors import Refusal
 from api.core.fields import chosen, in_body
-from api.core.jobs import Failure
+from api.core.jobs import jobs
+from api.core.jobs.jobs import Failure
+from api.core.jobs.submit import CALIBRATION_FILE, error_code
 from api.core.models import catalogue
 from api.core.queue import groups
-from api.core.submit import CALIBRATION_FILE, error_code
 from lorainit.config.errors import LorainitError
 from lorainit.config.resolve import resolve
 from lorainit.config.spec import Hyperparameters, Lora

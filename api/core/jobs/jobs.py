@@ -1,4 +1,4 @@
-"""The life of a job, move by move. `api.core.transitions` makes them, `api.core.pauses` has two more.
+"""The life of a job, move by move. `api.core.jobs.transitions` makes them, `api.core.jobs.pauses` has two more.
 
     validating_files ─► queued ─► running ─► succeeded | failed
             │ ▲         │ ▲  ▲      │ │
@@ -18,13 +18,14 @@ from typing import Any
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from api.core import events, labels, tallies
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Adapter, File, Job, has_status
 from api.core.errors import WrongState
+from api.core.jobs import events, labels
+from api.core.jobs.transitions import Failure, Lease, change, hold, in_state, lock, move
+from api.core.monitoring import tallies
 from api.core.queue import groups, turns
 from api.core.settings import get_settings
-from api.core.transitions import Failure, Lease, change, hold, in_state, lock, move
 
 __all__ = ["Failure", "Lease"]
 

@@ -8,13 +8,14 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import jobs, traces
-from api.core.answers import Told, require_agreeing
+from api.core import traces
 from api.core.db.database import now
 from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import BadReference, InvalidValue
 from api.core.files import files
 from api.core.ids import new_id
+from api.core.jobs import jobs
+from api.core.jobs.answers import Told, require_agreeing
 from api.core.models import catalogue
 from api.core.queue import turns
 from api.core.settings import get_settings

@@ -7,11 +7,11 @@ from datetime import timedelta
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.core import tallies
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, JOB_STATUSES, Job, has_status
+from api.core.monitoring import tallies
+from api.core.monitoring.tallies import Count
 from api.core.queue import workers
-from api.core.tallies import Count
 
 OPEN_STATUSES = tuple(status for status in JOB_STATUSES if status not in FINAL_STATUSES)
 

@@ -15,7 +15,7 @@ from api.core.db.database import now
 from api.core.db.tables import File, Job, Metric
 from api.core.files.storage import Storage
 from api.core.ids import new_id
-from api.core.transitions import change
+from api.core.jobs.transitions import change
 from lorainit.config.results import write_csv
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.core import events
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Checkpoint, File, Job, ShownJob
 from api.core.errors import WrongState
+from api.core.jobs import events
+from api.core.jobs.transitions import Lease, change, hold, in_state, move
 from api.core.queue import turns
-from api.core.transitions import Lease, change, hold, in_state, move
 
 # What was wrong is not in the order: the same order may well succeed.
 MAY_PASS = (

@@ -1,6 +1,6 @@
 """The only place that changes a job's status: a compare-and-set on status and fencing token, and its event.
 
-`api.core.jobs` and `api.core.pauses` give the moves their names. What every state implies (who holds the
+`api.core.jobs.jobs` and `api.core.jobs.pauses` give the moves their names. What every state implies (who holds the
 job, whether it has ended, whether the doorbell is to be rung) is written here, once. Nothing here commits.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, CursorResult, Row, case, literal, select, update
 from sqlalchemy.orm import Session
 
-from api.core import events
 from api.core.db.database import UTCDateTime, now
 from api.core.db.tables import FINAL_STATUSES, Job, shown_status
 from api.core.errors import NotFound
+from api.core.jobs import events
 
 _UNHELD: dict[str, Any] = {"lease_until": None, "lease_owner": None, "pause_requested": False}
 

@@ -7,15 +7,15 @@ from typing import Any
 from sqlalchemy import Select, and_, bindparam, select
 from sqlalchemy.orm import Session
 
-from api.core import labels, pauses
 from api.core.access import keys
 from api.core.access.keys import Key
 from api.core.db import database, paging
 from api.core.db.tables import SHOWN, Adapter, ApiKey, File, Job, ShownJob, ShownRow
-from api.core.pauses import Prospect
+from api.core.jobs import labels, pauses
+from api.core.jobs.pauses import Prospect
+from api.core.jobs.transitions import unknown
 from api.core.queue import places
 from api.core.queue.places import Place
-from api.core.transitions import unknown
 
 
 @dataclass(frozen=True)
