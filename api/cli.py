@@ -115,9 +115,9 @@ def migrate(
 ) -> None:
     """Bring the database to the newest revision."""
     configure(state=state)
-    from api.core import startup
     from api.core.db import database as db
     from api.core.db import migrate
+    from api.core.maintenance import startup
     from api.core.settings import get_settings
 
     if back_to is not None:

@@ -16,8 +16,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.connections import Connection, allow_open_files
-from api.core import logs, startup
+from api.core import logs
 from api.core.db import database
+from api.core.maintenance import startup
 from api.core.settings import get_settings
 from api.main import create_app
 

@@ -26,11 +26,11 @@ from sqlalchemy.orm import Session, sessionmaker
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core import due  # noqa: E402
 from api.core.db import database as db  # noqa: E402
 from api.core.db import migrate  # noqa: E402
 from api.core.db.tables import Job, JobLabel, Project  # noqa: E402
 from api.core.jobs import admission, jobs, labels, lookup, metrics  # noqa: E402
+from api.core.maintenance import due  # noqa: E402
 from api.core.monitoring import gauges  # noqa: E402
 from api.core.queue import bells, places  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402

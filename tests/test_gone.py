@@ -16,13 +16,13 @@ from sqlalchemy import select
 from sqlalchemy.engine import make_url
 from starlette.testclient import TestClient
 
-from api.core import quotes
 from api.core.access import keys
 from api.core.db import database
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from api.core.files.storage import get_storage
 from api.core.jobs.jobs import Lease
+from api.core.maintenance import quotes
 from api.core.settings import get_settings
 from api.main import create_app
 from lorainit.config.events import Checkpoint, Done, Event, Failed

@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 
 from api.connections import Connection
-from api.core import due
+from api.core.maintenance import due
 from api.core.settings import Settings, get_settings
 from api.embedded import broker, service
 from api.embedded.children import Child, sleeping

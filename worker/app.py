@@ -26,11 +26,11 @@ from celery.signals import (
     worker_shutting_down,
 )
 
-from api.core import startup
 from api.core.db.database import get_engine, get_reader, get_sessions, session_scope
 from api.core.devices import devices
 from api.core.files.storage import get_storage
 from api.core.logs import configure, get_logger
+from api.core.maintenance import startup
 from api.core.models import catalogue
 from api.core.queue import workers
 from api.core.queue.queue import get_celery

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
-from api.core import quotes, retention, watches
 from api.core.access import idempotency
 from api.core.db.database import cut_write_ahead_log, session_scope
 from api.core.db.tables import Checkpoint, File
 from api.core.files.storage import PROBE, get_storage, unfinished
 from api.core.logs import get_logger
+from api.core.maintenance import quotes, retention, watches
 from api.core.monitoring import tallies
 from api.core.settings import get_settings
 
@@ -133,7 +133,7 @@ def _mark(key: str) -> str | None:
 def sweep_orphans() -> bool:
     """Stored objects that a crash left without a row go, a day after they were written.
 
-    Not those that this database may not know because it was restored from a backup (`api.core.watches`).
+    Not those that this database may not know because it was restored from a backup (`api.core.maintenance.watches`).
     """
     days = get_settings().orphan_days
     if not days:

@@ -22,12 +22,12 @@ from obstore.exceptions import BaseError as StoreError
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from api.core import due, startup
 from api.core.db.database import plain_connection, session_scope
 from api.core.db.tables import Job
 from api.core.files.storage import get_storage
 from api.core.jobs import admission, jobs, metrics
 from api.core.logs import configure, get_logger
+from api.core.maintenance import due, startup
 from api.core.queue import bells, queue
 from api.core.settings import get_settings
 from worker import janitor

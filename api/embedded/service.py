@@ -22,11 +22,11 @@ from typing import IO
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.core import startup
 from api.core.access import keys
 from api.core.db import migrate
 from api.core.db.database import get_engine, session_scope
 from api.core.db.tables import ApiKey
+from api.core.maintenance import startup
 from api.core.models import catalogue
 from api.core.settings import Settings, get_settings, unknown_variables
 from api.embedded import broker

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from api.core import doctor
 from api.core.devices import devices
 from api.core.devices.examination import Unanswered, examine
-from api.core.doctor import Check
+from api.core.maintenance import doctor
+from api.core.maintenance.doctor import Check
 from api.core.settings import BadSettings, get_settings
 from lorainit.system.doctor_text import as_text
 

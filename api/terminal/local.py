@@ -28,9 +28,9 @@ def explain(error: Exception) -> str | None:
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
     from api.core.db.migrate import UnknownRevision
+    from api.core.maintenance.startup import OpenFolder
     from api.core.models.catalogue_file import BadCatalogue
     from api.core.settings import BadSettings, get_settings
-    from api.core.startup import OpenFolder
 
     if isinstance(error, BadSettings | BadCatalogue | OpenFolder | UnknownRevision):
         return str(error)

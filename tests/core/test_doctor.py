@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from api.core import doctor
 from api.core.db import migrate
 from api.core.files.storage import ObjectStorage
+from api.core.maintenance import doctor
 from api.core.models import catalogue
 from api.core.settings import get_settings
 from tests import servers

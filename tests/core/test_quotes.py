@@ -6,10 +6,10 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.core import quotes
 from api.core.db.tables import Event, Job
 from api.core.jobs import events, jobs
 from api.core.jobs.jobs import Failure
+from api.core.maintenance import quotes
 from tests.things import a_file, a_job, a_project
 
 WORD = "swordfish"

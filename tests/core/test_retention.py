@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from api.core import retention
 from api.core.db.tables import Adapter, Checkpoint, Event, File, Job, JobLabel, Metric
 from api.core.errors import NotFound
 from api.core.jobs import checkpoints, jobs, metrics, pauses
+from api.core.maintenance import retention
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
 
 PAST = datetime.now(UTC) - timedelta(days=40)

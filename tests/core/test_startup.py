@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from api.core import startup
-from api.core.startup import OpenFolder, make_private
+from api.core.maintenance import startup
+from api.core.maintenance.startup import OpenFolder, make_private
 
 
 def mode(path: Path) -> int:
@@ -65,7 +65,7 @@ def test_a_folder_for_everybody_is_refused_and_stays_as_it_is(state: Path) -> No
 
 
 def test_what_a_process_of_the_service_writes_is_its_accounts_alone(state: Path) -> None:
-    code = "from pathlib import Path; import sys; from api.core import startup; startup.check_or_exit();"
+    code = "from pathlib import Path; import sys; from api.core.maintenance import startup; startup.check_or_exit();"
     code += " p = Path(sys.argv[1]); (p / 'runs').mkdir(); (p / 'runs' / 'rows').touch()"
     environment = {**os.environ, "LORAINIT_STATE_DIR": str(state)}
     subprocess.run([sys.executable, "-c", code, str(state)], env=environment, umask=0o022, check=True)

@@ -11,12 +11,12 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.core import due
 from api.core.db.database import plain_connection, session_scope
 from api.core.db.tables import File, Job
 from api.core.files import files
 from api.core.files.storage import get_storage
 from api.core.jobs import admission, jobs, metrics
+from api.core.maintenance import due
 from api.core.queue import queue
 from api.core.settings import Settings
 from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job, a_running_job

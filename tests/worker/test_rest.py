@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from api.core import doctor
 from api.core.db.database import now, session_scope
 from api.core.devices import devices, examination
+from api.core.maintenance import doctor
 from api.core.queue import workers
 from api.core.settings import get_settings
 from lorainit.config.events import Failed

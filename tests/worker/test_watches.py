@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 
-from api.core import watches
 from api.core.db import database
 from api.core.db.database import session_scope
 from api.core.db.tables import Watch
 from api.core.files.storage import get_storage
+from api.core.maintenance import watches
 from api.core.settings import get_settings
 from tests.things import a_project
 from worker import janitor
