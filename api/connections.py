@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from api.concurrency import network
 from api.core import logs
 from api.core.errors import Refusal
 from api.core.settings import Settings, get_settings
-from api.envelope import PACE
 from api.errors import BadRequest, HeadTooLarge, TooSlow, error_body, status_of
+from api.http.concurrency import network
+from api.middleware import PACE
 
 UNSENT_BYTES = 128 * 1024  # that the kernel holds of a connection, beside what the client has room for
 PIPELINED = 16  # requests that wait for the answer to the one before

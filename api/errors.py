@@ -213,7 +213,7 @@ def malformed(errors: Sequence[Mapping[str, Any]], body: Any) -> BadRequest:
 
 
 def install(app: FastAPI) -> None:
-    """Every way to fail, in our shape. Unhandled exceptions are the request log's (api.envelope)."""
+    """Every way to fail, in our shape. Unhandled exceptions are the request log's (api.middleware)."""
 
     @app.exception_handler(Refusal)
     def refused(_: Request, error: Refusal) -> JSONResponse:

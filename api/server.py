@@ -15,12 +15,12 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from api.app import create_app
 from api.connections import Connection, allow_open_files
 from api.core import logs
 from api.core.db import database
 from api.core.maintenance import startup
 from api.core.settings import get_settings
-from api.main import create_app
 
 SHUTDOWN_SECONDS = 3
 TICK_SECONDS = 1.0  # as exact as the `date` of answers is

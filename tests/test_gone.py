@@ -16,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.engine import make_url
 from starlette.testclient import TestClient
 
+from api.app import create_app
 from api.core.access import keys
 from api.core.db import database
 from api.core.db.database import session_scope
@@ -24,7 +25,6 @@ from api.core.files.storage import get_storage
 from api.core.jobs.jobs import Lease
 from api.core.maintenance import quotes
 from api.core.settings import get_settings
-from api.main import create_app
 from lorainit.config.events import Checkpoint, Done, Event, Failed
 from lorainit.config.spec import BaseModelRef, RunSpec
 from lorainit.run import run

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from api.app import create_app
 from api.connections import Connection
 from api.core.maintenance import due
 from api.core.settings import Settings, get_settings
 from api.embedded import broker, service
 from api.embedded.children import Child, sleeping
-from api.main import create_app
 from api.server import Server
 from tests.statements import statements
 from worker import app, reconciler

@@ -4,7 +4,7 @@ from obstore.exceptions import BaseError as StoreError
 
 from api.core.files.storage import Storage
 from api.core.logs import get_logger
-from api.threads import in_storage_thread
+from api.http.threads import in_storage_thread
 
 
 async def clear(storage: Storage, key: str) -> None:

@@ -12,14 +12,14 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api import download_memory
 from api.core.db.tables import File
 from api.core.files import files
 from api.core.files.storage import Storage
-from api.download_memory import DownloadMemory
 from api.errors import OutOfRange, respond
+from api.http import download_memory
+from api.http.download_memory import DownloadMemory
+from api.http.threads import in_storage_thread
 from api.schemas.wire import ErrorBody
-from api.threads import in_storage_thread
 
 _BINARY = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
 BYTES: dict[int | str, dict[str, Any]] = {

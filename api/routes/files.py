@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from api.core.access.idempotency import once
 from api.core.errors import NotFound
 from api.core.files import files, quota
-from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.dependencies import AttemptDep, CallerDep, Reading, StorageDep, Writing
 from api.routes.clear import clear
 from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit10000, Text

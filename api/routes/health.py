@@ -15,8 +15,8 @@ from api.core.queue import queue, workers
 from api.core.resilience.probes import Probe
 from api.core.settings import get_settings
 from api.core.singleton import singleton
+from api.http.threads import in_health_thread
 from api.schemas.wire import Wire
-from api.threads import in_health_thread
 
 router = APIRouter(tags=["health"])
 DATABASE_SECONDS = 1.0  # that what stands in the database may be old, however many ask

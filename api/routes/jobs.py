@@ -8,8 +8,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import Select
 
-from api import access
-from api.bodies import BoundedBody
 from api.core.access import keys
 from api.core.access.idempotency import once
 from api.core.db.database import session_scope
@@ -18,15 +16,17 @@ from api.core.errors import InvalidValue
 from api.core.jobs import checkpoints, events, jobs, lookup, pauses, results
 from api.core.jobs.submit import submit
 from api.core.jobs.transitions import unknown
-from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.dependencies import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.http import access
+from api.http.bodies import BoundedBody
+from api.http.streams import EventStream
+from api.http.threads import in_search_thread
 from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit100, Limit1000, Text
 from api.schemas.event import CheckpointObject, EventObject, checkpoint_object, event_object
 from api.schemas.job import JobObject, job_object
 from api.schemas.job_request import MAX_LABELS, JobRequest
 from api.schemas.wire import ONCE, Page, as_json, listed
-from api.streams import EventStream
-from api.threads import in_search_thread
 
 router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody)
 JOBS = "/fine_tuning/jobs"

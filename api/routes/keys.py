@@ -8,10 +8,10 @@ from datetime import timedelta
 
 from fastapi import APIRouter
 
-from api.bodies import BoundedBody
 from api.core.access import keys
 from api.core.db.database import now
-from api.deps import AdminDep, Reading, Writing
+from api.dependencies import AdminDep, Reading, Writing
+from api.http.bodies import BoundedBody
 from api.routes.query import After, Limit100
 from api.schemas.key import KeyObject, KeyRequest, NewKeyObject, key_object, new_key_object
 from api.schemas.wire import Deleted, Page, listed

@@ -10,12 +10,12 @@ from pydantic import Field
 from api.core.db.database import session_scope
 from api.core.errors import NotFound
 from api.core.models import catalogue, registry
-from api.deps import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.dependencies import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.http.threads import in_search_thread
 from api.routes.clear import clear
 from api.routes.query import After, Empty, Limit1000, Text
 from api.schemas.model import MethodObject, ModelObject, method_object, model_object
 from api.schemas.wire import Deleted, Page, as_json, listed, streamed
-from api.threads import in_search_thread
 from lorainit.config.inits import INITS
 
 router = APIRouter(prefix="/v1", tags=["models"])

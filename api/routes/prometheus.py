@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Request, Response
 
 from api.core.settings import get_settings
 from api.errors import Unauthenticated
-from api.exposition import CONTENT_TYPE, expose
+from api.http.exposition import CONTENT_TYPE, expose
 
 router = APIRouter(tags=["health"])
 # What a proxy on this host adds: then the connection is local and the caller is not.

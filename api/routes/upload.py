@@ -14,10 +14,10 @@ from api.core.errors import InvalidValue
 from api.core.files import files, quota
 from api.core.files.files import UPLOADABLE, Stored
 from api.core.settings import get_settings
-from api.deps import AttemptDep, StorageDep
-from api.envelope import MULTIPART_SLACK, declared
+from api.dependencies import AttemptDep, StorageDep
 from api.errors import BadRequest
-from api.threads import in_storage_thread
+from api.http.threads import in_storage_thread
+from api.middleware import MULTIPART_SLACK, declared
 
 FIELD_BYTES = 64 * 1024
 LIFETIME = (3600, 2_592_000)

@@ -10,10 +10,10 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
+from api.app import create_app
 from api.core.access import keys
 from api.core.db import database
 from api.core.db.tables import File, Project
-from api.main import create_app
 from api.routes import health
 from tests.things import CHECKED, MODEL
 

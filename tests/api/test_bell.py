@@ -5,10 +5,10 @@ from typing import Any
 import anyio
 import pytest
 
-from api import bell
-from api.bell import Bell
 from api.core.jobs import admission
 from api.core.queue import bells, queue
+from api.http import bell
+from api.http.bell import Bell
 
 
 def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from api import bodies, errors
-from api.main import create_app
+from api import errors
+from api.app import create_app
+from api.http import bodies
 from api.schemas.job_request import JobRequest
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import MODEL

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from api.concurrency import network
 from api.core.access import keys
 from api.core.db import database as db
 from api.core.db import migrate
 from api.core.settings import BadSettings, get_settings
+from api.http.concurrency import network
 from tests import servers
 from tests.api.conftest import JOBS
 from tests.api.test_hangs import a_lab, ask, everything

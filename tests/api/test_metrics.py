@@ -10,12 +10,12 @@ import yaml
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from api import exposition
 from api.core.db.tables import FINAL_STATUSES
 from api.core.jobs import jobs
 from api.core.jobs.jobs import Failure
 from api.core.monitoring import tallies
 from api.core.settings import get_settings
+from api.http import exposition
 from tests.api.conftest import Lab, refused
 from tests.deploy.test_troubleshooting import job_codes
 from tests.things import a_project, a_queued_job, a_running_job, a_worker

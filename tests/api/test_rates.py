@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from api.core.access import rates
-from api.envelope import _duration
+from api.middleware import _duration
 from tests import servers
 from tests.api.conftest import JOBS, Lab, refused
 

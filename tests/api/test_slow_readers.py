@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from api.core.access import keys
 from api.core.db import database
 from api.core.jobs import events
-from api.download_memory import LARGE, SMALL, DownloadMemory, after
+from api.http.download_memory import LARGE, SMALL, DownloadMemory, after
 from tests.api.conftest import JOBS
 from tests.api.test_connections import limited
 from tests.api.test_server import Server, eventually

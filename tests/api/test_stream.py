@@ -10,14 +10,14 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from api import streams, ticker
 from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import Job, Project
 from api.core.jobs import events, jobs
 from api.errors import TooManyRequests
-from api.streams import EventStream, Streams
-from api.ticker import Position
+from api.http import streams, ticker
+from api.http.streams import EventStream, Streams
+from api.http.ticker import Position
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import a_project, a_running_job

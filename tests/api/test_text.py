@@ -7,7 +7,7 @@ from typing import Any
 import httptools
 import pytest
 
-from api import bodies
+from api.http import bodies
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import MODEL
 

@@ -8,7 +8,7 @@ import anyio
 import pytest
 from fastapi.testclient import TestClient
 
-from api import threads
+from api.http import threads
 from api.routes import jobs
 from tests.api.conftest import JOBS, a_lab
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from api import streams, ticker
 from api.core.db.tables import Job
+from api.http import streams, ticker
+from api.http.streams import Streams
+from api.http.ticker import News, Position, Ticker
 from api.schemas.event import event_object
-from api.streams import Streams
-from api.ticker import News, Position, Ticker
 from tests.api.test_stream import a_key, follow, say, sequences, until
 from tests.statements import statements
 from tests.things import a_project, a_running_job

@@ -11,9 +11,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy.orm import Session
 
+from api.app import create_app
 from api.core import traces
 from api.core.db.tables import Job
-from api.main import create_app
 from tests.api.conftest import Lab, make_lab
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -67,7 +67,7 @@ def test_without_a_listener_a_job_has_no_trace(session: Session) -> None:
 def test_without_a_listener_nothing_that_traces_is_loaded() -> None:
     # redis-py loads what counts, `opentelemetry.sdk.metrics`, wherever the SDK is installed
     code = (
-        "import sys; import worker.tasks; from api.main import create_app; from api.core import traces; create_app()\n"
+        "import sys; import worker.tasks; from api.app import create_app; from api.core import traces; create_app()\n"
         "with traces.span('run', None): pass\n"
         "parts = ('opentelemetry.sdk.trace', 'opentelemetry.exporter')\n"
         "print([name for name in sys.modules if name.startswith(parts)])"

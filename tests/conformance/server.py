@@ -2,8 +2,9 @@
 
 from fastapi import FastAPI
 
-from api import main, streams, ticker
+from api import app as main
 from api.core import logs
+from api.http import streams, ticker
 
 
 def create_app() -> FastAPI:

@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.orm import Session
 
-from api import ticker
 from api.core.db import database, migrate
 from api.core.db.tables import File, Job
 from api.core.files import files
@@ -18,6 +17,7 @@ from api.core.jobs.jobs import Lease
 from api.core.models import registry
 from api.core.queue import turns
 from api.core.settings import Settings
+from api.http import ticker
 from benchmarks import queue_costs
 from tests import servers
 

@@ -33,7 +33,7 @@ def test_torch_is_not_there(python: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["api.main", "api.cli", "worker.app", "worker.tasks", "worker.reconciler", "lorainit.data.formats.row_check"],
+    ["api.app", "api.cli", "worker.app", "worker.tasks", "worker.reconciler", "lorainit.data.formats.row_check"],
 )
 def test_the_service_is_imported(python: Path, tmp_path: Path, module: str) -> None:
     assert "site-packages" in run(python, f"import {module}; print({module}.__file__)", tmp_path)

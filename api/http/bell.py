@@ -11,7 +11,7 @@ from api.core import logs
 from api.core.db.database import session_scope
 from api.core.jobs import admission
 from api.core.queue import bells, queue
-from api.threads import in_bell_thread
+from api.http.threads import in_bell_thread
 
 PAUSE_SECONDS = 5.0
 

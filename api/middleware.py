@@ -16,7 +16,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.concurrency import Concurrency, Permit
 from api.core import logs
 from api.core.access.rates import Allowance
 from api.core.errors import Refusal, TooLarge
@@ -24,7 +23,8 @@ from api.core.files.files import too_large
 from api.core.ids import new_id
 from api.core.settings import Settings
 from api.errors import TooSlow, error_body, respond
-from api.exposition import Requests
+from api.http.concurrency import Concurrency, Permit
+from api.http.exposition import Requests
 
 # A multipart body is a little larger than the file in it.
 MULTIPART_SLACK = 64 * 1024

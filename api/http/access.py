@@ -2,13 +2,13 @@
 
 from fastapi import Request
 
-from api.concurrency import Permit
 from api.core.access import keys, rates
 from api.core.access.keys import Caller, Key
 from api.core.db.database import session_scope
 from api.core.db.tables import Project
 from api.core.errors import InvalidValue
 from api.errors import TooManyRequests, Unauthenticated
+from api.http.concurrency import Permit
 
 
 def secret_of(request: Request) -> str:

@@ -12,13 +12,13 @@ from fastapi import Depends, Header, Request
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api import access
 from api.core.access import keys
 from api.core.access.idempotency import Attempt
 from api.core.access.keys import Caller
 from api.core.db.database import session_scope
 from api.core.errors import InvalidValue
 from api.core.files.storage import Storage, get_storage
+from api.http import access
 
 # Checked here, and told in words of our own.
 Printable = Annotated[str, Field(json_schema_extra={"maxLength": 255})]

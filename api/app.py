@@ -13,16 +13,16 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from api import errors
-from api.bell import Bell
 from api.core import logs, traces
 from api.core.settings import get_settings
-from api.download_memory import DownloadMemory
-from api.envelope import Envelope
-from api.exposition import Requests, make_registry
+from api.http.bell import Bell
+from api.http.download_memory import DownloadMemory
+from api.http.exposition import Requests, make_registry
+from api.http.streams import Streams
+from api.middleware import Envelope
 from api.offered import Table
 from api.routes import files, health, jobs, keys, models, prometheus
 from api.schemas.wire import ErrorBody
-from api.streams import Streams
 
 # One is asked after the other: first the one that most requests are for.
 ROUTERS = (jobs.router, files.router, models.router, keys.router, health.router, prometheus.router)
