@@ -10,10 +10,10 @@ from openai import OpenAI
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from api.cli import client as remote
+from api.cli import tables
 from api.core.db import database
 from api.core.models import registry
-from api.terminal import client as remote
-from api.terminal import tables
 from tests.api.conftest import Lab, refused
 from tests.things import MODEL, a_project, an_adapter
 

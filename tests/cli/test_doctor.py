@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from api.cli import doctor
 from api.core.devices import devices
 from api.core.devices.examination import Unanswered
-from api.terminal import doctor
 from tests.conftest import forget
 
 pytestmark = pytest.mark.usefixtures("service")

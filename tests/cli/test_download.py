@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from api.terminal.client import Problem, download
+from api.cli.client import Problem, download
 
 JOB = {
     "id": "ftjob-1",

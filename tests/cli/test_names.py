@@ -9,9 +9,8 @@ from rich._emoji_codes import EMOJI
 from typer.testing import CliRunner
 
 import api
-from api import cli
-from api.terminal import tables
-from api.terminal.console import plain
+from api.cli import commands, tables
+from api.cli.console import plain
 from lorainit.config.events import Message
 from lorainit.progress import Display
 from tests.cli.conftest import Served
@@ -46,7 +45,7 @@ def test_every_shortcode_in_a_message_of_a_run_is_printed_as_it_is(capsys: pytes
 
 
 def test_every_console_is_a_plain_one() -> None:
-    makers = {"Console": {"api/terminal/console.py", "lorainit/progress.py"}, "from_markup": set()}
+    makers = {"Console": {"api/cli/console.py", "lorainit/progress.py"}, "from_markup": set()}
     for path in [*(ROOT / "api").rglob("*.py"), *(ROOT / "lorainit").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and (name := ast.unparse(node.func).rpartition(".")[2]) in makers:
@@ -75,6 +74,6 @@ def test_a_refusal_repeats_the_name_it_was_given(served: Served) -> None:
     ],
 )
 def test_a_name_that_is_too_long_is_not_repeated_whole(options: list[str]) -> None:
-    done = CliRunner().invoke(cli.app, options)
+    done = CliRunner().invoke(commands.app, options)
     assert done.exit_code == 1
     assert "got 'xxx" in done.stderr and len(done.stderr) < 300

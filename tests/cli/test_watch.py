@@ -10,7 +10,7 @@ from openai import APIConnectionError, OpenAI
 from openai.types.fine_tuning import FineTuningJob
 from rich.console import Console
 
-from api.terminal import watch as watching
+from api.cli import watch as watching
 
 AWAY = APIConnectionError(request=httpx2.Request("GET", "http://127.0.0.1:9/v1"))
 

@@ -4,8 +4,7 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 from typer.testing import CliRunner
 
-from api import cli
-from api.terminal import tables
+from api.cli import commands, tables
 
 WORSE = {"code": "worse_than_base", "message": "Loss [1.73] is above 1.69.", "data": {"start": 1.69, "end": 1.73}}
 
@@ -15,9 +14,9 @@ def test_a_job_that_made_the_model_worse_is_exit_code_3(
     monkeypatch: pytest.MonkeyPatch, warnings: list[dict[str, object]], code: int
 ) -> None:
     ended = FineTuningJob.model_construct(status="succeeded", fine_tuned_model="ft:x", warnings=warnings)
-    monkeypatch.setattr("api.terminal.watch.watch", lambda *_: ended)
-    monkeypatch.setattr("api.terminal.client.connect", lambda: None)
-    done = CliRunner().invoke(cli.app, ["watch", "ftjob-1"])
+    monkeypatch.setattr("api.cli.watch.watch", lambda *_: ended)
+    monkeypatch.setattr("api.cli.client.connect", lambda: None)
+    done = CliRunner().invoke(commands.app, ["watch", "ftjob-1"])
     assert done.exit_code == code
     last = done.stderr.splitlines()[-1]
     assert last == (

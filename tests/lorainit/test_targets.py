@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from api.cli.tables import catalogue_entry
 from api.core.errors import InvalidValue
 from api.core.models import catalogue
-from api.terminal.tables import catalogue_entry
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.config.events import Message, Plan
 from lorainit.config.facts import ModelFacts, Target

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from api.terminal import tables
-from api.terminal.client import Problem
-from api.terminal.console import err, out
-from api.terminal.local import State, configure, require_database
+from api.cli import tables
+from api.cli.client import Problem
+from api.cli.console import err, out
+from api.cli.local import State, configure, require_database
 
 LONGEST_NAME = 255
 

@@ -9,7 +9,7 @@ from openai.types.fine_tuning import FineTuningJob
 from rich.table import Table
 from rich.text import Text
 
-from api.terminal.client import field_of
+from api.cli.client import field_of
 from lorainit.config.facts import ModelFacts, Target
 from lorainit.config.inits import INITS
 from lorainit.config.sources import HUB, LOCAL

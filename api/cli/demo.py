@@ -22,11 +22,11 @@ from openai.types.fine_tuning import FineTuningJob
 from rich.console import Console
 from rich.text import Text
 
+from api.cli import client as remote
+from api.cli.client import Problem
+from api.cli.local import EXAMPLES
+from api.cli.watch import watch
 from api.embedded.children import Child, tail
-from api.terminal import client as remote
-from api.terminal.client import Problem
-from api.terminal.local import EXAMPLES
-from api.terminal.watch import watch
 
 MODEL = "smollm2-135m-instruct"
 MARK = "made-by-lorainit-demo"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from api.terminal.client import FINAL, events_after, explain, field_of, retrieve, sequence
+from api.cli.client import FINAL, events_after, explain, field_of, retrieve, sequence
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 120.0

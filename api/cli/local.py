@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from api.terminal.client import Problem
+from api.cli.client import Problem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"  # of a clone of the repository
 State = Annotated[Path | None, Option("--state", help="Folder of database, files and logs (LORAINIT_STATE_DIR).")]

@@ -19,11 +19,11 @@ from rich.text import Text
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from api.terminal import client as remote
-from api.terminal import keys, tables
-from api.terminal.client import Problem
-from api.terminal.console import err, out
-from api.terminal.local import EXAMPLES, State, configure, explain
+from api.cli import client as remote
+from api.cli import keys, tables
+from api.cli.client import Problem
+from api.cli.console import err, out
+from api.cli.local import EXAMPLES, State, configure, explain
 from lorainit.system import closed_pipe
 
 WARNED = 3  # exit code of a job that succeeded and that its author should look at
@@ -100,7 +100,7 @@ def demo(
     ),
 ) -> None:
     """Train, download and check an adapter through the whole service; exit 0 only if it learned and reloads."""
-    from api.terminal import demo as demonstration
+    from api.cli import demo as demonstration
 
     raise typer.Exit(demonstration.run(state, out))
 
@@ -179,7 +179,7 @@ def models_inspect(
 def doctor(state: State = None, as_json: Annotated[bool, Option("--json", help="For programs.")] = False) -> None:
     """Check database, broker, storage, clock, disks, devices; say what a run would choose. Exit 1 if one fails."""
     configure(state=state)
-    from api.terminal import doctor as examination
+    from api.cli import doctor as examination
 
     if not examination.run(out, as_json=as_json):
         raise typer.Exit(1)
@@ -243,7 +243,7 @@ def submit(
 @app.command(rich_help_panel="Jobs")
 def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
     """Follow a job to its end. Exit code 0: it succeeded; 3: it did, and ended with a warning; 1: it did not."""
-    from api.terminal.watch import watch as follow
+    from api.cli.watch import watch as follow
 
     try:
         ended = follow(remote.connect(), job, err)
@@ -336,7 +336,3 @@ def _own_name() -> str:
     """How this command is called from here: by name, or by path when its environment is not active."""
     beside = Path(sys.executable).with_name("lorainit")
     return "lorainit" if shutil.which("lorainit") == str(beside) or not beside.exists() else str(beside)
-
-
-if __name__ == "__main__":
-    app()
