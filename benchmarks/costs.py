@@ -36,7 +36,7 @@ from benchmarks.train_page import write_section  # noqa: E402
 from lorainit.config.events import Metrics  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import a_running_job  # noqa: E402
-from worker.progress import Recorder  # noqa: E402
+from worker.job.progress import Recorder  # noqa: E402
 
 STEPS, FLUSHES, WARM = 100, 10, 2
 RATE = 20  # events a second

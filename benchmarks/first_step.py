@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from api.core.devices.run_environment import without_secrets  # noqa: E402
 from lorainit.config.events import Event, Metrics, Stage  # noqa: E402
-from worker.supervisor import Place, run_child  # noqa: E402
-from worker.warm import Warm  # noqa: E402
+from worker.child.supervisor import Place, run_child  # noqa: E402
+from worker.child.warm import Warm  # noqa: E402
 
 MAKE = """
 import sys

@@ -41,7 +41,7 @@ from benchmarks.train_page import write_section  # noqa: E402
 from lorainit.config.events import Metrics  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import CHECKED, MODEL, a_file  # noqa: E402
-from worker.progress import Recorder  # noqa: E402
+from worker.job.progress import Recorder  # noqa: E402
 
 JOBS = "/v1/fine_tuning/jobs"
 PACES = {"20 steps a second, as a run": 20, FAST: None}

@@ -10,7 +10,7 @@ ROOT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HELD_OUT = 4096  # trained tokens of the test file that every adapter is judged by
 CURVE_STEPS = 80
 
-# What `worker/supervisor.py` gives our own runs: without it glibc hands every step's logits back to the system
+# What `worker/child/supervisor.py` gives our own runs: without it glibc hands every step's logits back to the system
 # and page-faults them in again. A trainer's user can export the same, so all contenders but one have it.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",

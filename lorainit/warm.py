@@ -1,8 +1,8 @@
 """`python -m lorainit.warm FD`: has loaded what every run loads, and forks a run when an order comes.
 
 It knows nothing of any run: an order is read by the process that was forked for it. It starts no thread and looks at
-no GPU, since neither survives a fork (docs/decisions/0046). Its parent is `worker.warm`, and what they say to each
-other on the socket FD is in `lorainit.system.orders`. Linux only.
+no GPU, since neither survives a fork (docs/decisions/0046). Its parent is `worker.child.warm`, and what they say to
+each other on the socket FD is in `lorainit.system.orders`. Linux only.
 """
 
 import ctypes
@@ -94,7 +94,7 @@ def _try_a_model() -> None:
 
 
 def _become(server: socket.socket, *, parent: int) -> int:
-    """Be the process that `worker.supervisor` would have started, in a session of its own, and run."""
+    """Be the process that `worker.child.supervisor` would have started, in a session of its own, and run."""
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # it died before we asked

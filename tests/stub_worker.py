@@ -17,8 +17,10 @@ from api.core.jobs.jobs import Failure, Lease
 from api.core.models import catalogue
 from lorainit.config.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
 from lorainit.config.spec import Choice, Lora
-from worker import artifacts, reconciler, row_checks
-from worker.progress import Lost, Recorder
+from worker import reconciler
+from worker.job import artifacts
+from worker.job.progress import Lost, Recorder
+from worker.maintenance import row_checks
 
 PRECISION = "training.precision"
 

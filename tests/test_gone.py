@@ -32,8 +32,10 @@ from tests import stub_worker
 from tests.lorainit.conftest import bases, chat, make_tokenizer, tokenizer
 from tests.test_job_path import Stack, stack, tiny_base
 from tests.things import MODEL
-from worker import artifacts, caches, endings, janitor, scratch
-from worker.progress import Recorder
+from worker.host import caches, scratch
+from worker.job import artifacts, endings
+from worker.job.progress import Recorder
+from worker.maintenance import janitor
 
 __all__ = ["bases", "stack", "tiny_base", "tokenizer"]
 WORD = "zanzibarquince"

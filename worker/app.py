@@ -35,7 +35,8 @@ from api.core.models import catalogue
 from api.core.queue import workers
 from api.core.queue.queue import get_celery
 from api.core.settings import get_settings
-from worker import caches, pool, scratch
+from worker import pool
+from worker.host import caches, scratch
 
 app = get_celery()
 app.conf.imports = ("worker.tasks",)

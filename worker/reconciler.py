@@ -30,8 +30,8 @@ from api.core.logs import configure, get_logger
 from api.core.maintenance import due, startup
 from api.core.queue import bells, queue
 from api.core.settings import get_settings
-from worker import janitor
-from worker.row_checks import LANES
+from worker.maintenance import janitor
+from worker.maintenance.row_checks import LANES
 
 Item = TypeVar("Item")
 
@@ -152,7 +152,7 @@ def run(stop: threading.Event) -> None:
     """Every chore over and over, each in its own thread, until `stop` is set.
 
     A broker that does not answer (seconds per message) or a file of gigabytes holds up nobody else: rows are read by
-    processes of their own (`worker.row_checks`).
+    processes of their own (`worker.maintenance.row_checks`).
     """
     look, wakes = threading.Event(), {chore: threading.Event() for chore in CHORES}
     threads = [

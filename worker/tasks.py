@@ -22,10 +22,12 @@ from api.core.logs import get_logger
 from api.core.queue import queue
 from api.core.settings import get_settings
 from lorainit.config.events import Event
-from worker import rest, room, warm
+from worker import rest
 from worker.app import app, drain_file, name, rest_file
-from worker.member import Member
-from worker.supervisor import Place, StopReason, run_child
+from worker.child import warm
+from worker.child.supervisor import Place, StopReason, run_child
+from worker.host import room
+from worker.job.member import Member
 
 log = get_logger(__name__)
 

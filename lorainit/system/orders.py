@@ -1,4 +1,5 @@
-"""What is said between a worker's slot and the process beside it that forks runs (`worker.warm`, `lorainit.warm`).
+"""What is said between a worker's slot and the process beside it that forks runs (`worker.child.warm`,
+`lorainit.warm`).
 
 On a socket that keeps messages apart: READY ─► an order (a JSON object) with two files, the pipe for events and the log
 ─► `{"pid": …}` of the run ─► `{"returncode": …}` when it has ended ─► DONE, and the next order may come. Torch-free.

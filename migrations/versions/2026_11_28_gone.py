@@ -12,7 +12,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # cleared_at NULL: `worker.janitor.clear` takes their quotes out of jobs and events, which earlier releases left.
+    # cleared_at NULL: `worker.maintenance.janitor.clear` takes their quotes out of jobs and events, which earlier
+    # releases left.
     op.execute(
         "UPDATE files SET validation = NULL, status_details = NULL, cleared_at = NULL"
         " WHERE deleted_at IS NOT NULL AND purpose <> 'fine-tune-results'"

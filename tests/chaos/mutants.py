@@ -16,7 +16,7 @@ from api.core.db.database import session_scope
 from api.core.queue import bells
 from api.core.queue.queue import get_celery
 from worker import reconciler, tasks
-from worker.supervisor import Outcome, Place
+from worker.child.supervisor import Outcome, Place
 
 _TOKEN = re.compile(r" AND jobs\.lease_token = %\(\w+\)s(::INTEGER)?")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import mutants
-from worker import supervisor, tasks
+from worker import tasks
 from worker.app import app
-from worker.supervisor import Outcome, Place
+from worker.child import supervisor
+from worker.child.supervisor import Outcome, Place
 
 __all__ = ["app"]
 

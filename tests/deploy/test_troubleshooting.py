@@ -8,7 +8,7 @@ from pathlib import Path
 from api.core.jobs import pauses
 from api.errors import CODES
 from lorainit.config.errors import LorainitError
-from worker import endings
+from worker.job import endings
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()

@@ -11,7 +11,7 @@ from lorainit.runtime import hardware, machine_errors
 from lorainit.runtime.distributed import isolation, world
 from lorainit.runtime.distributed.launch import Others
 from lorainit.system import gpus
-from worker import endings
+from worker.job import endings
 
 ADVICE = "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below"
 ASSERT = RuntimeError("CUDA error: device-side assert triggered" + ADVICE)

@@ -19,7 +19,7 @@ from api.core.jobs import jobs, metrics
 from api.core.settings import get_settings
 from tests.things import a_file, a_project, a_queued_job
 from worker import tasks
-from worker.supervisor import run_child
+from worker.child.supervisor import run_child
 
 
 class Lab:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.archive import pack, unpack
+from worker.job.archive import pack, unpack
 
 
 def a_folder(path: Path) -> Path:

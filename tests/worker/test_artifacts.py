@@ -10,8 +10,8 @@ from api.core.jobs import jobs, metrics
 from api.core.jobs.jobs import Lease
 from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
-from worker import artifacts
-from worker.progress import Lost
+from worker.job import artifacts
+from worker.job.progress import Lost
 
 
 def test_the_calibration_file_is_fetched_beside_the_training_file(session: Session, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from api.core.files import files
 from api.core.settings import get_settings
 from lorainit.config.kept import entry_name
 from tests.things import a_file, a_project
-from worker import app, caches
+from worker import app
+from worker.host import caches
 
 A, B = "a" * 64, "b" * 64
 

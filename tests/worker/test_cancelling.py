@@ -25,8 +25,9 @@ from api.core.settings import get_settings
 from tests.lorainit.conftest import chat
 from tests.test_job_path import tiny_base as tiny_base  # a fixture
 from tests.worker.conftest import Lab, await_what_was_left_alone, when
-from worker import artifacts, endings, member, tasks, transfers
-from worker.supervisor import run_child
+from worker import tasks
+from worker.child.supervisor import run_child
+from worker.job import artifacts, endings, member, transfers
 
 LIMIT = 5.0
 # The real program, which stays where it says for the first time that it is in a stage, or a tick further.

@@ -22,8 +22,9 @@ from api.core.jobs import jobs
 from api.core.jobs.jobs import Lease
 from api.core.settings import get_settings
 from tests.worker.conftest import Lab, when
-from worker import artifacts, tasks
+from worker import tasks
 from worker.app import drain_file
+from worker.job import artifacts
 
 pytestmark = pytest.mark.usefixtures("service")
 

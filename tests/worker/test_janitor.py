@@ -20,7 +20,7 @@ from api.core.jobs import jobs, metrics
 from api.core.monitoring import tallies
 from api.core.settings import get_settings
 from tests.things import a_file, a_project, a_running_job
-from worker import janitor
+from worker.maintenance import janitor
 
 pytestmark = pytest.mark.usefixtures("service")
 

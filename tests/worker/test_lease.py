@@ -12,7 +12,7 @@ from api.core.db.tables import Job
 from api.core.jobs import jobs
 from api.core.jobs.jobs import Lease
 from tests.things import a_project, a_running_job
-from worker.lease import LeaseKeeper
+from worker.job.lease import LeaseKeeper
 
 pytestmark = pytest.mark.usefixtures("service")
 

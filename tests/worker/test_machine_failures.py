@@ -23,7 +23,9 @@ from tests.test_job_path import tiny_base
 from tests.things import a_file, a_project, a_queued_job
 from tests.worker import failing_child
 from tests.worker.conftest import Lab
-from worker import artifacts, patience, rest, supervisor, tasks
+from worker import rest, tasks
+from worker.child import supervisor
+from worker.job import artifacts, patience
 
 __all__ = ["tiny_base"]  # a fixture
 pytestmark = pytest.mark.usefixtures("service")

@@ -9,9 +9,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from api.core.db.database import make_engine
-from worker import patience
-from worker.patience import patiently
-from worker.progress import Lost
+from worker.job import patience
+from worker.job.patience import patiently
+from worker.job.progress import Lost
 
 GONE = OperationalError("SELECT 1", {}, Exception("connection refused"))
 

@@ -10,8 +10,10 @@ from api.core.db.tables import Checkpoint, Job
 from api.core.files.storage import ObjectStorage
 from api.core.jobs import checkpoints, jobs, pauses
 from tests.worker.conftest import Lab, when
-from worker import memory, patience, supervisor
 from worker.app import drain_file
+from worker.child import supervisor
+from worker.host import memory
+from worker.job import patience
 
 # A child that does as a run does: asked to leave, it writes a checkpoint, tells it and goes.
 LEAVING = """

@@ -16,8 +16,8 @@ from api.core.jobs.jobs import Lease
 from lorainit.config.events import InitReport, Message, Metrics, Plan, Stage, Tick
 from tests.statements import statements
 from tests.things import a_job, a_project, a_running_job
-from worker import progress
-from worker.progress import Lost, Recorder
+from worker.job import progress
+from worker.job.progress import Lost, Recorder
 
 pytestmark = pytest.mark.usefixtures("service")
 

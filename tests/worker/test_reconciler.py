@@ -20,7 +20,8 @@ from api.core.maintenance import due
 from api.core.queue import queue
 from api.core.settings import Settings
 from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job, a_running_job
-from worker import reconciler, row_checks
+from worker import reconciler
+from worker.maintenance import row_checks
 
 pytestmark = pytest.mark.usefixtures("service")
 

@@ -15,8 +15,9 @@ from api.core.queue import workers
 from api.core.settings import get_settings
 from lorainit.config.events import Failed
 from tests.worker.conftest import Lab
-from worker import app, rest, scratch
-from worker.supervisor import Outcome
+from worker import app, rest
+from worker.child.supervisor import Outcome
+from worker.host import scratch
 
 FAILS = "for i in range(len(members)): failed(i, 'device_failed')"
 BROKEN = Failed(code="device_failed", message="The GPU failed.", param=None)

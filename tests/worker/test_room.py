@@ -19,7 +19,9 @@ from api.core.models import catalogue
 from api.core.settings import get_settings
 from lorainit.config.spec import Lora
 from tests.worker.conftest import Lab
-from worker import artifacts, patience, reconciler, reservations, room, scratch
+from worker import reconciler
+from worker.host import reservations, room, scratch
+from worker.job import artifacts, patience
 
 GIB = 2**30
 WORKS = "until(lambda: held(0)); step(0, 1); done(0)"
@@ -161,7 +163,7 @@ def test_the_promise_of_a_process_that_was_killed_is_void(one: Lab) -> None:
     code = f"""if True:
         import time
         from pathlib import Path
-        from worker import reservations, scratch
+        from worker.host import reservations, scratch
         held = scratch.hold(Path({str(folder)!r}))
         reservations.promise(Path({str(folder)!r}), {{1: 7}})
         print("promised", flush=True)
@@ -182,7 +184,7 @@ def test_of_two_processes_that_ask_at_once_one_gets_the_room(one: Lab, tmp_path:
         import sys, time
         from pathlib import Path
         from api.core.settings import get_settings
-        from worker import reservations, scratch
+        from worker.host import reservations, scratch
         folder = Path(sys.argv[1])
         held = scratch.hold(folder)
         with reservations.one_at_a_time(get_settings()):

@@ -16,8 +16,8 @@ from api.core.db.tables import File
 from api.core.files import validation
 from api.core.files.storage import get_storage
 from tests.things import a_file, a_project
-from worker import row_checks, row_reader
-from worker.row_checks import LANES, MAX_CHECKS, Lane, Turns
+from worker.maintenance import row_checks, row_reader
+from worker.maintenance.row_checks import LANES, MAX_CHECKS, Lane, Turns
 
 pytestmark = pytest.mark.usefixtures("service")
 

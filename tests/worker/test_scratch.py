@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from api.core.settings import get_settings
-from worker import scratch
+from worker.host import scratch
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -30,7 +30,7 @@ def _age(folder: Path, seconds: float) -> None:
 
 def test_a_folder_whose_process_was_killed_goes() -> None:
     folder = a_folder("ftjob-a/attempt-1")
-    code = f"from pathlib import Path; from worker import scratch; f = scratch.hold(Path({str(folder)!r}))"
+    code = f"from pathlib import Path; from worker.host import scratch; f = scratch.hold(Path({str(folder)!r}))"
     code += "; print('held', flush=True); import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
         assert process.stdout is not None
@@ -66,7 +66,7 @@ def test_a_dead_attempt_goes_without_its_living_neighbour() -> None:
 
 def test_a_drain_flag_goes_only_when_its_worker_is_gone_whichever_host_that_was_on() -> None:
     flag = get_settings().scratch() / f"{scratch.FLAG}another-host-1-ab"
-    code = f"from pathlib import Path; from worker import scratch; scratch.raise_flag(Path({str(flag)!r}))"
+    code = f"from pathlib import Path; from worker.host import scratch; scratch.raise_flag(Path({str(flag)!r}))"
     code += "; print('raised', flush=True); import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
         assert process.stdout is not None

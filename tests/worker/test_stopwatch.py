@@ -1,7 +1,7 @@
 """Where a run's time goes, with a clock that is told."""
 
 from lorainit.config.events import Event, Message, Metrics, Stage
-from worker.stopwatch import Stopwatch
+from worker.job.stopwatch import Stopwatch
 
 
 class Clock:

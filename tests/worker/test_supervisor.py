@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from lorainit.config.events import Done, Event, Failed, Message, Stage
-from worker.supervisor import Outcome, Place, run_child
+from worker.child.supervisor import Outcome, Place, run_child
 
 PREAMBLE = """
 import json, os, signal, subprocess, sys, time

@@ -13,8 +13,8 @@ import pytest
 
 from api.core.devices.run_environment import without_secrets
 from lorainit.config.events import Event, Message, Metrics
-from worker.supervisor import Outcome, Place, run_child
-from worker.warm import Warm
+from worker.child.supervisor import Outcome, Place, run_child
+from worker.child.warm import Warm
 
 # What `lorainit.warm` is, but for what it loads and what a run does: `run(say, arguments)` of the script `RUN`.
 STUB = """
@@ -219,10 +219,10 @@ def test_a_run_whose_origin_is_frozen_counts_as_killed_when_it_has_ended(slot: S
 
 
 def test_without_an_answer_a_run_is_started_from_scratch(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.warm.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("worker.child.warm.ANSWER_SECONDS", 0.2)
     silent, marker = psutil.Process(pid_of(slot.warm)), slot.folder / "program.py"
     marker.write_text("import os, sys\nprint('from scratch', file=sys.stderr)")
-    monkeypatch.setattr("worker.supervisor.PROGRAM", (sys.executable, str(marker)))
+    monkeypatch.setattr("worker.child.supervisor.PROGRAM", (sys.executable, str(marker)))
     silent.suspend()
     assert "from scratch" in slot.run("say('forked')").stderr_tail
     assert not silent.is_running()
@@ -238,8 +238,8 @@ def test_all_of_it_dies_with_the_slot(tmp_path: Path) -> None:
     script = f"""
 import os, sys, time
 from pathlib import Path
-from worker.supervisor import Place, run_child
-from worker.warm import Warm
+from worker.child.supervisor import Place, run_child
+from worker.child.warm import Warm
 from tests.worker import test_warm
 warm = Warm((sys.executable, "-c", test_warm.STUB))
 test_warm.made_ready(warm)

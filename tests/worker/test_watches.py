@@ -17,7 +17,7 @@ from api.core.files.storage import get_storage
 from api.core.maintenance import watches
 from api.core.settings import get_settings
 from tests.things import a_project
-from worker import janitor
+from worker.maintenance import janitor
 
 pytestmark = pytest.mark.usefixtures("service")
 

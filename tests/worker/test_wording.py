@@ -18,7 +18,7 @@ from tests.lorainit.conftest import change_json
 from tests.things import MODEL, a_project, a_queued_job
 from tests.worker.conftest import Lab
 from tests.zoo.bases import make
-from worker import wording
+from worker.job import wording
 
 ABSOLUTE = re.compile(r"(?:^|[\s'\"(=])/\w+/")
 

@@ -28,8 +28,9 @@ if __name__ == "__main__":
 else:
     from api.core.devices import examination
     from lorainit.system import gpus
-    from worker import rest, supervisor
+    from worker import rest
     from worker.app import app
+    from worker.child import supervisor
 
     __all__ = ["app"]
     setattr(gpus, "visible", lambda: ["0", "1"])  # noqa: B010 - a plain assignment is no replacement to mypy

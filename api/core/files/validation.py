@@ -1,4 +1,6 @@
-"""Whose file is checked next, by whom, and what came of it. The rows themselves are read by `worker.row_checks`.
+"""Whose file is checked next, by whom, and what came of it.
+
+The rows themselves are read by `worker.maintenance.row_checks`.
 
 A check is claimed like a job: by a compare-and-set that counts how often it was begun and says until when it is
 left in peace. Whoever began it last writes the verdict; one that was taken over, or whose file was deleted, writes

@@ -20,7 +20,7 @@ from api.core.models import catalogue
 from api.core.models.catalogue import Entry
 from api.core.settings import Settings, get_settings
 from lorainit.config.spec import Lora
-from worker import reservations
+from worker.host import reservations
 
 FLOAT = 4  # bytes; states are written in fp32
 # Copies of the trained factors: A and B, their start where that is subtracted, AdamW's two moments,

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from api.core.devices.run_environment import PROGRAM, environment_of_runs
 from api.core.logs import get_logger
 from lorainit.config.events import EVENT, Event
-from worker.memory import offer_to_the_oom_killer, oom_kills
-from worker.warm import Forked, Warm
+from worker.child.warm import Forked, Warm
+from worker.host.memory import offer_to_the_oom_killer, oom_kills
 
 # How a child ends that somebody has killed, or asked to leave, who was not us.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)

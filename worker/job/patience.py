@@ -18,7 +18,7 @@ from tenacity import (
 
 from api.core.logs import get_logger
 from api.core.resilience.apart import run_apart
-from worker.progress import Lost
+from worker.job.progress import Lost
 
 Result = TypeVar("Result")
 

@@ -12,7 +12,7 @@ from api.core.jobs import estimates, events, jobs, metrics
 from api.core.jobs.jobs import Lease
 from api.core.monitoring import tallies
 from lorainit.config.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
-from worker.stopwatch import STARTING, Stopwatch
+from worker.job.stopwatch import STARTING, Stopwatch
 
 # Where each stage ends on a scale of 100, so that the bar never falls and is full only at the end.
 BANDS = {

@@ -1,7 +1,7 @@
 """Retention: chores of the reconciler that make room again. Each works in batches, in short
 transactions, and is safe to repeat, to interrupt and to run twice at once.
 
-What a run left in the scratch folder of its host is that host's worker's to remove (`worker.scratch`).
+What a run left in the scratch folder of its host is that host's worker's to remove (`worker.host.scratch`).
 """
 
 import io

@@ -1,6 +1,6 @@
 """Room that runs of this host have been promised and have not written yet, so that two do not count on the same bytes.
 
-A promise is a file in the run's scratch folder and holds for as long as the folder is held (`worker.scratch`):
+A promise is a file in the run's scratch folder and holds for as long as the folder is held (`worker.host.scratch`):
 however a process ends, the system lets go of it, and nobody has to take a promise back.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from api.core.files import disk
 from api.core.settings import Settings
-from worker import scratch
+from worker.host import scratch
 
 PROMISE = "promised.json"
 _LOCK = "reserving"

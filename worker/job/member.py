@@ -23,12 +23,13 @@ from api.core.jobs.jobs import Lease
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done, Event, Failed
-from worker import artifacts, endings, room, scratch, wording
-from worker.lease import LeaseKeeper
-from worker.patience import Result, patiently, unless_lost
-from worker.progress import Lost, Recorder
-from worker.supervisor import Outcome, Place
-from worker.transfers import WhileOurs
+from worker.child.supervisor import Outcome, Place
+from worker.host import room, scratch
+from worker.job import artifacts, endings, wording
+from worker.job.lease import LeaseKeeper
+from worker.job.patience import Result, patiently, unless_lost
+from worker.job.progress import Lost, Recorder
+from worker.job.transfers import WhileOurs
 
 log = get_logger(__name__)
 

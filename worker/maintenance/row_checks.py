@@ -2,8 +2,8 @@
 
 Files of like size wait in one lane, so that a small one never waits for a large one, and a lane checks one file at a
 time. The next is that of the project whose last turn is the longest ago: who uploads a thousand files delays others
-by one. The rows are read by `worker.row_reader` in a process of their own; what is left here is to pass bytes on, so
-nobody's file takes time or memory from the process that recovers jobs.
+by one. The rows are read by `worker.maintenance.row_reader` in a process of their own; what is left here is to pass
+bytes on, so nobody's file takes time or memory from the process that recovers jobs.
 """
 
 import threading
@@ -15,7 +15,7 @@ from api.core.files import validation
 from api.core.files.storage import get_storage
 from api.core.files.validation import Claim
 from api.core.logs import get_logger
-from worker import row_reader
+from worker.maintenance import row_reader
 
 MIB = 1 << 20
 # Begun so often without an end, whatever ended it, nobody tries again.

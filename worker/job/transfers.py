@@ -1,6 +1,6 @@
 """Storage for one run: a transfer ends at its next chunk once the job is not ours any more.
 
-Nobody waits for that chunk (`worker.patience`); this is so that ten gigabytes of a cancelled job do not go on
+Nobody waits for that chunk (`worker.job.patience`); this is so that ten gigabytes of a cancelled job do not go on
 taking the line from the job that came after it.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from api.core.files.storage import CHUNK, Found, Storage
-from worker.progress import Lost
+from worker.job.progress import Lost
 
 
 class WhileOurs:

@@ -19,9 +19,9 @@ from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done
 from lorainit.config.resolve import as_resolved
 from lorainit.config.spec import Data, Hyperparameters, Lora, RunSpec
-from worker import room
-from worker.archive import Archive, pack, unpack
-from worker.progress import Lost
+from worker.host import room
+from worker.job.archive import Archive, pack, unpack
+from worker.job.progress import Lost
 
 TIMES = ("stage_seconds", "seconds_to_first_step")  # of a job's progress, kept when it is over
 
@@ -82,7 +82,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
 def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, storage: Storage) -> None:
     """Upload a checkpoint's adapter and state, then write its row and let old ones go.
 
-    The bytes of old ones are the reconciler's to remove (`worker.janitor`): a crash between their rows
+    The bytes of old ones are the reconciler's to remove (`worker.maintenance.janitor`): a crash between their rows
     and their bytes leaves nothing behind. The child's copy goes: many would fill its disk.
 
     Raises:

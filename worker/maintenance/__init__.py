@@ -1,0 +1,1 @@
+"""The chores of the reconciler: what is deleted when, and checks of uploaded files."""
