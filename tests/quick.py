@@ -25,8 +25,8 @@ CORE = (
     "tests/core/test_groups.py",
     "tests/api/test_job_lists.py",
     "tests/worker/test_progress.py",
-    "tests/lorainit/test_methods.py",
-    "tests/lorainit/test_rows.py",
+    "tests/lorainit/init/methods/test_methods.py",
+    "tests/lorainit/data/formats/test_rows.py",
     "tests/lorainit/test_imports.py",
     "tests/deploy/test_documents.py",
 )

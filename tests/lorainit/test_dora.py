@@ -27,10 +27,10 @@ from lorainit.model.targets.targets import find_targets
 from lorainit.run import run
 from lorainit.train.optimizers import make_optimizer
 from tests.lorainit.conftest import make_tokenizer
+from tests.lorainit.init.test_initialize import gradients
 from tests.lorainit.stock_peft import SameMask
-from tests.lorainit.test_initialize import gradients
-from tests.lorainit.test_optimizers import OPTIMIZERS, recipe
-from tests.lorainit.test_optimizers import layer as trainee
+from tests.lorainit.train.test_optimizers import OPTIMIZERS, recipe
+from tests.lorainit.train.test_optimizers import layer as trainee
 
 CPU = torch.device("cpu")
 IN, OUT, R, S = 12, 20, 3, 1.7

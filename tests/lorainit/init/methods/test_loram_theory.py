@@ -6,7 +6,7 @@ import torch
 from lorainit.config.inits import INITS
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods import METHODS
-from tests.lorainit.test_loram import factors, weight
+from tests.lorainit.init.methods.test_loram import factors, weight
 
 F64 = torch.float64
 

@@ -17,7 +17,7 @@ from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import Request, run, run_together
 from tests.lorainit.conftest import make_tokenizer
-from tests.lorainit.test_attention import SMALL
+from tests.lorainit.model.forward.test_attention import SMALL
 from tests.zoo.bases import make
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import pytest
 
 from lorainit.runtime import machine_errors
 from lorainit.system import silence
-from tests.lorainit.test_world import ENDLESS, is_there, wait
+from tests.lorainit.runtime.distributed.test_world import ENDLESS, is_there, wait
 
 GLOO = """
 import os, sys, time, torch

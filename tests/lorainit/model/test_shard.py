@@ -26,7 +26,7 @@ from lorainit.runtime.distributed.world import World
 from tests.lorainit.ranks import run_ranks
 from tests.zoo.bases import make
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WHOLE = [name for name in METHODS if name != "loftq"]  # which is for bases in four bits
 TRAINING = {"max_steps": 3, "eval_interval": 2, "checkpoint_interval": 100}
 

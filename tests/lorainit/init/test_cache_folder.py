@@ -110,7 +110,7 @@ for turn in range(60):
 
 
 def test_workers_that_share_a_folder_never_see_half_an_entry(tmp_path):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     command = [sys.executable, "-W", "error", "-c", WRITER, str(tmp_path / "init")]
     running = [subprocess.Popen([*command, str(n)], cwd=root, stderr=subprocess.PIPE) for n in range(3)]
     errors = [process.communicate(timeout=600)[1].decode() for process in running]

@@ -20,7 +20,7 @@ from lorainit.model.forward.loss import tallies
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import tiny_llama
-from tests.lorainit.test_attention import SMALL
+from tests.lorainit.model.forward.test_attention import SMALL
 from tests.zoo.bases import KINDS, make
 
 CPU = torch.device("cpu")

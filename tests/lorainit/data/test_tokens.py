@@ -185,7 +185,7 @@ for length in [40, 48, 56, 64] * 5:
 
 def test_two_processes_that_write_at_once_never_see_half_an_entry(bases, rows, tmp_path):
     command = [sys.executable, "-W", "error", "-c", READER, str(bases["llama"]), str(rows), str(tmp_path)]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     running = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
