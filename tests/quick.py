@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 45  # for tests; the rest of the minute is for starting pytest and importing what they need
 # Each takes seconds: the life of a job, what is asked of the API, one method from spec to adapter, the documents.
 CORE = (
-    "tests/core/test_jobs.py",
-    "tests/core/test_groups.py",
+    "tests/api/core/jobs/test_jobs.py",
+    "tests/api/core/queue/test_groups.py",
     "tests/api/test_job_lists.py",
     "tests/worker/test_progress.py",
     "tests/lorainit/init/methods/test_methods.py",

@@ -107,7 +107,7 @@ def test_a_disk_that_is_really_full_refuses_an_upload_and_keeps_nothing_of_it(tm
         )
     settings = {"LORAINIT_STATE_DIR": str(tmp_path), "LORAINIT_MIN_FREE_BYTES": floor, "FOLDER": str(folder)}
     command = [*mount, str(folder), sys.executable, "-c", textwrap.dedent(FULL)]
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[4])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env={**os.environ, **settings, "PYTHONPATH": path}

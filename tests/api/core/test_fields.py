@@ -12,7 +12,7 @@ from api.core.fields import in_body
 from api.schemas.job_request import JobRequest
 from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 
-LIBRARY = Path(__file__).parents[2] / "lorainit"
+LIBRARY = Path(__file__).parents[3] / "lorainit"
 # What the command line calls a run that is trained beside another one: no field of a spec.
 OPTIONS = {"member"}
 # A field of a spec that no order can set: the worker does.

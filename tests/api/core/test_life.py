@@ -26,7 +26,7 @@ from api.core.jobs import checkpoints, jobs, pauses, transitions
 from api.core.jobs.jobs import Failure, Lease
 from api.core.queue import bells, places, turns
 from api.core.settings import get_settings
-from tests.core.life import ATTEMPTS, LEASE, LIMIT, Life, next_up
+from tests.api.core.life import ATTEMPTS, LEASE, LIMIT, Life, next_up
 from tests.things import a_file, a_job, a_project
 
 PLENTY = settings(
