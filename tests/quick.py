@@ -23,7 +23,7 @@ SECONDS = 45  # for tests; the rest of the minute is for starting pytest and imp
 CORE = (
     "tests/api/core/jobs/test_jobs.py",
     "tests/api/core/queue/test_groups.py",
-    "tests/api/test_job_lists.py",
+    "tests/api/routes/test_job_lists.py",
     "tests/worker/test_progress.py",
     "tests/lorainit/init/methods/test_methods.py",
     "tests/lorainit/data/formats/test_rows.py",

@@ -11,7 +11,7 @@ from api.http import streams, ticker
 from api.http.streams import Streams
 from api.http.ticker import News, Position, Ticker
 from api.schemas.event import event_object
-from tests.api.test_stream import a_key, follow, say, sequences, until
+from tests.api.http.test_stream import a_key, follow, say, sequences, until
 from tests.statements import statements
 from tests.things import a_project, a_running_job
 

@@ -20,7 +20,7 @@ from tests.api.conftest import Lab, refused
 from tests.deploy.test_troubleshooting import job_codes
 from tests.things import a_project, a_queued_job, a_running_job, a_worker
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
