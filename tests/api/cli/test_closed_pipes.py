@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.conftest import Served, environment
+from tests.api.cli.conftest import Served, environment
 
 CLOSED = 141
 API, ENGINE = (sys.executable, "-m", "api.cli"), (sys.executable, "-m", "lorainit")

@@ -15,7 +15,7 @@ import pytest
 
 from api.core.settings import Settings
 from api.embedded.service import Service
-from tests.cli.conftest import Served, environment, gone, lorainit, serving
+from tests.api.cli.conftest import Served, environment, gone, lorainit, serving
 
 
 def tree(pid: int) -> list[int]:

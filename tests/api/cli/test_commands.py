@@ -9,7 +9,7 @@ from openai import OpenAI
 from transformers import AutoConfig
 
 from tests import hub
-from tests.cli.conftest import Served, environment, lorainit
+from tests.api.cli.conftest import Served, environment, lorainit
 
 TINY = ("--model", "tiny", "--r", "4")
 

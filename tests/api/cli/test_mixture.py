@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from tests.cli.conftest import Served
+from tests.api.cli.conftest import Served
 from tests.lorainit.conftest import chat, write_rows
 from tests.test_job_path import loss_with_stock_peft
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from api.embedded.children import Child, follow
-from tests.cli.conftest import gone
+from tests.api.cli.conftest import gone
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 PARENT = """

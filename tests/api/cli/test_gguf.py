@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli.conftest import lorainit, serving
+from tests.api.cli.conftest import lorainit, serving
 from tests.lorainit.conftest import write_rows
 from tests.readers import gguf_files
 

@@ -13,7 +13,7 @@ from api.cli import commands, tables
 from api.cli.console import plain
 from lorainit.config.events import Message
 from lorainit.progress import Display
-from tests.cli.conftest import Served
+from tests.api.cli.conftest import Served
 
 NAMES = [f"ft:tiny:local:{code}:[bold]{number}" for number, code in enumerate(EMOJI)]
 ROOT = Path(api.__file__).parents[1]
