@@ -24,7 +24,7 @@ CORE = (
     "tests/api/core/jobs/test_jobs.py",
     "tests/api/core/queue/test_groups.py",
     "tests/api/routes/test_job_lists.py",
-    "tests/worker/test_progress.py",
+    "tests/worker/job/test_progress.py",
     "tests/lorainit/init/methods/test_methods.py",
     "tests/lorainit/data/formats/test_rows.py",
     "tests/lorainit/test_imports.py",

@@ -1,4 +1,4 @@
-"""Queued jobs that ask for a group, and a worker whose child is a script (tests/worker/child.py)."""
+"""Queued jobs that ask for a group, and a worker whose child is a script (tests/worker/child_script.py)."""
 
 import sys
 import textwrap
@@ -47,7 +47,7 @@ class Lab:
     def child(self, script: str) -> None:
         """What the next run's process does."""
         path = self.folder / "script.py"
-        path.write_text("from tests.worker.child import *\n" + textwrap.dedent(script))
+        path.write_text("from tests.worker.child_script import *\n" + textwrap.dedent(script))
         program = (sys.executable, str(path))
         self._patch.setattr(tasks, "run_child", partial(run_child, program=program))
 

@@ -18,13 +18,13 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["doctor", "--json"]:
         print(json.dumps({"machine": {"gpu_trouble": "It is still broken." if _is_broken() else None}}))
         sys.exit()
-    from tests.worker import child
+    from tests.worker import child_script
 
     if _is_broken():
-        child.failed(0, "device_failed")
+        child_script.failed(0, "device_failed")
     else:
         time.sleep(1)  # so that the other slot gets the next job
-        child.done(0)
+        child_script.done(0)
 else:
     from api.core.devices import examination
     from lorainit.system import gpus

@@ -240,7 +240,7 @@ import os, sys, time
 from pathlib import Path
 from worker.child.supervisor import Place, run_child
 from worker.child.warm import Warm
-from tests.worker import test_warm
+from tests.worker.child import test_warm
 warm = Warm((sys.executable, "-c", test_warm.STUB))
 test_warm.made_ready(warm)
 place = Path({str(tmp_path)!r})
@@ -251,7 +251,7 @@ def say(event): print(warm.process.pid, event.data["pid"], flush=True)
 run_child([Place(place / "spec.json", place / "out", place / "lease")], grace=0, on_event=say,
           should_stop=lambda: "", warm=warm)
 """
-    slot = psutil.Popen([sys.executable, "-c", script], stdout=-1, text=True, cwd=Path(__file__).parents[2])
+    slot = psutil.Popen([sys.executable, "-c", script], stdout=-1, text=True, cwd=Path(__file__).parents[3])
     processes = [psutil.Process(int(word)) for word in slot.stdout.readline().split()]
     assert len(processes) == 2
     slot.kill()
