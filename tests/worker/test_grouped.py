@@ -3,7 +3,6 @@
 The worker, the database and the storage are real; a script stands in the child's place.
 """
 
-import errno
 import os
 import threading
 import time
@@ -361,18 +360,6 @@ def test_a_leaving_worker_gives_every_member_back_but_the_finished(lab: Lab) -> 
     assert lab.statuses() == ["succeeded", "queued", "queued"]
     assert [lab.job(seed).attempts for seed in (2, 3)] == [0, 0]
     assert lab.story(2)[-1] == "The worker is shutting down; the job goes back to the queue"
-
-
-def test_a_host_without_room_for_another_process_is_no_fault_of_the_jobs(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(tasks, "run_child", refuse)
-    tasks.run_job("ftjob-x")
-    assert lab.statuses() == ["queued"] * 3
-    assert [lab.job(seed).losses for seed in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_a_run_that_cannot_be_started_fails_its_jobs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

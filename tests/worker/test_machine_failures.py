@@ -3,6 +3,7 @@
 The worker, the database, the storage and the child are real; one thing in the child fails (failing_child.py).
 """
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -139,6 +140,16 @@ def test_a_child_that_cannot_read_its_spec_is_no_fault_of_the_machine(lab: Lab) 
     lab.cancel(3)
     lab.run("sys.exit(2)")
     assert (lab.statuses()[0], (lab.job(1).error or {})["code"]) == ("failed", "internal_error")
+
+
+def test_a_host_without_room_for_another_process_is_no_fault_of_the_jobs(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    monkeypatch.setattr(tasks, "run_child", raising(error))
+    tasks.run_job("ftjob-x")
+    assert lab.statuses() == ["queued"] * 3
+    assert [lab.job(seed).losses for seed in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_a_job_whose_processes_always_crash_fails_in_the_end_and_says_how(
