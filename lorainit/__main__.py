@@ -31,7 +31,16 @@ from lorainit.config.faults import faults_of
 from lorainit.config.sources import LOCAL, is_root
 from lorainit.config.spec import RunSpec
 from lorainit.runtime import machine
-from lorainit.runtime.distributed.launch import PATIENCE, RENDEZVOUS, Loss, Others, companions, leave_word
+from lorainit.runtime.distributed.launch import (
+    PATIENCE,
+    RENDEZVOUS,
+    Loss,
+    Others,
+    companions,
+    end_process,
+    is_one_of_several,
+    leave_word,
+)
 from lorainit.system import closed_pipe, silence
 from lorainit.system.limits import die_with_parent
 
@@ -387,4 +396,7 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(closed_pipe.run(main))
+    code = closed_pipe.run(main)
+    if isinstance(code, int) and is_one_of_several():
+        end_process(code)
+    sys.exit(code)

@@ -17,7 +17,7 @@ from lorainit.config.spec import RunSpec
 from lorainit.model import base
 from lorainit.model.shard import local_bytes
 from lorainit.run import run
-from lorainit.runtime.distributed.launch import RENDEZVOUS
+from lorainit.runtime.distributed.launch import RENDEZVOUS, end_process
 
 
 def main() -> None:
@@ -54,3 +54,4 @@ def go(spec: RunSpec, out: Path) -> tuple[str | None, list[str]]:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

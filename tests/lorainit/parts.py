@@ -21,6 +21,7 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.model.load import load_model
 from lorainit.model.parts import divisible_layers, load_part
 from lorainit.model.shard import local_bytes, shard
+from lorainit.runtime.distributed.launch import end_process
 from lorainit.runtime.distributed.world import World
 
 CPU = torch.device("cpu")
@@ -158,3 +159,4 @@ class Gather:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    end_process(0)

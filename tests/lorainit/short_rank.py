@@ -13,7 +13,7 @@ import torch
 
 from lorainit.config.spec import RunSpec
 from lorainit.run import run
-from lorainit.runtime.distributed.launch import RENDEZVOUS
+from lorainit.runtime.distributed.launch import RENDEZVOUS, end_process
 from tests.lorainit.shortage import PLENTY, Memory, after, told, until_export
 
 LIMIT = 60  # tokens
@@ -32,3 +32,4 @@ def main(rank: int, size: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    end_process(0)

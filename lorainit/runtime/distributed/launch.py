@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from lorainit.config.events import Event, Failed
 from lorainit.runtime import machine
@@ -143,6 +144,24 @@ def companions(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[O
     finally:
         others.close()
         meeting.unlink(missing_ok=True)
+
+
+def is_one_of_several() -> bool:
+    """Whether this process is one of those of a run on several devices, started by us or by torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once, without taking its interpreter down.
+
+    torch keeps the process group of a base that was sharded, and Gloo's threads with it, even after
+    `destroy_process_group`. They are then destroyed while the interpreter goes, which now and then ends the
+    process with SIGABRT ("terminate called without an active exception") although its run is done: the others
+    would take it for a crash, and a finished run for a lost one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def leave_word(out: Path, event: Event) -> None:

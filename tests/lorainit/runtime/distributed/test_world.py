@@ -106,6 +106,18 @@ def test_a_process_that_dies_takes_its_run_with_it_by_the_same_signal(two, numbe
     assert f"process 1 of this run ended with exit code {-number}".encode() in said
 
 
+@pytest.mark.parametrize("start", [by_torchrun, by_ourselves])
+def test_a_run_that_is_done_stays_done_where_the_interpreter_cannot_be_taken_down(spec, tmp_path, start, monkeypatch):
+    """As where Gloo's threads end the process with SIGABRT on the way; here something does so always."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os, sys\natexit.register(os.abort)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    file = tmp_path / "spec.json"
+    file.write_text(spec(devices=2).model_dump_json())
+    processes = start([sys.executable, "-m", "lorainit", str(file), str(tmp_path / "out")])
+    said = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+
+
 def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_path):
     """The spec is a pipe, from which the second process reads of a file that is none."""
     good, pipe, nothing = spec(devices=2), tmp_path / "spec.json", tmp_path / "none.jsonl"
