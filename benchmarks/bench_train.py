@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +147,10 @@ def shown(row: Row, warmup: int) -> str:
     if "skipped" in row:
         return f"skipped: {row['skipped']}"
     found = speed(row, warmup=warmup)
-    return f"{found.useful:7.0f} useful tokens/s, in the median step {found.step:5.0f}; {row['peak'] / 2**20:6.0f} MiB"
+    text = f"{found.useful:7.0f} useful tokens/s, in the median step {found.step:5.0f}; {row['peak'] / 2**20:6.0f} MiB"
+    if "processor" in row:  # of our own runs only: a competitor tells nothing while it trains
+        text += f"; {fmean(row['processor'][warmup:]):.2f} s of a processor a step"
+    return text
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.train_plan import ALLOCATOR, Rival, Work, rival_arguments, spec
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +60,7 @@ def ours(work: Work, precision: str, place: Place, out: Path) -> dict[str, Any]:
     rows = json.loads((place.rows / "rows.json").read_text())
     return {
         "seconds": _steps([event["seconds"] for event in metrics]),
+        "processor": _steps([event["processor"] for event in metrics]),
         "tokens": agreed([len(row["input_ids"]) for row in rows], [e["tokens"] for e in metrics], work.batch),
         "trained": _by_step([sum(label >= 0 for label in row["labels"]) for row in rows], work.batch),
         "losses": [event["train_loss"] for event in metrics],
@@ -138,9 +141,13 @@ def _last_line(text: str) -> str:
 
 
 def _watched(stream: Any, pid: int) -> Iterator[dict[str, Any]]:
-    """Its events with the moment they came (`at`), and at each stage the most memory it has held (`peak`)."""
+    """Its events with the moment they came (`at`) and the `processor` seconds until then.
+
+    At each stage also the most memory it has held (`peak`).
+    """
     for line in stream:
-        event = {**json.loads(line), "at": time.monotonic()}
+        used = psutil.Process(pid).cpu_times()
+        event = {**json.loads(line), "at": time.monotonic(), "processor": used.user + used.system}
         if event["kind"] == "stage":
             event["peak"] = _peak(pid)
         yield event

@@ -3,8 +3,13 @@
 import json
 
 import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForCausalLM
 
-from benchmarks.bench_train import earlier, keep
+from benchmarks.bench_train import earlier, keep, shown
+from benchmarks.bench_train import measured as measured_run
 from benchmarks.train_child import Failed, Place, agreed, ours
 from benchmarks.train_figures import apart, goals, ratio, speed, windows
 from benchmarks.train_page import report, write_section
@@ -147,6 +152,11 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         earlier(path, {"steps": 4})
 
 
+def test_a_run_of_ours_shows_what_a_step_costs_a_processor():
+    assert "1.50 s of a processor a step" in shown(measured(processor=[40.0, 1.0, 2.0, 1.0, 2.0, 1.5]), warmup=1)
+    assert "processor" not in shown(measured(), warmup=1)
+
+
 # --- our own side --------------------------------------------------------------------------------
 
 
@@ -170,7 +180,26 @@ def test_our_own_run_is_measured_through_the_front_door(place, tmp_path):
     assert [len(found[name]) for name in ("seconds", "tokens", "trained", "losses")] == [3, 3, 3, 3]
     assert all(0 < trained < tokens for trained, tokens in zip(found["trained"], found["tokens"], strict=True))
     assert min(found["seconds"]) > 0 and found["first_step"] > found["seconds"][0]
+    assert len(found["processor"]) == 3 and min(found["processor"]) >= 0 < sum(found["processor"])
     assert 2**26 < found["peak_training"] <= found["peak"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
+def test_adapter_is_judged_by_stock_pefts_loss_over_the_held_out_rows(place, tmp_path):
+    row = measured_run("fp32", Work(steps=3, batch=2, r=2, max_length=64), place, tmp_path / "out", judged=True)
+    base = AutoModelForCausalLM.from_pretrained(place.rows / "base", dtype="float32")
+    model = PeftModel.from_pretrained(base, row["adapter"]).eval()
+    held = json.loads((place.rows / "held.json").read_text())
+    total = sum(_stock_loss(model, held_row) for held_row in held)
+    assert row["held_out"] == pytest.approx(total / 20, rel=1e-5)
+
+
+@torch.no_grad()
+def _stock_loss(model, row):
+    """Nats of all labels of a row."""
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+    logits = model(input_ids=ids).logits[0]
+    return float(F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum"))
 
 
 def test_run_that_fails_says_why(place, tmp_path):

@@ -126,10 +126,12 @@ def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
     device = head.weight.device
     said = torch.linspace(-100, 100, head.weight.shape[0], dtype=head.weight.dtype, device=device)
     nothing = _Nothing(last_hidden_state=head.weight.new_zeros(1, 1, head.weight.shape[1]))
-    # OPT runs the decoder inside of its base model, nearly everybody else the base model.
-    stages = {id(stage): stage for stage in (model.base_model, model.get_decoder()) if stage is not model}
+    # OPT runs the decoder inside of its base model, nearly everybody else the base model. What PEFT calls the base
+    # model of its wrapper is the whole architecture: it holds the head, which has to be asked.
+    runners = {id(stage): stage for stage in (model.base_model, model.get_decoder())}
+    stages = [stage for stage in runners.values() if all(module is not head for module in stage.modules())]
     handle = head.register_forward_hook(lambda *_: said.expand(1, 1, -1))
-    for stage in stages.values():
+    for stage in stages:
         stage.forward = lambda *_args, **_named: nothing
     try:
         heard: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
@@ -139,7 +141,7 @@ def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
         return False  # it wants more of its decoder than hidden states: nothing is known of it
     finally:
         handle.remove()
-        for stage in stages.values():
+        for stage in stages:
             del stage.forward
     return torch.equal(heard[0, 0], said)
 

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -98,6 +99,23 @@ def test_whether_logits_are_the_heads_own_is_found_out_without_running_a_layer(k
             module.register_forward_hook(lambda *_: ran.append(1))
     assert loss.is_plain(model) is plain
     assert not ran
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "gemma2"])
+def test_a_model_that_stock_peft_wraps_has_the_loss_of_the_whole_adapted_model(kind, rows, tmp_path):
+    """The benchmarks judge adapters that way."""
+    base = load_model(make(kind, tmp_path / kind), dtype=torch.float32, device=torch.device("cpu"))
+    plain = loss.is_plain(base)
+    options = {"task_type": "CAUSAL_LM", "init_lora_weights": False, "fan_in_fan_out": kind == "gpt2"}
+    config = LoraConfig(r=2, target_modules="all-linear", **options)
+    wrapped = get_peft_model(base, config).eval()
+    batch = collate(load(rows, make_tokenizer(), max_length=64, on_row_error="skip").samples[:3], pad=0)
+    labels = batch.ids.masked_fill(~batch.trained, -100)
+    expected = wrapped(input_ids=batch.ids, attention_mask=batch.attention, labels=labels).loss
+    found = tally(wrapped, batch)
+    assert float(found.loss.detach()) / found.tokens == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert loss.is_plain(wrapped) is plain
 
 
 @pytest.mark.parametrize("change", [{"final_logit_softcapping": 5.0}, {"final_logit_softcapping": None}], ids=str)
