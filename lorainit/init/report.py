@@ -15,7 +15,7 @@ from lorainit.config.spec import Lora
 from lorainit.data.batches import Batch
 from lorainit.init.evidence import Evidence
 from lorainit.init.norms import norm
-from lorainit.model.forward.loss import logits_of, row_losses, tally
+from lorainit.model.forward.loss import Look, look, row_losses, tally
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import adapted, disabled
 from lorainit.model.layers.weight import weight_of
@@ -189,22 +189,21 @@ def _spread(modules: Iterable[dict[str, Any]], key: str) -> dict[str, float] | N
 def measure(model: nn.Module, probe: Batch) -> dict[str, Any]:
     """Loss and logits of the base and of the initialized model on the same rows."""
     with disabled(model):
-        base = tally(model, probe)
-    initial = tally(model, probe)
+        base = look(model, probe)
+    initial = look(model, probe)
+    moved = [_moved(model, base, initial, row)[mask] for row, mask in enumerate(probe.attention.bool())]
     return {
-        "base_loss": float(base.loss) / base.tokens,
-        "initial_loss": float(initial.loss) / initial.tokens,
-        # With a large vocabulary logits are what fills memory first: those of one row at a time.
-        "max_abs_logit_difference": max(_moved(model, row) for row in probe.cut(1)),
+        "base_loss": float(base.tally.loss) / base.tally.tokens,
+        "initial_loss": float(initial.tally.loss) / initial.tally.tokens,
+        "max_abs_logit_difference": max(float(row.max()) for row in moved),
     }
 
 
-def _moved(model: nn.Module, row: Batch) -> float:
-    """How far a logit of the row's tokens lies from the base's at most."""
+def _moved(model: nn.Module, base: Look, initial: Look, row: int) -> Tensor:
+    """How far a logit lies from the base's at most, at each position of a row. No more rows' logits exist at once."""
     with disabled(model):
-        before = logits_of(model, row)
-    difference = before.sub_(logits_of(model, row)).abs_()
-    return float(difference.amax(-1)[row.attention.bool()].max())
+        before = base.logits_of_row(row)
+    return before.sub_(initial.logits_of_row(row)).abs_().amax(-1)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 One place, so that training, evaluation and the gate of the initialization mean the same number.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,13 @@ class Tally(NamedTuple):
     correct: Tensor
 
 
+class Look(NamedTuple):
+    """What one pass tells of a padded batch: its tally, and on request the logits of one row, length×vocabulary."""
+
+    tally: Tally
+    logits_of_row: Callable[[int], Tensor]
+
+
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Rows×length×vocabulary, in the model's dtype."""
     logits: Tensor = model(input_ids=batch.ids, use_cache=False, **batch.layout).logits
@@ -37,6 +45,24 @@ def tally(model: nn.Module, batch: Batch) -> Tally:
     """Run a batch. Sums, not means: the caller divides by the tokens of the whole effective batch."""
     losses, correct = _losses(model, batch)
     return Tally(losses.sum(), len(batch.targets), correct.sum())
+
+
+def look(model: Any, batch: Batch) -> Look:
+    """A tally whose logits can be seen too, row by row: with a large vocabulary those of all rows fill memory first.
+
+    Where logits are the head's output as it is, they come from this pass. Elsewhere each row is run again when it is
+    asked for, by the model as it is then.
+    """
+    hidden, predicted = _last_hidden(model, batch)
+    losses, correct = _judged(model, batch, hidden, predicted)
+
+    def logits_of_row(row: int) -> Tensor:
+        if predicted is not None:
+            return logits_of(model, batch.cut(1)[row])[0]
+        head = model.get_output_embeddings()
+        return F.linear(hidden.unflatten(0, batch.ids.shape)[row], head.weight, head.bias)
+
+    return Look(Tally(losses.sum(), len(batch.targets), correct.sum()), logits_of_row)
 
 
 def tallies(model: nn.Module, batch: Batch, counts: list[int]) -> list[Tally]:
@@ -59,7 +85,12 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 def _losses(model: Any, batch: Batch, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
     """Loss of each trained token and whether it is predicted right, in the order of `batch.predicting`."""
-    hidden, logits = _last_hidden(model, batch)
+    return _judged(model, batch, *_last_hidden(model, batch), counts)
+
+
+def _judged(
+    model: Any, batch: Batch, hidden: Tensor, logits: Tensor | None, counts: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     head = model.get_output_embeddings()
     if logits is None:
         pieces = _pieces(counts or [len(batch.targets)], vocabulary=len(head.weight))

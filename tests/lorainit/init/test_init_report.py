@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
@@ -22,16 +24,38 @@ def batch(rows):
     return collate(load(rows, make_tokenizer(), max_length=256).samples[:5], pad=0)
 
 
-@pytest.fixture
-def model(bases, batch):
-    """An adapted base of which each output is another than the base's."""
-    base = load_model(bases["llama"], dtype=torch.float32, device=CPU)
+def tiny_gemma2_capped():
+    """A model that caps what its head says."""
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, pad_token_id=0, initializer_range=0.5, final_logit_softcapping=5.0,
+        )
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+@torch.no_grad()
+def moved(model, batch):
+    """The largest difference, from logits of all rows at once."""
+    after = logits_of(model, batch)
+    with disabled(model):
+        before = logits_of(model, batch)
+    return float((before - after)[batch.attention.bool()].abs().max())
+
+
+def adapted(base, batch):
+    """The base, adapted so that each output is another than the base's."""
     lora = Lora.model_validate({"init": "pissa", "r": 4}).resolved()[0]
     initialize(base, find_targets(base, "all-linear"), lora, seed=3, probe=batch, on_event=lambda event: None)
     for module in base.modules():
         if hasattr(module, "A0"):
             module.B.data *= 1.1
     return base
+
+
+@pytest.fixture
+def model(bases, batch):
+    return adapted(load_model(bases["llama"], dtype=torch.float32, device=CPU), batch)
 
 
 def short_of_memory(model, limit):
@@ -48,18 +72,35 @@ def short_of_memory(model, limit):
 
 
 def test_whole_logits_are_made_of_one_row_at_a_time(model, batch, monkeypatch):
-    seen = []
-    monkeypatch.setattr(report, "logits_of", lambda *args: seen.append(args[1].ids.shape[0]) or logits_of(*args))
+    seen, linear = [], F.linear
+
+    def counted(x, weight, bias=None):
+        if weight is model.get_output_embeddings().weight:
+            seen.append(len(x))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", counted)
     report.measure(model, batch)
-    assert seen == [1] * 2 * len(batch.ids)
+    rows, length = batch.ids.shape
+    passes, whole = seen[: -2 * rows], seen[-2 * rows :]
+    assert set(passes) == {0, len(batch.targets)}
+    assert whole == [length] * 2 * rows
+
+
+def test_the_base_and_the_adapted_model_are_each_run_once_for_losses_and_logits(model, batch):
+    passes = short_of_memory(model, len(batch.ids))
+    report.measure(model, batch)
+    assert passes == [len(batch.ids)] * 2
+
+
+def test_logits_that_the_architecture_changes_are_compared_as_changed(batch):
+    torch.manual_seed(0)
+    model = adapted(tiny_gemma2_capped(), batch)
+    assert report.measure(model, batch)["max_abs_logit_difference"] == pytest.approx(moved(model, batch), rel=1e-5)
 
 
 def test_the_largest_difference_is_that_of_all_rows_and_of_no_padding(model, batch):
-    with torch.no_grad():
-        after = logits_of(model, batch)
-        with disabled(model):
-            before = logits_of(model, batch)
-    expected = float((before - after)[batch.attention.bool()].abs().max())
+    expected = moved(model, batch)
     assert expected > 0.1
     assert report.measure(model, batch)["max_abs_logit_difference"] == pytest.approx(expected, rel=1e-5)
 
