@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Done, InitReport, Stage
-from lorainit.config.inits import HRP
 from lorainit.config.spec import RunSpec
 from lorainit.data.dataset import require_readable
 from lorainit.export import delivery, proof
@@ -171,7 +170,7 @@ def _member(one: Run) -> Member:
         out=one.out,
         checkpoint_recipe=job.recipe,
         write_adapter=lambda folder: delivery.write_adapter(job, folder, one.report),
-        skip=_skipped(job, one.report),
+        skip=job.lora.method.batches_used(one.report.summary),
         regime=job.base.regime,
         resumed=one.restored,
         on_event=one.on_event,
@@ -204,9 +203,3 @@ def _resume(job: Job, restored: Restored) -> Report:
     report = json.loads((restored.folder / "adapter" / "init_report.json").read_text())
     modules = report.pop("per_module")
     return Report(report, modules)
-
-
-def _skipped(job: Job, report: Report) -> int:
-    """Batches that the preheat has used up, where the main run is to go on after them."""
-    method = job.lora.method
-    return int(report.summary["preheat"]["steps"]) if isinstance(method, HRP) and method.main_data == "continue" else 0

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Message, Stage, Warned
-from lorainit.config.inits import EVA
 from lorainit.config.results import write_csv
 from lorainit.config.sources import local_path
 from lorainit.export import check, fidelity, model_card, peft_adapter
@@ -67,8 +66,7 @@ def _gguf(source: str) -> str | None:
 
 def write_factors(job: Job, layers: Mapping[str, LoRALinear], folder: Path) -> int:
     """What a loader reads: factors and their configuration; returns the (largest) rank."""
-    method = job.lora.method
-    ranks = method.export_ranks if isinstance(method, EVA) else "padded"
+    ranks = job.lora.method.written_ranks
     return peft_adapter.export(job.base.model, layers, folder, root=job.spec.model.root, ranks=ranks)
 
 

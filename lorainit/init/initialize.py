@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Event, Message, Tick
-from lorainit.config.inits import HRP, InitConfig, Kaiming, LoftQ, LoRAM
+from lorainit.config.inits import InitConfig, Kaiming
 from lorainit.config.spec import Lora
 from lorainit.data.batches import Batch
 from lorainit.init import report
@@ -183,14 +183,9 @@ def _readable_weight(name: str, module: nn.Module, *, needed: bool, dora: bool) 
 def _rise(config: InitConfig, loss: dict[str, Any]) -> list[str]:
     if loss["after"] <= loss["before"]:
         return []
-    remedy = 'Use gamma "auto", or a larger gamma (the step shrinks with it).'
-    if isinstance(config, HRP):
-        remedy = 'Use a lower preheat_learning_rate, or b_init "zero".'
-    if isinstance(config, LoftQ):
-        remedy = "A larger r corrects more of the quantization; kaiming starts as the NF4 base itself."
     return [
         f"{config.facts.title} starts away from the base model, and that made it worse: the loss on {loss['rows']}"
-        f" calibration rows rose from {loss['before']:.4f} to {loss['after']:.4f}. {remedy}"
+        f" calibration rows rose from {loss['before']:.4f} to {loss['after']:.4f}. {config.remedy}"
     ]
 
 
@@ -208,19 +203,9 @@ def _starved(lora: Lora, modules: Sequence[dict[str, Any]]) -> list[str]:
 def _warnings(
     lora: Lora, targets: dict[str, nn.Module], modules: Sequence[dict[str, Any]], weight_decay: float
 ) -> list[str]:
-    config, s, r = lora.method, lora.scaling, lora.r
-    found = _starved(lora, modules)
-    if config.method == "gaussian":
-        n = max(shape_of(m)[1] for m in targets.values())
-        found.append(
-            f"The rows of A have norm sqrt(in)/r, up to {n**0.5 / r:.2f}, against 0.58 for kaiming whatever the"
-            " layer: the best learning rate of gaussian differs and depends on r."
-        )
-    if isinstance(config, LoRAM) and not config.scale_aware and min(abs(s - 1), abs(s - r**0.5)) > 1e-6:
-        found.append(
-            f"LoRAM sizes B·A, and the scale s = {s:g} multiplies it again: the product starts at {s * s:.3g} times"
-            f" the intended energy. Use alpha = r (s = 1), or alpha = r with rsLoRA (s = {r**0.5:g}), or scale_aware."
-        )
+    config, r = lora.method, lora.r
+    widest = max(shape_of(m)[1] for m in targets.values())
+    found = _starved(lora, modules) + config.warnings(r=r, scale=lora.scaling, widest=widest)
     dead = [m["name"] for m in modules if m.get("first_step_slope") == 0]
     if dead:
         found.append(
@@ -229,7 +214,7 @@ def _warnings(
     poor = {m["name"]: m["gradient_rank"] for m in modules if "gradient_rank" in m}
     if poor:
         name, rank = min(poor.items(), key=lambda item: item[1])
-        wanted = f"2r = {2 * r}" if config.method == "lora_ga" else f"r = {r}"
+        wanted = f"r = {r}" if config.smaller_side(r) == r else f"2r = {2 * r}"
         found.append(
             f"The gradient of {len(poor)} modules has fewer directions than {config.method} takes ({wanted}), down to"
             f" {rank} in {name}: the others carry no gradient. More calibration rows, or a smaller r."

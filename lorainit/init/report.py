@@ -14,6 +14,7 @@ from lorainit.config.errors import InitFailed
 from lorainit.config.spec import Lora
 from lorainit.data.batches import Batch
 from lorainit.init.evidence import Evidence
+from lorainit.init.methods import SUMMARIES
 from lorainit.init.norms import norm
 from lorainit.model.forward.loss import Look, look, row_losses, tally
 from lorainit.model.layers.factors import Factors
@@ -24,6 +25,8 @@ from lorainit.runtime.retry import until_it_fits
 
 # How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
 LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+# What methods found out once for all layers: each layer's entry has it, and the summary too.
+SHARED = ("gamma", "line_search", "preheat")
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,7 @@ def facts(
     if magnitude is not None:
         magnitude = magnitude.detach()
         found["magnitude_norm"] = norm(magnitude)
-    takes = lora.method.facts.needs in ("weight", "activation") and lora.method.method != "loram"  # only its size
-    if takes and lora.method.offset == "subtract" and not evidence.starved:
+    if lora.method.takes_part_of_weight and not evidence.starved:
         found["captured_energy"] = _captured_energy(W, factors, whole=found["weight_norm"])
     if evidence.gradient is not None:
         G = evidence.gradient.to(W.device)
@@ -81,8 +83,6 @@ def facts(
         found["start"] = "kaiming"
     if evidence.rows is not None:
         found["samples"] = evidence.rows
-    if evidence.step is not None:
-        found |= {"gamma": evidence.step.gamma, "line_search": evidence.step.facts()}
     return found | dict(evidence.facts) | dict(factors.facts)
 
 
@@ -158,26 +158,16 @@ def summary(
         "gradient_alignment": _spread(modules, "gradient_alignment"),
         "ranks": {"min": min(ranks), "max": max(ranks), "sum": sum(ranks)},
         "rank_pattern": spread,
-        "quantization_error": _corrected(modules),
-        "gamma": modules[0].get("gamma"),
-        "line_search": modules[0].get("line_search"),
-        "preheat": modules[0].get("preheat"),
+        "quantization_error": None,
+        **{name: modules[0].get(name) for name in SHARED},
+        **SUMMARIES.get(method.method, _nothing)(modules),
         "expected_displacement_change": sum(changes) if changes else None,
         "expected_first_step_change": rate * sum(slopes) if slopes else None,
     }
 
 
-def _corrected(modules: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """‖W - Q‖/‖W‖ and ‖W - Q - s·B·A‖/‖W‖ over all modules, for a method that corrects a quantized base."""
-    found = [m for m in modules if "original_norm" in m]
-    if not found:
-        return None
-    whole = sum(m["original_norm"] ** 2 for m in found)
-    before, after = (
-        (sum((m[key] * m["original_norm"]) ** 2 for m in found) / whole) ** 0.5
-        for key in ("quantization_error", "corrected_error")
-    )
-    return {"before": before, "after": after}
+def _nothing(_modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {}
 
 
 def _spread(modules: Iterable[dict[str, Any]], key: str) -> dict[str, float] | None:

@@ -1,7 +1,10 @@
 """What every initialization's parameters have in common, and the facts that the catalogue tells of it."""
 
+# ruff: noqa: ARG002 - every method is asked alike, whether it needs all of it or not
+
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,9 +43,14 @@ class Method:
 
 
 class InitConfig(Strict):
-    """Common to all methods. `seed` null = derived from the run's seed."""
+    """Common to all methods. `seed` null = derived from the run's seed.
+
+    What only one method knows of itself it says by overriding what stands here: whoever runs methods asks, and names
+    none of them. `remedy`: what to try where a start that moves the model made its loss worse.
+    """
 
     facts: ClassVar[Method]
+    remedy: ClassVar[str] = ""
     seed: Seed | None = None
 
     @property
@@ -59,6 +67,16 @@ class InitConfig(Strict):
     def export_rank(self) -> ExportRank:
         """The rank of the download, a plain LoRA on the untouched base."""
         return "2r" if self.offset == "subtract" else "r"
+
+    @property
+    def takes_part_of_weight(self) -> bool:
+        """Whether B·A starts as a part of W; the report says how large a part."""
+        return self.facts.needs in ("weight", "activation") and self.offset == "subtract"
+
+    @property
+    def written_ranks(self) -> ExportRanks:
+        """How ranks that differ between layers are written into the download."""
+        return "padded"
 
     @property
     def min_rank(self) -> int:
@@ -83,6 +101,14 @@ class InitConfig(Strict):
         if self.drawn == "nothing":
             return 0
         return run if self.seed is None else self.seed
+
+    def warnings(self, *, r: int, scale: float, widest: int) -> list[str]:
+        """What somebody who trains from this start should know; `widest`: inputs of the widest layer."""
+        return []
+
+    def batches_used(self, report: Mapping[str, Any]) -> int:
+        """Batches of the run's order of rows that the start has used up; `report` is `job.init_report`."""
+        return 0
 
     @property
     def rates(self) -> str:

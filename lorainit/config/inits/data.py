@@ -1,6 +1,7 @@
 """Starts that look at rows: their gradient, what the layers are fed, or a short training."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,6 +61,7 @@ class LoRAOne(CalibratedConfig):
         alpha=16.0,
         rslora=True,
     )
+    remedy = 'Use gamma "auto", or a larger gamma (the step shrinks with it).'
     method: Literal["lora_one"]
     version: Literal["v3", "v1"] = "v3"
     samples: Annotated[int, Field(ge=1, le=4096)] = 8
@@ -112,6 +114,7 @@ class HRP(InitConfig):
         needs="preheat",
         maturity="experimental",
     )
+    remedy = 'Use a lower preheat_learning_rate, or b_init "zero".'
     method: Literal["hrp"]
     preheat_rank: Annotated[int, Field(ge=2)] | Auto = "auto"
     preheat_steps: Annotated[int, Field(ge=1)] | Auto = "auto"
@@ -139,6 +142,10 @@ class HRP(InitConfig):
         if self.b_init == "carry" and self.side == "left":
             raise refusal("b_init", 'b_init "carry" does not combine with side "left", which starts A at zero.')
         return self
+
+    def batches_used(self, report: Mapping[str, Any]) -> int:
+        """Those of the preheat, where the main run is to go on after them."""
+        return int(report["preheat"]["steps"]) if self.main_data == "continue" else 0
 
     @property
     def drawn(self) -> Drawn:
@@ -168,6 +175,11 @@ class EVA(CalibratedConfig):
     use_label_mask: bool = True
     whiten: bool = False
     export_ranks: ExportRanks = "padded"
+
+    @property
+    def written_ranks(self) -> ExportRanks:
+        """As asked for."""
+        return self.export_ranks
 
     @property
     def export_rank(self) -> ExportRank:

@@ -1,5 +1,7 @@
 """Starts that look at nothing: the size of the layer is all they need."""
 
+# ruff: noqa: ARG002 - every method is asked alike, whether it needs all of it or not
+
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -31,6 +33,13 @@ class Gaussian(InitConfig):
         needs="none",
     )
     method: Literal["gaussian"]
+
+    def warnings(self, *, r: int, scale: float, widest: int) -> list[str]:
+        """A's size depends on the layer's width, and so does the best rate."""
+        return [
+            f"The rows of A have norm sqrt(in)/r, up to {widest**0.5 / r:.2f}, against 0.58 for kaiming whatever the"
+            " layer: the best learning rate of gaussian differs and depends on r."
+        ]
 
 
 class Orthogonal(InitConfig):

@@ -1,5 +1,7 @@
 """Starts that look at the base weight."""
 
+# ruff: noqa: ARG002 - every method is asked alike, whether it needs all of it or not
+
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -116,6 +118,21 @@ class LoRAM(InitConfig):
         """The sine bases are fixed."""
         return "nothing" if self.basis == "dst" else "factors"
 
+    @property
+    def takes_part_of_weight(self) -> bool:
+        """It takes the weight's size alone."""
+        return False
+
+    def warnings(self, *, r: int, scale: float, widest: int) -> list[str]:
+        """The scale multiplies what was sized already."""
+        if self.scale_aware or min(abs(scale - 1), abs(scale - r**0.5)) <= 1e-6:
+            return []
+        return [
+            f"LoRAM sizes B·A, and the scale s = {scale:g} multiplies it again: the product starts at"
+            f" {scale * scale:.3g} times the intended energy. Use alpha = r (s = 1), or alpha = r with rsLoRA"
+            f" (s = {r**0.5:g}), or scale_aware."
+        ]
+
 
 class LoftQ(InitConfig):
     """Corrects what NF4 lost of each weight (Li et al., arXiv 2310.08659), in one iteration.
@@ -133,6 +150,7 @@ class LoftQ(InitConfig):
         function_preserving=False,
         quantization=("nf4",),
     )
+    remedy = "A larger r corrects more of the quantization; kaiming starts as the NF4 base itself."
     method: Literal["loftq"]
     bits: Literal[4, 8] = 4
     iterations: Annotated[int, Field(ge=1, le=10)] = 1

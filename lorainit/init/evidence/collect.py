@@ -1,27 +1,32 @@
-"""Gathering evidence: which collector serves which need."""
+"""Gathering evidence: which collector serves which method."""
 
-from lorainit.config.inits import EVA, HRP, CorDA, InitConfig, LoftQ, LoRAGA, LoRAOne
+from collections.abc import Callable
+from typing import Any
+
+from lorainit.config.inits import AnyInit
 from lorainit.init.evidence import Evidence
 from lorainit.init.evidence.context import Context
 from lorainit.init.evidence.directions import principal_directions
 from lorainit.init.evidence.gradients import gradient_evidence
+from lorainit.init.evidence.line_search import lora_one_evidence
 from lorainit.init.evidence.moments import second_moments
 from lorainit.init.evidence.originals import original_weights
 from lorainit.init.evidence.preheat import preheat
 
+COLLECTORS: dict[str, Callable[[Any, Context], dict[str, Evidence]]] = {
+    "loftq": original_weights,
+    "lora_ga": gradient_evidence,
+    "lora_one": lora_one_evidence,
+    "hrp": preheat,
+    "eva": principal_directions,
+    "corda": second_moments,
+}
 
-def collect(config: InitConfig, context: Context) -> dict[str, Evidence]:
-    """The evidence of each target for this method."""
-    if isinstance(config, LoftQ):
-        return original_weights(context)
-    if config.facts.needs in ("none", "weight"):
+
+def collect(config: AnyInit, context: Context) -> dict[str, Evidence]:
+    """The evidence of each target for this method; nothing, where the weight is all it looks at."""
+    collector = COLLECTORS.get(config.method)
+    if collector is None:
+        assert config.facts.needs in ("none", "weight"), config.facts.needs
         return {name: Evidence() for name in context.targets}
-    if isinstance(config, LoRAGA | LoRAOne):
-        return gradient_evidence(config, context)
-    if isinstance(config, HRP):
-        return preheat(config, context)
-    if isinstance(config, EVA):
-        return principal_directions(config, context)
-    if isinstance(config, CorDA):
-        return second_moments(config, context)
-    raise AssertionError(config.facts.needs)
+    return collector(config, context)

@@ -19,7 +19,6 @@ from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
 from lorainit.init.evidence.context import Context, few_rows
-from lorainit.init.evidence.line_search import search_step
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
@@ -29,16 +28,16 @@ OnTick = Callable[[int, int], None]
 
 
 def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, Evidence]:
-    """The gradient of each target and, for LoRA-One with gamma "auto", the step that suits this model.
+    """The gradient of each target, from the first rows.
 
     Experts of a mixture that get none are `starved`.
 
     Raises:
         UnsupportedInit: there is no row to look at, or a module gets no gradient from the rows.
-        InitFailed: a gradient is not finite, or no step lowers the loss.
+        InitFailed: a gradient is not finite.
         OutOfMemory: the gradients take more than is free.
     """
-    rows, unseen = calibration_rows(config, context)
+    rows = calibration_rows(config, context)
     numbers = sum(out * n for out, n in map(shape_of, context.targets.values()))
     what = f"{config.method}'s gradient of every matrix"
     memory.require(context, what, numbers=numbers, device=torch.device("cpu"))
@@ -59,29 +58,29 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
     # An expert that no row was routed to has no first step that could be better than another.
     starved = {n for n, G in found.items() if isinstance(context.targets[n], ExpertLinear) and not G.any()}
     refuse_unusable({name: G for name, G in found.items() if name not in starved})
-    evidence = {
+    return {
         name: Evidence(starved=True, rows=len(rows)) if name in starved else Evidence(gradient=G, rows=len(rows))
         for name, G in found.items()
     }
-    if isinstance(config, LoRAOne) and config.gamma == "auto":
-        return search_step(config, context, unseen or rows, evidence, held_out=bool(unseen))
-    return evidence
 
 
-def calibration_rows(config: LoRAGA | LoRAOne, context: Context) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """The first `samples` rows that have a trained token, and as many after them, if there are.
-
-    Fewer than asked for is said aloud.
-    """
+def split_rows(config: LoRAGA | LoRAOne, context: Context) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """The first `samples` rows that have a trained token, and as many after them, if there are."""
     usable = [s for s in context.samples if s.trained[1:].any()]
-    if not usable:
+    return usable[: config.samples], usable[config.samples : 2 * config.samples]
+
+
+def calibration_rows(config: LoRAGA | LoRAOne, context: Context) -> Sequence[Sample]:
+    """The first `samples` rows that have a trained token. Fewer than asked for is reported."""
+    rows, _ = split_rows(config, context)
+    if not rows:
         raise UnsupportedInit(
             f"{config.method} takes its start from the gradient, and no calibration row has a trained token.",
             param="lora.init",
         )
-    if len(usable) < config.samples:
-        context.on_event(few_rows(config, len(usable)))
-    return usable[: config.samples], usable[config.samples : 2 * config.samples]
+    if len(rows) < config.samples:
+        context.on_event(few_rows(config, len(rows)))
+    return rows
 
 
 def mean_gradients(

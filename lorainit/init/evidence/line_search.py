@@ -22,6 +22,7 @@ from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.evidence.context import Context
+from lorainit.init.evidence.gradients import gradient_evidence, split_rows
 from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.layer import LoRALinear, adapted, attach
@@ -30,6 +31,19 @@ from lorainit.runtime.hardware import generator_for
 
 # Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))
+
+
+def lora_one_evidence(config: LoRAOne, context: Context) -> dict[str, Evidence]:
+    """The gradient of each target and, with gamma "auto", the step that suits this model.
+
+    Raises:
+        As `gradient_evidence` and `search_step`.
+    """
+    evidence = gradient_evidence(config, context)
+    if config.gamma != "auto":
+        return evidence
+    rows, unseen = split_rows(config, context)
+    return search_step(config, context, unseen or rows, evidence, held_out=bool(unseen))
 
 
 def search_step(
@@ -70,7 +84,8 @@ def search_step(
         raise _no_step(base, tried)
     step = StepSearch(gamma=best, base_loss=base, tried=tuple(sorted(tried.items(), reverse=True)), held_out=held_out)
     context.on_event(_found(step))
-    return {name: replace(found, step=step) for name, found in evidence.items()}
+    facts = {"gamma": step.gamma, "line_search": step.facts()}
+    return {name: replace(found, step=step, facts={**found.facts, **facts}) for name, found in evidence.items()}
 
 
 @torch.no_grad()

@@ -6,14 +6,15 @@ on the weight's device. What a method needs and promises stands beside its param
 `lorainit.config.inits`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lorainit.init.methods.corda import corda
 from lorainit.init.methods.eva import eva
 from lorainit.init.methods.gaussian import gaussian
 from lorainit.init.methods.hrp import hrp
 from lorainit.init.methods.kaiming import kaiming
-from lorainit.init.methods.loftq import loftq
+from lorainit.init.methods.loftq import correction, loftq
 from lorainit.init.methods.lora_ga import lora_ga
 from lorainit.init.methods.lora_one import lora_one
 from lorainit.init.methods.loram import loram
@@ -39,4 +40,7 @@ METHODS: dict[str, Callable[..., Factors]] = {
     "loftq": loftq,
 }
 
-__all__ = ["METHODS"]
+# What a method says of all its layers together, beside what each of them says: fields of `job.init_report`.
+SUMMARIES: dict[str, Callable[[Sequence[dict[str, Any]]], dict[str, Any]]] = {"loftq": correction}
+
+__all__ = ["METHODS", "SUMMARIES"]

@@ -8,6 +8,9 @@ randomized SVD replaces their full one.
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,3 +47,13 @@ def loftq(
     after = norm(lost.addmm_(found.B, found.A, alpha=-scale))
     facts = {"original_norm": whole, "quantization_error": before / whole, "corrected_error": after / whole}
     return Factors(A=found.A, B=found.B, facts=facts)
+
+
+def correction(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`quantization_error`: ‖W - Q‖/‖W‖ `before` and ‖W - Q - s·B·A‖/‖W‖ `after`, over all modules."""
+    whole = sum(m["original_norm"] ** 2 for m in modules)
+    before, after = (
+        (sum((m[key] * m["original_norm"]) ** 2 for m in modules) / whole) ** 0.5
+        for key in ("quantization_error", "corrected_error")
+    )
+    return {"quantization_error": {"before": before, "after": after}}
