@@ -8,17 +8,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import torch
-from torch import Tensor
 
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.data.batches import batches, order
 from lorainit.data.dataset import Sample
-from lorainit.model.forward.loss import Tally
+from lorainit.model.forward.objective import Sums, added, no_sums
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import until_it_fits
 from lorainit.train.checkpoint import Progress, write
@@ -100,21 +99,20 @@ class Course:
             self._epoch = epoch, order(data, seed=self.member.seed, epoch=epoch)
         start = position * self.batch_size
         samples = [data.samples[i] for i in self._epoch[1][start : start + self.batch_size]]
-        self._wanted = sum(int(s.trained[1:].sum()) for s in samples)
+        self.wanted = sum(map(self.member.objective.count, samples))  # the count of the whole effective batch
         self._seen = sum(len(s.ids) for s in samples)
         self._begun = time.monotonic()
-        self._parts: list[Tally] = []
+        self._parts: list[Sums] = []
         pieces = batches(samples, self.member.budget, self.member.regime)
         self.pieces, self.idle = list(self.world.share(pieces)), self.world.idle(pieces)
         return self.pieces
 
-    def part(self, piece: int, tally: Tally) -> Tensor:
-        """Take one micro-batch's sums; returns its share of the step's loss, to be differentiated."""
-        self._parts.append(tally._replace(loss=tally.loss.detach()))
+    def add(self, piece: int, sums: Sums) -> None:
+        """Take one micro-batch's sums."""
+        self._parts.append(sums)
         per_step = len(self.pieces)
         done = (self.step - 1) * per_step + piece + 1
         self.member.on_event(Tick(done=min(done, self.total * per_step), total=self.total * per_step))
-        return tally.loss / self._wanted
 
     def drop_by(self, piece: int | None) -> None:
         """Set the dropout of this micro-batch; None is none. Only the adapter's own dropout is ever active."""
@@ -164,7 +162,7 @@ class Course:
             NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
         """
         recipe = self.member.recipe
-        loss, correct, norm = self._sums()
+        loss, metrics, norm = self._sums()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _not_finite(f"Step {self.step}: loss {loss}, gradient norm {norm}.")
         rate = self.rate * schedule(recipe.lr_scheduler, self.step - 1, total=self.total, warmup=self.warmup)
@@ -175,10 +173,10 @@ class Course:
         self._taken = self.step
         self._unsaid = {
             "train_loss": loss,
-            "train_mean_token_accuracy": correct / self._wanted,
+            **{f"train_{name}": value / self.wanted for name, value in metrics.items()},
             "learning_rate": rate,
             "grad_norm": norm,
-            "tokens_per_second": self._wanted / (time.monotonic() - self._begun),
+            "tokens_per_second": self.wanted / (time.monotonic() - self._begun),
         }
         self._conclude_step(evaluate)
 
@@ -201,19 +199,18 @@ class Course:
             said = self._last if self._last and not self._unsaid else self._metrics(**self._unsaid)
             self._write_checkpoint(said)
 
-    def _sums(self) -> tuple[float, int, float]:
-        """Loss, right tokens and gradient norm of the step over all pieces and processes, gradients clipped."""
+    def _sums(self) -> tuple[float, dict[str, float], float]:
+        """Loss, sums of metrics and gradient norm of the step over all pieces and processes, gradients clipped."""
         for parameter in self.parameters:
             if parameter.grad is None:  # another process had all the pieces
                 parameter.grad = torch.zeros_like(parameter)
-        zero = torch.zeros((), device=self.parameters[0].device)
-        loss = sum((part.loss for part in self._parts), zero) / self._wanted
-        correct = sum((part.correct for part in self._parts), zero.long())
-        self.world.add_up([loss, correct, *(p.grad for p in self.parameters if p.grad is not None)])
+        total = reduce(added, self._parts, no_sums(self.member.objective, self.parameters[0].device))
+        loss, metrics = total.loss / self.wanted, total.metrics
+        self.world.add_up([loss, *metrics.values(), *(p.grad for p in self.parameters if p.grad is not None)])
         norm = clip(self.member)
         # Together, since a GPU is waited for each time; float64 has all of them exactly.
-        found = torch.stack([loss, correct.double(), norm]).tolist()
-        return found[0], int(found[1]), found[2]
+        first, *values, last = torch.stack([loss, *(value.double() for value in metrics.values()), norm]).tolist()
+        return first, dict(zip(metrics, values, strict=True)), last
 
     def _is_due(self, interval: int | str) -> bool:
         assert isinstance(interval, int)

@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorainit.config.errors import LorainitError, Stopped
 from lorainit.config.events import Message, Stage, Tick
 from lorainit.data.batches import Batch, batches
 from lorainit.data.dataset import Sample
-from lorainit.model.forward.loss import tallies, tally
+from lorainit.model.forward.objective import Sums, added, forward_backward, no_sums
 from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World
@@ -115,14 +115,15 @@ def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None
     pieces = [course.draw() for course in courses]
     for number, row in _passes(pieces, courses):
         spans = _spans([sum(len(s.ids) for s in samples) for samples in row])
-        counts = [sum(int(s.trained[1:].sum()) for s in samples) for samples in row]
+        objective = courses[0].member.objective
+        counts = [sum(map(objective.count, samples)) for samples in row]
         stand.put([course.member.layers for course in courses], spans)
         for course in courses:
             course.drop_by(number)
-        parts = tallies(stand.model, lay([sample for samples in row for sample in samples]), counts)
-        # A sum of each adapter's own mean: nobody's gradient depends on the others.
-        losses = [course.part(number, part) for course, part in zip(courses, parts, strict=True)]
-        torch.autograd.backward(torch.stack(losses).sum())
+        batch = lay([sample for samples in row for sample in samples])
+        parts = forward_backward(stand.model, objective, batch, counts, [course.wanted for course in courses])
+        for course, part in zip(courses, parts, strict=True):
+            course.add(number, part)
     for course in courses:
         course.drop_by(None)
         for _ in range(course.idle):
@@ -140,11 +141,12 @@ def _passes(pieces: list[list[list[Sample]]], courses: list[Course]) -> Iterator
 
 def _pass_along(stand: Stand, course: Course, lay: Lay) -> None:
     """A pass for the sake of the others, who need this process's part of the base: the gradients stay as they are."""
-    batch = lay([_shortest(course.member.data.samples)])
+    row, objective = _shortest(course.member.data.samples), course.member.objective
+    batch = lay([row])
     stand.put([course.member.layers], _spans([batch.ids.numel()]))
     gradients = [p.grad for p in course.parameters]
     course.optimizer.zero_grad()
-    torch.autograd.backward(tally(stand.model, batch).loss)
+    forward_backward(stand.model, objective, batch, [objective.count(row)])
     for parameter, gradient in zip(course.parameters, gradients, strict=True):
         parameter.grad = gradient
 
@@ -165,31 +167,33 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
     """
     course.member.on_event(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
     world, device = course.world, course.parameters[0].device
-    loss, correct, tokens = until_it_fits(
+    found = until_it_fits(
         lambda: _looked_at(stand, course, samples, lay), course.evaluate_smaller, world=world, device=device
     )
     # Together, since a GPU is waited for each time; float64 has all of them exactly.
-    sums = torch.stack([loss.double(), correct.double(), torch.full_like(loss, tokens, dtype=torch.float64)])
+    count = torch.full_like(found.loss, found.count, dtype=torch.float64)
+    sums = torch.stack([found.loss.double(), *(value.double() for value in found.metrics.values()), count])
     world.add_up([sums])
-    lost, right, every = sums.tolist()
-    found = {"mean_token_accuracy": right / every}
-    if math.isfinite(lost):
-        found["loss"] = lost / every
-    return {f"{prefix}_{k}": v for k, v in found.items() for prefix in ("valid", "full_valid")}
+    loss, *values, every = sums.tolist()
+    means = {name: value / every for name, value in zip(found.metrics, values, strict=True)}
+    if math.isfinite(loss):
+        means["loss"] = loss / every
+    return {f"{prefix}_{name}": value for name, value in means.items() for prefix in ("valid", "full_valid")}
 
 
-def _looked_at(stand: Stand, course: Course, samples: Sequence[Sample], lay: Lay) -> tuple[Tensor, Tensor, int]:
-    """Of this process's part of the rows: the sum of losses, how many tokens were right, and how many there are."""
-    world, device = course.world, course.parameters[0].device
+def _looked_at(stand: Stand, course: Course, samples: Sequence[Sample], lay: Lay) -> Sums:
+    """The sums over this process's part of the rows."""
+    world, objective = course.world, course.member.objective
+    total = no_sums(objective, course.parameters[0].device)
     every = batches(samples, course.member.evaluation_budget, course.member.regime)
     pieces = world.share(every)
-    loss, correct, tokens = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device), 0
     for done, piece in enumerate(pieces, start=1):
         batch = lay(piece)
         stand.put([course.member.layers], _spans([batch.ids.numel()]))
-        part = tally(stand.model, batch)
-        loss, correct, tokens = loss + part.loss, correct + part.correct, tokens + part.tokens
+        (part,) = objective.sums(stand.model, batch, [sum(map(objective.count, piece))])
+        total = added(total, part)
         course.member.on_event(Tick(done=done, total=len(pieces)))
     for _ in range(world.idle(every)):
-        tally(stand.model, lay([_shortest(samples)]))
-    return loss, correct, tokens
+        row = _shortest(samples)
+        objective.sums(stand.model, lay([row]), [objective.count(row)])
+    return total

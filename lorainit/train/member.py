@@ -14,6 +14,7 @@ from lorainit.config.events import Event, Message
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import Budget, Regime, any_length
 from lorainit.data.dataset import Dataset, Sample
+from lorainit.model.forward.objective import NEXT_TOKEN, Objective
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.train.checkpoint import Restored
 from lorainit.train.largest import Rows
@@ -30,8 +31,8 @@ class Member:
     `recomputes`: an earlier attempt had to compute layers again; `on_recompute` hears that this one has to.
     `on_shortage` hears each time that memory has run out.
     `out` gets `metrics.jsonl` and `checkpoints/step-NNNNNN`. `skip`: batches of the data's order that are passed over
-    before the first step. `regime`: which rows may share a forward pass. For `checkpoint_recipe` and `write_adapter`
-    see `checkpoint.write`.
+    before the first step. `regime`: which rows may share a forward pass. `objective`: what is minimized,
+    the same of all that share a pass. For `checkpoint_recipe` and `write_adapter` see `checkpoint.write`.
     """
 
     layers: dict[str, LoRALinear]
@@ -52,6 +53,7 @@ class Member:
     recomputes: bool = False
     skip: int = 0
     regime: Regime = any_length
+    objective: Objective = NEXT_TOKEN
     resumed: Restored | None = None
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.data.batches import Batch
 from lorainit.data.dataset import Sample
-from lorainit.model.forward.loss import tallies
+from lorainit.model.forward.objective import forward_backward
 from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed.world import World
 from lorainit.train.largest import Rows, size_of
@@ -56,12 +56,15 @@ def try_pass(stand: Stand, members: Sequence[Member], trial: Trial, lay: Lay) ->
     stand.put([member.layers for member in some], list(pairwise([0, *accumulate(lengths)])))
     for member in some:
         _drop(member, "tried" if trial.learns else None)
-    counts = [sum(int(s.trained[1:].sum()) for s in rows) for rows in trial.rows.values()]
+    objective = some[0].objective
+    counts = [sum(map(objective.count, rows)) for rows in trial.rows.values()]
     kept = [torch.empty_like(parameter) for parameter in _kept(members, trial)]
-    with torch.set_grad_enabled(trial.learns):
-        parts = tallies(stand.model, lay([sample for rows in trial.rows.values() for sample in rows]), counts)
+    batch = lay([sample for rows in trial.rows.values() for sample in rows])
     if trial.learns:
-        torch.autograd.backward(torch.stack([part.loss for part in parts]).sum())
+        forward_backward(stand.model, objective, batch, counts)
+    else:
+        with torch.no_grad():
+            objective.sums(stand.model, batch, counts)
     del kept
     forget(stand, members)
 

@@ -279,7 +279,7 @@ def test_running_out_of_memory_comes_with_advice(spec, tmp_path, monkeypatch, er
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(loop, "tallies", fail)
+    monkeypatch.setattr(loop, "forward_backward", fail)
     with pytest.raises(OutOfMemory, match="max_length"):
         go(spec(), tmp_path)
 

@@ -12,6 +12,7 @@ from lorainit.config.inits import EVA, CorDA, LoRAGA, LoRAOne
 from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data.batches import Budget, Regime, any_length
 from lorainit.data.dataset import Sample
+from lorainit.model.forward.objective import NEXT_TOKEN, Objective
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Context:
     folder: where the base model's files are; None for a model that was not loaded from any.
     anybody: whether something is so in any process of the run, where several make the same passes; `divided`: they have
         to, since each has a part of the base.
+    objective: what the run minimizes.
     budget: of one pass; `regime`: which rows may share one (`Base.regime`).
     """
 
@@ -46,6 +48,7 @@ class Context:
     anybody: Callable[[bool], bool] = bool
     divided: bool = False
     regime: Regime = any_length
+    objective: Objective = NEXT_TOKEN
 
 
 def few_rows(config: LoRAGA | LoRAOne | EVA | CorDA, found: int) -> Message:

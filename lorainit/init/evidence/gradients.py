@@ -19,7 +19,7 @@ from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
 from lorainit.init.evidence.context import Context, few_rows
-from lorainit.model.forward.loss import row_losses
+from lorainit.model.forward.objective import NEXT_TOKEN, Objective, backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import listed
@@ -53,6 +53,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
         device=context.device,
         budget=context.budget,
         regime=context.regime,
+        objective=context.objective,
         on_tick=tick,
     )
     # An expert that no row was routed to has no first step that could be better than another.
@@ -92,6 +93,7 @@ def mean_gradients(
     device: torch.device,
     budget: Budget,
     regime: Regime = any_length,
+    objective: Objective = NEXT_TOKEN,
     on_tick: OnTick,
 ) -> dict[str, Tensor]:
     """∂L/∂W of each target, out×in, float32 on the CPU; L = mean over rows of the row's mean loss.
@@ -105,8 +107,7 @@ def mean_gradients(
     done = 0
     with _gradients_taken_away(model, targets, sums):
         for piece in batches(rows, budget, regime):
-            loss = row_losses(model, collate(piece, pad=pad).to(device)).sum()
-            torch.autograd.backward(loss)
+            backward([objective.row_losses(model, collate(piece, pad=pad).to(device)).sum()])
             done += len(piece)
             on_tick(done, len(rows))
     return {name: _mean(sums.get(name), module, len(rows)) for name, module in targets.items()}

@@ -23,7 +23,7 @@ from lorainit.init.evidence import Evidence, memory
 from lorainit.init.evidence.context import Context
 from lorainit.init.methods._linalg import normal
 from lorainit.init.methods.hrp import alive_directions
-from lorainit.model.forward.loss import tally
+from lorainit.model.forward.objective import forward_backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed
@@ -166,11 +166,12 @@ def _stream(context: Context) -> Iterator[list[Sample]]:
 def _accumulate(samples: list[Sample], step: int, steps: int, context: Context) -> float:
     """Gradients and loss of one effective batch, by micro-batches as in training."""
     pieces = batches(samples, context.budget, context.regime)
-    wanted = sum(int(s.trained[1:].sum()) for s in samples)
+    count = context.objective.count
+    wanted = sum(map(count, samples))
     loss = 0.0
     for done, piece in enumerate(pieces, start=1):
-        part = tally(context.model, collate(piece, pad=context.pad).to(context.device))
-        torch.autograd.backward(part.loss / wanted)
-        loss += float(part.loss.detach()) / wanted
+        batch = collate(piece, pad=context.pad).to(context.device)
+        (part,) = forward_backward(context.model, context.objective, batch, [sum(map(count, piece))], [wanted])
+        loss += float(part.loss) / wanted
         context.on_event(Tick(done=(step - 1) * len(pieces) + done, total=steps * len(pieces)))
     return loss
