@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # ruff: noqa: ARG001, ARG005 - callbacks and cases share their signatures
@@ -71,16 +72,15 @@ def base(cache: str) -> tuple[Any, list[Any]]:
 
 
 def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
-    import torch
 
     from lorainit.config.spec import Hyperparameters, Lora
-    from lorainit.data.batches import Budget, collate
+    from lorainit.data.batches import collate
     from lorainit.init import report as init_report
     from lorainit.init.evidence.collect import collect
-    from lorainit.init.evidence.context import Context
     from lorainit.init.initialize import initialize
     from lorainit.init.methods import METHODS
     from lorainit.model.targets.targets import find_targets
+    from tests.lorainit.contexts import dataset_of, run_of
 
     model, samples = base(cache)
     init = {"method": name.partition(" ")[0], **OURS[name]}
@@ -88,11 +88,9 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     rows, size = ROWS.get(lora.method.facts.needs, (8, 8))
     if name == LONG:
         samples = joined(samples, 512)
-    context = Context(
-        model=model, targets=find_targets(model, "all-linear"), samples=samples[:rows], training_samples=samples[:rows],
-        pad=0, device=torch.device("cpu"), budget=Budget(size), lora=lora,
-        training=Hyperparameters(learning_rate=1e-3, batch_size=4, n_epochs=1), total_steps=100, seed=0,
-        on_event=lambda event: None, order=lambda epoch: range(rows),
+    context = run_of(
+        model, find_targets(model, "all-linear"), dataset_of(samples[:rows]), lora, size=size, total=100,
+        training=Hyperparameters(learning_rate=1e-3, batch_size=4, n_epochs=1),
     )  # fmt: skip
     targets = dict(context.targets)
     probe = collate(samples[:2], pad=0)
@@ -121,7 +119,11 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
         extra["passes"] = plain_passes(fresh, samples[:8], repeat=repeat)
         fresh.zero_grad()
         # Once more, like the passes: a process that touches its memory for the first time waits for it.
-        again = replace(context, model=fresh, targets=find_targets(fresh, "all-linear"))
+        again = replace(
+            context,
+            base=SimpleNamespace(**vars(context.base) | {"model": fresh}),
+            targets=find_targets(fresh, "all-linear"),
+        )
         extra["gradients"] = seconds(lambda: collect(lora.method, again), repeat=repeat)
     return {
         "seconds": clock.seconds, "evidence": collected, "method": inside[0], "bytes": clock.bytes, **extra,

@@ -152,7 +152,8 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
         for who in range(len(runs)):
             on_event(settings.model_copy(update={"member": who}))
         load()
-        from lorainit.run import Request, run_together
+        from lorainit.context import Request
+        from lorainit.run import run_together
 
         heard = _watched(runs[0][0], on_event, others)
         requests = [

@@ -4,8 +4,7 @@ What can be refused is refused here, before the slow parts. Says what it decided
 """
 
 import hashlib
-import json
-from dataclasses import dataclass, field
+import time
 from typing import Any
 
 from torch import nn
@@ -16,13 +15,12 @@ from lorainit.config.facts import LeftOut
 from lorainit.config.placement import sentence
 from lorainit.config.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.config.spec import Choice, Hyperparameters, Lora, RunSpec
-from lorainit.data.batches import Budget, batches, order
+from lorainit.context import Request, Run
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
 from lorainit.data.tokens import load_kept
 from lorainit.model.base import Base, OnEvent, store
 from lorainit.model.layers.experts import ExpertLinear, short_name
-from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import check_length
 from lorainit.model.passes import Passes, go_on
@@ -32,69 +30,7 @@ from lorainit.model.targets.targets import resolve as resolve_targets
 from lorainit.runtime import hardware
 
 
-@dataclass
-class Job:
-    """What one run works with, everything resolved. `layers` is its adapter, once it is initialized.
-
-    `proof`: how it was shown that stock PEFT reads what this run exports (`lorainit.export.proof`); None = not shown.
-    """
-
-    spec: RunSpec
-    base: Base
-    lora: Lora
-    training: Hyperparameters
-    data: Dataset
-    valid: Dataset | None
-    calibration: Dataset | None
-    targets: dict[str, nn.Module]
-    passes: Passes
-    plan: Plan
-    layers: dict[str, LoRALinear] = field(default_factory=dict)
-    proof: dict[str, Any] | None = None
-
-    @property
-    def budget(self) -> Budget:
-        """Of a pass over padded rows."""
-        return Budget(self.passes.rows, self.passes.tokens)
-
-    def change_passes(self, **changes: int | bool) -> bool:
-        """Note what memory has made of the passes; returns whether that changes the plan."""
-        self.passes = self.passes.model_copy(update=changes)
-        tokens = self.plan.tokens_per_pass
-        self.plan = self.plan.model_copy(update={"tokens_per_pass": self.passes.tokens})
-        return tokens != self.passes.tokens
-
-    @property
-    def passes_of_first_step(self) -> int:
-        """How many; of other steps it differs a little with the lengths of their rows."""
-        assert self.training.batch_size != "auto"
-        first = order(self.data, seed=self.spec.seed, epoch=0)[: self.training.batch_size]
-        budget = self.budget._replace(packed=self.base.packs)
-        return len(batches([self.data.samples[i] for i in first], budget, self.base.regime))
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that wrote the checkpoint."""
-        resolved = {
-            "lora": self.lora.model_dump(mode="json", exclude={"left_out"}),
-            # Whether devices share the base changes no number.
-            "training": self.training.model_dump(mode="json", exclude={"shard_base"}),
-            "seed": self.spec.seed,
-        }
-        if self.spec.data.append_eos:
-            resolved["append_eos"] = True
-        return {
-            "spec": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
-            "data": self.data.sha256,
-            "validation": self.valid.sha256 if self.valid else None,
-            "calibration": self.calibration.sha256 if self.calibration else None,
-            "base": self.base.sha256,
-        }
-
-
-def prepare(
-    spec: RunSpec, base: Base, on_event: OnEvent, *, sharing: int = 1, known: dict[str, Any] | None = None
-) -> Job:
+def prepare(request: Request, base: Base, *, sharing: int = 1, known: dict[str, Any] | None = None) -> Run:
     """Load and check everything.
 
     Args:
@@ -105,6 +41,7 @@ def prepare(
     Raises:
         LorainitError: whatever makes the run impossible, with the field at fault.
     """
+    spec, emit, started = request.spec, request.on_event, time.monotonic()
     base.require_same(spec)
     lora, choices = spec.lora.resolved()
     asked, decided_here = hardware.resolve_precision(spec.training, base.device)
@@ -113,13 +50,13 @@ def prepare(
     max_length = resolve(asked, rows=1, model=model_ref, method=lora.method)[0].max_length
     assert max_length != "auto"
     check_length(base.location, max_length)
-    data, valid, calibration = _load_data(spec, base, max_length, on_event)
+    data, valid, calibration = _load_data(spec, base, max_length, emit)
     training, more = resolve(asked, rows=len(data.samples), model=model_ref, method=lora.method)
     for choice in [*choices, *decided_here, *more]:
         name = choice.param.removeprefix("training.")
-        _say(on_event, f"{name} = {choice.value} ({choice.reason})", **choice.model_dump())
+        _say(emit, f"{name} = {choice.value} ({choice.reason})", **choice.model_dump())
 
-    model = base.load(on_event)
+    model = base.load(emit)
     for rows in filter(None, (data, valid, calibration)):
         require_known((sample.ids for sample in rows.samples), base.tokenizer, model)
     if sharing > 1:
@@ -128,13 +65,28 @@ def prepare(
     lora = lora.model_copy(update={"left_out": left_out})
     if sharing > 1:
         _refuse_routed(targets)
-    _report_left_out(left_out, targets, on_event)
+    _report_left_out(left_out, targets, emit)
     for message in mixture.describe(model, targets, lora):
-        on_event(message)
+        emit(message)
     assert training.batch_size != "auto"
     passes = go_on(spec, base, known, batch_size=training.batch_size, sharing=sharing)
     plan = _plan(lora, training, data, targets, base=base, passes=passes, choices=decided_here)
-    return Job(spec, base, lora, training, data, valid, calibration, targets, passes, plan)
+    return Run(
+        spec=spec,
+        out=request.out,
+        emit=emit,
+        base=base,
+        lora=lora,
+        training=training,
+        data=data,
+        valid=valid,
+        calibration=calibration,
+        targets=targets,
+        passes=passes,
+        plan=plan,
+        alone=sharing == 1,
+        started=started,
+    )
 
 
 def _refuse_routed(targets: dict[str, nn.Module]) -> None:

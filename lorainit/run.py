@@ -5,23 +5,22 @@ made: `adapter/`, `checkpoints/`, `metrics.jsonl`, `step_metrics.csv`, `spec.jso
 """
 
 import json
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Done, InitReport, Stage
 from lorainit.config.spec import RunSpec
+from lorainit.context import Emit, Report, Request, Run
 from lorainit.data.dataset import require_readable
 from lorainit.export import delivery, proof
-from lorainit.export.ending import End, Ending, Run
+from lorainit.export.ending import End, Ending
 from lorainit.init import stage
-from lorainit.init.initialize import Report
-from lorainit.model.base import Base, OnEvent, open_base
-from lorainit.prepare import Job, prepare
+from lorainit.model.base import Base, open_base
+from lorainit.prepare import prepare
 from lorainit.runtime import hardware
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World, joined
@@ -32,16 +31,7 @@ from lorainit.train.loop import train
 from lorainit.train.member import Member
 
 
-@dataclass(frozen=True)
-class Request:
-    """One run of a group: its spec, a folder of its own (made if absent), and who is told."""
-
-    spec: RunSpec
-    out: Path
-    on_event: OnEvent
-
-
-def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
+def run(spec: RunSpec, out: Path, on_event: Emit) -> Done:
     """Run a spec from beginning to end.
 
     Args:
@@ -85,7 +75,7 @@ def run_together(requests: Sequence[Request]) -> Iterator[tuple[int, End]]:
 
 
 def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int, End], None, None]:
-    base, runs = None, dict[int, Run]()
+    base, runs, members = None, dict[int, Run](), list[Member]()
     for who, request in enumerate(requests):
         try:
             request.out.mkdir(parents=True, exist_ok=True)
@@ -93,16 +83,17 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
             require_readable(request.spec.data)
             base = base or open_base(request.spec, request.out, request.on_event, world=world)
             world = base.world
-            runs[who] = _begin(request, base, world, sharing=len(requests))
+            runs[who], restored = _begin(request, base, sharing=len(requests))
+            members.append(_member(runs[who], restored))
         except Exception as error:
             yield who, isolation.end_of(error, alone=len(requests) == 1)
     if base is None or not runs:
         return
-    members = fit(base.model, [_member(one) for one in runs.values()], lay=base.lay, world=world)
+    members = fit(base.model, members, lay=base.lay, world=world)
     names, training, waiting = list(runs), set(runs), dict[int, Ending]()
     with closing(train(base.model, members, lay=base.lay, world=world)) as trained, _closing(waiting):
         for ended in trained:
-            endings = {names[index]: Ending(runs[names[index]], end, world) for index, end in ended}
+            endings = {names[index]: Ending(runs[names[index]], end) for index, end in ended}
             waiting |= endings
             training -= endings.keys()
             if not training:
@@ -136,70 +127,55 @@ def _closing(waiting: dict[int, Ending]) -> Iterator[None]:
             ending.close()
 
 
-def _begin(request: Request, base: Base, world: World, *, sharing: int) -> Run:
+def _begin(request: Request, base: Base, *, sharing: int) -> tuple[Run, Restored | None]:
     """Load what this run learns from, and initialize its adapter or take it from a checkpoint."""
-    started, say = time.monotonic(), request.on_event
     point = request.spec.resume_from
     known = checkpoint.manifest_of(Path(point)) if point else {}
-    job = prepare(request.spec, base, say, sharing=sharing, known=known.get("passes"))
-    if world.leads:
-        delivery.write_spec(job, request.out)
-    restored = checkpoint.read(Path(point), recipe=job.recipe) if point else None
-    say(job.plan)
-    say(Stage(stage="initializing", message=f"Initializing with {job.lora.method.method}"))
-    job.proof = proof.prove(job, request.out, say, known=known.get("proof"))
-    report = _resume(job, restored) if restored else stage.start(job, say)
-    world.agree(
-        [t for layer in job.layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
+    run = prepare(request, base, sharing=sharing, known=known.get("passes"))
+    if run.is_rank0:
+        delivery.write_spec(run)
+    restored = checkpoint.read(Path(point), recipe=run.recipe) if point else None
+    run.emit(run.plan)
+    run.emit(Stage(stage="initializing", message=f"Initializing with {run.lora.method.method}"))
+    run.proof = proof.prove(run, known=known.get("proof"))
+    if restored:
+        _resume(run, restored)
+    else:
+        stage.start(run)
+    base.world.agree(
+        [t for layer in run.layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
     )
-    say(InitReport(report=report.summary))
-    return Run(job, report, restored, request.out, say, sharing == 1, started)
+    run.emit(InitReport(report=run.report.summary))
+    return run, restored
 
 
-def _member(one: Run) -> Member:
-    job = one.job
-    return Member(
-        layers=job.layers,
-        data=job.data,
-        valid=job.valid,
-        recipe=job.training,
-        seed=job.spec.seed,
-        budget=job.budget._replace(packed=job.base.packs),
-        keeps_budget=job.passes.kept,
-        recomputes=job.passes.recomputed,
-        out=one.out,
-        checkpoint_recipe=job.recipe,
-        write_adapter=lambda folder: delivery.write_adapter(job, folder, one.report),
-        skip=job.lora.method.batches_used(one.report.summary),
-        regime=job.base.regime,
-        resumed=one.restored,
-        on_event=one.on_event,
-        on_budget=partial(_change_budget, one),
-        on_recompute=partial(_note_recomputed, one),
-        on_shortage=partial(_count_shortage, one),
-    )
-
-
-def _change_budget(one: Run, tokens: int) -> None:
-    """Tell again what will run, where memory has changed it."""
-    if one.job.change_passes(tokens=tokens):
-        one.on_event(one.job.plan)
-
-
-def _note_recomputed(one: Run) -> None:
-    one.job.change_passes(recomputed=True)
-
-
-def _count_shortage(one: Run) -> None:
-    one.retries += 1
-
-
-# --- going on from a checkpoint ------------------------------------------------------------------
-
-
-def _resume(job: Job, restored: Restored) -> Report:
+def _resume(run: Run, restored: Restored) -> None:
     """The layers as the checkpoint has them, and the report of the initialization they came from."""
-    job.layers = checkpoint.layers_of(job.targets, job.lora, restored)
+    run.layers = checkpoint.layers_of(run.targets, run.lora, restored)
     report = json.loads((restored.folder / "adapter" / "init_report.json").read_text())
     modules = report.pop("per_module")
-    return Report(report, modules)
+    run.report = Report(report, modules)
+
+
+def _member(run: Run, restored: Restored | None) -> Member:
+    return Member(
+        layers=run.layers,
+        data=run.data,
+        valid=run.valid,
+        recipe=run.training,
+        seed=run.spec.seed,
+        budget=run.training_budget,
+        keeps_budget=run.passes.kept,
+        recomputes=run.passes.recomputed,
+        out=run.out,
+        checkpoint_recipe=run.recipe,
+        write_adapter=partial(delivery.write_adapter, run),
+        skip=run.lora.method.batches_used(run.report.summary),
+        regime=run.regime,
+        objective=run.objective,
+        resumed=restored,
+        on_event=run.emit,
+        on_budget=lambda tokens: run.change_passes(tokens=tokens),
+        on_recompute=lambda: run.change_passes(recomputed=True),
+        on_shortage=run.count_shortage,
+    )

@@ -18,7 +18,8 @@ from benchmarks.gpu.plan import NOT_TRIED
 from lorainit.config.events import Checkpoint, Done, Event, Message, Metrics
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
-from lorainit.run import Request, run, run_together
+from lorainit.context import Request
+from lorainit.run import run, run_together
 from lorainit.runtime import hardware
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, tiny_mistral, write_rows
 

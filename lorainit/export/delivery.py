@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +16,16 @@ from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Message, Stage, Warned
 from lorainit.config.results import write_csv
 from lorainit.config.sources import local_path
+from lorainit.context import Run
 from lorainit.export import check, fidelity, model_card, peft_adapter
 from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
-from lorainit.init.initialize import Report
 from lorainit.model.base import OnEvent
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.quantize import nf4_config
 from lorainit.model.load import free
 from lorainit.model.source import tokenizer_files
-from lorainit.prepare import Job
 from lorainit.runtime import hardware
 from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.runtime.machine_errors import is_machine_failure
@@ -34,28 +34,28 @@ from lorainit.runtime.machine_errors import is_machine_failure
 SAME_LOSS = 1e-3
 
 
-def write_adapter(job: Job, folder: Path, report: Report) -> None:
+def write_adapter(run: Run, folder: Path) -> None:
     """Everything of the download but the export check, which only the final adapter has."""
-    rank = write_factors(job, job.layers, folder)
-    tokenizer_files.copy(job.base.tokenizer, job.base.location.folder, folder)
-    alpha = peft_adapter.plain_alpha(r=rank, scale=job.lora.scaling)
-    facts = job.lora.method.facts
+    rank = write_factors(run, run.layers, folder)
+    tokenizer_files.copy(run.base.tokenizer, run.base.location.folder, folder)
+    alpha = peft_adapter.plain_alpha(r=rank, scale=run.lora.scaling)
+    facts = run.lora.method.facts
     paper = f"arXiv {facts.arxiv}" if facts.arxiv else ""
     model_card.write(
         folder,
-        root=job.spec.model.root,
-        method=job.lora.method.method,
+        root=run.spec.model.root,
+        method=run.lora.method.method,
         paper=paper,
         rank=rank,
         alpha=alpha,
-        loading=nf4_config(job.base.four_bits.skip) if job.base.four_bits else None,
-        unpackable=job.base.four_bits is not None and job.base.four_bits.unpackable,
-        dora=job.lora.use_dora,
-        gguf=_gguf(job.spec.model.source),
-        experts=any(isinstance(layer.base, ExpertLinear) for layer in job.layers.values()),
+        loading=nf4_config(run.base.four_bits.skip) if run.base.four_bits else None,
+        unpackable=run.base.four_bits is not None and run.base.four_bits.unpackable,
+        dora=run.lora.use_dora,
+        gguf=_gguf(run.spec.model.source),
+        experts=any(isinstance(layer.base, ExpertLinear) for layer in run.layers.values()),
     )
-    peft_adapter.write_json(folder / "init_report.json", {**report.summary, "per_module": report.modules})
-    write_manifest(job, folder, report, export_check=None)
+    peft_adapter.write_json(folder / "init_report.json", {**run.report.summary, "per_module": run.report.modules})
+    write_manifest(run, folder, export_check=None)
 
 
 def _gguf(source: str) -> str | None:
@@ -64,10 +64,10 @@ def _gguf(source: str) -> str | None:
     return path.name if path is not None and path.suffix == ".gguf" else None
 
 
-def write_factors(job: Job, layers: Mapping[str, LoRALinear], folder: Path) -> int:
+def write_factors(run: Run, layers: Mapping[str, LoRALinear], folder: Path) -> int:
     """What a loader reads: factors and their configuration; returns the (largest) rank."""
-    ranks = job.lora.method.written_ranks
-    return peft_adapter.export(job.base.model, layers, folder, root=job.spec.model.root, ranks=ranks)
+    ranks = run.lora.method.written_ranks
+    return peft_adapter.export(run.base.model, layers, folder, root=run.spec.model.root, ranks=ranks)
 
 
 def unproven(folder: Path) -> Path:
@@ -108,20 +108,19 @@ class Observed:
         return max(len(ids) for ids in [*self.effect.texts, *(sample.ids for sample in self.rows.samples)])
 
 
-def observe(job: Job, on_event: OnEvent) -> Observed:
-    """Note what the trained adapter does to the base, which stays bare; the job lets go of both."""
-    texts = check.prompts(job.data.samples)
-    effect = effects.observe(job.base.model, job.layers, texts, divided=bool(job.base.sharded), on_event=on_event)
-    rows, losses = fidelity.held_out(job.data, job.valid), None
-    if not job.base.sharded:
-        with borrowed(job.base.model, job.layers):
-            losses = fidelity.token_losses(job.base.model, rows, on_event=on_event)
-    job.targets.clear()
-    job.layers.clear()
+def observe(run: Run) -> Observed:
+    """Note what the trained adapter does to the base, which stays bare; the run lets go of both."""
+    texts = check.prompts(run.data.samples)
+    effect = effects.observe(run.base.model, run.layers, texts, divided=bool(run.base.sharded), on_event=run.emit)
+    rows, losses = fidelity.held_out(run.data, run.valid), None
+    if not run.base.sharded:
+        with borrowed(run.base.model, run.layers):
+            losses = fidelity.token_losses(run.base.model, rows, on_event=run.emit)
+    run.let_go()
     return Observed(effect, rows, losses)
 
 
-def verify(job: Job, folder: Path, seen: Observed, on_event: OnEvent, *, beside: bool) -> dict[str, Any]:
+def verify(run: Run, folder: Path, seen: Observed, *, beside: bool) -> dict[str, Any]:
     """Load the written adapter with stock PEFT on a fresh base and compare it with the trained model.
 
     Args:
@@ -130,51 +129,49 @@ def verify(job: Job, folder: Path, seen: Observed, on_event: OnEvent, *, beside:
     Raises:
         ExportCheckFailed: they differ.
     """
-    on_event(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
+    run.emit(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
     gc.collect()
     # PEFT measures the weights that a DoRA scales, and takes no parts for that.
-    base = job.base.fresh(in_parts=not job.lora.use_dora)
+    base = run.base.fresh(in_parts=not run.lora.use_dora)
     try:
-        return _compared(job, folder, seen, base, on_event, beside=beside)
+        return _compared(run, folder, seen, base, beside=beside)
     finally:
         free(base)
 
 
-def _compared(
-    job: Job, folder: Path, seen: Observed, base: nn.Module, on_event: OnEvent, *, beside: bool
-) -> dict[str, Any]:
+def _compared(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside: bool) -> dict[str, Any]:
     rows, losses = seen.rows, seen.losses
     result, served = check.check(
         base,
         folder,
         seen.effect,
-        source_rank=job.lora.r,
-        base_sha256=job.base.sha256,
-        place=job.base.place,
-        on_event=on_event,
+        source_rank=run.lora.r,
+        base_sha256=run.base.sha256,
+        place=run.base.place,
+        on_event=run.emit,
     )
-    _tell(result, on_event)
+    _tell(result, run.emit)
     check.require(result)
     if losses is None:
-        result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=fidelity.DIVIDED, on_event=on_event)
+        result["fidelity"] = fidelity.unmeasured(rows, dtype=run.base.dtype, reason=fidelity.DIVIDED, on_event=run.emit)
         return result
     try:
         result["fidelity"] = fidelity.measure(
-            job.base.location.folder,
+            run.base.location.folder,
             folder,
             rows,
             losses,
             served=served,
-            dtype=job.base.dtype,
-            device=job.base.device,
-            quantization=job.lora.quantization,
-            on_event=on_event,
+            dtype=run.base.dtype,
+            device=run.base.device,
+            quantization=run.lora.quantization,
+            on_event=run.emit,
         )
     except check.FAULTS as error:  # a base that does not run in bf16, for one: the adapter has passed its check
         if is_machine_failure(error) and (beside or not is_out_of_memory(error)):
             raise
         reason = f"measuring it failed: {check.short(error)}"
-        result["fidelity"] = fidelity.unmeasured(rows, dtype=job.base.dtype, reason=reason, on_event=on_event)
+        result["fidelity"] = fidelity.unmeasured(rows, dtype=run.base.dtype, reason=reason, on_event=run.emit)
     _require_same_loss(result["fidelity"])
     return result
 
@@ -205,41 +202,41 @@ def _tell(result: dict[str, Any], on_event: OnEvent) -> None:
 
 
 def write_manifest(
-    job: Job, folder: Path, report: Report, *, export_check: dict[str, Any] | None, warnings: Sequence[Warned] = ()
+    run: Run, folder: Path, *, export_check: dict[str, Any] | None, warnings: Sequence[Warned] = ()
 ) -> None:
     """Everything needed to tell what exactly ran."""
-    data = {"sha256": job.data.sha256, "rows": job.data.rows, "usable": len(job.data.samples)}
-    valid = job.valid and {"sha256": job.valid.sha256, "rows": job.valid.rows, "usable": len(job.valid.samples)}
-    held = job.base.four_bits and job.base.four_bits.statement(job.base.dtype)
+    data = {"sha256": run.data.sha256, "rows": run.data.rows, "usable": len(run.data.samples)}
+    valid = run.valid and {"sha256": run.valid.sha256, "rows": run.valid.rows, "usable": len(run.valid.samples)}
+    held = run.base.four_bits and run.base.four_bits.statement(run.base.dtype)
     manifest = {
         "base": {
-            "id": job.spec.model.id,
-            "root": job.spec.model.root,
-            "sha256": job.base.sha256,
+            "id": run.spec.model.id,
+            "root": run.spec.model.root,
+            "sha256": run.base.sha256,
             "quantization": held,
         },
-        "lora": {**job.lora.model_dump(mode="json"), "scaling": job.lora.scaling},
-        "training": job.training.model_dump(mode="json"),
-        "seeds": {"run": job.spec.seed, "init": report.summary["seed"]},
+        "lora": {**run.lora.model_dump(mode="json"), "scaling": run.lora.scaling},
+        "training": run.training.model_dump(mode="json"),
+        "seeds": {"run": run.spec.seed, "init": run.report.summary["seed"]},
         "data": {"training": data, "validation": valid, "order": "by keyed hash of seed, epoch and file hash"},
-        "plan": job.plan.model_dump(exclude={"kind", "member"}),
-        "passes": job.passes.model_dump(exclude={"kept"}),
-        "deterministic": job.spec.deterministic,
+        "plan": run.plan.model_dump(exclude={"kind", "member"}),
+        "passes": run.passes.model_dump(exclude={"kept"}),
+        "deterministic": run.spec.deterministic,
         "packages": hardware.versions(),
         "hardware": hardware.description(),
-        "init_report": report.summary,
-        "proof": job.proof,
+        "init_report": run.report.summary,
+        "proof": run.proof,
         "export_check": export_check,
         "warnings": [found.model_dump() for found in warnings],
     }
     peft_adapter.write_json(folder / "manifest.json", manifest)
 
 
-def write_spec(job: Job, out: Path) -> None:
+def write_spec(run: Run) -> None:
     """The spec with every "auto" resolved, and passes as they begin: memory may make them smaller."""
-    passes = {"micro_batch_size": job.passes.begun.rows, "tokens_per_pass": job.passes.begun.tokens}
-    update = {"lora": job.lora, "training": job.training, **passes}
-    peft_adapter.write_json(out / "spec.json", job.spec.model_copy(update=update).model_dump(mode="json"))
+    passes = {"micro_batch_size": run.passes.begun.rows, "tokens_per_pass": run.passes.begun.tokens}
+    update = {"lora": run.lora, "training": run.training, **passes}
+    peft_adapter.write_json(run.out / "spec.json", run.spec.model_copy(update=update).model_dump(mode="json"))
 
 
 def write_metrics(out: Path) -> None:
@@ -248,19 +245,20 @@ def write_metrics(out: Path) -> None:
         write_csv((json.loads(line) for line in log), stream)
 
 
-def resources(job: Job, report: Report, out: Path, *, seconds: float, retries: int) -> dict[str, Any]:
-    """What the run used, as shown in `job.resources`; `retries`: how often memory ran out before the first step."""
+def resources(run: Run) -> dict[str, Any]:
+    """What the run used until now, as shown in `job.resources`."""
+    seconds = time.monotonic() - run.started
     gpu = hardware.gpu_name()
-    gpus = job.spec.devices if gpu else 0
+    gpus = run.spec.devices if gpu else 0
     return {
         "gpu_name": gpu,
         "gpus": gpus,
         "gpu_seconds": round(gpus * seconds, 1),
-        "init_gpu_seconds": report.summary["seconds"] if gpu else 0.0,
+        "init_gpu_seconds": run.report.summary["seconds"] if gpu else 0.0,
         "peak_memory_bytes": hardware.peak_memory_bytes(),
-        "micro_batch_size": job.passes.rows,
-        "tokens_per_pass": job.passes.tokens,
-        "gradient_accumulation_steps": job.passes_of_first_step,
-        "oom_retries": retries,
-        "disk_bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
+        "micro_batch_size": run.passes.rows,
+        "tokens_per_pass": run.passes.tokens,
+        "gradient_accumulation_steps": run.passes_of_first_step,
+        "oom_retries": run.retries,
+        "disk_bytes": sum(p.stat().st_size for p in run.out.rglob("*") if p.is_file()),
     }

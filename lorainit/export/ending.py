@@ -4,46 +4,22 @@ The second needs room for another base. Where others still train on the first on
 it, it waits until they are done and that base is gone (docs/decisions/0050). What goes wrong is the end of this run.
 """
 
-import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Message, Stage
 from lorainit.config.spec import Hyperparameters
+from lorainit.context import Run
 from lorainit.export import delivery
 from lorainit.export.verdict import judge, judge_effect
-from lorainit.init.initialize import Report
-from lorainit.model.base import OnEvent
-from lorainit.prepare import Job
 from lorainit.runtime.distributed import isolation
-from lorainit.runtime.distributed.world import World
 from lorainit.runtime.hardware import is_out_of_memory
-from lorainit.train.checkpoint import Progress, Restored
+from lorainit.train.checkpoint import Progress
 
 End = Done | LorainitError
 Steps = Generator[None, bool, Done]
-
-
-@dataclass
-class Run:
-    """One run, initialized. `retries`: how often memory ran out. `alone`: no other shares its process."""
-
-    job: Job
-    report: Report
-    restored: Restored | None
-    out: Path
-    on_event: OnEvent
-    alone: bool
-    started: float
-    retries: int = 0
-
-    def let_go(self) -> None:
-        """Keep no part of the base in memory when others let go of it."""
-        self.job.targets.clear()
-        self.job.layers.clear()
 
 
 class Ending:
@@ -52,14 +28,14 @@ class Ending:
     Neither raises what goes wrong: that is the run's end. A `Stopped` is raised.
     """
 
-    def __init__(self, run: Run, end: Progress | LorainitError, world: World) -> None:
+    def __init__(self, run: Run, end: Progress | LorainitError) -> None:
         self._run, self._observed = run, False
         self._end: End | None = None
         self._steps: Steps | None = None
         if isinstance(end, LorainitError):
             self._set(end)
         else:
-            self._steps = _deliver(run, end) if world.leads else _accompany(run, end)
+            self._steps = _deliver(run, end) if run.is_rank0 else _accompany(run, end)
 
     def observe(self) -> None:
         """Write the adapter and note what it does to the model, once; nothing of the run holds on to the base then."""
@@ -97,37 +73,37 @@ class Ending:
 
 def _deliver(run: Run, progress: Progress) -> Steps:
     """Export and check what has been trained; each yield asks whether the fresh base is to lie beside the first one."""
-    job, out, say = run.job, run.out, run.on_event
+    out, emit = run.out, run.emit
     delivery.write_metrics(out)
-    say(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
+    emit(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
     with delivery.complete_or_absent(out / "adapter") as folder:
-        delivery.write_adapter(job, folder, run.report)
-        seen, check = delivery.observe(job, say), None
+        delivery.write_adapter(run, folder)
+        seen, check = delivery.observe(run), None
         while check is None:
             check = _verified(run, folder, seen, beside=(yield))
         base = run.report.summary.get("base_valid_loss")
-        warnings = judge(out / "metrics.jsonl", **_rates(job.training), base=base) + judge_effect(check)
-        delivery.write_manifest(job, folder, run.report, export_check=check, warnings=warnings)
+        warnings = judge(out / "metrics.jsonl", **_rates(run.training), base=base) + judge_effect(check)
+        delivery.write_manifest(run, folder, export_check=check, warnings=warnings)
     for found in warnings:
-        say(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))
+        emit(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))
     done = Done(
         adapter=str((out / "adapter").resolve()),
         trained_tokens=progress.tokens,
         warnings=warnings,
         export_check=check,
-        resources=delivery.resources(job, run.report, out, seconds=time.monotonic() - run.started, retries=run.retries),
+        resources=delivery.resources(run),
     )
-    say(done)
+    emit(done)
     return done
 
 
 def _verified(run: Run, folder: Path, seen: delivery.Observed, *, beside: bool) -> dict[str, Any] | None:
     """What the check found; None where there is no room for it beside the base that others train on."""
-    if beside and not run.job.base.has_room_beside(tokens=seen.longest, factors=run.job.plan.trainable_parameters):
+    if beside and not run.base.has_room_beside(tokens=seen.longest, factors=run.plan.trainable_parameters):
         _say_put_off(run)
         return None
     try:
-        return delivery.verify(run.job, folder, seen, run.on_event, beside=beside)
+        return delivery.verify(run, folder, seen, beside=beside)
     except Exception as error:
         if not (beside and is_out_of_memory(error)):  # it was measured, but others may use the device too
             raise
@@ -141,7 +117,7 @@ def _say_put_off(run: Run) -> None:
         "The training is finished and in a checkpoint. The adapter is verified when those that it is trained together"
         " with are done: there is no room for a second copy of the base beside theirs"
     )
-    run.on_event(Message(message=text, data={"kind": "export", "put_off": True}))
+    run.emit(Message(message=text, data={"kind": "export", "put_off": True}))
 
 
 def _rates(training: Hyperparameters) -> dict[str, float]:
@@ -152,9 +128,9 @@ def _rates(training: Hyperparameters) -> dict[str, float]:
 
 def _accompany(run: Run, progress: Progress) -> Steps:
     """The end of a process that trained along: the leading one writes the adapter, and needs our part to check it."""
-    job, folder = run.job, run.out / "adapter"
-    seen = delivery.observe(job, run.on_event) if job.base.sharded else None
+    folder = run.out / "adapter"
+    seen = delivery.observe(run) if run.base.sharded else None
     beside = yield
     if seen is not None:
-        delivery.verify(job, delivery.unproven(folder), seen, run.on_event, beside=beside)
+        delivery.verify(run, delivery.unproven(folder), seen, beside=beside)
     return Done(adapter=str(folder), trained_tokens=progress.tokens, export_check={}, resources={})

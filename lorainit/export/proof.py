@@ -18,16 +18,15 @@ from torch import nn
 from lorainit.config.errors import ExportCheckFailed, LorainitError, UnsupportedModel
 from lorainit.config.events import Message
 from lorainit.config.spec import Lora
+from lorainit.context import Run
 from lorainit.export import check, delivery
 from lorainit.export.effect import Effect, logits_of, observe
-from lorainit.model.base import OnEvent
 from lorainit.model.layers.experts import short_name
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import free
 from lorainit.model.parts import forget_pass
-from lorainit.prepare import Job
 from lorainit.runtime.distributed.isolation import forget
 from lorainit.runtime.hardware import generator_for, is_out_of_memory, versions
 from lorainit.runtime.machine_errors import is_machine_failure
@@ -39,8 +38,8 @@ _READERS = ("peft", "transformers", "torch")
 _FACTS = ("modules", "max_module_difference", "relative_logit_difference", "arithmetic", "loaders", "seconds")
 
 
-def prove(job: Job, out: Path, on_event: OnEvent, *, known: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Show that stock PEFT reads adapters of this job's layout on this base; the model stays bare.
+def prove(run: Run, *, known: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Show that stock PEFT reads adapters of this run's layout on this base; the model stays bare.
 
     Args:
         known: what an earlier attempt of this run returned.
@@ -55,12 +54,12 @@ def prove(job: Job, out: Path, on_event: OnEvent, *, known: dict[str, Any] | Non
     """
     if known and known["versions"] == _versions():
         return known
-    layout = _layout(job)
-    if layout in job.base.proven:
-        return job.base.proven[layout]
-    facts = _agreed(job, out, on_event)
+    layout = _layout(run)
+    if layout in run.base.proven:
+        return run.base.proven[layout]
+    facts = _agreed(run)
     if facts is not None:
-        job.base.proven[layout] = facts
+        run.base.proven[layout] = facts
     return facts
 
 
@@ -68,41 +67,41 @@ def _versions() -> dict[str, str | None]:
     return {name: value for name, value in versions().items() if name in _READERS}
 
 
-def _layout(job: Job) -> str:
+def _layout(run: Run) -> str:
     """All that shapes an adapter's files and the way in which a loader reads them."""
-    lora = job.lora
+    lora = run.lora
     return key(
-        targets=list(job.targets),
+        targets=list(run.targets),
         lora=[lora.r, lora.scaling, lora.use_rslora, lora.use_dora, lora.quantization],
         method=[lora.method.offset, lora.method.export_rank],
     )
 
 
-def _agreed(job: Job, out: Path, on_event: OnEvent) -> dict[str, Any] | None:
+def _agreed(run: Run) -> dict[str, Any] | None:
     """What the leading process finds; where it finds a fault, all of them end."""
-    world, error, facts = job.base.world, None, None
+    world, error, facts = run.base.world, None, None
     try:
-        if world.leads or job.base.sharded:
-            facts = _tried(job, out, on_event)
+        if world.leads or run.base.sharded:
+            facts = _tried(run)
     except LorainitError as fault:
         error = fault
-    if world.anybody(error is not None, job.base.device):
+    if world.anybody(error is not None, run.base.device):
         raise error or ExportCheckFailed("The leading process found that stock PEFT does not read the adapter.")
     return facts
 
 
-def _tried(job: Job, out: Path, on_event: OnEvent) -> dict[str, Any] | None:
-    layers = trial(job.targets, job.lora, device=job.base.device)
-    effect = _effect(job, layers, on_event)
-    if not job.base.world.leads:
+def _tried(run: Run) -> dict[str, Any] | None:
+    layers = trial(run.targets, run.lora, device=run.base.device)
+    effect = _effect(run, layers)
+    if not run.base.world.leads:
         return None
-    with _folder(out) as folder:
-        delivery.write_factors(job, layers, folder)
+    with _folder(run.out) as folder:
+        delivery.write_factors(run, layers, folder)
         layers.clear()
-        result = _compared(job, folder, effect, on_event)
+        result = _compared(run, folder, effect)
     if result is None:
         text = "There is no room for a second copy of the base, so stock PEFT reads the adapter at the end only"
-        on_event(Message(level="warn", message=text, data={"kind": "export", "proof": None}))
+        run.emit(Message(level="warn", message=text, data={"kind": "export", "proof": None}))
         return None
     if not result["passed"]:
         raise ExportCheckFailed(
@@ -114,7 +113,7 @@ def _tried(job: Job, out: Path, on_event: OnEvent) -> dict[str, Any] | None:
         f"Stock PEFT {facts['versions']['peft']} reads what this run will export: {facts['modules']} layers were"
         f" compared one by one, and differ by at most {facts['max_module_difference']:.1g} of what they add"
     )
-    on_event(Message(message=text, data={"kind": "export", "proof": facts}))
+    run.emit(Message(message=text, data={"kind": "export", "proof": facts}))
     return facts
 
 
@@ -154,15 +153,15 @@ def trial(targets: dict[str, nn.Module], lora: Lora, *, device: torch.device) ->
     return layers
 
 
-def _effect(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> Effect:
-    texts = check.prompts(job.data.samples, rows=ROWS, tokens=TOKENS)
+def _effect(run: Run, layers: dict[str, LoRALinear]) -> Effect:
+    texts = check.prompts(run.data.samples, rows=ROWS, tokens=TOKENS)
     try:
-        effect = observe(job.base.model, layers, texts, divided=bool(job.base.sharded), on_event=on_event)
+        effect = observe(run.base.model, layers, texts, divided=bool(run.base.sharded), on_event=run.emit)
     except check.FAULTS as error:
         if is_machine_failure(error):
             raise
-        forget_pass(job.base.model)
-        name = _culprit(job, layers, on_event)
+        forget_pass(run.base.model)
+        name = _culprit(run, layers)
         raise UnsupportedModel(
             f"The base model does not run with adapted layers ({name}): {check.short(error)}. Leave them out of"
             " target_modules.",
@@ -183,18 +182,18 @@ def _effect(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> Effec
     return effect
 
 
-def _culprit(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> str:
+def _culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
     """The first layer with which alone the model does not run, or the first of all."""
     text = [torch.zeros(2, dtype=torch.long)]
     kinds = {short_name(name, layers[name].base): name for name in reversed(layers)}
     for name in reversed(kinds.values()):
         try:
-            with borrowed(job.base.model, {name: layers[name]}):
-                logits_of(job.base.model, text, dtype=None, on_event=on_event)
+            with borrowed(run.base.model, {name: layers[name]}):
+                logits_of(run.base.model, text, dtype=None, on_event=run.emit)
         except check.FAULTS as error:
             if is_machine_failure(error):
                 raise
-            forget_pass(job.base.model)
+            forget_pass(run.base.model)
             return name
     return next(iter(layers))
 
@@ -202,11 +201,11 @@ def _culprit(job: Job, layers: dict[str, LoRALinear], on_event: OnEvent) -> str:
 # --- the second base -----------------------------------------------------------------------------
 
 
-def _compared(job: Job, folder: Path, effect: Effect, on_event: OnEvent) -> dict[str, Any] | None:
+def _compared(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
     """What the check says on a copy of the base, or None where there is no room for one."""
-    for place in job.base.places_beside(tokens=TOKENS, factors=job.plan.trainable_parameters):
+    for place in run.base.places_beside(tokens=TOKENS, factors=run.plan.trainable_parameters):
         try:
-            return _compared_on(place, job, folder, effect, on_event)
+            return _compared_on(place, run, folder, effect)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -214,17 +213,17 @@ def _compared(job: Job, folder: Path, effect: Effect, on_event: OnEvent) -> dict
     return None
 
 
-def _compared_on(place: torch.device, job: Job, folder: Path, effect: Effect, on_event: OnEvent) -> dict[str, Any]:
-    base = job.base.copy_on(place)
+def _compared_on(place: torch.device, run: Run, folder: Path, effect: Effect) -> dict[str, Any]:
+    base = run.base.copy_on(place)
     try:
         return check.check(
             base,
             folder,
             effect,
-            source_rank=job.lora.r,
-            base_sha256=job.base.sha256,
-            layers_only=bool(job.base.sharded),
-            on_event=on_event,
+            source_rank=run.lora.r,
+            base_sha256=run.base.sha256,
+            layers_only=bool(run.base.sharded),
+            on_event=run.emit,
         )[0]
     finally:
         free(base)

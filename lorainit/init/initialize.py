@@ -17,18 +17,16 @@ from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Event, Message, Tick
 from lorainit.config.inits import InitConfig, Kaiming
 from lorainit.config.spec import Lora
+from lorainit.context import Report
 from lorainit.data.batches import Batch
 from lorainit.init import report
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods import METHODS
 from lorainit.init.norms import row_norms
-from lorainit.init.report import Report
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, adapted, attach
 from lorainit.model.layers.weight import shape_of, weight_of
 from lorainit.runtime.hardware import generator_for
-
-__all__ = ["Known", "Report", "initialize"]
 
 MESSAGE_SECONDS = 5.0
 DORA_ROW = 1e-18  # norms of shorter rows are lost in float32 squares, in PEFT's DoRA as in ours

@@ -4,7 +4,6 @@ Works on r×r and r×n products only: nothing of a weight's size is made beside 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,14 +26,6 @@ from lorainit.runtime.retry import until_it_fits
 LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 # What methods found out once for all layers: each layer's entry has it, and the summary too.
 SHARED = ("gamma", "line_search", "preheat")
-
-
-@dataclass(frozen=True)
-class Report:
-    """`summary` is the object shown as `job.init_report`; `modules` has one entry per layer."""
-
-    summary: dict[str, Any]
-    modules: list[dict[str, Any]]
 
 
 # --- one layer ---------------------------------------------------------------------------------

@@ -1,16 +1,22 @@
-"""A collector's context on a tiny model, and what must be untouched after it worked."""
+"""A run on a tiny model, and what must be untouched after it worked."""
 
 import hashlib
+import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import torch
 
 from lorainit.config.spec import Hyperparameters, Lora
-from lorainit.data.batches import Budget, order
-from lorainit.data.dataset import load
-from lorainit.init.evidence.context import Context
+from lorainit.context import Request, Run
+from lorainit.data.batches import any_length
+from lorainit.data.dataset import Dataset, load
+from lorainit.model.base import open_base
 from lorainit.model.layers import experts
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
+from lorainit.prepare import prepare
+from lorainit.runtime.distributed.world import World
 from tests.lorainit.conftest import make_tokenizer
 
 CPU = torch.device("cpu")
@@ -24,21 +30,51 @@ def make_context(
     if install:
         experts.install(model)
     recipe = {"n_epochs": 1, "batch_size": 5, "learning_rate": 1e-3} | training
-    return Context(
-        model=model,
-        targets=find_targets(model, wanted),
-        samples=data.samples,
-        training_samples=data.samples,
-        pad=pad,
-        device=CPU,
-        budget=Budget(size),
-        lora=Lora.model_validate({"init": init, "r": r}).resolved()[0],
+    return run_of(
+        model,
+        find_targets(model, wanted),
+        data,
+        Lora.model_validate({"init": init, "r": r}).resolved()[0],
         training=Hyperparameters(**recipe),
-        total_steps=total,
+        size=size,
+        total=total,
         seed=3,
-        on_event=on_event or (lambda event: None),
-        order=lambda epoch: order(data, seed=3, epoch=epoch),
+        pad=pad,
+        emit=on_event,
     )
+
+
+def prepared(spec, out, emit=lambda event: None):
+    """The run of a spec, before its adapter is initialized."""
+    return prepare(Request(spec, out, emit), open_base(spec, out, lambda event: None))
+
+
+def run_of(
+    model, targets, data, lora, *, training, size, total=4, seed=0, pad=0, emit=None, folder=None, out=None, layers=None
+):
+    """A run on a model that no `Base` has loaded, as far as collectors and trainers look at it."""
+    place = SimpleNamespace(folder=folder)
+    base = SimpleNamespace(
+        model=model, device=CPU, world=World(), pad=pad, regime=any_length, location=place, sharded="", packs=False
+    )
+    return Run(
+        spec=SimpleNamespace(seed=seed),
+        out=out,
+        emit=emit or (lambda event: None),
+        base=base,
+        lora=lora,
+        training=training,
+        data=data,
+        targets=targets,
+        passes=SimpleNamespace(rows=size, tokens=sys.maxsize, kept=False, recomputed=False),
+        plan=SimpleNamespace(total_steps=total),
+        layers=layers or {},
+    )
+
+
+def dataset_of(samples):
+    """A dataset of these rows and nothing else."""
+    return Dataset(list(samples), "", len(samples), 0, [], Counter(), [])
 
 
 def state(model):

@@ -4,15 +4,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit.config.spec import Hyperparameters, Lora
+from lorainit.context import Run
 from lorainit.data.batches import Budget
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence.context import Context
 from lorainit.init.evidence.line_search import calibration_loss
 from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.targets.targets import find_targets
 from lorainit.runtime.hardware import generator_for
+from tests.lorainit.contexts import dataset_of, run_of
 
 CPU = torch.device("cpu")
 
@@ -43,27 +44,22 @@ def eight_rows() -> list[Sample]:
 
 def context(
     model, samples, init, *, r=8, size=1, on_event=lambda event: None, wanted="all-linear", folder=None, **lora
-) -> Context:
+) -> Run:
     """What `collect` works with, for an init written as in a request."""
-    return Context(
-        model=model,
-        targets=find_targets(model, wanted),
-        samples=samples,
-        training_samples=samples,
-        pad=0,
-        device=CPU,
-        budget=Budget(size),
-        lora=Lora.model_validate({"init": init, "r": r, **lora}).resolved()[0],
+    return run_of(
+        model,
+        find_targets(model, wanted),
+        dataset_of(samples),
+        Lora.model_validate({"init": init, "r": r, **lora}).resolved()[0],
         training=Hyperparameters(),
-        total_steps=1,
-        seed=0,
-        on_event=on_event,
-        order=lambda epoch: range(len(samples)),
+        size=size,
+        total=1,
+        emit=on_event,
         folder=folder,
     )
 
 
-def factors_of(found: Context, evidence) -> dict:
+def factors_of(found: Run, evidence) -> dict:
     """Each target's factors as `initialize` would get them."""
     return {
         name: METHODS[found.lora.method.method](
@@ -78,7 +74,7 @@ def factors_of(found: Context, evidence) -> dict:
     }
 
 
-def loss_with(found: Context, factors, *, sign=1.0) -> float:
+def loss_with(found: Run, factors, *, sign=1.0) -> float:
     """The loss on the context's rows with s·B·A (times `sign`) added to every target."""
     subtract = found.lora.method.offset == "subtract"
     try:
@@ -91,6 +87,6 @@ def loss_with(found: Context, factors, *, sign=1.0) -> float:
             attach(found.model, name, module)
 
 
-def loss_of(found: Context) -> float:
+def loss_of(found: Run) -> float:
     """The loss of the model as it is."""
     return calibration_loss(found.model, found.samples, pad=0, device=CPU, budget=Budget(8))

@@ -24,7 +24,6 @@ from lorainit.data.batches import Budget, collate
 from lorainit.data.dataset import load
 from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.collect import collect
-from lorainit.init.evidence.context import Context
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
 from lorainit.model.forward.loss import logits_of, tally
@@ -35,6 +34,7 @@ from lorainit.runtime.distributed.world import World
 from lorainit.train.loop import train
 from lorainit.train.member import Member
 from tests.lorainit.conftest import make_tokenizer
+from tests.lorainit.contexts import run_of
 
 CPU = torch.device("cpu")
 SCALINGS = {"alpha=r": {"alpha": 4.0}, "alpha=2r": {"alpha": 8.0}, "rslora": {"alpha": 4.0, "use_rslora": True}}
@@ -99,12 +99,8 @@ def tensors_hash(model):
 
 def evidence_for(model, targets, lora, data, folder):
     recipe = Hyperparameters(learning_rate=1e-2, batch_size=4, n_epochs=1)
-    context = Context(
-        model=model, targets=targets, samples=data.samples, training_samples=data.samples, pad=0, device=CPU,
-        budget=Budget(4), lora=lora, training=recipe, total_steps=4, seed=7, on_event=lambda event: None,
-        order=lambda epoch: range(len(data.samples)), folder=folder,
-    )  # fmt: skip
-    return collect(lora.method, context)
+    run = run_of(model, targets, data, lora, training=recipe, size=4, seed=7, folder=folder)
+    return collect(lora.method, run)
 
 
 def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quantization=None):

@@ -11,14 +11,13 @@ from torch import nn
 from lorainit.config.inits import INITS
 from lorainit.data.batches import batches, collate, order
 from lorainit.init.stage import start
-from lorainit.model.base import open_base
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
-from lorainit.prepare import prepare
 from lorainit.runtime.distributed.world import World
 from lorainit.train.course import Course
 from lorainit.train.loop import train
 from lorainit.train.member import Member
+from tests.lorainit.contexts import prepared
 from tests.lorainit.stock_peft import SameMask
 
 RATE, CLIP = 1e-2, 0.5
@@ -28,8 +27,8 @@ METHODS = {name: {"method": name} for name in sorted(INITS) if name != "loftq"} 
 def initialized(spec, tmp_path, **overrides):
     training = {"max_steps": 1, "batch_size": 5, "learning_rate": RATE, "max_grad_norm": CLIP, "warmup_ratio": 0.0}
     made = spec(**{**overrides, "training": training | overrides.get("training", {})})
-    job = prepare(made, open_base(made, tmp_path, lambda event: None), lambda event: None)
-    start(job, lambda event: None)
+    job = prepared(made, tmp_path)
+    start(job)
     return job
 
 

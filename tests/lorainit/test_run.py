@@ -24,12 +24,11 @@ from lorainit.config.errors import (
     UnsupportedModel,
 )
 from lorainit.config.events import EVENT, Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Tick
-from lorainit.model.base import open_base
-from lorainit.prepare import prepare
 from lorainit.run import run
 from lorainit.train import checkpoint, course, loop
 from lorainit.train.course import schedule
 from tests.lorainit.conftest import chat, write_rows
+from tests.lorainit.contexts import prepared
 
 
 def go(spec, out):
@@ -248,7 +247,7 @@ def test_answers_without_an_end_are_a_warning_of_the_run_that_append_eos_ends(sp
 
     def warned(**data):
         made, events = spec(model={"source": str(base)}, data=data), []
-        prepare(made, open_base(made, tmp_path / "out", events.append), events.append)
+        prepared(made, tmp_path / "out", events.append)
         return [e.message for e in of(events, Message) if e.data.get("code") == "no_stop_token"]
 
     (message,) = warned()

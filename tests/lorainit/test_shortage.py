@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Checkpoint, Done, Message, Metrics
-from lorainit.run import Request, run, run_together
+from lorainit.context import Request
+from lorainit.run import run, run_together
 from lorainit.train import course
 from tests.lorainit.ranks import run_ranks
 from tests.lorainit.shortage import TOKENS, Memory, adapter, after, close, told, until_export

@@ -8,7 +8,8 @@ import pytest
 
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Checkpoint, Done, Metrics, Stage, Tick
-from lorainit.run import Request, run, run_together
+from lorainit.context import Request
+from lorainit.run import run, run_together
 
 FAR = {"max_steps": 4, "batch_size": 5, "checkpoint_interval": 100, "eval_interval": 2}
 

@@ -89,7 +89,8 @@ def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     """Of a run on a base of so many layers; nothing before and after the case's two moments is counted."""
     from benchmarks.gpu import jobs
     from lorainit.config.errors import Stopped
-    from lorainit.run import Request, run_together
+    from lorainit.context import Request
+    from lorainit.run import run_together
 
     asked = dict(CASES[case])
     watch = _Watch(*MOMENTS[asked.pop("counted", "step")])

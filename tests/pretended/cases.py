@@ -19,8 +19,9 @@ from benchmarks.gpu.jobs import MAKERS, OPTIMIZERS, Jobs, _cut, _grouped, _resum
 from lorainit.config.events import Checkpoint, Done, Event, Message, Stage
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
+from lorainit.context import Request
 from lorainit.model.memory import of_a_copy
-from lorainit.run import Request, run_together
+from lorainit.run import run_together
 from lorainit.train import fit
 from tests.lorainit.conftest import tiny_llama
 from tests.pretended import device, rules, trouble

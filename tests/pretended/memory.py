@@ -98,9 +98,10 @@ def main(folder: Path, names: list[str]) -> None:
     engine.install()
     from benchmarks.gpu import jobs
     from benchmarks.gpu.day import Day
+    from lorainit.context import Request
     from lorainit.init.evidence import memory as evidence
     from lorainit.model import memory
-    from lorainit.run import Request, run_together
+    from lorainit.run import run_together
     from lorainit.train import fit
     from tests.lorainit.conftest import tiny_llama
 

@@ -90,7 +90,8 @@ def _under_way(trouble: Trouble) -> Iterator[None]:
 def ends_of(specs: "list[RunSpec]", folder: Path, trouble: Trouble) -> list[str]:
     """How each run ended: "done" where its download was checked, else the code of its error."""
     from lorainit.config.errors import LorainitError
-    from lorainit.run import Request, run_together
+    from lorainit.context import Request
+    from lorainit.run import run_together
 
     requests = [Request(spec, folder / f"{n}", trouble.hear) for n, spec in enumerate(specs)]
     ends = dict[int, str]()

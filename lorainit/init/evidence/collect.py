@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lorainit.config.inits import AnyInit
+from lorainit.context import Run
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence.context import Context
 from lorainit.init.evidence.directions import principal_directions
 from lorainit.init.evidence.gradients import gradient_evidence
 from lorainit.init.evidence.line_search import lora_one_evidence
@@ -13,7 +13,7 @@ from lorainit.init.evidence.moments import second_moments
 from lorainit.init.evidence.originals import original_weights
 from lorainit.init.evidence.preheat import preheat
 
-COLLECTORS: dict[str, Callable[[Any, Context], dict[str, Evidence]]] = {
+COLLECTORS: dict[str, Callable[[Any, Run], dict[str, Evidence]]] = {
     "loftq": original_weights,
     "lora_ga": gradient_evidence,
     "lora_one": lora_one_evidence,
@@ -23,10 +23,10 @@ COLLECTORS: dict[str, Callable[[Any, Context], dict[str, Evidence]]] = {
 }
 
 
-def collect(config: AnyInit, context: Context) -> dict[str, Evidence]:
+def collect(config: AnyInit, run: Run) -> dict[str, Evidence]:
     """The evidence of each target for this method; nothing, where the weight is all it looks at."""
     collector = COLLECTORS.get(config.method)
     if collector is None:
         assert config.facts.needs in ("none", "weight"), config.facts.needs
-        return {name: Evidence() for name in context.targets}
-    return collector(config, context)
+        return {name: Evidence() for name in run.targets}
+    return collector(config, run)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import EVA
+from lorainit.context import Run
 from lorainit.data.batches import batches
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.context import Context
 from lorainit.init.evidence.inputs import calibration_rows, look, shared_inputs
 from lorainit.init.evidence.pca import PCA, converged, spread_ranks
 from lorainit.init.methods.eva import alive_directions
@@ -21,7 +21,7 @@ from lorainit.runtime.hardware import generator_for
 MAX_PASSES, MIN_BATCHES = 8, 64
 
 
-def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
+def principal_directions(config: EVA, run: Run) -> dict[str, Evidence]:
     """Principal directions of each layer's inputs, and the rank each layer deserves.
 
     The inputs are those of trained tokens (`use_label_mask`, PEFT's default) or of all but padding. Each of the first
@@ -37,19 +37,18 @@ def principal_directions(config: EVA, context: Context) -> dict[str, Evidence]:
         InitFailed: the directions have not converged; the message lists the layers.
         OutOfMemory: they take more than is free.
     """
-    rows = calibration_rows(config, context)
-    pieces = batches(rows, context.budget, context.regime)
-    leader = shared_inputs(context, pieces[0])
-    widths = {n: min(round(config.rho * context.lora.r), *shape_of(m)) for n, m in context.targets.items()}
+    rows = calibration_rows(config, run)
+    pieces = batches(rows, run.evidence_budget, run.regime)
+    leader = shared_inputs(run, pieces[0])
+    widths = {n: min(round(config.rho * run.lora.r), *shape_of(m)) for n, m in run.targets.items()}
     # The directions, and those of the batch before.
-    numbers = 2 * sum(widths[g] * shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values()))
-    memory.require(context, "eva's directions of every layer's inputs", numbers=numbers, device=context.device)
-    states = _states(config, context, leader, widths)
-    ranks = _settle(states, leader, widths, pieces, config=config, context=context)
+    numbers = 2 * sum(widths[g] * shape_of(run.targets[g])[1] for g in dict.fromkeys(leader.values()))
+    memory.require(run, "eva's directions of every layer's inputs", numbers=numbers, device=run.device)
+    states = _states(config, run, leader, widths)
+    ranks = _settle(states, leader, widths, pieces, config=config, run=run)
     starved = Evidence(starved=True, rows=len(rows))
     return {
-        n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) if n in ranks else starved
-        for n in context.targets
+        n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) if n in ranks else starved for n in run.targets
     }
 
 
@@ -60,7 +59,7 @@ def _settle(
     pieces: Sequence[Sequence[Sample]],
     *,
     config: EVA,
-    context: Context,
+    run: Run,
 ) -> dict[str, int]:
     """Feed the batches, again and again, until the directions stand still; the ranks they earn."""
     limit, tokens = max(MIN_BATCHES, MAX_PASSES * len(pieces)), "trained" if config.use_label_mask else "all"
@@ -68,24 +67,24 @@ def _settle(
     for number in range(1, limit + 1):
         before = {name: state.directions for name, state in states.items()}
         piece = pieces[(number - 1) % len(pieces)]
-        look(context, piece, states, lambda name, X, _: states[name].update(X), tokens=tokens)
-        context.on_event(Tick(done=number, total=limit))
+        look(run, piece, states, lambda name, X, _: states[name].update(X), tokens=tokens)
+        run.emit(Tick(done=number, total=limit))
         if number == len(pieces):
-            leader = _without(_starved_experts(states, widths, context), leader, states)
+            leader = _without(_starved_experts(states, widths, run), leader, states)
             _refuse_starved({name: states[leader[name]] for name in leader}, widths)
         if number < max(2, len(pieces)):
             continue
         bids = {name: states[leader[name]].ratios[: widths[name]] for name in leader}
-        ranks = spread_ranks(bids, context.lora.r * len(leader))
+        ranks = spread_ranks(bids, run.lora.r * len(leader))
         needed = {g: max(ranks[name] for name in leader if leader[name] == g) for g in states}
         moving = [g for g, state in states.items() if not converged(before[g], state.directions, needed[g], config.tau)]
-        if not context.anybody(bool(moving)):  # rounding may differ, and passes may be everybody's
-            _say_ranks(ranks, number, context)
+        if not run.anybody(bool(moving)):  # rounding may differ, and passes may be everybody's
+            _say_ranks(ranks, number, run)
             return ranks
-    unsettled = [name for name in moving if not isinstance(context.targets[name], ExpertLinear)]
+    unsettled = [name for name in moving if not isinstance(run.targets[name], ExpertLinear)]
     if not unsettled:  # experts that few tokens reach
         leader = _without(moving, leader, states)
-        return spread_ranks({n: states[leader[n]].ratios[: widths[n]] for n in leader}, context.lora.r * len(leader))
+        return spread_ranks({n: states[leader[n]].ratios[: widths[n]] for n in leader}, run.lora.r * len(leader))
     raise InitFailed(
         f"EVA's directions still move after {limit} batches in {listed(unsettled)}: more rows, larger micro-batches or"
         f" a lower tau than {config.tau:g} help.",
@@ -93,8 +92,8 @@ def _settle(
     )
 
 
-def _states(config: EVA, context: Context, leader: dict[str, str], widths: dict[str, int]) -> dict[str, PCA]:
-    seed = config.seed_for(context.seed)
+def _states(config: EVA, run: Run, leader: dict[str, str], widths: dict[str, int]) -> dict[str, PCA]:
+    seed = config.seed_for(run.spec.seed)
     return {
         g: PCA(max(widths[n] for n in leader if leader[n] == g), generator=generator_for(seed, g))
         for g in dict.fromkeys(leader.values())
@@ -107,12 +106,12 @@ def _eva_evidence(state: PCA, rank: int, *, rows: int) -> Evidence:
     return Evidence(directions=V, spread=S, rank=rank, rows=rows, facts=facts)
 
 
-def _starved_experts(states: dict[str, PCA], widths: dict[str, int], context: Context) -> list[str]:
+def _starved_experts(states: dict[str, PCA], widths: dict[str, int], run: Run) -> list[str]:
     """Experts that too few tokens were routed to, or too few different ones, for as many directions."""
     return [
         name
         for name, state in states.items()
-        if isinstance(context.targets[name], ExpertLinear)
+        if isinstance(run.targets[name], ExpertLinear)
         and (state.tokens <= widths[name] or alive_directions(state.S) < widths[name])
     ]
 
@@ -135,11 +134,11 @@ def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
         )
 
 
-def _say_ranks(ranks: dict[str, int], seen: int, context: Context) -> None:
+def _say_ranks(ranks: dict[str, int], seen: int, run: Run) -> None:
     empty = [name for name, rank in ranks.items() if rank == 0]
     text = (
         f"EVA: directions stand still after {seen} batches; ranks from {min(ranks.values())} to {max(ranks.values())}"
     )
     text += f"; {len(empty)} modules get no adapter" if empty else ""
     data = {"kind": "init", "batches": seen, "without_adapter": empty}
-    context.on_event(Message(message=text, data=data))
+    run.emit(Message(message=text, data=data))

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Tick
 from lorainit.config.inits import LoRAGA, LoRAOne
+from lorainit.context import Run
 from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.context import Context, few_rows
+from lorainit.init.evidence.rows import few_rows
 from lorainit.model.forward.objective import NEXT_TOKEN, Objective, backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
@@ -27,7 +28,7 @@ from lorainit.model.targets.names import listed
 OnTick = Callable[[int, int], None]
 
 
-def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, Evidence]:
+def gradient_evidence(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]:
     """The gradient of each target, from the first rows.
 
     Experts of a mixture that get none are `starved`.
@@ -37,27 +38,27 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
         InitFailed: a gradient is not finite.
         OutOfMemory: the gradients take more than is free.
     """
-    rows = calibration_rows(config, context)
-    numbers = sum(out * n for out, n in map(shape_of, context.targets.values()))
+    rows = calibration_rows(config, run)
+    numbers = sum(out * n for out, n in map(shape_of, run.targets.values()))
     what = f"{config.method}'s gradient of every matrix"
-    memory.require(context, what, numbers=numbers, device=torch.device("cpu"))
+    memory.require(run, what, numbers=numbers, device=torch.device("cpu"))
 
     def tick(done: int, total: int) -> None:
-        context.on_event(Tick(done=done, total=total))
+        run.emit(Tick(done=done, total=total))
 
     found = mean_gradients(
-        context.model,
-        context.targets,
+        run.model,
+        run.targets,
         rows,
-        pad=context.pad,
-        device=context.device,
-        budget=context.budget,
-        regime=context.regime,
-        objective=context.objective,
+        pad=run.base.pad,
+        device=run.device,
+        budget=run.evidence_budget,
+        regime=run.regime,
+        objective=run.objective,
         on_tick=tick,
     )
     # An expert that no row was routed to has no first step that could be better than another.
-    starved = {n for n, G in found.items() if isinstance(context.targets[n], ExpertLinear) and not G.any()}
+    starved = {n for n, G in found.items() if isinstance(run.targets[n], ExpertLinear) and not G.any()}
     refuse_unusable({name: G for name, G in found.items() if name not in starved})
     return {
         name: Evidence(starved=True, rows=len(rows)) if name in starved else Evidence(gradient=G, rows=len(rows))
@@ -65,22 +66,22 @@ def gradient_evidence(config: LoRAGA | LoRAOne, context: Context) -> dict[str, E
     }
 
 
-def split_rows(config: LoRAGA | LoRAOne, context: Context) -> tuple[Sequence[Sample], Sequence[Sample]]:
+def split_rows(config: LoRAGA | LoRAOne, run: Run) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """The first `samples` rows that have a trained token, and as many after them, if there are."""
-    usable = [s for s in context.samples if s.trained[1:].any()]
+    usable = [s for s in run.samples if s.trained[1:].any()]
     return usable[: config.samples], usable[config.samples : 2 * config.samples]
 
 
-def calibration_rows(config: LoRAGA | LoRAOne, context: Context) -> Sequence[Sample]:
+def calibration_rows(config: LoRAGA | LoRAOne, run: Run) -> Sequence[Sample]:
     """The first `samples` rows that have a trained token. Fewer than asked for is reported."""
-    rows, _ = split_rows(config, context)
+    rows, _ = split_rows(config, run)
     if not rows:
         raise UnsupportedInit(
             f"{config.method} takes its start from the gradient, and no calibration row has a trained token.",
             param="lora.init",
         )
     if len(rows) < config.samples:
-        context.on_event(few_rows(config, len(rows)))
+        run.emit(few_rows(config, len(rows)))
     return rows
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.inits import EVA, CorDA
+from lorainit.context import Run
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence.context import Context, few_rows
+from lorainit.init.evidence.rows import few_rows
 from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.targets.names import listed
@@ -21,17 +22,17 @@ from lorainit.model.targets.names import listed
 See = Callable[[str, Tensor, list[int]], None]
 
 
-def calibration_rows(config: EVA | CorDA, context: Context) -> Sequence[Sample]:
+def calibration_rows(config: EVA | CorDA, run: Run) -> Sequence[Sample]:
     """The first rows; refused when there are none. Fewer than asked for is said aloud."""
-    rows = context.samples[: config.samples]
+    rows = run.samples[: config.samples]
     if not rows:
         raise UnsupportedInit("This method looks at rows, and there are none.", param="data.calibration")
     if len(rows) < config.samples:
-        context.on_event(few_rows(config, len(rows)))
+        run.emit(few_rows(config, len(rows)))
     return rows
 
 
-def shared_inputs(context: Context, piece: Sequence[Sample]) -> dict[str, str]:
+def shared_inputs(run: Run, piece: Sequence[Sample]) -> dict[str, str]:
     """For each target the first target that is handed the very same tensor; itself if it is the first.
 
     Experts share nothing, and whether tokens reach them is known when all rows have passed.
@@ -41,40 +42,40 @@ def shared_inputs(context: Context, piece: Sequence[Sample]) -> dict[str, str]:
     """
     # The tensors are kept until the pass is over, so that an identity cannot be used twice.
     seen: dict[int, tuple[str, Tensor]] = {}
-    leader = {name: name for name, module in context.targets.items() if isinstance(module, ExpertLinear)}
-    others = {name: module for name, module in context.targets.items() if name not in leader}
+    leader = {name: name for name, module in run.targets.items() if isinstance(module, ExpertLinear)}
+    others = {name: module for name, module in run.targets.items() if name not in leader}
 
     def note(name: str, x: Tensor) -> None:
         leader.setdefault(name, seen.setdefault(id(x), (name, x))[0])
 
-    batch = collate(piece, pad=context.pad).to(context.device)
+    batch = collate(piece, pad=run.base.pad).to(run.device)
     with torch.no_grad(), _hooked(others, note):
-        logits_of(context.model, batch)
-    unreached = [name for name in context.targets if name not in leader]
+        logits_of(run.model, batch)
+    unreached = [name for name in run.targets if name not in leader]
     if unreached:
         raise UnsupportedInit(f"The calibration rows never reach {listed(unreached)}.", param="lora.target_modules")
-    return {name: leader[name] for name in context.targets}
+    return {name: leader[name] for name in run.targets}
 
 
 @torch.no_grad()
-def look(context: Context, piece: Sequence[Sample], names: Iterable[str], see: See, *, tokens: str) -> None:
+def look(run: Run, piece: Sequence[Sample], names: Iterable[str], see: See, *, tokens: str) -> None:
     """One batch; `see(name, X, counts)` gets the chosen tokens' inputs of each named target, tokens×in float32.
 
     `counts`: how many of them are each row's, in turn.
     """
-    batch = collate(piece, pad=context.pad).to(context.device)
+    batch = collate(piece, pad=run.base.pad).to(run.device)
     mask = batch.attention.bool() & batch.trained if tokens == "trained" else batch.attention.bool()
 
     def select(name: str, x: Tensor) -> None:
-        positions = _positions(name, context.targets[name], x, mask)
+        positions = _positions(name, run.targets[name], x, mask)
         wanted = mask.flatten()[positions]
         X = x.flatten(0, -2)[wanted].float()
         if not X.isfinite().all():
             raise InitFailed(f"{name}: its inputs are not finite on the calibration rows.", param="lora.init")
         see(name, X, torch.bincount(positions[wanted] // mask.shape[1], minlength=len(mask)).tolist())
 
-    with _hooked({name: context.targets[name] for name in names}, select):
-        logits_of(context.model, batch)
+    with _hooked({name: run.targets[name] for name in names}, select):
+        logits_of(run.model, batch)
 
 
 def _positions(name: str, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from torch import nn
 from lorainit.config.errors import InitFailed
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import LoRAOne
+from lorainit.context import Run
 from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, StepSearch
-from lorainit.init.evidence.context import Context
 from lorainit.init.evidence.gradients import gradient_evidence, split_rows
 from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.forward.loss import row_losses
@@ -33,22 +33,22 @@ from lorainit.runtime.hardware import generator_for
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))
 
 
-def lora_one_evidence(config: LoRAOne, context: Context) -> dict[str, Evidence]:
+def lora_one_evidence(config: LoRAOne, run: Run) -> dict[str, Evidence]:
     """The gradient of each target and, with gamma "auto", the step that suits this model.
 
     Raises:
         As `gradient_evidence` and `search_step`.
     """
-    evidence = gradient_evidence(config, context)
+    evidence = gradient_evidence(config, run)
     if config.gamma != "auto":
         return evidence
-    rows, unseen = split_rows(config, context)
-    return search_step(config, context, unseen or rows, evidence, held_out=bool(unseen))
+    rows, unseen = split_rows(config, run)
+    return search_step(config, run, unseen or rows, evidence, held_out=bool(unseen))
 
 
 def search_step(
     config: LoRAOne,
-    context: Context,
+    run: Run,
     rows: Sequence[Sample],
     evidence: Mapping[str, Evidence],
     *,
@@ -62,18 +62,16 @@ def search_step(
     tried: dict[float, float] = {}
 
     def loss_at(gamma: float) -> float:
-        scale = context.lora.scaling / gamma
-        for layer in adapted(context.model).values():
+        scale = run.lora.scaling / gamma
+        for layer in adapted(run.model).values():
             layer.scale = scale
-        loss = calibration_loss(
-            context.model, rows, pad=context.pad, device=context.device, budget=budget, regime=regime
-        )
-        context.on_event(Tick(done=len(tried) + 1, total=len(GAMMAS) + 2))
+        loss = calibration_loss(run.model, rows, pad=run.base.pad, device=run.device, budget=budget, regime=regime)
+        run.emit(Tick(done=len(tried) + 1, total=len(GAMMAS) + 2))
         return loss if math.isfinite(loss) else math.inf
 
-    budget, regime = context.budget, context.regime
-    base = calibration_loss(context.model, rows, pad=context.pad, device=context.device, budget=budget, regime=regime)
-    with _attached(config, context, evidence):
+    budget, regime = run.evidence_budget, run.regime
+    base = calibration_loss(run.model, rows, pad=run.base.pad, device=run.device, budget=budget, regime=regime)
+    with _attached(config, run, evidence):
         for gamma in GAMMAS:
             tried[gamma] = loss_at(gamma)
         best = min(tried, key=tried.__getitem__)
@@ -83,7 +81,7 @@ def search_step(
     if not tried[best] < base:
         raise _no_step(base, tried)
     step = StepSearch(gamma=best, base_loss=base, tried=tuple(sorted(tried.items(), reverse=True)), held_out=held_out)
-    context.on_event(_found(step))
+    run.emit(_found(step))
     facts = {"gamma": step.gamma, "line_search": step.facts()}
     return {name: replace(found, step=step, facts={**found.facts, **facts}) for name, found in evidence.items()}
 
@@ -104,22 +102,22 @@ def calibration_loss(
 
 
 @contextmanager
-def _attached(config: LoRAOne, context: Context, evidence: Mapping[str, Evidence]) -> Iterator[None]:
+def _attached(config: LoRAOne, run: Run, evidence: Mapping[str, Evidence]) -> Iterator[None]:
     """The start at gamma = 1 in every layer for as long as the context lasts; `scale` then sets the step."""
     unit = config.model_copy(update={"gamma": 1.0})
-    seed = config.seed_for(context.seed)
-    r = context.lora.r
+    seed = config.seed_for(run.spec.seed)
+    r = run.lora.r
     try:
-        for name, module in context.targets.items():
+        for name, module in run.targets.items():
             if evidence[name].starved:  # its start is a product of zero
                 continue
             W, generator = weight_of(module).detach(), generator_for(seed, name)
             factors = lora_one(W, evidence[name], rank=r, scale=1.0, config=unit, generator=generator)
-            attach(context.model, name, LoRALinear(module, factors, scale=1.0, subtract=False))
+            attach(run.model, name, LoRALinear(module, factors, scale=1.0, subtract=False))
         yield
     finally:
-        for name, module in context.targets.items():
-            attach(context.model, name, module)
+        for name, module in run.targets.items():
+            attach(run.model, name, module)
 
 
 def _found(step: StepSearch) -> Message:

@@ -7,7 +7,7 @@ import torch
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
-from lorainit.init.evidence.context import Context
+from lorainit.context import Run
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.runtime import hardware
 
@@ -15,7 +15,7 @@ FLOAT = 4
 GIB = 2**30
 
 
-def require(context: Context, what: str, *, numbers: int, device: torch.device) -> None:
+def require(run: Run, what: str, *, numbers: int, device: torch.device) -> None:
     """Refuse what does not fit; of a mixture, say what it takes.
 
     Args:
@@ -26,17 +26,17 @@ def require(context: Context, what: str, *, numbers: int, device: torch.device) 
         OutOfMemory: they take more than is free in any process of the run.
     """
     wanted, free = FLOAT * numbers, hardware.free_bytes(device)
-    if context.anybody(free is not None and wanted > free):
-        experts = sum(isinstance(module, ExpertLinear) for module in context.targets.values())
-        hint = f" {experts} of the {len(context.targets)} adapted matrices are experts'." if experts else ""
+    if run.anybody(free is not None and wanted > free):
+        experts = sum(isinstance(module, ExpertLinear) for module in run.targets.values())
+        hint = f" {experts} of the {len(run.targets)} adapted matrices are experts'." if experts else ""
         raise OutOfMemory(
             f"{what} takes {_gib(wanted)} of memory, and {_gib(free or 0)} are free.{hint} Fewer target modules"
             ' ("attention" leaves experts out), or a method that keeps less, such as pissa or kaiming, help.',
             param="lora.init",
         )
-    if any(isinstance(module, ExpertLinear) for module in context.targets.values()):
+    if any(isinstance(module, ExpertLinear) for module in run.targets.values()):
         text = f"{what} takes {_gib(wanted)} of memory until the layers have started from it"
-        context.on_event(Message(message=text, data={"kind": "init", "evidence_bytes": wanted}))
+        run.emit(Message(message=text, data={"kind": "init", "evidence_bytes": wanted}))
 
 
 def _gib(size: int) -> str:

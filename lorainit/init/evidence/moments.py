@@ -8,9 +8,9 @@ from torch import Tensor
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Tick
 from lorainit.config.inits import CorDA
+from lorainit.context import Run
 from lorainit.data.batches import batches
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.context import Context
 from lorainit.init.evidence.inputs import calibration_rows, look, shared_inputs
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
@@ -20,7 +20,7 @@ from lorainit.model.targets.names import listed
 DEVICE_BYTES = 4 << 30
 
 
-def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
+def second_moments(config: CorDA, run: Run) -> dict[str, Evidence]:
     """Mean over rows of XᵀX for each layer, in×in float32, X the row's inputs over their size (`_size`).
 
     Held on the CPU: in² · 4 bytes for every group of layers that share an input. On an accelerator
@@ -32,22 +32,22 @@ def second_moments(config: CorDA, context: Context) -> dict[str, Evidence]:
         InitFailed: a layer's inputs are not finite.
         OutOfMemory: more than is free.
     """
-    rows = calibration_rows(config, context)
-    pieces = batches(rows, context.budget, context.regime)
-    leader = shared_inputs(context, pieces[0])
-    sides = {g: shape_of(context.targets[g])[1] for g in dict.fromkeys(leader.values())}
+    rows = calibration_rows(config, run)
+    pieces = batches(rows, run.evidence_budget, run.regime)
+    leader = shared_inputs(run, pieces[0])
+    sides = {g: shape_of(run.targets[g])[1] for g in dict.fromkeys(leader.values())}
     moments: dict[str, Tensor] = {}
     what, numbers = "corda's second moment of every layer's inputs", sum(n * n for n in sides.values())
-    memory.require(context, what, numbers=numbers, device=torch.device("cpu"))
-    blocks = _blocks(sides, DEVICE_BYTES if context.device.type != "cpu" else None)
+    memory.require(run, what, numbers=numbers, device=torch.device("cpu"))
+    blocks = _blocks(sides, DEVICE_BYTES if run.device.type != "cpu" else None)
     for done, block in enumerate(blocks):
         for number, piece in enumerate(pieces, start=1):
-            look(context, piece, block, partial(_add_moments, moments, config), tokens="all")
-            context.on_event(Tick(done=done * len(pieces) + number, total=len(blocks) * len(pieces)))
+            look(run, piece, block, partial(_add_moments, moments, config), tokens="all")
+            run.emit(Tick(done=done * len(pieces) + number, total=len(blocks) * len(pieces)))
         for name in moments.keys() & block:
             moments[name] = (moments[name] / len(rows)).cpu()
     silent = [name for name in sides if name not in moments or not moments[name].any()]
-    starved = {name for name in silent if isinstance(context.targets[name], ExpertLinear)}
+    starved = {name for name in silent if isinstance(run.targets[name], ExpertLinear)}
     _refuse_moments(moments, [name for name in silent if name not in starved])
     return {
         name: Evidence(starved=True, rows=len(rows))

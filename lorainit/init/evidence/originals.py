@@ -3,15 +3,14 @@
 import torch
 
 from lorainit.config.inits import LoftQ
+from lorainit.context import Run
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence.context import Context
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import linear_layers
 
 
-def original_weights(_config: LoftQ, context: Context) -> dict[str, Evidence]:
+def original_weights(_config: LoftQ, run: Run) -> dict[str, Evidence]:
     """Each target's weight as the base model's files have it, mapped: read when a method looks at it."""
-    assert context.folder is not None
-    layers = linear_layers(load_model(context.folder, dtype="auto", device=torch.device("cpu")))
-    return {name: Evidence(original=weight_of(layers[name]).detach()) for name in context.targets}
+    layers = linear_layers(load_model(run.base.location.folder, dtype="auto", device=torch.device("cpu")))
+    return {name: Evidence(original=weight_of(layers[name]).detach()) for name in run.targets}

@@ -17,10 +17,10 @@ from torch import nn
 from lorainit.config.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits import HRP
+from lorainit.context import Run
 from lorainit.data.batches import batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.context import Context
 from lorainit.init.methods._linalg import normal
 from lorainit.init.methods.hrp import alive_directions
 from lorainit.model.forward.objective import forward_backward
@@ -35,7 +35,7 @@ MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02
 SAY_STEPS, SAY_SECONDS = 10, 1.0
 
 
-def preheat(config: HRP, context: Context) -> dict[str, Evidence]:
+def preheat(config: HRP, run: Run) -> dict[str, Evidence]:
     """Train a rank-R adapter on every target from B' = 0 and return its factors.
 
     AdamW of its own at the run's learning rate or `preheat_learning_rate`, held constant, without
@@ -47,20 +47,20 @@ def preheat(config: HRP, context: Context) -> dict[str, Evidence]:
         NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
         OutOfMemory: the preheated adapter takes more than is free.
     """
-    ranks = {name: preheat_rank(config, name, module, r=context.lora.r) for name, module in context.targets.items()}
-    steps = preheat_steps(config, total=context.total_steps)
-    _warn_without_gain(ranks, context)
-    sides = {name: sum(shape_of(module)) for name, module in context.targets.items()}
+    ranks = {name: preheat_rank(config, name, module, r=run.lora.r) for name, module in run.targets.items()}
+    steps = preheat_steps(config, total=run.plan.total_steps)
+    _warn_without_gain(ranks, run)
+    sides = {name: sum(shape_of(module)) for name, module in run.targets.items()}
     # Beside the factors their gradients and the optimizer's two moments.
     numbers = 4 * sum(ranks[name] * side for name, side in sides.items())
-    memory.require(context, "hrp's preheated adapter with its optimizer", numbers=numbers, device=context.device)
-    seed = config.seed_for(context.seed)
+    memory.require(run, "hrp's preheated adapter with its optimizer", numbers=numbers, device=run.device)
+    seed = config.seed_for(run.spec.seed)
     layers = {
-        name: _adapter(module, ranks[name], config, scale=context.lora.scaling, generator=generator_for(seed, name))
-        for name, module in context.targets.items()
+        name: _adapter(module, ranks[name], config, scale=run.lora.scaling, generator=generator_for(seed, name))
+        for name, module in run.targets.items()
     }
-    with borrowed(context.model, layers):
-        losses = _train(layers, steps, config, context)
+    with borrowed(run.model, layers):
+        losses = _train(layers, steps, config, run)
     facts = {
         "mode": config.preheat_mode,
         "max_rank": max(ranks.values()),
@@ -72,7 +72,7 @@ def preheat(config: HRP, context: Context) -> dict[str, Evidence]:
         "main_data": "from the start" if config.main_data == "rewind" else "after the preheat's",
     }
     return {
-        name: _evidence(layer, config, r=context.lora.r, facts={"preheat_rank": ranks[name], "preheat": facts})
+        name: _evidence(layer, config, r=run.lora.r, facts={"preheat_rank": ranks[name], "preheat": facts})
         for name, layer in layers.items()
     }
 
@@ -106,11 +106,11 @@ def preheat_steps(config: HRP, *, total: int) -> int:
     return min(total, max(MIN_STEPS, min(MAX_STEPS, round(SHARE_OF_STEPS * total))))
 
 
-def _warn_without_gain(ranks: dict[str, int], context: Context) -> None:
-    same = [name for name, R in ranks.items() if context.lora.r == R]
+def _warn_without_gain(ranks: dict[str, int], run: Run) -> None:
+    same = [name for name, R in ranks.items() if run.lora.r == R]
     if same:
         text = f"Preheating {len(same)} modules at the run's own rank, {same[0]} among them: no gain over random A."
-        context.on_event(Message(level="warn", message=text, data={"kind": "init"}))
+        run.emit(Message(level="warn", message=text, data={"kind": "init"}))
 
 
 def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator: torch.Generator) -> LoRALinear:
@@ -126,16 +126,16 @@ def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator:
     return layer
 
 
-def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, context: Context) -> list[float]:
+def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, run: Run) -> list[float]:
     """Train for these steps; the loss before each of them."""
-    recipe = context.training
+    recipe = run.training
     rate = recipe.learning_rate if config.preheat_learning_rate == "auto" else config.preheat_learning_rate
     assert rate is not None
     parameters = [p for layer in layers.values() for p in (layer.A, layer.B) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     said, losses = time.monotonic(), list[float]()
-    for step, samples in enumerate(islice(_stream(context), steps), start=1):
-        loss = _accumulate(samples, step, steps, context)
+    for step, samples in enumerate(islice(_stream(run), steps), start=1):
+        loss = _accumulate(samples, step, steps, run)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLoss(
@@ -149,29 +149,29 @@ def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, context: Cont
             said = time.monotonic()
             text = f"Preheating at rank {max(layer.A.shape[0] for layer in layers.values())}: step {step}/{steps}"
             data = {"kind": "init", "step": step, "steps": steps, "loss": loss}
-            context.on_event(Message(message=f"{text}, loss {loss:.4f}", data=data))
+            run.emit(Message(message=f"{text}, loss {loss:.4f}", data=data))
     return losses
 
 
-def _stream(context: Context) -> Iterator[list[Sample]]:
+def _stream(run: Run) -> Iterator[list[Sample]]:
     """The run's effective batches from its first step on, epoch after epoch."""
-    size = context.training.batch_size
+    size = run.training.batch_size
     assert size != "auto"
     for epoch in count():
-        shuffled = context.order(epoch)
+        shuffled = run.order(epoch)
         for start in range(0, len(shuffled), size):
-            yield [context.training_samples[i] for i in shuffled[start : start + size]]
+            yield [run.data.samples[i] for i in shuffled[start : start + size]]
 
 
-def _accumulate(samples: list[Sample], step: int, steps: int, context: Context) -> float:
+def _accumulate(samples: list[Sample], step: int, steps: int, run: Run) -> float:
     """Gradients and loss of one effective batch, by micro-batches as in training."""
-    pieces = batches(samples, context.budget, context.regime)
-    count = context.objective.count
+    pieces = batches(samples, run.evidence_budget, run.regime)
+    count = run.objective.count
     wanted = sum(map(count, samples))
     loss = 0.0
     for done, piece in enumerate(pieces, start=1):
-        batch = collate(piece, pad=context.pad).to(context.device)
-        (part,) = forward_backward(context.model, context.objective, batch, [sum(map(count, piece))], [wanted])
+        batch = collate(piece, pad=run.base.pad).to(run.device)
+        (part,) = forward_backward(run.model, run.objective, batch, [sum(map(count, piece))], [wanted])
         loss += float(part.loss) / wanted
-        context.on_event(Tick(done=(step - 1) * len(pieces) + done, total=steps * len(pieces)))
+        run.emit(Tick(done=(step - 1) * len(pieces) + done, total=steps * len(pieces)))
     return loss

@@ -5,8 +5,7 @@ import pytest
 from lorainit.config.kept import Rows, entry_name, is_of_no_rows, rows_of
 from lorainit.data.dataset import file_sha256
 from lorainit.init.stage import start
-from lorainit.model.base import open_base
-from lorainit.prepare import prepare
+from tests.lorainit.contexts import prepared
 
 A, B = "a" * 64, "b" * 64
 
@@ -31,8 +30,8 @@ def kept(spec, rows, tmp_path):
 
     def begin(init, owner, **data):
         made = spec(lora={"init": init, "r": 2}, data={"owner": owner, **data}, cache=str(tmp_path / "cache"))
-        job = prepare(made, open_base(made, tmp_path / "out", lambda event: None), lambda event: None)
-        summary = start(job, lambda event: None).summary
+        job = prepared(made, tmp_path / "out")
+        summary = start(job).summary
         folders = (tmp_path / "cache" / kind for kind in ("tokens", "init"))
         return summary, [{path.name for path in folder.iterdir()} if folder.exists() else set() for folder in folders]
 

@@ -19,9 +19,9 @@ from lorainit.model.load import load_tokenizer
 from lorainit.model.source import digest
 from lorainit.model.source.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.model.source.tokenizer_files import TEMPLATES
-from lorainit.prepare import prepare
 from lorainit.runtime.store import Store
 from tests.lorainit.conftest import chat, tiny_llama, write_rows
+from tests.lorainit.contexts import prepared
 
 MIXED = [
     chat("a", "b c d e f g h i j k l m n o p q r"),
@@ -100,7 +100,7 @@ def test_events_of_a_run_are_the_same_with_and_without_what_was_kept(spec, tmp_p
     def said():
         events = []
         made = spec(cache=str(tmp_path / "cache"))
-        prepare(made, open_base(made, tmp_path / "out", events.append), events.append)
+        prepared(made, tmp_path / "out", events.append)
         return [event for event in events if not isinstance(event, Tick)]
 
     assert said() == said()

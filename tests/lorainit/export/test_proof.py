@@ -13,6 +13,7 @@ from torch import nn
 from lorainit.config.errors import ExportCheckFailed, UnsupportedModel
 from lorainit.config.events import Message, Metrics, Stage, Tick
 from lorainit.config.spec import Lora
+from lorainit.context import Request
 from lorainit.export import check, delivery, proof
 from lorainit.export.proof import trial
 from lorainit.init import stage as init_stage
@@ -20,7 +21,7 @@ from lorainit.model import base as base_module
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
-from lorainit.run import Request, run, run_together
+from lorainit.run import run, run_together
 from lorainit.runtime import hardware
 from tests.lorainit.export.test_export_check import K, Q, in_config, in_file
 

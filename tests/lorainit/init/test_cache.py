@@ -9,10 +9,9 @@ from transformers import LlamaForCausalLM
 from lorainit.config.events import Message
 from lorainit.config.inits import INITS
 from lorainit.init import stage
-from lorainit.model.base import open_base
 from lorainit.model.layout import choose_layout
-from lorainit.prepare import prepare
 from lorainit.runtime import store as store_module
+from tests.lorainit.contexts import prepared
 
 
 @pytest.fixture
@@ -36,8 +35,8 @@ def begin(spec, tmp_path):
     def start(init, *, cache=tmp_path / "cache", **overrides):
         events = []
         made = spec(lora={"init": init}, cache=str(cache) if cache else None, **overrides)
-        job = prepare(made, open_base(made, tmp_path / "out", lambda event: None), events.append)
-        report = stage.start(job, events.append)
+        job = prepared(made, tmp_path / "out", events.append)
+        report = stage.start(job)
         start.modules = report.modules
         factors = {n: (m.A.detach().clone(), m.B.detach().clone()) for n, m in job.layers.items()}
         return report.summary, factors, [e.message for e in events if isinstance(e, Message) and e.level == "warn"]
@@ -92,9 +91,7 @@ def test_whatever_shapes_the_evidence_is_in_its_name(begin, counted, spec, tmp_p
     lora = change.pop("lora", {})
     events = []
     made = spec(lora={"init": GRADIENT, **lora}, cache=str(tmp_path / "cache"), **change)
-    report = stage.start(
-        prepare(made, open_base(made, tmp_path / "out", lambda event: None), events.append), events.append
-    )
+    report = stage.start(prepared(made, tmp_path / "out", events.append))
     assert report.summary["cached"] is False
     assert len(counted) == 2
 
@@ -144,8 +141,8 @@ def test_dora_shares_the_evidence_but_not_the_starts(begin, counted, spec, tmp_p
     made = spec(lora={"init": init, "use_dora": True}, cache=str(tmp_path / "cache"))
     found = []
     for _ in range(2):
-        job = prepare(made, open_base(made, tmp_path / "out", lambda event: None), lambda event: None)
-        found.append(stage.start(job, lambda event: None).modules)
+        job = prepared(made, tmp_path / "out")
+        found.append(stage.start(job).modules)
         found.append([layer.magnitude.tolist() for layer in job.layers.values()])
     assert counted == ["lora_one"]
     assert all(facts["magnitude_norm"] > 0 for facts in found[0])
@@ -236,11 +233,11 @@ def test_second_seed_costs_no_pass_over_the_calibration_rows(begin, monkeypatch,
 def test_every_named_part_is_in_both_names(spec, tmp_path, rows, init):
     """Base, method, parameters, rank, targets, rows; rows only for a method that looks at them."""
     made = spec(lora={"init": init}, cache=str(tmp_path / "cache"))
-    job = prepare(made, open_base(made, tmp_path / "out", lambda event: None), lambda event: None)
+    job = prepared(made, tmp_path / "out")
 
     def names(**changes):
         changed = replace(job, **changes)
-        return stage._keys(changed, stage._context(changed, lambda event: None))
+        return stage._keys(changed)
 
     def lora(**changes):
         return job.lora.model_copy(update=changes)

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit.config.errors import CheckpointMismatch
+from lorainit.context import Request
 from lorainit.model import passes
 from lorainit.model.passes import go_on
-from lorainit.run import Request, run, run_together
+from lorainit.run import run, run_together
 from lorainit.runtime.distributed.world import ALONE, World
 
 ROWS, TOKENS = 8, 2048  # on a CPU, where nobody says

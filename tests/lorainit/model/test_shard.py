@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from lorainit.config.errors import TooFewDevices, UnsupportedModel
 from lorainit.config.spec import RunSpec
 from lorainit.init.methods import METHODS
-from lorainit.model.base import open_base
 from lorainit.model.load import load_model
 from lorainit.model.shard import decide, shard
-from lorainit.prepare import prepare
 from lorainit.run import run
 from lorainit.runtime.distributed.world import World
+from tests.lorainit.contexts import prepared
 from tests.lorainit.ranks import run_ranks
 from tests.zoo.bases import make
 
@@ -302,5 +301,5 @@ def test_left_to_the_machine_a_cpu_divides_nothing(spec, bases):
 
 def test_a_checkpoint_does_not_ask_who_held_the_base(spec, tmp_path):
     whole, divided = (spec(devices=2, training={"shard_base": value}) for value in (False, "auto"))
-    recipes = [prepare(one, open_base(one, tmp_path, quiet), quiet).recipe for one in (whole, divided)]
+    recipes = [prepared(one, tmp_path).recipe for one in (whole, divided)]
     assert recipes[0] == recipes[1]

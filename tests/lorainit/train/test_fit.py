@@ -9,8 +9,9 @@ import torch
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Checkpoint, Message, Metrics, Plan
+from lorainit.context import Request
 from lorainit.data.dataset import Sample
-from lorainit.run import Request, run, run_together
+from lorainit.run import run, run_together
 from lorainit.train import fit
 from tests.lorainit.conftest import chat, write_rows
 from tests.lorainit.shortage import CHECKPOINTING, TOKENS, Memory, adapter, close, told

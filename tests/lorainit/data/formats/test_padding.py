@@ -9,9 +9,8 @@ from lorainit.config.events import Message
 from lorainit.data.chat.template import Template
 from lorainit.data.formats.padding import without_padding
 from lorainit.data.formats.rows import Row, check_file, read_rows
-from lorainit.model.base import open_base
-from lorainit.prepare import prepare
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
+from tests.lorainit.contexts import prepared
 
 USER = {"role": "user", "content": "q"}
 REPLY = {"role": "assistant", "content": "a"}
@@ -148,6 +147,6 @@ def test_validation_rows_that_are_trained_on_are_told(spec, tmp_path, shared, sa
              "validation": str(write_rows(tmp_path / "v", training[:shared] + other))}  # fmt: skip
     events = []
     wanted = spec(data=files)
-    prepare(wanted, open_base(wanted, tmp_path, events.append), events.append)
+    prepared(wanted, tmp_path, events.append)
     found = [e for e in events if isinstance(e, Message) and "overlaps_validation_file" in e.data.get("warnings", {})]
     assert [e.data["warnings"] for e in found] == said and all(e.level == "warn" for e in found)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorainit.context import Request
 from lorainit.data.batches import Budget, any_length, batches, collate, pack
 from lorainit.data.dataset import Sample, load
 from lorainit.init.evidence.gradients import mean_gradients
@@ -15,7 +16,7 @@ from lorainit.model.forward.positions import forget_lengths, regime_of
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
-from lorainit.run import Request, run, run_together
+from lorainit.run import run, run_together
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.model.forward.test_attention import SMALL
 from tests.zoo.bases import make

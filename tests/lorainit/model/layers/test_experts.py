@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, Longcat
 from lorainit.config.errors import GroupMismatch, UnsupportedInit
 from lorainit.config.events import InitReport, Message, Plan
 from lorainit.config.spec import Lora, RunSpec
+from lorainit.context import Request
 from lorainit.data.batches import collate
 from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.collect import collect
@@ -28,7 +29,7 @@ from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.load import load_model
 from lorainit.model.targets import mixture
 from lorainit.model.targets.targets import find_targets
-from lorainit.run import Request, run, run_together
+from lorainit.run import run, run_together
 from tests.lorainit.contexts import make_context
 from tests.zoo.bases import KINDS, make
 

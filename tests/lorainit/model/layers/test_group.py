@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import Dropped, GroupMismatch, InvalidTrainingFile, LorainitError, NonFiniteLoss
 from lorainit.config.events import Checkpoint, Done, Metrics
+from lorainit.context import Request
 from lorainit.data.batches import pack
 from lorainit.data.dataset import load
 from lorainit.model.forward.loss import tallies, tally
@@ -20,7 +21,7 @@ from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
-from lorainit.run import Request, run, run_together
+from lorainit.run import run, run_together
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 ALIKE = {"micro_batch_size": 2}

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import LorainitError, OutOfMemory, Stopped
 from lorainit.config.events import Checkpoint, Done, Message, Metrics, Stage
+from lorainit.context import Request
 from lorainit.export import delivery
 from lorainit.model import base as base_module
-from lorainit.run import Request, run, run_together
+from lorainit.run import run, run_together
 from lorainit.runtime import hardware
 from lorainit.train import course
 

@@ -1,0 +1,176 @@
+"""One run from its spec to its adapter: everything that it works with, in one object with a lifetime.
+
+`Request` is what somebody asks for. `lorainit.prepare` makes a `Run` of it once, fully resolved, and everybody after
+that is handed the run: initialization, training, export. What they find out is put back into it. `emit` is the only
+way in which a run speaks.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorainit.config.events import Event, Plan
+from lorainit.config.spec import Hyperparameters, Lora, RunSpec
+from lorainit.data.batches import Budget, Regime, batches, order
+from lorainit.data.dataset import Dataset, Sample
+from lorainit.model.base import Base
+from lorainit.model.forward.objective import NEXT_TOKEN, Objective
+from lorainit.model.layers.layer import LoRALinear
+from lorainit.model.passes import Passes
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of a group: its spec, a folder of its own (made if absent), and who is told."""
+
+    spec: RunSpec
+    out: Path
+    on_event: Emit
+
+
+@dataclass(frozen=True)
+class Report:
+    """`summary` is the object shown as `job.init_report`; `modules` has one entry per layer."""
+
+    summary: dict[str, Any]
+    modules: list[dict[str, Any]]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What one run works with, everything resolved.
+
+    `base`: shared by all runs of a group, and with it device and processes. `samples`: the rows that an initialization
+    looks at, those of the calibration file or else of the training file. `passes`, `plan`: as memory has made them.
+    `retries`: how often memory ran out. `alone`: no other run shares its process.
+    `layers`: its adapter, once it is initialized; `report`: how. `proof`: how it was shown that stock PEFT reads what
+    this run exports (`lorainit.export.proof`); None = not shown.
+    `evidence_tokens`: at most so many in a pass while evidence is collected, None = as `budget` has it.
+    """
+
+    spec: RunSpec
+    out: Path
+    emit: Emit
+    base: Base
+    lora: Lora
+    training: Hyperparameters
+    data: Dataset
+    targets: dict[str, nn.Module]
+    passes: Passes
+    plan: Plan
+    valid: Dataset | None = None
+    calibration: Dataset | None = None
+    objective: Objective = NEXT_TOKEN
+    alone: bool = True
+    layers: dict[str, LoRALinear] = field(default_factory=dict)
+    report: Report = field(default_factory=lambda: Report({}, []))
+    proof: dict[str, Any] | None = None
+    retries: int = 0
+    evidence_tokens: int | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    # --- what it runs on -------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The frozen base, bare unless somebody has attached layers."""
+        return self.base.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base and the adapter are."""
+        return self.base.device
+
+    @property
+    def is_rank0(self) -> bool:
+        """Whether this process speaks and writes for all processes of the run."""
+        return self.base.world.leads
+
+    def anybody(self, flag: bool) -> bool:
+        """Whether it is so in any process of the run."""
+        return self.base.world.anybody(flag, self.device)
+
+    # --- rows, and how they share a pass ---------------------------------------------------------
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """Rows that an initialization looks at, in file order."""
+        return (self.calibration or self.data).samples
+
+    def order(self, epoch: int) -> Sequence[int]:
+        """The run's own permutation of the training rows."""
+        return order(self.data, seed=self.spec.seed, epoch=epoch)
+
+    @property
+    def regime(self) -> Regime:
+        """Which rows may share a pass."""
+        return self.base.regime
+
+    @property
+    def budget(self) -> Budget:
+        """Of a pass over padded rows."""
+        return Budget(self.passes.rows, self.passes.tokens)
+
+    @property
+    def evidence_budget(self) -> Budget:
+        """Of a pass that collects evidence."""
+        return Budget(self.passes.rows, self.evidence_tokens or self.passes.tokens)
+
+    @property
+    def training_budget(self) -> Budget:
+        """Of a pass of training."""
+        return self.budget._replace(packed=self.base.packs)
+
+    @property
+    def passes_of_first_step(self) -> int:
+        """How many; of other steps it differs a little with the lengths of their rows."""
+        assert self.training.batch_size != "auto"
+        first = self.order(0)[: self.training.batch_size]
+        return len(batches([self.data.samples[i] for i in first], self.training_budget, self.regime))
+
+    # --- what memory makes of it, and its end ----------------------------------------------------
+
+    def change_passes(self, **changes: int | bool) -> None:
+        """Note what memory has made of the passes, and tell the plan again where that changes it."""
+        self.passes = self.passes.model_copy(update=changes)
+        tokens = self.plan.tokens_per_pass
+        self.plan = self.plan.model_copy(update={"tokens_per_pass": self.passes.tokens})
+        if tokens != self.passes.tokens:
+            self.emit(self.plan)
+
+    def count_shortage(self) -> None:
+        """Memory has run out."""
+        self.retries += 1
+
+    def let_go(self) -> None:
+        """Keep no part of the base in memory when others let go of it."""
+        self.targets.clear()
+        self.layers.clear()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote the checkpoint."""
+        resolved = {
+            "lora": self.lora.model_dump(mode="json", exclude={"left_out"}),
+            # Whether devices share the base changes no number.
+            "training": self.training.model_dump(mode="json", exclude={"shard_base"}),
+            "seed": self.spec.seed,
+        }
+        if self.spec.data.append_eos:
+            resolved["append_eos"] = True
+        return {
+            "spec": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
+            "data": self.data.sha256,
+            "validation": self.valid.sha256 if self.valid else None,
+            "calibration": self.calibration.sha256 if self.calibration else None,
+            "base": self.base.sha256,
+        }
