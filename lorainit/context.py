@@ -21,7 +21,7 @@ from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 from lorainit.data.batches import Budget, Regime, batches, order
 from lorainit.data.dataset import Dataset, Sample
 from lorainit.model.base import Base
-from lorainit.model.forward.objective import NEXT_TOKEN, Objective
+from lorainit.model.forward.loss import NEXT_TOKEN, Objective
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.passes import Passes
 

@@ -89,9 +89,9 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
             yield who, isolation.end_of(error, alone=len(requests) == 1)
     if base is None or not runs:
         return
-    members = fit(base.model, members, lay=base.lay, world=world)
+    members = fit(base.model, members, lay=base.make_batch, world=world)
     names, training, waiting = list(runs), set(runs), dict[int, Ending]()
-    with closing(train(base.model, members, lay=base.lay, world=world)) as trained, _closing(waiting):
+    with closing(train(base.model, members, lay=base.make_batch, world=world)) as trained, _closing(waiting):
         for ended in trained:
             endings = {names[index]: Ending(runs[names[index]], end) for index, end in ended}
             waiting |= endings

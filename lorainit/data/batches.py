@@ -114,6 +114,11 @@ def batches(samples: Sequence[Sample], budget: Budget, regime: Regime = any_leng
     return pieces
 
 
+def make_batch(samples: Sequence[Sample], *, packed: bool, pad: int, device: torch.device) -> Batch:
+    """Rows to a batch on a device: end to end, or side by side."""
+    return (pack(samples) if packed else collate(samples, pad=pad)).to(device)
+
+
 def collate(samples: Sequence[Sample], *, pad: int) -> Batch:
     """Rows side by side, padded on the right to the longest."""
     length = max(len(s.ids) for s in samples)

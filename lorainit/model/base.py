@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from lorainit.config.errors import GroupMismatch
 from lorainit.config.events import Event, Message
 from lorainit.config.inits import Quantization
 from lorainit.config.spec import RunSpec
-from lorainit.data.batches import Batch, Regime, any_length, collate, pack, pad_id
+from lorainit.data.batches import Batch, Regime, any_length, make_batch, pad_id
 from lorainit.data.dataset import Sample
 from lorainit.model import memory
 from lorainit.model.finite import require_finite
-from lorainit.model.forward.loss import is_plain
+from lorainit.model.forward.head import is_plain
 from lorainit.model.layers import experts
 from lorainit.model.layers.quantize import require_library
 from lorainit.model.layout import Layout, choose_layout
@@ -166,10 +167,10 @@ class Base:
         """Which rows may share a pass."""
         return self.layout.regime
 
-    def lay(self, samples: Sequence[Sample]) -> Batch:
+    @property
+    def make_batch(self) -> Callable[[Sequence[Sample]], Batch]:
         """Rows to a batch on the model's device."""
-        batch = pack(samples) if self.packs else collate(samples, pad=self.pad)
-        return batch.to(self.device)
+        return partial(make_batch, packed=self.packs, pad=self.pad, device=self.device)
 
     def release(self) -> None:
         """Let the weights go."""

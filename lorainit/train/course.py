@@ -17,7 +17,7 @@ from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.data.batches import batches, order
 from lorainit.data.dataset import Sample
-from lorainit.model.forward.objective import Sums, added, no_sums
+from lorainit.model.forward.loss import Sums, added, no_sums
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import until_it_fits
 from lorainit.train.checkpoint import Progress, write

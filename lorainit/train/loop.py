@@ -15,7 +15,7 @@ from lorainit.config.errors import LorainitError, Stopped
 from lorainit.config.events import Message, Stage, Tick
 from lorainit.data.batches import Batch, batches
 from lorainit.data.dataset import Sample
-from lorainit.model.forward.objective import Sums, added, forward_backward, no_sums
+from lorainit.model.forward.loss import Sums, added, forward_backward, no_sums
 from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed import isolation
 from lorainit.runtime.distributed.world import World

@@ -14,7 +14,7 @@ from lorainit.config.events import Event, Message
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import Budget, Regime, any_length
 from lorainit.data.dataset import Dataset, Sample
-from lorainit.model.forward.objective import NEXT_TOKEN, Objective
+from lorainit.model.forward.loss import NEXT_TOKEN, Objective
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.train.checkpoint import Restored
 from lorainit.train.largest import Rows

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.data.batches import Batch
 from lorainit.data.dataset import Sample
-from lorainit.model.forward.objective import forward_backward
+from lorainit.model.forward.loss import forward_backward
 from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed.world import World
 from lorainit.train.largest import Rows, size_of

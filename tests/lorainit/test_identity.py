@@ -106,7 +106,7 @@ def one_step(job, base, tmp_path):
     norm = stock_step(job, model, factors, drawn.drop_by)
     assert float(norm.detach()) > CLIP  # or clipping would not be tested
     assert distance(theirs, before) > 1e-4
-    ([(_, end)],) = train(job.base.model, [member(job, tmp_path)], lay=job.base.lay, world=World())
+    ([(_, end)],) = train(job.base.model, [member(job, tmp_path)], lay=job.base.make_batch, world=World())
     assert end.step == 1
     # Adam gives an entry whose gradient is nothing but rounding a step of full size, of either sign.
     meant = [t.grad.abs() > 1e-4 * t.grad.abs().max() for t in theirs]

@@ -20,7 +20,7 @@ from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
 from lorainit.init.evidence.rows import few_rows
-from lorainit.model.forward.objective import NEXT_TOKEN, Objective, backward
+from lorainit.model.forward.loss import NEXT_TOKEN, Objective, backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import listed

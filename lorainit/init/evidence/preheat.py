@@ -23,7 +23,7 @@ from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
 from lorainit.init.methods._linalg import normal
 from lorainit.init.methods.hrp import alive_directions
-from lorainit.model.forward.objective import forward_backward
+from lorainit.model.forward.loss import forward_backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed

@@ -1,23 +1,114 @@
-"""What a run minimizes: the mean negative log-likelihood, in nats, of the trained tokens.
+"""What a run minimizes, and the one place where rows go forward and gradients come back.
 
-One place, so that training, evaluation and the gate of the initialization mean the same number.
+An `Objective` says what the loss of rows is. Next-token loss is the first one; a loss over preferred and rejected
+answers would be another class beside it. Training, the trial before it, preheating and the gradients that some
+initializations start from all call `forward_backward` or `backward`.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.data.batches import Batch
-from lorainit.runtime.machine_errors import is_machine_failure
+from lorainit.data.dataset import Sample
+from lorainit.model.forward.head import head_losses, is_plain
 
-# Logits held at once: 64 MB in float32. SmolLM2's 49,152 words make that 341 positions.
-LOGITS = 1 << 24
+
+@dataclass(frozen=True)
+class Sums:
+    """Of one adapter's rows in a pass: the sum of their losses, what it is to be divided by, and sums of metrics.
+
+    Sums and not means: the caller divides by the count of the whole effective batch.
+    """
+
+    loss: Tensor
+    count: int
+    metrics: dict[str, Tensor]
+
+
+def added(total: Sums, part: Sums) -> Sums:
+    """Both together."""
+    metrics = {name: value + part.metrics[name] for name, value in total.metrics.items()}
+    return Sums(total.loss + part.loss, total.count + part.count, metrics)
+
+
+class Objective(Protocol):
+    """From rows to the loss of each adapter, and metrics beside it."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of the metrics; each is reported as its sum over the count."""
+        ...
+
+    def count(self, row: Sample) -> int:
+        """What a row adds to the count: its trained tokens, or 1 for a pair of answers."""
+        ...
+
+    def sums(self, model: nn.Module, batch: Batch, counts: list[int]) -> list[Sums]:
+        """Run a batch of several adapters' rows; one `Sums` for each, of its `counts` in turn (differentiable)."""
+        ...
+
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of each row of a padded batch (differentiable)."""
+        ...
+
+
+class NextToken:
+    """The mean negative log-likelihood, in nats, of the trained tokens."""
+
+    metrics = ("mean_token_accuracy",)
+
+    def count(self, row: Sample) -> int:
+        """Trained tokens; the first token of a row has no prediction."""
+        return int(row.trained[1:].sum())
+
+    def sums(self, model: nn.Module, batch: Batch, counts: list[int]) -> list[Sums]:
+        """As `Objective.sums`."""
+        parts = tallies(model, batch, counts)
+        return [Sums(part.loss, part.tokens, {"mean_token_accuracy": part.correct}) for part in parts]
+
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """As `Objective.row_losses`."""
+        return row_losses(model, batch)
+
+
+NEXT_TOKEN = NextToken()
+
+
+def no_sums(objective: Objective, device: torch.device) -> Sums:
+    """The sums over no rows."""
+    metrics = {name: torch.zeros((), dtype=torch.long, device=device) for name in objective.metrics}
+    return Sums(torch.zeros((), device=device), 0, metrics)
+
+
+def forward_backward(
+    model: nn.Module, objective: Objective, batch: Batch, counts: list[int], divisors: Sequence[int] | None = None
+) -> list[Sums]:
+    """One pass: add to the gradients those of each adapter's loss over its divisor; the sums are detached.
+
+    Args:
+        counts: what each adapter's rows add to the count, in the order of the batch.
+        divisors: the count of each adapter's effective batch; None = 1. Nobody's gradient depends on the others.
+    """
+    parts = objective.sums(model, batch, counts)
+    losses = [part.loss for part in parts]
+    if divisors is not None:
+        losses = [loss / divisor for loss, divisor in zip(losses, divisors, strict=True)]
+    backward(losses)
+    return [replace(part, loss=part.loss.detach()) for part in parts]
+
+
+def backward(losses: Sequence[Tensor]) -> None:
+    """Add the gradients of the sum of these losses to what they depend on."""
+    torch.autograd.backward(losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum())
+
+
+# --- next-token loss -----------------------------------------------------------------------------
 
 
 class Tally(NamedTuple):
@@ -93,10 +184,7 @@ def _judged(
 ) -> tuple[Tensor, Tensor]:
     head = model.get_output_embeddings()
     if logits is None:
-        pieces = _pieces(counts or [len(batch.targets)], vocabulary=len(head.weight))
-        args = (hidden, head.weight, head.bias, batch.predicting, batch.targets, pieces)
-        losses, right = _Head.apply(*args)  # type: ignore[no-untyped-call]
-        return losses, right
+        return head_losses(head, hidden, batch.predicting, batch.targets, counts or [len(batch.targets)])
     logits = logits.float()
     losses = F.cross_entropy(logits, batch.targets, reduction="none")
     return losses, logits.detach().argmax(-1) == batch.targets
@@ -127,106 +215,3 @@ def _last_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
     if len(seen) != 1 or len(seen[0]) != batch.ids.numel():
         raise UnsupportedModel("The base model's output head is not given every position once.", param="model")
     return seen[0], None if plain else logits.flatten(0, -2)
-
-
-_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def is_plain(model: Any) -> bool:
-    """Whether logits are the head's output as it is: some architectures scale or cap them.
-
-    Asked of the architecture itself, once: what runs the layers is made to return zeros and the head to say known
-    numbers. `Base.load` asks; later, initializations may be watching the layers, and an architecture whose layers
-    are run by something else would run them here.
-    """
-    if model not in _PLAIN:
-        head = model.get_output_embeddings()
-        _PLAIN[model] = type(head) is nn.Linear and not head.weight.requires_grad and _says_what_it_hears(model, head)
-    return _PLAIN[model]
-
-
-class _Nothing(MoeModelOutputWithPast):
-    """Hidden states, and None for whatever else an architecture passes on: caches, cross-attention, experts' losses."""
-
-    def __getattr__(self, _name: str) -> None:
-        return None
-
-
-@torch.no_grad()
-def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
-    device = head.weight.device
-    said = torch.linspace(-100, 100, head.weight.shape[0], dtype=head.weight.dtype, device=device)
-    nothing = _Nothing(last_hidden_state=head.weight.new_zeros(1, 1, head.weight.shape[1]))
-    # OPT runs the decoder inside of its base model, nearly everybody else the base model. What PEFT calls the base
-    # model of its wrapper is the whole architecture: it holds the head, which has to be asked.
-    runners = {id(stage): stage for stage in (model.base_model, model.get_decoder())}
-    stages = [stage for stage in runners.values() if all(module is not head for module in stage.modules())]
-    handle = head.register_forward_hook(lambda *_: said.expand(1, 1, -1))
-    for stage in stages:
-        stage.forward = lambda *_args, **_named: nothing
-    try:
-        heard: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
-    except Exception as error:
-        if is_machine_failure(error):
-            raise
-        return False  # it wants more of its decoder than hidden states: nothing is known of it
-    finally:
-        handle.remove()
-        for stage in stages:
-            del stage.forward
-    return torch.equal(heard[0, 0], said)
-
-
-def _pieces(counts: list[int], *, vocabulary: int) -> list[tuple[int, int]]:
-    """Cut each count of positions by itself, so that an adapter's sums do not depend on its company."""
-    size, pieces, start = max(1, LOGITS // vocabulary), list[tuple[int, int]](), 0
-    for count in counts:
-        pieces += [(at, min(at + size, start + count)) for at in range(start, start + count, size)]
-        start += count
-    return pieces
-
-
-class _Head(torch.autograd.Function):
-    """Cross-entropy through a frozen head, some positions at a time: no more than `LOGITS` exist at once.
-
-    The loss is a sum over positions, so each position's gradient is known in the forward pass, while its
-    logits are there; the backward pass only scales it. Nothing is computed twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        W: Tensor,
-        bias: Tensor | None,
-        positions: Tensor,
-        targets: Tensor,
-        pieces: list[tuple[int, int]],
-    ) -> tuple[Tensor, Tensor]:
-        losses = torch.empty(len(positions), dtype=torch.float32, device=W.device)
-        right = torch.empty(len(positions), dtype=torch.bool, device=W.device)
-        grads = torch.empty(len(positions), W.shape[1], dtype=W.dtype, device=W.device)
-        wanted = ctx.needs_input_grad[0]
-        for start, stop in pieces:
-            target = targets[start:stop, None]
-            logits = F.linear(hidden[positions[start:stop]], W, bias).float()
-            best = logits.argmax(-1, keepdim=True)  # of bf16 logits it takes six times as long
-            right[start:stop] = (best == target)[:, 0]
-            # log_softmax and its exponential take three times as long as a softmax, and this is no less exact.
-            P = logits.softmax(-1)
-            loss = logits.gather(1, best) - logits.gather(1, target) - P.gather(1, best).log()
-            losses[start:stop] = loss[:, 0]
-            if wanted:
-                P.scatter_add_(1, target, -torch.ones_like(target, dtype=P.dtype))
-                torch.mm(P.to(W.dtype), W, out=grads[start:stop])
-        ctx.save_for_backward(grads, positions)
-        ctx.shape = hidden.shape
-        ctx.mark_non_differentiable(right)
-        return losses, right
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        grads, positions = ctx.saved_tensors
-        hidden = grads.new_zeros(ctx.shape)
-        hidden[positions] = (grads * outer[0][:, None]).to(grads.dtype)
-        return hidden, None, None, None, None, None

@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
-from lorainit.model.forward import loss
+from lorainit.model.forward import head
 from lorainit.model.forward.loss import logits_of, tallies, tally
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer
@@ -55,7 +55,7 @@ def test_logits_in_pieces_are_the_full_loss_and_its_gradient(bases, rows, monkey
     full = model(input_ids=batch.ids, attention_mask=batch.attention).logits[:, :-1][batch.trained[:, 1:]]
     expected = F.cross_entropy(full, batch.targets, reduction="sum")
     (theirs,) = torch.autograd.grad(expected, [embedding])
-    assert loss.is_plain(model)
+    assert head.is_plain(model)
     most = []
     linear = F.linear
 
@@ -64,7 +64,7 @@ def test_logits_in_pieces_are_the_full_loss_and_its_gradient(bases, rows, monkey
             most.append(len(x))
         return linear(x, weight, bias)
 
-    monkeypatch.setattr(loss, "LOGITS", 3 * 320)
+    monkeypatch.setattr(head, "LOGITS", 3 * 320)
     monkeypatch.setattr(F, "linear", counted)
     found = tally(model, batch)
     (ours,) = torch.autograd.grad(found.loss, [embedding])
@@ -97,7 +97,7 @@ def test_whether_logits_are_the_heads_own_is_found_out_without_running_a_layer(k
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             module.register_forward_hook(lambda *_: ran.append(1))
-    assert loss.is_plain(model) is plain
+    assert head.is_plain(model) is plain
     assert not ran
 
 
@@ -132,4 +132,4 @@ def test_an_architecture_that_changes_its_logits_gets_the_loss_of_the_changed_on
     expected = model(input_ids=batch.ids, attention_mask=batch.attention, labels=labels).loss
     found = tally(model, batch)
     assert float(found.loss) / found.tokens == pytest.approx(float(expected), rel=1e-5)
-    assert loss.is_plain(model) is (change["final_logit_softcapping"] is None)
+    assert head.is_plain(model) is (change["final_logit_softcapping"] is None)
