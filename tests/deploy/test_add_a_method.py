@@ -94,3 +94,16 @@ def test_the_page_can_be_followed_to_its_end(copy: Copy) -> None:
     assert re.search(r"^\d{2,} passed", told.stdout, re.MULTILINE), told.stdout
     listed = copy.run("-m", "api.cli", "methods")
     assert re.search(r"^halves +weight +rank 2r +Starts from half", listed.stdout, re.MULTILINE), listed.stdout
+
+
+def test_it_touches_as_many_files_as_contributing_says(copy: Copy) -> None:
+    touched = {
+        path.relative_to(copy.folder)
+        for path in copy.folder.rglob("*.py")
+        if not (ROOT / path.relative_to(copy.folder)).exists()
+        or path.read_bytes() != (ROOT / path.relative_to(copy.folder)).read_bytes()
+    }
+    (told,) = re.findall(
+        r"An initialization that looks at the weight touches (\d+) files", (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    assert len(touched) == int(told), touched

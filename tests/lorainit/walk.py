@@ -1,0 +1,93 @@
+"""Which files of the library a row passes on its way to its loss, found by looking at every call of one small run.
+
+`python -m tests.lorainit.walk` prints them in order, with the functions that are handed a row. A file counts if one of
+its functions is given or returns a row, as text, `Row`, `Sample` or `Batch`, alone or in a list, while the training
+file is read and from the beginning of the training to the first step's loss.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lorainit.run as library
+from lorainit.config.errors import Stopped
+from lorainit.config.events import Event, Metrics
+from lorainit.config.spec import RunSpec
+from lorainit.data.batches import Batch
+from lorainit.data.chat.encode import Encoded
+from lorainit.data.dataset import Sample, _Draft
+from lorainit.data.formats.rows import BadRow, Row
+from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
+
+ROOT = Path(library.__file__).parent
+ROWS = (Row, BadRow, Sample, Batch, _Draft, Encoded)
+BEGINS, ENDS = ("load_kept", "train"), ("load_kept", "forward_backward")  # functions between which a row is followed
+
+
+class Walk:
+    """A profile function; `found`: the functions by file, in the order of their first call."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[str]] = {}
+        self.follows = False
+
+    def __call__(self, frame: FrameType, event: str, value: Any) -> None:
+        code, path = frame.f_code, Path(frame.f_code.co_filename)
+        if not path.is_relative_to(ROOT) or event not in ("call", "return"):
+            return
+        if event == "call":
+            self.follows |= code.co_name in BEGINS
+            given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
+        else:
+            given = [value]
+        names = self.found.get(str(path.relative_to(ROOT)), [])
+        if self.follows and any(map(is_row, given)) and code.co_name not in names:
+            self.found.setdefault(str(path.relative_to(ROOT)), []).append(code.co_name)
+        if event == "return" and code.co_name in ENDS:
+            self.follows = False
+
+
+def is_row(value: Any, depth: int = 0) -> bool:
+    """Whether a value is a row, or a list of rows, or of lists of rows."""
+    if isinstance(value, ROWS) or (isinstance(value, dict) and "messages" in value):
+        return True
+    return type(value) in (list, tuple) and depth < 3 and bool(value) and is_row(value[0], depth + 1)
+
+
+def walk(spec: RunSpec, out: Path) -> dict[str, list[str]]:
+    """Run a spec until its first step is logged."""
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Metrics):
+            raise Stopped("That is all that is looked at.")
+
+    found = Walk()
+    before = sys.getprofile()
+    sys.setprofile(found)
+    try:
+        library.run(spec, out, listen)
+    except Stopped:
+        pass
+    finally:
+        sys.setprofile(before)
+    return found.found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_llama().save_pretrained(folder / "base")
+        make_tokenizer().save_pretrained(folder / "base")
+        rows = write_rows(folder / "rows.jsonl", [chat(f"What is {n}?", "It is four.") for n in range(6)])
+        model = {"id": "tiny", "source": str(folder / "base"), "root": "tests/tiny", "max_length": 64}
+        spec = {"model": model, "data": {"training": str(rows)}, "training": {"max_steps": 1, "batch_size": 4}}
+        found = walk(RunSpec.model_validate(spec), folder / "out")
+    for file, functions in found.items():
+        print(f"{file:32} {', '.join(name for name in functions if '<' not in name)}")
+    print(f"{len(found)} files")
+
+
+if __name__ == "__main__":
+    main()
