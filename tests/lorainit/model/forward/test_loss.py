@@ -106,7 +106,7 @@ def test_whether_logits_are_the_heads_own_is_found_out_without_running_a_layer(k
 def test_a_model_that_stock_peft_wraps_has_the_loss_of_the_whole_adapted_model(kind, rows, tmp_path):
     """The benchmarks judge adapters that way."""
     base = load_model(make(kind, tmp_path / kind), dtype=torch.float32, device=torch.device("cpu"))
-    plain = loss.is_plain(base)
+    plain = head.is_plain(base)
     options = {"task_type": "CAUSAL_LM", "init_lora_weights": False, "fan_in_fan_out": kind == "gpt2"}
     config = LoraConfig(r=2, target_modules="all-linear", **options)
     wrapped = get_peft_model(base, config).eval()
@@ -115,7 +115,7 @@ def test_a_model_that_stock_peft_wraps_has_the_loss_of_the_whole_adapted_model(k
     expected = wrapped(input_ids=batch.ids, attention_mask=batch.attention, labels=labels).loss
     found = tally(wrapped, batch)
     assert float(found.loss.detach()) / found.tokens == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert loss.is_plain(wrapped) is plain
+    assert head.is_plain(wrapped) is plain
 
 
 @pytest.mark.parametrize("change", [{"final_logit_softcapping": 5.0}, {"final_logit_softcapping": None}], ids=str)
