@@ -4,30 +4,21 @@ Everything that a tenant owns carries `project_id`. Import tables from here: for
 SQLAlchemy has to know all of them.
 """
 
+from api.core.db.tables.files import File, is_unchecked
 from api.core.db.tables.jobs import (
     FINAL_STATUSES,
     JOB_STATUSES,
-    ROLES,
     SHOWN,
-    Adapter,
-    ApiKey,
-    Checkpoint,
-    Creation,
-    Event,
-    File,
     Job,
     JobLabel,
-    Metric,
-    Project,
     ShownJob,
     ShownRow,
-    Tally,
-    Watch,
-    Worker,
     has_status,
-    is_unchecked,
     shown_status,
 )
+from api.core.db.tables.projects import ROLES, ApiKey, Creation, Project
+from api.core.db.tables.results import Adapter, Checkpoint, Event, Metric
+from api.core.db.tables.service import Tally, Watch, Worker
 
 __all__ = [
     "FINAL_STATUSES",

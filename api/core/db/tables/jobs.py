@@ -1,6 +1,6 @@
-"""The tables. Constraints carry the invariants; times are UTC.
+"""Jobs: for each a row with request, status and results, and the rows by which its metadata is searched.
 
-A job's row is the truth about it. Everything a tenant owns carries `project_id`.
+A job's row is the truth about it.
 """
 
 from collections import namedtuple
@@ -17,8 +17,6 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     String,
-    Text,
-    UniqueConstraint,
     false,
     literal_column,
     text,
@@ -30,10 +28,7 @@ from sqlalchemy.orm.util import AliasedClass
 from api.core.db.database import Base, Json, UTCDateTime
 
 JOB_STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
-ROLES = ("admin", "member")
 FINAL_STATUSES = ("succeeded", "failed", "cancelled")
-
-Bytes = BigInteger()
 
 
 def shown_status(status: str, pause_requested: bool) -> str:
@@ -44,78 +39,6 @@ def shown_status(status: str, pause_requested: bool) -> str:
 def _partial(name: str, *columns: str, where: str) -> Index:
     """An index of those rows alone that a condition is true of, on both databases."""
     return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
-
-
-class Project(Base):
-    """A tenant."""
-
-    __tablename__ = "projects"
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str] = mapped_column(String(255), unique=True)
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
-
-
-class ApiKey(Base):
-    """A key of one project; only its SHA-256 is kept."""
-
-    __tablename__ = "api_keys"
-    __table_args__ = (CheckConstraint(f"role IN {ROLES}", name="role"),)
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
-    name: Mapped[str] = mapped_column(String(255))
-    secret_sha256: Mapped[str] = mapped_column(String(64))
-    hint: Mapped[str] = mapped_column(String(16))
-    role: Mapped[str] = mapped_column(String(16), server_default="member")
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-
-
-class File(Base):
-    """Bytes in storage. A deleted file keeps its row: cursors and jobs refer to it."""
-
-    __tablename__ = "files"
-    __table_args__ = (
-        CheckConstraint("status IN ('uploaded', 'processed', 'error')", name="status"),
-        Index("ix_files_project_created", "project_id", "created_at", "id"),
-        Index(
-            "ix_files_unchecked",
-            "project_id",
-            "created_at",
-            postgresql_where=text("status = 'uploaded'"),
-            sqlite_where=text("status = 'uploaded'"),
-        ),
-        Index(
-            "ix_files_expiring", "expires_at", postgresql_where=text("expires_at IS NOT NULL AND deleted_at IS NULL")
-        ),
-        Index(
-            "ix_files_uncleared", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL AND cleared_at IS NULL")
-        ),
-        Index("ix_files_storage_key", "storage_key"),
-    )
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
-    purpose: Mapped[str] = mapped_column(String(32))
-    filename: Mapped[str] = mapped_column(String(255))
-    bytes: Mapped[int] = mapped_column(Bytes)
-    sha256: Mapped[str] = mapped_column(String(64))
-    storage_key: Mapped[str] = mapped_column(String(512))
-    status: Mapped[str] = mapped_column(String(16))
-    status_details: Mapped[str | None] = mapped_column(Text)
-    validation: Mapped[dict[str, Any] | None] = mapped_column(Json)
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    deleted_by: Mapped[str | None] = mapped_column(String(64))
-    # Deleted, and the bytes are gone too.
-    cleared_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    # How often a check of its rows was begun (`api.core.files.validation`), and until when the last one is left in
-    # peace.
-    checks: Mapped[int] = mapped_column(Integer, server_default="0")
-    check_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
 class Job(Base):
@@ -200,7 +123,7 @@ class Job(Base):
     init_report: Mapped[dict[str, Any] | None] = mapped_column(Json)
     export_check: Mapped[dict[str, Any] | None] = mapped_column(Json)
     resources: Mapped[dict[str, Any] | None] = mapped_column(Json)
-    trained_tokens: Mapped[int | None] = mapped_column(Bytes)
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     # What its author should know although it succeeded; None before its end.
     warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(Json)
     result_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
@@ -265,154 +188,3 @@ def has_status(job: "type[Job] | AliasedClass[Job]", status: str) -> ColumnEleme
     assert status in JOB_STATUSES
     found: ColumnElement[bool] = job.status == literal_column(f"'{status}'")
     return found
-
-
-def is_unchecked() -> ColumnElement[bool]:
-    """True of files whose rows nobody has checked; written into the statement, as in `has_status`."""
-    return File.status == literal_column("'uploaded'")
-
-
-class Adapter(Base):
-    """The finished adapter of a job, as the model it is called by. One per job."""
-
-    __tablename__ = "adapters"
-    __table_args__ = (
-        Index(
-            "ix_adapters_project_created",
-            "project_id",
-            "created_at",
-            "job_id",
-            postgresql_where=text("deleted_at IS NULL"),
-            sqlite_where=text("deleted_at IS NULL"),
-        ),
-    )
-
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
-    name: Mapped[str] = mapped_column(String(255), unique=True)
-    file_id: Mapped[str] = mapped_column(ForeignKey("files.id"), unique=True)
-    rank: Mapped[int] = mapped_column(Integer)
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    deleted_by: Mapped[str | None] = mapped_column(String(64))
-
-
-class Checkpoint(Base):
-    """A stored checkpoint: a loadable adapter (`file_id`) and the state to resume from (`state_key`)."""
-
-    __tablename__ = "checkpoints"
-    __table_args__ = (
-        UniqueConstraint("job_id", "step"),
-        Index(
-            "ix_checkpoints_uncleared",
-            "deleted_at",
-            postgresql_where=text("deleted_at IS NOT NULL AND cleared_at IS NULL"),
-        ),
-        Index("ix_checkpoints_state_key", "state_key"),
-    )
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
-    name: Mapped[str] = mapped_column(String(255), unique=True)
-    step: Mapped[int] = mapped_column(Integer)
-    metrics: Mapped[dict[str, Any]] = mapped_column(Json)
-    best: Mapped[bool] = mapped_column()
-    file_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
-    state_key: Mapped[str] = mapped_column(String(512))
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    deleted_by: Mapped[str | None] = mapped_column(String(64))
-    # Deleted, and the state's bytes are gone too.
-    cleared_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-
-
-class Event(Base):
-    """One line of a job's story; `sequence` is 1, 2, 3 ... per job without gaps."""
-
-    __tablename__ = "events"
-    __table_args__ = (UniqueConstraint("job_id", "sequence"),)
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
-    sequence: Mapped[int] = mapped_column(Integer)
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    level: Mapped[str] = mapped_column(String(8))
-    type: Mapped[str] = mapped_column(String(16))
-    message: Mapped[str] = mapped_column(Text)
-    data: Mapped[dict[str, Any]] = mapped_column(Json)
-
-
-class Metric(Base):
-    """One optimizer step of the attempt that counts; `values` holds the numbers, None if not finite."""
-
-    __tablename__ = "metrics"
-
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    step: Mapped[int] = mapped_column(Integer, primary_key=True)
-    lease_token: Mapped[int] = mapped_column(Integer)
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    values: Mapped[dict[str, Any]] = mapped_column("values", Json)
-
-
-class Creation(Base):
-    """What a create request made, so that a retry finds it instead of making it twice.
-
-    `idempotency_key` is unique per project and path; without one, a retry is recognised by the
-    same API key and the same fingerprint within a window.
-    """
-
-    __tablename__ = "creations"
-    __table_args__ = (
-        UniqueConstraint("project_id", "path", "idempotency_key"),
-        Index("ix_creations_retry", "api_key_id", "fingerprint", "created_at"),
-    )
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
-    api_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"))
-    path: Mapped[str] = mapped_column(String(128))
-    idempotency_key: Mapped[str | None] = mapped_column(String(255))
-    fingerprint: Mapped[str] = mapped_column(String(64))
-    object_id: Mapped[str] = mapped_column(String(64))
-    response: Mapped[dict[str, Any]] = mapped_column(Json)
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
-
-
-class Tally(Base):
-    """A count that never falls, for /metrics: written in the transaction of what it counts."""
-
-    __tablename__ = "tallies"
-
-    name: Mapped[str] = mapped_column(String(64), primary_key=True)
-    # JSON with sorted keys, so that equal labels are one row.
-    labels: Mapped[str] = mapped_column(String(255), primary_key=True)
-    value: Mapped[float] = mapped_column(Double)
-
-
-class Worker(Base):
-    """A worker that says it is alive; how many jobs it can hold, from which queues, and why not more."""
-
-    __tablename__ = "workers"
-
-    id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    slots: Mapped[int] = mapped_column(Integer)
-    queues: Mapped[list[str]] = mapped_column(Json)
-    started_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    seen_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    trouble: Mapped[str | None] = mapped_column(Text)
-
-
-class Watch(Base):
-    """A time in which this database alone went on with its storage (`api.core.maintenance.watches`).
-
-    `until` is when the mark in the storage was last seen to be `token`; `next_token` is the one that replaces it.
-    """
-
-    __tablename__ = "watches"
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    since: Mapped[datetime] = mapped_column(UTCDateTime)
-    until: Mapped[datetime] = mapped_column(UTCDateTime)
-    token: Mapped[str] = mapped_column(String(64))
-    next_token: Mapped[str] = mapped_column(String(64))

@@ -1,0 +1,47 @@
+"""Rows about the service itself: counters, live workers, and since when this database owns its storage."""
+
+from datetime import datetime
+
+from sqlalchemy import Double, Integer, String, Text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from api.core.db.database import Base, Json, UTCDateTime
+
+
+class Tally(Base):
+    """A count that never falls, for /metrics: written in the transaction of what it counts."""
+
+    __tablename__ = "tallies"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    # JSON with sorted keys, so that equal labels are one row.
+    labels: Mapped[str] = mapped_column(String(255), primary_key=True)
+    value: Mapped[float] = mapped_column(Double)
+
+
+class Worker(Base):
+    """A worker that says it is alive; how many jobs it can hold, from which queues, and why not more."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    slots: Mapped[int] = mapped_column(Integer)
+    queues: Mapped[list[str]] = mapped_column(Json)
+    started_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    seen_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    trouble: Mapped[str | None] = mapped_column(Text)
+
+
+class Watch(Base):
+    """A time in which this database alone went on with its storage (`api.core.maintenance.watches`).
+
+    `until` is when the mark in the storage was last seen to be `token`; `next_token` is the one that replaces it.
+    """
+
+    __tablename__ = "watches"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    since: Mapped[datetime] = mapped_column(UTCDateTime)
+    until: Mapped[datetime] = mapped_column(UTCDateTime)
+    token: Mapped[str] = mapped_column(String(64))
+    next_token: Mapped[str] = mapped_column(String(64))
