@@ -15,12 +15,12 @@ from fastapi.routing import APIRoute
 from api import errors
 from api.core import logs, traces
 from api.core.settings import get_settings
-from api.http.bell import Bell
+from api.http.announcer import Bell
 from api.http.download_memory import DownloadMemory
 from api.http.exposition import Requests, make_registry
 from api.http.streams import Streams
 from api.middleware import Envelope
-from api.offered import Table
+from api.planned_routes import Table
 from api.routes import files, health, jobs, keys, models, prometheus
 from api.schemas.wire import ErrorBody
 

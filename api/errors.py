@@ -49,7 +49,7 @@ from api.core.errors import (
 )
 from api.core.files import disk
 from api.invalid import first_fault
-from api.offered import Table, planned
+from api.planned_routes import Table, planned
 
 
 class BadRequest(Refusal):

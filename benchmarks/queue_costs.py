@@ -30,9 +30,9 @@ from api.core.db import database as db  # noqa: E402
 from api.core.db import migrate  # noqa: E402
 from api.core.db.tables import Job, JobLabel, Project  # noqa: E402
 from api.core.jobs import admission, jobs, labels, lookup, metrics  # noqa: E402
-from api.core.maintenance import due  # noqa: E402
+from api.core.maintenance import pending  # noqa: E402
 from api.core.monitoring import gauges  # noqa: E402
-from api.core.queue import bells, places  # noqa: E402
+from api.core.queue import notify, positions  # noqa: E402
 from benchmarks.train_page import write_section  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job, a_worker  # noqa: E402
@@ -43,10 +43,10 @@ SEARCHED = "proj_searched"
 # What is asked again and again, by whom there is a queue for.
 HOT: Mapping[str, Callable[[Session], object]] = {
     "a worker claims a job": lambda session: jobs.claim(session, "bench", lease_seconds=30),
-    "the places of the first hundred": places.rank,
-    "the reconciler looks for work": lambda session: due.look(session.connection()),
-    "jobs nobody was rung for": bells.unannounced,
-    "jobs whose message was lost": lambda session: bells.unheard(session, patience=timedelta(seconds=15)),
+    "the places of the first hundred": positions.rank,
+    "the reconciler looks for work": lambda session: pending.look(session.connection()),
+    "jobs nobody was rung for": notify.unannounced,
+    "jobs whose message was lost": lambda session: notify.unheard(session, patience=timedelta(seconds=15)),
     "jobs of silent workers": lambda session: jobs.recover_lost(session, max_attempts=3),
     "jobs whose files are checked": admission.waiting,
     "ended jobs without a result file": metrics.ended_without_csv,

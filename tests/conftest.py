@@ -25,7 +25,7 @@ from api.core.db import database, migrate
 from api.core.devices import devices
 from api.core.files import storage
 from api.core.models import catalogue
-from api.core.queue import places, queue
+from api.core.queue import positions, queue
 from tests import servers
 from tests.side_by_side import pytest_xdist_auto_num_workers
 
@@ -98,7 +98,7 @@ def point_at(patch: pytest.MonkeyPatch, database_url: str, folder: Path) -> None
     patch.setenv("LORAINIT_DATABASE_URL", database_url)
     for name in ("STORAGE_URL", "BROKER_URL", "CATALOGUE"):
         patch.delenv(f"LORAINIT_{name}", raising=False)
-    patch.setattr(places, "MAX_AGE_SECONDS", 0.0)  # the queue as it is now
+    patch.setattr(positions, "MAX_AGE_SECONDS", 0.0)  # the queue as it is now
     forget()
 
 

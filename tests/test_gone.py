@@ -23,7 +23,7 @@ from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from api.core.files.storage import get_storage
 from api.core.jobs.jobs import Lease
-from api.core.maintenance import quotes
+from api.core.maintenance import redaction
 from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done, Event, Failed
 from lorainit.config.spec import BaseModelRef, RunSpec
@@ -33,7 +33,7 @@ from tests.lorainit.conftest import bases, chat, make_tokenizer, tokenizer
 from tests.test_job_path import Stack, stack, tiny_base
 from tests.things import MODEL
 from worker.host import caches, scratch
-from worker.job import artifacts, endings
+from worker.job import artifacts, outcomes
 from worker.job.progress import Recorder
 from worker.maintenance import janitor
 
@@ -171,7 +171,7 @@ def test_a_run_that_failed_quotes_rows_in_its_job_alone_and_only_while_they_are_
     assert taken is not None
     job, lease = taken
     message = f"12 of 12 rows of the training file cannot be used; first: Line 1: {WORD}."
-    endings.told(job, lease, Failed(code="invalid_training_file", message=message, param="data.training"))
+    outcomes.told(job, lease, Failed(code="invalid_training_file", message=message, param="data.training"))
     assert {"jobs", "events"} <= where_it_is(WORD, tmp_path)
 
     client.delete(f"/v1/files/{file}").raise_for_status()
@@ -180,7 +180,7 @@ def test_a_run_that_failed_quotes_rows_in_its_job_alone_and_only_while_they_are_
     assert where_it_is(WORD, tmp_path) == set()
     assert WORD not in "".join(capfd.readouterr())
     error = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()["error"]
-    assert error == {"code": "invalid_training_file", "message": quotes.REMOVED, "param": "training_file"}
+    assert error == {"code": "invalid_training_file", "message": redaction.REMOVED, "param": "training_file"}
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import uvicorn
 
 from api.app import create_app
 from api.connections import Connection
-from api.core.maintenance import due
+from api.core.maintenance import pending
 from api.core.settings import Settings, get_settings
 from api.embedded import broker, service
 from api.embedded.children import Child, sleeping
@@ -118,8 +118,8 @@ def test_an_api_that_is_asked_to_stop_does_not_sleep_on(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("service")
 def test_a_reconciler_without_work_looks_once_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, looks, look = Clock(), list[due.Due](), due.look
-    monkeypatch.setattr(due, "look", lambda connection: looks.append(look(connection)) or looks[-1])
+    clock, looks, look = Clock(), list[pending.Due](), pending.look
+    monkeypatch.setattr(pending, "look", lambda connection: looks.append(look(connection)) or looks[-1])
     wakes = {chore: threading.Event() for chore in reconciler.CHORES}
     with statements() as asked:
         reconciler._watch(Unset(clock), wakes, Over(clock))

@@ -27,8 +27,8 @@ from api.core.db.tables import Job
 from api.core.files.storage import get_storage
 from api.core.jobs import admission, jobs, metrics
 from api.core.logs import configure, get_logger
-from api.core.maintenance import due, startup
-from api.core.queue import bells, queue
+from api.core.maintenance import pending, startup
+from api.core.queue import notify, queue
 from api.core.settings import get_settings
 from worker.maintenance import janitor
 from worker.maintenance.row_checks import LANES
@@ -86,7 +86,7 @@ def _consider(job_id: str) -> bool:
 def announce() -> bool:
     """Ring for jobs that were never announced, and again for those whose message got lost; True if somebody heard."""
     with session_scope(read_only=True) as session:
-        waiting = [*bells.unannounced(session), *bells.unheard(session, patience=PATIENCE)]
+        waiting = [*notify.unannounced(session), *notify.unheard(session, patience=PATIENCE)]
     for bell in waiting:
         try:
             queue.ring(*bell)
@@ -94,7 +94,7 @@ def announce() -> bool:
             log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=bell.job_id)
             return False
         with session_scope() as session:
-            bells.mark_rung(session, bell.job_id)
+            notify.mark_rung(session, bell.job_id)
             session.commit()
     return bool(waiting)
 
@@ -183,7 +183,7 @@ def _watch(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: 
             look.clear()
             try:
                 connection = connection or held.enter_context(plain_connection())
-                found = due.look(connection)
+                found = pending.look(connection)
                 pause = get_settings().reconcile_seconds
             except Exception as error:
                 pause = _longer(pause)
@@ -195,7 +195,7 @@ def _watch(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: 
             look.wait(pause)
 
 
-def _woken(found: due.Due | None) -> list[Chore]:
+def _woken(found: pending.Due | None) -> list[Chore]:
     names = [] if found is None else [name for name, some in found._asdict().items() if some]
     return [chore for name in names for chore in WOKEN[name]]
 

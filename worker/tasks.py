@@ -22,12 +22,12 @@ from api.core.logs import get_logger
 from api.core.queue import queue
 from api.core.settings import get_settings
 from lorainit.config.events import Event
-from worker import rest
+from worker import gpu_health
 from worker.app import app, drain_file, name, rest_file
 from worker.child import warm
 from worker.child.supervisor import Place, StopReason, run_child
-from worker.host import room
-from worker.job.member import Member
+from worker.host import disk_space
+from worker.job.job_writer import Member
 
 log = get_logger(__name__)
 
@@ -52,12 +52,12 @@ def run_job(job_id: str) -> None:
         ready = {member: member.place for member in members if member.place is not None}
         if ready:
             _train(list(ready), list(ready.values()))
-    rest.of_this_slot().rest_if_broken(_gpus(), rest_file(os.getppid(), _slot()), is_leaving=_is_leaving)
+    gpu_health.of_this_slot().rest_if_broken(_gpus(), rest_file(os.getppid(), _slot()), is_leaving=_is_leaving)
 
 
 def _claim() -> list[Job]:
     settings, owner = get_settings(), f"{name(os.getppid())}/{os.getpid()}"
-    if not devices.may_take_a_job(settings.worker_slots) or not room.for_any_job():
+    if not devices.may_take_a_job(settings.worker_slots) or not disk_space.for_any_job():
         return []  # the reconciler rings again while a slot is free
     with session_scope() as session:
         claimed = jobs.claim(
@@ -75,7 +75,7 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
     settings = get_settings()
 
     def on_event(event: Event) -> None:
-        rest.of_this_slot().note_event(event)
+        gpu_health.of_this_slot().note_event(event)
         members[event.member].take(event)
 
     def should_stop() -> StopReason:
@@ -97,7 +97,7 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
         log.exception("the worker failed")
         wait([member.give_up(error) for member in members])
         return
-    rest.of_this_slot().note_end(outcome, members=len(members))
+    gpu_health.of_this_slot().note_end(outcome, members=len(members))
     if outcome.returncode and not outcome.stopped:
         log.error("the run ended badly", returncode=outcome.returncode, stderr=outcome.stderr_tail)
     # Pausing one of several stops the process of all; the others go back to the queue with a checkpoint, too.

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.core.access.keys import Caller
 from api.errors import TooManyRequests
-from api.http.ticker import Position, Ticker
+from api.http.event_poller import Position, Ticker
 
 HEARTBEAT_SECONDS = 15.0
 RETRY_MILLISECONDS = 3000

@@ -12,7 +12,7 @@ from api.core.fields import chosen
 from api.core.jobs.lookup import Result, Sight
 from api.core.jobs.submit import PRIORITIES
 from api.core.models import catalogue
-from api.core.queue import turns
+from api.core.queue import scheduling
 from api.core.settings import get_settings
 from api.schemas.wire import Element, Wire, finite, unix, unix_or_none
 from lorainit.config.spec import Lora
@@ -171,7 +171,7 @@ def job_object(sight: Sight) -> JobObject:
 
 
 def _resources(job: ShownJob) -> dict[str, Any]:
-    asked = {"group": job.wants_group, "device": turns.device_of(job.queue), "devices": job.devices}
+    asked = {"group": job.wants_group, "device": scheduling.device_of(job.queue), "devices": job.devices}
     return {**asked, "trained_with": job.trained_with, **(finite(job.resources) or {})}
 
 

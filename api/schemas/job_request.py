@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 from pydantic_core import PydanticCustomError
 
 from api import json_text
-from api.core.jobs.answers import Told
+from api.core.jobs.echoed import Told
 from api.core.jobs.submit import Order
 from api.invalid import first_fault
 from lorainit.config.schema import Seed, Strict, no_more_than
@@ -47,7 +47,7 @@ RankPattern = Annotated[
 class LoraOrder(Lora):
     """`lora` as ordered, or as an earlier job answered: the answer's own fields say what an order came to.
 
-    They are no order, and are held against what this one comes to (`api.core.jobs.answers`).
+    They are no order, and are held against what this one comes to (`api.core.jobs.echoed`).
     """
 
     told_scaling: Annotated[float, Field(gt=0)] | None = Field(None, alias="scaling")  # `scaling` is computed

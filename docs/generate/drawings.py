@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from api.core.jobs.submit import PRIORITIES
-from api.core.queue import turns
+from api.core.queue import scheduling
 from docs.generate.svg import Drawing
 
 
@@ -72,8 +72,8 @@ WAITING = (("A", 3.0, "low", 1), ("B", 1.5, "normal", 1), ("B", 1.0, "normal", 2
 
 
 def _due(project: str, waited: float, priority: str, place: int) -> tuple[float, str]:
-    """Hours until the job is due, as `api.core.queue.turns` computes it with a step of one hour, and its name."""
-    due = turns.due(-waited - PRIORITIES[priority], place, 1.0)
+    """Hours until the job is due, as `api.core.queue.scheduling` computes it with a step of one hour, and its name."""
+    due = scheduling.due(-waited - PRIORITIES[priority], place, 1.0)
     return due, f"project {project}, {priority} priority, waits {waited:g} h, place {place} of its project"
 
 

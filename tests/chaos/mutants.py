@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Engine, event, text
 
 from api.core.db.database import session_scope
-from api.core.queue import bells
+from api.core.queue import notify
 from api.core.queue.queue import get_celery
 from worker import reconciler, tasks
 from worker.child.supervisor import Outcome, Place
@@ -70,7 +70,7 @@ def late_ack() -> None:
 
 def no_ring() -> None:
     """A message that the broker forgot is never sent again."""
-    bells.unheard = lambda _session, **_: []
+    notify.unheard = lambda _session, **_: []
 
 
 def no_recovery() -> None:

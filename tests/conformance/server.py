@@ -4,13 +4,13 @@ from fastapi import FastAPI
 
 from api import app as main
 from api.core import logs
-from api.http import streams, ticker
+from api.http import event_poller, streams
 
 
 def create_app() -> FastAPI:
     """For `uvicorn --factory`."""
     logs.configure()
-    ticker.BEAT_SECONDS, streams.HEARTBEAT_SECONDS = 0.1, 0.2
+    event_poller.BEAT_SECONDS, streams.HEARTBEAT_SECONDS = 0.1, 0.2
     app = main.create_app()
 
     def boom() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from api.core.jobs import pauses
 from api.errors import CODES
 from lorainit.config.errors import LorainitError
-from worker.job import endings
+from worker.job import outcomes
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -30,7 +30,7 @@ def kinds(kind: type[LorainitError]) -> Iterator[str]:
 
 def job_codes() -> set[str]:
     """What a job may fail with, as far as it stands in code."""
-    said = set(kinds(LorainitError)) | set(pauses.MAY_PASS) | set(endings.PASSES)
+    said = set(kinds(LorainitError)) | set(pauses.MAY_PASS) | set(outcomes.PASSES)
     for path in (ROOT / "worker").rglob("*.py"):
         said |= set(re.findall(r'Failure\(\s*"(\w+)"', path.read_text()))
     return said

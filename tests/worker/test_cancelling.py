@@ -27,7 +27,7 @@ from tests.test_job_path import tiny_base as tiny_base  # a fixture
 from tests.worker.conftest import Lab, await_what_was_left_alone, when
 from worker import tasks
 from worker.child.supervisor import run_child
-from worker.job import artifacts, endings, member, transfers
+from worker.job import artifacts, job_writer, leased_storage, outcomes
 
 LIMIT = 5.0
 # The real program, which stays where it says for the first time that it is in a stage, or a tick further.
@@ -171,8 +171,8 @@ def slow(lab: Lab, environment: pytest.MonkeyPatch) -> Iterator[Callable[..., Sl
     def make(method: str, key: str, *, hangs: bool) -> Slow:
         storage = Slow(method, key, hangs=hangs)
         made.append(storage)
-        environment.setattr(transfers, "CHUNK", 32)  # of ten kilobytes: half a minute
-        environment.setattr(member, "get_storage", lambda: storage)
+        environment.setattr(leased_storage, "CHUNK", 32)  # of ten kilobytes: half a minute
+        environment.setattr(job_writer, "get_storage", lambda: storage)
         return storage
 
     yield make
@@ -209,7 +209,7 @@ def test_a_job_cancelled_while_its_failure_is_written_frees_its_worker(
 
     storage = slow("put", "step_metrics", hangs=True)
     environment.setattr(artifacts, "pack", broken)
-    environment.setattr(endings, "get_storage", lambda: transfers.WhileOurs(storage, threading.Event()))
+    environment.setattr(outcomes, "get_storage", lambda: leased_storage.WhileOurs(storage, threading.Event()))
     cancelled_once(lab, storage.busy.is_set, lambda: lab.run(DONE))
 
 

@@ -24,9 +24,9 @@ from tests.test_job_path import tiny_base
 from tests.things import a_file, a_project, a_queued_job
 from tests.worker import failing_child
 from tests.worker.conftest import Lab
-from worker import rest, tasks
+from worker import gpu_health, tasks
 from worker.child import supervisor
-from worker.job import artifacts, patience
+from worker.job import artifacts, retry
 
 __all__ = ["tiny_base"]  # a fixture
 pytestmark = pytest.mark.usefixtures("service")
@@ -43,7 +43,7 @@ Worker = Callable[[str, str], Job]
 @pytest.fixture
 def worker(environment: pytest.MonkeyPatch, tiny_base: Path) -> Worker:
     """A worker with one queued job, on a machine that fails so in that check; returns what became of the job."""
-    rest._of.cache_clear()
+    gpu_health._of.cache_clear()
     settings = {"CATALOGUE": str(tiny_base / "catalogue.toml"), "KEEP_WARM": "false", "RETRY_SECONDS": "0"}
     for name, value in settings.items():
         environment.setenv(f"LORAINIT_{name}", value)
@@ -168,7 +168,7 @@ def test_the_databases_full_shared_memory_is_no_full_disk(lab: Lab, monkeypatch:
     """What PostgreSQL says of its own /dev/shm."""
     words = 'could not resize shared memory segment "/PostgreSQL.1" to 8388608 bytes: No space left on device'
     monkeypatch.setattr(artifacts, "store_result", raising(OperationalError("SELECT", {}, Exception(words))))
-    monkeypatch.setattr(patience, "LONGEST_SECONDS", 0)
+    monkeypatch.setattr(retry, "LONGEST_SECONDS", 0)
     lab.run("for i in range(3): done(i)")
     assert lab.statuses() == ["queued"] * 3
     assert "no room left in /dev/shm" in lab.story(1)[-1]

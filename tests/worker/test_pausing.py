@@ -13,7 +13,7 @@ from tests.worker.conftest import Lab, when
 from worker.app import drain_file
 from worker.child import supervisor
 from worker.host import memory
-from worker.job import patience
+from worker.job import retry
 
 # A child that does as a run does: asked to leave, it writes a checkpoint, tells it and goes.
 LEAVING = """
@@ -158,9 +158,9 @@ def test_a_run_that_gets_further_each_time_is_never_given_up(alone: Lab, monkeyp
 
 def test_a_storage_that_stays_away_is_not_the_jobs_fault(alone: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
-        raise patience.PASSING[-1]("the bucket does not answer")
+        raise retry.PASSING[-1]("the bucket does not answer")
 
-    monkeypatch.setattr(patience, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(retry, "LONGEST_SECONDS", 0.3)
     monkeypatch.setattr(ObjectStorage, "put", away)
     alone.run("step(0, 1); done(0)")
     assert (alone.job(1).status, alone.job(1).losses) == ("queued", 1)

@@ -16,7 +16,7 @@ from api.core.db.tables import File, Job
 from api.core.files import files
 from api.core.files.storage import get_storage
 from api.core.jobs import admission, jobs, metrics
-from api.core.maintenance import due
+from api.core.maintenance import pending
 from api.core.queue import queue
 from api.core.settings import Settings
 from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job, a_running_job
@@ -240,16 +240,16 @@ def test_each_chore_is_woken_by_what_there_is_to_do_and_by_nothing_else(monkeypa
 
 def woken() -> set[str]:
     with plain_connection() as connection:
-        return {chore.__name__ for chore in reconciler._woken(due.look(connection))}
+        return {chore.__name__ for chore in reconciler._woken(pending.look(connection))}
 
 
 def test_a_look_whose_connection_died_is_an_error_and_the_next_one_has_another() -> None:
     with plain_connection() as connection:
-        due.look(connection)
+        pending.look(connection)
         connection.connection.driver_connection.close()
         with pytest.raises(Exception, match="closed"):
-            due.look(connection)
-        assert not any(due.look(connection))
+            pending.look(connection)
+        assert not any(pending.look(connection))
 
 
 def test_a_file_that_is_checked_has_its_jobs_rung_for_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:

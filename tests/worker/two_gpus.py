@@ -28,7 +28,7 @@ if __name__ == "__main__":
 else:
     from api.core.devices import examination
     from lorainit.system import gpus
-    from worker import rest
+    from worker import gpu_health
     from worker.app import app
     from worker.child import supervisor
 
@@ -37,4 +37,4 @@ else:
     setattr(gpus, "trouble", lambda: None)  # noqa: B010
     setattr(gpus, "why_none", lambda: None)  # noqa: B010
     supervisor.PROGRAM = examination.PROGRAM = (sys.executable, __file__)
-    rest.FIRST_WAIT = rest.LONGEST_WAIT = 0.5
+    gpu_health.FIRST_WAIT = gpu_health.LONGEST_WAIT = 0.5

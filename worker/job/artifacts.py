@@ -19,7 +19,7 @@ from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done
 from lorainit.config.resolve import as_resolved
 from lorainit.config.spec import Data, Hyperparameters, Lora, RunSpec
-from worker.host import room
+from worker.host import disk_space
 from worker.job.archive import Archive, pack, unpack
 from worker.job.progress import Lost
 
@@ -40,7 +40,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         calibration = session.get(File, job.calibration_file_id) if job.calibration_file_id else None
         checkpoint = checkpoints.latest(session, job.id)
     rows = [file for file in (training, validation, calibration) if file is not None]
-    room.require(job, data_bytes=sum(file.bytes for file in rows), folder=folder)
+    disk_space.require(job, data_bytes=sum(file.bytes for file in rows), folder=folder)
     data = Data(
         training=str(_fetch(storage, training.storage_key, folder / "training.jsonl")),
         validation=str(_fetch(storage, validation.storage_key, folder / "validation.jsonl")) if validation else None,

@@ -10,7 +10,7 @@ from api.core.db.database import now, session_scope
 from api.core.fields import told
 from api.core.jobs import estimates, events, jobs, metrics
 from api.core.jobs.jobs import Lease
-from api.core.monitoring import tallies
+from api.core.monitoring import counters
 from lorainit.config.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
 from worker.job.stopwatch import STARTING, Stopwatch
 
@@ -101,7 +101,7 @@ class Recorder:
             lines = self._unwritten(session)
             events.append_all(session, self._lease.job_id, lines, at=at)
             retries = sum(line.data.get("kind") == "oom_retry" for line in lines)
-            tallies.add(session, "out_of_memory", retries, outcome="retried")
+            counters.add(session, "out_of_memory", retries, outcome="retried")
             self._in_doubt = True
             session.commit()
         self._pending, self._lines, self._in_doubt = [], [], False

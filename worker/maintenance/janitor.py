@@ -14,8 +14,8 @@ from api.core.db.database import cut_write_ahead_log, session_scope
 from api.core.db.tables import Checkpoint, File
 from api.core.files.storage import PROBE, get_storage, unfinished
 from api.core.logs import get_logger
-from api.core.maintenance import quotes, retention, watches
-from api.core.monitoring import tallies
+from api.core.maintenance import redaction, retention, storage_periods
+from api.core.monitoring import counters
 from api.core.settings import get_settings
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
@@ -34,7 +34,7 @@ def expire_files() -> bool:
     """Files past their `expires_after` are deleted; True when there may be more."""
     with session_scope() as session:
         gone = retention.expire_files(session)
-        tallies.add(session, "objects_removed", len(gone), reason="expired")
+        counters.add(session, "objects_removed", len(gone), reason="expired")
         session.commit()
     return bool(gone)
 
@@ -46,7 +46,7 @@ def forget_checkpoints() -> bool:
         return False
     with session_scope() as session:
         gone = retention.forget_checkpoints(session, days=days)
-        tallies.add(session, "objects_removed", len(gone), reason="checkpoint")
+        counters.add(session, "objects_removed", len(gone), reason="checkpoint")
         session.commit()
     return bool(gone)
 
@@ -63,7 +63,7 @@ def forget_jobs() -> bool:
     with session_scope() as session:
         retired = retention.retire_jobs(session, days=days)
         removed = retention.remove_jobs(session, days=days)
-        tallies.add(session, "objects_removed", len(removed), reason="job")
+        counters.add(session, "objects_removed", len(removed), reason="job")
         session.commit()
     return bool(retired or removed)
 
@@ -91,7 +91,7 @@ def _clear(kind: retention.Row) -> bool:
         with session_scope() as session:
             ids = [row_id for row_id, _ in rows]
             if kind is File:
-                quotes.forget(session, ids)
+                redaction.forget(session, ids)
             retention.mark_cleared(session, kind, ids)
             session.commit()
     return bool(rows)
@@ -106,11 +106,11 @@ def overwrite() -> bool:
 def keep_watch() -> bool:
     """Find out whether database and storage still belong together, and leave a new mark of that in both."""
     with session_scope(read_only=True) as session:
-        seen, key = watches.newest(session), watches.mark_key(session)
+        seen, key = storage_periods.newest(session), storage_periods.mark_key(session)
     mark = None if key is None else _mark(key)
     with session_scope() as session:
-        look = watches.begin(session) if seen is None else watches.announce(session, seen, mark)
-        key = watches.mark_key(session)
+        look = storage_periods.begin(session) if seen is None else storage_periods.announce(session, seen, mark)
+        key = storage_periods.mark_key(session)
         session.commit()
     if look is None or key is None:
         return False
@@ -118,7 +118,7 @@ def keep_watch() -> bool:
         log.warning("storage_of_another_database", mark=key, help=ANOTHER_DATABASE)
     get_storage().put(key, io.BytesIO(look.next_token.encode()))
     with session_scope() as session:
-        watches.settle(session, look)
+        storage_periods.settle(session, look)
         session.commit()
     return False
 
@@ -133,14 +133,15 @@ def _mark(key: str) -> str | None:
 def sweep_orphans() -> bool:
     """Stored objects that a crash left without a row go, a day after they were written.
 
-    Not those that this database may not know because it was restored from a backup (`api.core.maintenance.watches`).
+    Objects that this database may not know because it was restored from a backup stay
+    (`api.core.maintenance.storage_periods`).
     """
     days = get_settings().orphan_days
     if not days:
         return False
     before = datetime.now(UTC) - timedelta(days=days)
     with session_scope(read_only=True) as session:
-        watched = watches.spans(session)
+        watched = storage_periods.spans(session)
     for prefix in retention.OWNERS:
         old = get_storage().older_than(before, prefix=prefix)
         keys = (key for key, written in old if any(since <= written <= until for since, until in watched))
@@ -175,7 +176,7 @@ def _remove_orphans(keys: list[str]) -> None:
         log.warning("removed an object that no row names", key=key)
     if gone:
         with session_scope() as session:
-            tallies.add(session, "objects_removed", len(gone), reason="orphan")
+            counters.add(session, "objects_removed", len(gone), reason="orphan")
             session.commit()
 
 

@@ -17,7 +17,7 @@ import obstore
 from obstore.exceptions import GenericError
 from obstore.store import LocalStore, S3Store
 
-from api.core.resilience.apart import run_apart
+from api.core.resilience.abandonable import run_apart
 from api.core.resilience.breaker import Breaker
 from api.core.settings import Settings, get_settings
 from api.core.singleton import singleton

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from api.core.db.tables import FINAL_STATUSES, Event, Job
 from api.core.errors import InvalidValue
 from api.core.ids import new_event_id
-from api.core.monitoring import tallies
+from api.core.monitoring import counters
 
 Level = Literal["info", "warn", "error"]
 # What a caller is shown, as plain columns: an `Event` costs twice as much.
@@ -80,7 +80,7 @@ def status_event(
     payload = {"kind": "status", "status": status, "previous": previous, **data}
     append(session, job_id, message, at=at, level=level, data=payload)
     if status in FINAL_STATUSES:
-        tallies.job_ended(session, job_id, status=status, code=(data.get("error") or {}).get("code", ""))
+        counters.job_ended(session, job_id, status=status, code=(data.get("error") or {}).get("code", ""))
 
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[ShownEvent], bool]:

@@ -23,8 +23,8 @@ from api.core.db.tables import FINAL_STATUSES, Adapter, File, Job, has_status
 from api.core.errors import WrongState
 from api.core.jobs import events, labels
 from api.core.jobs.transitions import Failure, Lease, change, hold, in_state, lock, move
-from api.core.monitoring import tallies
-from api.core.queue import groups, turns
+from api.core.monitoring import counters
+from api.core.queue import groups, scheduling
 from api.core.settings import get_settings
 
 __all__ = ["Failure", "Lease"]
@@ -54,7 +54,7 @@ def admit(
         recipe=recipe,
         choices=choices,
         group_key=group_key,
-        turn=turns.new_turn(now(session)),
+        turn=scheduling.new_turn(now(session)),
     )
     return moved is not None
 
@@ -66,7 +66,12 @@ def reject(session: Session, job_id: str, failure: Failure) -> bool:
 
 
 def claim(
-    session: Session, owner: str, *, lease_seconds: float, group_size: int = 1, queues: Sequence[str] = (turns.ANY,)
+    session: Session,
+    owner: str,
+    *,
+    lease_seconds: float,
+    group_size: int = 1,
+    queues: Sequence[str] = (scheduling.ANY,),
 ) -> list[Job]:
     """Take the best job of these queues and, up to `group_size`, those that may be trained with it; best first.
 
@@ -230,7 +235,7 @@ def recover_lost(session: Session, *, max_attempts: int, among: Sequence[str] | 
         wanted = wanted.where(Job.id.in_(among))
     rows = session.execute(wanted.with_for_update(skip_locked=True)).all()
     leases = [Lease(row.id, row.lease_token) for row in rows]
-    tallies.add(session, "leases_lost", len(leases))
+    counters.add(session, "leases_lost", len(leases))
     return [one.job_id for one in leases if lose(session, one, "The worker was lost", max_attempts=max_attempts)]
 
 

@@ -14,8 +14,8 @@ from api.core.db.tables import SHOWN, Adapter, ApiKey, File, Job, ShownJob, Show
 from api.core.jobs import labels, pauses
 from api.core.jobs.pauses import Prospect
 from api.core.jobs.transitions import unknown
-from api.core.queue import places
-from api.core.queue.places import Place
+from api.core.queue import positions
+from api.core.queue.positions import Place
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def page(
 
 def sights(session: Session, found: Sequence[ShownJob]) -> list[Sight]:
     """The jobs with their places, results and prospects, in a few queries however many there are."""
-    standing = places.of(session, [job for job in found if job.status == "queued"])
+    standing = positions.of(session, [job for job in found if job.status == "queued"])
     results = _results(session, [job.id for job in found if job.status == "succeeded"])
     prospects = pauses.prospects(session, found)
     return [Sight(job, standing.get(job.id), results.get(job.id), prospects[job.id]) for job in found]

@@ -16,7 +16,7 @@ from api.core.db.tables import FINAL_STATUSES, Checkpoint, File, Job, ShownJob
 from api.core.errors import WrongState
 from api.core.jobs import events
 from api.core.jobs.transitions import Lease, change, hold, in_state, move
-from api.core.queue import turns
+from api.core.queue import scheduling
 
 # What was wrong is not in the order: the same order may well succeed.
 MAY_PASS = (
@@ -84,7 +84,7 @@ def resume(session: Session, job: Job) -> Job:
     if not prospect.possible:
         raise WrongState(f"Job {job.id} cannot be resumed: {prospect.reason}.", code="job_not_resumable")
     if row.status == "failed":  # one that is paused is among those that wait
-        turns.check_room(session, job.project_id)
+        scheduling.check_room(session, job.project_id)
     _wake(session, job, prospect)
     session.refresh(job)
     return job
@@ -96,7 +96,7 @@ def _wake(session: Session, job: Job, prospect: Prospect) -> None:
     if job.turn is None:
         move(session, here, "validating_files", "Job resumed: its files are checked first")
         return
-    turn = turns.new_turn(now(session))
+    turn = scheduling.new_turn(now(session))
     message = f"Job resumed: it goes on from {where}"
     move(session, here, "queued", message, turn=turn, losses=0, not_before=None)
 

@@ -15,9 +15,9 @@ from api.core.errors import BadReference, InvalidValue
 from api.core.files import files
 from api.core.ids import new_id
 from api.core.jobs import jobs
-from api.core.jobs.answers import Told, require_agreeing
+from api.core.jobs.echoed import Told, require_agreeing
 from api.core.models import catalogue
-from api.core.queue import turns
+from api.core.queue import scheduling
 from api.core.settings import get_settings
 from lorainit.config.inits import CalibratedConfig
 from lorainit.config.resolve import base_learning_rate
@@ -79,7 +79,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
     _agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
     for name, file in found.items():
         _known_bad(file, name, order)
-    turns.check_room(session, project_id)
+    scheduling.check_room(session, project_id)
     job = Job(
         id=new_id("ftjob-"),
         project_id=project_id,
@@ -100,7 +100,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         deterministic=order.deterministic,
         wants_group=order.group,
         devices=order.devices,
-        queue=turns.queue_of(order.device),
+        queue=scheduling.queue_of(order.device),
         lease_token=0,
         attempts=0,
         event_count=0,

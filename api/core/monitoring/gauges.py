@@ -9,8 +9,8 @@ from sqlalchemy.orm import Session
 
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, JOB_STATUSES, Job, has_status
-from api.core.monitoring import tallies
-from api.core.monitoring.tallies import Count
+from api.core.monitoring import counters
+from api.core.monitoring.counters import Count
 from api.core.queue import workers
 
 OPEN_STATUSES = tuple(status for status in JOB_STATUSES if status not in FINAL_STATUSES)
@@ -43,7 +43,7 @@ def take(session: Session) -> Picture:
         workers=workers.online(session),
         slots=workers.free_slots(session, running=0),
         speeds=_speeds(session),
-        tallies=tallies.read(session),
+        tallies=counters.read(session),
     )
 
 

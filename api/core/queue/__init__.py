@@ -1,4 +1,4 @@
 """Queued jobs: their order, their places, which of them are trained together, which workers are alive.
 
-`bells` is the outbox and `queue` the Celery message that wakes a worker.
+`notify` is the outbox and `queue` the Celery message that wakes a worker.
 """

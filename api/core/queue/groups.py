@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from api.core.db.tables import Job, has_status
 from api.core.models.catalogue import Entry
-from api.core.queue import turns
+from api.core.queue import scheduling
 from lorainit.config.placement import chosen
 from lorainit.config.spec import Hyperparameters, Lora
 
@@ -52,8 +52,8 @@ def next_up(session: Session, *, size: int, queues: Sequence[str]) -> list[str]:
     The best one counts whatever group it asks for; at most `size` - 1 others join it, and no more than their
     project may run.
     """
-    while (best := turns.first(session, queues)) is not None:
-        if (places := turns.room(session, best.project_id, wanted=size)) > 0:
+    while (best := scheduling.first(session, queues)) is not None:
+        if (places := scheduling.room(session, best.project_id, wanted=size)) > 0:
             break  # else a claim of the same project was a moment earlier, and its jobs are counted now
     if best is None:
         return []

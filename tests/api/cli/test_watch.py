@@ -71,16 +71,16 @@ def test_a_reason_that_is_gone_at_the_next_look_is_not_told(monkeypatch: pytest.
 
 @pytest.mark.parametrize(("position", "words"), [(2, "number 2"), (100, "number 100"), (101, "behind the first 100")])
 def test_a_place_is_a_number_as_far_as_the_server_counts(position: int, words: str) -> None:
-    from api.core.queue import places
+    from api.core.queue import positions
 
-    assert watching.PLACES_COUNTED == places.MOST
+    assert watching.PLACES_COUNTED == positions.MOST
     waits = job(queue_reason="waiting_for_turn", queue_position=position)
     assert watching.why_it_waits(waits) == f"it is {words} in the queue"
 
 
 def test_every_reason_to_wait_has_words() -> None:
-    from api.core.queue import places
+    from api.core.queue import positions
 
-    source = places._place.__code__.co_consts
+    source = positions._place.__code__.co_consts
     reasons = {text for text in source if isinstance(text, str) and "_" in text and " " not in text} | {"restarting"}
     assert reasons == set(watching.WAITING)

@@ -24,7 +24,7 @@ from api.core.db.tables import Adapter, Event, Job
 from api.core.errors import Refusal
 from api.core.jobs import checkpoints, jobs, pauses, transitions
 from api.core.jobs.jobs import Failure, Lease
-from api.core.queue import bells, places, turns
+from api.core.queue import notify, positions, scheduling
 from api.core.settings import get_settings
 from tests.api.core.life import ATTEMPTS, LEASE, LIMIT, Life, next_up
 from tests.things import a_file, a_job, a_project
@@ -135,9 +135,9 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def announce(self) -> None:
-        for bell in bells.unannounced(self.session):
+        for bell in notify.unannounced(self.session):
             assert not self.lives[bell.job_id].rung
-            bells.mark_rung(self.session, bell.job_id)
+            notify.mark_rung(self.session, bell.job_id)
             self.lives[bell.job_id].rung = True
 
     @rule()
@@ -281,6 +281,6 @@ def test_any_order_of_moves_leaves_the_rows_as_the_model_says(
     environment.setenv("LORAINIT_PROJECT_RUNNING", str(LIMIT))
     get_settings.cache_clear()
     clock = Clock()
-    for module in (jobs, transitions, turns, pauses, bells, places, checkpoints):
+    for module in (jobs, transitions, scheduling, pauses, notify, positions, checkpoints):
         environment.setattr(module, "now", clock)
     run_state_machine_as_test(lambda: Lives(session, clock), settings=PLENTY)

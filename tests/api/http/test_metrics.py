@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from api.core.db.tables import FINAL_STATUSES
 from api.core.jobs import jobs
 from api.core.jobs.jobs import Failure
-from api.core.monitoring import tallies
+from api.core.monitoring import counters
 from api.core.settings import get_settings
 from api.http import exposition
 from tests.api.conftest import Lab, refused
@@ -80,10 +80,10 @@ def test_the_speed_of_running_jobs_is_added_up(session: Session, local: TestClie
 
 def test_counts_with_equal_labels_add_up(session: Session) -> None:
     for _ in range(3):
-        tallies.add(session, "leases_lost")
-    tallies.add(session, "objects_removed", 2, reason="orphan")
-    tallies.add(session, "objects_removed", 0, reason="expired")
-    assert [(count.name, dict(count.labels), count.value) for count in tallies.read(session)] == [
+        counters.add(session, "leases_lost")
+    counters.add(session, "objects_removed", 2, reason="orphan")
+    counters.add(session, "objects_removed", 0, reason="expired")
+    assert [(count.name, dict(count.labels), count.value) for count in counters.read(session)] == [
         ("leases_lost", {}, 3),
         ("objects_removed", {"reason": "orphan"}, 2),
     ]
@@ -139,7 +139,7 @@ def everything_shown(session: Session, local: TestClient) -> dict[str, set[str]]
     a_worker(session)
     a_running_job(session, a_project(session))
     for name, (_, labels) in exposition.COUNTERS.items():
-        tallies.add(session, name, 1, **dict.fromkeys(labels, "x"))
+        counters.add(session, name, 1, **dict.fromkeys(labels, "x"))
     session.commit()
     local.get("/healthz")
     return {name.partition("{")[0]: set(re.findall(r'(\w+)="', name)) for name in scrape(local)}

@@ -15,9 +15,9 @@ from api.core.db.database import session_scope
 from api.core.db.tables import Job, Project
 from api.core.jobs import events, jobs
 from api.errors import TooManyRequests
-from api.http import streams, ticker
+from api.http import event_poller, streams
+from api.http.event_poller import Position
 from api.http.streams import EventStream, Streams
-from api.http.ticker import Position
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import a_project, a_running_job
@@ -80,7 +80,7 @@ def test_how_soon_to_come_back_is_said_once_and_in_the_first_events_block(lab: L
 def test_a_long_story_is_told_whole(lab: Lab, ended: str, monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(listed(lab, ended))
     for page in (1, 2, count - 1, count, count + 1):
-        monkeypatch.setattr(ticker, "PAGE", page)
+        monkeypatch.setattr(event_poller, "PAGE", page)
         assert sequences(stream(lab, ended).text) == list(range(1, count + 1))
 
 
@@ -129,7 +129,7 @@ def test_a_job_of_nobody_is_unknown(lab: Lab) -> None:
 @pytest.fixture
 def running(session: Session, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A job at work, and streams that look often."""
-    monkeypatch.setattr(ticker, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(event_poller, "BEAT_SECONDS", 0.01)
     return a_running_job(session, a_project(session))[0]
 
 

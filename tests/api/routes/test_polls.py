@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from api.core.access import keys
 from api.core.db import database
 from api.core.db.tables import Job
-from api.core.queue import places
+from api.core.queue import positions
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import a_project, a_queued_job, a_running_job
@@ -20,7 +20,7 @@ from tests.things import a_project, a_queued_job, a_running_job
 @pytest.fixture
 def selects(session: Session, environment: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The statements that read; what is known of the queue counts for a minute."""
-    environment.setattr(places, "MAX_AGE_SECONDS", 60.0)
+    environment.setattr(positions, "MAX_AGE_SECONDS", 60.0)
     seen: list[str] = []
 
     def look(_connection: object, _cursor: object, statement: str, *_: object) -> None:

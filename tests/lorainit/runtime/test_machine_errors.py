@@ -11,7 +11,7 @@ from lorainit.runtime import hardware, machine_errors
 from lorainit.runtime.distributed import isolation, world
 from lorainit.runtime.distributed.launch import Others
 from lorainit.system import gpus
-from worker.job import endings
+from worker.job import outcomes
 
 ADVICE = "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below"
 ASSERT = RuntimeError("CUDA error: device-side assert triggered" + ADVICE)
@@ -184,7 +184,7 @@ def test_a_worker_with_fewer_devices_than_the_api_promised_has_the_job_tried_els
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(TooFewDevices, match="2 devices, and its worker sees 1") as refused:
         world._take_gpu(1, 2)
-    assert refused.value.code in endings.PASSES
+    assert refused.value.code in outcomes.PASSES
 
 
 @pytest.fixture

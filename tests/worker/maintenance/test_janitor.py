@@ -17,7 +17,7 @@ from api.core.db.database import session_scope
 from api.core.db.tables import Creation, File, Job, Project, Watch
 from api.core.files.storage import ObjectStorage, get_storage
 from api.core.jobs import jobs, metrics
-from api.core.monitoring import tallies
+from api.core.monitoring import counters
 from api.core.settings import get_settings
 from tests.things import a_file, a_project, a_running_job
 from worker.maintenance import janitor
@@ -61,7 +61,7 @@ def test_an_expired_file_loses_its_row_and_then_its_bytes(tmp_path: Path) -> Non
         row = session.get_one(File, file.id)
         assert row.deleted_at is not None
         assert row.cleared_at is not None
-        assert [(c.name, c.value) for c in tallies.read(session)] == [("objects_removed", 1)]
+        assert [(c.name, c.value) for c in counters.read(session)] == [("objects_removed", 1)]
 
 
 def test_bytes_left_by_a_crash_between_row_and_bytes_are_found_again(

@@ -91,7 +91,7 @@ class Job(Base):
     wants_group: Mapped[bool] = mapped_column(server_default=false())
     devices: Mapped[int] = mapped_column(Integer, server_default="1")
 
-    # Which workers may take it, and its place among the others (`api.core.queue.turns`); no turn before admission.
+    # Which workers may take it, and its place among the others (`api.core.queue.scheduling`); no turn before admission.
     queue: Mapped[str] = mapped_column(String(32), server_default="train")
     turn: Mapped[float | None] = mapped_column(Double)
     # Runs that ended for no fault of the job since its last checkpoint, and when the next may start.

@@ -11,7 +11,7 @@ from api.core.db.tables import Adapter, Event, Job, Project
 from api.core.errors import WrongState
 from api.core.jobs import admission, events, jobs, metrics
 from api.core.jobs.jobs import Failure, Lease
-from api.core.queue import bells
+from api.core.queue import notify
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job, a_worker
 
@@ -257,9 +257,9 @@ def test_a_file_with_bad_rows_is_refused_or_used_as_asked(session: Session, on_r
 
 def test_a_queued_job_is_announced_once_then_left_alone(session: Session) -> None:
     job = a_queued_job(session, a_project(session))
-    assert bells.unannounced(session) == [(job.id, "train")]
-    bells.mark_rung(session, job.id)
-    assert bells.unannounced(session) == []
+    assert notify.unannounced(session) == [(job.id, "train")]
+    notify.mark_rung(session, job.id)
+    assert notify.unannounced(session) == []
 
 
 def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Session) -> None:
@@ -267,10 +267,10 @@ def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Sessi
     job = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == job.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     patience = timedelta(seconds=15)
-    assert bells.unheard(session, patience=patience) == []
+    assert notify.unheard(session, patience=patience) == []
     a_worker(session, slots=1)
-    assert bells.unheard(session, patience=patience) == [(job.id, "train")]
+    assert notify.unheard(session, patience=patience) == [(job.id, "train")]
     assert jobs.claim(session, "w", lease_seconds=30)
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
-    assert bells.unheard(session, patience=patience) == []
+    assert notify.unheard(session, patience=patience) == []

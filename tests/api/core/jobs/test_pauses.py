@@ -10,7 +10,7 @@ from api.core.db.tables import Event, File, Job, Project
 from api.core.errors import QuotaExceeded, WrongState
 from api.core.jobs import admission, checkpoints, jobs, pauses
 from api.core.jobs.jobs import Failure, Lease
-from api.core.queue import bells
+from api.core.queue import notify
 from api.core.settings import get_settings
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
 
@@ -47,7 +47,7 @@ def test_a_waiting_job_is_paused_at_once_and_not_claimed(session: Session) -> No
     job = pauses.pause(session, a_queued_job(session, a_project(session)))
     assert (job.status, job.finished_at) == ("paused", None)
     assert jobs.claim(session, "w", lease_seconds=30) == []
-    assert bells.unannounced(session) == []
+    assert notify.unannounced(session) == []
 
 
 def test_a_run_is_asked_to_pause_and_goes_on_holding_its_job(session: Session) -> None:
@@ -143,10 +143,10 @@ def test_a_pausing_or_paused_job_can_be_cancelled(session: Session, state: str) 
 def test_a_resumed_job_queues_anew_and_is_announced(session: Session) -> None:
     project = a_project(session)
     job, other = a_queued_job(session, project), a_queued_job(session, project)
-    bells.mark_rung(session, job.id)
+    notify.mark_rung(session, job.id)
     pauses.resume(session, pauses.pause(session, job))
     assert job.status == "queued"
-    assert [bell.job_id for bell in bells.unannounced(session)] == [other.id, job.id]
+    assert [bell.job_id for bell in notify.unannounced(session)] == [other.id, job.id]
 
 
 def test_a_job_paused_before_its_files_were_checked_is_checked_first(session: Session) -> None:

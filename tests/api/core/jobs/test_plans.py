@@ -15,9 +15,9 @@ from api.core.files import files
 from api.core.jobs import events, jobs, lookup, metrics, pauses
 from api.core.jobs.jobs import Lease
 from api.core.models import registry
-from api.core.queue import turns
+from api.core.queue import scheduling
 from api.core.settings import Settings
-from api.http import ticker
+from api.http import event_poller
 from benchmarks import queue_costs
 from tests import servers
 
@@ -80,8 +80,8 @@ ASKED: Mapping[str, Callable[[Session, Things], object]] = {
     ),
     "a page of events": lambda session, it: events.page(session, it.lease.job_id, after=None, limit=20),
     "events after one": lambda session, it: events.since(session, it.ended.id, 0, limit=200),
-    "what streams have not sent": lambda session, it: ticker.find_news(
-        session, [ticker.Position(job.id, -1, "key_0") for job in (it.ended, it.queued)]
+    "what streams have not sent": lambda session, it: event_poller.find_news(
+        session, [event_poller.Position(job.id, -1, "key_0") for job in (it.ended, it.queued)]
     ),
     "the numbers of a flush": lambda session, it: metrics.put(
         session, it.lease.job_id, it.lease.token, [(1, {}), (2, {})], at=it.queued.created_at
@@ -93,8 +93,8 @@ ASKED: Mapping[str, Callable[[Session, Things], object]] = {
     "numbers beyond a checkpoint": lambda session, it: metrics.forget_after(session, it.ended.id, 1),
     "a lease is renewed": lambda session, it: jobs.beat(session, it.lease, lease_seconds=30),
     "is a run asked to pause?": lambda session, it: pauses.is_asked(session, it.lease),
-    "may a project order one more?": lambda session, it: turns.check_room(session, it.queued.project_id),
-    "may a project run one more?": lambda session, it: turns.room(session, it.queued.project_id, wanted=1),
+    "may a project order one more?": lambda session, it: scheduling.check_room(session, it.queued.project_id),
+    "may a project run one more?": lambda session, it: scheduling.room(session, it.queued.project_id, wanted=1),
     "who uses a file?": lambda session, it: files.user_of(session, it.file),
 }
 
@@ -105,8 +105,8 @@ def test_what_is_asked_all_the_time_reads_no_table_whole(
     crowded: Engine, name: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(project_running=limit, project_queued=1_000_000 if limit else 0)
-    monkeypatch.setattr("api.core.queue.turns.get_settings", lambda: settings)
-    monkeypatch.setattr("api.core.queue.bells.get_settings", lambda: settings)
+    monkeypatch.setattr("api.core.queue.scheduling.get_settings", lambda: settings)
+    monkeypatch.setattr("api.core.queue.notify.get_settings", lambda: settings)
     faults: list[str] = []
     with crowded.connect() as connection, Session(connection) as session:
         things = look(session)

@@ -11,7 +11,7 @@ from api.core.db.tables import Event, Job, Project
 from api.core.jobs import admission, jobs
 from api.core.jobs.jobs import Failure, Lease
 from api.core.models import catalogue
-from api.core.queue import bells, groups
+from api.core.queue import groups, notify
 from lorainit.config.facts import Target
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.things import MODEL, a_job, a_project, a_queued_job, a_worker
@@ -188,7 +188,7 @@ def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     a_worker(session, slots=2)
-    assert bells.unheard(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
+    assert notify.unheard(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
 
 
 # --- the key ------------------------------------------------------------------------------------

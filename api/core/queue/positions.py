@@ -1,7 +1,7 @@
 """Places in the queue, worked out for everybody at once and at most once a second, for the first hundred of a queue.
 
 Ranking takes some ten times as long as all else that a poll does, and fifty callers who poll ask for the same
-ranking. So what they are shown may be a second old; the claim looks anew (`api.core.queue.turns`).
+ranking. So what they are shown may be a second old; the claim looks anew (`api.core.queue.scheduling`).
 """
 
 import threading
@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session, aliased
 
 from api.core.db.database import now
 from api.core.db.tables import Job, ShownJob
-from api.core.queue import lines, turns, workers
+from api.core.queue import project_queues, scheduling, workers
 from api.core.settings import get_settings
 
 MOST = 100  # further behind, a job's position is "after these"
@@ -64,7 +64,7 @@ def of(session: Session, queued: Sequence[ShownJob]) -> dict[str, Place]:
     ranking = board.ranking(queued, lambda: rank(session))
     ranks = {job.id: ranking.ranks[job.id] for job in queued if job.id in ranking.ranks}
     behind = [job.id for job in queued if job.id not in ranks and job.queue in ranking.long]
-    held = turns.held(session, behind) if behind else set()
+    held = scheduling.held(session, behind) if behind else set()
     ranks |= {job_id: Rank(MOST + 1, job_id not in held) for job_id in behind}
     served = board.served(lambda: workers.served(session))
     at = now(session) if any(job.not_before is not None for job in queued) else _AT_ANY_TIME
@@ -87,7 +87,7 @@ def _place(job: ShownJob, rank: Rank, *, at: datetime, served: set[str]) -> Plac
 def rank(session: Session) -> Ranking:
     """The ranking as it is now."""
     limit, found = get_settings().project_running, Ranking()
-    for queue in [name for name in session.scalars(lines.queues()) if name is not None]:
+    for queue in [name for name in session.scalars(project_queues.queues()) if name is not None]:
         first = sorted(_first(session, queue))
         found.long.update([queue] if len(first) > MOST else [])
         ranks = {one.job_id: Rank(n, not limit or one.slot <= limit) for n, one in enumerate(first[:MOST], start=1)}
@@ -126,31 +126,31 @@ def _bar(known: Sequence[_Due]) -> float:
 
 
 def _heads(session: Session, queue: str, step: float) -> list[_Due]:
-    rows = session.execute(_head_rows(), lines.named([queue]))
-    return [_Due(turns.due(turn, slot, step), job_id, slot) for job_id, turn, slot in rows]
+    rows = session.execute(_head_rows(), project_queues.named([queue]))
+    return [_Due(scheduling.due(turn, slot, step), job_id, slot) for job_id, turn, slot in rows]
 
 
 @cache
 def _head_rows() -> Select[str, float | None, int]:
-    heads = lines.heads(aliased(Job))
-    return select(Job.id, Job.turn, lines.running(Job.project_id) + 1).join(heads, heads.c.id == Job.id)
+    heads = project_queues.heads(aliased(Job))
+    return select(Job.id, Job.turn, project_queues.running(Job.project_id) + 1).join(heads, heads.c.id == Job.id)
 
 
 def _behind(session: Session, queue: str, starts: Mapping[str, _Due], reach: int, step: float) -> dict[str, list[_Due]]:
     """The next jobs, at most `reach`, of the lines in which these stand; in their order, by the job they come after."""
-    given = {"starts": list(starts), "reach": reach, **lines.named([queue])}
+    given = {"starts": list(starts), "reach": reach, **project_queues.named([queue])}
     found: dict[str, list[_Due]] = {}
     for start, further, job_id, turn in session.execute(_rows_behind(), given):
         slot = starts[start].slot + further
-        found.setdefault(start, []).append(_Due(turns.due(turn, slot, step), job_id, slot))
+        found.setdefault(start, []).append(_Due(scheduling.due(turn, slot, step), job_id, slot))
     return found
 
 
 @cache
 def _rows_behind() -> Select[str, int, str, float | None]:
     start = select(Job.id, Job.project_id).where(Job.id.in_(bindparam("starts", expanding=True, type_=String)))
-    walk = lines.walk(aliased(Job), start, steps=lambda _: bindparam("reach", type_=Integer))
-    rows = select(walk.c.start, walk.c.step, walk.c.id, lines.value(Job.turn, walk))
+    walk = project_queues.walk(aliased(Job), start, steps=lambda _: bindparam("reach", type_=Integer))
+    rows = select(walk.c.start, walk.c.step, walk.c.id, project_queues.value(Job.turn, walk))
     return rows.where(walk.c.step > 0, walk.c.id.is_not(None)).order_by(walk.c.step)
 
 

@@ -20,8 +20,8 @@ from api.core.settings import get_settings
 from lorainit.config.spec import Lora
 from tests.worker.conftest import Lab
 from worker import reconciler
-from worker.host import reservations, room, scratch
-from worker.job import artifacts, patience
+from worker.host import disk_space, reservations, scratch
+from worker.job import artifacts, retry
 
 GIB = 2**30
 WORKS = "until(lambda: held(0)); step(0, 1); done(0)"
@@ -38,9 +38,9 @@ class Disk(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    room._lacking = None
+    disk_space._lacking = None
     yield
-    room._lacking = None
+    disk_space._lacking = None
 
 
 def set_free(patch: pytest.MonkeyPatch, free: int, *, total: int = 1000 * GIB) -> None:
@@ -68,7 +68,7 @@ def test_below_the_floor_no_job_is_taken(one: Lab, monkeypatch: pytest.MonkeyPat
 def test_a_job_that_does_not_fit_now_goes_back_at_no_cost_and_says_why(
     one: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "SCRATCH_COPIES", 10**6)
+    monkeypatch.setattr(disk_space, "SCRATCH_COPIES", 10**6)
     with monkeypatch.context() as patch:
         set_free(patch, 2 * GIB, total=10**9 * GIB)
         one.run(WORKS)
@@ -79,7 +79,7 @@ def test_a_job_that_does_not_fit_now_goes_back_at_no_cost_and_says_why(
 
 def test_the_next_job_is_left_alone_until_the_room_is_there(one: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(room, "SCRATCH_COPIES", 10**6)
+        patch.setattr(disk_space, "SCRATCH_COPIES", 10**6)
         set_free(patch, 2 * GIB, total=10**9 * GIB)
         one.run(WORKS)
         one.run(WORKS)
@@ -90,7 +90,7 @@ def test_the_next_job_is_left_alone_until_the_room_is_there(one: Lab, monkeypatc
 
 
 def test_a_job_that_can_never_fit_fails_with_the_figures(one: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "SCRATCH_COPIES", 10**6)
+    monkeypatch.setattr(disk_space, "SCRATCH_COPIES", 10**6)
     set_free(monkeypatch, 2 * GIB, total=3 * GIB)
     one.run(WORKS)
     error = one.job(1).error
@@ -124,8 +124,8 @@ def neighbour(one: Lab) -> Iterator[Path]:
     shutil.rmtree(folder.parent)
 
 
-def needed(lab: Lab) -> room.Share:
-    (share,) = room.shares(lab.job(1), get_settings(), data_bytes=10)
+def needed(lab: Lab) -> disk_space.Share:
+    (share,) = disk_space.shares(lab.job(1), get_settings(), data_bytes=10)
     return share
 
 
@@ -209,9 +209,9 @@ def test_of_two_processes_that_ask_at_once_one_gets_the_room(one: Lab, tmp_path:
 
 
 def test_folders_on_one_disk_share_its_room(one: Lab) -> None:
-    (share,) = room.shares(one.job(1), get_settings(), data_bytes=5)
+    (share,) = disk_space.shares(one.job(1), get_settings(), data_bytes=5)
     assert share.name == "scratch and model cache and storage"
-    assert share.needed > room.shares(one.job(1), get_settings(), data_bytes=0)[0].needed
+    assert share.needed > disk_space.shares(one.job(1), get_settings(), data_bytes=0)[0].needed
 
 
 def _full(self: Any, key: str, source: Any) -> None:
@@ -219,7 +219,7 @@ def _full(self: Any, key: str, source: Any) -> None:
 
 
 def test_storage_that_stays_full_ends_the_job_as_disk_full(one: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(retry, "LONGEST_SECONDS", 0.3)
     with monkeypatch.context() as patch:
         patch.setattr(ObjectStorage, "put", _full)
         one.run("until(lambda: held(0)); step(0, 1); checkpoint(0, 1); until(lambda: not held(0))")
@@ -230,7 +230,7 @@ def test_storage_that_stays_full_ends_the_job_as_disk_full(one: Lab, monkeypatch
 
 
 def test_its_result_file_is_left_once_there_is_room(one: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(retry, "LONGEST_SECONDS", 0.3)
     with monkeypatch.context() as patch:
         patch.setattr(ObjectStorage, "put", _full)
         one.run("until(lambda: held(0)); step(0, 1); checkpoint(0, 1); until(lambda: not held(0))")
@@ -291,7 +291,7 @@ def test_the_estimate_covers_what_a_run_was_seen_to_write_and_is_not_far_off(one
     lora, _ = Lora.model_validate({"init": {"method": "loram"}, "r": 16}).resolved()
     placed = catalogue.place(lora, catalogue.require(job.model))
     job.recipe = {**job.recipe, "lora": placed.model_dump(mode="json")}
-    needs = room._needs(job, get_settings(), data_bytes=0)
+    needs = disk_space._needs(job, get_settings(), data_bytes=0)
     stored = (get_settings().keep_checkpoints + 2) * (checkpoint + adapter) + adapter
     assert stored < needs["storage"] < 1.5 * stored
     assert base < needs["model cache"] < 1.5 * base

@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy.orm import Session
 
 from api.core.db.tables import Job
-from api.http import streams, ticker
+from api.http import event_poller, streams
+from api.http.event_poller import News, Position, Ticker
 from api.http.streams import Streams
-from api.http.ticker import News, Position, Ticker
 from api.schemas.event import event_object
 from tests.api.http.test_stream import a_key, follow, say, sequences, until
 from tests.statements import statements
@@ -18,7 +18,7 @@ from tests.things import a_project, a_running_job
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ticker, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(event_poller, "BEAT_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_look_for_fifty_streams_takes_no_more_statements_than_for_one(running:
     counts = []
     for some in (positions[:1], positions):
         with statements() as seen:
-            found = ticker.look(some)
+            found = event_poller.look(some)
         assert len(found) == len(some)
         counts.append(len(seen))
     assert counts[0] == counts[1]
@@ -40,7 +40,7 @@ def test_a_look_for_fifty_streams_takes_no_more_statements_than_for_one(running:
 def test_a_look_where_nothing_is_new_reads_no_events(running: Job) -> None:
     count, key = running.event_count, a_key(running.project_id)
     with statements() as seen:
-        assert ticker.look([Position(running.id, count, key)]) == {}
+        assert event_poller.look([Position(running.id, count, key)]) == {}
     assert not [one for one in seen if "FROM events" in one]
 
 
@@ -64,7 +64,7 @@ def test_streams_at_different_places_of_different_jobs_all_get_their_own(session
 def test_more_streams_than_are_served_together_are_all_served(
     session: Session, running: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ticker, "TOGETHER", 2)
+    monkeypatch.setattr(event_poller, "TOGETHER", 2)
     key = a_key(running.project_id)
 
     async def watch() -> None:
@@ -102,7 +102,7 @@ def test_a_story_that_cannot_be_told_ends_its_own_streams_and_no_other(
             raise ValueError("no event")
         return event_object(event)
 
-    monkeypatch.setattr(ticker, "event_object", sometimes)
+    monkeypatch.setattr(event_poller, "event_object", sometimes)
 
     async def watch() -> None:
         among = Streams()
@@ -120,14 +120,14 @@ def test_a_bug_in_a_look_ends_the_streams_instead_of_leaving_them_silent(
     def broken(*_: Any) -> Any:
         raise LookupError("a bug")
 
-    monkeypatch.setattr(ticker, "look", broken)
+    monkeypatch.setattr(event_poller, "look", broken)
     with pytest.raises(LookupError, match="a bug"):
         asyncio.run(until(follow(running), "started"))
 
 
 def test_nobody_looks_while_no_stream_waits(running: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    monkeypatch.setattr(ticker, "look", lambda positions: looks.append(1) or {})
+    monkeypatch.setattr(event_poller, "look", lambda positions: looks.append(1) or {})
 
     async def watch() -> int:
         one = Ticker()

@@ -16,8 +16,8 @@ from api.core.settings import get_settings
 from lorainit.config.events import Failed
 from lorainit.system import shared_memory
 from worker.child.supervisor import Outcome
-from worker.job.patience import PASSING
 from worker.job.progress import Lost
+from worker.job.retry import PASSING
 
 LEASE_LOST = 75  # how the child leaves when no lease holds any more
 WRONG_SPEC = 2  # and when it cannot read what it is to do, which is a fault of ours

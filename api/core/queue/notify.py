@@ -1,8 +1,8 @@
-"""The outbox of the doorbell: for which queued jobs a message is to be sent, and to which queue. Nothing here commits.
+"""Which queued jobs the workers still have to be told of, and in which queue. Nothing here commits.
 
-A message wakes a worker and says nothing about which job is taken (`api.core.queue.turns`). So what counts is that each
-job which could start is rung for, in its queue; one that a limit or a back-off holds is not, before that is over: a
-bell that finds nothing to do is gone.
+A message wakes a worker and does not say which job is taken (`api.core.queue.scheduling`). So every job that could
+start needs one message in its queue. A job that a limit or a back-off holds back needs none before that is over,
+because a worker that is woken and finds nothing to do forgets the message.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, aliased
 
 from api.core.db.database import UTCDateTime, now
 from api.core.db.tables import Job, has_status
-from api.core.queue import lines, turns, workers
+from api.core.queue import project_queues, scheduling, workers
 from api.core.settings import get_settings
 
 MOST = 100  # bells of a queue at a time
@@ -30,7 +30,7 @@ class Bell(NamedTuple):
 
 def unannounced(session: Session) -> list[Bell]:
     """For jobs that could start and were never rung for; at most a hundred of each queue."""
-    waited_in = [name for name in session.scalars(lines.queues()) if name is not None]
+    waited_in = [name for name in session.scalars(project_queues.queues()) if name is not None]
     return _bells(session, waited_in, rung_before=None, most=MOST)
 
 
@@ -51,9 +51,9 @@ def unheard(session: Session, *, patience: timedelta) -> list[Bell]:
 def bell(session: Session, job_id: str) -> Bell | None:
     """For one job; None if it has been rung for, or while it could not start anyway."""
     at = now(session)
-    waits = (Job.id == job_id, has_status(Job, "queued"), Job.rung_at.is_(None), lines.ready(Job))
+    waits = (Job.id == job_id, has_status(Job, "queued"), Job.rung_at.is_(None), project_queues.ready(Job))
     found = session.execute(select(Job.id, Job.queue).where(*waits), {"at": at}).one_or_none()
-    return None if found is None or turns.held(session, [job_id], ready_at=at) else Bell(*found)
+    return None if found is None or scheduling.held(session, [job_id], ready_at=at) else Bell(*found)
 
 
 def mark_rung(session: Session, job_id: str) -> None:
@@ -68,9 +68,9 @@ def mark_rung(session: Session, job_id: str) -> None:
 
 def _bells(session: Session, queues: Sequence[str], *, rung_before: datetime | None, most: int) -> list[Bell]:
     """Of each queue at most so many, who has waited longest for a bell first."""
-    given = {"at": now(session), "rung_before": rung_before, "most": most, **turns.weights()}
+    given = {"at": now(session), "rung_before": rung_before, "most": most, **scheduling.weights()}
     wanted = _wanted(never=rung_before is None, limited=bool(get_settings().project_running))
-    return [Bell(job_id, q) for q in queues for job_id in session.scalars(wanted, given | lines.named([q]))]
+    return [Bell(job_id, q) for q in queues for job_id in session.scalars(wanted, given | project_queues.named([q]))]
 
 
 @cache
@@ -86,16 +86,23 @@ _Waiting = tuple[_Column, _Column, _Column, list[ColumnElement[bool]]]  # id, ru
 
 
 def _any() -> _Waiting:
-    waits = [has_status(Job, "queued"), Job.queue == bindparam("queue_0"), lines.ready(Job)]
+    waits = [has_status(Job, "queued"), Job.queue == bindparam("queue_0"), project_queues.ready(Job)]
     return Job.id, Job.rung_at, Job.turn, waits
 
 
 def _within_limit() -> _Waiting:
     """The first jobs of each line, as many as the limit lets its project start, at most `MOST`."""
-    job, head, limit = aliased(Job), aliased(Job), turns.LIMIT
-    heads = lines.heads(job, lines.ready(job))
+    job, head, limit = aliased(Job), aliased(Job), scheduling.LIMIT
+    heads = project_queues.heads(job, project_queues.ready(job))
     start = select(head.id, head.project_id).join(heads, heads.c.id == head.id)
-    start = start.where(lines.running(head.project_id) < limit)
+    start = start.where(project_queues.running(head.project_id) < limit)
     most = case((limit < MOST, limit), else_=MOST)
-    walk = lines.walk(job, start, lines.ready(job), steps=lambda project_id: most - 1 - lines.running(project_id))
-    return walk.c.id, lines.value(Job.rung_at, walk), lines.value(Job.turn, walk), [walk.c.id.is_not(None)]
+    walk = project_queues.walk(
+        job, start, project_queues.ready(job), steps=lambda project_id: most - 1 - project_queues.running(project_id)
+    )
+    return (
+        walk.c.id,
+        project_queues.value(Job.rung_at, walk),
+        project_queues.value(Job.turn, walk),
+        [walk.c.id.is_not(None)],
+    )

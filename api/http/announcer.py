@@ -10,7 +10,7 @@ from collections.abc import Callable
 from api.core import logs
 from api.core.db.database import session_scope
 from api.core.jobs import admission
-from api.core.queue import bells, queue
+from api.core.queue import notify, queue
 from api.http.threads import in_bell_thread
 
 PAUSE_SECONDS = 5.0
@@ -32,7 +32,7 @@ class Bell:
         try:
             with session_scope() as session:
                 admission.consider(session, job_id)
-                bell = bells.bell(session, job_id)
+                bell = notify.bell(session, job_id)
                 session.commit()
             if bell is not None and self._clock() >= self._left_alone_until:
                 self._ring(bell)
@@ -42,8 +42,8 @@ class Bell:
         except Exception:
             log.exception("announce_failed")
 
-    def _ring(self, bell: bells.Bell) -> None:
+    def _ring(self, bell: notify.Bell) -> None:
         queue.ring(*bell)
         with session_scope() as session:
-            bells.mark_rung(session, bell.job_id)
+            notify.mark_rung(session, bell.job_id)
             session.commit()

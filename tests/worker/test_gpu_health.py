@@ -15,7 +15,7 @@ from api.core.queue import workers
 from api.core.settings import get_settings
 from lorainit.config.events import Failed
 from tests.worker.conftest import Lab
-from worker import app, rest
+from worker import app, gpu_health
 from worker.child.supervisor import Outcome
 from worker.host import scratch
 
@@ -25,15 +25,15 @@ BROKEN = Failed(code="device_failed", message="The GPU failed.", param=None)
 
 @pytest.fixture(autouse=True)
 def _anew() -> None:
-    rest._of.cache_clear()
+    gpu_health._of.cache_clear()
 
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """What the next looks at the GPU find; after them, that it computes."""
     found = list[str | None]()
-    monkeypatch.setattr(rest, "examine", lambda *_, **__: found.pop(0) if found else None)
-    monkeypatch.setattr(rest, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(gpu_health, "examine", lambda *_, **__: found.pop(0) if found else None)
+    monkeypatch.setattr(gpu_health, "FIRST_WAIT", 0.0)
     return found
 
 
@@ -65,7 +65,7 @@ def test_the_slot_rests_until_its_gpu_computes(
         seen.append(flag.read_text())
         return next(answers)
 
-    monkeypatch.setattr(rest, "examine", look)
+    monkeypatch.setattr(gpu_health, "examine", look)
     lab.run(FAILS)
     assert seen == ["device_failed of 3.", "No CUDA GPUs are available"]
     assert not flag.exists()
@@ -74,20 +74,20 @@ def test_the_slot_rests_until_its_gpu_computes(
 
 
 def test_each_failure_in_a_row_is_waited_for_twice_as_long() -> None:
-    assert [rest._wait(failures) for failures in (1, 2, 3, 4)] == [0.0, 60.0, 120.0, 240.0]
-    assert rest._wait(10_000) == 3600.0
+    assert [gpu_health._wait(failures) for failures in (1, 2, 3, 4)] == [0.0, 60.0, 120.0, 240.0]
+    assert gpu_health._wait(10_000) == 3600.0
 
 
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found = list[float]()
-    monkeypatch.setattr(rest, "_sleep", lambda seconds, _leaving: bool(found.append(seconds)))
-    monkeypatch.setattr(rest, "examine", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_health, "_sleep", lambda seconds, _leaving: bool(found.append(seconds)))
+    monkeypatch.setattr(gpu_health, "examine", lambda *_, **__: None)
     return found
 
 
 def test_a_run_that_ends_otherwise_begins_the_count_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A GPU that computes for the look and fails each run is given fewer and fewer."""
-    waited, health = waits(monkeypatch), rest.Health()
+    waited, health = waits(monkeypatch), gpu_health.Health()
     for is_broken in (True, True, False, True):
         if is_broken:
             health.note_event(BROKEN)
@@ -99,8 +99,8 @@ def test_a_run_that_ends_otherwise_begins_the_count_anew(monkeypatch: pytest.Mon
 def test_a_process_that_fell_silent_has_its_gpus_looked_at_where_it_had_any(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[str], looked: int
 ) -> None:
-    monkeypatch.setattr(rest.devices, "names", lambda: names)
-    waited, health = waits(monkeypatch), rest.Health()
+    monkeypatch.setattr(gpu_health.devices, "names", lambda: names)
+    waited, health = waits(monkeypatch), gpu_health.Health()
     health.note_event(Failed(code="worker_lost", message="Silence.", param=None))
     health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
     assert len(waited) == looked
@@ -113,8 +113,8 @@ def test_after_a_crash_the_slot_looks_at_its_gpu_before_it_takes_the_next_job(
 ) -> None:
     """bitsandbytes leaves with exit code 1 where CUDA answers one of its kernels with an error."""
     found = list[list[str]]()
-    monkeypatch.setattr(rest.devices, "names", lambda: names)
-    monkeypatch.setattr(rest, "examine", lambda *_, **__: found.append(lab.statuses()))
+    monkeypatch.setattr(gpu_health.devices, "names", lambda: names)
+    monkeypatch.setattr(gpu_health, "examine", lambda *_, **__: found.append(lab.statuses()))
     lab.run(end)
     assert found == [["queued" if end == "os.abort()" else "succeeded", "queued", "queued"]] * looked
 
@@ -122,8 +122,8 @@ def test_after_a_crash_the_slot_looks_at_its_gpu_before_it_takes_the_next_job(
 def test_a_run_that_fails_with_a_word_is_stopped_or_is_killed_says_nothing_of_its_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rest.devices, "names", lambda: ["0"])
-    waited, health = waits(monkeypatch), rest.Health()
+    monkeypatch.setattr(gpu_health.devices, "names", lambda: ["0"])
+    waited, health = waits(monkeypatch), gpu_health.Health()
     for returncode, stopped in ((-signal.SIGABRT, True), (-signal.SIGKILL, False), (1, False)):
         if returncode == 1:
             health.note_event(Failed(code="non_finite_loss", message="NaN.", param=None))
@@ -133,7 +133,7 @@ def test_a_run_that_fails_with_a_word_is_stopped_or_is_killed_says_nothing_of_it
 
 
 def test_a_worker_that_leaves_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    health = rest.Health()
+    health = gpu_health.Health()
     health.note_event(BROKEN)
     monkeypatch.setattr(examination, "PROGRAM", ("no such program",))
     health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: True)
@@ -157,7 +157,7 @@ def test_a_gpu_is_looked_at_by_a_process_of_its_own(
 ) -> None:
     monkeypatch.setattr(examination, "PROGRAM", (sys.executable, "-c", script))
     monkeypatch.setattr(examination, "ANSWER_SECONDS", 2.0 if "sleep" in script else 300.0)
-    assert rest.examine("7", is_leaving=lambda: False) == expected
+    assert gpu_health.examine("7", is_leaving=lambda: False) == expected
 
 
 @pytest.fixture

@@ -24,12 +24,12 @@ from api.core.logs import get_logger
 from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done, Event, Failed
 from worker.child.supervisor import Outcome, Place
-from worker.host import room, scratch
-from worker.job import artifacts, endings, wording
+from worker.host import disk_space, scratch
+from worker.job import artifacts, outcomes, path_redaction
 from worker.job.lease import LeaseKeeper
-from worker.job.patience import Result, patiently, unless_lost
+from worker.job.leased_storage import WhileOurs
 from worker.job.progress import Lost, Recorder
-from worker.job.transfers import WhileOurs
+from worker.job.retry import Result, patiently, unless_lost
 
 log = get_logger(__name__)
 
@@ -49,7 +49,7 @@ class Member:
         self._keeper = LeaseKeeper(
             self._lease, self._folder / "lease", seconds=settings.lease_seconds, beat=settings.beat_seconds
         )
-        self._names = wording.names_of(job, self._folder)
+        self._names = path_redaction.names_of(job, self._folder)
         self._recorder = Recorder(self._lease)
         self._ended = threading.Event()
         bind = partial(bind_contextvars, job_id=job.id, token=job.lease_token)
@@ -93,7 +93,7 @@ class Member:
 
     def take(self, event: Event) -> None:
         """Write what the child says; a last word ends the job at once, while others go on."""
-        event = wording.without_paths(event, self._names)
+        event = path_redaction.without_paths(event, self._names)
         if isinstance(event, Done | Failed):
             self._ended.set()
             self._soon(partial(self._end, event))
@@ -125,16 +125,16 @@ class Member:
         except Lost:
             log.warning("the job is not ours any more; stopped")
             self._keeper.let_go()
-        except room.NotNow as reason:
-            self._last_word(partial(endings.wait_for_room, self._lease, str(reason)))
-        except room.Never as verdict:
-            self._last_word(partial(endings.fail, self._lease, verdict.failure))
+        except disk_space.NotNow as reason:
+            self._last_word(partial(outcomes.wait_for_room, self._lease, str(reason)))
+        except disk_space.Never as verdict:
+            self._last_word(partial(outcomes.fail, self._lease, verdict.failure))
         except Exception as error:
             log.exception("the worker failed")
-            self._last_word(partial(endings.broken, self._lease, error))
+            self._last_word(partial(outcomes.broken, self._lease, error))
 
     def _give_up(self, error: Exception) -> None:
-        self._last_word(partial(endings.broken, self._lease, error))
+        self._last_word(partial(outcomes.broken, self._lease, error))
 
     def _last_word(self, write: Callable[[], None]) -> None:
         try:
@@ -166,14 +166,14 @@ class Member:
             self._patiently(store)
             log.info("succeeded")
         else:
-            self._patiently(partial(endings.told, self._job, self._lease, word))
+            self._patiently(partial(outcomes.told, self._job, self._lease, word))
         self._keeper.close()
 
     def _end_silently(self, outcome: Outcome, reason: str) -> None:
         if self._ended.is_set():
             return
         self._patiently(self._recorder.flush)
-        self._patiently(partial(endings.silent, self._job, self._lease, outcome, reason))
+        self._patiently(partial(outcomes.silent, self._job, self._lease, outcome, reason))
 
     def _patiently(self, action: Callable[[], Result]) -> Result:
         return patiently(action, until=self._keeper.lost)

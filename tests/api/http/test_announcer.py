@@ -6,9 +6,9 @@ import anyio
 import pytest
 
 from api.core.jobs import admission
-from api.core.queue import bells, queue
-from api.http import bell
-from api.http.bell import Bell
+from api.core.queue import notify, queue
+from api.http import announcer
+from api.http.announcer import Bell
 
 
 def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,12 +20,12 @@ def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monk
 
     monkeypatch.setattr(queue, "ring", silent)
     monkeypatch.setattr(admission, "consider", lambda *_: None)
-    monkeypatch.setattr(bells, "bell", lambda _session, job_id: bells.Bell(job_id, "train"))
+    monkeypatch.setattr(notify, "bell", lambda _session, job_id: notify.Bell(job_id, "train"))
     time = 100.0
     ours = Bell(clock=lambda: time)
     for job in ("one", "two", "three"):
         anyio.run(ours.announce, job)
     assert rung == ["one"]
-    time += bell.PAUSE_SECONDS
+    time += announcer.PAUSE_SECONDS
     anyio.run(ours.announce, "four")
     assert rung == ["one", "four"]

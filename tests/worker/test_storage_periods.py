@@ -14,7 +14,7 @@ from api.core.db import database
 from api.core.db.database import session_scope
 from api.core.db.tables import Watch
 from api.core.files.storage import get_storage
-from api.core.maintenance import watches
+from api.core.maintenance import storage_periods
 from api.core.settings import get_settings
 from tests.things import a_project
 from worker.maintenance import janitor
@@ -195,7 +195,7 @@ def test_looks_that_fail_one_after_another_add_no_rows() -> None:
 
 
 def _marks() -> list[Path]:
-    return list((get_settings().state_dir / "storage" / watches.FOLDER).iterdir())
+    return list((get_settings().state_dir / "storage" / storage_periods.FOLDER).iterdir())
 
 
 def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
@@ -207,7 +207,7 @@ def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
         raise KeyboardInterrupt
 
     days_pass(tmp_path, HALF_AN_HOUR)
-    for owner, name in ((type(get_storage()), "put"), (watches, "settle")):
+    for owner, name in ((type(get_storage()), "put"), (storage_periods, "settle")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, crash)
             with pytest.raises(KeyboardInterrupt):
@@ -215,17 +215,17 @@ def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
     janitor.keep_watch()
     assert spans() == 1
     with session_scope(read_only=True) as session:
-        ((since, until),) = watches.spans(session)
+        ((since, until),) = storage_periods.spans(session)
     assert until + timedelta(hours=1) - since > timedelta(minutes=29)
 
 
 def test_of_two_looks_at_once_one_gives_way() -> None:
     janitor.keep_watch()
     with session_scope() as session:
-        seen = watches.newest(session)
+        seen = storage_periods.newest(session)
         assert seen is not None
-        assert watches.announce(session, seen, seen.token) is not None
-        assert watches.announce(session, seen, seen.token) is None
+        assert storage_periods.announce(session, seen, seen.token) is not None
+        assert storage_periods.announce(session, seen, seen.token) is None
         session.commit()
     janitor.keep_watch()
     assert spans() == 1

@@ -1,6 +1,6 @@
 """Storage for one run: a transfer ends at its next chunk once the job is not ours any more.
 
-Nobody waits for that chunk (`worker.job.patience`); this is so that ten gigabytes of a cancelled job do not go on
+Nobody waits for that chunk (`worker.job.retry`); this is so that ten gigabytes of a cancelled job do not go on
 taking the line from the job that came after it.
 """
 

@@ -15,7 +15,7 @@ from api.core.logs import get_logger
 from lorainit.config.events import Done, Event, Failed
 from worker.child.supervisor import Outcome
 from worker.host import scratch
-from worker.job.endings import DEVICE_FAILED, LEASE_LOST, WRONG_SPEC
+from worker.job.outcomes import DEVICE_FAILED, LEASE_LOST, WRONG_SPEC
 
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds, doubled from the second failure in a row on
 LOOK_SECONDS = 0.2

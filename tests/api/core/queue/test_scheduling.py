@@ -10,7 +10,7 @@ from api.core.db.tables import Job
 from api.core.errors import QuotaExceeded
 from api.core.jobs import jobs, lookup
 from api.core.jobs.jobs import Lease
-from api.core.queue import bells, turns
+from api.core.queue import notify, scheduling
 from api.core.settings import get_settings
 from tests.things import a_job, a_project, a_queued_job, a_running_job, a_worker
 
@@ -118,12 +118,12 @@ def test_a_job_that_the_limit_holds_is_announced_once_it_may_run(
     settings(environment, project_running=1)
     project = a_project(session)
     first, second = a_queued_job(session, project), a_queued_job(session, project)
-    assert bells.unannounced(session) == [(first.id, "train")]
+    assert notify.unannounced(session) == [(first.id, "train")]
     assert claim(session) == [first.id]
-    assert bells.unannounced(session) == []
-    assert bells.bell(session, second.id) is None
+    assert notify.unannounced(session) == []
+    assert notify.bell(session, second.id) is None
     jobs.cancel(session, first)
-    assert bells.bell(session, second.id) == (second.id, "train")
+    assert notify.bell(session, second.id) == (second.id, "train")
 
 
 def test_the_waiting_jobs_of_a_project_are_counted(session: Session, environment: pytest.MonkeyPatch) -> None:
@@ -131,12 +131,12 @@ def test_the_waiting_jobs_of_a_project_are_counted(session: Session, environment
     project = a_project(session)
     a_running_job(session, project)
     a_job(session, project)
-    turns.check_room(session, project.id)
+    scheduling.check_room(session, project.id)
     a_queued_job(session, project)
     with pytest.raises(QuotaExceeded, match="2 jobs of this project are waiting, and 2 may") as caught:
-        turns.check_room(session, project.id)
+        scheduling.check_room(session, project.id)
     assert caught.value.code == "queue_full"
-    turns.check_room(session, a_project(session).id)
+    scheduling.check_room(session, a_project(session).id)
 
 
 # --- queues of workers ----------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_a_lost_message_is_rung_again_only_for_a_queue_that_somebody_serves(sess
     plain = a_queued_job(session, project)
     session.execute(update(Job).values(rung_at=past))
     a_worker(session, slots=4)
-    assert bells.unheard(session, patience=timedelta(seconds=15)) == [(plain.id, "train")]
+    assert notify.unheard(session, patience=timedelta(seconds=15)) == [(plain.id, "train")]
 
 
 def test_places_are_counted_within_a_queue(session: Session) -> None:
@@ -212,10 +212,10 @@ def test_a_job_that_waits_after_a_loss_is_not_claimed_or_announced_before(sessio
     job = lose(session, lease)
     later = datetime.now(UTC) + timedelta(seconds=5)
     session.execute(update(Job).values(not_before=later))
-    assert (claim(session), bells.unannounced(session)) == ([], [])
+    assert (claim(session), notify.unannounced(session)) == ([], [])
     assert place(session, job) == (1, "restarting")
     session.execute(update(Job).values(not_before=later - timedelta(seconds=6)))
-    assert bells.unannounced(session) == [(job.id, "train")]
+    assert notify.unannounced(session) == [(job.id, "train")]
     assert claim(session) == [job.id]
 
 

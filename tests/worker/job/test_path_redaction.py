@@ -18,13 +18,13 @@ from tests.lorainit.conftest import change_json
 from tests.things import MODEL, a_project, a_queued_job
 from tests.worker.conftest import Lab
 from tests.zoo.bases import make
-from worker.job import wording
+from worker.job import path_redaction
 
 ABSOLUTE = re.compile(r"(?:^|[\s'\"(=])/\w+/")
 
 
 def shown(event: Event, source: Path) -> Event:
-    return wording.without_paths(event, {str(source): "tiny", "/scratch/ftjob-1/attempt-2/": ""})
+    return path_redaction.without_paths(event, {str(source): "tiny", "/scratch/ftjob-1/attempt-2/": ""})
 
 
 def _no_config(folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_where_the_adapter_lies_stays_for_the_worker() -> None:
 
 def test_the_base_of_a_job_is_known_by_the_jobs_model(session: Session, tmp_path: Path) -> None:
     job = a_queued_job(session, a_project(session))
-    names = wording.names_of(job, tmp_path)
+    names = path_redaction.names_of(job, tmp_path)
     assert names[str(sources.local_path(catalogue.require(MODEL).source))] == MODEL
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, aliased
 from api.core.db.database import now
 from api.core.db.tables import Job, Project, has_status
 from api.core.errors import QuotaExceeded
-from api.core.queue import lines
+from api.core.queue import project_queues
 from api.core.settings import get_settings
 
 NO_LIMIT = 2**62
@@ -43,7 +43,7 @@ def new_turn(at: datetime) -> ColumnElement[float]:
 def first(session: Session, queues: Sequence[str]) -> Job | None:
     """The queued job of these queues to start next, locked; those that others are taking are passed over."""
     passed = [""]  # an empty list is written differently for IN and for NOT IN
-    given = {"at": now(session), "passed": passed, **weights(), **lines.named(queues)}
+    given = {"at": now(session), "passed": passed, **weights(), **project_queues.named(queues)}
     while (job_id := session.scalar(_best(len(queues)), given)) is not None:
         job = select(Job).where(Job.id == job_id, Job.status == "queued").with_for_update(skip_locked=True)
         if (found := session.scalar(job.execution_options(populate_existing=True))) is not None:
@@ -57,10 +57,10 @@ def _best(queues: int) -> Select[str]:
     """The id of the first of all heads of lines; the line of a job that is passed over has its next as head."""
     job, ahead = aliased(Job), aliased(Job)
     passed = bindparam("passed", expanding=True, type_=String)
-    heads = lines.heads(job, lines.ready(job), job.id.not_in(passed), queues=queues)
+    heads = project_queues.heads(job, project_queues.ready(job), job.id.not_in(passed), queues=queues)
     before = select(func.count()).where(ahead.id.in_(passed), has_status(ahead, "queued"))
     mine = before.where(ahead.queue == Job.queue, ahead.project_id == Job.project_id).scalar_subquery()
-    slot = lines.running(Job.project_id) + mine + 1
+    slot = project_queues.running(Job.project_id) + mine + 1
     waiting = select(Job.id).join(heads, heads.c.id == Job.id).where(slot <= LIMIT)
     return waiting.order_by(due(Job.turn, slot, STEP), Job.id).limit(1)
 
@@ -95,8 +95,8 @@ def held(session: Session, job_ids: Sequence[str], *, ready_at: datetime | None 
 @cache
 def _held(ready: bool) -> Select[str]:
     other = aliased(Job)
-    conditions = (lines.ready(other),) if ready else ()
-    slot = lines.running(Job.project_id) + lines.before(Job, other, *conditions, most=LIMIT) + 1
+    conditions = (project_queues.ready(other),) if ready else ()
+    slot = project_queues.running(Job.project_id) + project_queues.before(Job, other, *conditions, most=LIMIT) + 1
     return select(Job.id).where(Job.id.in_(bindparam("ids", expanding=True, type_=String)), slot > LIMIT)
 
 

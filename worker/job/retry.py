@@ -17,7 +17,7 @@ from tenacity import (
 )
 
 from api.core.logs import get_logger
-from api.core.resilience.apart import run_apart
+from api.core.resilience.abandonable import run_apart
 from worker.job.progress import Lost
 
 Result = TypeVar("Result")
