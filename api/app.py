@@ -15,12 +15,12 @@ from fastapi.routing import APIRoute
 from api import errors
 from api.core import logs, traces
 from api.core.settings import get_settings
-from api.http.announcer import Bell
+from api.http.announcer import JobAnnouncer
 from api.http.download_memory import DownloadMemory
 from api.http.exposition import Requests, make_registry
 from api.http.streams import Streams
-from api.middleware import Envelope
-from api.planned_routes import Table
+from api.middleware import RequestMiddleware
+from api.planned_routes import RouteTable
 from api.routes import files, health, jobs, keys, models, prometheus
 from api.schemas.wire import ErrorBody
 
@@ -61,12 +61,12 @@ def create_app() -> FastAPI:
     for router in ROUTERS:
         statuses = DOCUMENTED if router.prefix.startswith("/v1") else DOCUMENTED_OUTSIDE
         app.include_router(router, responses={status: {"model": ErrorBody} for status in statuses})
-    app.state.table = Table(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
+    app.state.table = RouteTable(route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     app.state.streams = Streams()
-    app.state.bell = Bell()
+    app.state.announcer = JobAnnouncer()
     app.state.download_memory = DownloadMemory(get_settings().download_bytes)
     registry = app.state.registry = make_registry({"storage": health.storage_works, "broker": health.broker_works})
-    app.add_middleware(Envelope, settings=get_settings(), requests=Requests(registry))
+    app.add_middleware(RequestMiddleware, settings=get_settings(), requests=Requests(registry))
     errors.install(app)
     _document(app)
     return app

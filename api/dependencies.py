@@ -13,7 +13,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from api.core.access import keys
-from api.core.access.idempotency import Attempt
+from api.core.access.idempotency import RequestIdentity
 from api.core.access.keys import Caller
 from api.core.db.database import session_scope
 from api.core.errors import InvalidValue
@@ -37,7 +37,7 @@ def _writing() -> Iterator[Session]:
 
 def _caller(request: Request) -> Caller:
     secret = access.secret_of(request)
-    return access.let_in(request, keys.find(keys.id_in(secret)), secret)
+    return access.authorize(request, keys.find(keys.parse_key_id(secret)), secret)
 
 
 def _admin(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
@@ -45,20 +45,20 @@ def _admin(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
     return caller
 
 
-def _attempt(
+def _identity(
     request: Request,
     caller: Annotated[Caller, Depends(_caller)],
     idempotency_key: Annotated[Printable | None, Header()] = None,
     x_stainless_retry_count: Annotated[str, Header(include_in_schema=False)] = "0",
     x_stainless_read_timeout: Annotated[str, Header(include_in_schema=False)] = "",
-) -> Attempt:
+) -> RequestIdentity:
     if idempotency_key is not None and not _printable(idempotency_key):
         raise InvalidValue(
             "Idempotency-Key must be 1 to 255 printable ASCII characters.",
             code="invalid_value",
             param="Idempotency-Key",
         )
-    return Attempt(
+    return RequestIdentity(
         caller=caller,
         path=request.url.path,
         key=idempotency_key,
@@ -80,5 +80,5 @@ Reading = Annotated[Session, Depends(_reading, scope="function")]
 Writing = Annotated[Session, Depends(_writing, scope="function")]
 CallerDep = Annotated[Caller, Depends(_caller)]
 AdminDep = Annotated[Caller, Depends(_admin)]
-AttemptDep = Annotated[Attempt, Depends(_attempt)]
+IdentityDep = Annotated[RequestIdentity, Depends(_identity)]
 StorageDep = Annotated[Storage, Depends(get_storage)]

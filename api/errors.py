@@ -49,7 +49,7 @@ from api.core.errors import (
 )
 from api.core.files import disk
 from api.invalid import first_fault
-from api.planned_routes import Table, planned
+from api.planned_routes import RouteTable, find_planned
 
 
 class BadRequest(Refusal):
@@ -274,9 +274,9 @@ def _full() -> StorageFull:
 
 
 def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
-    routes: Table = request.app.state.table
+    routes: RouteTable = request.app.state.table
     path: str = request.scope["path"]  # a URL would lose a line break, and then name a route that exists
-    later = planned(request.method, path, routes)
+    later = find_planned(request.method, path, routes)
     if later is not None:
         return respond(later)
     verbs = routes.verbs(path)
@@ -295,8 +295,8 @@ def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
     return respond(NotFound(message, code="unsupported_endpoint"))
 
 
-def _with_v1(verb: str, path: str, routes: Table) -> str | None:
+def _with_v1(verb: str, path: str, routes: RouteTable) -> str | None:
     """The path that was meant by a base URL with another version than /v1, with more before it, or with none."""
     rest = re.sub(r"^(/[^/]+){0,3}/v\d+(?=/)", "", path)
     meant = f"/v1{rest}"
-    return meant if meant != path and (routes.verbs(meant) or planned(verb, meant, routes)) else None
+    return meant if meant != path and (routes.verbs(meant) or find_planned(verb, meant, routes)) else None

@@ -33,7 +33,7 @@ PACE = 16 * 1024
 _UPLOAD = ("POST", "/v1/files")
 
 
-class Envelope:
+class RequestMiddleware:
     """The outermost layer of the application."""
 
     def __init__(self, app: ASGIApp, settings: Settings, requests: Requests) -> None:
@@ -62,16 +62,16 @@ class Envelope:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, envelope: Envelope) -> None:
-        settings = envelope.settings
+    def __init__(self, scope: Scope, receive: Receive, send: Send, middleware: RequestMiddleware) -> None:
+        settings = middleware.settings
         self.scope, self._receive, self._send = scope, receive, send
-        self._requests, self._logger = envelope.requests, envelope.log
+        self._requests, self._logger = middleware.requests, middleware.log
         self.request_id = new_id("req_")
         self.organization = settings.organization
         self.started = time.perf_counter()
         self.status: int | None = None
         self.received, self.waited, self.complete = 0, 0.0, False
-        self.patience = settings.body_seconds
+        self.body_seconds = settings.body_seconds
         self.refusal = _limit(scope, settings)
         scope.setdefault("state", {})["request_id"] = self.request_id
 
@@ -106,7 +106,7 @@ class _Exchange:
 
     async def _wait(self) -> Message:
         """The next part of the body. Only time spent waiting counts, so a slow disk of ours costs nobody's patience."""
-        left = self.patience + self.received / PACE - self.waited
+        left = self.body_seconds + self.received / PACE - self.waited
         start = time.perf_counter()
         try:
             async with asyncio.timeout(max(0.0, left)):

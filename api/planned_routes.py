@@ -23,7 +23,7 @@ PLANNED: Sequence[tuple[re.Pattern[str], str]] = [
 ]
 
 
-class Table:
+class RouteTable:
     """The application's own routes, readable."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
@@ -41,7 +41,7 @@ class Table:
         return [f"{verb} {path}" for path, verb in sorted(lines)]
 
 
-def planned(verb: str, path: str, routes: Table) -> InvalidValue | None:
+def find_planned(verb: str, path: str, routes: RouteTable) -> InvalidValue | None:
     """The refusal for a route of a later release; None when it is none."""
     for pattern, feature in PLANNED:
         if pattern.fullmatch(path) and verb not in routes.verbs(path):

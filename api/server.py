@@ -62,7 +62,7 @@ def main() -> None:
         _require_address(settings.host)
     allow_open_files(settings)
     logs.configure()
-    database.be_brief()
+    database.use_short_waits()
     app = create_app()
     config = uvicorn.Config(
         app,

@@ -118,8 +118,8 @@ def test_an_api_that_is_asked_to_stop_does_not_sleep_on(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("service")
 def test_a_reconciler_without_work_looks_once_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, looks, look = Clock(), list[pending.Due](), pending.look
-    monkeypatch.setattr(pending, "look", lambda connection: looks.append(look(connection)) or looks[-1])
+    clock, looks, look = Clock(), list[pending.PendingWork](), pending.find_pending
+    monkeypatch.setattr(pending, "find_pending", lambda connection: looks.append(look(connection)) or looks[-1])
     wakes = {chore: threading.Event() for chore in reconciler.CHORES}
     with statements() as asked:
         reconciler._watch(Unset(clock), wakes, Over(clock))
@@ -151,7 +151,7 @@ def test_a_worker_without_work_speaks_six_times_a_minute(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(app, "_stopped", Stopped(clock))
     with statements() as asked:
-        app._say_alive()
+        app._send_heartbeats()
     assert clock.sleeps <= 6
     assert len(asked) <= 6 * 5, asked
 

@@ -59,7 +59,7 @@ def drain_file(pid: int) -> Path:
     return get_settings().scratch() / f"{scratch.FLAG}{socket.gethostname()}-{pid}-{_BIRTH}"
 
 
-def rest_file(pid: int, slot: int | str) -> Path:
+def unhealthy_file(pid: int, slot: int | str) -> Path:
     """Exists while a slot of that worker takes no job because its GPU has failed, and says why."""
     return get_settings().scratch() / f"{scratch.RESTS}{socket.gethostname()}-{pid}-{_BIRTH}-{slot}"
 
@@ -71,7 +71,7 @@ def _check(**_: Any) -> None:
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]
-def _agree(options: Mapping[str, Any], **_: Any) -> None:
+def _check_options(options: Mapping[str, Any], **_: Any) -> None:
     if why := pool.refusal(options):
         sys.exit(f"error: {why}")
 
@@ -79,7 +79,7 @@ def _agree(options: Mapping[str, Any], **_: Any) -> None:
 @worker_init.connect  # type: ignore[untyped-decorator]
 def _listen(sender: Any, **_: Any) -> None:
     # The command line has been read, and the processes are not forked yet: they all have one answer.
-    sender.app.amqp.queues.select(devices.queues() or get_settings().queues())
+    sender.app.amqp.queues.select(devices.served_queues() or get_settings().queues())
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]
@@ -91,13 +91,13 @@ def _logs(**_: Any) -> None:
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
 def _ready(**_: Any) -> None:
-    settings, found = get_settings(), devices.names()
+    settings, found = get_settings(), devices.list_gpus()
     log = get_logger(__name__)
     log.info("the worker is ready", slots=settings.worker_slots, device=devices.device(), gpus=found)
-    left = sorted(set(settings.queues()) - set(devices.queues()))
+    left = sorted(set(settings.queues()) - set(devices.served_queues()))
     if devices.may_take_a_job(settings.worker_slots) and left:
         log.warning("jobs of these queues ask for another device and are not taken", queues=left)
-    threading.Thread(target=_say_alive, name="heartbeat", daemon=True).start()
+    threading.Thread(target=_send_heartbeats, name="heartbeat", daemon=True).start()
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
@@ -121,10 +121,10 @@ def _gone(**_: Any) -> None:
     drain_file(os.getpid()).unlink(missing_ok=True)
 
 
-def _able() -> tuple[int, str | None]:
+def _usable_slots() -> tuple[int, str | None]:
     """How many slots of this worker take jobs, and why not all."""
-    slots, flags = get_settings().worker_slots, rest_file(os.getpid(), "*")
-    if why := devices.trouble(slots):
+    slots, flags = get_settings().worker_slots, unhealthy_file(os.getpid(), "*")
+    if why := devices.find_problem(slots):
         return 0, why
     resting = list[str]()
     for flag in flags.parent.glob(flags.name):
@@ -133,14 +133,14 @@ def _able() -> tuple[int, str | None]:
     return max(0, slots - len(resting)), " ".join(dict.fromkeys(resting)) or None
 
 
-def _say_alive() -> None:
+def _send_heartbeats() -> None:
     log, me, started = get_logger(__name__), name(os.getpid()), datetime.now(UTC)
     while True:
         try:
-            slots, trouble = _able()
+            slots, trouble = _usable_slots()
             with session_scope() as session:
-                workers.say_alive(
-                    session, me, slots=slots, queues=devices.queues(), started_at=started, trouble=trouble
+                workers.record_heartbeat(
+                    session, me, slots=slots, queues=devices.served_queues(), started_at=started, trouble=trouble
                 )
                 session.commit()
         except Exception as error:

@@ -35,7 +35,7 @@ class Health:
         """An event of a run: it may be that its GPU has failed, or that one of its GPUs may be what hangs."""
         if isinstance(event, Done | Failed):
             self._has_ended.add(event.member)
-        codes = (DEVICE_FAILED, "worker_lost") if devices.names() else (DEVICE_FAILED,)
+        codes = (DEVICE_FAILED, "worker_lost") if devices.list_gpus() else (DEVICE_FAILED,)
         if isinstance(event, Failed) and event.code in codes:
             self._why = event.message
 
@@ -47,7 +47,7 @@ class Health:
         """
         unexplained = len(self._has_ended) < members and outcome.returncode not in (0, WRONG_SPEC, LEASE_LOST)
         self._has_ended.clear()
-        if outcome.stopped or outcome.is_from_outside or not devices.names():
+        if outcome.stopped or outcome.is_from_outside or not devices.list_gpus():
             return
         if outcome.crash or unexplained:
             how = f"crashed ({outcome.crash})" if outcome.crash else f"left without a word ({outcome.returncode})"

@@ -55,13 +55,13 @@ def recover() -> bool:
     True if some went back.
     """
     with session_scope(read_only=True) as session:
-        silent = jobs.silent(session)
+        silent = jobs.find_expired_leases(session)
     return any(_for_each(silent, _recover))
 
 
 def _recover(job_id: str) -> bool:
     with session_scope() as session:
-        taken = jobs.recover_lost(session, max_attempts=get_settings().max_attempts, among=[job_id])
+        taken = jobs.recover_lost_runs(session, max_attempts=get_settings().max_attempts, among=[job_id])
         session.commit()
     if taken:
         log.warning("took a job back from a silent worker", job_id=job_id)
@@ -86,15 +86,15 @@ def _consider(job_id: str) -> bool:
 def announce() -> bool:
     """Ring for jobs that were never announced, and again for those whose message got lost; True if somebody heard."""
     with session_scope(read_only=True) as session:
-        waiting = [*notify.unannounced(session), *notify.unheard(session, patience=PATIENCE)]
-    for bell in waiting:
+        waiting = [*notify.find_unannounced(session), *notify.find_lost(session, patience=PATIENCE)]
+    for notification in waiting:
         try:
-            queue.ring(*bell)
+            queue.notify_workers(*notification)
         except queue.BrokerUnavailable as error:
-            log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=bell.job_id)
+            log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=notification.job_id)
             return False
         with session_scope() as session:
-            notify.mark_rung(session, bell.job_id)
+            notify.mark_notified(session, notification.job_id)
             session.commit()
     return bool(waiting)
 
@@ -102,7 +102,7 @@ def announce() -> bool:
 def leave_results() -> bool:
     """Ended jobs that logged steps get their result file; True if some were looked at."""
     with session_scope(read_only=True) as session:
-        ended = metrics.ended_without_csv(session)
+        ended = metrics.find_without_csv(session)
     return any(_for_each(ended, _leave_result))
 
 
@@ -183,7 +183,7 @@ def _watch(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: 
             look.clear()
             try:
                 connection = connection or held.enter_context(plain_connection())
-                found = pending.look(connection)
+                found = pending.find_pending(connection)
                 pause = get_settings().reconcile_seconds
             except Exception as error:
                 pause = _longer(pause)
@@ -195,7 +195,7 @@ def _watch(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: 
             look.wait(pause)
 
 
-def _woken(found: pending.Due | None) -> list[Chore]:
+def _woken(found: pending.PendingWork | None) -> list[Chore]:
     names = [] if found is None else [name for name, some in found._asdict().items() if some]
     return [chore for name in names for chore in WOKEN[name]]
 

@@ -23,7 +23,7 @@ from api.core.queue import queue
 from api.core.settings import get_settings
 from lorainit.config.events import Event
 from worker import gpu_health
-from worker.app import app, drain_file, name, rest_file
+from worker.app import app, drain_file, name, unhealthy_file
 from worker.child import warm
 from worker.child.supervisor import Place, StopReason, run_child
 from worker.host import disk_space
@@ -52,7 +52,7 @@ def run_job(job_id: str) -> None:
         ready = {member: member.place for member in members if member.place is not None}
         if ready:
             _train(list(ready), list(ready.values()))
-    gpu_health.of_this_slot().rest_if_broken(_gpus(), rest_file(os.getppid(), _slot()), is_leaving=_is_leaving)
+    gpu_health.of_this_slot().rest_if_broken(_gpus(), unhealthy_file(os.getppid(), _slot()), is_leaving=_is_leaving)
 
 
 def _claim() -> list[Job]:
@@ -65,7 +65,7 @@ def _claim() -> list[Job]:
             owner,
             lease_seconds=settings.lease_seconds,
             group_size=settings.group_size,
-            queues=devices.queues(),
+            queues=devices.served_queues(),
         )
         session.commit()
     return claimed
@@ -110,7 +110,7 @@ def _slot() -> int:
 
 
 def _gpus() -> str | None:
-    return devices.of_slot(_slot(), get_settings().worker_slots)
+    return devices.gpus_of_slot(_slot(), get_settings().worker_slots)
 
 
 def _is_leaving() -> bool:

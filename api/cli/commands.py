@@ -85,7 +85,7 @@ def serve(
     from api.embedded import service as embedded
 
     try:
-        with embedded.running(say=lambda text: err.print(text, style="dim")) as (service, first_key):
+        with embedded.running(report=lambda text: err.print(text, style="dim")) as (service, first_key):
             _announce(service.url, service.state, first_key)
             service.watch()
             err.print("stopping ...", style="dim")

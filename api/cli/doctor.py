@@ -47,13 +47,13 @@ def _devices() -> tuple[Check, dict[str, Any]]:
     except BadSettings:
         return Check("devices", "absent", "what they are used for is in the settings, which cannot be read"), {}
     try:
-        if hangs := devices.silence():
+        if hangs := devices.find_silence():
             return Check("devices", "failed", hangs), {}
         found = examine("" if settings.worker_device == "cpu" else None)
     except Unanswered as error:
         return Check("devices", "failed", str(error)), {}
     facts = found["machine"]
-    if why := devices.trouble(settings.worker_slots) or facts["gpu_trouble"]:
+    if why := devices.find_problem(settings.worker_slots) or facts["gpu_trouble"]:
         return Check("devices", "failed", why), found
     why = "LORAINIT_WORKER_DEVICE is cpu" if settings.worker_device == "cpu" else "no GPU"
     return Check("devices", "ok", facts["gpu"] or f"{why}; runs go to the CPU"), found

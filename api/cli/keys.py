@@ -53,7 +53,7 @@ def list_keys(state: State = None) -> None:
     with session_scope(read_only=True) as session:
         rows = [
             (key.id, project.name, key.role, key.name, f"...{key.hint}", f"{key.created_at:%Y-%m-%d %H:%M}")
-            for key, project in keys.everyone(session)
+            for key, project in keys.list_all(session)
         ]
     out.print(tables.table(("key", "project", "role", "name", "ends in", "made"), rows), soft_wrap=False)
 

@@ -30,28 +30,28 @@ def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
     seen = 0
     with _bar(console) as bar:
         task = bar.add_task("", total=100.0, numbers="", eta="")
-        patience, wait = _Patience(bar.console), _Wait(bar.console)
+        reconnect, wait = _Reconnect(bar.console), _Wait(bar.console)
         while True:
             try:
                 job = retrieve(client, job_id)
                 events = events_after(client, job_id, seen)
             except (APIConnectionError, InternalServerError) as error:
-                patience.lose(error)
+                reconnect.note_error(error)
                 bar.update(task, description="server away")
                 time.sleep(POLL_SECONDS)
                 continue
-            patience.regain()
+            reconnect.note_answer()
             for event in events:
                 seen = sequence(event)
-                _tell(bar.console, event)
-            wait.tell(job)
+                _print_event(bar.console, event)
+            wait.update(job)
             _draw(bar, task, job, events)
             if job.status in FINAL:
                 return job
             time.sleep(POLL_SECONDS)
 
 
-class _Patience:
+class _Reconnect:
     """Bears with a server that has answered before, for `PATIENCE_SECONDS`, and says so."""
 
     def __init__(self, console: Console) -> None:
@@ -59,7 +59,7 @@ class _Patience:
         self._known = False
         self._since: float | None = None
 
-    def lose(self, error: OpenAIError) -> None:
+    def note_error(self, error: OpenAIError) -> None:
         """No answer: raise `error` where waiting does not help, or not any more."""
         clock = time.monotonic()
         if not self._known or (self._since is not None and clock - self._since > PATIENCE_SECONDS):
@@ -69,7 +69,7 @@ class _Patience:
             text = f"The server is away ({explain(error)}); trying for {PATIENCE_SECONDS:.0f} s."
             self._console.print(text, style="yellow")
 
-    def regain(self) -> None:
+    def note_answer(self) -> None:
         """An answer."""
         if self._since is not None:
             self._console.print("The server is back.")
@@ -81,14 +81,14 @@ class _Wait:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last, self._told = "", ""
+        self._last, self._last_reported = "", ""
 
-    def tell(self, job: FineTuningJob) -> None:
+    def update(self, job: FineTuningJob) -> None:
         """Look at a job's reason to wait."""
         reason = field_of(job, "queue_reason") or ""
-        if reason and reason == self._last != self._told:
+        if reason and reason == self._last != self._last_reported:
             self._console.print(f"Waiting: {why_it_waits(job)}.")
-            self._told = reason
+            self._last_reported = reason
         self._last = reason
 
 
@@ -132,7 +132,7 @@ def _draw(bar: Progress, task: TaskID, job: FineTuningJob, events: list[FineTuni
     bar.update(task, numbers="  ".join(parts), eta="" if left is None else f"{_clock(left)} left")
 
 
-def _tell(console: Console, event: FineTuningJobEvent) -> None:
+def _print_event(console: Console, event: FineTuningJobEvent) -> None:
     data = _data(event)
     if event.type == "metrics" and data.get("full_valid_loss") is None and console.is_terminal:
         return  # the bar shows it

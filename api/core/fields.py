@@ -28,12 +28,12 @@ def in_body(field: str | None, *, method: str = "supervised") -> str | None:
     return _ELSEWHERE.get(field, field)
 
 
-def told(data: dict[str, Any]) -> dict[str, Any]:
+def translate_event_data(data: dict[str, Any]) -> dict[str, Any]:
     """An event's data with the fields that it names as the caller knows them."""
     found = {key: in_body(data[key]) for key in _NAMED if isinstance(data.get(key), str)}
     return {**data, **found}
 
 
-def chosen(choice: dict[str, Any]) -> dict[str, Any]:
+def translate_choice(choice: dict[str, Any]) -> dict[str, Any]:
     """A choice of the library as the caller knows it."""
     return {**choice, "param": in_body(choice["param"])}

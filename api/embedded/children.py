@@ -33,7 +33,7 @@ class Child:
     log: Path
     pass_fds: Sequence[int] = ()
     grace: float = 5.0
-    falls: int = 0
+    failures: int = 0
     start_at: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -55,7 +55,7 @@ class Child:
             )
         self.start_at = time.monotonic()
 
-    def tend(self) -> str | None:
+    def restart_if_ended(self) -> str | None:
         """Start it again when it has fallen, later each time; a sentence when something happened."""
         clock = time.monotonic()
         if self.process is None:
@@ -65,8 +65,8 @@ class Child:
         code = self.process.poll()
         if code is None:
             return None
-        self.falls = 1 if clock - self.start_at > HEALTHY_AFTER else self.falls + 1
-        pause = min(LONGEST_PAUSE, 0.5 * 2.0 ** (self.falls - 1))
+        self.failures = 1 if clock - self.start_at > HEALTHY_AFTER else self.failures + 1
+        pause = min(LONGEST_PAUSE, 0.5 * 2.0 ** (self.failures - 1))
         self.process, self.start_at = None, clock + pause
         return f"{self.name} ended ({_ending(code)}); starting it again in {pause:.1f} s, see {self.log}"
 

@@ -37,7 +37,7 @@ LOOK_SECONDS = 0.2  # between two looks whether the API is ready
 TICK_SECONDS = 1.0  # between two looks at the logs; the end of a child is told by a signal
 MAX_REASON = 500  # characters of a log line's error that are shown
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class CannotServe(Exception):
@@ -47,15 +47,15 @@ class CannotServe(Exception):
 class Service:
     """A running tree. `start()`, then `watch()` until `stop()` is asked for."""
 
-    def __init__(self, settings: Settings, *, say: Say) -> None:
+    def __init__(self, settings: Settings, *, report: Report) -> None:
         self.settings = settings
         self.state = settings.state_dir.resolve()
-        self.say = say
+        self.report = report
         self.url = ""
         self.children: list[Child] = []
         self._asked_to_stop = False
         self._lock: IO[str] | None = None
-        self._told = ("", "")  # which child said what last
+        self._last_line = ("", "")  # which child said what last
         self._socket: socket.socket | None = None
 
     def start(self) -> str | None:
@@ -68,7 +68,7 @@ class Service:
         """
         _require_base_models(self.settings)
         for name in unknown_variables(os.environ):
-            self.say(f"{name}: nothing reads it")
+            self.report(f"{name}: nothing reads it")
         _make_folder(self.state)
         self._lock = _lock(self.state)
         self._socket = _listen(self.settings.host, self.settings.port)
@@ -92,18 +92,18 @@ class Service:
         logs = {child.name: follow(child.log, start=size_of(child.log)) for child in self.children}
         with sleeping() as sleep:
             while not self._asked_to_stop:
-                self._tend()
+                self._restart_ended()
                 for name, lines in logs.items():
                     for line in next(lines):
                         self.pass_on(name, line)
                 sleep(min(TICK_SECONDS, *(child.seconds_to_start() for child in self.children)))
 
-    def _tend(self) -> None:
+    def _restart_ended(self) -> None:
         """Start children again that have fallen."""
         for child in self.children:
             pid = child.process and child.process.pid
-            if (news := child.tend()) is not None:
-                self.say(news)
+            if (news := child.restart_if_ended()) is not None:
+                self.report(news)
             if child.process and child.process.pid != pid:
                 self._write_service_file()
 
@@ -128,10 +128,10 @@ class Service:
     def pass_on(self, name: str, line: str) -> None:
         """Say what matters of a child's log, unless another has just said it: all of them refuse a broken catalogue."""
         text = _worth_showing(name, line)
-        if text is None or (text == self._told[1] and name != self._told[0]):
+        if text is None or (text == self._last_line[1] and name != self._last_line[0]):
             return
-        self._told = (name, text)
-        self.say(f"{name}: {text}")
+        self._last_line = (name, text)
+        self.report(f"{name}: {text}")
 
     def _environment(self) -> Mapping[str, str]:
         ours = {"LORAINIT_STATE_DIR": str(self.state), "LORAINIT_BASE_MODELS_HERE": "true"}
@@ -181,13 +181,13 @@ class Service:
 
 
 @contextmanager
-def running(*, say: Say) -> Iterator[tuple[Service, str | None]]:
+def running(*, report: Report) -> Iterator[tuple[Service, str | None]]:
     """The service, up for the length of the block; SIGINT, SIGTERM and SIGHUP end it in order.
 
     Raises:
         CannotServe: see `Service.start`.
     """
-    service = Service(get_settings(), say=say)
+    service = Service(get_settings(), report=report)
     kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {kind: signal.signal(kind, service.ask_to_stop) for kind in kinds}
     mask = os.umask(startup.OTHERS)

@@ -25,7 +25,7 @@ def secret_of(request: Request) -> str:
     return secret.strip()
 
 
-def let_in(request: Request, key: Key | None, secret: str) -> Caller:
+def authorize(request: Request, key: Key | None, secret: str) -> Caller:
     """Whoever holds this key; the project and what the key has left are noted for the log and the headers.
 
     Raises:
@@ -61,7 +61,7 @@ def _refuse_nul(request: Request) -> None:
 
 
 def _known(request: Request, key: Key | None, secret: str) -> Caller:
-    caller = None if key is None else keys.caller_of(key, secret)
+    caller = None if key is None else keys.authenticate(key, secret)
     if caller is None:
         raise Unauthenticated(
             f"Incorrect API key provided: {_hint(secret)}. It is unknown, expired or deleted.", code="invalid_api_key"

@@ -11,39 +11,39 @@ from api.core import logs
 from api.core.db.database import session_scope
 from api.core.jobs import admission
 from api.core.queue import notify, queue
-from api.http.threads import in_bell_thread
+from api.http.threads import in_broker_thread
 
 PAUSE_SECONDS = 5.0
 
 
-class Bell:
+class JobAnnouncer:
     """This process's way to ring."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._left_alone_until = clock()
+        self._paused_until = clock()
 
     async def announce(self, job_id: str) -> None:
         """Announce a job whose row is committed."""
-        await in_bell_thread(self._announce, job_id)
+        await in_broker_thread(self._announce, job_id)
 
     def _announce(self, job_id: str) -> None:
         log = logs.get_logger(__name__).bind(job_id=job_id)
         try:
             with session_scope() as session:
                 admission.consider(session, job_id)
-                bell = notify.bell(session, job_id)
+                notification = notify.find_notification(session, job_id)
                 session.commit()
-            if bell is not None and self._clock() >= self._left_alone_until:
-                self._ring(bell)
+            if notification is not None and self._clock() >= self._paused_until:
+                self._notify(notification)
         except queue.BrokerUnavailable as error:
-            self._left_alone_until = self._clock() + PAUSE_SECONDS
+            self._paused_until = self._clock() + PAUSE_SECONDS
             log.warning("broker_unavailable", error=str(error), left_alone_seconds=PAUSE_SECONDS)
         except Exception:
             log.exception("announce_failed")
 
-    def _ring(self, bell: notify.Bell) -> None:
-        queue.ring(*bell)
+    def _notify(self, notification: notify.Notification) -> None:
+        queue.notify_workers(*notification)
         with session_scope() as session:
-            notify.mark_rung(session, bell.job_id)
+            notify.mark_notified(session, notification.job_id)
             session.commit()

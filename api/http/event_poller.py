@@ -31,7 +31,7 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class StreamPosition:
     """Where a stream stands: the number of the last event that it has sent, and the key that it was opened with."""
 
     job_id: str
@@ -40,7 +40,7 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class NewEvents:
     """What a stream has not sent yet, up to event number `last`; `ended`: nothing will follow."""
 
     text: str
@@ -55,19 +55,19 @@ class News:
 
 
 # None: the key is deleted or has expired.
-Found = News | Exception | None
-Waiting = asyncio.Future[News | None]
+Found = NewEvents | Exception | None
+Waiting = asyncio.Future[NewEvents | None]
 
 
-class Ticker:
+class EventPoller:
     """Looks while streams wait. All but the looking itself is done in the event loop's own thread."""
 
     def __init__(self) -> None:
-        self._waiting: dict[Waiting, Position] = {}
+        self._waiting: dict[Waiting, StreamPosition] = {}
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None  # looks as long as somebody waits
 
-    async def news(self, position: Position, *, at_once: bool) -> News | None:
+    async def wait_for_events(self, position: StreamPosition, *, at_once: bool) -> NewEvents | None:
         """Wait until there is more to send, which is looked for once a second, or at once and then once a second.
 
         Returns:
@@ -102,11 +102,11 @@ class Ticker:
                     await self._hurry.wait()
 
 
-async def _serve(waiting: Sequence[tuple[Waiting, Position]]) -> None:
+async def _serve(waiting: Sequence[tuple[Waiting, StreamPosition]]) -> None:
     """Tell these streams what is new; those for which nothing is wait on."""
     positions = {position for _, position in waiting}
     try:
-        found = await run_in_threadpool(look, positions)
+        found = await run_in_threadpool(poll, positions)
     except Exception as error:
         found = dict.fromkeys(positions, error)
     for more, position in waiting:
@@ -123,7 +123,7 @@ def _tell(more: Waiting, found: Found) -> None:
         more.set_result(found)
 
 
-def look(positions: Collection[Position]) -> dict[Position, Found]:
+def poll(positions: Collection[StreamPosition]) -> dict[StreamPosition, Found]:
     """What is new at these positions; those where nothing is are left out.
 
     Nothing is new while the database is away, which a client need not notice.
@@ -135,14 +135,14 @@ def look(positions: Collection[Position]) -> dict[Position, Found]:
         return {}
 
 
-def find_news(session: Session, positions: Collection[Position]) -> dict[Position, Found]:
+def find_news(session: Session, positions: Collection[StreamPosition]) -> dict[StreamPosition, Found]:
     """As `look`, while the database is there."""
-    usable = keys.usable(session, {one.key_id for one in positions})
+    usable = keys.find_usable(session, {one.key_id for one in positions})
     # Before the events: what ended a job is among them.
     jobs = _jobs(session, {one.job_id for one in positions})
     places = {(one.job_id, one.after) for one in positions if one.key_id in usable}
     pages = {(job_id, after): _page(session, job_id, after, jobs.get(job_id)) for job_id, after in places}
-    found: dict[Position, Found] = {}
+    found: dict[StreamPosition, Found] = {}
     for one in positions:
         if one.key_id not in usable:
             found[one] = None
@@ -157,18 +157,18 @@ def _jobs(session: Session, ids: Collection[str]) -> dict[str, tuple[str, int]]:
     return {row.id: (row.status, row.event_count) for row in rows}
 
 
-def _page(session: Session, job_id: str, after: int, job: tuple[str, int] | None) -> News | Exception | None:
+def _page(session: Session, job_id: str, after: int, job: tuple[str, int] | None) -> NewEvents | Exception | None:
     """The events after number `after`, or what is wrong with them; None if there is nothing to say."""
     status, count = job or (None, after)
     try:
-        rows = events.since(session, job_id, after, limit=PAGE) if count > after else []
+        rows = events.list_since(session, job_id, after, limit=PAGE) if count > after else []
         text = "".join(_block(event_object(row)) for row in rows)
     except DATABASE_AWAY:
         raise
     except Exception as error:  # ends this job's streams and no others
         return error
     ended = len(rows) < PAGE and (status is None or status in FINAL_STATUSES)
-    return News(text, rows[-1].sequence if rows else after, len(rows), ended) if rows or ended else None
+    return NewEvents(text, rows[-1].sequence if rows else after, len(rows), ended) if rows or ended else None
 
 
 def _block(event: EventObject) -> str:

@@ -15,13 +15,13 @@ from api.core.db.database import session_scope
 from api.core.files import disk
 from api.core.logs import get_logger
 from api.core.monitoring import gauges
-from api.core.monitoring.gauges import Picture
+from api.core.monitoring.gauges import Snapshot
 from api.core.settings import get_settings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-# Names in the table of tallies: what they mean, and their labels.
+# Names in the table of counters: what they mean, and their labels.
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "jobs_finished": ("Jobs that ended.", ("method", "status", "code")),
     "stage_seconds": ("Seconds the last attempts of ended jobs spent in each stage.", ("method", "stage")),
@@ -63,15 +63,15 @@ class Service(Collector):
     def collect(self) -> Iterator[Metric]:
         """One family after another."""
         up = GaugeMetricFamily("lorainit_up", "1 when this part answers.", labels=("part",))
-        picture = _picture()
-        up.add_metric(("database",), float(picture is not None))
+        snapshot = _take_snapshot()
+        up.add_metric(("database",), float(snapshot is not None))
         for name, works in self._parts.items():
             up.add_metric((name,), float(works()))
         yield up
         yield from _volumes()
-        if picture is not None:
-            yield from _figures(picture)
-            yield from _counts(picture)
+        if snapshot is not None:
+            yield from _figures(snapshot)
+            yield from _counts(snapshot)
 
 
 def make_registry(parts: Mapping[str, Callable[[], bool]]) -> CollectorRegistry:
@@ -86,41 +86,43 @@ def expose(registry: CollectorRegistry) -> bytes:
     return generate_latest(registry)
 
 
-def _picture() -> Picture | None:
+def _take_snapshot() -> Snapshot | None:
     try:
         with session_scope(read_only=True) as session:
-            return gauges.take(session)
+            return gauges.take_snapshot(session)
     except Exception as error:
         get_logger(__name__).warning("database_unavailable", error=str(error))
         return None
 
 
-def _figures(picture: Picture) -> Iterator[Metric]:
+def _figures(snapshot: Snapshot) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("lorainit_jobs", "Jobs that have not ended.", labels=("status",))
-    for status, count in picture.jobs.items():
+    for status, count in snapshot.jobs.items():
         jobs.add_metric((status,), count)
     speeds = GaugeMetricFamily(
         "lorainit_training_tokens_per_second", "Trained tokens per second of running jobs.", labels=("method",)
     )
-    for method, speed in picture.speeds.items():
+    for method, speed in snapshot.speeds.items():
         speeds.add_metric((method,), speed)
     wait = "Seconds since the oldest queued job was created; 0 when none is queued."
     return iter(
         [
             jobs,
             speeds,
-            GaugeMetricFamily("lorainit_queue_oldest_wait_seconds", wait, value=picture.oldest_wait),
-            GaugeMetricFamily("lorainit_queue_unannounced", "Queued jobs not rung for yet.", value=picture.unannounced),
-            GaugeMetricFamily("lorainit_workers", "Workers heard of lately.", value=picture.workers),
-            GaugeMetricFamily("lorainit_worker_slots", "Runs these workers can hold at once.", value=picture.slots),
+            GaugeMetricFamily("lorainit_queue_oldest_wait_seconds", wait, value=snapshot.oldest_wait),
+            GaugeMetricFamily(
+                "lorainit_queue_unannounced", "Queued jobs not rung for yet.", value=snapshot.unannounced
+            ),
+            GaugeMetricFamily("lorainit_workers", "Workers heard of lately.", value=snapshot.workers),
+            GaugeMetricFamily("lorainit_worker_slots", "Runs these workers can hold at once.", value=snapshot.slots),
         ]
     )
 
 
-def _counts(picture: Picture) -> Iterator[Metric]:
+def _counts(snapshot: Snapshot) -> Iterator[Metric]:
     for name, (text, labels) in COUNTERS.items():
         family = CounterMetricFamily(f"lorainit_{name}", text, labels=labels)
-        for count in picture.tallies:
+        for count in snapshot.counters:
             if count.name == name:
                 family.add_metric([count.labels[label] for label in labels], count.value)
         if not labels and not family.samples:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.core.access.keys import Caller
 from api.errors import TooManyRequests
-from api.http.event_poller import Position, Ticker
+from api.http.event_poller import EventPoller, StreamPosition
 
 HEARTBEAT_SECONDS = 15.0
 RETRY_MILLISECONDS = 3000
@@ -27,7 +27,7 @@ class Streams:
     """The streams that this process has open."""
 
     def __init__(self) -> None:
-        self.ticker = Ticker()
+        self.poller = EventPoller()
         self._stops: dict[asyncio.Event, str] = {}
         self._closing = False
 
@@ -36,10 +36,10 @@ class Streams:
         self._closing = True
         for stop in self._stops:
             stop.set()
-        self.ticker.end()
+        self.poller.end()
 
     @contextmanager
-    def place(self, project_id: str) -> Iterator[asyncio.Event]:
+    def register(self, project_id: str) -> Iterator[asyncio.Event]:
         """A place among the streams of a project while the context is open; the event says that the stream is to end.
 
         To be taken in the event loop's own thread: so no two streams find the same place free.
@@ -67,16 +67,16 @@ class EventStream(StreamingResponse):
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__((), media_type="text/event-stream", headers=headers)
         self._streams, self._project_id = streams, caller.project_id
-        self._position = Position(job_id, after, caller.key_id)
+        self._position = StreamPosition(job_id, after, caller.key_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, and give the place back however that ends."""
-        with self._streams.place(self._project_id) as stop:
-            self.body_iterator = follow(self._position, ticker=self._streams.ticker, stop=stop)
+        with self._streams.register(self._project_id) as stop:
+            self.body_iterator = follow(self._position, poller=self._streams.poller, stop=stop)
             await super().__call__(scope, receive, send)
 
 
-async def follow(position: Position, *, ticker: Ticker, stop: asyncio.Event) -> AsyncIterator[str]:
+async def follow(position: StreamPosition, *, poller: EventPoller, stop: asyncio.Event) -> AsyncIterator[str]:
     """Whole blocks of text: the events from this position on, then `[DONE]`.
 
     Without `[DONE]` it ends when it is to stop, and within a second once the key is deleted or has expired.
@@ -85,7 +85,7 @@ async def follow(position: Position, *, ticker: Ticker, stop: asyncio.Event) -> 
     while not stop.is_set():
         try:
             async with asyncio.timeout(HEARTBEAT_SECONDS):
-                news = await ticker.news(position, at_once=at_once)
+                news = await poller.wait_for_events(position, at_once=at_once)
         except TimeoutError:
             at_once = False
             yield HEARTBEAT

@@ -14,10 +14,10 @@ from anyio.lowlevel import RunVar
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-STORAGE_THREADS, HEALTH_THREADS, BELL_THREADS, SEARCH_THREADS = 40, 8, 8, 2
+STORAGE_THREADS, HEALTH_THREADS, BROKER_THREADS, SEARCH_THREADS = 40, 8, 8, 2
 _storage = RunVar[CapacityLimiter]("storage threads")
 _health = RunVar[CapacityLimiter]("health threads")
-_bell = RunVar[CapacityLimiter]("bell threads")
+_broker = RunVar[CapacityLimiter]("bell threads")
 _search = RunVar[CapacityLimiter]("search threads")
 
 
@@ -34,9 +34,9 @@ async def in_health_thread(work: Callable[[], Result]) -> Result:
     return await to_thread.run_sync(work, limiter=_limiter(_health, HEALTH_THREADS))
 
 
-async def in_bell_thread(work: Callable[[str], None], job_id: str) -> None:
+async def in_broker_thread(work: Callable[[str], None], job_id: str) -> None:
     """Run what waits for the broker."""
-    await to_thread.run_sync(work, job_id, limiter=_limiter(_bell, BELL_THREADS))
+    await to_thread.run_sync(work, job_id, limiter=_limiter(_broker, BROKER_THREADS))
 
 
 async def in_search_thread(work: Callable[[], Result]) -> Result:

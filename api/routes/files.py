@@ -5,24 +5,24 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, BackgroundTasks, Query, Request
 from fastapi.responses import Response
 
-from api.core.access.idempotency import once
+from api.core.access.idempotency import run_idempotent
 from api.core.errors import NotFound
 from api.core.files import files, quota
-from api.dependencies import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.dependencies import CallerDep, IdentityDep, Reading, StorageDep, Writing
 from api.routes.clear import clear
 from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit10000, Text
 from api.routes.upload import SCHEMA, StoredDep, UploadDep
 from api.schemas.file import FileObject, file_object, fingerprint_of
-from api.schemas.wire import ONCE, Deleted, Page, listed
+from api.schemas.wire import IDEMPOTENT_RESPONSES, Deleted, Page, listed
 
 router = APIRouter(prefix="/v1", tags=["files"])
 
 
-@router.post("/files", openapi_extra=SCHEMA, response_model=FileObject, responses=ONCE)
+@router.post("/files", openapi_extra=SCHEMA, response_model=FileObject, responses=IDEMPOTENT_RESPONSES)
 def create(
     upload: UploadDep,
-    attempt: AttemptDep,
+    attempt: IdentityDep,
     stored: StoredDep,
     session: Writing,
     storage: StorageDep,
@@ -33,7 +33,7 @@ def create(
     project, about = attempt.caller.project_id, {"purpose": upload.purpose, "filename": upload.filename}
 
     def make() -> tuple[str, dict[str, Any]]:
-        quota.take_room(session, project, adding=stored.bytes)
+        quota.reserve_quota(session, project, adding=stored.bytes)
         file = files.add(session, stored, project_id=project, lifetime=upload.lifetime, **about)
         return file.id, file_object(file).model_dump()
 
@@ -45,7 +45,7 @@ def create(
 
     with files.removed_on_error(session, storage, stored):
         content = fingerprint_of(stored, lifetime=upload.lifetime, **about)
-        outcome = once(session, attempt, content, make=make, again=again)
+        outcome = run_idempotent(session, attempt, content, make=make, again=again)
         session.commit()
     if outcome.replayed:
         background.add_task(clear, storage, stored.storage_key)
@@ -77,7 +77,7 @@ def retrieve(file_id: str, caller: CallerDep, session: Reading) -> FileObject:
 
 @router.delete("/files/{file_id}")
 def delete(
-    file_id: str, attempt: AttemptDep, session: Writing, storage: StorageDep, background: BackgroundTasks
+    file_id: str, attempt: IdentityDep, session: Writing, storage: StorageDep, background: BackgroundTasks
 ) -> Deleted:
     """Delete a file that no open job and no model needs."""
     key = files.delete(session, attempt, file_id)
@@ -91,7 +91,7 @@ def delete(
 @router.get("/files/{file_id}/content", response_class=Response, responses=BYTES)
 def content(file_id: str, request: Request, caller: CallerDep, session: Reading, storage: StorageDep) -> Response:
     """Exactly the uploaded bytes; ranges and conditions are honoured."""
-    file = files.readable(session, caller.project_id, file_id)
+    file = files.find_readable(session, caller.project_id, file_id)
     kind = "text/csv; charset=utf-8" if file.filename.endswith(".csv") else "application/octet-stream"
     if file.purpose != "fine-tune-results":
         kind = "application/octet-stream"

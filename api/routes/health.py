@@ -90,4 +90,4 @@ def _look_into_the_database() -> dict[str, str | int]:
     # On a reader: SQLite's writing connection would wait for whoever writes just now.
     with session_scope(read_only=True) as session:
         migrated = migrate.at_head(session.connection())
-        return {"migrations": "ok" if migrated else "missing", "workers": workers.online(session)}
+        return {"migrations": "ok" if migrated else "missing", "workers": workers.count_online(session)}

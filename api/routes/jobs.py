@@ -9,14 +9,14 @@ from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import Select
 
 from api.core.access import keys
-from api.core.access.idempotency import once
+from api.core.access.idempotency import run_idempotent
 from api.core.db.database import session_scope
 from api.core.db.tables import ShownRow
 from api.core.errors import InvalidValue
 from api.core.jobs import checkpoints, events, jobs, lookup, pauses, results
 from api.core.jobs.submit import submit
-from api.core.jobs.transitions import unknown
-from api.dependencies import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.core.jobs.transitions import unknown_job
+from api.dependencies import CallerDep, IdentityDep, Reading, StorageDep, Writing
 from api.http import access
 from api.http.bodies import BoundedBody
 from api.http.streams import EventStream
@@ -26,7 +26,7 @@ from api.routes.query import After, Empty, Limit100, Limit1000, Text
 from api.schemas.event import CheckpointObject, EventObject, checkpoint_object, event_object
 from api.schemas.job import JobObject, job_object
 from api.schemas.job_request import MAX_LABELS, JobRequest
-from api.schemas.wire import ONCE, Page, as_json, listed
+from api.schemas.wire import IDEMPOTENT_RESPONSES, Page, as_json, listed
 
 router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody)
 JOBS = "/fine_tuning/jobs"
@@ -50,10 +50,10 @@ _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, tuple[Any, ...]]:
     """Who asks, and what of the job of this id: one statement, for what clients ask again and again."""
     secret = access.secret_of(request)
-    key, job = lookup.find_with_key(keys.id_in(secret), job_id, what)
-    caller = access.let_in(request, key, secret)
+    key, job = lookup.find_with_key(keys.parse_key_id(secret), job_id, what)
+    caller = access.authorize(request, key, secret)
     if job is None:
-        raise unknown(job_id)
+        raise unknown_job(job_id)
     return caller, job
 
 
@@ -67,11 +67,11 @@ def _asked(fine_tuning_job_id: str, request: Request) -> tuple[keys.Caller, str]
 AskedDep = Annotated[tuple[keys.Caller, str], Depends(_asked)]
 
 
-@router.post(JOBS, response_model=JobObject, responses=ONCE)
+@router.post(JOBS, response_model=JobObject, responses=IDEMPOTENT_RESPONSES)
 def create(
     request: Request,
     body: JobRequest,
-    attempt: AttemptDep,
+    attempt: IdentityDep,
     session: Writing,
     background: BackgroundTasks,
     reply: Response,
@@ -86,9 +86,11 @@ def create(
         return job.id, _shown(session, project, job.id)
 
     content = body.model_dump(mode="json", exclude_unset=True)
-    outcome = once(session, attempt, content, make=make, again=lambda job_id: _shown(session, project, job_id))
+    outcome = run_idempotent(
+        session, attempt, content, make=make, again=lambda job_id: _shown(session, project, job_id)
+    )
     session.commit()
-    background.add_task(request.app.state.bell.announce, outcome.object_id)
+    background.add_task(request.app.state.announcer.announce, outcome.object_id)
     if outcome.replayed:
         reply.headers["idempotency-replayed"] = "true"
     return outcome.body
@@ -104,7 +106,7 @@ async def list_jobs(request: Request, caller: CallerDep, after: After = None, li
             rows, more = lookup.page(
                 session, caller.project_id, after=after, limit=limit or 20, metadata=pairs, unlabelled=unlabelled
             )
-            return as_json(listed([job_object(sight) for sight in lookup.sights(session, rows)], has_more=more))
+            return as_json(listed([job_object(view) for view in lookup.load_views(session, rows)], has_more=more))
 
     # Jobs with one pair are read from an index; those with several are looked for among all that have the rarest.
     return await (in_search_thread(find) if len(pairs) > 1 else run_in_threadpool(find))
@@ -116,14 +118,14 @@ def retrieve(fine_tuning_job_id: str, request: Request) -> Response:
     # Clients repeat this until the job has ended: one thread, and for most jobs one statement (docs/decisions/0041).
     _, job = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB)
     with session_scope(read_only=True) as session:  # takes a connection for its first statement
-        return as_json(job_object(lookup.sight(session, ShownRow._make(job))))
+        return as_json(job_object(lookup.load_view(session, ShownRow._make(job))))
 
 
 @router.post(JOBS + "/{fine_tuning_job_id}/cancel")
 def cancel(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobObject:
     """Cancel at once and for good; a cancelled job stays cancelled."""
     job = jobs.cancel(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
-    answer = job_object(lookup.sight(session, job))
+    answer = job_object(lookup.load_view(session, job))
     session.commit()
     return answer
 
@@ -132,7 +134,7 @@ def cancel(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobO
 def pause(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobObject:
     """Free the device: a run writes a checkpoint first and is `pausing` until then."""
     job = pauses.pause(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
-    answer = job_object(lookup.sight(session, job))
+    answer = job_object(lookup.load_view(session, job))
     session.commit()
     return answer
 
@@ -143,9 +145,9 @@ def resume(
 ) -> JobObject:
     """Go on from the last checkpoint, or from the start if there is none."""
     job = pauses.resume(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
-    answer = job_object(lookup.sight(session, job))
+    answer = job_object(lookup.load_view(session, job))
     session.commit()
-    background.add_task(request.app.state.bell.announce, job.id)
+    background.add_task(request.app.state.announcer.announce, job.id)
     return answer
 
 
@@ -170,7 +172,7 @@ def stream_events(
     """The story of a job as it happens, oldest first, as server-sent events; ends with the job."""
     caller, job_id = asked
     with session_scope(read_only=True) as session:  # takes a connection where an event is named
-        seen = events.number(session, job_id, last_event_id or after)
+        seen = events.find_sequence(session, job_id, last_event_id or after)
     return EventStream(request.app.state.streams, caller, job_id, after=seen)
 
 
@@ -202,7 +204,7 @@ def adapter(
 
 
 def _shown(session: Writing, project_id: str, job_id: str) -> dict[str, Any]:
-    return job_object(lookup.sight(session, lookup.find(session, project_id, job_id))).model_dump(mode="json")
+    return job_object(lookup.load_view(session, lookup.find(session, project_id, job_id))).model_dump(mode="json")
 
 
 def _filter(request: Request) -> tuple[dict[str, str], bool]:

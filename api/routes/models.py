@@ -10,7 +10,7 @@ from pydantic import Field
 from api.core.db.database import session_scope
 from api.core.errors import NotFound
 from api.core.models import catalogue, registry
-from api.dependencies import AttemptDep, CallerDep, Reading, StorageDep, Writing
+from api.dependencies import CallerDep, IdentityDep, Reading, StorageDep, Writing
 from api.http.threads import in_search_thread
 from api.routes.clear import clear
 from api.routes.query import After, Empty, Limit1000, Text
@@ -51,7 +51,7 @@ def retrieve(model: str, caller: CallerDep, session: Reading) -> ModelObject:
 
 @router.delete("/models/{model:path}")
 def delete(
-    model: str, attempt: AttemptDep, session: Writing, storage: StorageDep, background: BackgroundTasks
+    model: str, attempt: IdentityDep, session: Writing, storage: StorageDep, background: BackgroundTasks
 ) -> Deleted:
     """Delete an adapter with its checkpoints, or one checkpoint. The job stays."""
     keys = registry.delete(session, attempt, model)

@@ -14,7 +14,7 @@ from api.core.errors import InvalidValue
 from api.core.files import files, quota
 from api.core.files.files import UPLOADABLE, Stored
 from api.core.settings import get_settings
-from api.dependencies import AttemptDep, StorageDep
+from api.dependencies import IdentityDep, StorageDep
 from api.errors import BadRequest
 from api.http.threads import in_storage_thread
 from api.middleware import MULTIPART_SLACK, declared
@@ -55,15 +55,17 @@ class Upload:
     lifetime: int | None
 
 
-def _room(request: Request, attempt: AttemptDep) -> None:
+def _quota(request: Request, attempt: IdentityDep) -> None:
     """Refuse what cannot fit before it is read. The exact size is known, and counted, afterwards."""
     if attempt.is_retry or attempt.key:
         return  # it may be stored already, and then takes no room
     with session_scope(read_only=True) as session:
-        quota.require_room(session, attempt.caller.project_id, adding=max(0, declared(request.scope) - MULTIPART_SLACK))
+        quota.require_quota(
+            session, attempt.caller.project_id, adding=max(0, declared(request.scope) - MULTIPART_SLACK)
+        )
 
 
-async def _upload(request: Request, _: Annotated[None, Depends(_room)]) -> AsyncIterator[Upload]:
+async def _upload(request: Request, _: Annotated[None, Depends(_quota)]) -> AsyncIterator[Upload]:
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         yield _read(FormData())
         return
@@ -120,7 +122,7 @@ def _lifetime(form: FormData) -> int | None:
 UploadDep = Annotated[Upload, Depends(_upload)]
 
 
-async def _stored(upload: UploadDep, attempt: AttemptDep, storage: StorageDep) -> Stored:
+async def _stored(upload: UploadDep, attempt: IdentityDep, storage: StorageDep) -> Stored:
     """The bytes of the upload in storage, before the route has a session."""
     project, limit = attempt.caller.project_id, get_settings().max_upload_bytes
     return await in_storage_thread(files.store, storage, upload.stream, project_id=project, limit=limit)

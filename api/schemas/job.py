@@ -8,8 +8,8 @@ import orjson
 from pydantic import Field
 
 from api.core.db.tables import ShownJob, shown_status
-from api.core.fields import chosen
-from api.core.jobs.lookup import Result, Sight
+from api.core.fields import translate_choice
+from api.core.jobs.lookup import JobView, Result
 from api.core.jobs.submit import PRIORITIES
 from api.core.models import catalogue
 from api.core.queue import scheduling
@@ -125,9 +125,9 @@ class JobObject(Element):
     adapter: AdapterObject | None
 
 
-def job_object(sight: Sight) -> JobObject:
+def job_object(view: JobView) -> JobObject:
     """A row and what belongs to it, as the caller sees it."""
-    job, prospect, decided = sight.job, sight.prospect, _decided_by_the_run(sight.job)
+    job, resumability, decided = view.job, view.resumability, _decided_by_the_run(view.job)
     training, choices = _training(job, decided), [*job.choices, *decided]
     progress = Progress.model_validate(finite(job.progress)) if job.progress else None
     return JobObject(
@@ -135,7 +135,7 @@ def job_object(sight: Sight) -> JobObject:
         created_at=unix(job.created_at),
         finished_at=unix_or_none(job.finished_at),
         model=job.model,
-        fine_tuned_model=sight.result.adapter.name if sight.result else None,
+        fine_tuned_model=view.result.adapter.name if view.result else None,
         organization_id=f"org-{get_settings().organization}",
         status=shown_status(job.status, job.pause_requested),
         training_file=job.training_file_id,
@@ -156,22 +156,22 @@ def job_object(sight: Sight) -> JobObject:
         append_eos=job.append_eos,
         deterministic=job.deterministic,
         experiment_id=None,
-        queue_position=sight.place.position if sight.place else None,
-        queue_reason=sight.place.reason if sight.place else None,
+        queue_position=view.position.position if view.position else None,
+        queue_reason=view.position.reason if view.position else None,
         estimated_start=None,
-        resume=Resume(possible=prospect.possible, from_step=prospect.from_step, reason=prospect.reason),
+        resume=Resume(possible=resumability.possible, from_step=resumability.from_step, reason=resumability.reason),
         progress=progress,
         lora=_lora(job, choices),
         init_report=finite(job.init_report),
         export_check=finite(job.export_check),
         resources=_resources(job),
         warnings=[JobWarning.model_validate(found) for found in finite(job.warnings) or []],
-        adapter=_adapter(job, sight.result) if sight.result else None,
+        adapter=_adapter(job, view.result) if view.result else None,
     )
 
 
 def _resources(job: ShownJob) -> dict[str, Any]:
-    asked = {"group": job.wants_group, "device": scheduling.device_of(job.queue), "devices": job.devices}
+    asked = {"group": job.wants_group, "device": scheduling.device_for_queue(job.queue), "devices": job.devices}
     return {**asked, "trained_with": job.trained_with, **(finite(job.resources) or {})}
 
 
@@ -181,7 +181,7 @@ def _of(choices: Sequence[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
 
 def _decided_by_the_run(job: ShownJob) -> list[dict[str, Any]]:
     """The autos that waited for the machine; none before the run has a plan."""
-    return [chosen(choice) for choice in (job.plan or {}).get("choices", [])]
+    return [translate_choice(choice) for choice in (job.plan or {}).get("choices", [])]
 
 
 def _training(job: ShownJob, decided: Sequence[dict[str, Any]]) -> dict[str, Any]:

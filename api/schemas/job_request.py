@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 from pydantic_core import PydanticCustomError
 
 from api import json_text
-from api.core.jobs.echoed import Told
+from api.core.jobs.echoed import EchoedFields
 from api.core.jobs.submit import Order
 from api.invalid import first_fault
 from lorainit.config.schema import Seed, Strict, no_more_than
@@ -50,7 +50,7 @@ class LoraOrder(Lora):
     They are no order, and are held against what this one comes to (`api.core.jobs.echoed`).
     """
 
-    told_scaling: Annotated[float, Field(gt=0)] | None = Field(None, alias="scaling")  # `scaling` is computed
+    echoed_scaling: Annotated[float, Field(gt=0)] | None = Field(None, alias="scaling")  # `scaling` is computed
     rank_pattern: RankPattern | None = None
     modules: int | None = None
     trainable_parameters: int | None = None
@@ -60,19 +60,19 @@ class LoraOrder(Lora):
     @model_validator(mode="after")
     def scaling_is_an_answer(self) -> "LoraOrder":
         """Refuse to pass over a scale that would not be trained with."""
-        told, found = self.told_scaling, self.ordered().resolved()[0].scaling
+        told, found = self.echoed_scaling, self.as_lora().resolved()[0].scaling
         if told is not None and not math.isclose(told, found, rel_tol=1e-6):
             text = f"scaling (got {told:g}) follows from alpha and r, which make it {found:g}: set alpha."
             raise _fault("invalid_value", "scaling", text)
         return self
 
-    def told(self) -> Told:
+    def echoed(self) -> EchoedFields:
         """The answer's own fields."""
-        return Told(
+        return EchoedFields(
             modules=self.modules, trainable_parameters=self.trainable_parameters, rank_pattern=self.rank_pattern or {}
         )
 
-    def ordered(self) -> Lora:
+    def as_lora(self) -> Lora:
         """The order alone."""
         return Lora.model_validate(self.model_dump(include=set(Lora.model_fields)))
 
@@ -225,7 +225,7 @@ class JobRequest(Strict):
             suffix=self.suffix,
             seed=self.seed,
             metadata=self.metadata,
-            lora=self.lora.ordered(),
+            lora=self.lora.as_lora(),
             training=training or Hyperparameters(),
             priority=self.priority,
             on_row_error=self.on_row_error,
@@ -234,7 +234,7 @@ class JobRequest(Strict):
             group=self.resources.group,
             devices=self.resources.devices,
             device=self.resources.device,
-            told=self.lora.told(),
+            echoed=self.lora.echoed(),
         )
 
 

@@ -59,7 +59,7 @@ class ErrorBody(Wire):
 
 
 # The answers of a route that makes something at most once (`api.core.access.idempotency`).
-ONCE: dict[int | str, dict[str, Any]] = {
+IDEMPOTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "The first request with this identity is still being carried out."}
 }
 

@@ -73,7 +73,7 @@ WAITING = (("A", 3.0, "low", 1), ("B", 1.5, "normal", 1), ("B", 1.0, "normal", 2
 
 def _due(project: str, waited: float, priority: str, place: int) -> tuple[float, str]:
     """Hours until the job is due, as `api.core.queue.scheduling` computes it with a step of one hour, and its name."""
-    due = scheduling.due(-waited - PRIORITIES[priority], place, 1.0)
+    due = scheduling.compute_due_time(-waited - PRIORITIES[priority], place, 1.0)
     return due, f"project {project}, {priority} priority, waits {waited:g} h, place {place} of its project"
 
 

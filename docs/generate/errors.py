@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
-from api.core.jobs.pauses import MAY_PASS
+from api.core.jobs.pauses import RESUMABLE_ERRORS
 from api.errors import CODES
 from docs.generate import meanings
 from docs.generate.marks import table
@@ -31,7 +31,7 @@ def of_jobs() -> str:
     """Codes of failed jobs, and whether the job can be resumed."""
     codes = dict.fromkeys(kind.code for kind in _kinds(LorainitError) if kind not in (Dropped, Stopped))
     _require(codes, meanings.JOBS)
-    rows = [[f"`{code}`", "yes" if code in MAY_PASS else "no", meanings.JOBS[code]] for code in sorted(codes)]
+    rows = [[f"`{code}`", "yes" if code in RESUMABLE_ERRORS else "no", meanings.JOBS[code]] for code in sorted(codes)]
     return table(["code", "can be resumed", "what it means, and what helps"], rows)
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.pool import QueuePool
 from api.core.access import keys
 from api.core.db import database, migrate
 from api.core.files import files
-from api.core.files.storage import CHUNK, Answering, Silent, Storage, get_storage, make_storage
+from api.core.files.storage import CHUNK, BreakerStorage, Storage, StorageSilent, get_storage, make_storage
 from api.core.resilience.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
 from api.core.settings import Settings, get_settings
 from api.routes import health
@@ -177,7 +177,7 @@ class Hanging:
 @pytest.fixture
 def frozen(lab: Lab, tmp_path: Path) -> Iterator[Frozen]:
     made = Frozen(make_storage((tmp_path / "storage").as_uri(), Settings()))
-    answering = Answering(cast(Storage, Hanging(made)), made.breaker)
+    answering = BreakerStorage(cast(Storage, Hanging(made)), made.breaker)
     lab.client.app.dependency_overrides[get_storage] = lambda: answering  # type: ignore[attr-defined]
     yield made
     made.thawed.set()
@@ -204,7 +204,7 @@ def test_a_frozen_store_is_a_503_where_it_is_needed_and_nothing_elsewhere(lab: L
     [
         InternalError("SELECT 1", {}, Exception("idle-in-transaction timeout"), connection_invalidated=True),
         OperationalError("SELECT 1", {}, Exception("the database is silent")),
-        Silent(),
+        StorageSilent(),
     ],
     ids=["a session that was ended", "a silent database", "a silent store"],
 )
@@ -235,12 +235,12 @@ def test_a_thawed_store_is_used_again_without_a_restart(lab: Lab, frozen: Frozen
 
 def test_a_download_whose_store_freezes_in_the_middle_is_let_go(tmp_path: Path) -> None:
     frozen = Frozen(make_storage((tmp_path / "storage").as_uri(), Settings()))
-    answering = Answering(cast(Storage, Hanging(frozen)), frozen.breaker)
+    answering = BreakerStorage(cast(Storage, Hanging(frozen)), frozen.breaker)
     answering.put("large", iter([bytes(8 * CHUNK), b"the rest"]))
     chunks = answering.read("large")
     assert len(next(chunks)) == 8 * CHUNK
     frozen.thawed.clear()
-    with pytest.raises(Silent):
+    with pytest.raises(StorageSilent):
         next(chunks)
     frozen.thawed.set()
 

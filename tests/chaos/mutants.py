@@ -70,7 +70,7 @@ def late_ack() -> None:
 
 def no_ring() -> None:
     """A message that the broker forgot is never sent again."""
-    notify.unheard = lambda _session, **_: []
+    notify.find_lost = lambda _session, **_: []
 
 
 def no_recovery() -> None:

@@ -53,7 +53,7 @@ def set_to(environment: pytest.MonkeyPatch) -> Set:
 )
 def test_each_slot_has_gpus_of_its_own(seen: list[str], names: list[str], slots: int, sets: list[str | None]) -> None:
     seen += names
-    assert [devices.of_slot(slot, slots) for slot in range(slots)] == sets
+    assert [devices.gpus_of_slot(slot, slots) for slot in range(slots)] == sets
 
 
 def test_more_slots_than_gpus_take_no_job(seen: list[str]) -> None:
@@ -72,7 +72,7 @@ def test_a_slot_has_as_many_gpus_as_a_job_may_ask_for(seen: list[str], set_to: S
     seen += ["0", "1", "2", "3"]
     assert devices.may_take_a_job(2)
     assert not devices.may_take_a_job(4)
-    assert "LORAINIT_DEVICES_PER_JOB" in str(devices.trouble(4))
+    assert "LORAINIT_DEVICES_PER_JOB" in str(devices.find_problem(4))
 
 
 def test_a_job_for_several_devices_finds_them_in_no_divided_gpu(seen: list[str], set_to: Set) -> None:
@@ -80,7 +80,7 @@ def test_a_job_for_several_devices_finds_them_in_no_divided_gpu(seen: list[str],
     seen += ["MIG-1", "MIG-2"]
     assert devices.may_take_a_job(1)
     set_to(devices_per_job="2")
-    assert "(MIG)" in str(devices.trouble(1))
+    assert "(MIG)" in str(devices.find_problem(1))
 
 
 @pytest.mark.parametrize(
@@ -102,20 +102,20 @@ def test_the_setting_says_what_is_used_and_auto_is_gpus_where_there_are_any(
 
 def test_a_worker_for_gpus_takes_no_job_without_one(seen: list[str], set_to: Set) -> None:
     set_to(worker_device="gpu")
-    assert devices.trouble(1) == f"LORAINIT_WORKER_DEVICE is gpu, and {NO_GPU}."
+    assert devices.find_problem(1) == f"LORAINIT_WORKER_DEVICE is gpu, and {NO_GPU}."
 
 
 def test_a_worker_whose_gpu_goes_away_does_not_go_on_with_the_processor(seen: list[str]) -> None:
     seen.append("0")
-    assert devices.trouble(1) is None
+    assert devices.find_problem(1) is None
     seen.clear()
-    assert devices.trouble(1) == f"This worker began with GPUs, and now {NO_GPU}."
+    assert devices.find_problem(1) == f"This worker began with GPUs, and now {NO_GPU}."
 
 
 def test_a_worker_for_the_processor_hides_the_gpus_from_its_runs(seen: list[str], set_to: Set) -> None:
     seen.append("0")
     set_to(worker_device="cpu")
-    assert (devices.names(), devices.of_slot(0, 1), devices.trouble(8)) == ([], "", None)
+    assert (devices.list_gpus(), devices.gpus_of_slot(0, 1), devices.find_problem(8)) == ([], "", None)
 
 
 @pytest.mark.parametrize(("names", "needed"), [(["0"], "1"), ([], None)])
@@ -132,18 +132,18 @@ def test_jobs_that_ask_for_the_other_device_are_not_taken(
 ) -> None:
     seen += names
     set_to(worker_queues="train,gpu,cpu")
-    assert devices.queues() == left
+    assert devices.served_queues() == left
 
 
 def test_a_worker_of_which_no_job_may_be_taken_says_so(seen: list[str], set_to: Set) -> None:
     set_to(worker_queues="gpu")
-    assert "names gpu alone, and this worker uses the processor" in str(devices.trouble(1))
+    assert "names gpu alone, and this worker uses the processor" in str(devices.find_problem(1))
 
 
 def test_an_identity_that_the_driver_does_not_list_is_told(seen: list[str], environment: pytest.MonkeyPatch) -> None:
     environment.setattr(driver, "listed", lambda: [driver.Gpu("GPU-8932f937", ())])
     seen += ["GPU-8932", "GPU-dead"]
-    assert devices.trouble(2) == "CUDA_VISIBLE_DEVICES names GPU-dead, and the driver lists GPU-8932f937."
+    assert devices.find_problem(2) == "CUDA_VISIBLE_DEVICES names GPU-dead, and the driver lists GPU-8932f937."
 
 
 def test_a_driver_that_hangs_is_the_reason_until_it_answers(seen: list[str], environment: pytest.MonkeyPatch) -> None:
@@ -155,12 +155,16 @@ def test_a_driver_that_hangs_is_the_reason_until_it_answers(seen: list[str], env
 
     environment.setattr(devices, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     environment.setattr(driver, "listed", hang)
-    assert (devices.device(), devices.trouble(1), devices.trouble(1), asked) == ("gpu", *["It hangs."] * 2, [1000.0])
+    assert (devices.device(), devices.find_problem(1), devices.find_problem(1), asked) == (
+        "gpu",
+        *["It hangs."] * 2,
+        [1000.0],
+    )
     seen.append("0")
     environment.setattr(driver, "listed", lambda: None)
-    assert devices.trouble(1) == "It hangs.", "it is asked again after a minute"
+    assert devices.find_problem(1) == "It hangs.", "it is asked again after a minute"
     clock[0] += devices.AGAIN_SECONDS
-    while devices.trouble(1):  # it is asked beside the worker's own work
+    while devices.find_problem(1):  # it is asked beside the worker's own work
         sleep(0.05)
 
 

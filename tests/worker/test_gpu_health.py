@@ -58,7 +58,7 @@ def test_a_job_whose_gpu_fails_is_tried_alone_then_again_and_fails_in_the_end(
 def test_the_slot_rests_until_its_gpu_computes(
     lab: Lab, looks: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flag, seen = app.rest_file(os.getppid(), 0), list[str]()
+    flag, seen = app.unhealthy_file(os.getppid(), 0), list[str]()
     answers = iter(["No CUDA GPUs are available", None])
 
     def look(*_: object, **__: object) -> str | None:
@@ -172,18 +172,18 @@ def slots(environment: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.mark.usefixtures("service")
 def test_only_the_slot_whose_gpu_failed_is_missing_from_its_workers_row(slots: Callable[[int], None]) -> None:
     slots(3)
-    assert app._able() == (3, None)
-    with scratch.raised(app.rest_file(os.getpid(), 1), "The GPU failed."):
-        assert app._able() == (2, "The GPU failed.")
-        with scratch.raised(app.rest_file(os.getpid(), 2), "The GPU failed."):
-            assert app._able() == (1, "The GPU failed.")
-    assert app._able() == (3, None)
+    assert app._usable_slots() == (3, None)
+    with scratch.raised(app.unhealthy_file(os.getpid(), 1), "The GPU failed."):
+        assert app._usable_slots() == (2, "The GPU failed.")
+        with scratch.raised(app.unhealthy_file(os.getpid(), 2), "The GPU failed."):
+            assert app._usable_slots() == (1, "The GPU failed.")
+    assert app._usable_slots() == (3, None)
 
 
 @pytest.mark.usefixtures("service")
 def test_a_worker_that_takes_no_job_at_all_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "trouble", lambda _slots: "The NVIDIA driver is old.")
-    assert app._able() == (0, "The NVIDIA driver is old.")
+    monkeypatch.setattr(devices, "find_problem", lambda _slots: "The NVIDIA driver is old.")
+    assert app._usable_slots() == (0, "The NVIDIA driver is old.")
 
 
 @pytest.mark.usefixtures("service")
@@ -194,7 +194,7 @@ def test_the_doctor_tells_why_a_living_worker_takes_no_job() -> None:
     def say(trouble: str | None) -> None:
         with session_scope() as session:
             at = now(session)
-            workers.say_alive(session, "here:1", slots=1, queues=["train"], started_at=at, trouble=trouble)
+            workers.record_heartbeat(session, "here:1", slots=1, queues=["train"], started_at=at, trouble=trouble)
             session.commit()
 
     say("The GPU failed.")

@@ -339,7 +339,7 @@ def test_a_child_that_saw_no_lease_leaves_its_jobs_to_the_reconciler(lab: Lab) -
     assert lab.statuses() == ["running"] * 3
     with session_scope() as session:
         session.execute(update(Job).values(lease_until=lab.job(1).created_at))
-        assert sorted(jobs.recover_lost(session, max_attempts=3)) == sorted(lab.ids)
+        assert sorted(jobs.recover_lost_runs(session, max_attempts=3)) == sorted(lab.ids)
         session.commit()
     assert lab.statuses() == ["queued"] * 3
 

@@ -87,7 +87,7 @@ def test_a_dead_broker_leaves_jobs_unannounced(monkeypatch: pytest.MonkeyPatch) 
     with session_scope() as session:
         job = a_queued_job(session, a_project(session))
         session.commit()
-    monkeypatch.setattr(queue, "ring", refuse)
+    monkeypatch.setattr(queue, "notify_workers", refuse)
     reconciler.announce()
     assert job_of(job.id).rung_at is None
 
@@ -98,7 +98,7 @@ def test_every_queued_job_is_rung_for_once(monkeypatch: pytest.MonkeyPatch) -> N
         wanted = [a_queued_job(session, project).id for _ in range(3)]
         session.commit()
     rung = list[str]()
-    monkeypatch.setattr(queue, "ring", lambda job_id, name: rung.append(job_id))
+    monkeypatch.setattr(queue, "notify_workers", lambda job_id, name: rung.append(job_id))
     reconciler.announce()
     reconciler.announce()
     assert sorted(rung) == sorted(wanted)
@@ -111,7 +111,7 @@ def test_a_silent_workers_job_goes_back_and_is_rung_again(monkeypatch: pytest.Mo
         session.execute(update(Job).where(Job.id == job.id).values(lease_until=past))
         session.commit()
     rung = list[str]()
-    monkeypatch.setattr(queue, "ring", lambda job_id, name: rung.append(job_id))
+    monkeypatch.setattr(queue, "notify_workers", lambda job_id, name: rung.append(job_id))
     reconciler.recover()
     reconciler.announce()
     assert rung == [job.id]
@@ -121,7 +121,7 @@ def test_a_cancelled_job_still_gets_its_result_file() -> None:
     with session_scope() as session:
         job, lease = a_running_job(session, a_project(session))
         step = 1, {"train_loss": 2.0, "epoch": 0.5, "tokens": 9}
-        metrics.put(session, job.id, lease.token, [step], at=job.created_at)
+        metrics.save_steps(session, job.id, lease.token, [step], at=job.created_at)
         jobs.cancel(session, job)
         session.commit()
     reconciler.leave_results()
@@ -139,10 +139,10 @@ def test_an_ended_job_that_logged_nothing_is_looked_at_once() -> None:
         jobs.cancel(session, a_queued_job(session, a_project(session)))
         session.commit()
     with session_scope() as session:
-        assert len(metrics.ended_without_csv(session)) == 1
+        assert len(metrics.find_without_csv(session)) == 1
     reconciler.leave_results()
     with session_scope() as session:
-        assert metrics.ended_without_csv(session) == []
+        assert metrics.find_without_csv(session) == []
 
 
 def test_a_chore_that_fails_or_hangs_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_a_chore_is_repeated_at_once_while_there_is_more_and_rests_then_as_long_
 
 
 def test_each_chore_is_woken_by_what_there_is_to_do_and_by_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "ring", lambda job_id, name: None)
+    monkeypatch.setattr(queue, "notify_workers", lambda job_id, name: None)
     assert woken() == set()
     with session_scope() as session:
         project = a_project(session)
@@ -233,23 +233,23 @@ def test_each_chore_is_woken_by_what_there_is_to_do_and_by_nothing_else(monkeypa
     assert woken() == {"recover"} and reconciler.recover()
     with session_scope() as session:
         jobs.cancel(session, session.get_one(Job, job.id))
-        files.bury(session, session.get_one(File, file.id))
+        files.mark_deleted(session, session.get_one(File, file.id))
         session.commit()
     assert woken() == {"leave_results", "clear"}
 
 
 def woken() -> set[str]:
     with plain_connection() as connection:
-        return {chore.__name__ for chore in reconciler._woken(pending.look(connection))}
+        return {chore.__name__ for chore in reconciler._woken(pending.find_pending(connection))}
 
 
 def test_a_look_whose_connection_died_is_an_error_and_the_next_one_has_another() -> None:
     with plain_connection() as connection:
-        pending.look(connection)
+        pending.find_pending(connection)
         connection.connection.driver_connection.close()
         with pytest.raises(Exception, match="closed"):
-            pending.look(connection)
-        assert not any(pending.look(connection))
+            pending.find_pending(connection)
+        assert not any(pending.find_pending(connection))
 
 
 def test_a_file_that_is_checked_has_its_jobs_rung_for_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_a_file_that_is_checked_has_its_jobs_rung_for_without_a_pause(monkeypatc
         rung.append(job_id)
         stop.set()
 
-    monkeypatch.setattr(queue, "ring", ring)
+    monkeypatch.setattr(queue, "notify_workers", ring)
     monkeypatch.setattr(reconciler, "CHORES", (check, reconciler.admit, reconciler.announce))
     monkeypatch.setattr(reconciler, "WOKEN", {**reconciler.WOKEN, "unchecked": [check]})
     monkeypatch.setattr(reconciler, "SWEEP_SECONDS", 3600.0)

@@ -215,17 +215,17 @@ def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
     janitor.keep_watch()
     assert spans() == 1
     with session_scope(read_only=True) as session:
-        ((since, until),) = storage_periods.spans(session)
+        ((since, until),) = storage_periods.list_periods(session)
     assert until + timedelta(hours=1) - since > timedelta(minutes=29)
 
 
 def test_of_two_looks_at_once_one_gives_way() -> None:
     janitor.keep_watch()
     with session_scope() as session:
-        seen = storage_periods.newest(session)
+        seen = storage_periods.find_newest(session)
         assert seen is not None
-        assert storage_periods.announce(session, seen, seen.token) is not None
-        assert storage_periods.announce(session, seen, seen.token) is None
+        assert storage_periods.extend_period(session, seen, seen.token) is not None
+        assert storage_periods.extend_period(session, seen, seen.token) is None
         session.commit()
     janitor.keep_watch()
     assert spans() == 1

@@ -42,12 +42,12 @@ def have_succeeded(job_ids: Sequence[str]) -> bool:
 
 def troubles() -> list[str]:
     with session_scope(read_only=True) as session:
-        return list(workers.troubles(session).values())
+        return list(workers.find_problems(session).values())
 
 
 def free_slots() -> int:
     with session_scope(read_only=True) as session:
-        return workers.free_slots(session, running=0)
+        return workers.count_free_slots(session, running=0)
 
 
 @pytest.mark.slow

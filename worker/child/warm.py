@@ -187,5 +187,5 @@ def _of(_pid: int) -> Warm:
 
 def of_this_slot() -> Warm | None:
     """The one of this process; None where it is not wanted, or where a GPU could be looked at before the fork."""
-    wanted = get_settings().keep_warm and sys.platform == "linux" and not devices.names()
+    wanted = get_settings().keep_warm and sys.platform == "linux" and not devices.list_gpus()
     return _of(os.getpid()) if wanted else None

@@ -25,7 +25,7 @@ def sweep() -> list[Path]:
     found = {path: kept.rows_of(path.name) for path in _entries()}
     made_of = {(rows.owner, sha256) for rows in found.values() if rows for sha256 in rows.files}
     with session_scope(read_only=True) as session:
-        there = files.those_there(session, made_of)
+        there = files.find_existing(session, made_of)
     gone = [path for path, rows in found.items() if not _may_stay(path, rows, there)]
     gone += [path for path in _kernels() if _is_older(path, KERNEL_SECONDS)]
     for path in gone:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from api.core.db.tables import Job
 from api.core.files import disk
-from api.core.files.disk import Volume, human
+from api.core.files.disk import Volume, format_bytes
 from api.core.jobs.jobs import Failure
 from api.core.logs import get_logger
 from api.core.models import catalogue
@@ -128,7 +128,9 @@ def require(job: Job, *, data_bytes: int, folder: Path) -> None:
         needed = shares(job, settings, data_bytes=data_bytes)
         for share in needed:
             if share.needed > share.volumes[0].size:
-                raise Never(Failure("disk_full", _sentence(share, f"has {human(share.volumes[0].size)} altogether")))
+                raise Never(
+                    Failure("disk_full", _sentence(share, f"has {format_bytes(share.volumes[0].size)} altogether"))
+                )
             if share.needed > share.free(promised):
                 _lacking = (share, time.monotonic())
                 raise NotNow(_sentence(share, _what_is_there(share, promised)))
@@ -137,8 +139,8 @@ def require(job: Job, *, data_bytes: int, folder: Path) -> None:
 
 def _what_is_there(share: Share, promised: Mapping[int, int]) -> str:
     others = promised.get(share.device, 0)
-    kept = f", of which other runs were promised {human(others)}" if others else ""
-    return f"has {human(share.volumes[0].free)} free{kept}"
+    kept = f", of which other runs were promised {format_bytes(others)}" if others else ""
+    return f"has {format_bytes(share.volumes[0].free)} free{kept}"
 
 
 def shares(job: Job, settings: Settings, *, data_bytes: int) -> list[Share]:
@@ -171,4 +173,4 @@ def _conversion(entry: Entry, settings: Settings) -> int:
 
 
 def _sentence(share: Share, has: str) -> str:
-    return f"This job needs about {human(share.needed)} of disk for {share.name}; the worker's volume {has}."
+    return f"This job needs about {format_bytes(share.needed)} of disk for {share.name}; the worker's volume {has}."

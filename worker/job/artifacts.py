@@ -57,9 +57,9 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         resume = str(folder / "resume")
     with session_scope() as session:
         # A worker that slept since its claim must not delete what its successor has logged meanwhile.
-        if not jobs.note(session, lease):
+        if not jobs.update_run(session, lease):
             raise Lost
-        metrics.forget_after(session, job.id, checkpoint.step if checkpoint else 0)
+        metrics.delete_after(session, job.id, checkpoint.step if checkpoint else 0)
         session.commit()
     lora, recipe = Lora.model_validate(job.recipe["lora"]), Hyperparameters.model_validate(job.recipe["training"])
     spec = RunSpec(
@@ -95,7 +95,7 @@ def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, st
     for archive, key in ((adapter, f"{prefix}/adapter.tar"), (state, f"{prefix}/state.tar")):
         storage.put(key, archive.path)
     with session_scope() as session:
-        if not jobs.advanced(session, lease):
+        if not jobs.reset_lost_runs(session, lease):
             raise Lost
         file = _row(session, job, f"{job.id}-step-{event.step}.tar", f"{prefix}/adapter.tar", adapter)
         row = checkpoints.add(

@@ -69,8 +69,8 @@ class LeaseKeeper:
     def _renew(self) -> bool | None:
         try:
             with session_scope() as session:
-                ours = jobs.beat(session, self._lease, lease_seconds=self._seconds)
-                asked = ours and pauses.is_asked(session, self._lease)
+                ours = jobs.renew_lease(session, self._lease, lease_seconds=self._seconds)
+                asked = ours and pauses.is_pause_requested(session, self._lease)
                 session.commit()
         except Exception as error:
             get_logger(__name__).warning("the lease could not be renewed", error=str(error))

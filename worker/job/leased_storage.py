@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from api.core.files.storage import CHUNK, Found, Storage
+from api.core.files.storage import CHUNK, Storage, StoredObject
 from worker.job.progress import Lost
 
 
@@ -32,9 +32,9 @@ class WhileOurs:
         """Remove `key`."""
         self._storage.delete(key)
 
-    def older_than(self, time: datetime, *, prefix: str) -> Iterator[Found]:
+    def list_older(self, time: datetime, *, prefix: str) -> Iterator[StoredObject]:
         """Objects under the folder `prefix` last written before `time`."""
-        return self._storage.older_than(time, prefix=prefix)
+        return self._storage.list_older(time, prefix=prefix)
 
     def probe(self) -> None:
         """Write, read and delete a small object."""

@@ -7,7 +7,7 @@ from api.core.db.tables import File, Job
 from api.core.errors import BadReference
 from api.core.fields import in_body
 from api.core.files import disk
-from api.core.files.disk import human
+from api.core.files.disk import format_bytes
 from api.core.files.storage import get_storage
 from api.core.jobs import jobs, metrics
 from api.core.jobs.jobs import Failure, Lease
@@ -85,7 +85,7 @@ def fail(lease: Lease, failure: Failure) -> None:
 def lose(lease: Lease, how: str, *, code: str = "worker_lost") -> None:
     """Tried again from the last checkpoint, until that has happened too often without a new one."""
     with session_scope() as session:
-        again = jobs.lose(session, lease, how, max_attempts=get_settings().max_attempts, code=code)
+        again = jobs.requeue_lost_run(session, lease, how, max_attempts=get_settings().max_attempts, code=code)
         session.commit()
     log.warning("the run was lost", how=how, again=again)
 
@@ -93,7 +93,7 @@ def lose(lease: Lease, how: str, *, code: str = "worker_lost") -> None:
 def wait_for_room(lease: Lease, reason: str) -> None:
     """Back to the queue without costing an attempt: this host's disks have too little room now."""
     with session_scope() as session:
-        if jobs.give_back(session, lease, reason.rstrip(".")):
+        if jobs.release(session, lease, reason.rstrip(".")):
             log.warning("too little room", reason=reason)
         session.commit()
 
@@ -124,7 +124,7 @@ def failure_of(error: BaseException) -> Failure:
 
 def _room_left() -> str:
     """The figures that a person who makes room needs."""
-    free = [f"{volume.name} {human(volume.free)}" for volume in disk.worker_volumes(get_settings())]
+    free = [f"{volume.name} {format_bytes(volume.free)}" for volume in disk.worker_volumes(get_settings())]
     return f"Free now: {', '.join(free)}."
 
 
@@ -147,14 +147,14 @@ def _may_try_alone(job: Job) -> bool:
 def _retry(lease: Lease, what: str) -> None:
     reason = f"The process that trained this job together with others {what}"
     with session_scope() as session:
-        if jobs.retry(session, lease, reason):
+        if jobs.retry_alone(session, lease, reason):
             log.warning("to be tried alone", reason=what)
         session.commit()
 
 
 def _give_back(lease: Lease, reason: str) -> None:
     with session_scope() as session:
-        if jobs.give_back(session, lease, reason):
+        if jobs.release(session, lease, reason):
             log.info("given back", reason=reason)
         session.commit()
 

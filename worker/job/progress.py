@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from api.core.db.database import now, session_scope
-from api.core.fields import told
+from api.core.fields import translate_event_data
 from api.core.jobs import estimates, events, jobs, metrics
 from api.core.jobs.jobs import Lease
 from api.core.monitoring import counters
@@ -39,7 +39,7 @@ class Recorder:
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._pending: list[Event] = []
-        self._lines: list[events.Line] = []  # what the job's story says of them
+        self._lines: list[events.EventDraft] = []  # what the job's story says of them
         self._in_doubt = False  # the last flush has not ended well, and may have been committed all the same
         self._flushed = self._started = time.monotonic()
         self._percent = 0.0
@@ -94,10 +94,10 @@ class Recorder:
             self.progress["stage_seconds"] = self._watch.seconds
             self.progress["seconds_to_first_step"] = self._watch.to_first_step
             # First the fence: if this row is not ours, nothing below is written either.
-            if not jobs.note(session, self._lease, **self._columns(session, pending)):
+            if not jobs.update_run(session, self._lease, **self._columns(session, pending)):
                 raise Lost
             steps = [(event.step, _numbers(event)) for event in pending if isinstance(event, Metrics)]
-            metrics.put(session, self._lease.job_id, self._lease.token, steps, at=at)
+            metrics.save_steps(session, self._lease.job_id, self._lease.token, steps, at=at)
             lines = self._unwritten(session)
             events.append_all(session, self._lease.job_id, lines, at=at)
             retries = sum(line.data.get("kind") == "oom_retry" for line in lines)
@@ -107,9 +107,9 @@ class Recorder:
         self._pending, self._lines, self._in_doubt = [], [], False
         self._urgent, self._flushed = False, time.monotonic()
 
-    def _unwritten(self, session: Session) -> list[events.Line]:
+    def _unwritten(self, session: Session) -> list[events.EventDraft]:
         """Lines to write. A connection that was lost during a commit does not say whether the database had done it."""
-        known = events.written(session, self._lines) if self._in_doubt else ()
+        known = events.find_written(session, self._lines) if self._in_doubt else ()
         return [line for line in self._lines if line.id not in known]
 
     def _columns(self, session: Session, pending: list[Event]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Recorder:
         for event in pending:
             if isinstance(event, Plan):
                 columns["plan"] = plan = event.model_dump(mode="json", exclude={"kind", "member"})
-                self._expected = estimates.expected_seconds(session, self._lease.job_id, plan)
+                self._expected = estimates.estimate_seconds(session, self._lease.job_id, plan)
             elif isinstance(event, InitReport):
                 columns["init_report"] = event.report
         if not self._pace:
@@ -175,10 +175,10 @@ def _numbers(event: Metrics) -> dict[str, Any]:
     return event.model_dump(mode="json", exclude={"kind", "member", "step"})
 
 
-def _line(event: Event) -> events.Line | None:
+def _line(event: Event) -> events.EventDraft | None:
     """What the job's story says of an event, if anything."""
     if isinstance(event, Message):
-        return events.Line(event.message, level=event.level, data=told(event.data))
+        return events.EventDraft(event.message, level=event.level, data=translate_event_data(event.data))
     return _point(event) if isinstance(event, Metrics) and _worth_an_event(event) else None
 
 
@@ -188,11 +188,11 @@ def _worth_an_event(event: Metrics) -> bool:
     return event.full_valid_loss is not None or event.step % every == 0 or event.step == event.total_steps
 
 
-def _point(event: Metrics) -> events.Line:
+def _point(event: Metrics) -> events.EventDraft:
     data = event.model_dump(mode="json", exclude={"kind", "member", "seconds"}, exclude_none=True)
     parts = [f"Step {event.step}/{event.total_steps}:"]
     if event.train_loss is not None:
         parts.append(f"training loss={event.train_loss:.2f}")
     if event.full_valid_loss is not None:
         parts.append(f"validation loss={event.full_valid_loss:.2f}")
-    return events.Line(" ".join(parts), type="metrics", data=data)
+    return events.EventDraft(" ".join(parts), type="metrics", data=data)

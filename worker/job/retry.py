@@ -17,7 +17,7 @@ from tenacity import (
 )
 
 from api.core.logs import get_logger
-from api.core.resilience.abandonable import run_apart
+from api.core.resilience.abandonable import run_abandonable
 from worker.job.progress import Lost
 
 Result = TypeVar("Result")
@@ -66,7 +66,7 @@ def unless_lost(action: Callable[[], Result], *, until: threading.Event) -> Resu
         if until.is_set():
             raise Lost
 
-    return run_apart(action, name="action", every=LOOK_SECONDS, look=look)
+    return run_abandonable(action, name="action", every=LOOK_SECONDS, look=look)
 
 
 def _say(state: RetryCallState) -> None:

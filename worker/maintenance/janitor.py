@@ -12,7 +12,7 @@ from itertools import islice
 from api.core.access import idempotency
 from api.core.db.database import cut_write_ahead_log, session_scope
 from api.core.db.tables import Checkpoint, File
-from api.core.files.storage import PROBE, get_storage, unfinished
+from api.core.files.storage import PROBE, get_storage, list_unfinished
 from api.core.logs import get_logger
 from api.core.maintenance import redaction, retention, storage_periods
 from api.core.monitoring import counters
@@ -45,7 +45,7 @@ def forget_checkpoints() -> bool:
     if not days:
         return False
     with session_scope() as session:
-        gone = retention.forget_checkpoints(session, days=days)
+        gone = retention.delete_checkpoints(session, days=days)
         counters.add(session, "objects_removed", len(gone), reason="checkpoint")
         session.commit()
     return bool(gone)
@@ -71,7 +71,7 @@ def forget_jobs() -> bool:
 def forget_orders() -> bool:
     """What was remembered of creates, in case they were repeated, goes after a day."""
     with session_scope() as session:
-        idempotency.forget(session)
+        idempotency.delete_expired(session)
         session.commit()
     return False
 
@@ -83,15 +83,15 @@ def clear() -> bool:
 
 def _clear(kind: retention.Row) -> bool:
     with session_scope(read_only=True) as session:
-        rows = retention.uncleared(session, kind)
-        keys = retention.unnamed(session, (key for _, key in rows)) if rows else set()
+        rows = retention.find_uncleared(session, kind)
+        keys = retention.find_unreferenced(session, (key for _, key in rows)) if rows else set()
     for key in keys:
         get_storage().delete(key)
     if rows:
         with session_scope() as session:
             ids = [row_id for row_id, _ in rows]
             if kind is File:
-                redaction.forget(session, ids)
+                redaction.redact_quotes(session, ids)
             retention.mark_cleared(session, kind, ids)
             session.commit()
     return bool(rows)
@@ -106,11 +106,15 @@ def overwrite() -> bool:
 def keep_watch() -> bool:
     """Find out whether database and storage still belong together, and leave a new mark of that in both."""
     with session_scope(read_only=True) as session:
-        seen, key = storage_periods.newest(session), storage_periods.mark_key(session)
+        seen, key = storage_periods.find_newest(session), storage_periods.find_marker_key(session)
     mark = None if key is None else _mark(key)
     with session_scope() as session:
-        look = storage_periods.begin(session) if seen is None else storage_periods.announce(session, seen, mark)
-        key = storage_periods.mark_key(session)
+        look = (
+            storage_periods.begin_period(session)
+            if seen is None
+            else storage_periods.extend_period(session, seen, mark)
+        )
+        key = storage_periods.find_marker_key(session)
         session.commit()
     if look is None or key is None:
         return False
@@ -118,7 +122,7 @@ def keep_watch() -> bool:
         log.warning("storage_of_another_database", mark=key, help=ANOTHER_DATABASE)
     get_storage().put(key, io.BytesIO(look.next_token.encode()))
     with session_scope() as session:
-        storage_periods.settle(session, look)
+        storage_periods.confirm_period(session, look)
         session.commit()
     return False
 
@@ -141,13 +145,13 @@ def sweep_orphans() -> bool:
         return False
     before = datetime.now(UTC) - timedelta(days=days)
     with session_scope(read_only=True) as session:
-        watched = storage_periods.spans(session)
+        watched = storage_periods.list_periods(session)
     for prefix in retention.OWNERS:
-        old = get_storage().older_than(before, prefix=prefix)
+        old = get_storage().list_older(before, prefix=prefix)
         keys = (key for key, written in old if any(since <= written <= until for since, until in watched))
         while batch := list(islice(keys, BATCH)):
             _remove_orphans(batch)
-    for key, _ in get_storage().older_than(before, prefix=PROBE.partition("/")[0]):
+    for key, _ in get_storage().list_older(before, prefix=PROBE.partition("/")[0]):
         if key.startswith(PROBE):  # the bucket may be others' too
             get_storage().delete(key)
     return False
@@ -156,11 +160,11 @@ def sweep_orphans() -> bool:
 def sweep_unfinished() -> bool:
     """Parts of objects whose writer was killed go once nothing more is written to them."""
     before = datetime.now(UTC) - timedelta(seconds=STALLED)
-    left = [found for prefix in retention.OWNERS for found in unfinished(get_settings(), before, prefix=prefix)]
+    left = [found for prefix in retention.OWNERS for found in list_unfinished(get_settings(), before, prefix=prefix)]
     while left:
         batch, left = left[:BATCH], left[BATCH:]
         with session_scope(read_only=True) as session:
-            ours = retention.owned(session, [key for key, _ in batch])
+            ours = retention.find_owned(session, [key for key, _ in batch])
         for key, path in batch:
             if key in ours:
                 path.unlink(missing_ok=True)
@@ -170,7 +174,7 @@ def sweep_unfinished() -> bool:
 
 def _remove_orphans(keys: list[str]) -> None:
     with session_scope(read_only=True) as session:
-        gone = retention.orphans(session, keys)
+        gone = retention.find_orphans(session, keys)
     for key in sorted(gone):
         get_storage().delete(key)
         log.warning("removed an object that no row names", key=key)

@@ -62,7 +62,7 @@ class Lane:
 
     def _claim(self) -> Claim | None:
         with session_scope(read_only=True) as session:
-            waiting = validation.waiting_projects(session, above=self._above, up_to=self._up_to)
+            waiting = validation.find_waiting_projects(session, above=self._above, up_to=self._up_to)
         project = self._turns.next(waiting)
         if project is None:
             return None
@@ -79,7 +79,7 @@ class Lane:
         try:
             verdict = row_reader.read(chunks, seconds=seconds, leaving=self.leaving, wanted=partial(_renew, claim))
         except FileNotFoundError:
-            return _record(claim, validation.unusable("the file's bytes are gone"))
+            return _record(claim, validation.unusable_verdict("the file's bytes are gone"))
         except row_reader.Unwanted:  # deleted, or taken over by another reconciler
             log.info("gave up checking a file", file_id=claim.file_id)
             return True
@@ -110,7 +110,7 @@ def _renew(claim: Claim) -> bool:
 
 def _record(claim: Claim, verdict: dict[str, object]) -> bool:
     with session_scope() as session:
-        written = validation.record(session, claim, verdict)
+        written = validation.record_verdict(session, claim, verdict)
         session.commit()
     log.info("checked a file", file_id=claim.file_id, status=verdict["status"], written=written)
     return True
@@ -118,13 +118,15 @@ def _record(claim: Claim, verdict: dict[str, object]) -> bool:
 
 def _give_back(claim: Claim, *, seconds: float, counts: bool) -> bool:
     with session_scope() as session:
-        validation.give_back(session, claim, seconds=seconds, counts=counts)
+        validation.release(session, claim, seconds=seconds, counts=counts)
         session.commit()
     return False
 
 
 def _never_ended(why: str) -> dict[str, object]:
-    return validation.unusable(f"checking its rows was begun {MAX_CHECKS} times and never came to an end ({why})")
+    return validation.unusable_verdict(
+        f"checking its rows was begun {MAX_CHECKS} times and never came to an end ({why})"
+    )
 
 
 LANES = (

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from api.core.devices.run_environment import without_secrets
-from api.core.files.validation import unusable
+from api.core.files.validation import unusable_verdict
 
 MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that were found take less: benchmarks/row_checks.py
 BEAT_SECONDS, TICK_SECONDS = 5.0, 0.2
@@ -166,12 +166,12 @@ def _verdict(code: int, said: bytes, seconds: int) -> dict[str, object]:
     if "status" in word:
         return {name: word[name] for name in ("status", "status_details", "validation")}
     if "broken" in word:
-        return unusable(f"its rows cannot be checked: {word['broken']}")
+        return unusable_verdict(f"its rows cannot be checked: {word['broken']}")
     if code >= 0 or -code in _FROM_OUTSIDE:  # without a word it fell before it began, or others ended it
         raise Interrupted(f"it ended with {_name(code)}")
     if -code == signal.SIGXCPU:
-        return unusable(f"its rows cannot be checked: it took more than {seconds} s of a processor")
-    return unusable(f"its rows cannot be checked: the process that read them ended with {_name(code)}")
+        return unusable_verdict(f"its rows cannot be checked: it took more than {seconds} s of a processor")
+    return unusable_verdict(f"its rows cannot be checked: the process that read them ended with {_name(code)}")
 
 
 def _name(code: int) -> str:

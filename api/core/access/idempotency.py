@@ -27,7 +27,7 @@ WAIT_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class RequestIdentity:
     """How one request says which order it is: who asks, for what, with which key, how often already."""
 
     caller: Caller
@@ -43,7 +43,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class IdempotentResult:
     """The answer to a create, and whether it was an earlier one's."""
 
     object_id: str
@@ -57,14 +57,14 @@ def fingerprint(path: str, content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def once(
+def run_idempotent(
     session: Session,
-    attempt: Attempt,
+    attempt: RequestIdentity,
     content: dict[str, Any],
     *,
     make: Callable[[], tuple[str, dict[str, Any]]],
     again: Callable[[str], dict[str, Any] | None],
-) -> Outcome:
+) -> IdempotentResult:
     """Run `make`, or answer with what the same order made earlier.
 
     Args:
@@ -77,11 +77,11 @@ def once(
         InProgress: the first request with this identity has not ended after a few seconds.
     """
     mark = fingerprint(attempt.path, content)
-    _take_turn(session, attempt, mark)
+    _lock_identity(session, attempt, mark)
     earlier = _with_key(session, attempt, mark) if attempt.key else _without_key(session, attempt, mark)
     if earlier is not None:
         current = None if attempt.key else again(earlier.object_id)
-        return Outcome(earlier.object_id, current or earlier.response, replayed=True)
+        return IdempotentResult(earlier.object_id, current or earlier.response, replayed=True)
     object_id, body = make()
     session.add(
         Creation(
@@ -97,15 +97,15 @@ def once(
         )
     )
     session.flush()
-    return Outcome(object_id, body, replayed=False)
+    return IdempotentResult(object_id, body, replayed=False)
 
 
-def forget(session: Session) -> None:
+def delete_expired(session: Session) -> None:
     """Drop what was remembered of creates that nobody can repeat any more."""
     session.execute(delete(Creation).where(Creation.created_at < now(session) - KEY_LIFE))
 
 
-def _take_turn(session: Session, attempt: Attempt, mark: str) -> None:
+def _lock_identity(session: Session, attempt: RequestIdentity, mark: str) -> None:
     """Wait for other requests with the same identity; the lock goes with the transaction."""
     if session.get_bind().dialect.name != "postgresql":
         return
@@ -122,7 +122,7 @@ def _take_turn(session: Session, attempt: Attempt, mark: str) -> None:
         ) from error
 
 
-def _with_key(session: Session, attempt: Attempt, mark: str) -> Creation | None:
+def _with_key(session: Session, attempt: RequestIdentity, mark: str) -> Creation | None:
     mine = (
         Creation.project_id == attempt.caller.project_id,
         Creation.path == attempt.path,
@@ -138,7 +138,7 @@ def _with_key(session: Session, attempt: Attempt, mark: str) -> Creation | None:
     return earlier
 
 
-def _without_key(session: Session, attempt: Attempt, mark: str) -> Creation | None:
+def _without_key(session: Session, attempt: RequestIdentity, mark: str) -> Creation | None:
     if not attempt.is_retry:
         return None
     return session.scalar(

@@ -46,8 +46,8 @@ class Key(NamedTuple):
 
 
 # The columns of a `Key`, by names that no column of another table has.
-FACTS = [ApiKey.__table__.c[name].label(f"key_{name}") for name in Key._fields]
-_ONE_KEY = select(*FACTS).where(ApiKey.id == bindparam("key"))
+KEY_COLUMNS = [ApiKey.__table__.c[name].label(f"key_{name}") for name in Key._fields]
+_ONE_KEY = select(*KEY_COLUMNS).where(ApiKey.id == bindparam("key"))
 
 
 def get_or_create_project(session: Session, name: str) -> Project:
@@ -82,7 +82,7 @@ def create_key(
     return key, secret
 
 
-def id_in(secret: str) -> str | None:
+def parse_key_id(secret: str) -> str | None:
     """The id of the key whose secret this is; None for what has not the form of a secret."""
     key_id, _, rest = secret.removeprefix(PREFIX).partition("-")
     return f"key_{key_id}" if secret.startswith(PREFIX) and rest else None
@@ -94,7 +94,7 @@ def find(key_id: str | None) -> Key | None:
     return None if row is None else Key._make(row)
 
 
-def caller_of(key: Key, secret: str) -> Caller | None:
+def authenticate(key: Key, secret: str) -> Caller | None:
     """Whoever holds the secret of this key, unless it is deleted or expired. Digests are compared in constant time.
 
     Asks the database for the time, if that matters.
@@ -111,7 +111,7 @@ def _now() -> datetime:
         return now(session)
 
 
-def usable(session: Session, key_ids: Collection[str]) -> set[str]:
+def find_usable(session: Session, key_ids: Collection[str]) -> set[str]:
     """Those of these keys that are there, neither deleted nor expired."""
     unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now(session))
     found = select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.deleted_at.is_(None), unexpired)
@@ -150,7 +150,7 @@ def page(session: Session, project_id: str, *, after: str | None, limit: int) ->
     return paging.page(session, query, ApiKey, project_id=project_id, after=after, limit=limit)
 
 
-def everyone(session: Session) -> Sequence[tuple[ApiKey, Project]]:
+def list_all(session: Session) -> Sequence[tuple[ApiKey, Project]]:
     """Every key of every project that has not been deleted, oldest first: for the operator alone."""
     query = select(ApiKey, Project).join(Project, Project.id == ApiKey.project_id)
     rows = session.execute(query.where(ApiKey.deleted_at.is_(None)).order_by(ApiKey.created_at, ApiKey.id))

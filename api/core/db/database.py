@@ -57,8 +57,8 @@ class Waits:
     lock: float
 
 
-PATIENT = Waits(connection=30.0, lock=30.0)  # a worker that gave up would only try again
-BRIEF = Waits(connection=2.0, lock=2.5)  # a client is answered within five seconds
+LONG_WAITS = Waits(connection=30.0, lock=30.0)  # a worker that gave up would only try again
+SHORT_WAITS = Waits(connection=2.0, lock=2.5)  # a client is answered within five seconds
 _STATEMENT_SECONDS = 60
 
 
@@ -108,7 +108,7 @@ class Base(DeclarativeBase):
     )
 
 
-def make_engine(url: str, *, read_only: bool = False, plain: bool = False, waits: Waits = PATIENT) -> Engine:
+def make_engine(url: str, *, read_only: bool = False, plain: bool = False, waits: Waits = LONG_WAITS) -> Engine:
     """An engine for `url` with the settings each database needs.
 
     Args:
@@ -142,7 +142,7 @@ def _postgresql(url: str, waits: Waits, *, plain: bool) -> Engine:
     )
     arguments, parameters = engine.dialect.create_connect_args(engine.url)
     breaker = Breaker("database", partial(postgres.look, *arguments, **parameters))
-    connections = postgres.watched_by(breaker)
+    connections = postgres.connection_class(breaker)
     event.listen(engine, "do_connect", lambda _, __, given, named: connections.connect(*given, **named))
     return engine
 
@@ -178,12 +178,12 @@ def _sqlite_connect(connection: Any, _record: object) -> None:
 class _Process:
     """How long this process waits."""
 
-    waits = PATIENT
+    waits = LONG_WAITS
 
 
-def be_brief() -> None:
+def use_short_waits() -> None:
     """This process answers clients, who are not to wait for locks. To be said before its first session."""
-    _Process.waits = BRIEF
+    _Process.waits = SHORT_WAITS
 
 
 @singleton

@@ -33,11 +33,11 @@ def page(
     Raises:
         InvalidValue: `after` is no row of this project.
     """
-    query = beyond(session, query, table, project_id=project_id, after=after, descending=descending)
-    return cut(session.scalars(query.limit(limit + 1)).all(), limit)
+    query = order_after(session, query, table, project_id=project_id, after=after, descending=descending)
+    return split_page(session.scalars(query.limit(limit + 1)).all(), limit)
 
 
-def beyond(
+def order_after(
     session: Session,
     query: Query,
     table: type[R],
@@ -45,7 +45,7 @@ def beyond(
     project_id: str,
     after: str | None,
     descending: bool = True,
-    place: Sequence[Any] | None = None,
+    position: Sequence[Any] | None = None,
 ) -> Query:
     """`query` in order, from behind the row `after` on.
 
@@ -55,16 +55,16 @@ def beyond(
     Raises:
         InvalidValue: `after` is no row of this project.
     """
-    place = place or [table.created_at, table.id]
+    position = position or [table.created_at, table.id]
     if after is not None:
         cursor = session.get(table, after)
         if cursor is None or cursor.project_id != project_id:
             raise unknown_cursor(after)
-        query = query.where(_beyond(place, cursor, descending=descending))
-    return query.order_by(*(column.desc() if descending else column.asc() for column in place))
+        query = query.where(_beyond(position, cursor, descending=descending))
+    return query.order_by(*(column.desc() if descending else column.asc() for column in position))
 
 
-def cut(rows: Sequence[Found], limit: int) -> tuple[Sequence[Found], bool]:
+def split_page(rows: Sequence[Found], limit: int) -> tuple[Sequence[Found], bool]:
     """At most `limit` of these rows; True when there are more."""
     return rows[:limit], len(rows) > limit
 
@@ -74,7 +74,7 @@ def unknown_cursor(after: str) -> InvalidValue:
     return InvalidValue(f"after: {after!r} is no position in this list.", code="invalid_value", param="after")
 
 
-def _beyond(place: Sequence[Any], cursor: R, *, descending: bool) -> ColumnElement[bool]:
+def _beyond(position: Sequence[Any], cursor: R, *, descending: bool) -> ColumnElement[bool]:
     # Compared as pairs, which databases look up in an index; `a OR (b AND c)` is gone through from the start.
-    here, there = tuple_(*place), (cursor.created_at, cursor.id)
+    here, there = tuple_(*position), (cursor.created_at, cursor.id)
     return here < there if descending else here > there

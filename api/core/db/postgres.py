@@ -26,7 +26,7 @@ PARAMETERS: dict[str, Any] = {
 }
 
 
-class Silent(psycopg.OperationalError):
+class DatabaseSilent(psycopg.OperationalError):
     """The database does not say anything; the connection is given up."""
 
     def __init__(
@@ -52,12 +52,12 @@ class Connection(psycopg.Connection[Any]):
         """
         try:
             return super().wait(_watched(gen, self.breaker), interval, timeout)
-        except Silent:
+        except DatabaseSilent:
             self.close()  # in the middle of a statement it is good for nothing; the pool makes a new one
             raise
 
 
-def watched_by(breaker: Breaker) -> type[Connection]:
+def connection_class(breaker: Breaker) -> type[Connection]:
     """Connections that are given up while `breaker` is open, and that tell it when they hear nothing."""
 
     class WatchedConnection(Connection):
@@ -86,7 +86,7 @@ def _watched(gen: Generator[Any, Any, Result], breaker: Breaker) -> Generator[An
 
 def _refuse_if_open(breaker: Breaker) -> None:
     if breaker.is_open:
-        raise Silent
+        raise DatabaseSilent
 
 
 def look(*arguments: Any, **parameters: Any) -> None:

@@ -27,61 +27,61 @@ def device() -> Device:
 
     A driver that hangs is one of a machine with GPUs.
     """
-    hangs, wanted = silence(), get_settings().worker_device
+    hangs, wanted = find_silence(), get_settings().worker_device
     if wanted != "auto":
         return wanted
     return "gpu" if hangs or not gpus.why_none() else "cpu"
 
 
-def names() -> list[str]:
+def list_gpus() -> list[str]:
     """The GPUs that this worker shares out, as `CUDA_VISIBLE_DEVICES` names them."""
     return gpus.visible() if device() == "gpu" else []
 
 
-def of_slot(slot: int, slots: int) -> str | None:
+def gpus_of_slot(slot: int, slots: int) -> str | None:
     """`CUDA_VISIBLE_DEVICES` of a slot's runs; None leaves the environment as it is.
 
     The worker's GPUs are dealt out evenly, so that a job for two devices finds them where each slot has two.
     """
     if device() == "cpu":
         return ""
-    found = names()
+    found = list_gpus()
     if slots == 1 or not found:
         return None
     share = len(found) // slots
     return ",".join(found[slot * share : (slot + 1) * share])
 
 
-def queues() -> tuple[str, ...]:
+def served_queues() -> tuple[str, ...]:
     """Those that it takes jobs from: no job that asks for a GPU lands on the processor, nor the reverse."""
     return tuple(name for name in get_settings().queues() if name != _OTHER[device()])
 
 
 def may_take_a_job(slots: int) -> bool:
     """False where there is `trouble`, which the log tells."""
-    why = trouble(slots)
+    why = find_problem(slots)
     if why:
         log.error("no job is taken", reason=why)
     return not why
 
 
-def trouble(slots: int) -> str | None:
+def find_problem(slots: int) -> str | None:
     """Why no slot takes a job: its GPUs cannot be used, slots would share one or have too few, or no queue is left."""
     if why := _no_queue():
         return why
     if device() == "cpu":
         return None
-    return silence() or _no_gpu() or gpus.trouble() or _unknown() or _too_many(slots) or _too_few(slots)
+    return find_silence() or _no_gpu() or gpus.trouble() or _unknown() or _too_many(slots) or _too_few(slots)
 
 
-def silence() -> str | None:
+def find_silence() -> str | None:
     """That the NVIDIA driver does not answer, in a sentence; None where it does, or where nobody asks it."""
     is_asked = get_settings().worker_device != "cpu" and gpus.may_be_used()
     return _driver().silence() if is_asked else None
 
 
 def _no_queue() -> str | None:
-    if queues():
+    if served_queues():
         return None
     asked, uses = get_settings().worker_queues, {"gpu": "GPUs", "cpu": "the processor"}[device()]
     return f"LORAINIT_WORKER_QUEUES names {asked} alone, and this worker uses {uses}: it may take none of these jobs."
@@ -98,12 +98,12 @@ def _no_gpu() -> str | None:
 
 def _unknown() -> str | None:
     listed = _driver().listed
-    why = None if listed is None else driver.trouble_with(names(), listed)
+    why = None if listed is None else driver.trouble_with(list_gpus(), listed)
     return f"{gpus.VISIBLE} {why}." if why else None
 
 
 def _too_many(slots: int) -> str | None:
-    count = len(names())
+    count = len(list_gpus())
     if slots <= count:
         return None
     return f"LORAINIT_WORKER_SLOTS is {slots}, and this worker sees {count} GPUs: name more, or lower it."
@@ -111,8 +111,8 @@ def _too_many(slots: int) -> str | None:
 
 def _too_few(slots: int) -> str | None:
     """A job for several devices that a slot without them took would only fail there."""
-    share, promised = len(names()) // slots, get_settings().devices_per_job
-    if promised > 1 and any(name.upper().startswith("MIG-") for name in names()):
+    share, promised = len(list_gpus()) // slots, get_settings().devices_per_job
+    if promised > 1 and any(name.upper().startswith("MIG-") for name in list_gpus()):
         return (
             f"LORAINIT_DEVICES_PER_JOB lets a job ask for {promised} devices, and this worker has instances of divided"
             " GPUs (MIG), of which a process uses one: lower it to 1, or name whole GPUs."

@@ -16,9 +16,9 @@ from sqlalchemy.engine import make_url
 
 from api.core.settings import Settings
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # As text only: from the object store's library (Rust), SQLite, PostgreSQL, safetensors.
-_SAID = (
+FULL_MESSAGES = (
     "No space left on device",
     "Disk quota exceeded",
     "os error 28)",
@@ -97,15 +97,15 @@ def volume_of(error: BaseException, volumes: list[Volume]) -> Volume | None:
     return next((v for name in names for v in volumes if name.is_relative_to(v.path)), None)
 
 
-def human(size: int) -> str:
+def format_bytes(size: int) -> str:
     """`1.3 GiB`, `96 MiB`: for a sentence."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def _says_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
+    if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
         return True
-    return any(text in str(error) for text in _SAID)
+    return any(text in str(error) for text in FULL_MESSAGES)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

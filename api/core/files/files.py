@@ -17,7 +17,7 @@ from obstore.exceptions import BaseError as StoreError
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from api.core.access.idempotency import Attempt
+from api.core.access.idempotency import RequestIdentity
 from api.core.db import paging
 from api.core.db.database import now
 from api.core.db.tables import Adapter, Checkpoint, File, Job
@@ -50,7 +50,7 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
         StorageFull: they do not fit, or would leave less than the floor; nothing is kept.
         Unavailable: storage cannot be written to.
     """
-    _require_room(source)
+    _require_disk_space(source)
     file_id = new_id("file-")
     key = f"files/{project_id}/{file_id}"
     digest, size = hashlib.sha256(), 0
@@ -70,7 +70,7 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
         with suppress(StoreError):  # what cannot be written to may not delete either
             storage.delete(key)
         if disk.is_full(error):
-            raise no_room() from error
+            raise disk_full() from error
         if isinstance(error, StoreError):
             raise Unavailable("Storage cannot be written to; try again shortly.", code="not_ready") from error
         raise
@@ -82,19 +82,19 @@ def too_large(limit: int) -> TooLarge:
     return TooLarge(f"file is larger than {limit} bytes, the largest upload.", code="file_too_large", param="file")
 
 
-def no_room() -> StorageFull:
+def disk_full() -> StorageFull:
     """The refusal when a disk of the server is full."""
     return StorageFull("The server has no room for this file.", code="insufficient_storage")
 
 
-def _require_room(source: BinaryIO) -> None:
+def _require_disk_space(source: BinaryIO) -> None:
     """Leave the floor alone: the database and running jobs write to these disks too."""
     settings = get_settings()
     volume = disk.storage_volume(settings)
     size = source.seek(0, os.SEEK_END)
     source.seek(0)
     if volume is not None and volume.free - size < settings.min_free_bytes:
-        raise no_room()
+        raise disk_full()
 
 
 @contextmanager
@@ -143,10 +143,10 @@ def find(session: Session, project_id: str, file_id: str) -> File:
     return file
 
 
-def readable(session: Session, project_id: str, file_id: str) -> File:
+def find_readable(session: Session, project_id: str, file_id: str) -> File:
     """A file whose bytes may be read: known and not expired."""
     file = find(session, project_id, file_id)
-    if expired(file, now(session)):
+    if is_expired(file, now(session)):
         raise NotFound(f"File {file_id} has expired.", code="file_not_found", param="file_id")
     return file
 
@@ -166,12 +166,12 @@ def read(storage: Storage, file: File, *, start: int, end: int) -> bytes:
         raise Unavailable("Storage cannot be reached; try again shortly.", code="not_ready") from error
 
 
-def expired(file: File, at: datetime) -> bool:
+def is_expired(file: File, at: datetime) -> bool:
     """Past its `expires_after`."""
     return file.expires_at is not None and file.expires_at <= at
 
 
-def usable(session: Session, project_id: str, file_id: str, *, param: str) -> File:
+def find_usable(session: Session, project_id: str, file_id: str, *, param: str) -> File:
     """A file that a job of this project may train on; locked against deletion until the commit."""
     query = select(File).where(File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None))
     file = session.scalar(query.with_for_update(read=True))
@@ -183,7 +183,7 @@ def usable(session: Session, project_id: str, file_id: str, *, param: str) -> Fi
             code="invalid_file_purpose",
             param=param,
         )
-    if expired(file, now(session)):
+    if is_expired(file, now(session)):
         raise BadReference(f"{param}: file {file_id} has expired.", code="file_expired", param=param)
     return file
 
@@ -204,7 +204,7 @@ def page(
     query = select(File).where(File.project_id == project_id, File.deleted_at.is_(None))
     if purpose is not None:
         query = query.where(File.purpose == purpose)
-    query = paging.beyond(session, query, File, project_id=project_id, after=after, descending=order == "desc")
+    query = paging.order_after(session, query, File, project_id=project_id, after=after, descending=order == "desc")
     found, problems = list[File](), 0
     with closing(session.scalars(query.limit(limit + 1).execution_options(yield_per=_BATCH))) as files:
         for file in files:
@@ -220,7 +220,7 @@ def _problems(file: File) -> int:
     return len(report.get("errors", ())) + len(report.get("warnings", ()))
 
 
-def delete(session: Session, attempt: Attempt, file_id: str) -> str | None:
+def delete(session: Session, attempt: RequestIdentity, file_id: str) -> str | None:
     """Delete a file; the storage key to clear after the commit, None when a retry finds it gone.
 
     Raises:
@@ -228,24 +228,24 @@ def delete(session: Session, attempt: Attempt, file_id: str) -> str | None:
         WrongState: a job or a model needs it.
     """
     file = session.scalar(select(File).where(File.id == file_id).with_for_update())
-    if file is not None and gone_by(attempt, file.deleted_at, file.deleted_by, at=now(session)):
+    if file is not None and was_deleted_by(attempt, file.deleted_at, file.deleted_by, at=now(session)):
         return None
     file = find(session, attempt.caller.project_id, file_id)
-    user = user_of(session, file)
+    user = describe_use(session, file)
     if user is not None:
         raise WrongState(f"File {file_id} is in use by {user}.", code="file_in_use", param="file_id")
-    bury(session, file, by=attempt.caller.key_id)
+    mark_deleted(session, file, by=attempt.caller.key_id)
     session.flush()
     return file.storage_key
 
 
-def bury(session: Session, file: File, *, by: str | None = None) -> None:
+def mark_deleted(session: Session, file: File, *, by: str | None = None) -> None:
     """Mark a file deleted. What its check said goes at once, since it quotes rows; `retention` clears its bytes."""
     file.deleted_at, file.deleted_by = now(session), by
     file.validation = file.status_details = None
 
 
-def those_there(session: Session, wanted: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+def find_existing(session: Session, wanted: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
     """Those of these (project, SHA-256) of which the project has a file that is not deleted."""
     found = set[tuple[str, str]]()
     rest = iter(sorted(wanted))
@@ -256,14 +256,16 @@ def those_there(session: Session, wanted: Collection[tuple[str, str]]) -> set[tu
     return found & set(wanted)
 
 
-def gone_by(attempt: Attempt, deleted_at: datetime | None, deleted_by: str | None, *, at: datetime) -> bool:
+def was_deleted_by(
+    attempt: RequestIdentity, deleted_at: datetime | None, deleted_by: str | None, *, at: datetime
+) -> bool:
     """True when this request repeats a delete by the same key whose answer was lost."""
     if deleted_at is None or not attempt.is_retry or deleted_by != attempt.caller.key_id:
         return False
     return deleted_at > at - attempt.window
 
 
-def user_of(session: Session, file: File) -> str | None:
+def describe_use(session: Session, file: File) -> str | None:
     """What needs this file, as words for a sentence: an open job or a model; None when it may go."""
     job = session.scalar(
         select(Job.id)

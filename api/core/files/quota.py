@@ -9,7 +9,7 @@ from api.core.files.files import UPLOADABLE
 from api.core.settings import get_settings
 
 
-def require_room(session: Session, project_id: str, *, adding: int) -> None:
+def require_quota(session: Session, project_id: str, *, adding: int) -> None:
     """Refuse one more file of `adding` bytes where the project has no room for it.
 
     Raises:
@@ -30,7 +30,7 @@ def require_room(session: Session, project_id: str, *, adding: int) -> None:
         raise QuotaExceeded(text, code="quota_exceeded", param="file")
 
 
-def take_room(session: Session, project_id: str, *, adding: int) -> None:
+def reserve_quota(session: Session, project_id: str, *, adding: int) -> None:
     """Like `require_room`, and what other requests add until the commit waits and is counted.
 
     Raises:
@@ -39,7 +39,7 @@ def take_room(session: Session, project_id: str, *, adding: int) -> None:
     settings = get_settings()
     if settings.project_bytes or settings.project_files:
         session.execute(select(Project.id).where(Project.id == project_id).with_for_update())
-        require_room(session, project_id, adding=adding)
+        require_quota(session, project_id, adding=adding)
 
 
 def stored_bytes(session: Session, project_id: str) -> int:

@@ -17,7 +17,7 @@ import obstore
 from obstore.exceptions import GenericError
 from obstore.store import LocalStore, S3Store
 
-from api.core.resilience.abandonable import run_apart
+from api.core.resilience.abandonable import run_abandonable
 from api.core.resilience.breaker import Breaker
 from api.core.settings import Settings, get_settings
 from api.core.singleton import singleton
@@ -34,7 +34,7 @@ TICK_SECONDS = 0.1  # between two looks at the breaker while a call is under way
 PROBE = "probe/ready-"  # how the keys of `Storage.probe` begin; a process that is killed meanwhile leaves one
 
 
-class Found(NamedTuple):
+class StoredObject(NamedTuple):
     """An object that a listing found: its key, and when it was last written, by the clock of the store."""
 
     key: str
@@ -53,7 +53,7 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Remove `key`; nothing happens when it is not there."""
 
-    def older_than(self, time: datetime, *, prefix: str) -> Iterator[Found]:
+    def list_older(self, time: datetime, *, prefix: str) -> Iterator[StoredObject]:
         """Objects under the folder `prefix` that were last written before `time`, in no order."""
 
     def probe(self) -> None:
@@ -86,10 +86,10 @@ class ObjectStorage:
         except FileNotFoundError:
             return
 
-    def older_than(self, time: datetime, *, prefix: str) -> Iterator[Found]:
+    def list_older(self, time: datetime, *, prefix: str) -> Iterator[StoredObject]:
         """List page by page."""
         for page in obstore.list(self._store, prefix):
-            found = (Found(entry["path"], entry["last_modified"]) for entry in page)
+            found = (StoredObject(entry["path"], entry["last_modified"]) for entry in page)
             yield from (object for object in found if object.written_at < time)
 
     def probe(self) -> None:
@@ -103,14 +103,14 @@ class ObjectStorage:
             self.delete(key)
 
 
-class Silent(GenericError):
+class StorageSilent(GenericError):
     """Storage does not say anything. Whoever repeats what failed for another of its reasons may repeat this."""
 
     def __init__(self) -> None:
         super().__init__("storage is silent; nobody is kept waiting for it until it answers again")
 
 
-class Answering:
+class BreakerStorage:
     """`storage`, whose calls raise `Silent` while `breaker` is open.
 
     A call of the store cannot be interrupted. So each goes on in a thread of its own, which is left alone when the
@@ -132,9 +132,9 @@ class Answering:
         """Remove `key`."""
         self._within(partial(self._storage.delete, key))
 
-    def older_than(self, time: datetime, *, prefix: str) -> Iterator[Found]:
+    def list_older(self, time: datetime, *, prefix: str) -> Iterator[StoredObject]:
         """Objects under the folder `prefix` last written before `time`."""
-        return self._each(self._storage.older_than(time, prefix=prefix))
+        return self._each(self._storage.list_older(time, prefix=prefix))
 
     def probe(self) -> None:
         """Write, read and delete a small object."""
@@ -146,15 +146,15 @@ class Answering:
 
     def _within(self, call: Callable[[], Result]) -> Result:
         if self._breaker.is_open:
-            raise Silent
+            raise StorageSilent
         asked = self._breaker.clock()
 
         def look() -> None:
             if self._breaker.is_open:
-                raise Silent
+                raise StorageSilent
             self._breaker.doubt(asked)
 
-        return run_apart(call, name="storage", every=TICK_SECONDS, look=look)
+        return run_abandonable(call, name="storage", every=TICK_SECONDS, look=look)
 
 
 def make_storage(url: str, settings: Settings) -> Storage:
@@ -168,11 +168,11 @@ def make_storage(url: str, settings: Settings) -> Storage:
         folder = Path(unquote(parts.path))
         folder.mkdir(parents=True, exist_ok=True)
         store = ObjectStorage(LocalStore(folder))
-        return Answering(store, Breaker("storage", store.probe))
+        return BreakerStorage(store, Breaker("storage", store.probe))
     if parts.scheme == "s3":
         bucket = ObjectStorage(_bucket(parts, settings, seconds=REQUEST_SECONDS, retries=5))
         looked_at = ObjectStorage(_bucket(parts, settings, seconds=LOOK_SECONDS, retries=0))
-        return Answering(bucket, Breaker("storage", looked_at.probe))
+        return BreakerStorage(bucket, Breaker("storage", looked_at.probe))
     raise ValueError(f"storage URL {url!r} must start with file:// or s3://")
 
 
@@ -195,7 +195,7 @@ def _bucket(parts: SplitResult, settings: Settings, *, seconds: int, retries: in
     )
 
 
-def unfinished(settings: Settings, before: datetime, *, prefix: str) -> Iterator[tuple[str, Path]]:
+def list_unfinished(settings: Settings, before: datetime, *, prefix: str) -> Iterator[tuple[str, Path]]:
     """(key, file) of objects under `prefix` that somebody began to write, but wrote nothing more to since `before`.
 
     In a folder a writer that is killed leaves `KEY#1`, which no listing shows. Nothing is found in a bucket, where a

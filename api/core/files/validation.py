@@ -29,7 +29,7 @@ class Claim:
     checks: int
 
 
-def waiting_projects(session: Session, *, above: int, up_to: int | None) -> list[str]:
+def find_waiting_projects(session: Session, *, above: int, up_to: int | None) -> list[str]:
     """Projects with an unchecked file of this size in bytes (above < size <= up_to), who has waited longest first."""
     oldest = func.min(File.created_at)
     rows = select(File.project_id).where(*_waiting(now(session), above, up_to)).group_by(File.project_id)
@@ -53,23 +53,23 @@ def renew(session: Session, claim: Claim, *, seconds: float) -> bool:
     return _set(session, claim, {"check_until": now(session) + timedelta(seconds=seconds)}, _ours(claim))
 
 
-def give_back(session: Session, claim: Claim, *, seconds: float, counts: bool) -> None:
+def release(session: Session, claim: Claim, *, seconds: float, counts: bool) -> None:
     """Leave the file to whoever comes, but not before `seconds` from now; not to blame, it `counts` as not begun."""
     until = now(session) + timedelta(seconds=seconds)
     _set(session, claim, {"check_until": until, "checks": claim.checks - (not counts)}, _ours(claim))
 
 
-def record(session: Session, claim: Claim, columns: Mapping[str, object]) -> bool:
+def record_verdict(session: Session, claim: Claim, columns: Mapping[str, object]) -> bool:
     """Write the verdict, unless the check is somebody else's by now or the file was deleted."""
     return _set(session, claim, columns, _ours(claim))
 
 
-def unusable(why: str) -> dict[str, object]:
+def unusable_verdict(why: str) -> dict[str, object]:
     """The verdict on a file whose rows could not be checked."""
     return {"status": "error", "status_details": why, "validation": None}
 
 
-def unclaimed(at: datetime | ColumnElement[datetime]) -> list[ColumnElement[bool]]:
+def unclaimed_conditions(at: datetime | ColumnElement[datetime]) -> list[ColumnElement[bool]]:
     """True of files that wait for a check at that time, of whatever size."""
     in_peace = or_(File.check_until.is_(None), File.check_until <= at)
     return [is_unchecked(), File.deleted_at.is_(None), in_peace]
@@ -77,7 +77,7 @@ def unclaimed(at: datetime | ColumnElement[datetime]) -> list[ColumnElement[bool
 
 def _waiting(at: datetime, above: int, up_to: int | None) -> list[ColumnElement[bool]]:
     small_enough = [] if up_to is None else [File.bytes <= up_to]
-    return [*unclaimed(at), File.bytes > above, *small_enough]
+    return [*unclaimed_conditions(at), File.bytes > above, *small_enough]
 
 
 def _ours(claim: Claim) -> ColumnElement[bool]:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from api.core.db.tables import File, Job, has_status, is_unchecked
 from api.core.errors import Refusal
-from api.core.fields import chosen, in_body
+from api.core.fields import in_body, translate_choice
 from api.core.jobs import jobs
 from api.core.jobs.jobs import Failure
 from api.core.jobs.submit import CALIBRATION_FILE, error_code
@@ -80,8 +80,12 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
         code = "unsupported_model" if refusal.code == "model_not_available" else "internal_error"
         return Failure(code, refusal.message, in_body(refusal.param))
     recipe = {"lora": job.recipe["lora"], "training": training.model_dump(mode="json")}
-    all_choices = [*job.choices, *(chosen(choice.model_dump(mode="json")) for choice in choices)]
-    key = groups.key(base, lora, training=training, deterministic=job.deterministic) if job.wants_group else None
+    all_choices = [*job.choices, *(translate_choice(choice.model_dump(mode="json")) for choice in choices)]
+    key = (
+        groups.compute_group_key(base, lora, training=training, deterministic=job.deterministic)
+        if job.wants_group
+        else None
+    )
     jobs.admit(session, job.id, recipe=recipe, choices=all_choices, group_key=key)
     return None
 

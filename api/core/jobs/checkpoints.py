@@ -50,20 +50,20 @@ def supersede(session: Session, job_id: str, *, keep: int) -> None:
     """Delete checkpoints beyond the last `keep` that are not the best; `retention` clears their bytes."""
     for checkpoint in session.scalars(_kept(job_id).offset(keep)).all():
         if not checkpoint.best:
-            bury(session, checkpoint)
+            mark_deleted(session, checkpoint)
 
 
-def bury(session: Session, checkpoint: Checkpoint, *, by: str | None = None) -> None:
+def mark_deleted(session: Session, checkpoint: Checkpoint, *, by: str | None = None) -> None:
     """Mark a checkpoint and its adapter's file deleted."""
     file = session.get_one(File, checkpoint.file_id)
     checkpoint.deleted_at = file.deleted_at = now(session)
     checkpoint.deleted_by = file.deleted_by = by
 
 
-def bury_all(session: Session, job_id: str) -> None:
+def mark_all_deleted(session: Session, job_id: str) -> None:
     """`bury` every checkpoint that a job still has."""
     for checkpoint in session.scalars(_kept(job_id)).all():
-        bury(session, checkpoint)
+        mark_deleted(session, checkpoint)
 
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Checkpoint], bool]:

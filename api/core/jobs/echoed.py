@@ -11,7 +11,7 @@ from lorainit.config.spec import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class EchoedFields:
     """Fields of a job's `lora` that follow from the others; None = not given."""
 
     modules: int | None = None
@@ -19,7 +19,7 @@ class Told:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
 
-def require_agreeing(told: Told, lora: Lora, entry: Entry) -> None:
+def require_matching(echoed: EchoedFields, lora: Lora, entry: Entry) -> None:
     """Refuse what this order does not come to, rather than pass over it.
 
     Ranks that a method spreads by its rows are known when it has seen them. Until then they have to be ranks that it
@@ -33,14 +33,14 @@ def require_agreeing(told: Told, lora: Lora, entry: Entry) -> None:
     """
     modules, parameters = catalogue.size(lora, entry)
     spread = lora.method.export_rank == "per module"
-    if told.rank_pattern and not (spread and _could_be_spread(told.rank_pattern, lora)):
+    if echoed.rank_pattern and not (spread and _could_be_spread(echoed.rank_pattern, lora)):
         why = "is found by the initialization" if spread else f"is empty for init {lora.init.method!r}"
         raise _refusal("rank_pattern", f"{why}: it cannot be ordered; r sets the rank")
-    if told.modules not in (None, modules):
-        raise _refusal("modules", f"(got {told.modules}) follows from target_modules, which make it {modules}")
-    if not told.rank_pattern and told.trainable_parameters not in (None, parameters):
+    if echoed.modules not in (None, modules):
+        raise _refusal("modules", f"(got {echoed.modules}) follows from target_modules, which make it {modules}")
+    if not echoed.rank_pattern and echoed.trainable_parameters not in (None, parameters):
         why = f"follows from r and target_modules, which make it {parameters}"
-        raise _refusal("trainable_parameters", f"(got {told.trainable_parameters}) {why}")
+        raise _refusal("trainable_parameters", f"(got {echoed.trainable_parameters}) {why}")
 
 
 def _could_be_spread(ranks: Mapping[str, int], lora: Lora) -> bool:

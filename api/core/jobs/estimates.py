@@ -15,7 +15,7 @@ TRAINING = ("training", "evaluating")  # last longer the more there is to train 
 _LOOKED_AT = 20  # of the project's last successes on the base; what is older tells little
 
 
-def expected_seconds(session: Session, job_id: str, plan: dict[str, Any]) -> float | None:
+def estimate_seconds(session: Session, job_id: str, plan: dict[str, Any]) -> float | None:
     """From the claim to the end of a job with this plan; None where no run like it is known."""
     job = session.get_one(Job, job_id)
     like = (Job.project_id == job.project_id, Job.model == job.model, Job.queue == job.queue, Job.lease_token == 1)

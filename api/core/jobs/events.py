@@ -20,7 +20,7 @@ _SHOWN = (Event.id, Event.created_at, Event.level, Event.message, Event.type, Ev
 
 
 @dataclass(frozen=True)
-class Line:
+class EventDraft:
     """What one event says. It has its id before it is written, so that a writer can ask whether it was."""
 
     message: str
@@ -40,10 +40,10 @@ def append(
     data: dict[str, Any] | None = None,
 ) -> None:
     """Add one event: see `append_all`."""
-    append_all(session, job_id, [Line(message, level=level, data=data or {})], at=at)
+    append_all(session, job_id, [EventDraft(message, level=level, data=data or {})], at=at)
 
 
-def append_all(session: Session, job_id: str, lines: Sequence[Line], *, at: datetime) -> None:
+def append_all(session: Session, job_id: str, lines: Sequence[EventDraft], *, at: datetime) -> None:
     """Add events in this order. The counter's row lock orders writers, so sequences have no gap.
 
     The caller holds the right to write: it has just changed the job's row in this transaction.
@@ -60,12 +60,12 @@ def append_all(session: Session, job_id: str, lines: Sequence[Line], *, at: date
     session.execute(insert(Event), rows)
 
 
-def written(session: Session, lines: Sequence[Line]) -> set[str]:
+def find_written(session: Session, lines: Sequence[EventDraft]) -> set[str]:
     """The ids of those of these events that are there."""
     return set(session.scalars(select(Event.id).where(Event.id.in_([line.id for line in lines]))))
 
 
-def status_event(
+def append_status_event(
     session: Session,
     job_id: str,
     message: str,
@@ -80,7 +80,7 @@ def status_event(
     payload = {"kind": "status", "status": status, "previous": previous, **data}
     append(session, job_id, message, at=at, level=level, data=payload)
     if status in FINAL_STATUSES:
-        counters.job_ended(session, job_id, status=status, code=(data.get("error") or {}).get("code", ""))
+        counters.count_ended_job(session, job_id, status=status, code=(data.get("error") or {}).get("code", ""))
 
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[ShownEvent], bool]:
@@ -95,13 +95,13 @@ def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tup
     return rows[:limit], len(rows) > limit
 
 
-def since(session: Session, job_id: str, sequence: int, *, limit: int) -> Sequence[ShownEvent]:
+def list_since(session: Session, job_id: str, sequence: int, *, limit: int) -> Sequence[ShownEvent]:
     """Oldest first, `limit` of those after number `sequence`."""
     query = select(*_SHOWN).where(Event.job_id == job_id, Event.sequence > sequence)
     return session.execute(query.order_by(Event.sequence).limit(limit)).all()
 
 
-def number(session: Session, job_id: str, event_id: str | None) -> int:
+def find_sequence(session: Session, job_id: str, event_id: str | None) -> int:
     """The sequence of an event of this job; 0, which is before the first, for any other id."""
     event = session.get(Event, event_id) if event_id else None
     return event.sequence if event is not None and event.job_id == job_id else 0

@@ -22,7 +22,7 @@ from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Adapter, File, Job, has_status
 from api.core.errors import WrongState
 from api.core.jobs import events, labels
-from api.core.jobs.transitions import Failure, Lease, change, hold, in_state, lock, move
+from api.core.jobs.transitions import Failure, Lease, change_status, job_with_status, lock_job, lock_row, update_row
 from api.core.monitoring import counters
 from api.core.queue import groups, scheduling
 from api.core.settings import get_settings
@@ -38,7 +38,7 @@ def create(session: Session, job: Job) -> Job:
     session.flush()
     labels.index(session, job)
     message = f"Created fine-tuning job: {job.id}"
-    events.status_event(session, job.id, message, at=job.created_at, status="validating_files", previous=None)
+    events.append_status_event(session, job.id, message, at=job.created_at, status="validating_files", previous=None)
     return job
 
 
@@ -46,22 +46,22 @@ def admit(
     session: Session, job_id: str, *, recipe: dict[str, Any], choices: list[Any], group_key: str | None = None
 ) -> bool:
     """`validating_files` → `queued`, with the recipe's autos resolved. False if it moved meanwhile."""
-    moved = move(
+    moved = change_status(
         session,
-        in_state(job_id, "validating_files"),
+        job_with_status(job_id, "validating_files"),
         "queued",
         "Files validated, moving job to queued state",
         recipe=recipe,
         choices=choices,
         group_key=group_key,
-        turn=scheduling.new_turn(now(session)),
+        turn=scheduling.compute_priority_time(now(session)),
     )
     return moved is not None
 
 
 def reject(session: Session, job_id: str, failure: Failure) -> bool:
     """`validating_files` → `failed`: the files cannot be used."""
-    waiting = in_state(job_id, "validating_files")
+    waiting = job_with_status(job_id, "validating_files")
     return _fail(session, waiting, failure)
 
 
@@ -71,7 +71,7 @@ def claim(
     *,
     lease_seconds: float,
     group_size: int = 1,
-    queues: Sequence[str] = (scheduling.ANY,),
+    queues: Sequence[str] = (scheduling.DEFAULT_QUEUE,),
 ) -> list[Job]:
     """Take the best job of these queues and, up to `group_size`, those that may be trained with it; best first.
 
@@ -80,47 +80,51 @@ def claim(
     """
     at = now(session)
     until = at + timedelta(seconds=lease_seconds)
-    chosen = groups.next_up(session, size=group_size, queues=queues)
+    chosen = groups.lock_next_group(session, size=group_size, queues=queues)
     for job_id in chosen:
-        _take(session, job_id, owner, at=at, until=until, fellows=[other for other in chosen if other != job_id])
+        _start_run(
+            session, job_id, owner, at=at, until=until, companions=[other for other in chosen if other != job_id]
+        )
     return [session.get_one(Job, job_id, populate_existing=True) for job_id in chosen]
 
 
-def _take(session: Session, job_id: str, owner: str, *, at: datetime, until: datetime, fellows: list[str]) -> None:
-    together = f", trained together with {', '.join(fellows)}" if fellows else ""
-    taken = move(
+def _start_run(
+    session: Session, job_id: str, owner: str, *, at: datetime, until: datetime, companions: list[str]
+) -> None:
+    together = f", trained together with {', '.join(companions)}" if companions else ""
+    taken = change_status(
         session,
-        in_state(job_id, "queued"),
+        job_with_status(job_id, "queued"),
         "running",
         f"Fine-tuning job started{together}",
-        told={"worker": owner, "trained_with": fellows},
+        event_data={"worker": owner, "trained_with": companions},
         lease_token=Job.lease_token + 1,
         lease_owner=owner,
         lease_until=until,
         attempts=Job.attempts + 1,
         started_at=at,
         not_before=None,
-        trained_with=fellows,
+        trained_with=companions,
     )
     assert taken is not None, "the row has been locked since it was chosen"
 
 
-def beat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
+def renew_lease(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
     """Renew the lease. False = the job is not ours any more (cancelled, or lost and taken over)."""
-    return change(session, lease.holds(), {"lease_until": now(session) + timedelta(seconds=lease_seconds)})
+    return update_row(session, lease.conditions(), {"lease_until": now(session) + timedelta(seconds=lease_seconds)})
 
 
-def note(session: Session, lease: Lease, **values: Any) -> bool:
+def update_run(session: Session, lease: Lease, **values: Any) -> bool:
     """Write columns that are no status (progress, plan, init_report ...) if the job is still ours.
 
     Called before any other write of a run: the row's lock keeps the job ours until the commit.
     """
-    return change(session, lease.holds(), values or {"lease_token": lease.token})
+    return update_row(session, lease.conditions(), values or {"lease_token": lease.token})
 
 
-def advanced(session: Session, lease: Lease) -> bool:
+def reset_lost_runs(session: Session, lease: Lease) -> bool:
     """As `note`, for a new checkpoint: the run got further, so what was lost before counts no more."""
-    return note(session, lease, losses=0)
+    return update_run(session, lease, losses=0)
 
 
 def succeed(
@@ -137,7 +141,7 @@ def succeed(
     warnings: Sequence[dict[str, Any]] = (),
 ) -> bool:
     """`running` → `succeeded`, with the adapter's rows. The bytes are in storage already."""
-    if not note(session, lease):
+    if not update_run(session, lease):
         return False
     at = now(session)
     session.add_all(files)
@@ -145,9 +149,9 @@ def succeed(
     adapter.created_at = at
     session.add(adapter)
     events.append(session, lease.job_id, f"New fine-tuned model created: {adapter.name}", at=at)
-    moved = move(
+    moved = change_status(
         session,
-        lease.holds(),
+        lease.conditions(),
         "succeeded",
         "The job has successfully completed",
         result_file_id=result_file_id,
@@ -162,30 +166,32 @@ def succeed(
 
 def fail(session: Session, lease: Lease, failure: Failure, **values: Any) -> bool:
     """`running` → `failed`. Such a job is never retried by itself."""
-    return _fail(session, lease.holds(), failure, **values)
+    return _fail(session, lease.conditions(), failure, **values)
 
 
 def _fail(session: Session, conditions: list[Any], failure: Failure, **values: Any) -> bool:
     error = failure.as_json()
     message = f"The job failed: {failure.message}"
-    moved = move(session, conditions, "failed", message, level="error", told={"error": error}, error=error, **values)
+    moved = change_status(
+        session, conditions, "failed", message, level="error", event_data={"error": error}, error=error, **values
+    )
     return moved is not None
 
 
 # --- interrupted: back to the queue, or paused if somebody asked for that meanwhile -----------------
 
 
-def give_back(session: Session, lease: Lease, reason: str) -> bool:
+def release(session: Session, lease: Lease, reason: str) -> bool:
     """`running` → `queued` or `paused` on purpose (the worker leaves, a pause); costs the job no attempt."""
     return _requeue(session, lease, reason, attempts=Job.attempts - 1)
 
 
-def retry(session: Session, lease: Lease, reason: str) -> bool:
+def retry_alone(session: Session, lease: Lease, reason: str) -> bool:
     """`running` → `queued` for another attempt, which is never shared with other jobs."""
     return _requeue(session, lease, reason, then="the job will be tried again alone", level="warn")
 
 
-def lose(session: Session, lease: Lease, how: str, *, max_attempts: int, code: str = "worker_lost") -> bool:
+def requeue_lost_run(session: Session, lease: Lease, how: str, *, max_attempts: int, code: str = "worker_lost") -> bool:
     """A run ended for no fault of the job: `queued` again, or `failed` after `max_attempts` without progress.
 
     The first loss waits for nothing, since most are one machine's; from the second on each waits twice as long.
@@ -197,7 +203,7 @@ def lose(session: Session, lease: Lease, how: str, *, max_attempts: int, code: s
     Returns:
         True when the job will be tried again.
     """
-    row = lock(session, *lease.holds())
+    row = lock_row(session, *lease.conditions())
     if row is None:
         return False
     losses, what = row.losses + 1, f"{how} while {(row.progress or {}).get('stage', 'loading')}"
@@ -205,23 +211,23 @@ def lose(session: Session, lease: Lease, how: str, *, max_attempts: int, code: s
         message = f"The job was lost {losses} times without a new checkpoint. The last time: {what}."
         fail(session, lease, Failure(code, message), losses=losses)
         return False
-    told, wait = {"losses": losses}, now(session) + timedelta(seconds=_patience(losses))
-    return _requeue(session, lease, what, level="warn", told=told, losses=losses, not_before=wait)
+    event_data, wait = {"losses": losses}, now(session) + timedelta(seconds=_backoff_seconds(losses))
+    return _requeue(session, lease, what, level="warn", event_data=event_data, losses=losses, not_before=wait)
 
 
-def _patience(losses: int) -> float:
+def _backoff_seconds(losses: int) -> float:
     """Seconds before the next attempt: 0, then doubling from the setting on, five minutes at most."""
     # Of more doublings the last ones would be no number any more, and every wait is the longest long before.
     doublings = min(losses - 2, 60)
     return 0.0 if losses < 2 else min(LONGEST_WAIT_SECONDS, float(get_settings().retry_seconds * 2**doublings))
 
 
-def silent(session: Session) -> list[str]:
+def find_expired_leases(session: Session) -> list[str]:
     """The ids of running jobs whose lease ran out."""
     return list(session.scalars(select(Job.id).where(*_lease_ran_out(session))))
 
 
-def recover_lost(session: Session, *, max_attempts: int, among: Sequence[str] | None = None) -> list[str]:
+def recover_lost_runs(session: Session, *, max_attempts: int, among: Sequence[str] | None = None) -> list[str]:
     """Take running jobs whose lease ran out away from their workers: see `lose`.
 
     Args:
@@ -236,7 +242,9 @@ def recover_lost(session: Session, *, max_attempts: int, among: Sequence[str] | 
     rows = session.execute(wanted.with_for_update(skip_locked=True)).all()
     leases = [Lease(row.id, row.lease_token) for row in rows]
     counters.add(session, "leases_lost", len(leases))
-    return [one.job_id for one in leases if lose(session, one, "The worker was lost", max_attempts=max_attempts)]
+    return [
+        one.job_id for one in leases if requeue_lost_run(session, one, "The worker was lost", max_attempts=max_attempts)
+    ]
 
 
 def _lease_ran_out(session: Session) -> tuple[ColumnElement[bool], ...]:
@@ -250,15 +258,18 @@ def _requeue(
     *,
     then: str = "the job goes back to the queue",
     level: events.Level = "info",
-    told: dict[str, Any] | None = None,
+    event_data: dict[str, Any] | None = None,
     **columns: Any,
 ) -> bool:
-    row = lock(session, *lease.holds())
+    row = lock_row(session, *lease.conditions())
     if row is None:
         return False
     status = "paused" if row.pause_requested else "queued"
     message = f"{reason}; {'the job is paused' if row.pause_requested else then}"
-    return move(session, lease.holds(), status, message, level=level, told=told, **columns) is not None
+    return (
+        change_status(session, lease.conditions(), status, message, level=level, event_data=event_data, **columns)
+        is not None
+    )
 
 
 def cancel(session: Session, job: Job) -> Job:
@@ -269,10 +280,10 @@ def cancel(session: Session, job: Job) -> Job:
     Raises:
         WrongState: the job has already succeeded or failed.
     """
-    row = hold(session, job)
+    row = lock_job(session, job)
     if row.status not in FINAL_STATUSES:
-        here, token = in_state(job.id, row.status), Job.lease_token + 1
-        move(session, here, "cancelled", "The job was cancelled", lease_token=token)
+        here, token = job_with_status(job.id, row.status), Job.lease_token + 1
+        change_status(session, here, "cancelled", "The job was cancelled", lease_token=token)
     elif row.status != "cancelled":
         raise WrongState(
             f"Job {job.id} has already {row.status}; it can no longer be cancelled.", code="invalid_job_state"

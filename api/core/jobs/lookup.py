@@ -12,10 +12,10 @@ from api.core.access.keys import Key
 from api.core.db import database, paging
 from api.core.db.tables import SHOWN, Adapter, ApiKey, File, Job, ShownJob, ShownRow
 from api.core.jobs import labels, pauses
-from api.core.jobs.pauses import Prospect
-from api.core.jobs.transitions import unknown
+from api.core.jobs.pauses import Resumability
+from api.core.jobs.transitions import unknown_job
 from api.core.queue import positions
-from api.core.queue.positions import Place
+from api.core.queue.positions import QueuePosition
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,25 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Sight:
+class JobView:
     """A job with what other tables say about it: everything that a caller is shown."""
 
     job: ShownJob
-    place: Place | None
+    position: QueuePosition | None
     result: Result | None
-    prospect: Prospect
+    resumability: Resumability
 
 
 def find(session: Session, project_id: str, job_id: str) -> Job:
     """A job of this project, by the id in the path."""
     job = session.get(Job, job_id)
     if job is None or job.project_id != project_id:
-        raise unknown(job_id)
+        raise unknown_job(job_id)
     return job
 
 
 def _key_and_job(*columns: Any) -> Select[Any]:
-    joined = select(*keys.FACTS, *columns).outerjoin_from(
+    joined = select(*keys.KEY_COLUMNS, *columns).outerjoin_from(
         ApiKey, Job, and_(Job.id == bindparam("job"), Job.project_id == ApiKey.project_id)
     )
     return joined.where(ApiKey.id == bindparam("key"))
@@ -63,7 +63,7 @@ def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[K
     row = database.find_alone(what, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
     if row is None:
         return keys.find(key_id), None
-    key, job = row[: len(keys.FACTS)], row[len(keys.FACTS) :]
+    key, job = row[: len(keys.KEY_COLUMNS)], row[len(keys.KEY_COLUMNS) :]
     return Key._make(key), None if row.id is None else job
 
 
@@ -82,27 +82,27 @@ def page(
         metadata: every pair must match exactly.
         unlabelled: only jobs without metadata; not together with pairs.
     """
-    query, place = select(*SHOWN).where(Job.project_id == project_id), None
+    query, position = select(*SHOWN).where(Job.project_id == project_id), None
     if metadata:
-        query, place = labels.search(session, project_id, metadata)
+        query, position = labels.search(session, project_id, metadata)
     elif unlabelled:
         query = query.where(Job.labels.is_(None))
-    query = paging.beyond(session, query, Job, project_id=project_id, after=after, place=place)
-    rows, more = paging.cut(session.execute(query.limit(limit + 1)).all(), limit)
+    query = paging.order_after(session, query, Job, project_id=project_id, after=after, position=position)
+    rows, more = paging.split_page(session.execute(query.limit(limit + 1)).all(), limit)
     return [ShownRow._make(row) for row in rows], more
 
 
-def sights(session: Session, found: Sequence[ShownJob]) -> list[Sight]:
+def load_views(session: Session, found: Sequence[ShownJob]) -> list[JobView]:
     """The jobs with their places, results and prospects, in a few queries however many there are."""
-    standing = positions.of(session, [job for job in found if job.status == "queued"])
+    standing = positions.find_positions(session, [job for job in found if job.status == "queued"])
     results = _results(session, [job.id for job in found if job.status == "succeeded"])
-    prospects = pauses.prospects(session, found)
-    return [Sight(job, standing.get(job.id), results.get(job.id), prospects[job.id]) for job in found]
+    prospects = pauses.check_resumable(session, found)
+    return [JobView(job, standing.get(job.id), results.get(job.id), prospects[job.id]) for job in found]
 
 
-def sight(session: Session, job: ShownJob) -> Sight:
+def load_view(session: Session, job: ShownJob) -> JobView:
     """One job as a caller is shown it."""
-    return sights(session, [job])[0]
+    return load_views(session, [job])[0]
 
 
 def _results(session: Session, job_ids: Iterable[str]) -> dict[str, Result]:

@@ -15,11 +15,11 @@ from api.core.db.database import now
 from api.core.db.tables import File, Job, Metric
 from api.core.files.storage import Storage
 from api.core.ids import new_id
-from api.core.jobs.transitions import change
+from api.core.jobs.transitions import update_row
 from lorainit.config.results import write_csv
 
 
-def put(
+def save_steps(
     session: Session, job_id: str, token: int, steps: Sequence[tuple[int, dict[str, Any]]], *, at: datetime
 ) -> None:
     """Insert or complete the rows of these steps; an evaluation adds its numbers to the step's row.
@@ -47,7 +47,7 @@ def _of_this_attempt(session: Session, job_id: str, token: int, *, first: int, l
     return {step: dict(values) for step, values in session.execute(select(Metric.step, Metric.values).where(*own))}
 
 
-def forget_after(session: Session, job_id: str, step: int) -> None:
+def delete_after(session: Session, job_id: str, step: int) -> None:
     """Drop what a lost attempt logged beyond the checkpoint it resumes from."""
     session.execute(delete(Metric).where(Metric.job_id == job_id, Metric.step > step))
 
@@ -107,16 +107,16 @@ def attach_csv(session: Session, job_id: str, file: File | None) -> None:
     """
     ended = [Job.id == job_id, Job.finished_at.is_not(None)]
     if file is None:
-        change(session, ended, {"csv_due": None})
+        update_row(session, ended, {"csv_due": None})
         return
     session.add(file)
     session.flush()
-    if not change(session, [*ended, Job.result_file_id.is_(None)], {"result_file_id": file.id, "csv_due": None}):
-        change(session, ended, {"csv_due": None})
+    if not update_row(session, [*ended, Job.result_file_id.is_(None)], {"result_file_id": file.id, "csv_due": None}):
+        update_row(session, ended, {"csv_due": None})
         file.deleted_at = now(session)
 
 
-def ended_without_csv(session: Session, *, limit: int = 20) -> list[Job]:
+def find_without_csv(session: Session, *, limit: int = 20) -> list[Job]:
     """Ended jobs whose numbers wait to become their result file (cancelled, or their worker was lost), oldest first."""
     due = select(Job).where(Job.csv_due.is_not(None))
     return list(session.scalars(due.order_by(Job.csv_due).limit(limit)))

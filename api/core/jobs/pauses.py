@@ -15,11 +15,11 @@ from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Checkpoint, File, Job, ShownJob
 from api.core.errors import WrongState
 from api.core.jobs import events
-from api.core.jobs.transitions import Lease, change, hold, in_state, move
+from api.core.jobs.transitions import Lease, change_status, job_with_status, lock_job, update_row
 from api.core.queue import scheduling
 
 # What was wrong is not in the order: the same order may well succeed.
-MAY_PASS = (
+RESUMABLE_ERRORS = (
     "worker_lost",
     "device_failed",
     "hub_unavailable",
@@ -32,7 +32,7 @@ _PAUSABLE = ("validating_files", "queued")
 
 
 @dataclass(frozen=True)
-class Prospect:
+class Resumability:
     """Whether resuming a job would do something, from which step (None = from the start), and why not."""
 
     possible: bool
@@ -46,22 +46,22 @@ def pause(session: Session, job: Job) -> Job:
     Raises:
         WrongState: the job has ended.
     """
-    row = hold(session, job)
+    row = lock_job(session, job)
     if row.status in FINAL_STATUSES:
         raise WrongState(f"Job {job.id} has already {_ended(row.status)}.", code="invalid_job_state")
     if row.status in _PAUSABLE:
-        move(session, in_state(job.id, row.status), "paused", "The job is paused")
+        change_status(session, job_with_status(job.id, row.status), "paused", "The job is paused")
     elif row.status == "running" and not row.pause_requested:
-        change(session, in_state(job.id, "running"), {"pause_requested": True})
+        update_row(session, job_with_status(job.id, "running"), {"pause_requested": True})
         message = "Pause asked for: the run writes a checkpoint and frees the device"
-        events.status_event(session, job.id, message, at=now(session), status="pausing", previous="running")
+        events.append_status_event(session, job.id, message, at=now(session), status="pausing", previous="running")
     session.refresh(job)
     return job
 
 
-def is_asked(session: Session, lease: Lease) -> bool:
+def is_pause_requested(session: Session, lease: Lease) -> bool:
     """Whether somebody wants this run to pause."""
-    return bool(session.scalar(select(Job.pause_requested).where(*lease.holds())))
+    return bool(session.scalar(select(Job.pause_requested).where(*lease.conditions())))
 
 
 def resume(session: Session, job: Job) -> Job:
@@ -71,7 +71,7 @@ def resume(session: Session, job: Job) -> Job:
         WrongState: the job is still pausing, has ended for good, or would only fail again.
         QuotaExceeded: it would wait again, and as many jobs of its project as may do.
     """
-    row = hold(session, job)
+    row = lock_job(session, job)
     session.refresh(job)
     if row.pause_requested:
         message = f"Job {job.id} is still pausing; resume it once it is paused."
@@ -80,40 +80,40 @@ def resume(session: Session, job: Job) -> Job:
         raise WrongState(f"Job {job.id} has already {_ended(row.status)}.", code="invalid_job_state")
     if row.status not in ("paused", "failed"):
         return job
-    prospect = prospects(session, [job])[job.id]
-    if not prospect.possible:
-        raise WrongState(f"Job {job.id} cannot be resumed: {prospect.reason}.", code="job_not_resumable")
+    resumability = check_resumable(session, [job])[job.id]
+    if not resumability.possible:
+        raise WrongState(f"Job {job.id} cannot be resumed: {resumability.reason}.", code="job_not_resumable")
     if row.status == "failed":  # one that is paused is among those that wait
-        scheduling.check_room(session, job.project_id)
-    _wake(session, job, prospect)
+        scheduling.require_queue_quota(session, job.project_id)
+    _requeue(session, job, resumability)
     session.refresh(job)
     return job
 
 
-def _wake(session: Session, job: Job, prospect: Prospect) -> None:
-    where = "the start" if prospect.from_step is None else f"step {prospect.from_step}"
-    here = in_state(job.id, job.status)
+def _requeue(session: Session, job: Job, resumability: Resumability) -> None:
+    where = "the start" if resumability.from_step is None else f"step {resumability.from_step}"
+    here = job_with_status(job.id, job.status)
     if job.turn is None:
-        move(session, here, "validating_files", "Job resumed: its files are checked first")
+        change_status(session, here, "validating_files", "Job resumed: its files are checked first")
         return
-    turn = scheduling.new_turn(now(session))
+    turn = scheduling.compute_priority_time(now(session))
     message = f"Job resumed: it goes on from {where}"
-    move(session, here, "queued", message, turn=turn, losses=0, not_before=None)
+    change_status(session, here, "queued", message, turn=turn, losses=0, not_before=None)
 
 
-def prospects(session: Session, jobs: Iterable[ShownJob]) -> dict[str, Prospect]:
+def check_resumable(session: Session, jobs: Iterable[ShownJob]) -> dict[str, Resumability]:
     """For each of these jobs, whether it can be resumed; two queries however many there are."""
     jobs = list(jobs)
     steps = _last_steps(session, [job.id for job in jobs if job.status in ("paused", "failed")])
     gone = _without_files(session, [job.id for job in jobs if job.status == "failed"])
-    return {job.id: _prospect(job, steps.get(job.id), gone=job.id in gone) for job in jobs}
+    return {job.id: _check_resumable(job, steps.get(job.id), gone=job.id in gone) for job in jobs}
 
 
-def _prospect(job: ShownJob, step: int | None, *, gone: bool) -> Prospect:
+def _check_resumable(job: ShownJob, step: int | None, *, gone: bool) -> Resumability:
     if job.status == "paused":
-        return Prospect(possible=True, from_step=step, reason=None)
+        return Resumability(possible=True, from_step=step, reason=None)
     reason = _why_not(job, step, gone=gone)
-    return Prospect(possible=reason is None, from_step=step if reason is None else None, reason=reason)
+    return Resumability(possible=reason is None, from_step=step if reason is None else None, reason=reason)
 
 
 def _why_not(job: ShownJob, step: int | None, *, gone: bool) -> str | None:
@@ -126,7 +126,7 @@ def _why_not(job: ShownJob, step: int | None, *, gone: bool) -> str | None:
             "cancelled": "a cancelled job cannot be resumed",
         }[job.status]
     code = (job.error or {}).get("code")
-    if code not in MAY_PASS:
+    if code not in RESUMABLE_ERRORS:
         return f"the same order would fail again with {code}"
     if step is None:
         return "there is no checkpoint to go on from"

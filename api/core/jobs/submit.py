@@ -15,7 +15,7 @@ from api.core.errors import BadReference, InvalidValue
 from api.core.files import files
 from api.core.ids import new_id
 from api.core.jobs import jobs
-from api.core.jobs.echoed import Told, require_agreeing
+from api.core.jobs.echoed import EchoedFields, require_matching
 from api.core.models import catalogue
 from api.core.queue import scheduling
 from api.core.settings import get_settings
@@ -47,7 +47,7 @@ class Order:
     group: bool
     devices: int
     device: str
-    told: Told = field(default_factory=Told)
+    echoed: EchoedFields = field(default_factory=EchoedFields)
 
 
 def submit(session: Session, project_id: str, order: Order) -> Job:
@@ -75,11 +75,11 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         )
     lora, choices = order.lora.resolved()
     lora = catalogue.place(lora, entry)
-    require_agreeing(order.told, lora, entry)
+    require_matching(order.echoed, lora, entry)
     _agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
     for name, file in found.items():
         _known_bad(file, name, order)
-    scheduling.check_room(session, project_id)
+    scheduling.require_queue_quota(session, project_id)
     job = Job(
         id=new_id("ftjob-"),
         project_id=project_id,
@@ -100,7 +100,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         deterministic=order.deterministic,
         wants_group=order.group,
         devices=order.devices,
-        queue=scheduling.queue_of(order.device),
+        queue=scheduling.queue_for_device(order.device),
         lease_token=0,
         attempts=0,
         event_count=0,
@@ -155,7 +155,7 @@ def _files(session: Session, project_id: str, order: Order) -> dict[str, File]:
         CALIBRATION_FILE: calibration,
     }
     return {
-        field: files.usable(session, project_id, file_id, param=field)
+        field: files.find_usable(session, project_id, file_id, param=field)
         for field, file_id in named.items()
         if file_id is not None
     }

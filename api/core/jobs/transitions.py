@@ -16,7 +16,7 @@ from api.core.db.tables import FINAL_STATUSES, Job, shown_status
 from api.core.errors import NotFound
 from api.core.jobs import events
 
-_UNHELD: dict[str, Any] = {"lease_until": None, "lease_owner": None, "pause_requested": False}
+_NO_LEASE: dict[str, Any] = {"lease_until": None, "lease_owner": None, "pause_requested": False}
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Lease:
     job_id: str
     token: int
 
-    def holds(self) -> list[ColumnElement[bool]]:
+    def conditions(self) -> list[ColumnElement[bool]]:
         """True of the job's row as long as nobody took the job away."""
         return [Job.id == self.job_id, Job.status == "running", Job.lease_token == self.token]
 
@@ -44,42 +44,42 @@ class Failure:
         return {"code": self.code, "message": self.message, "param": self.param}
 
 
-def lock(session: Session, *conditions: ColumnElement[bool]) -> Row[tuple[str, bool, int, Any]] | None:
+def lock_row(session: Session, *conditions: ColumnElement[bool]) -> Row[tuple[str, bool, int, Any]] | None:
     """Status, `pause_requested`, losses and progress of one job, locked; None if it does not meet the conditions."""
     columns = select(Job.status, Job.pause_requested, Job.losses, Job.progress)
     return session.execute(columns.where(*conditions).with_for_update()).one_or_none()
 
 
-def hold(session: Session, job: Job) -> Row[tuple[str, bool, int, Any]]:
+def lock_job(session: Session, job: Job) -> Row[tuple[str, bool, int, Any]]:
     """As `lock`, for a job that was found a moment ago.
 
     Raises:
         NotFound: it has been removed meanwhile.
     """
-    row = lock(session, Job.id == job.id)
+    row = lock_row(session, Job.id == job.id)
     if row is None:
-        raise unknown(job.id)
+        raise unknown_job(job.id)
     return row
 
 
-def unknown(job_id: str) -> NotFound:
+def unknown_job(job_id: str) -> NotFound:
     """The refusal for a job that is not there."""
     return NotFound(f"Could not find fine tune: {job_id}", code="fine_tune_not_found", param="fine_tune_id")
 
 
-def in_state(job_id: str, status: str) -> list[ColumnElement[bool]]:
+def job_with_status(job_id: str, status: str) -> list[ColumnElement[bool]]:
     """True of the job's row while it has that status."""
     return [Job.id == job_id, Job.status == status]
 
 
-def move(
+def change_status(
     session: Session,
     conditions: list[ColumnElement[bool]],
     status: str,
     message: str,
     *,
     level: events.Level = "info",
-    told: dict[str, Any] | None = None,
+    event_data: dict[str, Any] | None = None,
     **columns: Any,
 ) -> str | None:
     """Change the status of the job that meets `conditions` and tell it; None if there is none by now.
@@ -89,17 +89,19 @@ def move(
     """
     found = session.execute(select(Job.id, Job.status, Job.pause_requested).where(*conditions).with_for_update())
     job = found.one_or_none()
-    values = {**_implied(status, now(session)), **columns}
+    values = {**_implied_columns(status, now(session)), **columns}
     if values.get("result_file_id") is not None:
         values["csv_due"] = None
-    if job is None or not change(session, conditions, values):
+    if job is None or not update_row(session, conditions, values):
         return None
     previous, at = shown_status(job.status, job.pause_requested), now(session)
-    events.status_event(session, job.id, message, at=at, status=status, previous=previous, level=level, **(told or {}))
+    events.append_status_event(
+        session, job.id, message, at=at, status=status, previous=previous, level=level, **(event_data or {})
+    )
     return str(job.id)
 
 
-def _implied(status: str, at: datetime) -> dict[str, Any]:
+def _implied_columns(status: str, at: datetime) -> dict[str, Any]:
     """What a status says about the other columns; a failure's error comes from who moves it there."""
     ended = at if status in FINAL_STATUSES else None
     implied: dict[str, Any] = {"status": status, "finished_at": ended, "error": None, "csv_due": None}
@@ -107,10 +109,10 @@ def _implied(status: str, at: datetime) -> dict[str, Any]:
         implied["csv_due"] = case((Job.result_file_id.is_(None), literal(ended, UTCDateTime)))
     if status == "queued":
         implied["rung_at"] = None
-    return implied if status == "running" else {**implied, **_UNHELD}
+    return implied if status == "running" else {**implied, **_NO_LEASE}
 
 
-def change(session: Session, conditions: list[ColumnElement[bool]], values: dict[str, Any]) -> bool:
+def update_row(session: Session, conditions: list[ColumnElement[bool]], values: dict[str, Any]) -> bool:
     """Write columns of the one job that meets `conditions`; False if none does."""
     statement = update(Job).where(*conditions).values(**values).execution_options(synchronize_session=False)
     result = session.execute(statement)

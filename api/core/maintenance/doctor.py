@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from api.core.db import migrate
 from api.core.db.database import get_engine, now, session_scope
 from api.core.files import disk
-from api.core.files.disk import Volume, human
+from api.core.files.disk import Volume, format_bytes
 from api.core.files.storage import get_storage
 from api.core.models import catalogue
 from api.core.queue import queue, workers
@@ -129,7 +129,7 @@ def _clock(settings: Settings) -> str:
 def _workers(settings: Settings) -> str:
     _require_state(settings, "database_url")
     with session_scope(read_only=True) as session:
-        found, count = workers.troubles(session), workers.online(session)
+        found, count = workers.find_problems(session), workers.count_online(session)
     if found:
         raise RuntimeError("; ".join(f"{name} takes no job, or not in all slots: {why}" for name, why in found.items()))
     return f"{count} online"
@@ -152,8 +152,8 @@ def _room(settings: Settings, volume: Volume) -> str:
     if volume.path.exists():
         volume.probe()
     if volume.free < settings.min_free_bytes:
-        raise RuntimeError(f"{human(volume.free)} free, less than LORAINIT_MIN_FREE_BYTES: no job is taken")
-    return f"{human(volume.free)} of {human(volume.size)} free"
+        raise RuntimeError(f"{format_bytes(volume.free)} free, less than LORAINIT_MIN_FREE_BYTES: no job is taken")
+    return f"{format_bytes(volume.free)} of {format_bytes(volume.size)} free"
 
 
 def _require_state(settings: Settings, url: str) -> None:

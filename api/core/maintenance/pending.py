@@ -10,7 +10,7 @@ from api.core.db.tables import Checkpoint, File, Job, has_status
 from api.core.files import validation
 
 
-class Due(NamedTuple):
+class PendingWork(NamedTuple):
     """Whether there are some."""
 
     lost: bool  # runs whose lease is over
@@ -21,7 +21,7 @@ class Due(NamedTuple):
     uncleared: bool  # deleted files and checkpoints whose bytes may still be there
 
 
-def look(connection: Connection) -> Due:
+def find_pending(connection: Connection) -> PendingWork:
     """One statement, by indexes that hold nothing else.
 
     The driver is asked, since SQLAlchemy around it costs several times the look: two of them a second are most of what
@@ -33,7 +33,7 @@ def look(connection: Connection) -> Due:
     except Exception:
         connection.invalidate()  # SQLAlchemy does not hear what goes wrong with the driver
         raise
-    return Due(*map(bool, found))
+    return PendingWork(*map(bool, found))
 
 
 @lru_cache(maxsize=4)  # a process has one
@@ -51,7 +51,7 @@ def _look(postgres: bool) -> Select[bool, bool, bool, bool, bool, bool]:
         _some(Job.id, has_status(Job, "validating_files"), Job.finished_at.is_(None)),
         _some(Job.id, has_status(Job, "queued")),
         _some(Job.id, Job.csv_due.is_not(None)),
-        _some(File.id, *validation.unclaimed(at)),
+        _some(File.id, *validation.unclaimed_conditions(at)),
         or_(*deleted),
     )
 

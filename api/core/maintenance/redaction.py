@@ -16,7 +16,7 @@ REMOVED = "What was said here quoted a file that has been deleted since."
 _OF_ANY_FILE = ("unsupported_model",)
 
 
-def forget(session: Session, file_ids: Collection[str]) -> None:
+def redact_quotes(session: Session, file_ids: Collection[str]) -> None:
     """Take the quotes of these files out of what the jobs that used them have said. Safe to repeat."""
     projects = select(File.project_id).where(File.id.in_(file_ids), File.purpose != "fine-tune-results")
     used = or_(

@@ -24,16 +24,16 @@ Row = type[File] | type[Checkpoint]
 def expire_files(session: Session, *, limit: int = 100) -> list[str]:
     """Delete files past their `expires_after` that no open job and no model needs; their ids."""
     past = select(File).where(File.expires_at <= now(session), File.deleted_at.is_(None))
-    # Locked first, looked at after: a job that takes the file locks it too (`files.usable`).
+    # Locked first, looked at after: a job that takes the file locks it too (`files.find_usable`).
     rows = session.scalars(past.order_by(File.expires_at).limit(limit).with_for_update(skip_locked=True)).all()
-    gone = [file for file in rows if files.user_of(session, file) is None]
+    gone = [file for file in rows if files.describe_use(session, file) is None]
     for file in gone:
-        files.bury(session, file)
+        files.mark_deleted(session, file)
     session.flush()
     return [file.id for file in gone]
 
 
-def forget_checkpoints(session: Session, *, days: float, limit: int = 100) -> list[str]:
+def delete_checkpoints(session: Session, *, days: float, limit: int = 100) -> list[str]:
     """Delete checkpoints of jobs that ended `days` ago; their names. The adapter stays."""
     old = (
         select(Checkpoint)
@@ -44,7 +44,7 @@ def forget_checkpoints(session: Session, *, days: float, limit: int = 100) -> li
     )
     rows = session.scalars(old).all()
     for checkpoint in rows:
-        checkpoints.bury(session, checkpoint)
+        checkpoints.mark_deleted(session, checkpoint)
     session.flush()
     return [checkpoint.name for checkpoint in rows]
 
@@ -55,7 +55,7 @@ def retire_jobs(session: Session, *, days: float, limit: int = 100) -> list[str]
     full = _long_ended(session, days).where(or_(_checkpoint(Checkpoint.deleted_at), result.exists()))
     rows = session.scalars(full.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
     for job in rows:
-        checkpoints.bury_all(session, job.id)
+        checkpoints.mark_all_deleted(session, job.id)
         if job.result_file_id is not None:
             session.get_one(File, job.result_file_id).deleted_at = now(session)
     session.flush()
@@ -87,7 +87,7 @@ def _checkpoint(without: InstrumentedAttribute[datetime | None]) -> ColumnElemen
     return select(Checkpoint.id).where(Checkpoint.job_id == Job.id, without.is_(None)).exists()
 
 
-def uncleared(session: Session, kind: Row, *, limit: int = 100) -> list[tuple[str, str]]:
+def find_uncleared(session: Session, kind: Row, *, limit: int = 100) -> list[tuple[str, str]]:
     """(row's id, key) of deleted rows whose bytes may still be there, longest deleted first."""
     key = File.storage_key if kind is File else Checkpoint.state_key
     query = select(kind.id, key).where(kind.deleted_at.is_not(None), kind.cleared_at.is_(None))
@@ -104,7 +104,7 @@ def mark_cleared(session: Session, kind: Row, ids: Collection[str]) -> None:
     )
 
 
-def unnamed(session: Session, keys: Iterable[str]) -> set[str]:
+def find_unreferenced(session: Session, keys: Iterable[str]) -> set[str]:
     """Those keys that no row which is not deleted names: a repeated upload may share a key with a deleted row."""
     wanted = set(keys)
     live = select(File.storage_key).where(File.storage_key.in_(wanted), File.deleted_at.is_(None))
@@ -112,17 +112,17 @@ def unnamed(session: Session, keys: Iterable[str]) -> set[str]:
     return wanted - set(session.scalars(live)) - set(session.scalars(states))
 
 
-def orphans(session: Session, keys: Sequence[str]) -> set[str]:
+def find_orphans(session: Session, keys: Sequence[str]) -> set[str]:
     """Those keys that nothing names although this database knows their project or job.
 
     An object of an unknown project or job belongs to somebody else who uses the bucket, or to a
     database that was lost: never ours to remove.
     """
-    ours = owned(session, keys)
-    return unnamed(session, ours) if ours else set()
+    ours = find_owned(session, keys)
+    return find_unreferenced(session, ours) if ours else set()
 
 
-def owned(session: Session, keys: Sequence[str]) -> set[str]:
+def find_owned(session: Session, keys: Sequence[str]) -> set[str]:
     """Those keys whose project or job this database knows."""
     return {key for prefix in OWNERS for key in _owned(session, prefix, keys)}
 

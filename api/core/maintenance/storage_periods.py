@@ -25,7 +25,7 @@ FOLDER = "watch"
 SLACK = timedelta(hours=1)
 
 
-class Look(NamedTuple):
+class PeriodState(NamedTuple):
     """The newest watch as one look found or left it; the mark in the storage has to be one of the two tokens."""
 
     id: str
@@ -39,23 +39,25 @@ class Look(NamedTuple):
         return mark in (self.token, self.next_token)
 
 
-def mark_key(session: Session) -> str | None:
+def find_marker_key(session: Session) -> str | None:
     """Where the mark of this database and of all its copies lies; None before its first watch."""
     first = session.scalar(select(Watch.id).order_by(Watch.since, Watch.id).limit(1))
     return None if first is None else f"{FOLDER}/{first}"
 
 
-def newest(session: Session) -> Look | None:
+def find_newest(session: Session) -> PeriodState | None:
     """The watch that is going on, or was when somebody last looked."""
     row = _newest(session)
-    return None if row is None else Look(row.id, row.token, row.next_token, row.until, lasted=row.until > row.since)
+    return (
+        None if row is None else PeriodState(row.id, row.token, row.next_token, row.until, lasted=row.until > row.since)
+    )
 
 
 def _newest(session: Session) -> Watch | None:
     return session.scalar(select(Watch).order_by(Watch.since.desc(), Watch.id.desc()).limit(1))
 
 
-def begin(session: Session) -> Look:
+def begin_period(session: Session) -> PeriodState:
     """A new watch, from now on. One that was too short to say anything of an object is begun again instead."""
     at, token = now(session), secrets.token_hex(16)
     last = _newest(session)
@@ -65,30 +67,30 @@ def begin(session: Session) -> Look:
     last.since = last.until = at
     last.token = last.next_token = token
     session.flush()
-    return Look(last.id, token, token, at, lasted=False)
+    return PeriodState(last.id, token, token, at, lasted=False)
 
 
-def announce(session: Session, seen: Look, mark: str | None) -> Look | None:
+def extend_period(session: Session, seen: PeriodState, mark: str | None) -> PeriodState | None:
     """Go on with the watch that was seen, with a new token that is to become the mark.
 
     A new watch begins if the mark is not this database's, or if nobody has looked for long. None: somebody else is
     looking right now.
     """
     if not seen.knows(mark) or now(session) - seen.until > SLACK:
-        return begin(session)
+        return begin_period(session)
     same = (Watch.id == seen.id, Watch.token == seen.token, Watch.next_token == seen.next_token)
     token = secrets.token_hex(16)
     changed = update(Watch).where(*same).values(next_token=token).returning(Watch.id)
     return None if session.scalar(changed) is None else seen._replace(next_token=token)
 
 
-def settle(session: Session, look: Look) -> None:
+def confirm_period(session: Session, look: PeriodState) -> None:
     """The mark is written: the watch has lasted until now."""
     same = (Watch.id == look.id, Watch.next_token == look.next_token)
     session.execute(update(Watch).where(*same).values(token=look.next_token, until=now(session)))
 
 
-def spans(session: Session) -> list[tuple[datetime, datetime]]:
+def list_periods(session: Session) -> list[tuple[datetime, datetime]]:
     """From when to when: objects written then would have a row here, unless they are orphans."""
     rows = session.execute(select(Watch.since, Watch.until).order_by(Watch.since))
     return [(since, until - SLACK) for since, until in rows]

@@ -8,12 +8,12 @@ from typing import Any
 from sqlalchemy import Row, func, select, tuple_
 from sqlalchemy.orm import Session
 
-from api.core.access.idempotency import Attempt
+from api.core.access.idempotency import RequestIdentity
 from api.core.db import paging
 from api.core.db.database import now, session_scope
 from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import NotFound, WrongState
-from api.core.files.files import gone_by
+from api.core.files.files import was_deleted_by
 from api.core.models import catalogue
 
 BATCH = 1000  # models of a complete list that are in memory at once: about a megabyte
@@ -59,14 +59,14 @@ def page(
         entries, beyond = [], (cursor.created_at, cursor.job_id)
     bases = [Model(entry, entry) for entry in entries if search.lower() in entry.id.lower()]
     rows = _adapters(session, project_id, beyond=beyond, limit=limit + 1, search=search)
-    return paging.cut(bases + [_listed(row) for row in rows], limit)
+    return paging.split_page(bases + [_listed(row) for row in rows], limit)
 
 
 def _adapters(
     session: Session, project_id: str, *, beyond: tuple[datetime, str] | None, limit: int, search: str = ""
 ) -> Sequence[Row[*tuple[Any, ...]]]:
     """Newest first, from behind a position (`created_at`, `job_id`) on."""
-    place = tuple_(Adapter.created_at, Adapter.job_id)
+    position = tuple_(Adapter.created_at, Adapter.job_id)
     query = (
         select(Adapter.name, Adapter.project_id, Adapter.created_at, Adapter.job_id, Job.model)
         .join(Job, Job.id == Adapter.job_id)
@@ -75,7 +75,7 @@ def _adapters(
         .limit(limit)
     )
     if beyond is not None:
-        query = query.where(place < beyond)
+        query = query.where(position < beyond)
     if search:
         query = query.where(func.lower(Adapter.name).contains(search.lower(), autoescape=True))
     return session.execute(query).all()
@@ -96,7 +96,7 @@ def find(session: Session, project_id: str, name: str) -> Model:
     return Model(found, catalogue.find(session.get_one(Job, found.job_id).model))
 
 
-def delete(session: Session, attempt: Attempt, name: str) -> list[str]:
+def delete(session: Session, attempt: RequestIdentity, name: str) -> list[str]:
     """Delete an adapter with its job's checkpoints, or one checkpoint; the job and its results stay.
 
     Returns:
@@ -112,10 +112,10 @@ def delete(session: Session, attempt: Attempt, name: str) -> list[str]:
     if found is None:
         raise _unknown(name)
     if found.deleted_at is not None:
-        if gone_by(attempt, found.deleted_at, found.deleted_by, at=now(session)):
+        if was_deleted_by(attempt, found.deleted_at, found.deleted_by, at=now(session)):
             return []
         raise _unknown(name)
-    return list(_bury(session, attempt, found))
+    return list(_mark_deleted(session, attempt, found))
 
 
 def _named(session: Session, project_id: str, name: str, *, lock: bool = False) -> Adapter | Checkpoint | None:
@@ -126,7 +126,7 @@ def _named(session: Session, project_id: str, name: str, *, lock: bool = False) 
     return session.scalar(adapters) or session.scalar(checkpoints)
 
 
-def _bury(session: Session, attempt: Attempt, found: Adapter | Checkpoint) -> Iterator[str]:
+def _mark_deleted(session: Session, attempt: RequestIdentity, found: Adapter | Checkpoint) -> Iterator[str]:
     at = now(session)
     for row in [found, *(_checkpoints(session, found.job_id) if isinstance(found, Adapter) else [])]:
         row.deleted_at, row.deleted_by = at, attempt.caller.key_id

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from api.core.db.tables import FINAL_STATUSES, Job, Tally
 
 
-class Count(NamedTuple):
+class CounterValue(NamedTuple):
     """One row: a name, its labels, how much."""
 
     name: str
@@ -25,10 +25,10 @@ class Count(NamedTuple):
 
 def add(session: Session, name: str, value: float = 1.0, **labels: str) -> None:
     """Add to one count; nothing is written for 0."""
-    add_all(session, [Count(name, labels, value)])
+    add_all(session, [CounterValue(name, labels, value)])
 
 
-def add_all(session: Session, counts: list[Count]) -> None:
+def add_all(session: Session, counts: list[CounterValue]) -> None:
     """Add to several counts; equal names and labels may come once only."""
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     rows = [(count.name, json.dumps(dict(count.labels), sort_keys=True), count.value) for count in counts]
@@ -39,22 +39,22 @@ def add_all(session: Session, counts: list[Count]) -> None:
             session.execute(statement.on_conflict_do_update(index_elements=["name", "labels"], set_=more))
 
 
-def read(session: Session) -> list[Count]:
+def read(session: Session) -> list[CounterValue]:
     """Every count."""
     rows = session.execute(select(Tally.name, Tally.labels, Tally.value).order_by(Tally.name, Tally.labels))
-    return [Count(name, json.loads(labels), value) for name, labels, value in rows]
+    return [CounterValue(name, json.loads(labels), value) for name, labels, value in rows]
 
 
-def job_ended(session: Session, job_id: str, *, status: str, code: str = "") -> None:
+def count_ended_job(session: Session, job_id: str, *, status: str, code: str = "") -> None:
     """Count a job that has just ended: by method, its seconds by stage, its tokens."""
     assert status in FINAL_STATUSES
     facts = select(Job.recipe, Job.progress, Job.trained_tokens).where(Job.id == job_id)
     recipe, progress, tokens = session.execute(facts).one()
     method = str(recipe["lora"]["init"]["method"])
     stages = (progress or {}).get("stage_seconds") or {}
-    counts = [Count("stage_seconds", {"method": method, "stage": stage}, s) for stage, s in stages.items()]
-    counts.append(Count("jobs_finished", {"method": method, "status": status, "code": code}, 1))
-    counts.append(Count("trained_tokens", {"method": method}, tokens or 0))
+    counts = [CounterValue("stage_seconds", {"method": method, "stage": stage}, s) for stage, s in stages.items()]
+    counts.append(CounterValue("jobs_finished", {"method": method, "status": status, "code": code}, 1))
+    counts.append(CounterValue("trained_tokens", {"method": method}, tokens or 0))
     if code == "out_of_memory":
-        counts.append(Count("out_of_memory", {"outcome": "failed"}, 1))
+        counts.append(CounterValue("out_of_memory", {"outcome": "failed"}, 1))
     add_all(session, counts)

@@ -10,14 +10,14 @@ from sqlalchemy.orm import Session
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, JOB_STATUSES, Job, has_status
 from api.core.monitoring import counters
-from api.core.monitoring.counters import Count
+from api.core.monitoring.counters import CounterValue
 from api.core.queue import workers
 
 OPEN_STATUSES = tuple(status for status in JOB_STATUSES if status not in FINAL_STATUSES)
 
 
 @dataclass(frozen=True)
-class Picture:
+class Snapshot:
     """Jobs by open status, seconds, counts; `speeds`: trained tokens per second of running jobs by method."""
 
     jobs: Mapping[str, int]
@@ -26,24 +26,24 @@ class Picture:
     workers: int
     slots: int
     speeds: Mapping[str, float]
-    tallies: list[Count]
+    counters: list[CounterValue]
 
 
-def take(session: Session) -> Picture:
+def take_snapshot(session: Session) -> Snapshot:
     """Read everything. Ended jobs are not counted here: their counts are in the tallies."""
     queued, is_open = has_status(Job, "queued"), Job.finished_at.is_(None)
     by_status = select(Job.status, func.count()).where(is_open).group_by(Job.status)
     found: dict[str, int] = dict(session.execute(by_status).all())
     oldest = session.scalar(select(func.min(Job.created_at)).where(queued, is_open))
     wait = now(session) - oldest if oldest is not None else timedelta()
-    return Picture(
+    return Snapshot(
         jobs={status: found.get(status, 0) for status in OPEN_STATUSES},
         oldest_wait=max(0.0, wait.total_seconds()),
         unannounced=session.scalar(select(func.count()).where(queued, Job.rung_at.is_(None))) or 0,
-        workers=workers.online(session),
-        slots=workers.free_slots(session, running=0),
+        workers=workers.count_online(session),
+        slots=workers.count_free_slots(session, running=0),
         speeds=_speeds(session),
-        tallies=counters.read(session),
+        counters=counters.read(session),
     )
 
 

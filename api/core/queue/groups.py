@@ -24,7 +24,7 @@ from lorainit.config.spec import Hyperparameters, Lora
 _SHAPE = {"precision", "batch_size", "max_length"}
 
 
-def key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bool) -> str | None:
+def compute_group_key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bool) -> str | None:
     """Equal for jobs that can share a forward pass and gain from it: 64 hex digits; None = it runs alone.
 
     Adapters of experts see what a router sends them, and not the rows of one job: whoever has them runs alone.
@@ -46,20 +46,20 @@ def key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bo
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def next_up(session: Session, *, size: int, queues: Sequence[str]) -> list[str]:
+def lock_next_group(session: Session, *, size: int, queues: Sequence[str]) -> list[str]:
     """Ids of the queued jobs to start next, locked: the best one (`turns`), then its fellows in queue order.
 
     The best one counts whatever group it asks for; at most `size` - 1 others join it, and no more than their
     project may run.
     """
-    while (best := scheduling.first(session, queues)) is not None:
-        if (places := scheduling.room(session, best.project_id, wanted=size)) > 0:
+    while (best := scheduling.lock_next_job(session, queues)) is not None:
+        if (places := scheduling.count_startable(session, best.project_id, wanted=size)) > 0:
             break  # else a claim of the same project was a moment earlier, and its jobs are counted now
     if best is None:
         return []
     if best.group_key is None or best.attempts or places == 1:
         return [best.id]
-    fellows = (
+    companions = (
         select(Job.id)
         .where(
             has_status(Job, "queued"),
@@ -74,4 +74,4 @@ def next_up(session: Session, *, size: int, queues: Sequence[str]) -> list[str]:
         .limit(places - 1)
         .with_for_update(skip_locked=True)
     )
-    return [best.id, *session.scalars(fellows)]
+    return [best.id, *session.scalars(companions)]

@@ -21,42 +21,42 @@ from api.core.settings import get_settings
 MOST = 100  # bells of a queue at a time
 
 
-class Bell(NamedTuple):
+class Notification(NamedTuple):
     """Which job to ring for, and where."""
 
     job_id: str
     queue: str
 
 
-def unannounced(session: Session) -> list[Bell]:
+def find_unannounced(session: Session) -> list[Notification]:
     """For jobs that could start and were never rung for; at most a hundred of each queue."""
-    waited_in = [name for name in session.scalars(project_queues.queues()) if name is not None]
-    return _bells(session, waited_in, rung_before=None, most=MOST)
+    waited_in = [name for name in session.scalars(project_queues.select_queues()) if name is not None]
+    return _find_notifications(session, waited_in, notified_before=None, most=MOST)
 
 
-def unheard(session: Session, *, patience: timedelta) -> list[Bell]:
+def find_lost(session: Session, *, patience: timedelta) -> list[Notification]:
     """For jobs to ring again: rung long ago while a living worker of their queue has a free slot.
 
     A message that waits behind busy workers is not lost, so nothing is rung while all are busy; the number of free
     slots bounds how many of a queue are rung. Jobs trained together have one owner and fill one slot.
     """
     owners = select(func.count(Job.lease_owner.distinct())).where(has_status(Job, "running"))
-    free = workers.free_slots(session, running=session.scalar(owners) or 0)
+    free = workers.count_free_slots(session, running=session.scalar(owners) or 0)
     if not free:
         return []
-    served = sorted(workers.served(session))
-    return _bells(session, served, rung_before=now(session) - patience, most=min(free, MOST))
+    served = sorted(workers.find_served_queues(session))
+    return _find_notifications(session, served, notified_before=now(session) - patience, most=min(free, MOST))
 
 
-def bell(session: Session, job_id: str) -> Bell | None:
+def find_notification(session: Session, job_id: str) -> Notification | None:
     """For one job; None if it has been rung for, or while it could not start anyway."""
     at = now(session)
-    waits = (Job.id == job_id, has_status(Job, "queued"), Job.rung_at.is_(None), project_queues.ready(Job))
+    waits = (Job.id == job_id, has_status(Job, "queued"), Job.rung_at.is_(None), project_queues.is_ready(Job))
     found = session.execute(select(Job.id, Job.queue).where(*waits), {"at": at}).one_or_none()
-    return None if found is None or scheduling.held(session, [job_id], ready_at=at) else Bell(*found)
+    return None if found is None or scheduling.find_held_back(session, [job_id], ready_at=at) else Notification(*found)
 
 
-def mark_rung(session: Session, job_id: str) -> None:
+def mark_notified(session: Session, job_id: str) -> None:
     """Remember that the doorbell was rung for a job."""
     session.execute(
         update(Job)
@@ -66,43 +66,52 @@ def mark_rung(session: Session, job_id: str) -> None:
     )
 
 
-def _bells(session: Session, queues: Sequence[str], *, rung_before: datetime | None, most: int) -> list[Bell]:
+def _find_notifications(
+    session: Session, queues: Sequence[str], *, notified_before: datetime | None, most: int
+) -> list[Notification]:
     """Of each queue at most so many, who has waited longest for a bell first."""
-    given = {"at": now(session), "rung_before": rung_before, "most": most, **scheduling.weights()}
-    wanted = _wanted(never=rung_before is None, limited=bool(get_settings().project_running))
-    return [Bell(job_id, q) for q in queues for job_id in session.scalars(wanted, given | project_queues.named([q]))]
+    given = {"at": now(session), "rung_before": notified_before, "most": most, **scheduling.parameters()}
+    wanted = _select_startable(never=notified_before is None, limited=bool(get_settings().project_running))
+    return [
+        Notification(job_id, q)
+        for q in queues
+        for job_id in session.scalars(wanted, given | project_queues.queue_parameters([q]))
+    ]
 
 
 @cache
-def _wanted(*, never: bool, limited: bool) -> Select[str]:
+def _select_startable(*, never: bool, limited: bool) -> Select[str]:
     """Ids of the jobs of a queue that could start and whose bell was rung `never`, or before a time."""
-    job_id, rung_at, turn, conditions = _within_limit() if limited else _any()
-    rung = rung_at.is_(None) if never else rung_at < bindparam("rung_before", type_=UTCDateTime)
-    return select(job_id).where(*conditions, rung).order_by(rung_at, turn, job_id).limit(bindparam("most"))
+    job_id, rung_at, turn, conditions = _startable_within_limit() if limited else _startable()
+    notified = rung_at.is_(None) if never else rung_at < bindparam("rung_before", type_=UTCDateTime)
+    return select(job_id).where(*conditions, notified).order_by(rung_at, turn, job_id).limit(bindparam("most"))
 
 
 _Column = SQLColumnExpression[Any]
 _Waiting = tuple[_Column, _Column, _Column, list[ColumnElement[bool]]]  # id, rung_at and turn of jobs, conditions
 
 
-def _any() -> _Waiting:
-    waits = [has_status(Job, "queued"), Job.queue == bindparam("queue_0"), project_queues.ready(Job)]
+def _startable() -> _Waiting:
+    waits = [has_status(Job, "queued"), Job.queue == bindparam("queue_0"), project_queues.is_ready(Job)]
     return Job.id, Job.rung_at, Job.turn, waits
 
 
-def _within_limit() -> _Waiting:
+def _startable_within_limit() -> _Waiting:
     """The first jobs of each line, as many as the limit lets its project start, at most `MOST`."""
     job, head, limit = aliased(Job), aliased(Job), scheduling.LIMIT
-    heads = project_queues.heads(job, project_queues.ready(job))
+    heads = project_queues.select_heads(job, project_queues.is_ready(job))
     start = select(head.id, head.project_id).join(heads, heads.c.id == head.id)
-    start = start.where(project_queues.running(head.project_id) < limit)
+    start = start.where(project_queues.count_running(head.project_id) < limit)
     most = case((limit < MOST, limit), else_=MOST)
-    walk = project_queues.walk(
-        job, start, project_queues.ready(job), steps=lambda project_id: most - 1 - project_queues.running(project_id)
+    walk = project_queues.select_following(
+        job,
+        start,
+        project_queues.is_ready(job),
+        steps=lambda project_id: most - 1 - project_queues.count_running(project_id),
     )
     return (
         walk.c.id,
-        project_queues.value(Job.rung_at, walk),
-        project_queues.value(Job.turn, walk),
+        project_queues.column_of(Job.rung_at, walk),
+        project_queues.column_of(Job.turn, walk),
         [walk.c.id.is_not(None)],
     )

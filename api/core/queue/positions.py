@@ -1,7 +1,7 @@
 """Places in the queue, worked out for everybody at once and at most once a second, for the first hundred of a queue.
 
 Ranking takes some ten times as long as all else that a poll does, and fifty callers who poll ask for the same
-ranking. So what they are shown may be a second old; the claim looks anew (`api.core.queue.scheduling`).
+order. So what they are shown may be a second old; the claim looks anew (`api.core.queue.scheduling`).
 """
 
 import threading
@@ -30,14 +30,14 @@ _AT_ANY_TIME = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
-class Place:
+class QueuePosition:
     """Where a queued job stands, `MOST` + 1 for all that stand further behind, and why it is not running."""
 
     position: int
     reason: str
 
 
-class Rank(NamedTuple):
+class OrderEntry(NamedTuple):
     """A job's position among all that wait for the same workers, and whether its project's limit lets it start."""
 
     position: int
@@ -45,57 +45,59 @@ class Rank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ranking:
+class QueueOrder:
     """The first jobs of every queue by id, and the queues in which more wait than these."""
 
-    ranks: dict[str, Rank] = field(default_factory=dict)
-    long: set[str] = field(default_factory=set)
+    entries: dict[str, OrderEntry] = field(default_factory=dict)
+    truncated: set[str] = field(default_factory=set)
 
-    def knows(self, job: ShownJob) -> bool:
+    def covers(self, job: ShownJob) -> bool:
         """Whether a job that waits would be here if it were among the first."""
-        return job.id in self.ranks or job.queue in self.long
+        return job.id in self.entries or job.queue in self.truncated
 
 
-def of(session: Session, queued: Sequence[ShownJob]) -> dict[str, Place]:
+def find_positions(session: Session, queued: Sequence[ShownJob]) -> dict[str, QueuePosition]:
     """The places of these jobs by id; one that has left the queue meanwhile has none."""
     if not queued:
         return {}
-    board = _board(session)
-    ranking = board.ranking(queued, lambda: rank(session))
-    ranks = {job.id: ranking.ranks[job.id] for job in queued if job.id in ranking.ranks}
-    behind = [job.id for job in queued if job.id not in ranks and job.queue in ranking.long]
-    held = scheduling.held(session, behind) if behind else set()
-    ranks |= {job_id: Rank(MOST + 1, job_id not in held) for job_id in behind}
-    served = board.served(lambda: workers.served(session))
+    cache = _cache_of(session)
+    order = cache.order(queued, lambda: read_order(session))
+    entries = {job.id: order.entries[job.id] for job in queued if job.id in order.entries}
+    behind = [job.id for job in queued if job.id not in entries and job.queue in order.truncated]
+    held_back = scheduling.find_held_back(session, behind) if behind else set()
+    entries |= {job_id: OrderEntry(MOST + 1, job_id not in held_back) for job_id in behind}
+    served = cache.served(lambda: workers.find_served_queues(session))
     at = now(session) if any(job.not_before is not None for job in queued) else _AT_ANY_TIME
-    return {job.id: _place(job, ranks[job.id], at=at, served=served) for job in queued if job.id in ranks}
+    return {job.id: _position_of(job, entries[job.id], at=at, served=served) for job in queued if job.id in entries}
 
 
-def _place(job: ShownJob, rank: Rank, *, at: datetime, served: set[str]) -> Place:
+def _position_of(job: ShownJob, entry: OrderEntry, *, at: datetime, served: set[str]) -> QueuePosition:
     waits = job.not_before is not None and job.not_before > at
     if job.queue not in served:
         reason = "no_worker_for_device"
     elif job.attempts or job.losses or waits:
         reason = "restarting"
-    elif not rank.allowed:
+    elif not entry.allowed:
         reason = "project_limit_reached"
     else:
-        reason = "waiting_for_gpu" if rank.position == 1 else "waiting_for_turn"
-    return Place(rank.position, reason)
+        reason = "waiting_for_gpu" if entry.position == 1 else "waiting_for_turn"
+    return QueuePosition(entry.position, reason)
 
 
-def rank(session: Session) -> Ranking:
-    """The ranking as it is now."""
-    limit, found = get_settings().project_running, Ranking()
-    for queue in [name for name in session.scalars(project_queues.queues()) if name is not None]:
+def read_order(session: Session) -> QueueOrder:
+    """The order as it is now."""
+    limit, found = get_settings().project_running, QueueOrder()
+    for queue in [name for name in session.scalars(project_queues.select_queues()) if name is not None]:
         first = sorted(_first(session, queue))
-        found.long.update([queue] if len(first) > MOST else [])
-        ranks = {one.job_id: Rank(n, not limit or one.slot <= limit) for n, one in enumerate(first[:MOST], start=1)}
-        found.ranks.update(ranks)
+        found.truncated.update([queue] if len(first) > MOST else [])
+        entries = {
+            one.job_id: OrderEntry(n, not limit or one.slot <= limit) for n, one in enumerate(first[:MOST], start=1)
+        }
+        found.entries.update(entries)
     return found
 
 
-class _Due(NamedTuple):
+class _DueJob(NamedTuple):
     """A job that waits; these sort as they start."""
 
     due: float
@@ -103,7 +105,7 @@ class _Due(NamedTuple):
     slot: int
 
 
-def _first(session: Session, queue: str) -> list[_Due]:
+def _first(session: Session, queue: str) -> list[_DueJob]:
     """The first jobs of a queue in no order, one more than `MOST` if there are, and some that come later.
 
     A line is read on while its last known job is among the first of all that are known, each time twice as far. So
@@ -112,65 +114,67 @@ def _first(session: Session, queue: str) -> list[_Due]:
     step = get_settings().priority_seconds
     known = _heads(session, queue, step)
     ends, reach = known, 1
-    while starts := {end.job_id: end for end in ends if end.due <= _bar(known)}:
-        behind = _behind(session, queue, starts, reach, step)
+    while starts := {end.job_id: end for end in ends if end.due <= _last_due_time(known)}:
+        behind = _following(session, queue, starts, reach, step)
         known = [*known, *chain.from_iterable(behind.values())]
         ends = [line[-1] for line in behind.values() if len(line) == reach]
         reach *= 2
     return known
 
 
-def _bar(known: Sequence[_Due]) -> float:
+def _last_due_time(known: Sequence[_DueJob]) -> float:
     """When the last of the first is due, as far as is known: it only gets earlier."""
     return nsmallest(MOST + 1, known)[-1].due if len(known) > MOST else inf
 
 
-def _heads(session: Session, queue: str, step: float) -> list[_Due]:
-    rows = session.execute(_head_rows(), project_queues.named([queue]))
-    return [_Due(scheduling.due(turn, slot, step), job_id, slot) for job_id, turn, slot in rows]
+def _heads(session: Session, queue: str, step: float) -> list[_DueJob]:
+    rows = session.execute(_select_heads(), project_queues.queue_parameters([queue]))
+    return [_DueJob(scheduling.compute_due_time(turn, slot, step), job_id, slot) for job_id, turn, slot in rows]
 
 
 @cache
-def _head_rows() -> Select[str, float | None, int]:
-    heads = project_queues.heads(aliased(Job))
-    return select(Job.id, Job.turn, project_queues.running(Job.project_id) + 1).join(heads, heads.c.id == Job.id)
+def _select_heads() -> Select[str, float | None, int]:
+    heads = project_queues.select_heads(aliased(Job))
+    return select(Job.id, Job.turn, project_queues.count_running(Job.project_id) + 1).join(heads, heads.c.id == Job.id)
 
 
-def _behind(session: Session, queue: str, starts: Mapping[str, _Due], reach: int, step: float) -> dict[str, list[_Due]]:
+def _following(
+    session: Session, queue: str, starts: Mapping[str, _DueJob], reach: int, step: float
+) -> dict[str, list[_DueJob]]:
     """The next jobs, at most `reach`, of the lines in which these stand; in their order, by the job they come after."""
-    given = {"starts": list(starts), "reach": reach, **project_queues.named([queue])}
-    found: dict[str, list[_Due]] = {}
-    for start, further, job_id, turn in session.execute(_rows_behind(), given):
+    given = {"starts": list(starts), "reach": reach, **project_queues.queue_parameters([queue])}
+    found: dict[str, list[_DueJob]] = {}
+    for start, further, job_id, turn in session.execute(_select_following(), given):
         slot = starts[start].slot + further
-        found.setdefault(start, []).append(_Due(scheduling.due(turn, slot, step), job_id, slot))
+        found.setdefault(start, []).append(_DueJob(scheduling.compute_due_time(turn, slot, step), job_id, slot))
     return found
 
 
 @cache
-def _rows_behind() -> Select[str, int, str, float | None]:
+def _select_following() -> Select[str, int, str, float | None]:
     start = select(Job.id, Job.project_id).where(Job.id.in_(bindparam("starts", expanding=True, type_=String)))
-    walk = project_queues.walk(aliased(Job), start, steps=lambda _: bindparam("reach", type_=Integer))
-    rows = select(walk.c.start, walk.c.step, walk.c.id, project_queues.value(Job.turn, walk))
+    walk = project_queues.select_following(aliased(Job), start, steps=lambda _: bindparam("reach", type_=Integer))
+    rows = select(walk.c.start, walk.c.step, walk.c.id, project_queues.column_of(Job.turn, walk))
     return rows.where(walk.c.step > 0, walk.c.id.is_not(None)).order_by(walk.c.step)
 
 
-class Board:
-    """The last ranking and the queues served. Threads that find them too old wait for the one that asks anew."""
+class OrderCache:
+    """The last order and the queues served. Threads that find them too old wait for the one that asks anew."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ranking = Ranking()
+        self._order = QueueOrder()
         self._made = float("-inf")
         self._served: set[str] = set()
         self._served_at = float("-inf")
 
-    def ranking(self, wanted: Sequence[ShownJob], rank: Callable[[], Ranking]) -> Ranking:
-        """The ranking, made anew by `rank` when it is too old or a wanted job has joined the queue since."""
+    def order(self, wanted: Sequence[ShownJob], read: Callable[[], QueueOrder]) -> QueueOrder:
+        """The order, read again by `read` when it is too old or a wanted job has joined the queue since."""
         with self._lock:
             asked = time.monotonic()
-            if asked - self._made > MAX_AGE_SECONDS or not all(map(self._ranking.knows, wanted)):
-                self._ranking, self._made = rank(), asked
-            return self._ranking
+            if asked - self._made > MAX_AGE_SECONDS or not all(map(self._order.covers, wanted)):
+                self._order, self._made = read(), asked
+            return self._order
 
     def served(self, ask: Callable[[], set[str]]) -> set[str]:
         """The queues that some living worker takes jobs from, asked for anew when that is too long ago."""
@@ -181,8 +185,8 @@ class Board:
             return self._served
 
 
-_boards: WeakKeyDictionary[Engine | Connection, Board] = WeakKeyDictionary()  # one for each database
+_caches: WeakKeyDictionary[Engine | Connection, OrderCache] = WeakKeyDictionary()  # one for each database
 
 
-def _board(session: Session) -> Board:
-    return _boards.setdefault(session.get_bind(), Board())
+def _cache_of(session: Session) -> OrderCache:
+    return _caches.setdefault(session.get_bind(), OrderCache())

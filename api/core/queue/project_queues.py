@@ -34,31 +34,31 @@ Row = type[Job] | AliasedClass[Job]
 T = TypeVar("T")
 
 
-def ready(job: Row) -> ColumnElement[bool]:
+def is_ready(job: Row) -> ColumnElement[bool]:
     """True of jobs that wait for no back-off `at` that time."""
     return or_(job.not_before.is_(None), job.not_before <= bindparam("at", type_=UTCDateTime))
 
 
-def named(queues: Sequence[str]) -> dict[str, str]:
+def queue_parameters(queues: Sequence[str]) -> dict[str, str]:
     """The parameters that name queues."""
     return {f"queue_{number}": name for number, name in enumerate(queues)}
 
 
-def running(project_id: SQLColumnExpression[str]) -> ScalarSelect[int]:
+def count_running(project_id: SQLColumnExpression[str]) -> ScalarSelect[int]:
     """How many jobs that project runs."""
     job = aliased(Job)
     return select(func.count()).where(has_status(job, "running"), job.project_id == project_id).scalar_subquery()
 
 
-def before(job: Row, other: Row, *conditions: ColumnElement[bool], most: ColumnElement[int]) -> ScalarSelect[int]:
+def count_before(job: Row, other: Row, *conditions: ColumnElement[bool], most: ColumnElement[int]) -> ScalarSelect[int]:
     """How many jobs stand before `job` in its line and meet `conditions`, which are about `other`; counts to `most`."""
     earlier = tuple_(other.turn, other.id) < tuple_(job.turn, job.id)
-    found = select(other.id).where(has_status(other, "queued"), *_same_line(other, job), earlier, *conditions)
+    found = select(other.id).where(has_status(other, "queued"), *_same_project_queue(other, job), earlier, *conditions)
     return select(func.count()).select_from(found.limit(most).correlate(job).subquery()).scalar_subquery()
 
 
 @cache
-def queues() -> Select[str | None]:
+def select_queues() -> Select[str | None]:
     """The queues in which a job waits, and a row without a name."""
     job = aliased(Job)
     lowest = select(func.min(job.queue).label("name")).where(has_status(job, "queued"))
@@ -67,7 +67,7 @@ def queues() -> Select[str | None]:
     return select(found.union_all(select(further).where(found.c.name.is_not(None))).c.name)
 
 
-def heads(job: Row, *conditions: ColumnElement[bool], queues: int = 1) -> CTE:
+def select_heads(job: Row, *conditions: ColumnElement[bool], queues: int = 1) -> CTE:
     """The `id` of the first job of each line that meets `conditions`, which are about `job`; the last may be NULL.
 
     Args:
@@ -79,13 +79,15 @@ def heads(job: Row, *conditions: ColumnElement[bool], queues: int = 1) -> CTE:
         found = select(job.id).where(has_status(job, "queued"), *where, *conditions)
         return found.order_by(job.project_id, job.turn, job.id).limit(1).correlate(previous).scalar_subquery()
 
-    start, *others = (select(first(job.queue == bindparam(name)).label("id")) for name in named([""] * queues))
+    start, *others = (
+        select(first(job.queue == bindparam(name)).label("id")) for name in queue_parameters([""] * queues)
+    )
     found = start.cte("heads", recursive=True)
     following = first(job.queue == previous.queue, job.project_id > previous.project_id)
     return found.union_all(*others, select(following).join_from(found, previous, previous.id == found.c.id))
 
 
-def walk(
+def select_following(
     job: Row,
     start: Select[str, str],
     *conditions: ColumnElement[bool],
@@ -102,7 +104,7 @@ def walk(
     at = start.subquery()
     first = select(at.c[0].label("start"), at.c[0].label("id"), at.c[1].label("project_id"), literal(0).label("step"))
     found = first.cte("walk", recursive=True)
-    turn = value(Job.turn, found)
+    turn = column_of(Job.turn, found)
     line = (job.queue == bindparam("queue_0"), job.project_id == found.c.project_id)
     later = select(job.id).where(has_status(job, "queued"), *line, tuple_(job.turn, job.id) > tuple_(turn, found.c.id))
     following = later.where(*conditions).order_by(job.turn, job.id).limit(1).correlate(found).scalar_subquery()
@@ -111,10 +113,10 @@ def walk(
     return found.union_all(further.where(*goes_on))
 
 
-def value(column: InstrumentedAttribute[T], walk: CTE) -> ScalarSelect[T]:
+def column_of(column: InstrumentedAttribute[T], walk: CTE) -> ScalarSelect[T]:
     """What a job of a walk has in that column."""
     return select(column).where(Job.id == walk.c.id).correlate(walk).scalar_subquery()
 
 
-def _same_line(job: Row, other: Row) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def _same_project_queue(job: Row, other: Row) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return job.queue == other.queue, job.project_id == other.project_id

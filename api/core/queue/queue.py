@@ -74,7 +74,7 @@ def probe() -> None:
         raise BrokerUnavailable(str(error)) from error
 
 
-def ring(job_id: str, queue: str) -> None:
+def notify_workers(job_id: str, queue: str) -> None:
     """Send one message to the workers that listen on `queue`.
 
     Raises:

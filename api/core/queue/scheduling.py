@@ -22,29 +22,29 @@ from api.core.queue import project_queues
 from api.core.settings import get_settings
 
 NO_LIMIT = 2**62
-ANY = "train"  # the queue of jobs that say nothing of a device
+DEFAULT_QUEUE = "train"  # the queue of jobs that say nothing of a device
 
 
-def queue_of(device: str) -> str:
+def queue_for_device(device: str) -> str:
     """The queue of jobs that ask for `device`: "any", a class of devices, or a queue's own name."""
-    return ANY if device == "any" else device
+    return DEFAULT_QUEUE if device == "any" else device
 
 
-def device_of(queue: str) -> str:
+def device_for_queue(queue: str) -> str:
     """What a job of that queue asked for."""
-    return "any" if queue == ANY else queue
+    return "any" if queue == DEFAULT_QUEUE else queue
 
 
-def new_turn(at: datetime) -> ColumnElement[float]:
+def compute_priority_time(at: datetime) -> ColumnElement[float]:
     """The turn of a job that enters the queue at `at`, in seconds since 1970."""
     return literal(at.timestamp(), Double) - Job.priority * literal(get_settings().priority_seconds, Double)
 
 
-def first(session: Session, queues: Sequence[str]) -> Job | None:
+def lock_next_job(session: Session, queues: Sequence[str]) -> Job | None:
     """The queued job of these queues to start next, locked; those that others are taking are passed over."""
     passed = [""]  # an empty list is written differently for IN and for NOT IN
-    given = {"at": now(session), "passed": passed, **weights(), **project_queues.named(queues)}
-    while (job_id := session.scalar(_best(len(queues)), given)) is not None:
+    given = {"at": now(session), "passed": passed, **parameters(), **project_queues.queue_parameters(queues)}
+    while (job_id := session.scalar(_select_best(len(queues)), given)) is not None:
         job = select(Job).where(Job.id == job_id, Job.status == "queued").with_for_update(skip_locked=True)
         if (found := session.scalar(job.execution_options(populate_existing=True))) is not None:
             return found
@@ -53,34 +53,34 @@ def first(session: Session, queues: Sequence[str]) -> Job | None:
 
 
 @cache
-def _best(queues: int) -> Select[str]:
+def _select_best(queues: int) -> Select[str]:
     """The id of the first of all heads of lines; the line of a job that is passed over has its next as head."""
     job, ahead = aliased(Job), aliased(Job)
     passed = bindparam("passed", expanding=True, type_=String)
-    heads = project_queues.heads(job, project_queues.ready(job), job.id.not_in(passed), queues=queues)
+    heads = project_queues.select_heads(job, project_queues.is_ready(job), job.id.not_in(passed), queues=queues)
     before = select(func.count()).where(ahead.id.in_(passed), has_status(ahead, "queued"))
     mine = before.where(ahead.queue == Job.queue, ahead.project_id == Job.project_id).scalar_subquery()
-    slot = project_queues.running(Job.project_id) + mine + 1
+    slot = project_queues.count_running(Job.project_id) + mine + 1
     waiting = select(Job.id).join(heads, heads.c.id == Job.id).where(slot <= LIMIT)
-    return waiting.order_by(due(Job.turn, slot, STEP), Job.id).limit(1)
+    return waiting.order_by(compute_due_time(Job.turn, slot, STEP), Job.id).limit(1)
 
 
 # What the settings say, as parameters of statements.
 STEP, LIMIT = bindparam("step", type_=Double), bindparam("limit", type_=BigInteger)
 
 
-def weights() -> dict[str, float]:
+def parameters() -> dict[str, float]:
     """What a slot weighs, in seconds, and the highest slot that may run: jobs that the project runs or has before."""
     settings = get_settings()
     return {"step": settings.priority_seconds, "limit": settings.project_running or NO_LIMIT}
 
 
-def due(turn: Any, slot: Any, step: Any) -> Any:
+def compute_due_time(turn: Any, slot: Any, step: Any) -> Any:
     """When a job is due, in seconds since 1970, of numbers and of columns: the earliest is next."""
     return turn + slot * step
 
 
-def held(session: Session, job_ids: Sequence[str], *, ready_at: datetime | None = None) -> set[str]:
+def find_held_back(session: Session, job_ids: Sequence[str], *, ready_at: datetime | None = None) -> set[str]:
     """Those of these queued jobs that their project's limit holds back.
 
     Args:
@@ -88,29 +88,33 @@ def held(session: Session, job_ids: Sequence[str], *, ready_at: datetime | None 
     """
     if not get_settings().project_running:
         return set()
-    given = {"at": ready_at, "ids": job_ids, **weights()}
-    return set(session.scalars(_held(ready_at is not None), given))
+    given = {"at": ready_at, "ids": job_ids, **parameters()}
+    return set(session.scalars(_select_held_back(ready_at is not None), given))
 
 
 @cache
-def _held(ready: bool) -> Select[str]:
+def _select_held_back(ready: bool) -> Select[str]:
     other = aliased(Job)
-    conditions = (project_queues.ready(other),) if ready else ()
-    slot = project_queues.running(Job.project_id) + project_queues.before(Job, other, *conditions, most=LIMIT) + 1
+    conditions = (project_queues.is_ready(other),) if ready else ()
+    slot = (
+        project_queues.count_running(Job.project_id)
+        + project_queues.count_before(Job, other, *conditions, most=LIMIT)
+        + 1
+    )
     return select(Job.id).where(Job.id.in_(bindparam("ids", expanding=True, type_=String)), slot > LIMIT)
 
 
-def room(session: Session, project_id: str, *, wanted: int) -> int:
+def count_startable(session: Session, project_id: str, *, wanted: int) -> int:
     """How many of `wanted` jobs the project may start now; its other claims wait until this one commits."""
     limit = get_settings().project_running
     if not limit:
         return wanted
-    hold(session, project_id)
+    lock_project(session, project_id)
     running = select(func.count()).where(Job.project_id == project_id, has_status(Job, "running"))
     return min(wanted, limit - (session.scalar(running) or 0))
 
 
-def check_room(session: Session, project_id: str) -> None:
+def require_queue_quota(session: Session, project_id: str) -> None:
     """Refuse one more waiting job of a project that has as many as it may.
 
     Raises:
@@ -119,7 +123,7 @@ def check_room(session: Session, project_id: str) -> None:
     limit = get_settings().project_queued
     if not limit:
         return
-    hold(session, project_id)
+    lock_project(session, project_id)
     waiting = (Job.status.in_(("validating_files", "queued", "paused")), Job.finished_at.is_(None))
     count = session.scalar(select(func.count()).where(Job.project_id == project_id, *waiting)) or 0
     if count >= limit:
@@ -127,6 +131,6 @@ def check_room(session: Session, project_id: str) -> None:
         raise QuotaExceeded(message, code="queue_full")
 
 
-def hold(session: Session, project_id: str) -> None:
+def lock_project(session: Session, project_id: str) -> None:
     """Let nobody else count this project's jobs until the commit; new rows may refer to it all the same."""
     session.execute(select(Project.id).where(Project.id == project_id).with_for_update(key_share=True))

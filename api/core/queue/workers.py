@@ -12,7 +12,7 @@ from api.core.db.tables import Worker
 FRESH = timedelta(seconds=30)
 
 
-def say_alive(
+def record_heartbeat(
     session: Session,
     worker_id: str,
     *,
@@ -33,24 +33,24 @@ def say_alive(
     session.execute(delete(Worker).where(Worker.seen_at < at - timedelta(hours=1)))
 
 
-def online(session: Session) -> int:
+def count_online(session: Session) -> int:
     """How many workers have been heard of lately."""
     return session.scalar(select(func.count()).where(Worker.seen_at >= now(session) - FRESH)) or 0
 
 
-def troubles(session: Session) -> dict[str, str]:
+def find_problems(session: Session) -> dict[str, str]:
     """Why living workers take no job, or not in all their slots."""
     at_work = select(Worker.id, Worker.trouble).where(Worker.seen_at >= now(session) - FRESH)
     return {name: why for name, why in session.execute(at_work.order_by(Worker.id)) if why}
 
 
-def served(session: Session) -> set[str]:
+def find_served_queues(session: Session) -> set[str]:
     """The queues that some living worker takes jobs from."""
     living = session.scalars(select(Worker.queues).where(Worker.seen_at >= now(session) - FRESH))
     return {queue for queues in living for queue in queues}
 
 
-def free_slots(session: Session, *, running: int) -> int:
+def count_free_slots(session: Session, *, running: int) -> int:
     """Slots of living workers that run nothing."""
     slots = session.scalar(select(func.sum(Worker.slots)).where(Worker.seen_at >= now(session) - FRESH)) or 0
     return max(0, slots - running)

@@ -10,7 +10,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def run_apart(call: Callable[[], Result], *, name: str, every: float, look: Callable[[], None]) -> Result:
+def run_abandonable(call: Callable[[], Result], *, name: str, every: float, look: Callable[[], None]) -> Result:
     """What `call` returns or raises. `look` is called every so many seconds until then.
 
     Where it raises, that is raised, and the call is left alone in its thread (called `name`), which nobody waits for.

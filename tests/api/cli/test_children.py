@@ -44,14 +44,14 @@ def test_a_fallen_child_is_started_later_each_time(tmp_path: Path, monkeypatch: 
     for _ in range(8):
         assert child.process is not None
         child.process.wait()
-        news = child.tend()
+        news = child.restart_if_ended()
         assert news is not None
         assert "exit code 3" in news
         pauses.append(child.start_at - clock)
-        assert child.tend() is None
+        assert child.restart_if_ended() is None
         assert child.process is None  # not before its time
         clock = child.start_at
-        child.tend()
+        child.restart_if_ended()
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
     child.stop()
 
@@ -60,12 +60,12 @@ def test_a_child_that_ran_well_starts_again_at_once(tmp_path: Path, monkeypatch:
     clock = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     child = make(tmp_path, [sys.executable, "-c", ""])
-    child.falls = 6
+    child.failures = 6
     child.start()
     assert child.process is not None
     child.process.wait()
     clock += 120
-    child.tend()
+    child.restart_if_ended()
     assert child.start_at - clock == 0.5
 
 

@@ -54,7 +54,7 @@ def test_one_examination_is_told_to_programs(asked: list[str | None]) -> None:
 def test_a_driver_that_hangs_fails_and_nothing_else_is_asked_of_it(
     asked: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "silence", lambda: "The NVIDIA driver hangs.")
+    monkeypatch.setattr(devices, "find_silence", lambda: "The NVIDIA driver hangs.")
     is_well, text = printed()
     assert (is_well, asked) == (False, [])
     assert "failed  devices: The NVIDIA driver hangs." in text
@@ -73,7 +73,7 @@ def test_an_examination_without_an_answer_fails_with_the_reason(monkeypatch: pyt
 def test_what_keeps_a_worker_here_from_taking_jobs_fails(
     asked: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "trouble", lambda slots: f"{slots} is too many.")
+    monkeypatch.setattr(devices, "find_problem", lambda slots: f"{slots} is too many.")
     assert "failed  devices: 1 is too many." in printed()[1]
 
 

@@ -23,8 +23,8 @@ def caller_of(secret: str, state: Path, patch: pytest.MonkeyPatch) -> keys.Calle
     forget()
     assert settings.get_settings().state_dir == state
     try:
-        key = keys.find(keys.id_in(secret))
-        return key and keys.caller_of(key, secret)
+        key = keys.find(keys.parse_key_id(secret))
+        return key and keys.authenticate(key, secret)
     finally:
         forget()
 

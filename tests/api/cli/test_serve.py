@@ -94,7 +94,7 @@ def test_a_catalogue_that_cannot_be_used_is_told_before_anything_starts(
 def test_a_catalogue_that_is_refused_while_it_runs_is_told_once_with_its_reason(tmp_path: Path) -> None:
     line = {"level": "error", "event": "refused", "error": "The catalogue x, line 3:\nmodels[0].max_length: required."}
     said = list[str]()
-    service = Service(Settings(state_dir=tmp_path), say=said.append)
+    service = Service(Settings(state_dir=tmp_path), report=said.append)
     for child in ("api", "reconciler", "worker", "api"):
         service.pass_on(child, json.dumps(line))
     told = "api: refused: The catalogue x, line 3: models[0].max_length: required."
@@ -104,7 +104,7 @@ def test_a_catalogue_that_is_refused_while_it_runs_is_told_once_with_its_reason(
 def test_a_worker_that_takes_no_job_is_told_with_its_reason(tmp_path: Path) -> None:
     said = list[str]()
     line = {"level": "error", "event": "no job is taken", "reason": "LORAINIT_WORKER_DEVICE is gpu."}
-    Service(Settings(state_dir=tmp_path), say=said.append).pass_on("worker", json.dumps(line))
+    Service(Settings(state_dir=tmp_path), report=said.append).pass_on("worker", json.dumps(line))
     assert said == ["worker: no job is taken: LORAINIT_WORKER_DEVICE is gpu."]
 
 

@@ -81,6 +81,6 @@ def test_a_place_is_a_number_as_far_as_the_server_counts(position: int, words: s
 def test_every_reason_to_wait_has_words() -> None:
     from api.core.queue import positions
 
-    source = positions._place.__code__.co_consts
+    source = positions._position_of.__code__.co_consts
     reasons = {text for text in source if isinstance(text, str) and "_" in text and " " not in text} | {"restarting"}
     assert reasons == set(watching.WAITING)

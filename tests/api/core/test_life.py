@@ -135,15 +135,15 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def announce(self) -> None:
-        for bell in notify.unannounced(self.session):
+        for bell in notify.find_unannounced(self.session):
             assert not self.lives[bell.job_id].rung
-            notify.mark_rung(self.session, bell.job_id)
+            notify.mark_notified(self.session, bell.job_id)
             self.lives[bell.job_id].rung = True
 
     @rule()
     def recover(self) -> None:
         silent = [one for one in self.lives.values() if one.lease_until is not None and one.lease_until < self.now]
-        jobs.recover_lost(self.session, max_attempts=ATTEMPTS)
+        jobs.recover_lost_runs(self.session, max_attempts=ATTEMPTS)
         for life in silent:
             life.lose(self.now)
 
@@ -164,13 +164,13 @@ class Lives(RuleBasedStateMachine):
         lease = self.leases[-1 - number % len(self.leases)]
         life, held = self.lives[lease.job_id], self.lives[lease.job_id].held_by(lease.token)
         if what == "beat":
-            assert jobs.beat(self.session, lease, lease_seconds=LEASE) == held
-            assert pauses.is_asked(self.session, lease) == (held and life.asked)
+            assert jobs.renew_lease(self.session, lease, lease_seconds=LEASE) == held
+            assert pauses.is_pause_requested(self.session, lease) == (held and life.asked)
             life.lease_until = self.now + LEASE if held else life.lease_until
         elif what == "note":
-            assert jobs.note(self.session, lease, progress={"stage": "training"}) == held
+            assert jobs.update_run(self.session, lease, progress={"stage": "training"}) == held
         else:
-            assert jobs.advanced(self.session, lease) == held
+            assert jobs.reset_lost_runs(self.session, lease) == held
             if held:
                 self._save(lease, life)
 
@@ -197,10 +197,10 @@ class Lives(RuleBasedStateMachine):
         for lease in sorted(held, key=lambda one: self.lives[one.job_id].losses)[-1:]:
             life = self.lives[lease.job_id]
             if what == "lose":
-                jobs.lose(self.session, lease, "The process was killed", max_attempts=ATTEMPTS)
+                jobs.requeue_lost_run(self.session, lease, "The process was killed", max_attempts=ATTEMPTS)
                 life.lose(self.now)
             else:
-                assert jobs.advanced(self.session, lease)
+                assert jobs.reset_lost_runs(self.session, lease)
                 self._save(lease, life)
 
     def _end(self, lease: Lease, end: str) -> bool:
@@ -210,8 +210,8 @@ class Lives(RuleBasedStateMachine):
             code = {"nan": "non_finite_loss", "disk": "disk_full"}[end]
             return jobs.fail(self.session, lease, Failure(code, "No."))
         if end == "lose":
-            return jobs.lose(self.session, lease, "The process was killed", max_attempts=ATTEMPTS)
-        return (jobs.give_back if end == "drain" else jobs.retry)(self.session, lease, "Stopped")
+            return jobs.requeue_lost_run(self.session, lease, "The process was killed", max_attempts=ATTEMPTS)
+        return (jobs.release if end == "drain" else jobs.retry_alone)(self.session, lease, "Stopped")
 
     def _end_in_the_model(self, life: Life, end: str) -> None:
         if end == "lose":

@@ -8,7 +8,7 @@ import pytest
 from api.core.jobs import admission
 from api.core.queue import notify, queue
 from api.http import announcer
-from api.http.announcer import Bell
+from api.http.announcer import JobAnnouncer
 
 
 def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,11 +18,11 @@ def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monk
         rung.append(job_id)
         raise queue.BrokerUnavailable("no answer")
 
-    monkeypatch.setattr(queue, "ring", silent)
+    monkeypatch.setattr(queue, "notify_workers", silent)
     monkeypatch.setattr(admission, "consider", lambda *_: None)
-    monkeypatch.setattr(notify, "bell", lambda _session, job_id: notify.Bell(job_id, "train"))
+    monkeypatch.setattr(notify, "find_notification", lambda _session, job_id: notify.Notification(job_id, "train"))
     time = 100.0
-    ours = Bell(clock=lambda: time)
+    ours = JobAnnouncer(clock=lambda: time)
     for job in ("one", "two", "three"):
         anyio.run(ours.announce, job)
     assert rung == ["one"]

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from api.core.db.tables import Job
 from api.http import event_poller, streams
-from api.http.event_poller import News, Position, Ticker
+from api.http.event_poller import EventPoller, NewEvents, StreamPosition
 from api.http.streams import Streams
 from api.schemas.event import event_object
 from tests.api.http.test_stream import a_key, follow, say, sequences, until
@@ -27,11 +27,11 @@ def running(session: Session) -> Job:
 
 
 def test_a_look_for_fifty_streams_takes_no_more_statements_than_for_one(running: Job) -> None:
-    positions = [Position(running.id, 0, a_key(running.project_id)) for _ in range(50)]
+    positions = [StreamPosition(running.id, 0, a_key(running.project_id)) for _ in range(50)]
     counts = []
     for some in (positions[:1], positions):
         with statements() as seen:
-            found = event_poller.look(some)
+            found = event_poller.poll(some)
         assert len(found) == len(some)
         counts.append(len(seen))
     assert counts[0] == counts[1]
@@ -40,7 +40,7 @@ def test_a_look_for_fifty_streams_takes_no_more_statements_than_for_one(running:
 def test_a_look_where_nothing_is_new_reads_no_events(running: Job) -> None:
     count, key = running.event_count, a_key(running.project_id)
     with statements() as seen:
-        assert event_poller.look([Position(running.id, count, key)]) == {}
+        assert event_poller.poll([StreamPosition(running.id, count, key)]) == {}
     assert not [one for one in seen if "FROM events" in one]
 
 
@@ -120,20 +120,20 @@ def test_a_bug_in_a_look_ends_the_streams_instead_of_leaving_them_silent(
     def broken(*_: Any) -> Any:
         raise LookupError("a bug")
 
-    monkeypatch.setattr(event_poller, "look", broken)
+    monkeypatch.setattr(event_poller, "poll", broken)
     with pytest.raises(LookupError, match="a bug"):
         asyncio.run(until(follow(running), "started"))
 
 
 def test_nobody_looks_while_no_stream_waits(running: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    monkeypatch.setattr(event_poller, "look", lambda positions: looks.append(1) or {})
+    monkeypatch.setattr(event_poller, "poll", lambda positions: looks.append(1) or {})
 
     async def watch() -> int:
-        one = Ticker()
+        one = EventPoller()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await one.news(Position(running.id, 0, "key"), at_once=True)
+                await one.wait_for_events(StreamPosition(running.id, 0, "key"), at_once=True)
         await asyncio.sleep(0.05)
         before = len(looks)
         await asyncio.sleep(0.1)
@@ -147,12 +147,12 @@ def test_a_stream_that_is_to_stop_never_says_done_before_the_last_events() -> No
     """A client that has heard `[DONE]` does not come back for them."""
     stop = asyncio.Event()
 
-    class Stopping(Ticker):
-        async def news(self, position: Position, *, at_once: bool) -> News:
+    class Stopping(EventPoller):
+        async def wait_for_events(self, position: StreamPosition, *, at_once: bool) -> NewEvents:
             stop.set()
-            return News("the end", position.after + 1, 1, ended=True)
+            return NewEvents("the end", position.after + 1, 1, ended=True)
 
     async def watch() -> list[str]:
-        return [text async for text in streams.follow(Position("job", 0, "key"), ticker=Stopping(), stop=stop)]
+        return [text async for text in streams.follow(StreamPosition("job", 0, "key"), poller=Stopping(), stop=stop)]
 
     assert asyncio.run(watch()) == []

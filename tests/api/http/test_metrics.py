@@ -51,7 +51,7 @@ def test_open_jobs_are_shown_by_status_with_the_oldest_wait(session: Session, lo
 
 def test_an_ended_job_counts_by_method_with_its_seconds_by_stage(session: Session, local: TestClient) -> None:
     _, lease = a_running_job(session, a_project(session))
-    jobs.note(session, lease, progress={"stage_seconds": {"loading": 2.5, "training": 10.0}})
+    jobs.update_run(session, lease, progress={"stage_seconds": {"loading": 2.5, "training": 10.0}})
     jobs.fail(session, lease, Failure("out_of_memory", "Too little memory."))
     session.commit()
     shown = scrape(local)
@@ -73,7 +73,7 @@ def test_the_speed_of_running_jobs_is_added_up(session: Session, local: TestClie
     project = a_project(session)
     for speed in (100.0, 50.0):
         _, lease = a_running_job(session, project)
-        jobs.note(session, lease, progress={"tokens_per_second": speed})
+        jobs.update_run(session, lease, progress={"tokens_per_second": speed})
     session.commit()
     assert scrape(local)['lorainit_training_tokens_per_second{method="kaiming"}'] == 150
 

@@ -16,7 +16,7 @@ from api.core.db.tables import Job, Project
 from api.core.jobs import events, jobs
 from api.errors import TooManyRequests
 from api.http import event_poller, streams
-from api.http.event_poller import Position
+from api.http.event_poller import StreamPosition
 from api.http.streams import EventStream, Streams
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
@@ -147,8 +147,8 @@ def follow(
     key: str | None = None,
 ) -> AsyncIterator[str]:
     """What somebody with a key of the job's project sees, among these streams or alone."""
-    position = Position(job.id, after, key or a_key(job.project_id))
-    return streams.follow(position, ticker=(among or Streams()).ticker, stop=stop or asyncio.Event())
+    position = StreamPosition(job.id, after, key or a_key(job.project_id))
+    return streams.follow(position, poller=(among or Streams()).poller, stop=stop or asyncio.Event())
 
 
 def a_key(project_id: str, **more: Any) -> str:
@@ -203,7 +203,7 @@ def test_a_heartbeat_is_one_line_without_a_blank_one_behind_it(
 def test_a_database_that_is_away_for_a_moment_goes_unnoticed(
     session: Session, running: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    since, calls = events.since, []
+    since, calls = events.list_since, []
 
     def sometimes(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
@@ -211,7 +211,7 @@ def test_a_database_that_is_away_for_a_moment_goes_unnoticed(
             raise OperationalError("SELECT", {}, Exception("gone"))
         return since(*arguments, **more)
 
-    monkeypatch.setattr(events, "since", sometimes)
+    monkeypatch.setattr(events, "list_since", sometimes)
     jobs.cancel(session, running)
     session.commit()
     following = follow(running)
@@ -222,12 +222,12 @@ def test_a_database_that_is_away_for_a_moment_goes_unnoticed(
 def test_a_server_that_stops_ends_its_streams_without_saying_done(running: Job) -> None:
     async def watch() -> list[str]:
         opened = Streams()
-        with opened.place("p") as stop:
+        with opened.register("p") as stop:
             following = follow(running, among=opened, stop=stop)
             await until(following, "started")
             opened.close()
             rest = [text async for text in following]
-        with opened.place("p") as late:
+        with opened.register("p") as late:
             return rest + [text async for text in follow(running, among=opened, stop=late)]
 
     assert asyncio.run(watch()) == []
@@ -238,14 +238,14 @@ def test_a_project_has_so_many_streams_and_a_closed_one_makes_room(monkeypatch: 
 
     async def watch() -> None:
         opened = Streams()
-        with opened.place("p"):
-            with opened.place("p"):
-                with pytest.raises(TooManyRequests) as caught, opened.place("p"):
+        with opened.register("p"):
+            with opened.register("p"):
+                with pytest.raises(TooManyRequests) as caught, opened.register("p"):
                     raise AssertionError
                 assert (caught.value.code, caught.value.wait) == ("rate_limit_exceeded", 5.0)
-                with opened.place("another"):
+                with opened.register("another"):
                     pass
-            with opened.place("p"):
+            with opened.register("p"):
                 pass
 
     asyncio.run(watch())

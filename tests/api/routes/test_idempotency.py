@@ -170,7 +170,7 @@ def test_a_retried_delete_succeeds_for_the_same_key_only(lab: Lab, session: Sess
 def test_an_order_that_is_still_being_made_is_a_409(service: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On SQLite the second writer waits for the first anyway."""
     monkeypatch.setattr(idempotency, "WAIT_SECONDS", 1)
-    attempt = idempotency.Attempt(
+    attempt = idempotency.RequestIdentity(
         caller=keys.Caller("key_x", "proj_x", "member"),
         path=JOBS,
         key="abc",
@@ -180,8 +180,8 @@ def test_an_order_that_is_still_being_made_is_a_409(service: None, monkeypatch: 
     with session_scope() as first, session_scope() as second:
         if first.get_bind().dialect.name == "sqlite":
             return
-        idempotency._take_turn(first, attempt, "mark")
+        idempotency._lock_identity(first, attempt, "mark")
         with pytest.raises(InProgress) as refusal:
-            idempotency._take_turn(second, attempt, "mark")
+            idempotency._lock_identity(second, attempt, "mark")
     reply = respond(refusal.value)
     assert reply.status_code == 409 and reply.headers["retry-after-ms"] == "500"

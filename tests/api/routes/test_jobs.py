@@ -115,7 +115,7 @@ def test_trainable_parameters_are_an_estimate_until_the_ranks_are_spread(lab: La
     from api.schemas.job import job_object
 
     row.plan, row.init_report = {"trainable_parameters": 100}, {"trainable_parameters": 93}
-    lora = json.loads(job_object(lookup.sight(session, row)).model_dump_json())["lora"]
+    lora = json.loads(job_object(lookup.load_view(session, row)).model_dump_json())["lora"]
     assert (lora["trainable_parameters"], lora["trainable_parameters_estimated"]) == (93, False)
     assert lab.order(lora={"init": "pissa", "r": 8})["lora"]["trainable_parameters_estimated"] is False
 
@@ -140,7 +140,7 @@ def test_a_job_with_checked_files_is_queued_and_rung_after_the_answer(
     lab: Lab, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rung: list[tuple[str, str]] = []
-    monkeypatch.setattr(queue, "ring", lambda *bell: rung.append(bell))
+    monkeypatch.setattr(queue, "notify_workers", lambda *bell: rung.append(bell))
     file = lab.upload()["id"]
     mark(session, file)
     job = lab.order(file)
@@ -208,7 +208,7 @@ def test_a_running_job_shows_its_progress(lab: Lab, session: Session) -> None:
     taken = stub_worker.claim()
     assert taken is not None
     progress = {"stage": "training", "percent": 41.8, "step": 4, "remaining_seconds": 60, "updated_at": 1795313518}
-    assert jobs.note(session, taken[1], progress=progress)
+    assert jobs.update_run(session, taken[1], progress=progress)
     session.commit()
     shown = lab.client.get(f"{JOBS}/{job['id']}").json()
     assert shown["status"] == "running" and shown["queue_position"] is None
@@ -226,7 +226,7 @@ def test_a_number_json_cannot_hold_is_null(lab: Lab, session: Session) -> None:
     from api.schemas.job import job_object
 
     row.init_report = {"loss": float("nan"), "nested": [float("inf")]}
-    shown = json.loads(job_object(lookup.sight(session, row)).model_dump_json())
+    shown = json.loads(job_object(lookup.load_view(session, row)).model_dump_json())
     assert shown["init_report"] == {"loss": None, "nested": [None]}
 
 
@@ -348,7 +348,7 @@ def test_a_job_is_shown_from_the_database_alone(
 
     for name in ("put", "read", "delete", "probe"):
         monkeypatch.setattr(ObjectStorage, name, gone)
-    monkeypatch.setattr(queue, "ring", gone)
+    monkeypatch.setattr(queue, "notify_workers", gone)
     assert lab.client.get(f"{JOBS}/{done['id']}").json() == done
     assert lab.client.get(JOBS).json()["data"] == [done]
     assert lab.client.get(f"{JOBS}/{done['id']}/events").status_code == 200

@@ -35,7 +35,7 @@ def test_a_resumed_job_is_rung_for(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
     job = a_queued_order(lab)
     post(lab, job, "pause")
     rung: list[tuple[str, str]] = []
-    monkeypatch.setattr(queue, "ring", lambda *bell: rung.append(bell))
+    monkeypatch.setattr(queue, "notify_workers", lambda *bell: rung.append(bell))
     post(lab, job, "resume")
     assert rung == [(job["id"], "train")]
 
@@ -47,7 +47,7 @@ def test_a_running_job_is_pausing_then_paused_and_says_so(lab: Lab, session: Ses
     shown = post(lab, job, "pause").json()
     assert (shown["status"], shown["resume"]["reason"]) == ("pausing", "the job is pausing")
     refused(post(lab, job, "resume"), 400, "invalid_job_state")
-    jobs.give_back(session, Lease(job["id"], taken[1].token), "Stopped")
+    jobs.release(session, Lease(job["id"], taken[1].token), "Stopped")
     shown = lab.client.get(f"{JOBS}/{job['id']}").json()
     assert shown["status"] == "paused"
     assert shown["resume"] == {"possible": True, "from_step": None, "reason": None}

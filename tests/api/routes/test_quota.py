@@ -79,9 +79,9 @@ def test_a_retried_upload_is_not_counted_twice(allowed: None, lab: Lab) -> None:
 
 def test_results_count_as_bytes_but_not_as_files(allowed: None, lab: Lab, session: Session) -> None:
     a_file(session, lab.project, purpose="fine-tune-results", bytes=2 * len(JSONL))
-    quota.take_room(session, lab.project.id, adding=10)
+    quota.reserve_quota(session, lab.project.id, adding=10)
     with pytest.raises(QuotaExceeded):
-        quota.take_room(session, lab.project.id, adding=11)
+        quota.reserve_quota(session, lab.project.id, adding=11)
 
 
 def test_uploads_at_the_same_time_are_counted_one_after_another(service: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_uploads_at_the_same_time_are_counted_one_after_another(service: None, m
     def add(_: int) -> bool:
         with database.session_scope() as session:
             try:
-                quota.take_room(session, project.id, adding=1)
+                quota.reserve_quota(session, project.id, adding=1)
             except QuotaExceeded:
                 return False
             a_file(session, project)

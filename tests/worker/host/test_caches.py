@@ -37,7 +37,7 @@ def project(session: Session) -> Project:
 def test_an_entry_goes_when_its_file_is_deleted_and_not_before(session: Session, project: Project) -> None:
     file, entry = a_file(session, project, sha256=A), an_entry(project, A)
     assert caches.sweep() == []
-    files.bury(session, file)
+    files.mark_deleted(session, file)
     session.flush()
     assert caches.sweep() == [entry]
     assert not entry.exists()
@@ -46,10 +46,10 @@ def test_an_entry_goes_when_its_file_is_deleted_and_not_before(session: Session,
 def test_what_two_files_share_stays_while_one_of_them_lives(session: Session, project: Project) -> None:
     first, second = a_file(session, project, sha256=A), a_file(session, project, sha256=A)
     an_entry(project, A)
-    files.bury(session, first)
+    files.mark_deleted(session, first)
     session.flush()
     assert caches.sweep() == []
-    files.bury(session, second)
+    files.mark_deleted(session, second)
     session.flush()
     assert len(caches.sweep()) == 1
 
@@ -100,7 +100,7 @@ def test_more_files_than_one_statement_asks_for(session: Session, project: Proje
     wanted = {(project.id, f"{number:064x}") for number in range(1100)}
     for number in (0, 700, 1099):
         a_file(session, project, sha256=f"{number:064x}")
-    assert {int(sha256, 16) for _, sha256 in files.those_there(session, wanted)} == {0, 700, 1099}
+    assert {int(sha256, 16) for _, sha256 in files.find_existing(session, wanted)} == {0, 700, 1099}
 
 
 def test_a_worker_sweeps_with_its_heartbeat(
@@ -110,7 +110,7 @@ def test_a_worker_sweeps_with_its_heartbeat(
     stopped.set()
     monkeypatch.setattr(app, "_stopped", stopped)
     entry = an_entry(project, A)
-    app._say_alive()
+    app._send_heartbeats()
     assert not entry.exists()
     assert session.scalars(select(Worker.id)).all()
 

@@ -281,7 +281,7 @@ def test_a_stored_checkpoint_leaves_the_scratch_folder(one: Lab) -> None:
 
 
 def test_bytes_read_well() -> None:
-    assert [disk.human(size) for size in (0, 3 * 2**20, int(1.26 * GIB))] == ["0 MiB", "3 MiB", "1.3 GiB"]
+    assert [disk.format_bytes(size) for size in (0, 3 * 2**20, int(1.26 * GIB))] == ["0 MiB", "3 MiB", "1.3 GiB"]
 
 
 def test_the_estimate_covers_what_a_run_was_seen_to_write_and_is_not_far_off(one: Lab) -> None:

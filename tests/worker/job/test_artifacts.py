@@ -46,9 +46,9 @@ def test_a_worker_that_slept_since_its_claim_deletes_nothing_of_its_successors(
     training = a_file(session, project)
     storage.put(training.storage_key, iter([b"training"]))
     job, first = a_running_job(session, project, file=training)
-    assert jobs.give_back(session, first, "lost")
+    assert jobs.release(session, first, "lost")
     (second,) = jobs.claim(session, "worker:2", lease_seconds=30)
-    metrics.put(session, job.id, second.lease_token, [(1, {"train_loss": 2.0})], at=job.created_at)
+    metrics.save_steps(session, job.id, second.lease_token, [(1, {"train_loss": 2.0})], at=job.created_at)
     session.commit()
     with pytest.raises(Lost):
         artifacts.prepare(job, first, tmp_path, storage)

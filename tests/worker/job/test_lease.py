@@ -78,7 +78,7 @@ def test_without_a_database_the_job_is_let_go_before_the_lease_ends(
         raise OperationalError("UPDATE jobs", {}, Exception("connection refused"))
 
     _, lease = running()
-    monkeypatch.setattr(jobs, "beat", unreachable)
+    monkeypatch.setattr(jobs, "renew_lease", unreachable)
     started = time.monotonic()
     with keeper(lease, tmp_path, seconds=1.0) as held:
         assert held.lost.wait(2)

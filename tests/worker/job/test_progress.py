@@ -207,7 +207,7 @@ def test_what_could_not_be_written_is_written_later(lease: Lease, monkeypatch: p
     recorder = Recorder(lease)
     recorder.take(step(1, train_loss=1.0))
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "put", raising(OperationalError("INSERT", {}, Exception("gone"))))
+        patch.setattr(metrics, "save_steps", raising(OperationalError("INSERT", {}, Exception("gone"))))
         with pytest.raises(OperationalError):
             recorder.flush()
     recorder.flush()
@@ -234,7 +234,7 @@ def test_a_flush_whose_commit_went_through_unheard_is_not_written_twice(
     recorder.take(step(2, train_loss=1.0))
     recorder.flush()
     with session_scope() as session:
-        story = events.since(session, lease.job_id, 3, limit=10)
+        story = events.list_since(session, lease.job_id, 3, limit=10)
         retries = session.scalar(select(Tally.value).where(Tally.name == "out_of_memory"))
         assert [row["step"] for row in metrics.read(session, lease.job_id)] == [1, 2]
     told = ["Step 1/10: training loss=1.00", "smaller batches", "Step 2/10: training loss=1.00"]

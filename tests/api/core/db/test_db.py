@@ -49,6 +49,6 @@ def test_a_log_that_somebody_reads_is_cut_the_next_time_and_nobody_waits(log: Pa
         database.cut_write_ahead_log()
         assert log.stat().st_size > 0
     with session_scope(read_only=True) as session:
-        assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * database.PATIENT.lock
+        assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * database.LONG_WAITS.lock
     database.cut_write_ahead_log()
     assert log.stat().st_size == 0

@@ -17,7 +17,7 @@ def connection_with(url: str, start: Callable[[Callable[[], None]], None]) -> po
     """A connection for which a second passes whenever somebody looks at the clock."""
     seconds = itertools.count()
     made = Breaker("database", lambda: None, clock=lambda: float(next(seconds)), start=start)
-    return postgres.watched_by(made).connect(url)
+    return postgres.connection_class(made).connect(url)
 
 
 def test_a_server_that_is_silent_for_a_look_too_is_given_up(postgres_server: str) -> None:
@@ -25,7 +25,7 @@ def test_a_server_that_is_silent_for_a_look_too_is_given_up(postgres_server: str
     connection = connection_with(postgres_server, looks.append)  # begun, and without an end
     looks.clear()
     connection.breaker._watching, connection.breaker._began = False, None
-    with pytest.raises(postgres.Silent):
+    with pytest.raises(postgres.DatabaseSilent):
         connection.execute("SELECT pg_sleep(60)")
     assert (len(looks), connection.closed) == (1, True)
 
@@ -46,10 +46,10 @@ def test_a_statement_that_takes_long_is_left_alone_while_the_server_answers_a_lo
 def test_nothing_is_asked_of_a_server_that_is_known_to_be_silent(postgres_server: str) -> None:
     connection = connection_with(postgres_server, lambda _: None)
     connection.breaker._open = True
-    with pytest.raises(postgres.Silent):
+    with pytest.raises(postgres.DatabaseSilent):
         connection.execute("SELECT 1")
     assert connection.closed
-    with pytest.raises(postgres.Silent):
+    with pytest.raises(postgres.DatabaseSilent):
         type(connection).connect(postgres_server)
 
 

@@ -101,7 +101,7 @@ def test_what_is_old_under_a_folder_is_listed_and_nothing_beside_it(storage: Sto
     for key in ("shelf/a/b", "shelf/c", "shelflife/d", "other/e"):
         storage.put(key, io.BytesIO(b"x"))
     later, earlier = datetime.now(UTC) + timedelta(hours=1), datetime.now(UTC) - timedelta(hours=1)
-    assert sorted(key for key, _ in storage.older_than(later, prefix="shelf")) == ["shelf/a/b", "shelf/c"]
-    assert all(earlier < written < later for _, written in storage.older_than(later, prefix="shelf"))
-    assert list(storage.older_than(earlier, prefix="shelf")) == []
-    assert list(storage.older_than(later, prefix="nowhere")) == []
+    assert sorted(key for key, _ in storage.list_older(later, prefix="shelf")) == ["shelf/a/b", "shelf/c"]
+    assert all(earlier < written < later for _, written in storage.list_older(later, prefix="shelf"))
+    assert list(storage.list_older(earlier, prefix="shelf")) == []
+    assert list(storage.list_older(later, prefix="nowhere")) == []

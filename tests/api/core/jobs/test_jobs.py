@@ -59,7 +59,7 @@ def test_claim_takes_the_highest_priority_then_the_oldest(session: Session) -> N
 
 def test_each_claim_takes_a_new_token(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
-    assert jobs.give_back(session, lease, "draining")
+    assert jobs.release(session, lease, "draining")
     (again,) = jobs.claim(session, "w2", lease_seconds=30)
     assert again.id == job.id
     assert again.lease_token == lease.token + 1
@@ -67,7 +67,7 @@ def test_each_claim_takes_a_new_token(session: Session) -> None:
 
 def test_giving_a_job_back_costs_no_attempt(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
-    jobs.give_back(session, lease, "draining")
+    jobs.release(session, lease, "draining")
     session.refresh(job)
     assert (job.attempts, job.rung_at, job.status) == (0, None, "queued")
 
@@ -82,8 +82,8 @@ def test_cancel_is_final_at_once_and_fences_the_worker(session: Session) -> None
     job, lease = a_running_job(session, a_project(session))
     jobs.cancel(session, job)
     assert (job.status, job.finished_at is not None, job.error) == ("cancelled", True, None)
-    assert not jobs.beat(session, lease, lease_seconds=30)
-    assert not jobs.note(session, lease, progress={})
+    assert not jobs.renew_lease(session, lease, lease_seconds=30)
+    assert not jobs.update_run(session, lease, progress={})
     assert not jobs.fail(session, lease, Failure("internal_error", "no"))
     assert not succeed(session, job, lease)
     assert story(session, job)[-1] == "cancelled"
@@ -108,27 +108,27 @@ def test_an_ended_job_cannot_be_cancelled(session: Session, end: str) -> None:
 def test_a_silent_worker_loses_its_job_to_the_queue(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
     expire(session, job)
-    assert jobs.recover_lost(session, max_attempts=3) == [job.id]
+    assert jobs.recover_lost_runs(session, max_attempts=3) == [job.id]
     session.refresh(job)
     assert (job.status, job.rung_at) == ("queued", None)
-    assert not jobs.beat(session, lease, lease_seconds=30)
+    assert not jobs.renew_lease(session, lease, lease_seconds=30)
 
 
 def test_a_living_worker_keeps_its_job(session: Session) -> None:
     _, lease = a_running_job(session, a_project(session))
-    assert jobs.recover_lost(session, max_attempts=3) == []
-    assert jobs.beat(session, lease, lease_seconds=30)
+    assert jobs.recover_lost_runs(session, max_attempts=3) == []
+    assert jobs.renew_lease(session, lease, lease_seconds=30)
 
 
 def test_a_job_whose_workers_keep_dying_fails_in_the_end(session: Session) -> None:
     job, _ = a_running_job(session, a_project(session))
     for _ in range(2):
         expire(session, job)
-        jobs.recover_lost(session, max_attempts=3)
+        jobs.recover_lost_runs(session, max_attempts=3)
         session.execute(update(Job).values(not_before=None))
         assert jobs.claim(session, "w", lease_seconds=30)
     expire(session, job)
-    assert jobs.recover_lost(session, max_attempts=3) == []
+    assert jobs.recover_lost_runs(session, max_attempts=3) == []
     session.refresh(job)
     assert job.status == "failed"
     assert job.error is not None
@@ -146,7 +146,7 @@ def test_however_often_a_job_was_lost_others_are_recovered(session: Session) -> 
     session.flush()
     for job in (often, once):
         expire(session, job)
-    assert set(jobs.recover_lost(session, max_attempts=10_000)) == {often.id, once.id}
+    assert set(jobs.recover_lost_runs(session, max_attempts=10_000)) == {often.id, once.id}
 
 
 def test_a_failure_carries_code_message_and_param(session: Session) -> None:
@@ -169,18 +169,18 @@ def test_events_are_numbered_without_gaps_and_paged_newest_first(session: Sessio
 
 def test_events_added_together_keep_their_order_between_others(session: Session) -> None:
     job = a_job(session, a_project(session))
-    events.append_all(session, job.id, [events.Line(f"e{number}") for number in range(5)], at=job.created_at)
+    events.append_all(session, job.id, [events.EventDraft(f"e{number}") for number in range(5)], at=job.created_at)
     events.append_all(session, job.id, [], at=job.created_at)
     events.append(session, job.id, "after", at=job.created_at)
-    told = [(row.sequence, row.message) for row in events.since(session, job.id, 1, limit=10)]
+    told = [(row.sequence, row.message) for row in events.list_since(session, job.id, 1, limit=10)]
     assert told == [(2, "e0"), (3, "e1"), (4, "e2"), (5, "e3"), (6, "e4"), (7, "after")]
 
 
 def test_an_evaluation_completes_the_row_of_its_step(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
     trained, evaluated = {"train_loss": 1.0, "full_valid_loss": None}, {"train_loss": None, "full_valid_loss": 2.0}
-    metrics.put(session, job.id, lease.token, [(3, trained), (4, trained), (4, evaluated)], at=job.created_at)
-    metrics.put(session, job.id, lease.token, [(3, evaluated)], at=job.created_at)
+    metrics.save_steps(session, job.id, lease.token, [(3, trained), (4, trained), (4, evaluated)], at=job.created_at)
+    metrics.save_steps(session, job.id, lease.token, [(3, evaluated)], at=job.created_at)
     both = {"train_loss": 1.0, "full_valid_loss": 2.0}
     assert list(metrics.read(session, job.id)) == [{**both, "step": 3}, {**both, "step": 4}]
 
@@ -188,10 +188,10 @@ def test_an_evaluation_completes_the_row_of_its_step(session: Session) -> None:
 def test_a_resumed_run_replaces_the_rows_of_the_lost_one(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
     lost = [(step, {"train_loss": float(step), "grad_norm": 1.0}) for step in (1, 2, 3)]
-    metrics.put(session, job.id, lease.token, lost, at=job.created_at)
-    metrics.forget_after(session, job.id, 2)
+    metrics.save_steps(session, job.id, lease.token, lost, at=job.created_at)
+    metrics.delete_after(session, job.id, 2)
     again = {"train_loss": 9.0, "grad_norm": None}
-    metrics.put(session, job.id, lease.token + 1, [(2, again), (3, again)], at=job.created_at)
+    metrics.save_steps(session, job.id, lease.token + 1, [(2, again), (3, again)], at=job.created_at)
     assert [(row["train_loss"], row["grad_norm"]) for row in metrics.read(session, job.id)] == [
         (1.0, 1.0), (9.0, None), (9.0, None),
     ]  # fmt: skip
@@ -257,9 +257,9 @@ def test_a_file_with_bad_rows_is_refused_or_used_as_asked(session: Session, on_r
 
 def test_a_queued_job_is_announced_once_then_left_alone(session: Session) -> None:
     job = a_queued_job(session, a_project(session))
-    assert notify.unannounced(session) == [(job.id, "train")]
-    notify.mark_rung(session, job.id)
-    assert notify.unannounced(session) == []
+    assert notify.find_unannounced(session) == [(job.id, "train")]
+    notify.mark_notified(session, job.id)
+    assert notify.find_unannounced(session) == []
 
 
 def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Session) -> None:
@@ -267,10 +267,10 @@ def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Sessi
     job = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == job.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     patience = timedelta(seconds=15)
-    assert notify.unheard(session, patience=patience) == []
+    assert notify.find_lost(session, patience=patience) == []
     a_worker(session, slots=1)
-    assert notify.unheard(session, patience=patience) == [(job.id, "train")]
+    assert notify.find_lost(session, patience=patience) == [(job.id, "train")]
     assert jobs.claim(session, "w", lease_seconds=30)
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
-    assert notify.unheard(session, patience=patience) == []
+    assert notify.find_lost(session, patience=patience) == []

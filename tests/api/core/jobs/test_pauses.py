@@ -47,24 +47,24 @@ def test_a_waiting_job_is_paused_at_once_and_not_claimed(session: Session) -> No
     job = pauses.pause(session, a_queued_job(session, a_project(session)))
     assert (job.status, job.finished_at) == ("paused", None)
     assert jobs.claim(session, "w", lease_seconds=30) == []
-    assert notify.unannounced(session) == []
+    assert notify.find_unannounced(session) == []
 
 
 def test_a_run_is_asked_to_pause_and_goes_on_holding_its_job(session: Session) -> None:
     job, lease = a_pausing_job(session)
     assert (job.status, job.shown_status) == ("running", "pausing")
-    assert pauses.is_asked(session, lease)
-    assert jobs.beat(session, lease, lease_seconds=30)
+    assert pauses.is_pause_requested(session, lease)
+    assert jobs.renew_lease(session, lease, lease_seconds=30)
 
 
 def test_nobody_is_asked_to_pause_before_somebody_asks(session: Session) -> None:
     _, lease = a_running_job(session, a_project(session))
-    assert not pauses.is_asked(session, lease)
+    assert not pauses.is_pause_requested(session, lease)
 
 
 def test_a_job_given_back_while_pausing_is_paused_and_has_lost_no_attempt(session: Session) -> None:
     job, lease = a_pausing_job(session)
-    assert jobs.give_back(session, lease, "The run was stopped for a pause")
+    assert jobs.release(session, lease, "The run was stopped for a pause")
     session.refresh(job)
     assert (job.status, job.shown_status, job.attempts, job.lease_owner) == ("paused", "paused", 0, None)
     assert statuses(session, job)[-3:] == ["running", "pausing", "paused"]
@@ -73,10 +73,10 @@ def test_a_job_given_back_while_pausing_is_paused_and_has_lost_no_attempt(sessio
 def test_a_pausing_job_whose_worker_is_lost_is_paused_too(session: Session) -> None:
     job, lease = a_pausing_job(session)
     session.execute(update(Job).values(lease_until=datetime.now(UTC) - timedelta(seconds=1)))
-    jobs.recover_lost(session, max_attempts=3)
+    jobs.recover_lost_runs(session, max_attempts=3)
     session.refresh(job)
     assert (job.status, job.losses) == ("paused", 1)
-    assert not jobs.beat(session, lease, lease_seconds=30)
+    assert not jobs.renew_lease(session, lease, lease_seconds=30)
 
 
 def test_a_run_that_ends_before_it_pauses_has_ended(session: Session) -> None:
@@ -130,11 +130,11 @@ def test_a_paused_job_is_among_those_that_wait_and_resumed(session: Session, env
 def test_a_pausing_or_paused_job_can_be_cancelled(session: Session, state: str) -> None:
     job, lease = a_pausing_job(session)
     if state == "paused":
-        jobs.give_back(session, lease, "Stopped")
+        jobs.release(session, lease, "Stopped")
     jobs.cancel(session, job)
     assert (job.status, job.pause_requested) == ("cancelled", False)
     assert statuses(session, job)[-2:] == [state, "cancelled"]
-    assert not jobs.beat(session, lease, lease_seconds=30)
+    assert not jobs.renew_lease(session, lease, lease_seconds=30)
 
 
 # --- resume -------------------------------------------------------------------------------------
@@ -143,10 +143,10 @@ def test_a_pausing_or_paused_job_can_be_cancelled(session: Session, state: str) 
 def test_a_resumed_job_queues_anew_and_is_announced(session: Session) -> None:
     project = a_project(session)
     job, other = a_queued_job(session, project), a_queued_job(session, project)
-    notify.mark_rung(session, job.id)
+    notify.mark_notified(session, job.id)
     pauses.resume(session, pauses.pause(session, job))
     assert job.status == "queued"
-    assert [bell.job_id for bell in notify.unannounced(session)] == [other.id, job.id]
+    assert [bell.job_id for bell in notify.find_unannounced(session)] == [other.id, job.id]
 
 
 def test_a_job_paused_before_its_files_were_checked_is_checked_first(session: Session) -> None:
@@ -197,7 +197,7 @@ def test_what_cannot_be_resumed_says_why(
         a_checkpoint(session, job)
     if file_is_gone:
         session.execute(update(File).where(File.id == job.training_file_id).values(deleted_at=datetime.now(UTC)))
-    prospect = pauses.prospects(session, [job])[job.id]
+    prospect = pauses.check_resumable(session, [job])[job.id]
     assert (prospect.possible, prospect.from_step, prospect.reason) == (False, None, why)
     with pytest.raises(WrongState, match=why) as caught:
         pauses.resume(session, job)
@@ -209,6 +209,8 @@ def test_a_paused_job_says_from_where_it_will_go_on(session: Session, step: int 
     job, lease = a_pausing_job(session)
     if step is not None:
         a_checkpoint(session, job, step)
-    jobs.give_back(session, lease, "Stopped")
+    jobs.release(session, lease, "Stopped")
     session.refresh(job)
-    assert pauses.prospects(session, [job])[job.id] == pauses.Prospect(possible=True, from_step=step, reason=None)
+    assert pauses.check_resumable(session, [job])[job.id] == pauses.Resumability(
+        possible=True, from_step=step, reason=None
+    )

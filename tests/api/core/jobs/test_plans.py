@@ -62,7 +62,7 @@ def look(session: Session) -> Things:
 
 ASKED: Mapping[str, Callable[[Session, Things], object]] = {
     **{name: lambda session, _, ask=ask: ask(session) for name, ask in queue_costs.HOT.items()},
-    "a job by its id": lambda session, it: lookup.sight(
+    "a job by its id": lambda session, it: lookup.load_view(
         session, lookup.find(session, it.queued.project_id, it.queued.id)
     ),
     "a job and the key that asks for it": lambda session, it: session.execute(
@@ -79,23 +79,25 @@ ASKED: Mapping[str, Callable[[Session, Things], object]] = {
         session, queue_costs.SEARCHED, after="ftjob-l9", limit=20, metadata={"team": "a"}
     ),
     "a page of events": lambda session, it: events.page(session, it.lease.job_id, after=None, limit=20),
-    "events after one": lambda session, it: events.since(session, it.ended.id, 0, limit=200),
+    "events after one": lambda session, it: events.list_since(session, it.ended.id, 0, limit=200),
     "what streams have not sent": lambda session, it: event_poller.find_news(
-        session, [event_poller.Position(job.id, -1, "key_0") for job in (it.ended, it.queued)]
+        session, [event_poller.StreamPosition(job.id, -1, "key_0") for job in (it.ended, it.queued)]
     ),
-    "the numbers of a flush": lambda session, it: metrics.put(
+    "the numbers of a flush": lambda session, it: metrics.save_steps(
         session, it.lease.job_id, it.lease.token, [(1, {}), (2, {})], at=it.queued.created_at
     ),
     "the events of a flush": lambda session, it: events.append_all(
-        session, it.lease.job_id, [events.Line("one"), events.Line("two")], at=it.queued.created_at
+        session, it.lease.job_id, [events.EventDraft("one"), events.EventDraft("two")], at=it.queued.created_at
     ),
     "a run's numbers": lambda session, it: list(metrics.read(session, it.ended.id)),
-    "numbers beyond a checkpoint": lambda session, it: metrics.forget_after(session, it.ended.id, 1),
-    "a lease is renewed": lambda session, it: jobs.beat(session, it.lease, lease_seconds=30),
-    "is a run asked to pause?": lambda session, it: pauses.is_asked(session, it.lease),
-    "may a project order one more?": lambda session, it: scheduling.check_room(session, it.queued.project_id),
-    "may a project run one more?": lambda session, it: scheduling.room(session, it.queued.project_id, wanted=1),
-    "who uses a file?": lambda session, it: files.user_of(session, it.file),
+    "numbers beyond a checkpoint": lambda session, it: metrics.delete_after(session, it.ended.id, 1),
+    "a lease is renewed": lambda session, it: jobs.renew_lease(session, it.lease, lease_seconds=30),
+    "is a run asked to pause?": lambda session, it: pauses.is_pause_requested(session, it.lease),
+    "may a project order one more?": lambda session, it: scheduling.require_queue_quota(session, it.queued.project_id),
+    "may a project run one more?": lambda session, it: scheduling.count_startable(
+        session, it.queued.project_id, wanted=1
+    ),
+    "who uses a file?": lambda session, it: files.describe_use(session, it.file),
 }
 
 

@@ -32,12 +32,12 @@ def test_remarks_and_lists_of_bad_rows_lose_what_they_quote(session: Session) ->
     say(session, job, "19 of 20 rows are used", file="training_file", errors=[PROBLEM], rows=20)
     say(session, job, PROBLEM["message"], file="training_file", rows=1, **PROBLEM)
     say(session, job, f"of the other file: {WORD}-2", file="validation_file", rows=1, **PROBLEM)
-    redaction.forget(session, [training.id])
+    redaction.redact_quotes(session, [training.id])
     session.flush()
     told = story(session, job)
     assert told.count(WORD) == 3  # of the other file: in its message, and twice in its data
     assert "19 of 20 rows are used" in told and "message_unrecognized_key" in told and "'rows': 20" in told
-    redaction.forget(session, [validation.id])
+    redaction.redact_quotes(session, [validation.id])
     session.flush()
     assert WORD not in story(session, job)
 
@@ -48,7 +48,7 @@ def test_the_error_of_a_job_loses_what_it_quotes_and_keeps_its_code(session: Ses
     job = a_job(session, project, file=training)
     jobs.reject(session, job.id, Failure("invalid_training_file", f"first: line 3: {WORD}", "training_file"))
     session.refresh(job)
-    redaction.forget(session, [training.id])
+    redaction.redact_quotes(session, [training.id])
     session.flush()
     session.refresh(job)
     assert job.error == {"code": "invalid_training_file", "message": redaction.REMOVED, "param": "training_file"}
@@ -60,7 +60,7 @@ def test_an_error_that_is_not_about_the_file_stays(session: Session) -> None:
     training = a_file(session, project)
     job = a_job(session, project, file=training)
     jobs.reject(session, job.id, Failure("out_of_memory", "The device ran out of memory."))
-    redaction.forget(session, [training.id])
+    redaction.redact_quotes(session, [training.id])
     session.flush()
     session.refresh(job)
     assert job.error is not None and job.error["message"] == "The device ran out of memory."
@@ -71,6 +71,6 @@ def test_another_projects_jobs_are_left_alone(session: Session) -> None:
     other = a_project(session, "others")
     job = a_job(session, other)
     say(session, job, WORD, file="training_file", **PROBLEM)
-    redaction.forget(session, [training.id])
+    redaction.redact_quotes(session, [training.id])
     session.flush()
     assert WORD in story(session, job)

@@ -69,7 +69,7 @@ def test_checkpoints_go_only_some_days_after_their_job_has_ended(session: Sessio
         a_checkpoint(session, job, 1)
     end(session, ended, PAST)
     end(session, fresh, datetime.now(UTC))
-    assert len(retention.forget_checkpoints(session, days=30)) == 1
+    assert len(retention.delete_checkpoints(session, days=30)) == 1
     assert [kept(session, job) for job in (ended, open_, fresh)] == [[], [1], [1]]
 
 
@@ -86,15 +86,15 @@ def test_the_bytes_of_a_superseded_checkpoint_are_to_be_cleared_with_its_file(se
     for step in (1, 2):
         a_checkpoint(session, job, step)
     checkpoints.supersede(session, job.id, keep=1)
-    assert [key for _, key in retention.uncleared(session, Checkpoint)] == [f"jobs/{job.id}/1-state.tar"]
-    assert [key for _, key in retention.uncleared(session, File)] == [f"jobs/{job.id}/1.tar"]
+    assert [key for _, key in retention.find_uncleared(session, Checkpoint)] == [f"jobs/{job.id}/1-state.tar"]
+    assert [key for _, key in retention.find_uncleared(session, File)] == [f"jobs/{job.id}/1.tar"]
 
 
 def test_what_was_cleared_is_not_found_again(session: Session) -> None:
     file = a_file(session, a_project(session), deleted_at=PAST)
-    assert retention.uncleared(session, File) == [(file.id, file.storage_key)]
+    assert retention.find_uncleared(session, File) == [(file.id, file.storage_key)]
     retention.mark_cleared(session, File, [file.id])
-    assert retention.uncleared(session, File) == []
+    assert retention.find_uncleared(session, File) == []
 
 
 def test_a_checkpoint_stored_twice_keeps_the_bytes_both_rows_name(session: Session) -> None:
@@ -102,9 +102,9 @@ def test_a_checkpoint_stored_twice_keeps_the_bytes_both_rows_name(session: Sessi
     job, _ = a_running_job(session, a_project(session))
     a_checkpoint(session, job, 1)
     a_checkpoint(session, job, 1)
-    keys = [key for _, key in retention.uncleared(session, File)]
+    keys = [key for _, key in retention.find_uncleared(session, File)]
     assert keys == [f"jobs/{job.id}/1.tar"]
-    assert retention.unnamed(session, keys) == set()
+    assert retention.find_unreferenced(session, keys) == set()
 
 
 def test_an_orphan_is_an_object_of_ours_that_no_row_names(session: Session) -> None:
@@ -112,12 +112,12 @@ def test_an_orphan_is_an_object_of_ours_that_no_row_names(session: Session) -> N
     row = a_checkpoint(session, job, 1)
     named = [row.state_key, session.scalar(select(File.storage_key).where(File.id == row.file_id)) or ""]
     lost = [f"jobs/{job.id}/attempt-1/adapter.tar", f"files/{job.project_id}/file-gone"]
-    assert retention.orphans(session, [*named, *lost]) == set(lost)
+    assert retention.find_orphans(session, [*named, *lost]) == set(lost)
 
 
 def test_objects_of_another_database_are_left_alone(session: Session) -> None:
     foreign = ["files/proj_other/file-1", "jobs/ftjob-other/attempt-1/adapter.tar", "backup/x", "jobs", "files/x"]
-    assert retention.orphans(session, foreign) == set()
+    assert retention.find_orphans(session, foreign) == set()
 
 
 # --- jobs themselves ------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_objects_of_another_database_are_left_alone(session: Session) -> None:
 def an_ended_job(session: Session, *, at: datetime = PAST) -> Job:
     """With metadata, a metric, a checkpoint and a result file."""
     job, lease = a_running_job(session, a_project(session), labels={"team": "a"})
-    metrics.put(session, job.id, lease.token, [(1, {"train_loss": 2.0})], at=at)
+    metrics.save_steps(session, job.id, lease.token, [(1, {"train_loss": 2.0})], at=at)
     a_checkpoint(session, job, 1)
     end(session, job, at)
     file = a_file(session, a_project(session), purpose="fine-tune-results", storage_key=f"jobs/{job.id}/metrics.csv")
@@ -147,7 +147,7 @@ def forget(session: Session, *, days: float = 30) -> list[str]:
     """Both steps, with the bytes cleared in between; who was removed."""
     retention.retire_jobs(session, days=days)
     for kind in (File, Checkpoint):
-        retention.mark_cleared(session, kind, [row_id for row_id, _ in retention.uncleared(session, kind)])
+        retention.mark_cleared(session, kind, [row_id for row_id, _ in retention.find_uncleared(session, kind)])
     return retention.remove_jobs(session, days=days)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from api.core.db.database import session_scope
 from api.core.monitoring import counters
-from api.core.monitoring.counters import Count
+from api.core.monitoring.counters import CounterValue
 
 pytestmark = pytest.mark.usefixtures("service")
 
@@ -18,7 +18,7 @@ def test_counts_that_many_add_to_at_once_are_all_there() -> None:
         # In another order every time: they are written in one.
         names = [NAMES[(number + shift) % 3] for shift in range(3)]
         with session_scope() as session:
-            counters.add_all(session, [Count(name, {"method": "loram"}, 1) for name in names])
+            counters.add_all(session, [CounterValue(name, {"method": "loram"}, 1) for name in names])
             session.commit()
 
     with ThreadPoolExecutor(8) as pool:

@@ -90,7 +90,7 @@ def test_a_second_attempt_runs_alone_and_joins_nobody(session: Session, older: s
     project = a_project(session)
     tried = a_willing_job(session, project)
     assert claim(session) == [tried.id]
-    assert jobs.retry(session, lease_of(session, tried), "The process was killed")
+    assert jobs.retry_alone(session, lease_of(session, tried), "The process was killed")
     fresh = [a_willing_job(session, project).id for _ in range(2)]
     if older == "the first attempts":
         session.execute(update(Job).where(Job.id == tried.id).values(turn=Job.turn + 60))
@@ -104,9 +104,9 @@ def test_a_job_given_back_costs_no_attempt_and_may_be_grouped_again(session: Ses
     project = a_project(session)
     drained = a_willing_job(session, project)
     claim(session)
-    jobs.give_back(session, lease_of(session, drained), "The worker is shutting down")
+    jobs.release(session, lease_of(session, drained), "The worker is shutting down")
     assert claim(session) == [drained.id]
-    jobs.give_back(session, lease_of(session, drained), "The worker is shutting down")
+    jobs.release(session, lease_of(session, drained), "The worker is shutting down")
     other = a_willing_job(session, project)
     assert claim(session) == [drained.id, other.id]
 
@@ -152,8 +152,8 @@ def test_a_lost_members_writes_are_refused_while_the_others_are_taken(session: S
     claim(session)
     leases = [lease_of(session, job) for job in (lost, kept)]
     jobs.cancel(session, lost)
-    assert [jobs.note(session, lease, progress={"step": 1}) for lease in leases] == [False, True]
-    assert [jobs.beat(session, lease, lease_seconds=30) for lease in leases] == [False, True]
+    assert [jobs.update_run(session, lease, progress={"step": 1}) for lease in leases] == [False, True]
+    assert [jobs.renew_lease(session, lease, lease_seconds=30) for lease in leases] == [False, True]
     assert [jobs.fail(session, lease, Failure("x", "y")) for lease in leases] == [False, True]
 
 
@@ -163,7 +163,7 @@ def test_the_leases_of_members_expire_independently(session: Session) -> None:
     claim(session)
     past = datetime.now(UTC) - timedelta(seconds=1)
     session.execute(update(Job).where(Job.id == silent.id).values(lease_until=past))
-    assert jobs.recover_lost(session, max_attempts=3) == [silent.id]
+    assert jobs.recover_lost_runs(session, max_attempts=3) == [silent.id]
     session.refresh(alive)
     assert (alive.status, lease_of(session, silent).token) == ("running", 1)
 
@@ -171,7 +171,7 @@ def test_the_leases_of_members_expire_independently(session: Session) -> None:
 def test_a_retry_costs_an_attempt_and_is_announced_again(session: Session) -> None:
     job = a_willing_job(session, a_project(session))
     claim(session)
-    assert jobs.retry(session, lease_of(session, job), "The process was killed")
+    assert jobs.retry_alone(session, lease_of(session, job), "The process was killed")
     session.refresh(job)
     assert (job.status, job.attempts, job.rung_at, job.lease_until) == ("queued", 1, None, None)
     event = session.scalars(select(Event).where(Event.job_id == job.id).order_by(Event.sequence.desc())).first()
@@ -188,7 +188,7 @@ def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
     waiting = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
     a_worker(session, slots=2)
-    assert notify.unheard(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
+    assert notify.find_lost(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
 
 
 # --- the key ------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def key_of(
     training: Hyperparameters = TRAINING,
     deterministic: bool = True,
 ) -> str | None:
-    return groups.key(base, lora, training=training, deterministic=deterministic)
+    return groups.compute_group_key(base, lora, training=training, deterministic=deterministic)
 
 
 @pytest.mark.parametrize(

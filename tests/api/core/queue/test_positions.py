@@ -13,7 +13,7 @@ from api.core.db import database
 from api.core.db.tables import Job
 from api.core.jobs import jobs, lookup
 from api.core.queue import positions
-from api.core.queue.positions import Board, Rank, Ranking
+from api.core.queue.positions import OrderCache, OrderEntry, QueueOrder
 from tests.things import a_project, a_queued_job
 
 
@@ -32,7 +32,7 @@ def rankings(session: Session, environment: pytest.MonkeyPatch) -> Iterator[list
 
 
 def shown_positions(session: Session, *queued: Job) -> list[int | None]:
-    return [sight.place.position if sight.place else None for sight in lookup.sights(session, queued)]
+    return [view.position.position if view.position else None for view in lookup.load_views(session, queued)]
 
 
 def test_one_ranking_serves_everybody(session: Session, rankings: list[str]) -> None:
@@ -67,21 +67,21 @@ def test_a_job_that_left_the_queue_has_no_place(session: Session, rankings: list
     jobs.claim(session, "worker:1", lease_seconds=30)
     session.expunge(job)
     job.status = "queued"  # as it was read a moment before
-    assert positions.of(session, stale) == {}
+    assert positions.find_positions(session, stale) == {}
 
 
 def test_threads_that_ask_at_once_rank_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(positions, "MAX_AGE_SECONDS", 60.0)
-    board, ranked, together = Board(), list[float](), threading.Barrier(8)
+    cache, ranked, together = OrderCache(), list[float](), threading.Barrier(8)
 
-    def rank() -> Ranking:
+    def rank() -> QueueOrder:
         ranked.append(time.monotonic())
         time.sleep(0.05)
-        return Ranking({"job": Rank(1, allowed=True)})
+        return QueueOrder({"job": OrderEntry(1, allowed=True)})
 
     def ask(_: int) -> int:
         together.wait()
-        return board.ranking([Job(id="job", queue="train")], rank).ranks["job"].position
+        return cache.order([Job(id="job", queue="train")], rank).entries["job"].position
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(8))) == [1] * 8

@@ -113,14 +113,14 @@ def test_every_place_is_the_one_that_the_rule_gives(
     a_crowd(session, Random(seed))
     a_worker(session, queues=QUEUES)
     rows = everything(session)
-    shown = positions.of(session, [row for row in rows if row.status == "queued"])
+    shown = positions.find_positions(session, [row for row in rows if row.status == "queued"])
     for queue in QUEUES:
         ordered = in_order(rows, at=None, queues=[queue])
         assert [shown[due.job_id].position for due in ordered] == [
             min(number, most + 1) for number in range(1, len(ordered) + 1)
         ]
         held = {due.job_id for due in ordered if not allowed(due, limit)}
-        assert scheduling.held(session, [due.job_id for due in ordered]) == held
+        assert scheduling.find_held_back(session, [due.job_id for due in ordered]) == held
         told = {job_id for job_id, place in shown.items() if place.reason == "project_limit_reached"}
         restarting = {job_id for job_id, place in shown.items() if place.reason == "restarting"}
         assert {due.job_id for due in ordered} & told == held - restarting
@@ -133,9 +133,9 @@ def test_bells_are_rung_for_all_that_could_start_and_nobody_else(session: Sessio
     startable = {due.job_id for due in in_order(rows.values(), at=now(session)) if allowed(due, limit)}
     wanted = {job_id for job_id in startable if rows[job_id].rung_at is None}
     assert wanted
-    assert {bell.job_id for bell in notify.unannounced(session)} == wanted
-    assert {job_id for job_id in rows if notify.bell(session, job_id)} == wanted
-    for bell in notify.unannounced(session):
+    assert {bell.job_id for bell in notify.find_unannounced(session)} == wanted
+    assert {job_id for job_id in rows if notify.find_notification(session, job_id)} == wanted
+    for bell in notify.find_unannounced(session):
         assert bell.queue == rows[bell.job_id].queue
 
 

@@ -35,7 +35,7 @@ def settings(environment: pytest.MonkeyPatch, **values: int) -> None:
 
 def place(session: Session, job: Job) -> tuple[int, str]:
     session.refresh(job)
-    found = lookup.sight(session, job).place
+    found = lookup.load_view(session, job).position
     assert found is not None
     return found.position, found.reason
 
@@ -82,7 +82,9 @@ def test_places_are_the_order_in_which_jobs_are_claimed(session: Session) -> Non
     for number in range(9):
         waited(session, a_queued_job(session, projects[number * number % 3], priority=number % 2), number * 700.0)
     queued = session.query(Job).filter(Job.status == "queued").all()
-    shown = sorted((sight.place.position, sight.job.id) for sight in lookup.sights(session, queued) if sight.place)
+    shown = sorted(
+        (view.position.position, view.job.id) for view in lookup.load_views(session, queued) if view.position
+    )
     assert [position for position, _ in shown] == list(range(1, 10))
     assert [claim(session)[0] for _ in range(9)] == [job_id for _, job_id in shown]
 
@@ -99,7 +101,7 @@ def test_a_claim_passes_over_a_project_at_its_limit(session: Session, environmen
     assert claim(session) == [free.id]
     assert claim(session) == []
     assert place(session, held) == (1, "project_limit_reached")
-    assert jobs.give_back(session, lease, "Stopped")
+    assert jobs.release(session, lease, "Stopped")
     assert claim(session) != []
 
 
@@ -118,12 +120,12 @@ def test_a_job_that_the_limit_holds_is_announced_once_it_may_run(
     settings(environment, project_running=1)
     project = a_project(session)
     first, second = a_queued_job(session, project), a_queued_job(session, project)
-    assert notify.unannounced(session) == [(first.id, "train")]
+    assert notify.find_unannounced(session) == [(first.id, "train")]
     assert claim(session) == [first.id]
-    assert notify.unannounced(session) == []
-    assert notify.bell(session, second.id) is None
+    assert notify.find_unannounced(session) == []
+    assert notify.find_notification(session, second.id) is None
     jobs.cancel(session, first)
-    assert notify.bell(session, second.id) == (second.id, "train")
+    assert notify.find_notification(session, second.id) == (second.id, "train")
 
 
 def test_the_waiting_jobs_of_a_project_are_counted(session: Session, environment: pytest.MonkeyPatch) -> None:
@@ -131,12 +133,12 @@ def test_the_waiting_jobs_of_a_project_are_counted(session: Session, environment
     project = a_project(session)
     a_running_job(session, project)
     a_job(session, project)
-    scheduling.check_room(session, project.id)
+    scheduling.require_queue_quota(session, project.id)
     a_queued_job(session, project)
     with pytest.raises(QuotaExceeded, match="2 jobs of this project are waiting, and 2 may") as caught:
-        scheduling.check_room(session, project.id)
+        scheduling.require_queue_quota(session, project.id)
     assert caught.value.code == "queue_full"
-    scheduling.check_room(session, a_project(session).id)
+    scheduling.require_queue_quota(session, a_project(session).id)
 
 
 # --- queues of workers ----------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def test_a_lost_message_is_rung_again_only_for_a_queue_that_somebody_serves(sess
     plain = a_queued_job(session, project)
     session.execute(update(Job).values(rung_at=past))
     a_worker(session, slots=4)
-    assert notify.unheard(session, patience=timedelta(seconds=15)) == [(plain.id, "train")]
+    assert notify.find_lost(session, patience=timedelta(seconds=15)) == [(plain.id, "train")]
 
 
 def test_places_are_counted_within_a_queue(session: Session) -> None:
@@ -187,7 +189,7 @@ def test_places_are_counted_within_a_queue(session: Session) -> None:
 
 
 def lose(session: Session, lease: Lease) -> Job:
-    assert jobs.lose(session, lease, "The worker was lost", max_attempts=9)
+    assert jobs.requeue_lost_run(session, lease, "The worker was lost", max_attempts=9)
     return session.get_one(Job, lease.job_id, populate_existing=True)
 
 
@@ -212,10 +214,10 @@ def test_a_job_that_waits_after_a_loss_is_not_claimed_or_announced_before(sessio
     job = lose(session, lease)
     later = datetime.now(UTC) + timedelta(seconds=5)
     session.execute(update(Job).values(not_before=later))
-    assert (claim(session), notify.unannounced(session)) == ([], [])
+    assert (claim(session), notify.find_unannounced(session)) == ([], [])
     assert place(session, job) == (1, "restarting")
     session.execute(update(Job).values(not_before=later - timedelta(seconds=6)))
-    assert notify.unannounced(session) == [(job.id, "train")]
+    assert notify.find_unannounced(session) == [(job.id, "train")]
     assert claim(session) == [job.id]
 
 
@@ -223,8 +225,8 @@ def test_a_new_checkpoint_makes_earlier_losses_count_no_more(session: Session) -
     job, lease = a_running_job(session, a_project(session))
     assert lose(session, lease).losses == 1
     (again,) = jobs.claim(session, "w", lease_seconds=30)
-    assert jobs.advanced(session, Lease(again.id, again.lease_token))
-    assert not jobs.advanced(session, lease)
+    assert jobs.reset_lost_runs(session, Lease(again.id, again.lease_token))
+    assert not jobs.reset_lost_runs(session, lease)
     session.refresh(job)
     assert job.losses == 0
 
