@@ -36,7 +36,7 @@ from benchmarks.train_page import write_section  # noqa: E402
 from lorainit.config.events import Metrics  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import a_running_job  # noqa: E402
-from worker.job.progress import Recorder  # noqa: E402
+from worker.job.progress import EventRecorder  # noqa: E402
 
 STEPS, FLUSHES, WARM = 100, 10, 2
 RATE = 20  # events a second
@@ -94,10 +94,10 @@ def a_run() -> tuple[Lease, str]:
 
 def cost_of_a_flush(lease: Lease) -> float:
     """Milliseconds of CPU of this process, the median of some."""
-    recorder, took = Recorder(lease), list[float]()
+    recorder, took = EventRecorder(lease), list[float]()
     for number in range(1, STEPS * (FLUSHES + WARM) + 1):
         step = {"step": number, "total_steps": 200, "tokens": 100 * number, "seconds": 0.05 * number}
-        recorder.take(Metrics(**step, epoch=0.1, train_loss=2.0, learning_rate=1e-4, tokens_per_second=300.0))
+        recorder.add(Metrics(**step, epoch=0.1, train_loss=2.0, learning_rate=1e-4, tokens_per_second=300.0))
         if number % STEPS == 0:
             started = time.process_time()
             recorder.flush()

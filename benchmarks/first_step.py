@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from api.core.devices.run_environment import without_secrets  # noqa: E402
 from lorainit.config.events import Event, Metrics, Stage  # noqa: E402
-from worker.child.supervisor import Place, run_child  # noqa: E402
-from worker.child.warm import Warm  # noqa: E402
+from worker.child.supervisor import RunPaths, run_child  # noqa: E402
+from worker.child.warm import WarmProcess  # noqa: E402
 
 MAKE = """
 import sys
@@ -48,7 +48,7 @@ class Times(NamedTuple):
     cpu: float
 
 
-def measured(folder: Path, warm: Warm | None) -> dict[str, Times]:
+def measured(folder: Path, warm: WarmProcess | None) -> dict[str, Times]:
     """One run."""
     started, found = time.monotonic(), dict[str, Times]()
 
@@ -67,7 +67,7 @@ def measured(folder: Path, warm: Warm | None) -> dict[str, Times]:
     lease.write_text(repr(time.monotonic() + 600))
     with tempfile.TemporaryDirectory(dir=folder) as place:
         out = Path(place) / "out"
-        places = [Place(spec=folder / "spec.json", out=out, lease=lease)]
+        places = [RunPaths(spec=folder / "spec.json", out=out, lease=lease)]
         outcome = run_child(places, grace=0, on_event=take, should_stop=lambda: "", warm=warm)
     assert outcome.returncode == 0, outcome.stderr_tail
     return found
@@ -81,9 +81,9 @@ def cpu_of_runs() -> Iterator[float]:
             yield used.user + used.system
 
 
-def made_ready() -> tuple[Warm, Times, int]:
+def made_ready() -> tuple[WarmProcess, Times, int]:
     """A warm process, what it took, and the bytes that it alone holds."""
-    warm, started = Warm(), time.monotonic()
+    warm, started = WarmProcess(), time.monotonic()
     warm.prepare({**without_secrets(), "TOKENIZERS_PARALLELISM": "false"})
     while not warm.is_ready():
         time.sleep(0.05)

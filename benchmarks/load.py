@@ -41,7 +41,7 @@ from benchmarks.train_page import write_section  # noqa: E402
 from lorainit.config.events import Metrics  # noqa: E402
 from tests import servers  # noqa: E402
 from tests.things import CHECKED, MODEL, a_file  # noqa: E402
-from worker.job.progress import Recorder  # noqa: E402
+from worker.job.progress import EventRecorder  # noqa: E402
 
 JOBS = "/v1/fine_tuning/jobs"
 PACES = {"20 steps a second, as a run": 20, FAST: None}
@@ -150,7 +150,7 @@ class Stub:
     """A worker whose run is only told."""
 
     def __init__(self, lease: Lease) -> None:
-        self._recorder = Recorder(lease)
+        self._recorder = EventRecorder(lease)
         self._step, self._total = 0, 10**6
 
     def try_out(self) -> None:
@@ -177,7 +177,7 @@ class Stub:
     def _tell(self, total: int) -> None:
         self._step += 1
         step = {"step": self._step, "total_steps": total, "tokens": 100 * self._step, "seconds": 0.05 * self._step}
-        self._recorder.take(Metrics(**step, epoch=0.1, train_loss=2.0, learning_rate=1e-4, tokens_per_second=300.0))
+        self._recorder.add(Metrics(**step, epoch=0.1, train_loss=2.0, learning_rate=1e-4, tokens_per_second=300.0))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lorainit.config.events import Checkpoint, Done, InitReport, Message, Metric
 from lorainit.config.spec import Choice, Lora
 from worker import reconciler
 from worker.job import artifacts
-from worker.job.progress import Lost, Recorder
+from worker.job.progress import EventRecorder, LeaseLost
 from worker.maintenance import row_checks
 
 PRECISION = "training.precision"
@@ -44,7 +44,7 @@ def train(
     job: Job, lease: Lease, *, steps: int = 3, nan_at: int | None = None, warnings: Sequence[Warned] = ()
 ) -> None:
     """Tell a run of `steps` steps with a checkpoint at the last one, then finish the job."""
-    recorder = Recorder(lease)
+    recorder = EventRecorder(lease)
     precision = job.recipe["training"]["precision"]
     automatic = precision == "auto"
     lora = Lora.model_validate(job.recipe["lora"])
@@ -125,7 +125,7 @@ def run_all() -> int:
                 fail(lease)
             elif label != "hold":
                 train(job, lease, steps=45 if label == "long" else 3, nan_at=2 if label == "nan" else None)
-        except Lost:
+        except LeaseLost:
             pass
         count += 1
     return count

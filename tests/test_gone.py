@@ -34,7 +34,7 @@ from tests.test_job_path import Stack, stack, tiny_base
 from tests.things import MODEL
 from worker.host import caches, scratch
 from worker.job import artifacts, outcomes
-from worker.job.progress import Recorder
+from worker.job.progress import EventRecorder
 from worker.maintenance import janitor
 
 __all__ = ["bases", "stack", "tiny_base", "tokenizer"]
@@ -80,11 +80,11 @@ def train_and_die(base: Path) -> Job:
     assert taken is not None
     job, lease = taken
     folder = get_settings().scratch() / job.id / "attempt-1"
-    with scratch.hold(folder):
+    with scratch.lock_folder(folder):
         path = artifacts.prepare(job, lease, folder, get_storage())
         spec = RunSpec.model_validate_json(path.read_bytes())
         tiny = BaseModelRef(id=MODEL, source=str(base), root="tests/tiny", max_length=128)
-        recorder = Recorder(lease)
+        recorder = EventRecorder(lease)
         run(
             spec.model_copy(update={"model": tiny}),
             folder / "out",
@@ -93,12 +93,12 @@ def train_and_die(base: Path) -> Job:
     return job
 
 
-def _record(event: Event, job: Job, lease: Lease, folder: Path, recorder: Recorder) -> None:
+def _record(event: Event, job: Job, lease: Lease, folder: Path, recorder: EventRecorder) -> None:
     if isinstance(event, Done):
         recorder.flush()
         artifacts.store_result(job, lease, event, folder, get_storage(), recorder.progress)
         return
-    recorder.take(event)
+    recorder.add(event)
     if isinstance(event, Checkpoint):
         recorder.flush()
         artifacts.store_checkpoint(job, lease, event, folder, get_storage())
@@ -171,7 +171,7 @@ def test_a_run_that_failed_quotes_rows_in_its_job_alone_and_only_while_they_are_
     assert taken is not None
     job, lease = taken
     message = f"12 of 12 rows of the training file cannot be used; first: Line 1: {WORD}."
-    outcomes.told(job, lease, Failed(code="invalid_training_file", message=message, param="data.training"))
+    outcomes.end_as_reported(job, lease, Failed(code="invalid_training_file", message=message, param="data.training"))
     assert {"jobs", "events"} <= where_it_is(WORD, tmp_path)
 
     client.delete(f"/v1/files/{file}").raise_for_status()

@@ -122,7 +122,7 @@ def test_a_reconciler_without_work_looks_once_a_pause(monkeypatch: pytest.Monkey
     monkeypatch.setattr(pending, "find_pending", lambda connection: looks.append(look(connection)) or looks[-1])
     wakes = {chore: threading.Event() for chore in reconciler.CHORES}
     with statements() as asked:
-        reconciler._watch(Unset(clock), wakes, Over(clock))
+        reconciler._wake_chores(Unset(clock), wakes, Over(clock))
     assert 0 < len(looks) <= MINUTE / get_settings().reconcile_seconds
     assert not any(event.is_set() for event in wakes.values())
     assert asked == []  # beside the looks themselves

@@ -61,7 +61,7 @@ def drain_file(pid: int) -> Path:
 
 def unhealthy_file(pid: int, slot: int | str) -> Path:
     """Exists while a slot of that worker takes no job because its GPU has failed, and says why."""
-    return get_settings().scratch() / f"{scratch.RESTS}{socket.gethostname()}-{pid}-{_BIRTH}-{slot}"
+    return get_settings().scratch() / f"{scratch.UNHEALTHY}{socket.gethostname()}-{pid}-{_BIRTH}-{slot}"
 
 
 @app.on_configure.connect  # type: ignore[union-attr, untyped-decorator]
@@ -72,7 +72,7 @@ def _check(**_: Any) -> None:
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]
 def _check_options(options: Mapping[str, Any], **_: Any) -> None:
-    if why := pool.refusal(options):
+    if why := pool.find_conflict(options):
         sys.exit(f"error: {why}")
 
 

@@ -15,7 +15,7 @@ from api.core.logs import get_logger
 from lorainit.config.events import Done, Event, Failed
 from worker.child.supervisor import Outcome
 from worker.host import scratch
-from worker.job.outcomes import DEVICE_FAILED, LEASE_LOST, WRONG_SPEC
+from worker.job.outcomes import DEVICE_FAILED, EXIT_LEASE_LOST, EXIT_WRONG_SPEC
 
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds, doubled from the second failure in a row on
 LOOK_SECONDS = 0.2
@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.2
 log = get_logger(__name__)
 
 
-class Health:
+class GpuHealth:
     """What the GPUs of this slot have done to its runs."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Health:
         Args:
             members: how many jobs the run had, each of which gets a last word from a process that ends by itself.
         """
-        unexplained = len(self._has_ended) < members and outcome.returncode not in (0, WRONG_SPEC, LEASE_LOST)
+        unexplained = len(self._has_ended) < members and outcome.returncode not in (0, EXIT_WRONG_SPEC, EXIT_LEASE_LOST)
         self._has_ended.clear()
         if outcome.stopped or outcome.is_from_outside or not devices.list_gpus():
             return
@@ -53,7 +53,7 @@ class Health:
             how = f"crashed ({outcome.crash})" if outcome.crash else f"left without a word ({outcome.returncode})"
             self._why = self._why or f"The process of a run {how}."
 
-    def rest_if_broken(self, names: str | None, flag: Path, *, is_leaving: Callable[[], bool]) -> None:
+    def wait_until_healthy(self, names: str | None, flag: Path, *, is_leaving: Callable[[], bool]) -> None:
         """After each run: return when the GPUs work, or when the worker leaves.
 
         Args:
@@ -66,15 +66,15 @@ class Health:
         while why is not None:
             self._failures += 1
             log.error("no job is taken until the GPU has been looked at", reason=why, gpus=names)
-            with scratch.raised(flag, why):
-                if _sleep(_wait(self._failures), is_leaving):
+            with scratch.raised_flag(flag, why):
+                if _sleep(_wait_seconds(self._failures), is_leaving):
                     return
                 why = examine(names, is_leaving=is_leaving)
         if self._failures:
             log.info("the GPU computes; jobs are taken again", failures=self._failures)
 
 
-def _wait(failures: int) -> float:
+def _wait_seconds(failures: int) -> float:
     """Seconds before a GPU is looked at that has failed so often in a row; most errors end a process only."""
     return 0.0 if failures < 2 else min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(failures - 2, 60))
 
@@ -98,10 +98,10 @@ def examine(names: str | None, *, is_leaving: Callable[[], bool]) -> str | None:
 
 
 @cache
-def _of(_pid: int) -> Health:
-    return Health()
+def _of(_pid: int) -> GpuHealth:
+    return GpuHealth()
 
 
-def of_this_slot() -> Health:
+def of_slot() -> GpuHealth:
     """The one of this process."""
     return _of(os.getpid())

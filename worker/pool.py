@@ -12,7 +12,7 @@ from celery import concurrency
 from api.core.settings import get_settings
 
 
-def refusal(options: Mapping[str, Any]) -> str | None:
+def find_conflict(options: Mapping[str, Any]) -> str | None:
     """What in the options of a Celery worker contradicts the settings, or what a worker needs; None: nothing."""
     return _pool(options) or _size(options) or _queues(options)
 

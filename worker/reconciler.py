@@ -35,7 +35,7 @@ from worker.maintenance.row_checks import LANES
 
 Item = TypeVar("Item")
 
-PATIENCE = timedelta(seconds=15)
+NOTIFY_AGAIN_AFTER = timedelta(seconds=15)
 
 log = get_logger(__name__)
 
@@ -86,7 +86,7 @@ def _consider(job_id: str) -> bool:
 def announce() -> bool:
     """Ring for jobs that were never announced, and again for those whose message got lost; True if somebody heard."""
     with session_scope(read_only=True) as session:
-        waiting = [*notify.find_unannounced(session), *notify.find_lost(session, patience=PATIENCE)]
+        waiting = [*notify.find_unannounced(session), *notify.find_lost(session, patience=NOTIFY_AGAIN_AFTER)]
     for notification in waiting:
         try:
             queue.notify_workers(*notification)
@@ -99,14 +99,14 @@ def announce() -> bool:
     return bool(waiting)
 
 
-def leave_results() -> bool:
+def write_result_files() -> bool:
     """Ended jobs that logged steps get their result file; True if some were looked at."""
     with session_scope(read_only=True) as session:
         ended = metrics.find_without_csv(session)
-    return any(_for_each(ended, _leave_result))
+    return any(_for_each(ended, _write_result_file))
 
 
-def _leave_result(job: Job) -> bool:
+def _write_result_file(job: Job) -> bool:
     with session_scope(read_only=True) as session:
         file = metrics.store_csv(session, get_storage(), job)
     with session_scope() as session:
@@ -133,13 +133,13 @@ def _for_each(items: Sequence[Item], do: Callable[[Item], bool]) -> list[bool]:
     return said
 
 
-CHORES: tuple[Chore, ...] = (recover, admit, announce, leave_results, *LANES, janitor.clear, *janitor.RESTS)
+CHORES: tuple[Chore, ...] = (recover, admit, announce, write_result_files, *LANES, janitor.clear, *janitor.PAUSES)
 # Which of them there is something to do for, as far as a look can say.
 WOKEN: Mapping[str, Sequence[Chore]] = {
     "lost": [recover],
     "validating": [admit],
     "queued": [announce],
-    "unwritten": [leave_results],
+    "unwritten": [write_result_files],
     "unchecked": LANES,
     "uncleared": [janitor.clear],
 }
@@ -156,7 +156,7 @@ def run(stop: threading.Event) -> None:
     """
     look, wakes = threading.Event(), {chore: threading.Event() for chore in CHORES}
     threads = [
-        threading.Thread(target=_watch, args=(look, wakes, stop), name="watch"),
+        threading.Thread(target=_wake_chores, args=(look, wakes, stop), name="watch"),
         threading.Thread(target=_end, args=(look, wakes, stop), name="end"),
     ]
     for chore, wake in wakes.items():
@@ -174,7 +174,7 @@ def _end(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: th
         event.set()
 
 
-def _watch(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: threading.Event) -> None:
+def _wake_chores(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: threading.Event) -> None:
     """Look, and wake the chores that there is something for; again when `look` is set, or after a pause."""
     pause = get_settings().reconcile_seconds
     with ExitStack() as held:
@@ -189,13 +189,13 @@ def _watch(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: 
                 pause = _longer(pause)
                 log.warning("the reconciler could not look for work", error=str(error))
                 found = None
-            for chore in _woken(found):
+            for chore in _chores_for(found):
                 if chore in wakes:
                     wakes[chore].set()
             look.wait(pause)
 
 
-def _woken(found: pending.PendingWork | None) -> list[Chore]:
+def _chores_for(found: pending.PendingWork | None) -> list[Chore]:
     names = [] if found is None else [name for name, some in found._asdict().items() if some]
     return [chore for name in names for chore in WOKEN[name]]
 
@@ -218,7 +218,7 @@ def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: th
         if more:
             look.set()
         else:
-            wake.wait(janitor.RESTS.get(chore, SWEEP_SECONDS))
+            wake.wait(janitor.PAUSES.get(chore, SWEEP_SECONDS))
 
 
 def _longer(pause: float) -> float:

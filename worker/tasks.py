@@ -25,9 +25,9 @@ from lorainit.config.events import Event
 from worker import gpu_health
 from worker.app import app, drain_file, name, unhealthy_file
 from worker.child import warm
-from worker.child.supervisor import Place, StopReason, run_child
+from worker.child.supervisor import RunPaths, StopReason, run_child
 from worker.host import disk_space
-from worker.job.job_writer import Member
+from worker.job.job_writer import JobWriter
 
 log = get_logger(__name__)
 
@@ -47,17 +47,17 @@ def run_job(job_id: str) -> None:
     with bound_contextvars(jobs=[job.id for job in claimed]), ExitStack() as exits:
         for job in claimed:
             exits.enter_context(traces.span("run", job.traceparent, job=job.id, attempt=job.attempts))
-        members = [exits.enter_context(Member(job)) for job in claimed]
+        members = [exits.enter_context(JobWriter(job)) for job in claimed]
         wait([member.prepare() for member in members])
-        ready = {member: member.place for member in members if member.place is not None}
+        ready = {member: member.paths for member in members if member.paths is not None}
         if ready:
             _train(list(ready), list(ready.values()))
-    gpu_health.of_this_slot().rest_if_broken(_gpus(), unhealthy_file(os.getppid(), _slot()), is_leaving=_is_leaving)
+    gpu_health.of_slot().wait_until_healthy(_gpus(), unhealthy_file(os.getppid(), _slot()), is_leaving=_is_leaving)
 
 
 def _claim() -> list[Job]:
     settings, owner = get_settings(), f"{name(os.getppid())}/{os.getpid()}"
-    if not devices.may_take_a_job(settings.worker_slots) or not disk_space.for_any_job():
+    if not devices.may_take_a_job(settings.worker_slots) or not disk_space.has_space_for_any_job():
         return []  # the reconciler rings again while a slot is free
     with session_scope() as session:
         claimed = jobs.claim(
@@ -71,12 +71,12 @@ def _claim() -> list[Job]:
     return claimed
 
 
-def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
+def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
     settings = get_settings()
 
     def on_event(event: Event) -> None:
-        gpu_health.of_this_slot().note_event(event)
-        members[event.member].take(event)
+        gpu_health.of_slot().note_event(event)
+        members[event.member].write_event(event)
 
     def should_stop() -> StopReason:
         if all(member.is_over for member in members) and any(member.is_lost for member in members):
@@ -86,23 +86,23 @@ def _train(members: Sequence[Member], places: Sequence[Place]) -> None:
 
     try:
         outcome = run_child(
-            places,
+            run_paths,
             grace=settings.stop_grace_seconds,
             on_event=on_event,
             should_stop=should_stop,
-            warm=warm.of_this_slot(),
+            warm=warm.process_of_slot(),
             gpus=_gpus(),
         )
     except Exception as error:
         log.exception("the worker failed")
-        wait([member.give_up(error) for member in members])
+        wait([member.abort(error) for member in members])
         return
-    gpu_health.of_this_slot().note_end(outcome, members=len(members))
+    gpu_health.of_slot().note_end(outcome, members=len(members))
     if outcome.returncode and not outcome.stopped:
         log.error("the run ended badly", returncode=outcome.returncode, stderr=outcome.stderr_tail)
     # Pausing one of several stops the process of all; the others go back to the queue with a checkpoint, too.
     reason = "The worker is shutting down" if _is_leaving() else "The run was stopped for a pause"
-    wait([member.conclude(outcome, reason) for member in members])
+    wait([member.finish(outcome, reason) for member in members])
 
 
 def _slot() -> int:

@@ -16,7 +16,7 @@ from api.core.db.database import session_scope
 from api.core.queue import notify
 from api.core.queue.queue import get_celery
 from worker import reconciler, tasks
-from worker.child.supervisor import Outcome, Place
+from worker.child.supervisor import Outcome, RunPaths
 
 _TOKEN = re.compile(r" AND jobs\.lease_token = %\(\w+\)s(::INTEGER)?")
 
@@ -25,7 +25,7 @@ def no_watchdog() -> None:
     """Nobody but its supervisor stops a trainer: the lease file that it watches never runs out."""
     run_child = tasks.run_child
 
-    def run(places: Sequence[Place], **others: Any) -> Outcome:
+    def run(places: Sequence[RunPaths], **others: Any) -> Outcome:
         return run_child([replace(place, lease=_endless(place.lease)) for place in places], **others)
 
     tasks.run_child = run

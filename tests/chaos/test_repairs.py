@@ -15,7 +15,7 @@ from api.core.queue.workers import FRESH
 from tests.chaos.clients import stub_orders
 from tests.chaos.conftest import Town
 from tests.chaos.fleet import LEASE_SECONDS
-from worker.reconciler import PATIENCE
+from worker.reconciler import NOTIFY_AGAIN_AFTER
 
 START_SECONDS = 15.0
 CANCEL_SECONDS = 5.0
@@ -43,7 +43,7 @@ def test_a_message_that_the_broker_forgot_is_sent_again(town: Town) -> None:
     town.until(lambda: town.ledger.rows(rung), seconds=10)
     with Redis.from_url(town.fleet.valkey.url) as client:
         client.flushall()
-    patience = PATIENCE.total_seconds() + 120 * 0.05 + START_SECONDS
+    patience = NOTIFY_AGAIN_AFTER.total_seconds() + 120 * 0.05 + START_SECONDS
     town.until(lambda: town.status(job) == "succeeded", seconds=patience + FRESH.total_seconds())
 
 
@@ -53,7 +53,7 @@ def test_without_a_broker_jobs_are_accepted_and_run_when_it_is_back(town: Town) 
         job = town.order(steps=10, seed=3)
     finally:
         town.fleet.valkey.start()
-    town.until(lambda: town.status(job) == "succeeded", seconds=PATIENCE.total_seconds() + START_SECONDS)
+    town.until(lambda: town.status(job) == "succeeded", seconds=NOTIFY_AGAIN_AFTER.total_seconds() + START_SECONDS)
 
 
 def test_without_a_database_a_run_stops_itself_before_its_lease_ends(town: Town) -> None:

@@ -10,7 +10,7 @@ from tests.chaos import mutants
 from worker import tasks
 from worker.app import app
 from worker.child import supervisor
-from worker.child.supervisor import Outcome, Place
+from worker.child.supervisor import Outcome, RunPaths
 
 __all__ = ["app"]
 
@@ -18,7 +18,7 @@ STUB = "stub"
 _TRAINER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("trainer.py")))
 
 
-def _run_child(places: Sequence[Place], **others: Any) -> Outcome:
+def _run_child(places: Sequence[RunPaths], **others: Any) -> Outcome:
     stub = json.loads(places[0].spec.read_text())["model"]["id"] == STUB
     return supervisor.run_child(places, **others, **({"program": _TRAINER} if stub else {}))
 

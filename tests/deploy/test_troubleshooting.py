@@ -30,7 +30,7 @@ def kinds(kind: type[LorainitError]) -> Iterator[str]:
 
 def job_codes() -> set[str]:
     """What a job may fail with, as far as it stands in code."""
-    said = set(kinds(LorainitError)) | set(pauses.RESUMABLE_ERRORS) | set(outcomes.PASSES)
+    said = set(kinds(LorainitError)) | set(pauses.RESUMABLE_ERRORS) | set(outcomes.RETRIED_CODES)
     for path in (ROOT / "worker").rglob("*.py"):
         said |= set(re.findall(r'Failure\(\s*"(\w+)"', path.read_text()))
     return said

@@ -209,7 +209,7 @@ def test_a_job_cancelled_while_its_failure_is_written_frees_its_worker(
 
     storage = slow("put", "step_metrics", hangs=True)
     environment.setattr(artifacts, "pack", broken)
-    environment.setattr(outcomes, "get_storage", lambda: leased_storage.WhileOurs(storage, threading.Event()))
+    environment.setattr(outcomes, "get_storage", lambda: leased_storage.LeasedStorage(storage, threading.Event()))
     cancelled_once(lab, storage.busy.is_set, lambda: lab.run(DONE))
 
 

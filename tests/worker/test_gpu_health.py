@@ -74,8 +74,8 @@ def test_the_slot_rests_until_its_gpu_computes(
 
 
 def test_each_failure_in_a_row_is_waited_for_twice_as_long() -> None:
-    assert [gpu_health._wait(failures) for failures in (1, 2, 3, 4)] == [0.0, 60.0, 120.0, 240.0]
-    assert gpu_health._wait(10_000) == 3600.0
+    assert [gpu_health._wait_seconds(failures) for failures in (1, 2, 3, 4)] == [0.0, 60.0, 120.0, 240.0]
+    assert gpu_health._wait_seconds(10_000) == 3600.0
 
 
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -87,11 +87,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_run_that_ends_otherwise_begins_the_count_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A GPU that computes for the look and fails each run is given fewer and fewer."""
-    waited, health = waits(monkeypatch), gpu_health.Health()
+    waited, health = waits(monkeypatch), gpu_health.GpuHealth()
     for is_broken in (True, True, False, True):
         if is_broken:
             health.note_event(BROKEN)
-        health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
+        health.wait_until_healthy(None, tmp_path / "flag", is_leaving=lambda: False)
     assert waited == [0.0, 60.0, 0.0]
 
 
@@ -100,9 +100,9 @@ def test_a_process_that_fell_silent_has_its_gpus_looked_at_where_it_had_any(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[str], looked: int
 ) -> None:
     monkeypatch.setattr(gpu_health.devices, "names", lambda: names)
-    waited, health = waits(monkeypatch), gpu_health.Health()
+    waited, health = waits(monkeypatch), gpu_health.GpuHealth()
     health.note_event(Failed(code="worker_lost", message="Silence.", param=None))
-    health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
+    health.wait_until_healthy(None, tmp_path / "flag", is_leaving=lambda: False)
     assert len(waited) == looked
 
 
@@ -123,20 +123,20 @@ def test_a_run_that_fails_with_a_word_is_stopped_or_is_killed_says_nothing_of_it
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gpu_health.devices, "names", lambda: ["0"])
-    waited, health = waits(monkeypatch), gpu_health.Health()
+    waited, health = waits(monkeypatch), gpu_health.GpuHealth()
     for returncode, stopped in ((-signal.SIGABRT, True), (-signal.SIGKILL, False), (1, False)):
         if returncode == 1:
             health.note_event(Failed(code="non_finite_loss", message="NaN.", param=None))
         health.note_end(Outcome(returncode, stopped=stopped, stderr_tail=""), members=1)
-        health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
+        health.wait_until_healthy(None, tmp_path / "flag", is_leaving=lambda: False)
     assert not waited
 
 
 def test_a_worker_that_leaves_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    health = gpu_health.Health()
+    health = gpu_health.GpuHealth()
     health.note_event(BROKEN)
     monkeypatch.setattr(examination, "PROGRAM", ("no such program",))
-    health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: True)
+    health.wait_until_healthy(None, tmp_path / "flag", is_leaving=lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def slots(environment: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_only_the_slot_whose_gpu_failed_is_missing_from_its_workers_row(slots: Callable[[int], None]) -> None:
     slots(3)
     assert app._usable_slots() == (3, None)
-    with scratch.raised(app.unhealthy_file(os.getpid(), 1), "The GPU failed."):
+    with scratch.raised_flag(app.unhealthy_file(os.getpid(), 1), "The GPU failed."):
         assert app._usable_slots() == (2, "The GPU failed.")
-        with scratch.raised(app.unhealthy_file(os.getpid(), 2), "The GPU failed."):
+        with scratch.raised_flag(app.unhealthy_file(os.getpid(), 2), "The GPU failed."):
             assert app._usable_slots() == (1, "The GPU failed.")
     assert app._usable_slots() == (3, None)
 

@@ -158,7 +158,7 @@ def test_a_run_that_gets_further_each_time_is_never_given_up(alone: Lab, monkeyp
 
 def test_a_storage_that_stays_away_is_not_the_jobs_fault(alone: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
-        raise retry.PASSING[-1]("the bucket does not answer")
+        raise retry.TRANSIENT[-1]("the bucket does not answer")
 
     monkeypatch.setattr(retry, "LONGEST_SECONDS", 0.3)
     monkeypatch.setattr(ObjectStorage, "put", away)

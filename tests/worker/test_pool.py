@@ -31,7 +31,7 @@ def test_the_number_of_processes_is_that_of_slots() -> None:
     ],
 )
 def test_options_that_say_the_same_are_taken(options: dict[str, object]) -> None:
-    assert pool.refusal(options) is None
+    assert pool.find_conflict(options) is None
 
 
 @pytest.mark.parametrize(

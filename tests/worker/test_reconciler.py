@@ -124,7 +124,7 @@ def test_a_cancelled_job_still_gets_its_result_file() -> None:
         metrics.save_steps(session, job.id, lease.token, [step], at=job.created_at)
         jobs.cancel(session, job)
         session.commit()
-    reconciler.leave_results()
+    reconciler.write_result_files()
     file_id = job_of(job.id).result_file_id
     assert file_id is not None
     with session_scope() as session:
@@ -140,7 +140,7 @@ def test_an_ended_job_that_logged_nothing_is_looked_at_once() -> None:
         session.commit()
     with session_scope() as session:
         assert len(metrics.find_without_csv(session)) == 1
-    reconciler.leave_results()
+    reconciler.write_result_files()
     with session_scope() as session:
         assert metrics.find_without_csv(session) == []
 
@@ -204,7 +204,7 @@ def test_a_chore_is_repeated_at_once_while_there_is_more_and_rests_then_as_long_
             return False
 
     stop = threading.Event()
-    monkeypatch.setattr(reconciler.janitor, "RESTS", {chore: 3600.0})
+    monkeypatch.setattr(reconciler.janitor, "PAUSES", {chore: 3600.0})
     reconciler._repeat(chore, Wake(), threading.Event(), stop)
     assert (left, rests) == ([], [3600.0])
 
@@ -235,12 +235,12 @@ def test_each_chore_is_woken_by_what_there_is_to_do_and_by_nothing_else(monkeypa
         jobs.cancel(session, session.get_one(Job, job.id))
         files.mark_deleted(session, session.get_one(File, file.id))
         session.commit()
-    assert woken() == {"leave_results", "clear"}
+    assert woken() == {"write_result_files", "clear"}
 
 
 def woken() -> set[str]:
     with plain_connection() as connection:
-        return {chore.__name__ for chore in reconciler._woken(pending.find_pending(connection))}
+        return {chore.__name__ for chore in reconciler._chores_for(pending.find_pending(connection))}
 
 
 def test_a_look_whose_connection_died_is_an_error_and_the_next_one_has_another() -> None:

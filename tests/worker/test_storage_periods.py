@@ -74,7 +74,7 @@ def keep_watch_for_days(folder: Path, days: int) -> None:
             assert last is not None
             last.until += timedelta(days=1)
             session.commit()
-        janitor.keep_watch()
+        janitor.check_storage_owner()
 
 
 def age(path: Path, days: float) -> None:
@@ -97,12 +97,12 @@ def spans() -> int:
 
 def test_an_older_database_removes_nothing_that_a_newer_one_may_have_known(engine: Engine, tmp_path: Path) -> None:
     project = a_known_project()
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     backup = back_up(engine)
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     store(project, "newer")
     restore(engine, backup)
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     keep_watch_for_days(tmp_path, 3)
     janitor.sweep_orphans()
     assert stored(tmp_path) == ["newer"]
@@ -112,13 +112,13 @@ def test_a_restored_database_removes_orphans_again_that_are_younger_than_the_res
     engine: Engine, tmp_path: Path
 ) -> None:
     project = a_known_project()
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     backup = back_up(engine)
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     store(project, "newer")
     days_pass(tmp_path, 1)
     restore(engine, backup)
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     store(project, "orphan")
     keep_watch_for_days(tmp_path, 2)
     janitor.sweep_orphans()
@@ -127,10 +127,10 @@ def test_a_restored_database_removes_orphans_again_that_are_younger_than_the_res
 
 def test_a_service_that_is_restarted_removes_what_was_left_just_before(tmp_path: Path) -> None:
     project = a_known_project()
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     store(project, "orphan")
     days_pass(tmp_path, HALF_AN_HOUR)
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     keep_watch_for_days(tmp_path, 2)
     janitor.sweep_orphans()
     assert stored(tmp_path) == []
@@ -138,16 +138,16 @@ def test_a_service_that_is_restarted_removes_what_was_left_just_before(tmp_path:
 
 def test_an_old_mark_that_was_restored_with_the_database_hides_nothing(engine: Engine, tmp_path: Path) -> None:
     project = a_known_project()
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     backup, mark = back_up(engine), {path: path.read_bytes() for path in _marks()}
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     store(project, "newer")
     days_pass(tmp_path, 1)
     restore(engine, backup)
     age_watches(1)
     for path, content in mark.items():
         path.write_bytes(content)
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     keep_watch_for_days(tmp_path, 2)
     janitor.sweep_orphans()
     assert stored(tmp_path) == ["newer"]
@@ -155,7 +155,7 @@ def test_an_old_mark_that_was_restored_with_the_database_hides_nothing(engine: E
 
 def test_before_the_first_look_after_a_restore_nothing_younger_is_removed(engine: Engine, tmp_path: Path) -> None:
     project = a_known_project()
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     backup = back_up(engine)
     store(project, "newer")
     days_pass(tmp_path, 2)
@@ -166,7 +166,7 @@ def test_before_the_first_look_after_a_restore_nothing_younger_is_removed(engine
 
 def test_two_databases_on_one_storage_remove_nothing_of_each_other(engine: Engine, tmp_path: Path) -> None:
     project = a_known_project()
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     copies = [back_up(engine)] * 2
 
     def both_look(days: float) -> None:
@@ -175,7 +175,7 @@ def test_two_databases_on_one_storage_remove_nothing_of_each_other(engine: Engin
         for number in (0, 1):
             restore(engine, copies[number])
             age_watches(days)
-            janitor.keep_watch()
+            janitor.check_storage_owner()
             janitor.sweep_orphans()
             copies[number] = back_up(engine)
 
@@ -188,7 +188,7 @@ def test_two_databases_on_one_storage_remove_nothing_of_each_other(engine: Engin
 
 def test_looks_that_fail_one_after_another_add_no_rows() -> None:
     for _ in range(4):
-        janitor.keep_watch()
+        janitor.check_storage_owner()
         for path in _marks():
             path.write_text("another database's")
     assert spans() == 1
@@ -201,7 +201,7 @@ def _marks() -> list[Path]:
 def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    janitor.keep_watch()
+    janitor.check_storage_owner()
 
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -211,8 +211,8 @@ def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, crash)
             with pytest.raises(KeyboardInterrupt):
-                janitor.keep_watch()
-    janitor.keep_watch()
+                janitor.check_storage_owner()
+    janitor.check_storage_owner()
     assert spans() == 1
     with session_scope(read_only=True) as session:
         ((since, until),) = storage_periods.list_periods(session)
@@ -220,12 +220,12 @@ def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
 
 
 def test_of_two_looks_at_once_one_gives_way() -> None:
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     with session_scope() as session:
         seen = storage_periods.find_newest(session)
         assert seen is not None
         assert storage_periods.extend_period(session, seen, seen.token) is not None
         assert storage_periods.extend_period(session, seen, seen.token) is None
         session.commit()
-    janitor.keep_watch()
+    janitor.check_storage_owner()
     assert spans() == 1

@@ -22,18 +22,18 @@ from pydantic import ValidationError
 from api.core.devices.run_environment import PROGRAM, environment_of_runs
 from api.core.logs import get_logger
 from lorainit.config.events import EVENT, Event
-from worker.child.warm import Forked, Warm
+from worker.child.warm import ForkedRun, WarmProcess
 from worker.host.memory import offer_to_the_oom_killer, oom_kills
 
 # How a child ends that somebody has killed, or asked to leave, who was not us.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
 POLL_SECONDS = 0.2
-Child = subprocess.Popen[bytes] | Forked
+Child = subprocess.Popen[bytes] | ForkedRun
 StopReason = Literal["", "drain", "lost"]
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPaths:
     """Where one member of a run finds its spec, leaves its files and looks for its lease."""
 
     spec: Path
@@ -75,14 +75,14 @@ class Outcome:
 
 
 def run_child(
-    places: Sequence[Place],
+    run_paths: Sequence[RunPaths],
     *,
     grace: float,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], StopReason],
     gpus: str | None = None,
     program: Sequence[str] | None = None,
-    warm: Warm | None = None,
+    warm: WarmProcess | None = None,
 ) -> Outcome:
     """Run `program` for one or more members until it ends or `should_stop` says why it must; None = `PROGRAM`.
 
@@ -95,7 +95,7 @@ def run_child(
     """
     kills = oom_kills()
     reader, writer = os.pipe()
-    folder = places[0].out.parent
+    folder = run_paths[0].out.parent
     stderr = folder / "stderr.log"
     environment = environment_of_runs(gpus)
     warm = warm if program is None else None
@@ -103,9 +103,9 @@ def run_child(
         for_it = {**environment, "TMPDIR": str(folder)}
         child: Child | None = None
         if warm is not None:
-            child = warm.fork(_arguments(places), folder=folder, environment=for_it, files=[writer, log.fileno()])
+            child = warm.fork(_arguments(run_paths), folder=folder, environment=for_it, files=[writer, log.fileno()])
         child = child or subprocess.Popen(
-            [*(program or PROGRAM), *_arguments(places), "--events-fd", str(writer)],
+            [*(program or PROGRAM), *_arguments(run_paths), "--events-fd", str(writer)],
             env=for_it,
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -151,8 +151,8 @@ def _supervise(
     return stopped
 
 
-def _arguments(places: Sequence[Place]) -> list[str]:
-    first, *others = places
+def _arguments(run_paths: Sequence[RunPaths]) -> list[str]:
+    first, *others = run_paths
     own = [str(first.spec), str(first.out), "--lease", str(first.lease)]
     return own + [part for one in others for part in ("--member", str(one.spec), str(one.out), str(one.lease))]
 

@@ -33,7 +33,7 @@ ANSWER_SECONDS = 2.0  # a run that is cancelled meanwhile waits, too
 LOOK_SECONDS = 0.5  # between two looks whether a run is still there
 
 
-class Forked:
+class ForkedRun:
     """A run that was forked, with what `subprocess.Popen` has of the same names; the context waits for its end.
 
     `give_up` ends the process that it was forked from, when that one is silent.
@@ -75,16 +75,16 @@ class Forked:
     def _ended(self, timeout: float | None) -> int:
         deadline = inf if timeout is None else time.monotonic() + timeout
         silent_since = inf  # when the run had ended and nobody had said how
-        while not (said := self._said(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))):
+        while not (message := self._receive(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))):
             now = time.monotonic()
             silent_since = min(silent_since, now) if self._is_over() else inf
-            if said == b"" or now - silent_since > ANSWER_SECONDS:
-                return self._lost()
+            if message == b"" or now - silent_since > ANSWER_SECONDS:
+                return self._count_as_killed()
             if now >= deadline:
                 raise subprocess.TimeoutExpired("a run", timeout or 0.0)
-        return int(json.loads(said)["returncode"])
+        return int(json.loads(message)["returncode"])
 
-    def _said(self, seconds: float) -> bytes | None:
+    def _receive(self, seconds: float) -> bytes | None:
         """What the process says that the run was forked from; None for nothing yet, b"" when it will say no more."""
         self._server.settimeout(seconds)
         try:
@@ -100,7 +100,7 @@ class Forked:
         except psutil.NoSuchProcess:
             return True
 
-    def _lost(self) -> int:
+    def _count_as_killed(self) -> int:
         """Who could say how the run ended has been killed, and the run with it, or is frozen: it counts as killed."""
         self.kill()
         self._give_up()
@@ -108,7 +108,7 @@ class Forked:
         return -9
 
 
-class Warm:
+class WarmProcess:
     """At most one such process, `program` with the number of a socket; it dies with this one."""
 
     def __init__(self, program: Sequence[str] = PROGRAM) -> None:
@@ -141,7 +141,7 @@ class Warm:
 
     def fork(
         self, arguments: Sequence[str], *, folder: Path, environment: Mapping[str, str], files: Sequence[int]
-    ) -> Forked | None:
+    ) -> ForkedRun | None:
         """Fork `python -m lorainit` with these arguments; None where it is not ready.
 
         Args:
@@ -156,7 +156,7 @@ class Warm:
         try:
             self._server.settimeout(ANSWER_SECONDS)
             socket.send_fds(self._server, [json.dumps(order).encode()], files)
-            return Forked(json.loads(self._server.recv(MAX_MESSAGE))["pid"], self._server, self.close)
+            return ForkedRun(json.loads(self._server.recv(MAX_MESSAGE))["pid"], self._server, self.close)
         except (OSError, ValueError, psutil.NoSuchProcess) as error:
             log.warning("no run could be forked; it is started from scratch", error=repr(error))
             self.close()  # what it may have forked dies with it
@@ -181,11 +181,11 @@ class Warm:
 
 
 @cache
-def _of(_pid: int) -> Warm:
-    return Warm()
+def _of(_pid: int) -> WarmProcess:
+    return WarmProcess()
 
 
-def of_this_slot() -> Warm | None:
+def process_of_slot() -> WarmProcess | None:
     """The one of this process; None where it is not wanted, or where a GPU could be looked at before the fork."""
     wanted = get_settings().keep_warm and sys.platform == "linux" and not devices.list_gpus()
     return _of(os.getpid()) if wanted else None

@@ -37,11 +37,11 @@ ASK_AGAIN_SECONDS = 300.0
 log = get_logger(__name__)
 
 
-class NotNow(Exception):
+class WaitForDiskSpace(Exception):
     """There is not enough room now; the message says how much is missing and where."""
 
 
-class Never(Exception):
+class DoesNotFit(Exception):
     """The job does not fit on this host's volumes even when they are empty."""
 
     def __init__(self, failure: Failure) -> None:
@@ -50,7 +50,7 @@ class Never(Exception):
 
 
 @dataclass(frozen=True)
-class Share:
+class DeviceNeed:
     """Volumes on one device and the bytes that a job writes to them together."""
 
     volumes: Sequence[Volume]
@@ -61,9 +61,9 @@ class Share:
         """The device's number."""
         return self.volumes[0].device
 
-    def free(self, promised: Mapping[int, int]) -> int:
-        """Bytes left on the device for somebody else than those who were `promised` some."""
-        return self.volumes[0].free - promised.get(self.device, 0)
+    def free(self, reserved: Mapping[int, int]) -> int:
+        """Bytes left on the device for somebody else than those who were `reserved` some."""
+        return self.volumes[0].free - reserved.get(self.device, 0)
 
     @property
     def name(self) -> str:
@@ -72,15 +72,15 @@ class Share:
 
 
 # Of this process, which holds one run at a time: the share that the last job was sent back for.
-_lacking: tuple[Share, float] | None = None
+_waiting_for: tuple[DeviceNeed, float] | None = None
 
 
-def for_any_job() -> bool:
+def has_space_for_any_job() -> bool:
     """May this worker take a job?
 
     Not below the floor, not where nothing can be written, and not while the room is missing that it last waited for.
     """
-    global _lacking
+    global _waiting_for
     settings = get_settings()
     for volume in disk.worker_volumes(settings):
         if volume.free < settings.min_free_bytes:
@@ -88,14 +88,11 @@ def for_any_job() -> bool:
             return False
         if volume.name != "model cache" and not _can_be_written(volume):  # all of it may be there already
             return False
-    if _lacking is not None:
-        share, since = _lacking
-        if (
-            share.free(reservations.outstanding(settings)) < share.needed
-            and time.monotonic() - since < ASK_AGAIN_SECONDS
-        ):
+    if _waiting_for is not None:
+        need, since = _waiting_for
+        if need.free(reservations.outstanding(settings)) < need.needed and time.monotonic() - since < ASK_AGAIN_SECONDS:
             return False
-        _lacking = None
+        _waiting_for = None
     return True
 
 
@@ -108,7 +105,7 @@ def _can_be_written(volume: Volume) -> bool:
     return True
 
 
-def require(job: Job, *, data_bytes: int, folder: Path) -> None:
+def reserve_for_job(job: Job, *, data_bytes: int, folder: Path) -> None:
     """Reserve the room that the job needs, beside what other runs of this host were promised.
 
     What is missing is remembered by `for_any_job`.
@@ -118,37 +115,37 @@ def require(job: Job, *, data_bytes: int, folder: Path) -> None:
         folder: its scratch folder, which this process holds.
 
     Raises:
-        NotNow: it has to wait.
-        Never: it cannot run on this host.
+        WaitForDiskSpace: it has to wait.
+        DoesNotFit: it cannot run on this host.
     """
-    global _lacking
+    global _waiting_for
     settings = get_settings()
     with reservations.one_at_a_time(settings):
-        promised = reservations.outstanding(settings, besides=folder)
-        needed = shares(job, settings, data_bytes=data_bytes)
-        for share in needed:
-            if share.needed > share.volumes[0].size:
-                raise Never(
-                    Failure("disk_full", _sentence(share, f"has {format_bytes(share.volumes[0].size)} altogether"))
+        reserved = reservations.outstanding(settings, besides=folder)
+        needed = needs_by_device(job, settings, data_bytes=data_bytes)
+        for need in needed:
+            if need.needed > need.volumes[0].size:
+                raise DoesNotFit(
+                    Failure("disk_full", _sentence(need, f"has {format_bytes(need.volumes[0].size)} altogether"))
                 )
-            if share.needed > share.free(promised):
-                _lacking = (share, time.monotonic())
-                raise NotNow(_sentence(share, _what_is_there(share, promised)))
-        reservations.promise(folder, {share.device: share.needed for share in needed})
+            if need.needed > need.free(reserved):
+                _waiting_for = (need, time.monotonic())
+                raise WaitForDiskSpace(_sentence(need, _what_is_there(need, reserved)))
+        reservations.reserve(folder, {need.device: need.needed for need in needed})
 
 
-def _what_is_there(share: Share, promised: Mapping[int, int]) -> str:
-    others = promised.get(share.device, 0)
+def _what_is_there(need: DeviceNeed, reserved: Mapping[int, int]) -> str:
+    others = reserved.get(need.device, 0)
     kept = f", of which other runs were promised {format_bytes(others)}" if others else ""
-    return f"has {format_bytes(share.volumes[0].free)} free{kept}"
+    return f"has {format_bytes(need.volumes[0].free)} free{kept}"
 
 
-def shares(job: Job, settings: Settings, *, data_bytes: int) -> list[Share]:
+def needs_by_device(job: Job, settings: Settings, *, data_bytes: int) -> list[DeviceNeed]:
     """What the job needs by device: folders on one disk share its room."""
     needed = _needs(job, settings, data_bytes=data_bytes)
     volumes = sorted(disk.worker_volumes(settings), key=lambda volume: volume.device)
     devices = [list(group) for _, group in groupby(volumes, key=lambda volume: volume.device)]
-    return [Share(group, sum(needed[volume.name] for volume in group)) for group in devices]
+    return [DeviceNeed(group, sum(needed[volume.name] for volume in group)) for group in devices]
 
 
 def _needs(job: Job, settings: Settings, *, data_bytes: int) -> Mapping[str, int]:
@@ -172,5 +169,5 @@ def _conversion(entry: Entry, settings: Settings) -> int:
     return math.ceil(linear * FLOAT * EMBEDDINGS)
 
 
-def _sentence(share: Share, has: str) -> str:
-    return f"This job needs about {format_bytes(share.needed)} of disk for {share.name}; the worker's volume {has}."
+def _sentence(need: DeviceNeed, has: str) -> str:
+    return f"This job needs about {format_bytes(need.needed)} of disk for {need.name}; the worker's volume {has}."

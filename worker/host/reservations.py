@@ -14,7 +14,7 @@ from api.core.files import disk
 from api.core.settings import Settings
 from worker.host import scratch
 
-PROMISE = "promised.json"
+RESERVATION = "promised.json"
 _LOCK = "reserving"
 
 
@@ -27,15 +27,15 @@ def one_at_a_time(settings: Settings) -> Iterator[None]:
         yield
 
 
-def promise(folder: Path, needed: Mapping[int, int]) -> None:
+def reserve(folder: Path, needed: Mapping[int, int]) -> None:
     """The run that holds `folder` may write so many bytes to each device; these count from now on."""
-    (folder / PROMISE).write_text(json.dumps({str(device): size for device, size in needed.items()}))
+    (folder / RESERVATION).write_text(json.dumps({str(device): size for device, size in needed.items()}))
 
 
 def outstanding(settings: Settings, *, besides: Path | None = None) -> dict[int, int]:
     """Bytes by device that runs other than the one in `besides` were promised and have not written."""
     found: dict[int, int] = {}
-    for folder in scratch.held():
+    for folder in scratch.list_locked():
         if folder != besides:
             for device, size in _left(folder, settings).items():
                 found[device] = found.get(device, 0) + size
@@ -44,14 +44,14 @@ def outstanding(settings: Settings, *, besides: Path | None = None) -> dict[int,
 
 def _left(folder: Path, settings: Settings) -> dict[int, int]:
     try:
-        promised = {int(device): int(size) for device, size in json.loads((folder / PROMISE).read_text()).items()}
+        reserved = {int(device): int(size) for device, size in json.loads((folder / RESERVATION).read_text()).items()}
     except (OSError, ValueError):  # not promised yet, being written, or gone
         return {}
     for place in (folder, *_stored(folder, settings)):
         with suppress(OSError):
             device = place.stat().st_dev
-            promised[device] = promised.get(device, 0) - _size(place)
-    return {device: size for device, size in promised.items() if size > 0}
+            reserved[device] = reserved.get(device, 0) - _size(place)
+    return {device: size for device, size in reserved.items() if size > 0}
 
 
 def _stored(folder: Path, settings: Settings) -> list[Path]:

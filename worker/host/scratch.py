@@ -17,7 +17,7 @@ from typing import IO
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 
-LOCK, FLAG, RESTS = "held", "drain-", "rest-"
+LOCK, FLAG, UNHEALTHY = "held", "drain-", "rest-"
 # A folder is made a moment before its lock is taken.
 YOUNG_SECONDS = 30.0
 
@@ -25,7 +25,7 @@ log = get_logger(__name__)
 _raised: list[IO[bytes]] = []
 
 
-def hold(folder: Path) -> IO[bytes]:
+def lock_folder(folder: Path) -> IO[bytes]:
     """Make `folder` this process's until the returned file is closed.
 
     Raises:
@@ -50,7 +50,7 @@ def raise_flag(flag: Path) -> None:
 
 
 @contextmanager
-def raised(flag: Path, text: str) -> Iterator[None]:
+def raised_flag(flag: Path, text: str) -> Iterator[None]:
     """The file `flag` with this text is this process's while the context is open."""
     flag.parent.mkdir(parents=True, exist_ok=True)
     with flag.open("w") as file:
@@ -63,27 +63,27 @@ def raised(flag: Path, text: str) -> Iterator[None]:
             flag.unlink(missing_ok=True)
 
 
-def held() -> list[Path]:
+def list_locked() -> list[Path]:
     """The folders of runs on this host, whichever worker's."""
-    return [path for path in get_settings().scratch().glob("ftjob-*/attempt-*") if not _is_nobodys(path)]
+    return [path for path in get_settings().scratch().glob("ftjob-*/attempt-*") if not _is_unlocked(path)]
 
 
 def sweep() -> list[Path]:
     """Remove the folders of attempts nobody holds and the flags of workers that are gone; what was removed."""
     scratch = get_settings().scratch()
-    left = [path for path in scratch.glob("ftjob-*/attempt-*") if _is_nobodys(path)]
+    left = [path for path in scratch.glob("ftjob-*/attempt-*") if _is_unlocked(path)]
     for folder in left:
         log.warning("removed what a dead attempt left", folder=str(folder.relative_to(scratch)))
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another attempt's folder lies beside it
             folder.parent.rmdir()
-    flags = [path for kind in (FLAG, RESTS) for path in scratch.glob(f"{kind}*") if _is_nobodys(path, path)]
+    flags = [path for kind in (FLAG, UNHEALTHY) for path in scratch.glob(f"{kind}*") if _is_unlocked(path, path)]
     for flag in flags:
         flag.unlink(missing_ok=True)
     return [*left, *flags]
 
 
-def _is_nobodys(path: Path, file: Path | None = None) -> bool:
+def _is_unlocked(path: Path, file: Path | None = None) -> bool:
     """Whether `path` is old enough and nobody holds its lock, the one in it if it is a folder."""
     try:
         if time.time() - path.stat().st_mtime < YOUNG_SECONDS:

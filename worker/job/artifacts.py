@@ -21,7 +21,7 @@ from lorainit.config.resolve import as_resolved
 from lorainit.config.spec import Data, Hyperparameters, Lora, RunSpec
 from worker.host import disk_space
 from worker.job.archive import Archive, pack, unpack
-from worker.job.progress import Lost
+from worker.job.progress import LeaseLost
 
 TIMES = ("stage_seconds", "seconds_to_first_step")  # of a job's progress, kept when it is over
 
@@ -30,9 +30,9 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
     """Fetch a job's files and its last checkpoint; write `spec.json` and return its path.
 
     Raises:
-        Lost: the job is not ours any more.
-        NotNow: its disks have too little room at the moment.
-        Never: they have too little even when they are empty.
+        LeaseLost: the job is not ours any more.
+        WaitForDiskSpace: its disks have too little room at the moment.
+        DoesNotFit: they have too little even when they are empty.
     """
     with session_scope(read_only=True) as session:
         training = session.get_one(File, job.training_file_id)
@@ -40,7 +40,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         calibration = session.get(File, job.calibration_file_id) if job.calibration_file_id else None
         checkpoint = checkpoints.latest(session, job.id)
     rows = [file for file in (training, validation, calibration) if file is not None]
-    disk_space.require(job, data_bytes=sum(file.bytes for file in rows), folder=folder)
+    disk_space.reserve_for_job(job, data_bytes=sum(file.bytes for file in rows), folder=folder)
     data = Data(
         training=str(_fetch(storage, training.storage_key, folder / "training.jsonl")),
         validation=str(_fetch(storage, validation.storage_key, folder / "validation.jsonl")) if validation else None,
@@ -58,7 +58,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
     with session_scope() as session:
         # A worker that slept since its claim must not delete what its successor has logged meanwhile.
         if not jobs.update_run(session, lease):
-            raise Lost
+            raise LeaseLost
         metrics.delete_after(session, job.id, checkpoint.step if checkpoint else 0)
         session.commit()
     lora, recipe = Lora.model_validate(job.recipe["lora"]), Hyperparameters.model_validate(job.recipe["training"])
@@ -86,7 +86,7 @@ def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, st
     and their bytes leaves nothing behind. The child's copy goes: many would fill its disk.
 
     Raises:
-        Lost: the job is not ours any more.
+        LeaseLost: the job is not ours any more.
     """
     at = int(time.time())
     source, prefix = Path(event.path), f"jobs/{job.id}/attempt-{lease.token}/step-{event.step}"
@@ -96,7 +96,7 @@ def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, st
         storage.put(key, archive.path)
     with session_scope() as session:
         if not jobs.reset_lost_runs(session, lease):
-            raise Lost
+            raise LeaseLost
         file = _row(session, job, f"{job.id}-step-{event.step}.tar", f"{prefix}/adapter.tar", adapter)
         row = checkpoints.add(
             session, job, step=event.step, metrics=event.metrics, file=file, state_key=f"{prefix}/state.tar"
@@ -117,7 +117,7 @@ def store_result(job: Job, lease: Lease, done: Done, folder: Path, storage: Stor
     """Upload the adapter and the metrics, then write all rows and `succeeded` in one transaction.
 
     Raises:
-        Lost: the job is not ours any more.
+        LeaseLost: the job is not ours any more.
     """
     archive = pack(Path(done.adapter), folder / "adapter.tar", mtime=int(time.time()))
     key = f"jobs/{job.id}/attempt-{lease.token}/adapter.tar"
@@ -139,7 +139,7 @@ def store_result(job: Job, lease: Lease, done: Done, folder: Path, storage: Stor
             progress={**progress, "stage": "done", "percent": 100.0, "remaining_seconds": 0},
         )
         if not moved:
-            raise Lost
+            raise LeaseLost
         session.commit()
 
 

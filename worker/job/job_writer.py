@@ -23,18 +23,18 @@ from api.core.jobs.jobs import Lease
 from api.core.logs import get_logger
 from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done, Event, Failed
-from worker.child.supervisor import Outcome, Place
+from worker.child.supervisor import Outcome, RunPaths
 from worker.host import disk_space, scratch
 from worker.job import artifacts, outcomes, path_redaction
 from worker.job.lease import LeaseKeeper
-from worker.job.leased_storage import WhileOurs
-from worker.job.progress import Lost, Recorder
-from worker.job.retry import Result, patiently, unless_lost
+from worker.job.leased_storage import LeasedStorage
+from worker.job.progress import EventRecorder, LeaseLost
+from worker.job.retry import Result, retry_until_lost, run_unless_lost
 
 log = get_logger(__name__)
 
 
-class Member:
+class JobWriter:
     """Holds one claimed job while the context is open, and writes what comes of it.
 
     `place` is where the child finds it, once it is prepared. What a method leaves to the member's
@@ -43,21 +43,21 @@ class Member:
 
     def __init__(self, job: Job) -> None:
         settings = get_settings()
-        self.place: Place | None = None
+        self.paths: RunPaths | None = None
         self._job, self._lease = job, Lease(job.id, job.lease_token)
         self._folder = settings.scratch() / job.id / f"attempt-{job.lease_token}"
         self._keeper = LeaseKeeper(
             self._lease, self._folder / "lease", seconds=settings.lease_seconds, beat=settings.beat_seconds
         )
-        self._names = path_redaction.names_of(job, self._folder)
-        self._recorder = Recorder(self._lease)
+        self._names = path_redaction.public_names(job, self._folder)
+        self._recorder = EventRecorder(self._lease)
         self._ended = threading.Event()
         bind = partial(bind_contextvars, job_id=job.id, token=job.lease_token)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=job.id, initializer=bind)
 
     def __enter__(self) -> Self:
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._held = scratch.hold(self._folder)
+        self._held = scratch.lock_folder(self._folder)
         self._keeper.__enter__()
         log.info("claimed", job_id=self._job.id, token=self._lease.token, attempt=self._job.attempts)
         return self
@@ -89,91 +89,91 @@ class Member:
 
     def prepare(self) -> Future[None]:
         """Fetch what the child needs; `place` stays None if that failed."""
-        return self._soon(self._prepare)
+        return self._submit(self._prepare)
 
-    def take(self, event: Event) -> None:
+    def write_event(self, event: Event) -> None:
         """Write what the child says; a last word ends the job at once, while others go on."""
-        event = path_redaction.without_paths(event, self._names)
+        event = path_redaction.redact_paths(event, self._names)
         if isinstance(event, Done | Failed):
             self._ended.set()
-            self._soon(partial(self._end, event))
+            self._submit(partial(self._end, event))
         else:
-            self._soon(partial(self._record, event))
+            self._submit(partial(self._record, event))
 
-    def conclude(self, outcome: Outcome, reason: str) -> Future[None]:
+    def finish(self, outcome: Outcome, reason: str) -> Future[None]:
         """The child is gone: end the job unless a last word has. `reason`: why we stopped it, if we did."""
-        return self._soon(partial(self._end_silently, outcome, reason))
+        return self._submit(partial(self._end_without_report, outcome, reason))
 
-    def give_up(self, error: Exception) -> Future[None]:
+    def abort(self, error: Exception) -> Future[None]:
         """The child could not be supervised, by a fault of ours or for want of what its host has."""
-        return self._soon(partial(self._give_up, error))
+        return self._submit(partial(self._abort, error))
 
     @property
     def _storage(self) -> Storage:
-        return WhileOurs(get_storage(), self._keeper.lost)
+        return LeasedStorage(get_storage(), self._keeper.lost)
 
     # --- in the member's thread ------------------------------------------------------------------
 
-    def _soon(self, action: Callable[[], None]) -> Future[None]:
-        return self._thread.submit(self._guarded, action)
+    def _submit(self, action: Callable[[], None]) -> Future[None]:
+        return self._thread.submit(self._run_guarded, action)
 
-    def _guarded(self, action: Callable[[], None]) -> None:
+    def _run_guarded(self, action: Callable[[], None]) -> None:
         if self.is_lost:
             return
         try:
             action()
-        except Lost:
+        except LeaseLost:
             log.warning("the job is not ours any more; stopped")
             self._keeper.let_go()
-        except disk_space.NotNow as reason:
-            self._last_word(partial(outcomes.wait_for_room, self._lease, str(reason)))
-        except disk_space.Never as verdict:
-            self._last_word(partial(outcomes.fail, self._lease, verdict.failure))
+        except disk_space.WaitForDiskSpace as reason:
+            self._write_ending(partial(outcomes.requeue_for_disk_space, self._lease, str(reason)))
+        except disk_space.DoesNotFit as verdict:
+            self._write_ending(partial(outcomes.fail, self._lease, verdict.failure))
         except Exception as error:
             log.exception("the worker failed")
-            self._last_word(partial(outcomes.broken, self._lease, error))
+            self._write_ending(partial(outcomes.end_after_worker_error, self._lease, error))
 
-    def _give_up(self, error: Exception) -> None:
-        self._last_word(partial(outcomes.broken, self._lease, error))
+    def _abort(self, error: Exception) -> None:
+        self._write_ending(partial(outcomes.end_after_worker_error, self._lease, error))
 
-    def _last_word(self, write: Callable[[], None]) -> None:
+    def _write_ending(self, write: Callable[[], None]) -> None:
         try:
-            unless_lost(write, until=self._keeper.lost)
-        except Lost:
+            run_unless_lost(write, until=self._keeper.lost)
+        except LeaseLost:
             log.warning("the job is not ours any more; stopped")
         except Exception:
             log.exception("that could not be written either; the lease will run out")
         self._keeper.let_go()
 
     def _prepare(self) -> None:
-        spec = self._patiently(partial(artifacts.prepare, self._job, self._lease, self._folder, self._storage))
-        self.place = Place(spec=spec, out=self._folder / "out", lease=self._folder / "lease")
+        spec = self._retry(partial(artifacts.prepare, self._job, self._lease, self._folder, self._storage))
+        self.paths = RunPaths(spec=spec, out=self._folder / "out", lease=self._folder / "lease")
 
     def _record(self, event: Event) -> None:
-        self._recorder.take(event)
+        self._recorder.add(event)
         if self._recorder.is_due or isinstance(event, Checkpoint):
-            self._patiently(self._recorder.flush)
+            self._retry(self._recorder.flush)
         if isinstance(event, Checkpoint):
             # After its metrics: a resumed run never has a checkpoint ahead of its metrics.
             store = partial(artifacts.store_checkpoint, self._job, self._lease, event, self._folder, self._storage)
-            self._patiently(store)
+            self._retry(store)
 
     def _end(self, word: Done | Failed) -> None:
-        self._patiently(self._recorder.flush)
+        self._retry(self._recorder.flush)
         if isinstance(word, Done):
             folder, progress = self._folder, self._recorder.progress
             store = partial(artifacts.store_result, self._job, self._lease, word, folder, self._storage, progress)
-            self._patiently(store)
+            self._retry(store)
             log.info("succeeded")
         else:
-            self._patiently(partial(outcomes.told, self._job, self._lease, word))
+            self._retry(partial(outcomes.end_as_reported, self._job, self._lease, word))
         self._keeper.close()
 
-    def _end_silently(self, outcome: Outcome, reason: str) -> None:
+    def _end_without_report(self, outcome: Outcome, reason: str) -> None:
         if self._ended.is_set():
             return
-        self._patiently(self._recorder.flush)
-        self._patiently(partial(outcomes.silent, self._job, self._lease, outcome, reason))
+        self._retry(self._recorder.flush)
+        self._retry(partial(outcomes.end_without_report, self._job, self._lease, outcome, reason))
 
-    def _patiently(self, action: Callable[[], Result]) -> Result:
-        return patiently(action, until=self._keeper.lost)
+    def _retry(self, action: Callable[[], Result]) -> Result:
+        return retry_until_lost(action, until=self._keeper.lost)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from api.core.files.storage import CHUNK, Storage, StoredObject
-from worker.job.progress import Lost
+from worker.job.progress import LeaseLost
 
 
-class WhileOurs:
-    """`storage`, whose transfers raise `Lost` after `lost` is set. A put that ends so leaves nothing under its key."""
+class LeasedStorage:
+    """`storage`, whose transfers raise `LeaseLost` after `lost` is set. A put that ends so leaves nothing under its key."""
 
     def __init__(self, storage: Storage, lost: threading.Event) -> None:
         self._storage, self._lost = storage, lost
@@ -43,7 +43,7 @@ class WhileOurs:
     def _checked(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
             if self._lost.is_set():
-                raise Lost
+                raise LeaseLost
             yield chunk
 
 

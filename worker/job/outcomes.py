@@ -16,17 +16,17 @@ from api.core.settings import get_settings
 from lorainit.config.events import Failed
 from lorainit.system import shared_memory
 from worker.child.supervisor import Outcome
-from worker.job.progress import Lost
-from worker.job.retry import PASSING
+from worker.job.progress import LeaseLost
+from worker.job.retry import TRANSIENT
 
-LEASE_LOST = 75  # how the child leaves when no lease holds any more
-WRONG_SPEC = 2  # and when it cannot read what it is to do, which is a fault of ours
-NO_MORE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, open files
+EXIT_LEASE_LOST = 75  # how the child leaves when no lease holds any more
+EXIT_WRONG_SPEC = 2  # and when it cannot read what it is to do, which is a fault of ours
+RESOURCE_ERRNOS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, open files
 DISK_FULL, DEVICE_FAILED = "disk_full", "device_failed"
 # What the child found wrong with something else than the job: it is tried again, with a limit.
-PASSES = ("hub_unavailable", "worker_lost", DEVICE_FAILED)
+RETRIED_CODES = ("hub_unavailable", "worker_lost", DEVICE_FAILED)
 INTERNAL = Failure("internal_error", "The worker failed while handling this job; see its log.")
-KILLED = Failure(
+OUT_OF_MEMORY = Failure(
     "out_of_memory",
     "Memory ran out, and the training process was ended. Try a smaller max_length or batch, or a smaller model.",
 )
@@ -34,41 +34,41 @@ KILLED = Failure(
 log = get_logger(__name__)
 
 
-def told(job: Job, lease: Lease, failed: Failed) -> None:
+def end_as_reported(job: Job, lease: Lease, failed: Failed) -> None:
     """The child said why the job failed. What happened to a shared process is no verdict on one job."""
     log.error("the run failed", code=failed.code, param=failed.param)  # its message may quote rows, and logs stay
-    if failed.code == KILLED.code and _may_try_alone(job):
+    if failed.code == OUT_OF_MEMORY.code and _may_retry_alone(job):
         _retry(lease, "ran out of memory")
-    elif failed.code == DEVICE_FAILED and _may_try_alone(job):
+    elif failed.code == DEVICE_FAILED and _may_retry_alone(job):
         _retry(lease, "lost its GPU")
-    elif failed.code in PASSES:
-        lose(lease, failed.message.rstrip("."), code=failed.code)
+    elif failed.code in RETRIED_CODES:
+        requeue_lost_run(lease, failed.message.rstrip("."), code=failed.code)
     else:
-        figures = f" {_room_left()}" if failed.code == DISK_FULL else ""
+        figures = f" {_free_space()}" if failed.code == DISK_FULL else ""
         fail(lease, Failure(failed.code, failed.message + figures, in_body(failed.param)))
 
 
-def silent(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
+def end_without_report(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
     """The child ended without a word about the job.
 
     Args:
         reason: why we stopped the child, if we did.
 
     Raises:
-        Lost: it saw no lease that held; whoever has the job now decides.
+        LeaseLost: it saw no lease that held; whoever has the job now decides.
     """
     if outcome.stopped:
         _give_back(lease, reason)
-    elif outcome.returncode == LEASE_LOST:
-        raise Lost
-    elif _may_try_alone(job):
-        _retry(lease, _how(outcome))
+    elif outcome.returncode == EXIT_LEASE_LOST:
+        raise LeaseLost
+    elif _may_retry_alone(job):
+        _retry(lease, _describe(outcome))
     elif outcome.has_run_out_of_memory:
-        fail(lease, KILLED)
-    elif outcome.returncode == WRONG_SPEC:
-        fail(lease, Failure("internal_error", f"The training process {_how(outcome)}."))
+        fail(lease, OUT_OF_MEMORY)
+    elif outcome.returncode == EXIT_WRONG_SPEC:
+        fail(lease, Failure("internal_error", f"The training process {_describe(outcome)}."))
     else:  # libraries end a process as they like, bitsandbytes with exit code 1, and it is the machine's as a crash is
-        lose(lease, f"The training process {_how(outcome)}")
+        requeue_lost_run(lease, f"The training process {_describe(outcome)}")
 
 
 def fail(lease: Lease, failure: Failure) -> None:
@@ -82,7 +82,7 @@ def fail(lease: Lease, failure: Failure) -> None:
             session.commit()
 
 
-def lose(lease: Lease, how: str, *, code: str = "worker_lost") -> None:
+def requeue_lost_run(lease: Lease, how: str, *, code: str = "worker_lost") -> None:
     """Tried again from the last checkpoint, until that has happened too often without a new one."""
     with session_scope() as session:
         again = jobs.requeue_lost_run(session, lease, how, max_attempts=get_settings().max_attempts, code=code)
@@ -90,7 +90,7 @@ def lose(lease: Lease, how: str, *, code: str = "worker_lost") -> None:
     log.warning("the run was lost", how=how, again=again)
 
 
-def wait_for_room(lease: Lease, reason: str) -> None:
+def requeue_for_disk_space(lease: Lease, reason: str) -> None:
     """Back to the queue without costing an attempt: this host's disks have too little room now."""
     with session_scope() as session:
         if jobs.release(session, lease, reason.rstrip(".")):
@@ -98,14 +98,14 @@ def wait_for_room(lease: Lease, reason: str) -> None:
         session.commit()
 
 
-def broken(lease: Lease, error: Exception) -> None:
+def end_after_worker_error(lease: Lease, error: Exception) -> None:
     """The worker itself could not go on: its disks, what it depends on, or a bug."""
     if shared_memory.is_full(error):  # the database's, for one
-        lose(lease, shared_memory.FULL.rstrip("."))
-    elif isinstance(error, PASSING) and not disk.is_full(error):  # for ten minutes, and perhaps only for this worker
-        lose(lease, "The worker could not reach the database or the storage")
-    elif isinstance(error, OSError) and error.errno in NO_MORE:
-        lose(lease, f"The worker's host has no room for another process or open file ({error.strerror})")
+        requeue_lost_run(lease, shared_memory.FULL.rstrip("."))
+    elif isinstance(error, TRANSIENT) and not disk.is_full(error):  # for ten minutes, and perhaps only for this worker
+        requeue_lost_run(lease, "The worker could not reach the database or the storage")
+    elif isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
+        requeue_lost_run(lease, f"The worker's host has no room for another process or open file ({error.strerror})")
     else:
         fail(lease, failure_of(error))
 
@@ -119,10 +119,10 @@ def failure_of(error: BaseException) -> Failure:
     volumes = disk.worker_volumes(get_settings())
     volume = disk.volume_of(error, volumes)
     where = f"the worker's volume of {volume.name}" if volume else "a volume of the worker or of storage"
-    return Failure(DISK_FULL, f"No space was left on {where}. {_room_left()}")
+    return Failure(DISK_FULL, f"No space was left on {where}. {_free_space()}")
 
 
-def _room_left() -> str:
+def _free_space() -> str:
     """The figures that a person who makes room needs."""
     free = [f"{volume.name} {format_bytes(volume.free)}" for volume in disk.worker_volumes(get_settings())]
     return f"Free now: {', '.join(free)}."
@@ -139,7 +139,7 @@ def _results(lease: Lease) -> File | None:
         return None
 
 
-def _may_try_alone(job: Job) -> bool:
+def _may_retry_alone(job: Job) -> bool:
     """Another member may have brought the process down, so that each is tried once more by itself."""
     return bool(job.trained_with) and job.attempts < get_settings().max_attempts
 
@@ -159,7 +159,7 @@ def _give_back(lease: Lease, reason: str) -> None:
         session.commit()
 
 
-def _how(outcome: Outcome) -> str:
+def _describe(outcome: Outcome) -> str:
     if outcome.crash == "SIGBUS":  # by which a process ends that writes to memory of a file without room
         return f"crashed (SIGBUS); a full /dev/shm is the usual cause ({shared_memory.MORE})"
     if outcome.crash:

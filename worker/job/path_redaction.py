@@ -16,10 +16,10 @@ from lorainit.config.events import Done, Event, Failed, InitReport, Message, Pla
 
 # An absolute path of at least two parts, but for addresses (`https://…`) and parts of relative paths.
 _PATH = re.compile(r"(?<![\w:/.~-])(/[\w.@+~-]+)(?:/[\w.@+~-]+)+/?")
-_TOLD = (Stage, Message, Plan, InitReport, Done, Failed)
+_SHOWN = (Stage, Message, Plan, InitReport, Done, Failed)
 
 
-def names_of(job: Job, folder: Path) -> dict[str, str]:
+def public_names(job: Job, folder: Path) -> dict[str, str]:
     """What a reader knows the places of a run by.
 
     Args:
@@ -34,25 +34,25 @@ def names_of(job: Job, folder: Path) -> dict[str, str]:
     return names | ({str(source): job.model, str(source.resolve()): job.model} if source else {})
 
 
-def without_paths(event: Event, names: Mapping[str, str]) -> Event:
+def redact_paths(event: Event, names: Mapping[str, str]) -> Event:
     """The event as it may be shown. Where a checkpoint or an adapter lies is for the worker, and stays."""
-    if not isinstance(event, _TOLD):
+    if not isinstance(event, _SHOWN):
         return event
-    told = _cleaned(event.model_dump(exclude={"adapter"}), names)
+    shown = _redact(event.model_dump(exclude={"adapter"}), names)
     if isinstance(event, Done):
-        told["adapter"] = event.adapter
-    return type(event).model_validate(told)
+        shown["adapter"] = event.adapter
+    return type(event).model_validate(shown)
 
 
-def _cleaned(value: Any, names: Mapping[str, str]) -> Any:
+def _redact(value: Any, names: Mapping[str, str]) -> Any:
     if isinstance(value, str):
-        return clean(value, names)
+        return redact_text(value, names)
     if isinstance(value, dict):
-        return {key: _cleaned(part, names) for key, part in value.items()}
-    return [_cleaned(part, names) for part in value] if isinstance(value, list | tuple) else value
+        return {key: _redact(part, names) for key, part in value.items()}
+    return [_redact(part, names) for part in value] if isinstance(value, list | tuple) else value
 
 
-def clean(text: str, names: Mapping[str, str]) -> str:
+def redact_text(text: str, names: Mapping[str, str]) -> str:
     """The text with paths called by their names; of others that begin on this host, the last part is left."""
     if "/" not in text:
         return text

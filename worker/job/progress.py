@@ -29,11 +29,11 @@ EVENT_POINTS = 200
 PACE_STEPS = 10
 
 
-class Lost(Exception):
+class LeaseLost(Exception):
     """The job is not ours any more; nothing was written."""
 
 
-class Recorder:
+class EventRecorder:
     """Collects a run's events and writes them in short fenced transactions."""
 
     def __init__(self, lease: Lease) -> None:
@@ -44,7 +44,7 @@ class Recorder:
         self._flushed = self._started = time.monotonic()
         self._percent = 0.0
         self._urgent = False
-        self._watch = Stopwatch()
+        self._stopwatch = Stopwatch()
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
         self._expected: float | None = None  # seconds of the whole run, from one like it
         self.progress: dict[str, Any] = {
@@ -63,9 +63,9 @@ class Recorder:
             "updated_at": None,
         }
 
-    def take(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         """Remember one event; `flush` writes it."""
-        self._watch.take(event)
+        self._stopwatch.add(event)
         self._advance(event)
         self._urgent |= isinstance(event, Stage | Plan | InitReport)
         if not isinstance(event, Tick):
@@ -84,18 +84,18 @@ class Recorder:
         """Write what is pending in one transaction, or nothing at all; then it can be called again, and writes it once.
 
         Raises:
-            Lost: the job is not ours any more.
+            LeaseLost: the job is not ours any more.
         """
         pending = list(self._pending)
         with session_scope() as session:
             at = now(session)
             self.progress["updated_at"] = int(at.timestamp())
             self.progress["elapsed_seconds"] = round(time.monotonic() - self._started)
-            self.progress["stage_seconds"] = self._watch.seconds
-            self.progress["seconds_to_first_step"] = self._watch.to_first_step
+            self.progress["stage_seconds"] = self._stopwatch.seconds
+            self.progress["seconds_to_first_step"] = self._stopwatch.to_first_step
             # First the fence: if this row is not ours, nothing below is written either.
             if not jobs.update_run(session, self._lease, **self._columns(session, pending)):
-                raise Lost
+                raise LeaseLost
             steps = [(event.step, _numbers(event)) for event in pending if isinstance(event, Metrics)]
             metrics.save_steps(session, self._lease.job_id, self._lease.token, steps, at=at)
             lines = self._unwritten(session)

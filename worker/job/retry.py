@@ -18,7 +18,7 @@ from tenacity import (
 
 from api.core.logs import get_logger
 from api.core.resilience.abandonable import run_abandonable
-from worker.job.progress import Lost
+from worker.job.progress import LeaseLost
 
 Result = TypeVar("Result")
 
@@ -26,49 +26,49 @@ LONGEST_SECONDS = 600
 LOOK_SECONDS = 0.1
 # Connection trouble, and a transaction that PostgreSQL ended while we slept, which is an InternalError.
 # A refusal or a bug is none of these and is raised at once.
-PASSING = (OperationalError, InterfaceError, InternalError, GenericError)
+TRANSIENT = (OperationalError, InterfaceError, InternalError, GenericError)
 
 
-def patiently(action: Callable[[], Result], *, until: threading.Event) -> Result:
+def retry_until_lost(action: Callable[[], Result], *, until: threading.Event) -> Result:
     """Repeat `action`, which must be safe to repeat, until it works or `until` is set.
 
     Raises:
-        Lost: `until` was set first: the job may be somebody else's by now. What an action that was left alone still
+        LeaseLost: `until` was set first: the job may be somebody else's by now. What an action that was left alone still
             writes is refused, and a cancelled job does not hold its worker until ten gigabytes are up, or until a
             bucket that went silent is given up.
         Exception: what `action` raised last, after ten minutes of trouble or at once if it will not pass.
     """
     tries = Retrying(
-        retry=retry_if_exception_type(PASSING),
+        retry=retry_if_exception_type(TRANSIENT),
         wait=wait_exponential(multiplier=0.2, max=5),
         stop=stop_when_event_set(until) | stop_after_delay(LONGEST_SECONDS),
         sleep=sleep_using_event(until),
-        before_sleep=_say,
+        before_sleep=_log_retry,
         reraise=True,
     )
     try:
-        result: Result = tries(unless_lost, action, until=until)
-    except PASSING as error:
+        result: Result = tries(run_unless_lost, action, until=until)
+    except TRANSIENT as error:
         if until.is_set():
-            raise Lost from error
+            raise LeaseLost from error
         raise
     return result
 
 
-def unless_lost(action: Callable[[], Result], *, until: threading.Event) -> Result:
+def run_unless_lost(action: Callable[[], Result], *, until: threading.Event) -> Result:
     """Run `action` once, or leave it alone in its thread when `until` is set before it is done.
 
     Raises:
-        Lost: it was left alone.
+        LeaseLost: it was left alone.
     """
 
     def look() -> None:
         if until.is_set():
-            raise Lost
+            raise LeaseLost
 
     return run_abandonable(action, name="action", every=LOOK_SECONDS, look=look)
 
 
-def _say(state: RetryCallState) -> None:
+def _log_retry(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     get_logger(__name__).warning("waiting for database or storage", error=str(error), attempt=state.attempt_number)

@@ -18,7 +18,7 @@ class Stopwatch:
         self._seconds: dict[str, float] = {}
         self.to_first_step: float | None = None
 
-    def take(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         """Look at one event when it arrives."""
         if isinstance(event, Stage):
             self._enter(event.stage)

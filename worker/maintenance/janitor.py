@@ -39,7 +39,7 @@ def expire_files() -> bool:
     return bool(gone)
 
 
-def forget_checkpoints() -> bool:
+def delete_checkpoints() -> bool:
     """Checkpoints of jobs long ended are deleted; True when there may be more."""
     days = get_settings().checkpoint_days
     if not days:
@@ -51,7 +51,7 @@ def forget_checkpoints() -> bool:
     return bool(gone)
 
 
-def forget_jobs() -> bool:
+def delete_jobs() -> bool:
     """Jobs long ended go, first what they left behind and then they themselves; True when there may be more.
 
     Not before `sweep_orphans` has looked for what a crash of theirs left: it knows objects by their job.
@@ -68,7 +68,7 @@ def forget_jobs() -> bool:
     return bool(retired or removed)
 
 
-def forget_orders() -> bool:
+def delete_old_creations() -> bool:
     """What was remembered of creates, in case they were repeated, goes after a day."""
     with session_scope() as session:
         idempotency.delete_expired(session)
@@ -97,13 +97,13 @@ def _clear(kind: retention.Row) -> bool:
     return bool(rows)
 
 
-def overwrite() -> bool:
+def cut_database_log() -> bool:
     """What was overwritten in the database leaves its log, too."""
     cut_write_ahead_log()
     return False
 
 
-def keep_watch() -> bool:
+def check_storage_owner() -> bool:
     """Find out whether database and storage still belong together, and leave a new mark of that in both."""
     with session_scope(read_only=True) as session:
         seen, key = storage_periods.find_newest(session), storage_periods.find_marker_key(session)
@@ -185,13 +185,13 @@ def _remove_orphans(keys: list[str]) -> None:
 
 
 # How long each rests once it has nothing left to do.
-RESTS: Mapping[Callable[[], object], float] = {
+PAUSES: Mapping[Callable[[], object], float] = {
     expire_files: MINUTE,
-    forget_checkpoints: HOUR,
-    forget_jobs: HOUR,
-    forget_orders: HOUR,
-    keep_watch: MINUTE,
-    overwrite: MINUTE / 2,
+    delete_checkpoints: HOUR,
+    delete_jobs: HOUR,
+    delete_old_creations: HOUR,
+    check_storage_owner: MINUTE,
+    cut_database_log: MINUTE / 2,
     sweep_orphans: HOUR,
     sweep_unfinished: STALLED,
 }

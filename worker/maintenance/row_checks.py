@@ -27,22 +27,22 @@ REMEMBERED = 10_000  # projects whose last turn is known
 log = get_logger(__name__)
 
 
-class Turns:
+class RoundRobin:
     """Who is next among projects that wait."""
 
     def __init__(self) -> None:
-        self._had: dict[str, None] = {}  # in the order of their last turns
+        self._served: dict[str, None] = {}  # in the order of their last turns
 
     def next(self, waiting: Iterable[str]) -> str | None:
         """One that had no turn yet, else the one whose last turn is the longest ago; None if nobody waits."""
         wanted = dict.fromkeys(waiting)
-        chosen = next((project for project in wanted if project not in self._had), None)
-        chosen = chosen or next((project for project in self._had if project in wanted), None)
+        chosen = next((project for project in wanted if project not in self._served), None)
+        chosen = chosen or next((project for project in self._served if project in wanted), None)
         if chosen is not None:
-            self._had.pop(chosen, None)
-            self._had[chosen] = None
-        if len(self._had) > REMEMBERED:
-            del self._had[next(iter(self._had))]
+            self._served.pop(chosen, None)
+            self._served[chosen] = None
+        if len(self._served) > REMEMBERED:
+            del self._served[next(iter(self._served))]
         return chosen
 
 
@@ -53,7 +53,7 @@ class Lane:
         self.__name__ = f"check_{name}_files"
         self.leaving = threading.Event()
         self._above, self._up_to = above, up_to
-        self._turns = Turns()
+        self._projects = RoundRobin()
 
     def __call__(self) -> bool:
         """Check one file; False when there is none, or none that can be read now."""
@@ -63,7 +63,7 @@ class Lane:
     def _claim(self) -> Claim | None:
         with session_scope(read_only=True) as session:
             waiting = validation.find_waiting_projects(session, above=self._above, up_to=self._up_to)
-        project = self._turns.next(waiting)
+        project = self._projects.next(waiting)
         if project is None:
             return None
         with session_scope() as session:

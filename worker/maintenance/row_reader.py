@@ -21,7 +21,7 @@ from api.core.files.validation import unusable_verdict
 
 MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that were found take less: benchmarks/row_checks.py
 BEAT_SECONDS, TICK_SECONDS = 5.0, 0.2
-LONGEST_WORD = 1 << 20
+MAX_OUTPUT = 1 << 20
 # Signals that come from outside of a process: an operator, a system that shuts down or runs out of memory.
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
@@ -60,14 +60,14 @@ def read(
         FileNotFoundError: there are no bytes.
         Unwanted, Leaving, Unreadable, Interrupted: there is no verdict.
     """
-    watch = _Watch(leaving, wanted, patience=60.0 + 10.0 * seconds)
+    watch = _Waiting(leaving, wanted, idle_seconds=60.0 + 10.0 * seconds)
     with _child([*program, str(seconds), str(MAX_BYTES)]) as child:
         try:
             _feed(child, _stored(chunks), watch)
-            said = _hear(child, watch)
+            output = _read_output(child, watch)
         finally:
             child.kill()  # it has said all, or is to say no more; its exit code is set by then
-    return _verdict(child.returncode, said, seconds)
+    return _verdict(child.returncode, output, seconds)
 
 
 def _child(command: list[str]) -> "subprocess.Popen[bytes]":
@@ -83,11 +83,11 @@ def _child(command: list[str]) -> "subprocess.Popen[bytes]":
     )
 
 
-class _Watch:
+class _Waiting:
     """Asks while something is waited for whether to go on waiting."""
 
-    def __init__(self, leaving: threading.Event, wanted: Callable[[], bool], *, patience: float) -> None:
-        self._leaving, self._wanted, self._patience = leaving, wanted, patience
+    def __init__(self, leaving: threading.Event, wanted: Callable[[], bool], *, idle_seconds: float) -> None:
+        self._leaving, self._wanted, self._idle_seconds = leaving, wanted, idle_seconds
         self._asked = self._moved = time.monotonic()
 
     def moved(self) -> None:
@@ -98,8 +98,8 @@ class _Watch:
         clock = time.monotonic()
         if self._leaving.is_set():
             raise Leaving
-        if clock - self._moved > self._patience:
-            raise Interrupted(f"it did nothing for {self._patience:.0f} s")
+        if clock - self._moved > self._idle_seconds:
+            raise Interrupted(f"it did nothing for {self._idle_seconds:.0f} s")
         if clock - self._asked > BEAT_SECONDS:
             self._asked = clock
             if not self._wanted():
@@ -116,7 +116,7 @@ def _stored(chunks: Iterator[bytes]) -> Iterator[bytes]:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
 
 
-def _feed(child: "subprocess.Popen[bytes]", chunks: Iterator[bytes], watch: _Watch) -> None:
+def _feed(child: "subprocess.Popen[bytes]", chunks: Iterator[bytes], watch: _Waiting) -> None:
     """Pass all bytes on, as far as the child wants them."""
     assert child.stdin is not None
     os.set_blocking(child.stdin.fileno(), False)
@@ -126,7 +126,7 @@ def _feed(child: "subprocess.Popen[bytes]", chunks: Iterator[bytes], watch: _Wat
         while rest:
             watch.look()
             try:
-                taken = _passed(child.stdin.fileno(), rest)
+                taken = _write_some(child.stdin.fileno(), rest)
             except BrokenPipeError:
                 return  # it knows enough, or it fell: both it will tell
             if taken:
@@ -135,7 +135,7 @@ def _feed(child: "subprocess.Popen[bytes]", chunks: Iterator[bytes], watch: _Wat
     child.stdin.close()
 
 
-def _passed(pipe: int, rest: memoryview) -> int:
+def _write_some(pipe: int, rest: memoryview) -> int:
     """How many bytes the pipe took within a moment."""
     ready = select.select([], [pipe], [], TICK_SECONDS)[1]
     try:
@@ -144,29 +144,29 @@ def _passed(pipe: int, rest: memoryview) -> int:
         return 0
 
 
-def _hear(child: "subprocess.Popen[bytes]", watch: _Watch) -> bytes:
+def _read_output(child: "subprocess.Popen[bytes]", watch: _Waiting) -> bytes:
     """All that the child says, until it ends."""
     assert child.stdout is not None
-    said = b""
-    while len(said) < LONGEST_WORD:
+    output = b""
+    while len(output) < MAX_OUTPUT:
         watch.look()
         if select.select([child.stdout], [], [], TICK_SECONDS)[0]:
-            if not (word := os.read(child.stdout.fileno(), 1 << 16)):
+            if not (part := os.read(child.stdout.fileno(), 1 << 16)):
                 break
-            said += word
+            output += part
             watch.moved()
-    return said
+    return output
 
 
-def _verdict(code: int, said: bytes, seconds: int) -> dict[str, object]:
+def _verdict(code: int, output: bytes, seconds: int) -> dict[str, object]:
     try:
-        word = json.loads(said)
+        report = json.loads(output)
     except ValueError:
-        word = {}
-    if "status" in word:
-        return {name: word[name] for name in ("status", "status_details", "validation")}
-    if "broken" in word:
-        return unusable_verdict(f"its rows cannot be checked: {word['broken']}")
+        report = {}
+    if "status" in report:
+        return {name: report[name] for name in ("status", "status_details", "validation")}
+    if "broken" in report:
+        return unusable_verdict(f"its rows cannot be checked: {report['broken']}")
     if code >= 0 or -code in _FROM_OUTSIDE:  # without a word it fell before it began, or others ended it
         raise Interrupted(f"it ended with {_name(code)}")
     if -code == signal.SIGXCPU:

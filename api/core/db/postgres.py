@@ -48,7 +48,7 @@ class Connection(psycopg.Connection[Any]):
         """Wait for the server, as psycopg does.
 
         Raises:
-            Silent: it says nothing, to us and to a look that was taken meanwhile.
+            DatabaseSilent: it says nothing, to us and to a look that was taken meanwhile.
         """
         try:
             return super().wait(_watched(gen, self.breaker), interval, timeout)

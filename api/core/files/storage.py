@@ -1,7 +1,7 @@
 """Bytes: a folder or a bucket, chosen by one URL. Keys are made by us, never by a caller.
 
 Everything streams: a 10 GB adapter costs a few megabytes of memory. Nobody waits for a store that has fallen silent
-(`Answering`).
+(`BreakerStorage`).
 """
 
 import secrets
@@ -111,7 +111,7 @@ class StorageSilent(GenericError):
 
 
 class BreakerStorage:
-    """`storage`, whose calls raise `Silent` while `breaker` is open.
+    """`storage`, whose calls raise `StorageSilent` while `breaker` is open.
 
     A call of the store cannot be interrupted. So each goes on in a thread of its own, which is left alone when the
     store falls silent and ends by itself when it is back or the bucket's time limits are over.

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from lorainit.config.events import Done, Event, Failed, Message, Stage
-from worker.child.supervisor import Outcome, Place, run_child
+from worker.child.supervisor import Outcome, RunPaths, run_child
 
 PREAMBLE = """
 import json, os, signal, subprocess, sys, time
@@ -24,7 +24,7 @@ class Child:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.events: list[Event] = []
-        self.places = [Place(spec=folder / "spec.json", out=folder / "out", lease=folder / "lease")]
+        self.places = [RunPaths(spec=folder / "spec.json", out=folder / "out", lease=folder / "lease")]
 
     def run(self, script: str, *, stop_after: float | None = None, why: str = "lost", grace: float = 2.0) -> Outcome:
         path = self.folder / "child.py"
@@ -89,7 +89,7 @@ def test_an_event_written_in_pieces_arrives_whole(child: Child) -> None:
 
 def test_every_member_is_named_on_the_command_line_and_by_its_events(child: Child) -> None:
     second = child.folder / "second"
-    child.places.append(Place(spec=second / "spec.json", out=second / "out", lease=second / "lease"))
+    child.places.append(RunPaths(spec=second / "spec.json", out=second / "out", lease=second / "lease"))
     child.run("""
         say(kind="message", message="first", data={"arguments": sys.argv[1:]})
         say(kind="message", message="second", member=1)

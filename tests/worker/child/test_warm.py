@@ -13,8 +13,8 @@ import pytest
 
 from api.core.devices.run_environment import without_secrets
 from lorainit.config.events import Event, Message, Metrics
-from worker.child.supervisor import Outcome, Place, run_child
-from worker.child.warm import Warm
+from worker.child.supervisor import Outcome, RunPaths, run_child
+from worker.child.warm import WarmProcess
 
 # What `lorainit.warm` is, but for what it loads and what a run does: `run(say, arguments)` of the script `RUN`.
 STUB = """
@@ -38,7 +38,7 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def made_ready(warm: Warm) -> psutil.Process:
+def made_ready(warm: WarmProcess) -> psutil.Process:
     warm.prepare(without_secrets())
     until(warm.is_ready, 250)
     assert warm.process is not None
@@ -46,8 +46,8 @@ def made_ready(warm: Warm) -> psutil.Process:
 
 
 @pytest.fixture
-def warm() -> Iterator[Warm]:
-    warm = Warm((sys.executable, "-c", STUB))
+def warm() -> Iterator[WarmProcess]:
+    warm = WarmProcess((sys.executable, "-c", STUB))
     made_ready(warm)
     yield warm
     warm.close()
@@ -56,7 +56,7 @@ def warm() -> Iterator[Warm]:
 class Slot:
     """Runs `script` as a slot would."""
 
-    def __init__(self, folder: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, warm: WarmProcess, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.warm, self._patch = folder, warm, monkeypatch
         self.said: list[Message] = []
 
@@ -69,7 +69,7 @@ class Slot:
         (place / "lease").write_text(repr(time.monotonic() + 60))
         self._patch.setenv("RUN", str(place / "run.py"))
         return run_child(
-            [Place(spec=place / "spec.json", out=place / "out", lease=place / "lease")],
+            [RunPaths(spec=place / "spec.json", out=place / "out", lease=place / "lease")],
             grace=grace,
             on_event=self._take,
             should_stop=lambda: stop if self.said else "",  # type: ignore[arg-type,return-value]
@@ -86,11 +86,11 @@ class Slot:
 
 
 @pytest.fixture
-def slot(tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> Slot:
+def slot(tmp_path: Path, warm: WarmProcess, monkeypatch: pytest.MonkeyPatch) -> Slot:
     return Slot(tmp_path, warm, monkeypatch)
 
 
-def pid_of(warm: Warm) -> int:
+def pid_of(warm: WarmProcess) -> int:
     assert warm.process is not None
     return warm.process.pid
 
@@ -275,7 +275,7 @@ def test_a_real_run_that_is_forked_ends_with_the_bits_of_one_from_scratch(tmp_pa
         "training": {"max_steps": 2, "batch_size": 2, "max_length": 64},
     }
     losses, weights = [], []
-    warm = Warm()
+    warm = WarmProcess()
     try:
         process = made_ready(warm)
         assert process.num_threads() == 1
@@ -284,7 +284,7 @@ def test_a_real_run_that_is_forked_ends_with_the_bits_of_one_from_scratch(tmp_pa
             place.mkdir()
             (place / "spec.json").write_text(json.dumps(spec))
             (place / "lease").write_text(repr(time.monotonic() + 600))
-            places = [Place(spec=place / "spec.json", out=place / "out", lease=place / "lease")]
+            places = [RunPaths(spec=place / "spec.json", out=place / "out", lease=place / "lease")]
             outcome = run_child(places, grace=0, on_event=events.append, should_stop=lambda: "", warm=used)
             assert outcome.returncode == 0, outcome.stderr_tail
             losses.append([event.train_loss for event in events if isinstance(event, Metrics)])

@@ -38,9 +38,9 @@ class Disk(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    disk_space._lacking = None
+    disk_space._waiting_for = None
     yield
-    disk_space._lacking = None
+    disk_space._waiting_for = None
 
 
 def set_free(patch: pytest.MonkeyPatch, free: int, *, total: int = 1000 * GIB) -> None:
@@ -119,19 +119,19 @@ def test_what_cannot_be_written_to_takes_no_job(one: Lab, monkeypatch: pytest.Mo
 def neighbour(one: Lab) -> Iterator[Path]:
     """The folder of another run of this host."""
     folder = get_settings().scratch() / "ftjob-neighbour" / "attempt-1"
-    with scratch.hold(folder):
+    with scratch.lock_folder(folder):
         yield folder
     shutil.rmtree(folder.parent)
 
 
-def needed(lab: Lab) -> disk_space.Share:
-    (share,) = disk_space.shares(lab.job(1), get_settings(), data_bytes=10)
+def needed(lab: Lab) -> disk_space.DeviceNeed:
+    (share,) = disk_space.needs_by_device(lab.job(1), get_settings(), data_bytes=10)
     return share
 
 
 def test_two_runs_do_not_count_on_the_same_bytes(one: Lab, neighbour: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     share = needed(one)
-    reservations.promise(neighbour, {share.device: 3 * GIB})
+    reservations.reserve(neighbour, {share.device: 3 * GIB})
     with monkeypatch.context() as patch:
         set_free(patch, 3 * GIB + share.needed // 2)
         one.run(WORKS)
@@ -147,8 +147,8 @@ def test_two_runs_do_not_count_on_the_same_bytes(one: Lab, neighbour: Path, monk
 
 def test_what_a_run_has_written_is_not_counted_twice(one: Lab, neighbour: Path) -> None:
     device = needed(one).device
-    reservations.promise(neighbour, {device: 1000})
-    promise = (neighbour / reservations.PROMISE).stat().st_size
+    reservations.reserve(neighbour, {device: 1000})
+    promise = (neighbour / reservations.RESERVATION).stat().st_size
     (neighbour / "state.tar").write_bytes(bytes(300))
     stored = get_settings().state_dir / "storage" / "jobs" / "ftjob-neighbour"
     stored.mkdir(parents=True)
@@ -209,9 +209,9 @@ def test_of_two_processes_that_ask_at_once_one_gets_the_room(one: Lab, tmp_path:
 
 
 def test_folders_on_one_disk_share_its_room(one: Lab) -> None:
-    (share,) = disk_space.shares(one.job(1), get_settings(), data_bytes=5)
+    (share,) = disk_space.needs_by_device(one.job(1), get_settings(), data_bytes=5)
     assert share.name == "scratch and model cache and storage"
-    assert share.needed > disk_space.shares(one.job(1), get_settings(), data_bytes=0)[0].needed
+    assert share.needed > disk_space.needs_by_device(one.job(1), get_settings(), data_bytes=0)[0].needed
 
 
 def _full(self: Any, key: str, source: Any) -> None:
@@ -235,7 +235,7 @@ def test_its_result_file_is_left_once_there_is_room(one: Lab, monkeypatch: pytes
         patch.setattr(ObjectStorage, "put", _full)
         one.run("until(lambda: held(0)); step(0, 1); checkpoint(0, 1); until(lambda: not held(0))")
     assert one.job(1).result_file_id is None
-    reconciler.leave_results()
+    reconciler.write_result_files()
     assert one.job(1).result_file_id is not None
 
 

@@ -44,7 +44,7 @@ def test_a_folder_whose_process_was_killed_goes() -> None:
 
 def test_a_held_folder_stays_until_it_is_let_go() -> None:
     folder = a_folder("ftjob-a/attempt-1")
-    with scratch.hold(folder):
+    with scratch.lock_folder(folder):
         _age(folder, 3600)
         assert scratch.sweep() == []
     _age(folder, 3600)
@@ -58,7 +58,7 @@ def test_a_folder_that_was_just_made_is_not_taken_for_a_dead_one() -> None:
 
 def test_a_dead_attempt_goes_without_its_living_neighbour() -> None:
     dead, living = a_folder("ftjob-a/attempt-1"), a_folder("ftjob-a/attempt-2")
-    with scratch.hold(living):
+    with scratch.lock_folder(living):
         _age(living, 3600)
         assert scratch.sweep() == [dead]
     assert living.is_dir()
@@ -90,5 +90,5 @@ def test_workers_with_the_same_number_on_one_volume_have_flags_of_their_own() ->
 
 def test_a_folder_cannot_be_held_twice() -> None:
     folder = a_folder("ftjob-a/attempt-1")
-    with scratch.hold(folder), pytest.raises(BlockingIOError):
-        scratch.hold(folder)
+    with scratch.lock_folder(folder), pytest.raises(BlockingIOError):
+        scratch.lock_folder(folder)

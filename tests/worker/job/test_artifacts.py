@@ -11,7 +11,7 @@ from api.core.jobs.jobs import Lease
 from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 from tests.things import a_file, a_job, a_project, a_queued_job, a_running_job
 from worker.job import artifacts
-from worker.job.progress import Lost
+from worker.job.progress import LeaseLost
 
 
 def test_the_calibration_file_is_fetched_beside_the_training_file(session: Session, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_worker_that_slept_since_its_claim_deletes_nothing_of_its_successors(
     (second,) = jobs.claim(session, "worker:2", lease_seconds=30)
     metrics.save_steps(session, job.id, second.lease_token, [(1, {"train_loss": 2.0})], at=job.created_at)
     session.commit()
-    with pytest.raises(Lost):
+    with pytest.raises(LeaseLost):
         artifacts.prepare(job, first, tmp_path, storage)
     assert [row["step"] for row in metrics.read(session, job.id)] == [1]
 

@@ -24,7 +24,7 @@ ABSOLUTE = re.compile(r"(?:^|[\s'\"(=])/\w+/")
 
 
 def shown(event: Event, source: Path) -> Event:
-    return path_redaction.without_paths(event, {str(source): "tiny", "/scratch/ftjob-1/attempt-2/": ""})
+    return path_redaction.redact_paths(event, {str(source): "tiny", "/scratch/ftjob-1/attempt-2/": ""})
 
 
 def _no_config(folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_where_the_adapter_lies_stays_for_the_worker() -> None:
 
 def test_the_base_of_a_job_is_known_by_the_jobs_model(session: Session, tmp_path: Path) -> None:
     job = a_queued_job(session, a_project(session))
-    names = path_redaction.names_of(job, tmp_path)
+    names = path_redaction.public_names(job, tmp_path)
     assert names[str(sources.local_path(catalogue.require(MODEL).source))] == MODEL
 
 

@@ -17,7 +17,7 @@ from lorainit.config.events import InitReport, Message, Metrics, Plan, Stage, Ti
 from tests.statements import statements
 from tests.things import a_job, a_project, a_running_job
 from worker.job import progress
-from worker.job.progress import Lost, Recorder
+from worker.job.progress import EventRecorder, LeaseLost
 
 pytestmark = pytest.mark.usefixtures("service")
 
@@ -40,9 +40,9 @@ def job_of(lease: Lease) -> Job:
 
 
 def test_metrics_become_rows_and_events(lease: Lease) -> None:
-    recorder = Recorder(lease)
-    recorder.take(step(1, train_loss=2.5))
-    recorder.take(step(2, train_loss=2.0, full_valid_loss=2.2))
+    recorder = EventRecorder(lease)
+    recorder.add(step(1, train_loss=2.5))
+    recorder.add(step(2, train_loss=2.0, full_valid_loss=2.2))
     recorder.flush()
     with session_scope() as session:
         rows = list(metrics.read(session, lease.job_id))
@@ -55,9 +55,9 @@ def test_metrics_become_rows_and_events(lease: Lease) -> None:
 
 
 def test_a_long_run_writes_every_row_but_few_events(lease: Lease) -> None:
-    recorder = Recorder(lease)
+    recorder = EventRecorder(lease)
     for number in range(1, 1001):
-        recorder.take(step(number, total=1000, train_loss=1.0))
+        recorder.add(step(number, total=1000, train_loss=1.0))
     recorder.flush()
     with session_scope() as session:
         assert len(list(metrics.read(session, lease.job_id))) == 1000
@@ -66,11 +66,11 @@ def test_a_long_run_writes_every_row_but_few_events(lease: Lease) -> None:
 
 
 def test_a_flush_of_many_steps_takes_no_more_statements_than_one_of_few(lease: Lease) -> None:
-    recorder, counts = Recorder(lease), list[int]()
+    recorder, counts = EventRecorder(lease), list[int]()
     for steps in (range(1, 3), range(3, 103)):
         for number in steps:
-            recorder.take(step(number, total=200, train_loss=1.0))
-            recorder.take(Message(message=f"after step {number}"))
+            recorder.add(step(number, total=200, train_loss=1.0))
+            recorder.add(Message(message=f"after step {number}"))
         with statements() as seen:
             recorder.flush()
         counts.append(len(seen))
@@ -87,10 +87,10 @@ def test_a_run_faster_than_its_worker_is_written_a_thousand_events_at_a_time(
     lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "FLUSH_SECONDS", 60.0)
-    recorder = Recorder(lease)
+    recorder = EventRecorder(lease)
     due = []
     for number in range(1, 2502):
-        recorder.take(step(number, total=3000, train_loss=1.0))
+        recorder.add(step(number, total=3000, train_loss=1.0))
         if recorder.is_due:
             due.append(number)
             recorder.flush()
@@ -98,9 +98,9 @@ def test_a_run_faster_than_its_worker_is_written_a_thousand_events_at_a_time(
 
 
 def test_plan_report_and_messages_reach_the_job(lease: Lease) -> None:
-    recorder = Recorder(lease)
-    recorder.take(Message(message="Initializing", data={"kind": "init"}))
-    recorder.take(InitReport(report={"method": "loram"}))
+    recorder = EventRecorder(lease)
+    recorder.add(Message(message="Initializing", data={"kind": "init"}))
+    recorder.add(InitReport(report={"method": "loram"}))
     recorder.flush()
     job = job_of(lease)
     assert job.init_report == {"method": "loram"}
@@ -108,7 +108,7 @@ def test_plan_report_and_messages_reach_the_job(lease: Lease) -> None:
 
 
 def test_the_percentage_never_falls_and_stays_below_100(lease: Lease) -> None:
-    recorder, seen = Recorder(lease), list[float]()
+    recorder, seen = EventRecorder(lease), list[float]()
     story = [
         Stage(stage="loading", message=""),
         Stage(stage="initializing", message=""),
@@ -120,18 +120,18 @@ def test_the_percentage_never_falls_and_stays_below_100(lease: Lease) -> None:
         Stage(stage="verifying", message=""),
     ]
     for event in story:
-        recorder.take(event)
+        recorder.add(event)
         seen.append(recorder.progress["percent"])
     assert seen == sorted(seen)
     assert 90 < seen[-1] < 100
 
 
 def test_the_time_left_follows_the_pace_of_the_last_steps(lease: Lease) -> None:
-    recorder = Recorder(lease)
-    recorder.take(Metrics(step=1, total_steps=100, epoch=0, tokens=1, seconds=60.0))
+    recorder = EventRecorder(lease)
+    recorder.add(Metrics(step=1, total_steps=100, epoch=0, tokens=1, seconds=60.0))
     assert recorder.progress["remaining_seconds"] == 60 * 99  # of a slow first step, and better than nothing
     for number in range(2, 51):
-        recorder.take(Metrics(step=number, total_steps=100, epoch=0, tokens=1, seconds=60.0 + number))
+        recorder.add(Metrics(step=number, total_steps=100, epoch=0, tokens=1, seconds=60.0 + number))
     assert recorder.progress["remaining_seconds"] == 50
 
 
@@ -156,17 +156,17 @@ def an_earlier_run(lease: Lease, **changes: Any) -> None:
 
 def test_before_the_first_step_the_time_left_is_that_of_the_last_run_like_it(lease: Lease) -> None:
     an_earlier_run(lease)
-    recorder = Recorder(lease)
-    recorder.take(Stage(stage="loading", message=""))
+    recorder = EventRecorder(lease)
+    recorder.add(Stage(stage="loading", message=""))
     recorder.flush()
     assert recorder.progress["remaining_seconds"] is None  # how much there is to do is not known yet
-    recorder.take(PLAN)
-    recorder.take(step(0, full_valid_loss=2.0))  # the start, evaluated: no step yet
+    recorder.add(PLAN)
+    recorder.add(step(0, full_valid_loss=2.0))  # the start, evaluated: no step yet
     recorder.flush()
     stored = job_of(lease).progress
     assert stored is not None
     assert stored["remaining_seconds"] == pytest.approx(100 + 2 * 20, abs=5)
-    recorder.take(step(1, train_loss=2.0))
+    recorder.add(step(1, train_loss=2.0))
     recorder.flush()
     assert recorder.progress["remaining_seconds"] == 9  # what this run itself shows counts from then on
 
@@ -176,15 +176,15 @@ def test_before_the_first_step_the_time_left_is_that_of_the_last_run_like_it(lea
 )
 def test_a_run_unlike_it_is_no_measure(lease: Lease, changes: dict[str, Any]) -> None:
     an_earlier_run(lease, **changes)
-    recorder = Recorder(lease)
-    recorder.take(PLAN)
+    recorder = EventRecorder(lease)
+    recorder.add(PLAN)
     recorder.flush()
     assert recorder.progress["remaining_seconds"] is None
 
 
 def test_the_plan_is_stored_for_the_job_object(lease: Lease) -> None:
-    recorder = Recorder(lease)
-    recorder.take(PLAN)
+    recorder = EventRecorder(lease)
+    recorder.add(PLAN)
     assert recorder.is_due
     recorder.flush()
     stored = job_of(lease).plan
@@ -193,8 +193,8 @@ def test_the_plan_is_stored_for_the_job_object(lease: Lease) -> None:
 
 
 def test_the_members_number_is_the_runs_business_and_is_not_stored(lease: Lease) -> None:
-    recorder = Recorder(lease)
-    recorder.take(step(1, train_loss=1.0).model_copy(update={"member": 3}))
+    recorder = EventRecorder(lease)
+    recorder.add(step(1, train_loss=1.0).model_copy(update={"member": 3}))
     recorder.flush()
     with session_scope() as session:
         (row,) = metrics.read(session, lease.job_id)
@@ -204,8 +204,8 @@ def test_the_members_number_is_the_runs_business_and_is_not_stored(lease: Lease)
 
 
 def test_what_could_not_be_written_is_written_later(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(lease)
-    recorder.take(step(1, train_loss=1.0))
+    recorder = EventRecorder(lease)
+    recorder.add(step(1, train_loss=1.0))
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "save_steps", raising(OperationalError("INSERT", {}, Exception("gone"))))
         with pytest.raises(OperationalError):
@@ -219,19 +219,19 @@ def test_what_could_not_be_written_is_written_later(lease: Lease, monkeypatch: p
 def test_a_flush_whose_commit_went_through_unheard_is_not_written_twice(
     lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder, commit = Recorder(lease), Session.commit
+    recorder, commit = EventRecorder(lease), Session.commit
 
     def unheard(session: Session) -> None:
         commit(session)
         raise OperationalError("COMMIT", {}, Exception("the connection is gone"))
 
-    recorder.take(step(1, train_loss=1.0))
-    recorder.take(Message(message="smaller batches", data={"kind": "oom_retry"}))
+    recorder.add(step(1, train_loss=1.0))
+    recorder.add(Message(message="smaller batches", data={"kind": "oom_retry"}))
     with monkeypatch.context() as patch:
         patch.setattr(Session, "commit", unheard)
         with pytest.raises(OperationalError):
             recorder.flush()
-    recorder.take(step(2, train_loss=1.0))
+    recorder.add(step(2, train_loss=1.0))
     recorder.flush()
     with session_scope() as session:
         story = events.list_since(session, lease.job_id, 3, limit=10)
@@ -250,13 +250,13 @@ def raising(error: Exception) -> Callable[..., None]:
 
 
 def test_a_writer_that_lost_the_job_writes_nothing(lease: Lease) -> None:
-    recorder = Recorder(lease)
+    recorder = EventRecorder(lease)
     with session_scope() as session:
         jobs.cancel(session, session.get_one(Job, lease.job_id))
         session.commit()
     before = job_of(lease).event_count
-    recorder.take(step(1, train_loss=1.0))
-    with pytest.raises(Lost):
+    recorder.add(step(1, train_loss=1.0))
+    with pytest.raises(LeaseLost):
         recorder.flush()
     with session_scope() as session:
         assert list(metrics.read(session, lease.job_id)) == []

@@ -10,8 +10,8 @@ from sqlalchemy.exc import OperationalError
 
 from api.core.db.database import make_engine
 from worker.job import retry
-from worker.job.progress import Lost
-from worker.job.retry import patiently
+from worker.job.progress import LeaseLost
+from worker.job.retry import retry_until_lost
 
 GONE = OperationalError("SELECT 1", {}, Exception("connection refused"))
 
@@ -25,7 +25,7 @@ def test_an_action_is_repeated_until_it_works() -> None:
             raise answer
         return answer
 
-    assert patiently(action, until=threading.Event()) == "done"
+    assert retry_until_lost(action, until=threading.Event()) == "done"
 
 
 def test_waiting_ends_when_the_job_is_lost() -> None:
@@ -36,8 +36,8 @@ def test_waiting_ends_when_the_job_is_lost() -> None:
     def action() -> None:
         raise GONE
 
-    with pytest.raises(Lost):
-        patiently(action, until=lost)
+    with pytest.raises(LeaseLost):
+        retry_until_lost(action, until=lost)
     assert time.monotonic() - started < 2
 
 
@@ -45,8 +45,8 @@ def test_an_action_that_hangs_is_left_alone_when_the_job_is_lost() -> None:
     lost, hung = threading.Event(), threading.Event()
     threading.Timer(0.3, lost.set).start()
     started = time.monotonic()
-    with pytest.raises(Lost):
-        patiently(hung.wait, until=lost)
+    with pytest.raises(LeaseLost):
+        retry_until_lost(hung.wait, until=lost)
     assert time.monotonic() - started < 2
     hung.set()
 
@@ -59,7 +59,7 @@ def test_what_is_done_counts_though_the_job_was_lost_meanwhile() -> None:
         lost.set()
         return "done"
 
-    assert patiently(action, until=lost) == "done"
+    assert retry_until_lost(action, until=lost) == "done"
 
 
 def test_an_actions_own_timeout_is_raised() -> None:
@@ -67,7 +67,7 @@ def test_an_actions_own_timeout_is_raised() -> None:
         raise TimeoutError("its own")
 
     with pytest.raises(TimeoutError, match="its own"):
-        patiently(action, until=threading.Event())
+        retry_until_lost(action, until=threading.Event())
 
 
 def test_an_action_that_ends_at_the_moment_of_a_look_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,12 +78,12 @@ def test_an_action_that_ends_at_the_moment_of_a_look_is_done(monkeypatch: pytest
         time.sleep(0.001)
         return "done"
 
-    assert [patiently(action, until=threading.Event()) for _ in range(300)] == ["done"] * 300
+    assert [retry_until_lost(action, until=threading.Event()) for _ in range(300)] == ["done"] * 300
 
 
 def test_what_is_bound_to_the_log_is_bound_in_an_action_too() -> None:
     with structlog.contextvars.bound_contextvars(job_id="ftjob-1"):
-        bound = patiently(structlog.contextvars.get_contextvars, until=threading.Event())
+        bound = retry_until_lost(structlog.contextvars.get_contextvars, until=threading.Event())
     assert bound["job_id"] == "ftjob-1"
 
 
@@ -95,7 +95,7 @@ def test_a_bug_is_not_waited_for() -> None:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        patiently(action, until=threading.Event())
+        retry_until_lost(action, until=threading.Event())
     assert len(calls) == 1
 
 
@@ -108,5 +108,5 @@ def test_a_transaction_that_postgresql_ended_while_we_slept_is_repeated(postgres
             time.sleep(next(naps))
             return connection.scalar(text("SELECT 7"))
 
-    assert patiently(write, until=threading.Event()) == 7
+    assert retry_until_lost(write, until=threading.Event()) == 7
     engine.dispose()

@@ -17,7 +17,7 @@ def played(*story: tuple[float, Event]) -> Stopwatch:
     watch = Stopwatch(clock)
     for at, event in story:
         clock.at = 100.0 + at
-        watch.take(event)
+        watch.add(event)
     return watch
 
 

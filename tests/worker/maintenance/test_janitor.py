@@ -147,12 +147,12 @@ def test_a_job_long_ended_goes_and_leaves_no_bytes(tmp_path: Path, environment: 
     job_id = an_ended_job()
     age(tmp_path)
     janitor.sweep_orphans()  # comes before, since a job goes later than its orphans
-    assert janitor.forget_jobs() is True
+    assert janitor.delete_jobs() is True
     janitor.clear()
-    janitor.forget_jobs()
+    janitor.delete_jobs()
     assert not known(job_id)
     assert stored(tmp_path) == []
-    assert janitor.forget_jobs() is False
+    assert janitor.delete_jobs() is False
 
 
 def test_a_job_does_not_go_before_its_orphans(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
@@ -160,13 +160,13 @@ def test_a_job_does_not_go_before_its_orphans(tmp_path: Path, environment: pytes
     environment.setenv("LORAINIT_ORPHAN_DAYS", "3")
     get_settings.cache_clear()
     job_id = an_ended_job()
-    assert janitor.forget_jobs() is False
+    assert janitor.delete_jobs() is False
     assert known(job_id)
 
 
 def test_jobs_stay_for_ever_unless_somebody_wants_them_gone(tmp_path: Path) -> None:
     job_id = an_ended_job()
-    assert janitor.forget_jobs() is False
+    assert janitor.delete_jobs() is False
     assert known(job_id)
 
 
@@ -178,12 +178,12 @@ def test_a_create_that_nobody_can_repeat_any_more_is_forgotten() -> None:
         for name, at in (("old", PAST), ("new", datetime.now(UTC))):
             session.add(Creation(id=name, idempotency_key=name, fingerprint=name, created_at=at, **common))
         session.commit()
-    assert janitor.forget_orders() is False
+    assert janitor.delete_old_creations() is False
     with session_scope() as session:
         assert session.scalars(select(Creation.id)).all() == ["new"]
 
 
-@pytest.mark.parametrize("chore", [janitor.forget_checkpoints, janitor.sweep_orphans])
+@pytest.mark.parametrize("chore", [janitor.delete_checkpoints, janitor.sweep_orphans])
 def test_0_days_keep_for_ever(chore: object, tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
     environment.setenv("LORAINIT_CHECKPOINT_DAYS", "0")
     environment.setenv("LORAINIT_ORPHAN_DAYS", "0")

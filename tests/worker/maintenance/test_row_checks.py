@@ -17,7 +17,7 @@ from api.core.files import validation
 from api.core.files.storage import get_storage
 from tests.things import a_file, a_project
 from worker.maintenance import row_checks, row_reader
-from worker.maintenance.row_checks import LANES, MAX_CHECKS, Lane, Turns
+from worker.maintenance.row_checks import LANES, MAX_CHECKS, Lane, RoundRobin
 
 pytestmark = pytest.mark.usefixtures("service")
 
@@ -321,7 +321,7 @@ def test_a_project_with_many_files_delays_others_by_one(checked: list[str]) -> N
 
 
 def test_projects_take_turns_and_a_newcomer_is_first() -> None:
-    turns = Turns()
+    turns = RoundRobin()
     assert [turns.next(["a", "b"]) for _ in range(3)] == ["a", "b", "a"]
     assert turns.next(["a", "b", "c"]) == "c"
     assert turns.next(["a", "b", "c"]) == "b"
