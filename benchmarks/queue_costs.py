@@ -96,7 +96,7 @@ def line_up(engine: Engine, *, start: int, end: int) -> None:
     with sessionmaker(engine)() as session:
         _take_time(session.connection())
         one = a_queued_job(session, session.scalars(select(Project).order_by(Project.id)).first())
-        one.rung_at = one.created_at - timedelta(hours=1)
+        one.notified_at = one.created_at - timedelta(hours=1)
         session.flush()
         _copy(session.connection(), one.id, "q", start, end - 1)
         session.commit()
@@ -132,7 +132,7 @@ def _copy(connection: Connection, job_id: str, prefix: str, start: int, end: int
     own = {
         "id": f"'ftjob-{prefix}' || n",
         "project_id": "(SELECT id FROM dealt WHERE dealt.number = n % (SELECT count(*) FROM dealt))",
-        "turn": "turn + n * 0.001",
+        "priority_time": "priority_time + n * 0.001",
         **changes,
     }
     columns = [column.name for column in inspect(Job).local_table.columns]

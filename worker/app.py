@@ -137,10 +137,10 @@ def _send_heartbeats() -> None:
     log, me, started = get_logger(__name__), name(os.getpid()), datetime.now(UTC)
     while True:
         try:
-            slots, trouble = _usable_slots()
+            slots, problem = _usable_slots()
             with session_scope() as session:
                 workers.record_heartbeat(
-                    session, me, slots=slots, queues=devices.served_queues(), started_at=started, trouble=trouble
+                    session, me, slots=slots, queues=devices.served_queues(), started_at=started, problem=problem
                 )
                 session.commit()
         except Exception as error:

@@ -68,7 +68,7 @@ class Lab:
         with session_scope() as session:
             return list(session.scalars(query))
 
-    def losses(self, seed: int) -> list[tuple[int, float]]:
+    def lost_runs(self, seed: int) -> list[tuple[int, float]]:
         with session_scope() as session:
             return [(row["step"], row["train_loss"]) for row in metrics.read(session, self.ids[seed - 1])]
 

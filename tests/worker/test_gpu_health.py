@@ -194,7 +194,7 @@ def test_the_doctor_tells_why_a_living_worker_takes_no_job() -> None:
     def say(trouble: str | None) -> None:
         with session_scope() as session:
             at = now(session)
-            workers.record_heartbeat(session, "here:1", slots=1, queues=["train"], started_at=at, trouble=trouble)
+            workers.record_heartbeat(session, "here:1", slots=1, queues=["train"], started_at=at, problem=trouble)
             session.commit()
 
     say("The GPU failed.")

@@ -40,7 +40,7 @@ def test_every_member_gets_its_own_adapter_numbers_and_story(lab: Lab) -> None:
     """)
     assert lab.statuses() == ["succeeded"] * 3
     for seed in (1, 2, 3):
-        assert lab.losses(seed) == [(1, seed), (2, seed)]
+        assert lab.lost_runs(seed) == [(1, seed), (2, seed)]
         assert lab.job(seed).trained_tokens == seed
         assert f"{seed}".encode() in lab.adapter(seed)[512:520]
         assert lab.job(seed).trained_with == [lab.ids[other] for other in range(3) if other != seed - 1]
@@ -93,7 +93,7 @@ def test_one_slow_upload_holds_up_nobody(lab: Lab, monkeypatch: pytest.MonkeyPat
     waiting.join()
     assert released.is_set()
     assert lab.statuses() == ["succeeded"] * 3
-    assert len(lab.losses(1)) == 399
+    assert len(lab.lost_runs(1)) == 399
 
 
 def test_workers_that_claim_at_the_same_time_share_no_job(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_job_alone_takes_the_same_path(lab: Lab) -> None:
 
 
 def test_a_cancelled_members_lease_goes_and_the_others_finish(lab: Lab) -> None:
-    waiting = when(lambda: lab.losses(2), lambda: lab.cancel(2))
+    waiting = when(lambda: lab.lost_runs(2), lambda: lab.cancel(2))
     lab.run("""
         for i in range(3): shown(i, 1)
         until(lambda: not held(1))
@@ -136,7 +136,7 @@ def test_a_cancelled_members_lease_goes_and_the_others_finish(lab: Lab) -> None:
     waiting.join()
     assert lab.statuses() == ["succeeded", "cancelled", "succeeded"]
     assert lab.story(2)[-1] == "The job was cancelled"
-    assert [lab.losses(seed) for seed in (1, 2, 3)] == [[(1, 1), (2, 1)], [(1, 2)], [(1, 3), (2, 3)]]
+    assert [lab.lost_runs(seed) for seed in (1, 2, 3)] == [[(1, 1), (2, 1)], [(1, 2)], [(1, 3), (2, 3)]]
 
 
 def test_when_all_members_are_cancelled_the_process_is_killed(lab: Lab) -> None:
@@ -144,7 +144,7 @@ def test_when_all_members_are_cancelled_the_process_is_killed(lab: Lab) -> None:
         for seed in (1, 2, 3):
             lab.cancel(seed)
 
-    waiting, started = when(lambda: lab.losses(3), cancel_all), time.monotonic()
+    waiting, started = when(lambda: lab.lost_runs(3), cancel_all), time.monotonic()
     lab.run("""
         import signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -169,7 +169,7 @@ def test_a_members_nan_fails_that_member_at_once(lab: Lab) -> None:
     assert lab.statuses() == ["succeeded", "failed", "cancelled"]
     assert lab.job(2).error == {"code": "non_finite_loss", "message": "non_finite_loss of 2.", "param": None}
     assert lab.job(2).result_file_id is not None
-    assert lab.losses(1) == [(1, 1), (2, 1)]
+    assert lab.lost_runs(1) == [(1, 1), (2, 1)]
 
 
 def test_a_member_that_somebody_else_took_over_is_written_no_more(lab: Lab) -> None:
@@ -178,7 +178,7 @@ def test_a_member_that_somebody_else_took_over_is_written_no_more(lab: Lab) -> N
             session.execute(update(Job).where(Job.id == lab.ids[0]).values(lease_token=Job.lease_token + 1))
             session.commit()
 
-    waiting = when(lambda: lab.losses(1), lose)
+    waiting = when(lambda: lab.lost_runs(1), lose)
     lab.run("""
         for i in range(3): shown(i, 1)
         until(lambda: not held(0))
@@ -186,7 +186,7 @@ def test_a_member_that_somebody_else_took_over_is_written_no_more(lab: Lab) -> N
     """)
     waiting.join()
     assert lab.statuses() == ["running", "succeeded", "succeeded"]
-    assert lab.losses(1) == [(1, 1)]
+    assert lab.lost_runs(1) == [(1, 1)]
 
 
 def test_a_member_whose_file_is_gone_fails_alone_and_the_others_start(lab: Lab) -> None:
@@ -199,7 +199,7 @@ def test_a_member_whose_file_is_gone_fails_alone_and_the_others_start(lab: Lab) 
     """)
     assert lab.statuses() == ["failed", "succeeded", "succeeded"]
     assert lab.job(1).error["code"] == "internal_error"  # type: ignore[index]
-    assert [lab.losses(seed) for seed in (2, 3)] == [[(1, 2)], [(1, 3)]]
+    assert [lab.lost_runs(seed) for seed in (2, 3)] == [[(1, 2)], [(1, 3)]]
 
 
 def break_the_store(monkeypatch: pytest.MonkeyPatch, *, seed: int) -> None:
@@ -233,7 +233,7 @@ def test_one_that_fails_at_its_end_leaves_the_others_training(lab: Lab, stage: s
     """)
     assert lab.statuses() == ["failed", "succeeded", "succeeded"]
     assert lab.job(1).error["code"] == "export_check_failed"  # type: ignore[index]
-    assert [lab.losses(seed) for seed in (2, 3)] == [[(1, 2), (2, 2)], [(1, 3), (2, 3)]]
+    assert [lab.lost_runs(seed) for seed in (2, 3)] == [[(1, 2), (2, 2)], [(1, 3), (2, 3)]]
 
 
 def test_one_that_cannot_be_stored_leaves_the_others_training(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_one_that_cannot_be_stored_leaves_the_others_training(lab: Lab, monkeypa
         for i in (1, 2): step(i, 2); done(i)
     """)
     assert lab.statuses() == ["failed", "succeeded", "succeeded"]
-    assert [lab.losses(seed) for seed in (2, 3)] == [[(1, 2), (2, 2)], [(1, 3), (2, 3)]]
+    assert [lab.lost_runs(seed) for seed in (2, 3)] == [[(1, 2), (2, 2)], [(1, 3), (2, 3)]]
 
 
 def test_one_whose_end_ran_out_of_memory_is_tried_alone_from_its_last_step(lab: Lab) -> None:

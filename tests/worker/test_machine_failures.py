@@ -88,7 +88,7 @@ def test_a_machine_that_fails_while_the_download_is_checked_is_no_verdict_on_the
     worker: Worker, fails: str, told: str
 ) -> None:
     job = worker(fails, DOWNLOAD)
-    assert (job.status, job.losses) == ("queued", 1), job.error
+    assert (job.status, job.lost_runs) == ("queued", 1), job.error
     assert last_event(job).startswith(told)
     assert last_event(job).endswith("while verifying; the job goes back to the queue")
 
@@ -104,7 +104,7 @@ def test_a_download_whose_check_crashed_is_checked_by_the_next_run(worker: Worke
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_gpu_that_fails_in_the_check_before_the_first_step_is_no_verdict_either(worker: Worker) -> None:
     job = worker("CUDA", BEFORE_TRAINING)
-    assert (job.status, job.losses, job.trained_tokens) == ("queued", 1, None), job.error
+    assert (job.status, job.lost_runs, job.trained_tokens) == ("queued", 1, None), job.error
     assert "while initializing" in last_event(job)
 
 
@@ -116,7 +116,7 @@ def test_a_job_whose_process_crashes_goes_back_to_the_queue_and_is_counted(lab: 
     lab.cancel(2)
     lab.cancel(3)
     lab.run(f"import signal; step(0, 1); time.sleep(0.2); os.kill(os.getpid(), signal.{name})")
-    assert (lab.statuses()[0], lab.job(1).losses) == ("queued", 1)
+    assert (lab.statuses()[0], lab.job(1).lost_runs) == ("queued", 1)
     assert f"The training process crashed ({name})" in lab.story(1)[-1]
 
 
@@ -124,7 +124,7 @@ def test_a_job_whose_process_a_library_ends_goes_back_to_the_queue_and_is_counte
     lab.cancel(2)
     lab.cancel(3)
     lab.run("step(0, 1); time.sleep(0.2); print('Error an illegal memory access', file=sys.stderr); os._exit(1)")
-    assert (lab.statuses()[0], lab.job(1).losses) == ("queued", 1)
+    assert (lab.statuses()[0], lab.job(1).lost_runs) == ("queued", 1)
     assert "The training process ended with exit code 1 and no word" in lab.story(1)[-1]
 
 
@@ -149,7 +149,7 @@ def test_a_host_without_room_for_another_process_is_no_fault_of_the_jobs(
     monkeypatch.setattr(tasks, "run_child", raising(error))
     tasks.run_job("ftjob-x")
     assert lab.statuses() == ["queued"] * 3
-    assert [lab.job(seed).losses for seed in (1, 2, 3)] == [1, 1, 1]
+    assert [lab.job(seed).lost_runs for seed in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_a_job_whose_processes_always_crash_fails_in_the_end_and_says_how(

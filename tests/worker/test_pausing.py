@@ -57,7 +57,7 @@ def steps_stored(lab: Lab, seed: int) -> list[int]:
 
 
 def test_a_paused_run_stores_its_checkpoint_and_goes_on_from_it(alone: Lab) -> None:
-    waiting = when(lambda: alone.losses(1), lambda: pause(alone, 1))
+    waiting = when(lambda: alone.lost_runs(1), lambda: pause(alone, 1))
     alone.run(LEAVING)
     waiting.join()
     job = alone.job(1)
@@ -75,7 +75,7 @@ def test_a_paused_run_stores_its_checkpoint_and_goes_on_from_it(alone: Lab) -> N
 
 def test_a_leaving_workers_job_goes_back_with_a_checkpoint(alone: Lab) -> None:
     flag = drain_file(os.getppid())
-    waiting = when(lambda: alone.losses(1), flag.touch)
+    waiting = when(lambda: alone.lost_runs(1), flag.touch)
     try:
         alone.run(LEAVING)
     finally:
@@ -86,7 +86,7 @@ def test_a_leaving_workers_job_goes_back_with_a_checkpoint(alone: Lab) -> None:
 
 
 def test_pausing_one_of_a_shared_run_sends_the_others_back_with_their_checkpoints(lab: Lab) -> None:
-    waiting = when(lambda: lab.losses(3), lambda: pause(lab, 2))
+    waiting = when(lambda: lab.lost_runs(3), lambda: pause(lab, 2))
     lab.run(LEAVING)
     waiting.join()
     assert lab.statuses() == ["queued", "paused", "queued"]
@@ -96,7 +96,7 @@ def test_pausing_one_of_a_shared_run_sends_the_others_back_with_their_checkpoint
 
 
 def test_a_pausing_run_that_is_cancelled_is_killed_at_once(alone: Lab) -> None:
-    waiting = when(lambda: alone.losses(1), lambda: pause(alone, 1))
+    waiting = when(lambda: alone.lost_runs(1), lambda: pause(alone, 1))
     cancelling = when(lambda: alone.job(1).pause_requested, lambda: alone.cancel(1))
     alone.run("""
         import signal
@@ -121,13 +121,13 @@ def test_a_killed_run_failed_only_if_the_system_had_run_out_of_memory(
     alone.run("shown(0, 1); os.kill(os.getpid(), 9)")
     job = alone.job(1)
     assert (job.status, (job.error or {}).get("code")) == (status, code)
-    assert job.losses == (1 if status == "queued" else 0)
+    assert job.lost_runs == (1 if status == "queued" else 0)
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 15)", "sys.exit(143)"])
 def test_a_run_that_somebody_else_stopped_is_tried_again(alone: Lab, end: str) -> None:
     alone.run(f"shown(0, 1); {end}")
-    assert (alone.job(1).status, alone.job(1).losses) == ("queued", 1)
+    assert (alone.job(1).status, alone.job(1).lost_runs) == ("queued", 1)
     assert alone.story(1)[-1].endswith("while training; the job goes back to the queue")
 
 
@@ -151,7 +151,7 @@ def test_a_run_that_gets_further_each_time_is_never_given_up(alone: Lab, monkeyp
     monkeypatch.setattr(supervisor, "oom_kills", lambda: 0)
     for number in range(1, 5):
         alone.run(f"step(0, {number}); checkpoint(0, {number}); time.sleep(0.3); os.kill(os.getpid(), 9)")
-        assert (alone.job(1).status, alone.job(1).losses) == ("queued", 1)
+        assert (alone.job(1).status, alone.job(1).lost_runs) == ("queued", 1)
     with session_scope() as session:
         assert checkpoints.latest(session, alone.ids[0]).step == 4  # type: ignore[union-attr]
 
@@ -163,7 +163,7 @@ def test_a_storage_that_stays_away_is_not_the_jobs_fault(alone: Lab, monkeypatch
     monkeypatch.setattr(retry, "LONGEST_SECONDS", 0.3)
     monkeypatch.setattr(ObjectStorage, "put", away)
     alone.run("step(0, 1); done(0)")
-    assert (alone.job(1).status, alone.job(1).losses) == ("queued", 1)
+    assert (alone.job(1).status, alone.job(1).lost_runs) == ("queued", 1)
     assert "could not reach the database or the storage" in alone.story(1)[-1]
 
 

@@ -89,7 +89,7 @@ def test_a_dead_broker_leaves_jobs_unannounced(monkeypatch: pytest.MonkeyPatch) 
         session.commit()
     monkeypatch.setattr(queue, "notify_workers", refuse)
     reconciler.announce()
-    assert job_of(job.id).rung_at is None
+    assert job_of(job.id).notified_at is None
 
 
 def test_every_queued_job_is_rung_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

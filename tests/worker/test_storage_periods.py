@@ -12,7 +12,7 @@ from sqlalchemy import Engine, select
 
 from api.core.db import database
 from api.core.db.database import session_scope
-from api.core.db.tables import Watch
+from api.core.db.tables import StoragePeriod
 from api.core.files.storage import get_storage
 from api.core.maintenance import storage_periods
 from api.core.settings import get_settings
@@ -70,7 +70,7 @@ def keep_watch_for_days(folder: Path, days: int) -> None:
     for _ in range(days):
         days_pass(folder, 1)
         with session_scope() as session:
-            last = session.scalars(select(Watch).order_by(Watch.since.desc())).first()
+            last = session.scalars(select(StoragePeriod).order_by(StoragePeriod.since.desc())).first()
             assert last is not None
             last.until += timedelta(days=1)
             session.commit()
@@ -84,7 +84,7 @@ def age(path: Path, days: float) -> None:
 
 def age_watches(days: float) -> None:
     with session_scope() as session:
-        for watch in session.scalars(select(Watch)):
+        for watch in session.scalars(select(StoragePeriod)):
             watch.since -= timedelta(days=days)
             watch.until -= timedelta(days=days)
         session.commit()
@@ -92,7 +92,7 @@ def age_watches(days: float) -> None:
 
 def spans() -> int:
     with session_scope(read_only=True) as session:
-        return len(session.scalars(select(Watch.id)).all())
+        return len(session.scalars(select(StoragePeriod.id)).all())
 
 
 def test_an_older_database_removes_nothing_that_a_newer_one_may_have_known(engine: Engine, tmp_path: Path) -> None:

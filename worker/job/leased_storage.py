@@ -15,7 +15,7 @@ from worker.job.progress import LeaseLost
 
 
 class LeasedStorage:
-    """`storage`, whose transfers raise `LeaseLost` after `lost` is set. A put that ends so leaves nothing under its key."""
+    """`storage`, whose transfers raise `LeaseLost` after `lost` is set. Such a put leaves nothing under its key."""
 
     def __init__(self, storage: Storage, lost: threading.Event) -> None:
         self._storage, self._lost = storage, lost

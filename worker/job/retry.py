@@ -33,9 +33,9 @@ def retry_until_lost(action: Callable[[], Result], *, until: threading.Event) ->
     """Repeat `action`, which must be safe to repeat, until it works or `until` is set.
 
     Raises:
-        LeaseLost: `until` was set first: the job may be somebody else's by now. What an action that was left alone still
-            writes is refused, and a cancelled job does not hold its worker until ten gigabytes are up, or until a
-            bucket that went silent is given up.
+        LeaseLost: `until` was set first, so the job may belong to another worker by now. The action goes on in its
+            thread and what it still writes is refused. So a cancelled job does not keep its worker waiting for an
+            upload of ten gigabytes or for a storage that does not answer.
         Exception: what `action` raised last, after ten minutes of trouble or at once if it will not pass.
     """
     tries = Retrying(

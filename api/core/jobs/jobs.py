@@ -54,7 +54,7 @@ def admit(
         recipe=recipe,
         choices=choices,
         group_key=group_key,
-        turn=scheduling.compute_priority_time(now(session)),
+        priority_time=scheduling.compute_priority_time(now(session)),
     )
     return moved is not None
 
@@ -124,7 +124,7 @@ def update_run(session: Session, lease: Lease, **values: Any) -> bool:
 
 def reset_lost_runs(session: Session, lease: Lease) -> bool:
     """As `note`, for a new checkpoint: the run got further, so what was lost before counts no more."""
-    return update_run(session, lease, losses=0)
+    return update_run(session, lease, lost_runs=0)
 
 
 def succeed(
@@ -206,20 +206,20 @@ def requeue_lost_run(session: Session, lease: Lease, how: str, *, max_attempts: 
     row = lock_row(session, *lease.conditions())
     if row is None:
         return False
-    losses, what = row.losses + 1, f"{how} while {(row.progress or {}).get('stage', 'loading')}"
-    if losses >= max_attempts:
-        message = f"The job was lost {losses} times without a new checkpoint. The last time: {what}."
-        fail(session, lease, Failure(code, message), losses=losses)
+    lost_runs, what = row.lost_runs + 1, f"{how} while {(row.progress or {}).get('stage', 'loading')}"
+    if lost_runs >= max_attempts:
+        message = f"The job was lost {lost_runs} times without a new checkpoint. The last time: {what}."
+        fail(session, lease, Failure(code, message), lost_runs=lost_runs)
         return False
-    event_data, wait = {"losses": losses}, now(session) + timedelta(seconds=_backoff_seconds(losses))
-    return _requeue(session, lease, what, level="warn", event_data=event_data, losses=losses, not_before=wait)
+    event_data, wait = {"losses": lost_runs}, now(session) + timedelta(seconds=_backoff_seconds(lost_runs))
+    return _requeue(session, lease, what, level="warn", event_data=event_data, lost_runs=lost_runs, not_before=wait)
 
 
-def _backoff_seconds(losses: int) -> float:
+def _backoff_seconds(lost_runs: int) -> float:
     """Seconds before the next attempt: 0, then doubling from the setting on, five minutes at most."""
     # Of more doublings the last ones would be no number any more, and every wait is the longest long before.
-    doublings = min(losses - 2, 60)
-    return 0.0 if losses < 2 else min(LONGEST_WAIT_SECONDS, float(get_settings().retry_seconds * 2**doublings))
+    doublings = min(lost_runs - 2, 60)
+    return 0.0 if lost_runs < 2 else min(LONGEST_WAIT_SECONDS, float(get_settings().retry_seconds * 2**doublings))
 
 
 def find_expired_leases(session: Session) -> list[str]:

@@ -93,12 +93,12 @@ def resume(session: Session, job: Job) -> Job:
 def _requeue(session: Session, job: Job, resumability: Resumability) -> None:
     where = "the start" if resumability.from_step is None else f"step {resumability.from_step}"
     here = job_with_status(job.id, job.status)
-    if job.turn is None:
+    if job.priority_time is None:
         change_status(session, here, "validating_files", "Job resumed: its files are checked first")
         return
-    turn = scheduling.compute_priority_time(now(session))
+    priority_time = scheduling.compute_priority_time(now(session))
     message = f"Job resumed: it goes on from {where}"
-    change_status(session, here, "queued", message, turn=turn, losses=0, not_before=None)
+    change_status(session, here, "queued", message, priority_time=priority_time, lost_runs=0, not_before=None)
 
 
 def check_resumable(session: Session, jobs: Iterable[ShownJob]) -> dict[str, Resumability]:

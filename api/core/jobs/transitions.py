@@ -45,8 +45,8 @@ class Failure:
 
 
 def lock_row(session: Session, *conditions: ColumnElement[bool]) -> Row[tuple[str, bool, int, Any]] | None:
-    """Status, `pause_requested`, losses and progress of one job, locked; None if it does not meet the conditions."""
-    columns = select(Job.status, Job.pause_requested, Job.losses, Job.progress)
+    """Status, pause request, lost runs and progress of one job, locked; None if it does not meet the conditions."""
+    columns = select(Job.status, Job.pause_requested, Job.lost_runs, Job.progress)
     return session.execute(columns.where(*conditions).with_for_update()).one_or_none()
 
 
@@ -108,7 +108,7 @@ def _implied_columns(status: str, at: datetime) -> dict[str, Any]:
     if ended is not None:
         implied["csv_due"] = case((Job.result_file_id.is_(None), literal(ended, UTCDateTime)))
     if status == "queued":
-        implied["rung_at"] = None
+        implied["notified_at"] = None
     return implied if status == "running" else {**implied, **_NO_LEASE}
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from api.core.db.database import now
-from api.core.db.tables import Watch
+from api.core.db.tables import StoragePeriod
 from api.core.ids import new_id
 
 FOLDER = "watch"
@@ -41,7 +41,7 @@ class PeriodState(NamedTuple):
 
 def find_marker_key(session: Session) -> str | None:
     """Where the mark of this database and of all its copies lies; None before its first watch."""
-    first = session.scalar(select(Watch.id).order_by(Watch.since, Watch.id).limit(1))
+    first = session.scalar(select(StoragePeriod.id).order_by(StoragePeriod.since, StoragePeriod.id).limit(1))
     return None if first is None else f"{FOLDER}/{first}"
 
 
@@ -53,8 +53,8 @@ def find_newest(session: Session) -> PeriodState | None:
     )
 
 
-def _newest(session: Session) -> Watch | None:
-    return session.scalar(select(Watch).order_by(Watch.since.desc(), Watch.id.desc()).limit(1))
+def _newest(session: Session) -> StoragePeriod | None:
+    return session.scalar(select(StoragePeriod).order_by(StoragePeriod.since.desc(), StoragePeriod.id.desc()).limit(1))
 
 
 def begin_period(session: Session) -> PeriodState:
@@ -62,7 +62,7 @@ def begin_period(session: Session) -> PeriodState:
     at, token = now(session), secrets.token_hex(16)
     last = _newest(session)
     if last is None or last.until - last.since > SLACK:
-        last = Watch(id=new_id("watch-"))
+        last = StoragePeriod(id=new_id("watch-"))
         session.add(last)
     last.since = last.until = at
     last.token = last.next_token = token
@@ -78,19 +78,19 @@ def extend_period(session: Session, seen: PeriodState, mark: str | None) -> Peri
     """
     if not seen.knows(mark) or now(session) - seen.until > SLACK:
         return begin_period(session)
-    same = (Watch.id == seen.id, Watch.token == seen.token, Watch.next_token == seen.next_token)
+    same = (StoragePeriod.id == seen.id, StoragePeriod.token == seen.token, StoragePeriod.next_token == seen.next_token)
     token = secrets.token_hex(16)
-    changed = update(Watch).where(*same).values(next_token=token).returning(Watch.id)
+    changed = update(StoragePeriod).where(*same).values(next_token=token).returning(StoragePeriod.id)
     return None if session.scalar(changed) is None else seen._replace(next_token=token)
 
 
 def confirm_period(session: Session, look: PeriodState) -> None:
     """The mark is written: the watch has lasted until now."""
-    same = (Watch.id == look.id, Watch.next_token == look.next_token)
-    session.execute(update(Watch).where(*same).values(token=look.next_token, until=now(session)))
+    same = (StoragePeriod.id == look.id, StoragePeriod.next_token == look.next_token)
+    session.execute(update(StoragePeriod).where(*same).values(token=look.next_token, until=now(session)))
 
 
 def list_periods(session: Session) -> list[tuple[datetime, datetime]]:
     """From when to when: objects written then would have a row here, unless they are orphans."""
-    rows = session.execute(select(Watch.since, Watch.until).order_by(Watch.since))
+    rows = session.execute(select(StoragePeriod.since, StoragePeriod.until).order_by(StoragePeriod.since))
     return [(since, until - SLACK) for since, until in rows]

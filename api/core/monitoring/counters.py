@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from api.core.db.tables import FINAL_STATUSES, Job, Tally
+from api.core.db.tables import FINAL_STATUSES, Counter, Job
 
 
 class CounterValue(NamedTuple):
@@ -34,14 +34,14 @@ def add_all(session: Session, counts: list[CounterValue]) -> None:
     rows = [(count.name, json.dumps(dict(count.labels), sort_keys=True), count.value) for count in counts]
     for name, labels, value in sorted(rows):
         if value:
-            statement = dialect.insert(Tally).values(name=name, labels=labels, value=value)
-            more = {"value": Tally.value + statement.excluded.value}
+            statement = dialect.insert(Counter).values(name=name, labels=labels, value=value)
+            more = {"value": Counter.value + statement.excluded.value}
             session.execute(statement.on_conflict_do_update(index_elements=["name", "labels"], set_=more))
 
 
 def read(session: Session) -> list[CounterValue]:
     """Every count."""
-    rows = session.execute(select(Tally.name, Tally.labels, Tally.value).order_by(Tally.name, Tally.labels))
+    rows = session.execute(select(Counter.name, Counter.labels, Counter.value).order_by(Counter.name, Counter.labels))
     return [CounterValue(name, json.loads(labels), value) for name, labels, value in rows]
 
 

@@ -39,7 +39,7 @@ def take_snapshot(session: Session) -> Snapshot:
     return Snapshot(
         jobs={status: found.get(status, 0) for status in OPEN_STATUSES},
         oldest_wait=max(0.0, wait.total_seconds()),
-        unannounced=session.scalar(select(func.count()).where(queued, Job.rung_at.is_(None))) or 0,
+        unannounced=session.scalar(select(func.count()).where(queued, Job.notified_at.is_(None))) or 0,
         workers=workers.count_online(session),
         slots=workers.count_free_slots(session, running=0),
         speeds=_speeds(session),

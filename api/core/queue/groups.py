@@ -70,7 +70,7 @@ def lock_next_group(session: Session, *, size: int, queues: Sequence[str]) -> li
             Job.attempts == 0,
             Job.id != best.id,
         )
-        .order_by(Job.turn, Job.id)
+        .order_by(Job.priority_time, Job.id)
         .limit(places - 1)
         .with_for_update(skip_locked=True)
     )

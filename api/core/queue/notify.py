@@ -51,7 +51,7 @@ def find_lost(session: Session, *, patience: timedelta) -> list[Notification]:
 def find_notification(session: Session, job_id: str) -> Notification | None:
     """For one job; None if it has been rung for, or while it could not start anyway."""
     at = now(session)
-    waits = (Job.id == job_id, has_status(Job, "queued"), Job.rung_at.is_(None), project_queues.is_ready(Job))
+    waits = (Job.id == job_id, has_status(Job, "queued"), Job.notified_at.is_(None), project_queues.is_ready(Job))
     found = session.execute(select(Job.id, Job.queue).where(*waits), {"at": at}).one_or_none()
     return None if found is None or scheduling.find_held_back(session, [job_id], ready_at=at) else Notification(*found)
 
@@ -61,7 +61,7 @@ def mark_notified(session: Session, job_id: str) -> None:
     session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == "queued")
-        .values(rung_at=now(session))
+        .values(notified_at=now(session))
         .execution_options(synchronize_session=False)
     )
 
@@ -70,7 +70,7 @@ def _find_notifications(
     session: Session, queues: Sequence[str], *, notified_before: datetime | None, most: int
 ) -> list[Notification]:
     """Of each queue at most so many, who has waited longest for a bell first."""
-    given = {"at": now(session), "rung_before": notified_before, "most": most, **scheduling.parameters()}
+    given = {"at": now(session), "notified_before": notified_before, "most": most, **scheduling.parameters()}
     wanted = _select_startable(never=notified_before is None, limited=bool(get_settings().project_running))
     return [
         Notification(job_id, q)
@@ -82,18 +82,23 @@ def _find_notifications(
 @cache
 def _select_startable(*, never: bool, limited: bool) -> Select[str]:
     """Ids of the jobs of a queue that could start and whose bell was rung `never`, or before a time."""
-    job_id, rung_at, turn, conditions = _startable_within_limit() if limited else _startable()
-    notified = rung_at.is_(None) if never else rung_at < bindparam("rung_before", type_=UTCDateTime)
-    return select(job_id).where(*conditions, notified).order_by(rung_at, turn, job_id).limit(bindparam("most"))
+    job_id, notified_at, priority_time, conditions = _startable_within_limit() if limited else _startable()
+    notified = notified_at.is_(None) if never else notified_at < bindparam("notified_before", type_=UTCDateTime)
+    return (
+        select(job_id)
+        .where(*conditions, notified)
+        .order_by(notified_at, priority_time, job_id)
+        .limit(bindparam("most"))
+    )
 
 
 _Column = SQLColumnExpression[Any]
-_Waiting = tuple[_Column, _Column, _Column, list[ColumnElement[bool]]]  # id, rung_at and turn of jobs, conditions
+_Waiting = tuple[_Column, _Column, _Column, list[ColumnElement[bool]]]  # id, notified_at, priority_time, conditions
 
 
 def _startable() -> _Waiting:
     waits = [has_status(Job, "queued"), Job.queue == bindparam("queue_0"), project_queues.is_ready(Job)]
-    return Job.id, Job.rung_at, Job.turn, waits
+    return Job.id, Job.notified_at, Job.priority_time, waits
 
 
 def _startable_within_limit() -> _Waiting:
@@ -111,7 +116,7 @@ def _startable_within_limit() -> _Waiting:
     )
     return (
         walk.c.id,
-        project_queues.column_of(Job.rung_at, walk),
-        project_queues.column_of(Job.turn, walk),
+        project_queues.column_of(Job.notified_at, walk),
+        project_queues.column_of(Job.priority_time, walk),
         [walk.c.id.is_not(None)],
     )

@@ -75,7 +75,7 @@ def _position_of(job: ShownJob, entry: OrderEntry, *, at: datetime, served: set[
     waits = job.not_before is not None and job.not_before > at
     if job.queue not in served:
         reason = "no_worker_for_device"
-    elif job.attempts or job.losses or waits:
+    elif job.attempts or job.lost_runs or waits:
         reason = "restarting"
     elif not entry.allowed:
         reason = "project_limit_reached"
@@ -129,13 +129,18 @@ def _last_due_time(known: Sequence[_DueJob]) -> float:
 
 def _heads(session: Session, queue: str, step: float) -> list[_DueJob]:
     rows = session.execute(_select_heads(), project_queues.queue_parameters([queue]))
-    return [_DueJob(scheduling.compute_due_time(turn, slot, step), job_id, slot) for job_id, turn, slot in rows]
+    return [
+        _DueJob(scheduling.compute_due_time(priority_time, slot, step), job_id, slot)
+        for job_id, priority_time, slot in rows
+    ]
 
 
 @cache
 def _select_heads() -> Select[str, float | None, int]:
     heads = project_queues.select_heads(aliased(Job))
-    return select(Job.id, Job.turn, project_queues.count_running(Job.project_id) + 1).join(heads, heads.c.id == Job.id)
+    return select(Job.id, Job.priority_time, project_queues.count_running(Job.project_id) + 1).join(
+        heads, heads.c.id == Job.id
+    )
 
 
 def _following(
@@ -144,9 +149,11 @@ def _following(
     """The next jobs, at most `reach`, of the lines in which these stand; in their order, by the job they come after."""
     given = {"starts": list(starts), "reach": reach, **project_queues.queue_parameters([queue])}
     found: dict[str, list[_DueJob]] = {}
-    for start, further, job_id, turn in session.execute(_select_following(), given):
+    for start, further, job_id, priority_time in session.execute(_select_following(), given):
         slot = starts[start].slot + further
-        found.setdefault(start, []).append(_DueJob(scheduling.compute_due_time(turn, slot, step), job_id, slot))
+        found.setdefault(start, []).append(
+            _DueJob(scheduling.compute_due_time(priority_time, slot, step), job_id, slot)
+        )
     return found
 
 
@@ -154,7 +161,7 @@ def _following(
 def _select_following() -> Select[str, int, str, float | None]:
     start = select(Job.id, Job.project_id).where(Job.id.in_(bindparam("starts", expanding=True, type_=String)))
     walk = project_queues.select_following(aliased(Job), start, steps=lambda _: bindparam("reach", type_=Integer))
-    rows = select(walk.c.start, walk.c.step, walk.c.id, project_queues.column_of(Job.turn, walk))
+    rows = select(walk.c.start, walk.c.step, walk.c.id, project_queues.column_of(Job.priority_time, walk))
     return rows.where(walk.c.step > 0, walk.c.id.is_not(None)).order_by(walk.c.step)
 
 

@@ -52,7 +52,7 @@ def count_running(project_id: SQLColumnExpression[str]) -> ScalarSelect[int]:
 
 def count_before(job: Row, other: Row, *conditions: ColumnElement[bool], most: ColumnElement[int]) -> ScalarSelect[int]:
     """How many jobs stand before `job` in its line and meet `conditions`, which are about `other`; counts to `most`."""
-    earlier = tuple_(other.turn, other.id) < tuple_(job.turn, job.id)
+    earlier = tuple_(other.priority_time, other.id) < tuple_(job.priority_time, job.id)
     found = select(other.id).where(has_status(other, "queued"), *_same_project_queue(other, job), earlier, *conditions)
     return select(func.count()).select_from(found.limit(most).correlate(job).subquery()).scalar_subquery()
 
@@ -77,7 +77,7 @@ def select_heads(job: Row, *conditions: ColumnElement[bool], queues: int = 1) ->
 
     def first(*where: ColumnElement[bool]) -> ScalarSelect[str]:
         found = select(job.id).where(has_status(job, "queued"), *where, *conditions)
-        return found.order_by(job.project_id, job.turn, job.id).limit(1).correlate(previous).scalar_subquery()
+        return found.order_by(job.project_id, job.priority_time, job.id).limit(1).correlate(previous).scalar_subquery()
 
     start, *others = (
         select(first(job.queue == bindparam(name)).label("id")) for name in queue_parameters([""] * queues)
@@ -104,10 +104,12 @@ def select_following(
     at = start.subquery()
     first = select(at.c[0].label("start"), at.c[0].label("id"), at.c[1].label("project_id"), literal(0).label("step"))
     found = first.cte("walk", recursive=True)
-    turn = column_of(Job.turn, found)
+    priority_time = column_of(Job.priority_time, found)
     line = (job.queue == bindparam("queue_0"), job.project_id == found.c.project_id)
-    later = select(job.id).where(has_status(job, "queued"), *line, tuple_(job.turn, job.id) > tuple_(turn, found.c.id))
-    following = later.where(*conditions).order_by(job.turn, job.id).limit(1).correlate(found).scalar_subquery()
+    later = select(job.id).where(
+        has_status(job, "queued"), *line, tuple_(job.priority_time, job.id) > tuple_(priority_time, found.c.id)
+    )
+    following = later.where(*conditions).order_by(job.priority_time, job.id).limit(1).correlate(found).scalar_subquery()
     further = select(found.c.start, following, found.c.project_id, found.c.step + 1)
     goes_on = (found.c.id.is_not(None), found.c.step < steps(found.c.project_id))
     return found.union_all(further.where(*goes_on))

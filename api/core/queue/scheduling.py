@@ -62,7 +62,7 @@ def _select_best(queues: int) -> Select[str]:
     mine = before.where(ahead.queue == Job.queue, ahead.project_id == Job.project_id).scalar_subquery()
     slot = project_queues.count_running(Job.project_id) + mine + 1
     waiting = select(Job.id).join(heads, heads.c.id == Job.id).where(slot <= LIMIT)
-    return waiting.order_by(compute_due_time(Job.turn, slot, STEP), Job.id).limit(1)
+    return waiting.order_by(compute_due_time(Job.priority_time, slot, STEP), Job.id).limit(1)
 
 
 # What the settings say, as parameters of statements.
@@ -75,9 +75,9 @@ def parameters() -> dict[str, float]:
     return {"step": settings.priority_seconds, "limit": settings.project_running or NO_LIMIT}
 
 
-def compute_due_time(turn: Any, slot: Any, step: Any) -> Any:
+def compute_due_time(priority_time: Any, slot: Any, step: Any) -> Any:
     """When a job is due, in seconds since 1970, of numbers and of columns: the earliest is next."""
-    return turn + slot * step
+    return priority_time + slot * step
 
 
 def find_held_back(session: Session, job_ids: Sequence[str], *, ready_at: datetime | None = None) -> set[str]:

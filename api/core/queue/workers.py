@@ -19,16 +19,16 @@ def record_heartbeat(
     slots: int,
     queues: Sequence[str],
     started_at: datetime,
-    trouble: str | None = None,
+    problem: str | None = None,
 ) -> None:
     """Renew this worker's row and drop the rows of workers gone for an hour.
 
     Args:
         slots: those that take jobs.
-        trouble: why others do not.
+        problem: why others do not.
     """
     at = now(session)
-    row = Worker(id=worker_id, slots=slots, queues=list(queues), started_at=started_at, seen_at=at, trouble=trouble)
+    row = Worker(id=worker_id, slots=slots, queues=list(queues), started_at=started_at, seen_at=at, problem=problem)
     session.merge(row)
     session.execute(delete(Worker).where(Worker.seen_at < at - timedelta(hours=1)))
 
@@ -40,7 +40,7 @@ def count_online(session: Session) -> int:
 
 def find_problems(session: Session) -> dict[str, str]:
     """Why living workers take no job, or not in all their slots."""
-    at_work = select(Worker.id, Worker.trouble).where(Worker.seen_at >= now(session) - FRESH)
+    at_work = select(Worker.id, Worker.problem).where(Worker.seen_at >= now(session) - FRESH)
     return {name: why for name, why in session.execute(at_work.order_by(Worker.id)) if why}
 
 

@@ -19,8 +19,8 @@ class Life:
     asked: bool = False
     token: int = 0
     attempts: int = 0
-    losses: int = 0
-    turn: float | None = None
+    lost_runs: int = 0
+    priority_time: float | None = None
     not_before: float = 0.0
     lease_until: float | None = None
     error: str | None = None
@@ -39,7 +39,7 @@ class Life:
         return self.status == "running" and self.token == token
 
     def line_up(self, at: float) -> None:
-        self.status, self.turn, self.rung = "queued", at - STEP * self.priority, False
+        self.status, self.priority_time, self.rung = "queued", at - STEP * self.priority, False
 
     def start(self, at: float) -> None:
         self.status, self.lease_until, self.not_before = "running", at + LEASE, 0.0
@@ -55,11 +55,11 @@ class Life:
         self.leave("paused" if self.asked else "queued")
 
     def lose(self, at: float) -> None:
-        self.losses += 1
-        if self.losses >= ATTEMPTS:
+        self.lost_runs += 1
+        if self.lost_runs >= ATTEMPTS:
             self.leave("failed", "worker_lost")
         else:
-            self.not_before = at + (RETRY * 2 ** (self.losses - 2) if self.losses > 1 else 0)
+            self.not_before = at + (RETRY * 2 ** (self.lost_runs - 2) if self.lost_runs > 1 else 0)
             self.stop()
 
     def cancel(self) -> str | None:
@@ -88,9 +88,9 @@ class Life:
         if self.status not in ("paused", "failed"):
             return None
         self.leave("validating_files")
-        if self.turn is not None:
+        if self.priority_time is not None:
             self.line_up(at)
-            self.losses, self.not_before = 0, 0.0
+            self.lost_runs, self.not_before = 0, 0.0
         return None
 
 
@@ -100,7 +100,7 @@ def next_up(lives: dict[str, Life], at: float) -> str | None:
     best: tuple[float, str] | None = None
     for project in {one.project for one in waiting.values()}:
         running = sum(one.project == project and one.status == "running" for one in lives.values())
-        line = sorted((one.turn or 0.0, i) for i, one in waiting.items() if one.project == project)
+        line = sorted((one.priority_time or 0.0, i) for i, one in waiting.items() if one.project == project)
         for slot, (turn, i) in enumerate(line, start=running + 1):
             if slot <= LIMIT:
                 best = min(best or (float("inf"), ""), (turn + STEP * slot, i))

@@ -178,7 +178,7 @@ class Lives(RuleBasedStateMachine):
         job = self.session.get_one(Job, lease.job_id, populate_existing=True)
         file = a_file(self.session, self.projects["ann"], purpose="fine-tune-results")
         checkpoints.add(self.session, job, step=1, metrics={}, file=file, state_key="s")
-        life.losses, life.saved = 0, True
+        life.lost_runs, life.saved = 0, True
 
     @precondition(lambda self: self.leases)
     @rule(number=RECENT, end=st.sampled_from(["succeed", "nan", "disk", "drain", "retry", "lose", "lose"]))
@@ -194,7 +194,7 @@ class Lives(RuleBasedStateMachine):
     def strike(self, what: str) -> None:
         """Luck, bad or good, comes to the job that has had most of the bad."""
         held = [one for one in self.leases if self.lives[one.job_id].held_by(one.token)]
-        for lease in sorted(held, key=lambda one: self.lives[one.job_id].losses)[-1:]:
+        for lease in sorted(held, key=lambda one: self.lives[one.job_id].lost_runs)[-1:]:
             life = self.lives[lease.job_id]
             if what == "lose":
                 jobs.requeue_lost_run(self.session, lease, "The process was killed", max_attempts=ATTEMPTS)
@@ -248,8 +248,8 @@ class Lives(RuleBasedStateMachine):
         for row in rows:
             assert (row.lease_owner is not None) == (row.lease_until is not None) == (row.status == "running")
             assert (row.finished_at is not None) == self.lives[row.id].is_over
-            assert row.turn == pytest.approx(self.lives[row.id].turn, abs=1)
-            assert (row.rung_at is not None) == self.lives[row.id].rung
+            assert row.priority_time == pytest.approx(self.lives[row.id].priority_time, abs=1)
+            assert (row.notified_at is not None) == self.lives[row.id].rung
 
     @invariant()
     def nobody_runs_more_than_it_may(self) -> None:
@@ -268,11 +268,11 @@ class Lives(RuleBasedStateMachine):
 
 def _seen(row: Job) -> tuple[object, ...]:
     code = row.error["code"] if row.error else None
-    return row.status, row.pause_requested, row.lease_token, row.attempts, row.losses, code
+    return row.status, row.pause_requested, row.lease_token, row.attempts, row.lost_runs, code
 
 
 def _wanted(life: Life) -> tuple[object, ...]:
-    return life.status, life.asked, life.token, life.attempts, life.losses, life.error
+    return life.status, life.asked, life.token, life.attempts, life.lost_runs, life.error
 
 
 def test_any_order_of_moves_leaves_the_rows_as_the_model_says(

@@ -146,7 +146,7 @@ def test_a_job_with_checked_files_is_queued_and_rung_after_the_answer(
     job = lab.order(file)
     assert job["status"] == "validating_files"
     row = session.get_one(Job, job["id"], populate_existing=True)
-    assert row.status == "queued" and row.rung_at is not None and rung == [(job["id"], "train")]
+    assert row.status == "queued" and row.notified_at is not None and rung == [(job["id"], "train")]
     hyper = lab.client.get(f"{JOBS}/{job['id']}").json()["hyperparameters"]
     assert isinstance(hyper["n_epochs"], int) and isinstance(hyper["learning_rate"], float)
 
@@ -155,7 +155,7 @@ def test_a_job_is_accepted_while_the_broker_is_down(lab: Lab, session: Session) 
     file = lab.upload()["id"]
     mark(session, file)
     row = session.get_one(Job, lab.order(file)["id"], populate_existing=True)
-    assert row.status == "queued" and row.rung_at is None
+    assert row.status == "queued" and row.notified_at is None
 
 
 def test_a_rate_alone_is_shown_with_its_multiplier(lab: Lab) -> None:

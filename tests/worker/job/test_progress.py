@@ -10,7 +10,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from api.core.db.database import session_scope
-from api.core.db.tables import Event, Job, Project, Tally
+from api.core.db.tables import Counter, Event, Job, Project
 from api.core.jobs import events, jobs, metrics
 from api.core.jobs.jobs import Lease
 from lorainit.config.events import InitReport, Message, Metrics, Plan, Stage, Tick
@@ -235,7 +235,7 @@ def test_a_flush_whose_commit_went_through_unheard_is_not_written_twice(
     recorder.flush()
     with session_scope() as session:
         story = events.list_since(session, lease.job_id, 3, limit=10)
-        retries = session.scalar(select(Tally.value).where(Tally.name == "out_of_memory"))
+        retries = session.scalar(select(Counter.value).where(Counter.name == "out_of_memory"))
         assert [row["step"] for row in metrics.read(session, lease.job_id)] == [1, 2]
     told = ["Step 1/10: training loss=1.00", "smaller batches", "Step 2/10: training loss=1.00"]
     assert [(row.sequence, row.message) for row in story] == list(enumerate(told, start=4))

@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 
 from api.core.access import keys
 from api.core.db.database import session_scope
-from api.core.db.tables import Creation, File, Job, Project, Watch
+from api.core.db.tables import Creation, File, Job, Project, StoragePeriod
 from api.core.files.storage import ObjectStorage, get_storage
 from api.core.jobs import jobs, metrics
 from api.core.monitoring import counters
@@ -46,7 +46,7 @@ def age(folder: Path) -> None:
         os.utime(path, (time.time() - 2 * 86400,) * 2)
     since, until = (datetime.now(UTC) - timedelta(days=days) for days in (3, 0))
     with session_scope() as session:
-        session.add(Watch(id="watch-1", since=since, until=until, token="", next_token=""))
+        session.add(StoragePeriod(id="watch-1", since=since, until=until, token="", next_token=""))
         session.commit()
 
 

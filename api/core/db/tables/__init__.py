@@ -18,7 +18,7 @@ from api.core.db.tables.jobs import (
 )
 from api.core.db.tables.projects import ROLES, ApiKey, Creation, Project
 from api.core.db.tables.results import Adapter, Checkpoint, Event, Metric
-from api.core.db.tables.service import Tally, Watch, Worker
+from api.core.db.tables.service import Counter, StoragePeriod, Worker
 
 __all__ = [
     "FINAL_STATUSES",
@@ -28,6 +28,7 @@ __all__ = [
     "Adapter",
     "ApiKey",
     "Checkpoint",
+    "Counter",
     "Creation",
     "Event",
     "File",
@@ -37,8 +38,7 @@ __all__ = [
     "Project",
     "ShownJob",
     "ShownRow",
-    "Tally",
-    "Watch",
+    "StoragePeriod",
     "Worker",
     "has_status",
     "is_unchecked",

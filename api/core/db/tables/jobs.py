@@ -50,18 +50,27 @@ class Job(Base):
         CheckConstraint(f"(finished_at IS NULL) = (status NOT IN {FINAL_STATUSES})", name="finished"),
         CheckConstraint("(error IS NOT NULL) = (status = 'failed')", name="error_only_when_failed"),
         CheckConstraint("NOT pause_requested OR status = 'running'", name="only_runs_are_asked_to_pause"),
-        CheckConstraint("status <> 'queued' OR turn IS NOT NULL", name="queued_has_a_turn"),
+        CheckConstraint("status <> 'queued' OR priority_time IS NOT NULL", name="queued_has_a_priority_time"),
         Index("ix_jobs_project_created", "project_id", "created_at", "id"),
         # Each of these is read by statements that spell its condition out (`has_status`).
         _partial("ix_jobs_open", "status", "created_at", "finished_at", where="finished_at IS NULL"),
         _partial("ix_jobs_open_of_project", "project_id", "status", "finished_at", where="finished_at IS NULL"),
-        _partial("ix_jobs_line", "queue", "project_id", "turn", "id", where="status = 'queued'"),
-        _partial("ix_jobs_bells", "queue", "rung_at", "turn", "id", where="status = 'queued'"),
+        _partial("ix_jobs_project_queue", "queue", "project_id", "priority_time", "id", where="status = 'queued'"),
+        _partial("ix_jobs_notified", "queue", "notified_at", "priority_time", "id", where="status = 'queued'"),
         _partial(
-            "ix_jobs_group", "group_key", "project_id", "queue", "priority", "turn", "id", where="status = 'queued'"
+            "ix_jobs_group",
+            "group_key",
+            "project_id",
+            "queue",
+            "priority",
+            "priority_time",
+            "id",
+            where="status = 'queued'",
         ),
         _partial("ix_jobs_running", "project_id", where="status = 'running'"),
-        _partial("ix_jobs_unrung", "queue", "status", "rung_at", where="status = 'queued' AND rung_at IS NULL"),
+        _partial(
+            "ix_jobs_unnotified", "queue", "status", "notified_at", where="status = 'queued' AND notified_at IS NULL"
+        ),
         _partial("ix_jobs_csv_due", "csv_due", where="csv_due IS NOT NULL"),
         _partial("ix_jobs_unlabelled", "project_id", "created_at", "id", where="metadata IS NULL"),
     )
@@ -91,11 +100,11 @@ class Job(Base):
     wants_group: Mapped[bool] = mapped_column(server_default=false())
     devices: Mapped[int] = mapped_column(Integer, server_default="1")
 
-    # Which workers may take it, and its place among the others (`api.core.queue.scheduling`); no turn before admission.
+    # Which workers may take it, and when its turn comes (`api.core.queue.scheduling`); NULL before admission.
     queue: Mapped[str] = mapped_column(String(32), server_default="train")
-    turn: Mapped[float | None] = mapped_column(Double)
+    priority_time: Mapped[float | None] = mapped_column(Double)
     # Runs that ended for no fault of the job since its last checkpoint, and when the next may start.
-    losses: Mapped[int] = mapped_column(Integer, server_default="0")
+    lost_runs: Mapped[int] = mapped_column(Integer, server_default="0")
     not_before: Mapped[datetime | None] = mapped_column(UTCDateTime)
     # A request, not a state: whoever runs the job leaves it `paused` instead of `queued`.
     pause_requested: Mapped[bool] = mapped_column(server_default=false())
@@ -111,8 +120,8 @@ class Job(Base):
     lease_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
     attempts: Mapped[int] = mapped_column(Integer)
     started_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    # The outbox: a queued job with rung_at NULL has not been announced to the workers yet.
-    rung_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    # The outbox: a queued job with notified_at NULL has not been announced to the workers yet.
+    notified_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     event_count: Mapped[int] = mapped_column(Integer)
     # The trace of the request that ordered it (W3C), None without one.
     traceparent: Mapped[str | None] = mapped_column(String(64))
@@ -164,11 +173,11 @@ class JobLabel(Base):
 # What of a job's row a caller is shown, by the names of `Job`. As plain columns it costs a third of a `Job`.
 _HIDDEN = {
     "group_key",
-    "turn",
+    "priority_time",
     "lease_token",
     "lease_owner",
     "lease_until",
-    "rung_at",
+    "notified_at",
     "event_count",
     "traceparent",
     "csv_due",

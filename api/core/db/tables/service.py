@@ -8,10 +8,10 @@ from sqlalchemy.orm import Mapped, mapped_column
 from api.core.db.database import Base, Json, UTCDateTime
 
 
-class Tally(Base):
+class Counter(Base):
     """A count that never falls, for /metrics: written in the transaction of what it counts."""
 
-    __tablename__ = "tallies"
+    __tablename__ = "counters"
 
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     # JSON with sorted keys, so that equal labels are one row.
@@ -29,16 +29,16 @@ class Worker(Base):
     queues: Mapped[list[str]] = mapped_column(Json)
     started_at: Mapped[datetime] = mapped_column(UTCDateTime)
     seen_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    trouble: Mapped[str | None] = mapped_column(Text)
+    problem: Mapped[str | None] = mapped_column(Text)
 
 
-class Watch(Base):
+class StoragePeriod(Base):
     """A time in which this database alone went on with its storage (`api.core.maintenance.storage_periods`).
 
     `until` is when the mark in the storage was last seen to be `token`; `next_token` is the one that replaces it.
     """
 
-    __tablename__ = "watches"
+    __tablename__ = "storage_periods"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     since: Mapped[datetime] = mapped_column(UTCDateTime)

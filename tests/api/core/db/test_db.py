@@ -8,7 +8,7 @@ from sqlalchemy import delete, text
 
 from api.core.db import database, migrate
 from api.core.db.database import session_scope
-from api.core.db.tables import Tally
+from api.core.db.tables import Counter
 from tests.conftest import forget
 
 WORD = "zanzibarquince"
@@ -27,10 +27,10 @@ def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def write_and_delete() -> None:
     with session_scope() as session:
-        session.add(Tally(name=WORD, labels="{}", value=1.0))
+        session.add(Counter(name=WORD, labels="{}", value=1.0))
         session.commit()
     with session_scope() as session:
-        session.execute(delete(Tally))
+        session.execute(delete(Counter))
         session.commit()
 
 
@@ -44,7 +44,7 @@ def test_what_was_deleted_is_neither_in_the_database_nor_in_its_log(log: Path) -
 
 def test_a_log_that_somebody_reads_is_cut_the_next_time_and_nobody_waits(log: Path) -> None:
     with session_scope(read_only=True) as reader:
-        reader.execute(text("SELECT count(*) FROM tallies")).all()
+        reader.execute(text("SELECT count(*) FROM counters")).all()
         write_and_delete()
         database.cut_write_ahead_log()
         assert log.stat().st_size > 0

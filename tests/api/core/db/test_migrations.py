@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, select, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import sessionmaker
 
 from api.core.db import database, migrate
-from api.core.db.tables import Event, File, Job, JobLabel
+from api.core.db.tables import Counter, Event, File, Job, JobLabel, StoragePeriod, Worker
 from api.core.jobs import lookup
 from benchmarks import queue_costs
 from tests import servers
@@ -17,6 +18,7 @@ from tests.things import CHECKED, a_file, a_job, a_project, a_queued_job
 FILE_RESULTS = "fine-tune-results"
 GROUPED_JOBS = "1c7e5b0a94d3"  # the newest revision before the queue's
 OPEN_OF_PROJECT = "6a1d84e0f7c3"  # the newest before jobs were found by their metadata
+WATCHES = "9d3e6f10b8a2"  # the newest before columns and tables got plain names
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -39,13 +41,13 @@ def test_jobs_of_the_release_before_keep_their_order_and_their_events(
     migrate.downgrade(old, GROUPED_JOBS)
     with old.connect() as connection:
         columns = list(connection.execute(text("SELECT * FROM jobs")).keys())
-    assert "created_at" in columns and "turn" not in columns
+    assert "created_at" in columns and not {"turn", "priority_time"} & set(columns)
     migrate.upgrade(old)
     with sessionmaker(old)() as session:
         low, high, unchecked = (session.get_one(Job, job_id) for job_id in (*queued, waiting))
-        assert low.turn == pytest.approx(low.created_at.timestamp(), abs=2)
-        assert high.turn == pytest.approx(high.created_at.timestamp() - 7200, abs=2)
-        assert (unchecked.turn, low.queue, low.losses, low.pause_requested) == (None, "train", 0, False)
+        assert low.priority_time == pytest.approx(low.created_at.timestamp(), abs=2)
+        assert high.priority_time == pytest.approx(high.created_at.timestamp() - 7200, abs=2)
+        assert (unchecked.priority_time, low.queue, low.lost_runs, low.pause_requested) == (None, "train", 0, False)
         assert session.query(Event).count() == 5
     assert migrate.drift(old) == []
     old.dispose()
@@ -87,6 +89,42 @@ def test_jobs_of_the_release_before_are_found_by_their_metadata(environment: pyt
         found, _ = lookup.page(session, project_id, after=None, limit=10, metadata={"team": "ä", "run": "7"})
         assert [job.id for job in found] == [job]
     assert migrate.drift(old) == []
+    old.dispose()
+
+
+def test_columns_and_tables_with_new_names_keep_what_was_in_them(environment: pytest.MonkeyPatch, old: Engine) -> None:
+    migrate.upgrade(old)
+    at = datetime(2026, 11, 28, tzinfo=UTC)
+    with sessionmaker(old)() as session:
+        job = a_queued_job(session, a_project(session))
+        job.priority_time, job.lost_runs, job.notified_at = 12.5, 2, at
+        session.add(Counter(name="leases_lost", labels="{}", value=3.0))
+        session.add(StoragePeriod(id="watch-1", since=at, until=at, token="a", next_token="b"))
+        session.add(Worker(id="w", slots=1, queues=["train"], started_at=at, seen_at=at, problem="no GPU"))
+        session.commit()
+        job_id = job.id
+    migrate.downgrade(old, WATCHES)
+    queries = ("SELECT turn, losses FROM jobs", "SELECT value FROM tallies", "SELECT token FROM watches")
+    with old.connect() as connection:
+        assert [tuple(connection.execute(text(query)).one()) for query in queries] == [(12.5, 2), (3.0,), ("a",)]
+        assert connection.scalar(text("SELECT trouble FROM workers")) == "no GPU"
+    migrate.upgrade(old)
+    with sessionmaker(old)() as session:
+        job = session.get_one(Job, job_id)
+        assert (job.priority_time, job.lost_runs, job.notified_at) == (12.5, 2, at)
+        assert session.scalar(select(StoragePeriod.next_token)) == "b"
+        assert session.get_one(Worker, "w").problem == "no GPU"
+    assert migrate.drift(old) == []
+    old.dispose()
+
+
+def test_a_job_that_is_queued_needs_a_priority_time(environment: pytest.MonkeyPatch, old: Engine) -> None:
+    migrate.upgrade(old)
+    with sessionmaker(old)() as session:
+        job = a_queued_job(session, a_project(session))
+        job.priority_time = None
+        with pytest.raises(IntegrityError, match="queued_has_a_priority_time"):
+            session.flush()
     old.dispose()
 
 

@@ -69,7 +69,7 @@ def test_giving_a_job_back_costs_no_attempt(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
     jobs.release(session, lease, "draining")
     session.refresh(job)
-    assert (job.attempts, job.rung_at, job.status) == (0, None, "queued")
+    assert (job.attempts, job.notified_at, job.status) == (0, None, "queued")
 
 
 def test_a_cancelled_job_is_not_claimed(session: Session) -> None:
@@ -110,7 +110,7 @@ def test_a_silent_worker_loses_its_job_to_the_queue(session: Session) -> None:
     expire(session, job)
     assert jobs.recover_lost_runs(session, max_attempts=3) == [job.id]
     session.refresh(job)
-    assert (job.status, job.rung_at) == ("queued", None)
+    assert (job.status, job.notified_at) == ("queued", None)
     assert not jobs.renew_lease(session, lease, lease_seconds=30)
 
 
@@ -142,7 +142,7 @@ def test_however_often_a_job_was_lost_others_are_recovered(session: Session) -> 
     """Its wait is a number all the same: all silent jobs are recovered in one transaction."""
     project = a_project(session)
     often, once = (a_running_job(session, project)[0] for _ in range(2))
-    often.losses = 5000
+    often.lost_runs = 5000
     session.flush()
     for job in (often, once):
         expire(session, job)
@@ -265,12 +265,14 @@ def test_a_queued_job_is_announced_once_then_left_alone(session: Session) -> Non
 def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Session) -> None:
     project = a_project(session)
     job = a_queued_job(session, project)
-    session.execute(update(Job).where(Job.id == job.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
+    session.execute(update(Job).where(Job.id == job.id).values(notified_at=datetime.now(UTC) - timedelta(minutes=1)))
     patience = timedelta(seconds=15)
     assert notify.find_lost(session, patience=patience) == []
     a_worker(session, slots=1)
     assert notify.find_lost(session, patience=patience) == [(job.id, "train")]
     assert jobs.claim(session, "w", lease_seconds=30)
     waiting = a_queued_job(session, project)
-    session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
+    session.execute(
+        update(Job).where(Job.id == waiting.id).values(notified_at=datetime.now(UTC) - timedelta(minutes=1))
+    )
     assert notify.find_lost(session, patience=patience) == []

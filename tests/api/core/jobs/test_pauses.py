@@ -75,7 +75,7 @@ def test_a_pausing_job_whose_worker_is_lost_is_paused_too(session: Session) -> N
     session.execute(update(Job).values(lease_until=datetime.now(UTC) - timedelta(seconds=1)))
     jobs.recover_lost_runs(session, max_attempts=3)
     session.refresh(job)
-    assert (job.status, job.losses) == ("paused", 1)
+    assert (job.status, job.lost_runs) == ("paused", 1)
     assert not jobs.renew_lease(session, lease, lease_seconds=30)
 
 
@@ -177,7 +177,7 @@ def test_a_failed_job_goes_on_from_its_checkpoint_as_if_it_had_not_failed(sessio
     job = a_failed_job(session, "worker_lost")
     a_checkpoint(session, job, 5)
     pauses.resume(session, job)
-    assert (job.status, job.error, job.finished_at, job.losses) == ("queued", None, None, 0)
+    assert (job.status, job.error, job.finished_at, job.lost_runs) == ("queued", None, None, 0)
     assert statuses(session, job)[-2:] == ["failed", "queued"]
 
 

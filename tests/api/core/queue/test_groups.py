@@ -93,7 +93,7 @@ def test_a_second_attempt_runs_alone_and_joins_nobody(session: Session, older: s
     assert jobs.retry_alone(session, lease_of(session, tried), "The process was killed")
     fresh = [a_willing_job(session, project).id for _ in range(2)]
     if older == "the first attempts":
-        session.execute(update(Job).where(Job.id == tried.id).values(turn=Job.turn + 60))
+        session.execute(update(Job).where(Job.id == tried.id).values(priority_time=Job.priority_time + 60))
     expected = [[tried.id], fresh] if older == "the second attempt" else [fresh, [tried.id]]
     assert [claim(session), claim(session)] == expected
     session.refresh(tried)
@@ -173,7 +173,7 @@ def test_a_retry_costs_an_attempt_and_is_announced_again(session: Session) -> No
     claim(session)
     assert jobs.retry_alone(session, lease_of(session, job), "The process was killed")
     session.refresh(job)
-    assert (job.status, job.attempts, job.rung_at, job.lease_until) == ("queued", 1, None, None)
+    assert (job.status, job.attempts, job.notified_at, job.lease_until) == ("queued", 1, None, None)
     event = session.scalars(select(Event).where(Event.job_id == job.id).order_by(Event.sequence.desc())).first()
     assert event is not None
     told = "The process was killed; the job will be tried again alone"
@@ -186,7 +186,9 @@ def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
         a_willing_job(session, project)
     claim(session)
     waiting = a_queued_job(session, project)
-    session.execute(update(Job).where(Job.id == waiting.id).values(rung_at=datetime.now(UTC) - timedelta(minutes=1)))
+    session.execute(
+        update(Job).where(Job.id == waiting.id).values(notified_at=datetime.now(UTC) - timedelta(minutes=1))
+    )
     a_worker(session, slots=2)
     assert notify.find_lost(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
 

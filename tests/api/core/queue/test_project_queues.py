@@ -46,13 +46,13 @@ def in_order(rows: Iterable[Job], *, at: datetime | None, queues: Sequence[str] 
         and row.queue in queues
         and (at is None or row.not_before is None or row.not_before <= at)
     ]
-    waiting.sort(key=lambda row: (row.queue, row.project_id, row.turn, row.id))
+    waiting.sort(key=lambda row: (row.queue, row.project_id, row.priority_time, row.id))
     found = []
     for (_, project_id), line in groupby(waiting, key=lambda row: (row.queue, row.project_id)):
         running = sum(row.project_id == project_id and row.status == "running" for row in rows)
         for slot, row in enumerate(line, start=running + 1):
-            assert row.turn is not None
-            found.append(Due(row.turn + STEP * slot, row.id, slot))
+            assert row.priority_time is not None
+            found.append(Due(row.priority_time + STEP * slot, row.id, slot))
     return sorted(found)
 
 
@@ -69,14 +69,14 @@ def a_crowd(session: Session, chance: Random, *, size: int = 40) -> None:
     projects = [a_project(session) for _ in range(4)]
     one = a_queued_job(session, projects[0])
     common = {column.key: getattr(one, column.key) for column in inspect(Job).column_attrs}
-    session.execute(update(Job).values(turn=1e12))  # the last of all
+    session.execute(update(Job).values(priority_time=1e12))  # the last of all
     start = datetime.now(UTC)
     rows = []
     for _ in range(size):
         row = {**common, "id": new_id("ftjob-"), "project_id": chance.choice(projects).id}
-        row |= {"queue": chance.choice(QUEUES), "turn": 1e9 + STEP / 2 * chance.randrange(8)}
+        row |= {"queue": chance.choice(QUEUES), "priority_time": 1e9 + STEP / 2 * chance.randrange(8)}
         row["not_before"] = start + timedelta(hours=chance.choice([-1, 1])) if chance.random() < 0.3 else None
-        row["rung_at"] = start - timedelta(hours=1) if chance.random() < 0.5 else None
+        row["notified_at"] = start - timedelta(hours=1) if chance.random() < 0.5 else None
         if chance.random() < 0.1:  # wherever it stood
             row |= {"status": "running", "lease_token": 1, "lease_until": start, "lease_owner": "elsewhere"}
         rows.append(row)
@@ -131,7 +131,7 @@ def test_bells_are_rung_for_all_that_could_start_and_nobody_else(session: Sessio
     a_crowd(session, Random(seed))
     rows = {row.id: row for row in everything(session)}
     startable = {due.job_id for due in in_order(rows.values(), at=now(session)) if allowed(due, limit)}
-    wanted = {job_id for job_id in startable if rows[job_id].rung_at is None}
+    wanted = {job_id for job_id in startable if rows[job_id].notified_at is None}
     assert wanted
     assert {bell.job_id for bell in notify.find_unannounced(session)} == wanted
     assert {job_id for job_id in rows if notify.find_notification(session, job_id)} == wanted

@@ -23,7 +23,7 @@ def claim(session: Session, *queues: str, size: int = 1) -> list[str]:
 
 
 def waited(session: Session, job: Job, seconds: float) -> Job:
-    session.execute(update(Job).where(Job.id == job.id).values(turn=Job.turn - seconds))
+    session.execute(update(Job).where(Job.id == job.id).values(priority_time=Job.priority_time - seconds))
     return job
 
 
@@ -173,7 +173,7 @@ def test_a_lost_message_is_rung_again_only_for_a_queue_that_somebody_serves(sess
     project, past = a_project(session), datetime.now(UTC) - timedelta(minutes=1)
     a_queued_job(session, project, queue="gpu")
     plain = a_queued_job(session, project)
-    session.execute(update(Job).values(rung_at=past))
+    session.execute(update(Job).values(notified_at=past))
     a_worker(session, slots=4)
     assert notify.find_lost(session, patience=timedelta(seconds=15)) == [(plain.id, "train")]
 
@@ -223,12 +223,12 @@ def test_a_job_that_waits_after_a_loss_is_not_claimed_or_announced_before(sessio
 
 def test_a_new_checkpoint_makes_earlier_losses_count_no_more(session: Session) -> None:
     job, lease = a_running_job(session, a_project(session))
-    assert lose(session, lease).losses == 1
+    assert lose(session, lease).lost_runs == 1
     (again,) = jobs.claim(session, "w", lease_seconds=30)
     assert jobs.reset_lost_runs(session, Lease(again.id, again.lease_token))
     assert not jobs.reset_lost_runs(session, lease)
     session.refresh(job)
-    assert job.losses == 0
+    assert job.lost_runs == 0
 
 
 def test_a_lost_job_keeps_its_place(session: Session) -> None:
