@@ -1,4 +1,4 @@
-"""The web application: routers, the one error shape, the envelope around every request.
+"""The web application: routers, the one shape of errors, the middleware around every request.
 
 Nothing happens at import. Settings are read when the application is made; the database is touched
 when the first request needs it.

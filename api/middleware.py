@@ -105,7 +105,7 @@ class _Exchange:
         return message
 
     async def _wait(self) -> Message:
-        """The next part of the body. Only time spent waiting counts, so a slow disk of ours costs nobody's patience."""
+        """The next part of the body. Only time spent waiting counts, so our own slow disk does not count."""
         left = self.body_seconds + self.received / PACE - self.waited
         start = time.perf_counter()
         try:

@@ -71,7 +71,7 @@ def main() -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        http=Connection,  # it and the envelope bound what is under way at once
+        http=Connection,  # it and the middleware bound what is under way at once
         ws="none",
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,

@@ -63,14 +63,14 @@ def train(
         precision="fp32" if automatic else precision,
         choices=[Choice(param=PRECISION, value="fp32", reason="there is no GPU")] if automatic else [],
     )
-    recorder.take(Stage(stage="loading", message="Loading the base model"))
-    recorder.take(plan)
-    recorder.take(InitReport(report={"method": "kaiming", "seconds": 0.1}))
-    recorder.take(Message(message="Initialized", data={"kind": "init"}))
-    recorder.take(Stage(stage="training", message="Training"))
+    recorder.add(Stage(stage="loading", message="Loading the base model"))
+    recorder.add(plan)
+    recorder.add(InitReport(report={"method": "kaiming", "seconds": 0.1}))
+    recorder.add(Message(message="Initialized", data={"kind": "init"}))
+    recorder.add(Stage(stage="training", message="Training"))
     for step in range(1, steps + 1):
         loss = None if step == nan_at else 2.0 / step
-        recorder.take(
+        recorder.add(
             Metrics(
                 step=step,
                 total_steps=steps,

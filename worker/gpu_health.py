@@ -1,7 +1,7 @@
 """A slot whose GPU has failed a run: it takes no job until a process of its own has computed on that GPU.
 
-It rests within its task, so that Celery hands it no bell that another slot could hear. Whose fault a broken GPU is, and
-why a slot comes back by itself: docs/decisions/0058.
+It waits within its task, so that Celery gives it no message that another slot could take. Which
+errors count as a broken GPU, and why a slot comes back by itself: docs/decisions/0058.
 """
 
 import os
@@ -58,7 +58,7 @@ class GpuHealth:
 
         Args:
             names: `CUDA_VISIBLE_DEVICES` of this slot's runs; None = as this process has it.
-            flag: a file that exists while it rests, and says why.
+            flag: a file that exists while it waits, and says why.
         """
         why, self._why = self._why, None
         if why is None:

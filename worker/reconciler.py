@@ -1,14 +1,14 @@
-"""The housekeeper: a loop on the database alone that repairs whatever a crash or a lost message left.
+"""The reconciler: a loop on the database alone that repairs what a crash or a lost message left.
 
     python -m worker.reconciler
 
 Take jobs back from workers that fell silent, check the rows of new files, admit jobs whose files
-are checked, ring for queued jobs nobody was told about, finish what cancelled jobs left. Not Celery
-beat: beat needs the broker whose losses this loop repairs.
+are checked, notify workers of queued jobs, write result files of cancelled jobs. Not Celery beat:
+it needs the broker, whose lost messages this loop sends again.
 
 One look every `LORAINIT_RECONCILE_SECONDS` finds out which of these there are any of, and wakes those chores. One
-that got something done has the next look come at once: a file that is checked has its jobs admitted, and rung for,
-without a pause in between. All chores look for themselves once a minute besides, or as often as they say.
+that got something done has the next look come at once: when a file is checked, its jobs are admitted and workers
+notified without a pause in between. All chores look for themselves once a minute besides, or as often as they say.
 """
 
 import signal
@@ -84,7 +84,7 @@ def _consider(job_id: str) -> bool:
 
 
 def announce() -> bool:
-    """Ring for jobs that were never announced, and again for those whose message got lost; True if somebody heard."""
+    """Notify workers of jobs that were never announced, and of those whose message got lost; True if some were."""
     with session_scope(read_only=True) as session:
         waiting = [*notify.find_unannounced(session), *notify.find_lost(session, patience=NOTIFY_AGAIN_AFTER)]
     for notification in waiting:

@@ -1,6 +1,6 @@
 """One run, start to end: claim, prepare, supervise, store, finish. One job, or several that share it.
 
-doorbell ─► claim (a token and a lease for each job) ─► files into scratch folders ─► one child process
+message ─► claim (a token and a lease for each job) ─► files into scratch folders ─► one child process
          ─► each job's events become its rows ─► its adapter goes to storage ─► one transaction: succeeded
 """
 
@@ -34,12 +34,12 @@ log = get_logger(__name__)
 
 @app.task(name=queue.TASK)  # type: ignore[untyped-decorator]
 def run_job(job_id: str) -> None:
-    """Somebody rang: take the best queued job, if there is one, with those that may share its run."""
+    """A message came: take the best queued job, if there is one, with those that may share its run."""
     traces.provider()  # a fault in its set-up shows before a job is taken
     try:
         claimed = _claim()
     except OperationalError as error:
-        log.warning("no job could be claimed; the reconciler rings again", error=str(error))
+        log.warning("no job could be claimed; the reconciler notifies again", error=str(error))
         return
     if not claimed:
         log.info("nothing to do", rung_for=job_id)
@@ -58,7 +58,7 @@ def run_job(job_id: str) -> None:
 def _claim() -> list[Job]:
     settings, owner = get_settings(), f"{name(os.getppid())}/{os.getpid()}"
     if not devices.may_take_a_job(settings.worker_slots) or not disk_space.has_space_for_any_job():
-        return []  # the reconciler rings again while a slot is free
+        return []  # the reconciler notifies again while a slot is free
     with session_scope() as session:
         claimed = jobs.claim(
             session,

@@ -208,11 +208,12 @@ class Settings(BaseSettings):
         1, description="Most devices a job may ask for; a worker slot must see as many."
     )
     max_attempts: Annotated[int, Field(ge=1, le=1000)] = Field(
-        3, description="Runs a job may lose (dead worker, passing trouble) without a new checkpoint; then it fails."
+        3,
+        description="Runs a job may lose (dead worker, temporary failure) without a new checkpoint; then it fails.",
     )
     retry_seconds: SecondsOrNone = Field(
         10.0,
-        description="Wait after the second such loss, doubled by each further one, at most 300; the first has none.",
+        description="Wait after the second such run, doubled by each further one, at most 300; none after the first.",
     )
     priority_seconds: Annotated[float, Field(gt=0, le=MANY)] = Field(
         3600.0, description="Waiting that weighs as much as one level of priority or one running job of the project."

@@ -1,7 +1,7 @@
-"""The bell after an answer: admit a new job if its files are known, then tell the workers.
+"""After the answer to a create: admit the new job if its files are checked, then notify the workers.
 
-The reconciler does both if this fails. So nobody waits for a broker that is silent more than once: for a while after,
-this process leaves the ringing to it.
+The reconciler does both if this fails. So after a broker did not answer, this process sends no message for a while and
+leaves that to the reconciler, instead of waiting for the broker again.
 """
 
 import time
@@ -17,7 +17,7 @@ PAUSE_SECONDS = 5.0
 
 
 class JobAnnouncer:
-    """This process's way to ring."""
+    """Announces new jobs to the workers, for this process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -24,7 +24,7 @@ from api.schemas.event import EventObject, event_object
 
 BEAT_SECONDS = 1.0
 SHARE_SECONDS = 0.05  # at least, between two looks: those who come meanwhile share the second one
-TOGETHER = 64  # streams that are served before the next ones: long stories keep nobody waiting for all of them
+TOGETHER = 64  # streams that are served before the next ones, so that jobs with many events delay only these
 PAGE = 200
 DATABASE_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode

@@ -111,7 +111,9 @@ def _figures(snapshot: Snapshot) -> Iterator[Metric]:
             speeds,
             GaugeMetricFamily("lorainit_queue_oldest_wait_seconds", wait, value=snapshot.oldest_wait),
             GaugeMetricFamily(
-                "lorainit_queue_unannounced", "Queued jobs not rung for yet.", value=snapshot.unannounced
+                "lorainit_queue_unannounced",
+                "Queued jobs that workers were not notified of yet.",
+                value=snapshot.unannounced,
             ),
             GaugeMetricFamily("lorainit_workers", "Workers heard of lately.", value=snapshot.workers),
             GaugeMetricFamily("lorainit_worker_slots", "Runs these workers can hold at once.", value=snapshot.slots),

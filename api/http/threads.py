@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 STORAGE_THREADS, HEALTH_THREADS, BROKER_THREADS, SEARCH_THREADS = 40, 8, 8, 2
 _storage = RunVar[CapacityLimiter]("storage threads")
 _health = RunVar[CapacityLimiter]("health threads")
-_broker = RunVar[CapacityLimiter]("bell threads")
+_broker = RunVar[CapacityLimiter]("broker threads")
 _search = RunVar[CapacityLimiter]("search threads")
 
 

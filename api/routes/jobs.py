@@ -153,7 +153,7 @@ def resume(
 
 @router.get(JOBS + "/{fine_tuning_job_id}/events", response_model=Page[EventObject])
 def list_events(asked: AskedDep, after: After = None, limit: Limit1000 = None) -> Response:
-    """The story of a job, newest first."""
+    """The events of a job, newest first."""
     _, job_id = asked
     with session_scope(read_only=True) as session:
         rows, more = events.page(session, job_id, after=after, limit=limit or 20)
@@ -169,7 +169,7 @@ def stream_events(
         str | None, Header(max_length=255, description="The same, sent by clients that reconnect.")
     ] = None,
 ) -> StreamingResponse:
-    """The story of a job as it happens, oldest first, as server-sent events; ends with the job."""
+    """The events of a job as they happen, oldest first, as server-sent events; ends with the job."""
     caller, job_id = asked
     with session_scope(read_only=True) as session:  # takes a connection where an event is named
         seen = events.find_sequence(session, job_id, last_event_id or after)

@@ -8,7 +8,7 @@ from api.schemas.wire import Element, Wire, finite, unix
 
 
 class EventObject(Element):
-    """One line of a job's story; `sequence` counts from 1 without gaps."""
+    """One event of a job; `sequence` counts from 1 without gaps."""
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"

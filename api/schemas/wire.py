@@ -1,4 +1,4 @@
-"""What every answer has in common: the list envelope, the error, Unix times, numbers JSON can hold."""
+"""What every answer has in common: the list, the error, Unix times, numbers JSON can hold."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ IDEMPOTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def listed(rows: Sequence[T], *, has_more: bool) -> Page[T]:
-    """The envelope around `rows`."""
+    """A list of `rows`."""
     return Page(
         data=list(rows),
         first_id=rows[0].id if rows else None,

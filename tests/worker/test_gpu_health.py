@@ -99,7 +99,7 @@ def test_a_run_that_ends_otherwise_begins_the_count_anew(monkeypatch: pytest.Mon
 def test_a_process_that_fell_silent_has_its_gpus_looked_at_where_it_had_any(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[str], looked: int
 ) -> None:
-    monkeypatch.setattr(gpu_health.devices, "names", lambda: names)
+    monkeypatch.setattr(gpu_health.devices, "list_gpus", lambda: names)
     waited, health = waits(monkeypatch), gpu_health.GpuHealth()
     health.note_event(Failed(code="worker_lost", message="Silence.", param=None))
     health.wait_until_healthy(None, tmp_path / "flag", is_leaving=lambda: False)
@@ -113,7 +113,7 @@ def test_after_a_crash_the_slot_looks_at_its_gpu_before_it_takes_the_next_job(
 ) -> None:
     """bitsandbytes leaves with exit code 1 where CUDA answers one of its kernels with an error."""
     found = list[list[str]]()
-    monkeypatch.setattr(gpu_health.devices, "names", lambda: names)
+    monkeypatch.setattr(gpu_health.devices, "list_gpus", lambda: names)
     monkeypatch.setattr(gpu_health, "examine", lambda *_, **__: found.append(lab.statuses()))
     lab.run(end)
     assert found == [["queued" if end == "os.abort()" else "succeeded", "queued", "queued"]] * looked
@@ -122,7 +122,7 @@ def test_after_a_crash_the_slot_looks_at_its_gpu_before_it_takes_the_next_job(
 def test_a_run_that_fails_with_a_word_is_stopped_or_is_killed_says_nothing_of_its_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu_health.devices, "names", lambda: ["0"])
+    monkeypatch.setattr(gpu_health.devices, "list_gpus", lambda: ["0"])
     waited, health = waits(monkeypatch), gpu_health.GpuHealth()
     for returncode, stopped in ((-signal.SIGABRT, True), (-signal.SIGKILL, False), (1, False)):
         if returncode == 1:

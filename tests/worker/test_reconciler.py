@@ -55,7 +55,7 @@ def test_a_waiting_job_is_queued_once_its_file_is_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chore", "module", "step"), [("admit", admission, "consider"), ("recover", jobs, "recover_lost")]
+    ("chore", "module", "step"), [("admit", admission, "consider"), ("recover", jobs, "recover_lost_runs")]
 )
 def test_a_job_with_which_it_goes_wrong_holds_up_no_other(
     monkeypatch: pytest.MonkeyPatch, chore: str, module: ModuleType, step: str

@@ -207,7 +207,7 @@ def test_a_look_that_breaks_off_before_or_after_its_mark_goes_on_the_next_time(
         raise KeyboardInterrupt
 
     days_pass(tmp_path, HALF_AN_HOUR)
-    for owner, name in ((type(get_storage()), "put"), (storage_periods, "settle")):
+    for owner, name in ((type(get_storage()), "put"), (storage_periods, "confirm_period")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, crash)
             with pytest.raises(KeyboardInterrupt):

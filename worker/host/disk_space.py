@@ -1,4 +1,4 @@
-"""Is there room for a job on this host's volumes? Asked before it starts, from an estimate of what it writes.
+"""Is there enough disk space for a job on this host? Checked before it starts, from an estimate of what it writes.
 
 A job that does not fit now waits in the queue: freeing space is the operator's to do and failing a
 thousand queued jobs would not help. One that would not fit on the empty volume can never run and fails.
@@ -38,7 +38,7 @@ log = get_logger(__name__)
 
 
 class WaitForDiskSpace(Exception):
-    """There is not enough room now; the message says how much is missing and where."""
+    """There is not enough space now; the message says how much is missing and where."""
 
 
 class DoesNotFit(Exception):
@@ -62,7 +62,7 @@ class DeviceNeed:
         return self.volumes[0].device
 
     def free(self, reserved: Mapping[int, int]) -> int:
-        """Bytes left on the device for somebody else than those who were `reserved` some."""
+        """Bytes on the device that are free and not `reserved` by other runs."""
         return self.volumes[0].free - reserved.get(self.device, 0)
 
     @property
@@ -78,7 +78,8 @@ _waiting_for: tuple[DeviceNeed, float] | None = None
 def has_space_for_any_job() -> bool:
     """May this worker take a job?
 
-    Not below the floor, not where nothing can be written, and not while the room is missing that it last waited for.
+    No if less than the minimum is free, if a volume cannot be written to, or while the space that the last job waited
+    for is still missing.
     """
     global _waiting_for
     settings = get_settings()
@@ -106,7 +107,7 @@ def _can_be_written(volume: Volume) -> bool:
 
 
 def reserve_for_job(job: Job, *, data_bytes: int, folder: Path) -> None:
-    """Reserve the room that the job needs, beside what other runs of this host were promised.
+    """Reserve the space that the job needs, beside what other runs of this host have reserved.
 
     What is missing is remembered by `for_any_job`.
 
@@ -141,7 +142,7 @@ def _what_is_there(need: DeviceNeed, reserved: Mapping[int, int]) -> str:
 
 
 def needs_by_device(job: Job, settings: Settings, *, data_bytes: int) -> list[DeviceNeed]:
-    """What the job needs by device: folders on one disk share its room."""
+    """What the job needs by device: folders on one disk share its space."""
     needed = _needs(job, settings, data_bytes=data_bytes)
     volumes = sorted(disk.worker_volumes(settings), key=lambda volume: volume.device)
     devices = [list(group) for _, group in groupby(volumes, key=lambda volume: volume.device)]

@@ -1,7 +1,7 @@
-"""Room that runs of this host have been promised and have not written yet, so that two do not count on the same bytes.
+"""Disk space that runs of this host have reserved and not written yet, so that two do not count on the same bytes.
 
-A promise is a file in the run's scratch folder and holds for as long as the folder is held (`worker.host.scratch`):
-however a process ends, the system lets go of it, and nobody has to take a promise back.
+A reservation is a file in the run's scratch folder and is valid while the folder is locked (`worker.host.scratch`).
+The system releases the lock however a process ends, so no reservation has to be taken back.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ _LOCK = "reserving"
 
 @contextmanager
 def one_at_a_time(settings: Settings) -> Iterator[None]:
-    """Nobody else on this host looks for room and takes it meanwhile."""
+    """No other process of this host looks for space and reserves it meanwhile."""
     settings.scratch().mkdir(parents=True, exist_ok=True)
     with (settings.scratch() / _LOCK).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

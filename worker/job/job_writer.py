@@ -1,9 +1,8 @@
-"""One job of a run: its folder, its lease and its rows. A run of one job has one member.
+"""Writes one job of a run: its folder, its lease and its rows. A run of one job has one writer.
 
-Everything is written for a member by a thread of its own, in the order in which the child said it.
-So one member's upload, or a bucket that is away, makes no other wait and never fills the pipe, whose
-64 KiB hold few steps of many members (docs/grouped.md). What goes wrong for a member ends that
-member and no other.
+Each writer has a thread of its own, which writes events in the order in which the child sent them. So an upload of one
+job, or storage that does not answer, does not delay the others, and never fills the pipe, whose 64 KiB hold few steps
+of many jobs (docs/grouped.md). A failure for one job ends that job and no other.
 """
 
 import shutil
@@ -37,8 +36,8 @@ log = get_logger(__name__)
 class JobWriter:
     """Holds one claimed job while the context is open, and writes what comes of it.
 
-    `place` is where the child finds it, once it is prepared. What a method leaves to the member's
-    thread it returns as a `Future`, which never raises.
+    `paths` is where the child finds it, once it is prepared. What a method leaves to the job's thread it returns as a
+    `Future`, which never raises.
     """
 
     def __init__(self, job: Job) -> None:
@@ -88,11 +87,11 @@ class JobWriter:
         return self.is_lost or self._ended.is_set()
 
     def prepare(self) -> Future[None]:
-        """Fetch what the child needs; `place` stays None if that failed."""
+        """Fetch what the child needs; `paths` stays None if that failed."""
         return self._submit(self._prepare)
 
     def write_event(self, event: Event) -> None:
-        """Write what the child says; a last word ends the job at once, while others go on."""
+        """Write what the child reports; its last event (`Done`, `Failed`) ends the job at once, while others go on."""
         event = path_redaction.redact_paths(event, self._names)
         if isinstance(event, Done | Failed):
             self._ended.set()
@@ -101,7 +100,7 @@ class JobWriter:
             self._submit(partial(self._record, event))
 
     def finish(self, outcome: Outcome, reason: str) -> Future[None]:
-        """The child is gone: end the job unless a last word has. `reason`: why we stopped it, if we did."""
+        """The child is gone: end the job unless the child has reported its end. `reason`: why it was stopped."""
         return self._submit(partial(self._end_without_report, outcome, reason))
 
     def abort(self, error: Exception) -> Future[None]:
@@ -112,7 +111,7 @@ class JobWriter:
     def _storage(self) -> Storage:
         return LeasedStorage(get_storage(), self._keeper.lost)
 
-    # --- in the member's thread ------------------------------------------------------------------
+    # --- in the thread of the job -----------------------------------------------------------------
 
     def _submit(self, action: Callable[[], None]) -> Future[None]:
         return self._thread.submit(self._run_guarded, action)

@@ -35,7 +35,7 @@ log = get_logger(__name__)
 
 
 def end_as_reported(job: Job, lease: Lease, failed: Failed) -> None:
-    """The child said why the job failed. What happened to a shared process is no verdict on one job."""
+    """The child reported why the job failed. If it shared its process with others, they may be the cause."""
     log.error("the run failed", code=failed.code, param=failed.param)  # its message may quote rows, and logs stay
     if failed.code == OUT_OF_MEMORY.code and _may_retry_alone(job):
         _retry(lease, "ran out of memory")
@@ -49,13 +49,13 @@ def end_as_reported(job: Job, lease: Lease, failed: Failed) -> None:
 
 
 def end_without_report(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
-    """The child ended without a word about the job.
+    """The child ended and reported nothing about the job.
 
     Args:
         reason: why we stopped the child, if we did.
 
     Raises:
-        LeaseLost: it saw no lease that held; whoever has the job now decides.
+        LeaseLost: the child found its lease expired; the job belongs to another run or is cancelled.
     """
     if outcome.stopped:
         _give_back(lease, reason)
@@ -123,7 +123,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _free_space() -> str:
-    """The figures that a person who makes room needs."""
+    """Free space of each volume, for the person who has to free some."""
     free = [f"{volume.name} {format_bytes(volume.free)}" for volume in disk.worker_volumes(get_settings())]
     return f"Free now: {', '.join(free)}."
 

@@ -39,7 +39,7 @@ class EventRecorder:
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._pending: list[Event] = []
-        self._lines: list[events.EventDraft] = []  # what the job's story says of them
+        self._lines: list[events.EventDraft] = []  # as events of the job
         self._in_doubt = False  # the last flush has not ended well, and may have been committed all the same
         self._flushed = self._started = time.monotonic()
         self._percent = 0.0
@@ -176,7 +176,7 @@ def _numbers(event: Metrics) -> dict[str, Any]:
 
 
 def _line(event: Event) -> events.EventDraft | None:
-    """What the job's story says of an event, if anything."""
+    """The event of the job for an event of the child, if there is one."""
     if isinstance(event, Message):
         return events.EventDraft(event.message, level=event.level, data=translate_event_data(event.data))
     return _point(event) if isinstance(event, Metrics) and _worth_an_event(event) else None

@@ -1,4 +1,4 @@
-"""Waiting for a database or a store, slow or away for a moment, for as long as the job is ours and no longer."""
+"""Repeats what a database or a storage that is slow or away did not do, for as long as the run owns its job."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Retention: chores of the reconciler that make room again. Each works in batches, in short
+"""Retention: chores of the reconciler that free space. Each works in batches, in short
 transactions, and is safe to repeat, to interrupt and to run twice at once.
 
 What a run left in the scratch folder of its host is that host's worker's to remove (`worker.host.scratch`).
@@ -184,7 +184,7 @@ def _remove_orphans(keys: list[str]) -> None:
             session.commit()
 
 
-# How long each rests once it has nothing left to do.
+# How long each waits once it has nothing left to do.
 PAUSES: Mapping[Callable[[], object], float] = {
     expire_files: MINUTE,
     delete_checkpoints: HOUR,

@@ -18,7 +18,7 @@ from api.core.logs import get_logger
 from worker.maintenance import row_reader
 
 MIB = 1 << 20
-# Begun so often without an end, whatever ended it, nobody tries again.
+# A check that was begun so often and never ended is not tried again.
 MAX_CHECKS = 5
 # A check that is not renewed for so long is anybody's; a file that could not be read is left alone for so long.
 LEASE_SECONDS, PAUSE_SECONDS = 30.0, 10.0
@@ -28,7 +28,7 @@ log = get_logger(__name__)
 
 
 class RoundRobin:
-    """Who is next among projects that wait."""
+    """Which of the waiting projects is next."""
 
     def __init__(self) -> None:
         self._served: dict[str, None] = {}  # in the order of their last turns

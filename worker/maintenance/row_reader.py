@@ -128,7 +128,7 @@ def _feed(child: "subprocess.Popen[bytes]", chunks: Iterator[bytes], watch: _Wai
             try:
                 taken = _write_some(child.stdin.fileno(), rest)
             except BrokenPipeError:
-                return  # it knows enough, or it fell: both it will tell
+                return  # it needs no more, or it crashed; its output or exit code tells which
             if taken:
                 watch.moved()
             rest = rest[taken:]
@@ -167,7 +167,7 @@ def _verdict(code: int, output: bytes, seconds: int) -> dict[str, object]:
         return {name: report[name] for name in ("status", "status_details", "validation")}
     if "broken" in report:
         return unusable_verdict(f"its rows cannot be checked: {report['broken']}")
-    if code >= 0 or -code in _FROM_OUTSIDE:  # without a word it fell before it began, or others ended it
+    if code >= 0 or -code in _FROM_OUTSIDE:  # without output: it crashed before it began, or was killed from outside
         raise Interrupted(f"it ended with {_name(code)}")
     if -code == signal.SIGXCPU:
         return unusable_verdict(f"its rows cannot be checked: it took more than {seconds} s of a processor")

@@ -140,7 +140,7 @@ class _Driver:
             self._ask_at = time.monotonic() + AGAIN_SECONDS
             if self._silence is None:
                 self._ask()
-            else:  # whoever asks meanwhile has the worker's heart to beat
+            else:  # the caller sends the worker's heartbeat and must not wait
                 threading.Thread(target=self._ask, name="nvidia-smi", daemon=True).start()
         return self._silence
 

@@ -2,9 +2,9 @@
 
 The rows themselves are read by `worker.maintenance.row_checks`.
 
-A check is claimed like a job: by a compare-and-set that counts how often it was begun and says until when it is
-left in peace. Whoever began it last writes the verdict; one that was taken over, or whose file was deleted, writes
-nothing. Nothing here commits.
+A check is claimed like a job: by a compare-and-set that counts how often it was begun and says until when no other may
+begin it. The last claim writes the verdict; one that was taken over, or whose file was deleted, writes nothing.
+Nothing here commits.
 """
 
 from collections.abc import Mapping
@@ -49,12 +49,12 @@ def claim(session: Session, project_id: str, *, above: int, up_to: int | None, s
 
 
 def renew(session: Session, claim: Claim, *, seconds: float) -> bool:
-    """Stay in peace for so long from now on; False if the check is ours no more, or nobody's: the file was deleted."""
+    """Extend the claim by so many seconds; False if another check has taken over or the file was deleted."""
     return _set(session, claim, {"check_until": now(session) + timedelta(seconds=seconds)}, _ours(claim))
 
 
 def release(session: Session, claim: Claim, *, seconds: float, counts: bool) -> None:
-    """Leave the file to whoever comes, but not before `seconds` from now; not to blame, it `counts` as not begun."""
+    """Release the file, to be checked again in `seconds` at the earliest. `counts`: as an attempt."""
     until = now(session) + timedelta(seconds=seconds)
     _set(session, claim, {"check_until": until, "checks": claim.checks - (not counts)}, _ours(claim))
 

@@ -1,4 +1,4 @@
-"""A job's story: events numbered 1, 2, 3 ... without gaps. Functions take a session, never commit."""
+"""A job's events, numbered 1, 2, 3 ... without gaps. Functions take a session, never commit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

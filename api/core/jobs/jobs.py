@@ -1,13 +1,13 @@
-"""The life of a job, move by move. `api.core.jobs.transitions` makes them, `api.core.jobs.pauses` has two more.
+"""Every change of a job's status. `transitions` writes them; `pauses` has two more, for people who pause and resume.
 
     validating_files ─► queued ─► running ─► succeeded | failed
             │ ▲         │ ▲  ▲      │ │
-            ▼ │         ▼ │  └──────┘ │  lost worker, draining worker, passing trouble
+            ▼ │         ▼ │  └──────┘ │  worker lost, worker draining, temporary failure
            paused ◄── paused ◄────────┘  a pause that was asked for
                   any state that is not final ─► cancelled;  failed ─► queued by resuming it
 
 A claim takes a new fencing token (`lease_token` + 1) and a lease. Whoever writes for a run says
-which token it holds; zero rows changed means somebody else owns the job now: stop politely.
+which token it holds; if no row is changed, another worker owns the job now and the run has to stop.
 Functions take a session first and never commit.
 """
 
@@ -75,8 +75,8 @@ def claim(
 ) -> list[Job]:
     """Take the best job of these queues and, up to `group_size`, those that may be trained with it; best first.
 
-    The message that woke us names a job; which ones we take is decided here, so order and duplicates
-    of messages do not matter. `owner` is a process that runs nothing else meanwhile.
+    The message that woke the worker names a job, but which ones are taken is decided here. So the order of messages
+    and duplicates do not matter. `owner` is a process that runs nothing else meanwhile.
     """
     at = now(session)
     until = at + timedelta(seconds=lease_seconds)
@@ -110,20 +110,20 @@ def _start_run(
 
 
 def renew_lease(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
-    """Renew the lease. False = the job is not ours any more (cancelled, or lost and taken over)."""
+    """Renew the lease. False: the run does not own the job any more (cancelled, or another worker has it)."""
     return update_row(session, lease.conditions(), {"lease_until": now(session) + timedelta(seconds=lease_seconds)})
 
 
 def update_run(session: Session, lease: Lease, **values: Any) -> bool:
-    """Write columns that are no status (progress, plan, init_report ...) if the job is still ours.
+    """Write columns that are no status (progress, plan, init_report ...) if the run still owns the job.
 
-    Called before any other write of a run: the row's lock keeps the job ours until the commit.
+    Call it before any other write of a run: the row's lock keeps other workers away until the commit.
     """
     return update_row(session, lease.conditions(), values or {"lease_token": lease.token})
 
 
 def reset_lost_runs(session: Session, lease: Lease) -> bool:
-    """As `note`, for a new checkpoint: the run got further, so what was lost before counts no more."""
+    """As `update_run`, for a new checkpoint: the job made progress, so earlier lost runs no longer count."""
     return update_run(session, lease, lost_runs=0)
 
 
@@ -194,7 +194,8 @@ def retry_alone(session: Session, lease: Lease, reason: str) -> bool:
 def requeue_lost_run(session: Session, lease: Lease, how: str, *, max_attempts: int, code: str = "worker_lost") -> bool:
     """A run ended for no fault of the job: `queued` again, or `failed` after `max_attempts` without progress.
 
-    The first loss waits for nothing, since most are one machine's; from the second on each waits twice as long.
+    After the first lost run the job may start at once, because most failures are of one machine. From the second on the
+    wait doubles each time.
 
     Args:
         how: what happened, as the beginning of a sentence.
@@ -217,7 +218,7 @@ def requeue_lost_run(session: Session, lease: Lease, how: str, *, max_attempts: 
 
 def _backoff_seconds(lost_runs: int) -> float:
     """Seconds before the next attempt: 0, then doubling from the setting on, five minutes at most."""
-    # Of more doublings the last ones would be no number any more, and every wait is the longest long before.
+    # Bounded, because a large power of two overflows; the longest wait is reached long before.
     doublings = min(lost_runs - 2, 60)
     return 0.0 if lost_runs < 2 else min(LONGEST_WAIT_SECONDS, float(get_settings().retry_seconds * 2**doublings))
 
@@ -228,7 +229,7 @@ def find_expired_leases(session: Session) -> list[str]:
 
 
 def recover_lost_runs(session: Session, *, max_attempts: int, among: Sequence[str] | None = None) -> list[str]:
-    """Take running jobs whose lease ran out away from their workers: see `lose`.
+    """Take running jobs whose lease ran out away from their workers: see `requeue_lost_run`.
 
     Args:
         among: look at these jobs alone; None = at all.

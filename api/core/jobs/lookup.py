@@ -1,4 +1,4 @@
-"""Finding jobs: one, a page of them, and their places in the queue. Reads only."""
+"""Finding jobs: one, a page of them, and their positions in the queue. Reads only."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -93,11 +93,11 @@ def page(
 
 
 def load_views(session: Session, found: Sequence[ShownJob]) -> list[JobView]:
-    """The jobs with their places, results and prospects, in a few queries however many there are."""
-    standing = positions.find_positions(session, [job for job in found if job.status == "queued"])
+    """The jobs with their positions, results and whether they can be resumed; a few queries however many jobs."""
+    waiting = positions.find_positions(session, [job for job in found if job.status == "queued"])
     results = _results(session, [job.id for job in found if job.status == "succeeded"])
-    prospects = pauses.check_resumable(session, found)
-    return [JobView(job, standing.get(job.id), results.get(job.id), prospects[job.id]) for job in found]
+    resumable = pauses.check_resumable(session, found)
+    return [JobView(job, waiting.get(job.id), results.get(job.id), resumable[job.id]) for job in found]
 
 
 def load_view(session: Session, job: ShownJob) -> JobView:

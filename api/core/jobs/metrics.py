@@ -103,7 +103,7 @@ def result_file(session: Session, project_id: str, *, filename: str, key: str, s
 def attach_csv(session: Session, job_id: str, file: File | None) -> None:
     """Make `file` the result file of an ended job that has none yet, or a deleted file if there is no such job.
 
-    None says that the job logged nothing: nobody looks again.
+    None: the job logged nothing, and is not looked at again.
     """
     ended = [Job.id == job_id, Job.finished_at.is_not(None)]
     if file is None:

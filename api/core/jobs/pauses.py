@@ -2,7 +2,7 @@
 
 A pause of a run is a request beside the status `running` (shown as `pausing`). The worker sees it when it
 renews its lease, has the run write a checkpoint, and gives the job back; a job that was asked to pause is
-left `paused` by whatever interrupts it. The fencing token knows nothing of all this.
+left `paused` by whatever interrupts it. A pause does not change the fencing token.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from api.core.jobs import events
 from api.core.jobs.transitions import Lease, change_status, job_with_status, lock_job, update_row
 from api.core.queue import scheduling
 
-# What was wrong is not in the order: the same order may well succeed.
+# The cause is not in the request: the same request may well succeed when it is tried again.
 RESUMABLE_ERRORS = (
     "worker_lost",
     "device_failed",
@@ -60,7 +60,7 @@ def pause(session: Session, job: Job) -> Job:
 
 
 def is_pause_requested(session: Session, lease: Lease) -> bool:
-    """Whether somebody wants this run to pause."""
+    """Whether a pause of this run was requested."""
     return bool(session.scalar(select(Job.pause_requested).where(*lease.conditions())))
 
 

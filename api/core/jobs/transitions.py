@@ -1,7 +1,7 @@
 """The only place that changes a job's status: a compare-and-set on status and fencing token, and its event.
 
-`api.core.jobs.jobs` and `api.core.jobs.pauses` give the moves their names. What every state implies (who holds the
-job, whether it has ended, whether the doorbell is to be rung) is written here, once. Nothing here commits.
+`api.core.jobs.jobs` and `api.core.jobs.pauses` give the changes their names. What every status implies for other
+columns (the lease, the end, whether workers are to be notified) is written here, once. Nothing here commits.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Lease:
     token: int
 
     def conditions(self) -> list[ColumnElement[bool]]:
-        """True of the job's row as long as nobody took the job away."""
+        """True of the job's row as long as this lease holds."""
         return [Job.id == self.job_id, Job.status == "running", Job.lease_token == self.token]
 
 
@@ -82,7 +82,7 @@ def change_status(
     event_data: dict[str, Any] | None = None,
     **columns: Any,
 ) -> str | None:
-    """Change the status of the job that meets `conditions` and tell it; None if there is none by now.
+    """Change the status of the job that meets `conditions` and append the event; None if there is no such job by now.
 
     Returns:
         The job's id.

@@ -15,9 +15,9 @@ class PendingWork(NamedTuple):
 
     lost: bool  # runs whose lease is over
     validating: bool  # jobs whose files are not known to be good
-    queued: bool  # jobs, and so bells that may have to be rung
+    queued: bool  # jobs, so workers may have to be notified
     unwritten: bool  # ended jobs whose numbers wait to become their result file
-    unchecked: bool  # files that nobody checks now
+    unchecked: bool  # files that no reconciler checks now
     uncleared: bool  # deleted files and checkpoints whose bytes may still be there
 
 

@@ -2,8 +2,8 @@
 
 An object that no row names is an orphan only if this database would know it otherwise. A database that was restored
 from a backup does not know what was stored after the backup. So a random mark is written to the storage once a minute
-and remembered here. If the two differ, another database has gone on with this storage meanwhile: the watch ends where
-this database last saw its own mark, and a new one begins now. What was written between two watches is left alone.
+and remembered here. If the two differ, another database has used this storage meanwhile: the period ends where
+this database last saw its own mark, and a new one begins now. Objects written between two periods are never removed.
 The same is done after an hour without a look, because whoever restores a backup may have copied the old mark back, too.
 
 Functions take a session first and never commit. Nothing here reads or writes the storage.
@@ -26,7 +26,7 @@ SLACK = timedelta(hours=1)
 
 
 class PeriodState(NamedTuple):
-    """The newest watch as one look found or left it; the mark in the storage has to be one of the two tokens."""
+    """The newest period as it was read or written; the mark in the storage has to be one of the two tokens."""
 
     id: str
     token: str
@@ -40,13 +40,13 @@ class PeriodState(NamedTuple):
 
 
 def find_marker_key(session: Session) -> str | None:
-    """Where the mark of this database and of all its copies lies; None before its first watch."""
+    """Where the mark of this database and of all its copies lies; None before its first period."""
     first = session.scalar(select(StoragePeriod.id).order_by(StoragePeriod.since, StoragePeriod.id).limit(1))
     return None if first is None else f"{FOLDER}/{first}"
 
 
 def find_newest(session: Session) -> PeriodState | None:
-    """The watch that is going on, or was when somebody last looked."""
+    """The period that has not ended, as far as the last look knows."""
     row = _newest(session)
     return (
         None if row is None else PeriodState(row.id, row.token, row.next_token, row.until, lasted=row.until > row.since)
@@ -58,7 +58,7 @@ def _newest(session: Session) -> StoragePeriod | None:
 
 
 def begin_period(session: Session) -> PeriodState:
-    """A new watch, from now on. One that was too short to say anything of an object is begun again instead."""
+    """Begin a new period now. The last one is overwritten if it was too short to be of use."""
     at, token = now(session), secrets.token_hex(16)
     last = _newest(session)
     if last is None or last.until - last.since > SLACK:
@@ -71,9 +71,9 @@ def begin_period(session: Session) -> PeriodState:
 
 
 def extend_period(session: Session, seen: PeriodState, mark: str | None) -> PeriodState | None:
-    """Go on with the watch that was seen, with a new token that is to become the mark.
+    """Extend the period that was read, with a new token that is to become the mark.
 
-    A new watch begins if the mark is not this database's, or if nobody has looked for long. None: somebody else is
+    A new period begins if the mark is not this database's, or if nobody has looked for long. None: somebody else is
     looking right now.
     """
     if not seen.knows(mark) or now(session) - seen.until > SLACK:
@@ -85,7 +85,7 @@ def extend_period(session: Session, seen: PeriodState, mark: str | None) -> Peri
 
 
 def confirm_period(session: Session, look: PeriodState) -> None:
-    """The mark is written: the watch has lasted until now."""
+    """The mark is written: the period has lasted until now."""
     same = (StoragePeriod.id == look.id, StoragePeriod.next_token == look.next_token)
     session.execute(update(StoragePeriod).where(*same).values(token=look.next_token, until=now(session)))
 

@@ -30,7 +30,7 @@ class Snapshot:
 
 
 def take_snapshot(session: Session) -> Snapshot:
-    """Read everything. Ended jobs are not counted here: their counts are in the tallies."""
+    """Read everything. Ended jobs are not counted here: the counters have them."""
     queued, is_open = has_status(Job, "queued"), Job.finished_at.is_(None)
     by_status = select(Job.status, func.count()).where(is_open).group_by(Job.status)
     found: dict[str, int] = dict(session.execute(by_status).all())

@@ -1,8 +1,8 @@
 """Which queued jobs are trained together: in one process, in one forward pass over one base.
 
 Only jobs that ask for it, of one project, one priority and one key. A job of lower priority may not
-join: every member makes the common step longer, so it would hold up the job it joins. Only first
-attempts: a job that took its process down may not take others with it again. Reads only; who
+join, because every member makes the common step longer and would slow down the others. Only first
+attempts: a job whose process crashed may be the cause, and must not crash others again. Reads only; who
 takes what it names is `jobs.claim`.
 """
 
@@ -47,10 +47,10 @@ def compute_group_key(base: Entry, lora: Lora, *, training: Hyperparameters, det
 
 
 def lock_next_group(session: Session, *, size: int, queues: Sequence[str]) -> list[str]:
-    """Ids of the queued jobs to start next, locked: the best one (`turns`), then its fellows in queue order.
+    """Ids of the queued jobs to start next, locked: the best one (`scheduling`), then its companions in queue order.
 
-    The best one counts whatever group it asks for; at most `size` - 1 others join it, and no more than their
-    project may run.
+    The best one is taken whatever group it asks for. At most `size` - 1 others join it, and no more than their project
+    may run.
     """
     while (best := scheduling.lock_next_job(session, queues)) is not None:
         if (places := scheduling.count_startable(session, best.project_id, wanted=size)) > 0:

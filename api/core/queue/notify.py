@@ -18,27 +18,27 @@ from api.core.db.tables import Job, has_status
 from api.core.queue import project_queues, scheduling, workers
 from api.core.settings import get_settings
 
-MOST = 100  # bells of a queue at a time
+MOST = 100  # notifications of a queue at a time
 
 
 class Notification(NamedTuple):
-    """Which job to ring for, and where."""
+    """A job that the workers of a queue are to be told of."""
 
     job_id: str
     queue: str
 
 
 def find_unannounced(session: Session) -> list[Notification]:
-    """For jobs that could start and were never rung for; at most a hundred of each queue."""
+    """For jobs that could start and that no message was sent for yet; at most a hundred of each queue."""
     waited_in = [name for name in session.scalars(project_queues.select_queues()) if name is not None]
     return _find_notifications(session, waited_in, notified_before=None, most=MOST)
 
 
 def find_lost(session: Session, *, patience: timedelta) -> list[Notification]:
-    """For jobs to ring again: rung long ago while a living worker of their queue has a free slot.
+    """For jobs whose message was probably lost: sent long ago, while a live worker of their queue has a free slot.
 
-    A message that waits behind busy workers is not lost, so nothing is rung while all are busy; the number of free
-    slots bounds how many of a queue are rung. Jobs trained together have one owner and fill one slot.
+    A message that waits behind busy workers is not lost, so nothing is sent again while all are busy, and for each
+    queue no more than there are free slots. Jobs trained together have one owner and fill one slot.
     """
     owners = select(func.count(Job.lease_owner.distinct())).where(has_status(Job, "running"))
     free = workers.count_free_slots(session, running=session.scalar(owners) or 0)
@@ -49,7 +49,7 @@ def find_lost(session: Session, *, patience: timedelta) -> list[Notification]:
 
 
 def find_notification(session: Session, job_id: str) -> Notification | None:
-    """For one job; None if it has been rung for, or while it could not start anyway."""
+    """For one job; None if a message was sent for it already, or while it could not start anyway."""
     at = now(session)
     waits = (Job.id == job_id, has_status(Job, "queued"), Job.notified_at.is_(None), project_queues.is_ready(Job))
     found = session.execute(select(Job.id, Job.queue).where(*waits), {"at": at}).one_or_none()
@@ -57,7 +57,7 @@ def find_notification(session: Session, job_id: str) -> Notification | None:
 
 
 def mark_notified(session: Session, job_id: str) -> None:
-    """Remember that the doorbell was rung for a job."""
+    """Remember that a message was sent for a job."""
     session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == "queued")
@@ -69,7 +69,7 @@ def mark_notified(session: Session, job_id: str) -> None:
 def _find_notifications(
     session: Session, queues: Sequence[str], *, notified_before: datetime | None, most: int
 ) -> list[Notification]:
-    """Of each queue at most so many, who has waited longest for a bell first."""
+    """At most `most` of each queue; first those whose last message is the longest ago."""
     given = {"at": now(session), "notified_before": notified_before, "most": most, **scheduling.parameters()}
     wanted = _select_startable(never=notified_before is None, limited=bool(get_settings().project_running))
     return [
@@ -81,7 +81,7 @@ def _find_notifications(
 
 @cache
 def _select_startable(*, never: bool, limited: bool) -> Select[str]:
-    """Ids of the jobs of a queue that could start and whose bell was rung `never`, or before a time."""
+    """Ids of the jobs of a queue that could start and were notified `never`, or before a time."""
     job_id, notified_at, priority_time, conditions = _startable_within_limit() if limited else _startable()
     notified = notified_at.is_(None) if never else notified_at < bindparam("notified_before", type_=UTCDateTime)
     return (
@@ -102,7 +102,7 @@ def _startable() -> _Waiting:
 
 
 def _startable_within_limit() -> _Waiting:
-    """The first jobs of each line, as many as the limit lets its project start, at most `MOST`."""
+    """The first jobs of each project queue: as many as the limit lets the project start, at most `MOST`."""
     job, head, limit = aliased(Job), aliased(Job), scheduling.LIMIT
     heads = project_queues.select_heads(job, project_queues.is_ready(job))
     start = select(head.id, head.project_id).join(heads, heads.c.id == head.id)

@@ -1,4 +1,4 @@
-"""Places in the queue, worked out for everybody at once and at most once a second, for the first hundred of a queue.
+"""Positions in the queue: computed for all callers at once, at most once a second, for the first hundred of a queue.
 
 Ranking takes some ten times as long as all else that a poll does, and fifty callers who poll ask for the same
 order. So what they are shown may be a second old; the claim looks anew (`api.core.queue.scheduling`).
@@ -146,7 +146,7 @@ def _select_heads() -> Select[str, float | None, int]:
 def _following(
     session: Session, queue: str, starts: Mapping[str, _DueJob], reach: int, step: float
 ) -> dict[str, list[_DueJob]]:
-    """The next jobs, at most `reach`, of the lines in which these stand; in their order, by the job they come after."""
+    """The next jobs, at most `reach`, behind these in their project queues; in order, by the job they come after."""
     given = {"starts": list(starts), "reach": reach, **project_queues.queue_parameters([queue])}
     found: dict[str, list[_DueJob]] = {}
     for start, further, job_id, priority_time in session.execute(_select_following(), given):

@@ -1,10 +1,11 @@
-"""The lines that jobs wait in: one for each queue and project, by `turn` and id. Statements only; nothing is run here.
+"""Project queues: the waiting jobs of one queue and one project, ordered by `priority_time` and id.
 
-A line is read from its head on, one look into `ix_jobs_line` for each job, so that a statement costs what it looks
-at, however many jobs wait. That is why there is recursion here: a window function would rank them all.
+This module builds statements and runs none. A project queue is read from its first job on, with one index lookup
+(`ix_jobs_project_queue`) for each job, so the cost of a statement does not depend on how many jobs wait. That is why
+the statements are recursive: a window function would rank all waiting jobs.
 
-To put such a statement together takes longer than to run it, so those who use these parts do it once. What changes
-from call to call are parameters: `at`, a time, and `queue_0`, `queue_1` …
+Building such a statement takes longer than running it, so callers build it once. What changes from call to call are
+parameters: `at`, a time, and `queue_0`, `queue_1` …
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ def count_running(project_id: SQLColumnExpression[str]) -> ScalarSelect[int]:
 
 
 def count_before(job: Row, other: Row, *conditions: ColumnElement[bool], most: ColumnElement[int]) -> ScalarSelect[int]:
-    """How many jobs stand before `job` in its line and meet `conditions`, which are about `other`; counts to `most`."""
+    """How many jobs are before `job` in its project queue and meet `conditions` on `other`; counts to `most`."""
     earlier = tuple_(other.priority_time, other.id) < tuple_(job.priority_time, job.id)
     found = select(other.id).where(has_status(other, "queued"), *_same_project_queue(other, job), earlier, *conditions)
     return select(func.count()).select_from(found.limit(most).correlate(job).subquery()).scalar_subquery()
@@ -68,10 +69,10 @@ def select_queues() -> Select[str | None]:
 
 
 def select_heads(job: Row, *conditions: ColumnElement[bool], queues: int = 1) -> CTE:
-    """The `id` of the first job of each line that meets `conditions`, which are about `job`; the last may be NULL.
+    """The `id` of the first job of each project queue that meets `conditions` on `job`; the last may be NULL.
 
     Args:
-        queues: how many queues' lines, at least one.
+        queues: how many queues, at least one.
     """
     previous = aliased(Job)
 
@@ -99,7 +100,7 @@ def select_following(
 
     Args:
         start: ids and projects of jobs of the queue `queue_0`; they are step 0.
-        steps: how far to go in the line of that project.
+        steps: how many jobs to read of that project.
     """
     at = start.subquery()
     first = select(at.c[0].label("start"), at.c[0].label("id"), at.c[1].label("project_id"), literal(0).label("step"))
@@ -116,7 +117,7 @@ def select_following(
 
 
 def column_of(column: InstrumentedAttribute[T], walk: CTE) -> ScalarSelect[T]:
-    """What a job of a walk has in that column."""
+    """The value of that column for the jobs of `select_following`."""
     return select(column).where(Job.id == walk.c.id).correlate(walk).scalar_subquery()
 
 

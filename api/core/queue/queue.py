@@ -1,7 +1,7 @@
-"""The doorbell: a Celery message that carries an id and says "there is work".
+"""The Celery message that wakes a worker: it carries the id of a job and means "there is work".
 
-Losing or doubling a message does no harm: the row decides, and the reconciler rings again. Ring
-after the commit, never before.
+A message that is lost or sent twice does no harm: the job's row decides, and the reconciler sends lost messages again.
+Send it after the commit, never before.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ QUEUE = "train"
 
 
 class BrokerUnavailable(Exception):
-    """The message could not be sent; the job stays unannounced and the reconciler will ring."""
+    """The message could not be sent. The job stays unannounced, and the reconciler sends it later."""
 
 
 @singleton
@@ -32,7 +32,7 @@ def _configuration() -> dict[str, Any]:
         "broker_url": get_settings().broker_url,
         "task_serializer": "json",
         "accept_content": ["json"],
-        "task_ignore_result": True,  # the row is the truth; a result backend would be a second one
+        "task_ignore_result": True,  # the job's row has the result; a result backend would be a second copy
         # Redis redelivers late-acknowledged messages, so a long job would start twice. We acknowledge
         # early and let the lease bring a lost job back.
         "task_acks_late": False,
@@ -40,7 +40,7 @@ def _configuration() -> dict[str, Any]:
         "worker_disable_prefetch": True,
         "worker_prefetch_multiplier": 1,
         "worker_concurrency": get_settings().worker_slots,  # the one place that says how many (worker/pool.py)
-        "worker_enable_remote_control": False,  # a worker is asked to leave by its signal, and by nobody else
+        "worker_enable_remote_control": False,  # a worker is stopped by a signal only
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "task_default_queue": QUEUE,
         "task_publish_retry": False,  # the outbox retries
@@ -70,7 +70,7 @@ def probe() -> None:
     try:
         with get_celery().connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
-    except Exception as error:  # as many kinds as in `ring`
+    except Exception as error:  # as many kinds as in `notify_workers`
         raise BrokerUnavailable(str(error)) from error
 
 

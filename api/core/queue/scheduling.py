@@ -1,7 +1,7 @@
-"""Whose turn it is: one order for the claim, for the doorbell and for the place that a caller is shown.
+"""Which job is next: one order for the claim, for notifications and for the position that a caller is shown.
 
-A job is due at `turn + step * slot`. `turn` is when it entered the queue, less one step for each level of
-priority; `slot` counts the jobs that its project runs or has waiting before it, itself included. So one step
+A job is due at `priority_time + step * slot`. `priority_time` is when it entered the queue, less one step for each
+level of priority; `slot` counts the jobs that its project runs or has waiting before it, itself included. So one step
 of waiting, one level of priority and one running job of the project weigh the same (`LORAINIT_PRIORITY_SECONDS`):
 equal priorities take turns project by project, and whoever has waited long enough stands before everybody.
 The first job of a project is never more than its running jobs' worth of steps behind a newcomer's.
@@ -36,12 +36,12 @@ def device_for_queue(queue: str) -> str:
 
 
 def compute_priority_time(at: datetime) -> ColumnElement[float]:
-    """The turn of a job that enters the queue at `at`, in seconds since 1970."""
+    """The `priority_time` of a job that enters the queue at `at`, in seconds since 1970."""
     return literal(at.timestamp(), Double) - Job.priority * literal(get_settings().priority_seconds, Double)
 
 
 def lock_next_job(session: Session, queues: Sequence[str]) -> Job | None:
-    """The queued job of these queues to start next, locked; those that others are taking are passed over."""
+    """The queued job of these queues to start next, locked; those that other claims have locked are skipped."""
     passed = [""]  # an empty list is written differently for IN and for NOT IN
     given = {"at": now(session), "passed": passed, **parameters(), **project_queues.queue_parameters(queues)}
     while (job_id := session.scalar(_select_best(len(queues)), given)) is not None:
@@ -54,7 +54,8 @@ def lock_next_job(session: Session, queues: Sequence[str]) -> Job | None:
 
 @cache
 def _select_best(queues: int) -> Select[str]:
-    """The id of the first of all heads of lines; the line of a job that is passed over has its next as head."""
+    """The id of the job that is due first. Of each project queue only the first job is looked at, or the next one where
+    that is locked by another claim."""
     job, ahead = aliased(Job), aliased(Job)
     passed = bindparam("passed", expanding=True, type_=String)
     heads = project_queues.select_heads(job, project_queues.is_ready(job), job.id.not_in(passed), queues=queues)
@@ -132,5 +133,8 @@ def require_queue_quota(session: Session, project_id: str) -> None:
 
 
 def lock_project(session: Session, project_id: str) -> None:
-    """Let nobody else count this project's jobs until the commit; new rows may refer to it all the same."""
+    """Lock the project's row, so that no other transaction counts its jobs until the commit.
+
+    New rows may refer to it meanwhile.
+    """
     session.execute(select(Project.id).where(Project.id == project_id).with_for_update(key_share=True))

@@ -1,4 +1,4 @@
-"""A call that may never come back, in a thread of its own, and somebody who looks meanwhile whether to wait for it."""
+"""Runs a call that may never return in a thread of its own, and checks meanwhile whether to go on waiting for it."""
 
 import threading
 from collections.abc import Callable

@@ -164,8 +164,8 @@ def test_the_promise_of_a_process_that_was_killed_is_void(one: Lab) -> None:
         import time
         from pathlib import Path
         from worker.host import reservations, scratch
-        held = scratch.hold(Path({str(folder)!r}))
-        reservations.promise(Path({str(folder)!r}), {{1: 7}})
+        held = scratch.lock_folder(Path({str(folder)!r}))
+        reservations.reserve(Path({str(folder)!r}), {{1: 7}})
         print("promised", flush=True)
         time.sleep(60)"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
@@ -186,12 +186,12 @@ def test_of_two_processes_that_ask_at_once_one_gets_the_room(one: Lab, tmp_path:
         from api.core.settings import get_settings
         from worker.host import reservations, scratch
         folder = Path(sys.argv[1])
-        held = scratch.hold(folder)
+        held = scratch.lock_folder(folder)
         with reservations.one_at_a_time(get_settings()):
             taken = reservations.outstanding(get_settings(), besides=folder)
             time.sleep(0.5)
             if not taken:
-                reservations.promise(folder, {1: 10**9})
+                reservations.reserve(folder, {1: 10**9})
         print("waits" if taken else "goes", flush=True)
         sys.stdin.read()"""
     folders = [get_settings().scratch() / f"ftjob-{name}" / "attempt-1" for name in "ab"]

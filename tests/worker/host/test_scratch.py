@@ -30,7 +30,7 @@ def _age(folder: Path, seconds: float) -> None:
 
 def test_a_folder_whose_process_was_killed_goes() -> None:
     folder = a_folder("ftjob-a/attempt-1")
-    code = f"from pathlib import Path; from worker.host import scratch; f = scratch.hold(Path({str(folder)!r}))"
+    code = f"from pathlib import Path; from worker.host import scratch; f = scratch.lock_folder(Path({str(folder)!r}))"
     code += "; print('held', flush=True); import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
         assert process.stdout is not None

@@ -59,8 +59,8 @@ class File(Base):
     deleted_by: Mapped[str | None] = mapped_column(String(64))
     # Deleted, and the bytes are gone too.
     cleared_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    # How often a check of its rows was begun (`api.core.files.validation`), and until when the last one is left in
-    # peace.
+    # How often a check of its rows was begun (`api.core.files.validation`), and until when no
+    # other check may begin.
     checks: Mapped[int] = mapped_column(Integer, server_default="0")
     check_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
 

@@ -136,7 +136,7 @@ class Job(Base):
     # What its author should know although it succeeded; None before its end.
     warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(Json)
     result_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
-    # Another outbox: since when the job's numbers wait to become its result file; None once somebody looked.
+    # Another outbox: since when the job's metrics wait to become its result file; None once that is done.
     csv_due: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
     @property

@@ -65,7 +65,7 @@ class Checkpoint(Base):
 
 
 class Event(Base):
-    """One line of a job's story; `sequence` is 1, 2, 3 ... per job without gaps."""
+    """One event of a job; `sequence` is 1, 2, 3 ... per job without gaps."""
 
     __tablename__ = "events"
     __table_args__ = (UniqueConstraint("job_id", "sequence"),)

@@ -33,7 +33,7 @@ class Worker(Base):
 
 
 class StoragePeriod(Base):
-    """A time in which this database alone went on with its storage (`api.core.maintenance.storage_periods`).
+    """A period in which this database was the only one that used its storage (`api.core.maintenance.storage_periods`).
 
     `until` is when the mark in the storage was last seen to be `token`; `next_token` is the one that replaces it.
     """
