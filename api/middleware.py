@@ -6,8 +6,6 @@ without a request id, and its body limit answers text too.
 
 import asyncio
 import time
-from contextvars import Token
-from typing import Any
 
 import structlog
 from fastapi import Request
@@ -54,7 +52,7 @@ class RequestMiddleware:
         try:
             await exchange.run(self.app, permit)
         finally:
-            _unbind(tokens)
+            structlog.contextvars.reset_contextvars(**tokens)
             if isinstance(permit, Permit):
                 permit.release()
 
@@ -184,10 +182,6 @@ def declared(scope: Scope) -> int:
     """Bytes of the body as the request announces them; 0 when it does not."""
     text = Headers(scope=scope).get("content-length", "0")
     return int(text) if text.isascii() and text.isdecimal() else 0
-
-
-def _unbind(tokens: "Any | dict[str, Token[Any]]") -> None:
-    structlog.contextvars.reset_contextvars(**tokens)
 
 
 def request_id(request: Request) -> str:

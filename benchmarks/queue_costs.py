@@ -45,7 +45,7 @@ HOT: Mapping[str, Callable[[Session], object]] = {
     "a worker claims a job": lambda session: jobs.claim(session, "bench", lease_seconds=30),
     "the places of the first hundred": positions.read_order,
     "the reconciler looks for work": lambda session: pending.find_pending(session.connection()),
-    "jobs nobody was rung for": notify.find_unannounced,
+    "jobs without a notification": notify.find_unannounced,
     "jobs whose message was lost": lambda session: notify.find_lost(session, patience=timedelta(seconds=15)),
     "jobs of silent workers": lambda session: jobs.recover_lost_runs(session, max_attempts=3),
     "jobs whose files are checked": admission.waiting,

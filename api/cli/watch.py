@@ -17,7 +17,7 @@ STYLE = {"info": "", "warn": "yellow", "error": "red"}
 WAITING = {
     "no_worker_for_device": "no worker that is up takes jobs for the device {device!r} (LORAINIT_WORKER_QUEUES of a"
     " worker names those it takes)",
-    "restarting": "it starts again after a loss",
+    "restarting": "it starts again after a lost run",
     "project_limit_reached": "its project runs as many jobs as it may",
     "waiting_for_gpu": "it is the next to start when a worker is free",
     "waiting_for_turn": "it is {place} in the queue",

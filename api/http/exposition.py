@@ -7,7 +7,7 @@ every restart. Each API process shows those same figures: take their `max`, not 
 
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -79,11 +79,6 @@ def make_registry(parts: Mapping[str, Callable[[], bool]]) -> CollectorRegistry:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Service(parts))
     return registry
-
-
-def expose(registry: CollectorRegistry) -> bytes:
-    """The text of one scrape."""
-    return generate_latest(registry)
 
 
 def _take_snapshot() -> Snapshot | None:

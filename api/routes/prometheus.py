@@ -5,10 +5,11 @@ from ipaddress import ip_address
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
+from prometheus_client import generate_latest
 
 from api.core.settings import get_settings
 from api.errors import Unauthenticated
-from api.http.exposition import CONTENT_TYPE, expose
+from api.http.exposition import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
 # What a proxy on this host adds: then the connection is local and the caller is not.
@@ -19,7 +20,7 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 def metrics(request: Request, authorization: Annotated[str, Header()] = "") -> Response:
     """Everything in Prometheus' text format."""
     _require_access(request, authorization)
-    return Response(expose(request.app.state.registry), media_type=CONTENT_TYPE)
+    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE)
 
 
 def _require_access(request: Request, authorization: str) -> None:

@@ -105,7 +105,7 @@ class JobWriter:
 
     def abort(self, error: Exception) -> Future[None]:
         """The child could not be supervised, by a fault of ours or for want of what its host has."""
-        return self._submit(partial(self._abort, error))
+        return self._submit(partial(self._write_ending, partial(outcomes.end_after_worker_error, self._lease, error)))
 
     @property
     def _storage(self) -> Storage:
@@ -131,9 +131,6 @@ class JobWriter:
         except Exception as error:
             log.exception("the worker failed")
             self._write_ending(partial(outcomes.end_after_worker_error, self._lease, error))
-
-    def _abort(self, error: Exception) -> None:
-        self._write_ending(partial(outcomes.end_after_worker_error, self._lease, error))
 
     def _write_ending(self, write: Callable[[], None]) -> None:
         try:
