@@ -158,7 +158,7 @@ def test_a_worker_without_work_speaks_six_times_a_minute(monkeypatch: pytest.Mon
 
 def test_the_parent_of_an_idle_service_looks_once_a_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = Clock()
-    parent = service.Service(Settings(state_dir=tmp_path), say=print)
+    parent = service.Service(Settings(state_dir=tmp_path), report=print)
 
     def sleep(seconds: float) -> None:
         clock.sleep(seconds)

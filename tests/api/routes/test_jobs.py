@@ -335,7 +335,7 @@ def test_a_cancelled_run_never_succeeds(lab: Lab) -> None:
     taken = stub_worker.claim()
     assert taken is not None
     lab.client.post(f"{JOBS}/{job}/cancel")
-    with pytest.raises(stub_worker.Lost):
+    with pytest.raises(stub_worker.LeaseLost):
         stub_worker.train(*taken)
     assert lab.client.get(f"{JOBS}/{job}").json()["status"] == "cancelled"
 

@@ -238,17 +238,17 @@ def test_all_of_it_dies_with_the_slot(tmp_path: Path) -> None:
     script = f"""
 import os, sys, time
 from pathlib import Path
-from worker.child.supervisor import Place, run_child
-from worker.child.warm import Warm
+from worker.child.supervisor import RunPaths, run_child
+from worker.child.warm import WarmProcess
 from tests.worker.child import test_warm
-warm = Warm((sys.executable, "-c", test_warm.STUB))
+warm = WarmProcess((sys.executable, "-c", test_warm.STUB))
 test_warm.made_ready(warm)
 place = Path({str(tmp_path)!r})
 (place / "spec.json").write_text("{{}}")
 (place / "run.py").write_text("import os, time; say('here', pid=os.getpid()); time.sleep(1000)")
 os.environ["RUN"] = str(place / "run.py")
 def say(event): print(warm.process.pid, event.data["pid"], flush=True)
-run_child([Place(place / "spec.json", place / "out", place / "lease")], grace=0, on_event=say,
+run_child([RunPaths(place / "spec.json", place / "out", place / "lease")], grace=0, on_event=say,
           should_stop=lambda: "", warm=warm)
 """
     slot = psutil.Popen([sys.executable, "-c", script], stdout=-1, text=True, cwd=Path(__file__).parents[3])
