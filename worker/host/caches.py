@@ -1,4 +1,4 @@
-"""Cached things go with the rows that they were made of: each worker looks after the cache of its own host.
+"""Cache entries are removed with the rows that they were made of; each worker cleans the cache of its own host.
 
 The name of an entry says whose rows and which files it was made of (`lorainit.config.kept`), and the database says
 which files there are. So nobody has to tell a worker of a deletion, and one that was away when a file was deleted
@@ -26,7 +26,7 @@ def sweep() -> list[Path]:
     made_of = {(rows.owner, sha256) for rows in found.values() if rows for sha256 in rows.files}
     with session_scope(read_only=True) as session:
         there = files.find_existing(session, made_of)
-    gone = [path for path, rows in found.items() if not _may_stay(path, rows, there)]
+    gone = [path for path, rows in found.items() if not _may_be_kept(path, rows, there)]
     gone += [path for path in _kernels() if _is_older(path, KERNEL_SECONDS)]
     for path in gone:
         path.unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def _kernels() -> Iterator[Path]:
     return (path for path in (get_settings().models() / kept.KERNELS).rglob("*") if not path.is_dir())
 
 
-def _may_stay(path: Path, rows: kept.Rows | None, there: set[tuple[str, str]]) -> bool:
+def _may_be_kept(path: Path, rows: kept.Rows | None, there: set[tuple[str, str]]) -> bool:
     if rows is None:  # of an earlier release, whose entries nobody reads, if not of the base alone
         return kept.is_of_no_rows(path.name)
     left_by_a_crash = path.name.startswith(".") and _is_older(path, STALE_SECONDS)

@@ -62,11 +62,11 @@ def run_unless_lost(action: Callable[[], Result], *, until: threading.Event) -> 
         LeaseLost: it was left alone.
     """
 
-    def look() -> None:
+    def check() -> None:
         if until.is_set():
             raise LeaseLost
 
-    return run_abandonable(action, name="action", every=LOOK_SECONDS, look=look)
+    return run_abandonable(action, name="action", every=LOOK_SECONDS, check=check)
 
 
 def _log_retry(state: RetryCallState) -> None:

@@ -141,7 +141,7 @@ def _postgresql(url: str, waits: Waits, *, plain: bool) -> Engine:
         **(_PLAIN if plain else {}),
     )
     arguments, parameters = engine.dialect.create_connect_args(engine.url)
-    breaker = Breaker("database", partial(postgres.look, *arguments, **parameters))
+    breaker = Breaker("database", partial(postgres.probe, *arguments, **parameters))
     connections = postgres.connection_class(breaker)
     event.listen(engine, "do_connect", lambda _, __, given, named: connections.connect(*given, **named))
     return engine

@@ -76,7 +76,7 @@ def _watched(gen: Generator[Any, Any, Result], breaker: Breaker) -> Generator[An
             ready = yield wanted
             if ready == READY_NONE:  # psycopg tells its generators every `interval` that nothing came
                 _refuse_if_open(breaker)
-                breaker.doubt(heard)
+                breaker.report_silence(heard)
             else:
                 heard = breaker.clock()
             wanted = gen.send(ready)
@@ -89,7 +89,7 @@ def _refuse_if_open(breaker: Breaker) -> None:
         raise DatabaseSilent
 
 
-def look(*arguments: Any, **parameters: Any) -> None:
+def probe(*arguments: Any, **parameters: Any) -> None:
     """Connect and ask for a number; an error is an answer, too, and raised."""
     given = {**parameters, "connect_timeout": LOOK_TIMEOUT, "autocommit": True}
     with psycopg.connect(*arguments, **given) as connection:

@@ -149,12 +149,12 @@ class BreakerStorage:
             raise StorageSilent
         asked = self._breaker.clock()
 
-        def look() -> None:
+        def check() -> None:
             if self._breaker.is_open:
                 raise StorageSilent
-            self._breaker.doubt(asked)
+            self._breaker.report_silence(asked)
 
-        return run_abandonable(call, name="storage", every=TICK_SECONDS, look=look)
+        return run_abandonable(call, name="storage", every=TICK_SECONDS, check=check)
 
 
 def make_storage(url: str, settings: Settings) -> Storage:

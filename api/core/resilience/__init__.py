@@ -1,4 +1,4 @@
-"""Nobody waits long for something that we depend on and that is silent: a breaker, probes, calls in threads.
+"""Bounds how long anybody waits for a dependency that does not answer: a breaker, probes, calls in threads.
 
 Knows no database and no storage: both use it.
 """

@@ -10,8 +10,8 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def run_abandonable(call: Callable[[], Result], *, name: str, every: float, look: Callable[[], None]) -> Result:
-    """What `call` returns or raises. `look` is called every so many seconds until then.
+def run_abandonable(call: Callable[[], Result], *, name: str, every: float, check: Callable[[], None]) -> Result:
+    """What `call` returns or raises. `check` is called every so many seconds until then.
 
     Where it raises, that is raised, and the call is left alone in its thread (called `name`), which nobody waits for.
     """
@@ -29,4 +29,4 @@ def run_abandonable(call: Callable[[], Result], *, name: str, every: float, look
             return done.result(every)
         if done.done():  # it ended just now, or with a TimeoutError of its own
             return done.result()
-        look()
+        check()

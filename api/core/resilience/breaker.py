@@ -1,4 +1,4 @@
-"""Whether something that we depend on is silent. While it is, nobody is kept waiting for it.
+"""A breaker for a dependency that stops answering: while it is open, nobody waits for the dependency.
 
 An error is an answer, and reaches whoever asked by itself. Silence does not: a frozen server, or a network that
 swallows everything, keeps a connection open for as long as it likes. So whoever has heard nothing for a second says
@@ -52,8 +52,8 @@ class Breaker:
         began = self._began
         return self._open or (began is not None and self.clock() - began > LOOK_SECONDS)
 
-    def doubt(self, silent_since: float) -> None:
-        """Somebody has heard nothing since this moment of `clock`. Looks if that is long ago and nobody looks."""
+    def report_silence(self, silent_since: float) -> None:
+        """A caller has had no answer since this moment of `clock`. Starts a look if that is long ago and none runs."""
         now = self.clock()
         if now - silent_since < DOUBT_SECONDS:
             return

@@ -54,9 +54,9 @@ def test_nothing_is_asked_of_a_server_that_is_known_to_be_silent(postgres_server
 
 
 def test_a_look_at_a_server_that_answers_passes_and_one_at_none_is_an_error(postgres_server: str) -> None:
-    postgres.look(postgres_server)
+    postgres.probe(postgres_server)
     with pytest.raises(psycopg.OperationalError):
-        postgres.look(postgres_server.replace("host=/", "host=/nowhere/"))
+        postgres.probe(postgres_server.replace("host=/", "host=/nowhere/"))
 
 
 @pytest.fixture

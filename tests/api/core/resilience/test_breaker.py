@@ -31,7 +31,7 @@ class Dependency:
         self.time += seconds
 
     def heard_nothing_for(self, seconds: float) -> None:
-        self.breaker.doubt(self.time - seconds)
+        self.breaker.report_silence(self.time - seconds)
 
 
 @pytest.fixture
