@@ -350,7 +350,7 @@ def test_a_crash_between_writing_and_checking_leaves_nothing_that_looks_complete
     class Killed(BaseException):
         """As when the process dies: nothing is tidied up after it."""
 
-    def die(job, folder, seen, on_event, *, beside):
+    def die(run, folder, seen, *, beside):
         assert (folder / FILE).is_file()
         raise Killed
 
