@@ -121,7 +121,7 @@ def test_fewer_rows_than_asked_for_are_said_aloud(bases, rows, method, samples, 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_rows_are_refused(bases, rows, method):
     context = make_context(bases["llama"], rows, method)
-    object.__setattr__(context, "samples", [])
+    context.data.samples.clear()
     with pytest.raises(UnsupportedInit, match="there are none"):
         collect(context.lora.method, context)
 
