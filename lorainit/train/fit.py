@@ -22,6 +22,7 @@ from lorainit.model.forward.recompute import recompute
 from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.hardware import is_out_of_memory, peak_while, return_memory
+from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, with_causes
 from lorainit.train.member import Member, with_half_the_tokens, with_smaller_evaluations
 from lorainit.train.trial import Lay, Trial, forget, trials, try_pass, try_update
 
@@ -219,6 +220,8 @@ def _compile(stand: Stand, members: Sequence[Member], lay: Lay, world: World) ->
     try:
         try_pass(stand, members, next(trials(members)), lay)
     except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
+        if any(is_failed_device(one) or is_kernel_assert(one) for one in with_causes(error)):
+            raise  # nothing runs there any more, compiled or not
         compiled.undo(stand.model)
         forget(stand, members)
         reason = " ".join(str(error).split())[:300]

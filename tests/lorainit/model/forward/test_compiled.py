@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from lorainit.config.errors import UnusableDevice
 from lorainit.config.events import Message
 from lorainit.model.forward import attention, compiled
 from lorainit.model.forward.recompute import layers_of
@@ -50,6 +51,20 @@ def test_a_run_whose_compilation_fails_goes_on_and_says_so(wanted, tmp_path, mon
     assert "no compiler here" in warning.message
     assert "\n" not in warning.message
     assert all(torch.equal(tensor, adapter(plain)[name]) for name, tensor in adapter(done).items())
+
+
+@pytest.mark.parametrize("said", ["CUDA error: unspecified launch failure", "CUDA error: device-side assert triggered"])
+def test_a_gpu_that_fails_while_layers_are_compiled_is_not_told_as_a_failed_compiler(
+    wanted, tmp_path, monkeypatch, said
+):
+    def fail(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(compiled, "compile_layers", lambda model: layers_of(model)[0].register_forward_pre_hook(fail))
+    heard = []
+    with pytest.raises((UnusableDevice, RuntimeError), match=said.removeprefix("CUDA error: ")):
+        run(wanted(training={"compile": True, "batch_size": 4}), tmp_path / "out", heard.append)
+    assert not [event for event in heard if isinstance(event, Message) and event.data.get("compiled") is False]
 
 
 def test_when_compiling_pays(model, monkeypatch):
