@@ -84,12 +84,20 @@ def begin(asked: Asked, base: Base, *, batch_size: int, sharing: int, one_by_one
         sharing: how many runs share a forward pass, and so its tokens.
     """
     kind = base.device.type
-    rows = 1 if one_by_one else min(asked.rows or MAX_ROWS_PER_PASS[kind], batch_size)
+    rows = 1 if one_by_one else min(asked.rows or _rows_for_all(batch_size, MAX_ROWS_PER_PASS[kind], base), batch_size)
     tokens = max(1, (asked.tokens or TOKENS_PER_PASS[kind]) // sharing)
     device, memory = hardware.name_and_memory(base.device)
     parts = base.world.size if base.sharded else 1
     begun = Begun(rows=rows, tokens=tokens, device=device, memory=memory, parts=parts)
     return Passes(asked=asked, begun=begun, rows=rows, tokens=tokens)
+
+
+def _rows_for_all(batch_size: int, most: int, base: Base) -> int:
+    """The most rows of a pass, so that a step has one for each process: those without one would be idle.
+
+    Where it has as many anyway passes are those of any number of processes, and so is dropout.
+    """
+    return most if -(-batch_size // most) >= base.world.size else -(-batch_size // base.world.size)
 
 
 def go_on(spec: RunSpec, base: Base, known: dict[str, Any] | None, *, batch_size: int, sharing: int) -> Passes:

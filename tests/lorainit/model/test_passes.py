@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import CheckpointMismatch
 from lorainit.context import Request
+from lorainit.data.batches import Budget, batches
+from lorainit.data.dataset import Sample
 from lorainit.model import passes
 from lorainit.model.passes import go_on
 from lorainit.run import run, run_together
@@ -112,6 +114,23 @@ def test_one_process_on_another_device_makes_all_decide_anew(monkeypatch):
     known = after(at=base(parts=2))
     monkeypatch.setattr(World, "anybody", lambda self, flag, device: True)
     assert after(known, at=base(parts=2)).kept is False
+
+
+@pytest.mark.parametrize("batch", [5, 8, 16])
+@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_step_has_a_pass_for_each_of_several_devices(batch, devices, divided):
+    at = base(parts=devices)
+    at.sharded = at.sharded if divided else ""
+    found = go_on(asking(), at, None, batch_size=batch, sharing=1)
+    rows = [Sample(n, torch.ones(3), torch.ones(3, dtype=torch.bool)) for n in range(batch)]
+    pieces = batches(rows, Budget(found.rows, found.tokens))
+    assert all(World(rank, devices).share(pieces) for rank in range(devices))
+    assert len(pieces) == devices
+
+
+def test_whoever_asks_for_more_rows_in_a_pass_gets_them_on_several_devices_too():
+    assert go_on(asking(5), base(parts=2), None, batch_size=5, sharing=1).rows == 5
 
 
 def test_rows_that_go_one_by_one_do_so_whatever_is_asked():
