@@ -24,6 +24,7 @@ from lorainit.model.base import Base
 from lorainit.model.forward.loss import NEXT_TOKEN, Objective
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.passes import Passes
+from lorainit.runtime.retry import anybody
 
 Emit = Callable[[Event], None]
 
@@ -96,8 +97,12 @@ class Run:
         return self.base.world.leads
 
     def anybody(self, flag: bool) -> bool:
-        """Whether it is so in any process of the run."""
-        return self.base.world.anybody(flag, self.device)
+        """Whether it is so in any process of the run; all ask equally often (`lorainit.runtime.retry`).
+
+        Raises:
+            RanOutElsewhere: one of them ran out of memory meanwhile.
+        """
+        return anybody(flag, self.base.world, self.device)
 
     # --- rows, and how they share a pass ---------------------------------------------------------
 

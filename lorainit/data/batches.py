@@ -40,6 +40,14 @@ class Budget(NamedTuple):
         lengths = [len(row.ids) for row in rows]
         return sum(lengths) if self.packed else len(rows) * max(lengths)
 
+    def half_of(self, largest: Sequence[Sample]) -> tuple[int, int]:
+        """Tokens of the largest pass that rows can make, and half of them.
+
+        Where a budget is wider than what rows can make, half of the budget may change nothing.
+        """
+        tokens = min(self.tokens, self.tokens_of(largest))
+        return tokens, max(1, tokens // 2)
+
 
 @dataclass(frozen=True)
 class Batch:

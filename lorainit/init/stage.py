@@ -115,7 +115,8 @@ def _evidence(run: Run, store: Cache, keys: _Keys) -> tuple[dict[str, Evidence],
     if config.facts.needs in ("none", "weight"):
         return collect(config, run), False
     found = store.evidence(keys.evidence)
-    if found is not None:
+    if not run.base.world.anybody(found is None, run.device):  # otherwise all collect it, as they do so together
+        assert found is not None
         return found, True
     found = _collected(run)
     store.keep_evidence(keys.evidence, found)
@@ -123,22 +124,34 @@ def _evidence(run: Run, store: Cache, keys: _Keys) -> tuple[dict[str, Evidence],
 
 
 def _collected(run: Run) -> dict[str, Evidence]:
-    """The evidence; where memory runs out, all of it again in passes half as large, as long as that changes any."""
-    longest = max(len(sample.ids) for sample in (*run.samples, *run.data.samples))
+    """The evidence; where memory runs out in any process, all of it again in smaller passes, as long as they can be."""
 
-    def halve() -> bool:
-        tokens = max(longest, run.evidence_budget.tokens // 2)
-        if tokens >= run.evidence_budget.tokens:
+    def smaller() -> bool:
+        largest = _largest_pass(run)
+        if len(largest) == 1:
             return False
+        before, tokens = run.evidence_budget.half_of(largest)
         run.evidence_tokens = tokens
-        text = f"Memory ran out while evidence was collected: again, in passes over {tokens:,} tokens at most"
+        text = (
+            f"Memory ran out while evidence was collected, with passes over up to {before:,} tokens: again, {tokens:,}"
+            " at most"
+        )
         data = {"kind": "oom_retry", "tokens_per_pass": tokens}
         run.emit(Message(level="warn", message=text, data=data))
+        run.count_shortage()
         return True
 
-    if run.base.sharded:  # the others are in the middle of the same passes
-        return collect(run.lora.method, run)
-    return until_it_fits(lambda: collect(run.lora.method, run), halve)
+    return until_it_fits(lambda: collect(run.lora.method, run), smaller, world=run.base.world, device=run.device)
+
+
+def _largest_pass(run: Run) -> list[Sample]:
+    """Of the rows that the method looks at, and perhaps of a few more."""
+    needs = run.lora.method.facts.needs
+    rows = run.data.samples if needs == "preheat" else run.samples
+    count = getattr(run.lora.method, "samples", len(rows))
+    if needs == "gradient":  # a search of the step looks at as many again
+        rows, count = [row for row in rows if row.trained[1:].any()], 2 * count
+    return max(batches(rows[:count], run.evidence_budget, run.regime), key=run.evidence_budget.tokens_of)
 
 
 def _keys(run: Run) -> _Keys:

@@ -1,6 +1,7 @@
 """Work that runs out of memory is done again: with less at a time, and at the end once more as it is.
 
-What is made smaller is up to whoever asks. What the failed attempt held is given back first.
+What is made smaller is up to whoever asks. What the failed attempt held is given back first. Several processes do it
+again together: whichever way they meet next, in the middle of the work or at its end, they tell each other who failed.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,40 @@ from lorainit.runtime.hardware import is_out_of_memory
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
+
+
+class RanOutElsewhere(OutOfMemory):
+    """Memory ran out in another process of this run, so what all had begun is done again, or has failed for all."""
+
+    def __init__(self) -> None:
+        super().__init__("Another process of this run ran out of memory.", param="training.max_length")
+
+
+def anybody(flag: bool, world: World, device: torch.device) -> bool:
+    """Whether it is so in any process; the one way in which processes may talk to each other in `until_it_fits`.
+
+    Raises:
+        RanOutElsewhere: one of them failed meanwhile, and does not answer this question.
+    """
+    return _meet(flag, world, device, failed=False)
+
+
+def _meet(flag: bool, world: World, device: torch.device, *, failed: bool) -> bool:
+    if world.size == 1:
+        return flag
+    found = torch.tensor([float(flag), float(failed)], device=device)
+    world.add_up([found])
+    answer, failures = found.tolist()
+    if failures and not failed:
+        raise RanOutElsewhere
+    return bool(answer)
+
+
+def _done_by_all(work: Callable[[], T], world: World, device: torch.device) -> T:
+    """What `work` returns; a frame of its own, so that it can be let go of where another process has failed."""
+    found = work()
+    anybody(False, world, device)
+    return found
 
 
 def nothing_smaller() -> bool:
@@ -32,8 +67,8 @@ def until_it_fits(
     """What `work` returns.
 
     Args:
-        work: what an attempt that failed leaves behind must do the next one no harm. No process may wait in it for
-            another one.
+        work: what an attempt that failed leaves behind must do the next one no harm. It may ask other processes by
+            `anybody`, all of them equally often, and may wait for them in no other way.
         smaller: called after each attempt that ran out of memory; makes the next one take less, and returns whether it
             does. One attempt is made all the same where it does not: memory was in pieces, or others have given
             theirs back.
@@ -43,23 +78,21 @@ def until_it_fits(
     Raises:
         Exception: what `work` raised, if memory did not run out, or if nothing helped. Where processes make every pass
             together, the first attempt is the only one.
-        OutOfMemory: nothing helped in another process.
+        RanOutElsewhere: nothing helped in another process.
     """
     is_last = False
     while True:
-        error = None
         try:
-            found = work()
+            return _done_by_all(work, world, device)
         except Exception as caught:  # torch has one class for a GPU's memory and only a text for the host's
-            if world.in_step or not is_out_of_memory(caught):
+            is_ours = is_out_of_memory(caught)
+            if world.in_step or not (is_ours or isinstance(caught, RanOutElsewhere)):
                 raise
             error = caught
             forget(error)
-        if not world.anybody(error is not None, device):
-            return found
+        if is_ours:
+            _meet(False, world, device, failed=True)
         if not smaller():
             if is_last:
-                raise error or OutOfMemory(
-                    "Another process of this run ran out of memory.", param="training.max_length"
-                )
+                raise error
             is_last = True

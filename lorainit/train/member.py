@@ -82,34 +82,29 @@ def with_half_the_tokens(member: Member, largest: Sequence[Sample]) -> Member:
     Args:
         largest: the largest pass that its rows can make. Where a budget is wider, the half of it may change nothing.
     """
-    before, tokens = _halved(member.budget, largest)
+    before, tokens = member.budget.half_of(largest)
     text = (
         f"Memory ran out with passes over up to {before:,} tokens: {tokens:,} at most from here on, same effective"
         " batch"
     )
-    _say_shortage(member, text, tokens_per_pass=tokens)
+    say_shortage(member, text, tokens_per_pass=tokens)
     member.on_budget(tokens)
     return replace(member, budget=member.budget._replace(tokens=tokens))
 
 
 def with_smaller_evaluations(member: Member, largest: Sequence[Sample]) -> Member:
     """The same for passes over validation rows alone: training has the passes that it had."""
-    before, tokens = _halved(member.evaluation_budget, largest)
+    before, tokens = member.evaluation_budget.half_of(largest)
     text = (
         f"Memory ran out in an evaluation, with passes over up to {before:,} tokens: {tokens:,} at most from here on,"
         " the same rows"
     )
-    _say_shortage(member, text, tokens_per_pass=tokens, stage="evaluating")
+    say_shortage(member, text, tokens_per_pass=tokens, stage="evaluating")
     return replace(member, evaluates=tokens)
 
 
-def _halved(budget: Budget, largest: Sequence[Sample]) -> tuple[int, int]:
-    """Tokens of the largest pass, and half of them."""
-    tokens = min(budget.tokens, budget.tokens_of(largest))
-    return tokens, max(1, tokens // 2)
-
-
-def _say_shortage(member: Member, text: str, **facts: Any) -> None:
+def say_shortage(member: Member, text: str, **facts: Any) -> None:
+    """Tell that memory ran out, and what is done about it; it is counted."""
     member.on_event(Message(level="warn", message=text, data={"kind": "oom_retry", **facts}))
     member.on_shortage()
 

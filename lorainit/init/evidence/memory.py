@@ -26,11 +26,13 @@ def require(run: Run, what: str, *, numbers: int, device: torch.device) -> None:
         OutOfMemory: they take more than is free in any process of the run.
     """
     wanted, free = FLOAT * numbers, hardware.free_bytes(device)
-    if run.anybody(free is not None and wanted > free):
+    is_short = free is not None and wanted > free
+    if run.anybody(is_short):
+        room = f"{_gib(free or 0)} are free" if is_short else "another process of this run has less than that free"
         experts = sum(isinstance(module, ExpertLinear) for module in run.targets.values())
         hint = f" {experts} of the {len(run.targets)} adapted matrices are experts'." if experts else ""
         raise OutOfMemory(
-            f"{what} takes {_gib(wanted)} of memory, and {_gib(free or 0)} are free.{hint} Fewer target modules"
+            f"{what} takes {_gib(wanted)} of memory, and {room}.{hint} Fewer target modules"
             ' ("attention" leaves experts out), or a method that keeps less, such as pissa or kaiming, help.',
             param="lora.init",
         )

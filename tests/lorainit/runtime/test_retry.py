@@ -7,7 +7,7 @@ import torch
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.runtime.distributed.world import World
-from lorainit.runtime.retry import until_it_fits
+from lorainit.runtime.retry import anybody, until_it_fits
 
 
 class Work:
@@ -64,9 +64,59 @@ def test_processes_that_make_a_pass_together_have_one_attempt():
     assert work.tried == [4]
 
 
+TWO = World(0, 2)
+
+
+def other_process(monkeypatch, *fails):
+    """Each time that processes meet: whether the other one says that it has failed; then it has not any more."""
+    left = iter(fails)
+
+    def add_up(_world, tensors):
+        (tensor,) = tensors
+        tensor[-1] += float(next(left, False))
+
+    monkeypatch.setattr(World, "add_up", add_up)
+
+
 def test_where_another_process_never_fits_this_one_ends_too(monkeypatch):
-    monkeypatch.setattr(World, "anybody", lambda *_: True)
+    other_process(monkeypatch, *9 * [True])
     work = Work(2, room=9)
     with pytest.raises(OutOfMemory, match="Another process"):
-        until_it_fits(work, work.smaller, world=World(0, 2))
+        until_it_fits(work, work.smaller, world=TWO)
     assert work.tried == [2, 1, 1]
+
+
+def test_work_in_which_another_process_fails_is_left_at_the_next_question_and_done_again(monkeypatch):
+    other_process(monkeypatch, False, True)
+    asked = []
+
+    def work():
+        for number in range(3):
+            anybody(False, TWO, torch.device("cpu"))
+            asked.append(number)
+        return "done"
+
+    assert until_it_fits(work, world=TWO) == "done"
+    assert asked == [0, 0, 1, 2]
+
+
+def test_a_process_that_fails_answers_the_question_that_others_ask(monkeypatch):
+    told = []
+    monkeypatch.setattr(World, "add_up", lambda _world, tensors: told.append(tensors[0].tolist()))
+    work = Work(2, room=1)
+    assert until_it_fits(work, work.smaller, world=TWO) == 1
+    assert told == [[0, 1], [0, 0]]
+
+
+def test_what_an_attempt_returned_is_let_go_of_where_another_process_failed(monkeypatch):
+    other_process(monkeypatch, True)
+    found = []
+
+    def work():
+        assert not [one for one in found if one() is not None]
+        made = torch.empty(10)
+        found.append(weakref.ref(made))
+        return made
+
+    until_it_fits(work, world=TWO)
+    assert len(found) == 2
