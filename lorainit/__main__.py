@@ -204,7 +204,7 @@ def _in_our_words(error: Exception) -> LorainitError | None:
 
 
 def _last_word(who: int, error: LorainitError) -> Failed:
-    return Failed(member=who, code=error.code, message=error.message, param=error.param)
+    return Failed(member=who, code=error.code, message=error.message, param=error.param, may_pass=error.may_pass)
 
 
 def load() -> None:

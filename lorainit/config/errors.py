@@ -8,6 +8,7 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
     ├── HubUnavailable         (passes: the same run may succeed later)
     ├── UnsupportedModel, UnsupportedInit, RankTooLarge, UnknownTarget
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
+    ├── UpdateOutOfMemory      (passes: an update that fitted before step 1)
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
     ├── TooFewDevices          (the operator's: more devices were promised than the worker has)
     ├── SharedMemoryFull       (the operator's: /dev/shm, in which processes hand each other memory)
@@ -26,9 +27,12 @@ class LorainitError(Exception):
     Args:
         message: one sentence that is complete on its own.
         param: dotted path of the field it is about, as the caller spelled it.
+
+    `may_pass`: the same run may succeed later, whatever the code says of others that have it.
     """
 
     code: ClassVar[str] = "internal_error"
+    may_pass: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -106,6 +110,19 @@ class OutOfMemory(LorainitError):
     """The device or the host ran out of memory."""
 
     code = "out_of_memory"
+
+
+class UpdateOutOfMemory(OutOfMemory):
+    """The optimizer's update of a step ran out of memory, though it fitted before the first step."""
+
+    may_pass = True
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            "A lower lora.r, fewer target modules, or the optimizer adamw where it is another one would help, smaller"
+            f" batches would not: the optimizer's update of step {step} ran out of memory, which fitted before step 1.",
+            param="lora.r",
+        )
 
 
 class DiskFull(LorainitError):

@@ -135,12 +135,13 @@ class Done(_Event):
 
 
 class Failed(_Event):
-    """The run ended with an error the caller should see."""
+    """The run ended with an error the caller should see. `may_pass`: tried again, it may succeed."""
 
     kind: Literal["failed"] = "failed"
     code: str
     message: str
     param: str | None = None
+    may_pass: bool = False
 
 
 Event = Annotated[

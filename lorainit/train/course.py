@@ -4,6 +4,7 @@ What it logs is on disk before a checkpoint that contains it; what it minimizes 
 a batch is cut into pieces, on how many processes share them, or on the adapters that train beside it.
 """
 
+import itertools
 import json
 import math
 import time
@@ -12,16 +13,17 @@ from functools import partial, reduce
 
 import torch
 
-from lorainit.config.errors import NonFiniteLoss
+from lorainit.config.errors import NonFiniteLoss, UpdateOutOfMemory
 from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.data.batches import batches, order
 from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import Sums, added, no_sums
 from lorainit.runtime.distributed.world import World
+from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.runtime.retry import until_it_fits
 from lorainit.train.checkpoint import Progress, write
-from lorainit.train.member import Member, clip, with_half_the_tokens, with_smaller_evaluations
+from lorainit.train.member import Member, clip, say_shortage, with_half_the_tokens, with_smaller_evaluations
 from lorainit.train.optimizers import make_optimizer, set_rate
 
 _CHECKPOINT_METRICS = (
@@ -155,19 +157,23 @@ class Course:
             self.member = with_smaller_evaluations(self.member, largest)
         return len(largest) > 1
 
-    def finish_step(self, evaluate: Evaluate) -> None:
+    def finish_step(self, evaluate: Evaluate, *, pass_again: Callable[[], None]) -> None:
         """Clip, update, log, and where due evaluate and write a checkpoint.
+
+        Args:
+            pass_again: draws this step and makes its gradients anew.
 
         Raises:
             NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
+            UpdateOutOfMemory: the update ran out of memory, and part of the factors may have moved.
         """
         recipe = self.member.recipe
-        loss, metrics, norm = self._sums()
+        loss, metrics, norm = self._sums_that_fit(pass_again)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _not_finite(f"Step {self.step}: loss {loss}, gradient norm {norm}.")
         rate = self.rate * schedule(recipe.lr_scheduler, self.step - 1, total=self.total, warmup=self.warmup)
         set_rate(self.optimizer, rate)
-        self.optimizer.step()
+        self._update()
         self.optimizer.zero_grad()
         self.tokens += self._seen
         self._taken = self.step
@@ -198,6 +204,30 @@ class Course:
             self.step = self._taken
             said = self._last if self._last and not self._unsaid else self._metrics(**self._unsaid)
             self._write_checkpoint(said)
+
+    def _update(self) -> None:
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise UpdateOutOfMemory(self.step) from error
+            raise
+
+    def _sums_that_fit(self, pass_again: Callable[[], None]) -> tuple[float, dict[str, float], float]:
+        """`_sums`; where memory runs out in them the step is done again, once: its gradients may be half clipped.
+
+        Of several processes the others would be in the middle of the same sum.
+        """
+        attempts = itertools.count()
+
+        def attempt() -> tuple[float, dict[str, float], float]:
+            if next(attempts):
+                say_shortage(self.member, "Memory ran out while gradients were summed: the step is done again")
+                self.repeat_step()
+                pass_again()
+            return self._sums()
+
+        return until_it_fits(attempt) if self.world.size == 1 else self._sums()
 
     def _sums(self) -> tuple[float, dict[str, float], float]:
         """Loss, sums of metrics and gradient norm of the step over all pieces and processes, gradients clipped."""

@@ -7,6 +7,7 @@ share is the base and the clock.
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -77,7 +78,10 @@ def train(
                 for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
                     attempt(who, courses[who].give_up)
                 for who in list(courses):
-                    attempt(who, courses[who].repeat_step if poisoned else courses[who].finish_step)
+                    again = partial(_pass_and_return, stand, [courses[who]], lay)
+                    finish = partial(courses[who].finish_step, pass_again=again)
+                    attempt(who, courses[who].repeat_step if poisoned else finish)
+                    del again, finish
     except Stopped:
         _save_all(list(courses.values()))
         raise

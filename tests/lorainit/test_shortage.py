@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorainit.config.errors import OutOfMemory
+from lorainit.config.errors import OutOfMemory, UpdateOutOfMemory
 from lorainit.config.events import Checkpoint, Done, Message, Metrics
 from lorainit.context import Request
+from lorainit.init.evidence import inputs, moments
 from lorainit.run import run, run_together
 from lorainit.train import course
 from tests.lorainit.ranks import run_ranks
@@ -77,6 +78,108 @@ def test_evidence_that_does_not_fit_is_collected_in_smaller_passes(wanted, tmp_p
     cut = run(wanted(lora={"init": init}, training=training), tmp_path / "cut", heard.append)
     assert "evidence" in next(e.message for e in heard if isinstance(e, Message) and e.data["kind"] == "oom_retry")
     assert close(adapter(cut), adapter(plain), atol=1e-4)
+
+
+def test_evidence_of_few_short_rows_is_halved_by_what_they_make_and_counted(wanted, tmp_path, monkeypatch):
+    """Half of a budget of 2,048 tokens would change no pass."""
+    init, heard = {"method": "corda", "samples": 4}, []
+    memory = Memory(monkeypatch)
+    largest = []
+    memory.train = lambda model, *, input_ids, **_named: largest.append(input_ids.numel())
+    look = inputs.look
+
+    def look_once(*args, **named):
+        monkeypatch.setattr(moments, "look", look)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(moments, "look", look_once)
+    cut = run(wanted(lora={"init": init}), tmp_path / "cut", heard.append)
+    (fact,) = [fact for fact in told(heard) if TOKENS in fact]
+    assert fact[TOKENS] <= max(largest) // 2
+    assert cut.resources["oom_retries"] == 1
+
+
+# --- the end of a step ----------------------------------------------------------------------------
+
+
+def once(monkeypatch, owner, name, *, step, times=1):
+    """The method of a course runs out of memory so many times, at this step of the first course that takes it."""
+    plain, left = getattr(owner, name), iter(range(times))
+
+    def short(self, *args, **named):
+        found = plain(self, *args, **named) if name == "_sums" else None
+        if self.step == step and next(left, None) is not None:  # at its end, when gradients are clipped
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return found if name == "_sums" else plain(self, *args, **named)
+
+    monkeypatch.setattr(owner, name, short)
+
+
+DROPS = {"lora": {"init": "kaiming", "r": 2, "dropout": 0.2}}
+
+
+def test_sums_that_run_out_of_memory_are_made_of_the_same_step_again_with_the_same_bits(wanted, tmp_path, monkeypatch):
+    plain = run(wanted(**DROPS), tmp_path / "plain", lambda event: None)
+    once(monkeypatch, course.Course, "_sums", step=2)
+    heard = []
+    cut = run(wanted(**DROPS), tmp_path / "cut", heard.append)
+    assert all(torch.equal(tensor, adapter(plain)[name]) for name, tensor in adapter(cut).items())
+    assert (cut.resources["oom_retries"], cut.resources[TOKENS]) == (1, plain.resources[TOKENS])
+    assert [fact["kind"] for fact in told(heard)] == ["oom_retry"]
+    assert [event.step for event in heard if isinstance(event, Metrics) and event.train_loss] == [1, 2, 3, 4]
+
+
+def test_of_a_group_one_whose_sums_run_out_of_memory_does_its_own_step_again(wanted, tmp_path, monkeypatch):
+    specs = [wanted(seed=seed, **DROPS) for seed in (1, 2)]
+
+    def ends(name):
+        heard = [[], []]
+        requests = [Request(s, tmp_path / name / f"{n}", heard[n].append) for n, s in enumerate(specs)]
+        return dict(run_together(requests)), heard
+
+    plain, _ = ends("plain")
+    once(monkeypatch, course.Course, "_sums", step=2)
+    cut, heard = ends("cut")
+    assert all(close(adapter(cut[who]), adapter(plain[who])) for who in (0, 1))
+    assert [len(told(events)) for events in heard] == [1, 0]
+
+
+def test_sums_that_run_out_of_memory_twice_are_out_of_memory(wanted, tmp_path, monkeypatch):
+    once(monkeypatch, course.Course, "_sums", step=2, times=2)
+    with pytest.raises(OutOfMemory):
+        run(wanted(), tmp_path / "out", lambda event: None)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_an_update_that_runs_out_of_memory_says_so_and_that_it_may_pass(wanted, tmp_path, monkeypatch, members):
+    class Short:
+        def __init__(self, optimizer):
+            self.optimizer, self.steps = optimizer, 0
+
+        def __getattr__(self, name):
+            return getattr(self.optimizer, name)
+
+        def step(self):
+            self.steps += 1
+            if self.steps == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            self.optimizer.step()
+
+    make, made = course.make_optimizer, []
+
+    def make_first_short(*args):
+        made.append(make(*args))
+        return Short(made[0]) if len(made) == 1 else made[-1]
+
+    monkeypatch.setattr(course, "make_optimizer", make_first_short)
+    specs = [wanted(seed=seed) for seed in range(members)]
+    ends = {}
+    requests = [Request(s, tmp_path / f"{n}", lambda event: None) for n, s in enumerate(specs)]
+    ends = dict(run_together(requests))
+    assert isinstance(ends[0], UpdateOutOfMemory)
+    assert (ends[0].code, ends[0].may_pass) == ("out_of_memory", True)
+    assert "update of step 3" in ends[0].message
+    assert all(isinstance(ends[who], Done) for who in range(1, members))
 
 
 # --- evaluations ----------------------------------------------------------------------------------
@@ -165,3 +268,19 @@ def test_where_one_of_two_processes_runs_out_of_memory_both_do_the_step_again(wa
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert said[0] == said[1]
     assert {fact.get("stage") for fact in said[0]} == {None, "evaluating"}
+
+
+@pytest.mark.parametrize(
+    ("method", "who", "call"), [("eva", 1, 1), ("eva", 1, 5), ("eva", 0, 3), ("lora_ga", 1, 1), ("hrp", 0, 2)]
+)
+def test_evidence_for_which_one_of_two_processes_lacks_memory_is_collected_again_by_both(
+    wanted, tmp_path, method, who, call
+):
+    """They talk to each other in the middle: what is free, and whether directions stand still."""
+    one = wanted(lora={"init": method, "r": 2}, training={"batch_size": 4, "max_steps": 2}, devices=2)
+    (tmp_path / "spec.json").write_text(one.model_dump_json())
+    (tmp_path / "short.json").write_text(json.dumps({"method": method, "rank": who, "call": call}))
+    run_ranks("tests.lorainit.short_evidence_rank", 2, tmp_path)
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert said[0] == said[1]
+    assert [fact["kind"] for fact in said[0]] == ["oom_retry"]

@@ -67,8 +67,9 @@ def done(member: int) -> None:
     say(member, kind="done", adapter=str(folder), trained_tokens=members[member].name, export_check=check, resources={})
 
 
-def failed(member: int, code: str = "non_finite_loss") -> None:
-    say(member, kind="failed", code=code, message=f"{code} of {members[member].name}.", param=None)
+def failed(member: int, code: str = "non_finite_loss", *, may_pass: bool = False) -> None:
+    message = f"{code} of {members[member].name}."
+    say(member, kind="failed", code=code, message=message, param=None, may_pass=may_pass)
 
 
 def held(member: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
 from api.core.db.database import session_scope
@@ -132,6 +132,24 @@ def test_a_library_that_ends_the_process_for_want_of_memory_is_told_as_that(lab:
     lab.cancel(2)
     lab.cancel(3)
     lab.run("step(0, 1); print('Error out of memory at line 63 in file /src/ops.cu', file=sys.stderr); sys.exit(1)")
+    assert (lab.statuses()[0], (lab.job(1).error or {})["code"]) == ("failed", "out_of_memory")
+
+
+def test_a_job_whose_child_says_that_its_failure_may_pass_goes_on_from_its_checkpoint(lab: Lab) -> None:
+    lab.cancel(2)
+    lab.cancel(3)
+    lab.run("failed(0, 'out_of_memory', may_pass=True); sys.exit(1)")
+    assert (lab.statuses()[0], lab.job(1).losses) == ("queued", 1)
+
+
+def test_a_job_whose_child_says_so_too_often_ends_with_the_code_that_it_said(lab: Lab) -> None:
+    lab.cancel(2)
+    lab.cancel(3)
+    for _ in range(get_settings().max_attempts):
+        lab.run("failed(0, 'out_of_memory', may_pass=True); sys.exit(1)")
+        with session_scope() as session:
+            session.execute(update(Job).values(not_before=None))
+            session.commit()
     assert (lab.statuses()[0], (lab.job(1).error or {})["code"]) == ("failed", "out_of_memory")
 
 

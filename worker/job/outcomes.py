@@ -41,7 +41,7 @@ def end_as_reported(job: Job, lease: Lease, failed: Failed) -> None:
         _retry(lease, "ran out of memory")
     elif failed.code == DEVICE_FAILED and _may_retry_alone(job):
         _retry(lease, "lost its GPU")
-    elif failed.code in RETRIED_CODES:
+    elif failed.code in RETRIED_CODES or failed.may_pass:
         requeue_lost_run(lease, failed.message.rstrip("."), code=failed.code)
     else:
         figures = f" {_free_space()}" if failed.code == DISK_FULL else ""
