@@ -16,10 +16,10 @@ import torch
 from lorainit.config.spec import RunSpec
 from lorainit.init.evidence import gradients, inputs, preheat
 from lorainit.run import run
-from lorainit.runtime.distributed.launch import RENDEZVOUS
+from lorainit.runtime.distributed.launch import RENDEZVOUS, end_process
 from tests.lorainit.shortage import told
 
-PASSES = {"eva": (inputs, "logits_of"), "lora_ga": (gradients, "row_losses"), "hrp": (preheat, "tally")}
+PASSES = {"eva": (inputs, "logits_of"), "lora_ga": (gradients, "backward"), "hrp": (preheat, "forward_backward")}
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -43,3 +43,4 @@ def main(rank: int, size: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    end_process(0)
