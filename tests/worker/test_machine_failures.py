@@ -139,7 +139,7 @@ def test_a_job_whose_child_says_that_its_failure_may_pass_goes_on_from_its_check
     lab.cancel(2)
     lab.cancel(3)
     lab.run("failed(0, 'out_of_memory', may_pass=True); sys.exit(1)")
-    assert (lab.statuses()[0], lab.job(1).losses) == ("queued", 1)
+    assert (lab.statuses()[0], lab.job(1).lost_runs) == ("queued", 1)
     assert "out_of_memory of " in lab.story(1)[-1]
 
 
