@@ -42,6 +42,7 @@ from lorainit.runtime.distributed.launch import (
     leave_word,
 )
 from lorainit.system import closed_pipe, silence
+from lorainit.system.host_failure import is_host_failure
 from lorainit.system.limits import die_with_parent
 
 FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
@@ -283,6 +284,8 @@ def _read_spec(path: Path) -> RunSpec | None:
     try:
         text = path.read_bytes()
     except OSError as error:
+        if is_host_failure(error):
+            raise  # no fault of the spec: the process ends without a word, and the run is tried again
         print(f"{path}: {error.strerror}", file=sys.stderr)  # noqa: T201
         return None
     try:

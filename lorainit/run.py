@@ -4,7 +4,6 @@
 made: `adapter/`, `checkpoints/`, `metrics.jsonl`, `step_metrics.csv`, `spec.json` (resolved).
 """
 
-import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -152,9 +151,7 @@ def _begin(request: Request, base: Base, *, sharing: int) -> tuple[Run, Restored
 def _resume(run: Run, restored: Restored) -> None:
     """The layers as the checkpoint has them, and the report of the initialization they came from."""
     run.layers = checkpoint.layers_of(run.targets, run.lora, restored)
-    report = json.loads((restored.folder / "adapter" / "init_report.json").read_text())
-    modules = report.pop("per_module")
-    run.report = Report(report, modules)
+    run.report = Report(restored.report, restored.modules)
 
 
 def _member(run: Run, restored: Restored | None) -> Member:

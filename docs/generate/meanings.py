@@ -69,8 +69,8 @@ JOBS = {
     "out_of_memory": "The run does not fit, even in the smallest passes. Try a smaller `max_length` or base, or NF4.",
     "disk_full": "A disk of the worker or the storage is full; the message has the figures.",
     "export_check_failed": "Stock PEFT does not read from the download what was trained. No adapter is stored.",
-    "worker_lost": "The worker was lost, or the run stopped answering, more than `LORAINIT_MAX_ATTEMPTS` times"
-    " without a new checkpoint.",
+    "worker_lost": "The worker was lost, its host failed, or the run stopped answering, more than"
+    " `LORAINIT_MAX_ATTEMPTS` times without a new checkpoint.",
     "device_failed": "The GPU cannot be used, or failed during the run.",
     "internal_error": "A fault of the service; the worker's log has the details.",
 }

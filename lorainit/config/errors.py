@@ -12,6 +12,7 @@ field it is about. It knows nothing of HTTP, of jobs or of the database.
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
     ├── TooFewDevices          (the operator's: more devices were promised than the worker has)
     ├── SharedMemoryFull       (the operator's: /dev/shm, in which processes hand each other memory)
+    ├── HostFailed             (the operator's: a disk that cannot be read, no room for another open file)
     ├── DeviceSilent           (passes: a process of the run is gone, or does not answer the others)
     ├── UnusableDevice         (the operator's: there are GPUs, and CUDA cannot use them, or not any more)
     ├── Dropped                (not a failure: one run of a group is not ours any more)
@@ -157,6 +158,12 @@ class TooFewDevices(LorainitError):
 
 class SharedMemoryFull(LorainitError):
     """There is no room in /dev/shm, in which processes hand each other memory; another worker may have more of it."""
+
+    code = "worker_lost"
+
+
+class HostFailed(LorainitError):
+    """The host's disks, or its room for open files and processes, failed the run; another worker may do it."""
 
     code = "worker_lost"
 

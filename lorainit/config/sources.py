@@ -5,6 +5,7 @@ is the name that an adapter gives its base: readers look it up on a model hub, s
 can have.
 """
 
+import errno
 import importlib.util
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from lorainit.config.errors import UnsupportedModel
 
 PACKAGE, HUB, LOCAL = "package:", "hub:", "local:"
+_NOTHING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)  # a path that leads nowhere, or nowhere for us
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 _HUB_SOURCE = re.compile(rf"(?:{HUB})?(?P<id>{_PART}/{_PART})(?:@(?P<revision>[^\s@]+))?", re.ASCII)
@@ -58,11 +60,19 @@ def local_path(source: str) -> Path | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether anything is there; a loop of links, a name too long or a zero byte in it is nothing."""
+    """Whether anything is there; a loop of links, a name too long or a zero byte in it is nothing.
+
+    Raises:
+        OSError: the host cannot tell: a disk that fails, for one.
+    """
     try:
         return path.exists()
-    except (OSError, ValueError):
+    except ValueError:
         return False
+    except OSError as error:
+        if error.errno in _NOTHING:
+            return False
+        raise
 
 
 def _path(source: str) -> Path:

@@ -28,6 +28,7 @@ from lorainit.data.chat.stops import stop_tokens
 from lorainit.data.chat.template import Template
 from lorainit.data.formats.conversation import Fault
 from lorainit.data.formats.rows import KEPT_PROBLEMS, BadRow, Problem, Row, problem, read_rows
+from lorainit.system.host_failure import is_host_failure
 
 TICK_ROWS = 64
 # Rows that are tokenized in one call: it takes half the time of as many calls, and memory for all of them.
@@ -268,6 +269,8 @@ def require_readable(files: Data) -> None:
             if plain:
                 Path(path).open("rb").close()
         except (OSError, ValueError) as fault:
+            if is_host_failure(fault):
+                raise
             why = fault.strerror if isinstance(fault, OSError) else str(fault)
             raise error(f"The {field} file {path} cannot be read: {why}.", param=f"data.{field}") from fault
         if not plain:

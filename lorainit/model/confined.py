@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from lorainit.config.errors import LorainitError, UnsupportedModel
+from lorainit.config.errors import HostFailed, LorainitError, UnsupportedModel
 from lorainit.model.source.find import find
 from lorainit.system import limits
+from lorainit.system.host_failure import is_host_failure
 
 # Of a base of any size: building its modules without weights takes seconds, loading our libraries ten on a slow disk.
 MAX_SECONDS = 180.0
@@ -38,8 +39,14 @@ def inspect(source: str, cache: Path) -> dict[str, Any]:
 
     Raises:
         UnsupportedModel: it cannot be used, with the reason in words.
+        HostFailed: this host cannot read it now, which says nothing of it.
     """
-    found = find(source)
+    try:
+        found = find(source)
+    except OSError as error:
+        if is_host_failure(error):
+            raise HostFailed(_failed(error)) from error
+        raise
     command = [sys.executable, "-m", "lorainit", "inspect", str(found.path), "--cache", str(cache), "--confined"]
     facts = {**_ask(command), "source": found.source}
     return facts | ({"root": found.hub_id} if found.hub_id else {})
@@ -59,6 +66,8 @@ def _ask(command: list[str]) -> dict[str, Any]:
         listener.join(1.0)
     if "facts" in answer:
         return dict(answer["facts"])
+    if "failed" in answer:
+        raise HostFailed(answer["failed"])
     raise UnsupportedModel(answer.get("message") or _death(child.returncode, said), param="model")
 
 
@@ -143,11 +152,18 @@ def answer(source: str, cache: Path) -> None:
     except LorainitError as error:
         _say({"message": error.message})
     except Exception as error:
+        if is_host_failure(error):
+            _say({"failed": _failed(error)})
+            return
         if not is_out_of_memory(error):
             raise
         _say({"message": f"The base model cannot be inspected: reading it takes more than {MAX_BYTES >> 30} GiB."})
     else:
         _say({"facts": facts.model_dump(mode="json")})
+
+
+def _failed(error: Exception) -> str:
+    return f"This host failed while the base model was inspected: {' '.join(str(error).split())[:300]}"
 
 
 def _say(word: dict[str, Any]) -> None:

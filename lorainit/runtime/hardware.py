@@ -33,6 +33,9 @@ _NO_MEMORY_LEFT = (
     "status_not_initialized when calling `cublascreate",  # cuBLAS with no room for its workspace
     "status_not_initialized when calling `cublasltcreate",
     "status_not_initialized, when calling `cusolverdncreate",
+    "cudnn_status_not_initialized",  # cuDNN with no room for its handle
+    "insufficient_resources",  # cuSPARSE
+    "std::bad_alloc",  # C++ on the host
     "failed to cuda calloc",  # NCCL
     "failed to cuda malloc",
     "failed to cuda host alloc",

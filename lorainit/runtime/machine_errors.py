@@ -1,4 +1,4 @@
-"""How libraries say that the machine has failed a run: a failed device, a lost process, no room. Mostly by words alone.
+"""How libraries say that the machine has failed a run: a failed device, a lost process, no room, a bad disk.
 
 Whose fault that is decides what becomes of the job (docs/decisions/0057, 0058). Whoever turns "any error" into a
 verdict on a model or an adapter asks `is_machine_failure` first, and raises such an error as it is.
@@ -6,6 +6,7 @@ verdict on a model or an adapter asks `is_machine_failure` first, and raises suc
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -13,9 +14,12 @@ from torch import distributed
 
 from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.system import shared_memory
+from lorainit.system.host_failure import is_host_failure
 
 # Who speaks of GPUs. cuSOLVER is not among them: its own errors come of matrices that have no decomposition.
 _SPEAKERS = ("cuda", "cudnn", "nvml", "nccl", "nvidia")
+# CUDA's number of an error, as torch tells it where it counts devices: "Error 802: system not yet initialized".
+_NUMBERED = re.compile(r"\berror \d+: ")
 _MISSING = "no kernel image is available"
 # What they say, in lower case, when the same work may succeed on another GPU, or on this one in a new process.
 _FAILED = (
@@ -99,6 +103,7 @@ _GONE = (
     "connection closed by peer",
     "connection reset by peer",
     "connection refused",
+    "connection abort",
     "connection was likely closed",
     "connectfullmesh failed",
     "broken pipe",
@@ -108,6 +113,10 @@ _GONE = (
     "sendbytes failed",
     "recvbytes failed",
     "remote process exited",
+    # NCCL's classes of what goes wrong between processes, whatever it adds. Ask first whether memory ran out.
+    "ncclinternalerror",
+    "ncclsystemerror",
+    "ncclremoteerror",
     "communicator was aborted",
     "remote peer",
     "no route to host",
@@ -120,7 +129,15 @@ def is_machine_failure(error: BaseException) -> bool:
 
     So does a kernel's assert where it ends CUDA for all that share the process, whoever's numbers it refused.
     """
-    kinds = (is_out_of_memory, is_full_disk, shared_memory.is_full, is_failed_device, is_kernel_assert, lost_process)
+    kinds = (
+        is_out_of_memory,
+        is_full_disk,
+        shared_memory.is_full,
+        is_failed_device,
+        is_kernel_assert,
+        lost_process,
+        is_host_failure,
+    )
     return any(kind(one) for one in with_causes(error) for kind in kinds)
 
 
@@ -144,7 +161,8 @@ def is_full_disk(error: BaseException) -> bool:
 def is_failed_device(error: BaseException) -> bool:
     """Whether the GPU, or the way to it, has failed and not the run. Ask first whether memory ran out."""
     said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    if any(who in said for who in _SPEAKERS) and any(words in said for words in _FAILED):
+    is_cuda = any(who in said for who in _SPEAKERS) or _NUMBERED.search(said)
+    if is_cuda and any(words in said for words in _FAILED):
         return True
     if not said.startswith(_ANSWERS) or is_out_of_memory(error) or is_kernel_assert(error):
         return False

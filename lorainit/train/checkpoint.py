@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,8 +23,13 @@ from lorainit.config.spec import Lora
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import device_of
+from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.system.host_failure import is_host_failure
 
 STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"
+REPORT = Path("adapter", "init_report.json")
+# What reading raises of a file that is not there, is no JSON or no safetensors, or lacks what we write.
+_DAMAGE = (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,16 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back; `optimizer` puts its state into a fresh optimizer."""
+    """A checkpoint read back; `restore` puts its state into a fresh optimizer.
+
+    `report` and `modules`: what init_report.json says of the initialization that its factors came from.
+    """
 
     folder: Path
     progress: Progress
     tensors: dict[str, Tensor]
+    report: dict[str, Any]
+    modules: list[dict[str, Any]]
 
     def restore(self, layers: Mapping[str, LoRALinear], optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's moments as they were; the factors are already in the layers."""
@@ -115,9 +127,10 @@ class Restored:
         for name, layer in layers.items():
             for key, parameter in layer.trained().items():
                 beside = torch.device("cpu") if id(parameter) not in counting else parameter.device
+                with _reading(self.folder):
+                    state = found[f"{name}.{key}"]
                 optimizer.state[parameter] = {
-                    m: value.to(beside if m == "step" else parameter.device, copy=True)
-                    for m, value in found[f"{name}.{key}"].items()
+                    m: value.to(beside if m == "step" else parameter.device, copy=True) for m, value in state.items()
                 }
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
@@ -145,38 +158,55 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     """What the attempt that wrote a checkpoint knew of itself.
 
     Raises:
-        CheckpointMismatch: it cannot be read.
+        CheckpointMismatch: it is incomplete or damaged.
     """
-    try:
-        found: dict[str, Any] = json.loads((folder / "adapter" / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-    return found
+    with _reading(folder):
+        return _object(folder / "adapter" / "manifest.json")
 
 
 def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
     """Read a checkpoint back.
 
     Raises:
-        CheckpointMismatch: it is incomplete, or another recipe made it; the message says what differs.
+        CheckpointMismatch: it is incomplete or damaged, or another recipe made it; the message says what differs.
     """
-    try:
-        facts = json.loads((folder / FACTS).read_text())
-        tensors = load_file(folder / STATE)
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-    differing = sorted(k for k in recipe.keys() | facts["recipe"].keys() if recipe.get(k) != facts["recipe"].get(k))
+    with _reading(folder):
+        facts = _object(folder / FACTS)
+        made_by = dict(facts["recipe"])
+        progress = Progress(
+            int(facts["step"]), int(facts["tokens"]), float(facts["seconds"]), dict(facts.get("unsaid", {}))
+        )
+        tensors, report = load_file(folder / STATE), _object(folder / REPORT)
+        modules = report.pop("per_module")
+        (folder / METRICS).open("rb").close()
+    differing = sorted(k for k in recipe.keys() | made_by.keys() if recipe.get(k) != made_by.get(k))
     if differing:
         raise CheckpointMismatch(
             f"The checkpoint {folder.name} was made by another recipe: {', '.join(differing)} differ.",
             param="resume_from",
         )
-    progress = Progress(facts["step"], facts["tokens"], facts["seconds"], facts.get("unsaid", {}))
-    return Restored(folder, progress, tensors)
+    return Restored(folder, progress, tensors, report, modules)
 
 
-def _unreadable(folder: Path, error: Exception) -> CheckpointMismatch:
-    return CheckpointMismatch(f"The checkpoint {folder.name} cannot be read: {error}", param="resume_from")
+def _object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return found
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """What cannot be read inside is the checkpoint's fault, unless it is the host's: then it is raised as it is."""
+    try:
+        yield
+    except _DAMAGE as error:
+        if is_host_failure(error) or is_out_of_memory(error):
+            raise
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointMismatch(
+            f"The checkpoint {folder.name} is incomplete or damaged: {why}", param="resume_from"
+        ) from error
 
 
 def layers_of(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> dict[str, LoRALinear]:
@@ -194,6 +224,8 @@ def layers_of(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> 
         )
         with torch.no_grad():
             for key, parameter in layer.trained().items():
-                parameter.copy_(restored.tensors[f"layer.{name}.{key}"])
+                with _reading(restored.folder):
+                    found = restored.tensors[f"layer.{name}.{key}"]
+                parameter.copy_(found)
         layers[name] = layer
     return layers

@@ -5,6 +5,7 @@ The worker, the database, the storage and the child are real; one thing in the c
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,11 +162,11 @@ def test_a_child_that_cannot_read_its_spec_is_no_fault_of_the_machine(lab: Lab) 
     assert (lab.statuses()[0], (lab.job(1).error or {})["code"]) == ("failed", "internal_error")
 
 
-def test_a_host_without_room_for_another_process_is_no_fault_of_the_jobs(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_a_host_without_room_or_with_a_bad_disk_is_no_fault_of_the_jobs(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    error = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-    monkeypatch.setattr(tasks, "run_child", raising(error))
+    monkeypatch.setattr(tasks, "run_child", raising(OSError(number, os.strerror(number))))
     tasks.run_job("ftjob-x")
     assert lab.statuses() == ["queued"] * 3
     assert [lab.job(seed).lost_runs for seed in (1, 2, 3)] == [1, 1, 1]

@@ -15,13 +15,13 @@ from api.core.logs import get_logger
 from api.core.settings import get_settings
 from lorainit.config.events import Failed
 from lorainit.system import shared_memory
+from lorainit.system.host_failure import is_host_failure
 from worker.child.supervisor import Outcome
 from worker.job.progress import LeaseLost
 from worker.job.retry import TRANSIENT
 
 EXIT_LEASE_LOST = 75  # how the child leaves when no lease holds any more
 EXIT_WRONG_SPEC = 2  # and when it cannot read what it is to do, which is a fault of ours
-RESOURCE_ERRNOS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, open files
 DISK_FULL, DEVICE_FAILED = "disk_full", "device_failed"
 # What the child found wrong with something else than the job: it is tried again, with a limit.
 RETRIED_CODES = ("hub_unavailable", "worker_lost", DEVICE_FAILED)
@@ -104,8 +104,8 @@ def end_after_worker_error(lease: Lease, error: Exception) -> None:
         requeue_lost_run(lease, shared_memory.FULL.rstrip("."))
     elif isinstance(error, TRANSIENT) and not disk.is_full(error):  # for ten minutes, and perhaps only for this worker
         requeue_lost_run(lease, "The worker could not reach the database or the storage")
-    elif isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
-        requeue_lost_run(lease, f"The worker's host has no room for another process or open file ({error.strerror})")
+    elif is_host_failure(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        requeue_lost_run(lease, f"The worker's host failed: {getattr(error, 'strerror', None) or error}")
     else:
         fail(lease, failure_of(error))
 

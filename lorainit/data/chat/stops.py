@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorainit.system.host_failure import is_host_failure
+
 
 def stop_tokens(tokenizer: Any, folder: Path | None = None) -> frozenset[int]:
     """Ids: the tokenizer's end token, and those of generation_config.json (config.json if there is none of it).
@@ -22,7 +24,9 @@ def stop_tokens(tokenizer: Any, folder: Path | None = None) -> frozenset[int]:
 def _ids(path: Path) -> set[int]:
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_host_failure(error):
+            raise  # else a run would learn to stop at other tokens
         return set()
     value = config.get("eos_token_id") if isinstance(config, dict) else None
     return {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}

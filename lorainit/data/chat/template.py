@@ -14,6 +14,7 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.data.chat import rendering, tokenizer_time
 from lorainit.data.chat.turns import Border, Conversation, Habits, Lost, Messages, Span, marked, marks_for, places
 from lorainit.data.formats.conversation import Fault, trained
+from lorainit.system.host_failure import is_host_failure
 
 _PROBE = "zq_probe"
 _PROBE_TOOL = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
@@ -151,6 +152,8 @@ class Template:
         except UnsupportedModel:
             raise
         except Exception as error:  # whatever the template's own expressions raise
+            if isinstance(error, RuntimeError) and is_host_failure(error):
+                raise  # no room for the thread that watches the time
             why = str(error) or type(error).__name__
             raise UnsupportedModel(
                 f"The base model's chat template cannot render the conversation: {why}", param="model"

@@ -9,7 +9,6 @@ import math
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from lorainit.config.errors import UnsupportedModel
 from lorainit.config.facts import MAX_SIDE
 from lorainit.model.source.tokenizer_files import TEMPLATES
+from lorainit.system.host_failure import is_host_failure
 
 # The largest files of their kind seen on the hub are tokenizer.json of 35 MB and an index of 15 MB.
 MAX_TEXT_BYTES = 256 << 20
@@ -82,9 +82,14 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 def _check_generation_config(path: Path) -> None:
     """transformers passes over one that is no JSON at all, and falls over one that is no object."""
-    with suppress(OSError, ValueError, RecursionError):
-        if not isinstance(json.loads(path.read_bytes()), dict):
-            raise _refusal(f"{path.name} is not a JSON object.")
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        if is_host_failure(error):
+            raise
+        return
+    if not isinstance(value, dict):
+        raise _refusal(f"{path.name} is not a JSON object.")
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -94,7 +99,7 @@ def _entries(folder: Path) -> Iterator[Path]:
                 raise _refusal(f"{folder.name} holds more than {MAX_ENTRIES} files.")
             yield entry
     except OSError as error:
-        raise _refusal(f"{folder.name} cannot be read: {error.strerror}.") from error
+        raise _unreadable(folder, error) from error
 
 
 def _check_entry(entry: Path) -> None:
@@ -103,7 +108,7 @@ def _check_entry(entry: Path) -> None:
     except OSError as error:
         if entry.is_symlink() and isinstance(error, FileNotFoundError):
             return  # part of a download that took some files only; whoever needs this one says that it is not there
-        raise _refusal(f"{entry.name} cannot be read: {error.strerror}.") from error
+        raise _unreadable(entry, error) from error
     if stat.S_ISDIR(facts.st_mode):
         return
     if not stat.S_ISREG(facts.st_mode):
@@ -125,7 +130,7 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
         with path.open("rb") as stream:
             content = stream.read(limit + 1)
     except OSError as error:
-        raise _refusal(f"{path.name} cannot be read: {error.strerror}.") from error
+        raise _unreadable(path, error) from error
     if len(content) > limit:
         raise _refusal(f"{path.name} has more than the {limit} bytes we would read.")
     return _object(content, path.name)
@@ -312,6 +317,11 @@ def _short(name: str) -> str:
 
 def _broken(file: Path, why: str) -> UnsupportedModel:
     return _refusal(f"{file.name} is not a whole safetensors file: {why}.")
+
+
+def _unreadable(path: Path, error: OSError) -> Exception:
+    """A refusal of the file, or the error itself where the host is to blame."""
+    return error if is_host_failure(error) else _refusal(f"{path.name} cannot be read: {error.strerror}.")
 
 
 def _refusal(message: str) -> UnsupportedModel:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorainit.config.errors import HubUnavailable, LorainitError, UnsupportedModel
 from lorainit.config.sources import HUB, is_hub_id
+from lorainit.system.host_failure import is_host_failure
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # The same weights in formats of others: below folders, and Mistral's.
@@ -34,7 +35,7 @@ def fetch(repository: str, revision: str | None) -> Path:
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=FILES, ignore_patterns=OTHERS))
     except Exception as error:  # the client's own, or those of the HTTP client below it
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or is_host_failure(error):
             raise
         raise _refusal(error, repository, revision) from error
     if not folder.is_dir():

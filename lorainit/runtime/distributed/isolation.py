@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from lorainit.config.errors import (
     DeviceSilent,
     DiskFull,
+    HostFailed,
     LorainitError,
     OutOfMemory,
     SharedMemoryFull,
@@ -21,6 +22,7 @@ from lorainit.config.errors import (
 from lorainit.config.events import Event
 from lorainit.runtime import hardware, machine_errors
 from lorainit.system import shared_memory, silence
+from lorainit.system.host_failure import is_host_failure
 
 OnEvent = Callable[[Event], None]
 
@@ -132,6 +134,8 @@ def _of_the_machine(error: BaseException) -> LorainitError | None:
         return UnusableDevice(f"The GPU failed while the run was using it: {said}")
     if how := machine_errors.lost_process(error):
         return DeviceSilent(silence.failure().message if how == "silent" else silence.GONE)
+    if is_host_failure(error):
+        return HostFailed(f"The worker's host failed the run: {' '.join(str(error).split())[:300]}")
     return None
 
 

@@ -1,11 +1,13 @@
 """Whose fault an error of a GPU is, by what its libraries say: the machine's, or the run's own."""
 
+import errno
+
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from lorainit import __main__ as main
-from lorainit.config.errors import DiskFull, OutOfMemory, TooFewDevices, UnusableDevice
+from lorainit.config.errors import DiskFull, HostFailed, OutOfMemory, TooFewDevices, UnusableDevice
 from lorainit.config.events import Failed, Message
 from lorainit.runtime import hardware, machine_errors
 from lorainit.runtime.distributed import isolation, world
@@ -230,3 +232,63 @@ def test_a_gpu_that_torch_alone_cannot_find_is_the_machines_fault_before_the_run
     with pytest.raises(UnusableDevice) as refused:
         hardware.pick_device()
     assert refused.value.code == "device_failed"
+
+
+# --- the host: its disks, its room for open files and processes -----------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error", "/models/config.json"),
+        OSError(errno.EMFILE, "Too many open files", "/models/config.json"),
+        OSError(errno.ESTALE, "Stale file handle", "/models/config.json"),
+        OSError(errno.EROFS, "Read-only file system", "/scratch/a"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_a_host_that_fails_is_the_machines_fault(error):
+    assert machine_errors.is_machine_failure(error)
+    found = isolation.our_error(error)
+    assert isinstance(found, HostFailed)
+    assert found.code in endings.PASSES
+    assert str(error) in found.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/models/config.json"),
+        PermissionError(errno.EACCES, "Permission denied", "/models/config.json"),
+        FileNotFoundError("No such file or directory: /models/model.safetensors"),
+        SafetensorError("Error while deserializing header: incomplete metadata, file not fully covered"),
+    ],
+)
+def test_a_file_that_is_not_there_or_is_broken_is_no_failure_of_the_host(error):
+    assert not machine_errors.is_machine_failure(error)
+
+
+def test_a_file_that_safetensors_cannot_open_though_it_is_there_is_a_failure_of_the_host(tmp_path):
+    """The library says of each file that it cannot open that there is none."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    error = FileNotFoundError(f"No such file or directory: {file}")
+    assert isinstance(isolation.our_error(error), HostFailed)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling `cusparseCreate(handle)`",
+        "std::bad_alloc",
+    ],
+)
+def test_a_library_without_room_for_itself_has_run_out_of_memory(words):
+    assert isinstance(isolation.our_error(RuntimeError(words)), OutOfMemory)
+
+
+def test_an_error_that_bears_cudas_number_is_cudas():
+    assert isinstance(isolation.our_error(RuntimeError("Error 802: system not yet initialized")), UnusableDevice)

@@ -262,7 +262,7 @@ def test_restored_state_lies_where_torchs_own_loader_puts_it(tmp_path, name, dor
         for moment, value in optimizer.state[p].items()
     }
     there, ours = made("meta")
-    Restored(tmp_path, Progress(1, 0, 0.0), kept).restore(there, ours)
+    Restored(tmp_path, Progress(1, 0, 0.0), kept, {}, []).restore(there, ours)
     for key, p in there["x"].trained().items():
         group = next(g for g in ours.param_groups if any(q is p for q in g["params"]))
         for moment, value in ours.state[p].items():

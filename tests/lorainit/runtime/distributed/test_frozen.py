@@ -157,6 +157,9 @@ def test_what_gloo_says_of_another_process_is_told_in_our_words(tmp_path, count,
         ("[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key"
          " '0', but store->get('0') got error: Connection was likely closed", "gone"),
         ("NCCL communicator was aborted on rank 0.", "gone"),
+        ("NCCL error in: x.cpp:1, internal error\nncclInternalError: Internal check failed.", "gone"),
+        ("ncclSystemError: System call failed. Last error: Software caused connection abort", "gone"),
+        ("ncclSystemError: System call failed. Last error: network IB not found.", "gone"),
         ("shapes do not match", None),
     ],
 )  # fmt: skip
