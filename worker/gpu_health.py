@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 from api.core.devices import devices, examination
 from api.core.logs import get_logger
 from lorainit.config.events import Done, Event, Failed
@@ -30,6 +32,11 @@ class GpuHealth:
         self._failures = 0
         self._why: str | None = None
         self._has_ended = set[int]()  # members of the run at hand that had their last word
+        self._stuck: psutil.Process | None = None  # of a run, which has been killed and does not end
+
+    def note_start(self) -> None:
+        """A run begins; the end of the one before may not have been told."""
+        self._has_ended.clear()
 
     def note_event(self, event: Event) -> None:
         """An event of a run: it may be that its GPU has failed, or that one of its GPUs may be what hangs."""
@@ -46,10 +53,13 @@ class GpuHealth:
             members: how many jobs the run had, each of which gets a last word from a process that ends by itself.
         """
         unexplained = len(self._has_ended) < members and outcome.returncode not in (0, EXIT_WRONG_SPEC, EXIT_LEASE_LOST)
-        self._has_ended.clear()
+        if outcome.stuck is not None:
+            self._stuck, self._why = outcome.stuck, _cannot_be_ended(outcome.stuck)
         if outcome.stopped or outcome.is_from_outside or not devices.list_gpus():
             return
-        if outcome.crash or unexplained:
+        if outcome.hangs:
+            self._why = self._why or "The process of a run hung, and was ended."
+        elif outcome.crash or unexplained:
             how = f"crashed ({outcome.crash})" if outcome.crash else f"left without a word ({outcome.returncode})"
             self._why = self._why or f"The process of a run {how}."
 
@@ -69,9 +79,29 @@ class GpuHealth:
             with scratch.raised_flag(flag, why):
                 if _sleep(_wait_seconds(self._failures), is_leaving):
                     return
-                why = examine(names, is_leaving=is_leaving)
+                why = self._still_stuck() or examine(names, is_leaving=is_leaving)
         if self._failures:
             log.info("the GPU computes; jobs are taken again", failures=self._failures)
+
+    def _still_stuck(self) -> str | None:
+        if self._stuck is None or not _is_alive(self._stuck):
+            self._stuck = None
+            return None
+        return _cannot_be_ended(self._stuck)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _cannot_be_ended(process: psutil.Process) -> str:
+    return (
+        f"Process {process.pid} of a run has been killed and does not end: it waits inside a driver. The kernel's log"
+        " (dmesg) may say more; restarting the machine often is the only cure."
+    )
 
 
 def _wait_seconds(failures: int) -> float:

@@ -1,4 +1,7 @@
-"""Ends a run of several processes when one of them hangs: the others would wait for it in their next sum.
+"""Notices that a run hangs, since nothing happens in it any more.
+
+The processes of a run on several devices would wait for one that hangs in their next sum, so they watch themselves.
+A run of one process cannot: the worker watches it, by the same rule and from outside.
 
 A sum has a time limit of its own (`lorainit.runtime.distributed.world`), but what comes of it depends on who adds up:
 gloo raises an error, NCCL ends the process without a word, and it begins to wait long after it was asked. So each
@@ -35,10 +38,16 @@ def failure(seconds: float | None = None) -> Failed:
 
 
 class Silence:
-    """How long no event has come, in beats of a clock of this process: time in which it is frozen does not count."""
+    """How long no event has come, in beats of a clock of this process: time in which it is frozen does not count.
 
-    def __init__(self) -> None:
+    Args:
+        usual: seconds that are too many, except while the base is loaded; None = `limit()`.
+        later: seconds more, for one who lets the run itself notice it first.
+    """
+
+    def __init__(self, usual: float | None = None, *, later: float = 0.0) -> None:
         self._seconds, self._is_loading = 0.0, True
+        self._usual, self._later, self._looked = usual, later, time.monotonic()
 
     def hear(self, event: Event) -> None:
         """Something has happened."""
@@ -49,10 +58,17 @@ class Silence:
         self._seconds += seconds
         return self._seconds > self.limit
 
+    def look(self) -> bool:
+        """`beat`, for one who looks more often than that; a longer time between two looks counts as one beat."""
+        now = time.monotonic()
+        passed, self._looked = min(BEAT, now - self._looked), now
+        return self.beat(passed)
+
     @property
     def limit(self) -> float:
         """Seconds without an event that are too many at this moment."""
-        return limit() * (LOADING if self._is_loading else 1)
+        usual = limit() if self._usual is None else self._usual
+        return usual * (LOADING if self._is_loading else 1) + self._later
 
 
 def watch(silence: Silence, on_silence: Callable[[], None]) -> None:

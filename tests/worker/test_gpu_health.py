@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from api.core.db.database import now, session_scope
@@ -15,7 +16,7 @@ from api.core.queue import workers
 from api.core.settings import get_settings
 from lorainit.config.events import Failed
 from tests.worker.conftest import Lab
-from worker import app, gpu_health
+from worker import app, gpu_health, tasks
 from worker.child.supervisor import Outcome
 from worker.host import scratch
 
@@ -201,3 +202,54 @@ def test_the_doctor_tells_why_a_living_worker_takes_no_job() -> None:
     assert (check().status, check().message) == ("failed", "here:1 takes no job, or not in all slots: The GPU failed.")
     say(None)
     assert (check().status, check().message) == ("ok", "1 online")
+
+
+def test_a_run_that_hangs_is_tried_again_and_its_gpu_is_looked_at(
+    lab: Lab, environment: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = list[str | None]()
+    environment.setenv("LORAINIT_SILENCE_SECONDS", "1")
+    get_settings.cache_clear()
+    monkeypatch.setattr(tasks, "LATER", 0.0)
+    monkeypatch.setattr(devices, "names", lambda: ["0"])
+    monkeypatch.setattr(tasks, "_gpus", lambda: "0")
+    monkeypatch.setattr(rest, "examine", lambda names, **_: looked.append(names))
+    lab.run("os.kill(os.getpid(), 19)")
+    assert lab.statuses() == ["queued"] * 3
+    assert "did nothing for too long (LORAINIT_SILENCE_SECONDS)" in lab.story(1)[-1]
+    assert looked == ["0"]
+
+
+def test_a_slot_rests_while_a_process_of_its_run_cannot_be_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flag, health, seen = tmp_path / "flag", rest.Health(), list[str]()
+    process = psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+    def wait(_seconds: float, _is_leaving: Callable[[], bool]) -> bool:
+        seen.append(flag.read_text())
+        if len(seen) == 2:
+            process.kill()
+            process.wait(10)
+        return False
+
+    monkeypatch.setattr(rest, "_sleep", wait)
+    monkeypatch.setattr(rest, "examine", lambda *_, **__: None)
+    health.note_end(Outcome(-9, stopped=True, stderr_tail="", stuck=psutil.Process(process.pid)), members=1)
+    health.rest_if_broken(None, flag, is_leaving=lambda: False)
+    assert len(seen) == 2
+    assert f"Process {process.pid} of a run has been killed and does not end" in seen[1]
+
+
+def test_a_run_whose_end_nobody_told_says_nothing_of_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    health = rest.Health()
+    monkeypatch.setattr(devices, "names", lambda: ["0"])
+    waited = waits(monkeypatch)
+    health.note_start()
+    health.note_event(Failed(code="internal_error", message="", param=None))  # and then its supervision failed
+    health.note_start()
+    health.note_end(Outcome(1, stopped=False, stderr_tail=""), members=1)
+    health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
+    assert len(waited) == 1

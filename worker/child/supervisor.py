@@ -28,8 +28,9 @@ from worker.host.memory import offer_to_the_oom_killer, oom_kills
 # How a child ends that somebody has killed, or asked to leave, who was not us.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
 POLL_SECONDS = 0.2
+END_SECONDS = 60.0  # for a process to be gone that has said all, or was killed: a GPU's memory is freed meanwhile
 Child = subprocess.Popen[bytes] | ForkedRun
-StopReason = Literal["", "drain", "lost"]
+StopReason = Literal["", "drain", "lost", "hangs"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ class Outcome:
 
     `memory_ran_out`: the system killed something for lack of memory meanwhile. Where it keeps no count of
     that, a kill is taken for a lost worker's, and tried again until the attempts run out.
+    `hangs`: it was killed since nothing happened in it any more, which is not called stopped. `stuck`: the child, if
+    even that did not end it: it waits inside a driver.
     """
 
     returncode: int
     stopped: bool
     stderr_tail: str
     memory_ran_out: bool = False
+    hangs: bool = False
+    stuck: psutil.Process | None = None
 
     @property
     def crash(self) -> str | None:
@@ -64,14 +69,14 @@ class Outcome:
     def has_run_out_of_memory(self) -> bool:
         """Whether the system killed it for want of memory, or bitsandbytes left because CUDA had none for it."""
         if self.returncode == -signal.SIGKILL:
-            return self.memory_ran_out
+            return self.memory_ran_out and not self.hangs
         last = self.stderr_tail.strip().rsplit("\n", 1)[-1]
         return self.returncode > 0 and last.startswith("Error out of memory at line ")
 
     @property
     def is_from_outside(self) -> bool:
-        """Whether somebody killed the child, or asked it to leave."""
-        return self.returncode in FROM_OUTSIDE
+        """Whether somebody killed the child, or asked it to leave, who was not us."""
+        return self.returncode in FROM_OUTSIDE and not self.hangs
 
 
 def run_child(
@@ -88,7 +93,8 @@ def run_child(
 
     `on_event` is called from this thread for each event, which names its member by its index in
     `places`, last words included; `should_stop` several times a second. On "drain" the child is asked to
-    leave and heard for `grace` more seconds: it has a checkpoint to tell. On "lost" it is killed at once.
+    leave and heard for `grace` more seconds: it has a checkpoint to tell. On "lost" or "hangs" it is killed at once.
+    One that has closed its pipe and does not end hangs, too.
     `gpus`: the only ones that the child sees, by their names in CUDA; None = as this process. It works in the folder
     of the first place. `warm`: what it is forked from, if that is ready; it is made ready for the next one. A
     `program` that was given is always started.
@@ -115,12 +121,20 @@ def run_child(
             start_new_session=True,
         )
     os.close(writer)
-    with child:
-        stopped = _supervise(child, reader, on_event, should_stop, grace)
+    try:
+        why = _supervise(child, reader, on_event, should_stop, grace)
+    finally:
+        _let_go(child)
     if warm is not None:
         warm.prepare(environment)
-    ran_out = kills is not None and oom_kills() != kills
-    return Outcome(child.wait(), stopped=bool(stopped), stderr_tail=_tail(stderr), memory_ran_out=ran_out)
+    return Outcome(
+        -signal.SIGKILL if child.returncode is None else child.returncode,
+        stopped=why in ("drain", "lost"),
+        stderr_tail=_tail(stderr),
+        memory_ran_out=kills is not None and oom_kills() != kills,
+        hangs=why == "hangs",
+        stuck=psutil.Process(child.pid) if child.returncode is None else None,
+    )
 
 
 def _supervise(
@@ -129,7 +143,7 @@ def _supervise(
     on_event: Callable[[Event], None],
     should_stop: Callable[[], StopReason],
     grace: float,
-) -> str:
+) -> StopReason:
     """Listen to a child until it has ended, by itself or not; returns why it was stopped, if it was."""
     offer_to_the_oom_killer(child.pid)
     family = list[psutil.Process]()
@@ -145,10 +159,21 @@ def _supervise(
         raise
     finally:
         os.close(reader)
+    if not stopped:
+        _await_end(child, END_SECONDS)
+        stopped = "hangs" if child.returncode is None else ""
     if stopped:
         stop_tree(child, family)
-    child.wait()
     return stopped
+
+
+def _let_go(child: Child) -> None:
+    """What the child's own context does, which would wait for one that cannot be ended."""
+    if child.returncode is not None:
+        with child:
+            pass
+    elif isinstance(child, ForkedRun):
+        child.abandon()
 
 
 def _arguments(run_paths: Sequence[RunPaths]) -> list[str]:
@@ -157,7 +182,7 @@ def _arguments(run_paths: Sequence[RunPaths]) -> list[str]:
     return own + [part for one in others for part in ("--member", str(one.spec), str(one.out), str(one.lease))]
 
 
-def _listen(reader: int, on_event: Callable[[Event], None], should_stop: Callable[[], StopReason]) -> str:
+def _listen(reader: int, on_event: Callable[[Event], None], should_stop: Callable[[], StopReason]) -> StopReason:
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(reader, selectors.EVENT_READ)
@@ -192,7 +217,8 @@ def _until(deadline: float, should_stop: Callable[[], StopReason]) -> Callable[[
     def ends() -> StopReason:
         if time.monotonic() > deadline:
             return "drain"
-        return "lost" if should_stop() == "lost" else ""
+        reason = should_stop()
+        return "" if reason == "drain" else reason
 
     return ends
 
@@ -203,10 +229,15 @@ def _await_end(child: Child, seconds: float) -> None:
 
 
 def stop_tree(child: Child, family: Sequence[psutil.Process] = ()) -> None:
-    """SIGKILL the child and everything below it, and those of `family` that it had before and may have left."""
+    """SIGKILL the child and everything below it, and those of `family` that it had before and may have left.
+
+    A process that waits inside a driver is not ended by that: nobody waits longer than `END_SECONDS` for it.
+    """
     family = [*family, *_family(child)]
     child.kill()
-    child.wait()
+    _await_end(child, END_SECONDS)
+    if child.returncode is None:
+        get_logger(__name__).error("a run's process cannot be killed", pid=child.pid)
     for process in family:
         try:
             process.kill()

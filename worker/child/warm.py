@@ -52,6 +52,10 @@ class ForkedRun:
         with suppress(OSError):
             self._server.send(DONE)
 
+    def abandon(self) -> None:
+        """It cannot be ended, and nobody will wait for it: end the process that it was forked from."""
+        self._give_up()
+
     def send_signal(self, number: int) -> None:
         """Nothing happens if it has ended."""
         with suppress(psutil.NoSuchProcess):

@@ -164,5 +164,7 @@ def _describe(outcome: Outcome) -> str:
         return f"crashed (SIGBUS); a full /dev/shm is the usual cause ({shared_memory.MORE})"
     if outcome.crash:
         return f"crashed ({outcome.crash})"
+    if outcome.hangs:
+        return "did nothing for too long (LORAINIT_SILENCE_SECONDS) and was ended, since a device or its driver hangs"
     code = outcome.returncode
     return f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code} and no word"

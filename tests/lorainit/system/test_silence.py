@@ -39,3 +39,15 @@ def test_the_limit_is_the_environments(monkeypatch):
     watch(lasting, over.set)
     assert over.wait(60)
     assert "nothing has happened for 3 seconds" in silence.failure().message
+
+
+def test_one_who_looks_from_outside_counts_a_long_time_between_two_looks_as_one_beat(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(silence.time, "monotonic", lambda: now[0])
+    lasting = Silence(2 * BEAT, later=BEAT)
+    lasting.hear(Stage(stage="training", message=""))
+    looks = []
+    for _ in range(4):
+        now[0] += 1000 * BEAT
+        looks.append(lasting.look())
+    assert looks == [False, False, False, True]

@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from lorainit.config.events import Done, Event, Failed, Message, Stage
+from worker.child import supervisor
 from worker.child.supervisor import Outcome, RunPaths, run_child
 
 PREAMBLE = """
@@ -214,3 +215,32 @@ def test_an_event_that_cannot_be_read_is_logged_without_its_words(child: Child) 
     (said,) = [entry for entry in logs if "unreadable" in entry["event"]]
     assert "literal_error" in said["error"]
     assert "zanzibarquince" not in str(said)
+
+
+def test_a_run_that_hangs_is_killed_and_not_called_stopped(child: Child) -> None:
+    outcome = child.run("os.kill(os.getpid(), signal.SIGSTOP)", stop_after=0.5, why="hangs")
+    assert (outcome.returncode, outcome.hangs, outcome.stopped, outcome.stuck) == (-9, True, False, None)
+
+
+def test_a_run_that_hangs_is_no_lack_of_memory_and_not_killed_from_outside() -> None:
+    outcome = Outcome(-9, stopped=False, stderr_tail="", memory_ran_out=True, hangs=True)
+    assert not outcome.has_run_out_of_memory
+    assert not outcome.is_from_outside
+
+
+def test_a_run_that_has_said_all_and_does_not_end_hangs(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "END_SECONDS", 0.5)
+    outcome = child.run("os.close(fd); time.sleep(600)")
+    assert (outcome.returncode, outcome.hangs) == (-9, True)
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_nobody_waits_for_a_process_that_cannot_be_killed(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "END_SECONDS", 0.2)
+    with monkeypatch.context() as inside_a_driver:
+        inside_a_driver.setattr("subprocess.Popen.kill", lambda _self: None)
+        outcome = child.run("time.sleep(600)", stop_after=0.5)
+    assert outcome.stopped
+    assert outcome.stuck is not None
+    outcome.stuck.kill()
+    outcome.stuck.wait(10)
