@@ -1,6 +1,6 @@
 """Everything to be checked and measured when a GPU is at hand, in ten minutes: `make gpu-day`.
 
-    python benchmarks/gpu_day.py [--only SECTION ...] [--write docs/speed-gpu.md]
+    python benchmarks/gpu_day.py [--only SECTION ... | --write docs/speed-gpu.md]
     python benchmarks/gpu_day.py --device cpu --tiny        the same path on a processor: `make test` keeps it alive
 
 `benchmarks/gpu/plan.py` says what is done and in which order. Every section is a process of its own with a time limit,
@@ -12,7 +12,6 @@ Exit codes: 0 everything held; 1 something did not, and stands in bold; 2 there 
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -25,6 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.outside import Asked, outside  # noqa: E402
 from benchmarks.gpu.plan import NO_GPU, SECTIONS, Clock, exit_code, not_tried, wrong  # noqa: E402
+from lorainit.system.ask import ask  # noqa: E402
+
+ANSWER_SECONDS = 60.0
 
 
 def main() -> int:
@@ -51,9 +53,12 @@ def main() -> int:
 
 
 def has_gpu() -> bool:
-    """Asked of another process, since this one loads no torch."""
-    asked = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
-    return not subprocess.run(asked, stderr=subprocess.DEVNULL, check=False).returncode
+    """Asked of another process, since this one loads no torch, and a driver that hangs lets no caller go."""
+    question = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    answer = ask(question, seconds=ANSWER_SECONDS)
+    if answer is None:
+        print(f"CUDA has not said within {ANSWER_SECONDS:.0f} seconds whether there is a GPU; its driver may hang.")
+    return answer is not None and not answer.returncode
 
 
 def inside(args: argparse.Namespace) -> int:
@@ -105,7 +110,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="new folder to work in and leave the sections' words in")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.only and args.write:
+        parser.error("--write replaces the whole page, and --only measures a part of it: leave one out")
+    return args
 
 
 if __name__ == "__main__":

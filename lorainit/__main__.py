@@ -338,7 +338,7 @@ def _doctor(arguments: list[str]) -> int:
         print(error, file=sys.stderr)  # noqa: T201
         return FAILED
     print(doctor.as_json(found) if args.json else doctor_text.as_text(found))  # noqa: T201
-    return 0
+    return FAILED if found["machine"]["gpu_trouble"] and not args.json else 0  # who asks for JSON reads the trouble
 
 
 # --- staying on the supervisor's leash ---------------------------------------------------------

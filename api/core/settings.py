@@ -199,8 +199,8 @@ class Settings(BaseSettings):
     )
     silence_seconds: Seconds = Field(
         1800.0,
-        description="A run in which nothing has happened for so long, four times that while its base is loaded, is ended"
-        " and tried again: a device hangs.",
+        description="A run in which nothing has happened for so long, four times that while its base is loaded, is"
+        " ended and tried again: a device hangs.",
     )
     group_size: Count = Field(
         8, description="Most jobs trained together when they ask for it; 1 = every job runs alone."

@@ -212,8 +212,13 @@ def peak_memory_bytes() -> int:
 
 
 def gpu_name() -> str | None:
-    """The GPU's name, None without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    """The GPU's name; None without one, or where CUDA counts it and cannot start, which `failing_gpu` tells."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return torch.cuda.get_device_name()
+    except RuntimeError:
+        return None
 
 
 def name_and_memory(device: torch.device) -> tuple[str, int]:

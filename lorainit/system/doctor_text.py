@@ -18,11 +18,12 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _gpu(facts: dict[str, Any]) -> str:
+    if facts["gpu_trouble"]:
+        which = f"{facts['gpu']}: " if facts["gpu"] else ""
+        return f"{which}no run is started: {facts['gpu_trouble']}"
     if facts["gpu"]:
         names = ", ".join(facts["gpus"])
         return f"{facts['gpu']} (visible: {names}), driver {facts['driver']}, CUDA {facts['cuda']}"
-    if facts["gpu_trouble"]:
-        return f"no run is started: {facts['gpu_trouble']}"
     if facts["gpus"] and not facts["cuda"]:
         return "not used: the installed torch has no CUDA; runs go to the CPU"
     return "none; runs go to the CPU"

@@ -370,3 +370,17 @@ def test_the_pages_table_of_sections_is_the_plan():
     table = (gpu_day.ROOT / "docs/speed-gpu.md").read_text().partition("| section |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| ([\w-]+) \| (.*) \|$", table, re.MULTILINE)
     assert rows == [(section.name, section.shows) for section in SECTIONS]
+
+
+def test_a_driver_that_hangs_is_no_gpu_and_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_day, "ask", lambda *_, **__: None)
+    assert not gpu_day.has_gpu()
+    assert "its driver may hang" in capsys.readouterr().out
+
+
+def test_a_part_is_not_written_over_the_whole_page(monkeypatch, capsys, tmp_path):
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(sys, "argv", ["gpu_day.py", "--only", SECTIONS[0].name, "--write", str(page)])
+    with pytest.raises(SystemExit):
+        gpu_day.main()
+    assert "leave one out" in capsys.readouterr().err

@@ -84,6 +84,19 @@ def test_a_job_for_several_devices_finds_them_in_no_divided_gpu(seen: list[str],
 
 
 @pytest.mark.parametrize(
+    ("named", "is_refused"), [(["0", "1"], True), (["GPU-aa", "GPU-bb"], True), (["GPU-bb", "GPU-cc"], False)]
+)
+def test_a_divided_gpu_is_noticed_under_any_name(
+    seen: list[str], set_to: Set, monkeypatch: pytest.MonkeyPatch, named: list[str], is_refused: bool
+) -> None:
+    listed = [driver.Gpu("GPU-aa", ("MIG-1", "MIG-2")), driver.Gpu("GPU-bb", ()), driver.Gpu("GPU-cc", ())]
+    set_to(devices_per_job="2")
+    monkeypatch.setattr(devices._driver(), "listed", listed)
+    seen += named
+    assert ("(MIG)" in str(devices._too_few(1))) == is_refused
+
+
+@pytest.mark.parametrize(
     ("names", "wanted", "used"),
     [
         ([], "auto", "cpu"),

@@ -112,7 +112,7 @@ def _too_many(slots: int) -> str | None:
 def _too_few(slots: int) -> str | None:
     """A job for several devices that a slot without them took would only fail there."""
     share, promised = len(list_gpus()) // slots, get_settings().devices_per_job
-    if promised > 1 and any(name.upper().startswith("MIG-") for name in list_gpus()):
+    if promised > 1 and _has_instances():
         return (
             f"LORAINIT_DEVICES_PER_JOB lets a job ask for {promised} devices, and this worker has instances of divided"
             " GPUs (MIG), of which a process uses one: lower it to 1, or name whole GPUs."
@@ -123,6 +123,17 @@ def _too_few(slots: int) -> str | None:
         f"LORAINIT_DEVICES_PER_JOB lets a job ask for {promised} devices, and a slot of this worker has {share}: name"
         " more GPUs, or lower it or LORAINIT_WORKER_SLOTS."
     )
+
+
+def _has_instances() -> bool:
+    """Whether a GPU is divided: CUDA takes an instance of it under the GPU's number or identity, too."""
+    named = names()
+    if any(name.upper().startswith("MIG-") for name in named):
+        return True
+    divided = [gpu for gpu in _driver().listed or () if gpu.instances]
+    if any(name.isdecimal() for name in named):  # CUDA may count in another order than the driver lists
+        return bool(divided)
+    return any(gpu.identity.lower().startswith(name.lower()) for gpu in divided for name in named)
 
 
 class _Driver:

@@ -38,6 +38,7 @@ def examine(names: str | None, *, is_unwanted: Callable[[], bool] = lambda: Fals
             f"The examination of this machine has not ended after {ANSWER_SECONDS:.0f} seconds; a GPU may hang."
         )
     if answer.returncode:
-        raise Unanswered(answer.errors.strip()[-300:] or "A run cannot start here.")
+        *_, last = answer.errors.strip().splitlines() or ["A run cannot start here."]  # of a traceback, what it says
+        raise Unanswered(last[:300])
     found: dict[str, Any] = json.loads(answer.output)
     return found

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from api.cli import doctor
-from api.core.devices import devices
+from api.core.devices import devices, examination
 from api.core.devices.examination import Unanswered
+from lorainit.system.ask import Answer
 from tests.conftest import forget
 
 pytestmark = pytest.mark.usefixtures("service")
@@ -68,6 +69,15 @@ def test_an_examination_without_an_answer_fails_with_the_reason(monkeypatch: pyt
     is_well, text = printed()
     assert not is_well
     assert "failed  devices: It does not answer." in text
+
+
+def test_of_a_traceback_the_last_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = (
+        'Traceback (most recent call last):\n  File "doctor.py", line 213, in examine\nRuntimeError: It is broken.\n'
+    )
+    monkeypatch.setattr(examination, "ask", lambda *_, **__: Answer(1, "", errors))
+    with pytest.raises(Unanswered, match=r"^RuntimeError: It is broken\.$"):
+        examination.examine(None)
 
 
 def test_what_keeps_a_worker_here_from_taking_jobs_fails(

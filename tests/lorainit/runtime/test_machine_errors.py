@@ -253,7 +253,7 @@ def test_a_host_that_fails_is_the_machines_fault(error):
     assert machine_errors.is_machine_failure(error)
     found = isolation.our_error(error)
     assert isinstance(found, HostFailed)
-    assert found.code in endings.PASSES
+    assert found.code in outcomes.RETRIED_CODES
     assert str(error) in found.message
 
 
