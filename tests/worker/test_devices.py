@@ -91,9 +91,9 @@ def test_a_divided_gpu_is_noticed_under_any_name(
 ) -> None:
     listed = [driver.Gpu("GPU-aa", ("MIG-1", "MIG-2")), driver.Gpu("GPU-bb", ()), driver.Gpu("GPU-cc", ())]
     set_to(devices_per_job="2")
-    monkeypatch.setattr(devices._driver(), "listed", listed)
+    monkeypatch.setattr(driver, "listed", lambda: listed)
     seen += named
-    assert ("(MIG)" in str(devices._too_few(1))) == is_refused
+    assert ("(MIG)" in str(devices.trouble(1))) == is_refused
 
 
 @pytest.mark.parametrize(
