@@ -93,7 +93,7 @@ def test_a_divided_gpu_is_noticed_under_any_name(
     set_to(devices_per_job="2")
     monkeypatch.setattr(driver, "listed", lambda: listed)
     seen += named
-    assert ("(MIG)" in str(devices.trouble(1))) == is_refused
+    assert ("(MIG)" in str(devices.find_problem(1))) == is_refused
 
 
 @pytest.mark.parametrize(

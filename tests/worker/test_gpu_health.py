@@ -211,9 +211,9 @@ def test_a_run_that_hangs_is_tried_again_and_its_gpu_is_looked_at(
     environment.setenv("LORAINIT_SILENCE_SECONDS", "1")
     get_settings.cache_clear()
     monkeypatch.setattr(tasks, "LATER", 0.0)
-    monkeypatch.setattr(devices, "names", lambda: ["0"])
+    monkeypatch.setattr(devices, "list_gpus", lambda: ["0"])
     monkeypatch.setattr(tasks, "_gpus", lambda: "0")
-    monkeypatch.setattr(rest, "examine", lambda names, **_: looked.append(names))
+    monkeypatch.setattr(gpu_health, "examine", lambda names, **_: looked.append(names))
     lab.run("os.kill(os.getpid(), 19)")
     assert lab.statuses() == ["queued"] * 3
     assert "did nothing for too long (LORAINIT_SILENCE_SECONDS)" in lab.story(1)[-1]
@@ -223,7 +223,7 @@ def test_a_run_that_hangs_is_tried_again_and_its_gpu_is_looked_at(
 def test_a_slot_rests_while_a_process_of_its_run_cannot_be_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    flag, health, seen = tmp_path / "flag", rest.Health(), list[str]()
+    flag, health, seen = tmp_path / "flag", gpu_health.GpuHealth(), list[str]()
     process = psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 
     def wait(_seconds: float, _is_leaving: Callable[[], bool]) -> bool:
@@ -233,10 +233,10 @@ def test_a_slot_rests_while_a_process_of_its_run_cannot_be_ended(
             process.wait(10)
         return False
 
-    monkeypatch.setattr(rest, "_sleep", wait)
-    monkeypatch.setattr(rest, "examine", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_health, "_sleep", wait)
+    monkeypatch.setattr(gpu_health, "examine", lambda *_, **__: None)
     health.note_end(Outcome(-9, stopped=True, stderr_tail="", stuck=psutil.Process(process.pid)), members=1)
-    health.rest_if_broken(None, flag, is_leaving=lambda: False)
+    health.wait_until_healthy(None, flag, is_leaving=lambda: False)
     assert len(seen) == 2
     assert f"Process {process.pid} of a run has been killed and does not end" in seen[1]
 
@@ -244,12 +244,12 @@ def test_a_slot_rests_while_a_process_of_its_run_cannot_be_ended(
 def test_a_run_whose_end_nobody_told_says_nothing_of_the_next_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    health = rest.Health()
-    monkeypatch.setattr(devices, "names", lambda: ["0"])
+    health = gpu_health.GpuHealth()
+    monkeypatch.setattr(devices, "list_gpus", lambda: ["0"])
     waited = waits(monkeypatch)
     health.note_start()
     health.note_event(Failed(code="internal_error", message="", param=None))  # and then its supervision failed
     health.note_start()
     health.note_end(Outcome(1, stopped=False, stderr_tail=""), members=1)
-    health.rest_if_broken(None, tmp_path / "flag", is_leaving=lambda: False)
+    health.wait_until_healthy(None, tmp_path / "flag", is_leaving=lambda: False)
     assert len(waited) == 1

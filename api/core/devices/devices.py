@@ -127,7 +127,7 @@ def _too_few(slots: int) -> str | None:
 
 def _has_instances() -> bool:
     """Whether a GPU is divided: CUDA takes an instance of it under the GPU's number or identity, too."""
-    named = names()
+    named = list_gpus()
     if any(name.upper().startswith("MIG-") for name in named):
         return True
     divided = [gpu for gpu in _driver().listed or () if gpu.instances]
