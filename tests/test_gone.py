@@ -30,24 +30,22 @@ from lorainit.config.spec import BaseModelRef, RunSpec
 from lorainit.run import run
 from tests import stub_worker
 from tests.lorainit.conftest import bases, chat, make_tokenizer, tokenizer
-from tests.test_job_path import Stack, stack, tiny_base
+from tests.test_job_path import Stack, folder, stack, started, tiny_base
 from tests.things import MODEL
 from worker.host import caches, scratch
 from worker.job import artifacts, outcomes
 from worker.job.progress import EventRecorder
 from worker.maintenance import janitor
 
-__all__ = ["bases", "stack", "tiny_base", "tokenizer"]
+__all__ = ["bases", "folder", "stack", "started", "tiny_base", "tokenizer"]
 WORD = "zanzibarquince"
 ROWS = [chat(f"Where is {n}?", f"In {WORD} {n}") for n in range(12)]
 QUOTED = {**chat("Who?", "Nobody"), f"{WORD}_key": 1}  # the check of the file says which key it does not know
 GRADIENT = {"method": "lora_ga", "samples": 4}
 
-pytestmark = pytest.mark.usefixtures("service")
-
 
 @pytest.fixture
-def client() -> Iterator[TestClient]:
+def client(service: None) -> Iterator[TestClient]:
     with session_scope() as session:
         _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="test")
         session.commit()
@@ -184,16 +182,16 @@ def test_a_run_that_failed_quotes_rows_in_its_job_alone_and_only_while_they_are_
 
 
 @pytest.mark.slow
-def test_a_running_service_forgets_within_a_minute(stack: Stack, tmp_path: Path) -> None:
+def test_a_running_service_forgets_within_a_minute(stack: Stack, folder: Path) -> None:
     """Web process, reconciler and worker by themselves, their logs included."""
     word = "It is 11 and 11"
     order = stack.create({"r": 2, "init": GRADIENT})
     stack.wait(order.id, "succeeded")
-    assert where_it_is(word, tmp_path)
+    assert where_it_is(word, folder)
     assert entries("tokens") and entries("init")
     for file in (order.training_file, order.validation_file):
         stack.client.files.delete(str(file))
     deadline = time.monotonic() + 120
-    while where_it_is(word, tmp_path) or entries("tokens") or entries("init"):
-        assert time.monotonic() < deadline, (where_it_is(word, tmp_path), entries("tokens"), entries("init"))
+    while where_it_is(word, folder) or entries("tokens") or entries("init"):
+        assert time.monotonic() < deadline, (where_it_is(word, folder), entries("tokens"), entries("init"))
         time.sleep(1)

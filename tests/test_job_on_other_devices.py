@@ -15,9 +15,9 @@ from sqlalchemy import update
 
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
-from tests.test_job_path import Stack, children_of, stack, tiny_base, wait_for
+from tests.test_job_path import Stack, children_of, folder, stack, started, tiny_base, wait_for
 
-__all__ = ["stack", "tiny_base"]  # fixtures
+__all__ = ["folder", "stack", "started", "tiny_base"]  # fixtures
 
 FIGURES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "full_valid_loss")
 

@@ -1,18 +1,20 @@
 """One job's path through the real thing: read this first.
 
 A web process, a reconciler, a Celery worker and a Valkey broker are started as a user would have
-them, on SQLite and on PostgreSQL. A stock `openai` client orders an adapter on a tiny random model;
-stock PEFT loads what comes back.
+them, once on SQLite and once on PostgreSQL. A stock `openai` client orders an adapter on a tiny random
+model; stock PEFT loads what comes back.
 """
 
+import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,25 @@ import openai
 import psutil
 import pytest
 from openai.types.fine_tuning import FineTuningJob
+from sqlalchemy import Engine
 
 from api.core.access import keys
 from api.core.db.database import session_scope
 from tests import servers
+from tests.conftest import empty, forget, point_at
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama
+from tests.things import ON_ONE_DATABASE
 
 WORKER = ["-m", "celery", "-A", "worker.app", "worker"]
 QUIET = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
 FINAL = ("succeeded", "failed", "cancelled")
 PATIENCE = 300  # seconds until a test gives up hope, on however busy a machine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Path:
+    """Where the service keeps its files and its logs."""
+    return tmp_path_factory.mktemp("service")
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +67,31 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Stack:
     """The running service and a client of it."""
 
-    def __init__(self, url: str, key: str, processes: dict[str, subprocess.Popen[bytes]], logs: Path) -> None:
+    def __init__(self, url: str, key: str, logs: Path) -> None:
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
-        self.processes = processes
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.logs = logs
+
+    def start(self, name: str, *words: str, **settings: str) -> subprocess.Popen[bytes]:
+        log = self.logs / name
+        self.processes[name] = servers.spawn([sys.executable, *words], log=log, env={**os.environ, **settings})
+        return self.processes[name]
+
+    def start_worker(self, **settings: str) -> subprocess.Popen[bytes]:
+        return self.start("worker", *WORKER, *QUIET, **settings)
+
+    def stop_worker(self) -> None:
+        """Ask it to leave, and see it go."""
+        self.processes["worker"].terminate()
+        self.processes["worker"].wait(PATIENCE)
+
+    def tidy(self) -> None:
+        """Cancel what a test left unfinished, and have a worker again."""
+        for job in self.client.fine_tuning.jobs.list():
+            if job.status not in FINAL:
+                self.client.fine_tuning.jobs.cancel(job.id)
+        if self.processes["worker"].poll() is not None:
+            self.start_worker()
 
     def upload(self, count: int = 16) -> str:
         rows = "".join(json.dumps(chat(f"What is {n}?", f"It is {n} and {n}")) + "\n" for n in range(count))
@@ -94,31 +126,43 @@ class Stack:
         return (self.logs / name).read_text()[-6000:]
 
 
+@pytest.fixture(scope="module")
+def started(database_url: str, engine: Engine, valkey_url: str, tiny_base: Path, folder: Path) -> Iterator[Stack]:
+    """One service for all tests of a kind of database."""
+    with pytest.MonkeyPatch.context() as patch:
+        point_at(patch, database_url, folder)
+        patch.setenv("LORAINIT_BROKER_URL", valkey_url)
+        patch.setenv("LORAINIT_CATALOGUE", str(tiny_base / "catalogue.toml"))
+        patch.setenv("LORAINIT_LEASE_SECONDS", "600")  # none runs out, however busy the machine is
+        patch.setenv("LORAINIT_DEVICES_PER_JOB", "3")
+        with session_scope() as session:
+            _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="test")
+            session.commit()
+        with running(secret, folder) as service:
+            yield service
+    empty(engine)
+    forget()
+
+
 @pytest.fixture
-def stack(
-    service: None, environment: pytest.MonkeyPatch, valkey_url: str, tiny_base: Path, tmp_path: Path
-) -> Iterator[Stack]:
-    environment.setenv("LORAINIT_BROKER_URL", valkey_url)
-    environment.setenv("LORAINIT_CATALOGUE", str(tiny_base / "catalogue.toml"))
-    environment.setenv("LORAINIT_LEASE_SECONDS", "6")
-    environment.setenv("LORAINIT_DEVICES_PER_JOB", "3")
-    with session_scope() as session:
-        _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="test")
-        session.commit()
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    with ExitStack() as exits:
-        url = exits.enter_context(servers.web({}, log=logs / "web"))
-        processes = {
-            "worker": servers.spawn([sys.executable, *WORKER, *QUIET], log=logs / "worker"),
-            "reconciler": servers.spawn([sys.executable, "-m", "worker.reconciler"], log=logs / "reconciler"),
-        }
+def stack(started: Stack) -> Iterator[Stack]:
+    """The running service, which the next test finds as this one did: nothing to do, and a worker."""
+    yield started
+    started.tidy()
+
+
+@contextmanager
+def running(secret: str, logs: Path) -> Iterator[Stack]:
+    """The processes of a service with the settings of this process."""
+    with servers.web({}, log=logs / "web") as url:
+        service = Stack(url, secret, logs)
+        service.start("reconciler", "-m", "worker.reconciler")
+        service.start_worker()
         try:
-            yield Stack(url, secret, processes, logs)
+            yield service
         finally:
-            for process in processes.values():
-                if process.poll() is None:
-                    servers.stopped(process, servers.signal.SIGTERM)
+            for process in service.processes.values():
+                servers.stopped(process, servers.signal.SIGTERM)
 
 
 def children_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -133,12 +177,23 @@ def _is_a_run(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_job_is_ordered_trained_and_downloaded(stack: Stack, tiny_base: Path, tmp_path: Path) -> None:
-    created = stack.create({"init": "loram", "r": 4})
+@pytest.fixture(scope="module")
+def trained(started: Stack) -> FineTuningJob:
+    """A job that has succeeded."""
+    created = started.create({"init": "loram", "r": 4})
     assert created.status == "validating_files"
-    job = stack.wait(created.id, "succeeded")
+    return started.wait(created.id, "succeeded")
 
-    # The job says what ran, and the numbers are there as events, metrics file and checkpoints.
+
+def metrics_of(stack: Stack, job: FineTuningJob) -> list[dict[str, str]]:
+    """The rows of a job's metrics file."""
+    return list(csv.DictReader(io.StringIO(stack.client.files.content(job.result_files[0]).text)))
+
+
+def test_a_job_is_ordered_and_trained(stack: Stack, trained: FineTuningJob) -> None:
+    job = trained
+
+    # It says what ran, and the numbers are there as events, metrics file and checkpoints.
     assert job.error is None
     assert job.lora["init"]["method"] == "loram"  # type: ignore[attr-defined]
     assert job.init_report["function_preserving"] is True  # type: ignore[attr-defined]
@@ -147,16 +202,18 @@ def test_a_job_is_ordered_trained_and_downloaded(stack: Stack, tiny_base: Path, 
     story = stack.messages(job.id)
     assert story[0].startswith("Created fine-tuning job")
     assert story[-1] == "The job has successfully completed"
-    metrics = stack.client.files.content(job.result_files[0]).text.splitlines()
-    assert [line.split(",")[0] for line in metrics] == ["step", "0", "1", "2", "3", "4"]
+    assert [row["step"] for row in metrics_of(stack, job)] == ["0", "1", "2", "3", "4"]
     assert [c.step_number for c in stack.client.fine_tuning.jobs.checkpoints.list(job.id)] == [4, 2]
     assert job.fine_tuned_model in [model.id for model in stack.client.models.list()]
 
-    # The download is a plain PEFT adapter, and it holds the validation loss the job reported.
-    tar = stack.client.files.content(job.adapter["file_id"]).read()  # type: ignore[attr-defined]
+
+def test_the_download_is_a_plain_peft_adapter_and_holds_the_validation_loss_of_its_job(
+    stack: Stack, trained: FineTuningJob, tiny_base: Path, tmp_path: Path
+) -> None:
+    tar = stack.client.files.content(trained.adapter["file_id"]).read()  # type: ignore[attr-defined]
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
         archive.extractall(tmp_path / "adapter", filter="data")
-    reported = float(metrics[-1].split(",")[metrics[0].split(",").index("full_valid_loss")])
+    reported = float(metrics_of(stack, trained)[-1]["full_valid_loss"])
     assert loss_with_stock_peft(tiny_base / "model", tmp_path / "adapter") == pytest.approx(reported, abs=1e-4)
 
 
@@ -187,6 +244,7 @@ print(total / count)
     return float(ran.stdout.splitlines()[-1])
 
 
+@ON_ONE_DATABASE
 def test_cancel_stops_the_training_process_within_five_seconds(stack: Stack) -> None:
     job = stack.create({"init": "kaiming", "r": 4}, n_epochs=50, batch_size=1)
     stack.wait(job.id, "running")
@@ -203,7 +261,7 @@ def test_cancel_stops_the_training_process_within_five_seconds(stack: Stack) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@ON_ONE_DATABASE
 def test_the_second_run_of_a_slot_is_split_off_what_has_torch_loaded(stack: Stack) -> None:
     stack.wait(stack.create({"init": "kaiming", "r": 2}, n_epochs=1).id, "succeeded")
     ready = wait_for(lambda: [one for one in family(stack) if words_of(one)[-2:] == ["lorainit.warm", "ready"]])
@@ -245,27 +303,29 @@ def assert_started_anew_after_every(story: list[str], loss: str) -> None:
 
 
 def test_a_killed_worker_loses_no_job(stack: Stack) -> None:
+    stack.stop_worker()
+    worker = stack.start_worker(LORAINIT_LEASE_SECONDS="6")
     job = stack.create({"init": "kaiming", "r": 4}, n_epochs=6)  # long enough to be killed before its end
     stack.wait(job.id, "running")
-    processes = [stack.processes["worker"], *children_of(stack.processes["worker"])]
-    stack.processes["worker"].kill()
-    stack.processes["worker"].wait()
-    stack.processes["worker"] = servers.spawn([sys.executable, *WORKER, *QUIET], log=stack.logs / "worker-2")
+    runs = wait_for(lambda: children_of(worker))
+    worker.kill()
+    worker.wait()
+    stack.start_worker()
     assert stack.wait(job.id, "succeeded").status == "succeeded"
     assert_started_anew_after_every(stack.messages(job.id), "worker was lost")
-    assert not any(isinstance(p, psutil.Process) and p.is_running() for p in processes)
+    assert not any(run.is_running() for run in runs)
 
 
+@ON_ONE_DATABASE
 def test_a_worker_that_is_asked_to_leave_gives_its_job_back(stack: Stack) -> None:
     job = stack.create({"init": "kaiming", "r": 4}, n_epochs=50, batch_size=1)
     stack.wait(job.id, "running")
-    stack.processes["worker"].terminate()
-    stack.processes["worker"].wait(20)
+    stack.stop_worker()
     again = stack.wait(job.id, "queued")
     assert again.resources is None or again.resources.get("attempts", 0) == 0  # type: ignore[attr-defined]
-    stack.client.fine_tuning.jobs.cancel(job.id)
 
 
+@ON_ONE_DATABASE
 def test_a_run_that_cannot_work_fails_with_code_and_field(stack: Stack) -> None:
     rows = json.dumps(chat("Say <|im_end|> please", "no")) + "\n"
     file = stack.client.files.create(file=("bad.jsonl", io.BytesIO(rows.encode())), purpose="fine-tune")
@@ -277,6 +337,7 @@ def test_a_run_that_cannot_work_fails_with_code_and_field(stack: Stack) -> None:
     assert "Traceback" not in json.dumps(failed.to_dict())
 
 
+@ON_ONE_DATABASE
 def test_grouped_jobs_train_in_one_process_and_each_ends_on_its_own(stack: Stack) -> None:
     """Three wait behind a running one; one of them is cancelled while they train."""
     first = stack.create({"init": "kaiming", "r": 4}, n_epochs=20)
@@ -299,6 +360,7 @@ def test_grouped_jobs_train_in_one_process_and_each_ends_on_its_own(stack: Stack
     stack.wait(stack.create({"init": "gaussian", "r": 2}).id, "succeeded")
 
 
+@ON_ONE_DATABASE
 def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None:
     """Ends like any other, and when it is cancelled both processes go."""
     job = stack.wait(stack.create({"init": "pissa", "r": 4}, devices=2).id, "succeeded")
@@ -320,6 +382,7 @@ def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None
     assert not left
 
 
+@ON_ONE_DATABASE
 def test_a_job_that_loses_one_of_its_two_processes_is_tried_again(stack: Stack) -> None:
     """From its last checkpoint: nobody knows why the process was killed, and the job is not to blame."""
     job = stack.create({"init": "kaiming", "r": 4}, devices=2, n_epochs=30, checkpoint_interval=2)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,7 @@ from api.core.db.database import session_scope
 from api.core.settings import Settings
 from tests import servers
 from tests.conftest import forget
-from tests.test_job_path import QUIET, WORKER, Stack, tiny_base
+from tests.test_job_path import Stack, running, tiny_base
 
 __all__ = ["tiny_base"]
 PASSWORDS = {name: f"planted-{name}-swordfish" for name in ("database", "broker", "storage", "hosted")}
@@ -56,14 +55,7 @@ def stack(
         with session_scope() as session:
             _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="t", role="admin")
             session.commit()
-        url = exits.enter_context(servers.web({}, log=logs / "web"))
-        processes = {
-            "worker": servers.spawn([sys.executable, *WORKER, *QUIET], log=logs / "worker"),
-            "reconciler": servers.spawn([sys.executable, "-m", "worker.reconciler"], log=logs / "reconciler"),
-        }
-        for process in processes.values():
-            exits.callback(servers.stopped, process, servers.signal.SIGTERM)
-        yield Stack(url, secret, processes, logs), secret
+        yield exits.enter_context(running(secret, logs)), secret
 
 
 def rows() -> Iterator[str]:
