@@ -31,27 +31,42 @@ def require_well(found: dict[str, str]) -> None:
     assert ends_well(found["found"]), found
 
 
-def test_a_run_goes_on_where_tensors_obey_cudas_rules(tmp_path: Path) -> None:
-    refusals, resumed = run(tmp_path, "refusals", "token budget")
-    assert refusals["found"] == "all refused"
-    assert str(resumed["found"]).endswith("the same bits; ends checked")
-    assert "**" not in str(resumed["found"])
+# Of the quick tier, for the slow one has them all.
+CROSS_SECTION = (
+    "refusals",
+    "token budget",
+    "a GPU that fails while it verifies",
+    "no memory in a backward pass",
+    "a GPU that fails in a backward pass",
+)
 
 
-def test_a_gpu_that_fails_while_a_download_is_checked_is_no_verdict_on_it(tmp_path: Path) -> None:
-    (found,) = run(tmp_path, "a GPU that fails while it verifies")
-    assert found["found"] == "told as device_failed"
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each case of the cross-section found, one after the other in one process."""
+    return {one["case"]: one["found"] for one in run(tmp_path_factory.mktemp("cases"), *CROSS_SECTION)}
 
 
-def test_memory_that_runs_out_in_a_backward_pass_is_backed_off(tmp_path: Path) -> None:
+def test_what_a_gpu_refuses_the_pretended_one_refuses_too(found: dict[str, str]) -> None:
+    assert found["refusals"] == "all refused"
+
+
+def test_a_run_goes_on_where_tensors_obey_cudas_rules(found: dict[str, str]) -> None:
+    assert found["token budget"].endswith("the same bits; ends checked")
+    assert "**" not in found["token budget"]
+
+
+def test_a_gpu_that_fails_while_a_download_is_checked_is_no_verdict_on_it(found: dict[str, str]) -> None:
+    assert found["a GPU that fails while it verifies"] == "told as device_failed"
+
+
+def test_memory_that_runs_out_in_a_backward_pass_is_backed_off(found: dict[str, str]) -> None:
     """In the try of packed rows, in evidence, and before the first step."""
-    (found,) = run(tmp_path, "no memory in a backward pass")
-    assert found["found"] == "; ".join(3 * ["ends checked"])
+    assert found["no memory in a backward pass"] == "; ".join(3 * ["ends checked"])
 
 
-def test_a_gpu_that_fails_in_a_backward_pass_is_told(tmp_path: Path) -> None:
-    (found,) = run(tmp_path, "a GPU that fails in a backward pass")
-    assert found["found"] == "; ".join(3 * ["told as device_failed"])
+def test_a_gpu_that_fails_in_a_backward_pass_is_told(found: dict[str, str]) -> None:
+    assert found["a GPU that fails in a backward pass"] == "; ".join(3 * ["told as device_failed"])
 
 
 @pytest.mark.slow
