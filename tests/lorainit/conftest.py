@@ -149,7 +149,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", made)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def spec(bases: dict[str, Path], rows: Path):
     """Make a RunSpec from overrides: `spec("llama", lora={...}, training={...})`."""
 

@@ -34,27 +34,43 @@ def by_ourselves(command):
     return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
 
 
-@pytest.mark.parametrize("start", [by_torchrun, by_ourselves])
-def test_two_processes_train_what_one_trains(spec, rows, tmp_path, start):
-    """Five rows a step in pieces of two: one process has two pieces, the other one."""
+@pytest.fixture(scope="module", params=[by_torchrun, by_ourselves])
+def both(spec, rows, tmp_path_factory, request):
+    """The folder of one run alone and by two processes, whose interpreters cannot be taken down.
+
+    As where Gloo's threads end the process with SIGABRT on the way; here something does so always.
+    Five rows a step in pieces of two: one process has two pieces, the other one.
+    """
+    folder = tmp_path_factory.mktemp("both")
     one = spec(
         micro_batch_size=2, data={"validation": str(rows)}, lora={"init": "pissa", "r": 4},
         training={"max_steps": 4, "eval_interval": 2},
     )  # fmt: skip
-    alone = run(one, tmp_path / "alone", lambda event: None)
-    file = tmp_path / "spec.json"
+    run(one, folder / "alone", lambda event: None)
+    file = folder / "spec.json"
     file.write_text(one.model_copy(update={"devices": 2}).model_dump_json())
-    processes = start([sys.executable, "-m", "lorainit", str(file), str(tmp_path / "shared")])
+    (folder / "sitecustomize.py").write_text("import atexit, os, sys\natexit.register(os.abort)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        processes = request.param([sys.executable, "-m", "lorainit", str(file), str(folder / "shared")])
     said = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
+    return folder, [process.returncode for process in processes], said
+
+
+def test_a_run_that_is_done_stays_done_where_the_interpreter_cannot_be_taken_down(both):
+    _, codes, said = both
+    assert set(codes) == {0}, said
+
+
+def test_two_processes_train_what_one_trains(both):
+    folder, _, said = both
     assert "".join(said).count("Adapter:") == 1
-    assert not list(tmp_path.glob("shared/rendezvous*"))
-    ours = load_file(tmp_path / "shared" / "adapter" / "adapter_model.safetensors")
-    theirs = load_file(f"{alone.adapter}/adapter_model.safetensors")
+    assert not list(folder.glob("shared/rendezvous*"))
+    ours, theirs = (load_file(folder / who / "adapter" / "adapter_model.safetensors") for who in ("shared", "alone"))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=2e-6), name
-    logs = [(tmp_path / who / "metrics.jsonl").read_text().splitlines() for who in ("shared", "alone")]
+    logs = [(folder / who / "metrics.jsonl").read_text().splitlines() for who in ("shared", "alone")]
     assert len(logs[0]) == len(logs[1]) == 5
     for line, expected in zip(*(map(json.loads, log) for log in logs), strict=True):
         for name in ("step", "tokens", "epoch"):
@@ -96,26 +112,16 @@ def wait(condition, seconds=120):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_process_that_dies_takes_its_run_with_it_by_the_same_signal(two, number):
-    """Whoever watches the run then knows whether it was killed from outside, and does not wait for the next sum."""
+def test_a_process_that_dies_takes_its_run_with_it_by_the_same_signal(two):
+    """Whoever watches the run then knows whether it was killed from outside, and does not wait for the next sum.
+
+    By SIGKILL one of three processes dies below.
+    """
     leading, other = two
-    other.send_signal(number)
+    other.send_signal(signal.SIGSEGV)
     _, said = leading.communicate(timeout=600)
-    assert leading.returncode == -number
-    assert f"process 1 of this run ended with exit code {-number}".encode() in said
-
-
-@pytest.mark.parametrize("start", [by_torchrun, by_ourselves])
-def test_a_run_that_is_done_stays_done_where_the_interpreter_cannot_be_taken_down(spec, tmp_path, start, monkeypatch):
-    """As where Gloo's threads end the process with SIGABRT on the way; here something does so always."""
-    (tmp_path / "sitecustomize.py").write_text("import atexit, os, sys\natexit.register(os.abort)\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    file = tmp_path / "spec.json"
-    file.write_text(spec(devices=2).model_dump_json())
-    processes = start([sys.executable, "-m", "lorainit", str(file), str(tmp_path / "out")])
-    said = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert leading.returncode == -signal.SIGSEGV
+    assert b"process 1 of this run ended with exit code -11" in said
 
 
 def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_path):
@@ -181,8 +187,9 @@ def test_of_three_processes_none_is_left_when_one_is_killed(spec, tmp_path):
     with training(spec(devices=3, micro_batch_size=1, training=ENDLESS), tmp_path) as (leading, others):
         assert len(others) == 2
         others[0].kill()
-        leading.communicate(timeout=600)
+        _, said = leading.communicate(timeout=600)
         assert leading.returncode == -signal.SIGKILL
+        assert b"of this run ended with exit code -9" in said
         wait(lambda: not any(is_there(other) for other in others), seconds=10)
 
 
