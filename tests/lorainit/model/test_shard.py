@@ -73,23 +73,34 @@ def begun_by_one(cases, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def halves(cases, begun_by_one, tmp_path_factory):
-    """The folder of what two processes began, and of what they made of the checkpoint of one."""
-    folder = tmp_path_factory.mktemp("halves")
-    going_on = halfway(cases, resume_from=str(point(begun_by_one)))
-    run_by(2, {"begun": shared(halfway(cases)), "gone on": shared(going_on)}, folder)
-    return folder
+def pair(cases, begun_by_one, stopped, tmp_path_factory):
+    """The folder of what two processes made of all cases, one after the other.
 
-
-@pytest.fixture(scope="module")
-def pair(cases, tmp_path_factory):
-    """The folder of what two processes made of all cases."""
+    "begun" and "straight" go through; "gone on" and "resumed" begin with the checkpoints of others.
+    """
     folder = tmp_path_factory.mktemp("pair")
     given = {name: shared(spec) for name, spec in cases.items() if name != "dropped"}
     bad = cases["kaiming"].data.model_copy(update={"training": str(folder / "none.jsonl")})
     (folder / "none.jsonl").write_text("no row\n")
     given["bad"] = shared(cases["kaiming"], data=bad)
+    given["begun"] = shared(halfway(cases))
+    given["gone on"] = shared(halfway(cases, resume_from=str(point(begun_by_one))))
+    (checkpoint,) = (stopped / "checkpoints").iterdir()
+    given["straight"] = shared(long(cases))
+    given["resumed"] = shared(long(cases), resume_from=str(checkpoint))
     run_by(2, given, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(cases, tmp_path_factory):
+    """The folder of a divided run that was asked to stop before its end."""
+    folder = tmp_path_factory.mktemp("stopped")
+    process = by_command_line(shared(long(cases)), folder)
+    await_steps(process, folder / "metrics.jsonl")
+    process.terminate()
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 143, said
     return folder
 
 
@@ -103,6 +114,12 @@ def halfway(cases: dict[str, RunSpec], **update) -> RunSpec:
     """A run with dropout that leaves a checkpoint after two of its four steps."""
     training = cases["dropped"].training.model_copy(update={"max_steps": 4, "checkpoint_interval": 2})
     return cases["dropped"].model_copy(update={"training": training, **update})
+
+
+def long(cases: dict[str, RunSpec]) -> RunSpec:
+    """A run that can be stopped before its end."""
+    update = {"max_steps": 60, "eval_interval": 20, "checkpoint_interval": 500}
+    return cases["pissa"].model_copy(update={"training": cases["pissa"].training.model_copy(update=update)})
 
 
 def point(folder: Path) -> Path:
@@ -133,26 +150,26 @@ def require_same(ours: Path, theirs: Path, *, points: int) -> None:
             assert line[number] is expected[number] is None or abs(line[number] - expected[number]) < 1e-5
 
 
-def test_two_processes_train_with_the_dropout_of_one(begun_by_one, halves):
+def test_two_processes_train_with_the_dropout_of_one(begun_by_one, pair):
     """Masks belong to the place of a micro-batch in its step, whoever computes it."""
-    assert [one["error"] for one in found(halves, "begun")] == [None, None]
-    require_same(halves / "begun", begun_by_one, points=5)
+    assert [one["error"] for one in found(pair, "begun")] == [None, None]
+    require_same(pair / "begun", begun_by_one, points=5)
 
 
-def test_what_one_process_began_two_go_on_with(begun_by_one, halves):
-    assert [one["error"] for one in found(halves, "gone on")] == [None, None]
-    require_same(halves / "gone on", begun_by_one, points=5)
+def test_what_one_process_began_two_go_on_with(begun_by_one, pair):
+    assert [one["error"] for one in found(pair, "gone on")] == [None, None]
+    require_same(pair / "gone on", begun_by_one, points=5)
 
 
-def test_what_two_processes_began_one_goes_on_with(cases, begun_by_one, halves, tmp_path):
-    run(halfway(cases, resume_from=str(point(halves / "begun"))), tmp_path, quiet)
+def test_what_two_processes_began_one_goes_on_with(cases, begun_by_one, pair, tmp_path):
+    run(halfway(cases, resume_from=str(point(pair / "begun"))), tmp_path, quiet)
     require_same(tmp_path, begun_by_one, points=5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("divided", [True, False])
-def test_what_two_processes_began_three_go_on_with(cases, begun_by_one, halves, tmp_path, divided):
-    spec = halfway(cases, resume_from=str(point(halves / "begun")))
+def test_what_two_processes_began_three_go_on_with(cases, begun_by_one, pair, tmp_path, divided):
+    spec = halfway(cases, resume_from=str(point(pair / "begun")))
     training = spec.training.model_copy(update={"shard_base": divided})
     run_by(3, {"by three": shared(spec, devices=3, training=training)}, tmp_path)
     require_same(tmp_path / "by three", begun_by_one, points=5)
@@ -203,30 +220,12 @@ def await_steps(process: subprocess.Popen, log: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_divided_run_that_is_stopped_goes_on_with_the_same_bits(cases, tmp_path):
-    training = {
-        **cases["pissa"].training.model_dump(),
-        "max_steps": 60,
-        "eval_interval": 20,
-        "checkpoint_interval": 500,
-    }
-    spec = RunSpec.model_validate({**cases["pissa"].model_dump(mode="json"), "training": training})
-    straight = by_command_line(shared(spec), tmp_path / "straight")
-    said = straight.communicate(timeout=600)[1]
-    assert straight.returncode == 0, said
-    stopped = by_command_line(shared(spec), tmp_path / "stopped")
-    await_steps(stopped, tmp_path / "stopped" / "metrics.jsonl")
-    stopped.terminate()
-    said = stopped.communicate(timeout=600)[1]
-    assert stopped.returncode == 143, said
-    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
-    resumed = by_command_line(shared(spec, resume_from=str(checkpoint)), tmp_path / "resumed")
-    said = resumed.communicate(timeout=600)[1]
-    assert resumed.returncode == 0, said
-    weights = [
-        (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("straight", "resumed")
-    ]
-    assert weights[0] == weights[1]
+def test_a_divided_run_that_is_stopped_goes_on_with_the_same_bits(pair, stopped):
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) <= 60, "it was not stopped before its end"
+    straight, resumed = (
+        (pair / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("straight", "resumed")
+    )
+    assert straight == resumed
 
 
 def test_a_process_that_is_killed_takes_a_divided_run_with_it(cases, tmp_path):
