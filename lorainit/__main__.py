@@ -12,24 +12,23 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import NamedTuple, TextIO
 
 from pydantic import ValidationError
 
 from lorainit.config.errors import DeviceSilent, Dropped, LorainitError, Stopped
-from lorainit.config.events import Event, Failed, Stage, Tick
+from lorainit.config.events import Event, Failed, OnEvent
 from lorainit.config.faults import faults_of
 from lorainit.config.sources import LOCAL, is_root
 from lorainit.config.spec import RunSpec
+from lorainit.leases import LEASE_LOST, StopRequest, watch_leases
 from lorainit.runtime import machine
 from lorainit.runtime.distributed.launch import (
     PATIENCE,
@@ -37,18 +36,15 @@ from lorainit.runtime.distributed.launch import (
     Loss,
     Others,
     companions,
+    count_processes,
     end_process,
-    is_one_of_several,
     leave_word,
 )
 from lorainit.system import closed_pipe, silence
 from lorainit.system.host_failure import is_host_failure
 from lorainit.system.limits import die_with_parent
 
-FAILED, WRONG_SPEC, LEASE_LOST, STOPPED = 1, 2, 75, 143
-LEASE_SECONDS = 0.5
-
-OnEvent = Callable[[Event], None]
+FAILED, WRONG_SPEC, STOPPED = 1, 2, 143
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         die_with_parent(LEASE_LOST)
     leases = [member.lease for member in members if member.lease]
     if leases:
-        _guard(leases)
-    stop = _Stop(leases)
+        watch_leases(leases)
+    stop = StopRequest(leases)
     signal.signal(signal.SIGTERM, stop.ask)
     specs = [_read_spec(member.spec) for member in members]
     if any(spec is None for spec in specs):
@@ -127,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_with_companions(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent) -> int:
+def _run_with_companions(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent) -> int:
     with ExitStack() as exits:
         try:
             others = exits.enter_context(_companions(runs))
@@ -136,7 +132,7 @@ def _run_with_companions(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_
         return _run(runs, stop, on_event, others)
 
 
-def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
+def _run(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent, others: Others) -> int:
     """Run, and turn every way to end into events and an exit code."""
     code = _run_to_an_end(runs, stop, on_event, others)
     if code:
@@ -144,7 +140,7 @@ def _run(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, 
     return code
 
 
-def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event: OnEvent, others: Others) -> int:
+def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent, others: Others) -> int:
     open_runs, failed = set(range(len(runs))), False
     others.watch(partial(_end_as, on_event=on_event, others=others))
     try:
@@ -158,7 +154,8 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: "_Stop", on_event:
 
         heard = _watched(runs[0][0], on_event, others)
         requests = [
-            Request(spec, member.out, stop.listener(who, member, heard)) for who, (spec, member) in enumerate(runs)
+            Request(spec, member.out, stop.listener(who, member.lease, heard))
+            for who, (spec, member) in enumerate(runs)
         ]
         for who, end in run_together(requests):
             open_runs.discard(who)
@@ -341,66 +338,8 @@ def _doctor(arguments: list[str]) -> int:
     return FAILED if found["machine"]["gpu_trouble"] and not args.json else 0  # who asks for JSON reads the trouble
 
 
-# --- staying on the supervisor's leash ---------------------------------------------------------
-
-
-class _Stop:
-    """What a signal or a lease asks for, checked at every event."""
-
-    def __init__(self, leases: list[Path]) -> None:
-        self.asked = False
-        self.leases = leases
-
-    def ask(self, _signum: int, _frame: FrameType | None) -> None:
-        """The signal handler: only remembers."""
-        self.asked = True
-
-    def listener(self, who: int, member: _Member, on_event: OnEvent) -> OnEvent:
-        """What a run's `on_event` does before it passes an event on, as that of member `who`."""
-
-        def listen(event: Event) -> None:
-            # A stop is heeded between two pieces of work; what has been done is told all the same.
-            self.check(heed=isinstance(event, Tick | Stage))
-            # Ticks come from the middle of a pass that is everybody's; all else from the member's own work.
-            if member.lease and not isinstance(event, Tick) and _past(member.lease):
-                raise Dropped("The lease of this run is past.")
-            on_event(event.model_copy(update={"member": who}) if who else event)
-
-        return listen
-
-    def check(self, *, heed: bool) -> None:
-        """Exit when all leases are past; raise `Stopped` when somebody asked and that is to be heeded now."""
-        if self.leases and all(map(_past, self.leases)):
-            _leave()
-        if self.asked and heed:
-            raise Stopped("The run was asked to stop.")
-
-
-def _guard(leases: list[Path]) -> None:
-    """Watch the leases from a thread, since one layer's SVD may take longer than a lease."""
-
-    def watch() -> None:
-        while not all(map(_past, leases)):
-            time.sleep(LEASE_SECONDS)
-        _leave()
-
-    threading.Thread(target=watch, name="lease", daemon=True).start()
-
-
-def _past(lease: Path) -> bool:
-    """Whether the deadline is over; a lease that cannot be read protects nobody and counts as over."""
-    try:
-        return time.monotonic() > float(lease.read_text())
-    except (OSError, ValueError):
-        return True
-
-
-def _leave() -> None:
-    os._exit(LEASE_LOST)
-
-
 if __name__ == "__main__":
     code = closed_pipe.run(main)
-    if isinstance(code, int) and is_one_of_several():
+    if isinstance(code, int) and count_processes() > 1:
         end_process(code)
     sys.exit(code)

@@ -8,7 +8,7 @@ way in which a run speaks.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit.config.events import Event, Plan
+from lorainit.config.events import OnEvent, Plan
 from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 from lorainit.data.batches import Budget, Regime, batches, order
 from lorainit.data.dataset import Dataset, Sample
@@ -26,8 +26,6 @@ from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.passes import Passes
 from lorainit.runtime.retry import anybody
 
-Emit = Callable[[Event], None]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -35,7 +33,7 @@ class Request:
 
     spec: RunSpec
     out: Path
-    on_event: Emit
+    on_event: OnEvent
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Run:
 
     spec: RunSpec
     out: Path
-    emit: Emit
+    emit: OnEvent
     base: Base
     lora: Lora
     training: Hyperparameters

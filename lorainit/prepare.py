@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lorainit.config.errors import GroupMismatch
-from lorainit.config.events import Message, Plan, Tick
+from lorainit.config.events import Message, OnEvent, Plan, Tick
 from lorainit.config.facts import LeftOut
 from lorainit.config.placement import sentence
 from lorainit.config.resolve import resolve, steps_per_epoch, total_steps
@@ -19,7 +19,7 @@ from lorainit.context import Request, Run
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
 from lorainit.data.tokens import load_kept
-from lorainit.model.base import Base, OnEvent, store
+from lorainit.model.base import Base, store
 from lorainit.model.layers.experts import ExpertLinear, short_name
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import check_length

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from lorainit.config.errors import Stopped
-from lorainit.config.events import Done, InitReport, Stage
+from lorainit.config.events import Done, InitReport, OnEvent, Stage
 from lorainit.config.spec import RunSpec
-from lorainit.context import Emit, Report, Request, Run
+from lorainit.context import Report, Request, Run
 from lorainit.data.dataset import require_readable
 from lorainit.export import delivery, proof
 from lorainit.export.ending import End, Ending
@@ -30,7 +30,7 @@ from lorainit.train.loop import train
 from lorainit.train.member import Member
 
 
-def run(spec: RunSpec, out: Path, on_event: Emit) -> Done:
+def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
     """Run a spec from beginning to end.
 
     Args:

@@ -5,6 +5,7 @@ per step. In the child they become JSON lines on a pipe, on the command line a p
 tests a list. What `on_event` raises stops the run.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -149,3 +150,4 @@ Event = Annotated[
     Field(discriminator="kind"),
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+OnEvent = Callable[[Event], None]

@@ -19,13 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorainit.config.errors import ExportCheckFailed
-from lorainit.config.events import Event, Tick
+from lorainit.config.events import OnEvent, Tick
 from lorainit.data.dataset import Sample
 from lorainit.export.effect import Change, Effect, logits_of, norm_of, observe_peft
 from lorainit.export.peft_adapter import MAGNITUDE, WEIGHTS
 from lorainit.runtime.machine_errors import is_machine_failure
 
-OnEvent = Callable[[Event], None]
 MAX_PROMPTS, PROMPT_TOKENS = 4, 64
 # In float64, of numbers that are kept in float32: relative to what a layer adds, and to what its base makes. A
 # difference form that has learned nothing adds what is left of two products that cancel: ZERO, of the base.

@@ -13,14 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorainit.config.errors import ExportCheckFailed
-from lorainit.config.events import Message, Stage, Warned
+from lorainit.config.events import Message, OnEvent, Stage, Warned
 from lorainit.config.results import write_csv
 from lorainit.config.sources import local_path
 from lorainit.context import Run
 from lorainit.export import check, fidelity, model_card, peft_adapter
 from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
-from lorainit.model.base import OnEvent
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.quantize import nf4_config

@@ -5,20 +5,19 @@ then known to ten digits, however little it was trained. Knows nothing of files.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorainit.config.events import Event, Tick
+from lorainit.config.events import OnEvent, Tick
 from lorainit.export.exact import exact, plain, widened, widest
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.runtime.hardware import generator_for
 
-OnEvent = Callable[[Event], None]
 NOTHING = 1e-12  # of the largest logit: what float64 leaves where terms cancel
 ROWS = 2  # given to each layer; one would do, two cannot both be unlucky
 

@@ -7,7 +7,6 @@ model's files, the exported adapter and stock PEFT; how the adapter was trained 
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from lorainit.config.events import Event, Message, Tick
+from lorainit.config.events import Message, OnEvent, Tick
 from lorainit.config.inits import Quantization
 from lorainit.data.dataset import Dataset, Sample
 from lorainit.export.check import with_stock_peft
@@ -25,7 +24,6 @@ from lorainit.model.load import free, load_model
 from lorainit.model.targets.targets import linear_layers
 from lorainit.runtime.hardware import has_bf16
 
-OnEvent = Callable[[Event], None]
 Way = Literal["unmerged", "merged"]
 
 # SmolLM2-135M on one CPU core: six passes over 1024 tokens take about 14 s (3.4 s in fp32, 1.1 s in bf16).

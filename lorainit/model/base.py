@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorainit.config.errors import GroupMismatch
-from lorainit.config.events import Event, Message
+from lorainit.config.events import Message, OnEvent
 from lorainit.config.inits import Quantization
 from lorainit.config.spec import RunSpec
 from lorainit.data.batches import Batch, Regime, any_length, make_batch, pad_id
@@ -33,8 +33,6 @@ from lorainit.runtime import hardware, machine
 from lorainit.runtime.distributed.world import ALONE, World
 from lorainit.runtime.refusal import as_unsupported
 from lorainit.runtime.store import Store
-
-OnEvent = Callable[[Event], None]
 
 
 @dataclass

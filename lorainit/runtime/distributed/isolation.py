@@ -5,7 +5,7 @@ lay in memory when they happened.
 """
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lorainit.config.errors import (
@@ -19,12 +19,10 @@ from lorainit.config.errors import (
     UnsupportedModel,
     UnusableDevice,
 )
-from lorainit.config.events import Event
+from lorainit.config.events import Event, OnEvent
 from lorainit.runtime import hardware, machine_errors
 from lorainit.system import shared_memory, silence
 from lorainit.system.host_failure import is_host_failure
-
-OnEvent = Callable[[Event], None]
 
 
 class ListenerFailed(BaseException):

@@ -146,9 +146,9 @@ def companions(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[O
         meeting.unlink(missing_ok=True)
 
 
-def is_one_of_several() -> bool:
-    """Whether this process is one of those of a run on several devices, started by us or by torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def count_processes() -> int:
+    """How many processes this run has, whether we or torchrun started them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def end_process(code: int) -> NoReturn:

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 
 from lorainit.config.errors import DeviceSilent, TooFewDevices
 from lorainit.runtime import machine_errors
-from lorainit.runtime.distributed.launch import RENDEZVOUS
+from lorainit.runtime.distributed.launch import RENDEZVOUS, count_processes
 from lorainit.system import silence
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def joined(device: torch.device) -> Iterator[World]:
         TooFewDevices: there are more processes than GPUs.
         DeviceSilent: they did not all come.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = count_processes()
     if size == 1:
         yield ALONE
         return
