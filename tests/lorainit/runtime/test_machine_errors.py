@@ -142,7 +142,7 @@ def test_a_kernel_that_refuses_its_numbers_is_a_verdict_on_one_run_only(monkeypa
     monkeypatch.setattr(main.machine, "set_up", lambda: Message(message="m"))
     heard = []
     runs = [(spec(), main._Member(tmp_path, tmp_path, None)) for _ in range(count)]
-    assert main._run(runs, main._Stop([]), heard.append, Others()) == 1
+    assert main._run(runs, main.StopRequest([]), heard.append, Others()) == 1
     assert [event.code for event in heard if isinstance(event, Failed)] == told
 
 
@@ -155,7 +155,7 @@ def told_before_it_begins(monkeypatch, spec, folder, error):
     heard = []
     monkeypatch.setattr(main.machine, "set_up", lambda: Message(message="m"))
     monkeypatch.setattr(main.machine, "keep_kernels", broken)
-    assert main._run([(spec(), main._Member(folder, folder, None))], main._Stop([]), heard.append, Others()) == 1
+    assert main._run([(spec(), main._Member(folder, folder, None))], main.StopRequest([]), heard.append, Others()) == 1
     return [event.code for event in heard if isinstance(event, Failed)]
 
 
@@ -178,7 +178,7 @@ def test_a_run_whose_other_processes_cannot_be_started_says_why(monkeypatch, spe
 
     monkeypatch.setattr(main, "companions", broken)
     runs, heard = [(spec(devices=2), main._Member(tmp_path, tmp_path, None))], []
-    assert main._run_with_companions(runs, main._Stop([]), heard.append) == 1
+    assert main._run_with_companions(runs, main.StopRequest([]), heard.append) == 1
     assert [event.code for event in heard] == ["out_of_memory"]
 
 
