@@ -85,6 +85,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini --cache-dir .mypy_cache/tests tests benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/lorainit migrate --check
 

@@ -64,9 +64,9 @@ def page(found: Sequence[Found], *, busy: tuple[float, float]) -> str:
             lines.append(f"| {name} | {one.kind} | {it.cpu:.2f} | {it.cpu / bare:.1f} | {it.rate:.0f} | {times} |")
     lines += ["", *_head("the complete list of models", "database", "MB", "seconds", "CPU s", "memory it takes, MiB")]
     for one in found:
-        it = one.whole
-        figures = f"{it.megabytes:.1f} | {it.seconds:.1f} | {it.cpu:.1f} | {it.memory:.0f}"
-        lines.append(f"| {it.models} adapters | {one.kind} | {figures} |")
+        whole = one.whole
+        figures = f"{whole.megabytes:.1f} | {whole.seconds:.1f} | {whole.cpu:.1f} | {whole.memory:.0f}"
+        lines.append(f"| {whole.models} adapters | {one.kind} | {figures} |")
     return "\n".join([*lines, "", *goals(found)]) + "\n"
 
 

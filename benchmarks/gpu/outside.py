@@ -124,9 +124,10 @@ def watched(what: Sequence[str | Path], page: Path, *, until: float, each: float
 def end(process: subprocess.Popen[Any]) -> None:
     """End a process and all that it started."""
     with suppress(psutil.NoSuchProcess):
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        for child in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                child.kill()
+    process.kill()
 
 
 def last_words(path: Path) -> str:

@@ -136,9 +136,10 @@ class Fleet:
         """Everything down, whatever state it is in."""
         for kept in self.kept:
             if kept.process is not None:
-                for member in [*family(kept.process.pid), kept.process]:
-                    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                for member in family(kept.process.pid):
+                    with suppress(psutil.NoSuchProcess):
                         member.kill()
+                kept.process.kill()
                 kept.process.wait()
         self._exits.close()
 

@@ -34,9 +34,9 @@ Transcript = dict[str, dict[str, Any]]
 def numbers() -> list[str]:
     """The checks there are, read from their sources without running them."""
     sources = (ast.parse(path.read_text()) for path in sorted(SCRIPT.glob("*.py")))
-    decorated = (node for tree in sources for node in tree.body if isinstance(node, ast.FunctionDef))
-    named = (ast.literal_eval(node.decorator_list[0].args[0]) for node in decorated if node.decorator_list)
-    return sorted(named, key=int)
+    functions = (node for tree in sources for node in tree.body if isinstance(node, ast.FunctionDef))
+    decorators = (node.decorator_list[0] for node in functions if node.decorator_list)
+    return sorted((ast.literal_eval(call.args[0]) for call in decorators if isinstance(call, ast.Call)), key=int)
 
 
 def people(url: str) -> dict[str, str]:

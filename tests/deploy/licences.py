@@ -26,8 +26,9 @@ def licence_of(metadata: PackageMetadata) -> str:
     """What a package says its licence is, on one line; empty if it says nothing."""
     classifiers = metadata.get_all("Classifier", [])
     classified = [line.rpartition("::")[2].strip() for line in classifiers if "License ::" in line]
-    said = metadata.get("License-Expression") or "; ".join(classified) or metadata.get("License") or ""
-    return next((line.strip() for line in said.splitlines() if line.strip()), "")
+    (expression, *_), (free_text, *_) = (metadata.get_all(name, [""]) for name in ("License-Expression", "License"))
+    licence = expression or "; ".join(classified) or free_text
+    return next((line.strip() for line in licence.splitlines() if line.strip()), "")
 
 
 def fault(licence: str) -> str:

@@ -140,9 +140,9 @@ def test_ours_live_side_by_side(tmp_path):
 def test_peft_converts_dora_to_plain_lora_without_its_magnitudes_and_we_refuse(tmp_path):
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights="pissa", use_dora=True)
     model = get_peft_model(tiny(), config).eval()
-    model.peft_config["default"].init_lora_weights = True
+    model.peft_config["default"].init_lora_weights = True  # type: ignore[attr-defined]
     model.save_pretrained(tmp_path / "start")
-    model.peft_config["default"].init_lora_weights = "pissa"
+    model.peft_config["default"].init_lora_weights = "pissa"  # type: ignore[attr-defined]
     shaken(parameter for name, parameter in model.named_parameters() if "lora_" in name)
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
     assert apart(logits(PeftModel.from_pretrained(tiny(), tmp_path / "plain").eval()), logits(model)) > 0.05

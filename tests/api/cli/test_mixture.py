@@ -47,9 +47,10 @@ def test_a_job_on_a_mixture_of_a_hub_trains_its_experts_says_so_and_is_read_by_s
 ) -> None:
     job: Any = order(client, rows, validation, init="pissa")
     deadline = time.monotonic() + 120
-    while (job := client.fine_tuning.jobs.retrieve(job.id)).status not in ("succeeded", "failed"):
+    while job.status not in ("succeeded", "failed"):
         assert time.monotonic() < deadline, job.status
         time.sleep(0.1)
+        job = client.fine_tuning.jobs.retrieve(job.id)
     assert (job.status, job.error) == ("succeeded", None)
 
     # Two layers with four matrices of attention and two of each of four experts: of rank 4, between these widths.

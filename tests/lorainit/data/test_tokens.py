@@ -56,7 +56,7 @@ def read(bases, tmp_path):
         refuse(data, rule, "data.training")
         return data
 
-    call.said, call.tokenizer = said, tokenizer
+    call.said, call.tokenizer = said, tokenizer  # type: ignore[attr-defined]
     return call
 
 

@@ -117,9 +117,8 @@ def test_the_last_line_of_the_command_line_is_the_warning(tmp_path):
     warnings = judge(log(tmp_path / "log", {0: 2.0, 8: 2.5}), rate=1e-3, usual=1e-3)
     check = {"loaders": [{"version": "0"}], "max_abs_logit_difference": 0.0}
     done = Done(adapter="x", trained_tokens=1, export_check=check, resources={}, warnings=warnings)
-    display = Display(Console(file=io.StringIO(), width=400))
+    shown = io.StringIO()
+    display = Display(Console(file=shown, width=400))
     display.show(done)
     display.conclude()
-    assert (
-        display.console.file.getvalue().splitlines()[-1].startswith("worse_than_base: The validation loss ended at 2.5")
-    )
+    assert shown.getvalue().splitlines()[-1].startswith("worse_than_base: The validation loss ended at 2.5")

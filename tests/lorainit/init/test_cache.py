@@ -37,7 +37,7 @@ def begin(spec, tmp_path):
         made = spec(lora={"init": init}, cache=str(cache) if cache else None, **overrides)
         job = prepared(made, tmp_path / "out", events.append)
         report = stage.start(job)
-        start.modules = report.modules
+        start.modules = report.modules  # type: ignore[attr-defined]
         factors = {n: (m.A.detach().clone(), m.B.detach().clone()) for n, m in job.layers.items()}
         return report.summary, factors, [e.message for e in events if isinstance(e, Message) and e.level == "warn"]
 

@@ -146,7 +146,7 @@ def poison(who, step, field="A"):
                 getattr(layer, field)[0, 0] = float("nan")
 
     alive = {}
-    listen.alive, listen.seen = alive, seen
+    listen.alive, listen.seen = alive, seen  # type: ignore[attr-defined]
     return listen
 
 

@@ -90,7 +90,8 @@ def training(one, folder, *, silence=1800):
     wait(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 3)
     others = psutil.Process(leading.pid).children()
     yield leading, others
-    for process in (leading, *others):
+    leading.kill()
+    for process in others:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     leading.communicate()
