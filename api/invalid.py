@@ -1,6 +1,6 @@
 """From pydantic's errors to one fault a caller can act on: a code, a dotted path, a sentence.
 
-A field is named as the caller wrote it (`lorainit.config.faults`).
+A field is named as the caller wrote it (`lorainit.config.validation_errors`).
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from itertools import islice
 from reprlib import Repr
 from typing import Any
 
-from lorainit.config.faults import Details, written
+from lorainit.config.validation_errors import Details, written
 
 _CODES = {
     "missing": "missing_required_parameter",

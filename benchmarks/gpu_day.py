@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.outside import Asked, outside  # noqa: E402
 from benchmarks.gpu.plan import NO_GPU, SECTIONS, Clock, exit_code, not_tried, wrong  # noqa: E402
-from lorainit.system.ask import ask  # noqa: E402
+from lorainit.system.bounded_command import ask  # noqa: E402
 
 ANSWER_SECONDS = 60.0
 
@@ -65,10 +65,10 @@ def inside(args: argparse.Namespace) -> int:
     """One section, in its own process."""
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries and other processes print is no part of the page
-    from lorainit.runtime import machine
+    from lorainit.runtime import process_tuning
 
     section = next(one for one in SECTIONS if one.name == args.section)
-    machine.set_up()  # as a run's own process does, before torch is loaded
+    process_tuning.set_up()  # as a run's own process does, before torch is loaded
     from benchmarks.gpu.day import Day
 
     day = Day.begun(args.device, folder=args.folder, tiny=args.tiny, seconds=args.seconds, page=lines)

@@ -3,7 +3,7 @@
     python benchmarks/sizes.py [--write docs/sizes.md]
 
 Sums over shapes: no weight is made and nothing is measured. What a forward pass takes beside it is not in these sums,
-because a run measures that before its first step (`lorainit.train.fit`).
+because a run measures that before its first step (`lorainit.train.memory`).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.gpu.day import SHAPES
 from benchmarks.train_page import write_section
 from lorainit.model import memory
 from lorainit.model.layers.decoder_layers import listed_layers
-from lorainit.train.fit import SHARE
+from lorainit.train.memory import SHARE
 
 NAME = "sizes"  # the place in docs/sizes.md
 RANK, TOKENS = 16, 2048

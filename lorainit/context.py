@@ -52,7 +52,7 @@ class Run:
     looks at, those of the calibration file or else of the training file. `passes`, `plan`: as memory has made them.
     `retries`: how often memory ran out. `alone`: no other run shares its process.
     `layers`: its adapter, once it is initialized; `report`: how. `proof`: how it was shown that stock PEFT reads what
-    this run exports (`lorainit.export.proof`); None = not shown.
+    this run exports (`lorainit.export.early_check`); None = not shown.
     `evidence_tokens`: at most so many in a pass while evidence is collected, None = as `budget` has it.
     """
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from lorainit.config.errors import GroupMismatch
 from lorainit.config.events import Message, OnEvent, Plan, Tick
-from lorainit.config.facts import LeftOut
-from lorainit.config.placement import sentence
+from lorainit.config.model_facts import LeftOut
 from lorainit.config.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.config.spec import Choice, Hyperparameters, Lora, RunSpec
+from lorainit.config.target_modules import sentence
 from lorainit.context import Request, Run
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
@@ -25,9 +25,9 @@ from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import check_length
 from lorainit.model.passes import Passes, go_on
 from lorainit.model.source.vocabulary import require_known
-from lorainit.model.targets import mixture
+from lorainit.model.targets import moe
 from lorainit.model.targets.targets import resolve as resolve_targets
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 
 
 def prepare(request: Request, base: Base, *, sharing: int = 1, known: dict[str, Any] | None = None) -> Run:
@@ -44,7 +44,7 @@ def prepare(request: Request, base: Base, *, sharing: int = 1, known: dict[str, 
     spec, emit, started = request.spec, request.on_event, time.monotonic()
     base.require_same(spec)
     lora, choices = spec.lora.resolved()
-    asked, decided_here = hardware.resolve_precision(spec.training, base.device)
+    asked, decided_here = devices.resolve_precision(spec.training, base.device)
     # max_length does not depend on the number of rows, and the number of usable rows depends on it.
     model_ref = spec.model.model_copy(update={"weights": base.weights})
     max_length = resolve(asked, rows=1, model=model_ref, method=lora.method)[0].max_length
@@ -66,7 +66,7 @@ def prepare(request: Request, base: Base, *, sharing: int = 1, known: dict[str, 
     if sharing > 1:
         _refuse_routed(targets)
     _report_left_out(left_out, targets, emit)
-    for message in mixture.describe(model, targets, lora):
+    for message in moe.describe(model, targets, lora):
         emit(message)
     assert training.batch_size != "auto"
     passes = go_on(spec, base, known, batch_size=training.batch_size, sharing=sharing)

@@ -15,19 +15,19 @@ from lorainit.config.events import Done, InitReport, OnEvent, Stage
 from lorainit.config.spec import RunSpec
 from lorainit.context import Report, Request, Run
 from lorainit.data.dataset import require_readable
-from lorainit.export import delivery, proof
-from lorainit.export.ending import End, Ending
+from lorainit.export import early_check, outputs
+from lorainit.export.finish import End, Ending
 from lorainit.init import stage
 from lorainit.model.base import Base, open_base
 from lorainit.prepare import prepare
-from lorainit.runtime import hardware
-from lorainit.runtime.distributed import isolation
+from lorainit.runtime import devices
+from lorainit.runtime.distributed import run_errors
 from lorainit.runtime.distributed.world import World, joined
 from lorainit.train import checkpoint
 from lorainit.train.checkpoint import Restored
-from lorainit.train.fit import fit
 from lorainit.train.loop import train
 from lorainit.train.member import Member
+from lorainit.train.memory import fit
 
 
 def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
@@ -62,12 +62,12 @@ def run_together(requests: Sequence[Request]) -> Iterator[tuple[int, End]]:
         LorainitError: as for `run`.
     """
     first = requests[0].spec
-    requests = [replace(request, on_event=isolation.listener(request.on_event)) for request in requests]
+    requests = [replace(request, on_event=run_errors.listener(request.on_event)) for request in requests]
     with (
-        isolation.as_our_errors(),
-        isolation.raise_listener_errors(),
-        hardware.reproducible(first.seed, deterministic=first.deterministic),
-        joined(hardware.pick_device()) as world,
+        run_errors.as_our_errors(),
+        run_errors.raise_listener_errors(),
+        devices.reproducible(first.seed, deterministic=first.deterministic),
+        joined(devices.pick_device()) as world,
         closing(_together(requests, world)) as ends,
     ):
         yield from ends
@@ -85,7 +85,7 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
             runs[who], restored = _begin(request, base, sharing=len(requests))
             members.append(_member(runs[who], restored))
         except Exception as error:
-            yield who, isolation.end_of(error, alone=len(requests) == 1)
+            yield who, run_errors.end_of(error, alone=len(requests) == 1)
     if base is None or not runs:
         return
     members = fit(base.model, members, lay=base.make_batch, world=world)
@@ -132,11 +132,11 @@ def _begin(request: Request, base: Base, *, sharing: int) -> tuple[Run, Restored
     known = checkpoint.manifest_of(Path(point)) if point else {}
     run = prepare(request, base, sharing=sharing, known=known.get("passes"))
     if run.is_rank0:
-        delivery.write_spec(run)
+        outputs.write_spec(run)
     restored = checkpoint.read(Path(point), recipe=run.recipe) if point else None
     run.emit(run.plan)
     run.emit(Stage(stage="initializing", message=f"Initializing with {run.lora.method.method}"))
-    run.proof = proof.prove(run, known=known.get("proof"))
+    run.proof = early_check.prove(run, known=known.get("proof"))
     if restored:
         _resume(run, restored)
     else:
@@ -166,7 +166,7 @@ def _member(run: Run, restored: Restored | None) -> Member:
         recomputes=run.passes.recomputed,
         out=run.out,
         checkpoint_recipe=run.recipe,
-        write_adapter=partial(delivery.write_adapter, run),
+        write_adapter=partial(outputs.write_adapter, run),
         skip=run.lora.method.batches_used(run.report.summary),
         regime=run.regime,
         objective=run.objective,

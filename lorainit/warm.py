@@ -2,7 +2,7 @@
 
 It knows nothing of any run: an order is read by the process that was forked for it. It starts no thread and looks at
 no GPU, since neither survives a fork (docs/decisions/0046). Its parent is `worker.child.warm`, and what they say to
-each other on the socket FD is in `lorainit.system.orders`. Linux only.
+each other on the socket FD is in `lorainit.system.warm_protocol`. Linux only.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorainit.system.limits import die_with_parent
-from lorainit.system.orders import DONE, MAX_MESSAGE, READY
+from lorainit.system.warm_protocol import DONE, MAX_MESSAGE, READY
 
 _ARGUMENTS_START = 45  # of the fields of /proc/PID/stat behind the name
 
@@ -65,9 +65,9 @@ def _load() -> None:
     os.environ.pop("OPENBLAS_NUM_THREADS")
     if own is not None:
         os.environ["OPENBLAS_NUM_THREADS"] = own
-    from lorainit.runtime import machine
+    from lorainit.runtime import process_tuning
 
-    machine.before_torch()
+    process_tuning.before_torch()
     from lorainit.__main__ import load
 
     load()

@@ -17,7 +17,7 @@ def pytest_xdist_auto_num_workers() -> int:
     """The same for this machine; what a container may use counts, not what its host has."""
     import torch
 
-    from lorainit.runtime.hardware import free_bytes
-    from lorainit.runtime.machine import usable_cpus
+    from lorainit.runtime.devices import free_bytes
+    from lorainit.runtime.process_tuning import usable_cpus
 
     return processes(usable_cpus(), free_bytes(torch.device("cpu")))

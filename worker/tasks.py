@@ -22,7 +22,7 @@ from api.core.logs import get_logger
 from api.core.queue import queue
 from api.core.settings import get_settings
 from lorainit.config.events import Event
-from lorainit.system.silence import Silence
+from lorainit.system.watchdog import Silence
 from worker import gpu_health
 from worker.app import app, drain_file, name, unhealthy_file
 from worker.child import warm

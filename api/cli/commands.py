@@ -160,7 +160,7 @@ def models_inspect(
 ) -> None:
     """On the server's machine: the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
     from api.core.models.catalogue import ID
-    from lorainit.config.facts import ModelFacts
+    from lorainit.config.model_facts import ModelFacts
     from lorainit.config.sources import LOCAL, is_root
 
     if re.fullmatch(ID, model_id) is None:

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from api.cli.client import field_of
-from lorainit.config.facts import ModelFacts, Target
 from lorainit.config.inits import INITS
+from lorainit.config.model_facts import ModelFacts, Target
 from lorainit.config.sources import HUB, LOCAL
 
 METHOD_COLUMNS = ("method", "looks at", "export", "what it does")

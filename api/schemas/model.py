@@ -6,8 +6,8 @@ from api.core.db.tables import Checkpoint
 from api.core.models.catalogue import Entry
 from api.core.models.registry import Model
 from api.schemas.wire import Element, Wire, unix
-from lorainit.config.facts import LeftOut
 from lorainit.config.inits import INITS, AnyInit, ExportRank, Kaiming, Quantization
+from lorainit.config.model_facts import LeftOut
 from lorainit.config.resolve import base_learning_rate
 
 ModelType = Literal["base", "adapter", "checkpoint"]

@@ -20,7 +20,7 @@ from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
 from lorainit.context import Request
 from lorainit.run import run, run_together
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, tiny_mistral, write_rows
 
 WORDS = ["the", "cat", "sat", "on", "two", "mats", "and", "it", "is", "four", "my", "friend", "so", "what"]
@@ -200,7 +200,7 @@ def processor(day: Day) -> None:
 
 def _on_both(jobs: Jobs, spec: RunSpec) -> str:
     here = products(adapter(jobs.run(spec)[0].adapter))
-    with mock.patch.object(hardware, "pick_device", return_value=torch.device("cpu")):
+    with mock.patch.object(devices, "pick_device", return_value=torch.device("cpu")):
         there = products(adapter(jobs.run(spec)[0].adapter))
     off = max(float((here[m] - there[m]).norm() / there[m].norm()) for m in there)
     return held(off < SAME_TRAINING, f"B·A differ by at most {off:.1e}")

@@ -11,7 +11,7 @@ from benchmarks.gpu.day import Day, held
 from lorainit.model.forward import attention as ours
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 
 LENGTHS = (70, 5, 125, 300)
 HEADS = {"all heads alike": (4, 4), "grouped heads": (8, 2)}
@@ -24,8 +24,8 @@ QUERY = "name,driver_version,memory.total,clocks.max.sm,power.limit"
 
 def machine(day: Day) -> None:
     """Names and versions, and what a large copy and a large product reach here."""
-    facts = hardware.description()
-    packages = ", ".join(f"{name} {version}" for name, version in hardware.versions().items() if version)
+    facts = devices.description()
+    packages = ", ".join(f"{name} {version}" for name, version in devices.versions().items() if version)
     day.say(f"- {facts['gpu'] or 'no GPU'}, CUDA of torch {facts['cuda']}, {facts['cpus']} processor cores")
     day.say(f"- {packages}")
     if not day.has_gpu:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from lorainit.config.facts import LeftOut
+from lorainit.config.model_facts import LeftOut
 from lorainit.config.schema import Strict
 from lorainit.config.spec import Choice
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from lorainit.config import sources
-from lorainit.config.facts import LeftOut
 from lorainit.config.inits import AnyInit, Automatic, Init, Kaiming, LoRAM, Quantization
+from lorainit.config.model_facts import LeftOut
 from lorainit.config.schema import Auto, Seed, Strict, refusal
 
 # --- the adapter -------------------------------------------------------------------------------
@@ -23,8 +23,8 @@ class Lora(Strict):
 
     `alpha` and `use_rslora` "auto" take the method's recommended value; `init` "auto" lets us
     choose. `Lora.resolved()` replaces every "auto" and says why. `left_out` is an answer: the kinds of layers that
-    `target_modules` meant too and that get no LoRA, with the reason (`lorainit.config.placement`); a server replaces
-    what is given.
+    `target_modules` meant too and that get no LoRA, with the reason (`lorainit.config.target_modules`); a server
+    replaces what is given.
     """
 
     init: Init = Kaiming(method="kaiming")
@@ -183,8 +183,8 @@ class Hyperparameters(Strict):
     not fit otherwise. `compile` fuses the base's element-wise parts: "auto" where a long run gets that back.
     `shard_base` divides the frozen base between the devices of a run (`RunSpec.devices`): "auto" where it does not
     fit on one.
-    These four autos are decided by the machine that the run finds itself on (`lorainit.runtime.hardware`,
-    `lorainit.train.fit`, `lorainit.model.shard`).
+    These four autos are decided by the machine that the run finds itself on (`lorainit.runtime.devices`,
+    `lorainit.train.memory`, `lorainit.model.shard`).
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from lorainit.config.kept import entry_name
+from lorainit.config.cache_names import entry_name
 from lorainit.data.dataset import Dataset, Sample, file_sha256, tokenize
 from lorainit.data.formats.rows import Problem
-from lorainit.runtime.store import Store, key
+from lorainit.runtime.disk_cache import Store, key
 
 
 def load_kept(

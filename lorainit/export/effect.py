@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.config.events import OnEvent, Tick
-from lorainit.export.exact import exact, plain, widened, widest
+from lorainit.export.float64 import exact, plain, widened, widest
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, borrowed
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 
 NOTHING = 1e-12  # of the largest logit: what float64 leaves where terms cancel
 ROWS = 2  # given to each layer; one would do, two cannot both be unlucky

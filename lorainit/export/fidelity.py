@@ -22,7 +22,7 @@ from lorainit.export.check import with_stock_peft
 from lorainit.model.layers.weight import was_conv1d, weight_of
 from lorainit.model.load import free, load_model
 from lorainit.model.targets.targets import linear_layers
-from lorainit.runtime.hardware import has_bf16
+from lorainit.runtime.devices import has_bf16
 
 Way = Literal["unmerged", "merged"]
 

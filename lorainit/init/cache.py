@@ -11,7 +11,7 @@ from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.initialize import Known
 from lorainit.model.layers.factors import Factors
-from lorainit.runtime.store import Store, raw_bytes
+from lorainit.runtime.disk_cache import Store, raw_bytes
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lorainit.init.norms import row_norms
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, adapted, attach
 from lorainit.model.layers.weight import shape_of, weight_of
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 
 MESSAGE_SECONDS = 5.0
 DORA_ROW = 1e-18  # norms of shorter rows are lost in float32 squares, in PEFT's DoRA as in ours

@@ -19,7 +19,7 @@ from lorainit.model.forward.loss import Look, look, row_losses, tally
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import adapted, disabled
 from lorainit.model.layers.weight import weight_of
-from lorainit.runtime.hardware import peak_memory_bytes
+from lorainit.runtime.devices import peak_memory_bytes
 from lorainit.runtime.retry import until_it_fits
 
 # How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorainit.config.cache_names import entry_name
 from lorainit.config.events import Message, Tick
-from lorainit.config.kept import entry_name
 from lorainit.context import Report, Run
 from lorainit.data.batches import Batch, batches, collate
 from lorainit.data.dataset import Sample
@@ -22,8 +22,8 @@ from lorainit.init.initialize import Known, initialize
 from lorainit.init.report import mean_loss
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import detach
+from lorainit.runtime.disk_cache import key
 from lorainit.runtime.retry import until_it_fits
-from lorainit.runtime.store import key
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
 WORTH_KEEPING_SECONDS = 1.0  # a start that took less is made faster than it is read

@@ -22,17 +22,17 @@ from lorainit.model.layers import experts
 from lorainit.model.layers.quantize import require_library
 from lorainit.model.layout import Layout, choose_layout
 from lorainit.model.load import Location, load_model, load_tokenizer, locate
-from lorainit.model.parts import load_part
 from lorainit.model.shard import decide, shard
+from lorainit.model.sharded_load import load_part
 from lorainit.model.source.digest import known_sha256, require_inspected, require_whole
 from lorainit.model.source.examine import examine
 from lorainit.model.source.vocabulary import require_rows
 from lorainit.model.targets.four_bits import FourBits, four_bits
 from lorainit.model.targets.targets import describe
-from lorainit.runtime import hardware, machine
+from lorainit.runtime import devices, process_tuning
+from lorainit.runtime.disk_cache import Store
 from lorainit.runtime.distributed.world import ALONE, World
 from lorainit.runtime.refusal import as_unsupported
-from lorainit.runtime.store import Store
 
 
 @dataclass
@@ -91,12 +91,12 @@ class Base:
         if self.sharded:
             self.place(self._model)
             text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
-            machine.note(machine.Choice("base", "sharded", self.sharded))
+            process_tuning.note(process_tuning.Choice("base", "sharded", self.sharded))
             on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
         self.layout = choose_layout(self._model)
         is_plain(self._model)  # asked now, while nobody watches its layers
         why = self.layout.why or "no padding to compute, and attention inside each row only"
-        machine.note(machine.Choice("rows", self.layout.rows, why))
+        process_tuning.note(process_tuning.Choice("rows", self.layout.rows, why))
         verb = "go" if self.layout.rows == "one by one" else "are"
         data = {"kind": "machine", "rows": self.layout.rows}
         on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))
@@ -190,7 +190,7 @@ class Base:
                 )
 
     def _dtype_of(self, spec: RunSpec) -> torch.dtype:
-        return hardware.dtype_of(hardware.resolve_precision(spec.training, self.device)[0].precision)
+        return devices.dtype_of(devices.resolve_precision(spec.training, self.device)[0].precision)
 
     def require_packing(self) -> None:
         """Raise `GroupMismatch` where several adapters cannot share a forward pass."""
@@ -199,7 +199,7 @@ class Base:
 
 
 def _is_free(wanted: float, device: torch.device) -> bool:
-    free = hardware.free_bytes(device)
+    free = devices.free_bytes(device)
     return free is None or wanted <= free
 
 
@@ -219,8 +219,8 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALO
     """
     if spec.lora.quantization:
         require_library()
-    device = hardware.pick_device()
-    dtype = hardware.dtype_of(hardware.resolve_precision(spec.training, device)[0].precision)
+    device = devices.pick_device()
+    dtype = devices.dtype_of(devices.resolve_precision(spec.training, device)[0].precision)
     location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
     skeleton = examine(location.folder)
     tokenizer = load_tokenizer(location.folder)

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.config.facts import MAX_SIDE, ModelFacts
+from lorainit.config.model_facts import MAX_SIDE, ModelFacts
 from lorainit.config.sources import LOCAL, is_hub_id
 from lorainit.data.chat.template import Template
 from lorainit.model.layers import experts

@@ -18,8 +18,8 @@ from lorainit.data.dataset import Sample
 from lorainit.model.forward import attention
 from lorainit.model.forward.positions import chosen_tokens, regime_of
 from lorainit.model.forward.probe import Lay, Seen, Windows, distances, in_float32, rows_of, see, short, windows_of
-from lorainit.model.parts import forget_pass
-from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.model.sharded_load import forget_pass
+from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.machine_errors import is_machine_failure, is_missing_kernel
 
 Rows = Literal["packed", "padded", "one by one"]

@@ -21,7 +21,7 @@ from lorainit.data.chat import tokenizer_time
 from lorainit.model.forward.positions import forget_lengths
 from lorainit.model.layers.quantize import loading_options, settle
 from lorainit.model.source import tokenizer_files
-from lorainit.model.source.complete import quiet, require_nothing_left
+from lorainit.model.source.completeness import quiet, require_nothing_left
 from lorainit.model.source.digest import seal
 from lorainit.model.source.examine import build, read_config, require_language_model
 from lorainit.model.source.files import check_folder, stored_weights

@@ -1,7 +1,7 @@
 """How much memory another copy of a base takes, beside what lies there already: an estimate, made before it is loaded.
 
 Held against measured peaks by tests/pretended/test_memory.py. What training takes is tried instead
-(`lorainit.train.fit`).
+(`lorainit.train.memory`).
 """
 
 from typing import Any

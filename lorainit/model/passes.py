@@ -13,10 +13,10 @@ from lorainit.config.errors import CheckpointMismatch
 from lorainit.config.schema import Strict
 from lorainit.config.spec import RunSpec
 from lorainit.model.base import Base
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 
-# The most of one forward pass, where nobody says. On a GPU more tokens would hardly be faster, and `lorainit.train.fit`
-# measures how many fit.
+# The most of one forward pass, where nobody says. On a GPU more tokens would hardly be faster, and
+# `lorainit.train.memory` measures how many fit.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 256}
 SAME_MEMORY = 0.02  # of two devices of one name, whose drivers may keep some of it
@@ -86,7 +86,7 @@ def begin(asked: Asked, base: Base, *, batch_size: int, sharing: int, one_by_one
     kind = base.device.type
     rows = 1 if one_by_one else min(asked.rows or _rows_for_all(batch_size, MAX_ROWS_PER_PASS[kind], base), batch_size)
     tokens = max(1, (asked.tokens or TOKENS_PER_PASS[kind]) // sharing)
-    device, memory = hardware.name_and_memory(base.device)
+    device, memory = devices.name_and_memory(base.device)
     parts = base.world.size if base.sharded else 1
     begun = Begun(rows=rows, tokens=tokens, device=device, memory=memory, parts=parts)
     return Passes(asked=asked, begun=begun, rows=rows, tokens=tokens)

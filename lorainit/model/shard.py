@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from lorainit.config.errors import TooFewDevices
 from lorainit.config.spec import RunSpec
 from lorainit.model.load import skeleton
-from lorainit.model.parts import PARAM, divisible_layers
+from lorainit.model.sharded_load import PARAM, divisible_layers
 from lorainit.runtime.distributed.world import World
 
 ROOM = 0.8  # of a device's memory for the base; the rest is for what training adds
@@ -51,7 +51,7 @@ def shard(model: nn.Module, device: torch.device, *, world: World, whole: Collec
     """Divide `model` between the devices of all processes, layer by layer.
 
     Args:
-        model: on the CPU, or read by this process in parts (`lorainit.model.parts`).
+        model: on the CPU, or read by this process in parts (`lorainit.model.sharded_load`).
         whole: parameters within layers that every device gets whole.
 
     Raises:

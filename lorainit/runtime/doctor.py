@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from lorainit.runtime import machine
+from lorainit.runtime import process_tuning
 from lorainit.system import driver, gpus
 
 
@@ -16,15 +16,17 @@ def examine() -> dict[str, Any]:
     """
     if not gpus.is_hidden():
         driver.listed()
-    machine.set_up()  # before anything else loads torch
-    from lorainit.runtime import hardware
+    process_tuning.set_up()  # before anything else loads torch
+    from lorainit.runtime import devices
 
-    choices = [{"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in machine.report()]
+    choices = [
+        {"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in process_tuning.report()
+    ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = {**hardware.description(), "usable_cpus": machine.usable_cpus(), "memory_bytes": memory}
-    facts |= {"gpus": gpus.visible(), "gpu_trouble": hardware.unusable_gpu() or hardware.failing_gpu()}
+    facts = {**devices.description(), "usable_cpus": process_tuning.usable_cpus(), "memory_bytes": memory}
+    facts |= {"gpus": gpus.visible(), "gpu_trouble": devices.unusable_gpu() or devices.failing_gpu()}
     del facts["settings"]  # the choices, without their reasons
-    return {"machine": facts, "packages": hardware.versions(), "choices": choices}
+    return {"machine": facts, "packages": devices.versions(), "choices": choices}
 
 
 def as_json(found: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import distributed
 
-from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.runtime.devices import is_out_of_memory
 from lorainit.system import shared_memory
 from lorainit.system.host_failure import is_host_failure
 

@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 
 from lorainit.config.errors import OutOfMemory
-from lorainit.runtime.distributed.isolation import forget
+from lorainit.runtime.devices import is_out_of_memory
+from lorainit.runtime.distributed.run_errors import forget
 from lorainit.runtime.distributed.world import ALONE, World
-from lorainit.runtime.hardware import is_out_of_memory
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lorainit.system.ask import ask
+from lorainit.system.bounded_command import ask
 
 PROGRAM = "nvidia-smi"
 ANSWER_SECONDS = 30.0  # without persistence mode the driver first starts each GPU, a second or two for each

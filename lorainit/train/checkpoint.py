@@ -23,7 +23,7 @@ from lorainit.config.spec import Lora
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import device_of
-from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.runtime.devices import is_out_of_memory
 from lorainit.system.host_failure import is_host_failure
 
 STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"

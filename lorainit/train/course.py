@@ -19,8 +19,8 @@ from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.data.batches import batches, order
 from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import Sums, added, no_sums
+from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.distributed.world import World
-from lorainit.runtime.hardware import is_out_of_memory
 from lorainit.runtime.retry import until_it_fits
 from lorainit.train.checkpoint import Progress, write
 from lorainit.train.member import Member, clip, say_shortage, with_half_the_tokens, with_smaller_evaluations

@@ -18,7 +18,7 @@ from lorainit.data.batches import Batch, batches
 from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import Sums, added, forward_backward, no_sums
 from lorainit.model.layers.group import Stand
-from lorainit.runtime.distributed import isolation
+from lorainit.runtime.distributed import run_errors
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import until_it_fits
 from lorainit.train.checkpoint import Progress
@@ -49,7 +49,7 @@ def train(
         try:
             courses[who] = Course(members[who], world)
         except Exception as error:
-            ended.append((who, isolation.end_of(error, alone=len(members) == 1)))
+            ended.append((who, run_errors.end_of(error, alone=len(members) == 1)))
         else:
             attempt(who, courses[who].begin)
 
@@ -60,7 +60,7 @@ def train(
             if course.is_over:
                 ended.append((who, course.progress))
         except Exception as error:
-            ended.append((who, isolation.end_of(error, alone=len(members) == 1)))
+            ended.append((who, run_errors.end_of(error, alone=len(members) == 1)))
         if ended and ended[-1][0] == who:
             del courses[who]
 
@@ -97,7 +97,7 @@ def _save_all(courses: Sequence[Course]) -> None:
         except Exception as error:
             if len(courses) == 1:
                 raise
-            text = f"No checkpoint of this moment could be written: {isolation.end_of(error, alone=False)}"
+            text = f"No checkpoint of this moment could be written: {run_errors.end_of(error, alone=False)}"
             course.member.on_event(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 

@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM, modeling_utils
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.load import load_model
-from lorainit.model.parts import divisible_layers, load_part
 from lorainit.model.shard import local_bytes, shard
+from lorainit.model.sharded_load import divisible_layers, load_part
 from lorainit.runtime.distributed.launch import end_process
 from lorainit.runtime.distributed.world import World
 

@@ -12,7 +12,7 @@ from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.targets.targets import find_targets
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 from tests.lorainit.contexts import dataset_of, run_of
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from lorainit import __main__ as main
 from lorainit.config.errors import CheckpointMismatch, HostFailed
 from lorainit.config.spec import RunSpec
 from lorainit.data.chat.stops import stop_tokens
-from lorainit.model import confined
+from lorainit.model import sandbox
 from lorainit.model.source import files, find, hub
 from lorainit.run import run
 from lorainit.train import checkpoint
@@ -104,12 +104,12 @@ def test_stop_tokens_are_not_guessed_where_the_file_that_names_them_cannot_be_re
 
 def test_a_base_that_the_host_cannot_read_is_not_refused_by_an_inspection(bases, tmp_path, monkeypatch, cannot_open):
     said = []
-    monkeypatch.setattr(confined, "_say", said.append)
-    monkeypatch.setattr(confined.limits, "bound_memory", lambda _: None)
-    monkeypatch.setattr(confined.limits, "die_with_parent", lambda: None)
-    monkeypatch.setattr(confined.sys, "stdout", confined.sys.stdout)
+    monkeypatch.setattr(sandbox, "_say", said.append)
+    monkeypatch.setattr(sandbox.limits, "bound_memory", lambda _: None)
+    monkeypatch.setattr(sandbox.limits, "die_with_parent", lambda: None)
+    monkeypatch.setattr(sandbox.sys, "stdout", sandbox.sys.stdout)
     cannot_open("config.json")
-    confined.answer(str(bases["llama"]), tmp_path)
+    sandbox.answer(str(bases["llama"]), tmp_path)
     assert "Input/output error" in said[-1]["failed"]
 
 

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from lorainit.__main__ import main
 from lorainit.config.events import EVENT, Checkpoint, Done, Failed, Metrics, Stage
-from lorainit.config.faults import faults_of
 from lorainit.config.spec import RunSpec
-from lorainit.model import confined
+from lorainit.config.validation_errors import faults_of
+from lorainit.model import sandbox
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
@@ -246,7 +246,7 @@ def test_inspect_prints_json(bases, tmp_path):
 
 
 def test_the_root_of_a_base_can_be_given(monkeypatch, capsys):
-    monkeypatch.setattr(confined, "inspect", lambda *_, **__: {"root": "local:tiny", "chat": True})
+    monkeypatch.setattr(sandbox, "inspect", lambda *_, **__: {"root": "local:tiny", "chat": True})
     assert main(["inspect", "tiny", "--root", "lab/tiny"]) == 0
     assert json.loads(capsys.readouterr().out) == {"root": "lab/tiny", "chat": True}
     with pytest.raises(SystemExit):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from torch.distributed import DistBackendError
 
-from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.runtime.devices import is_out_of_memory
 
 
 @pytest.mark.parametrize(

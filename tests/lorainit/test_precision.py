@@ -11,7 +11,7 @@ from lorainit.config.errors import CheckpointMismatch, UnsupportedModel
 from lorainit.config.events import Message, Plan
 from lorainit.config.spec import Hyperparameters
 from lorainit.run import run
-from lorainit.runtime.hardware import dtype_of, has_bf16, resolve_precision
+from lorainit.runtime.devices import dtype_of, has_bf16, resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FIELD = "training.precision"

@@ -41,7 +41,7 @@ from lorainit.model.targets import peft_support
 from lorainit.model.targets.four_bits import FourBits, four_bits
 from lorainit.model.targets.targets import find_targets, linear_layers
 from lorainit.run import run
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import make
 
@@ -159,7 +159,7 @@ def test_without_the_library_the_refusal_names_the_extra(spec, tmp_path, monkeyp
 
 
 def test_the_record_has_the_librarys_version():
-    assert hardware.versions()["bitsandbytes"] == bitsandbytes.__version__
+    assert devices.versions()["bitsandbytes"] == bitsandbytes.__version__
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from lorainit.config.spec import RunSpec
 from lorainit.context import Request
 from lorainit.model.memory import of_a_copy
 from lorainit.run import run_together
-from lorainit.train import fit
+from lorainit.train import memory
 from tests.lorainit.conftest import tiny_llama
 from tests.pretended import device, rules, trouble
 from tests.pretended.device import NAME
@@ -101,14 +101,14 @@ def _budget(day: Day) -> str:
     jobs, has = Jobs(day), device.memory
     gc.collect()
     training = {"batch_size": 12, "max_steps": 4, "checkpoint_interval": 2}
-    with mock.patch.object(fit, "PROBED", 64), mock.patch.object(fit, "STEP", 8):
+    with mock.patch.object(memory, "PROBED", 64), mock.patch.object(memory, "STEP", 8):
         has.peak = has.held
         wide, _ = jobs.run(jobs.spec(training=training, precision="fp32"))
         enough, has.limit = has.limit, has.peak * 4 // 5
         narrow, heard = jobs.run(jobs.spec(training=training, precision="fp32"))
         point = next(event for event in heard if isinstance(event, Checkpoint) and event.step == 2)
         again = jobs.spec(training=training, precision="fp32", resume_from=point.path)
-        with mock.patch.object(fit, "SHARE", 0.7):  # what would be measured now is something else
+        with mock.patch.object(memory, "SHARE", 0.7):  # what would be measured now is something else
             rest, _ = jobs.run(again)
         has.limit = enough
         elsewhere, _ = jobs.run(again)

@@ -102,10 +102,10 @@ def main(folder: Path, names: list[str]) -> None:
     from lorainit.init.evidence import memory as evidence
     from lorainit.model import memory
     from lorainit.run import run_together
-    from lorainit.train import fit
+    from lorainit.train import memory as training
     from tests.lorainit.conftest import tiny_llama
 
-    fit.PROBED = 64  # the passes that are measured are to be smaller than the steps of so few and short rows, as always
+    training.PROBED = 64  # measured passes have to be smaller than a step of these few short rows
     jobs.MAKERS["broad"] = lambda: tiny_llama(256, 512)
     for name in names:
         watch, asked = Stopwatch(), dict(CASES[name])

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorainit import __main__
-from lorainit.runtime import machine
+from lorainit.runtime import process_tuning
 
 
 def report(words: str) -> None:
@@ -56,6 +56,6 @@ def fail_when_compared() -> None:
 
 if __name__ == "__main__":
     if os.environ["FAILS"]:
-        machine.set_up()  # before anything else loads torch
+        process_tuning.set_up()  # before anything else loads torch
         fail_when_compared()
     sys.exit(__main__.main())

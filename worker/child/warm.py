@@ -24,7 +24,7 @@ import psutil
 from api.core.devices import devices
 from api.core.logs import get_logger
 from api.core.settings import get_settings
-from lorainit.system.orders import DONE, MAX_MESSAGE, READY, ROOM
+from lorainit.system.warm_protocol import DONE, MAX_MESSAGE, READY, ROOM
 from worker.host.memory import offer_to_the_oom_killer
 
 log = get_logger(__name__)

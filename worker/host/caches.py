@@ -1,7 +1,7 @@
 """Cache entries are removed with the rows that they were made of; each worker cleans the cache of its own host.
 
-The name of an entry says whose rows and which files it was made of (`lorainit.config.kept`), and the database says
-which files there are. So nobody has to tell a worker of a deletion, and one that was away when a file was deleted
+The name of an entry says whose rows and which files it was made of (`lorainit.config.cache_names`), and the database
+says which files there are. So nobody has to tell a worker of a deletion, and one that was away when a file was deleted
 sweeps when it is back. What a run that was just cancelled writes behind a sweep is found by the next one.
 
 Compiled kernels are made of no rows; they go after a month, for a new version of anything makes others.
@@ -14,7 +14,7 @@ from pathlib import Path
 from api.core.db.database import session_scope
 from api.core.files import files
 from api.core.settings import get_settings
-from lorainit.config import kept
+from lorainit.config import cache_names
 
 STALE_SECONDS = 3600.0  # a writer that is still at it after this has crashed
 KERNEL_SECONDS = 30 * 86400.0
@@ -22,7 +22,7 @@ KERNEL_SECONDS = 30 * 86400.0
 
 def sweep() -> list[Path]:
     """Remove entries one of whose files nobody has any more, and those whose names do not say; what was removed."""
-    found = {path: kept.rows_of(path.name) for path in _entries()}
+    found = {path: cache_names.rows_of(path.name) for path in _entries()}
     made_of = {(rows.owner, sha256) for rows in found.values() if rows for sha256 in rows.files}
     with session_scope(read_only=True) as session:
         there = files.find_existing(session, made_of)
@@ -34,18 +34,18 @@ def sweep() -> list[Path]:
 
 
 def _entries() -> Iterator[Path]:
-    for kind in kept.OF_ROWS:
+    for kind in cache_names.OF_ROWS:
         folder = get_settings().models() / kind
         yield from folder.iterdir() if folder.is_dir() else ()
 
 
 def _kernels() -> Iterator[Path]:
-    return (path for path in (get_settings().models() / kept.KERNELS).rglob("*") if not path.is_dir())
+    return (path for path in (get_settings().models() / cache_names.KERNELS).rglob("*") if not path.is_dir())
 
 
-def _may_be_kept(path: Path, rows: kept.Rows | None, there: set[tuple[str, str]]) -> bool:
+def _may_be_kept(path: Path, rows: cache_names.Rows | None, there: set[tuple[str, str]]) -> bool:
     if rows is None:  # of an earlier release, whose entries nobody reads, if not of the base alone
-        return kept.is_of_no_rows(path.name)
+        return cache_names.is_of_no_rows(path.name)
     left_by_a_crash = path.name.startswith(".") and _is_older(path, STALE_SECONDS)
     return all((rows.owner, sha256) in there for sha256 in rows.files) and not left_by_a_crash
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from api.core.devices.run_environment import PROGRAM, environment_of_runs
-from lorainit.system.ask import ask
+from lorainit.system.bounded_command import ask
 
 ANSWER_SECONDS = 300.0  # torch may have to be read from a slow disk, and CUDA starts each GPU
 

@@ -5,7 +5,7 @@ import sys
 
 from api.core.devices import devices
 from api.core.settings import get_settings
-from lorainit.system import gpus, silence
+from lorainit.system import gpus, watchdog
 
 PROGRAM = (sys.executable, "-m", "lorainit")
 
@@ -28,6 +28,6 @@ def environment_of_runs(names: str | None) -> dict[str, str]:
         **without_secrets(),
         **chosen,
         **needed,
-        silence.SECONDS: str(get_settings().silence_seconds),
+        watchdog.SECONDS: str(get_settings().silence_seconds),
         "TOKENIZERS_PARALLELISM": "false",
     }

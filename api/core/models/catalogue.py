@@ -19,9 +19,9 @@ from api.core.errors import BadReference, InvalidValue
 from api.core.models import catalogue_file
 from api.core.models.catalogue_file import BadCatalogue, CatalogueFile
 from api.core.settings import get_settings
-from lorainit.config import placement, sources
+from lorainit.config import sources, target_modules
 from lorainit.config.errors import LorainitError, UnsupportedInit
-from lorainit.config.facts import NF4_BLOCK, ModelFacts
+from lorainit.config.model_facts import NF4_BLOCK, ModelFacts
 from lorainit.config.schema import Strict
 from lorainit.config.spec import BaseModelRef, Lora, Rate, Root
 
@@ -233,7 +233,7 @@ def place(lora: Lora, entry: Entry) -> Lora:
         )
     try:
         # What a caller says of `left_out` is no order: it may be the answer to an earlier one.
-        placed = placement.place(lora.model_copy(update={"left_out": []}), entry.targets, entry.left_out)
+        placed = target_modules.place(lora.model_copy(update={"left_out": []}), entry.targets, entry.left_out)
     except LorainitError as error:
         message = f"{error.message.removesuffix('.')} (model {entry.id!r})."
         code = "unsupported_combination" if isinstance(error, UnsupportedInit) else error.code
@@ -253,14 +253,14 @@ def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
             f"{others[0]!r} of model {entry.id!r} means layers of more groups than {lora.target_modules!r}: its"
             " catalogue entry was written by an older version. Write it again with `lorainit models inspect`.",
             code="invalid_value",
-            param=placement.FIELD,
+            param=target_modules.FIELD,
         )
 
 
 def size(lora: Lora, entry: Entry) -> tuple[int, int]:
     """(adapted modules, trainable parameters) of a placed adapter."""
     names = tuple(lora.target_modules)
-    counts = [placement.chosen(target, names) for target in entry.targets]
+    counts = [target_modules.chosen(target, names) for target in entry.targets]
     parameters = sum(
         lora.parameters(target.out_features, target.in_features) * count
         for target, count in zip(entry.targets, counts, strict=True)

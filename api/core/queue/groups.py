@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session
 from api.core.db.tables import Job, has_status
 from api.core.models.catalogue import Entry
 from api.core.queue import scheduling
-from lorainit.config.placement import chosen
 from lorainit.config.spec import Hyperparameters, Lora
+from lorainit.config.target_modules import chosen
 
 # What the members' batches must have in common: their numeric type, and their shape, since a member with
 # longer or more rows makes all others wait.

@@ -15,7 +15,7 @@ from lorainit.init.methods.eva import alive_directions
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import listed
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
 MAX_PASSES, MIN_BATCHES = 8, 64

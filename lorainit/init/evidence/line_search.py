@@ -27,7 +27,7 @@ from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.layer import LoRALinear, adapted, attach
 from lorainit.model.layers.weight import weight_of
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 
 # Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))

@@ -9,7 +9,7 @@ from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
 from lorainit.context import Run
 from lorainit.model.layers.experts import ExpertLinear
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 
 FLOAT = 4
 GIB = 2**30
@@ -25,7 +25,7 @@ def require(run: Run, what: str, *, numbers: int, device: torch.device) -> None:
     Raises:
         OutOfMemory: they take more than is free in any process of the run.
     """
-    wanted, free = FLOAT * numbers, hardware.free_bytes(device)
+    wanted, free = FLOAT * numbers, devices.free_bytes(device)
     is_short = free is not None and wanted > free
     if run.anybody(is_short):
         room = f"{_gib(free or 0)} are free" if is_short else "another process of this run has less than that free"

@@ -28,7 +28,7 @@ from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.weight import device_of, shape_of
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 
 MAX_RANK, RANK_FACTOR = 128, 8
 MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02

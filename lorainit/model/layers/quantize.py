@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import BitsAndBytesConfig
 
 from lorainit.config.errors import InitFailed, UnsupportedModel
-from lorainit.config.facts import NF4_BLOCK
+from lorainit.config.model_facts import NF4_BLOCK
 
 # Relative difference that is rounding; weights that were read in the wrong order differ by 1.4.
 ROUNDING = 1e-2

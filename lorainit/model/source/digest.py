@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.config.spec import BaseModelRef
-from lorainit.runtime.store import Store, key
+from lorainit.runtime.disk_cache import Store, key
 
 # A file changed twice within one tick of the file system's clock looks unchanged: younger ones are not trusted.
 SETTLED_SECONDS = 2.0

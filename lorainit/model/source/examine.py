@@ -19,7 +19,7 @@ from transformers import (
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.source.causal import require_causal
-from lorainit.model.source.complete import quiet, require_complete
+from lorainit.model.source.completeness import quiet, require_complete
 from lorainit.model.source.files import MAX_CONFIG_BYTES, check_folder, read_object, stored_weights
 from lorainit.runtime.refusal import as_unsupported
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.config.facts import MAX_SIDE
+from lorainit.config.model_facts import MAX_SIDE
 from lorainit.model.source.tokenizer_files import TEMPLATES
 from lorainit.system.host_failure import is_host_failure
 

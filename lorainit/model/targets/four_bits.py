@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lorainit.config.facts import NF4_BLOCK, LeftOut
+from lorainit.config.model_facts import NF4_BLOCK, LeftOut
 from lorainit.model.layers.quantize import PACKED_ROWS, nf4_config
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.peft_support import READ, UNUSED

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorainit.config.facts import Group
+from lorainit.config.model_facts import Group
 
 # In this order, since `ShortConvolutionAttention` is attention, and a mixer of Mamba may lie in a mixture of experts.
 _WORDS: tuple[tuple[Group, tuple[str, ...]], ...] = (

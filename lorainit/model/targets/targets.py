@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorainit.config.errors import UnknownTarget
-from lorainit.config.facts import Group, LeftOut, Target
+from lorainit.config.model_facts import Group, LeftOut, Target
 from lorainit.config.paths import folded, matches
-from lorainit.config.placement import FIELD, place
 from lorainit.config.spec import Lora
+from lorainit.config.target_modules import FIELD, place
 from lorainit.model.layers.experts import ExpertLinear, ExpertStack, full_name
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.groups import group_of
-from lorainit.model.targets.mixture import OWN_WAY
+from lorainit.model.targets.moe import OWN_WAY
 from lorainit.model.targets.names import short_names
 from lorainit.model.targets.peft_support import refusals, rewritten
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lorainit.config.events import Event, Failed
-from lorainit.runtime import machine
+from lorainit.runtime import process_tuning
 from lorainit.system import shared_memory
 from lorainit.system.limits import tether
 
@@ -183,4 +183,4 @@ def _rank(rank: int) -> dict[str, str]:
 
 def _threads(count: int) -> dict[str, str]:
     """Cores are shared: as many waiting threads as cores for each process make all of them slow."""
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, machine.usable_cpus() // count))}
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, process_tuning.usable_cpus() // count))}

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from lorainit.config.errors import DeviceSilent, TooFewDevices
 from lorainit.runtime import machine_errors
 from lorainit.runtime.distributed.launch import RENDEZVOUS, count_processes
-from lorainit.system import silence
+from lorainit.system import watchdog
 
 T = TypeVar("T")
 LATER = 60.0  # seconds after `silence` has ended a run that hangs: this limit is for those that have not met yet
@@ -103,7 +103,7 @@ def joined(device: torch.device) -> Iterator[World]:
     meeting: dict[str, Any] = {"init_method": "env://"}
     if file:
         meeting = {"store": distributed.FileStore(file, size)}  # type: ignore[attr-defined]
-    patience = timedelta(seconds=silence.limit() + LATER)
+    patience = timedelta(seconds=watchdog.limit() + LATER)
     try:
         distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience, **meeting)
     except RuntimeError as error:

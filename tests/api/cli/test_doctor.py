@@ -10,7 +10,7 @@ from rich.console import Console
 from api.cli import doctor
 from api.core.devices import devices, examination
 from api.core.devices.examination import Unanswered
-from lorainit.system.ask import Answer
+from lorainit.system.bounded_command import Answer
 from tests.conftest import forget
 
 pytestmark = pytest.mark.usefixtures("service")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorainit.config.kept import Rows, entry_name, is_of_no_rows, rows_of
+from lorainit.config.cache_names import Rows, entry_name, is_of_no_rows, rows_of
 from lorainit.data.dataset import file_sha256
 from lorainit.init.stage import start
 from tests.lorainit.contexts import prepared

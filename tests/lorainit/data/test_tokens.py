@@ -19,7 +19,7 @@ from lorainit.model.load import load_tokenizer
 from lorainit.model.source import digest
 from lorainit.model.source.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.model.source.tokenizer_files import TEMPLATES
-from lorainit.runtime.store import Store
+from lorainit.runtime.disk_cache import Store
 from tests.lorainit.conftest import chat, tiny_llama, write_rows
 from tests.lorainit.contexts import prepared
 
@@ -171,7 +171,7 @@ READER = """
 import sys
 from pathlib import Path
 from lorainit.model.load import load_tokenizer
-from lorainit.runtime.store import Store
+from lorainit.runtime.disk_cache import Store
 from lorainit.data.tokens import load_kept
 folder, rows, cache = map(Path, sys.argv[1:])
 def complain(event):
@@ -286,7 +286,7 @@ def test_a_run_refuses_a_damaged_conversion(spec, bases, base, tmp_path):
 
 
 def test_store_says_what_could_not_be_kept(tmp_path, monkeypatch):
-    from lorainit.runtime import store as store_module
+    from lorainit.runtime import disk_cache as store_module
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Done, Message
 from lorainit.config.spec import Lora
-from lorainit.export import delivery
+from lorainit.export import outputs
 from lorainit.export.check import check, require
+from lorainit.export.early_check import trial
 from lorainit.export.effect import observe
-from lorainit.export.exact import exact, widest
+from lorainit.export.float64 import exact, widest
 from lorainit.export.peft_adapter import export
-from lorainit.export.proof import trial
 from lorainit.model.layers import experts
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
@@ -25,7 +25,7 @@ from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import run
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 from tests.zoo.bases import make
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -326,7 +326,7 @@ def test_an_architecture_that_cannot_compute_in_float64_is_checked_in_float32(tm
 
 
 def test_after_a_failed_check_there_is_no_adapter_and_the_event_says_why(spec, tmp_path, monkeypatch):
-    write = delivery.write_factors
+    write = outputs.write_factors
 
     def wrong(job, layers, folder):
         rank = write(job, layers, folder)
@@ -334,7 +334,7 @@ def test_after_a_failed_check_there_is_no_adapter_and_the_event_says_why(spec, t
             in_file(lambda t: t[f"{Q.format(0)}.lora_B.weight"].mul_(1.02))(folder)
         return rank
 
-    monkeypatch.setattr(delivery, "write_factors", wrong)
+    monkeypatch.setattr(outputs, "write_factors", wrong)
     events = []
     (tmp_path / "adapter").mkdir()  # of an earlier run
     (tmp_path / "adapter" / FILE).write_text("old")
@@ -354,8 +354,8 @@ def test_a_crash_between_writing_and_checking_leaves_nothing_that_looks_complete
         assert (folder / FILE).is_file()
         raise Killed
 
-    monkeypatch.setattr(delivery, "verify", die)
-    monkeypatch.setattr(delivery.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(outputs, "verify", die)
+    monkeypatch.setattr(outputs.shutil, "rmtree", lambda *args, **kwargs: None)
     with pytest.raises(Killed):
         run(spec(), tmp_path, silent)
     assert not (tmp_path / "adapter").exists()

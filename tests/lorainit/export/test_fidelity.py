@@ -14,7 +14,7 @@ from lorainit.config.events import Message
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Dataset, Sample, load
-from lorainit.export import fidelity, proof
+from lorainit.export import early_check, fidelity
 from lorainit.export.check import with_stock_peft
 from lorainit.export.fidelity import HeldOut, held_out, measure, token_losses
 from lorainit.export.peft_adapter import export
@@ -311,8 +311,8 @@ def test_a_loss_that_stock_transformers_does_not_find_fails_the_run(spec, tmp_pa
         monkeypatch.setattr(attention, "_mask", lambda queries, before, *_: torch.zeros(queries, before + queries))
         return prove(job, *args, **named)
 
-    prove = proof.prove  # after the layout was chosen, which would have noticed
-    monkeypatch.setattr(proof, "prove", begin)
+    prove = early_check.prove  # after the layout was chosen, which would have noticed
+    monkeypatch.setattr(early_check, "prove", begin)
     with pytest.raises(ExportCheckFailed, match="as stock transformers computes it"):
         run(spec("llama", lora={"init": "kaiming"}), tmp_path / "out", lambda event: None)
 

@@ -14,15 +14,15 @@ from lorainit.config.errors import ExportCheckFailed, UnsupportedModel
 from lorainit.config.events import Message, Metrics, Stage, Tick
 from lorainit.config.spec import Lora
 from lorainit.context import Request
-from lorainit.export import check, delivery, proof
-from lorainit.export.proof import trial
+from lorainit.export import check, early_check, outputs
+from lorainit.export.early_check import trial
 from lorainit.init import stage as init_stage
 from lorainit.model import base as base_module
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import run, run_together
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 from tests.lorainit.export.test_export_check import K, Q, in_config, in_file
 
 CPU = torch.device("cpu")
@@ -81,14 +81,14 @@ FAULTS = {
 def test_what_peft_reads_otherwise_ends_before_any_evidence_is_collected(spec, tmp_path, monkeypatch, fault, init):
     """Also where the start is a product of zero, and in difference form: the trial's factors do something."""
     change, text = FAULTS[fault]
-    write = delivery.write_factors
+    write = outputs.write_factors
 
     def wrong(job, layers, folder):
         rank = write(job, layers, folder)
         change(folder)
         return rank
 
-    monkeypatch.setattr(delivery, "write_factors", wrong)
+    monkeypatch.setattr(outputs, "write_factors", wrong)
     monkeypatch.setattr(init_stage, "start", lambda *args: pytest.fail("the initialization has begun"))
     with pytest.raises(ExportCheckFailed, match=f"so nothing was trained: {text}") as caught:
         run(spec(lora={"init": init}), tmp_path, lambda event: None)
@@ -172,7 +172,7 @@ def test_a_resumed_run_takes_the_proof_of_its_first_attempt_unless_the_reader_is
     assert proofs(go(resumed, tmp_path / "two")) == []
     manifests = [json.loads((tmp_path / name / "adapter/manifest.json").read_text()) for name in ("one", "two")]
     assert manifests[0]["proof"] == manifests[1]["proof"]
-    monkeypatch.setattr(proof, "versions", lambda: {**hardware.versions(), "peft": "0.99"})
+    monkeypatch.setattr(early_check, "versions", lambda: {**devices.versions(), "peft": "0.99"})
     assert len(proofs(go(resumed, tmp_path / "three"))) == 1
 
 
@@ -180,7 +180,7 @@ def test_a_resumed_run_takes_the_proof_of_its_first_attempt_unless_the_reader_is
 
 
 def test_without_room_for_a_second_base_the_run_says_so_and_checks_at_the_end(spec, tmp_path, loads, monkeypatch):
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1000)
     events = go(spec(), tmp_path)
     (said,) = proofs(events)
     assert (said.level, said.data["proof"]) == ("warn", None)
@@ -213,7 +213,7 @@ def test_a_second_base_that_does_not_fit_after_all_is_tried_elsewhere(spec, tmp_
 
 
 def test_free_memory_is_what_this_machine_says():
-    free = hardware.free_bytes(CPU)
+    free = devices.free_bytes(CPU)
     assert free is not None
     assert 2**20 < free < 2**50
 
@@ -223,6 +223,6 @@ def test_files_that_were_read_take_no_memory_from_a_container(tmp_path):
     group.mkdir(parents=True)
     for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 100\ninactive_file 700\n")):
         (group / f"memory.{name}").write_text(text)
-    assert hardware.free_bytes(CPU, tmp_path) == 800
+    assert devices.free_bytes(CPU, tmp_path) == 800
     (group / "memory.max").write_text("max")
-    assert hardware.free_bytes(CPU, tmp_path) is None
+    assert devices.free_bytes(CPU, tmp_path) is None

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from lorainit.config.events import Done, Message
-from lorainit.export.verdict import judge
+from lorainit.export.outcome import judge
 from lorainit.progress import Display
 from lorainit.run import run
 from lorainit.train import course

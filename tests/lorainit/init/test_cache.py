@@ -10,7 +10,7 @@ from lorainit.config.events import Message
 from lorainit.config.inits import INITS
 from lorainit.init import stage
 from lorainit.model.layout import choose_layout
-from lorainit.runtime import store as store_module
+from lorainit.runtime import disk_cache as store_module
 from tests.lorainit.contexts import prepared
 
 

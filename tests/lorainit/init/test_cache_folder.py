@@ -13,7 +13,7 @@ from lorainit.init.cache import Cache, data_digest
 from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.initialize import Known
 from lorainit.model.layers.factors import Factors
-from lorainit.runtime.store import key
+from lorainit.runtime.disk_cache import key
 
 
 def entry(size, fill=0.0):

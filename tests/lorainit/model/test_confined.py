@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model import confined
+from lorainit.model import sandbox
 
 SAY = "import os, json; os.write(1, json.dumps({}).encode() + b'\\n')"
 
 
 def ask(code: str) -> dict[str, object]:
-    return confined._ask([sys.executable, "-c", code])
+    return sandbox._ask([sys.executable, "-c", code])
 
 
 def test_facts_of_the_child_are_the_answer() -> None:
@@ -38,13 +38,13 @@ def test_child_that_gives_up_is_a_refusal_with_its_last_line() -> None:
 
 @pytest.mark.parametrize("busy", ["while True: pass", "10 ** 10 ** 9", "import time; time.sleep(600)"])
 def test_child_that_does_not_end_is_ended(busy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confined, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)
     with pytest.raises(UnsupportedModel, match="reading it took more than 1 s"):
         ask(SAY.format({"bytes": 0}) + "\n" + busy)
 
 
 def test_child_that_writes_without_end_is_no_burden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confined, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)
     with pytest.raises(UnsupportedModel, match="took more than"):
         ask("import sys\nwhile True: sys.stderr.write('x' * 65536)")
 

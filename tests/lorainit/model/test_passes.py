@@ -78,7 +78,7 @@ SHARING = pytest.mark.parametrize(("before", "now"), [(3, 1), (1, 3), (3, 2)])
 
 @SHARING
 def test_on_a_gpu_another_number_of_runs_that_share_a_pass_share_its_tokens_anew(monkeypatch, before, now):
-    monkeypatch.setattr(passes.hardware, "name_and_memory", lambda _: ("A", 80_000))
+    monkeypatch.setattr(passes.devices, "name_and_memory", lambda _: ("A", 80_000))
     going_on = after(short_of_memory(after(sharing=before)), sharing=now)
     assert (going_on.tokens, going_on.kept) == (TOKENS // now, False)
 
@@ -97,9 +97,9 @@ def test_on_a_cpu_a_run_that_leaves_or_joins_a_group_keeps_its_tokens(before, no
      (("B", 80_000), False)],
 )  # fmt: skip
 def test_another_device_is_asked_for_its_memory_and_another_driver_is_not(monkeypatch, device, kept):
-    monkeypatch.setattr(passes.hardware, "name_and_memory", lambda _: ("A", 80_000))
+    monkeypatch.setattr(passes.devices, "name_and_memory", lambda _: ("A", 80_000))
     known = short_of_memory(after())
-    monkeypatch.setattr(passes.hardware, "name_and_memory", lambda _: device)
+    monkeypatch.setattr(passes.devices, "name_and_memory", lambda _: device)
     assert (after(known).tokens, after(known).kept) == ((300, True) if kept else (TOKENS, False))
 
 

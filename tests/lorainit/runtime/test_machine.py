@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from lorainit.runtime import arithmetic, machine
-from lorainit.runtime.arithmetic import Measured, route_fp32, use_threads
-from lorainit.runtime.machine import Choice, cpu_quota, usable_cpus
+from lorainit.runtime import matmul, process_tuning
+from lorainit.runtime.matmul import Measured, route_fp32, use_threads
+from lorainit.runtime.process_tuning import Choice, cpu_quota, usable_cpus
 
 GIVEN = ("OMP_", "MALLOC_", "PYTORCH_")
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(GIVEN)}
@@ -38,7 +38,7 @@ def precision():
 @pytest.fixture
 def record(monkeypatch):
     """An empty record, and the process's own afterwards."""
-    monkeypatch.setattr(machine, "_record", {})
+    monkeypatch.setattr(process_tuning, "_record", {})
 
 
 # --- fp32 products -----------------------------------------------------------------------------
@@ -70,24 +70,24 @@ def test_an_exact_library_is_taken_whatever_the_clock_says_just_now(precision, r
 
 def test_the_vendor_is_read_where_linux_says_it(tmp_path):
     (tmp_path / "proc").mkdir()
-    assert machine.processor_vendor(tmp_path) is None
+    assert process_tuning.processor_vendor(tmp_path) is None
     (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
-    assert machine.processor_vendor(tmp_path) is None  # ARM
+    assert process_tuning.processor_vendor(tmp_path) is None  # ARM
     (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nprocessor\t: 1\n")
-    assert machine.processor_vendor(tmp_path) == "AuthenticAMD"
+    assert process_tuning.processor_vendor(tmp_path) == "AuthenticAMD"
 
 
 def test_measuring_leaves_the_default_on_and_finds_float32_exact(precision):
-    found = arithmetic.measure()
+    found = matmul.measure()
     assert torch.get_float32_matmul_precision() == "highest"
     assert found.error > 1e-8
     assert found.ratio > 0
 
 
 def test_rounding_to_bf16_is_far_above_the_threshold(precision, monkeypatch):
-    linear = arithmetic.F.linear
-    monkeypatch.setattr(arithmetic.F, "linear", lambda x, W: linear(x.bfloat16().float(), W.bfloat16().float()))
-    assert arithmetic.measure().error > 1000 * arithmetic.EXACT
+    linear = matmul.F.linear
+    monkeypatch.setattr(matmul.F, "linear", lambda x, W: linear(x.bfloat16().float(), W.bfloat16().float()))
+    assert matmul.measure().error > 1000 * matmul.EXACT
 
 
 ROUNDING = """
@@ -236,9 +236,9 @@ def test_the_same_machine_chooses_the_same_again():
 
 
 def test_others_add_to_the_record_and_the_event_tells_all(record):
-    machine.note(Choice("attention", "grouped", "fastest here", {"ratio": 1.3}))
-    assert machine.settings() == {"attention": "grouped"}
-    event = machine.message()
+    process_tuning.note(Choice("attention", "grouped", "fastest here", {"ratio": 1.3}))
+    assert process_tuning.settings() == {"attention": "grouped"}
+    event = process_tuning.message()
     assert event.message == "This machine: attention = grouped"
     assert event.data == {
         "kind": "machine",
@@ -253,15 +253,15 @@ def runtime_cache_dir():
 
 
 def test_a_process_that_calls_run_itself_keeps_its_settings(record):
-    assert machine.report() == ()
-    assert machine.settings() == {}
+    assert process_tuning.report() == ()
+    assert process_tuning.settings() == {}
 
 
 def test_kernels_are_kept_in_the_cache_unless_the_environment_says_where(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    machine.keep_kernels(None)
+    process_tuning.keep_kernels(None)
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    machine.keep_kernels(str(tmp_path))
+    process_tuning.keep_kernels(str(tmp_path))
     assert runtime_cache_dir() == str(tmp_path / "kernels")
-    machine.keep_kernels("elsewhere")
+    process_tuning.keep_kernels("elsewhere")
     assert runtime_cache_dir() == str(tmp_path / "kernels")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorainit.config.errors import UnusableDevice
-from lorainit.export import check, delivery, proof
+from lorainit.export import check, early_check, outputs
 from lorainit.model import layout
 from lorainit.model.source import causal
 from lorainit.model.targets import peft_support
@@ -27,10 +27,10 @@ LOOKS = {
     "the layers tried with PEFT": (peft_support, "_observe"),
     "loading the base": (AutoModelForCausalLM, "from_pretrained"),
     "the layouts": (layout, "see"),
-    "the first pass with adapters": (proof, "observe"),
+    "the first pass with adapters": (early_check, "observe"),
     "PEFT loading the adapter": (check, "with_stock_peft"),
     "the comparison": (check, "_compare"),
-    "what serving keeps": (delivery.fidelity, "measure"),
+    "what serving keeps": (outputs.fidelity, "measure"),
 }
 
 
@@ -48,15 +48,15 @@ def test_of_several_layers_none_is_blamed_when_the_gpu_fails_in_the_search_for_t
     def wrong(*_args, **_named):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(proof, "observe", wrong)
-    monkeypatch.setattr(proof, "logits_of", broken)
+    monkeypatch.setattr(early_check, "observe", wrong)
+    monkeypatch.setattr(early_check, "logits_of", broken)
     with pytest.raises(UnusableDevice):
         run(spec(), tmp_path, lambda event: None)
 
 
 @pytest.mark.parametrize("look", ["PEFT loading the adapter", "the comparison", "what serving keeps"])
 def test_a_gpu_that_fails_while_one_of_several_is_verified_is_no_verdict_on_any(spec, tmp_path, monkeypatch, look):
-    monkeypatch.setattr("lorainit.export.proof.prove", lambda *_, **__: None)
+    monkeypatch.setattr("lorainit.export.early_check.prove", lambda *_, **__: None)
     monkeypatch.setattr(*LOOKS[look], broken)
     with pytest.raises(UnusableDevice):
         together(alike(spec), tmp_path)

@@ -9,7 +9,7 @@ from time import sleep
 import psutil
 import pytest
 
-from lorainit.system.ask import Answer, ask
+from lorainit.system.bounded_command import Answer, ask
 
 
 def python(script: str) -> list[str]:
@@ -60,7 +60,9 @@ def test_a_program_that_does_not_answer_is_killed_with_what_it_started(
 
     if how == "out of time":
         begin = iter([0.0])
-        monkeypatch.setattr("lorainit.system.ask.time", Clock(lambda: next(begin, 2.0 if has_started() else 0.0)))
+        monkeypatch.setattr(
+            "lorainit.system.bounded_command.time", Clock(lambda: next(begin, 2.0 if has_started() else 0.0))
+        )
     is_unwanted = has_started if how == "unwanted" else lambda: False
     assert ask(["sh", "-c", f"sleep 600 & echo $! > {pid}; wait"], seconds=1, is_unwanted=is_unwanted) is None
     wait_until_gone(int(pid.read_text()))

@@ -3,7 +3,7 @@
 import pytest
 
 from lorainit import __main__
-from lorainit.runtime import doctor, hardware
+from lorainit.runtime import devices, doctor
 from lorainit.system.doctor_text import as_text
 
 TROUBLE = "GPU 0 of those that are visible does not compute: CUDA error: uncorrectable ECC error encountered"
@@ -33,9 +33,9 @@ def test_a_gpu_that_cuda_counts_and_cannot_start_is_told_by_the_look_that_follow
     def busy(*_args, **_named):
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
 
-    monkeypatch.setattr(hardware.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(hardware.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(hardware.torch.cuda, "get_device_name", busy)
-    monkeypatch.setattr(hardware.torch, "ones", busy)
-    assert hardware.description()["gpu"] is None
-    assert "busy or unavailable" in hardware.failing_gpu()
+    monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(devices.torch.cuda, "get_device_name", busy)
+    monkeypatch.setattr(devices.torch, "ones", busy)
+    assert devices.description()["gpu"] is None
+    assert "busy or unavailable" in devices.failing_gpu()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorainit.config.errors import UnusableDevice
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 from lorainit.system import gpus
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Wed Sep 10 03:38:13 UTC 2025\nGCC version: gcc 13\n"
@@ -119,7 +119,7 @@ def test_a_run_beside_a_gpu_that_cuda_cannot_use_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpus, "trouble", lambda: "The NVIDIA driver is old.")
     with pytest.raises(UnusableDevice, match=r"^The NVIDIA driver is old\.$"):
-        hardware.pick_device()
+        devices.pick_device()
 
 
 def test_a_reason_that_only_cuda_knows_is_told_in_its_words(monkeypatch):
@@ -132,7 +132,7 @@ def test_a_reason_that_only_cuda_knows_is_told_in_its_words(monkeypatch):
     monkeypatch.setattr(gpus, "trouble", lambda: None)
     monkeypatch.setattr(gpus, "visible", lambda: ["0"])
     with pytest.raises(UnusableDevice, match="CUDA cannot use it: CUDA unknown error"):
-        hardware.pick_device()
+        devices.pick_device()
 
 
 def test_a_run_that_needs_a_gpu_is_refused_where_there_is_none(monkeypatch):
@@ -141,8 +141,8 @@ def test_a_run_that_needs_a_gpu_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(gpus, "trouble", lambda: None)
     monkeypatch.setenv(gpus.NEEDED, "1")
     with pytest.raises(UnusableDevice, match=r"^This run needs a GPU, and this machine shows no NVIDIA GPU\.$"):
-        hardware.pick_device()
+        devices.pick_device()
 
 
 def test_without_a_gpu_a_run_goes_to_the_processor():
-    assert hardware.pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert devices.pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,8 +3,8 @@
 import threading
 
 from lorainit.config.events import Stage, Tick
-from lorainit.system import silence
-from lorainit.system.silence import BEAT, USUAL, Silence, watch
+from lorainit.system import watchdog
+from lorainit.system.watchdog import BEAT, USUAL, Silence, watch
 
 BEATS = int(USUAL / BEAT)
 EVENT = Tick(done=1, total=2)
@@ -33,17 +33,17 @@ def test_before_the_first_event_and_while_the_base_is_loaded_it_may_last_four_ti
 
 
 def test_the_limit_is_the_environments(monkeypatch):
-    monkeypatch.setenv(silence.SECONDS, "3")
+    monkeypatch.setenv(watchdog.SECONDS, "3")
     lasting, over = Silence(), threading.Event()
     lasting.hear(EVENT)
     watch(lasting, over.set)
     assert over.wait(60)
-    assert "nothing has happened for 3 seconds" in silence.failure().message
+    assert "nothing has happened for 3 seconds" in watchdog.failure().message
 
 
 def test_one_who_looks_from_outside_counts_a_long_time_between_two_looks_as_one_beat(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(silence.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     lasting = Silence(2 * BEAT, later=BEAT)
     lasting.hear(Stage(stage="training", message=""))
     looks = []

@@ -12,7 +12,7 @@ from lorainit.config.events import Checkpoint, Message, Metrics, Plan
 from lorainit.context import Request
 from lorainit.data.dataset import Sample
 from lorainit.run import run, run_together
-from lorainit.train import fit
+from lorainit.train import memory
 from tests.lorainit.conftest import chat, write_rows
 from tests.lorainit.shortage import CHECKPOINTING, TOKENS, Memory, adapter, close, told
 
@@ -40,10 +40,10 @@ def test_of_two_passes_that_are_measured_one_has_about_twice_the_tokens(length, 
     row = Sample(1, list(range(length)), torch.ones(length, dtype=torch.bool))
     member = SimpleNamespace(data=SimpleNamespace(samples=[row]))
     small, large = (
-        sum(len(s.ids) for s in fit._like_the_longest(member, tokens // members, fit.PROBED // 2 // members))
-        for tokens in (fit.PROBED // 2, fit.PROBED)
+        sum(len(s.ids) for s in memory._like_the_longest(member, tokens // members, memory.PROBED // 2 // members))
+        for tokens in (memory.PROBED // 2, memory.PROBED)
     )
-    assert 1.8 * small <= large <= 3 * small <= 3 * fit.PROBED // 2
+    assert 1.8 * small <= large <= 3 * small <= 3 * memory.PROBED // 2
 
 
 def test_validation_that_does_not_fit_is_cut_before_the_first_step(wanted, tmp_path, monkeypatch):

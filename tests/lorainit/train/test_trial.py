@@ -17,7 +17,7 @@ from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.run import run
 from lorainit.runtime.distributed.world import World
-from lorainit.train import optimizers, trial
+from lorainit.train import dry_run, optimizers
 from lorainit.train.largest import Rows
 from lorainit.train.member import Member
 from tests.lorainit.shortage import Memory, adapter
@@ -37,7 +37,7 @@ def test_validation_rows_like_those_of_training_are_not_tried_beside_them():
         )
 
     for lengths, tried in (([[20, 30, 40], [30, 30]], 1), ([[20, 30, 40], [60]], 2), ([[20, 30, 40], [35, 36]], 2)):
-        assert len(list(trial.trials([rows_of(*lengths)]))) == tried
+        assert len(list(dry_run.trials([rows_of(*lengths)]))) == tried
 
 
 def test_the_trial_leaves_room_for_what_the_optimizer_will_hold(wanted, tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_the_trial_leaves_room_for_what_the_optimizer_will_hold(wanted, tmp_path
 
     memory = Memory(monkeypatch)
     memory.allocate = lambda *_, **__: seen.append(sum(t.numel() for t in held)) if torch.is_grad_enabled() else None
-    monkeypatch.setattr(trial.torch, "empty_like", noted)
+    monkeypatch.setattr(dry_run.torch, "empty_like", noted)
     heard = []
     run(wanted(lora={"init": "kaiming"}), tmp_path / "out", heard.append)
     plan = next(event for event in heard if isinstance(event, Plan))
@@ -92,7 +92,7 @@ def same(one, two):
 def test_an_update_that_is_tried_leaves_every_bit_as_it_was(optimizer, dora):
     members = [member(optimizer, dora=dora), member({"name": "adamw"})]
     before, chance = bits(members), torch.get_rng_state()
-    trial.try_update(members, World())
+    dry_run.try_update(members, World())
     assert same(bits(members), before)
     assert torch.equal(torch.get_rng_state(), chance)
     assert all(parameter.grad is None for one in members for parameter in one.parameters)
@@ -111,7 +111,7 @@ def test_an_update_that_runs_out_of_memory_leaves_every_bit_as_it_was_too(monkey
 
     monkeypatch.setattr(optimizers, "_inverses", short)
     with pytest.raises(torch.OutOfMemoryError):
-        trial.try_update(members, World())
+        dry_run.try_update(members, World())
     assert same(bits(members), before)
     assert one.parameters[0].grad is None
 
@@ -120,7 +120,7 @@ def test_factors_that_an_optimizer_refuses_are_left_to_the_first_step():
     singular = member({"name": "adamw_preconditioned", "damping": 0.0})
     with torch.no_grad():
         singular.layers["layer"].B.zero_()
-    trial.try_update([singular], World())
+    dry_run.try_update([singular], World())
 
 
 def test_an_update_is_tried_with_everybodys_state_and_gradients(monkeypatch):
@@ -134,14 +134,14 @@ def test_an_update_is_tried_with_everybodys_state_and_gradients(monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    trial.try_update(members, World())
+    dry_run.try_update(members, World())
     assert seen == [(6, 0), (4, 0), (2, 0), (6, 2), (4, 2), (2, 2)]
 
 
 def test_the_sum_over_several_devices_is_tried_in_one_piece(monkeypatch):
     pieces, cat = [], torch.cat
-    monkeypatch.setattr(trial.torch, "cat", lambda some: pieces.append(sum(t.numel() for t in some)) or cat(some))
-    trial.try_update([one := member({"name": "adamw"})], World(0, 2))
+    monkeypatch.setattr(dry_run.torch, "cat", lambda some: pieces.append(sum(t.numel() for t in some)) or cat(some))
+    dry_run.try_update([one := member({"name": "adamw"})], World(0, 2))
     assert pieces == [sum(p.numel() for p in one.parameters)] * 2
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from api.core.db.tables import Project, Worker
 from api.core.files import files
 from api.core.settings import get_settings
-from lorainit.config.kept import entry_name
+from lorainit.config.cache_names import entry_name
 from tests.things import a_file, a_project
 from worker import app
 from worker.host import caches

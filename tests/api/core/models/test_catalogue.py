@@ -9,9 +9,9 @@ from api.core.errors import BadReference, InvalidValue
 from api.core.models import catalogue, catalogue_file
 from api.core.models.catalogue_file import BadCatalogue
 from api.core.settings import get_settings
-from lorainit.config import placement
+from lorainit.config import target_modules
 from lorainit.config.errors import UnsupportedModel
-from lorainit.config.facts import Target
+from lorainit.config.model_facts import Target
 from lorainit.config.spec import Lora
 from lorainit.model.source.find import find
 from tests.conftest import forget
@@ -49,9 +49,9 @@ def with_experts() -> catalogue.Entry:
 
 def test_layers_are_counted_once_for_all_jobs_with_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     entry, unfolded = catalogue.require("smollm2-135m-instruct"), list[str]()
-    unfold = placement.unfolded
-    monkeypatch.setattr(placement, "unfolded", lambda path: unfolded.append(path) or unfold(path))
-    placement._found.cache_clear()
+    unfold = target_modules.unfolded
+    monkeypatch.setattr(target_modules, "unfolded", lambda path: unfolded.append(path) or unfold(path))
+    target_modules._found.cache_clear()
     orders = [(["q_proj", "v_proj"], 4), (["q_proj", "v_proj"], 8)]
     (modules, parameters), again = (catalogue.size(Lora(target_modules=names, r=r), entry) for names, r in orders)
     assert unfolded == [path for target in entry.targets if target.name not in orders[0][0] for path in target.paths]

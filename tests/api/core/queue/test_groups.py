@@ -12,7 +12,7 @@ from api.core.jobs import admission, jobs
 from api.core.jobs.jobs import Failure, Lease
 from api.core.models import catalogue
 from api.core.queue import groups, notify
-from lorainit.config.facts import Target
+from lorainit.config.model_facts import Target
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.things import MODEL, a_job, a_project, a_queued_job, a_worker
 

@@ -6,7 +6,7 @@ import torch
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
 from lorainit.init.evidence.collect import collect
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 from tests.lorainit.contexts import make_context
 from tests.zoo.bases import make
 
@@ -20,7 +20,7 @@ def mixture(tmp_path_factory):
 
 @pytest.mark.parametrize("method", LOOKING)
 def test_evidence_that_takes_more_than_is_free_is_refused_before_it_is_collected(mixture, rows, monkeypatch, method):
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1000)
     events = []
     context = make_context(mixture, rows, {"method": method}, install=True, on_event=events.append)
     with pytest.raises(OutOfMemory, match=rf"^{method}'s .* are free. 16 of the 24 adapted matrices are experts'"):
@@ -41,7 +41,7 @@ def test_what_is_counted_is_what_is_kept(mixture, rows, method, kept):
 
 
 def test_a_device_that_does_not_say_what_is_free_is_no_hindrance(mixture, rows, monkeypatch):
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: None)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: None)
     context = make_context(mixture, rows, {"method": "corda"}, wanted="attention", install=True)
     moments = [one.second_moment for one in collect(context.lora.method, context).values()]
     assert all(torch.isfinite(C).all() for C in moments)

@@ -25,7 +25,7 @@ from lorainit.model.forward.loss import tally
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.run import run
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 from tests.lorainit.contexts import make_context, state
 
 F64 = torch.float64

@@ -21,7 +21,7 @@ from lorainit.init.evidence.collect import collect
 from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, adapted
 from lorainit.model.layers.weight import weight_of
-from lorainit.runtime.hardware import generator_for
+from lorainit.runtime.devices import generator_for
 from tests.lorainit.reference import eight_rows, factors_of, tiny
 from tests.lorainit.stock_peft import ALPHA, INITS, Q_PROJ, TARGETS, R, S, asked, ours, pefts, pefts_factors
 

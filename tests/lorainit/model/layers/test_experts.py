@@ -27,7 +27,7 @@ from lorainit.model.layers import experts
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.load import load_model
-from lorainit.model.targets import mixture
+from lorainit.model.targets import moe
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import run, run_together
 from tests.lorainit.contexts import make_context
@@ -343,7 +343,7 @@ def test_experts_that_run_in_a_way_of_their_own_are_told_with_their_share(kind):
         model = AutoModelForCausalLM.from_config(OWN[kind])
     assert not experts.install(model)
     lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
-    told = mixture.describe(model, find_targets(model, "all-linear"), lora)
+    told = moe.describe(model, find_targets(model, "all-linear"), lora)
     assert [message.level for message in told] == ["info", "warn"]
     assert "way of its own" in told[1].message
     layers = {n: p for n, p in model.named_parameters() if ".layers." in n or ".blocks." in n}
@@ -357,7 +357,7 @@ def test_experts_that_run_in_a_way_of_their_own_are_told_with_their_share(kind):
 def test_a_dense_base_is_told_nothing_of_experts(bases):
     model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
     lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
-    assert mixture.describe(model, find_targets(model, "all-linear"), lora) == []
+    assert moe.describe(model, find_targets(model, "all-linear"), lora) == []
 
 
 def test_runs_that_adapt_experts_share_no_pass(folders, rows, tmp_path):

@@ -17,7 +17,7 @@ from api.core.errors import InvalidValue
 from api.core.models import catalogue
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.config.events import Message, Plan
-from lorainit.config.facts import ModelFacts, Target
+from lorainit.config.model_facts import ModelFacts, Target
 from lorainit.config.paths import matches, unfolded
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.export.peft_adapter import export

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from lorainit.runtime import machine_errors
-from lorainit.system import silence
+from lorainit.system import watchdog
 from tests.lorainit.runtime.distributed.test_world import ENDLESS, is_there, wait
 
 GLOO = """
@@ -135,7 +135,7 @@ def what_gloo_says(folder, count, number):
     ("count", "number", "expected"),
     [
         (1, 0, "Not all 2 processes of this run met within 4 seconds: one hangs, or is gone."),
-        (2, signal.SIGKILL, silence.GONE),
+        (2, signal.SIGKILL, watchdog.GONE),
         (2, signal.SIGSTOP, "The processes of this run do not answer each other: nothing has happened for 4 seconds"),
     ],
 )

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from lorainit.config.errors import LorainitError, OutOfMemory, Stopped
 from lorainit.config.events import Checkpoint, Done, Message, Metrics, Stage
 from lorainit.context import Request
-from lorainit.export import delivery
+from lorainit.export import outputs
 from lorainit.model import base as base_module
 from lorainit.run import run, run_together
-from lorainit.runtime import hardware
+from lorainit.runtime import devices
 from lorainit.train import course
 
 FIRST, OTHERS = 0, (1, 2)
@@ -65,13 +65,13 @@ def put_off(said):
 @pytest.fixture
 def bare(monkeypatch):
     """No proof before the first step: these tests look at the end."""
-    monkeypatch.setattr("lorainit.export.proof.prove", lambda *_, **__: None)
+    monkeypatch.setattr("lorainit.export.early_check.prove", lambda *_, **__: None)
 
 
 @pytest.fixture
 def no_room(monkeypatch):
     """The device has room for nothing beside what lies there."""
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1000)
 
 
 @pytest.fixture
@@ -109,11 +109,11 @@ MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"
 BUG = RuntimeError("expected m1 and m2 to have the same dtype")
 STAGES = {
     "its checkpoint": (course, "write", BUG, lambda folder, *_: "/0/" in str(folder), "internal_error"),
-    "writing it": (delivery, "write_manifest", BUG, of_the_first, "internal_error"),
-    "no space": (delivery, "write_metrics", OSError(28, "full", "x"), lambda out: out.name == "0", "disk_full"),
-    "observing it": (delivery, "observe", MEMORY, of_the_first, "out_of_memory"),
-    "verifying it": (delivery, "verify", BUG, of_the_first, "internal_error"),
-    "its last word": (delivery, "resources", BUG, of_the_first, "internal_error"),
+    "writing it": (outputs, "write_manifest", BUG, of_the_first, "internal_error"),
+    "no space": (outputs, "write_metrics", OSError(28, "full", "x"), lambda out: out.name == "0", "disk_full"),
+    "observing it": (outputs, "observe", MEMORY, of_the_first, "out_of_memory"),
+    "verifying it": (outputs, "verify", BUG, of_the_first, "internal_error"),
+    "its last word": (outputs, "resources", BUG, of_the_first, "internal_error"),
 }
 
 
@@ -175,7 +175,7 @@ def test_a_verification_that_runs_out_of_memory_after_all_is_put_off(spec, tmp_p
         tried.append(job)
         return len(tried) == 1
 
-    breaking(delivery, "_compared", MEMORY, monkeypatch, when=once)
+    breaking(outputs, "_compared", MEMORY, monkeypatch, when=once)
     ends, said = together(alike(spec), tmp_path)
     assert put_off(said) == [FIRST]
     assert all(ends[who].export_check["passed"] for who in ends)
@@ -192,7 +192,7 @@ def test_those_who_end_together_are_verified_one_after_the_other_on_one_base(spe
 
 @pytest.mark.usefixtures("bare", "no_room")
 def test_one_that_failed_keeps_no_part_of_the_base_in_memory(spec, tmp_path, monkeypatch, bases_alive):
-    breaking(delivery, "observe", MEMORY, monkeypatch, when=of_the_first)
+    breaking(outputs, "observe", MEMORY, monkeypatch, when=of_the_first)
     ends, _ = together(alike(spec), tmp_path)
     assert isinstance(ends[FIRST], OutOfMemory)
     assert max(bases_alive) == 0

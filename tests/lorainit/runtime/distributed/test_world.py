@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lorainit.config.events import Failed
 from lorainit.run import run
 from lorainit.runtime.distributed.launch import Others
-from lorainit.system import shared_memory, silence
+from lorainit.system import shared_memory, watchdog
 from tests.servers import free_port
 
 
@@ -170,7 +170,7 @@ def test_of_several_that_end_the_one_that_others_followed_is_the_cause(tmp_path,
 
 
 def test_a_full_dev_shm_of_one_is_the_cause_of_what_the_others_say(tmp_path):
-    said = {1: silence.GONE, 2: shared_memory.FULL, 3: silence.GONE}
+    said = {1: watchdog.GONE, 2: shared_memory.FULL, 3: watchdog.GONE}
     processes = [process_that(tmp_path, rank, says="worker_lost", message=words) for rank, words in said.items()]
     others = Others(processes, tmp_path)
     assert others.loss().word.message == shared_memory.FULL

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from lorainit.runtime import machine
-from lorainit.runtime.machine import Choice
+from lorainit.runtime import process_tuning
+from lorainit.runtime.process_tuning import Choice
 
 # Relative error, in the Frobenius norm, against float64: float32 sums of 576 to 4096 products have 2.5e-7 (MKL)
 # to 5.7e-7 (oneDNN); inputs rounded to bf16 give 2e-3, to TF32 3e-4.
@@ -33,7 +33,7 @@ def set_up(*, cpus: int) -> list[Choice]:
     chosen = [use_threads(cpus)]
     if has_gpu():
         return [*chosen, keep_gpu_exact()]
-    return [*chosen, route_fp32(measure, vendor=machine.processor_vendor())]
+    return [*chosen, route_fp32(measure, vendor=process_tuning.processor_vendor())]
 
 
 def has_gpu() -> bool:
@@ -92,7 +92,7 @@ def route_fp32(measured: Callable[[], Measured], *, vendor: str | None) -> Choic
     continues bit by bit only where the same machine chooses the same again.
 
     Args:
-        vendor: as `machine.processor_vendor` has it.
+        vendor: as `process_tuning.processor_vendor` has it.
     """
     name = "fp32 products"
     backends: Any = torch.backends  # whose functions have no annotations

@@ -12,10 +12,10 @@ from lorainit.config.errors import LorainitError
 from lorainit.config.events import Done, Message, Stage
 from lorainit.config.spec import Hyperparameters
 from lorainit.context import Run
-from lorainit.export import delivery
-from lorainit.export.verdict import judge, judge_effect
-from lorainit.runtime.distributed import isolation
-from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.export import outputs
+from lorainit.export.outcome import judge, judge_effect
+from lorainit.runtime.devices import is_out_of_memory
+from lorainit.runtime.distributed import run_errors
 from lorainit.train.checkpoint import Progress
 
 End = Done | LorainitError
@@ -64,7 +64,7 @@ class Ending:
         except StopIteration as over:
             self._set(over.value)
         except Exception as error:
-            self._set(isolation.end_of(error, alone=self._run.alone))
+            self._set(run_errors.end_of(error, alone=self._run.alone))
 
     def _set(self, end: End) -> None:
         self._end, self._steps = end, None
@@ -74,16 +74,16 @@ class Ending:
 def _deliver(run: Run, progress: Progress) -> Steps:
     """Export and check what has been trained; each yield asks whether the fresh base is to lie beside the first one."""
     out, emit = run.out, run.emit
-    delivery.write_metrics(out)
+    outputs.write_metrics(out)
     emit(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
-    with delivery.complete_or_absent(out / "adapter") as folder:
-        delivery.write_adapter(run, folder)
-        seen, check = delivery.observe(run), None
+    with outputs.complete_or_absent(out / "adapter") as folder:
+        outputs.write_adapter(run, folder)
+        seen, check = outputs.observe(run), None
         while check is None:
             check = _verified(run, folder, seen, beside=(yield))
         base = run.report.summary.get("base_valid_loss")
         warnings = judge(out / "metrics.jsonl", **_rates(run.training), base=base) + judge_effect(check)
-        delivery.write_manifest(run, folder, export_check=check, warnings=warnings)
+        outputs.write_manifest(run, folder, export_check=check, warnings=warnings)
     for found in warnings:
         emit(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))
     done = Done(
@@ -91,23 +91,23 @@ def _deliver(run: Run, progress: Progress) -> Steps:
         trained_tokens=progress.tokens,
         warnings=warnings,
         export_check=check,
-        resources=delivery.resources(run),
+        resources=outputs.resources(run),
     )
     emit(done)
     return done
 
 
-def _verified(run: Run, folder: Path, seen: delivery.Observed, *, beside: bool) -> dict[str, Any] | None:
+def _verified(run: Run, folder: Path, seen: outputs.Observed, *, beside: bool) -> dict[str, Any] | None:
     """What the check found; None where there is no room for it beside the base that others train on."""
     if beside and not run.base.has_room_beside(tokens=seen.longest, factors=run.plan.trainable_parameters):
         _say_put_off(run)
         return None
     try:
-        return delivery.verify(run, folder, seen, beside=beside)
+        return outputs.verify(run, folder, seen, beside=beside)
     except Exception as error:
         if not (beside and is_out_of_memory(error)):  # it was measured, but others may use the device too
             raise
-        isolation.forget(error)
+        run_errors.forget(error)
     _say_put_off(run)
     return None
 
@@ -129,8 +129,8 @@ def _rates(training: Hyperparameters) -> dict[str, float]:
 def _accompany(run: Run, progress: Progress) -> Steps:
     """The end of a process that trained along: the leading one writes the adapter, and needs our part to check it."""
     folder = run.out / "adapter"
-    seen = delivery.observe(run) if run.base.sharded else None
+    seen = outputs.observe(run) if run.base.sharded else None
     beside = yield
     if seen is not None:
-        delivery.verify(run, delivery.unproven(folder), seen, beside=beside)
+        outputs.verify(run, outputs.unproven(folder), seen, beside=beside)
     return Done(adapter=str(folder), trained_tokens=progress.tokens, export_check={}, resources={})

@@ -19,18 +19,18 @@ from lorainit.config.errors import ExportCheckFailed, LorainitError, Unsupported
 from lorainit.config.events import Message
 from lorainit.config.spec import Lora
 from lorainit.context import Run
-from lorainit.export import check, delivery
+from lorainit.export import check, outputs
 from lorainit.export.effect import Effect, logits_of, observe
 from lorainit.model.layers.experts import short_name
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import free
-from lorainit.model.parts import forget_pass
-from lorainit.runtime.distributed.isolation import forget
-from lorainit.runtime.hardware import generator_for, is_out_of_memory, versions
+from lorainit.model.sharded_load import forget_pass
+from lorainit.runtime.devices import generator_for, is_out_of_memory, versions
+from lorainit.runtime.disk_cache import key
+from lorainit.runtime.distributed.run_errors import forget
 from lorainit.runtime.machine_errors import is_machine_failure
-from lorainit.runtime.store import key
 
 ROWS, TOKENS = 2, 32
 SIZE = 0.05  # of what a layer of a trained model makes of its input: an adapter that does something, and not too much
@@ -96,7 +96,7 @@ def _tried(run: Run) -> dict[str, Any] | None:
     if not run.base.world.leads:
         return None
     with _folder(run.out) as folder:
-        delivery.write_factors(run, layers, folder)
+        outputs.write_factors(run, layers, folder)
         layers.clear()
         result = _compared(run, folder, effect)
     if result is None:

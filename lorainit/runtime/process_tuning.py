@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from lorainit.config.cache_names import KERNELS
 from lorainit.config.events import Message
-from lorainit.config.kept import KERNELS
 
 # mallopt's names (malloc.h) and the variables by which glibc takes the same from the environment.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -61,10 +61,10 @@ def set_up() -> Message:
     """
     if not _record:
         kept, waiting, gpu = before_torch()
-        from lorainit.runtime import arithmetic  # loads torch, which reads the environment once
+        from lorainit.runtime import matmul  # loads torch, which reads the environment once
 
-        products = arithmetic.set_up(cpus=usable_cpus())
-        memory = [kept, gpu] if arithmetic.has_gpu() else [kept]
+        products = matmul.set_up(cpus=usable_cpus())
+        memory = [kept, gpu] if matmul.has_gpu() else [kept]
         for choice in (*memory, waiting, *products):
             note(choice)
     return message()

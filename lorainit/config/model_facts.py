@@ -1,6 +1,6 @@
 """What is known of a base model without opening it: which kinds of its layers can carry a LoRA, and which cannot.
 
-Torch-free. `lorainit.model.inspect` finds these facts out, a catalogue keeps them, and `lorainit.config.placement`
+Torch-free. `lorainit.model.inspect` finds these facts out, a catalogue keeps them, and `lorainit.config.target_modules`
 decides with them. Knows nothing of jobs or of the service.
 """
 

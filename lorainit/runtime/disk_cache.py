@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from lorainit.config.cache_names import SUFFIX
 from lorainit.config.events import Event, Message
-from lorainit.config.kept import SUFFIX
 
 STALE_SECONDS = 3600.0
 MAX_JSON = 32 << 20  # the format ends at 100 MB of header, and this is quoted into one

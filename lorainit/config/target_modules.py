@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
-from lorainit.config.facts import LeftOut, Target
 from lorainit.config.inits import Automatic
+from lorainit.config.model_facts import LeftOut, Target
 from lorainit.config.paths import folded, matches, unfolded
 from lorainit.config.spec import Lora
 

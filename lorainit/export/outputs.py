@@ -25,8 +25,8 @@ from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.quantize import nf4_config
 from lorainit.model.load import free
 from lorainit.model.source import tokenizer_files
-from lorainit.runtime import hardware
-from lorainit.runtime.hardware import is_out_of_memory
+from lorainit.runtime import devices
+from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.machine_errors import is_machine_failure
 
 # Largest relative difference of two losses in float32 that is rounding; mixtures may route a token differently.
@@ -221,8 +221,8 @@ def write_manifest(
         "plan": run.plan.model_dump(exclude={"kind", "member"}),
         "passes": run.passes.model_dump(exclude={"kept"}),
         "deterministic": run.spec.deterministic,
-        "packages": hardware.versions(),
-        "hardware": hardware.description(),
+        "packages": devices.versions(),
+        "hardware": devices.description(),
         "init_report": run.report.summary,
         "proof": run.proof,
         "export_check": export_check,
@@ -247,14 +247,14 @@ def write_metrics(out: Path) -> None:
 def resources(run: Run) -> dict[str, Any]:
     """What the run used until now, as shown in `job.resources`."""
     seconds = time.monotonic() - run.started
-    gpu = hardware.gpu_name()
+    gpu = devices.gpu_name()
     gpus = run.spec.devices if gpu else 0
     return {
         "gpu_name": gpu,
         "gpus": gpus,
         "gpu_seconds": round(gpus * seconds, 1),
         "init_gpu_seconds": run.report.summary["seconds"] if gpu else 0.0,
-        "peak_memory_bytes": hardware.peak_memory_bytes(),
+        "peak_memory_bytes": devices.peak_memory_bytes(),
         "micro_batch_size": run.passes.rows,
         "tokens_per_pass": run.passes.tokens,
         "gradient_accumulation_steps": run.passes_of_first_step,

@@ -20,8 +20,8 @@ from lorainit.config.errors import (
     UnusableDevice,
 )
 from lorainit.config.events import Event, OnEvent
-from lorainit.runtime import hardware, machine_errors
-from lorainit.system import shared_memory, silence
+from lorainit.runtime import devices, machine_errors
+from lorainit.system import shared_memory, watchdog
 from lorainit.system.host_failure import is_host_failure
 
 
@@ -89,7 +89,7 @@ def forget(error: BaseException) -> None:
     while chain is not None:
         traceback.clear_frames(chain.__traceback__)
         chain = chain.__cause__ or chain.__context__
-    hardware.return_memory()
+    devices.return_memory()
 
 
 # --- the machine's failures ----------------------------------------------------------------------
@@ -117,7 +117,7 @@ def our_error(error: Exception) -> LorainitError | None:
 
 
 def _of_the_machine(error: BaseException) -> LorainitError | None:
-    if hardware.is_out_of_memory(error):
+    if devices.is_out_of_memory(error):
         return OutOfMemory(
             "The device ran out of memory. A smaller max_length or batch_size, a lower r, or fewer target modules"
             " helps.",
@@ -131,7 +131,7 @@ def _of_the_machine(error: BaseException) -> LorainitError | None:
         said = " ".join(str(error).splitlines()[0].split())[:300]
         return UnusableDevice(f"The GPU failed while the run was using it: {said}")
     if how := machine_errors.lost_process(error):
-        return DeviceSilent(silence.failure().message if how == "silent" else silence.GONE)
+        return DeviceSilent(watchdog.failure().message if how == "silent" else watchdog.GONE)
     if is_host_failure(error):
         return HostFailed(f"The worker's host failed the run: {' '.join(str(error).split())[:300]}")
     return None

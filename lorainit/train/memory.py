@@ -1,6 +1,6 @@
 """Makes passes fit: on a GPU two small ones are measured; an update and the largest pass are tried before step 1.
 
-Running out of memory late is what hurts, so the worst comes first (`lorainit.train.trial`). Then a pass's tokens are
+Running out of memory late is what hurts, so the worst comes first (`lorainit.train.dry_run`). Then a pass's tokens are
 halved until it fits, and last the layers are computed again in the backward pass. Neither changes the effective batch,
 the order of rows or what is minimized; both are said in an event.
 """
@@ -20,11 +20,11 @@ from lorainit.data.dataset import Sample
 from lorainit.model.forward import compiled
 from lorainit.model.forward.recompute import recompute
 from lorainit.model.layers.group import Stand
+from lorainit.runtime.devices import is_out_of_memory, peak_while, return_memory
 from lorainit.runtime.distributed.world import World
-from lorainit.runtime.hardware import is_out_of_memory, peak_while, return_memory
 from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, with_causes
+from lorainit.train.dry_run import Lay, Trial, forget, trials, try_pass, try_update
 from lorainit.train.member import Member, with_half_the_tokens, with_smaller_evaluations
-from lorainit.train.trial import Lay, Trial, forget, trials, try_pass, try_update
 
 PARAM = "training"
 # Tokens of the larger of two passes that are measured: beyond a few hundred, memory grows evenly with them.

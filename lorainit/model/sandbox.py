@@ -33,7 +33,7 @@ _TAIL = 2000  # of what the child wrote when it crashed
 
 
 def inspect(source: str, cache: Path) -> dict[str, Any]:
-    """The facts of a base model (`lorainit.config.facts.ModelFacts`) as JSON values.
+    """The facts of a base model (`lorainit.config.model_facts.ModelFacts`) as JSON values.
 
     One of a hub is fetched first, by this process: a download takes as long as it takes, and shows how far it is.
 
@@ -139,7 +139,7 @@ def answer(source: str, cache: Path) -> None:
     limits.bound_memory(MAX_BYTES)
     limits.die_with_parent()
     from lorainit.model.inspect import inspect
-    from lorainit.runtime.hardware import is_out_of_memory
+    from lorainit.runtime.devices import is_out_of_memory
     from lorainit.runtime.refusal import as_unsupported
 
     try:
