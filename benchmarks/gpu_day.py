@@ -68,7 +68,7 @@ def inside(args: argparse.Namespace) -> int:
     from lorainit.runtime import process_tuning
 
     section = next(one for one in SECTIONS if one.name == args.section)
-    process_tuning.set_up()  # as a run's own process does, before torch is loaded
+    process_tuning.tune_process()  # as a run's own process does, before torch is loaded
     from benchmarks.gpu.day import Day
 
     day = Day.begun(args.device, folder=args.folder, tiny=args.tiny, seconds=args.seconds, page=lines)

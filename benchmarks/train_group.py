@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     args = parser.parse_args()
-    print(process_tuning.set_up().message)
+    print(process_tuning.tune_process().message)
     bench = Bench(args.precision)
     cases = [measured(bench, tokens, repeats=args.repeats) for tokens in GOALS]
     text = table(cases, precision=args.precision, repeats=args.repeats)

@@ -31,14 +31,14 @@ from lorainit.config.validation_errors import faults_of
 from lorainit.leases import LEASE_LOST, StopRequest, watch_leases
 from lorainit.runtime import process_tuning
 from lorainit.runtime.distributed.launch import (
-    PATIENCE,
+    EXIT_SECONDS,
     RENDEZVOUS,
-    Loss,
-    Others,
-    companions,
+    PeerFailure,
+    PeerProcesses,
     count_processes,
     end_process,
-    leave_word,
+    start_peers,
+    write_peer_failure,
 )
 from lorainit.system import closed_pipe, watchdog
 from lorainit.system.host_failure import is_host_failure
@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
         with os.fdopen(args.events_fd, "w", buffering=1) as stream:
             return _run_with_companions(runs, stop, lambda event: _write(stream, event))
     if _rank():
-        return _run_with_companions(runs, stop, partial(leave_word, args.out))  # another process of this run speaks
+        return _run_with_companions(
+            runs, stop, partial(write_peer_failure, args.out)
+        )  # another process of this run speaks
     from lorainit.progress import Display
 
     with Display() as display:
@@ -92,13 +94,13 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _companions(runs: list[tuple[RunSpec, _Member]]) -> AbstractContextManager[Others]:
+def _companions(runs: list[tuple[RunSpec, _Member]]) -> AbstractContextManager[PeerProcesses]:
     """The other processes of a run on several devices, unless this is one of them."""
     spec, member = runs[0]
     if spec.devices == 1 or "RANK" in os.environ:
-        return nullcontext(Others())
+        return nullcontext(PeerProcesses())
     lease = ["--lease", str(member.lease)] if member.lease else []
-    return companions(spec.devices, [str(member.spec), str(member.out), *lease], out=member.out)
+    return start_peers(spec.devices, [str(member.spec), str(member.out), *lease], out=member.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,33 +128,35 @@ def _parser() -> argparse.ArgumentParser:
 def _run_with_companions(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent) -> int:
     with ExitStack() as exits:
         try:
-            others = exits.enter_context(_companions(runs))
+            peers = exits.enter_context(_companions(runs))
         except Exception as error:
-            return _fail(error, range(len(runs)), on_event, Others())
-        return _run(runs, stop, on_event, others)
+            return _fail(error, range(len(runs)), on_event, PeerProcesses())
+        return _run(runs, stop, on_event, peers)
 
 
-def _run(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent, others: Others) -> int:
+def _run(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent, peers: PeerProcesses) -> int:
     """Run, and turn every way to end into events and an exit code."""
-    code = _run_to_an_end(runs, stop, on_event, others)
+    code = _run_to_an_end(runs, stop, on_event, peers)
     if code:
-        others.dismiss()
+        peers.kill()
     return code
 
 
-def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent, others: Others) -> int:
+def _run_to_an_end(
+    runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent, peers: PeerProcesses
+) -> int:
     open_runs, failed = set(range(len(runs))), False
-    others.watch(partial(_end_as, on_event=on_event, others=others))
+    peers.watch(partial(_end_as, on_event=on_event, peers=peers))
     try:
-        settings = process_tuning.set_up()  # loads torch: seconds, and only then the libraries that need it
-        process_tuning.keep_kernels(runs[0][0].cache)
+        settings = process_tuning.tune_process()  # loads torch: seconds, and only then the libraries that need it
+        process_tuning.keep_compiled_kernels(runs[0][0].cache)
         for who in range(len(runs)):
             on_event(settings.model_copy(update={"member": who}))
         load()
         from lorainit.context import Request
         from lorainit.run import run_together
 
-        heard = _watched(runs[0][0], on_event, others)
+        heard = _watched(runs[0][0], on_event, peers)
         requests = [
             Request(spec, member.out, stop.listener(who, member.lease, heard))
             for who, (spec, member) in enumerate(runs)
@@ -170,22 +174,22 @@ def _run_to_an_end(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_ev
         if len(runs) > 1 and _ended_cuda_for_all(error):
             traceback.print_exc()
             return FAILED  # without a word about any: each is tried by itself
-        return _fail(error, sorted(open_runs), on_event, others)
+        return _fail(error, sorted(open_runs), on_event, peers)
     return FAILED if failed else 0
 
 
-def _fail(error: Exception, members: Iterable[int], on_event: OnEvent, others: Others) -> int:
+def _fail(error: Exception, members: Iterable[int], on_event: OnEvent, peers: PeerProcesses) -> int:
     """Tell these members of the run what has ended it, whether it had begun or not."""
     ours = _in_our_words(error)
     if ours is None:
         traceback.print_exception(error)
     is_lost = isinstance(ours, DeviceSilent)
-    if (is_lost or ours is None) and (loss := others.loss()):
-        _end_as(loss, on_event, others)
+    if (is_lost or ours is None) and (failure := peers.find_failure()):
+        _end_as(failure, on_event, peers)
     for who in members:
         on_event(_last_word(who, ours or LorainitError("The run failed for a reason that is ours, not yours.")))
     if is_lost:
-        others.dismiss()
+        peers.kill()
         _kill_the_leading_one()
     return FAILED
 
@@ -198,7 +202,7 @@ def _in_our_words(error: Exception) -> LorainitError | None:
         from lorainit.runtime.distributed import run_errors
     except Exception:
         return None  # what cannot be loaded is what went wrong
-    return run_errors.our_error(error)
+    return run_errors.translate_error(error)
 
 
 def _last_word(who: int, error: LorainitError) -> Failed:
@@ -216,30 +220,30 @@ def load() -> None:
     disable_progress_bar()
 
 
-def _end_as(loss: Loss, on_event: OnEvent, others: Others) -> None:
+def _end_as(failure: PeerFailure, on_event: OnEvent, peers: PeerProcesses) -> None:
     """Leave at once, as another process of this run has left, so that whoever waits for us learns why."""
-    others.dismiss()
-    if loss.code in (LEASE_LOST, STOPPED):
-        os._exit(loss.code)
-    if loss.code in (-signal.SIGTERM, -signal.SIGINT):  # which would only be noted here
+    peers.kill()
+    if failure.code in (LEASE_LOST, STOPPED):
+        os._exit(failure.code)
+    if failure.code in (-signal.SIGTERM, -signal.SIGINT):  # which would only be noted here
         os._exit(STOPPED)
-    if loss.code < 0:
-        os.kill(os.getpid(), -loss.code)
-    if loss.word is not None:
-        on_event(loss.word)
+    if failure.code < 0:
+        os.kill(os.getpid(), -failure.code)
+    if failure.event is not None:
+        on_event(failure.event)
     os._exit(FAILED)
 
 
-def _watched(spec: RunSpec, on_event: OnEvent, others: Others) -> OnEvent:
+def _watched(spec: RunSpec, on_event: OnEvent, peers: PeerProcesses) -> OnEvent:
     """`on_event` of a run of several processes, which ends when nothing happens any more."""
     if spec.devices == 1:
         return on_event
 
     def give_up() -> None:
-        if not _rank() and others.are_over:
+        if not _rank() and peers.have_ended:
             return  # what this process does alone, nobody waits for
         on_event(watchdog.failure(lasting.limit))
-        others.dismiss()
+        peers.kill()
         _kill_the_leading_one()
         os._exit(FAILED)
 
@@ -262,7 +266,7 @@ def _ended_cuda_for_all(error: Exception) -> bool:
 def _kill_the_leading_one() -> None:
     """If this is another one of a run that we started: the leading one may be what hangs, and nobody else sees that."""
     if _rank() and RENDEZVOUS in os.environ:
-        time.sleep(PATIENCE)
+        time.sleep(EXIT_SECONDS)
         os.kill(os.getppid(), signal.SIGKILL)
 
 

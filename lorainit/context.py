@@ -24,7 +24,7 @@ from lorainit.model.base import Base
 from lorainit.model.forward.loss import NEXT_TOKEN, Objective
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.passes import Passes
-from lorainit.runtime.retry import anybody
+from lorainit.runtime.retry import any_rank
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,15 @@ class Run:
     @property
     def is_rank0(self) -> bool:
         """Whether this process speaks and writes for all processes of the run."""
-        return self.base.world.leads
+        return self.base.world.is_rank0
 
-    def anybody(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether it is so in any process of the run; all ask equally often (`lorainit.runtime.retry`).
 
         Raises:
             RanOutElsewhere: one of them ran out of memory meanwhile.
         """
-        return anybody(flag, self.base.world, self.device)
+        return any_rank(flag, self.base.world, self.device)
 
     # --- rows, and how they share a pass ---------------------------------------------------------
 

@@ -19,7 +19,7 @@ from lorainit.context import Request, Run
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
 from lorainit.data.tokens import load_kept
-from lorainit.model.base import Base, store
+from lorainit.model.base import Base, open_disk_cache
 from lorainit.model.layers.experts import ExpertLinear, short_name
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import check_length
@@ -111,7 +111,7 @@ def _load_data(
             path,
             base.tokenizer,
             folder=base.location.folder,
-            store=store(spec, "tokens", on_event),
+            cache=open_disk_cache(spec, "tokens", on_event),
             max_length=max_length,
             append_eos=spec.data.append_eos,
             owner=spec.data.owner,

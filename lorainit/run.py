@@ -22,7 +22,7 @@ from lorainit.model.base import Base, open_base
 from lorainit.prepare import prepare
 from lorainit.runtime import devices
 from lorainit.runtime.distributed import run_errors
-from lorainit.runtime.distributed.world import World, joined
+from lorainit.runtime.distributed.world import World, join_world
 from lorainit.train import checkpoint
 from lorainit.train.checkpoint import Restored
 from lorainit.train.loop import train
@@ -62,12 +62,12 @@ def run_together(requests: Sequence[Request]) -> Iterator[tuple[int, End]]:
         LorainitError: as for `run`.
     """
     first = requests[0].spec
-    requests = [replace(request, on_event=run_errors.listener(request.on_event)) for request in requests]
+    requests = [replace(request, on_event=run_errors.wrap_listener(request.on_event)) for request in requests]
     with (
-        run_errors.as_our_errors(),
+        run_errors.translate_errors(),
         run_errors.raise_listener_errors(),
-        devices.reproducible(first.seed, deterministic=first.deterministic),
-        joined(devices.pick_device()) as world,
+        devices.make_reproducible(first.seed, deterministic=first.deterministic),
+        join_world(devices.pick_device()) as world,
         closing(_together(requests, world)) as ends,
     ):
         yield from ends
@@ -85,7 +85,7 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
             runs[who], restored = _begin(request, base, sharing=len(requests))
             members.append(_member(runs[who], restored))
         except Exception as error:
-            yield who, run_errors.end_of(error, alone=len(requests) == 1)
+            yield who, run_errors.to_run_error(error, alone=len(requests) == 1)
     if base is None or not runs:
         return
     members = fit(base.model, members, lay=base.make_batch, world=world)
@@ -141,7 +141,7 @@ def _begin(request: Request, base: Base, *, sharing: int) -> tuple[Run, Restored
         _resume(run, restored)
     else:
         stage.start(run)
-    base.world.agree(
+    base.world.broadcast(
         [t for layer in run.layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
     )
     run.emit(InitReport(report=run.report.summary))

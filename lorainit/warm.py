@@ -67,7 +67,7 @@ def _load() -> None:
         os.environ["OPENBLAS_NUM_THREADS"] = own
     from lorainit.runtime import process_tuning
 
-    process_tuning.before_torch()
+    process_tuning.tune_before_torch()
     from lorainit.__main__ import load
 
     load()

@@ -24,8 +24,8 @@ QUERY = "name,driver_version,memory.total,clocks.max.sm,power.limit"
 
 def machine(day: Day) -> None:
     """Names and versions, and what a large copy and a large product reach here."""
-    facts = devices.description()
-    packages = ", ".join(f"{name} {version}" for name, version in devices.versions().items() if version)
+    facts = devices.describe_machine()
+    packages = ", ".join(f"{name} {version}" for name, version in devices.package_versions().items() if version)
     day.say(f"- {facts['gpu'] or 'no GPU'}, CUDA of torch {facts['cuda']}, {facts['cpus']} processor cores")
     day.say(f"- {packages}")
     if not day.has_gpu:

@@ -16,7 +16,7 @@ import torch
 from lorainit.config.cache_names import entry_name
 from lorainit.data.dataset import Dataset, Sample, file_sha256, tokenize
 from lorainit.data.formats.rows import Problem
-from lorainit.runtime.disk_cache import Store, key
+from lorainit.runtime.disk_cache import DiskCache, make_key
 
 
 def load_kept(
@@ -24,7 +24,7 @@ def load_kept(
     tokenizer: Any,
     *,
     folder: Path,
-    store: Store,
+    cache: DiskCache,
     max_length: int,
     append_eos: bool = False,
     owner: str | None = None,
@@ -40,7 +40,7 @@ def load_kept(
         As `data.tokenize`.
     """
     sha256 = file_sha256(path)
-    shape = key(
+    shape = make_key(
         data=sha256,
         tokenizer=_folder_digest(folder),
         max_length=max_length,
@@ -49,11 +49,11 @@ def load_kept(
         libraries=[version("transformers"), version("tokenizers")],
     )
     name = entry_name(shape, owner=owner, files=[sha256])
-    found = store.read(name)
+    found = cache.read(name)
     if found is not None:
         return _unpacked(found)
     data = tokenize(path, tokenizer, max_length=max_length, folder=folder, append_eos=append_eos, on_tick=on_tick)
-    store.write(name, _packed(data))
+    cache.write(name, _packed(data))
     return data
 
 

@@ -27,9 +27,9 @@ from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.load import free
 from lorainit.model.sharded_load import forget_pass
-from lorainit.runtime.devices import generator_for, is_out_of_memory, versions
-from lorainit.runtime.disk_cache import key
-from lorainit.runtime.distributed.run_errors import forget
+from lorainit.runtime.devices import is_out_of_memory, make_generator, package_versions
+from lorainit.runtime.disk_cache import make_key
+from lorainit.runtime.distributed.run_errors import release_frames
 from lorainit.runtime.machine_errors import is_machine_failure
 
 ROWS, TOKENS = 2, 32
@@ -64,13 +64,13 @@ def prove(run: Run, *, known: dict[str, Any] | None = None) -> dict[str, Any] | 
 
 
 def _versions() -> dict[str, str | None]:
-    return {name: value for name, value in versions().items() if name in _READERS}
+    return {name: value for name, value in package_versions().items() if name in _READERS}
 
 
 def _layout(run: Run) -> str:
     """All that shapes an adapter's files and the way in which a loader reads them."""
     lora = run.lora
-    return key(
+    return make_key(
         targets=list(run.targets),
         lora=[lora.r, lora.scaling, lora.use_rslora, lora.use_dora, lora.quantization],
         method=[lora.method.offset, lora.method.export_rank],
@@ -81,11 +81,11 @@ def _agreed(run: Run) -> dict[str, Any] | None:
     """What the leading process finds; where it finds a fault, all of them end."""
     world, error, facts = run.base.world, None, None
     try:
-        if world.leads or run.base.sharded:
+        if world.is_rank0 or run.base.sharded:
             facts = _tried(run)
     except LorainitError as fault:
         error = fault
-    if world.anybody(error is not None, run.base.device):
+    if world.any_rank(error is not None, run.base.device):
         raise error or ExportCheckFailed("The leading process found that stock PEFT does not read the adapter.")
     return facts
 
@@ -93,7 +93,7 @@ def _agreed(run: Run) -> dict[str, Any] | None:
 def _tried(run: Run) -> dict[str, Any] | None:
     layers = trial(run.targets, run.lora, device=run.base.device)
     effect = _effect(run, layers)
-    if not run.base.world.leads:
+    if not run.base.world.is_rank0:
         return None
     with _folder(run.out) as folder:
         outputs.write_factors(run, layers, folder)
@@ -139,7 +139,7 @@ def trial(targets: dict[str, nn.Module], lora: Lora, *, device: torch.device) ->
     for number, (name, module) in enumerate(targets.items()):
         rank = lora.r - number % 2 if lora.method.export_rank == "per module" and lora.r > 1 else lora.r
         out, n = shape_of(module)
-        generator = generator_for(0, f"trial of {name}")
+        generator = make_generator(0, f"trial of {name}")
         A, B = torch.randn(rank, n, generator=generator), torch.randn(out, rank, generator=generator)
         # A·x is then as large as x is, and s·B·A·x is SIZE of that.
         start = Factors(A=(A / n**0.5).to(device), B=(B * SIZE / (lora.scaling * rank**0.5)).to(device))
@@ -209,7 +209,7 @@ def _compared(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            forget(error)  # it was measured, but others may use the device too
+            release_frames(error)  # it was measured, but others may use the device too
     return None
 
 

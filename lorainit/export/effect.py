@@ -16,7 +16,7 @@ from lorainit.config.events import OnEvent, Tick
 from lorainit.export.float64 import exact, plain, widened, widest
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, borrowed
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 
 NOTHING = 1e-12  # of the largest logit: what float64 leaves where terms cancel
 ROWS = 2  # given to each layer; one would do, two cannot both be unlucky
@@ -157,7 +157,7 @@ def _as_change(base: Tensor, adapted: Tensor, *, transposed: bool = False) -> Ch
 
 def fixed_rows(name: str, width: int) -> Tensor:
     """Normal numbers (rows×width, float64) that depend on the layer's name only."""
-    return torch.randn(ROWS, width, generator=generator_for(0, name), dtype=torch.float64)
+    return torch.randn(ROWS, width, generator=make_generator(0, name), dtype=torch.float64)
 
 
 # --- logits --------------------------------------------------------------------------------------

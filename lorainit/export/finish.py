@@ -64,7 +64,7 @@ class Ending:
         except StopIteration as over:
             self._set(over.value)
         except Exception as error:
-            self._set(run_errors.end_of(error, alone=self._run.alone))
+            self._set(run_errors.to_run_error(error, alone=self._run.alone))
 
     def _set(self, end: End) -> None:
         self._end, self._steps = end, None
@@ -107,7 +107,7 @@ def _verified(run: Run, folder: Path, seen: outputs.Observed, *, beside: bool) -
     except Exception as error:
         if not (beside and is_out_of_memory(error)):  # it was measured, but others may use the device too
             raise
-        run_errors.forget(error)
+        run_errors.release_frames(error)
     _say_put_off(run)
     return None
 

@@ -11,7 +11,7 @@ from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.initialize import Known
 from lorainit.model.layers.factors import Factors
-from lorainit.runtime.disk_cache import Store, raw_bytes
+from lorainit.runtime.disk_cache import DiskCache, raw_bytes
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Cache:
     on_event: Callable[[Event], None]
 
     @property
-    def _store(self) -> Store:
-        return Store(self.folder, self.limit, self.on_event)
+    def _disk_cache(self) -> DiskCache:
+        return DiskCache(self.folder, self.limit, self.on_event)
 
     def evidence(self, key: str) -> dict[str, Evidence] | None:
         """What `collect` returned under this key."""
-        found = self._store.read(key)
+        found = self._disk_cache.read(key)
         return found and {name: _evidence(entry) for name, entry in found.items()}
 
     def keep_evidence(self, key: str, evidence: Mapping[str, Evidence]) -> None:
@@ -36,17 +36,17 @@ class Cache:
         entries = {n: {f.name: getattr(e, f.name) for f in fields(e)} for n, e in evidence.items()}
         for entry in entries.values():
             entry["step"] = entry["step"] and asdict(entry["step"])
-        self._store.write(key, entries)
+        self._disk_cache.write(key, entries)
 
     def starts(self, key: str) -> dict[str, Known] | None:
         """The factors and report entries of all modules under this key."""
-        found = self._store.read(key)
+        found = self._disk_cache.read(key)
         return found and {n: Known(Factors(A=e["A"], B=e["B"]), e["facts"]) for n, e in found.items()}
 
     def keep_starts(self, key: str, starts: Mapping[str, Known]) -> None:
         """Store them; a failure is a warning."""
         entries = {n: {"A": k.factors.A, "B": k.factors.B, "facts": k.facts} for n, k in starts.items()}
-        self._store.write(key, entries)
+        self._disk_cache.write(key, entries)
 
 
 def _evidence(entry: dict[str, Any]) -> Evidence:

@@ -26,7 +26,7 @@ from lorainit.init.norms import row_norms
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, adapted, attach
 from lorainit.model.layers.weight import shape_of, weight_of
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 
 MESSAGE_SECONDS = 5.0
 DORA_ROW = 1e-18  # norms of shorter rows are lost in float32 squares, in PEFT's DoRA as in ours
@@ -147,7 +147,7 @@ def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int)
     rank = lora.r if evidence.rank is None else evidence.rank
     try:
         return METHODS[config.method](
-            W, evidence, rank=rank, scale=lora.scaling, config=config, generator=generator_for(seed, name)
+            W, evidence, rank=rank, scale=lora.scaling, config=config, generator=make_generator(seed, name)
         )
     except (UnsupportedInit, InitFailed) as error:
         raise type(error)(f"{name}: {error.message.removeprefix(f'{name}: ')}", param=error.param) from error

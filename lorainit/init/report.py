@@ -20,7 +20,7 @@ from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import adapted, disabled
 from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.devices import peak_memory_bytes
-from lorainit.runtime.retry import until_it_fits
+from lorainit.runtime.retry import retry_until_it_fits
 
 # How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
 LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -224,7 +224,7 @@ def _summed(batch: Batch, look: Callable[[Batch], float]) -> float:
         before, rows = rows, max(1, rows // 2)
         return rows < before
 
-    return until_it_fits(lambda: sum(map(look, [batch] if rows == len(batch.ids) else batch.cut(rows))), halve)
+    return retry_until_it_fits(lambda: sum(map(look, [batch] if rows == len(batch.ids) else batch.cut(rows))), halve)
 
 
 def gate(summary: dict[str, Any], model: nn.Module) -> None:

@@ -22,8 +22,8 @@ from lorainit.init.initialize import Known, initialize
 from lorainit.init.report import mean_loss
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import detach
-from lorainit.runtime.disk_cache import key
-from lorainit.runtime.retry import until_it_fits
+from lorainit.runtime.disk_cache import make_key
+from lorainit.runtime.retry import retry_until_it_fits
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
 WORTH_KEEPING_SECONDS = 1.0  # a start that took less is made faster than it is read
@@ -36,9 +36,9 @@ def start(run: Run) -> Report:
         UnsupportedInit, InitFailed: as `collect` and `initialize`.
     """
     started = time.monotonic()
-    store, keys = _cache(run), _keys(run)
-    known = store.starts(keys.starts)
-    evidence, cached = ({}, True) if known else _evidence(run, store, keys)
+    cache, keys = _cache(run), _keys(run)
+    known = cache.starts(keys.starts)
+    evidence, cached = ({}, True) if known else _evidence(run, cache, keys)
     report = initialize(
         run.model,
         run.targets,
@@ -59,7 +59,7 @@ def start(run: Run) -> Report:
     if known is None and report.summary["seconds"] >= WORTH_KEEPING_SECONDS:
         layers = run.layers
         starts = {m["name"]: Known(Factors(A=layers[m["name"]].A, B=layers[m["name"]].B), m) for m in report.modules}
-        store.keep_starts(keys.starts, starts)
+        cache.keep_starts(keys.starts, starts)
     run.report = report
     return report
 
@@ -109,17 +109,17 @@ def _cache(run: Run) -> Cache:
     return Cache(Path(folder or run.base.location.folder) / "init", limit if folder else 0, run.emit)
 
 
-def _evidence(run: Run, store: Cache, keys: _Keys) -> tuple[dict[str, Evidence], bool]:
+def _evidence(run: Run, cache: Cache, keys: _Keys) -> tuple[dict[str, Evidence], bool]:
     """The evidence, and whether it came from the cache."""
     config = run.lora.method
     if config.facts.needs in ("none", "weight"):
         return collect(config, run), False
-    found = store.evidence(keys.evidence)
-    if not run.base.world.anybody(found is None, run.device):  # otherwise all collect it, as they do so together
+    found = cache.evidence(keys.evidence)
+    if not run.base.world.any_rank(found is None, run.device):  # otherwise all collect it, as they do so together
         assert found is not None
         return found, True
     found = _collected(run)
-    store.keep_evidence(keys.evidence, found)
+    cache.keep_evidence(keys.evidence, found)
     return found, False
 
 
@@ -141,7 +141,7 @@ def _collected(run: Run) -> dict[str, Evidence]:
         run.count_shortage()
         return True
 
-    return until_it_fits(lambda: collect(run.lora.method, run), smaller, world=run.base.world, device=run.device)
+    return retry_until_it_fits(lambda: collect(run.lora.method, run), smaller, world=run.base.world, device=run.device)
 
 
 def _largest_pass(run: Run) -> list[Sample]:
@@ -173,8 +173,8 @@ def _keys(run: Run) -> _Keys:
     if config.facts.needs == "preheat":
         recipe = run.training.model_dump(mode="json"), run.data.sha256, run.plan.total_steps, run.spec.seed
         parts |= {"recipe": recipe}
-    evidence = key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None)
-    starts = key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=run.lora.use_dora)
+    evidence = make_key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None)
+    starts = make_key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=run.lora.use_dora)
     named = partial(entry_name, owner=run.spec.data.owner, files=_files_looked_at(run))
     return _Keys(named(evidence), named(starts))
 

@@ -30,8 +30,8 @@ from lorainit.model.source.vocabulary import require_rows
 from lorainit.model.targets.four_bits import FourBits, four_bits
 from lorainit.model.targets.targets import describe
 from lorainit.runtime import devices, process_tuning
-from lorainit.runtime.disk_cache import Store
-from lorainit.runtime.distributed.world import ALONE, World
+from lorainit.runtime.disk_cache import DiskCache
+from lorainit.runtime.distributed.world import SINGLE_PROCESS, World
 from lorainit.runtime.refusal import as_unsupported
 
 
@@ -53,7 +53,7 @@ class Base:
     quantization: Quantization | None
     sha256: str
     weights: int
-    world: World = ALONE
+    world: World = SINGLE_PROCESS
     sharded: str = ""
     layout: Layout = field(default_factory=lambda: Layout("one by one", "it is not loaded", any_length))
     proven: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -91,12 +91,12 @@ class Base:
         if self.sharded:
             self.place(self._model)
             text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
-            process_tuning.note(process_tuning.Choice("base", "sharded", self.sharded))
+            process_tuning.record(process_tuning.Setting("base", "sharded", self.sharded))
             on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
         self.layout = choose_layout(self._model)
         is_plain(self._model)  # asked now, while nobody watches its layers
         why = self.layout.why or "no padding to compute, and attention inside each row only"
-        process_tuning.note(process_tuning.Choice("rows", self.layout.rows, why))
+        process_tuning.record(process_tuning.Setting("rows", self.layout.rows, why))
         verb = "go" if self.layout.rows == "one by one" else "are"
         data = {"kind": "machine", "rows": self.layout.rows}
         on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))
@@ -203,12 +203,12 @@ def _is_free(wanted: float, device: torch.device) -> bool:
     return free is None or wanted <= free
 
 
-def store(spec: RunSpec, kind: str, on_event: OnEvent) -> Store:
-    """What earlier runs found out, one of `store.KINDS`; a run without a cache folder keeps nothing."""
-    return Store(Path(spec.cache or "") / kind, spec.cache_limit_bytes if spec.cache else 0, on_event)
+def open_disk_cache(spec: RunSpec, kind: str, on_event: OnEvent) -> DiskCache:
+    """What earlier runs found out, one of `open_disk_cache.KINDS`; a run without a cache folder keeps nothing."""
+    return DiskCache(Path(spec.cache or "") / kind, spec.cache_limit_bytes if spec.cache else 0, on_event)
 
 
-def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALONE) -> Base:
+def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = SINGLE_PROCESS) -> Base:
     """Find the base and what can be known of it without its weights.
 
     Args:
@@ -226,8 +226,8 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = ALO
     tokenizer = load_tokenizer(location.folder)
     require_rows(tokenizer, skeleton)
     # The leading process alone reads all of it for that.
-    digest = known_sha256(location.folder, store(spec, "bases", on_event)) if world.leads else ""
-    digest = world.told(digest, device)
+    digest = known_sha256(location.folder, open_disk_cache(spec, "bases", on_event)) if world.is_rank0 else ""
+    digest = world.broadcast_digest(digest, device)
     require_whole(location.folder, digest)
     require_inspected(spec.model, digest)
     sharded = decide(spec, location.folder, world=world, dtype=dtype, device=device)

@@ -115,7 +115,7 @@ def go_on(spec: RunSpec, base: Base, known: dict[str, Any] | None, *, batch_size
     new = begin(asked, base, batch_size=batch_size, sharing=sharing, one_by_one=base.layout.rows == "one by one")
     alike = before is not None and before.answer(now) and new.begun.is_like(before.begun)
     # Processes may have different devices; where one of them decides anew all have to.
-    if before is None or base.world.anybody(not alike, base.device):
+    if before is None or base.world.any_rank(not alike, base.device):
         return new
     return before.model_copy(update={"asked": asked, "kept": True})
 

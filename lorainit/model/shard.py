@@ -42,7 +42,7 @@ def decide(spec: RunSpec, folder: Path, *, world: World, dtype: torch.dtype, dev
         return ""
     size = sum(p.numel() for p in skeleton(folder).parameters()) * dtype.itemsize
     memory = torch.cuda.get_device_properties(device).total_memory
-    if not world.anybody(size > ROOM * memory, device):
+    if not world.any_rank(size > ROOM * memory, device):
         return ""
     return f"its {size / 2**30:.1f} GiB are too much for one of them"
 

@@ -55,12 +55,12 @@ def pick_device() -> torch.device:
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if why := unusable_gpu():
+    if why := explain_unusable_gpu():
         raise UnusableDevice(why)
     return torch.device("cpu")
 
 
-def unusable_gpu() -> str | None:
+def explain_unusable_gpu() -> str | None:
     """Why this process cannot use the GPUs that it is meant to use; None where it can, or where none is meant."""
     if torch.cuda.is_available():
         return None
@@ -76,7 +76,7 @@ def unusable_gpu() -> str | None:
     return f"There is an NVIDIA GPU, and CUDA cannot use it: {said}"
 
 
-def failing_gpu() -> str | None:
+def find_failing_gpu() -> str | None:
     """Which GPU does not compute, and what it says; None where each does, or where there is none."""
     for number in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
         said = "a product is wrong"
@@ -131,7 +131,7 @@ def dtype_of(precision: Literal["auto", "fp32", "bf16"]) -> torch.dtype:
 
 
 @contextmanager
-def reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
+def make_reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
     """Seeded global generators and deterministic kernels inside; the caller's settings afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
     debugging: Any = torch.utils.deterministic  # a module with properties, which mypy does not see
@@ -150,7 +150,7 @@ def reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
             debugging.fill_uninitialized_memory = fill
 
 
-def generator_for(seed: int, name: str) -> torch.Generator:
+def make_generator(seed: int, name: str) -> torch.Generator:
     """A module's own stream of random numbers, whatever the other modules draw before it."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -165,7 +165,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY_LEFT)
 
 
-def return_memory() -> None:
+def release_memory() -> None:
     """Give back what nobody holds any more: other processes, and copies of a base, ask the device for it."""
     gc.collect()
     if torch.cuda.is_available():
@@ -212,7 +212,7 @@ def peak_memory_bytes() -> int:
 
 
 def gpu_name() -> str | None:
-    """The GPU's name; None without one, or where CUDA counts it and cannot start, which `failing_gpu` tells."""
+    """The GPU's name; None without one, or where CUDA counts it and cannot start, which `find_failing_gpu` tells."""
     if not torch.cuda.is_available():
         return None
     try:
@@ -228,7 +228,7 @@ def name_and_memory(device: torch.device) -> tuple[str, int]:
     return torch.cuda.get_device_name(), torch.cuda.mem_get_info(device)[1]
 
 
-def description() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The machine and what was chosen for it, for the manifest."""
     return {
         "platform": platform.platform(),
@@ -241,7 +241,7 @@ def description() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
+def package_versions() -> dict[str, str | None]:
     """Installed versions of what shapes a result."""
     return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 

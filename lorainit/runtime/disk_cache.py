@@ -33,7 +33,7 @@ KINDS = {"init": "initialization", "tokens": "tokenized file", "bases": "digest 
 
 
 @dataclass(frozen=True)
-class Store:
+class DiskCache:
     """A folder of entries, named by one of `KINDS`. `limit`: bytes of all kinds together; 0 = nothing is kept."""
 
     folder: Path
@@ -116,7 +116,7 @@ class Store:
         self.on_event(Message(level="warn", message=text, data={"kind": kind}))
 
 
-def key(**parts: Any) -> str:
+def make_key(**parts: Any) -> str:
     """The name of an entry: everything that shapes it, the code included."""
     text = json.dumps({**parts, "code": code_version()}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:40]

@@ -16,17 +16,17 @@ def examine() -> dict[str, Any]:
     """
     if not gpus.is_hidden():
         driver.listed()
-    process_tuning.set_up()  # before anything else loads torch
+    process_tuning.tune_process()  # before anything else loads torch
     from lorainit.runtime import devices
 
     choices = [
         {"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in process_tuning.report()
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = {**devices.description(), "usable_cpus": process_tuning.usable_cpus(), "memory_bytes": memory}
-    facts |= {"gpus": gpus.visible(), "gpu_trouble": devices.unusable_gpu() or devices.failing_gpu()}
+    facts = {**devices.describe_machine(), "usable_cpus": process_tuning.usable_cpus(), "memory_bytes": memory}
+    facts |= {"gpus": gpus.visible(), "gpu_trouble": devices.explain_unusable_gpu() or devices.find_failing_gpu()}
     del facts["settings"]  # the choices, without their reasons
-    return {"machine": facts, "packages": devices.versions(), "choices": choices}
+    return {"machine": facts, "packages": devices.package_versions(), "choices": choices}
 
 
 def as_json(found: dict[str, Any]) -> str:

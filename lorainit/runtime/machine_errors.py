@@ -135,7 +135,7 @@ def is_machine_failure(error: BaseException) -> bool:
         shared_memory.is_full,
         is_failed_device,
         is_kernel_assert,
-        lost_process,
+        find_peer_failure,
         is_host_failure,
     )
     return any(kind(one) for one in with_causes(error) for kind in kinds)
@@ -179,7 +179,7 @@ def is_kernel_assert(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _ASSERT in str(error).lower()
 
 
-def lost_process(error: BaseException) -> Literal["silent", "gone"] | None:
+def find_peer_failure(error: BaseException) -> Literal["silent", "gone"] | None:
     """How another process of this run fails this one; None if it does not, as where the run has one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
         return None

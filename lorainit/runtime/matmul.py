@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from lorainit.runtime import process_tuning
-from lorainit.runtime.process_tuning import Choice
+from lorainit.runtime.process_tuning import Setting
 
 # Relative error, in the Frobenius norm, against float64: float32 sums of 576 to 4096 products have 2.5e-7 (MKL)
 # to 5.7e-7 (oneDNN); inputs rounded to bf16 give 2e-3, to TF32 3e-4.
@@ -24,7 +24,7 @@ _SHAPE = (256, 576, 1536)  # tokens, in, out of the product that is timed
 _REPEATS = 5
 
 
-def set_up(*, cpus: int) -> list[Choice]:
+def tune_matmul(*, cpus: int) -> list[Setting]:
     """Choose and set; see each function.
 
     Args:
@@ -32,8 +32,8 @@ def set_up(*, cpus: int) -> list[Choice]:
     """
     chosen = [use_threads(cpus)]
     if has_gpu():
-        return [*chosen, keep_gpu_exact()]
-    return [*chosen, route_fp32(measure, vendor=process_tuning.processor_vendor())]
+        return [*chosen, forbid_tf32()]
+    return [*chosen, choose_fp32_library(measure_onednn, vendor=process_tuning.processor_vendor())]
 
 
 def has_gpu() -> bool:
@@ -41,46 +41,46 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def use_threads(cpus: int) -> Choice:
+def use_threads(cpus: int) -> Setting:
     """As many as cores are ours: more than a cgroup's quota stand still for the rest of each period.
 
     torch counts the machine's physical cores and knows nothing of quotas. `OMP_NUM_THREADS` wins.
     """
     if "OMP_NUM_THREADS" in os.environ:
-        return Choice("threads", str(torch.get_num_threads()), "OMP_NUM_THREADS is set in the environment")
+        return Setting("threads", str(torch.get_num_threads()), "OMP_NUM_THREADS is set in the environment")
     threads = min(torch.get_num_threads(), cpus)
     torch.set_num_threads(threads)
-    return Choice("threads", str(threads), f"{cpus} cores may be used, by affinity and CPU quota")
+    return Setting("threads", str(threads), f"{cpus} cores may be used, by affinity and CPU quota")
 
 
 # --- fp32 on a CPU -------------------------------------------------------------------------------
 
 
-class Measured(NamedTuple):
+class OneDnnMeasurement(NamedTuple):
     """Of oneDNN on this machine: its largest relative error, and how many times as fast as the default it was now."""
 
     error: float
     ratio: float
 
 
-def measure() -> Measured:
+def measure_onednn() -> OneDnnMeasurement:
     """Compare both on fixed random matrices; leaves the default on. Takes about 0.1 s."""
     try:
         _use_onednn(on=True)
-        error = max(_error(inner) for inner in _INNER)
+        error = max(_relative_error(inner) for inner in _INNER)
         seconds = {True: float("inf"), False: float("inf")}
         tokens, n, out = _SHAPE
-        x, W = _random(tokens, n), _random(out, n)
+        x, W = _random_matrix(tokens, n), _random_matrix(out, n)
         for _ in range(_REPEATS):  # alternating, and the best of each: what else runs here slows single ones
             for on in seconds:
                 _use_onednn(on=on)
-                seconds[on] = min(seconds[on], _seconds(x, W))
+                seconds[on] = min(seconds[on], _time_product(x, W))
     finally:
         _use_onednn(on=False)
-    return Measured(error, seconds[False] / seconds[True])
+    return OneDnnMeasurement(error, seconds[False] / seconds[True])
 
 
-def route_fp32(measured: Callable[[], Measured], *, vendor: str | None) -> Choice:
+def choose_fp32_library(measured: Callable[[], OneDnnMeasurement], *, vendor: str | None) -> Setting:
     """Let oneDNN multiply float32 matrices where MKL is slow and oneDNN as exact as float32 is.
 
     MKL takes slow paths on processors that are not Intel's: oneDNN is about twice as fast on an AMD EPYC (Zen 5).
@@ -97,15 +97,15 @@ def route_fp32(measured: Callable[[], Measured], *, vendor: str | None) -> Choic
     name = "fp32 products"
     backends: Any = torch.backends  # whose functions have no annotations
     if not backends.mkldnn.is_available() or not backends.mkl.is_available():
-        return Choice(name, "default", "this torch has no two libraries to choose from")
+        return Setting(name, "default", "this torch has no two libraries to choose from")
     if vendor in (None, "GenuineIntel"):
-        return Choice(name, "default", "MKL is made for this processor" if vendor else "the processor is not known")
+        return Setting(name, "default", "MKL is made for this processor" if vendor else "the processor is not known")
     error, ratio = found = measured()
     if not error <= EXACT:
-        return Choice(name, "default", f"oneDNN would round: relative error {error:.1e}", found._asdict())
+        return Setting(name, "default", f"oneDNN would round: relative error {error:.1e}", found._asdict())
     _use_onednn(on=True)
     why = f"{ratio:.1f} times as fast as MKL just now, and as exact: relative error {error:.1e}"
-    return Choice(name, "oneDNN", why, found._asdict())
+    return Setting(name, "oneDNN", why, found._asdict())
 
 
 def _use_onednn(*, on: bool) -> None:
@@ -115,17 +115,17 @@ def _use_onednn(*, on: bool) -> None:
     torch.set_float32_matmul_precision("medium" if on else "highest")
 
 
-def _error(inner: int) -> float:
-    x, W = _random(128, inner), _random(128, inner)
+def _relative_error(inner: int) -> float:
+    x, W = _random_matrix(128, inner), _random_matrix(128, inner)
     exact = x.double() @ W.double().T
     return float(torch.linalg.vector_norm(F.linear(x, W) - exact) / torch.linalg.vector_norm(exact))
 
 
-def _random(rows: int, columns: int) -> Tensor:
+def _random_matrix(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
 
 
-def _seconds(x: Tensor, W: Tensor) -> float:
+def _time_product(x: Tensor, W: Tensor) -> float:
     started = time.perf_counter()
     F.linear(x, W)
     return time.perf_counter() - started
@@ -134,7 +134,7 @@ def _seconds(x: Tensor, W: Tensor) -> float:
 # --- a GPU ---------------------------------------------------------------------------------------
 
 
-def keep_gpu_exact() -> Choice:
+def forbid_tf32() -> Setting:
     """float32 stays float32 on a GPU: who wants speed asks for bf16, and who asks for fp32 compares starts by it.
 
     TF32 rounds what is multiplied to 10 bits of mantissa, and what a young adapter adds lies below that. Sums of bf16
@@ -142,6 +142,6 @@ def keep_gpu_exact() -> Choice:
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1":
-        return Choice("GPU products", "TF32 for fp32", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set in the environment")
+        return Setting("GPU products", "TF32 for fp32", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set in the environment")
     torch.set_float32_matmul_precision("highest")
-    return Choice("GPU products", "float32 stays float32", "TF32 would lose what a young adapter adds")
+    return Setting("GPU products", "float32 stays float32", "TF32 would lose what a young adapter adds")

@@ -26,7 +26,7 @@ _TOP_PAD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Choice:
+class Setting:
     """One setting: what it is set to, why, and what was measured for it."""
 
     name: str
@@ -35,15 +35,15 @@ class Choice:
     measured: Mapping[str, float] = field(default_factory=dict)
 
 
-_record: dict[str, Choice] = {}
+_record: dict[str, Setting] = {}
 
 
-def note(choice: Choice) -> None:
+def record(choice: Setting) -> None:
     """Put a choice on record, in the place of an earlier one of that name."""
     _record[choice.name] = choice
 
 
-def report() -> tuple[Choice, ...]:
+def report() -> tuple[Setting, ...]:
     """What was chosen in this process, in order; empty where nobody asked for it."""
     return tuple(_record.values())
 
@@ -53,30 +53,31 @@ def settings() -> dict[str, str]:
     return {choice.name: choice.value for choice in report()}
 
 
-def set_up() -> Message:
+def tune_process() -> Message:
     """Set this process up for a run, once, before anything has loaded torch; takes about 0.2 s beside that.
 
     Returns:
         The event that says what was chosen.
     """
     if not _record:
-        kept, waiting, gpu = before_torch()
+        kept, waiting, gpu = tune_before_torch()
         from lorainit.runtime import matmul  # loads torch, which reads the environment once
 
-        products = matmul.set_up(cpus=usable_cpus())
+        products = matmul.tune_matmul(cpus=usable_cpus())
         memory = [kept, gpu] if matmul.has_gpu() else [kept]
         for choice in (*memory, waiting, *products):
-            note(choice)
-    return message()
+            record(choice)
+    return settings_event()
 
 
 @cache
-def before_torch() -> tuple[Choice, Choice, Choice]:
-    """The part of `set_up` that comes before torch is loaded, once: for a process that loads it for later runs."""
-    return keep_freed_memory(), _sleeping_threads(), _growing_gpu_memory()
+def tune_before_torch() -> tuple[Setting, Setting, Setting]:
+    """The part of `tune_process` that comes before torch is loaded, once: for a process that loads it for later
+    runs."""
+    return keep_freed_memory(), _let_threads_sleep(), _let_gpu_memory_grow()
 
 
-def keep_kernels(cache: str | None) -> None:
+def keep_compiled_kernels(cache: str | None) -> None:
     """Let what torch compiles be found by the next run; without this it lies in the run's own folder and goes with it.
 
     Where the environment says another place, that is taken.
@@ -85,7 +86,7 @@ def keep_kernels(cache: str | None) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache) / KERNELS))
 
 
-def message() -> Message:
+def settings_event() -> Message:
     """The record as an event of kind `machine`."""
     text = "This machine: " + "; ".join(f"{choice.name} = {choice.value}" for choice in report())
     choices = [{"name": c.name, "value": c.value, "why": c.why, **c.measured} for c in report()]
@@ -95,7 +96,7 @@ def message() -> Message:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def keep_freed_memory() -> Choice:
+def keep_freed_memory() -> Setting:
     """Let glibc keep what is freed: by default it hands freed logits back and page-faults them in again at every step.
 
     SmolLM2 in fp32, 2 rows: 33,000 to 45,000 page faults in the median step by default; about 110 with these three
@@ -105,44 +106,44 @@ def keep_freed_memory() -> Choice:
     """
     name = "allocator"
     if given := [variable for variable in _MALLOC_VARIABLES if variable in os.environ]:
-        return Choice(name, "as given", f"{', '.join(given)} is set in the environment")
+        return Setting(name, "as given", f"{', '.join(given)} is set in the environment")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
-        return Choice(name, "the system's", "only glibc's allocator is known to need anything")
+        return Setting(name, "the system's", "only glibc's allocator is known to need anything")
     # No block gets a mapping of its own, none is given back (-1 = never), the heap grows in large pieces.
     done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
     if not done:
-        return Choice(name, "the system's", "this C library refused to keep freed memory")
-    return Choice(name, "keeps freed memory", "memory given back and fetched again costs page faults at every step")
+        return Setting(name, "the system's", "this C library refused to keep freed memory")
+    return Setting(name, "keeps freed memory", "memory given back and fetched again costs page faults at every step")
 
 
 # --- what torch reads when it is loaded ------------------------------------------------------------
 
 
-def _sleeping_threads() -> Choice:
+def _let_threads_sleep() -> Setting:
     """A short spin, then sleep. Seconds per step of SmolLM2 in bf16 with 4 rows on two cores, alone and with one busy:
 
     sleep at once 1.76 and 2.4; spin 1000 times 1.2 and 2.7; 3000 times 1.2 and 3.7; 20000 times 1.2 and 9.4.
     """
     why = "threads that wait look a moment for work, then sleep: what else runs here needs the core"
-    return _variable("waiting threads", "GOMP_SPINCOUNT", value="1000", why=why)
+    return _set_variable("waiting threads", "GOMP_SPINCOUNT", value="1000", why=why)
 
 
-def _growing_gpu_memory() -> Choice:
+def _let_gpu_memory_grow() -> Setting:
     """Rows of many lengths leave holes that no other length fits into. Has not run: no GPU was at hand."""
     older = "PYTORCH_CUDA_ALLOC_CONF"
     variable = older if older in os.environ else "PYTORCH_ALLOC_CONF"
     why = "memory grows in place instead of leaving holes"
-    return _variable("GPU memory", variable, value="expandable_segments:True", why=why)
+    return _set_variable("GPU memory", variable, value="expandable_segments:True", why=why)
 
 
-def _variable(name: str, variable: str, *, value: str, why: str) -> Choice:
+def _set_variable(name: str, variable: str, *, value: str, why: str) -> Setting:
     if variable in os.environ:
-        return Choice(name, os.environ[variable], f"{variable} is set in the environment")
+        return Setting(name, os.environ[variable], f"{variable} is set in the environment")
     if "torch" in sys.modules:
-        return Choice(name, "as it was", "torch was loaded before it could be set")
+        return Setting(name, "as it was", "torch was loaded before it could be set")
     os.environ[variable] = value
-    return Choice(name, value, why)
+    return Setting(name, value, why)
 
 
 # --- the processor, and how many of its cores are ours -------------------------------------------
@@ -178,21 +179,21 @@ def cpu_quota(root: Path = Path("/")) -> float:
     for line in groups:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            found += [_share(f.read_text()) for f in _upwards(root / "sys/fs/cgroup", path, "cpu.max")]
+            found += [_parse_quota(f.read_text()) for f in _group_files(root / "sys/fs/cgroup", path, "cpu.max")]
         elif "cpu" in controllers.split(","):
-            for file in _upwards(root / "sys/fs/cgroup" / controllers, path, "cpu.cfs_quota_us"):
-                found.append(_share(f"{file.read_text()} {file.with_name('cpu.cfs_period_us').read_text()}"))
+            for file in _group_files(root / "sys/fs/cgroup" / controllers, path, "cpu.cfs_quota_us"):
+                found.append(_parse_quota(f"{file.read_text()} {file.with_name('cpu.cfs_period_us').read_text()}"))
     return min(found)
 
 
-def _upwards(mount: Path, path: str, name: str) -> list[Path]:
+def _group_files(mount: Path, path: str, name: str) -> list[Path]:
     """The file of a group and of all above it; in a container the lower ones are not visible, only the mount."""
     group = mount / path.lstrip("/")
     folders = [group, *group.parents]
     return [folder / name for folder in folders[: folders.index(mount) + 1] if (folder / name).is_file()]
 
 
-def _share(text: str) -> float:
+def _parse_quota(text: str) -> float:
     """`quota period` in microseconds; `max` and -1 are no limit."""
     quota, period = text.split()
     return math.inf if quota == "max" or int(quota) <= 0 else int(quota) / int(period)

@@ -11,8 +11,8 @@ import torch
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.runtime.devices import is_out_of_memory
-from lorainit.runtime.distributed.run_errors import forget
-from lorainit.runtime.distributed.world import ALONE, World
+from lorainit.runtime.distributed.run_errors import release_frames
+from lorainit.runtime.distributed.world import SINGLE_PROCESS, World
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -25,50 +25,50 @@ class RanOutElsewhere(OutOfMemory):
         super().__init__("Another process of this run ran out of memory.", param="training.max_length")
 
 
-def anybody(flag: bool, world: World, device: torch.device) -> bool:
-    """Whether it is so in any process; the one way in which processes may talk to each other in `until_it_fits`.
+def any_rank(flag: bool, world: World, device: torch.device) -> bool:
+    """Whether it is so in any process; the one way in which processes may talk to each other in `retry_until_it_fits`.
 
     Raises:
         RanOutElsewhere: one of them failed meanwhile, and does not answer this question.
     """
-    return _meet(flag, world, device, failed=False)
+    return _share_outcome(flag, world, device, failed=False)
 
 
-def _meet(flag: bool, world: World, device: torch.device, *, failed: bool) -> bool:
+def _share_outcome(flag: bool, world: World, device: torch.device, *, failed: bool) -> bool:
     if world.size == 1:
         return flag
     found = torch.tensor([float(flag), float(failed)], device=device)
-    world.add_up([found])
+    world.all_reduce([found])
     answer, failures = found.tolist()
     if failures and not failed:
         raise RanOutElsewhere
     return bool(answer)
 
 
-def _done_by_all(work: Callable[[], T], world: World, device: torch.device) -> T:
+def _finish_together(work: Callable[[], T], world: World, device: torch.device) -> T:
     """What `work` returns; a frame of its own, so that it can be let go of where another process has failed."""
     found = work()
-    anybody(False, world, device)
+    any_rank(False, world, device)
     return found
 
 
-def nothing_smaller() -> bool:
+def cannot_shrink() -> bool:
     """For work that cannot be made smaller."""
     return False
 
 
-def until_it_fits(
+def retry_until_it_fits(
     work: Callable[[], T],
-    smaller: Callable[[], bool] = nothing_smaller,
+    shrink: Callable[[], bool] = cannot_shrink,
     *,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     device: torch.device = _CPU,
 ) -> T:
     """What `work` returns.
 
     Args:
         work: what an attempt that failed leaves behind must do the next one no harm. It may ask other processes by
-            `anybody`, all of them equally often, and may wait for them in no other way.
+            `any_rank`, all of them equally often, and may wait for them in no other way.
         smaller: called after each attempt that ran out of memory; makes the next one take less, and returns whether it
             does. One attempt is made all the same where it does not: memory was in pieces, or others have given
             theirs back.
@@ -83,16 +83,16 @@ def until_it_fits(
     is_last = False
     while True:
         try:
-            return _done_by_all(work, world, device)
+            return _finish_together(work, world, device)
         except Exception as caught:  # torch has one class for a GPU's memory and only a text for the host's
             is_ours = is_out_of_memory(caught)
             if world.in_step or not (is_ours or isinstance(caught, RanOutElsewhere)):
                 raise
             error = caught
-            forget(error)
+            release_frames(error)
         if is_ours:
-            _meet(False, world, device, failed=True)
-        if not smaller():
+            _share_outcome(False, world, device, failed=True)
+        if not shrink():
             if is_last:
                 raise error
             is_last = True

@@ -21,7 +21,7 @@ from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import Sums, added, no_sums
 from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.distributed.world import World
-from lorainit.runtime.retry import until_it_fits
+from lorainit.runtime.retry import retry_until_it_fits
 from lorainit.train.checkpoint import Progress, write
 from lorainit.train.member import Member, clip, say_shortage, with_half_the_tokens, with_smaller_evaluations
 from lorainit.train.optimizers import make_optimizer, set_rate
@@ -66,9 +66,9 @@ class Course:
             self.step, self.tokens, self._before = done.step, done.tokens, done.seconds
             self._taken = self._saved = done.step
             self._unsaid = done.unsaid
-            if world.leads:
+            if world.is_rank0:
                 self.log.write_bytes((member.resumed.folder / self.log.name).read_bytes())
-        elif world.leads:
+        elif world.is_rank0:
             self.log.write_bytes(b"")
         self._started = time.monotonic()
 
@@ -106,7 +106,7 @@ class Course:
         self._begun = time.monotonic()
         self._parts: list[Sums] = []
         pieces = batches(samples, self.member.budget, self.member.regime)
-        self.pieces, self.idle = list(self.world.share(pieces)), self.world.idle(pieces)
+        self.pieces, self.count_idle_passes = list(self.world.share(pieces)), self.world.count_idle_passes(pieces)
         return self.pieces
 
     def add(self, piece: int, sums: Sums) -> None:
@@ -195,12 +195,12 @@ class Course:
         metrics = self._metrics(**self._unsaid, **found)
         self._unsaid = {}
         self._say(metrics)
-        if self.world.leads and self._is_due(recipe.checkpoint_interval):
+        if self.world.is_rank0 and self._is_due(recipe.checkpoint_interval):
             self._write_checkpoint(metrics)
 
     def save(self) -> None:
         """A checkpoint of the steps taken so far, unless one has them all; a step on its way is not in it."""
-        if self.world.leads and self._taken > self._saved:
+        if self.world.is_rank0 and self._taken > self._saved:
             self.step = self._taken
             said = self._last if self._last and not self._unsaid else self._metrics(**self._unsaid)
             self._write_checkpoint(said)
@@ -227,7 +227,7 @@ class Course:
                 pass_again()
             return self._sums()
 
-        return until_it_fits(attempt) if self.world.size == 1 else self._sums()
+        return retry_until_it_fits(attempt) if self.world.size == 1 else self._sums()
 
     def _sums(self) -> tuple[float, dict[str, float], float]:
         """Loss, sums of metrics and gradient norm of the step over all pieces and processes, gradients clipped."""
@@ -236,7 +236,7 @@ class Course:
                 parameter.grad = torch.zeros_like(parameter)
         total = reduce(added, self._parts, no_sums(self.member.objective, self.parameters[0].device))
         loss, metrics = total.loss / self.wanted, total.metrics
-        self.world.add_up([loss, *metrics.values(), *(p.grad for p in self.parameters if p.grad is not None)])
+        self.world.all_reduce([loss, *metrics.values(), *(p.grad for p in self.parameters if p.grad is not None)])
         norm = clip(self.member)
         # Together, since a GPU is waited for each time; float64 has all of them exactly.
         first, *values, last = torch.stack([loss, *(value.double() for value in metrics.values()), norm]).tolist()
@@ -257,7 +257,7 @@ class Course:
         )
 
     def _say(self, metrics: Metrics) -> None:
-        if self.world.leads:
+        if self.world.is_rank0:
             with self.log.open("a") as stream:
                 stream.write(json.dumps(metrics.model_dump(exclude={"kind", "member"})) + "\n")
         self._last = metrics
@@ -275,7 +275,7 @@ class Course:
             metrics=self.log,
             write_adapter=self.member.write_adapter,
         )
-        until_it_fits(written)
+        retry_until_it_fits(written)
         self._saved = self.step
         shown = {name: getattr(metrics, name) for name in _CHECKPOINT_METRICS}
         self.member.on_event(Checkpoint(step=self.step, path=str(folder.resolve()), metrics=shown))

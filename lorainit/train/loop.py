@@ -20,7 +20,7 @@ from lorainit.model.forward.loss import Sums, added, forward_backward, no_sums
 from lorainit.model.layers.group import Stand
 from lorainit.runtime.distributed import run_errors
 from lorainit.runtime.distributed.world import World
-from lorainit.runtime.retry import until_it_fits
+from lorainit.runtime.retry import retry_until_it_fits
 from lorainit.train.checkpoint import Progress
 from lorainit.train.course import Course, Evaluate
 from lorainit.train.member import Member
@@ -49,7 +49,7 @@ def train(
         try:
             courses[who] = Course(members[who], world)
         except Exception as error:
-            ended.append((who, run_errors.end_of(error, alone=len(members) == 1)))
+            ended.append((who, run_errors.to_run_error(error, alone=len(members) == 1)))
         else:
             attempt(who, courses[who].begin)
 
@@ -60,7 +60,7 @@ def train(
             if course.is_over:
                 ended.append((who, course.progress))
         except Exception as error:
-            ended.append((who, run_errors.end_of(error, alone=len(members) == 1)))
+            ended.append((who, run_errors.to_run_error(error, alone=len(members) == 1)))
         if ended and ended[-1][0] == who:
             del courses[who]
 
@@ -97,7 +97,7 @@ def _save_all(courses: Sequence[Course]) -> None:
         except Exception as error:
             if len(courses) == 1:
                 raise
-            text = f"No checkpoint of this moment could be written: {run_errors.end_of(error, alone=False)}"
+            text = f"No checkpoint of this moment could be written: {run_errors.to_run_error(error, alone=False)}"
             course.member.on_event(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 
@@ -106,7 +106,7 @@ def _pass_and_return(stand: Stand, courses: list[Course], lay: Lay) -> None:
 
     Memory is in pieces by then, or others use the device: passes are halved, until rows go alone.
     """
-    until_it_fits(
+    retry_until_it_fits(
         lambda: _forward_and_backward(stand, courses, lay),
         lambda: max([course.repeat_smaller() for course in courses]),
         world=courses[0].world,
@@ -130,7 +130,7 @@ def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None
             course.add(number, part)
     for course in courses:
         course.drop_by(None)
-        for _ in range(course.idle):
+        for _ in range(course.count_idle_passes):
             _pass_along(stand, course, lay)
 
 
@@ -171,13 +171,13 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
     """
     course.member.on_event(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
     world, device = course.world, course.parameters[0].device
-    found = until_it_fits(
+    found = retry_until_it_fits(
         lambda: _looked_at(stand, course, samples, lay), course.evaluate_smaller, world=world, device=device
     )
     # Together, since a GPU is waited for each time; float64 has all of them exactly.
     count = torch.full_like(found.loss, found.count, dtype=torch.float64)
     sums = torch.stack([found.loss.double(), *(value.double() for value in found.metrics.values()), count])
-    world.add_up([sums])
+    world.all_reduce([sums])
     loss, *values, every = sums.tolist()
     means = {name: value / every for name, value in zip(found.metrics, values, strict=True)}
     if math.isfinite(loss):
@@ -197,7 +197,7 @@ def _looked_at(stand: Stand, course: Course, samples: Sequence[Sample], lay: Lay
         (part,) = objective.sums(stand.model, batch, [sum(map(objective.count, piece))])
         total = added(total, part)
         course.member.on_event(Tick(done=done, total=len(pieces)))
-    for _ in range(world.idle(every)):
+    for _ in range(world.count_idle_passes(every)):
         row = _shortest(samples)
         objective.sums(stand.model, lay([row]), [objective.count(row)])
     return total

@@ -20,7 +20,7 @@ from lorainit.data.dataset import Sample
 from lorainit.model.forward import compiled
 from lorainit.model.forward.recompute import recompute
 from lorainit.model.layers.group import Stand
-from lorainit.runtime.devices import is_out_of_memory, peak_while, return_memory
+from lorainit.runtime.devices import is_out_of_memory, peak_while, release_memory
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, with_causes
 from lorainit.train.dry_run import Lay, Trial, forget, trials, try_pass, try_update
@@ -101,8 +101,8 @@ def _fails(
         failed = True
     if failed:  # outside of the except clause, whose traceback holds what is to be freed
         forget(stand, members)
-        return_memory()
-    return world.anybody(failed, next(stand.model.parameters()).device)
+        release_memory()
+    return world.any_rank(failed, next(stand.model.parameters()).device)
 
 
 def _first_that_fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> Trial | None:
@@ -141,7 +141,7 @@ def _measured(
     each = max(1.0, (large - small) / (many - few))
     found = many + int((SHARE * torch.cuda.mem_get_info(device)[1] - large) / each)
     agreed = torch.tensor(max(STEP, found // STEP * STEP), device=device)
-    world.agree([agreed])
+    world.broadcast([agreed])
     return _with_tokens(members, int(agreed), most)
 
 

@@ -12,7 +12,7 @@ from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.targets.targets import find_targets
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 from tests.lorainit.contexts import dataset_of, run_of
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def factors_of(found: Run, evidence) -> dict:
             rank=found.lora.r,
             scale=found.lora.scaling,
             config=found.lora.method,
-            generator=generator_for(0, name),
+            generator=make_generator(0, name),
         )
         for name, module in found.targets.items()
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorainit.model.forward.find_failure import logits_of, tally
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,6 @@ from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
-from lorainit.model.forward.loss import logits_of, tally
 from lorainit.model.layers.layer import adapted, attach, detach, disabled
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
@@ -132,7 +132,7 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
                 return enabled, logits_of(model, batch)
 
     start, start_disabled = both()
-    tally(model, batch).loss.backward()
+    tally(model, batch).find_failure.backward()
     layers = adapted(model).values()
     gradients = {
         key: sum(float(layer.trained()[key].grad.abs().sum()) for layer in layers if key in layer.trained())

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from lorainit.model.forward.find_failure import row_losses
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -18,7 +19,6 @@ from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.init.evidence import Evidence
 from lorainit.init.initialize import initialize
-from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, adapted
 from lorainit.model.layers.weight import weight_of

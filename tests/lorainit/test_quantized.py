@@ -15,6 +15,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from lorainit.model.forward.find_failure import logits_of
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
@@ -32,7 +33,6 @@ from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.gradients import mean_gradients
 from lorainit.init.initialize import initialize
 from lorainit.model import load as load_module
-from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers import quantize
 from lorainit.model.layers.layer import adapted, attach, detach
 from lorainit.model.layers.weight import shape_of, was_conv1d, weight_of
@@ -159,7 +159,7 @@ def test_without_the_library_the_refusal_names_the_extra(spec, tmp_path, monkeyp
 
 
 def test_the_record_has_the_librarys_version():
-    assert devices.versions()["bitsandbytes"] == bitsandbytes.__version__
+    assert devices.package_versions()["bitsandbytes"] == bitsandbytes.__version__
 
 
 @pytest.mark.parametrize(

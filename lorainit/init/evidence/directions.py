@@ -15,7 +15,7 @@ from lorainit.init.methods.eva import alive_directions
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import listed
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 
 # A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
 MAX_PASSES, MIN_BATCHES = 8, 64
@@ -78,7 +78,7 @@ def _settle(
         ranks = spread_ranks(bids, run.lora.r * len(leader))
         needed = {g: max(ranks[name] for name in leader if leader[name] == g) for g in states}
         moving = [g for g, state in states.items() if not converged(before[g], state.directions, needed[g], config.tau)]
-        if not run.anybody(bool(moving)):  # rounding may differ, and passes may be everybody's
+        if not run.any_rank(bool(moving)):  # rounding may differ, and passes may be everybody's
             _say_ranks(ranks, number, run)
             return ranks
     unsettled = [name for name in moving if not isinstance(run.targets[name], ExpertLinear)]
@@ -95,7 +95,7 @@ def _settle(
 def _states(config: EVA, run: Run, leader: dict[str, str], widths: dict[str, int]) -> dict[str, PCA]:
     seed = config.seed_for(run.spec.seed)
     return {
-        g: PCA(max(widths[n] for n in leader if leader[n] == g), generator=generator_for(seed, g))
+        g: PCA(max(widths[n] for n in leader if leader[n] == g), generator=make_generator(seed, g))
         for g in dict.fromkeys(leader.values())
     }
 

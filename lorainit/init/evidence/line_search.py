@@ -27,7 +27,7 @@ from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.layer import LoRALinear, adapted, attach
 from lorainit.model.layers.weight import weight_of
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 
 # Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))
@@ -111,7 +111,7 @@ def _attached(config: LoRAOne, run: Run, evidence: Mapping[str, Evidence]) -> It
         for name, module in run.targets.items():
             if evidence[name].starved:  # its start is a product of zero
                 continue
-            W, generator = weight_of(module).detach(), generator_for(seed, name)
+            W, generator = weight_of(module).detach(), make_generator(seed, name)
             factors = lora_one(W, evidence[name], rank=r, scale=1.0, config=unit, generator=generator)
             attach(run.model, name, LoRALinear(module, factors, scale=1.0, subtract=False))
         yield

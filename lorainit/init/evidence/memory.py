@@ -27,7 +27,7 @@ def require(run: Run, what: str, *, numbers: int, device: torch.device) -> None:
     """
     wanted, free = FLOAT * numbers, devices.free_bytes(device)
     is_short = free is not None and wanted > free
-    if run.anybody(is_short):
+    if run.any_rank(is_short):
         room = f"{_gib(free or 0)} are free" if is_short else "another process of this run has less than that free"
         experts = sum(isinstance(module, ExpertLinear) for module in run.targets.values())
         hint = f" {experts} of the {len(run.targets)} adapted matrices are experts'." if experts else ""

@@ -28,7 +28,7 @@ from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.model.layers.weight import device_of, shape_of
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 
 MAX_RANK, RANK_FACTOR = 128, 8
 MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02
@@ -56,7 +56,7 @@ def preheat(config: HRP, run: Run) -> dict[str, Evidence]:
     memory.require(run, "hrp's preheated adapter with its optimizer", numbers=numbers, device=run.device)
     seed = config.seed_for(run.spec.seed)
     layers = {
-        name: _adapter(module, ranks[name], config, scale=run.lora.scaling, generator=generator_for(seed, name))
+        name: _adapter(module, ranks[name], config, scale=run.lora.scaling, generator=make_generator(seed, name))
         for name, module in run.targets.items()
     }
     with borrowed(run.model, layers):

@@ -10,28 +10,28 @@ from safetensors import safe_open
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.config.spec import BaseModelRef
-from lorainit.runtime.disk_cache import Store, key
+from lorainit.runtime.disk_cache import DiskCache, make_key
 
 # A file changed twice within one tick of the file system's clock looks unchanged: younger ones are not trusted.
 SETTLED_SECONDS = 2.0
 SEAL = "base.sha256"
 
 
-def known_sha256(folder: Path, store: Store) -> str:
+def known_sha256(folder: Path, cache: DiskCache) -> str:
     """`base_sha256`, from the store where the same files were read before.
 
     The same files: device, inode, size, time of modification and time of change (which no program can set) of each.
     SmolLM2 in float32 (538 MB): about 0.6 s without, 0.5 ms with.
     """
     facts = [_identity(file) for file in sorted(folder.glob("*.safetensors"))]
-    name = key(folder=str(folder.resolve()), files=facts)
-    found = store.read(name)
+    name = make_key(folder=str(folder.resolve()), files=facts)
+    found = cache.read(name)
     if found is not None:
         return str(found["sha256"])
     settled = all(time.time_ns() - max(times) > SETTLED_SECONDS * 1e9 for _, *_, times in facts)
     digest = base_sha256(folder)
     if settled and facts == [_identity(file) for file in sorted(folder.glob("*.safetensors"))]:
-        store.write(name, {"sha256": digest})
+        cache.write(name, {"sha256": digest})
     return digest
 
 

@@ -20,9 +20,9 @@ from lorainit.runtime import process_tuning
 from lorainit.system import shared_memory
 from lorainit.system.limits import tether
 
-PATIENCE = 30.0  # seconds for the others to end after the leading one has
-LAST_WORDS = 5.0  # seconds for the leading one to say itself what is wrong
-TOGETHER = 2.0  # seconds in which the end of one brings the others down, too
+EXIT_SECONDS = 30.0  # seconds for the others to end after the leading one has
+REPORT_SECONDS = 5.0  # seconds for the leading one to say itself what is wrong
+CASCADE_SECONDS = 2.0  # seconds in which the end of one brings the others down, too
 # of the environment: the file by which the processes of one run meet (`lorainit.runtime.distributed.world`)
 RENDEZVOUS = "RENDEZVOUS"
 
@@ -30,99 +30,99 @@ Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
-class Loss:
+class PeerFailure:
     """How another process of the run ended badly: its exit code (-n: killed by signal n), and what it said of it."""
 
     code: int
-    word: Failed | None
+    event: Failed | None
 
-    def is_a_consequence(self) -> int:
+    def sort_key(self) -> int:
         """How likely another one's end explains this one: least where it says what is wrong, most where it cannot."""
-        if self.word is not None and self.word.code not in ("internal_error", "worker_lost"):
+        if self.event is not None and self.event.code not in ("internal_error", "worker_lost"):
             return 0
-        if self.word is not None and self.word.message == shared_memory.FULL:
+        if self.event is not None and self.event.message == shared_memory.FULL:
             return 0
         return 1 if self.code < 0 else 3 if self.code == 1 else 2
 
 
-class Others:
+class PeerProcesses:
     """The processes beside the leading one; none, where a run has one."""
 
     def __init__(self, processes: Sequence[Process] = (), out: Path = Path()) -> None:
         self._processes, self._out = processes, out
         self._over = threading.Event()
 
-    def watch(self, on_loss: Callable[[Loss], None]) -> None:
-        """From now on call `on_loss`, in a thread, when one ends badly and this one does not end soon by itself.
+    def watch(self, on_failure: Callable[[PeerFailure], None]) -> None:
+        """From now on call `on_failure`, in a thread, when one ends badly and this one does not end soon by itself.
 
         It may wait for that one for ever, in its next sum.
         """
-        for other in self._processes:
-            threading.Thread(target=self._watch, args=(other, on_loss), daemon=True).start()
+        for peer in self._processes:
+            threading.Thread(target=self._watch, args=(peer, on_failure), daemon=True).start()
 
-    def loss(self) -> Loss | None:
+    def find_failure(self) -> PeerFailure | None:
         """Whether one has ended badly, or says so, which explains a sum that failed here; it may show a bit later."""
-        ended = self._wait(any, seconds=LAST_WORDS)
-        return self._cause() if ended else None
+        ended = self._wait(any, seconds=REPORT_SECONDS)
+        return self._find_cause() if ended else None
 
-    def dismiss(self) -> None:
+    def kill(self) -> None:
         """End them: this one has stopped or failed, and they would wait for it in their next sum."""
         self._over.set()
-        for other in self._processes:
-            other.kill()
+        for peer in self._processes:
+            peer.kill()
 
     @property
-    def are_over(self) -> bool:
+    def have_ended(self) -> bool:
         """Whether there were any, and none is left."""
-        return bool(self._processes) and all(other.poll() is not None for other in self._processes)
+        return bool(self._processes) and all(peer.poll() is not None for peer in self._processes)
 
     def close(self) -> None:
         """Wait for them to end, then insist."""
         self._over.set()
-        for other in self._processes:
+        for peer in self._processes:
             try:
-                other.wait(PATIENCE)
+                peer.wait(EXIT_SECONDS)
             except subprocess.TimeoutExpired:
-                other.kill()  # which ends one that is frozen, too
+                peer.kill()  # which ends one that is frozen, too
 
-    def _watch(self, other: Process, on_loss: Callable[[Loss], None]) -> None:
-        if other.wait() and not self._over.wait(LAST_WORDS):
-            on_loss(self._cause())
+    def _watch(self, peer: Process, on_failure: Callable[[PeerFailure], None]) -> None:
+        if peer.wait() and not self._over.wait(REPORT_SECONDS):
+            on_failure(self._find_cause())
 
     def _wait(self, which: Callable[[Iterable[bool]], bool], *, seconds: float) -> bool:
         """Whether any, or all, have ended badly, or are about to, within so many seconds."""
         until = time.monotonic() + seconds
         while self._processes:
-            if which(self._loss_of(rank) is not None for rank in self._ranks):
+            if which(self._failure_of(rank) is not None for rank in self._ranks):
                 return True
             if time.monotonic() > until:
                 return False
             time.sleep(0.05)
         return False
 
-    def _cause(self) -> Loss:
+    def _find_cause(self) -> PeerFailure:
         """What ended the run: one ends because it was killed or found something wrong, the others because it did."""
-        self._wait(all, seconds=TOGETHER)
-        losses = []
+        self._wait(all, seconds=CASCADE_SECONDS)
+        failures = []
         for rank in self._ranks:
-            if loss := self._loss_of(rank):
-                print(f"process {rank} of this run ended with exit code {loss.code}", file=sys.stderr, flush=True)  # noqa: T201
-                losses.append(loss)
-        return min(losses, key=Loss.is_a_consequence)
+            if failure := self._failure_of(rank):
+                print(f"process {rank} of this run ended with exit code {failure.code}", file=sys.stderr, flush=True)  # noqa: T201
+                failures.append(failure)
+        return min(failures, key=PeerFailure.sort_key)
 
     @property
     def _ranks(self) -> range:
         return range(1, len(self._processes) + 1)
 
-    def _loss_of(self, rank: int) -> Loss | None:
+    def _failure_of(self, rank: int) -> PeerFailure | None:
         """How one has ended badly; one that has left its last word will, and its end may take seconds."""
-        path, code = _word(self._out, rank), self._processes[rank - 1].poll()
-        word = Failed.model_validate_json(path.read_bytes()) if path.exists() else None
-        return Loss(code or 1, word) if code or (code is None and word) else None
+        path, code = _failure_file(self._out, rank), self._processes[rank - 1].poll()
+        event = Failed.model_validate_json(path.read_bytes()) if path.exists() else None
+        return PeerFailure(code or 1, event) if code or (code is None and event) else None
 
 
 @contextmanager
-def companions(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[Others]:
+def start_peers(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[PeerProcesses]:
     """Run `count` - 1 more processes with these arguments beside this one, which becomes the leading one.
 
     Args:
@@ -130,19 +130,20 @@ def companions(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[O
     """
     out.mkdir(parents=True, exist_ok=True)
     meeting = out / "rendezvous"
-    for old in (meeting, *(_word(out, rank) for rank in range(1, count))):
+    for old in (meeting, *(_failure_file(out, rank) for rank in range(1, count))):
         old.unlink(missing_ok=True)  # of an interrupted run: its ranks are not ours
-    common = {"WORLD_SIZE": str(count), RENDEZVOUS: str(meeting.resolve()), **_threads(count)}
-    os.environ.update(common | _rank(0))
+    common = {"WORLD_SIZE": str(count), RENDEZVOUS: str(meeting.resolve()), **_share_threads(count)}
+    os.environ.update(common | _rank_environment(0))
     command = [sys.executable, "-m", "lorainit", *arguments]
     processes = [
-        subprocess.Popen(command, env={**os.environ, **_rank(rank)}, preexec_fn=tether()) for rank in range(1, count)
+        subprocess.Popen(command, env={**os.environ, **_rank_environment(rank)}, preexec_fn=tether())
+        for rank in range(1, count)
     ]
-    others = Others(processes, out)
+    peers = PeerProcesses(processes, out)
     try:
-        yield others
+        yield peers
     finally:
-        others.close()
+        peers.close()
         meeting.unlink(missing_ok=True)
 
 
@@ -164,23 +165,23 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave_word(out: Path, event: Event) -> None:
+def write_peer_failure(out: Path, event: Event) -> None:
     """Of all that a process beside the leading one has to say, keep why it failed: the leading one says it."""
     if isinstance(event, Failed):
-        path = _word(out, int(os.environ["RANK"]))
+        path = _failure_file(out, int(os.environ["RANK"]))
         draft = path.with_suffix(".new")
         draft.write_text(event.model_dump_json())
         draft.replace(path)
 
 
-def _word(out: Path, rank: int) -> Path:
+def _failure_file(out: Path, rank: int) -> Path:
     return out / f"failed-{rank}.json"
 
 
-def _rank(rank: int) -> dict[str, str]:
+def _rank_environment(rank: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
-def _threads(count: int) -> dict[str, str]:
+def _share_threads(count: int) -> dict[str, str]:
     """Cores are shared: as many waiting threads as cores for each process make all of them slow."""
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, process_tuning.usable_cpus() // count))}

@@ -29,7 +29,7 @@ class ListenerFailed(BaseException):
     """Whoever listens to a run broke down: the cause ends everything, whatever it interrupts."""
 
 
-def listener(on_event: OnEvent) -> OnEvent:
+def wrap_listener(on_event: OnEvent) -> OnEvent:
     """`on_event`, with what it raises beside our own errors told apart from what goes wrong in the run."""
 
     def listen(event: Event) -> None:
@@ -45,7 +45,7 @@ def listener(on_event: OnEvent) -> OnEvent:
 
 @contextmanager
 def raise_listener_errors() -> Iterator[None]:
-    """What a `listener` raised inside is raised as itself."""
+    """What a `wrap_listener` raised inside is raised as itself."""
     try:
         yield
     except ListenerFailed as failure:
@@ -56,7 +56,7 @@ def raise_listener_errors() -> Iterator[None]:
     raise cause
 
 
-def end_of(error: Exception, *, alone: bool) -> LorainitError:
+def to_run_error(error: Exception, *, alone: bool) -> LorainitError:
     """How the one run ends in whose own work `error` was raised; what it held in memory is let go of.
 
     Args:
@@ -73,50 +73,50 @@ def end_of(error: Exception, *, alone: bool) -> LorainitError:
         if isinstance(error, LorainitError):
             return error
         raise error
-    ours = our_error(error)
+    ours = translate_error(error)
     if isinstance(ours, UnusableDevice | DeviceSilent):
         raise ours from error
     if ours is None:
         traceback.print_exception(error)
         ours = LorainitError("The run failed for a reason that is ours, not yours.")
-    forget(error)
+    release_frames(error)
     return ours
 
 
-def forget(error: BaseException) -> None:
+def release_frames(error: BaseException) -> None:
     """Empty the frames that an error went through: their variables are tensors of the size of what did not fit."""
     chain: BaseException | None = error
     while chain is not None:
         traceback.clear_frames(chain.__traceback__)
         chain = chain.__cause__ or chain.__context__
-    devices.return_memory()
+    devices.release_memory()
 
 
 # --- the machine's failures ----------------------------------------------------------------------
 
 
 @contextmanager
-def as_our_errors() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Machine failures a caller can do something about, as errors with advice."""
     try:
         yield
     except LorainitError:
         raise
     except Exception as error:
-        if ours := our_error(error):
+        if ours := translate_error(error):
             raise ours from error
         raise
 
 
-def our_error(error: Exception) -> LorainitError | None:
+def translate_error(error: Exception) -> LorainitError | None:
     """An error in our words; None where it is nothing that a caller can do something about."""
     if isinstance(error, LorainitError):
         return error
-    found = (_of_the_machine(one) for one in machine_errors.with_causes(error))
-    return next((ours for ours in found if ours), None) or _of_the_model(error)
+    found = (_translate_machine_error(one) for one in machine_errors.with_causes(error))
+    return next((ours for ours in found if ours), None) or _translate_model_error(error)
 
 
-def _of_the_machine(error: BaseException) -> LorainitError | None:
+def _translate_machine_error(error: BaseException) -> LorainitError | None:
     if devices.is_out_of_memory(error):
         return OutOfMemory(
             "The device ran out of memory. A smaller max_length or batch_size, a lower r, or fewer target modules"
@@ -130,14 +130,14 @@ def _of_the_machine(error: BaseException) -> LorainitError | None:
     if machine_errors.is_failed_device(error):
         said = " ".join(str(error).splitlines()[0].split())[:300]
         return UnusableDevice(f"The GPU failed while the run was using it: {said}")
-    if how := machine_errors.lost_process(error):
+    if how := machine_errors.find_peer_failure(error):
         return DeviceSilent(watchdog.failure().message if how == "silent" else watchdog.GONE)
     if is_host_failure(error):
         return HostFailed(f"The worker's host failed the run: {' '.join(str(error).split())[:300]}")
     return None
 
 
-def _of_the_model(error: Exception) -> LorainitError | None:
+def _translate_model_error(error: Exception) -> LorainitError | None:
     text = str(error) if isinstance(error, RuntimeError) else ""
     if "deterministic" in text and "use_deterministic_algorithms" in text:
         return UnsupportedModel(

@@ -32,7 +32,7 @@ class World:
     in_step: bool = False
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
@@ -40,19 +40,19 @@ class World:
         """This process's part of the micro-batches."""
         return pieces[self.rank :: self.size]
 
-    def idle(self, pieces: Sequence[T]) -> int:
+    def count_idle_passes(self, pieces: Sequence[T]) -> int:
         """Passes without a piece of its own that this process makes along with the others."""
         return -(-len(pieces) // self.size) - len(self.share(pieces)) if self.in_step else 0
 
-    def anybody(self, flag: bool, device: torch.device) -> bool:
+    def any_rank(self, flag: bool, device: torch.device) -> bool:
         """Whether it is so in any process."""
         if self.size == 1:
             return flag
         found = torch.tensor(float(flag), device=device)
-        self.add_up([found])
+        self.all_reduce([found])
         return bool(found)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in place; one message for each dtype."""
         if self.size == 1:
             return
@@ -63,27 +63,27 @@ class World:
             for tensor, part in zip(some, flat.split([t.numel() for t in some]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def told(self, digest: str, device: torch.device) -> str:
+    def broadcast_digest(self, digest: str, device: torch.device) -> str:
         """The leading process's SHA-256, in hexadecimal digits, whatever this one has."""
         if self.size == 1:
             return digest
-        numbers = list(bytes.fromhex(digest)) if self.leads else [0] * 32
+        numbers = list(bytes.fromhex(digest)) if self.is_rank0 else [0] * 32
         told = torch.tensor(numbers, dtype=torch.uint8, device=device)
-        self.agree([told])
+        self.broadcast([told])
         return bytes(told.tolist()).hex()
 
-    def agree(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the leading one's tensors, in place."""
         if self.size > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor.detach(), src=0)
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
+def join_world(device: torch.device) -> Iterator[World]:
     """The world that `launch`, or torchrun, has started this process in, joined for as long as the context lasts.
 
     Raises:
@@ -92,11 +92,11 @@ def joined(device: torch.device) -> Iterator[World]:
     """
     size = count_processes()
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     rank = int(os.environ["RANK"])
     if device.type == "cuda":
-        _take_gpu(int(os.environ.get("LOCAL_RANK", rank)), size)
+        _select_gpu(int(os.environ.get("LOCAL_RANK", rank)), size)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # Not by a URL of the file: torch would look for one with a space in it under the name that the URL writes.
     file = os.environ.get(RENDEZVOUS)
@@ -107,7 +107,7 @@ def joined(device: torch.device) -> Iterator[World]:
     try:
         distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience, **meeting)
     except RuntimeError as error:
-        if machine_errors.lost_process(error) is None:
+        if machine_errors.find_peer_failure(error) is None:
             raise
         within = f"{patience.total_seconds():.0f} seconds"
         text = f"Not all {size} processes of this run met within {within}: one hangs, or is gone."
@@ -118,7 +118,7 @@ def joined(device: torch.device) -> Iterator[World]:
         distributed.destroy_process_group()
 
 
-def _take_gpu(place: int, size: int) -> None:
+def _select_gpu(place: int, size: int) -> None:
     count = torch.cuda.device_count()
     if place >= count:
         raise TooFewDevices(f"The run is for {size} devices, and its worker sees {count}.", param="devices")

@@ -19,7 +19,7 @@ from lorainit.model.load import load_tokenizer
 from lorainit.model.source import digest
 from lorainit.model.source.digest import base_sha256, known_sha256, require_whole, seal
 from lorainit.model.source.tokenizer_files import TEMPLATES
-from lorainit.runtime.disk_cache import Store
+from lorainit.runtime.disk_cache import DiskCache
 from tests.lorainit.conftest import chat, tiny_llama, write_rows
 from tests.lorainit.contexts import prepared
 
@@ -51,8 +51,8 @@ def read(bases, tmp_path):
     tokenizer, said = load_tokenizer(bases["llama"]), []
 
     def call(path, *, folder=bases["llama"], max_length=64, rule="skip", limit=1 << 30):
-        store = Store(tmp_path / "cache" / "tokens", limit, said.append)
-        data = tokens.load_kept(path, tokenizer, folder=folder, store=store, max_length=max_length)
+        cache = DiskCache(tmp_path / "cache" / "tokens", limit, said.append)
+        data = tokens.load_kept(path, tokenizer, folder=folder, cache=cache, max_length=max_length)
         refuse(data, rule, "data.training")
         return data
 
@@ -218,8 +218,8 @@ def base(tmp_path):
 @pytest.fixture
 def known(tmp_path):
     said = []
-    store = Store(tmp_path / "cache" / "bases", 1 << 20, said.append)
-    yield lambda folder: known_sha256(folder, store)
+    cache = DiskCache(tmp_path / "cache" / "bases", 1 << 20, said.append)
+    yield lambda folder: known_sha256(folder, cache)
     assert said == []
 
 
@@ -293,7 +293,7 @@ def test_store_says_what_could_not_be_kept(tmp_path, monkeypatch):
 
     said = []
     monkeypatch.setattr(store_module, "save_file", fail)
-    Store(tmp_path / "tokens", 1000, said.append).write("k", {"a": 1})
+    DiskCache(tmp_path / "tokens", 1000, said.append).write("k", {"a": 1})
     assert [(type(e), e.level) for e in said] == [(Message, "warn")]
     assert "tokenized file could not be cached" in said[0].message
     assert json.dumps(said[0].data) == '{"kind": "data"}'

@@ -25,7 +25,7 @@ from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import run
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 from tests.zoo.bases import make
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -52,7 +52,7 @@ def stepped(name, layer, step):
     subtract, dora = layer.A0 is not None, layer.magnitude is not None
     B = layer.B if subtract else torch.zeros_like(layer.B)
     young = LoRALinear(layer.base, Factors(layer.A, B), scale=layer.scale, subtract=subtract, dora=dora)
-    generator = generator_for(1, name)
+    generator = make_generator(1, name)
     for parameter in young.trained().values():
         parameter.add_(step * torch.randn(parameter.shape, generator=generator))
     return young

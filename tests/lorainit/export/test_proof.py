@@ -172,7 +172,7 @@ def test_a_resumed_run_takes_the_proof_of_its_first_attempt_unless_the_reader_is
     assert proofs(go(resumed, tmp_path / "two")) == []
     manifests = [json.loads((tmp_path / name / "adapter/manifest.json").read_text()) for name in ("one", "two")]
     assert manifests[0]["proof"] == manifests[1]["proof"]
-    monkeypatch.setattr(early_check, "versions", lambda: {**devices.versions(), "peft": "0.99"})
+    monkeypatch.setattr(early_check, "package_versions", lambda: {**devices.package_versions(), "peft": "0.99"})
     assert len(proofs(go(resumed, tmp_path / "three"))) == 1
 
 

@@ -13,7 +13,7 @@ from lorainit.init.cache import Cache, data_digest
 from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.initialize import Known
 from lorainit.model.layers.factors import Factors
-from lorainit.runtime.disk_cache import key
+from lorainit.runtime.disk_cache import make_key
 
 
 def entry(size, fill=0.0):
@@ -121,8 +121,8 @@ def test_workers_that_share_a_folder_never_see_half_an_entry(tmp_path):
 
 
 def test_names_depend_on_every_part():
-    assert key(a=1) == key(a=1)
-    assert key(a=1) != key(a=2) != key(a=1, b=None)
+    assert make_key(a=1) == make_key(a=1)
+    assert make_key(a=1) != make_key(a=2) != make_key(a=1, b=None)
 
 
 def test_digest_of_rows_sees_tokens_masks_and_borders():

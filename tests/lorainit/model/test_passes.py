@@ -14,7 +14,7 @@ from lorainit.data.dataset import Sample
 from lorainit.model import passes
 from lorainit.model.passes import go_on
 from lorainit.run import run, run_together
-from lorainit.runtime.distributed.world import ALONE, World
+from lorainit.runtime.distributed.world import SINGLE_PROCESS, World
 
 ROWS, TOKENS = 8, 2048  # on a CPU, where nobody says
 
@@ -24,7 +24,7 @@ def base(*, rows="packed", parts=1):
         device=torch.device("cpu"),
         layout=SimpleNamespace(rows=rows),
         sharded="it is large" if parts > 1 else "",
-        world=World(0, parts) if parts > 1 else ALONE,
+        world=World(0, parts) if parts > 1 else SINGLE_PROCESS,
     )
 
 
@@ -104,7 +104,7 @@ def test_another_device_is_asked_for_its_memory_and_another_driver_is_not(monkey
 
 
 def test_a_base_that_is_divided_otherwise_leaves_other_room(monkeypatch):
-    monkeypatch.setattr(World, "anybody", lambda self, flag, device: flag)
+    monkeypatch.setattr(World, "any_rank", lambda self, flag, device: flag)
     known = short_of_memory(after(at=base(parts=4)))
     assert after(known, at=base(parts=2)).kept is False
     assert after(known, at=base(parts=4)).kept is True
@@ -112,7 +112,7 @@ def test_a_base_that_is_divided_otherwise_leaves_other_room(monkeypatch):
 
 def test_one_process_on_another_device_makes_all_decide_anew(monkeypatch):
     known = after(at=base(parts=2))
-    monkeypatch.setattr(World, "anybody", lambda self, flag, device: True)
+    monkeypatch.setattr(World, "any_rank", lambda self, flag, device: True)
     assert after(known, at=base(parts=2)).kept is False
 
 

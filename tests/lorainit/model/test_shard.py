@@ -285,7 +285,7 @@ def test_left_to_the_machine_a_base_is_divided_where_it_does_not_fit(
     """No GPU is asked: its memory is what a stand-in says, and so is what the other process finds."""
     memory = types.SimpleNamespace(total_memory=int(gib * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
-    monkeypatch.setattr(World, "anybody", lambda self, flag, device: flag or elsewhere)
+    monkeypatch.setattr(World, "any_rank", lambda self, flag, device: flag or elsewhere)
     devices = {"dtype": torch.float32, "device": torch.device("cuda")}
     answer = decide(spec(devices=2), bases["llama"], world=World(0, size), **devices)
     assert ("too much for one of them" in answer, bool(answer)) == (divided, divided)

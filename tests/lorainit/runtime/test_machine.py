@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lorainit.runtime import matmul, process_tuning
-from lorainit.runtime.matmul import Measured, route_fp32, use_threads
-from lorainit.runtime.process_tuning import Choice, cpu_quota, usable_cpus
+from lorainit.runtime.matmul import OneDnnMeasurement, choose_fp32_library, use_threads
+from lorainit.runtime.process_tuning import Setting, cpu_quota, usable_cpus
 
 GIVEN = ("OMP_", "MALLOC_", "PYTORCH_")
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(GIVEN)}
@@ -45,25 +45,28 @@ def record(monkeypatch):
 
 
 def test_a_faster_library_that_rounds_is_not_taken(precision):
-    choice = route_fp32(lambda: Measured(error=2e-3, ratio=4.0), vendor="AuthenticAMD")
+    choice = choose_fp32_library(lambda: OneDnnMeasurement(error=2e-3, ratio=4.0), vendor="AuthenticAMD")
     assert choice.value == "default"
     assert "2.0e-03" in choice.why
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_an_error_that_is_no_number_is_not_taken_for_a_small_one(precision):
-    assert route_fp32(lambda: Measured(error=math.nan, ratio=4.0), vendor="AuthenticAMD").value == "default"
+    assert (
+        choose_fp32_library(lambda: OneDnnMeasurement(error=math.nan, ratio=4.0), vendor="AuthenticAMD").value
+        == "default"
+    )
 
 
 @pytest.mark.parametrize("vendor", ["GenuineIntel", None])
 def test_where_the_default_may_be_the_best_it_stays(precision, vendor):
-    assert route_fp32(lambda: Measured(error=0.0, ratio=9.0), vendor=vendor).value == "default"
+    assert choose_fp32_library(lambda: OneDnnMeasurement(error=0.0, ratio=9.0), vendor=vendor).value == "default"
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("ratio", [2.2, 0.7])
 def test_an_exact_library_is_taken_whatever_the_clock_says_just_now(precision, ratio):
-    choice = route_fp32(lambda: Measured(error=4e-7, ratio=ratio), vendor="AuthenticAMD")
+    choice = choose_fp32_library(lambda: OneDnnMeasurement(error=4e-7, ratio=ratio), vendor="AuthenticAMD")
     assert (choice.value, choice.measured) == ("oneDNN", {"error": 4e-7, "ratio": ratio})
     assert torch.get_float32_matmul_precision() == "medium"
 
@@ -78,7 +81,7 @@ def test_the_vendor_is_read_where_linux_says_it(tmp_path):
 
 
 def test_measuring_leaves_the_default_on_and_finds_float32_exact(precision):
-    found = matmul.measure()
+    found = matmul.measure_onednn()
     assert torch.get_float32_matmul_precision() == "highest"
     assert found.error > 1e-8
     assert found.ratio > 0
@@ -87,7 +90,7 @@ def test_measuring_leaves_the_default_on_and_finds_float32_exact(precision):
 def test_rounding_to_bf16_is_far_above_the_threshold(precision, monkeypatch):
     linear = matmul.F.linear
     monkeypatch.setattr(matmul.F, "linear", lambda x, W: linear(x.bfloat16().float(), W.bfloat16().float()))
-    assert matmul.measure().error > 1000 * matmul.EXACT
+    assert matmul.measure_onednn().error > 1000 * matmul.EXACT
 
 
 ROUNDING = """
@@ -236,9 +239,9 @@ def test_the_same_machine_chooses_the_same_again():
 
 
 def test_others_add_to_the_record_and_the_event_tells_all(record):
-    process_tuning.note(Choice("attention", "grouped", "fastest here", {"ratio": 1.3}))
+    process_tuning.record(Setting("attention", "grouped", "fastest here", {"ratio": 1.3}))
     assert process_tuning.settings() == {"attention": "grouped"}
-    event = process_tuning.message()
+    event = process_tuning.settings_event()
     assert event.message == "This machine: attention = grouped"
     assert event.data == {
         "kind": "machine",
@@ -259,9 +262,9 @@ def test_a_process_that_calls_run_itself_keeps_its_settings(record):
 
 def test_kernels_are_kept_in_the_cache_unless_the_environment_says_where(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    process_tuning.keep_kernels(None)
+    process_tuning.keep_compiled_kernels(None)
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    process_tuning.keep_kernels(str(tmp_path))
+    process_tuning.keep_compiled_kernels(str(tmp_path))
     assert runtime_cache_dir() == str(tmp_path / "kernels")
-    process_tuning.keep_kernels("elsewhere")
+    process_tuning.keep_compiled_kernels("elsewhere")
     assert runtime_cache_dir() == str(tmp_path / "kernels")

@@ -11,7 +11,7 @@ from lorainit.config.errors import DiskFull, HostFailed, OutOfMemory, TooFewDevi
 from lorainit.config.events import Failed, Message
 from lorainit.runtime import devices, machine_errors
 from lorainit.runtime.distributed import run_errors, world
-from lorainit.runtime.distributed.launch import Others
+from lorainit.runtime.distributed.launch import PeerProcesses
 from lorainit.system import gpus
 from worker.job import outcomes
 
@@ -49,7 +49,7 @@ ASSERT = RuntimeError("CUDA error: device-side assert triggered" + ADVICE)
     ],
 )
 def test_a_gpu_that_fails_is_the_machines_fault(words):
-    found = run_errors.our_error(RuntimeError(words + ADVICE))
+    found = run_errors.translate_error(RuntimeError(words + ADVICE))
     assert isinstance(found, UnusableDevice)
     assert found.code == "device_failed"
     assert words[:80] in found.message
@@ -74,7 +74,7 @@ def test_a_gpu_that_fails_is_the_machines_fault(words):
 )
 def test_what_the_run_does_wrong_is_not(words):
     assert not machine_errors.is_failed_device(RuntimeError(words))
-    assert run_errors.our_error(RuntimeError(words)) is None
+    assert run_errors.translate_error(RuntimeError(words)) is None
 
 
 SHARED_MEMORY = [
@@ -88,7 +88,7 @@ SHARED_MEMORY = [
 
 @pytest.mark.parametrize("error", [*map(RuntimeError, SHARED_MEMORY), OSError(28, "No space left on device", "/psm_1")])
 def test_a_full_dev_shm_is_no_full_disk(error):
-    found = run_errors.our_error(error)
+    found = run_errors.translate_error(error)
     assert found.code == "worker_lost"
     assert "/dev/shm" in found.message
     assert "shm_size" in found.message
@@ -103,31 +103,31 @@ def test_a_full_dev_shm_is_no_full_disk(error):
     ],
 )
 def test_a_full_disk_is_one_whichever_library_writes(error):
-    assert isinstance(run_errors.our_error(error), DiskFull)
+    assert isinstance(run_errors.translate_error(error), DiskFull)
 
 
 def test_a_kernel_that_wants_more_of_a_gpus_own_shared_memory_is_neither():
     error = RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
-    assert run_errors.our_error(error) is None
+    assert run_errors.translate_error(error) is None
 
 
 def test_what_a_library_wraps_is_known_by_its_cause():
     wrapped = ValueError("The weights cannot be loaded.")
     wrapped.__cause__ = RuntimeError("CUDA error: unknown error")
     assert machine_errors.is_machine_failure(wrapped)
-    assert isinstance(run_errors.our_error(wrapped), UnusableDevice)
+    assert isinstance(run_errors.translate_error(wrapped), UnusableDevice)
 
 
 def test_memory_that_ran_out_is_no_broken_gpu():
     error = RuntimeError("NCCL error: unhandled cuda error. Cuda failure 2 'out of memory', then 'unknown error'")
-    assert isinstance(run_errors.our_error(error), OutOfMemory)
+    assert isinstance(run_errors.translate_error(error), OutOfMemory)
 
 
 def test_a_gpu_that_fails_in_one_runs_own_work_ends_all_that_share_it():
     with pytest.raises(UnusableDevice, match="unknown error"):
-        run_errors.end_of(RuntimeError("CUDA error: unknown error"), alone=False)
+        run_errors.to_run_error(RuntimeError("CUDA error: unknown error"), alone=False)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        run_errors.end_of(ASSERT, alone=False)
+        run_errors.to_run_error(ASSERT, alone=False)
 
 
 @pytest.mark.parametrize(("count", "told"), [(1, ["internal_error"]), (2, [])])
@@ -139,10 +139,10 @@ def test_a_kernel_that_refuses_its_numbers_is_a_verdict_on_one_run_only(monkeypa
         yield
 
     monkeypatch.setattr("lorainit.run.run_together", broken)
-    monkeypatch.setattr(main.process_tuning, "set_up", lambda: Message(message="m"))
+    monkeypatch.setattr(main.process_tuning, "tune_process", lambda: Message(message="m"))
     heard = []
     runs = [(spec(), main._Member(tmp_path, tmp_path, None)) for _ in range(count)]
-    assert main._run(runs, main.StopRequest([]), heard.append, Others()) == 1
+    assert main._run(runs, main.StopRequest([]), heard.append, PeerProcesses()) == 1
     assert [event.code for event in heard if isinstance(event, Failed)] == told
 
 
@@ -153,9 +153,12 @@ def told_before_it_begins(monkeypatch, spec, folder, error):
         raise error
 
     heard = []
-    monkeypatch.setattr(main.process_tuning, "set_up", lambda: Message(message="m"))
-    monkeypatch.setattr(main.process_tuning, "keep_kernels", broken)
-    assert main._run([(spec(), main._Member(folder, folder, None))], main.StopRequest([]), heard.append, Others()) == 1
+    monkeypatch.setattr(main.process_tuning, "tune_process", lambda: Message(message="m"))
+    monkeypatch.setattr(main.process_tuning, "keep_compiled_kernels", broken)
+    assert (
+        main._run([(spec(), main._Member(folder, folder, None))], main.StopRequest([]), heard.append, PeerProcesses())
+        == 1
+    )
     return [event.code for event in heard if isinstance(event, Failed)]
 
 
@@ -176,7 +179,7 @@ def test_a_run_whose_other_processes_cannot_be_started_says_why(monkeypatch, spe
     def broken(*_args, **_named):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(main, "companions", broken)
+    monkeypatch.setattr(main, "start_peers", broken)
     runs, heard = [(spec(devices=2), main._Member(tmp_path, tmp_path, None))], []
     assert main._run_with_companions(runs, main.StopRequest([]), heard.append) == 1
     assert [event.code for event in heard] == ["out_of_memory"]
@@ -185,7 +188,7 @@ def test_a_run_whose_other_processes_cannot_be_started_says_why(monkeypatch, spe
 def test_a_worker_with_fewer_devices_than_the_api_promised_has_the_job_tried_elsewhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(TooFewDevices, match="2 devices, and its worker sees 1") as refused:
-        world._take_gpu(1, 2)
+        world._select_gpu(1, 2)
     assert refused.value.code in outcomes.RETRIED_CODES
 
 
@@ -221,7 +224,7 @@ def full(_tensor):
 )
 def test_the_doctor_lets_each_gpu_compute(a_gpu, make, expected):
     a_gpu(make)
-    assert devices.failing_gpu() == expected
+    assert devices.find_failing_gpu() == expected
 
 
 def test_a_gpu_that_torch_alone_cannot_find_is_the_machines_fault_before_the_run_begins(monkeypatch):
@@ -251,7 +254,7 @@ def test_a_gpu_that_torch_alone_cannot_find_is_the_machines_fault_before_the_run
 )
 def test_a_host_that_fails_is_the_machines_fault(error):
     assert machine_errors.is_machine_failure(error)
-    found = run_errors.our_error(error)
+    found = run_errors.translate_error(error)
     assert isinstance(found, HostFailed)
     assert found.code in outcomes.RETRIED_CODES
     assert str(error) in found.message
@@ -275,7 +278,7 @@ def test_a_file_that_safetensors_cannot_open_though_it_is_there_is_a_failure_of_
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     error = FileNotFoundError(f"No such file or directory: {file}")
-    assert isinstance(run_errors.our_error(error), HostFailed)
+    assert isinstance(run_errors.translate_error(error), HostFailed)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +290,8 @@ def test_a_file_that_safetensors_cannot_open_though_it_is_there_is_a_failure_of_
     ],
 )
 def test_a_library_without_room_for_itself_has_run_out_of_memory(words):
-    assert isinstance(run_errors.our_error(RuntimeError(words)), OutOfMemory)
+    assert isinstance(run_errors.translate_error(RuntimeError(words)), OutOfMemory)
 
 
 def test_an_error_that_bears_cudas_number_is_cudas():
-    assert isinstance(run_errors.our_error(RuntimeError("Error 802: system not yet initialized")), UnusableDevice)
+    assert isinstance(run_errors.translate_error(RuntimeError("Error 802: system not yet initialized")), UnusableDevice)

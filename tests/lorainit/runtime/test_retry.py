@@ -7,7 +7,7 @@ import torch
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.runtime.distributed.world import World
-from lorainit.runtime.retry import anybody, until_it_fits
+from lorainit.runtime.retry import any_rank, retry_until_it_fits
 
 
 class Work:
@@ -32,35 +32,35 @@ class Work:
 
 def test_work_gets_smaller_until_it_fits():
     work = Work(12, room=3)
-    assert until_it_fits(work, work.smaller) == 3
+    assert retry_until_it_fits(work, work.smaller) == 3
     assert work.tried == [12, 6, 3]
 
 
 def test_at_the_end_work_is_tried_once_more_as_it_is():
     work = Work(4, room=0)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        until_it_fits(work, work.smaller)
+        retry_until_it_fits(work, work.smaller)
     assert work.tried == [4, 2, 1, 1]
 
 
 def test_work_that_cannot_be_smaller_has_two_attempts():
     work = Work(4, room=0)
     with pytest.raises(torch.OutOfMemoryError):
-        until_it_fits(work)
+        retry_until_it_fits(work)
     assert work.tried == [4, 4]
 
 
 def test_any_other_error_is_itself_at_once():
     work = Work(4, room=0, error=ValueError)
     with pytest.raises(ValueError, match="Tried to allocate"):
-        until_it_fits(work, work.smaller)
+        retry_until_it_fits(work, work.smaller)
     assert work.tried == [4]
 
 
 def test_processes_that_make_a_pass_together_have_one_attempt():
     work = Work(4, room=0)
     with pytest.raises(torch.OutOfMemoryError):
-        until_it_fits(work, work.smaller, world=World(0, 2, in_step=True))
+        retry_until_it_fits(work, work.smaller, world=World(0, 2, in_step=True))
     assert work.tried == [4]
 
 
@@ -75,14 +75,14 @@ def other_process(monkeypatch, *fails):
         (tensor,) = tensors
         tensor[-1] += float(next(left, False))
 
-    monkeypatch.setattr(World, "add_up", add_up)
+    monkeypatch.setattr(World, "all_reduce", add_up)
 
 
 def test_where_another_process_never_fits_this_one_ends_too(monkeypatch):
     other_process(monkeypatch, *9 * [True])
     work = Work(2, room=9)
     with pytest.raises(OutOfMemory, match="Another process"):
-        until_it_fits(work, work.smaller, world=TWO)
+        retry_until_it_fits(work, work.smaller, world=TWO)
     assert work.tried == [2, 1, 1]
 
 
@@ -92,19 +92,19 @@ def test_work_in_which_another_process_fails_is_left_at_the_next_question_and_do
 
     def work():
         for number in range(3):
-            anybody(False, TWO, torch.device("cpu"))
+            any_rank(False, TWO, torch.device("cpu"))
             asked.append(number)
         return "done"
 
-    assert until_it_fits(work, world=TWO) == "done"
+    assert retry_until_it_fits(work, world=TWO) == "done"
     assert asked == [0, 0, 1, 2]
 
 
 def test_a_process_that_fails_answers_the_question_that_others_ask(monkeypatch):
     told = []
-    monkeypatch.setattr(World, "add_up", lambda _world, tensors: told.append(tensors[0].tolist()))
+    monkeypatch.setattr(World, "all_reduce", lambda _world, tensors: told.append(tensors[0].tolist()))
     work = Work(2, room=1)
-    assert until_it_fits(work, work.smaller, world=TWO) == 1
+    assert retry_until_it_fits(work, work.smaller, world=TWO) == 1
     assert told == [[0, 1], [0, 0]]
 
 
@@ -118,5 +118,5 @@ def test_what_an_attempt_returned_is_let_go_of_where_another_process_failed(monk
         found.append(weakref.ref(made))
         return made
 
-    until_it_fits(work, world=TWO)
+    retry_until_it_fits(work, world=TWO)
     assert len(found) == 2

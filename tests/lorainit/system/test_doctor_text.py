@@ -37,5 +37,5 @@ def test_a_gpu_that_cuda_counts_and_cannot_start_is_told_by_the_look_that_follow
     monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(devices.torch.cuda, "get_device_name", busy)
     monkeypatch.setattr(devices.torch, "ones", busy)
-    assert devices.description()["gpu"] is None
-    assert "busy or unavailable" in devices.failing_gpu()
+    assert devices.describe_machine()["gpu"] is None
+    assert "busy or unavailable" in devices.find_failing_gpu()

@@ -25,7 +25,7 @@ from lorainit.model.forward.loss import tally
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, borrowed
 from lorainit.run import run
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 from tests.lorainit.contexts import make_context, state
 
 F64 = torch.float64
@@ -297,7 +297,7 @@ def test_one_sgd_step_is_the_projected_gradient(bases, rows):
     context = hrp_context(bases, rows)
     name, s = "model.layers.1.mlp.down_proj", 0.5
     target = context.targets[name]
-    A = torch.linalg.qr(torch.randn(48, 16, generator=generator_for(0, name))).Q.T.contiguous()
+    A = torch.linalg.qr(torch.randn(48, 16, generator=make_generator(0, name))).Q.T.contiguous()
     layer = LoRALinear(target, Factors(A=A, B=torch.zeros(32, 16)), scale=s, subtract=False)
     batch = collate(context.samples[:4], pad=0)
     with borrowed(context.model, {name: layer}):

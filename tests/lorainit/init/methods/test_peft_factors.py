@@ -21,7 +21,7 @@ from lorainit.init.evidence.collect import collect
 from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, adapted
 from lorainit.model.layers.weight import weight_of
-from lorainit.runtime.devices import generator_for
+from lorainit.runtime.devices import make_generator
 from tests.lorainit.reference import eight_rows, factors_of, tiny
 from tests.lorainit.stock_peft import ALPHA, INITS, Q_PROJ, TARGETS, R, S, asked, ours, pefts, pefts_factors
 
@@ -110,7 +110,7 @@ def on_a_layer(base, gradient, *, direction="ArB2r"):
     layer = get_peft_model(nn.ModuleDict({"x": base}), config).base_model.model["x"]
     method = asked({"method": "lora_ga", "direction": direction}).lora.method
     factors = METHODS["lora_ga"](
-        W, Evidence(gradient=gradient), rank=4, scale=S, config=method, generator=generator_for(0, "x")
+        W, Evidence(gradient=gradient), rank=4, scale=S, config=method, generator=make_generator(0, "x")
     )
     U, singular, Vh = torch.linalg.svd(gradient, full_matrices=False)
     theirs = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()

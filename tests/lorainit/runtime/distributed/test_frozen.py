@@ -165,9 +165,9 @@ def test_what_gloo_says_of_another_process_is_told_in_our_words(tmp_path, count,
 )  # fmt: skip
 def test_a_process_that_fails_the_others_is_known_by_its_librarys_words(monkeypatch, words, how):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert machine_errors.lost_process(RuntimeError(words)) == how
+    assert machine_errors.find_peer_failure(RuntimeError(words)) == how
 
 
 def test_a_run_of_one_process_has_no_other_that_could_be_gone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert machine_errors.lost_process(RuntimeError("Connection reset by peer")) is None
+    assert machine_errors.find_peer_failure(RuntimeError("Connection reset by peer")) is None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lorainit.config.events import Failed
 from lorainit.run import run
-from lorainit.runtime.distributed.launch import Others
+from lorainit.runtime.distributed.launch import PeerProcesses
 from lorainit.system import shared_memory, watchdog
 from tests.servers import free_port
 
@@ -163,24 +163,24 @@ def process_that(out, rank, *, says=None, how="sys.exit(1)", message="m"):
 def test_of_several_that_end_the_one_that_others_followed_is_the_cause(tmp_path, says, how, expected):
     """The others say only that somebody is gone."""
     followers = {rank: process_that(tmp_path, rank, says="internal_error") for rank in (1, 3)}
-    others = Others([followers[1], process_that(tmp_path, 2, says=says, how=how), followers[3]], tmp_path)
-    loss = others.loss()
-    assert (loss.code, loss.word and loss.word.code) == expected
+    others = PeerProcesses([followers[1], process_that(tmp_path, 2, says=says, how=how), followers[3]], tmp_path)
+    loss = others.find_failure()
+    assert (loss.code, loss.event and loss.event.code) == expected
     others.close()
 
 
 def test_a_full_dev_shm_of_one_is_the_cause_of_what_the_others_say(tmp_path):
     said = {1: watchdog.GONE, 2: shared_memory.FULL, 3: watchdog.GONE}
     processes = [process_that(tmp_path, rank, says="worker_lost", message=words) for rank, words in said.items()]
-    others = Others(processes, tmp_path)
-    assert others.loss().word.message == shared_memory.FULL
+    others = PeerProcesses(processes, tmp_path)
+    assert others.find_failure().event.message == shared_memory.FULL
     others.close()
 
 
 def test_processes_that_end_well_or_are_none_are_no_loss(tmp_path):
-    assert Others().loss() is None
-    others = Others([process_that(tmp_path, 1, how="sys.exit(0)")], tmp_path)
-    assert others.loss() is None
+    assert PeerProcesses().find_failure() is None
+    others = PeerProcesses([process_that(tmp_path, 1, how="sys.exit(0)")], tmp_path)
+    assert others.find_failure() is None
     others.close()
 
 
