@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.outside import Asked, outside  # noqa: E402
 from benchmarks.gpu.plan import NO_GPU, SECTIONS, Clock, exit_code, not_tried, wrong  # noqa: E402
-from lorainit.system.bounded_command import ask  # noqa: E402
+from lorainit.system.bounded_command import run_command  # noqa: E402
 
 ANSWER_SECONDS = 60.0
 
@@ -55,7 +55,7 @@ def main() -> int:
 def has_gpu() -> bool:
     """Asked of another process, since this one loads no torch, and a driver that hangs lets no caller go."""
     question = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
-    answer = ask(question, seconds=ANSWER_SECONDS)
+    answer = run_command(question, seconds=ANSWER_SECONDS)
     if answer is None:
         print(f"CUDA has not said within {ANSWER_SECONDS:.0f} seconds whether there is a GPU; its driver may hang.")
     return answer is not None and not answer.returncode

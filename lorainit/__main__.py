@@ -242,16 +242,16 @@ def _watched(spec: RunSpec, on_event: OnEvent, peers: PeerProcesses) -> OnEvent:
     def give_up() -> None:
         if not _rank() and peers.have_ended:
             return  # what this process does alone, nobody waits for
-        on_event(watchdog.failure(lasting.limit))
+        on_event(watchdog.timeout_failure(lasting.time_limit))
         peers.kill()
         _kill_the_leading_one()
         os._exit(FAILED)
 
-    lasting = watchdog.Silence()
-    watchdog.watch(lasting, give_up)
+    lasting = watchdog.Watchdog()
+    watchdog.start(lasting, give_up)
 
     def listen(event: Event) -> None:
-        lasting.hear(event)
+        lasting.reset(event)
         on_event(event)
 
     return listen

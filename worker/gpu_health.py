@@ -120,7 +120,7 @@ def _sleep(seconds: float, is_leaving: Callable[[], bool]) -> bool:
 def examine(names: str | None, *, is_leaving: Callable[[], bool]) -> str | None:
     """What a run would find wrong with these GPUs; None: nothing."""
     try:
-        found = examination.examine(names, is_unwanted=is_leaving)
+        found = examination.examine(names, is_cancelled=is_leaving)
     except examination.Unanswered as why:
         return str(why)
     trouble: str | None = found["machine"]["gpu_trouble"]

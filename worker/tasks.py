@@ -22,7 +22,7 @@ from api.core.logs import get_logger
 from api.core.queue import queue
 from api.core.settings import get_settings
 from lorainit.config.events import Event
-from lorainit.system.watchdog import Silence
+from lorainit.system.watchdog import Watchdog
 from worker import gpu_health
 from worker.app import app, drain_file, name, unhealthy_file
 from worker.child import warm
@@ -76,18 +76,18 @@ def _claim() -> list[Job]:
 
 def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
     settings = get_settings()
-    silence = Silence(settings.silence_seconds, later=LATER)
+    silence = Watchdog(settings.silence_seconds, extra=LATER)
     gpu_health.of_slot().note_start()
 
     def on_event(event: Event) -> None:
-        silence.hear(event)
+        silence.reset(event)
         gpu_health.of_slot().note_event(event)
         members[event.member].write_event(event)
 
     def should_stop() -> StopReason:
         if all(member.is_over for member in members) and any(member.is_lost for member in members):
             return "lost"
-        if silence.look():  # a GPU or its driver hangs, and the run with it
+        if silence.is_overdue():  # a GPU or its driver hangs, and the run with it
             return "hangs"
         pausing = any(member.is_pausing and not member.is_over for member in members)
         return "drain" if pausing or _is_leaving() else ""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from lorainit.system.limits import tether
+from lorainit.system.limits import make_parent_death_hook
 
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 60.0
@@ -51,7 +51,7 @@ class Child:
                 pass_fds=self.pass_fds,
                 # Ctrl+C in a terminal reaches the whole foreground group; stopping in order is ours to do.
                 start_new_session=True,
-                preexec_fn=tether(),
+                preexec_fn=make_parent_death_hook(),
             )
         self.start_at = time.monotonic()
 

@@ -64,10 +64,10 @@ def explain_unusable_gpu() -> str | None:
     """Why this process cannot use the GPUs that it is meant to use; None where it can, or where none is meant."""
     if torch.cuda.is_available():
         return None
-    if why := gpus.trouble():
+    if why := gpus.find_problem():
         return why
-    if torch.version.cuda is None or not gpus.visible():
-        return f"This run needs a GPU, and {gpus.why_none() or 'CUDA sees none'}." if gpus.is_needed() else None
+    if torch.version.cuda is None or not gpus.list_visible():
+        return f"This run needs a GPU, and {gpus.explain_no_gpu() or 'CUDA sees none'}." if gpus.is_needed() else None
     try:
         torch.cuda.init()
         said = "it does not say why"
@@ -236,7 +236,7 @@ def describe_machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpu": gpu_name(),
         "cuda": torch.version.cuda,
-        "driver": gpus.driver(),
+        "driver": gpus.driver_version(),
         "settings": process_tuning.settings(),
     }
 

@@ -15,7 +15,7 @@ def examine() -> dict[str, Any]:
         DriverSilent: the NVIDIA driver does not answer, and CUDA would wait for it without end.
     """
     if not gpus.is_hidden():
-        driver.listed()
+        driver.list_gpus()
     process_tuning.tune_process()  # before anything else loads torch
     from lorainit.runtime import devices
 
@@ -24,7 +24,7 @@ def examine() -> dict[str, Any]:
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {**devices.describe_machine(), "usable_cpus": process_tuning.usable_cpus(), "memory_bytes": memory}
-    facts |= {"gpus": gpus.visible(), "gpu_trouble": devices.explain_unusable_gpu() or devices.find_failing_gpu()}
+    facts |= {"gpus": gpus.list_visible(), "gpu_trouble": devices.explain_unusable_gpu() or devices.find_failing_gpu()}
     del facts["settings"]  # the choices, without their reasons
     return {"machine": facts, "packages": devices.package_versions(), "choices": choices}
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, NamedTuple
 
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
-class Answer(NamedTuple):
+class CommandResult(NamedTuple):
     """What a program left when it ended by itself."""
 
     returncode: int
@@ -20,13 +20,13 @@ class Answer(NamedTuple):
     errors: str
 
 
-def ask(
+def run_command(
     command: Sequence[str],
     *,
     seconds: float,
     environment: Mapping[str, str] | None = None,
-    is_unwanted: Callable[[], bool] = lambda: False,
-) -> Answer | None:
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> CommandResult | None:
     """What the program answers; None = it was killed, since time was up or the answer is not wanted any more.
 
     Args:
@@ -48,17 +48,17 @@ def ask(
             start_new_session=True,
         )
         try:
-            is_over = _await(process, time.monotonic() + seconds, is_unwanted)
+            is_over = _wait_until(process, time.monotonic() + seconds, is_cancelled)
         finally:
             _kill(process)
-        return Answer(process.returncode, _text(output), _text(errors)) if is_over else None
+        return CommandResult(process.returncode, _read_text(output), _read_text(errors)) if is_over else None
 
 
-def _await(process: subprocess.Popen[bytes], until: float, is_unwanted: Callable[[], bool]) -> bool:
+def _wait_until(process: subprocess.Popen[bytes], until: float, is_cancelled: Callable[[], bool]) -> bool:
     while process.poll() is None:
-        if is_unwanted() or time.monotonic() > until:
+        if is_cancelled() or time.monotonic() > until:
             return False
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return True
 
 
@@ -70,6 +70,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.wait(5)
 
 
-def _text(file: IO[bytes]) -> str:
+def _read_text(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode("utf-8", "replace")

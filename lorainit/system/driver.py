@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lorainit.system.bounded_command import ask
+from lorainit.system.bounded_command import run_command
 
 PROGRAM = "nvidia-smi"
 ANSWER_SECONDS = 30.0  # without persistence mode the driver first starts each GPU, a second or two for each
@@ -25,7 +25,7 @@ class Gpu(NamedTuple):
     instances: tuple[str, ...]  # identities of its MIG instances
 
 
-def listed() -> list[Gpu] | None:
+def list_gpus() -> list[Gpu] | None:
     """The GPUs that the driver lists; None where there is no nvidia-smi, or where it fails, which is for CUDA to judge.
 
     On a machine that has just started, being asked makes the driver create its files in /dev.
@@ -36,16 +36,16 @@ def listed() -> list[Gpu] | None:
     program = shutil.which(PROGRAM)
     if program is None:
         return None
-    answer = ask([program, "-L"], seconds=ANSWER_SECONDS)
+    answer = run_command([program, "-L"], seconds=ANSWER_SECONDS)
     if answer is None:
         raise DriverSilent(
             f"The NVIDIA driver hangs: {PROGRAM} has not answered within {ANSWER_SECONDS:.0f} seconds."
             " Its messages are in the kernel's log (dmesg); restarting the machine often is the only cure."
         )
-    return read(answer.output) if answer.returncode == 0 else None
+    return parse_gpu_list(answer.output) if answer.returncode == 0 else None
 
 
-def read(text: str) -> list[Gpu]:
+def parse_gpu_list(text: str) -> list[Gpu]:
     """The GPUs of what `nvidia-smi -L` prints: a line for each, and below it one for each MIG instance."""
     found = list[Gpu]()
     for identity in re.findall(r"\(UUID:\s*([^)\s]+)\)", text):
@@ -56,7 +56,7 @@ def read(text: str) -> list[Gpu]:
     return found
 
 
-def trouble_with(names: Sequence[str], gpus: Sequence[Gpu]) -> str | None:
+def find_name_problem(names: Sequence[str], gpus: Sequence[Gpu]) -> str | None:
     """Which name is not the identity, or the beginning of the identity, of one GPU or instance; None where each is.
 
     Numbers are passed over: CUDA may count in another order than the driver lists.

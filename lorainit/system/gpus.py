@@ -16,29 +16,29 @@ NEEDED = "RUN_NEEDS_GPU"  # set to 1, no run of this process may go to the proce
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
 
 
-def installed(root: Path = Path("/")) -> int:
+def count_installed(root: Path = Path("/")) -> int:
     """How many GPUs the driver shows here; a Windows machine behind Linux (WSL) shows one."""
     numbered = [path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     return len(numbered) or int((root / "dev/dxg").exists())
 
 
-def visible(root: Path = Path("/")) -> list[str]:
+def list_visible(root: Path = Path("/")) -> list[str]:
     """What CUDA would call the GPUs this process may use, in order: numbers, or identities (also of MIG instances)."""
-    count, asked = installed(root), _asked()
+    count, asked = count_installed(root), _requested()
     return [] if not count else [str(i) for i in range(count)] if asked is None else asked
 
 
-def why_none(root: Path = Path("/")) -> str | None:
+def explain_no_gpu(root: Path = Path("/")) -> str | None:
     """Why runs go to the processor although nothing is wrong, as half a sentence; None where GPUs are meant."""
-    asked = _asked()
+    asked = _requested()
     if not may_be_used():
         return f"{VISIBLE} names none" if is_hidden() else "the installed torch has no CUDA"
-    return "this machine shows no NVIDIA GPU" if asked is None and not installed(root) else None
+    return "this machine shows no NVIDIA GPU" if asked is None and not count_installed(root) else None
 
 
 def is_hidden() -> bool:
     """Whether somebody has said that no GPU is to be used."""
-    return _asked() == []
+    return _requested() == []
 
 
 def may_be_used() -> bool:
@@ -51,24 +51,24 @@ def is_needed() -> bool:
     return os.environ.get(NEEDED) == "1"
 
 
-def trouble(root: Path = Path("/")) -> str | None:
+def find_problem(root: Path = Path("/")) -> str | None:
     """Why GPUs that are meant to be used cannot be, in a sentence; None where all is well or none is meant.
 
     A torch without CUDA means none, and so does an empty `CUDA_VISIBLE_DEVICES`.
     """
     cuda = cuda_of_torch()
-    if cuda is None or why_none(root):
+    if cuda is None or explain_no_gpu(root):
         return None
-    if why := _trouble_with(_asked() or [], installed(root)):
+    if why := _find_name_problem(_requested() or [], count_installed(root)):
         return f"{VISIBLE} {why}."
-    found, oldest = driver(root), OLDEST_DRIVER.get(int(cuda.partition(".")[0]))
-    if found and oldest and _numbers(found)[:2] < oldest:
+    found, oldest = driver_version(root), OLDEST_DRIVER.get(int(cuda.partition(".")[0]))
+    if found and oldest and _parse_version(found)[:2] < oldest:
         needed = ".".join(map(str, oldest))
         return f"The NVIDIA driver is {found}, and torch's CUDA {cuda} needs {needed} or newer: update the driver."
     return None
 
 
-def _trouble_with(names: Sequence[str], count: int) -> str | None:
+def _find_name_problem(names: Sequence[str], count: int) -> str | None:
     """What is wrong with names of GPUs on a machine that shows `count`. CUDA would silently see fewer of them."""
     for name in names:
         if not (name.isdecimal() or re.fullmatch(r"(GPU|MIG)-[\w/-]+", name)):
@@ -99,7 +99,7 @@ def _is_same(first: str, second: str) -> bool:
     return short == long or ("/" not in short and long.startswith(short))
 
 
-def driver(root: Path = Path("/")) -> str | None:
+def driver_version(root: Path = Path("/")) -> str | None:
     """The NVIDIA driver's version; None where Linux does not say."""
     try:
         text = (root / "proc/driver/nvidia/version").read_text()
@@ -122,7 +122,7 @@ def cuda_of_torch() -> str | None:
     return found[1] if found else None
 
 
-def _asked() -> list[str] | None:
+def _requested() -> list[str] | None:
     """What `CUDA_VISIBLE_DEVICES` names, as CUDA reads it: up to the first -1. None = not set."""
     if VISIBLE not in os.environ:
         return None
@@ -131,5 +131,5 @@ def _asked() -> list[str] | None:
     return names[:end]
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _parse_version(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))

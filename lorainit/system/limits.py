@@ -43,7 +43,7 @@ def die_with_parent(code: int = 1) -> None:
         os._exit(code)  # it died before we asked
 
 
-def tether() -> Callable[[], None]:
+def make_parent_death_hook() -> Callable[[], None]:
     """What a child does before it becomes its program (`preexec_fn`): ask the kernel to die with its parent.
 
     So there is no moment, however early it is frozen, in which it could stay behind. The signal is sent when the
@@ -61,7 +61,7 @@ def tether() -> Callable[[], None]:
     return before_exec
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Let others have the processors first, and be the one that is ended when the machine runs out of memory."""
     os.nice(10)
     with suppress(OSError):  # not Linux

@@ -8,4 +8,4 @@ On a socket that keeps messages apart: READY ─► an order (a JSON object) wit
 READY, DONE = b"ready", b"done"
 MAX_MESSAGE = 1 << 17
 # A process cannot lengthen its command line, so this one starts with some to spare for that of a run.
-ROOM = " " * 4096
+COMMAND_LINE_PADDING = " " * 4096

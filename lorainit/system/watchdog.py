@@ -15,21 +15,21 @@ from collections.abc import Callable
 
 from lorainit.config.events import Event, Failed, Stage
 
-SECONDS = "RUN_SILENCE_SECONDS"  # of the environment
-BEAT = 1.0  # seconds
-USUAL = 1800.0  # the longest that one evaluates, writes or reads alone while the others wait
-LOADING = 4  # times as long may pass while the base is loaded, of which nothing is told
-GONE = "Another process of this run is gone, or the connection to it."
+VARIABLE = "RUN_SILENCE_SECONDS"  # of the environment
+BEAT_SECONDS = 1.0  # seconds
+DEFAULT_SECONDS = 1800.0  # the longest that one evaluates, writes or reads alone while the others wait
+LOADING_FACTOR = 4  # times as long may pass while the base is loaded, of which nothing is told
+PEER_GONE = "Another process of this run is gone, or the connection to it."
 
 
-def limit() -> float:
+def time_limit() -> float:
     """Seconds without an event after which a run of several processes is over."""
-    return float(os.environ.get(SECONDS, USUAL))
+    return float(os.environ.get(VARIABLE, DEFAULT_SECONDS))
 
 
-def failure(seconds: float | None = None) -> Failed:
+def timeout_failure(seconds: float | None = None) -> Failed:
     """What the run ends with after so many seconds; None = the usual limit."""
-    seconds = limit() if seconds is None else seconds
+    seconds = time_limit() if seconds is None else seconds
     return Failed(
         code="worker_lost",
         message=f"The processes of this run do not answer each other: nothing has happened for {seconds:.0f} seconds,"
@@ -37,46 +37,46 @@ def failure(seconds: float | None = None) -> Failed:
     )
 
 
-class Silence:
+class Watchdog:
     """How long no event has come, in beats of a clock of this process: time in which it is frozen does not count.
 
     Args:
-        usual: seconds that are too many, except while the base is loaded; None = `limit()`.
+        usual: seconds that are too many, except while the base is loaded; None = `time_limit()`.
         later: seconds more, for one who lets the run itself notice it first.
     """
 
-    def __init__(self, usual: float | None = None, *, later: float = 0.0) -> None:
+    def __init__(self, allowed: float | None = None, *, extra: float = 0.0) -> None:
         self._seconds, self._is_loading = 0.0, True
-        self._usual, self._later, self._looked = usual, later, time.monotonic()
+        self._allowed, self._extra, self._looked = allowed, extra, time.monotonic()
 
-    def hear(self, event: Event) -> None:
+    def reset(self, event: Event) -> None:
         """Something has happened."""
         self._seconds, self._is_loading = 0.0, isinstance(event, Stage) and event.stage == "loading"
 
-    def beat(self, seconds: float) -> bool:
+    def add_seconds(self, seconds: float) -> bool:
         """So much time has passed; whether it has been too long."""
         self._seconds += seconds
-        return self._seconds > self.limit
+        return self._seconds > self.time_limit
 
-    def look(self) -> bool:
-        """`beat`, for one who looks more often than that; a longer time between two looks counts as one beat."""
+    def is_overdue(self) -> bool:
+        """`add_seconds`, for one who looks more often than that; a longer time between two looks counts as one beat."""
         now = time.monotonic()
-        passed, self._looked = min(BEAT, now - self._looked), now
-        return self.beat(passed)
+        passed, self._looked = min(BEAT_SECONDS, now - self._looked), now
+        return self.add_seconds(passed)
 
     @property
-    def limit(self) -> float:
+    def time_limit(self) -> float:
         """Seconds without an event that are too many at this moment."""
-        usual = limit() if self._usual is None else self._usual
-        return usual * (LOADING if self._is_loading else 1) + self._later
+        allowed = time_limit() if self._allowed is None else self._allowed
+        return allowed * (LOADING_FACTOR if self._is_loading else 1) + self._extra
 
 
-def watch(silence: Silence, on_silence: Callable[[], None]) -> None:
-    """Call `on_silence` once, in a thread, when it has lasted too long."""
+def start(watchdog: Watchdog, on_timeout: Callable[[], None]) -> None:
+    """Call `on_timeout` once, in a thread, when it has lasted too long."""
 
     def run() -> None:
-        while not silence.beat(BEAT):
-            time.sleep(BEAT)
-        on_silence()
+        while not watchdog.add_seconds(BEAT_SECONDS):
+            time.sleep(BEAT_SECONDS)
+        on_timeout()
 
     threading.Thread(target=run, name="silence", daemon=True).start()

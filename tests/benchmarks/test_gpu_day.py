@@ -373,7 +373,7 @@ def test_the_pages_table_of_sections_is_the_plan():
 
 
 def test_a_driver_that_hangs_is_no_gpu_and_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_day, "ask", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_day, "run_command", lambda *_, **__: None)
     assert not gpu_day.has_gpu()
     assert "its driver may hang" in capsys.readouterr().out
 

@@ -20,11 +20,11 @@ Set = Callable[..., None]
 def seen(environment: pytest.MonkeyPatch) -> list[str]:
     """What this worker sees; a test may add to it before the worker decides what it uses."""
     names = list[str]()
-    environment.setattr(gpus, "visible", lambda: names)
-    environment.setattr(gpus, "trouble", lambda: None)
+    environment.setattr(gpus, "list_visible", lambda: names)
+    environment.setattr(gpus, "find_problem", lambda: None)
     environment.setattr(gpus, "may_be_used", lambda: True)
-    environment.setattr(gpus, "why_none", lambda: None if names else NO_GPU)
-    environment.setattr(driver, "listed", lambda: None)
+    environment.setattr(gpus, "explain_no_gpu", lambda: None if names else NO_GPU)
+    environment.setattr(driver, "list_gpus", lambda: None)
     return names
 
 
@@ -91,7 +91,7 @@ def test_a_divided_gpu_is_noticed_under_any_name(
 ) -> None:
     listed = [driver.Gpu("GPU-aa", ("MIG-1", "MIG-2")), driver.Gpu("GPU-bb", ()), driver.Gpu("GPU-cc", ())]
     set_to(devices_per_job="2")
-    monkeypatch.setattr(driver, "listed", lambda: listed)
+    monkeypatch.setattr(driver, "list_gpus", lambda: listed)
     seen += named
     assert ("(MIG)" in str(devices.find_problem(1))) == is_refused
 
@@ -154,7 +154,7 @@ def test_a_worker_of_which_no_job_may_be_taken_says_so(seen: list[str], set_to: 
 
 
 def test_an_identity_that_the_driver_does_not_list_is_told(seen: list[str], environment: pytest.MonkeyPatch) -> None:
-    environment.setattr(driver, "listed", lambda: [driver.Gpu("GPU-8932f937", ())])
+    environment.setattr(driver, "list_gpus", lambda: [driver.Gpu("GPU-8932f937", ())])
     seen += ["GPU-8932", "GPU-dead"]
     assert devices.find_problem(2) == "CUDA_VISIBLE_DEVICES names GPU-dead, and the driver lists GPU-8932f937."
 
@@ -167,14 +167,14 @@ def test_a_driver_that_hangs_is_the_reason_until_it_answers(seen: list[str], env
         raise driver.DriverSilent("It hangs.")
 
     environment.setattr(devices, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    environment.setattr(driver, "listed", hang)
+    environment.setattr(driver, "list_gpus", hang)
     assert (devices.device(), devices.find_problem(1), devices.find_problem(1), asked) == (
         "gpu",
         *["It hangs."] * 2,
         [1000.0],
     )
     seen.append("0")
-    environment.setattr(driver, "listed", lambda: None)
+    environment.setattr(driver, "list_gpus", lambda: None)
     assert devices.find_problem(1) == "It hangs.", "it is asked again after a minute"
     clock[0] += devices.AGAIN_SECONDS
     while devices.find_problem(1):  # it is asked beside the worker's own work
@@ -185,7 +185,7 @@ def test_a_worker_whose_gpu_cannot_be_used_leaves_the_job_in_the_queue(
     lab: Lab, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen.append("0")
-    monkeypatch.setattr(gpus, "trouble", lambda: "The NVIDIA driver is old.")
+    monkeypatch.setattr(gpus, "find_problem", lambda: "The NVIDIA driver is old.")
     lab.run("until(lambda: held(0)); step(0, 1); done(0)")
     assert lab.statuses() == ["queued"] * 3
 

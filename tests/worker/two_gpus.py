@@ -33,8 +33,8 @@ else:
     from worker.child import supervisor
 
     __all__ = ["app"]
-    setattr(gpus, "visible", lambda: ["0", "1"])  # noqa: B010 - a plain assignment is no replacement to mypy
-    setattr(gpus, "trouble", lambda: None)  # noqa: B010
-    setattr(gpus, "why_none", lambda: None)  # noqa: B010
+    setattr(gpus, "list_visible", lambda: ["0", "1"])  # noqa: B010 - a plain assignment is no replacement to mypy
+    setattr(gpus, "find_problem", lambda: None)  # noqa: B010
+    setattr(gpus, "explain_no_gpu", lambda: None)  # noqa: B010
     supervisor.PROGRAM = examination.PROGRAM = (sys.executable, __file__)
     gpu_health.FIRST_WAIT = gpu_health.LONGEST_WAIT = 0.5

@@ -24,7 +24,7 @@ import psutil
 from api.core.devices import devices
 from api.core.logs import get_logger
 from api.core.settings import get_settings
-from lorainit.system.warm_protocol import DONE, MAX_MESSAGE, READY, ROOM
+from lorainit.system.warm_protocol import COMMAND_LINE_PADDING, DONE, MAX_MESSAGE, READY
 from worker.host.memory import offer_to_the_oom_killer
 
 log = get_logger(__name__)
@@ -134,7 +134,7 @@ class WarmProcess:
         self._server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [*self._program, str(theirs.fileno()), ROOM],
+                [*self._program, str(theirs.fileno()), COMMAND_LINE_PADDING],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

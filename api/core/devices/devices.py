@@ -30,12 +30,12 @@ def device() -> Device:
     hangs, wanted = find_silence(), get_settings().worker_device
     if wanted != "auto":
         return wanted
-    return "gpu" if hangs or not gpus.why_none() else "cpu"
+    return "gpu" if hangs or not gpus.explain_no_gpu() else "cpu"
 
 
 def list_gpus() -> list[str]:
     """The GPUs that this worker shares out, as `CUDA_VISIBLE_DEVICES` names them."""
-    return gpus.visible() if device() == "gpu" else []
+    return gpus.list_visible() if device() == "gpu" else []
 
 
 def gpus_of_slot(slot: int, slots: int) -> str | None:
@@ -71,7 +71,7 @@ def find_problem(slots: int) -> str | None:
         return why
     if device() == "cpu":
         return None
-    return find_silence() or _no_gpu() or gpus.trouble() or _unknown() or _too_many(slots) or _too_few(slots)
+    return find_silence() or _no_gpu() or gpus.find_problem() or _unknown() or _too_many(slots) or _too_few(slots)
 
 
 def find_silence() -> str | None:
@@ -88,7 +88,7 @@ def _no_queue() -> str | None:
 
 
 def _no_gpu() -> str | None:
-    why = gpus.why_none()
+    why = gpus.explain_no_gpu()
     if not why:
         return None
     if get_settings().worker_device == "auto":
@@ -98,7 +98,7 @@ def _no_gpu() -> str | None:
 
 def _unknown() -> str | None:
     listed = _driver().listed
-    why = None if listed is None else driver.trouble_with(list_gpus(), listed)
+    why = None if listed is None else driver.find_name_problem(list_gpus(), listed)
     return f"{gpus.VISIBLE} {why}." if why else None
 
 
@@ -157,7 +157,7 @@ class _Driver:
 
     def _ask(self) -> None:
         try:
-            self.listed = driver.listed()
+            self.listed = driver.list_gpus()
         except driver.DriverSilent as silent:
             self._silence = str(silent)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from api.core.devices.run_environment import PROGRAM, environment_of_runs
-from lorainit.system.bounded_command import ask
+from lorainit.system.bounded_command import run_command
 
 ANSWER_SECONDS = 300.0  # torch may have to be read from a slow disk, and CUDA starts each GPU
 
@@ -17,7 +17,7 @@ class Unanswered(Exception):
     """A run could not even begin here; the message is a sentence."""
 
 
-def examine(names: str | None, *, is_unwanted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def examine(names: str | None, *, is_cancelled: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """The report of `python -m lorainit doctor --json`, whose `machine.gpu_trouble` says what is wrong with the GPUs.
 
     Args:
@@ -27,11 +27,11 @@ def examine(names: str | None, *, is_unwanted: Callable[[], bool] = lambda: Fals
     Raises:
         Unanswered: it could not begin, or nothing was found within `ANSWER_SECONDS`.
     """
-    answer = ask(
+    answer = run_command(
         [*PROGRAM, "doctor", "--json"],
         seconds=ANSWER_SECONDS,
         environment=environment_of_runs(names),
-        is_unwanted=is_unwanted,
+        is_cancelled=is_cancelled,
     )
     if answer is None:
         raise Unanswered(

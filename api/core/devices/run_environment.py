@@ -28,6 +28,6 @@ def environment_of_runs(names: str | None) -> dict[str, str]:
         **without_secrets(),
         **chosen,
         **needed,
-        watchdog.SECONDS: str(get_settings().silence_seconds),
+        watchdog.VARIABLE: str(get_settings().silence_seconds),
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -20,7 +20,7 @@ from lorainit.system import limits
 def main(arguments: list[str]) -> int:
     """Check, say what was found, and return the exit code."""
     seconds, most = map(int, arguments)
-    limits.give_way()
+    limits.lower_priority()
     limits.bound_seconds(seconds)
     limits.bound_memory(most)
     limits.die_with_parent()

@@ -18,7 +18,7 @@ from typing import NoReturn
 from lorainit.config.events import Event, Failed
 from lorainit.runtime import process_tuning
 from lorainit.system import shared_memory
-from lorainit.system.limits import tether
+from lorainit.system.limits import make_parent_death_hook
 
 EXIT_SECONDS = 30.0  # seconds for the others to end after the leading one has
 REPORT_SECONDS = 5.0  # seconds for the leading one to say itself what is wrong
@@ -136,7 +136,7 @@ def start_peers(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[
     os.environ.update(common | _rank_environment(0))
     command = [sys.executable, "-m", "lorainit", *arguments]
     processes = [
-        subprocess.Popen(command, env={**os.environ, **_rank_environment(rank)}, preexec_fn=tether())
+        subprocess.Popen(command, env={**os.environ, **_rank_environment(rank)}, preexec_fn=make_parent_death_hook())
         for rank in range(1, count)
     ]
     peers = PeerProcesses(processes, out)

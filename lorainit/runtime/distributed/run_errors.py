@@ -131,7 +131,7 @@ def _translate_machine_error(error: BaseException) -> LorainitError | None:
         said = " ".join(str(error).splitlines()[0].split())[:300]
         return UnusableDevice(f"The GPU failed while the run was using it: {said}")
     if how := machine_errors.find_peer_failure(error):
-        return DeviceSilent(watchdog.failure().message if how == "silent" else watchdog.GONE)
+        return DeviceSilent(watchdog.timeout_failure().message if how == "silent" else watchdog.PEER_GONE)
     if is_host_failure(error):
         return HostFailed(f"The worker's host failed the run: {' '.join(str(error).split())[:300]}")
     return None

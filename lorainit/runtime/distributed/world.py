@@ -103,7 +103,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     meeting: dict[str, Any] = {"init_method": "env://"}
     if file:
         meeting = {"store": distributed.FileStore(file, size)}  # type: ignore[attr-defined]
-    patience = timedelta(seconds=watchdog.limit() + LATER)
+    patience = timedelta(seconds=watchdog.time_limit() + LATER)
     try:
         distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience, **meeting)
     except RuntimeError as error:

@@ -10,7 +10,7 @@ from rich.console import Console
 from api.cli import doctor
 from api.core.devices import devices, examination
 from api.core.devices.examination import Unanswered
-from lorainit.system.bounded_command import Answer
+from lorainit.system.bounded_command import CommandResult
 from tests.conftest import forget
 
 pytestmark = pytest.mark.usefixtures("service")
@@ -75,7 +75,7 @@ def test_of_a_traceback_the_last_line_is_told(monkeypatch: pytest.MonkeyPatch) -
     errors = (
         'Traceback (most recent call last):\n  File "doctor.py", line 213, in examine\nRuntimeError: It is broken.\n'
     )
-    monkeypatch.setattr(examination, "ask", lambda *_, **__: Answer(1, "", errors))
+    monkeypatch.setattr(examination, "run_command", lambda *_, **__: CommandResult(1, "", errors))
     with pytest.raises(Unanswered, match=r"^RuntimeError: It is broken\.$"):
         examination.examine(None)
 

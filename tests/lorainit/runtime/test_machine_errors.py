@@ -230,8 +230,8 @@ def test_the_doctor_lets_each_gpu_compute(a_gpu, make, expected):
 def test_a_gpu_that_torch_alone_cannot_find_is_the_machines_fault_before_the_run_begins(monkeypatch):
     """An identity in CUDA_VISIBLE_DEVICES that no GPU here has: the driver's files do not tell."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(gpus, "trouble", lambda: None)
-    monkeypatch.setattr(gpus, "visible", lambda: ["GPU-5d1e7a10-0000-1111-2222-333344445555"])
+    monkeypatch.setattr(gpus, "find_problem", lambda: None)
+    monkeypatch.setattr(gpus, "list_visible", lambda: ["GPU-5d1e7a10-0000-1111-2222-333344445555"])
     with pytest.raises(UnusableDevice) as refused:
         devices.pick_device()
     assert refused.value.code == "device_failed"

@@ -9,7 +9,7 @@ from time import sleep
 import psutil
 import pytest
 
-from lorainit.system.bounded_command import Answer, ask
+from lorainit.system.bounded_command import CommandResult, run_command
 
 
 def python(script: str) -> list[str]:
@@ -17,7 +17,7 @@ def python(script: str) -> list[str]:
 
 
 class Clock:
-    """What `ask` needs of the module `time`."""
+    """What `run_command` needs of the module `time`."""
 
     sleep = staticmethod(sleep)
 
@@ -33,17 +33,17 @@ def wait_until_gone(pid: int) -> None:
 
 def test_an_answer_is_what_the_program_wrote_and_its_exit_code() -> None:
     script = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
-    assert ask(python(script), seconds=600) == Answer(3, "out\n", "err\n")
+    assert run_command(python(script), seconds=600) == CommandResult(3, "out\n", "err\n")
 
 
 def test_more_than_a_pipe_holds_is_read_whole() -> None:
-    answer = ask(python("print('x' * 1_000_000)"), seconds=600)
+    answer = run_command(python("print('x' * 1_000_000)"), seconds=600)
     assert answer is not None
     assert len(answer.output) == 1_000_001
 
 
 def test_it_finds_the_environment_that_it_was_given() -> None:
-    answer = ask(python("import os; print(os.environ['X'])"), seconds=600, environment={"X": "7"})
+    answer = run_command(python("import os; print(os.environ['X'])"), seconds=600, environment={"X": "7"})
     assert answer is not None
     assert answer.output == "7\n"
 
@@ -63,11 +63,11 @@ def test_a_program_that_does_not_answer_is_killed_with_what_it_started(
         monkeypatch.setattr(
             "lorainit.system.bounded_command.time", Clock(lambda: next(begin, 2.0 if has_started() else 0.0))
         )
-    is_unwanted = has_started if how == "unwanted" else lambda: False
-    assert ask(["sh", "-c", f"sleep 600 & echo $! > {pid}; wait"], seconds=1, is_unwanted=is_unwanted) is None
+    is_cancelled = has_started if how == "unwanted" else lambda: False
+    assert run_command(["sh", "-c", f"sleep 600 & echo $! > {pid}; wait"], seconds=1, is_cancelled=is_cancelled) is None
     wait_until_gone(int(pid.read_text()))
 
 
 def test_a_program_that_is_not_there_is_an_error() -> None:
     with pytest.raises(FileNotFoundError):
-        ask(["no such program"], seconds=1)
+        run_command(["no such program"], seconds=1)

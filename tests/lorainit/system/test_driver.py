@@ -33,29 +33,29 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 
 def test_gpus_are_listed_with_their_instances(nvidia_smi: Callable[[str], None]) -> None:
     nvidia_smi(f'[ "$1" = -L ] && cat <<END\n{TWO}END')
-    assert driver.listed() == GPUS
+    assert driver.list_gpus() == GPUS
 
 
 def test_a_driver_that_hangs_is_told(nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "ANSWER_SECONDS", 1.0)
     nvidia_smi("sleep 600")
     with pytest.raises(driver.DriverSilent, match=r"hangs: nvidia-smi has not answered within 1 seconds\."):
-        driver.listed()
+        driver.list_gpus()
 
 
 def test_an_nvidia_smi_that_fails_lists_nothing(nvidia_smi: Callable[[str], None]) -> None:
     nvidia_smi("echo 'Failed to initialize NVML'; exit 9")
-    assert driver.listed() is None
+    assert driver.list_gpus() is None
 
 
 def test_without_nvidia_smi_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert driver.listed() is None
+    assert driver.list_gpus() is None
 
 
 @pytest.mark.parametrize("names", [["0", "7"], [H200], ["GPU-8932"], ["gpu-5D5B"], [FIRST, SECOND], ["MIG-c6d4f"], []])
 def test_names_of_what_is_there_are_no_trouble(names: list[str]) -> None:
-    assert driver.trouble_with(names, GPUS) is None
+    assert driver.find_name_problem(names, GPUS) is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_names_of_what_is_there_are_no_trouble(names: list[str]) -> None:
     ],
 )
 def test_a_name_of_no_gpu_or_of_several_is_told(name: str, words: str) -> None:
-    assert driver.trouble_with([H200, name], GPUS) == words
+    assert driver.find_name_problem([H200, name], GPUS) == words
 
 
 def test_the_doctor_of_a_run_ends_with_the_reason_when_the_driver_hangs(
@@ -76,6 +76,6 @@ def test_the_doctor_of_a_run_ends_with_the_reason_when_the_driver_hangs(
         raise driver.DriverSilent("It hangs.")
 
     monkeypatch.delenv(gpus.VISIBLE, raising=False)
-    monkeypatch.setattr(driver, "listed", hang)
+    monkeypatch.setattr(driver, "list_gpus", hang)
     assert main(["doctor"]) == 1
     assert capsys.readouterr() == ("", "It hangs.\n")

@@ -43,11 +43,11 @@ def machine(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_visible_is_read_as_cuda_reads_it(machine, asked, names):
-    assert gpus.visible(machine(asked=asked)) == names
+    assert gpus.list_visible(machine(asked=asked)) == names
 
 
 def test_a_machine_without_gpus_shows_none_whatever_is_asked(machine):
-    assert gpus.visible(machine(0, driver=None, asked="0")) == []
+    assert gpus.list_visible(machine(0, driver=None, asked="0")) == []
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_machine_without_gpus_shows_none_whatever_is_asked(machine):
     ],
 )
 def test_there_is_no_trouble(machine, case):
-    assert gpus.trouble(machine(**case)) is None
+    assert gpus.find_problem(machine(**case)) is None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_there_is_no_trouble(machine, case):
 )
 def test_gpus_that_cannot_be_used_are_told_with_the_reason(machine, case, words):
     with pytest.raises(AssertionError, match=words):
-        raise AssertionError(gpus.trouble(machine(**case)))
+        raise AssertionError(gpus.find_problem(machine(**case)))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_gpus_that_cannot_be_used_are_told_with_the_reason(machine, case, words)
     ],
 )
 def test_why_runs_go_to_the_processor_is_known(machine, case, why):
-    assert gpus.why_none(machine(**case)) == why
+    assert gpus.explain_no_gpu(machine(**case)) == why
 
 
 def test_what_torch_was_built_for_is_known_without_loading_it():
@@ -117,7 +117,7 @@ def test_what_torch_was_built_for_is_known_without_loading_it():
 def test_a_run_beside_a_gpu_that_cuda_cannot_use_is_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpus, "trouble", lambda: "The NVIDIA driver is old.")
+    monkeypatch.setattr(gpus, "find_problem", lambda: "The NVIDIA driver is old.")
     with pytest.raises(UnusableDevice, match=r"^The NVIDIA driver is old\.$"):
         devices.pick_device()
 
@@ -129,16 +129,16 @@ def test_a_reason_that_only_cuda_knows_is_told_in_its_words(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", fail)
-    monkeypatch.setattr(gpus, "trouble", lambda: None)
-    monkeypatch.setattr(gpus, "visible", lambda: ["0"])
+    monkeypatch.setattr(gpus, "find_problem", lambda: None)
+    monkeypatch.setattr(gpus, "list_visible", lambda: ["0"])
     with pytest.raises(UnusableDevice, match="CUDA cannot use it: CUDA unknown error"):
         devices.pick_device()
 
 
 def test_a_run_that_needs_a_gpu_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpus, "why_none", lambda: "this machine shows no NVIDIA GPU")
-    monkeypatch.setattr(gpus, "trouble", lambda: None)
+    monkeypatch.setattr(gpus, "explain_no_gpu", lambda: "this machine shows no NVIDIA GPU")
+    monkeypatch.setattr(gpus, "find_problem", lambda: None)
     monkeypatch.setenv(gpus.NEEDED, "1")
     with pytest.raises(UnusableDevice, match=r"^This run needs a GPU, and this machine shows no NVIDIA GPU\.$"):
         devices.pick_device()

@@ -135,7 +135,7 @@ def what_gloo_says(folder, count, number):
     ("count", "number", "expected"),
     [
         (1, 0, "Not all 2 processes of this run met within 4 seconds: one hangs, or is gone."),
-        (2, signal.SIGKILL, watchdog.GONE),
+        (2, signal.SIGKILL, watchdog.PEER_GONE),
         (2, signal.SIGSTOP, "The processes of this run do not answer each other: nothing has happened for 4 seconds"),
     ],
 )

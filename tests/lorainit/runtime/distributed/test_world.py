@@ -170,7 +170,7 @@ def test_of_several_that_end_the_one_that_others_followed_is_the_cause(tmp_path,
 
 
 def test_a_full_dev_shm_of_one_is_the_cause_of_what_the_others_say(tmp_path):
-    said = {1: watchdog.GONE, 2: shared_memory.FULL, 3: watchdog.GONE}
+    said = {1: watchdog.PEER_GONE, 2: shared_memory.FULL, 3: watchdog.PEER_GONE}
     processes = [process_that(tmp_path, rank, says="worker_lost", message=words) for rank, words in said.items()]
     others = PeerProcesses(processes, tmp_path)
     assert others.find_failure().event.message == shared_memory.FULL
