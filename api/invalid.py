@@ -9,7 +9,7 @@ from itertools import islice
 from reprlib import Repr
 from typing import Any
 
-from lorainit.config.validation_errors import Details, written
+from lorainit.config.validation_errors import Details, drop_union_parts
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -117,7 +117,7 @@ def _path(error: Details, body: Any) -> str:
     source, *location = error["loc"]
     if source in ("query", "path", "header"):
         return ".".join(str(part) for part in location)
-    parts = written(location, body, missing=error["type"] == "missing")
+    parts = drop_union_parts(location, body, missing=error["type"] == "missing")
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 

@@ -27,7 +27,7 @@ from lorainit.config.errors import DeviceSilent, Dropped, LorainitError, Stopped
 from lorainit.config.events import Event, Failed, OnEvent
 from lorainit.config.sources import LOCAL, is_root
 from lorainit.config.spec import RunSpec
-from lorainit.config.validation_errors import faults_of
+from lorainit.config.validation_errors import describe_errors
 from lorainit.leases import LEASE_LOST, StopRequest, watch_leases
 from lorainit.runtime import process_tuning
 from lorainit.runtime.distributed.launch import (
@@ -293,7 +293,7 @@ def _read_spec(path: Path) -> RunSpec | None:
         return RunSpec.model_validate_json(text)
     except ValidationError as error:
         broken = error.errors()[0]["type"] == "json_invalid"
-        for place, sentence in faults_of(error, None if broken else json.loads(text)).items():
+        for place, sentence in describe_errors(error, None if broken else json.loads(text)).items():
             print(f"{path}: {place or 'spec'}: {sentence}", file=sys.stderr)  # noqa: T201
     return None
 

@@ -14,7 +14,7 @@ from lorainit.config.events import Message, OnEvent, Plan, Tick
 from lorainit.config.model_facts import LeftOut
 from lorainit.config.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.config.spec import Choice, Hyperparameters, Lora, RunSpec
-from lorainit.config.target_modules import sentence
+from lorainit.config.target_modules import describe_left_out
 from lorainit.context import Request, Run
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
@@ -173,7 +173,7 @@ def _report_left_out(left_out: list[LeftOut], targets: dict[str, nn.Module], on_
     if left_out:
         adapted = sum(out * n for out, n in map(shape_of, targets.values()))
         data = {"kind": "targets", "left_out": [layer.model_dump() for layer in left_out]}
-        on_event(Message(level="warn", message=sentence(left_out, adapted), data=data))
+        on_event(Message(level="warn", message=describe_left_out(left_out, adapted), data=data))
 
 
 def _say(on_event: OnEvent, text: str, **facts: Any) -> None:

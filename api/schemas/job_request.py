@@ -11,7 +11,7 @@ from api import json_text
 from api.core.jobs.echoed import EchoedFields
 from api.core.jobs.submit import Order
 from api.invalid import first_fault
-from lorainit.config.schema import Seed, Strict, no_more_than
+from lorainit.config.schema import Seed, Strict, limit_size
 from lorainit.config.spec import Choice, Hyperparameters, Lora
 
 MAX_MULTIPLIER = 100.0
@@ -24,7 +24,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"
 Choices = Annotated[list[Choice], Field(max_length=64, fail_fast=True)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 LabelValue = Annotated[str, StringConstraints(max_length=MAX_LABEL, pattern=r"^[^\x00]*$")]
-Labels = Annotated[dict[Label, LabelValue], Field(max_length=MAX_LABELS), no_more_than(MAX_LABELS)]
+Labels = Annotated[dict[Label, LabelValue], Field(max_length=MAX_LABELS), limit_size(MAX_LABELS)]
 
 
 def _ranks(data: Any) -> Any:
@@ -40,7 +40,7 @@ RankPattern = Annotated[
     dict[Annotated[str, Field(max_length=LONGEST_NAME)], int],
     Field(max_length=MAX_RANKS),
     BeforeValidator(_ranks),
-    no_more_than(MAX_RANKS),
+    limit_size(MAX_RANKS),
 ]
 
 

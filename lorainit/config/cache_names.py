@@ -18,7 +18,7 @@ _NAME = re.compile(r"\.?[^.]+\.(?P<owner>[A-Za-z0-9_-]+)(?P<files>(?:\.[0-9a-f]{
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """The rows that an entry was made of: who owns them, and the SHA-256 of the files that they came from."""
 
     owner: str
@@ -30,12 +30,12 @@ def entry_name(key: str, *, owner: str | None, files: Sequence[str]) -> str:
     return ".".join([key, owner or NOBODY, *sorted(set(files))] if files else [key, NO_ROWS])
 
 
-def is_of_no_rows(file_name: str) -> bool:
+def is_without_rows(file_name: str) -> bool:
     """True of an entry, or of what a crashed writer left of one, that says it was made of the base alone."""
     return f".{NO_ROWS}{SUFFIX}" in file_name or f".{NO_ROWS}-" in file_name
 
 
-def rows_of(file_name: str) -> Rows | None:
+def parse_rows(file_name: str) -> SourceRows | None:
     """What the name of an entry, or of what a crashed writer left of one, says; None where it says nothing of rows."""
     found = _NAME.fullmatch(file_name)
-    return found and Rows(found["owner"], tuple(found["files"].split(".")[1:]))
+    return found and SourceRows(found["owner"], tuple(found["files"].split(".")[1:]))

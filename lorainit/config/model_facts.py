@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lorainit.config.inits import Quantization
-from lorainit.config.paths import meant, size
+from lorainit.config.paths import count_matches, count_names
 from lorainit.config.schema import Strict
 
 NF4_BLOCK = 64  # weights that share a scale in an NF4 base; no block runs over the end of a row
@@ -49,12 +49,12 @@ class Target(Strict):
         """How many numbers these matrices hold together."""
         return self.out_features * self.in_features * self.count
 
-    def meant_by(self, given: str) -> int:
+    def count_matches(self, given: str) -> int:
         """How many of these layers a name that a caller gave means: it is an end of their full names."""
         if self.name == given or self.name.endswith(f".{given}"):
             return self.count
-        held = sum(map(size, self.paths))
-        return self.count * sum(meant(path, given) for path in self.paths) // held if held else 0
+        held = sum(map(count_names, self.paths))
+        return self.count * sum(count_matches(path, given) for path in self.paths) // held if held else 0
 
 
 class LeftOut(Target):

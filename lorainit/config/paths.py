@@ -14,35 +14,35 @@ _NUMBERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")  # `3`, `0-31`, `0,2,4-7`
 
 def matches(path: str, wanted: str) -> bool:
     """Whether a full name, or one of those that a folded one stands for, is what was asked for or ends in it."""
-    return meant(path, wanted) > 0
+    return count_matches(path, wanted) > 0
 
 
-def meant(path: str, wanted: str) -> int:
+def count_matches(path: str, wanted: str) -> int:
     """How many of the full names that a folded one stands for a name means."""
     parts, ends = path.split("."), wanted.split(".")
     if len(ends) > len(parts):
         return 0
     start = len(parts) - len(ends)
-    return size(".".join(parts[:start])) * math.prod(map(_meant, parts[start:], ends))
+    return count_names(".".join(parts[:start])) * math.prod(map(_count_part_matches, parts[start:], ends))
 
 
-def size(path: str) -> int:
+def count_names(path: str) -> int:
     """How many full names a folded one stands for."""
-    return math.prod(_meant(part, "*") or 1 for part in path.split("."))
+    return math.prod(_count_part_matches(part, "*") or 1 for part in path.split("."))
 
 
-def unfolded(path: str) -> Iterator[str]:
+def expand_names(path: str) -> Iterator[str]:
     """The full names that a folded one stands for."""
-    parts = [_numbers(part) if _NUMBERS.fullmatch(part) else [part] for part in path.split(".")]
+    parts = [_expand_numbers(part) if _NUMBERS.fullmatch(part) else [part] for part in path.split(".")]
     return map(".".join, product(*parts))
 
 
-def _numbers(part: str) -> list[str]:
+def _expand_numbers(part: str) -> list[str]:
     pieces = (piece.split("-") for piece in part.split(","))
     return [str(number) for piece in pieces for number in range(int(piece[0]), int(piece[-1]) + 1)]
 
 
-def _meant(part: str, end: str) -> int:
+def _count_part_matches(part: str, end: str) -> int:
     if not _NUMBERS.fullmatch(part):
         return int(part == end)
     ranges = [[int(number) for number in piece.split("-")] for piece in part.split(",")]
@@ -51,17 +51,17 @@ def _meant(part: str, end: str) -> int:
     return int(part == end or (end.isdecimal() and any(piece[0] <= int(end) <= piece[-1] for piece in ranges)))
 
 
-def folded(paths: Iterable[str]) -> list[str]:
+def collapse_names(paths: Iterable[str]) -> list[str]:
     """Full names as few, in order of first appearance."""
     kinds = dict[str, list[tuple[int, ...]]]()
     for path in paths:
         parts = path.split(".")
         words = ".".join("*" if part.isdigit() else part for part in parts)
         kinds.setdefault(words, []).append(tuple(int(part) for part in parts if part.isdigit()))
-    return [_filled(words, numbers) for words, found in kinds.items() for numbers in _products(found)]
+    return [_fill_numbers(words, numbers) for words, found in kinds.items() for numbers in _products(found)]
 
 
-def _filled(words: str, numbers: Iterable[str]) -> str:
+def _fill_numbers(words: str, numbers: Iterable[str]) -> str:
     left = iter(numbers)
     return ".".join(next(left) if part == "*" else part for part in words.split("."))
 
@@ -79,10 +79,10 @@ def _products(found: list[tuple[int, ...]]) -> Iterator[tuple[str, ...]]:
         alike.setdefault(tuple(rest), []).append(first)
     for same, firsts in alike.items():
         for more in _products(list(same)):
-            yield _ranges(sorted(firsts)), *more
+            yield _collapse_numbers(sorted(firsts)), *more
 
 
-def _ranges(numbers: list[int]) -> str:
+def _collapse_numbers(numbers: list[int]) -> str:
     pieces = list[list[int]]()
     for number in numbers:
         if pieces and pieces[-1][-1] == number - 1:

@@ -38,7 +38,7 @@ def base_learning_rate(model: BaseModelRef, method: InitConfig) -> float:
     return model.base_learning_rate * rates.share_of_baseline(method, weights=weights)
 
 
-def as_resolved(model: BaseModelRef, training: Hyperparameters, method: InitConfig) -> BaseModelRef:
+def with_base_rate(model: BaseModelRef, training: Hyperparameters, method: InitConfig) -> BaseModelRef:
     """`model` with the base rate by which `training` was resolved.
 
     A table or a catalogue that has changed since then changes no run that was ordered before.

@@ -36,7 +36,7 @@ class Strict(BaseModel):
         return type(None) in get_args(cls.model_fields[name].annotation)
 
 
-def no_more_than(most: int) -> BeforeValidator:
+def limit_size(most: int) -> BeforeValidator:
     """For a map with `max_length`: its size is looked at first, or each of its values could be an error."""
 
     def check(data: Any) -> Any:

@@ -37,7 +37,7 @@ def is_root(name: str) -> bool:
     return is_hub_id(name) or (name.startswith(LOCAL) and name != LOCAL)
 
 
-def absolute(source: str, *, folder: Path) -> str:
+def make_absolute(source: str, *, folder: Path) -> str:
     """A source that means the same from everywhere: paths are taken relative to `folder`.
 
     Raises:

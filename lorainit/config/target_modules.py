@@ -10,14 +10,14 @@ from functools import lru_cache
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.config.inits import Automatic
 from lorainit.config.model_facts import LeftOut, Target
-from lorainit.config.paths import folded, matches, unfolded
+from lorainit.config.paths import collapse_names, expand_names, matches
 from lorainit.config.spec import Lora
 
 FIELD = "lora.target_modules"
 
 
 @dataclass(frozen=True)
-class Placement:
+class ResolvedTargets:
     """What to adapt, and what was meant too and why it gets nothing.
 
     `names`: kinds of layers, of `Target.name`, and names as they were given where they mean some layers of a kind.
@@ -27,7 +27,7 @@ class Placement:
     left_out: list[LeftOut]
 
 
-def place(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> Placement:
+def resolve_target_modules(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> ResolvedTargets:
     """Resolve `lora.target_modules`.
 
     A group (`all-linear`, `attention`, `mlp`) adapts what it can and says what it leaves out: what cannot carry a
@@ -46,47 +46,47 @@ def place(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) ->
     """
     wanted = lora.target_modules
     if isinstance(wanted, str):
-        return _of_group(lora, wanted, targets, left_out)
+        return _resolve_group(lora, wanted, targets, left_out)
     names = dict[str, None]()
     also = list[LeftOut]()
     for index, name in enumerate(wanted):
-        meant = [(target, count) for target in targets if (count := target.meant_by(name))]
-        others = [_part(layer, name, count) for layer in left_out if (count := layer.meant_by(name))]
+        meant = [(target, count) for target in targets if (count := target.count_matches(name))]
+        others = [_select_part(layer, name, count) for layer in left_out if (count := layer.count_matches(name))]
         if not meant:
-            raise _nothing_of(name, f"{FIELD}[{index}]", others, targets)
+            raise _refuse_name(name, f"{FIELD}[{index}]", others, targets)
         for target, _ in meant:
-            if obstacle := _obstacle(lora, target):
+            if obstacle := _find_obstacle(lora, target):
                 raise obstacle[0]
-        partly = {target.name for target in targets if target.meant_by(name) < target.count}
+        partly = {target.name for target in targets if target.count_matches(name) < target.count}
         names |= dict.fromkeys(name if target.name in partly else target.name for target, _ in meant)
         also += others
     # A list that a server has spelled out comes with what it left out then; full names depend on its entry's age.
     told = [_without_paths(layer) for layer in also]
     kept = [layer for layer in lora.left_out if _without_paths(layer) not in told]
-    return Placement(list(names), also + kept)
+    return ResolvedTargets(list(names), also + kept)
 
 
-def chosen(target: Target, names: Sequence[str]) -> int:
+def count_chosen(target: Target, names: Sequence[str]) -> int:
     """How many of these layers the names of a placement mean together."""
     if target.name in names:
         return target.count
-    found, held = _found(tuple(target.paths), tuple(names))
+    found, held = _count_found(tuple(target.paths), tuple(names))
     return target.count * found // held if held else 0
 
 
 @lru_cache(maxsize=1024)
-def _found(paths: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, int]:
+def _count_found(paths: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, int]:
     """How many of these layers the names mean, and how many there are. A service asks it for every look at a job."""
-    held = [path for one in paths for path in unfolded(one)]
+    held = [path for one in paths for path in expand_names(one)]
     return sum(any(matches(path, name) for name in names) for path in held), len(held)
 
 
-def _part(layer: LeftOut, name: str, count: int) -> LeftOut:
+def _select_part(layer: LeftOut, name: str, count: int) -> LeftOut:
     """The `count` layers of a kind that a name means."""
     if count == layer.count:
         return layer
-    held = [path for one in layer.paths for path in unfolded(one)]
-    paths = folded(path for path in held if matches(path, name))
+    held = [path for one in layer.paths for path in expand_names(one)]
+    paths = collapse_names(path for path in held if matches(path, name))
     return layer.model_copy(update={"paths": paths, "count": count})
 
 
@@ -94,23 +94,23 @@ def _without_paths(layer: LeftOut) -> LeftOut:
     return layer.model_copy(update={"paths": []})
 
 
-def _of_group(lora: Lora, wanted: str, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> Placement:
+def _resolve_group(lora: Lora, wanted: str, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> ResolvedTargets:
     meant = [target for target in targets if wanted in ("all-linear", target.group)]
     others = [layer for layer in left_out if wanted in ("all-linear", layer.group)]
-    obstacles = {target.name: found for target in meant if (found := _obstacle(lora, target))}
+    obstacles = {target.name: found for target in meant if (found := _find_obstacle(lora, target))}
     names = list(dict.fromkeys(target.name for target in meant if target.name not in obstacles))
     if not names and obstacles:
         raise next(iter(obstacles.values()))[0]
     if not names:
         raise UnknownTarget(
-            f"{FIELD} {wanted!r} matches nothing that can carry a LoRA in this base model.{_reasons(others)}",
+            f"{FIELD} {wanted!r} matches nothing that can carry a LoRA in this base model.{_list_reasons(others)}",
             param=FIELD,
         )
     small = [LeftOut(**t.model_dump(), reason=obstacles[t.name][1]) for t in meant if t.name in obstacles]
-    return Placement(names, [*others, *small])
+    return ResolvedTargets(names, [*others, *small])
 
 
-def _obstacle(lora: Lora, target: Target) -> tuple[LorainitError, str] | None:
+def _find_obstacle(lora: Lora, target: Target) -> tuple[LorainitError, str] | None:
     """Why this adapter does not fit a layer that can carry one: the refusal, and the reason to leave it out."""
     shape = f"{target.name!r} ({target.out_features}x{target.in_features})"
     if lora.use_dora and (target.experts or not target.dora):
@@ -133,9 +133,9 @@ def _obstacle(lora: Lora, target: Target) -> tuple[LorainitError, str] | None:
     return None
 
 
-def _nothing_of(name: str, param: str, others: Sequence[LeftOut], targets: Sequence[Target]) -> UnknownTarget:
+def _refuse_name(name: str, param: str, others: Sequence[LeftOut], targets: Sequence[Target]) -> UnknownTarget:
     if others:
-        return UnknownTarget(f"{param} {name!r} cannot carry a LoRA.{_reasons(others)}", param=param)
+        return UnknownTarget(f"{param} {name!r} cannot carry a LoRA.{_list_reasons(others)}", param=param)
     known = ", ".join(dict.fromkeys(target.name for target in targets))
     if all(target.paths for target in targets):
         why = "no linear layer of this base model has a name that ends so"
@@ -144,12 +144,12 @@ def _nothing_of(name: str, param: str, others: Sequence[LeftOut], targets: Seque
     return UnknownTarget(f"{param} {name!r}: {why}. Available: {known}.", param=param)
 
 
-def _reasons(others: Sequence[LeftOut]) -> str:
+def _list_reasons(others: Sequence[LeftOut]) -> str:
     told = dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in others)
     return f" Left out: {'; '.join(told)}." if told else ""
 
 
-def sentence(left_out: Sequence[LeftOut], adapted: int) -> str:
+def describe_left_out(left_out: Sequence[LeftOut], adapted: int) -> str:
     """What is left out, for the job's events.
 
     Args:

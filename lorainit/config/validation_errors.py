@@ -9,21 +9,21 @@ Details = Mapping[str, Any]  # one element of `ValidationError.errors()`
 Part = str | int
 
 
-def faults_of(error: ValidationError, document: Any) -> dict[str, str]:
+def describe_errors(error: ValidationError, document: Any) -> dict[str, str]:
     """Each wrong field of `document` by its dotted path, with one sentence: what the alternatives of a union ask is
     joined."""
     found: dict[str, dict[str, None]] = {}
     for fault in error.errors():
-        parts = list(written(fault["loc"], document, missing=fault["type"] == "missing"))
+        parts = list(drop_union_parts(fault["loc"], document, missing=fault["type"] == "missing"))
         if "param" in fault.get("ctx", {}):
             parts.append(fault["ctx"]["param"])
         sentence = fault["msg"].removeprefix("Value error, ")
         found.setdefault(".".join(map(str, parts)), {})[sentence] = None
     outer = {path for path in found if any(other.startswith(f"{path}.") for other in found)}  # no list, and its element
-    return {path: _joined(list(sentences)) for path, sentences in found.items() if path not in outer}
+    return {path: _join_sentences(list(sentences)) for path, sentences in found.items() if path not in outer}
 
 
-def written(location: Sequence[Part], document: Any, *, missing: bool) -> Iterator[Part]:
+def drop_union_parts(location: Sequence[Part], document: Any, *, missing: bool) -> Iterator[Part]:
     """Those parts of pydantic's location that lead through `document`.
 
     Beside them it names the alternatives of unions, which nobody wrote: `lora.init.pissa.niter` is `lora.init.niter`.
@@ -40,6 +40,6 @@ def written(location: Sequence[Part], document: Any, *, missing: bool) -> Iterat
         yield part
 
 
-def _joined(sentences: Sequence[str]) -> str:
+def _join_sentences(sentences: Sequence[str]) -> str:
     text = sentences[0] + "".join(f" or {other[:1].lower()}{other[1:]}" for other in sentences[1:])
     return text.replace(" or input should be ", " or ")

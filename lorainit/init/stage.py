@@ -173,8 +173,10 @@ def _keys(run: Run) -> _Keys:
     if config.facts.needs == "preheat":
         recipe = run.training.model_dump(mode="json"), run.data.sha256, run.plan.total_steps, run.spec.seed
         parts |= {"recipe": recipe}
-    evidence = make_key(**parts, part="evidence", seed=seed if config.drawn == "evidence" else None)
-    starts = make_key(**parts, part="starts", seed=None if config.drawn == "nothing" else seed, dora=run.lora.use_dora)
+    evidence = make_key(**parts, part="evidence", seed=seed if config.randomness == "evidence" else None)
+    starts = make_key(
+        **parts, part="starts", seed=None if config.randomness == "nothing" else seed, dora=run.lora.use_dora
+    )
     named = partial(entry_name, owner=run.spec.data.owner, files=_files_looked_at(run))
     return _Keys(named(evidence), named(starts))
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lorainit.__main__ import main
 from lorainit.config.events import EVENT, Checkpoint, Done, Failed, Metrics, Stage
 from lorainit.config.spec import RunSpec
-from lorainit.config.validation_errors import faults_of
+from lorainit.config.validation_errors import describe_errors
 from lorainit.model import sandbox
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
@@ -278,4 +278,4 @@ def test_a_field_of_several_kinds_is_one_fault_by_its_own_name(more, field):
     given = {"model": {"id": "x", "source": "x", "root": "local:x"}, "data": {"training": "x"}}
     with pytest.raises(ValidationError) as caught:
         RunSpec.model_validate(given | more)
-    assert list(faults_of(caught.value, given | more)) == [field]
+    assert list(describe_errors(caught.value, given | more)) == [field]

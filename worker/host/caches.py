@@ -22,7 +22,7 @@ KERNEL_SECONDS = 30 * 86400.0
 
 def sweep() -> list[Path]:
     """Remove entries one of whose files nobody has any more, and those whose names do not say; what was removed."""
-    found = {path: cache_names.rows_of(path.name) for path in _entries()}
+    found = {path: cache_names.parse_rows(path.name) for path in _entries()}
     made_of = {(rows.owner, sha256) for rows in found.values() if rows for sha256 in rows.files}
     with session_scope(read_only=True) as session:
         there = files.find_existing(session, made_of)
@@ -43,9 +43,9 @@ def _kernels() -> Iterator[Path]:
     return (path for path in (get_settings().models() / cache_names.KERNELS).rglob("*") if not path.is_dir())
 
 
-def _may_be_kept(path: Path, rows: cache_names.Rows | None, there: set[tuple[str, str]]) -> bool:
+def _may_be_kept(path: Path, rows: cache_names.SourceRows | None, there: set[tuple[str, str]]) -> bool:
     if rows is None:  # of an earlier release, whose entries nobody reads, if not of the base alone
-        return cache_names.is_of_no_rows(path.name)
+        return cache_names.is_without_rows(path.name)
     left_by_a_crash = path.name.startswith(".") and _is_older(path, STALE_SECONDS)
     return all((rows.owner, sha256) in there for sha256 in rows.files) and not left_by_a_crash
 

@@ -17,7 +17,7 @@ from api.core.jobs.jobs import Lease
 from api.core.models import catalogue
 from api.core.settings import get_settings
 from lorainit.config.events import Checkpoint, Done
-from lorainit.config.resolve import as_resolved
+from lorainit.config.resolve import with_base_rate
 from lorainit.config.spec import Data, Hyperparameters, Lora, RunSpec
 from worker.host import disk_space
 from worker.job.archive import Archive, pack, unpack
@@ -63,7 +63,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         session.commit()
     lora, recipe = Lora.model_validate(job.recipe["lora"]), Hyperparameters.model_validate(job.recipe["training"])
     spec = RunSpec(
-        model=as_resolved(catalogue.require(job.model).reference(), recipe, lora.method),
+        model=with_base_rate(catalogue.require(job.model).reference(), recipe, lora.method),
         data=data,
         lora=lora,
         training=recipe,

@@ -93,7 +93,7 @@ def _entries(found: CatalogueFile, *, folder: Path) -> dict[str, Entry]:
         if entry.id in known:
             raise found.at(("models", index, "id"), f"{entry.id!r} is there twice")
         try:
-            source = sources.absolute(entry.source, folder=folder)
+            source = sources.make_absolute(entry.source, folder=folder)
         except LorainitError as error:
             raise found.at(("models", index, "source"), error.message.removesuffix(".")) from error
         known[entry.id] = entry.model_copy(update={"source": source})
@@ -233,7 +233,9 @@ def place(lora: Lora, entry: Entry) -> Lora:
         )
     try:
         # What a caller says of `left_out` is no order: it may be the answer to an earlier one.
-        placed = target_modules.place(lora.model_copy(update={"left_out": []}), entry.targets, entry.left_out)
+        placed = target_modules.resolve_target_modules(
+            lora.model_copy(update={"left_out": []}), entry.targets, entry.left_out
+        )
     except LorainitError as error:
         message = f"{error.message.removesuffix('.')} (model {entry.id!r})."
         code = "unsupported_combination" if isinstance(error, UnsupportedInit) else error.code
@@ -260,7 +262,7 @@ def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
 def size(lora: Lora, entry: Entry) -> tuple[int, int]:
     """(adapted modules, trainable parameters) of a placed adapter."""
     names = tuple(lora.target_modules)
-    counts = [target_modules.chosen(target, names) for target in entry.targets]
+    counts = [target_modules.count_chosen(target, names) for target in entry.targets]
     parameters = sum(
         lora.parameters(target.out_features, target.in_features) * count
         for target, count in zip(entry.targets, counts, strict=True)

@@ -17,7 +17,7 @@ from api.core.db.tables import Job, has_status
 from api.core.models.catalogue import Entry
 from api.core.queue import scheduling
 from lorainit.config.spec import Hyperparameters, Lora
-from lorainit.config.target_modules import chosen
+from lorainit.config.target_modules import count_chosen
 
 # What the members' batches must have in common: their numeric type, and their shape, since a member with
 # longer or more rows makes all others wait.
@@ -34,7 +34,7 @@ def compute_group_key(base: Entry, lora: Lora, *, training: Hyperparameters, det
     Args:
         training: resolved, so that an "auto" and the number it stands for are the same.
     """
-    if any(target.experts and chosen(target, lora.target_modules) for target in base.targets):
+    if any(target.experts and count_chosen(target, lora.target_modules) for target in base.targets):
         return None
     facts = {
         "base": [base.id, base.base_sha256],

@@ -12,7 +12,7 @@ from lorainit.config.schema import Seed, Strict
 
 Need = Literal["none", "weight", "gradient", "activation", "preheat"]
 Offset = Literal["none", "subtract"]
-Drawn = Literal["nothing", "factors", "evidence"]
+Randomness = Literal["nothing", "factors", "evidence"]
 ExportRank = Literal["r", "2r", "per module"]
 ExportRanks = Literal["padded", "pattern"]
 Quantization = Literal["nf4", "int8"]
@@ -88,7 +88,7 @@ class InitConfig(Strict):
         return r
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """What the seed shapes: what it does not, a second seed finds in the cache."""
         return "factors"
 
@@ -98,7 +98,7 @@ class InitConfig(Strict):
         Where nothing is meant to be drawn, sketches of an SVD are still random: always the same ones,
         so that the seed changes nothing.
         """
-        if self.drawn == "nothing":
+        if self.randomness == "nothing":
             return 0
         return run if self.seed is None else self.seed
 

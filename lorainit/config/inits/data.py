@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lorainit.config.inits.base import CalibratedConfig, Drawn, ExportRank, ExportRanks, InitConfig, Method, Offset
+from lorainit.config.inits.base import CalibratedConfig, ExportRank, ExportRanks, InitConfig, Method, Offset, Randomness
 from lorainit.config.schema import Auto, refusal
 
 
@@ -33,7 +33,7 @@ class LoRAGA(CalibratedConfig):
     norm_clip: bool = False
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """Which of the top directions go where may be left to chance; what they are is not."""
         return "factors" if self.direction == "random" else "nothing"
 
@@ -79,7 +79,7 @@ class LoRAOne(CalibratedConfig):
         return self.version == "v1"
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """The gradient's top directions are what they are."""
         return "nothing"
 
@@ -148,7 +148,7 @@ class HRP(InitConfig):
         return int(report["preheat"]["steps"]) if self.main_data == "continue" else 0
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """The preheat trains, in the run's own order of rows."""
         return "evidence"
 
@@ -187,7 +187,7 @@ class EVA(CalibratedConfig):
         return "per module"
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """The principal directions are what they are."""
         return "nothing"
 
@@ -213,6 +213,6 @@ class CorDA(CalibratedConfig):
     samples: Annotated[int, Field(ge=1, le=4096)] = 256
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """Second moments and full decompositions draw nothing."""
         return "nothing"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorainit.config.inits.base import Drawn, InitConfig, Method
+from lorainit.config.inits.base import InitConfig, Method, Randomness
 from lorainit.config.schema import refusal
 
 
@@ -28,7 +28,7 @@ class PiSSA(InitConfig):
     niter: Annotated[int, Field(ge=0, le=64)] | None = 16
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """The top directions are what they are."""
         return "nothing"
 
@@ -47,7 +47,7 @@ class MiLoRA(InitConfig):
     method: Literal["milora"]
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """The full SVD draws nothing."""
         return "nothing"
 
@@ -70,7 +70,7 @@ class OLoRA(InitConfig):
     scale_aware: bool = True
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """A QR decomposition draws nothing."""
         return "nothing"
 
@@ -114,7 +114,7 @@ class LoRAM(InitConfig):
         return 3 if self.rank_factor == "log_half_r" else 2
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """The sine bases are fixed."""
         return "nothing" if self.basis == "dst" else "factors"
 
@@ -156,7 +156,7 @@ class LoftQ(InitConfig):
     iterations: Annotated[int, Field(ge=1, le=10)] = 1
 
     @property
-    def drawn(self) -> Drawn:
+    def randomness(self) -> Randomness:
         """The best correction is what it is."""
         return "nothing"
 

@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorainit.config.errors import UnknownTarget
 from lorainit.config.model_facts import Group, LeftOut, Target
-from lorainit.config.paths import folded, matches
+from lorainit.config.paths import collapse_names, matches
 from lorainit.config.spec import Lora
-from lorainit.config.target_modules import FIELD, place
+from lorainit.config.target_modules import FIELD, resolve_target_modules
 from lorainit.model.layers.experts import ExpertLinear, ExpertStack, full_name
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.groups import group_of
@@ -133,7 +133,7 @@ def kinds_of(named: Iterable[tuple[str, Layer]]) -> tuple[list[Target], list[Lef
     targets, left_out = list[Target](), list[LeftOut]()
     for (name, group, out, n, dora, expert, why), paths in kinds.items():
         facts: dict[str, Any] = {"name": name, "group": group, "out_features": out, "in_features": n}
-        facts |= {"count": len(paths), "dora": dora, "experts": expert, "paths": folded(dict.fromkeys(paths))}
+        facts |= {"count": len(paths), "dora": dora, "experts": expert, "paths": collapse_names(dict.fromkeys(paths))}
         if why:
             left_out.append(LeftOut(**facts, reason=why))
         else:
@@ -155,7 +155,14 @@ def _stacked_experts(model: nn.Module) -> list[LeftOut]:
             places.setdefault(kind, []).append(".".join(path))
     common: dict[str, Any] = {"group": "mlp", "experts": True, "reason": OWN_WAY}
     return [
-        LeftOut(name=name, out_features=out, in_features=n, count=count, paths=folded(places[name, out, n]), **common)
+        LeftOut(
+            name=name,
+            out_features=out,
+            in_features=n,
+            count=count,
+            paths=collapse_names(places[name, out, n]),
+            **common,
+        )
         for (name, out, n), count in kinds.items()
     ]
 
@@ -185,7 +192,7 @@ def resolve(model: nn.Module, lora: Lora) -> tuple[dict[str, nn.Module], list[Le
     if not isinstance(wanted, str):
         found = {end for end in wanted if any(matches(layer.path, end) for layer in layers.values())}
         _require_linear(model, wanted, found, layers)
-    placed = place(lora, *_kinds(model, layers))
+    placed = resolve_target_modules(lora, *_kinds(model, layers))
     names = set(placed.names)
     chosen = {
         full: layer.module

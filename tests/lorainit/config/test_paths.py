@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorainit.config.paths import folded, matches, unfolded
+from lorainit.config.paths import collapse_names, expand_names, matches
 from lorainit.model.targets.names import short_names
 
 
@@ -30,5 +30,5 @@ def test_what_an_end_of_a_name_means(wanted, means_it):
      (["m.0.x.0", "m.1.x.0", "m.1.x.1"], ["m.0.x.0", "m.1.x.0-1"])],
 )  # fmt: skip
 def test_full_names_are_folded_and_unfolded(paths, few):
-    assert folded(paths) == few
-    assert sorted(path for one in few for path in unfolded(one)) == sorted(paths)
+    assert collapse_names(paths) == few
+    assert sorted(path for one in few for path in expand_names(one)) == sorted(paths)

@@ -4,7 +4,7 @@ import pytest
 
 from lorainit.config.inits import INITS, Kaiming, LoRAM
 from lorainit.config.rates import RATES, SIZES, default_rate
-from lorainit.config.resolve import as_resolved, base_learning_rate, resolve
+from lorainit.config.resolve import base_learning_rate, resolve, with_base_rate
 from lorainit.config.spec import BaseModelRef, Hyperparameters
 
 KAIMING, LORAM = Kaiming(method="kaiming"), LoRAM(method="loram")
@@ -54,6 +54,6 @@ def test_another_start_takes_its_share_of_a_bases_own_measured_rate():
 
 def test_a_rate_that_was_decided_before_the_table_changed_stays():
     decided = Hyperparameters(learning_rate=1e-3, learning_rate_multiplier=2.0)
-    model = as_resolved(base(weights=1000), decided, LORAM)
+    model = with_base_rate(base(weights=1000), decided, LORAM)
     training, _ = resolve(decided, rows=100, model=model, method=LORAM)
     assert (training.learning_rate, training.learning_rate_multiplier) == (1e-3, 2.0)

@@ -292,4 +292,4 @@ def test_the_seed_changes_exactly_what_is_drawn(bases, probe, method):
 
     same = all(torch.equal(one, other) for one, other in zip(factors(0), factors(1), strict=True))
     assert same == (method not in ("kaiming", "gaussian", "orthogonal"))
-    assert same == (INITS[method].model_validate({"method": method}).drawn == "nothing")
+    assert same == (INITS[method].model_validate({"method": method}).randomness == "nothing")

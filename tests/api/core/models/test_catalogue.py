@@ -49,9 +49,9 @@ def with_experts() -> catalogue.Entry:
 
 def test_layers_are_counted_once_for_all_jobs_with_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     entry, unfolded = catalogue.require("smollm2-135m-instruct"), list[str]()
-    unfold = target_modules.unfolded
-    monkeypatch.setattr(target_modules, "unfolded", lambda path: unfolded.append(path) or unfold(path))
-    target_modules._found.cache_clear()
+    unfold = target_modules.expand_names
+    monkeypatch.setattr(target_modules, "expand_names", lambda path: unfolded.append(path) or unfold(path))
+    target_modules._count_found.cache_clear()
     orders = [(["q_proj", "v_proj"], 4), (["q_proj", "v_proj"], 8)]
     (modules, parameters), again = (catalogue.size(Lora(target_modules=names, r=r), entry) for names, r in orders)
     assert unfolded == [path for target in entry.targets if target.name not in orders[0][0] for path in target.paths]
@@ -212,7 +212,7 @@ def test_a_fault_that_nobody_has_thought_of_is_a_bad_catalogue_too(file: Path, m
     def stumble(*_: object, **__: object) -> str:
         raise RuntimeError("what is that?")
 
-    monkeypatch.setattr(catalogue.sources, "absolute", stumble)
+    monkeypatch.setattr(catalogue.sources, "make_absolute", stumble)
     file.write_text(GOOD + "\n")
     assert list(catalogue.entries()) == ["tiny"]
     assert f"The catalogue {file} cannot be used: RuntimeError: what is that?" in catalogue.refused()

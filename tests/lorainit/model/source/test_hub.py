@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorainit.config.sources import absolute, as_hub_id, is_root
+from lorainit.config.sources import as_hub_id, is_root, make_absolute
 from lorainit.model.source import hub as fetching
 from tests import hub
 
@@ -160,6 +160,6 @@ def test_a_hub_source_has_a_revision_or_none() -> None:
     assert as_hub_id("hub:a/b@refs/pr/1") == ("a/b", "refs/pr/1")
     assert as_hub_id("a/b") == ("a/b", None)
     assert as_hub_id("/a/b") is None
-    assert absolute("hub:a/b", folder=Path("/x")) == "hub:a/b"
-    assert absolute("a/b", folder=Path("/x")) == "/x/a/b"
-    assert absolute("/a/b", folder=Path("/x")) == "/a/b"
+    assert make_absolute("hub:a/b", folder=Path("/x")) == "hub:a/b"
+    assert make_absolute("a/b", folder=Path("/x")) == "/x/a/b"
+    assert make_absolute("/a/b", folder=Path("/x")) == "/a/b"

@@ -18,7 +18,7 @@ from api.core.models import catalogue
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.config.events import Message, Plan
 from lorainit.config.model_facts import ModelFacts, Target
-from lorainit.config.paths import matches, unfolded
+from lorainit.config.paths import expand_names, matches
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.export.peft_adapter import export
 from lorainit.model.forward import attention
@@ -139,7 +139,7 @@ def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skel
     model = skeletons(kind)
     targets, left_out = describe(model)
     entry = entry_of(targets, left_out)
-    full = {path for layer in (*targets, *left_out) for one in layer.paths for path in unfolded(one)}
+    full = {path for layer in (*targets, *left_out) for one in layer.paths for path in expand_names(one)}
     assert full >= {layer.path for layer in survey(model).values()}
     ends = {".".join(path.split(".")[start:]) for path in full for start in range(path.count(".") + 1)}
     for end in sorted(ends | {pattern_of(end) for end in ends}):
@@ -154,7 +154,7 @@ def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skel
         assert list(resolve(model, placed)[0]) == list(layers)
         assert catalogue.size(placed, entry)[0] == len(layers)
         assert [(x.name, x.count, x.paths) for x in placed.left_out] == [(x.name, x.count, x.paths) for x in missed]
-        assert all(matches(path, end) for x in missed for one in x.paths for path in unfolded(one))
+        assert all(matches(path, end) for x in missed for one in x.paths for path in expand_names(one))
 
 
 def test_names_that_share_layers_are_counted_once(skeletons):
