@@ -18,7 +18,7 @@ from lorainit.config.target_modules import describe_left_out
 from lorainit.context import Request, Run
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
-from lorainit.data.tokens import load_kept
+from lorainit.data.tokens import load_cached
 from lorainit.model.base import Base, open_disk_cache
 from lorainit.model.layers.experts import ExpertLinear, short_name
 from lorainit.model.layers.weight import shape_of
@@ -107,7 +107,7 @@ def _load_data(
     def read(path: str | None, param: str) -> Dataset | None:
         if path is None:
             return None
-        data = load_kept(
+        data = load_cached(
             path,
             base.tokenizer,
             folder=base.location.folder,

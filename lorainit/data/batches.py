@@ -81,12 +81,12 @@ class Batch:
         if device == self.ids.device:
             return self
         tensors = {name: value for name, value in {**vars(self), **self.layout}.items() if isinstance(value, Tensor)}
-        there = together(tensors, device)
+        there = copy_to_device(tensors, device)
         layout = {name: there.get(name, value) for name, value in self.layout.items()}
         return Batch(there["ids"], there["trained"], there["predicting"], there["targets"], layout)
 
 
-def together(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def copy_to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """These on another device as views of one piece; numbers of more bytes first, so that each lies where it may."""
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     flat = [tensors[name].flatten().view(torch.uint8) for name in order]

@@ -172,7 +172,7 @@ class _Reader:
 
     def finish(self) -> None:
         """Tokenize what has been taken."""
-        self.encode.ahead(draft.pieces for _, draft in self._waiting if isinstance(draft, _Draft))
+        self.encode.tokenize_ahead(draft.pieces for _, draft in self._waiting if isinstance(draft, _Draft))
         for row, draft in self._waiting:
             self._read(row, draft)
         self._waiting, self._characters = [], 0

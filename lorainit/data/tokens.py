@@ -19,7 +19,7 @@ from lorainit.data.formats.rows import Problem
 from lorainit.runtime.disk_cache import DiskCache, make_key
 
 
-def load_kept(
+def load_cached(
     path: str | Path,
     tokenizer: Any,
     *,

@@ -29,7 +29,7 @@ _STATUS = Path("/proc/self/status")
 _OPERANDS = {"name", "integer", "float", "string"}
 
 
-class Unbounded(UnsupportedModel):
+class RenderLimitExceeded(UnsupportedModel):
     """The template breaks a bound: not a matter of this conversation or of another."""
 
 
@@ -47,11 +47,11 @@ def render(action: Callable[[], str]) -> str:
         with _limited():
             text = _watch.run(action)
     except _TooSlow as error:
-        raise _unbounded(f"takes more than {MAX_SECONDS:.0f} s for one conversation") from error
+        raise _limit_exceeded(f"takes more than {MAX_SECONDS:.0f} s for one conversation") from error
     except MemoryError as error:
-        raise _unbounded(f"takes more than {MAX_BYTES >> 20} MiB for one conversation") from error
+        raise _limit_exceeded(f"takes more than {MAX_BYTES >> 20} MiB for one conversation") from error
     if len(text) > MAX_CHARACTERS:
-        raise _unbounded(f"makes a text of {len(text)} characters of one conversation")
+        raise _limit_exceeded(f"makes a text of {len(text)} characters of one conversation")
     return text
 
 
@@ -62,7 +62,7 @@ def check_source(source: str) -> None:
         Unbounded: the template takes powers or rounds to any number of digits, or is too long to be looked at.
     """
     if len(source) > MAX_TEMPLATE:
-        raise _unbounded(f"has {len(source)} characters")
+        raise _limit_exceeded(f"has {len(source)} characters")
     try:
         # Only cut into words, by the rules of the environment that transformers runs it in.
         tokens = [(kind, text) for _, kind, text in ImmutableSandboxedEnvironment().lex(source) if kind != "whitespace"]
@@ -70,13 +70,13 @@ def check_source(source: str) -> None:
         return  # whoever renders it says what is wrong
     for (before, left), (_, text) in pairwise(tokens):
         if text == "**" and (before in _OPERANDS or left in (")", "]", "}")):
-            raise _unbounded("takes powers (**), and numbers have no bound")
+            raise _limit_exceeded("takes powers (**), and numbers have no bound")
         if left == "|" and text == "round":
-            raise _unbounded("rounds numbers, to any number of digits")
+            raise _limit_exceeded("rounds numbers, to any number of digits")
 
 
-def _unbounded(what: str) -> Unbounded:
-    return Unbounded(f"The base model's chat template {what}.", param="model")
+def _limit_exceeded(what: str) -> RenderLimitExceeded:
+    return RenderLimitExceeded(f"The base model's chat template {what}.", param="model")
 
 
 # --- time ----------------------------------------------------------------------------------------

@@ -12,7 +12,17 @@ from typing import Any
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.data.chat import rendering, tokenizer_time
-from lorainit.data.chat.turns import Border, Conversation, Habits, Lost, Messages, Span, marked, marks_for, places
+from lorainit.data.chat.turns import (
+    AmbiguousAnswer,
+    Border,
+    Conversation,
+    Messages,
+    Span,
+    TemplateTraits,
+    choose_marks,
+    find_marks,
+    insert_marks,
+)
 from lorainit.data.formats.conversation import Fault, trained
 from lorainit.system.host_failure import is_host_failure
 
@@ -76,7 +86,7 @@ class Template:
             options["parallel_tool_calls"] = value["parallel_tool_calls"]
         try:
             return self._tool_fault(messages, tools) or self._answers(messages[: last + 1], options)
-        except rendering.Unbounded as error:
+        except rendering.RenderLimitExceeded as error:
             self._unbounded_rows += 1
             if self._unbounded_rows >= _MAX_UNBOUNDED_ROWS:
                 raise
@@ -87,14 +97,14 @@ class Template:
     def _answers(self, messages: Messages, options: dict[str, Any]) -> Rendered | Fault:
         text = self._text(messages, options)
         turns = [i for i, m in enumerate(messages) if trained(m)]
-        border = self._border(text, messages, options)
-        found = self._only_place(text, messages, turns, border) or self._places(text, messages, options)
+        border = self._find_border(text, messages, options)
+        found = self._find_only_answer(text, messages, turns, border) or self._find_answers(text, messages, options)
         if found is None:
             why = "writes other words around a message when one of its words changes, so the answers"
             return Fault("template_error", "messages", f"the base model's chat template {why} cannot be told apart.")
         try:
-            answers = Conversation(text, messages, found, self._habits).answers(turns, border)
-        except Lost as lost:
+            answers = Conversation(text, messages, found, self._traits).answers(turns, border)
+        except AmbiguousAnswer as lost:
             return Fault("template_error", f"messages[{lost.index}]", f"messages[{lost.index}]: {lost}")
         warnings = dict[str, Fault]()
         for index, answer in zip(turns, answers, strict=True):
@@ -104,10 +114,10 @@ class Template:
                 warnings.setdefault("content_left_out", Fault("content_left_out", f"messages[{index}]", _LEFT_OUT))
         return Rendered(text, tuple(answer.span for answer in answers), tuple(warnings.values()))
 
-    def _only_place(
+    def _find_only_answer(
         self, text: str, messages: Messages, turns: list[int], border: Border | None
     ) -> list[tuple[int, int]] | None:
-        """As `_places`, of a row whose one trained answer stands right behind its prompt, word for word.
+        """As `_find_answers`, of a row whose one trained answer stands right behind its prompt, word for word.
 
         Then nothing has to be marked, and one rendering is saved. None = it does not, or its words are there twice.
         """
@@ -119,19 +129,19 @@ class Template:
             return None
         return [(len(text) - len(tail) + len(content) - 1, turns[0])]
 
-    def _places(self, text: str, messages: Messages, options: dict[str, Any]) -> list[tuple[int, int]] | None:
-        marks = marks_for(text, len(messages))
+    def _find_answers(self, text: str, messages: Messages, options: dict[str, Any]) -> list[tuple[int, int]] | None:
+        marks = choose_marks(text, len(messages))
         if len(marks) < len(messages):
             return None
         # Some templates ask how a question ends; then the answers alone have to do, if no question can hold a prompt.
         prompt = next(iter(self._prompts))
         for answers_only in (False, True) if self.control_tokens.search(prompt) or not prompt else (False,):
-            with_marks = self._text(marked(messages, marks, answers_only=answers_only), options)
-            if (found := places(text, with_marks, marks)) is not None:
+            with_marks = self._text(insert_marks(messages, marks, answers_only=answers_only), options)
+            if (found := find_marks(text, with_marks, marks)) is not None:
                 return found
         return None
 
-    def _border(self, text: str, messages: Messages, options: dict[str, Any]) -> Border | None:
+    def _find_border(self, text: str, messages: Messages, options: dict[str, Any]) -> Border | None:
         """Where the last answer begins, by the prompt that a server sends for it."""
         for number, thinking in enumerate(self._prompts.values()):
             sent = self._try(messages[:-1], {**options, **thinking}, prompt=True) if len(messages) > 1 else ""
@@ -224,7 +234,7 @@ class Template:
         """What it renders; "" if it does not."""
         try:
             return self._text(messages, options, prompt=prompt)
-        except rendering.Unbounded:
+        except rendering.RenderLimitExceeded:
             raise
         except UnsupportedModel:
             return ""
@@ -267,7 +277,7 @@ class Template:
         return sent if between.startswith(sent) and not between.removeprefix(sent).strip() else between
 
     @cached_property
-    def _habits(self) -> Habits:
+    def _traits(self) -> TemplateTraits:
         prompts = tuple(self._prompts)
         encoded = tokenizer_time.read(self.tokenizer, prompts[0], add_special_tokens=False)
         tail = self._tail(_ANSWERED)
@@ -275,7 +285,7 @@ class Template:
         # GLM ends an answer with the header of the next question, also where there is none.
         headers = self._headers - {token for token in closing[:1] if token not in prompts[0]}
         _, _, behind_name = self._try([_ASKED, _CALLED], {}).partition(_PROBE)
-        return Habits(
+        return TemplateTraits(
             prompts=prompts,
             cuts=tuple(sorted({end for _, end in encoded.offset_mapping[:-1]}, reverse=True)),
             bridge="" if prompts[0] else self._bridge,

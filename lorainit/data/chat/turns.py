@@ -2,7 +2,7 @@
 
 Every message is marked with a character that no honest text has, the marked conversation is rendered too, and if it is
 the real text but for the marks, they say where in the real text each message ended up. Pure text: knows nothing of
-tokenizers, and of templates only what `Habits` says.
+tokenizers, and of templates only what `TemplateTraits` says.
 """
 
 import re
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Habits:
+class TemplateTraits:
     """What a chat template does around an answer.
 
     `prompts`: the generation prompts it can write, the one that a server sends first. `cuts`: where the first of them
@@ -55,13 +55,13 @@ class Habits:
 # --- marks ---------------------------------------------------------------------------------------
 
 
-def marks_for(text: str, count: int) -> list[str]:
+def choose_marks(text: str, count: int) -> list[str]:
     """So many characters that the text does not have; fewer only if there are no more."""
     used = set(_MARK.findall(text))
     return list(islice((c for c in map(chr, _UNASSIGNED) if c not in used), count))
 
 
-def marked(messages: Messages, marks: Sequence[str], *, answers_only: bool = False) -> Messages:
+def insert_marks(messages: Messages, marks: Sequence[str], *, answers_only: bool = False) -> Messages:
     """The messages with one mark each: in the name of the last tool call, else before the last visible character.
 
     Inside of the text, so that a template that trims it or asks how it begins sees no difference.
@@ -82,7 +82,7 @@ def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
     return {**message, "content": f"{content[: end - 1]}{mark}{content[end - 1 :]}"} if end else message
 
 
-def places(text: str, with_marks: str, marks: Sequence[str]) -> list[tuple[int, int]] | None:
+def find_marks(text: str, with_marks: str, marks: Sequence[str]) -> list[tuple[int, int]] | None:
     """(position in `text`, number of the message) of every mark, in order; None if the marks changed the text."""
     if with_marks.translate(dict.fromkeys(map(ord, marks))) != text:
         return None
@@ -109,7 +109,7 @@ class Border(NamedTuple):
     whole: bool
 
 
-class Lost(Exception):
+class AmbiguousAnswer(Exception):
     """An answer that cannot be told apart: the number of the message, and why in words."""
 
     def __init__(self, index: int, why: str) -> None:
@@ -123,8 +123,8 @@ class Conversation:
 
     text: str
     messages: Messages
-    places: list[tuple[int, int]]
-    habits: Habits
+    positions: list[tuple[int, int]]
+    traits: TemplateTraits
 
     def answers(self, turns: Sequence[int], border: Border | None) -> list[Answer]:
         """The trained turns in order.
@@ -138,8 +138,8 @@ class Conversation:
         """
         floor, found = 0, list[Answer]()
         for index in turns:
-            at = self._place(index)
-            floor = max(floor, self._floor(at, index))
+            at = self._position(index)
+            floor = max(floor, self._find_floor(at, index))
             start, whole = self._start(index, floor, at, border if index == turns[-1] else None)
             end, closed = self._end(index, at)
             # What a server sends for the last answer is known, and for the others only how it ends.
@@ -148,54 +148,54 @@ class Conversation:
             floor = end
         return found
 
-    def _place(self, index: int) -> int:
+    def _position(self, index: int) -> int:
         """Where the last visible character of a message, or of its last call's name, is."""
         at = self._first.get(index)
         if at is None:
             what = "tool calls do" if self.messages[index].get("tool_calls") else "content does"
-            raise Lost(index, f"its {what} not reach the text that the base model's chat template makes.")
+            raise AmbiguousAnswer(index, f"its {what} not reach the text that the base model's chat template makes.")
         return at
 
     @cached_property
     def _first(self) -> dict[int, int]:
-        return {number: at for at, number in reversed(self.places)}
+        return {number: at for at, number in reversed(self.positions)}
 
-    def _floor(self, at: int, index: int) -> int:
+    def _find_floor(self, at: int, index: int) -> int:
         """Where what stands before a message ends, as far as it was marked."""
-        before = range(bisect_left(self.places, (at, -1)) - 1, -1, -1)
-        return next((self.places[i][0] + 1 for i in before if self.places[i][1] != index), 0)
+        before = range(bisect_left(self.positions, (at, -1)) - 1, -1, -1)
+        return next((self.positions[i][0] + 1 for i in before if self.positions[i][1] != index), 0)
 
-    def _ceiling(self, at: int, index: int) -> int:
+    def _find_ceiling(self, at: int, index: int) -> int:
         """A place in the next message, before which only the template's own words have control tokens."""
-        after = range(bisect_right(self.places, (at, index)), len(self.places))
-        return next((self.places[i][0] for i in after if self.places[i][1] != index), len(self.text))
+        after = range(bisect_right(self.positions, (at, index)), len(self.positions))
+        return next((self.positions[i][0] for i in after if self.positions[i][1] != index), len(self.text))
 
     def _start(self, index: int, floor: int, at: int, border: Border | None) -> Border:
-        bridge, content = self.habits.bridge, self._content_start(index, at)
-        if not self.habits.prompts[0] and bridge and self.text.startswith(bridge, floor):
+        bridge, content = self.traits.bridge, self._content_start(index, at)
+        if not self.traits.prompts[0] and bridge and self.text.startswith(bridge, floor):
             start = floor + len(bridge)
             return Border(start, border is None or border.at == start)
         if found := self._behind_header(border) or self._after_prompt(floor, at):
             return found
         if content is None:
             why = "where it begins in the text that the base model's chat template makes cannot be told."
-            raise Lost(index, why)
+            raise AmbiguousAnswer(index, why)
         # A server sends the prompt before each answer, so it is missed where the template merges two of them.
-        return Border(content, not self.habits.prompts[0] and not self.text[floor:content].strip())
+        return Border(content, not self.traits.prompts[0] and not self.text[floor:content].strip())
 
     def _behind_header(self, border: Border | None) -> Border | None:
         """A prompt that leaves its header out in some states does not make the header the model's to write."""
-        prompt = self.habits.prompts[0]
+        prompt = self.traits.prompts[0]
         if border is None or not prompt or not self.text.startswith(prompt, border.at):
             return border
         return Border(border.at + len(prompt), False)
 
     def _after_prompt(self, floor: int, at: int) -> Border | None:
-        for number, prompt in enumerate(self.habits.prompts):
+        for number, prompt in enumerate(self.traits.prompts):
             if prompt and (found := self.text.find(prompt, floor, at + 1)) >= 0:
                 return Border(found + len(prompt), number == 0)
-        for cut in self.habits.cuts:
-            piece = self.habits.prompts[0][:cut]
+        for cut in self.traits.cuts:
+            piece = self.traits.prompts[0][:cut]
             if piece.strip() and (found := self.text.find(piece, floor, at + 1)) >= 0:
                 return Border(found + cut, False)
         return None
@@ -209,29 +209,29 @@ class Conversation:
 
     def _end(self, index: int, at: int) -> tuple[int, bool]:
         """Where an answer ends, after the token that ends it if there is one, and whether there is."""
-        ceiling, calls = self._ceiling(at, index), bool(self.messages[index].get("tool_calls"))
-        found = list(self.habits.controls.finditer(self.text, at + 1, ceiling))
+        ceiling, calls = self._find_ceiling(at, index), bool(self.messages[index].get("tool_calls"))
+        found = list(self.traits.controls.finditer(self.text, at + 1, ceiling))
         last = ceiling == len(self.text)
         if end := self._closing(found, calls, last=last):
             return end, True
         if not calls:
             return self._content_end(index, at), False
-        if not last and not (found and not self.habits.call_closing):
+        if not last and not (found and not self.traits.call_closing):
             why = "where its tool calls end in the text that the base model's chat template makes cannot be told."
-            raise Lost(index, why)
+            raise AmbiguousAnswer(index, why)
         # No token ends calls here, so the next one is the next message's.
         return len(self.text[: found[0].start() if found else ceiling].rstrip()), False
 
     def _closing(self, found: list[re.Match[str]], calls: bool, *, last: bool) -> int | None:
         """The end of the control token that ends an answer: one to stop at, or as the template ends a last answer."""
-        headers, own = self.habits.call_headers if calls else self.habits.headers, list[re.Match[str]]()
+        headers, own = self.traits.call_headers if calls else self.traits.headers, list[re.Match[str]]()
         for match in found:
-            if match.group() in self.habits.stops:
+            if match.group() in self.traits.stops:
                 return match.end()
             if match.group() in headers:  # of the next message, which has no mark if it is blank
                 break
             own.append(match)
-        closing, end = (self.habits.call_closing if calls else self.habits.text_closing), None
+        closing, end = (self.traits.call_closing if calls else self.traits.text_closing), None
         for match, wanted in zip(own, closing, strict=False):
             if match.group() != wanted:
                 break
@@ -245,7 +245,7 @@ class Conversation:
         content = self.messages[index]["content"] or ""
         space = content[len(content.rstrip()) :]
         end = at + 1 + (len(space) if self.text.startswith(space, at + 1) else 0)
-        literal = self.habits.literal
+        literal = self.traits.literal
         return end + len(literal) if literal and self.text.startswith(literal, end) else end
 
     def _left_out(self, index: int, floor: int, end: int) -> bool:

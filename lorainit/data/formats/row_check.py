@@ -27,22 +27,22 @@ def main(arguments: list[str]) -> int:
     try:
         report = check_file(sys.stdin.buffer)
         found = report.model_dump(mode="json")
-        _say({"status": report.status, "status_details": report.status_details, "validation": found})
+        _write_line({"status": report.status, "status_details": report.status_details, "validation": found})
     except MemoryError:
-        return _break_off(f"it took more than {most >> 20} MiB of memory")
+        return _stop_early(f"it took more than {most >> 20} MiB of memory")
     except Exception as error:
         # Its message may quote a row, which is nobody else's to read.
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return _break_off(f"{type(error).__name__} in {place.name}, line {place.lineno}")
+        return _stop_early(f"{type(error).__name__} in {place.name}, line {place.lineno}")
     return 0
 
 
-def _break_off(why: str) -> int:
-    _say({"broken": why})
+def _stop_early(why: str) -> int:
+    _write_line({"broken": why})
     return 1
 
 
-def _say(word: dict[str, object]) -> None:
+def _write_line(word: dict[str, object]) -> None:
     os.write(1, json.dumps(word).encode() + b"\n")
 
 

@@ -119,14 +119,14 @@ def check_file(source: BinaryIO | str | Path) -> FileReport:
     if isinstance(source, str | Path):
         with Path(source).open("rb") as stream:
             return check_file(stream)
-    tally = _Tally()
-    for row in _scan(source, tally):
-        tally.add(row)
-    return tally.report()
+    counts = _Counts()
+    for row in _scan(source, counts):
+        counts.add(row)
+    return counts.report()
 
 
 @dataclass
-class _Tally:
+class _Counts:
     """The running counts of one pass over a file."""
 
     kind: Kind | None = None
@@ -185,50 +185,52 @@ class _Tally:
         return f"{bad} of {self.rows} {'row is' if self.rows == 1 else 'rows are'} invalid; {where}"
 
 
-def _scan(stream: BinaryIO, tally: _Tally | None = None) -> Iterator[Row | BadRow]:
+def _scan(stream: BinaryIO, counts: _Counts | None = None) -> Iterator[Row | BadRow]:
     """Rows of a stream as they were sent; the first row that names a kind decides that of the file."""
-    tally = tally or _Tally()
+    counts = counts or _Counts()
     lines = _lines(stream)
     opening = list(islice(lines, 2))
     if opening and opening[0][1] and _opens_an_array(opening[0][1], alone=len(opening) == 1):
-        yield _bad(opening[0][0], iter((_ARRAY,)), tally)
+        yield _make_bad_row(opening[0][0], iter((_ARRAY,)), counts)
         return  # its other lines are no rows that could be wrong one by one
     for line, raw in chain(opening, lines):
         doubled = list[str]()
         row = _parse(raw, doubled)
         if isinstance(row, dict):
             kind = kind_of(row)
-            tally.kind = tally.kind or kind
-            yield _judge(line, row, kind, tally, raw or b"", doubled)
+            counts.kind = counts.kind or kind
+            yield _check_row(line, row, kind, counts, raw or b"", doubled)
         else:
-            yield _bad(line, iter((row,)), tally)
+            yield _make_bad_row(line, iter((row,)), counts)
 
 
-def _bad(line: int, found: Iterator[Fault], tally: _Tally) -> BadRow:
+def _make_bad_row(line: int, found: Iterator[Fault], counts: _Counts) -> BadRow:
     """A row with these faults; none of them is put into words that a report has no room for any more."""
-    kept = tuple(problem(line, fault) for fault in islice(found, KEPT_PROBLEMS - len(tally.errors)))
+    kept = tuple(problem(line, fault) for fault in islice(found, KEPT_PROBLEMS - len(counts.errors)))
     return BadRow(line, kept, len(kept) + sum(1 for _ in islice(found, COUNTED_IN_A_ROW - len(kept))))
 
 
-def _judge(
-    line: int, row: dict[str, Any], kind: Kind | None, tally: _Tally, raw: bytes, doubled: list[str]
+def _check_row(
+    line: int, row: dict[str, Any], kind: Kind | None, counts: _Counts, raw: bytes, doubled: list[str]
 ) -> Row | BadRow:
     if kind is None:
-        return _bad(line, iter((_NO_KIND,)), tally)
-    if kind != tally.kind:
-        tally.mixed = True
-        return _bad(line, iter((Fault("mixed_formats", None, f"this is a {kind} row in a {tally.kind} file."),)), tally)
+        return _make_bad_row(line, iter((_NO_KIND,)), counts)
+    if kind != counts.kind:
+        counts.mixed = True
+        return _make_bad_row(
+            line, iter((Fault("mixed_formats", None, f"this is a {kind} row in a {counts.kind} file."),)), counts
+        )
     notes = list[Problem]()
     if doubled or not is_plain(row):
         found = faults(row, kind)
         if (first := next(found, None)) is not None:
-            return _bad(line, chain((first,), found), tally)
+            return _make_bad_row(line, chain((first,), found), counts)
         notes += [problem(line, fault) for fault in warnings(row, kind, doubled)]
     digest = blake2b(raw.strip(), digest_size=8).digest()
-    if digest in tally.digests:
+    if digest in counts.digests:
         notes.append(problem(line, Fault("duplicate_row", None, "the same row appears earlier in the file.")))
-    elif len(tally.digests) < DUPLICATE_WINDOW:
-        tally.digests.add(digest)
+    elif len(counts.digests) < DUPLICATE_WINDOW:
+        counts.digests.add(digest)
     return Row(line, kind, row, tuple(notes))
 
 

@@ -302,7 +302,7 @@ def test_rows_that_are_tokenized_together_are_what_each_is_by_itself(tmp_path, m
         data = load(path, tokenizer, max_length=256)
         found[together] = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in data.samples]
     # And without reading anything ahead.
-    monkeypatch.setattr("lorainit.data.chat.encode.Encoder.ahead", lambda _self, _texts: None)
+    monkeypatch.setattr("lorainit.data.chat.encode.Encoder.tokenize_ahead", lambda _self, _texts: None)
     alone = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in load(path, tokenizer, max_length=256).samples]
     assert len(alone) == len(rows)
     assert found == {1: alone, 7: alone, 64: alone}

@@ -52,7 +52,7 @@ def read(bases, tmp_path):
 
     def call(path, *, folder=bases["llama"], max_length=64, rule="skip", limit=1 << 30):
         cache = DiskCache(tmp_path / "cache" / "tokens", limit, said.append)
-        data = tokens.load_kept(path, tokenizer, folder=folder, cache=cache, max_length=max_length)
+        data = tokens.load_cached(path, tokenizer, folder=folder, cache=cache, max_length=max_length)
         refuse(data, rule, "data.training")
         return data
 

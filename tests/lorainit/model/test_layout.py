@@ -13,7 +13,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from lorainit.data.batches import Budget, collate, pack, together
+from lorainit.data.batches import Budget, collate, copy_to_device, pack
 from lorainit.data.dataset import Sample
 from lorainit.model.forward import attention, probe
 from lorainit.model.forward.loss import tallies
@@ -302,7 +302,7 @@ def test_a_batch_that_goes_elsewhere_in_one_piece_is_the_same_batch(lay):
     batch = lay(rows)
     tensors = {"ids": batch.ids, "trained": batch.trained, "predicting": batch.predicting, "targets": batch.targets}
     tensors |= {name: value for name, value in batch.layout.items() if isinstance(value, torch.Tensor)}
-    moved = together(tensors, torch.device("cpu"))
+    moved = copy_to_device(tensors, torch.device("cpu"))
     assert moved.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert moved[name].dtype == tensor.dtype

@@ -7,7 +7,7 @@ import pytest
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.data.chat import rendering
-from lorainit.data.chat.rendering import Unbounded
+from lorainit.data.chat.rendering import RenderLimitExceeded
 from lorainit.data.chat.template import Rendered, Template
 from lorainit.data.formats.conversation import Fault
 from tests.lorainit.conftest import PLAIN_TEMPLATE, TEMPLATE, make_tokenizer
@@ -30,7 +30,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_template_that_runs_for_ever_is_ended(source: str, impatient: None) -> None:
     template = Template(make_tokenizer(source))
     started = time.monotonic()
-    with pytest.raises(Unbounded, match="takes more than 0 s for one conversation"):
+    with pytest.raises(RenderLimitExceeded, match="takes more than 0 s for one conversation"):
         template.render(ROW)
     assert time.monotonic() - started < 20
 
@@ -38,12 +38,12 @@ def test_template_that_runs_for_ever_is_ended(source: str, impatient: None) -> N
 @pytest.mark.parametrize("source", [DOUBLING, REPEATED])
 def test_template_that_fills_the_memory_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "MAX_BYTES", 64 << 20)
-    with pytest.raises(Unbounded, match="takes more than 64 MiB for one conversation"):
+    with pytest.raises(RenderLimitExceeded, match="takes more than 64 MiB for one conversation"):
         Template(make_tokenizer(source)).render(ROW)
 
 
 def test_text_of_a_template_is_bounded() -> None:
-    with pytest.raises(Unbounded, match="makes a text of 40000000 characters"):
+    with pytest.raises(RenderLimitExceeded, match="makes a text of 40000000 characters"):
         Template(make_tokenizer(LONG)).render(ROW)
 
 
@@ -57,7 +57,7 @@ def test_text_of_a_template_is_bounded() -> None:
     ],
 )
 def test_what_could_not_be_ended_is_not_begun(source: str, text: str) -> None:
-    with pytest.raises(Unbounded, match=text):
+    with pytest.raises(RenderLimitExceeded, match=text):
         Template(make_tokenizer(source)).render(ROW)
 
 
@@ -87,7 +87,7 @@ def test_template_that_breaks_a_bound_at_one_row_breaks_it_at_that_row(monkeypat
     assert isinstance(fault, Fault) and "makes a text of" in fault.text
     assert isinstance(template.render(ROW), Rendered)
     assert isinstance(template.render(long), Fault)
-    with pytest.raises(Unbounded):  # each costs up to ten seconds, so it is not tried at a thousand rows
+    with pytest.raises(RenderLimitExceeded):  # each costs up to ten seconds, so it is not tried at a thousand rows
         template.render(long)
 
 
@@ -101,7 +101,7 @@ def test_the_check_refuses_a_template_that_renders_no_conversation(source: str) 
 
 def test_the_check_finds_a_template_that_runs_for_ever_only_with_tools(impatient: None) -> None:
     template = Template(make_tokenizer("{% if tools %}" + LOOP + "{% endif %}" + PLAIN_TEMPLATE))
-    with pytest.raises(Unbounded):
+    with pytest.raises(RenderLimitExceeded):
         template.check()
 
 
@@ -112,7 +112,7 @@ def test_renderings_of_other_threads_go_on_when_one_is_ended(impatient: None) ->
     def run() -> None:
         try:
             slow.render(ROW)
-        except Unbounded as error:
+        except RenderLimitExceeded as error:
             ends.append(error)
 
     other = threading.Thread(target=run)
