@@ -61,9 +61,9 @@ def base(cache: str) -> tuple[Any, list[Any]]:
     import torch
 
     from lorainit.data.dataset import load
-    from lorainit.model.load import load_model, load_tokenizer, locate
+    from lorainit.model.load import load_model, load_tokenizer, locate_base
 
-    folder = locate(SOURCE, cache=Path(cache)).folder
+    folder = locate_base(SOURCE, cache=Path(cache)).folder
     samples = load(ROOT / "examples/train.jsonl", load_tokenizer(folder), max_length=512).samples
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     for weight in model.parameters():

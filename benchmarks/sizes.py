@@ -58,12 +58,12 @@ def sums(shape: dict[str, Any]) -> dict[str, float]:
     linear = linear_layers(model)
     in_linear = sum(module.weight.numel() for module in linear)
     factors = RANK * sum(sum(module.weight.shape) for module in linear)
-    weights = memory.of_weights(model)
+    weights = memory.weight_bytes(model)
     return {
         "weights": weights,
         "nf4": weights - in_linear * 2 + in_linear * NF4,
         "trained": TRAINED * factors,
-        "copy": memory.of_a_copy(model, tokens=TOKENS, factors=factors),
+        "copy": memory.copy_bytes(model, tokens=TOKENS, factors=factors),
         "operations": OPERATIONS * (in_linear + model.lm_head.weight.numel()) * 1e6,
     }
 

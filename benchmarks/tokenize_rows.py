@@ -23,7 +23,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a worker's runs
 
 from benchmarks.init_cases import SOURCE  # noqa: E402
 from lorainit.data import dataset  # noqa: E402
-from lorainit.model.load import load_tokenizer, locate  # noqa: E402
+from lorainit.model.load import load_tokenizer, locate_base  # noqa: E402
 
 ROUNDS = 3
 
@@ -56,7 +56,7 @@ def main() -> None:
     count = parser.parse_args().rows
     print("| rows | the least, rows/s | ours | times the least | one row at a time |\n|---|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as place:
-        folder = locate(SOURCE, cache=Path(place)).folder
+        folder = locate_base(SOURCE, cache=Path(place)).folder
         tokenizer = load_tokenizer(folder)
         for answers in (1, 3):
             made, path = rows(count // answers, answers), Path(place) / "rows.jsonl"

@@ -56,12 +56,12 @@ class Bench:
         from lorainit.runtime import devices
         from lorainit.train.optimizers import make_optimizer
 
-        base = load.locate(SOURCE, cache=ROOT / ".state" / "bench-train").folder
+        base = load.locate_base(SOURCE, cache=ROOT / ".state" / "bench-train").folder
         self.model: Any = load.load_model(base, dtype=devices.dtype_of(precision), device=torch.device("cpu"))
         self.model.requires_grad_(False)
         layout = choose_layout(self.model)
         assert layout.rows == "packed", layout.why
-        self.stand = group.Stand(self.model)
+        self.stand = group.AdapterSlots(self.model)
         targets = find_targets(self.model, "all-linear")
         self.adapters = [_adapter(targets, seed) for seed in range(ADAPTERS)]
         recipe = Hyperparameters(learning_rate=1e-4)
@@ -73,7 +73,7 @@ class Bench:
 
         from lorainit.data.batches import pack
         from lorainit.data.dataset import Sample
-        from lorainit.model.forward.loss import tallies
+        from lorainit.model.forward.loss import sum_losses_by_adapter
 
         lengths = [min(ROW, tokens)] * max(1, tokens // ROW)
         rows = [
@@ -84,7 +84,7 @@ class Bench:
         counts = [sum(n - 1 for n in lengths)] * members
         started = time.perf_counter()
         self.stand.put(self.adapters[:members], list(pairwise([0, *accumulate([tokens] * members)])))
-        parts = tallies(self.model, batch, counts)
+        parts = sum_losses_by_adapter(self.model, batch, counts)
         torch.autograd.backward(torch.stack([part.loss / part.tokens for part in parts]).sum())
         for optimizer in self.optimizers[:members]:
             optimizer.step()

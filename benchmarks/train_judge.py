@@ -1,4 +1,4 @@
-"""Held-out loss of an adapter, whoever trained it: stock PEFT on a float32 base, our `tally`.
+"""Held-out loss of an adapter, whoever trained it: stock PEFT on a float32 base, our `sum_losses`.
 
     python benchmarks/train_judge.py BASE HELD.json ADAPTER
 
@@ -18,7 +18,7 @@ from peft import PeftModel  # noqa: E402
 
 from lorainit.data.batches import Budget, batches, collate  # noqa: E402
 from lorainit.data.dataset import Sample  # noqa: E402
-from lorainit.model.forward.loss import tally  # noqa: E402
+from lorainit.model.forward.loss import sum_losses  # noqa: E402
 from lorainit.model.load import load_model  # noqa: E402
 
 ROWS_PER_PASS = 8
@@ -38,7 +38,7 @@ def main(base: str, held: str, adapter: str) -> None:
 def loss(model: Any, samples: list[Sample]) -> float:
     """Nats per trained token."""
     model.eval()
-    parts = [tally(model, collate(piece, pad=0)) for piece in batches(samples, Budget(ROWS_PER_PASS))]
+    parts = [sum_losses(model, collate(piece, pad=0)) for piece in batches(samples, Budget(ROWS_PER_PASS))]
     return sum(float(part.loss) for part in parts) / sum(part.tokens for part in parts)
 
 

@@ -17,14 +17,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.train_plan import HELD_OUT, SOURCE  # noqa: E402
 from lorainit.data.batches import order  # noqa: E402
 from lorainit.data.dataset import Sample, load  # noqa: E402
-from lorainit.model.load import load_tokenizer, locate  # noqa: E402
+from lorainit.model.load import load_tokenizer, locate_base  # noqa: E402
 
 TEST_ROWS = 200  # more than hold 4,096 trained tokens
 IGNORED = -100  # the label that every trainer leaves out of its loss
 
 
 def main(data: str, out: str, rows: str, seed: str, max_length: str, cache: str) -> None:
-    base = locate(SOURCE, cache=Path(cache)).folder
+    base = locate_base(SOURCE, cache=Path(cache)).folder
     prepare(base, Path(data), Path(out), rows=int(rows), seed=int(seed), max_length=int(max_length))
 
 

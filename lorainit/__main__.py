@@ -308,7 +308,7 @@ def _inspect(arguments: list[str]) -> int:
     from lorainit.model import sandbox
 
     if args.confined:
-        sandbox.answer(args.source, args.cache)
+        sandbox.inspect_for_parent(args.source, args.cache)
         return 0
     if args.root is not None and not is_root(args.root):
         parser.error(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {args.root!r})")

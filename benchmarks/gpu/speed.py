@@ -15,9 +15,9 @@ from benchmarks.gpu.steps import GROUPS, RANK, STEPS, Case, Contender, table
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import pack
 from lorainit.model.forward import attention
-from lorainit.model.forward.loss import tallies
+from lorainit.model.forward.loss import sum_losses_by_adapter
 from lorainit.model.forward.recompute import recompute
-from lorainit.model.layers.group import Stand
+from lorainit.model.layers.group import AdapterSlots
 from lorainit.train.optimizers import make_optimizer
 
 
@@ -62,19 +62,19 @@ def _step(day: Day, case: Case, model: Any) -> Callable[[], None]:
     samples = [rows(case.count, case.length, SHAPES[case.shape]["vocab_size"]) for _ in members]
     counts = [sum(int(s.trained[1:].sum()) for s in some) for some in samples]
     spans = list(pairwise(accumulate([case.count * case.length] * case.group, initial=0)))
-    stand = Stand(model)
+    slots = AdapterSlots(model)
 
     def step() -> None:
-        stand.put(members, spans)
+        slots.put(members, spans)
         batch = pack([sample for some in samples for sample in some]).to(day.device)
-        parts = tallies(model, batch, counts)
+        parts = sum_losses_by_adapter(model, batch, counts)
         torch.autograd.backward(torch.stack([p.loss / n for p, n in zip(parts, counts, strict=True)]).sum())
         for part, some, optimizer in zip(parts, trained, optimizers, strict=True):
             norm = nn.utils.clip_grad_norm_(some, 1.0)
             torch.stack([part.loss.detach(), norm]).tolist()  # as a run reads them
             optimizer.step()
             optimizer.zero_grad()
-        stand.clear()
+        slots.clear()
 
     return step
 

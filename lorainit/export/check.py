@@ -95,7 +95,7 @@ def check(
     base_sha256: str,
     on_event: OnEvent,
     layers_only: bool = False,
-    place: Callable[[nn.Module, list[nn.Parameter]], None] = lambda _model, _adapter: None,
+    shard_copy: Callable[[nn.Module, list[nn.Parameter]], None] = lambda _model, _adapter: None,
 ) -> tuple[dict[str, Any], Any]:
     """Load the exported adapter with stock PEFT on a fresh base and compare what it does.
 
@@ -115,7 +115,7 @@ def check(
     try:
         model = with_stock_peft(base, folder)
         unread = _unread_tensors(model, folder)
-        place(model, [p for name, p in model.named_parameters() if ".lora_" in name])
+        shard_copy(model, [p for name, p in model.named_parameters() if ".lora_" in name])
         found = _compare(model, effect, layers_only=layers_only, on_event=on_event)
     except FAULTS as error:
         if is_machine_failure(error):  # nothing was compared

@@ -23,10 +23,10 @@ from lorainit.export import check, outputs
 from lorainit.export.effect import Effect, logits_of, observe
 from lorainit.model.layers.experts import short_name
 from lorainit.model.layers.factors import Factors
-from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.layer import LoRALinear, attach_temporarily
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.load import free
-from lorainit.model.sharded_load import forget_pass
+from lorainit.model.load import free_model
+from lorainit.model.sharded_load import reset_failed_pass
 from lorainit.runtime.devices import is_out_of_memory, make_generator, package_versions
 from lorainit.runtime.disk_cache import make_key
 from lorainit.runtime.distributed.run_errors import release_frames
@@ -55,11 +55,11 @@ def prove(run: Run, *, known: dict[str, Any] | None = None) -> dict[str, Any] | 
     if known and known["versions"] == _versions():
         return known
     layout = _layout(run)
-    if layout in run.base.proven:
-        return run.base.proven[layout]
+    if layout in run.base.early_checks:
+        return run.base.early_checks[layout]
     facts = _agreed(run)
     if facts is not None:
-        run.base.proven[layout] = facts
+        run.base.early_checks[layout] = facts
     return facts
 
 
@@ -160,7 +160,7 @@ def _effect(run: Run, layers: dict[str, LoRALinear]) -> Effect:
     except check.FAULTS as error:
         if is_machine_failure(error):
             raise
-        forget_pass(run.base.model)
+        reset_failed_pass(run.base.model)
         name = _culprit(run, layers)
         raise UnsupportedModel(
             f"The base model does not run with adapted layers ({name}): {check.short(error)}. Leave them out of"
@@ -188,12 +188,12 @@ def _culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
     kinds = {short_name(name, layers[name].base): name for name in reversed(layers)}
     for name in reversed(kinds.values()):
         try:
-            with borrowed(run.base.model, {name: layers[name]}):
+            with attach_temporarily(run.base.model, {name: layers[name]}):
                 logits_of(run.base.model, text, dtype=None, on_event=run.emit)
         except check.FAULTS as error:
             if is_machine_failure(error):
                 raise
-            forget_pass(run.base.model)
+            reset_failed_pass(run.base.model)
             return name
     return next(iter(layers))
 
@@ -203,7 +203,7 @@ def _culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
 
 def _compared(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
     """What the check says on a copy of the base, or None where there is no room for one."""
-    for place in run.base.places_beside(tokens=TOKENS, factors=run.plan.trainable_parameters):
+    for place in run.base.devices_for_copy(tokens=TOKENS, factors=run.plan.trainable_parameters):
         try:
             return _compared_on(place, run, folder, effect)
         except Exception as error:
@@ -226,4 +226,4 @@ def _compared_on(place: torch.device, run: Run, folder: Path, effect: Effect) ->
             on_event=run.emit,
         )[0]
     finally:
-        free(base)
+        free_model(base)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorainit.config.events import OnEvent, Tick
 from lorainit.export.float64 import exact, plain, widened, widest
 from lorainit.model.layers.experts import ExpertLinear
-from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.layer import LoRALinear, attach_temporarily
 from lorainit.runtime.devices import make_generator
 
 NOTHING = 1e-12  # of the largest logit: what float64 leaves where terms cancel
@@ -186,7 +186,7 @@ def _both(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The logits of the bare model and of the adapted one."""
     bare = logits_of(model, texts, dtype=dtype, on_event=on_event)
-    with borrowed(model, layers):
+    with attach_temporarily(model, layers):
         return bare, logits_of(model, texts, dtype=dtype, on_event=on_event)
 
 

@@ -20,7 +20,7 @@ from lorainit.config.inits import Quantization
 from lorainit.data.dataset import Dataset, Sample
 from lorainit.export.check import with_stock_peft
 from lorainit.model.layers.weight import was_conv1d, weight_of
-from lorainit.model.load import free, load_model
+from lorainit.model.load import free_model, load_model
 from lorainit.model.targets.targets import linear_layers
 from lorainit.runtime.devices import has_bf16
 
@@ -110,7 +110,7 @@ def _serve(model: Any, base_folder: Path, rows: HeldOut, *, ways: list[Way], on_
         _merge(model, base_folder, on_event=on_event)
         with model.disable_adapter():
             losses["merged"] = token_losses(model, rows, on_event=on_event)
-    free(model)
+    free_model(model)
     return losses
 
 
@@ -206,7 +206,7 @@ def measure(
             found["base"] = losses["base"]
         found |= {f"{way}_{_NAMES[number]}": some for way, some in losses.items()}
     if served is not None:
-        free(served)
+        free_model(served)
     facts = {
         "data": rows.source,
         "rows": len(rows.samples),

@@ -21,9 +21,9 @@ from lorainit.export import check, fidelity, model_card, peft_adapter
 from lorainit.export import effect as effects
 from lorainit.export.effect import Effect
 from lorainit.model.layers.experts import ExpertLinear
-from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.layer import LoRALinear, attach_temporarily
 from lorainit.model.layers.quantize import nf4_config
-from lorainit.model.load import free
+from lorainit.model.load import free_model
 from lorainit.model.source import tokenizer_files
 from lorainit.runtime import devices
 from lorainit.runtime.devices import is_out_of_memory
@@ -113,7 +113,7 @@ def observe(run: Run) -> Observed:
     effect = effects.observe(run.base.model, run.layers, texts, divided=bool(run.base.sharded), on_event=run.emit)
     rows, losses = fidelity.held_out(run.data, run.valid), None
     if not run.base.sharded:
-        with borrowed(run.base.model, run.layers):
+        with attach_temporarily(run.base.model, run.layers):
             losses = fidelity.token_losses(run.base.model, rows, on_event=run.emit)
     run.let_go()
     return Observed(effect, rows, losses)
@@ -135,7 +135,7 @@ def verify(run: Run, folder: Path, seen: Observed, *, beside: bool) -> dict[str,
     try:
         return _compared(run, folder, seen, base, beside=beside)
     finally:
-        free(base)
+        free_model(base)
 
 
 def _compared(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside: bool) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _compared(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside
         seen.effect,
         source_rank=run.lora.r,
         base_sha256=run.base.sha256,
-        place=run.base.place,
+        shard_copy=run.base.shard_copy,
         on_event=run.emit,
     )
     _tell(result, run.emit)

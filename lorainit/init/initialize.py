@@ -24,7 +24,7 @@ from lorainit.init.evidence import Evidence
 from lorainit.init.methods import METHODS
 from lorainit.init.norms import row_norms
 from lorainit.model.layers.factors import Factors
-from lorainit.model.layers.layer import LoRALinear, adapted, attach
+from lorainit.model.layers.layer import LoRALinear, adapted_layers, attach
 from lorainit.model.layers.weight import shape_of, weight_of
 from lorainit.runtime.devices import make_generator
 
@@ -91,7 +91,7 @@ def initialize(
     summary = report.summary(
         lora, modules, seed=seed if config.seed is None else config.seed, seconds=seconds, cached=cached, rate=rate
     )
-    trained = (p for layer in adapted(model).values() for p in layer.parameters() if p.requires_grad)
+    trained = (p for layer in adapted_layers(model).values() for p in layer.parameters() if p.requires_grad)
     summary["trainable_parameters"] = sum(p.numel() for p in trained)
     summary |= report.measure(model, probe)
     warnings = _warnings(lora, targets, modules, weight_decay)

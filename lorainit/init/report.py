@@ -15,9 +15,9 @@ from lorainit.data.batches import Batch
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods import SUMMARIES
 from lorainit.init.norms import norm
-from lorainit.model.forward.loss import Look, look, row_losses, tally
+from lorainit.model.forward.loss import BatchResult, row_losses, run_batch, sum_losses
 from lorainit.model.layers.factors import Factors
-from lorainit.model.layers.layer import adapted, disabled
+from lorainit.model.layers.layer import adapted_layers, disable_adapters
 from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.devices import peak_memory_bytes
 from lorainit.runtime.retry import retry_until_it_fits
@@ -169,20 +169,20 @@ def _spread(modules: Iterable[dict[str, Any]], key: str) -> dict[str, float] | N
 @torch.no_grad()
 def measure(model: nn.Module, probe: Batch) -> dict[str, Any]:
     """Loss and logits of the base and of the initialized model on the same rows."""
-    with disabled(model):
-        base = look(model, probe)
-    initial = look(model, probe)
+    with disable_adapters(model):
+        base = run_batch(model, probe)
+    initial = run_batch(model, probe)
     moved = [_moved(model, base, initial, row)[mask] for row, mask in enumerate(probe.attention.bool())]
     return {
-        "base_loss": float(base.tally.loss) / base.tally.tokens,
-        "initial_loss": float(initial.tally.loss) / initial.tally.tokens,
+        "base_loss": float(base.sums.loss) / base.sums.tokens,
+        "initial_loss": float(initial.sums.loss) / initial.sums.tokens,
         "max_abs_logit_difference": max(float(row.max()) for row in moved),
     }
 
 
-def _moved(model: nn.Module, base: Look, initial: Look, row: int) -> Tensor:
+def _moved(model: nn.Module, base: BatchResult, initial: BatchResult, row: int) -> Tensor:
     """How far a logit lies from the base's at most, at each position of a row. No more rows' logits exist at once."""
-    with disabled(model):
+    with disable_adapters(model):
         before = base.logits_of_row(row)
     return before.sub_(initial.logits_of_row(row)).abs_().amax(-1)
 
@@ -199,7 +199,7 @@ def displacement(model: nn.Module, batches: Sequence[Batch], *, tick: Callable[[
         return total / rows
 
     rows = sum(len(batch.ids) for batch in batches)
-    with disabled(model):
+    with disable_adapters(model):
         before = loss()
     return {"before": before, "after": loss(), "rows": rows}
 
@@ -209,14 +209,14 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], *, tick: Callable[[int
     """Nats per trained token over all rows; `tick` is told how many batches are done."""
     loss, tokens = 0.0, 0
     for done, batch in enumerate(batches, start=1):
-        loss += _summed(batch, lambda part: float(tally(model, part).loss))
+        loss += _summed(batch, lambda part: float(sum_losses(model, part).loss))
         tokens += len(batch.targets)
         tick(done)
     return loss / tokens
 
 
 def _summed(batch: Batch, look: Callable[[Batch], float]) -> float:
-    """`look` at a batch; where memory runs out, at halves of it, and so on down to single rows, summed."""
+    """`run_batch` at a batch; where memory runs out, at halves of it, and so on down to single rows, summed."""
     rows = len(batch.ids)
 
     def halve() -> bool:
@@ -234,7 +234,7 @@ def gate(summary: dict[str, Any], model: nn.Module) -> None:
         InitFailed: a function-preserving method moved the loss, or a displaced one broke the model.
     """
     base, initial = summary["base_loss"], summary["initial_loss"]
-    dtype = weight_of(next(iter(adapted(model).values())).base).dtype
+    dtype = weight_of(next(iter(adapted_layers(model).values())).base).dtype
     limit = LOSS_LIMIT[dtype] * max(1.0, abs(base))
     moved = abs(initial - base)
     passed = moved <= limit  # False for NaN too

@@ -21,10 +21,10 @@ from lorainit.model.forward.head import is_plain
 from lorainit.model.layers import experts
 from lorainit.model.layers.quantize import require_library
 from lorainit.model.layout import Layout, choose_layout
-from lorainit.model.load import Location, load_model, load_tokenizer, locate
-from lorainit.model.shard import decide, shard
-from lorainit.model.sharded_load import load_part
-from lorainit.model.source.digest import known_sha256, require_inspected, require_whole
+from lorainit.model.load import Location, load_model, load_tokenizer, locate_base
+from lorainit.model.shard import explain_sharding, shard
+from lorainit.model.sharded_load import load_shard
+from lorainit.model.source.digest import cached_sha256, require_inspected, require_whole
 from lorainit.model.source.examine import examine
 from lorainit.model.source.vocabulary import require_rows
 from lorainit.model.targets.four_bits import FourBits, four_bits
@@ -41,8 +41,8 @@ class Base:
 
     `weights`: how many numbers the layers hold that can carry a LoRA.
     `sharded`: why it is divided between the processes of `world`; "" = it is not. `layout`: how rows share
-    its passes, once it is loaded. `proven`: of each shape of an adapter, how it was shown that stock PEFT reads it.
-    `four_bits`: of a quantized base, which layers are.
+    its passes, once it is loaded. `early_checks`: of each shape of an adapter, how it was shown that stock PEFT reads
+    it. `four_bits`: of a quantized base, which layers are.
     """
 
     spec: RunSpec
@@ -56,7 +56,7 @@ class Base:
     world: World = SINGLE_PROCESS
     sharded: str = ""
     layout: Layout = field(default_factory=lambda: Layout("one by one", "it is not loaded", any_length))
-    proven: dict[str, dict[str, Any]] = field(default_factory=dict)
+    early_checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     four_bits: FourBits | None = None
     _model: nn.Module | None = field(default=None, repr=False)
 
@@ -86,10 +86,10 @@ class Base:
         require_finite(self._model)
         if self.quantization:
             self._require_to_run()
-            self._tell_what_is_kept(on_event)
+            self._report_unquantized(on_event)
         experts.install(self._model)  # before the base is divided, which remembers where each weight stands
         if self.sharded:
-            self.place(self._model)
+            self.shard_copy(self._model)
             text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
             process_tuning.record(process_tuning.Setting("base", "sharded", self.sharded))
             on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
@@ -101,7 +101,7 @@ class Base:
         data = {"kind": "machine", "rows": self.layout.rows}
         on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))
 
-    def _tell_what_is_kept(self, on_event: OnEvent) -> None:
+    def _report_unquantized(self, on_event: OnEvent) -> None:
         if self.four_bits and self.four_bits.kept:
             facts = {"kind": "data", **self.four_bits.statement(self.dtype)}
             on_event(Message(message=self.four_bits.sentence(), data=facts))
@@ -113,44 +113,44 @@ class Base:
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
 
     def fresh(self, *, in_parts: bool = True) -> nn.Module:
-        """Another copy of the base: on the device; if it is to be divided with `place`, this process's part of it.
+        """Another copy of the base: on the device; if it is to be divided with `shard_copy`, this process's part of it.
 
         Args:
             in_parts: False = one that is to be divided is on the CPU, and whole until then.
         """
         if self.sharded and in_parts:
             part = {"rank": self.world.rank, "size": self.world.size}
-            return load_part(self.location.folder, dtype=self.dtype, device=self.device, **part)
+            return load_shard(self.location.folder, dtype=self.dtype, device=self.device, **part)
         return self.copy_on(torch.device("cpu") if self.sharded else self.device)
 
     def copy_on(self, device: torch.device) -> nn.Module:
         """Another whole copy of the base, on this device."""
         return load_model(self.location.folder, dtype=self.dtype, device=device, quantization=self.quantization)
 
-    def places_beside(self, *, tokens: int, factors: int) -> Iterator[torch.device]:
+    def devices_for_copy(self, *, tokens: int, factors: int) -> Iterator[torch.device]:
         """Where another copy fits while the first one lies there: on the device, then on the CPU.
 
         What is free is asked when the place is asked for.
 
         Args:
-            tokens, factors: as for `memory.of_a_copy`.
+            tokens, factors: as for `memory.copy_bytes`.
         """
-        wanted = memory.of_a_copy(self.model, tokens=tokens, factors=factors)
+        wanted = memory.copy_bytes(self.model, tokens=tokens, factors=factors)
         for device in self._devices():
             # Four bits may be rounded otherwise on another device.
-            if (device == self.device or not self.quantization) and _is_free(wanted, device):
+            if (device == self.device or not self.quantization) and _has_free(wanted, device):
                 yield device
 
     def has_room_beside(self, *, tokens: int, factors: int) -> bool:
         """Whether a `fresh` copy fits while this one lies there."""
         device = torch.device("cpu") if self.sharded else self.device
-        return _is_free(memory.of_a_copy(self.model, tokens=tokens, factors=factors), device)
+        return _has_free(memory.copy_bytes(self.model, tokens=tokens, factors=factors), device)
 
     def _devices(self) -> list[torch.device]:
         cpu = torch.device("cpu")
         return [cpu] if self.sharded or self.device == cpu else [self.device, cpu]
 
-    def place(self, model: nn.Module, whole: Collection[nn.Parameter] = ()) -> None:
+    def shard_copy(self, model: nn.Module, whole: Collection[nn.Parameter] = ()) -> None:
         """Divide a model that `fresh` has made, if this base is divided."""
         if self.sharded:
             shard(model, self.device, world=self.world, whole=whole)
@@ -198,7 +198,7 @@ class Base:
             raise GroupMismatch("This base model cannot train on packed rows, which grouped runs need.", param="member")
 
 
-def _is_free(wanted: float, device: torch.device) -> bool:
+def _has_free(wanted: float, device: torch.device) -> bool:
     free = devices.free_bytes(device)
     return free is None or wanted <= free
 
@@ -221,16 +221,16 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = SIN
         require_library()
     device = devices.pick_device()
     dtype = devices.dtype_of(devices.resolve_precision(spec.training, device)[0].precision)
-    location = locate(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
+    location = locate_base(spec.model.source, cache=Path(spec.cache) if spec.cache else out / "base")
     skeleton = examine(location.folder)
     tokenizer = load_tokenizer(location.folder)
     require_rows(tokenizer, skeleton)
     # The leading process alone reads all of it for that.
-    digest = known_sha256(location.folder, open_disk_cache(spec, "bases", on_event)) if world.is_rank0 else ""
+    digest = cached_sha256(location.folder, open_disk_cache(spec, "bases", on_event)) if world.is_rank0 else ""
     digest = world.broadcast_digest(digest, device)
     require_whole(location.folder, digest)
     require_inspected(spec.model, digest)
-    sharded = decide(spec, location.folder, world=world, dtype=dtype, device=device)
+    sharded = explain_sharding(spec, location.folder, world=world, dtype=dtype, device=device)
     world = replace(world, in_step=bool(sharded))
     held = four_bits(skeleton) if spec.lora.quantization else None
     experts.install(skeleton)

@@ -10,7 +10,7 @@ from lorainit.config.model_facts import MAX_SIDE, ModelFacts
 from lorainit.config.sources import LOCAL, is_hub_id
 from lorainit.data.chat.template import Template
 from lorainit.model.layers import experts
-from lorainit.model.load import load_tokenizer, locate
+from lorainit.model.load import load_tokenizer, locate_base
 from lorainit.model.source.digest import base_sha256
 from lorainit.model.source.examine import examine
 from lorainit.model.source.files import MAX_CONFIG_BYTES, read_object
@@ -33,7 +33,7 @@ def inspect(source: str, *, cache: Path) -> ModelFacts:
         UnsupportedModel: it cannot be loaded as a causal language model, or no layer of it can carry a LoRA.
     """
     found = find(source)
-    location = locate(source, cache=cache, path=found.path)
+    location = locate_base(source, cache=cache, path=found.path)
     model = examine(location.folder)
     experts.install(model)
     tokenizer = load_tokenizer(location.folder)

@@ -17,8 +17,18 @@ from lorainit.data.batches import Batch, Regime, collate, pack
 from lorainit.data.dataset import Sample
 from lorainit.model.forward import attention
 from lorainit.model.forward.positions import chosen_tokens, regime_of
-from lorainit.model.forward.probe import Lay, Seen, Windows, distances, in_float32, rows_of, see, short, windows_of
-from lorainit.model.sharded_load import forget_pass
+from lorainit.model.forward.probe import (
+    MakeBatch,
+    RowOutputs,
+    Windows,
+    convert_to_float32,
+    distances,
+    find_windows,
+    make_rows,
+    run_rows,
+    shorten_windows,
+)
+from lorainit.model.sharded_load import reset_failed_pass
 from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.machine_errors import is_machine_failure, is_missing_kernel
 
@@ -48,10 +58,10 @@ class _Trial:
 
     rows: Rows
     attention: str
-    lays: Sequence[Lay]
+    layouts: Sequence[MakeBatch]
 
 
-class _Wrong(Exception):
+class _WrongResult(Exception):
     """What a trial has shown."""
 
 
@@ -75,55 +85,57 @@ def choose_layout(model: Any) -> Layout:
 
 def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Layout:
     regime, device = regime_of(model), next(model.parameters()).device
-    packed, padded = partial(_packed, device=device), partial(_padded, device=device)
+    packed, padded = partial(_pack_to, device=device), partial(_pad_to, device=device)
     # What initializations look at is padded, whatever training does.
     trials = [_Trial("packed", attention.NAME, (packed, padded)), _Trial("padded", loaded, (padded,))]
     trials += [] if loaded == stock else [_Trial("padded", "eager", (padded,))]
     why: list[str] = []
-    windows = windows_of(model)
+    windows = find_windows(model)
     if windows.beyond:
         _switch(model, loaded)
         return Layout(
-            "one by one", f"what it does to {windows.beyond} tokens together cannot be tried on short rows", _alone
+            "one by one",
+            f"what it does to {windows.beyond} tokens together cannot be tried on short rows",
+            _never_shared,
         )
     try:
-        judge = _Judge(model, windows, regime, padded, stock=stock, copy=copy)
+        check = _LayoutCheck(model, windows, regime, padded, stock=stock, copy=copy)
         for trial in trials:
             try:
-                judge.try_out(trial)
+                check.try_out(trial)
             except Exception as error:  # a kernel's, the architecture's: whatever it is, this is not the way
-                if _says_nothing_of_a_layout(error):
+                if _is_machine_fault(error):
                     raise
-                forget_pass(model)
+                reset_failed_pass(model)
                 why.append(_reason(error))
                 # Falcon's eager attention adds ALiBi twice: then what a base is loaded with is what everybody has.
-                if trial.attention == loaded != stock and judge.contradicts(loaded):
+                if trial.attention == loaded != stock and check.contradicts(loaded):
                     return _choose(model, loaded, copy=copy, stock=loaded)
             else:
                 return Layout(trial.rows, why[0] if why else None, regime)
     except Exception as error:
-        if _says_nothing_of_a_layout(error):
+        if _is_machine_fault(error):
             raise
-        forget_pass(model)
+        reset_failed_pass(model)
         why.append(f"its stock attention could not be tried: {_reason(error)}")
     _switch(model, loaded)
-    return Layout("one by one", "; padded: ".join(dict.fromkeys(why)), _alone)
+    return Layout("one by one", "; padded: ".join(dict.fromkeys(why)), _never_shared)
 
 
-def _says_nothing_of_a_layout(error: Exception) -> bool:
+def _is_machine_fault(error: Exception) -> bool:
     """Whether it is the machine's; of one kernel that was not built for this GPU another layout has no need."""
     return is_machine_failure(error) and not is_missing_kernel(error)
 
 
-def _alone(_tokens: int) -> int | None:
+def _never_shared(_tokens: int) -> int | None:
     return None
 
 
-def _packed(samples: Sequence[Sample], *, device: torch.device) -> Batch:
+def _pack_to(samples: Sequence[Sample], *, device: torch.device) -> Batch:
     return pack(samples).to(device)
 
 
-def _padded(samples: Sequence[Sample], *, device: torch.device) -> Batch:
+def _pad_to(samples: Sequence[Sample], *, device: torch.device) -> Batch:
     return collate(samples, pad=0).to(device)
 
 
@@ -138,21 +150,23 @@ def _switch(model: Any, name: str) -> None:
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
-    known = isinstance(error, (_Wrong, attention.UnsupportedAttention))
+    known = isinstance(error, (_WrongResult, attention.UnsupportedAttention))
     return text if known else f"the base does not run so ({type(error).__name__}: {text})"
 
 
-class _Judge:
+class _LayoutCheck:
     """The truth of a few rows, and what stock itself makes of them in the model's own format."""
 
-    def __init__(self, model: Any, windows: Windows, regime: Regime, lay: Lay, *, stock: str, copy: bool) -> None:
+    def __init__(
+        self, model: Any, windows: Windows, regime: Regime, make_batch: MakeBatch, *, stock: str, copy: bool
+    ) -> None:
         self.model, self.windows, self.regime, self.copy = model, windows, regime, copy
-        self.rows = rows_of(model, windows.longest)
+        self.rows = make_rows(model, windows.longest)
         _switch(model, stock)
-        self.alone = alone = partial(see, model, lay=lay, size=1, regime=regime)
+        self.alone = alone = partial(run_rows, model, make_batch=make_batch, size=1, regime=regime)
         whole = alone(self.rows[:1]).values[0] if windows.hidden else None
-        with short(windows):
-            with in_float32(model, copy=copy) as self.exact:
+        with shorten_windows(windows):
+            with convert_to_float32(model, copy=copy) as self.exact:
                 self.truth = alone(self.rows)
             self.half = next(model.parameters()).dtype != torch.float32
             self.stock = alone(self.rows) if self.half and self.exact else self.truth
@@ -162,48 +176,48 @@ class _Judge:
         """Raise what is wrong with it."""
         if trial.attention == attention.NAME:
             if not getattr(self.model, "_supports_attention_backend", False):
-                raise _Wrong("this architecture does not let its attention be chosen")
+                raise _WrongResult("this architecture does not let its attention be chosen")
             if chosen := chosen_tokens(self.model):
-                raise _Wrong(f"its attention chooses {chosen} tokens of a pass, whichever row they are of")
+                raise _WrongResult(f"its attention chooses {chosen} tokens of a pass, whichever row they are of")
             if self.unseen:
-                raise _Wrong(f"its window of {self.unseen} tokens cannot be tried on short rows")
+                raise _WrongResult(f"its window of {self.unseen} tokens cannot be tried on short rows")
         _switch(self.model, trial.attention)
-        with short(self.windows):
-            for lay in trial.lays if self.exact else ():
-                self._compare_exactly(lay, trial.rows)
+        with shorten_windows(self.windows):
+            for make_batch in trial.layouts if self.exact else ():
+                self._compare_exactly(make_batch, trial.rows)
             if self.half and self.exact:  # the same attention in another format: one layout shows it
-                self._compare_with_stock(trial.lays[0], trial.rows)
-            for lay in () if self.exact else trial.lays:
-                self._compare_blindly(lay, trial.rows)
+                self._compare_with_stock(trial.layouts[0], trial.rows)
+            for make_batch in () if self.exact else trial.layouts:
+                self._compare_without_float32(make_batch, trial.rows)
 
     def contradicts(self, attention: str) -> bool:
         """Whether rows alone are something else with this attention."""
         _switch(self.model, attention)
-        with short(self.windows), in_float32(self.model, copy=self.copy):
+        with shorten_windows(self.windows), convert_to_float32(self.model, copy=self.copy):
             distance = distances(self.alone(self.rows), self.truth)
         return not max(float(d.max() if self.exact else d.median()) for d in distance) <= (
             EXACT if self.exact else BLIND
         )
 
-    def _see(self, lay: Lay, only: Callable[[int], bool] = lambda _line: True) -> Seen:
-        return see(self.model, self.rows, lay, size=len(self.rows), regime=self.regime, only=only)
+    def _see(self, make_batch: MakeBatch, only: Callable[[int], bool] = lambda _line: True) -> RowOutputs:
+        return run_rows(self.model, self.rows, make_batch, size=len(self.rows), regime=self.regime, only=only)
 
-    def _compare_exactly(self, lay: Lay, rows: Rows) -> None:
-        with in_float32(self.model, copy=self.copy):
-            found = self._see(lay)
+    def _compare_exactly(self, make_batch: MakeBatch, rows: Rows) -> None:
+        with convert_to_float32(self.model, copy=self.copy):
+            found = self._see(make_batch)
         _require(distances(found, self.truth), (EXACT, EXACT), rows, torch.max)
 
-    def _compare_with_stock(self, lay: Lay, rows: Rows) -> None:
+    def _compare_with_stock(self, make_batch: MakeBatch, rows: Rows) -> None:
         allowed = [TIMES_STOCK * float(d.median()) for d in distances(self.stock, self.truth)]
-        _require(distances(self._see(lay), self.truth), allowed, rows, torch.median)
+        _require(distances(self._see(make_batch), self.truth), allowed, rows, torch.median)
 
-    def _compare_blindly(self, lay: Lay, rows: Rows) -> None:
+    def _compare_without_float32(self, make_batch: MakeBatch, rows: Rows) -> None:
         """Without float32. What a row is made of is told exactly by where its gradient is zero."""
-        _require(distances(self._see(lay), self.truth), (BLIND, BLIND), rows, torch.median)
+        _require(distances(self._see(make_batch), self.truth), (BLIND, BLIND), rows, torch.median)
         for chosen in (True, False):
-            found = self._see(lay, only=lambda line, chosen=chosen: (line == 0) == chosen)  # type: ignore[misc]
+            found = self._see(make_batch, only=lambda line, chosen=chosen: (line == 0) == chosen)  # type: ignore[misc]
             if any(G.any() for row, G in zip(self.rows, found.gradients, strict=True) if (row.line == 0) != chosen):
-                raise _Wrong(f"{rows} rows see each other")
+                raise _WrongResult(f"{rows} rows see each other")
 
 
 def _require(
@@ -211,4 +225,4 @@ def _require(
 ) -> None:
     for what, distance, limit in zip(("hidden states", "gradients"), found, allowed, strict=True):
         if not (off := float(of(distance))) <= limit:
-            raise _Wrong(f"{rows} rows changed its {what} by {off:.2g}, where {limit:.2g} is rounding")
+            raise _WrongResult(f"{rows} rows changed its {what} by {off:.2g}, where {limit:.2g} is rounding")

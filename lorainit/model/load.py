@@ -22,7 +22,7 @@ from lorainit.model.forward.positions import forget_lengths
 from lorainit.model.layers.quantize import loading_options, settle
 from lorainit.model.source import tokenizer_files
 from lorainit.model.source.completeness import quiet, require_nothing_left
-from lorainit.model.source.digest import seal
+from lorainit.model.source.digest import write_digest
 from lorainit.model.source.examine import build, read_config, require_language_model
 from lorainit.model.source.files import check_folder, stored_weights
 from lorainit.model.source.find import find
@@ -47,7 +47,7 @@ class Location:
 # --- sources -----------------------------------------------------------------------------------
 
 
-def locate(source: str, *, cache: Path, path: Path | None = None) -> Location:
+def locate_base(source: str, *, cache: Path, path: Path | None = None) -> Location:
     """Find a base model and, if it is a GGUF file, convert it once into a folder under `cache`.
 
     Args:
@@ -116,7 +116,7 @@ def _convert(path: Path, out: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF loading leaves 1e30
     model.save_pretrained(out)
     tokenizer_files.write(tokenizer, out)
-    seal(out)
+    write_digest(out)
 
 
 def _restore_exact_floats(config: Any) -> None:
@@ -197,7 +197,7 @@ def load_model(
     options: dict[str, Any] = {}
     if quantization is not None:
         assert dtype != "auto"
-        options = loading_options(dtype=dtype, device=device, skip=four_bits(skeleton(folder)).skip)
+        options = loading_options(dtype=dtype, device=device, skip=four_bits(build_skeleton(folder)).skip)
     config = read_config(folder)
     require_language_model(config)
     with as_unsupported("The base model cannot be loaded"), quiet():
@@ -223,7 +223,7 @@ def load_model(
     return cast(nn.Module, model)
 
 
-def free(model: nn.Module) -> None:
+def free_model(model: nn.Module) -> None:
     """Give a model's weights back now; it cannot be used any more.
 
     Modules that refer to each other, as PEFT's do, lie there until a garbage collection, and the next base
@@ -234,6 +234,6 @@ def free(model: nn.Module) -> None:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
-def skeleton(folder: Path) -> nn.Module:
+def build_skeleton(folder: Path) -> nn.Module:
     """The model's modules without any weights (on the meta device)."""
     return build(read_config(folder))

@@ -18,12 +18,12 @@ FLOAT64, FLOAT32 = 8, 4
 MARGIN = 1.2
 
 
-def of_weights(model: nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights as they are held."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def of_a_copy(model: Any, *, tokens: int, factors: int) -> float:
+def copy_bytes(model: Any, *, tokens: int, factors: int) -> float:
     """Bytes for a copy of `model` with an adapter on it, and for comparing the two.
 
     That is the weights and factors; then a decoder layer of both or the output head in float64, or one row's logits.
@@ -36,7 +36,7 @@ def of_a_copy(model: Any, *, tokens: int, factors: int) -> float:
     in_a_layer = max((_numbers(layer) for layer in layers), default=0) + factors / max(1, len(layers))
     logits: int = LOGIT * tokens * model.config.get_text_config().vocab_size
     passing = max(FLOAT64 * in_a_layer, FLOAT64 * _numbers(head) if head else 0, logits)
-    return MARGIN * (of_weights(model) + FLOAT32 * factors + passing)
+    return MARGIN * (weight_bytes(model) + FLOAT32 * factors + passing)
 
 
 def _numbers(module: nn.Module) -> int:

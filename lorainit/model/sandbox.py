@@ -45,14 +45,14 @@ def inspect(source: str, cache: Path) -> dict[str, Any]:
         found = find(source)
     except OSError as error:
         if is_host_failure(error):
-            raise HostFailed(_failed(error)) from error
+            raise HostFailed(_host_failure_text(error)) from error
         raise
     command = [sys.executable, "-m", "lorainit", "inspect", str(found.path), "--cache", str(cache), "--confined"]
-    facts = {**_ask(command), "source": found.source}
+    facts = {**_run_child(command), "source": found.source}
     return facts | ({"root": found.hub_id} if found.hub_id else {})
 
 
-def _ask(command: list[str]) -> dict[str, Any]:
+def _run_child(command: list[str]) -> dict[str, Any]:
     """The facts that a child tells."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     said: list[str] = []
@@ -60,7 +60,7 @@ def _ask(command: list[str]) -> dict[str, Any]:
     with child:
         try:
             listener.start()
-            answer = _answer(child)
+            answer = _read_answer(child)
         finally:
             child.kill()
         listener.join(1.0)
@@ -68,10 +68,10 @@ def _ask(command: list[str]) -> dict[str, Any]:
         return dict(answer["facts"])
     if "failed" in answer:
         raise HostFailed(answer["failed"])
-    raise UnsupportedModel(answer.get("message") or _death(child.returncode, said), param="model")
+    raise UnsupportedModel(answer.get("message") or _explain_death(child.returncode, said), param="model")
 
 
-def _answer(child: "subprocess.Popen[bytes]") -> dict[str, Any]:
+def _read_answer(child: "subprocess.Popen[bytes]") -> dict[str, Any]:
     """The child's last word; {} if it died without one."""
     assert child.stdout is not None
     out_of_time: list[float] = []
@@ -123,7 +123,7 @@ def _keep_tail(stream: IO[bytes], said: list[str]) -> None:
             said[:] = [tail.decode("utf-8", "replace")]
 
 
-def _death(code: int, said: list[str]) -> str:
+def _explain_death(code: int, said: list[str]) -> str:
     """What is known of a child that ended without a word."""
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     words = said[0].strip().splitlines()[-1:] if said else []
@@ -133,7 +133,7 @@ def _death(code: int, said: list[str]) -> str:
 # --- in the child --------------------------------------------------------------------------------
 
 
-def answer(source: str, cache: Path) -> None:
+def inspect_for_parent(source: str, cache: Path) -> None:
     """Inspect, and tell the parent: how much there is to read, then the facts or why there are none."""
     sys.stdout = sys.stderr  # whatever a library prints is no answer
     limits.bound_memory(MAX_BYTES)
@@ -147,26 +147,28 @@ def answer(source: str, cache: Path) -> None:
             path = Path(source)
             files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
             limits.bound_memory(MAX_BYTES + max(map(_allocated, files), default=0) * (1 if path.is_dir() else UNPACKED))
-            _say({"bytes": sum(map(_allocated, files))})
+            _write_line({"bytes": sum(map(_allocated, files))})
             facts = inspect(source, cache=cache)
     except LorainitError as error:
-        _say({"message": error.message})
+        _write_line({"message": error.message})
     except Exception as error:
         if is_host_failure(error):
-            _say({"failed": _failed(error)})
+            _write_line({"failed": _host_failure_text(error)})
             return
         if not is_out_of_memory(error):
             raise
-        _say({"message": f"The base model cannot be inspected: reading it takes more than {MAX_BYTES >> 30} GiB."})
+        _write_line(
+            {"message": f"The base model cannot be inspected: reading it takes more than {MAX_BYTES >> 30} GiB."}
+        )
     else:
-        _say({"facts": facts.model_dump(mode="json")})
+        _write_line({"facts": facts.model_dump(mode="json")})
 
 
-def _failed(error: Exception) -> str:
+def _host_failure_text(error: Exception) -> str:
     return f"This host failed while the base model was inspected: {' '.join(str(error).split())[:300]}"
 
 
-def _say(word: dict[str, Any]) -> None:
+def _write_line(word: dict[str, Any]) -> None:
     os.write(1, json.dumps(word).encode() + b"\n")
 
 

@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor
 
 from lorainit.config.errors import TooFewDevices
 from lorainit.config.spec import RunSpec
-from lorainit.model.load import skeleton
+from lorainit.model.load import build_skeleton
 from lorainit.model.sharded_load import PARAM, divisible_layers
 from lorainit.runtime.distributed.world import World
 
 ROOM = 0.8  # of a device's memory for the base; the rest is for what training adds
 
 
-def decide(spec: RunSpec, folder: Path, *, world: World, dtype: torch.dtype, device: torch.device) -> str:
+def explain_sharding(spec: RunSpec, folder: Path, *, world: World, dtype: torch.dtype, device: torch.device) -> str:
     """Why the base is to be divided between the processes, or "" where each holds it whole.
 
     Raises:
@@ -40,7 +40,7 @@ def decide(spec: RunSpec, folder: Path, *, world: World, dtype: torch.dtype, dev
         return "it was asked for"
     if wanted is False or world.size == 1 or device.type != "cuda" or spec.lora.quantization:
         return ""
-    size = sum(p.numel() for p in skeleton(folder).parameters()) * dtype.itemsize
+    size = sum(p.numel() for p in build_skeleton(folder).parameters()) * dtype.itemsize
     memory = torch.cuda.get_device_properties(device).total_memory
     if not world.any_rank(size > ROOM * memory, device):
         return ""

@@ -31,7 +31,7 @@ from lorainit.model.source.files import Stored, stored_weights
 PARAM = "training.shard_base"
 
 
-def load_part(folder: Path, *, dtype: torch.dtype, device: torch.device, rank: int, size: int) -> nn.Module:
+def load_shard(folder: Path, *, dtype: torch.dtype, device: torch.device, rank: int, size: int) -> nn.Module:
     """This process's part of a base, as `load_model` returns the whole one.
 
     What stands outside of the layers is whole, and on the CPU; the parts are DTensors on `device`.
@@ -43,9 +43,9 @@ def load_part(folder: Path, *, dtype: torch.dtype, device: torch.device, rank: i
     layers = divisible_layers(skeleton)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     names = [name for name, parameter in skeleton.named_parameters() if id(parameter) in inside]
-    alike = _alike_in_parts(skeleton, stored_weights(folder), size=size)
+    alike = _readable_in_parts(skeleton, stored_weights(folder), size=size)
     mesh = init_device_mesh(device.type, (size,))
-    kind = _divided_at_birth(type(skeleton), [name for name in names if name in alike], mesh, rank)
+    kind = _make_sharded_class(type(skeleton), [name for name in names if name in alike], mesh, rank)
     model = load_model(folder, dtype=dtype, device=torch.device("cpu"), kind=kind)
     model.__class__ = type(skeleton)
     return model
@@ -72,7 +72,7 @@ def _lies_in(model: nn.Module, name: str, layers: list[nn.Module]) -> bool:
     return any(model.get_submodule(".".join(parts[:n])) in layers for n in range(1, len(parts)))
 
 
-def _divided_at_birth(kind: type[nn.Module], names: list[str], mesh: DeviceMesh, rank: int) -> type[nn.Module]:
+def _make_sharded_class(kind: type[nn.Module], names: list[str], mesh: DeviceMesh, rank: int) -> type[nn.Module]:
     """The architecture's class, whose models are made with these weights divided: the loader looks at what is there."""
 
     def begin(self: Any, *args: Any, **named: Any) -> None:
@@ -80,20 +80,22 @@ def _divided_at_birth(kind: type[nn.Module], names: list[str], mesh: DeviceMesh,
         for name in names:
             path, _, last = name.rpartition(".")
             module = self.get_submodule(path)
-            module._parameters[last] = nn.Parameter(_hollow(module._parameters[last], mesh, rank), requires_grad=False)
+            module._parameters[last] = nn.Parameter(
+                _empty_shard(module._parameters[last], mesh, rank), requires_grad=False
+            )
 
     # By its own name: transformers looks up by it how weights are converted, and in its module what it can do.
     return type(kind.__name__, (kind,), {"__init__": begin, "__module__": kind.__module__})
 
 
-def _hollow(whole: torch.Tensor, mesh: DeviceMesh, rank: int) -> DTensor:
+def _empty_shard(whole: torch.Tensor, mesh: DeviceMesh, rank: int) -> DTensor:
     """The place of a part: rows as FSDP deals them out."""
     rows, _ = Shard.local_shard_size_and_offset(whole.shape[0], mesh.size(), rank)
     part = torch.empty(rows, *whole.shape[1:], dtype=whole.dtype, device="meta")
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def forget_pass(model: nn.Module) -> None:
+def reset_failed_pass(model: nn.Module) -> None:
     """Of a base that is divided: a pass that failed left its layers in the middle of it; the next one begins anew."""
     root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
     if root is not None:
@@ -103,7 +105,7 @@ def forget_pass(model: nn.Module) -> None:
 # --- what may be read in parts -------------------------------------------------------------------
 
 
-def _alike_in_parts(skeleton: Any, stored: dict[str, Stored], *, size: int) -> set[str]:
+def _readable_in_parts(skeleton: Any, stored: dict[str, Stored], *, size: int) -> set[str]:
     """Names of the weights that are the same read in parts: as they are stored, or experts stored one by one."""
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]

@@ -18,7 +18,7 @@ from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.data.batches import batches, order
 from lorainit.data.dataset import Sample
-from lorainit.model.forward.loss import Sums, added, no_sums
+from lorainit.model.forward.loss import Sums, add_sums, zero_sums
 from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import retry_until_it_fits
@@ -234,7 +234,7 @@ class Course:
         for parameter in self.parameters:
             if parameter.grad is None:  # another process had all the pieces
                 parameter.grad = torch.zeros_like(parameter)
-        total = reduce(added, self._parts, no_sums(self.member.objective, self.parameters[0].device))
+        total = reduce(add_sums, self._parts, zero_sums(self.member.objective, self.parameters[0].device))
         loss, metrics = total.loss / self.wanted, total.metrics
         self.world.all_reduce([loss, *metrics.values(), *(p.grad for p in self.parameters if p.grad is not None)])
         norm = clip(self.member)

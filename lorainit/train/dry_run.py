@@ -15,7 +15,7 @@ from lorainit.config.errors import NonFiniteLoss
 from lorainit.data.batches import Batch
 from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import forward_backward
-from lorainit.model.layers.group import Stand
+from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.distributed.world import World
 from lorainit.train.largest import Rows, size_of
 from lorainit.train.member import Member, clip
@@ -49,11 +49,11 @@ def trials(members: Sequence[Member]) -> Iterator[Trial]:
 # --- a pass ---------------------------------------------------------------------------------------
 
 
-def try_pass(stand: Stand, members: Sequence[Member], trial: Trial, lay: Lay) -> None:
+def try_pass(slots: AdapterSlots, members: Sequence[Member], trial: Trial, lay: Lay) -> None:
     """Forward and, where they learn from it, backward, beside what lies there by then."""
     some = [members[who] for who in trial.rows]
     lengths = [sum(len(s.ids) for s in rows) for rows in trial.rows.values()]
-    stand.put([member.layers for member in some], list(pairwise([0, *accumulate(lengths)])))
+    slots.put([member.layers for member in some], list(pairwise([0, *accumulate(lengths)])))
     for member in some:
         _drop(member, "tried" if trial.learns else None)
     objective = some[0].objective
@@ -61,12 +61,12 @@ def try_pass(stand: Stand, members: Sequence[Member], trial: Trial, lay: Lay) ->
     kept = [torch.empty_like(parameter) for parameter in _kept(members, trial)]
     batch = lay([sample for rows in trial.rows.values() for sample in rows])
     if trial.learns:
-        forward_backward(stand.model, objective, batch, counts)
+        forward_backward(slots.model, objective, batch, counts)
     else:
         with torch.no_grad():
-            objective.sums(stand.model, batch, counts)
+            objective.sums(slots.model, batch, counts)
     del kept
-    forget(stand, members)
+    forget(slots, members)
 
 
 def _kept(members: Sequence[Member], trial: Trial) -> list[Tensor]:
@@ -87,9 +87,9 @@ def _may_take_several(member: Member) -> bool:
     return member.budget.rows < rows.most or not rows.takes_one_pass(member.budget) or len(kinds) > 1 or None in kinds
 
 
-def forget(stand: Stand, members: Sequence[Member]) -> None:
+def forget(slots: AdapterSlots, members: Sequence[Member]) -> None:
     """The bare base again, and no gradients."""
-    stand.clear()
+    slots.clear()
     for member in members:
         _drop(member, None)
         for layer in member.layers.values():

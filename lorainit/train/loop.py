@@ -16,8 +16,8 @@ from lorainit.config.errors import LorainitError, Stopped
 from lorainit.config.events import Message, Stage, Tick
 from lorainit.data.batches import Batch, batches
 from lorainit.data.dataset import Sample
-from lorainit.model.forward.loss import Sums, added, forward_backward, no_sums
-from lorainit.model.layers.group import Stand
+from lorainit.model.forward.loss import Sums, add_sums, forward_backward, zero_sums
+from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.distributed import run_errors
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import retry_until_it_fits
@@ -42,7 +42,7 @@ def train(
     Args:
         lay: rows to a batch on the model's device; with several members it must pack.
     """
-    stand = Stand(model)
+    slots = AdapterSlots(model)
     courses, ended = dict[int, Course](), list[tuple[int, End]]()
 
     def begin(who: int) -> None:
@@ -56,7 +56,7 @@ def train(
     def attempt(who: int, work: Callable[[Evaluate], None]) -> None:
         course = courses[who]
         try:
-            work(lambda samples: evaluate(stand, course, samples, lay=lay))
+            work(lambda samples: evaluate(slots, course, samples, lay=lay))
             if course.is_over:
                 ended.append((who, course.progress))
         except Exception as error:
@@ -68,17 +68,17 @@ def train(
         for who in range(len(members)):  # no variable holds on to the optimizer of one that has ended
             begin(who)
         while courses or ended:
-            stand.clear()
+            slots.clear()
             if ended:
                 yield ended
             ended = []
             while courses and not ended:
-                _pass_and_return(stand, list(courses.values()), lay)
+                _pass_and_return(slots, list(courses.values()), lay)
                 poisoned = [who for who, course in courses.items() if len(courses) > 1 and course.is_poisoned()]
                 for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
                     attempt(who, courses[who].give_up)
                 for who in list(courses):
-                    again = partial(_pass_and_return, stand, [courses[who]], lay)
+                    again = partial(_pass_and_return, slots, [courses[who]], lay)
                     finish = partial(courses[who].finish_step, pass_again=again)
                     attempt(who, courses[who].repeat_step if poisoned else finish)
                     del again, finish
@@ -86,7 +86,7 @@ def train(
         _save_all(list(courses.values()))
         raise
     finally:
-        stand.clear()
+        slots.clear()
 
 
 def _save_all(courses: Sequence[Course]) -> None:
@@ -101,37 +101,37 @@ def _save_all(courses: Sequence[Course]) -> None:
             course.member.on_event(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 
-def _pass_and_return(stand: Stand, courses: list[Course], lay: Lay) -> None:
+def _pass_and_return(slots: AdapterSlots, courses: list[Course], lay: Lay) -> None:
     """Everybody's next step as far as the gradients; where memory runs out in it, it is drawn again in smaller passes.
 
     Memory is in pieces by then, or others use the device: passes are halved, until rows go alone.
     """
     retry_until_it_fits(
-        lambda: _forward_and_backward(stand, courses, lay),
+        lambda: _forward_and_backward(slots, courses, lay),
         lambda: max([course.repeat_smaller() for course in courses]),
         world=courses[0].world,
         device=courses[0].parameters[0].device,
     )
 
 
-def _forward_and_backward(stand: Stand, courses: list[Course], lay: Lay) -> None:
+def _forward_and_backward(slots: AdapterSlots, courses: list[Course], lay: Lay) -> None:
     """Everybody's next step as far as the gradients, micro-batch by micro-batch."""
     pieces = [course.draw() for course in courses]
     for number, row in _passes(pieces, courses):
         spans = _spans([sum(len(s.ids) for s in samples) for samples in row])
         objective = courses[0].member.objective
         counts = [sum(map(objective.count, samples)) for samples in row]
-        stand.put([course.member.layers for course in courses], spans)
+        slots.put([course.member.layers for course in courses], spans)
         for course in courses:
             course.drop_by(number)
         batch = lay([sample for samples in row for sample in samples])
-        parts = forward_backward(stand.model, objective, batch, counts, [course.wanted for course in courses])
+        parts = forward_backward(slots.model, objective, batch, counts, [course.wanted for course in courses])
         for course, part in zip(courses, parts, strict=True):
             course.add(number, part)
     for course in courses:
         course.drop_by(None)
         for _ in range(course.count_idle_passes):
-            _pass_along(stand, course, lay)
+            _pass_along(slots, course, lay)
 
 
 def _passes(pieces: list[list[list[Sample]]], courses: list[Course]) -> Iterator[tuple[int, list[list[Sample]]]]:
@@ -143,14 +143,14 @@ def _passes(pieces: list[list[list[Sample]]], courses: list[Course]) -> Iterator
             yield number, [rows if kind == wanted else [] for kind, rows in zip(kinds, row, strict=True)]
 
 
-def _pass_along(stand: Stand, course: Course, lay: Lay) -> None:
+def _pass_along(slots: AdapterSlots, course: Course, lay: Lay) -> None:
     """A pass for the sake of the others, who need this process's part of the base: the gradients stay as they are."""
     row, objective = _shortest(course.member.data.samples), course.member.objective
     batch = lay([row])
-    stand.put([course.member.layers], _spans([batch.ids.numel()]))
+    slots.put([course.member.layers], _spans([batch.ids.numel()]))
     gradients = [p.grad for p in course.parameters]
     course.optimizer.zero_grad()
-    forward_backward(stand.model, objective, batch, [objective.count(row)])
+    forward_backward(slots.model, objective, batch, [objective.count(row)])
     for parameter, gradient in zip(course.parameters, gradients, strict=True):
         parameter.grad = gradient
 
@@ -164,7 +164,7 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: Lay) -> dict[str, float]:
+def evaluate(slots: AdapterSlots, course: Course, samples: Sequence[Sample], *, lay: Lay) -> dict[str, float]:
     """Loss and accuracy over all these rows, under both names the hosted service uses.
 
     Where memory runs out all of them are looked at again, in smaller passes.
@@ -172,7 +172,7 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
     course.member.on_event(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
     world, device = course.world, course.parameters[0].device
     found = retry_until_it_fits(
-        lambda: _looked_at(stand, course, samples, lay), course.evaluate_smaller, world=world, device=device
+        lambda: _looked_at(slots, course, samples, lay), course.evaluate_smaller, world=world, device=device
     )
     # Together, since a GPU is waited for each time; float64 has all of them exactly.
     count = torch.full_like(found.loss, found.count, dtype=torch.float64)
@@ -185,19 +185,19 @@ def evaluate(stand: Stand, course: Course, samples: Sequence[Sample], *, lay: La
     return {f"{prefix}_{name}": value for name, value in means.items() for prefix in ("valid", "full_valid")}
 
 
-def _looked_at(stand: Stand, course: Course, samples: Sequence[Sample], lay: Lay) -> Sums:
+def _looked_at(slots: AdapterSlots, course: Course, samples: Sequence[Sample], lay: Lay) -> Sums:
     """The sums over this process's part of the rows."""
     world, objective = course.world, course.member.objective
-    total = no_sums(objective, course.parameters[0].device)
+    total = zero_sums(objective, course.parameters[0].device)
     every = batches(samples, course.member.evaluation_budget, course.member.regime)
     pieces = world.share(every)
     for done, piece in enumerate(pieces, start=1):
         batch = lay(piece)
-        stand.put([course.member.layers], _spans([batch.ids.numel()]))
-        (part,) = objective.sums(stand.model, batch, [sum(map(objective.count, piece))])
-        total = added(total, part)
+        slots.put([course.member.layers], _spans([batch.ids.numel()]))
+        (part,) = objective.sums(slots.model, batch, [sum(map(objective.count, piece))])
+        total = add_sums(total, part)
         course.member.on_event(Tick(done=done, total=len(pieces)))
     for _ in range(world.count_idle_passes(every)):
         row = _shortest(samples)
-        objective.sums(stand.model, lay([row]), [objective.count(row)])
+        objective.sums(slots.model, lay([row]), [objective.count(row)])
     return total

@@ -19,7 +19,7 @@ from lorainit.config.resolve import total_steps
 from lorainit.data.dataset import Sample
 from lorainit.model.forward import compiled
 from lorainit.model.forward.recompute import recompute
-from lorainit.model.layers.group import Stand
+from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.devices import is_out_of_memory, peak_while, release_memory
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, with_causes
@@ -40,13 +40,13 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
         OutOfMemory: not one row fits, whatever is done, or not the optimizer's update; on a base that is divided
             between devices, the first pass that is tried does not.
     """
-    stand, planned = Stand(model), list(members)
-    if _fails(stand, members, world, partial(try_update, members, world)):
+    slots, planned = AdapterSlots(model), list(members)
+    if _fails(slots, members, world, partial(try_update, members, world)):
         raise _too_much_is_trained()
     switches = [member.recipe.gradient_checkpointing for member in members]
-    recomputes = _from_the_start(stand, members, switches, world)
-    members = _measured(stand, planned, lay, world)
-    while failed := _first_that_fails(stand, members, lay, world):
+    recomputes = _from_the_start(slots, members, switches, world)
+    members = _measured(slots, planned, lay, world)
+    while failed := _first_that_fails(slots, members, lay, world):
         if any(len(rows) > 1 for rows in failed.rows.values()):
             smaller = with_half_the_tokens if failed.learns else with_smaller_evaluations
             members = [
@@ -54,36 +54,38 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
                 for who, m in enumerate(members)
             ]
         elif not (recomputes or False in switches) and failed.learns:
-            recomputes = _recompute(stand, members, "one row did not fit into memory without it", kind="oom_retry")
+            recomputes = _recompute(slots, members, "one row did not fit into memory without it", kind="oom_retry")
             if not recomputes:
                 raise _too_large()
             for member in members:
                 member.on_shortage()
                 member.on_recompute()
             members = [replace(member, keeps_budget=False) for member in members]
-            members = _measured(stand, members, lay, world, most=[m.budget.tokens for m in planned])
+            members = _measured(slots, members, lay, world, most=[m.budget.tokens for m in planned])
         else:
             raise _too_large()
     if world.in_step:
         _do_not_compile(members)
     elif not recomputes:
-        _compile(stand, members, lay, world)
+        _compile(slots, members, lay, world)
     return list(members)
 
 
-def _from_the_start(stand: Stand, members: Sequence[Member], switches: Sequence[bool | str], world: World) -> bool:
+def _from_the_start(
+    slots: AdapterSlots, members: Sequence[Member], switches: Sequence[bool | str], world: World
+) -> bool:
     """Whether layers are computed again before anything was tried: where passes are everybody's there is one try."""
     if True in switches:
-        return _recompute(stand, members, "it was asked for", kind="machine")
+        return _recompute(slots, members, "it was asked for", kind="machine")
     if any(member.recomputes for member in members) and False not in switches:
-        return _recompute(stand, members, "the run that this one goes on from had to", kind="machine")
+        return _recompute(slots, members, "the run that this one goes on from had to", kind="machine")
     if world.in_step and False not in switches:
-        return _recompute(stand, members, "memory is short where a base has to be divided", kind="machine")
+        return _recompute(slots, members, "memory is short where a base has to be divided", kind="machine")
     return False
 
 
 def _fails(
-    stand: Stand, members: Sequence[Member], world: World, attempt: Callable[[], None], *, in_step: bool = False
+    slots: AdapterSlots, members: Sequence[Member], world: World, attempt: Callable[[], None], *, in_step: bool = False
 ) -> bool:
     """Whether any process runs out of memory.
 
@@ -100,14 +102,14 @@ def _fails(
             raise _too_large_a_part() from error
         failed = True
     if failed:  # outside of the except clause, whose traceback holds what is to be freed
-        forget(stand, members)
+        forget(slots, members)
         release_memory()
-    return world.any_rank(failed, next(stand.model.parameters()).device)
+    return world.any_rank(failed, next(slots.model.parameters()).device)
 
 
-def _first_that_fails(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> Trial | None:
+def _first_that_fails(slots: AdapterSlots, members: Sequence[Member], lay: Lay, world: World) -> Trial | None:
     for trial in trials(members):
-        if _fails(stand, members, world, partial(try_pass, stand, members, trial, lay), in_step=world.in_step):
+        if _fails(slots, members, world, partial(try_pass, slots, members, trial, lay), in_step=world.in_step):
             return trial
     return None
 
@@ -116,7 +118,7 @@ def _first_that_fails(stand: Stand, members: Sequence[Member], lay: Lay, world: 
 
 
 def _measured(
-    stand: Stand, members: Sequence[Member], lay: Lay, world: World, most: Sequence[int] = ()
+    slots: AdapterSlots, members: Sequence[Member], lay: Lay, world: World, most: Sequence[int] = ()
 ) -> Sequence[Member]:
     """The members with as many tokens to a pass as a GPU holds, from what two small passes take; else as they are.
 
@@ -126,7 +128,7 @@ def _measured(
     Args:
         most: tokens of each member's passes if the GPU had room for all; () = what they have.
     """
-    device = next(stand.model.parameters()).device
+    device = next(slots.model.parameters()).device
     if device.type != "cuda" or all(m.keeps_budget or m.budget.rows == 1 for m in members):
         return members
     seen = list[tuple[int, int]]()
@@ -134,8 +136,8 @@ def _measured(
     for tokens in (PROBED // 2, PROBED):
         rows = [_like_the_longest(member, tokens // len(members), longest) for member in members]
         trial = Trial(dict(enumerate(rows)))
-        note = partial(_note_peak, seen, stand, members, trial, lay)
-        if _fails(stand, members, world, note, in_step=world.in_step):
+        note = partial(_note_peak, seen, slots, members, trial, lay)
+        if _fails(slots, members, world, note, in_step=world.in_step):
             return _with_tokens(members, tokens // 2, most)
     (few, small), (many, large) = seen
     each = max(1.0, (large - small) / (many - few))
@@ -145,9 +147,11 @@ def _measured(
     return _with_tokens(members, int(agreed), most)
 
 
-def _note_peak(seen: list[tuple[int, int]], stand: Stand, members: Sequence[Member], trial: Trial, lay: Lay) -> None:
+def _note_peak(
+    seen: list[tuple[int, int]], slots: AdapterSlots, members: Sequence[Member], trial: Trial, lay: Lay
+) -> None:
     """Add how many tokens this pass has, and how much memory was in use at most while it was made."""
-    peak = peak_while(lambda: try_pass(stand, members, trial, lay))
+    peak = peak_while(lambda: try_pass(slots, members, trial, lay))
     seen.append((sum(len(sample.ids) for rows in trial.rows.values() for sample in rows), peak))
 
 
@@ -177,8 +181,8 @@ def _with_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) ->
 # --- what is done about it ----------------------------------------------------------------------
 
 
-def _recompute(stand: Stand, members: Sequence[Member], why: str, *, kind: str) -> bool:
-    works = recompute(stand.model)
+def _recompute(slots: AdapterSlots, members: Sequence[Member], why: str, *, kind: str) -> bool:
+    works = recompute(slots.model)
     text = "Gradient checkpointing is on" if works else "Gradient checkpointing is not possible with this architecture"
     _tell(members, "info" if works else "warn", f"{text}: {why}", kind=kind, gradient_checkpointing=works)
     return works
@@ -208,22 +212,22 @@ def _too_large_a_part() -> OutOfMemory:
     )
 
 
-def _compile(stand: Stand, members: Sequence[Member], lay: Lay, world: World) -> None:
+def _compile(slots: AdapterSlots, members: Sequence[Member], lay: Lay, world: World) -> None:
     """Compile if it was asked for, or if it pays; where it fails the run goes on without and says so."""
     wanted = {member.recipe.compile for member in members}
     chosen, why = True in wanted, "it was asked for"
     if wanted == {"auto"} and world.size == 1:
-        chosen, why = compiled.pays(stand.model, tokens=sum(_tokens(member) for member in members))
+        chosen, why = compiled.is_worth_compiling(slots.model, tokens=sum(_tokens(member) for member in members))
     if not chosen:
         return
-    compiled.compile_layers(stand.model)
+    compiled.compile_layers(slots.model)
     try:
-        try_pass(stand, members, next(trials(members)), lay)
+        try_pass(slots, members, next(trials(members)), lay)
     except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
         if any(is_failed_device(one) or is_kernel_assert(one) for one in with_causes(error)):
             raise  # nothing runs there any more, compiled or not
-        compiled.undo(stand.model)
-        forget(stand, members)
+        compiled.undo(slots.model)
+        forget(slots, members)
         reason = " ".join(str(error).split())[:300]
         text = f"The decoder layers run uncompiled: compiling them failed with {type(error).__name__}: {reason}"
         _tell(members, "warn", text, kind="machine", compiled=False)

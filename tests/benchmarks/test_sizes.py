@@ -25,7 +25,7 @@ def test_a_number_that_is_trained_costs_sixteen_bytes_for_every_weight_of_both_f
 def test_four_bits_are_those_of_linear_layers_alone() -> None:
     shape = SHAPES["tiny"]
     found = sizes.sums(shape)
-    rest = memory.of_weights(sizes.base_of({**shape, "num_hidden_layers": 0})) + 2 * 2 * 64 * 2  # and four norms
+    rest = memory.weight_bytes(sizes.base_of({**shape, "num_hidden_layers": 0})) + 2 * 2 * 64 * 2  # and four norms
     assert found["nf4"] - rest == (found["weights"] - rest) / 2 * sizes.NF4
 
 

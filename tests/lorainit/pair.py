@@ -25,13 +25,13 @@ def main() -> None:
     rank, size, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     os.environ |= {"RANK": rank, "WORLD_SIZE": size}
     held: list[int] = []
-    place = base.Base.place
+    place = base.Base.shard_copy
 
     def weighed(self, model, whole=()) -> None:
         place(self, model, whole)
         held.append(local_bytes(model))
 
-    base.Base.place = weighed
+    base.Base.shard_copy = weighed
     for name, spec in json.loads((folder / "specs.json").read_text()).items():
         out = folder / name
         out.mkdir(exist_ok=True)

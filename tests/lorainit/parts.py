@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, modeling_utils
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.load import load_model
 from lorainit.model.shard import local_bytes, shard
-from lorainit.model.sharded_load import divisible_layers, load_part
+from lorainit.model.sharded_load import divisible_layers, load_shard
 from lorainit.runtime.distributed.launch import end_process
 from lorainit.runtime.distributed.world import World
 
@@ -43,7 +43,7 @@ def examined(base: Path, read: list[int], world: World) -> dict[str, Any]:
     read.clear()
     try:
         with Peak() as peak:
-            model = load_part(base, dtype=DTYPE, device=CPU, rank=world.rank, size=world.size)
+            model = load_shard(base, dtype=DTYPE, device=CPU, rank=world.rank, size=world.size)
     except UnsupportedModel as refused:
         return {"refused": refused.message}
     held, of_part, most = local_bytes(model), sum(read), peak.most

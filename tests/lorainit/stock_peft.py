@@ -10,7 +10,7 @@ from torch import nn
 from lorainit.data.batches import collate
 from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import initialize
-from lorainit.model.forward.loss import tally
+from lorainit.model.forward.loss import sum_losses
 from tests.lorainit.reference import context, eight_rows, tiny
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -27,7 +27,7 @@ INITS = {
 
 def losses(model):
     for row in eight_rows():
-        part = tally(model, collate([row], pad=0))
+        part = sum_losses(model, collate([row], pad=0))
         yield part.loss / part.tokens
 
 

@@ -27,7 +27,7 @@ from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
-from lorainit.model.layers.layer import adapted, attach, detach, disabled
+from lorainit.model.layers.layer import adapted_layers, attach, detach, disable_adapters
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.runtime.distributed.world import World
@@ -128,12 +128,12 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
     def both():
         with torch.no_grad():
             enabled = logits_of(model, batch)
-            with disabled(model):
+            with disable_adapters(model):
                 return enabled, logits_of(model, batch)
 
     start, start_disabled = both()
     tally(model, batch).find_failure.backward()
-    layers = adapted(model).values()
+    layers = adapted_layers(model).values()
     gradients = {
         key: sum(float(layer.trained()[key].grad.abs().sum()) for layer in layers if key in layer.trained())
         for key in ("A", "B", "magnitude")
@@ -150,7 +150,7 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
     for name, layer in member.layers.items():
         attach(model, name, layer)
     trained, trained_disabled = both()
-    export(model, adapted(model), out / "adapter", root="tests/base")
+    export(model, adapted_layers(model), out / "adapter", root="tests/base")
     return Case(
         lora, base_logits, start, start_disabled, trained, trained_disabled, gradients,
         (before, tensors_hash(model)), out / "adapter", report.summary,

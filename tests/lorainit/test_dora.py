@@ -20,7 +20,7 @@ from lorainit.data.dataset import load
 from lorainit.init.evidence import Evidence
 from lorainit.init.initialize import initialize
 from lorainit.model.layers.factors import Factors
-from lorainit.model.layers.layer import LoRALinear, adapted
+from lorainit.model.layers.layer import LoRALinear, adapted_layers
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
@@ -221,7 +221,7 @@ def test_expected_first_step_counts_the_magnitudes(model, probe):
     report = start(model, probe, init, evidence=gradients(model, probe), rate=1e-6, calibration=[probe])
     row_losses(model, probe).mean().backward()
     slopes = dict.fromkeys(("A", "B", "magnitude"), 0.0)
-    for layer in adapted(model).values():
+    for layer in adapted_layers(model).values():
         for key, parameter in layer.trained().items():
             slopes[key] += float(parameter.grad.abs().sum())
     assert slopes["magnitude"] > 0.01 * sum(slopes.values())
@@ -248,7 +248,7 @@ def test_layers_without_rank_stay_bare(model, probe):
     }
     report = start(model, probe, "eva", evidence=evidence)
     for facts in report.modules:
-        layer = adapted(model)[facts["name"]]
+        layer = adapted_layers(model)[facts["name"]]
         assert (facts["rank"] == 0) == (layer.magnitude is None) == ("magnitude_norm" not in facts)
 
 

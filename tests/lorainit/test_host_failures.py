@@ -104,12 +104,12 @@ def test_stop_tokens_are_not_guessed_where_the_file_that_names_them_cannot_be_re
 
 def test_a_base_that_the_host_cannot_read_is_not_refused_by_an_inspection(bases, tmp_path, monkeypatch, cannot_open):
     said = []
-    monkeypatch.setattr(sandbox, "_say", said.append)
+    monkeypatch.setattr(sandbox, "_write_line", said.append)
     monkeypatch.setattr(sandbox.limits, "bound_memory", lambda _: None)
     monkeypatch.setattr(sandbox.limits, "die_with_parent", lambda: None)
     monkeypatch.setattr(sandbox.sys, "stdout", sandbox.sys.stdout)
     cannot_open("config.json")
-    sandbox.answer(str(bases["llama"]), tmp_path)
+    sandbox.inspect_for_parent(str(bases["llama"]), tmp_path)
     assert "Input/output error" in said[-1]["failed"]
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.export.peft_adapter import export
-from lorainit.model.layers.layer import adapted, disabled
+from lorainit.model.layers.layer import adapted_layers, disable_adapters
 from tests.lorainit.reference import eight_rows, tiny
 from tests.lorainit.stock_peft import ALPHA, INITS, TARGETS, R, ours, pefts
 
@@ -56,8 +56,8 @@ def pefts_trained(init):
 def ours_trained(init, folder):
     """A trained adapter in `folder`, and its logits."""
     model = ours(init)
-    shaken(p for layer in adapted(model).values() for p in layer.trained().values())
-    export(model, adapted(model), folder, root="tests/tiny")
+    shaken(p for layer in adapted_layers(model).values() for p in layer.trained().values())
+    export(model, adapted_layers(model), folder, root="tests/tiny")
     return logits(model)
 
 
@@ -72,7 +72,7 @@ def test_base_is_gone_after_peft_and_comes_back_after_ours(init):
         assert apart(logits(model), base) > 0.2
     model = ours(init)
     assert apart(logits(model), base) < RIGHT
-    with disabled(model):
+    with disable_adapters(model):
         assert torch.equal(logits(model), base)
 
 

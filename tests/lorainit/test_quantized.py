@@ -34,9 +34,9 @@ from lorainit.init.evidence.gradients import mean_gradients
 from lorainit.init.initialize import initialize
 from lorainit.model import load as load_module
 from lorainit.model.layers import quantize
-from lorainit.model.layers.layer import adapted, attach, detach
+from lorainit.model.layers.layer import adapted_layers, attach, detach
 from lorainit.model.layers.weight import shape_of, was_conv1d, weight_of
-from lorainit.model.load import load_model, skeleton
+from lorainit.model.load import build_skeleton, load_model
 from lorainit.model.targets import peft_support
 from lorainit.model.targets.four_bits import FourBits, four_bits
 from lorainit.model.targets.targets import find_targets, linear_layers
@@ -188,7 +188,7 @@ def test_what_does_not_combine_is_refused(lora, code, param, text):
 
 def loaded_as_the_card_says(folder, tmp_path):
     """Run the card's own lines, but for the adapter."""
-    held = four_bits(skeleton(folder))
+    held = four_bits(build_skeleton(folder))
     loading = quantize.nf4_config(held.skip)
     card = {"root": str(folder), "method": "kaiming", "paper": "", "rank": 4, "alpha": 4.0, "loading": loading}
     model_card.write(tmp_path, **card, unpackable=held.unpackable)
@@ -213,7 +213,7 @@ def test_a_base_that_cannot_be_repacked_for_a_cpu_runs_as_the_card_says(kind, tm
 
 
 def test_the_card_of_a_base_that_can_be_repacked_does_not_speak_of_it(bases):
-    assert not four_bits(skeleton(bases["wide-llama"])).unpackable
+    assert not four_bits(build_skeleton(bases["wide-llama"])).unpackable
 
 
 @pytest.mark.parametrize("kind", ["gemma3n", "gemma3-vision", "mamba", "zamba2", "qwen2_moe"])
@@ -242,7 +242,7 @@ def test_only_what_gets_no_lora_and_cannot_be_in_four_bits_is_left(tmp_path, kin
 
 def test_where_nothing_has_to_be_left_the_base_is_loaded_as_usual(tmp_path):
     """Routers and gates get no LoRA, and are quantized, as everybody's are."""
-    held = four_bits(skeleton(make("qwen2_moe", tmp_path / "base")))
+    held = four_bits(build_skeleton(make("qwen2_moe", tmp_path / "base")))
     assert (held.skip, held.kept) == (None, [])
 
 
@@ -330,7 +330,7 @@ def test_the_adapter_loads_on_the_full_precision_base_which_is_another_model(bas
     lora = Lora.model_validate({"init": "pissa", "r": 4, "quantization": "nf4"}).resolved()[0]
     targets = find_targets(model, "all-linear")
     initialize(model, targets, lora, seed=0, probe=collate(samples[:2], pad=0), on_event=lambda event: None)
-    export(model, adapted(model), tmp_path, root="tests/base")
+    export(model, adapted_layers(model), tmp_path, root="tests/base")
     texts = prompts(samples)
     effect = observe(model, detach(model), texts, divided=False, on_event=lambda event: None)
 

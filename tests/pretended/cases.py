@@ -20,7 +20,7 @@ from lorainit.config.events import Checkpoint, Done, Event, Message, Stage
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
 from lorainit.context import Request
-from lorainit.model.memory import of_a_copy
+from lorainit.model.memory import copy_bytes
 from lorainit.run import run_together
 from lorainit.train import memory
 from tests.lorainit.conftest import tiny_llama
@@ -130,7 +130,7 @@ def _short_of_memory(day: Day) -> str:
             held.append(device.memory.held)
 
     whole = _run_together(day, "whole", specs, note)
-    device.memory.limit = held[0] + int(0.8 * of_a_copy(MAKERS["broad"]().bfloat16(), tokens=1, factors=0))
+    device.memory.limit = held[0] + int(0.8 * copy_bytes(MAKERS["broad"]().bfloat16(), tokens=1, factors=0))
     heard = list[Event]()
     try:
         short = _run_together(day, "short", specs, heard.append)

@@ -11,7 +11,7 @@ from unittest import mock
 from lorainit.config.events import Event
 from lorainit.config.spec import RunSpec
 from lorainit.export import outputs
-from lorainit.model.layers.layer import borrowed
+from lorainit.model.layers.layer import attach_temporarily
 from lorainit.run import run
 from tests.zoo import stock
 from tests.zoo.finding import Case, Tried
@@ -81,7 +81,7 @@ def _witness(tried: Tried) -> Iterator[None]:
     def watched(job: Any, *args: Any, **named: Any) -> Any:
         tried.rows = [sample.ids.long() for sample in job.data.samples]
         tried.before = stock.logits(job.base.model, tried.rows)
-        with borrowed(job.base.model, job.layers):
+        with attach_temporarily(job.base.model, job.layers):
             tried.trained = stock.logits(job.base.model, tried.rows)
         return observe(job, *args, **named)
 

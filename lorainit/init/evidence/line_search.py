@@ -25,7 +25,7 @@ from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.evidence.gradients import gradient_evidence, split_rows
 from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.forward.loss import row_losses
-from lorainit.model.layers.layer import LoRALinear, adapted, attach
+from lorainit.model.layers.layer import LoRALinear, adapted_layers, attach
 from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.devices import make_generator
 
@@ -63,7 +63,7 @@ def search_step(
 
     def loss_at(gamma: float) -> float:
         scale = run.lora.scaling / gamma
-        for layer in adapted(run.model).values():
+        for layer in adapted_layers(run.model).values():
             layer.scale = scale
         loss = calibration_loss(run.model, rows, pad=run.base.pad, device=run.device, budget=budget, regime=regime)
         run.emit(Tick(done=len(tried) + 1, total=len(GAMMAS) + 2))

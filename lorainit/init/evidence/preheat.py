@@ -26,7 +26,7 @@ from lorainit.init.methods.hrp import alive_directions
 from lorainit.model.forward.loss import forward_backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.factors import Factors
-from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.layer import LoRALinear, attach_temporarily
 from lorainit.model.layers.weight import device_of, shape_of
 from lorainit.runtime.devices import make_generator
 
@@ -59,7 +59,7 @@ def preheat(config: HRP, run: Run) -> dict[str, Evidence]:
         name: _adapter(module, ranks[name], config, scale=run.lora.scaling, generator=make_generator(seed, name))
         for name, module in run.targets.items()
     }
-    with borrowed(run.model, layers):
+    with attach_temporarily(run.model, layers):
         losses = _train(layers, steps, config, run)
     facts = {
         "mode": config.preheat_mode,

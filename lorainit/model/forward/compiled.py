@@ -23,7 +23,7 @@ from lorainit.model.layers.layer import LoRALinear
 PAYS_FROM = 2e14
 
 
-def pays(model: nn.Module, *, tokens: int) -> tuple[bool, str]:
+def is_worth_compiling(model: nn.Module, *, tokens: int) -> tuple[bool, str]:
     """Whether a run over so many tokens gets its compilation back, and why or why not.
 
     A function of the work and not of a clock: a resumed run has to choose the same again. Never in

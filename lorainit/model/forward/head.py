@@ -43,7 +43,7 @@ def is_plain(model: Any) -> bool:
     """
     if model not in _PLAIN:
         head = model.get_output_embeddings()
-        _PLAIN[model] = type(head) is nn.Linear and not head.weight.requires_grad and _says_what_it_hears(model, head)
+        _PLAIN[model] = type(head) is nn.Linear and not head.weight.requires_grad and _returns_its_input(model, head)
     return _PLAIN[model]
 
 
@@ -55,7 +55,7 @@ class _Nothing(MoeModelOutputWithPast):
 
 
 @torch.no_grad()
-def _says_what_it_hears(model: Any, head: nn.Linear) -> bool:
+def _returns_its_input(model: Any, head: nn.Linear) -> bool:
     device = head.weight.device
     said = torch.linspace(-100, 100, head.weight.shape[0], dtype=head.weight.dtype, device=device)
     nothing = _Nothing(last_hidden_state=head.weight.new_zeros(1, 1, head.weight.shape[1]))

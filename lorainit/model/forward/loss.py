@@ -31,7 +31,7 @@ class Sums:
     metrics: dict[str, Tensor]
 
 
-def added(total: Sums, part: Sums) -> Sums:
+def add_sums(total: Sums, part: Sums) -> Sums:
     """Both together."""
     metrics = {name: value + part.metrics[name] for name, value in total.metrics.items()}
     return Sums(total.loss + part.loss, total.count + part.count, metrics)
@@ -69,7 +69,7 @@ class NextToken:
 
     def sums(self, model: nn.Module, batch: Batch, counts: list[int]) -> list[Sums]:
         """As `Objective.sums`."""
-        parts = tallies(model, batch, counts)
+        parts = sum_losses_by_adapter(model, batch, counts)
         return [Sums(part.loss, part.tokens, {"mean_token_accuracy": part.correct}) for part in parts]
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -80,7 +80,7 @@ class NextToken:
 NEXT_TOKEN = NextToken()
 
 
-def no_sums(objective: Objective, device: torch.device) -> Sums:
+def zero_sums(objective: Objective, device: torch.device) -> Sums:
     """The sums over no rows."""
     metrics = {name: torch.zeros((), dtype=torch.long, device=device) for name in objective.metrics}
     return Sums(torch.zeros((), device=device), 0, metrics)
@@ -111,7 +111,7 @@ def backward(losses: Sequence[Tensor]) -> None:
 # --- next-token loss -----------------------------------------------------------------------------
 
 
-class Tally(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over the trained tokens of a batch: loss (differentiable), tokens, tokens predicted right."""
 
     loss: Tensor
@@ -119,10 +119,10 @@ class Tally(NamedTuple):
     correct: Tensor
 
 
-class Look(NamedTuple):
+class BatchResult(NamedTuple):
     """What one pass tells of a padded batch: its tally, and on request the logits of one row, length×vocabulary."""
 
-    tally: Tally
+    sums: LossSums
     logits_of_row: Callable[[int], Tensor]
 
 
@@ -132,20 +132,20 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def tally(model: nn.Module, batch: Batch) -> Tally:
+def sum_losses(model: nn.Module, batch: Batch) -> LossSums:
     """Run a batch. Sums, not means: the caller divides by the tokens of the whole effective batch."""
-    losses, correct = _losses(model, batch)
-    return Tally(losses.sum(), len(batch.targets), correct.sum())
+    losses, correct = _token_losses(model, batch)
+    return LossSums(losses.sum(), len(batch.targets), correct.sum())
 
 
-def look(model: Any, batch: Batch) -> Look:
+def run_batch(model: Any, batch: Batch) -> BatchResult:
     """A tally whose logits can be seen too, row by row: with a large vocabulary those of all rows fill memory first.
 
     Where logits are the head's output as it is, they come from this pass. Elsewhere each row is run again when it is
     asked for, by the model as it is then.
     """
     hidden, predicted = _last_hidden(model, batch)
-    losses, correct = _judged(model, batch, hidden, predicted)
+    losses, correct = _losses_from_hidden(model, batch, hidden, predicted)
 
     def logits_of_row(row: int) -> Tensor:
         if predicted is not None:
@@ -153,14 +153,14 @@ def look(model: Any, batch: Batch) -> Look:
         head = model.get_output_embeddings()
         return F.linear(hidden.unflatten(0, batch.ids.shape)[row], head.weight, head.bias)
 
-    return Look(Tally(losses.sum(), len(batch.targets), correct.sum()), logits_of_row)
+    return BatchResult(LossSums(losses.sum(), len(batch.targets), correct.sum()), logits_of_row)
 
 
-def tallies(model: nn.Module, batch: Batch, counts: list[int]) -> list[Tally]:
+def sum_losses_by_adapter(model: nn.Module, batch: Batch, counts: list[int]) -> list[LossSums]:
     """The same for a batch of several adapters' rows: one for each, of its `counts` trained tokens in turn."""
-    losses, correct = _losses(model, batch, counts)
+    losses, correct = _token_losses(model, batch, counts)
     parts = zip(losses.split(counts), correct.split(counts), counts, strict=True)
-    return [Tally(loss.sum(), count, right.sum()) for loss, right, count in parts]
+    return [LossSums(loss.sum(), count, right.sum()) for loss, right, count in parts]
 
 
 def row_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -168,18 +168,18 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     What a row's mean is does not depend on the rows it shares the pass with.
     """
-    losses, _ = _losses(model, batch)
+    losses, _ = _token_losses(model, batch)
     row = batch.predicting // batch.ids.shape[1]
     counts = torch.bincount(row, minlength=len(batch.ids))
     return torch.zeros(len(counts), device=losses.device).index_add(0, row, losses) / counts
 
 
-def _losses(model: Any, batch: Batch, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
+def _token_losses(model: Any, batch: Batch, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
     """Loss of each trained token and whether it is predicted right, in the order of `batch.predicting`."""
-    return _judged(model, batch, *_last_hidden(model, batch), counts)
+    return _losses_from_hidden(model, batch, *_last_hidden(model, batch), counts)
 
 
-def _judged(
+def _losses_from_hidden(
     model: Any, batch: Batch, hidden: Tensor, logits: Tensor | None, counts: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     head = model.get_output_embeddings()

@@ -20,10 +20,10 @@ NO_WINDOW = 3  # what rows are made for where the configuration names none
 # Bytes that a copy in float32 may take in main memory. On a GPU: half of what is free.
 COPY_BYTES = 2 << 30
 
-Lay = Callable[[Sequence[Sample]], Batch]
+MakeBatch = Callable[[Sequence[Sample]], Batch]
 
 
-class Seen(NamedTuple):
+class RowOutputs(NamedTuple):
     """Of each row, tokens×width in float32 on the CPU: what the output head is given, and a gradient.
 
     The gradient is that of a fixed random sum of the values with respect to the row's embeddings.
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     gradients: list[Tensor]
 
 
-def rows_of(model: Any, window: int) -> list[Sample]:
+def make_rows(model: Any, window: int) -> list[Sample]:
     """Rows of more than two windows, of more than one, and of one token; ids are drawn, without special ones."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = {v for c in _configs(model) for n, v in vars(c).items() if "token" in n and isinstance(v, int)}
@@ -47,15 +47,15 @@ def rows_of(model: Any, window: int) -> list[Sample]:
 
 
 @torch.enable_grad()
-def see(
+def run_rows(
     model: Any,
     rows: Sequence[Sample],
-    lay: Lay,
+    make_batch: MakeBatch,
     *,
     size: int,
     regime: Regime,
     only: Callable[[int], bool] = lambda _line: True,
-) -> Seen:
+) -> RowOutputs:
     """Run the rows, at most `size` to a pass.
 
     Args:
@@ -64,7 +64,7 @@ def see(
     """
     values, gradients = dict[int, Tensor](), dict[int, Tensor]()
     for piece in batches(rows, Budget(size), regime):
-        batch = lay(piece)
+        batch = make_batch(piece)
         hidden, leaf = _run(model, batch)
         spans = _spans(piece, batch)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -75,7 +75,7 @@ def see(
         (grad,) = torch.autograd.grad(total, leaf)
         for row, (start, stop) in zip(piece, spans, strict=True):
             gradients[row.line] = grad.flatten(0, -2)[start:stop].float().cpu()
-    return Seen(*([found[row.line] for row in rows] for found in (values, gradients)))
+    return RowOutputs(*([found[row.line] for row in rows] for found in (values, gradients)))
 
 
 def _weights(row: Sample, hidden: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _run(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 # --- how far apart ------------------------------------------------------------------------------
 
 
-def distances(found: Seen, truth: Seen) -> tuple[Tensor, Tensor]:
+def distances(found: RowOutputs, truth: RowOutputs) -> tuple[Tensor, Tensor]:
     """Relative distance at each token of all rows, of the values and of the gradients.
 
     Next to nothing is measured by a tenth of what is usual in its row.
@@ -159,7 +159,7 @@ class Windows(NamedTuple):
     beyond: int = 0
 
 
-def windows_of(model: Any) -> Windows:
+def find_windows(model: Any) -> Windows:
     """Whatever the configurations call a window or a chunk, and modules that have taken the number over."""
     named = [(c, n, v) for c in _configs(model) for n, v in vars(c).items() if _is_window(n, v)]
     text = model.config.get_text_config()
@@ -186,7 +186,7 @@ def _integers(value: Any) -> list[int]:
 
 
 @contextmanager
-def short(windows: Windows) -> Iterator[None]:
+def shorten_windows(windows: Windows) -> Iterator[None]:
     """None of these is longer than `CUT` for as long as the context lasts."""
     try:
         for owner, name, _ in windows.cut:
@@ -210,7 +210,7 @@ def _configs(model: Any) -> list[Any]:
 
 
 @contextmanager
-def in_float32(model: nn.Module, *, copy: bool) -> Iterator[bool]:
+def convert_to_float32(model: nn.Module, *, copy: bool) -> Iterator[bool]:
     """Weights in half precision are float32 for as long as the context lasts, where there is room for a `copy`.
 
     Yields:
@@ -218,7 +218,7 @@ def in_float32(model: nn.Module, *, copy: bool) -> Iterator[bool]:
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
     divided = any(hasattr(t, "full_tensor") for t in model.parameters())
-    if divided or 4 * sum(t.numel() for t in tensors) > (_room(model) if copy else 0):
+    if divided or 4 * sum(t.numel() for t in tensors) > (_copy_bytes(model) if copy else 0):
         yield next(model.parameters()).dtype == torch.float32 and not tensors
         return
     before = [(t, t.data) for t in tensors]
@@ -241,6 +241,6 @@ def in_float32(model: nn.Module, *, copy: bool) -> Iterator[bool]:
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def _room(model: nn.Module) -> int:
+def _copy_bytes(model: nn.Module) -> int:
     device = next(model.parameters()).device
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else COPY_BYTES

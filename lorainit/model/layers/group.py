@@ -39,13 +39,13 @@ class GroupedLinear(nn.Module):
         return low_rank(x, self.base, slots)
 
 
-def grouped(adapters: Sequence[Layers], spans: Spans) -> dict[str, GroupedLinear]:
+def group_layers(adapters: Sequence[Layers], spans: Spans) -> dict[str, GroupedLinear]:
     """For every module that any of these adapters changes, the layer for all of them."""
     bases = {name: layer.base for layers in adapters for name, layer in layers.items()}
     return {name: GroupedLinear(base, [layers.get(name) for layers in adapters], spans) for name, base in bases.items()}
 
 
-class Stand:
+class AdapterSlots:
     """What stands in the places of a model's frozen modules: one adapter's own layers, or a group's.
 
     Putting the same adapters again moves only their spans.
@@ -55,7 +55,7 @@ class Stand:
         self.model = model
         self.spans = Spans()
         self._adapters: list[Layers] = []
-        self._placed: Mapping[str, LoRALinear | GroupedLinear] = {}
+        self._attached: Mapping[str, LoRALinear | GroupedLinear] = {}
 
     def put(self, adapters: list[Layers], spans: Spans) -> None:
         """Place these adapters, each on its span of the tokens to come; a single one gets all of them."""
@@ -64,12 +64,12 @@ class Stand:
             return
         self.clear()
         self._adapters = adapters
-        self._placed = adapters[0] if len(adapters) == 1 else grouped(adapters, self.spans)
-        for name, layer in self._placed.items():
+        self._attached = adapters[0] if len(adapters) == 1 else group_layers(adapters, self.spans)
+        for name, layer in self._attached.items():
             attach(self.model, name, layer)
 
     def clear(self) -> None:
         """The bare base again."""
-        for name, layer in self._placed.items():
+        for name, layer in self._attached.items():
             attach(self.model, name, layer.base)
-        self._adapters, self._placed = [], {}
+        self._adapters, self._attached = [], {}

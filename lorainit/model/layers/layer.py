@@ -110,7 +110,7 @@ class LoRALinear(nn.Module):
         return norms
 
 
-def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers of a model by the base's module names, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
@@ -144,14 +144,14 @@ class Dropout(nn.Module):
 
 def detach(model: nn.Module) -> dict[str, "LoRALinear"]:
     """Take the adapted layers off again; the model is the bare base."""
-    layers = adapted(model)
+    layers = adapted_layers(model)
     for name, layer in layers.items():
         attach(model, name, layer.base)
     return layers
 
 
 @contextmanager
-def borrowed(model: nn.Module, layers: dict[str, LoRALinear]) -> Iterator[None]:
+def attach_temporarily(model: nn.Module, layers: dict[str, LoRALinear]) -> Iterator[None]:
     """The model with these layers in the places of the modules they wrap, for as long as the context lasts."""
     try:
         for name, layer in layers.items():
@@ -163,9 +163,9 @@ def borrowed(model: nn.Module, layers: dict[str, LoRALinear]) -> Iterator[None]:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disable_adapters(model: nn.Module) -> Iterator[None]:
     """The base model itself, for as long as the context lasts."""
-    layers = list(adapted(model).values())
+    layers = list(adapted_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:

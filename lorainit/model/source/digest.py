@@ -17,7 +17,7 @@ SETTLED_SECONDS = 2.0
 SEAL = "base.sha256"
 
 
-def known_sha256(folder: Path, cache: DiskCache) -> str:
+def cached_sha256(folder: Path, cache: DiskCache) -> str:
     """`base_sha256`, from the store where the same files were read before.
 
     The same files: device, inode, size, time of modification and time of change (which no program can set) of each.
@@ -35,7 +35,7 @@ def known_sha256(folder: Path, cache: DiskCache) -> str:
     return digest
 
 
-def seal(folder: Path) -> None:
+def write_digest(folder: Path) -> None:
     """Write beside weights of our own making what they have to hash to."""
     (folder / SEAL).write_text(base_sha256(folder) + "\n")
 

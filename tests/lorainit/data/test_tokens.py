@@ -17,7 +17,7 @@ from lorainit.data.dataset import load, refuse, tokenize
 from lorainit.model.base import open_base
 from lorainit.model.load import load_tokenizer
 from lorainit.model.source import digest
-from lorainit.model.source.digest import base_sha256, known_sha256, require_whole, seal
+from lorainit.model.source.digest import base_sha256, cached_sha256, require_whole, write_digest
 from lorainit.model.source.tokenizer_files import TEMPLATES
 from lorainit.runtime.disk_cache import DiskCache
 from tests.lorainit.conftest import chat, tiny_llama, write_rows
@@ -219,7 +219,7 @@ def base(tmp_path):
 def known(tmp_path):
     said = []
     cache = DiskCache(tmp_path / "cache" / "bases", 1 << 20, said.append)
-    yield lambda folder: known_sha256(folder, cache)
+    yield lambda folder: cached_sha256(folder, cache)
     assert said == []
 
 
@@ -257,7 +257,7 @@ def test_weights_written_just_now_are_not_remembered(base, known, hashed):
 
 
 def test_a_conversion_that_is_not_what_was_written_is_refused(base):
-    seal(base)
+    write_digest(base)
     require_whole(base, base_sha256(base))
     with pytest.raises(UnsupportedModel, match="delete it from the model cache"):
         require_whole(base, "0" * 64)
@@ -279,7 +279,7 @@ def test_a_run_refuses_a_damaged_conversion(spec, bases, base, tmp_path):
     for file in bases["llama"].iterdir():
         if not (base / file.name).exists():
             (base / file.name).write_bytes(file.read_bytes())
-    seal(base)
+    write_digest(base)
     change_a_weight(base)
     with pytest.raises(UnsupportedModel, match="is not what was written"):
         open_base(spec(model={"source": str(base)}), tmp_path / "out", lambda event: None)

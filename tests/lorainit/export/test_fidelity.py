@@ -20,7 +20,7 @@ from lorainit.export.fidelity import HeldOut, held_out, measure, token_losses
 from lorainit.export.peft_adapter import export
 from lorainit.init.initialize import initialize
 from lorainit.model.forward import attention
-from lorainit.model.layers.layer import adapted, weight_of
+from lorainit.model.layers.layer import adapted_layers, weight_of
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets, linear_layers
 from lorainit.run import run
@@ -187,10 +187,10 @@ def an_adapter(folder, out, samples, *, size=0.05, **lora):
     initialize(model, targets, wanted, seed=0, probe=collate(samples[:2], pad=0), on_event=silent)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for layer in adapted(model).values():
+        for layer in adapted_layers(model).values():
             for parameter in layer.trained().values():
                 parameter += size * torch.randn(parameter.shape, generator=generator)
-    export(model, adapted(model), out, root="tests/x")
+    export(model, adapted_layers(model), out, root="tests/x")
     return token_losses(model, HeldOut("training", samples), on_event=silent)
 
 

@@ -10,8 +10,8 @@ from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.init import report
 from lorainit.init.initialize import initialize
-from lorainit.model.forward.loss import logits_of, row_losses, tally
-from lorainit.model.layers.layer import disabled
+from lorainit.model.forward.loss import logits_of, row_losses, sum_losses
+from lorainit.model.layers.layer import disable_adapters
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
@@ -38,7 +38,7 @@ def tiny_gemma2_capped():
 def moved(model, batch):
     """The largest difference, from logits of all rows at once."""
     after = logits_of(model, batch)
-    with disabled(model):
+    with disable_adapters(model):
         before = logits_of(model, batch)
     return float((before - after)[batch.attention.bool()].abs().max())
 
@@ -107,7 +107,7 @@ def test_the_largest_difference_is_that_of_all_rows_and_of_no_padding(model, bat
 
 @pytest.mark.parametrize(("limit", "fitted"), [(9, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
 def test_a_mean_loss_that_does_not_fit_is_looked_at_in_parts(model, batch, limit, fitted):
-    whole = tally(model, batch)
+    whole = sum_losses(model, batch)
     sizes = short_of_memory(model, limit)
     found = report.mean_loss(model, [batch], tick=lambda done: None)
     assert found == pytest.approx(float(whole.loss.detach()) / whole.tokens, rel=1e-5)

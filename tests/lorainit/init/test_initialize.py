@@ -16,7 +16,7 @@ from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.factors import Factors
-from lorainit.model.layers.layer import LoRALinear, adapted
+from lorainit.model.layers.layer import LoRALinear, adapted_layers
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
@@ -75,7 +75,7 @@ def test_report_has_the_shape_of_the_contract(model, probe):
 def test_modules_are_reported_with_true_norms_and_energy(model, probe):
     report = start(model, probe, "pissa")
     for facts in report.modules:
-        layer = adapted(model)[facts["name"]]
+        layer = adapted_layers(model)[facts["name"]]
         W = layer.base.weight
         product = (layer.scale * layer.B @ layer.A).detach()
         assert facts["weight_norm"] == pytest.approx(float(W.norm()), rel=1e-5)
@@ -101,7 +101,7 @@ def test_gradient_alignment_is_the_share_a_first_step_can_follow(model, probe):
     evidence = gradients(model, probe)
     report = start(model, probe, "lora_ga", more={"evidence": evidence})
     for facts in report.modules:
-        layer, G = adapted(model)[facts["name"]], evidence[facts["name"]].gradient.double()
+        layer, G = adapted_layers(model)[facts["name"]], evidence[facts["name"]].gradient.double()
         A, B = layer.A.detach().double(), layer.B.detach().double()
         P_A, P_B = torch.linalg.pinv(A) @ A, B @ torch.linalg.pinv(B)
         outside = (torch.eye(len(P_B)) - P_B) @ G @ (torch.eye(len(P_A)) - P_A)
@@ -118,7 +118,7 @@ def test_expected_first_step_is_what_the_loss_does_along_it(model, probe):
     """The slope against a finite difference of the real loss along the sign of the gradient, Adam's first step."""
     evidence = gradients(model, probe)
     report = start(model, probe, "lora_ga", more={"evidence": evidence, "rate": 1e-6})
-    layers = adapted(model).values()
+    layers = adapted_layers(model).values()
     loss = row_losses(model, probe).mean()
     loss.backward()
     slope = -sum(float(p.grad.abs().sum()) for layer in layers for p in (layer.A, layer.B))
@@ -169,13 +169,13 @@ def test_factors_of_a_module_do_not_depend_on_the_other_targets(bases, probe):
     for wanted in ("all-linear", ["v_proj"]):
         model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
         start(model, probe, "kaiming", wanted)
-        found.append(adapted(model)["model.layers.1.self_attn.v_proj"].A)
+        found.append(adapted_layers(model)["model.layers.1.self_attn.v_proj"].A)
     assert torch.equal(*found)
 
 
 def test_modules_of_one_shape_get_different_random_factors(model, probe):
     start(model, probe, "kaiming")
-    layers = adapted(model)
+    layers = adapted_layers(model)
     one, two = (layers[f"model.layers.{i}.self_attn.q_proj"].A for i in (0, 1))
     assert not torch.equal(one, two)
 
@@ -185,7 +185,7 @@ def test_seed_of_the_method_wins_over_the_runs(bases, probe):
     for seed in (1, 2):
         model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
         report = start(model, probe, {"method": "kaiming", "seed": 9}, seed=seed)
-        found.append(next(iter(adapted(model).values())).A)
+        found.append(next(iter(adapted_layers(model).values())).A)
     assert torch.equal(*found)
     assert report.summary["seed"] == 9
 
@@ -288,7 +288,7 @@ def test_the_seed_changes_exactly_what_is_drawn(bases, probe, method):
     def factors(seed):
         model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
         start(model, probe, method, seed=seed)
-        return [layer.A for layer in adapted(model).values()]
+        return [layer.A for layer in adapted_layers(model).values()]
 
     same = all(torch.equal(one, other) for one, other in zip(factors(0), factors(1), strict=True))
     assert same == (method not in ("kaiming", "gaussian", "orthogonal"))

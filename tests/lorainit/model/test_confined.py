@@ -13,7 +13,7 @@ SAY = "import os, json; os.write(1, json.dumps({}).encode() + b'\\n')"
 
 
 def ask(code: str) -> dict[str, object]:
-    return sandbox._ask([sys.executable, "-c", code])
+    return sandbox._run_child([sys.executable, "-c", code])
 
 
 def test_facts_of_the_child_are_the_answer() -> None:

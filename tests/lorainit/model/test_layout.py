@@ -16,7 +16,7 @@ from transformers import (
 from lorainit.data.batches import Budget, collate, copy_to_device, pack
 from lorainit.data.dataset import Sample
 from lorainit.model.forward import attention, probe
-from lorainit.model.forward.loss import tallies
+from lorainit.model.forward.loss import sum_losses_by_adapter
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import tiny_llama
@@ -80,7 +80,7 @@ def assert_rows_are_as_alone(folder, *, kind=None, attention="eager"):
     passes = probe.batches(rows, Budget(8), layout.regime)
     for piece in passes:
         batch = pack(piece) if layout.rows == "packed" else collate(piece, pad=0)
-        parts = tallies(model, batch, [len(row.ids) - 1 for row in piece])
+        parts = sum_losses_by_adapter(model, batch, [len(row.ids) - 1 for row in piece])
         for part, row in zip(parts, piece, strict=True):
             assert float(part.loss.detach()) == pytest.approx(float(expected[row.line][0]), rel=1e-4)
         torch.stack([part.loss for part in parts]).sum().backward()

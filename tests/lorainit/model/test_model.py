@@ -11,7 +11,7 @@ from lorainit.config.errors import RankTooLarge, SequenceTooLong, UnknownTarget,
 from lorainit.config.spec import Lora
 from lorainit.model import load as module
 from lorainit.model.inspect import inspect
-from lorainit.model.load import check_length, load_model, load_tokenizer, locate
+from lorainit.model.load import check_length, load_model, load_tokenizer, locate_base
 from lorainit.model.source.digest import base_sha256
 from lorainit.model.targets.targets import find_targets, resolve
 from tests.lorainit.conftest import tiny_gpt2, tiny_llama
@@ -69,7 +69,7 @@ def test_a_named_layer_smaller_than_the_rank_is_refused():
 
 
 def test_context_length_is_a_limit(bases, tmp_path):
-    location = locate(str(bases["llama"]), cache=tmp_path)
+    location = locate_base(str(bases["llama"]), cache=tmp_path)
     check_length(location, 256)
     with pytest.raises(SequenceTooLong, match="256"):
         check_length(location, 257)
@@ -85,7 +85,7 @@ def test_context_length_is_a_limit(bases, tmp_path):
 )
 def test_source_that_is_not_there(source, text, tmp_path):
     with pytest.raises(UnsupportedModel, match=text):
-        locate(source, cache=tmp_path)
+        locate_base(source, cache=tmp_path)
 
 
 def test_pickles_are_never_loaded(bases, tmp_path):
@@ -95,7 +95,7 @@ def test_pickles_are_never_loaded(bases, tmp_path):
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UnsupportedModel, match=r"pytorch_model\.bin, and pickles are never loaded"):
-        locate(str(folder), cache=tmp_path)
+        locate_base(str(folder), cache=tmp_path)
 
 
 def test_code_of_a_model_folder_is_never_run(bases, tmp_path):
@@ -157,21 +157,21 @@ def test_gguf_is_converted_once_and_the_losers_of_a_race_use_the_winners_folder(
 
     def lose(path, out):
         monkeypatch.setattr(module, "_convert", _fake_convert)
-        locate(str(file), cache=cache)  # another worker finishes while we convert
+        locate_base(str(file), cache=cache)  # another worker finishes while we convert
         _fake_convert(path, out)
 
     monkeypatch.setattr(module, "_convert", lose)
-    folder = locate(str(file), cache=cache).folder
+    folder = locate_base(str(file), cache=cache).folder
     assert [p.name for p in cache.iterdir()] == [folder.name]
     monkeypatch.setattr(module, "_convert", None)
-    assert locate(str(file), cache=cache).folder == folder
+    assert locate_base(str(file), cache=cache).folder == folder
 
 
 def test_failed_conversion_leaves_nothing_behind(tmp_path):
     file = tmp_path / "x.gguf"
     file.write_bytes(EMPTY_GGUF)
     with pytest.raises(UnsupportedModel, match=r"x\.gguf"):
-        locate(str(file), cache=tmp_path / "cache")
+        locate_base(str(file), cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 

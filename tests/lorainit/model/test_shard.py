@@ -18,7 +18,7 @@ from lorainit.config.errors import TooFewDevices, UnsupportedModel
 from lorainit.config.spec import RunSpec
 from lorainit.init.methods import METHODS
 from lorainit.model.load import load_model
-from lorainit.model.shard import decide, shard
+from lorainit.model.shard import explain_sharding, shard
 from lorainit.run import run
 from lorainit.runtime.distributed.world import World
 from tests.lorainit.contexts import prepared
@@ -287,13 +287,15 @@ def test_left_to_the_machine_a_base_is_divided_where_it_does_not_fit(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
     monkeypatch.setattr(World, "any_rank", lambda self, flag, device: flag or elsewhere)
     devices = {"dtype": torch.float32, "device": torch.device("cuda")}
-    answer = decide(spec(devices=2), bases["llama"], world=World(0, size), **devices)
+    answer = explain_sharding(spec(devices=2), bases["llama"], world=World(0, size), **devices)
     assert ("too much for one of them" in answer, bool(answer)) == (divided, divided)
 
 
 def test_left_to_the_machine_a_cpu_divides_nothing(spec, bases):
     assert (
-        decide(spec(devices=2), bases["llama"], world=World(0, 2), dtype=torch.float32, device=torch.device("cpu"))
+        explain_sharding(
+            spec(devices=2), bases["llama"], world=World(0, 2), dtype=torch.float32, device=torch.device("cpu")
+        )
         == ""
     )
 

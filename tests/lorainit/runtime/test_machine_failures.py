@@ -64,7 +64,7 @@ def test_a_gpu_that_fails_while_one_of_several_is_verified_is_no_verdict_on_any(
 
 def test_a_kernel_that_was_not_built_for_the_gpu_leaves_it_to_another_layout(spec, tmp_path, monkeypatch):
     """The process goes on after it, and the next layout may have no need of that kernel."""
-    see, seen = layout.see, []
+    see, seen = layout.run_rows, []
 
     def once(*args, **named):
         seen.append(torch.is_grad_enabled())
@@ -72,7 +72,7 @@ def test_a_kernel_that_was_not_built_for_the_gpu_leaves_it_to_another_layout(spe
             raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
         return see(*args, **named)
 
-    monkeypatch.setattr(layout, "see", once)
+    monkeypatch.setattr(layout, "run_rows", once)
     heard = []
     run(spec(), tmp_path, heard.append)
     assert any("no kernel image is available" in getattr(event, "message", "") for event in heard)

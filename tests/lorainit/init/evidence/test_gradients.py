@@ -12,7 +12,7 @@ from lorainit.data.dataset import Sample, load
 from lorainit.init.evidence import gradients
 from lorainit.init.evidence.collect import collect
 from lorainit.init.evidence.gradients import mean_gradients
-from lorainit.model.forward.loss import row_losses, tally
+from lorainit.model.forward.loss import row_losses, sum_losses
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from tests.lorainit.conftest import make_tokenizer
@@ -36,7 +36,7 @@ def accumulated(model, targets, samples):
     """The same by plain accumulation in `.grad`: each row's mean loss over its own trained tokens."""
     weights = {name: module.weight.requires_grad_() for name, module in targets.items()}
     for piece in batches(samples, Budget(1)):
-        part = tally(model, collate(piece, pad=0))
+        part = sum_losses(model, collate(piece, pad=0))
         (part.loss / part.tokens).backward()
     found = {name: weight.grad / len(samples) for name, weight in weights.items()}
     for weight in weights.values():

@@ -23,7 +23,7 @@ from lorainit.init.evidence.collect import collect
 from lorainit.init.evidence.pca import PCA, converged, spread_ranks
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
-from lorainit.model.layers.layer import adapted, detach
+from lorainit.model.layers.layer import adapted_layers, detach
 from lorainit.model.load import load_model
 from lorainit.run import run
 from tests.lorainit.contexts import CPU, make_context
@@ -242,7 +242,7 @@ def initialized(bases, rows, base="llama", change=None, **lora):
         on_event=lambda event: None,
     )  # fmt: skip
     g = generator(9)
-    for layer in adapted(context.model).values():
+    for layer in adapted_layers(context.model).values():
         with torch.no_grad():
             layer.B.copy_(0.2 * torch.randn(layer.B.shape, generator=g))
     return context, lora, report
@@ -269,9 +269,9 @@ def test_stock_peft_loads_mixed_ranks_at_one_scale(bases, rows, tmp_path, base, 
     empty = names[base][0]
     context, lora, report = initialized(bases, rows, base, change=without(*names[base]), **scaling)
     assert next(m for m in report.modules if m["name"] == empty)["rank"] == 0
-    largest = export(context.model, adapted(context.model), tmp_path, root="tests/base", ranks=written)
+    largest = export(context.model, adapted_layers(context.model), tmp_path, root="tests/base", ranks=written)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    ranks = {n: len(layer.A) for n, layer in adapted(context.model).items()}
+    ranks = {n: len(layer.A) for n, layer in adapted_layers(context.model).items()}
     assert largest == config["r"] == max(ranks.values())
     pattern = {n: r for n, r in ranks.items() if r not in (0, largest)}
     assert pattern
@@ -315,7 +315,7 @@ def test_scale_of_peft_drifts_with_the_rank_under_rslora_and_ours_does_not(bases
 
     context, lora, report = initialized(bases, rows, alpha=16.0, r=8, use_rslora=True)
     assert len({m["rank"] for m in report.modules}) > 1
-    assert {layer.scale for layer in adapted(context.model).values()} == {lora.scaling} == {asked}
+    assert {layer.scale for layer in adapted_layers(context.model).values()} == {lora.scaling} == {asked}
 
 
 @pytest.mark.parametrize(("base", "written"), [("llama", "padded"), ("llama", "pattern"), ("gpt2", "padded")])

@@ -21,9 +21,9 @@ from lorainit.init.evidence.preheat import preheat_steps
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
 from lorainit.init.methods.hrp import right_directions
-from lorainit.model.forward.loss import tally
+from lorainit.model.forward.loss import sum_losses
 from lorainit.model.layers.factors import Factors
-from lorainit.model.layers.layer import LoRALinear, borrowed
+from lorainit.model.layers.layer import LoRALinear, attach_temporarily
 from lorainit.run import run
 from lorainit.runtime.devices import make_generator
 from tests.lorainit.contexts import make_context, state
@@ -300,10 +300,10 @@ def test_one_sgd_step_is_the_projected_gradient(bases, rows):
     A = torch.linalg.qr(torch.randn(48, 16, generator=make_generator(0, name))).Q.T.contiguous()
     layer = LoRALinear(target, Factors(A=A, B=torch.zeros(32, 16)), scale=s, subtract=False)
     batch = collate(context.samples[:4], pad=0)
-    with borrowed(context.model, {name: layer}):
-        tally(context.model, batch).loss.backward()
+    with attach_temporarily(context.model, {name: layer}):
+        sum_losses(context.model, batch).loss.backward()
     target.weight.requires_grad_()
-    tally(context.model, batch).loss.backward()
+    sum_losses(context.model, batch).loss.backward()
     G = target.weight.grad
     assert not layer.A.grad.any()
     assert torch.allclose(layer.B.grad, s * G @ A.T, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import _rise, initialize
 from lorainit.init.methods import METHODS
 from lorainit.model.forward.loss import logits_of
-from lorainit.model.layers.layer import disabled
+from lorainit.model.layers.layer import disable_adapters
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets, linear_layers
 from lorainit.run import run
@@ -116,7 +116,7 @@ def test_the_start_is_nearer_to_the_full_precision_model_than_nf4_alone(bases, r
     )  # fmt: skip
     with torch.no_grad():
         wanted, start = logits_of(full, batch), logits_of(model, batch)
-        with disabled(model):
+        with disable_adapters(model):
             plain = logits_of(model, batch)
     assert float((start - wanted).norm()) < 0.8 * float((plain - wanted).norm())
     summary = report.summary["quantization_error"]

@@ -16,8 +16,8 @@ from lorainit.init.evidence import Evidence
 from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import initialize
 from lorainit.init.methods.lora_ga import _largest_entry, lora_ga
-from lorainit.model.forward.loss import logits_of, tally
-from lorainit.model.layers.layer import adapted
+from lorainit.model.forward.loss import logits_of, sum_losses
+from lorainit.model.layers.layer import adapted_layers
 from lorainit.model.layers.weight import weight_of
 from tests.lorainit.reference import context, eight_rows, factors_of, loss_of, loss_with, tiny
 
@@ -195,7 +195,7 @@ def pefts(tmp_path_factory):
 
     def train_step():
         for row in eight_rows():
-            part = tally(model, collate([row], pad=0))
+            part = sum_losses(model, collate([row], pad=0))
             (part.loss / part.tokens).backward()
 
     before = logits(model)
@@ -221,7 +221,7 @@ def ours(folder):
     initialize(
         found.model, found.targets, found.lora, seed=0, probe=probe, evidence=evidence, on_event=lambda event: None
     )
-    export(found.model, adapted(found.model), folder, root="tests/tiny")
+    export(found.model, adapted_layers(found.model), folder, root="tests/tiny")
     return before, logits(found.model), logits(PeftModel.from_pretrained(tiny(), folder).eval())
 
 

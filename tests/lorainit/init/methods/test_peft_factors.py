@@ -19,7 +19,7 @@ from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence
 from lorainit.init.evidence.collect import collect
 from lorainit.init.methods import METHODS
-from lorainit.model.layers.layer import LoRALinear, adapted
+from lorainit.model.layers.layer import LoRALinear, adapted_layers
 from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.devices import make_generator
 from tests.lorainit.reference import eight_rows, factors_of, tiny
@@ -47,7 +47,7 @@ def test_olora_of_peft_at_scale_2_reflects_the_base_and_ours_takes_the_leading_p
     left = pefts("olora").get_submodule(f"base_model.model.{Q_PROJ}").base_layer.weight
     assert torch.allclose(left, W - S * leading, atol=1e-5)
     assert float(left.norm()) == pytest.approx(float(W.norm()), rel=1e-4)  # nothing was taken away
-    layer = adapted(ours("olora"))[Q_PROJ]
+    layer = adapted_layers(ours("olora"))[Q_PROJ]
     assert torch.allclose(S * layer.B0 @ layer.A0, leading, atol=1e-5)
     assert float((W - leading).norm()) < 0.9 * float(W.norm())
 
@@ -59,7 +59,7 @@ def test_pissa_of_peft_is_right_at_scale_2_as_ours_is():
     best = U[:, :R] @ torch.diag(spectrum[:R]) @ Vh[:R]
     left = pefts("pissa").get_submodule(f"base_model.model.{Q_PROJ}").base_layer.weight
     assert torch.allclose(left, W - best, atol=1e-5)
-    layer = adapted(ours("pissa"))[Q_PROJ]
+    layer = adapted_layers(ours("pissa"))[Q_PROJ]
     assert torch.allclose(S * layer.B0 @ layer.A0, best, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from lorainit.data.batches import collate, pack
 from lorainit.data.dataset import Sample, load
 from lorainit.model.forward import attention
-from lorainit.model.forward.loss import tally
+from lorainit.model.forward.loss import sum_losses
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer
@@ -169,7 +169,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones_under_stock_atte
             assert choose_layout(model).rows == "packed"
         frozen = model.get_output_embeddings().weight
         moved = [p.requires_grad_() for p in model.parameters() if p is not frozen]
-        part = tally(model, pack(samples) if packed else collate(samples, pad=0))
+        part = sum_losses(model, pack(samples) if packed else collate(samples, pad=0))
         found.append([part.loss.detach(), *torch.autograd.grad(part.loss, moved)])
     for one, two in zip(*found, strict=True):
         assert float((one - two).norm()) <= 2e-6 * float(two.norm())

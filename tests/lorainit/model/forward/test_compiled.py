@@ -69,13 +69,13 @@ def test_a_gpu_that_fails_while_layers_are_compiled_is_not_told_as_a_failed_comp
 
 def test_when_compiling_pays(model, monkeypatch):
     monkeypatch.setattr(compiled, "PAYS_FROM", 1e6)
-    assert not compiled.pays(model, tokens=10**9)[0], "float32"
+    assert not compiled.is_worth_compiling(model, tokens=10**9)[0], "float32"
     model.to(torch.bfloat16)
-    assert compiled.pays(model, tokens=10**9)[0]
-    assert "too short" in compiled.pays(model, tokens=1)[1]
+    assert compiled.is_worth_compiling(model, tokens=10**9)[0]
+    assert "too short" in compiled.is_worth_compiling(model, tokens=1)[1]
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "none")
-    assert "compiler" in compiled.pays(model, tokens=10**9)[1]
+    assert "compiler" in compiled.is_worth_compiling(model, tokens=10**9)[1]
 
 
 @pytest.mark.slow

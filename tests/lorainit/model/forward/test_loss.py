@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.model.forward import head
-from lorainit.model.forward.loss import logits_of, tallies, tally
+from lorainit.model.forward.loss import logits_of, sum_losses, sum_losses_by_adapter
 from lorainit.model.load import load_model
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import make
@@ -20,7 +20,7 @@ from tests.zoo.bases import make
 def test_loss_is_the_models_own_over_the_trained_tokens(bases, rows, base):
     model = load_model(bases[base], dtype=torch.float32, device=torch.device("cpu"))
     batch = collate(load(rows, make_tokenizer(), max_length=256).samples[:5], pad=0)
-    found = tally(model, batch)
+    found = sum_losses(model, batch)
     labels = batch.ids.masked_fill(~batch.trained, -100)
     expected = model(input_ids=batch.ids, attention_mask=batch.attention, labels=labels)
     assert found.tokens == int(batch.trained.sum())
@@ -34,15 +34,15 @@ def test_looking_at_trained_positions_only_leaves_the_model_as_it_was(bases, row
     batch = collate(load(rows, make_tokenizer(), max_length=256).samples[:2], pad=0)
     before = logits_of(model, batch)
     with pytest.raises(IndexError):
-        tally(model, replace(batch, predicting=batch.predicting + batch.ids.numel()))
+        sum_losses(model, replace(batch, predicting=batch.predicting + batch.ids.numel()))
     assert torch.equal(logits_of(model, batch), before)
 
 
 def test_padding_does_not_change_the_loss(bases, rows):
     model = load_model(bases["llama"], dtype=torch.float32, device=torch.device("cpu"))
     samples = load(rows, make_tokenizer(), max_length=256).samples[:6]
-    together = tally(model, collate(samples, pad=0))
-    alone = [tally(model, collate([sample], pad=0)) for sample in samples]
+    together = sum_losses(model, collate(samples, pad=0))
+    alone = [sum_losses(model, collate([sample], pad=0)) for sample in samples]
     assert float(together.loss) == pytest.approx(sum(float(t.loss) for t in alone), rel=1e-5)
     assert together.tokens == sum(t.tokens for t in alone)
 
@@ -66,7 +66,7 @@ def test_logits_in_pieces_are_the_full_loss_and_its_gradient(bases, rows, monkey
 
     monkeypatch.setattr(head, "LOGITS", 3 * 320)
     monkeypatch.setattr(F, "linear", counted)
-    found = tally(model, batch)
+    found = sum_losses(model, batch)
     (ours,) = torch.autograd.grad(found.loss, [embedding])
     assert max(most) == 3  # 0: what the stock forward pass is left to do
     assert sum(most) == len(batch.targets)
@@ -78,8 +78,8 @@ def test_several_adapters_rows_are_summed_apart(bases, rows):
     model = load_model(bases["llama"], dtype=torch.float32, device=torch.device("cpu"))
     samples = load(rows, make_tokenizer(), max_length=256).samples[:5]
     counts = [int(s.trained[1:].sum()) for s in samples]
-    together = tallies(model, collate(samples, pad=0), [counts[0] + counts[1], 0, sum(counts[2:])])
-    apart = [tally(model, collate(part, pad=0)) for part in (samples[:2], samples[2:])]
+    together = sum_losses_by_adapter(model, collate(samples, pad=0), [counts[0] + counts[1], 0, sum(counts[2:])])
+    apart = [sum_losses(model, collate(part, pad=0)) for part in (samples[:2], samples[2:])]
     assert [part.tokens for part in together] == [apart[0].tokens, 0, apart[1].tokens]
     assert float(together[1].loss.detach()) == 0
     for one, two in zip((together[0], together[2]), apart, strict=True):
@@ -113,7 +113,7 @@ def test_a_model_that_stock_peft_wraps_has_the_loss_of_the_whole_adapted_model(k
     batch = collate(load(rows, make_tokenizer(), max_length=64, on_row_error="skip").samples[:3], pad=0)
     labels = batch.ids.masked_fill(~batch.trained, -100)
     expected = wrapped(input_ids=batch.ids, attention_mask=batch.attention, labels=labels).loss
-    found = tally(wrapped, batch)
+    found = sum_losses(wrapped, batch)
     assert float(found.loss.detach()) / found.tokens == pytest.approx(float(expected.detach()), rel=1e-5)
     assert head.is_plain(wrapped) is plain
 
@@ -130,6 +130,6 @@ def test_an_architecture_that_changes_its_logits_gets_the_loss_of_the_changed_on
     batch = collate(load(rows, make_tokenizer(), max_length=256).samples[:3], pad=0)
     labels = batch.ids.masked_fill(~batch.trained, -100)
     expected = model(input_ids=batch.ids, attention_mask=batch.attention, labels=labels).loss
-    found = tally(model, batch)
+    found = sum_losses(model, batch)
     assert float(found.loss) / found.tokens == pytest.approx(float(expected), rel=1e-5)
     assert head.is_plain(model) is (change["final_logit_softcapping"] is None)

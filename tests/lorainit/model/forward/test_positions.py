@@ -11,7 +11,7 @@ from lorainit.context import Request
 from lorainit.data.batches import Budget, any_length, batches, collate, pack
 from lorainit.data.dataset import Sample, load
 from lorainit.init.evidence.gradients import mean_gradients
-from lorainit.model.forward.loss import row_losses, tallies
+from lorainit.model.forward.loss import row_losses, sum_losses_by_adapter
 from lorainit.model.forward.positions import forget_lengths, regime_of
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import load_model
@@ -109,7 +109,7 @@ def test_the_loss_of_rows_of_both_sides_is_that_of_rows_alone(base, rows, lay):
         found = {}
         for piece in batches(samples, Budget(size), regime):
             batch = pack(piece) if lay == "packed" else collate(piece, pad=0)
-            parts = tallies(model, batch, [int(row.trained[1:].sum()) for row in piece])
+            parts = sum_losses_by_adapter(model, batch, [int(row.trained[1:].sum()) for row in piece])
             found |= {row.line: part.loss for row, part in zip(piece, parts, strict=True)}
         return torch.stack([found[row.line] for row in samples])
 

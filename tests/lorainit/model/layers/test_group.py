@@ -15,7 +15,7 @@ from lorainit.config.events import Checkpoint, Done, Metrics
 from lorainit.context import Request
 from lorainit.data.batches import pack
 from lorainit.data.dataset import load
-from lorainit.model.forward.loss import tallies, tally
+from lorainit.model.forward.loss import sum_losses, sum_losses_by_adapter
 from lorainit.model.layers import group
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
@@ -254,13 +254,13 @@ def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(
     samples = load(rows, make_tokenizer(), max_length=256).samples
     adapters = [adapter(model, seed, r=2 + seed % 3) for seed in range(8)]
     parts = [samples[i : i + 1 + i % 3] for i in range(8)]
-    stand = group.Stand(model)
+    stand = group.AdapterSlots(model)
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + sum(len(s.ids) for s in part))
     stand.put(adapters, list(pairwise(ends)))
     counts = [sum(int(s.trained[1:].sum()) for s in part) for part in parts]
-    found = tallies(model, pack([s for part in parts for s in part]), counts)
+    found = sum_losses_by_adapter(model, pack([s for part in parts for s in part]), counts)
     torch.stack([part.loss for part in found]).sum().backward()
     shared = [gradients(layers) for layers in adapters]
     for layers, part, theirs, sums in zip(adapters, parts, shared, found, strict=True):
@@ -268,7 +268,7 @@ def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(
             layer.zero_grad()
         batch = pack(part)
         stand.put([layers], [(0, batch.ids.numel())])
-        solo = tally(model, batch)
+        solo = sum_losses(model, batch)
         solo.loss.backward()
         assert torch.equal(solo.loss, sums.loss)
         for one, two in zip(gradients(layers), theirs, strict=True):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.inspect import inspect
-from lorainit.model.load import load_model, locate
+from lorainit.model.load import load_model, locate_base
 from lorainit.model.source.examine import examine
 from tests.lorainit.conftest import change_json
 from tests.zoo.bases import KINDS, make
@@ -74,7 +74,7 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(kind: str, tmp_path: 
 @pytest.mark.parametrize("kind", TRAIN)
 def test_what_can_be_trained_is_not_refused(kind: str, tmp_path: Path) -> None:
     folder = make(kind, tmp_path / kind)
-    examine(locate(str(folder), cache=tmp_path).folder)
+    examine(locate_base(str(folder), cache=tmp_path).folder)
     load_model(folder, dtype=torch.float32, device=CPU)
 
 

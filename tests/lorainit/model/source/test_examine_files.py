@@ -12,7 +12,7 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.data.chat.encode import Encoder
 from lorainit.data.chat.turns import Span
 from lorainit.model.inspect import inspect
-from lorainit.model.load import load_tokenizer, locate
+from lorainit.model.load import load_tokenizer, locate_base
 from lorainit.model.source.examine import examine
 from lorainit.runtime.refusal import as_unsupported
 from tests.lorainit.conftest import make_tokenizer
@@ -64,7 +64,7 @@ def test_link_to_itself_is_refused(llama: Path) -> None:
 def test_source_that_is_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UnsupportedModel, match="no base model"):
-        locate(str(tmp_path / "loop"), cache=tmp_path)
+        locate_base(str(tmp_path / "loop"), cache=tmp_path)
 
 
 def test_file_too_large_to_read_is_refused_unread(llama: Path) -> None:

@@ -10,7 +10,7 @@ from lorainit.config.errors import SequenceTooLong, UnsupportedModel
 from lorainit.data.chat import tokenizer_time
 from lorainit.data.chat.template import Template
 from lorainit.model.inspect import inspect
-from lorainit.model.load import check_length, load_tokenizer, locate
+from lorainit.model.load import check_length, load_tokenizer, locate_base
 from lorainit.model.source.examine import examine
 from tests.lorainit.conftest import change_json
 from tests.zoo.bases import make
@@ -135,7 +135,7 @@ def test_older_name_of_longrope_is_refused_with_the_newer_one(tmp_path: Path) ->
 )  # fmt: skip
 def test_context_of_a_base_is_stretched_by_dynamic_ntk_only(llama: Path, rope: object, length: int) -> None:
     change_json(llama / "config.json", max_position_embeddings=256, rope_parameters=None, rope_scaling=rope)
-    location = locate(str(llama), cache=llama)
+    location = locate_base(str(llama), cache=llama)
     assert location.max_length == length
     check_length(location, length)
     with pytest.raises(SequenceTooLong, match=rf"above the {length} tokens that"):

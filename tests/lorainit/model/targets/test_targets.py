@@ -28,7 +28,7 @@ from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.layout import choose_layout
-from lorainit.model.load import load_model, skeleton
+from lorainit.model.load import build_skeleton, load_model
 from lorainit.model.targets import peft_support
 from lorainit.model.targets.names import pattern_of
 from lorainit.model.targets.targets import describe, find_targets, resolve, survey
@@ -98,7 +98,7 @@ def skeletons(tmp_path_factory):
 
     def of(kind):
         if kind not in made:
-            made[kind] = skeleton(make(kind, tmp_path_factory.mktemp("bases") / kind))
+            made[kind] = build_skeleton(make(kind, tmp_path_factory.mktemp("bases") / kind))
             experts.install(made[kind])
         return made[kind]
 
