@@ -9,7 +9,7 @@ from typing import Any
 from lorainit.config.events import Event
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, StepSearch
-from lorainit.init.initialize import Known
+from lorainit.init.initialize import CachedStart
 from lorainit.model.layers.factors import Factors
 from lorainit.runtime.disk_cache import DiskCache, raw_bytes
 
@@ -38,12 +38,12 @@ class Cache:
             entry["step"] = entry["step"] and asdict(entry["step"])
         self._disk_cache.write(key, entries)
 
-    def starts(self, key: str) -> dict[str, Known] | None:
+    def starts(self, key: str) -> dict[str, CachedStart] | None:
         """The factors and report entries of all modules under this key."""
         found = self._disk_cache.read(key)
-        return found and {n: Known(Factors(A=e["A"], B=e["B"]), e["facts"]) for n, e in found.items()}
+        return found and {n: CachedStart(Factors(A=e["A"], B=e["B"]), e["facts"]) for n, e in found.items()}
 
-    def keep_starts(self, key: str, starts: Mapping[str, Known]) -> None:
+    def keep_starts(self, key: str, starts: Mapping[str, CachedStart]) -> None:
         """Store them; a failure is a warning."""
         entries = {n: {"A": k.factors.A, "B": k.factors.B, "facts": k.facts} for n, k in starts.items()}
         self._disk_cache.write(key, entries)

@@ -34,7 +34,7 @@ NO_EVIDENCE: Mapping[str, Evidence] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Known:
+class CachedStart:
     """One layer's start as an earlier run found it: its factors and its entry in the report."""
 
     factors: Factors
@@ -50,7 +50,7 @@ def initialize(
     probe: Batch,
     on_event: Callable[[Event], None],
     evidence: Mapping[str, Evidence] = NO_EVIDENCE,
-    known: Mapping[str, Known] | None = None,
+    known: Mapping[str, CachedStart] | None = None,
     calibration: Sequence[Batch] = (),
     weight_decay: float = 0.0,
     rate: float = 0.0,
@@ -104,7 +104,7 @@ def initialize(
     for text in warnings:
         on_event(Message(level="warn", message=text, data={"kind": "init"}))
     summary["warnings"] = warnings
-    report.gate(summary, model)
+    report.check_start(summary, model)
     return Report(summary, modules)
 
 
@@ -124,7 +124,7 @@ def _adapt(
     *,
     lora: Lora,
     seed: int,
-    known: Known | None,
+    known: CachedStart | None,
 ) -> dict[str, Any]:
     config, s = lora.method, lora.scaling
     W = _readable_weight(name, module, needed=config.facts.needs != "none", dora=lora.use_dora)

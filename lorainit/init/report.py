@@ -227,7 +227,7 @@ def _summed(batch: Batch, look: Callable[[Batch], float]) -> float:
     return retry_until_it_fits(lambda: sum(map(look, [batch] if rows == len(batch.ids) else batch.cut(rows))), halve)
 
 
-def gate(summary: dict[str, Any], model: nn.Module) -> None:
+def check_start(summary: dict[str, Any], model: nn.Module) -> None:
     """Add `checks` to the summary; refuse an adapter that does not start where it promised to.
 
     Raises:

@@ -18,7 +18,7 @@ from lorainit.data.dataset import Sample
 from lorainit.init.cache import Cache, data_digest
 from lorainit.init.evidence import Evidence
 from lorainit.init.evidence.collect import collect
-from lorainit.init.initialize import Known, initialize
+from lorainit.init.initialize import CachedStart, initialize
 from lorainit.init.report import mean_loss
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import detach
@@ -58,7 +58,9 @@ def start(run: Run) -> Report:
     report.summary["base_valid_loss"] = _base_valid_loss(run)
     if known is None and report.summary["seconds"] >= WORTH_KEEPING_SECONDS:
         layers = run.layers
-        starts = {m["name"]: Known(Factors(A=layers[m["name"]].A, B=layers[m["name"]].B), m) for m in report.modules}
+        starts = {
+            m["name"]: CachedStart(Factors(A=layers[m["name"]].A, B=layers[m["name"]].B), m) for m in report.modules
+        }
         cache.keep_starts(keys.starts, starts)
     run.report = report
     return report

@@ -86,13 +86,13 @@ def test_evidence_of_few_short_rows_is_halved_by_what_they_make_and_counted(want
     memory = Memory(monkeypatch)
     largest = []
     memory.train = lambda model, *, input_ids, **_named: largest.append(input_ids.numel())
-    look = inputs.look
+    look = inputs.collect_inputs
 
     def look_once(*args, **named):
-        monkeypatch.setattr(moments, "look", look)
+        monkeypatch.setattr(moments, "collect_inputs", look)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(moments, "look", look_once)
+    monkeypatch.setattr(moments, "collect_inputs", look_once)
     cut = run(wanted(lora={"init": init}), tmp_path / "cut", heard.append)
     (fact,) = [fact for fact in told(heard) if TOKENS in fact]
     assert fact[TOKENS] <= max(largest) // 2

@@ -9,7 +9,7 @@ from lorainit.context import Run
 from lorainit.data.batches import batches
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.inputs import calibration_rows, look, shared_inputs
+from lorainit.init.evidence.inputs import calibration_rows, collect_inputs, shared_inputs
 from lorainit.init.evidence.pca import PCA, converged, spread_ranks
 from lorainit.init.methods.eva import alive_directions
 from lorainit.model.layers.experts import ExpertLinear
@@ -43,16 +43,16 @@ def principal_directions(config: EVA, run: Run) -> dict[str, Evidence]:
     widths = {n: min(round(config.rho * run.lora.r), *shape_of(m)) for n, m in run.targets.items()}
     # The directions, and those of the batch before.
     numbers = 2 * sum(widths[g] * shape_of(run.targets[g])[1] for g in dict.fromkeys(leader.values()))
-    memory.require(run, "eva's directions of every layer's inputs", numbers=numbers, device=run.device)
+    memory.require_memory(run, "eva's directions of every layer's inputs", numbers=numbers, device=run.device)
     states = _states(config, run, leader, widths)
-    ranks = _settle(states, leader, widths, pieces, config=config, run=run)
+    ranks = _run_until_converged(states, leader, widths, pieces, config=config, run=run)
     starved = Evidence(starved=True, rows=len(rows))
     return {
         n: _eva_evidence(states[leader[n]], ranks[n], rows=len(rows)) if n in ranks else starved for n in run.targets
     }
 
 
-def _settle(
+def _run_until_converged(
     states: dict[str, PCA],
     leader: dict[str, str],
     widths: dict[str, int],
@@ -67,7 +67,7 @@ def _settle(
     for number in range(1, limit + 1):
         before = {name: state.directions for name, state in states.items()}
         piece = pieces[(number - 1) % len(pieces)]
-        look(run, piece, states, lambda name, X, _: states[name].update(X), tokens=tokens)
+        collect_inputs(run, piece, states, lambda name, X, _: states[name].update(X), tokens=tokens)
         run.emit(Tick(done=number, total=limit))
         if number == len(pieces):
             leader = _without(_starved_experts(states, widths, run), leader, states)

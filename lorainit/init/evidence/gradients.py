@@ -19,7 +19,7 @@ from lorainit.context import Run
 from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.rows import few_rows
+from lorainit.init.evidence.rows import warn_few_rows
 from lorainit.model.forward.loss import NEXT_TOKEN, Objective, backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
@@ -41,7 +41,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]
     rows = calibration_rows(config, run)
     numbers = sum(out * n for out, n in map(shape_of, run.targets.values()))
     what = f"{config.method}'s gradient of every matrix"
-    memory.require(run, what, numbers=numbers, device=torch.device("cpu"))
+    memory.require_memory(run, what, numbers=numbers, device=torch.device("cpu"))
 
     def tick(done: int, total: int) -> None:
         run.emit(Tick(done=done, total=total))
@@ -81,7 +81,7 @@ def calibration_rows(config: LoRAGA | LoRAOne, run: Run) -> Sequence[Sample]:
             param="lora.init",
         )
     if len(rows) < config.samples:
-        run.emit(few_rows(config, len(rows)))
+        run.emit(warn_few_rows(config, len(rows)))
     return rows
 
 

@@ -14,12 +14,12 @@ from lorainit.config.inits import EVA, CorDA
 from lorainit.context import Run
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence.rows import few_rows
+from lorainit.init.evidence.rows import warn_few_rows
 from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.targets.names import listed
 
-See = Callable[[str, Tensor, list[int]], None]
+OnInputs = Callable[[str, Tensor, list[int]], None]
 
 
 def calibration_rows(config: EVA | CorDA, run: Run) -> Sequence[Sample]:
@@ -28,7 +28,7 @@ def calibration_rows(config: EVA | CorDA, run: Run) -> Sequence[Sample]:
     if not rows:
         raise UnsupportedInit("This method looks at rows, and there are none.", param="data.calibration")
     if len(rows) < config.samples:
-        run.emit(few_rows(config, len(rows)))
+        run.emit(warn_few_rows(config, len(rows)))
     return rows
 
 
@@ -58,8 +58,10 @@ def shared_inputs(run: Run, piece: Sequence[Sample]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def look(run: Run, piece: Sequence[Sample], names: Iterable[str], see: See, *, tokens: str) -> None:
-    """One batch; `see(name, X, counts)` gets the chosen tokens' inputs of each named target, tokens×in float32.
+def collect_inputs(
+    run: Run, piece: Sequence[Sample], names: Iterable[str], on_inputs: OnInputs, *, tokens: str
+) -> None:
+    """One batch; `on_inputs(name, X, counts)` gets the chosen tokens' inputs of each named target, tokens×in float32.
 
     `counts`: how many of them are each row's, in turn.
     """
@@ -72,7 +74,7 @@ def look(run: Run, piece: Sequence[Sample], names: Iterable[str], see: See, *, t
         X = x.flatten(0, -2)[wanted].float()
         if not X.isfinite().all():
             raise InitFailed(f"{name}: its inputs are not finite on the calibration rows.", param="lora.init")
-        see(name, X, torch.bincount(positions[wanted] // mask.shape[1], minlength=len(mask)).tolist())
+        on_inputs(name, X, torch.bincount(positions[wanted] // mask.shape[1], minlength=len(mask)).tolist())
 
     with _hooked({name: run.targets[name] for name in names}, select):
         logits_of(run.model, batch)
@@ -96,11 +98,11 @@ def _positions(name: str, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooked(targets: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, input)` before each target runs."""
+def _hooked(targets: dict[str, nn.Module], on_inputs: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `on_inputs(name, input)` before each target runs."""
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: see(name, args[0])
+        return lambda _module, args: on_inputs(name, args[0])
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in targets.items()]
     try:

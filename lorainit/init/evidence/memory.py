@@ -15,7 +15,7 @@ FLOAT = 4
 GIB = 2**30
 
 
-def require(run: Run, what: str, *, numbers: int, device: torch.device) -> None:
+def require_memory(run: Run, what: str, *, numbers: int, device: torch.device) -> None:
     """Refuse what does not fit; of a mixture, say what it takes.
 
     Args:

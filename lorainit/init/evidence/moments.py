@@ -11,7 +11,7 @@ from lorainit.config.inits import CorDA
 from lorainit.context import Run
 from lorainit.data.batches import batches
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.inputs import calibration_rows, look, shared_inputs
+from lorainit.init.evidence.inputs import calibration_rows, collect_inputs, shared_inputs
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import listed
@@ -38,11 +38,11 @@ def second_moments(config: CorDA, run: Run) -> dict[str, Evidence]:
     sides = {g: shape_of(run.targets[g])[1] for g in dict.fromkeys(leader.values())}
     moments: dict[str, Tensor] = {}
     what, numbers = "corda's second moment of every layer's inputs", sum(n * n for n in sides.values())
-    memory.require(run, what, numbers=numbers, device=torch.device("cpu"))
+    memory.require_memory(run, what, numbers=numbers, device=torch.device("cpu"))
     blocks = _blocks(sides, DEVICE_BYTES if run.device.type != "cpu" else None)
     for done, block in enumerate(blocks):
         for number, piece in enumerate(pieces, start=1):
-            look(run, piece, block, partial(_add_moments, moments, config), tokens="all")
+            collect_inputs(run, piece, block, partial(_add_moments, moments, config), tokens="all")
             run.emit(Tick(done=done * len(pieces) + number, total=len(blocks) * len(pieces)))
         for name in moments.keys() & block:
             moments[name] = (moments[name] / len(rows)).cpu()

@@ -53,7 +53,7 @@ def preheat(config: HRP, run: Run) -> dict[str, Evidence]:
     sides = {name: sum(shape_of(module)) for name, module in run.targets.items()}
     # Beside the factors their gradients and the optimizer's two moments.
     numbers = 4 * sum(ranks[name] * side for name, side in sides.items())
-    memory.require(run, "hrp's preheated adapter with its optimizer", numbers=numbers, device=run.device)
+    memory.require_memory(run, "hrp's preheated adapter with its optimizer", numbers=numbers, device=run.device)
     seed = config.seed_for(run.spec.seed)
     layers = {
         name: _adapter(module, ranks[name], config, scale=run.lora.scaling, generator=make_generator(seed, name))

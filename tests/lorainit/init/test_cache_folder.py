@@ -11,7 +11,7 @@ import torch
 
 from lorainit.init.cache import Cache, data_digest
 from lorainit.init.evidence import Evidence, StepSearch
-from lorainit.init.initialize import Known
+from lorainit.init.initialize import CachedStart
 from lorainit.model.layers.factors import Factors
 from lorainit.runtime.disk_cache import make_key
 
@@ -51,7 +51,7 @@ def test_every_field_of_evidence_comes_back(store):
 
 
 def test_starts_come_back(store):
-    given = {"a": Known(Factors(A=torch.ones(1, 2), B=torch.zeros(2, 1)), {"name": "a", "rank": 1, "scale": 0.1})}
+    given = {"a": CachedStart(Factors(A=torch.ones(1, 2), B=torch.zeros(2, 1)), {"name": "a", "rank": 1, "scale": 0.1})}
     store.keep_starts("k", given)
     found = store.starts("k")
     assert found["a"].facts == given["a"].facts
