@@ -27,7 +27,7 @@ from lorainit.train import checkpoint
 from lorainit.train.checkpoint import Restored
 from lorainit.train.loop import train
 from lorainit.train.member import Member
-from lorainit.train.memory import fit
+from lorainit.train.memory import fit_to_memory
 
 
 def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
@@ -88,9 +88,9 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
             yield who, run_errors.to_run_error(error, alone=len(requests) == 1)
     if base is None or not runs:
         return
-    members = fit(base.model, members, lay=base.make_batch, world=world)
+    members = fit_to_memory(base.model, members, make_batch=base.make_batch, world=world)
     names, training, waiting = list(runs), set(runs), dict[int, Ending]()
-    with closing(train(base.model, members, lay=base.make_batch, world=world)) as trained, _closing(waiting):
+    with closing(train(base.model, members, make_batch=base.make_batch, world=world)) as trained, _closing(waiting):
         for ended in trained:
             endings = {names[index]: Ending(runs[names[index]], end) for index, end in ended}
             waiting |= endings
@@ -129,7 +129,7 @@ def _closing(waiting: dict[int, Ending]) -> Iterator[None]:
 def _begin(request: Request, base: Base, *, sharing: int) -> tuple[Run, Restored | None]:
     """Load what this run learns from, and initialize its adapter or take it from a checkpoint."""
     point = request.spec.resume_from
-    known = checkpoint.manifest_of(Path(point)) if point else {}
+    known = checkpoint.read_manifest(Path(point)) if point else {}
     run = prepare(request, base, sharing=sharing, known=known.get("passes"))
     if run.is_rank0:
         outputs.write_spec(run)
@@ -150,7 +150,7 @@ def _begin(request: Request, base: Base, *, sharing: int) -> tuple[Run, Restored
 
 def _resume(run: Run, restored: Restored) -> None:
     """The layers as the checkpoint has them, and the report of the initialization they came from."""
-    run.layers = checkpoint.layers_of(run.targets, run.lora, restored)
+    run.layers = checkpoint.restore_layers(run.targets, run.lora, restored)
     run.report = Report(restored.report, restored.modules)
 
 

@@ -36,13 +36,13 @@ _DAMAGE = (OSError, ValueError, SafetensorError, LookupError, TypeError, Attribu
 class Progress:
     """How far a run is: optimizer steps, non-padding tokens, seconds of training.
 
-    `unsaid`: what the last step found, where the evaluation that is logged with it has not been finished.
+    `unlogged`: what the last step found, where the evaluation that is logged with it has not been finished.
     """
 
     step: int
     tokens: int
     seconds: float
-    unsaid: dict[str, float] = field(default_factory=dict)
+    unlogged: dict[str, float] = field(default_factory=dict)
 
 
 def write(
@@ -154,7 +154,7 @@ def _counts_on_device(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """What the attempt that wrote a checkpoint knew of itself.
 
     Raises:
@@ -209,7 +209,7 @@ def _reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def layers_of(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> dict[str, LoRALinear]:
+def restore_layers(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> dict[str, LoRALinear]:
     """The layers with the checkpoint's factors, instead of initializing again."""
     layers: dict[str, LoRALinear] = {}
     subtract = lora.method.offset == "subtract"

@@ -23,7 +23,7 @@ from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import retry_until_it_fits
 from lorainit.train.checkpoint import Progress, write
-from lorainit.train.member import Member, clip, say_shortage, with_half_the_tokens, with_smaller_evaluations
+from lorainit.train.member import Member, clip, halve_tokens, say_shortage, shrink_evaluations
 from lorainit.train.optimizers import make_optimizer, set_rate
 
 _CHECKPOINT_METRICS = (
@@ -65,7 +65,7 @@ class Course:
             done = member.resumed.progress
             self.step, self.tokens, self._before = done.step, done.tokens, done.seconds
             self._taken = self._saved = done.step
-            self._unsaid = done.unsaid
+            self._unsaid = done.unlogged
             if world.is_rank0:
                 self.log.write_bytes((member.resumed.folder / self.log.name).read_bytes())
         elif world.is_rank0:
@@ -147,14 +147,14 @@ class Course:
         self.repeat_step()
         largest = self.member.largest_pass()
         if len(largest) > 1:
-            self.member = with_half_the_tokens(self.member, largest)
+            self.member = halve_tokens(self.member, largest)
         return len(largest) > 1
 
     def evaluate_smaller(self) -> bool:
         """From here on passes over validation rows are smaller, if they can be."""
         largest = self.member.largest_evaluation()
         if len(largest) > 1:
-            self.member = with_smaller_evaluations(self.member, largest)
+            self.member = shrink_evaluations(self.member, largest)
         return len(largest) > 1
 
     def finish_step(self, evaluate: Evaluate, *, pass_again: Callable[[], None]) -> None:

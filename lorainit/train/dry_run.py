@@ -21,61 +21,61 @@ from lorainit.train.largest import Rows, size_of
 from lorainit.train.member import Member, clip
 from lorainit.train.optimizers import make_optimizer
 
-Lay = Callable[[Sequence[Sample]], Batch]
+MakeBatch = Callable[[Sequence[Sample]], Batch]
 
 
-class Trial(NamedTuple):
+class DryRun(NamedTuple):
     """A pass: the rows of some members, by their number, and whether they learn from it."""
 
     rows: dict[int, list[Sample]]
     learns: bool = True
 
 
-def trials(members: Sequence[Member]) -> Iterator[Trial]:
+def plan_dry_runs(members: Sequence[Member]) -> Iterator[DryRun]:
     """A pass that no pass of training is larger than, and such a one of everybody's validation, unless it is smaller.
 
     Each member's validation rows go alone, and are not learned from, which takes less.
     """
     trained = {who: member.largest_pass() for who, member in enumerate(members)}
-    yield Trial(trained)
+    yield DryRun(trained)
     for who, member in enumerate(members):
         if member.valid is None:
             continue
         packed, largest = member.budget.packed, member.largest_evaluation()
         if not size_of(trained[who], packed=packed).covers(size_of(largest, packed=packed)):
-            yield Trial({who: largest}, learns=False)
+            yield DryRun({who: largest}, learns=False)
 
 
 # --- a pass ---------------------------------------------------------------------------------------
 
 
-def try_pass(slots: AdapterSlots, members: Sequence[Member], trial: Trial, lay: Lay) -> None:
+def try_pass(slots: AdapterSlots, members: Sequence[Member], dry_run: DryRun, make_batch: MakeBatch) -> None:
     """Forward and, where they learn from it, backward, beside what lies there by then."""
-    some = [members[who] for who in trial.rows]
-    lengths = [sum(len(s.ids) for s in rows) for rows in trial.rows.values()]
+    some = [members[who] for who in dry_run.rows]
+    lengths = [sum(len(s.ids) for s in rows) for rows in dry_run.rows.values()]
     slots.put([member.layers for member in some], list(pairwise([0, *accumulate(lengths)])))
     for member in some:
-        _drop(member, "tried" if trial.learns else None)
+        _set_dropout_key(member, "tried" if dry_run.learns else None)
     objective = some[0].objective
-    counts = [sum(map(objective.count, rows)) for rows in trial.rows.values()]
-    kept = [torch.empty_like(parameter) for parameter in _kept(members, trial)]
-    batch = lay([sample for rows in trial.rows.values() for sample in rows])
-    if trial.learns:
+    counts = [sum(map(objective.count, rows)) for rows in dry_run.rows.values()]
+    kept = [torch.empty_like(parameter) for parameter in _allocate_like(members, dry_run)]
+    batch = make_batch([sample for rows in dry_run.rows.values() for sample in rows])
+    if dry_run.learns:
         forward_backward(slots.model, objective, batch, counts)
     else:
         with torch.no_grad():
             objective.sums(slots.model, batch, counts)
     del kept
-    forget(slots, members)
+    clear_model(slots, members)
 
 
-def _kept(members: Sequence[Member], trial: Trial) -> list[Tensor]:
+def _allocate_like(members: Sequence[Member], dry_run: DryRun) -> list[Tensor]:
     """What there will be another one of beside this pass: of everybody, Adam's moments and gradients of passes before.
 
     While validation rows are looked at there are no gradients.
     """
     trained: list[Tensor] = [p for m in members for p in m.parameters]
-    several = trial.learns and any(_may_take_several(member) for member in members)
+    several = dry_run.learns and any(_may_take_several(member) for member in members)
     return trained * (3 if several else 2)
 
 
@@ -87,16 +87,16 @@ def _may_take_several(member: Member) -> bool:
     return member.budget.rows < rows.most or not rows.takes_one_pass(member.budget) or len(kinds) > 1 or None in kinds
 
 
-def forget(slots: AdapterSlots, members: Sequence[Member]) -> None:
+def clear_model(slots: AdapterSlots, members: Sequence[Member]) -> None:
     """The bare base again, and no gradients."""
     slots.clear()
     for member in members:
-        _drop(member, None)
+        _set_dropout_key(member, None)
         for layer in member.layers.values():
             layer.zero_grad()
 
 
-def _drop(member: Member, key: str | None) -> None:
+def _set_dropout_key(member: Member, key: str | None) -> None:
     for layer in member.layers.values():
         layer.dropout.key = key
 
@@ -110,7 +110,7 @@ def try_update(members: Sequence[Member], world: World) -> None:
     Numbers are not tried: gradients are zero here, and factors that an optimizer refuses are told by step 1.
     """
     trained = [parameter for member in members for parameter in member.parameters]
-    with _as_they_were(trained), suppress(NonFiniteLoss):
+    with _restore_afterwards(trained), suppress(NonFiniteLoss):
         optimizers = [make_optimizer(member.recipe, member.layers) for member in members]
         for _ in range(2):
             for parameter in trained:
@@ -124,7 +124,7 @@ def try_update(members: Sequence[Member], world: World) -> None:
 
 
 @contextmanager
-def _as_they_were(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _restore_afterwards(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Afterwards these have the bits that they had, from a copy on the host, and no gradients."""
     before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     try:

@@ -25,12 +25,12 @@ from lorainit.train.checkpoint import Progress
 from lorainit.train.course import Course, Evaluate
 from lorainit.train.member import Member
 
-Lay = Callable[[Sequence[Sample]], Batch]
+MakeBatch = Callable[[Sequence[Sample]], Batch]
 End = Progress | LorainitError
 
 
 def train(
-    model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World
+    model: nn.Module, members: Sequence[Member], *, make_batch: MakeBatch, world: World
 ) -> Generator[list[tuple[int, End]], None, None]:
     """Train the adapters of `members` in place, on a `model` that carries none of them.
 
@@ -56,7 +56,7 @@ def train(
     def attempt(who: int, work: Callable[[Evaluate], None]) -> None:
         course = courses[who]
         try:
-            work(lambda samples: evaluate(slots, course, samples, lay=lay))
+            work(lambda samples: evaluate(slots, course, samples, make_batch=make_batch))
             if course.is_over:
                 ended.append((who, course.progress))
         except Exception as error:
@@ -73,12 +73,12 @@ def train(
                 yield ended
             ended = []
             while courses and not ended:
-                _pass_and_return(slots, list(courses.values()), lay)
+                _compute_gradients(slots, list(courses.values()), make_batch)
                 poisoned = [who for who, course in courses.items() if len(courses) > 1 and course.is_poisoned()]
                 for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
                     attempt(who, courses[who].give_up)
                 for who in list(courses):
-                    again = partial(_pass_and_return, slots, [courses[who]], lay)
+                    again = partial(_compute_gradients, slots, [courses[who]], make_batch)
                     finish = partial(courses[who].finish_step, pass_again=again)
                     attempt(who, courses[who].repeat_step if poisoned else finish)
                     del again, finish
@@ -101,20 +101,20 @@ def _save_all(courses: Sequence[Course]) -> None:
             course.member.on_event(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 
-def _pass_and_return(slots: AdapterSlots, courses: list[Course], lay: Lay) -> None:
+def _compute_gradients(slots: AdapterSlots, courses: list[Course], make_batch: MakeBatch) -> None:
     """Everybody's next step as far as the gradients; where memory runs out in it, it is drawn again in smaller passes.
 
     Memory is in pieces by then, or others use the device: passes are halved, until rows go alone.
     """
     retry_until_it_fits(
-        lambda: _forward_and_backward(slots, courses, lay),
+        lambda: _forward_and_backward(slots, courses, make_batch),
         lambda: max([course.repeat_smaller() for course in courses]),
         world=courses[0].world,
         device=courses[0].parameters[0].device,
     )
 
 
-def _forward_and_backward(slots: AdapterSlots, courses: list[Course], lay: Lay) -> None:
+def _forward_and_backward(slots: AdapterSlots, courses: list[Course], make_batch: MakeBatch) -> None:
     """Everybody's next step as far as the gradients, micro-batch by micro-batch."""
     pieces = [course.draw() for course in courses]
     for number, row in _passes(pieces, courses):
@@ -124,14 +124,14 @@ def _forward_and_backward(slots: AdapterSlots, courses: list[Course], lay: Lay) 
         slots.put([course.member.layers for course in courses], spans)
         for course in courses:
             course.drop_by(number)
-        batch = lay([sample for samples in row for sample in samples])
+        batch = make_batch([sample for samples in row for sample in samples])
         parts = forward_backward(slots.model, objective, batch, counts, [course.wanted for course in courses])
         for course, part in zip(courses, parts, strict=True):
             course.add(number, part)
     for course in courses:
         course.drop_by(None)
         for _ in range(course.count_idle_passes):
-            _pass_along(slots, course, lay)
+            _run_idle_pass(slots, course, make_batch)
 
 
 def _passes(pieces: list[list[list[Sample]]], courses: list[Course]) -> Iterator[tuple[int, list[list[Sample]]]]:
@@ -143,10 +143,10 @@ def _passes(pieces: list[list[list[Sample]]], courses: list[Course]) -> Iterator
             yield number, [rows if kind == wanted else [] for kind, rows in zip(kinds, row, strict=True)]
 
 
-def _pass_along(slots: AdapterSlots, course: Course, lay: Lay) -> None:
+def _run_idle_pass(slots: AdapterSlots, course: Course, make_batch: MakeBatch) -> None:
     """A pass for the sake of the others, who need this process's part of the base: the gradients stay as they are."""
     row, objective = _shortest(course.member.data.samples), course.member.objective
-    batch = lay([row])
+    batch = make_batch([row])
     slots.put([course.member.layers], _spans([batch.ids.numel()]))
     gradients = [p.grad for p in course.parameters]
     course.optimizer.zero_grad()
@@ -164,7 +164,9 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def evaluate(slots: AdapterSlots, course: Course, samples: Sequence[Sample], *, lay: Lay) -> dict[str, float]:
+def evaluate(
+    slots: AdapterSlots, course: Course, samples: Sequence[Sample], *, make_batch: MakeBatch
+) -> dict[str, float]:
     """Loss and accuracy over all these rows, under both names the hosted service uses.
 
     Where memory runs out all of them are looked at again, in smaller passes.
@@ -172,7 +174,7 @@ def evaluate(slots: AdapterSlots, course: Course, samples: Sequence[Sample], *, 
     course.member.on_event(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
     world, device = course.world, course.parameters[0].device
     found = retry_until_it_fits(
-        lambda: _looked_at(slots, course, samples, lay), course.evaluate_smaller, world=world, device=device
+        lambda: _sum_validation(slots, course, samples, make_batch), course.evaluate_smaller, world=world, device=device
     )
     # Together, since a GPU is waited for each time; float64 has all of them exactly.
     count = torch.full_like(found.loss, found.count, dtype=torch.float64)
@@ -185,19 +187,19 @@ def evaluate(slots: AdapterSlots, course: Course, samples: Sequence[Sample], *, 
     return {f"{prefix}_{name}": value for name, value in means.items() for prefix in ("valid", "full_valid")}
 
 
-def _looked_at(slots: AdapterSlots, course: Course, samples: Sequence[Sample], lay: Lay) -> Sums:
+def _sum_validation(slots: AdapterSlots, course: Course, samples: Sequence[Sample], make_batch: MakeBatch) -> Sums:
     """The sums over this process's part of the rows."""
     world, objective = course.world, course.member.objective
     total = zero_sums(objective, course.parameters[0].device)
     every = batches(samples, course.member.evaluation_budget, course.member.regime)
     pieces = world.share(every)
     for done, piece in enumerate(pieces, start=1):
-        batch = lay(piece)
+        batch = make_batch(piece)
         slots.put([course.member.layers], _spans([batch.ids.numel()]))
         (part,) = objective.sums(slots.model, batch, [sum(map(objective.count, piece))])
         total = add_sums(total, part)
         course.member.on_event(Tick(done=done, total=len(pieces)))
     for _ in range(world.count_idle_passes(every)):
         row = _shortest(samples)
-        objective.sums(slots.model, lay([row]), [objective.count(row)])
+        objective.sums(slots.model, make_batch([row]), [objective.count(row)])
     return total

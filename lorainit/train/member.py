@@ -76,7 +76,7 @@ class Member:
         return Rows(self.valid.samples, self.budget.rows).largest_pass(self.evaluation_budget)
 
 
-def with_half_the_tokens(member: Member, largest: Sequence[Sample]) -> Member:
+def halve_tokens(member: Member, largest: Sequence[Sample]) -> Member:
     """The member with half the tokens to a pass, which is said.
 
     Args:
@@ -92,7 +92,7 @@ def with_half_the_tokens(member: Member, largest: Sequence[Sample]) -> Member:
     return replace(member, budget=member.budget._replace(tokens=tokens))
 
 
-def with_smaller_evaluations(member: Member, largest: Sequence[Sample]) -> Member:
+def shrink_evaluations(member: Member, largest: Sequence[Sample]) -> Member:
     """The same for passes over validation rows alone: training has the passes that it had."""
     before, tokens = member.evaluation_budget.half_of(largest)
     text = (

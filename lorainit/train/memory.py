@@ -23,8 +23,8 @@ from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.devices import is_out_of_memory, peak_while, release_memory
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, with_causes
-from lorainit.train.dry_run import Lay, Trial, forget, trials, try_pass, try_update
-from lorainit.train.member import Member, with_half_the_tokens, with_smaller_evaluations
+from lorainit.train.dry_run import DryRun, MakeBatch, clear_model, plan_dry_runs, try_pass, try_update
+from lorainit.train.member import Member, halve_tokens, shrink_evaluations
 
 PARAM = "training"
 # Tokens of the larger of two passes that are measured: beyond a few hundred, memory grows evenly with them.
@@ -33,7 +33,7 @@ SHARE = 0.8  # of a GPU that may be full: the rest is for memory in pieces and f
 STEP = 256
 
 
-def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) -> list[Member]:
+def fit_to_memory(model: nn.Module, members: Sequence[Member], *, make_batch: MakeBatch, world: World) -> list[Member]:
     """The members with passes that fit; the model is set up for the run and left bare.
 
     Raises:
@@ -41,14 +41,14 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
             between devices, the first pass that is tried does not.
     """
     slots, planned = AdapterSlots(model), list(members)
-    if _fails(slots, members, world, partial(try_update, members, world)):
+    if _runs_out_of_memory(slots, members, world, partial(try_update, members, world)):
         raise _too_much_is_trained()
     switches = [member.recipe.gradient_checkpointing for member in members]
-    recomputes = _from_the_start(slots, members, switches, world)
-    members = _measured(slots, planned, lay, world)
-    while failed := _first_that_fails(slots, members, lay, world):
+    recomputes = _recompute_from_start(slots, members, switches, world)
+    members = _measure_tokens(slots, planned, make_batch, world)
+    while failed := _find_first_failure(slots, members, make_batch, world):
         if any(len(rows) > 1 for rows in failed.rows.values()):
-            smaller = with_half_the_tokens if failed.learns else with_smaller_evaluations
+            smaller = halve_tokens if failed.learns else shrink_evaluations
             members = [
                 smaller(m, failed.rows[who]) if len(failed.rows.get(who, ())) > 1 else m
                 for who, m in enumerate(members)
@@ -61,17 +61,17 @@ def fit(model: nn.Module, members: Sequence[Member], *, lay: Lay, world: World) 
                 member.on_shortage()
                 member.on_recompute()
             members = [replace(member, keeps_budget=False) for member in members]
-            members = _measured(slots, members, lay, world, most=[m.budget.tokens for m in planned])
+            members = _measure_tokens(slots, members, make_batch, world, most=[m.budget.tokens for m in planned])
         else:
             raise _too_large()
     if world.in_step:
         _do_not_compile(members)
     elif not recomputes:
-        _compile(slots, members, lay, world)
+        _compile(slots, members, make_batch, world)
     return list(members)
 
 
-def _from_the_start(
+def _recompute_from_start(
     slots: AdapterSlots, members: Sequence[Member], switches: Sequence[bool | str], world: World
 ) -> bool:
     """Whether layers are computed again before anything was tried: where passes are everybody's there is one try."""
@@ -84,7 +84,7 @@ def _from_the_start(
     return False
 
 
-def _fails(
+def _runs_out_of_memory(
     slots: AdapterSlots, members: Sequence[Member], world: World, attempt: Callable[[], None], *, in_step: bool = False
 ) -> bool:
     """Whether any process runs out of memory.
@@ -102,23 +102,27 @@ def _fails(
             raise _too_large_a_part() from error
         failed = True
     if failed:  # outside of the except clause, whose traceback holds what is to be freed
-        forget(slots, members)
+        clear_model(slots, members)
         release_memory()
     return world.any_rank(failed, next(slots.model.parameters()).device)
 
 
-def _first_that_fails(slots: AdapterSlots, members: Sequence[Member], lay: Lay, world: World) -> Trial | None:
-    for trial in trials(members):
-        if _fails(slots, members, world, partial(try_pass, slots, members, trial, lay), in_step=world.in_step):
-            return trial
+def _find_first_failure(
+    slots: AdapterSlots, members: Sequence[Member], make_batch: MakeBatch, world: World
+) -> DryRun | None:
+    for dry_run in plan_dry_runs(members):
+        if _runs_out_of_memory(
+            slots, members, world, partial(try_pass, slots, members, dry_run, make_batch), in_step=world.in_step
+        ):
+            return dry_run
     return None
 
 
 # --- how many tokens fit --------------------------------------------------------------------------
 
 
-def _measured(
-    slots: AdapterSlots, members: Sequence[Member], lay: Lay, world: World, most: Sequence[int] = ()
+def _measure_tokens(
+    slots: AdapterSlots, members: Sequence[Member], make_batch: MakeBatch, world: World, most: Sequence[int] = ()
 ) -> Sequence[Member]:
     """The members with as many tokens to a pass as a GPU holds, from what two small passes take; else as they are.
 
@@ -134,35 +138,35 @@ def _measured(
     seen = list[tuple[int, int]]()
     longest = PROBED // 2 // len(members)  # so that the larger pass has about twice the tokens of the smaller one
     for tokens in (PROBED // 2, PROBED):
-        rows = [_like_the_longest(member, tokens // len(members), longest) for member in members]
-        trial = Trial(dict(enumerate(rows)))
-        note = partial(_note_peak, seen, slots, members, trial, lay)
-        if _fails(slots, members, world, note, in_step=world.in_step):
-            return _with_tokens(members, tokens // 2, most)
+        rows = [_make_long_rows(member, tokens // len(members), longest) for member in members]
+        dry_run = DryRun(dict(enumerate(rows)))
+        note = partial(_record_peak, seen, slots, members, dry_run, make_batch)
+        if _runs_out_of_memory(slots, members, world, note, in_step=world.in_step):
+            return _limit_tokens(members, tokens // 2, most)
     (few, small), (many, large) = seen
     each = max(1.0, (large - small) / (many - few))
     found = many + int((SHARE * torch.cuda.mem_get_info(device)[1] - large) / each)
     agreed = torch.tensor(max(STEP, found // STEP * STEP), device=device)
     world.broadcast([agreed])
-    return _with_tokens(members, int(agreed), most)
+    return _limit_tokens(members, int(agreed), most)
 
 
-def _note_peak(
-    seen: list[tuple[int, int]], slots: AdapterSlots, members: Sequence[Member], trial: Trial, lay: Lay
+def _record_peak(
+    seen: list[tuple[int, int]], slots: AdapterSlots, members: Sequence[Member], dry_run: DryRun, make_batch: MakeBatch
 ) -> None:
     """Add how many tokens this pass has, and how much memory was in use at most while it was made."""
-    peak = peak_while(lambda: try_pass(slots, members, trial, lay))
-    seen.append((sum(len(sample.ids) for rows in trial.rows.values() for sample in rows), peak))
+    peak = peak_while(lambda: try_pass(slots, members, dry_run, make_batch))
+    seen.append((sum(len(sample.ids) for rows in dry_run.rows.values() for sample in rows), peak))
 
 
-def _like_the_longest(member: Member, tokens: int, longest: int) -> list[Sample]:
+def _make_long_rows(member: Member, tokens: int, longest: int) -> list[Sample]:
     """About so many tokens in rows as long as the data's longest, if that is not beyond `longest`; all trained."""
     row = max(member.data.samples, key=lambda sample: len(sample.ids))
     ids = row.ids[:longest]
     return [Sample(row.line, ids, torch.ones(len(ids), dtype=torch.bool))] * (tokens // len(ids))
 
 
-def _with_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) -> list[Member]:
+def _limit_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) -> list[Member]:
     """The members with their parts of so many tokens to a pass; where that is less than was planned it is said."""
     found = []
     for member, planned in zip(members, most or [m.budget.tokens for m in members], strict=True):
@@ -172,7 +176,7 @@ def _with_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) ->
         part = max(1, min(planned, tokens // len(members)))
         if part < planned:
             text = f"A pass holds {part:,} tokens at most: what two small ones took shows that no more fit into memory"
-            _tell([member], "info", text, kind="machine", tokens_per_pass=part)
+            _emit([member], "info", text, kind="machine", tokens_per_pass=part)
         member.on_budget(part)
         found.append(replace(member, budget=member.budget._replace(tokens=part)))
     return found
@@ -184,7 +188,7 @@ def _with_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) ->
 def _recompute(slots: AdapterSlots, members: Sequence[Member], why: str, *, kind: str) -> bool:
     works = recompute(slots.model)
     text = "Gradient checkpointing is on" if works else "Gradient checkpointing is not possible with this architecture"
-    _tell(members, "info" if works else "warn", f"{text}: {why}", kind=kind, gradient_checkpointing=works)
+    _emit(members, "info" if works else "warn", f"{text}: {why}", kind=kind, gradient_checkpointing=works)
     return works
 
 
@@ -212,42 +216,42 @@ def _too_large_a_part() -> OutOfMemory:
     )
 
 
-def _compile(slots: AdapterSlots, members: Sequence[Member], lay: Lay, world: World) -> None:
+def _compile(slots: AdapterSlots, members: Sequence[Member], make_batch: MakeBatch, world: World) -> None:
     """Compile if it was asked for, or if it pays; where it fails the run goes on without and says so."""
     wanted = {member.recipe.compile for member in members}
     chosen, why = True in wanted, "it was asked for"
     if wanted == {"auto"} and world.size == 1:
-        chosen, why = compiled.is_worth_compiling(slots.model, tokens=sum(_tokens(member) for member in members))
+        chosen, why = compiled.is_worth_compiling(slots.model, tokens=sum(_count_tokens(member) for member in members))
     if not chosen:
         return
     compiled.compile_layers(slots.model)
     try:
-        try_pass(slots, members, next(trials(members)), lay)
+        try_pass(slots, members, next(plan_dry_runs(members)), make_batch)
     except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
         if any(is_failed_device(one) or is_kernel_assert(one) for one in with_causes(error)):
             raise  # nothing runs there any more, compiled or not
         compiled.undo(slots.model)
-        forget(slots, members)
+        clear_model(slots, members)
         reason = " ".join(str(error).split())[:300]
         text = f"The decoder layers run uncompiled: compiling them failed with {type(error).__name__}: {reason}"
-        _tell(members, "warn", text, kind="machine", compiled=False)
+        _emit(members, "warn", text, kind="machine", compiled=False)
         return
-    _tell(members, "info", f"The decoder layers are compiled: {why}", kind="machine", compiled=True)
+    _emit(members, "info", f"The decoder layers are compiled: {why}", kind="machine", compiled=True)
 
 
 def _do_not_compile(members: Sequence[Member]) -> None:
     asked = [member for member in members if member.recipe.compile is True]
-    _tell(asked, "warn", "The decoder layers run uncompiled: the base is divided", kind="machine", compiled=False)
+    _emit(asked, "warn", "The decoder layers run uncompiled: the base is divided", kind="machine", compiled=False)
 
 
-def _tokens(member: Member) -> int:
+def _count_tokens(member: Member) -> int:
     samples, batch = member.data.samples, member.recipe.batch_size
     assert batch != "auto"
     per_row = sum(len(s.ids) for s in samples) / len(samples)
     return int(per_row * batch * total_steps(member.recipe, rows=len(samples)))
 
 
-def _tell(members: Sequence[Member], level: str, text: str, **facts: Any) -> None:
+def _emit(members: Sequence[Member], level: str, text: str, **facts: Any) -> None:
     for member in members:
         event = {"level": level, "message": text, "data": facts}
         member.on_event(Message.model_validate(event))

@@ -40,7 +40,7 @@ def test_of_two_passes_that_are_measured_one_has_about_twice_the_tokens(length, 
     row = Sample(1, list(range(length)), torch.ones(length, dtype=torch.bool))
     member = SimpleNamespace(data=SimpleNamespace(samples=[row]))
     small, large = (
-        sum(len(s.ids) for s in memory._like_the_longest(member, tokens // members, memory.PROBED // 2 // members))
+        sum(len(s.ids) for s in memory._make_long_rows(member, tokens // members, memory.PROBED // 2 // members))
         for tokens in (memory.PROBED // 2, memory.PROBED)
     )
     assert 1.8 * small <= large <= 3 * small <= 3 * memory.PROBED // 2

@@ -37,7 +37,7 @@ def test_validation_rows_like_those_of_training_are_not_tried_beside_them():
         )
 
     for lengths, tried in (([[20, 30, 40], [30, 30]], 1), ([[20, 30, 40], [60]], 2), ([[20, 30, 40], [35, 36]], 2)):
-        assert len(list(dry_run.trials([rows_of(*lengths)]))) == tried
+        assert len(list(dry_run.plan_dry_runs([rows_of(*lengths)]))) == tried
 
 
 def test_the_trial_leaves_room_for_what_the_optimizer_will_hold(wanted, tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_run_ends_with_the_bits_that_it_has_without_a_try(wanted, rows, tmp_pa
         micro_batch_size=2,
     )
     tried = run(one, tmp_path / "tried", lambda event: None)
-    monkeypatch.setattr("lorainit.run.fit", lambda _model, members, **_: list(members))
+    monkeypatch.setattr("lorainit.run.fit_to_memory", lambda _model, members, **_: list(members))
     plain = run(one, tmp_path / "plain", lambda event: None)
     assert same(list(adapter(tried).values()), list(adapter(plain).values()))
     (ours, log), (theirs, other) = numbers(tmp_path / "tried"), numbers(tmp_path / "plain")
