@@ -51,8 +51,8 @@ class Run:
     `base`: shared by all runs of a group, and with it device and processes. `samples`: the rows that an initialization
     looks at, those of the calibration file or else of the training file. `passes`, `plan`: as memory has made them.
     `retries`: how often memory ran out. `alone`: no other run shares its process.
-    `layers`: its adapter, once it is initialized; `report`: how. `proof`: how it was shown that stock PEFT reads what
-    this run exports (`lorainit.export.early_check`); None = not shown.
+    `layers`: its adapter, once it is initialized; `report`: how. `early_check`: how it was shown that stock PEFT reads
+    what this run exports (`lorainit.export.early_check`); None = not shown.
     `evidence_tokens`: at most so many in a pass while evidence is collected, None = as `budget` has it.
     """
 
@@ -72,7 +72,7 @@ class Run:
     alone: bool = True
     layers: dict[str, LoRALinear] = field(default_factory=dict)
     report: Report = field(default_factory=lambda: Report({}, []))
-    proof: dict[str, Any] | None = None
+    early_check: dict[str, Any] | None = None
     retries: int = 0
     evidence_tokens: int | None = None
     started: float = field(default_factory=time.monotonic)
@@ -154,7 +154,7 @@ class Run:
         """Memory has run out."""
         self.retries += 1
 
-    def let_go(self) -> None:
+    def release_layers(self) -> None:
         """Keep no part of the base in memory when others let go of it."""
         self.targets.clear()
         self.layers.clear()

@@ -16,7 +16,7 @@ from lorainit.config.spec import RunSpec
 from lorainit.context import Report, Request, Run
 from lorainit.data.dataset import require_readable
 from lorainit.export import early_check, outputs
-from lorainit.export.finish import End, Ending
+from lorainit.export.finish import End, RunFinisher
 from lorainit.init import stage
 from lorainit.model.base import Base, open_base
 from lorainit.prepare import prepare
@@ -89,10 +89,10 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
     if base is None or not runs:
         return
     members = fit_to_memory(base.model, members, make_batch=base.make_batch, world=world)
-    names, training, waiting = list(runs), set(runs), dict[int, Ending]()
+    names, training, waiting = list(runs), set(runs), dict[int, RunFinisher]()
     with closing(train(base.model, members, make_batch=base.make_batch, world=world)) as trained, _closing(waiting):
         for ended in trained:
-            endings = {names[index]: Ending(runs[names[index]], end) for index, end in ended}
+            endings = {names[index]: RunFinisher(runs[names[index]], end) for index, end in ended}
             waiting |= endings
             training -= endings.keys()
             if not training:
@@ -118,7 +118,7 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
 
 
 @contextmanager
-def _closing(waiting: dict[int, Ending]) -> Iterator[None]:
+def _closing(waiting: dict[int, RunFinisher]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -136,7 +136,7 @@ def _begin(request: Request, base: Base, *, sharing: int) -> tuple[Run, Restored
     restored = checkpoint.read(Path(point), recipe=run.recipe) if point else None
     run.emit(run.plan)
     run.emit(Stage(stage="initializing", message=f"Initializing with {run.lora.method.method}"))
-    run.proof = early_check.prove(run, known=known.get("proof"))
+    run.early_check = early_check.check_export_early(run, known=known.get("proof"))
     if restored:
         _resume(run, restored)
     else:

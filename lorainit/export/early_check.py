@@ -38,7 +38,7 @@ _READERS = ("peft", "transformers", "torch")
 _FACTS = ("modules", "max_module_difference", "relative_logit_difference", "arithmetic", "loaders", "seconds")
 
 
-def prove(run: Run, *, known: dict[str, Any] | None = None) -> dict[str, Any] | None:
+def check_export_early(run: Run, *, known: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """Show that stock PEFT reads adapters of this run's layout on this base; the model stays bare.
 
     Args:
@@ -57,7 +57,7 @@ def prove(run: Run, *, known: dict[str, Any] | None = None) -> dict[str, Any] | 
     layout = _layout(run)
     if layout in run.base.early_checks:
         return run.base.early_checks[layout]
-    facts = _agreed(run)
+    facts = _check_on_rank0(run)
     if facts is not None:
         run.base.early_checks[layout] = facts
     return facts
@@ -77,12 +77,12 @@ def _layout(run: Run) -> str:
     )
 
 
-def _agreed(run: Run) -> dict[str, Any] | None:
+def _check_on_rank0(run: Run) -> dict[str, Any] | None:
     """What the leading process finds; where it finds a fault, all of them end."""
     world, error, facts = run.base.world, None, None
     try:
         if world.is_rank0 or run.base.sharded:
-            facts = _tried(run)
+            facts = _try_export(run)
     except LorainitError as fault:
         error = fault
     if world.any_rank(error is not None, run.base.device):
@@ -90,15 +90,15 @@ def _agreed(run: Run) -> dict[str, Any] | None:
     return facts
 
 
-def _tried(run: Run) -> dict[str, Any] | None:
-    layers = trial(run.targets, run.lora, device=run.base.device)
+def _try_export(run: Run) -> dict[str, Any] | None:
+    layers = make_trial_adapter(run.targets, run.lora, device=run.base.device)
     effect = _effect(run, layers)
     if not run.base.world.is_rank0:
         return None
-    with _folder(run.out) as folder:
+    with _temporary_folder(run.out) as folder:
         outputs.write_factors(run, layers, folder)
         layers.clear()
-        result = _compared(run, folder, effect)
+        result = _compare(run, folder, effect)
     if result is None:
         text = "There is no room for a second copy of the base, so stock PEFT reads the adapter at the end only"
         run.emit(Message(level="warn", message=text, data={"kind": "export", "proof": None}))
@@ -118,7 +118,7 @@ def _tried(run: Run) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _folder(out: Path) -> Iterator[Path]:
+def _temporary_folder(out: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=".proof-", dir=out))
     try:
         yield folder
@@ -130,7 +130,7 @@ def _folder(out: Path) -> Iterator[Path]:
 
 
 @torch.no_grad()
-def trial(targets: dict[str, nn.Module], lora: Lora, *, device: torch.device) -> dict[str, LoRALinear]:
+def make_trial_adapter(targets: dict[str, nn.Module], lora: Lora, *, device: torch.device) -> dict[str, LoRALinear]:
     """Layers of the shapes that will be trained, away from their start, with factors of their own.
 
     Where a method spreads ranks over layers, every other layer gets a rank less.
@@ -161,7 +161,7 @@ def _effect(run: Run, layers: dict[str, LoRALinear]) -> Effect:
         if is_machine_failure(error):
             raise
         reset_failed_pass(run.base.model)
-        name = _culprit(run, layers)
+        name = _find_culprit(run, layers)
         raise UnsupportedModel(
             f"The base model does not run with adapted layers ({name}): {check.short(error)}. Leave them out of"
             " target_modules.",
@@ -182,7 +182,7 @@ def _effect(run: Run, layers: dict[str, LoRALinear]) -> Effect:
     return effect
 
 
-def _culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
+def _find_culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
     """The first layer with which alone the model does not run, or the first of all."""
     text = [torch.zeros(2, dtype=torch.long)]
     kinds = {short_name(name, layers[name].base): name for name in reversed(layers)}
@@ -201,11 +201,11 @@ def _culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
 # --- the second base -----------------------------------------------------------------------------
 
 
-def _compared(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
+def _compare(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
     """What the check says on a copy of the base, or None where there is no room for one."""
     for place in run.base.devices_for_copy(tokens=TOKENS, factors=run.plan.trainable_parameters):
         try:
-            return _compared_on(place, run, folder, effect)
+            return _compare_on(place, run, folder, effect)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -213,7 +213,7 @@ def _compared(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
     return None
 
 
-def _compared_on(place: torch.device, run: Run, folder: Path, effect: Effect) -> dict[str, Any]:
+def _compare_on(place: torch.device, run: Run, folder: Path, effect: Effect) -> dict[str, Any]:
     base = run.base.copy_on(place)
     try:
         return check.check(

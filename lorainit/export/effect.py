@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.config.events import OnEvent, Tick
-from lorainit.export.float64 import exact, plain, widened, widest
+from lorainit.export.float64 import compute_in, find_widest_dtype, make_plain_linear, widen_weights
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, attach_temporarily
 from lorainit.runtime.devices import make_generator
@@ -71,7 +71,7 @@ def observe(
     """
     changes = observe_layers(layers, on_event=on_event)
     own = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    dtype = None if divided else widest(model, texts[0])
+    dtype = None if divided else find_widest_dtype(model, texts[0])
     bare, adapted = _both(model, layers, texts, dtype, on_event=on_event)
     noise = None
     if dtype and own.itemsize < torch.float32.itemsize:
@@ -93,8 +93,8 @@ def observe_layers(layers: Mapping[str, LoRALinear], *, on_event: OnEvent) -> di
 def _change(name: str, layer: LoRALinear, width: int) -> Change:
     base, x = layer.base, fixed_rows(name, width).to(layer.A.device)
     try:
-        layer.base = plain(base, torch.float64)
-        with widened(layer, torch.float64):
+        layer.base = make_plain_linear(base, torch.float64)
+        with widen_weights(layer, torch.float64):
             y: Tensor = layer.base(x)
             return _as_change(y, layer(x), transposed=isinstance(base, ExpertLinear) and base.stack.transposed)
     finally:
@@ -118,7 +118,7 @@ def observe_peft(model: nn.Module, ours: Mapping[str, Change]) -> Iterator[tuple
 def _of_peft(name: str, layer: Any) -> Change:
     A = layer.lora_A["default"].weight
     x = fixed_rows(name, A.shape[1]).to(A.device)
-    with widened(layer, torch.float64):
+    with widen_weights(layer, torch.float64):
         return _as_change(layer.base_layer(x), layer(x))
 
 
@@ -126,7 +126,7 @@ def _of_peft(name: str, layer: Any) -> Change:
 def _experts(name: str, layer: Any, ours: Mapping[str, Change]) -> list[tuple[str, Change]]:
     """Of every expert of a parameter that PEFT adapts; those that we leave alone count if PEFT does not."""
     found = []
-    with widened(layer, torch.float64):
+    with widen_weights(layer, torch.float64):
         stored, (left, right, scale) = _whole(layer.get_param()), layer.get_delta_factors("default")
         bias = getattr(layer.get_base_layer(), f"{layer.parameter_name}_bias", None)
         bias = None if bias is None else _whole(bias)
@@ -167,7 +167,7 @@ def fixed_rows(name: str, width: int) -> Tensor:
 def logits_of(model: Any, texts: Sequence[Tensor], *, dtype: torch.dtype | None, on_event: OnEvent) -> list[Tensor]:
     """The model's logits on each text, one at a time, computed in `dtype` (None = as it is); float64 on the CPU."""
     if dtype is not None:
-        with exact(model, dtype):
+        with compute_in(model, dtype):
             return logits_of(model, texts, dtype=None, on_event=on_event)
     device, found = next(model.parameters()).device, []
     for done, ids in enumerate(texts, start=1):

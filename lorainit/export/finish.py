@@ -13,7 +13,7 @@ from lorainit.config.events import Done, Message, Stage
 from lorainit.config.spec import Hyperparameters
 from lorainit.context import Run
 from lorainit.export import outputs
-from lorainit.export.outcome import judge, judge_effect
+from lorainit.export.outcome import find_effect_warnings, find_warnings
 from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.distributed import run_errors
 from lorainit.train.checkpoint import Progress
@@ -22,7 +22,7 @@ End = Done | LorainitError
 Steps = Generator[None, bool, Done]
 
 
-class Ending:
+class RunFinisher:
     """What comes after a run's last step, in two halves: `observe`, which needs the trained model, and `conclude`.
 
     Neither raises what goes wrong: that is the run's end. A `Stopped` is raised.
@@ -33,15 +33,15 @@ class Ending:
         self._end: End | None = None
         self._steps: Steps | None = None
         if isinstance(end, LorainitError):
-            self._set(end)
+            self._end_with(end)
         else:
-            self._steps = _deliver(run, end) if run.is_rank0 else _accompany(run, end)
+            self._steps = _export(run, end) if run.is_rank0 else _follow_rank0(run, end)
 
     def observe(self) -> None:
         """Write the adapter and note what it does to the model, once; nothing of the run holds on to the base then."""
         if self._steps is not None and not self._observed:
             self._observed = True
-            self._go_on(lambda steps: next(steps))
+            self._advance(lambda steps: next(steps))
 
     def conclude(self, *, beside: bool) -> End | None:
         """Verify on a fresh base; None: it is put off, because there is no room for it.
@@ -50,7 +50,7 @@ class Ending:
             beside: others train on the first base, which stays where it is.
         """
         if self._steps is not None:
-            self._go_on(lambda steps: steps.send(beside))
+            self._advance(lambda steps: steps.send(beside))
         return self._end
 
     def close(self) -> None:
@@ -58,31 +58,31 @@ class Ending:
         if self._steps is not None:
             self._steps.close()
 
-    def _go_on(self, further: Callable[[Any], None]) -> None:
+    def _advance(self, further: Callable[[Any], None]) -> None:
         try:
             further(self._steps)
         except StopIteration as over:
-            self._set(over.value)
+            self._end_with(over.value)
         except Exception as error:
-            self._set(run_errors.to_run_error(error, alone=self._run.alone))
+            self._end_with(run_errors.to_run_error(error, alone=self._run.alone))
 
-    def _set(self, end: End) -> None:
+    def _end_with(self, end: End) -> None:
         self._end, self._steps = end, None
-        self._run.let_go()
+        self._run.release_layers()
 
 
-def _deliver(run: Run, progress: Progress) -> Steps:
+def _export(run: Run, progress: Progress) -> Steps:
     """Export and check what has been trained; each yield asks whether the fresh base is to lie beside the first one."""
     out, emit = run.out, run.emit
     outputs.write_metrics(out)
     emit(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
-    with outputs.complete_or_absent(out / "adapter") as folder:
+    with outputs.write_atomically(out / "adapter") as folder:
         outputs.write_adapter(run, folder)
-        seen, check = outputs.observe(run), None
+        seen, check = outputs.observe_adapter(run), None
         while check is None:
-            check = _verified(run, folder, seen, beside=(yield))
+            check = _verify(run, folder, seen, beside=(yield))
         base = run.report.summary.get("base_valid_loss")
-        warnings = judge(out / "metrics.jsonl", **_rates(run.training), base=base) + judge_effect(check)
+        warnings = find_warnings(out / "metrics.jsonl", **_rates(run.training), base=base) + find_effect_warnings(check)
         outputs.write_manifest(run, folder, export_check=check, warnings=warnings)
     for found in warnings:
         emit(Message(level="warn", message=found.message, data={"kind": found.code, **found.data}))
@@ -97,10 +97,10 @@ def _deliver(run: Run, progress: Progress) -> Steps:
     return done
 
 
-def _verified(run: Run, folder: Path, seen: outputs.Observed, *, beside: bool) -> dict[str, Any] | None:
+def _verify(run: Run, folder: Path, seen: outputs.Observed, *, beside: bool) -> dict[str, Any] | None:
     """What the check found; None where there is no room for it beside the base that others train on."""
     if beside and not run.base.has_room_beside(tokens=seen.longest, factors=run.plan.trainable_parameters):
-        _say_put_off(run)
+        _emit_put_off(run)
         return None
     try:
         return outputs.verify(run, folder, seen, beside=beside)
@@ -108,11 +108,11 @@ def _verified(run: Run, folder: Path, seen: outputs.Observed, *, beside: bool) -
         if not (beside and is_out_of_memory(error)):  # it was measured, but others may use the device too
             raise
         run_errors.release_frames(error)
-    _say_put_off(run)
+    _emit_put_off(run)
     return None
 
 
-def _say_put_off(run: Run) -> None:
+def _emit_put_off(run: Run) -> None:
     text = (
         "The training is finished and in a checkpoint. The adapter is verified when those that it is trained together"
         " with are done: there is no room for a second copy of the base beside theirs"
@@ -126,11 +126,11 @@ def _rates(training: Hyperparameters) -> dict[str, float]:
     return {"rate": training.learning_rate, "usual": training.learning_rate / training.learning_rate_multiplier}
 
 
-def _accompany(run: Run, progress: Progress) -> Steps:
+def _follow_rank0(run: Run, progress: Progress) -> Steps:
     """The end of a process that trained along: the leading one writes the adapter, and needs our part to check it."""
     folder = run.out / "adapter"
-    seen = outputs.observe(run) if run.base.sharded else None
+    seen = outputs.observe_adapter(run) if run.base.sharded else None
     beside = yield
     if seen is not None:
-        outputs.verify(run, outputs.unproven(folder), seen, beside=beside)
+        outputs.verify(run, outputs.unverified_folder(folder), seen, beside=beside)
     return Done(adapter=str(folder), trained_tokens=progress.tokens, export_check={}, resources={})

@@ -23,18 +23,18 @@ TRIED = 8  # tokens
 
 
 @torch.no_grad()
-def widest(model: nn.Module, text: Tensor) -> torch.dtype | None:
+def find_widest_dtype(model: nn.Module, text: Tensor) -> torch.dtype | None:
     """float64 where this architecture and this device can compute in it, else float32, else None: `text` is tried."""
     ids = text[None, :TRIED].to(next(model.parameters()).device)
     for dtype in (torch.float64, torch.float32):
-        with suppress(RuntimeError), exact(model, dtype):  # mixed formats, or memory
+        with suppress(RuntimeError), compute_in(model, dtype):  # mixed formats, or memory
             model(input_ids=ids)
             return dtype
     return None
 
 
 @contextmanager
-def exact(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def compute_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """`model` computes in `dtype`, uncompiled and with the attention and experts that transformers gives it.
 
     Embeddings are looked up as they are and widened afterwards: they are the largest weights, and nothing is
@@ -61,7 +61,7 @@ def exact(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def widened(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True) -> Iterator[None]:
+def widen_weights(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True) -> Iterator[None]:
     """The module's floating-point weights in `dtype`, for as long as the context lasts.
 
     Layers in four bits, and those that devices share, are replaced by plain ones with the weight that they stand for.
@@ -81,7 +81,7 @@ def widened(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True) -> I
                 if is_quantized(child) or _is_divided(getattr(child, "weight", None)):
                     before.append((owner._modules, name, child))
         for table, name, held in before:
-            table[name] = plain(held, dtype) if isinstance(held, nn.Module) else _wide(held, dtype)
+            table[name] = make_plain_linear(held, dtype) if isinstance(held, nn.Module) else _wide(held, dtype)
         yield
     finally:
         for table, name, held in before:
@@ -93,7 +93,7 @@ def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
 
 
-def plain(module: Any, dtype: torch.dtype) -> nn.Linear:
+def make_plain_linear(module: Any, dtype: torch.dtype) -> nn.Linear:
     """A linear layer with a module's weight and bias in `dtype`, whatever form that module holds them in."""
     W = weight_of(module).detach().to(dtype)
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
@@ -113,7 +113,7 @@ def _widened_while_it_runs(module: nn.Module, dtype: torch.dtype, *, recurse: bo
     running = ExitStack()
 
     def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        running.enter_context(widened(module, dtype, recurse=recurse))
+        running.enter_context(widen_weights(module, dtype, recurse=recurse))
         # Mamba asks the head for its format before it calls it.
         return inputs if recurse else tuple(_widen(x, dtype) for x in inputs)
 

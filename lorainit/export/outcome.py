@@ -7,10 +7,10 @@ from typing import Any
 from lorainit.config.events import Warned
 
 # What PiSSA and LoRAM needed where the base rate of 1e-3 made a model worse (docs/log.md).
-LOWER = 5
+RATE_DIVISOR = 5
 
 
-def judge(log: Path, *, rate: float, usual: float, base: float | None = None) -> list[Warned]:
+def find_warnings(log: Path, *, rate: float, usual: float, base: float | None = None) -> list[Warned]:
     """The warnings of a run, from the validation losses of its `metrics.jsonl`; none without a validation file.
 
     Args:
@@ -26,7 +26,7 @@ def judge(log: Path, *, rate: float, usual: float, base: float | None = None) ->
     base = start if base is None else base
     if end <= min(base, start):
         return []
-    fifth = rate / LOWER
+    fifth = rate / RATE_DIVISOR
     lower = float(f"{min(fifth, usual):.1e}")
     which = "a fifth" if fifth <= usual else "the default of this base and initialization, instead"
     text = f"The validation loss ended at {end:.4f}, {_above(base, start, end)}"
@@ -45,7 +45,7 @@ def _above(base: float, start: float, end: float) -> str:
     return f"above the {start:.4f} that this run started from, {gained}: training undid what the initialization gained."
 
 
-def judge_effect(export_check: dict[str, Any]) -> list[Warned]:
+def find_effect_warnings(export_check: dict[str, Any]) -> list[Warned]:
     """A warning where the check found that the adapter changes nothing: then it has shown little, and is of no use."""
     if not export_check["without_effect"]:
         return []

@@ -50,14 +50,14 @@ def write_adapter(run: Run, folder: Path) -> None:
         loading=nf4_config(run.base.four_bits.skip) if run.base.four_bits else None,
         unpackable=run.base.four_bits is not None and run.base.four_bits.unpackable,
         dora=run.lora.use_dora,
-        gguf=_gguf(run.spec.model.source),
+        gguf=_gguf_name(run.spec.model.source),
         experts=any(isinstance(layer.base, ExpertLinear) for layer in run.layers.values()),
     )
     peft_adapter.write_json(folder / "init_report.json", {**run.report.summary, "per_module": run.report.modules})
     write_manifest(run, folder, export_check=None)
 
 
-def _gguf(source: str) -> str | None:
+def _gguf_name(source: str) -> str | None:
     """The name of the GGUF file that a source is."""
     path = local_path(source)
     return path.name if path is not None and path.suffix == ".gguf" else None
@@ -69,18 +69,18 @@ def write_factors(run: Run, layers: Mapping[str, LoRALinear], folder: Path) -> i
     return peft_adapter.export(run.base.model, layers, folder, root=run.spec.model.root, ranks=ranks)
 
 
-def unproven(folder: Path) -> Path:
+def unverified_folder(folder: Path) -> Path:
     """Where an adapter lies until it is checked: under a name that nobody takes for a download."""
     return folder.with_name(f".{folder.name}-unproven")
 
 
 @contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
+def write_atomically(folder: Path) -> Iterator[Path]:
     """A folder to write and check an adapter in, which becomes `folder` when the context ends without an error.
 
     Whatever lay at `folder` goes first. A crash leaves nothing there, and an error nothing at all.
     """
-    work = unproven(folder)
+    work = unverified_folder(folder)
     for old in (folder, work):
         shutil.rmtree(old, ignore_errors=True)
     try:
@@ -107,7 +107,7 @@ class Observed:
         return max(len(ids) for ids in [*self.effect.texts, *(sample.ids for sample in self.rows.samples)])
 
 
-def observe(run: Run) -> Observed:
+def observe_adapter(run: Run) -> Observed:
     """Note what the trained adapter does to the base, which stays bare; the run lets go of both."""
     texts = check.prompts(run.data.samples)
     effect = effects.observe(run.base.model, run.layers, texts, divided=bool(run.base.sharded), on_event=run.emit)
@@ -115,7 +115,7 @@ def observe(run: Run) -> Observed:
     if not run.base.sharded:
         with attach_temporarily(run.base.model, run.layers):
             losses = fidelity.token_losses(run.base.model, rows, on_event=run.emit)
-    run.let_go()
+    run.release_layers()
     return Observed(effect, rows, losses)
 
 
@@ -133,12 +133,12 @@ def verify(run: Run, folder: Path, seen: Observed, *, beside: bool) -> dict[str,
     # PEFT measures the weights that a DoRA scales, and takes no parts for that.
     base = run.base.fresh(in_parts=not run.lora.use_dora)
     try:
-        return _compared(run, folder, seen, base, beside=beside)
+        return _compare(run, folder, seen, base, beside=beside)
     finally:
         free_model(base)
 
 
-def _compared(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside: bool) -> dict[str, Any]:
+def _compare(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside: bool) -> dict[str, Any]:
     rows, losses = seen.rows, seen.losses
     result, served = check.check(
         base,
@@ -149,7 +149,7 @@ def _compared(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside
         shard_copy=run.base.shard_copy,
         on_event=run.emit,
     )
-    _tell(result, run.emit)
+    _emit_result(result, run.emit)
     check.require(result)
     if losses is None:
         result["fidelity"] = fidelity.unmeasured(rows, dtype=run.base.dtype, reason=fidelity.DIVIDED, on_event=run.emit)
@@ -187,7 +187,7 @@ def _require_same_loss(facts: dict[str, Any]) -> None:
         )
 
 
-def _tell(result: dict[str, Any], on_event: OnEvent) -> None:
+def _emit_result(result: dict[str, Any], on_event: OnEvent) -> None:
     text = f"Export check: {result['message']}"
     if result["passed"]:
         text = (
@@ -224,7 +224,7 @@ def write_manifest(
         "packages": devices.package_versions(),
         "hardware": devices.describe_machine(),
         "init_report": run.report.summary,
-        "proof": run.proof,
+        "proof": run.early_check,
         "export_check": export_check,
         "warnings": [found.model_dump() for found in warnings],
     }

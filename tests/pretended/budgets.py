@@ -104,7 +104,7 @@ def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     listeners = [watch.hear, *[lambda _: None] * (members - 1)]
     out = folder / f"{case}-{layers}".replace(" ", "-")
     requests = [Request(spec, out / f"{n}", listeners[n]) for n, spec in enumerate(specs)]
-    with suppress(Stopped), mock.patch("lorainit.export.early_check.prove", return_value=None):
+    with suppress(Stopped), mock.patch("lorainit.export.early_check.check_export_early", return_value=None):
         list(run_together(requests))
     return watch.between()
 

@@ -76,7 +76,7 @@ def whole_job(tried: Tried, source: Path, rows: Path, out: Path, events: list[Ev
 @contextmanager
 def _witness(tried: Tried) -> Iterator[None]:
     """Write down what the trained model, and the base in its place, says of the training rows."""
-    observe = outputs.observe
+    observe = outputs.observe_adapter
 
     def watched(job: Any, *args: Any, **named: Any) -> Any:
         tried.rows = [sample.ids.long() for sample in job.data.samples]
@@ -85,5 +85,5 @@ def _witness(tried: Tried) -> Iterator[None]:
             tried.trained = stock.logits(job.base.model, tried.rows)
         return observe(job, *args, **named)
 
-    with mock.patch.object(outputs, "observe", watched):
+    with mock.patch.object(outputs, "observe_adapter", watched):
         yield

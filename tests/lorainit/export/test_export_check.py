@@ -13,9 +13,9 @@ from lorainit.config.events import Done, Message
 from lorainit.config.spec import Lora
 from lorainit.export import outputs
 from lorainit.export.check import check, require
-from lorainit.export.early_check import trial
+from lorainit.export.early_check import make_trial_adapter
 from lorainit.export.effect import observe
-from lorainit.export.float64 import exact, widest
+from lorainit.export.float64 import compute_in, find_widest_dtype
 from lorainit.export.peft_adapter import export
 from lorainit.model.layers import experts
 from lorainit.model.layers.factors import Factors
@@ -42,7 +42,7 @@ def layers_of(model, *, targets="all-linear", step=None, **lora):
     """Layers away from their start: far, or by one small step."""
     wanted = Lora.model_validate({"init": "kaiming", "r": 4, **lora}).resolved()[0]
     found = {name: module for name, module in find_targets(model, targets).items() if min(weight_of(module).shape) >= 4}
-    layers = trial(found, wanted, device=CPU)
+    layers = make_trial_adapter(found, wanted, device=CPU)
     return layers if step is None else {name: stepped(name, layer, step) for name, layer in layers.items()}
 
 
@@ -291,7 +291,7 @@ def test_exact_logits_are_those_of_stock_transformers_in_float64(bases, base, dt
     model = load_model(bases[base], dtype=dtype, device=CPU)
     choose_layout(model)
     with torch.no_grad():
-        with exact(model, torch.float64):
+        with compute_in(model, torch.float64):
             found = model(input_ids=TEXTS[0][None]).logits
         wanted = load_model(bases[base], dtype=dtype, device=CPU).double()(input_ids=TEXTS[0][None]).logits
     assert found.dtype == torch.float64
@@ -302,9 +302,9 @@ def test_a_model_is_bit_for_bit_what_it_was_afterwards_even_after_an_error(bases
     model = load_model(bases["wide-llama"], dtype=BF16, device=CPU, quantization="nf4")
     before = [(name, tensor, tensor.clone()) for name, tensor in model.named_parameters()]
     modules = list(model.named_modules())
-    with suppress(IndexError), exact(model, torch.float64):
+    with suppress(IndexError), compute_in(model, torch.float64):
         model(input_ids=torch.tensor([[10**6]]))
-    assert widest(model, TEXTS[0]) == torch.float64
+    assert find_widest_dtype(model, TEXTS[0]) == torch.float64
     assert list(model.named_modules()) == modules
     after = dict(model.named_parameters())
     for name, tensor, value in before:
@@ -315,7 +315,7 @@ def test_a_model_is_bit_for_bit_what_it_was_afterwards_even_after_an_error(bases
 
 def test_an_architecture_that_cannot_compute_in_float64_is_checked_in_float32(tmp_path):
     base = make("xglm", tmp_path / "base")
-    assert widest(load_model(base, dtype=BF16, device=CPU), TEXTS[0]) == FP32
+    assert find_widest_dtype(load_model(base, dtype=BF16, device=CPU), TEXTS[0]) == FP32
     effect = exported(base, tmp_path / "adapter", dtype=BF16, targets="attention")
     result = checked(base, tmp_path / "adapter", effect, dtype=BF16)
     require(result)

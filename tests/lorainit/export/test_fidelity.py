@@ -311,8 +311,8 @@ def test_a_loss_that_stock_transformers_does_not_find_fails_the_run(spec, tmp_pa
         monkeypatch.setattr(attention, "_mask", lambda queries, before, *_: torch.zeros(queries, before + queries))
         return prove(job, *args, **named)
 
-    prove = early_check.prove  # after the layout was chosen, which would have noticed
-    monkeypatch.setattr(early_check, "prove", begin)
+    prove = early_check.check_export_early  # after the layout was chosen, which would have noticed
+    monkeypatch.setattr(early_check, "check_export_early", begin)
     with pytest.raises(ExportCheckFailed, match="as stock transformers computes it"):
         run(spec("llama", lora={"init": "kaiming"}), tmp_path / "out", lambda event: None)
 

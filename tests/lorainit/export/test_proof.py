@@ -15,7 +15,7 @@ from lorainit.config.events import Message, Metrics, Stage, Tick
 from lorainit.config.spec import Lora
 from lorainit.context import Request
 from lorainit.export import check, early_check, outputs
-from lorainit.export.early_check import trial
+from lorainit.export.early_check import make_trial_adapter
 from lorainit.init import stage as init_stage
 from lorainit.model import base as base_module
 from lorainit.model.layers.layer import LoRALinear
@@ -143,12 +143,12 @@ def test_the_trial_does_something_in_every_layer_whatever_the_method_starts_with
     model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
     for options in ({"init": "kaiming"}, {"init": "loram"}, {"init": "eva"}, {"use_dora": True, "init": "kaiming"}):
         lora = Lora.model_validate({"r": 4, **options}).resolved()[0]
-        for layer in trial(find_targets(model, "all-linear"), lora, device=CPU).values():
+        for layer in make_trial_adapter(find_targets(model, "all-linear"), lora, device=CPU).values():
             assert isinstance(layer, LoRALinear)
             x = torch.randn(64, layer.A.shape[1], generator=torch.Generator().manual_seed(0))
             assert 0.005 < float((layer(x) - layer.base(x)).norm() / x.norm()) < 0.5
             assert (layer.A0 is not None) == (options["init"] == "loram")
-    ranks = {len(layer.A) for layer in trial(find_targets(model, "all-linear"), lora, device=CPU).values()}
+    ranks = {len(layer.A) for layer in make_trial_adapter(find_targets(model, "all-linear"), lora, device=CPU).values()}
     assert ranks == {4}
 
 

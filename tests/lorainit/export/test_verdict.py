@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from lorainit.config.events import Done, Message
-from lorainit.export.outcome import judge
+from lorainit.export.outcome import find_warnings
 from lorainit.progress import Display
 from lorainit.run import run
 from lorainit.train import course
@@ -58,7 +58,7 @@ def test_displaced_start_knows_the_untouched_bases_loss_on_the_validation_rows(s
     ],
 )
 def test_the_end_is_compared_with_the_untouched_base_and_with_the_start(base, start, end, code, tmp_path):
-    found = judge(log(tmp_path / "log", {0: start, 8: end}), rate=1e-3, usual=1e-3, base=base)
+    found = find_warnings(log(tmp_path / "log", {0: start, 8: end}), rate=1e-3, usual=1e-3, base=base)
     assert [one.code for one in found] == ([code] if code else [])
     for one in found:
         assert one.data == {"base": base, "start": start, "end": end, "learning_rate": 2e-4}
@@ -81,11 +81,11 @@ def test_run_that_makes_the_model_better_ends_without_a_warning(spec, tmp_path):
 
 @pytest.mark.parametrize("losses", [{}, {0: 2.0}, {0: 2.0, 4: None}, {0: 2.0, 4: 2.0}, {4: 2.0, 8: 3.0}])
 def test_log_without_two_losses_to_compare_is_no_verdict(losses, tmp_path):
-    assert judge(log(tmp_path / "log", losses), rate=1e-3, usual=1e-3) == []
+    assert find_warnings(log(tmp_path / "log", losses), rate=1e-3, usual=1e-3) == []
 
 
 def test_run_that_was_better_on_its_way_is_told_where(tmp_path):
-    (found,) = judge(log(tmp_path / "log", {0: 2.0, 4: 1.5, 8: 2.5}), rate=1e-3, usual=1e-3)
+    (found,) = find_warnings(log(tmp_path / "log", {0: 2.0, 4: 1.5, 8: 2.5}), rate=1e-3, usual=1e-3)
     assert "learning_rate 0.0002, a fifth" in found.message and "or 4 steps, where the loss was 1.5000" in found.message
 
 
@@ -99,7 +99,7 @@ def test_run_that_was_better_on_its_way_is_told_where(tmp_path):
     ],
 )
 def test_the_advised_rate_is_never_above_the_default(rate, advised, why, tmp_path):
-    (found,) = judge(log(tmp_path / "log", {0: 2.0, 8: 2.5}), rate=rate, usual=1e-3)
+    (found,) = find_warnings(log(tmp_path / "log", {0: 2.0, 8: 2.5}), rate=rate, usual=1e-3)
     assert found.data["learning_rate"] == advised
     assert f"Try learning_rate {advised:g}, {why}." in found.message
 
@@ -114,7 +114,7 @@ def test_run_at_a_rate_far_above_its_default_is_told_the_default(spec, tmp_path,
 
 
 def test_the_last_line_of_the_command_line_is_the_warning(tmp_path):
-    warnings = judge(log(tmp_path / "log", {0: 2.0, 8: 2.5}), rate=1e-3, usual=1e-3)
+    warnings = find_warnings(log(tmp_path / "log", {0: 2.0, 8: 2.5}), rate=1e-3, usual=1e-3)
     check = {"loaders": [{"version": "0"}], "max_abs_logit_difference": 0.0}
     done = Done(adapter="x", trained_tokens=1, export_check=check, resources={}, warnings=warnings)
     shown = io.StringIO()

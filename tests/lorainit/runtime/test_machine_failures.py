@@ -56,7 +56,7 @@ def test_of_several_layers_none_is_blamed_when_the_gpu_fails_in_the_search_for_t
 
 @pytest.mark.parametrize("look", ["PEFT loading the adapter", "the comparison", "what serving keeps"])
 def test_a_gpu_that_fails_while_one_of_several_is_verified_is_no_verdict_on_any(spec, tmp_path, monkeypatch, look):
-    monkeypatch.setattr("lorainit.export.early_check.prove", lambda *_, **__: None)
+    monkeypatch.setattr("lorainit.export.early_check.check_export_early", lambda *_, **__: None)
     monkeypatch.setattr(*LOOKS[look], broken)
     with pytest.raises(UnusableDevice):
         together(alike(spec), tmp_path)

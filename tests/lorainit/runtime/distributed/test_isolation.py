@@ -65,7 +65,7 @@ def put_off(said):
 @pytest.fixture
 def bare(monkeypatch):
     """No proof before the first step: these tests look at the end."""
-    monkeypatch.setattr("lorainit.export.early_check.prove", lambda *_, **__: None)
+    monkeypatch.setattr("lorainit.export.early_check.check_export_early", lambda *_, **__: None)
 
 
 @pytest.fixture
