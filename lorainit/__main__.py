@@ -55,7 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["doctor"]:
         return _doctor(arguments[1:])
     args = _parser().parse_args(arguments)
-    members = [_Member(args.spec, args.out, args.lease), *(_Member(*map(Path, three)) for three in args.member)]
+    members = [
+        _RunArguments(args.spec, args.out, args.lease),
+        *(_RunArguments(*map(Path, three)) for three in args.member),
+    ]
     if args.events_fd is not None or _rank():
         die_with_parent(LEASE_LOST)
     leases = [member.lease for member in members if member.lease]
@@ -69,20 +72,18 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [(spec, member) for spec, member in zip(specs, members, strict=True) if spec is not None]
     if args.events_fd is not None:
         with os.fdopen(args.events_fd, "w", buffering=1) as stream:
-            return _run_with_companions(runs, stop, lambda event: _write(stream, event))
+            return _run_with_peers(runs, stop, lambda event: _write_event(stream, event))
     if _rank():
-        return _run_with_companions(
-            runs, stop, partial(write_peer_failure, args.out)
-        )  # another process of this run speaks
-    from lorainit.progress import Display
+        return _run_with_peers(runs, stop, partial(write_peer_failure, args.out))  # another process of this run speaks
+    from lorainit.progress import ProgressDisplay
 
-    with Display() as display:
-        code = _run_with_companions(runs, stop, partial(_aloud, display.show))
+    with ProgressDisplay() as display:
+        code = _run_with_peers(runs, stop, partial(_show_and_print, display.show))
     display.conclude()
     return code
 
 
-class _Member(NamedTuple):
+class _RunArguments(NamedTuple):
     """One run of the command line: usually the only one."""
 
     spec: Path
@@ -94,7 +95,7 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _companions(runs: list[tuple[RunSpec, _Member]]) -> AbstractContextManager[PeerProcesses]:
+def _start_peers(runs: list[tuple[RunSpec, _RunArguments]]) -> AbstractContextManager[PeerProcesses]:
     """The other processes of a run on several devices, unless this is one of them."""
     spec, member = runs[0]
     if spec.devices == 1 or "RANK" in os.environ:
@@ -125,16 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_with_companions(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent) -> int:
+def _run_with_peers(runs: list[tuple[RunSpec, _RunArguments]], stop: StopRequest, on_event: OnEvent) -> int:
     with ExitStack() as exits:
         try:
-            peers = exits.enter_context(_companions(runs))
+            peers = exits.enter_context(_start_peers(runs))
         except Exception as error:
-            return _fail(error, range(len(runs)), on_event, PeerProcesses())
+            return _emit_failure(error, range(len(runs)), on_event, PeerProcesses())
         return _run(runs, stop, on_event, peers)
 
 
-def _run(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent, peers: PeerProcesses) -> int:
+def _run(runs: list[tuple[RunSpec, _RunArguments]], stop: StopRequest, on_event: OnEvent, peers: PeerProcesses) -> int:
     """Run, and turn every way to end into events and an exit code."""
     code = _run_to_an_end(runs, stop, on_event, peers)
     if code:
@@ -143,58 +144,58 @@ def _run(runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEve
 
 
 def _run_to_an_end(
-    runs: list[tuple[RunSpec, _Member]], stop: StopRequest, on_event: OnEvent, peers: PeerProcesses
+    runs: list[tuple[RunSpec, _RunArguments]], stop: StopRequest, on_event: OnEvent, peers: PeerProcesses
 ) -> int:
     open_runs, failed = set(range(len(runs))), False
-    peers.watch(partial(_end_as, on_event=on_event, peers=peers))
+    peers.watch(partial(_exit_like_peer, on_event=on_event, peers=peers))
     try:
         settings = process_tuning.tune_process()  # loads torch: seconds, and only then the libraries that need it
         process_tuning.keep_compiled_kernels(runs[0][0].cache)
         for who in range(len(runs)):
             on_event(settings.model_copy(update={"member": who}))
-        load()
-        from lorainit.context import Request
+        import_libraries()
+        from lorainit.context import RunRequest
         from lorainit.run import run_together
 
-        heard = _watched(runs[0][0], on_event, peers)
+        watched = _with_watchdog(runs[0][0], on_event, peers)
         requests = [
-            Request(spec, member.out, stop.listener(who, member.lease, heard))
+            RunRequest(spec, member.out, stop.listener(who, member.lease, watched))
             for who, (spec, member) in enumerate(runs)
         ]
         for who, end in run_together(requests):
             open_runs.discard(who)
             if isinstance(end, LorainitError) and not isinstance(end, Dropped):
-                on_event(_last_word(who, end))
+                on_event(_to_failed_event(who, end))
                 failed = True
     except (Stopped, KeyboardInterrupt):
         return STOPPED
     except BrokenPipeError:
         return STOPPED  # nobody listens any more
     except Exception as error:
-        if len(runs) > 1 and _ended_cuda_for_all(error):
+        if len(runs) > 1 and _has_ended_cuda(error):
             traceback.print_exc()
             return FAILED  # without a word about any: each is tried by itself
-        return _fail(error, sorted(open_runs), on_event, peers)
+        return _emit_failure(error, sorted(open_runs), on_event, peers)
     return FAILED if failed else 0
 
 
-def _fail(error: Exception, members: Iterable[int], on_event: OnEvent, peers: PeerProcesses) -> int:
+def _emit_failure(error: Exception, members: Iterable[int], on_event: OnEvent, peers: PeerProcesses) -> int:
     """Tell these members of the run what has ended it, whether it had begun or not."""
-    ours = _in_our_words(error)
+    ours = _translate_error(error)
     if ours is None:
         traceback.print_exception(error)
     is_lost = isinstance(ours, DeviceSilent)
     if (is_lost or ours is None) and (failure := peers.find_failure()):
-        _end_as(failure, on_event, peers)
+        _exit_like_peer(failure, on_event, peers)
     for who in members:
-        on_event(_last_word(who, ours or LorainitError("The run failed for a reason that is ours, not yours.")))
+        on_event(_to_failed_event(who, ours or LorainitError("The run failed for a reason that is ours, not yours.")))
     if is_lost:
         peers.kill()
-        _kill_the_leading_one()
+        _kill_rank0()
     return FAILED
 
 
-def _in_our_words(error: Exception) -> LorainitError | None:
+def _translate_error(error: Exception) -> LorainitError | None:
     """What the library calls it, also before `run_together` has begun, as when a kernel's cache is on a full disk."""
     if isinstance(error, LorainitError):
         return error
@@ -205,11 +206,11 @@ def _in_our_words(error: Exception) -> LorainitError | None:
     return run_errors.translate_error(error)
 
 
-def _last_word(who: int, error: LorainitError) -> Failed:
+def _to_failed_event(who: int, error: LorainitError) -> Failed:
     return Failed(member=who, code=error.code, message=error.message, param=error.param, may_pass=error.may_pass)
 
 
-def load() -> None:
+def import_libraries() -> None:
     """Import all that a run needs; what has to be set before torch is loaded has been set."""
     # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -220,7 +221,7 @@ def load() -> None:
     disable_progress_bar()
 
 
-def _end_as(failure: PeerFailure, on_event: OnEvent, peers: PeerProcesses) -> None:
+def _exit_like_peer(failure: PeerFailure, on_event: OnEvent, peers: PeerProcesses) -> None:
     """Leave at once, as another process of this run has left, so that whoever waits for us learns why."""
     peers.kill()
     if failure.code in (LEASE_LOST, STOPPED):
@@ -234,7 +235,7 @@ def _end_as(failure: PeerFailure, on_event: OnEvent, peers: PeerProcesses) -> No
     os._exit(FAILED)
 
 
-def _watched(spec: RunSpec, on_event: OnEvent, peers: PeerProcesses) -> OnEvent:
+def _with_watchdog(spec: RunSpec, on_event: OnEvent, peers: PeerProcesses) -> OnEvent:
     """`on_event` of a run of several processes, which ends when nothing happens any more."""
     if spec.devices == 1:
         return on_event
@@ -242,42 +243,42 @@ def _watched(spec: RunSpec, on_event: OnEvent, peers: PeerProcesses) -> OnEvent:
     def give_up() -> None:
         if not _rank() and peers.have_ended:
             return  # what this process does alone, nobody waits for
-        on_event(watchdog.timeout_failure(lasting.time_limit))
+        on_event(watchdog.timeout_failure(timer.time_limit))
         peers.kill()
-        _kill_the_leading_one()
+        _kill_rank0()
         os._exit(FAILED)
 
-    lasting = watchdog.Watchdog()
-    watchdog.start(lasting, give_up)
+    timer = watchdog.Watchdog()
+    watchdog.start(timer, give_up)
 
     def listen(event: Event) -> None:
-        lasting.reset(event)
+        timer.reset(event)
         on_event(event)
 
     return listen
 
 
-def _ended_cuda_for_all(error: Exception) -> bool:
+def _has_ended_cuda(error: Exception) -> bool:
     from lorainit.runtime import machine_errors
 
     return machine_errors.is_kernel_assert(error)
 
 
-def _kill_the_leading_one() -> None:
+def _kill_rank0() -> None:
     """If this is another one of a run that we started: the leading one may be what hangs, and nobody else sees that."""
     if _rank() and RENDEZVOUS in os.environ:
         time.sleep(EXIT_SECONDS)
         os.kill(os.getppid(), signal.SIGKILL)
 
 
-def _aloud(show: OnEvent, event: Event) -> None:
+def _show_and_print(show: OnEvent, event: Event) -> None:
     """On the command line a failure is said on stderr, too; a supervisor logs that, and the words may quote rows."""
     show(event)
     if isinstance(event, Failed):
         print(f"{event.code}: {event.message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the command line
 
 
-def _write(stream: TextIO, event: Event) -> None:
+def _write_event(stream: TextIO, event: Event) -> None:
     stream.write(event.model_dump_json() + "\n")
 
 

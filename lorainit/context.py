@@ -1,6 +1,6 @@
 """One run from its spec to its adapter: everything that it works with, in one object with a lifetime.
 
-`Request` is what somebody asks for. `lorainit.prepare` makes a `Run` of it once, fully resolved, and everybody after
+`RunRequest` is what somebody asks for. `lorainit.prepare` makes a `Run` of it once, fully resolved, and everybody after
 that is handed the run: initialization, training, export. What they find out is put back into it. `emit` is the only
 way in which a run speaks.
 """
@@ -28,7 +28,7 @@ from lorainit.runtime.retry import any_rank
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """One run of a group: its spec, a folder of its own (made if absent), and who is told."""
 
     spec: RunSpec

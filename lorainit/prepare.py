@@ -15,7 +15,7 @@ from lorainit.config.model_facts import LeftOut
 from lorainit.config.resolve import resolve, steps_per_epoch, total_steps
 from lorainit.config.spec import Choice, Hyperparameters, Lora, RunSpec
 from lorainit.config.target_modules import describe_left_out
-from lorainit.context import Request, Run
+from lorainit.context import Run, RunRequest
 from lorainit.data.dataset import Dataset, Sample, name_of, refuse
 from lorainit.data.formats.rows import KEPT_PROBLEMS
 from lorainit.data.tokens import load_cached
@@ -30,7 +30,7 @@ from lorainit.model.targets.targets import resolve as resolve_targets
 from lorainit.runtime import devices
 
 
-def prepare(request: Request, base: Base, *, sharing: int = 1, known: dict[str, Any] | None = None) -> Run:
+def prepare(request: RunRequest, base: Base, *, sharing: int = 1, known: dict[str, Any] | None = None) -> Run:
     """Load and check everything.
 
     Args:
@@ -54,7 +54,7 @@ def prepare(request: Request, base: Base, *, sharing: int = 1, known: dict[str, 
     training, more = resolve(asked, rows=len(data.samples), model=model_ref, method=lora.method)
     for choice in [*choices, *decided_here, *more]:
         name = choice.param.removeprefix("training.")
-        _say(emit, f"{name} = {choice.value} ({choice.reason})", **choice.model_dump())
+        _emit_choice(emit, f"{name} = {choice.value} ({choice.reason})", **choice.model_dump())
 
     model = base.load(emit)
     for rows in filter(None, (data, valid, calibration)):
@@ -176,7 +176,7 @@ def _report_left_out(left_out: list[LeftOut], targets: dict[str, nn.Module], on_
         on_event(Message(level="warn", message=describe_left_out(left_out, adapted), data=data))
 
 
-def _say(on_event: OnEvent, text: str, **facts: Any) -> None:
+def _emit_choice(on_event: OnEvent, text: str, **facts: Any) -> None:
     on_event(Message(message=text, data={"kind": "data", **facts}))
 
 

@@ -7,7 +7,7 @@ from rich.text import Text
 from lorainit.config.events import Done, Event, InitReport, Message, Metrics, Plan, Stage, Tick
 
 
-class Display:
+class ProgressDisplay:
     """Draws on stderr while it is entered; `conclude` says where the adapter lies."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -20,7 +20,7 @@ class Display:
         self.task: TaskID | None = None
         self.done: list[Done] = []
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "ProgressDisplay":
         self.progress.start()
         return self
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Done, InitReport, OnEvent, Stage
 from lorainit.config.spec import RunSpec
-from lorainit.context import Report, Request, Run
+from lorainit.context import Report, Run, RunRequest
 from lorainit.data.dataset import require_readable
 from lorainit.export import early_check, outputs
 from lorainit.export.finish import End, RunFinisher
@@ -44,14 +44,14 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
     Raises:
         LorainitError: one of its subclasses, for everything a caller could have caused or can fix.
     """
-    for _, end in run_together([Request(spec, Path(out), on_event)]):
+    for _, end in run_together([RunRequest(spec, Path(out), on_event)]):
         if isinstance(end, Done):
             return end
         raise end
     raise AssertionError("a run has an end")
 
 
-def run_together(requests: Sequence[Request]) -> Iterator[tuple[int, End]]:
+def run_together(requests: Sequence[RunRequest]) -> Iterator[tuple[int, End]]:
     """Run several specs on one base in one forward pass; yield each one's index and end as soon as it is there.
 
     Each gives the adapter that it would give alone. What goes wrong in one run's own work ends that run and is
@@ -68,12 +68,12 @@ def run_together(requests: Sequence[Request]) -> Iterator[tuple[int, End]]:
         run_errors.raise_listener_errors(),
         devices.make_reproducible(first.seed, deterministic=first.deterministic),
         join_world(devices.pick_device()) as world,
-        closing(_together(requests, world)) as ends,
+        closing(_run_group(requests, world)) as ends,
     ):
         yield from ends
 
 
-def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int, End], None, None]:
+def _run_group(requests: Sequence[RunRequest], world: World) -> Generator[tuple[int, End], None, None]:
     base, runs, members = None, dict[int, Run](), list[Member]()
     for who, request in enumerate(requests):
         try:
@@ -90,7 +90,7 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
         return
     members = fit_to_memory(base.model, members, make_batch=base.make_batch, world=world)
     names, training, waiting = list(runs), set(runs), dict[int, RunFinisher]()
-    with closing(train(base.model, members, make_batch=base.make_batch, world=world)) as trained, _closing(waiting):
+    with closing(train(base.model, members, make_batch=base.make_batch, world=world)) as trained, _close_all(waiting):
         for ended in trained:
             endings = {names[index]: RunFinisher(runs[names[index]], end) for index, end in ended}
             waiting |= endings
@@ -118,7 +118,7 @@ def _together(requests: Sequence[Request], world: World) -> Generator[tuple[int,
 
 
 @contextmanager
-def _closing(waiting: dict[int, RunFinisher]) -> Iterator[None]:
+def _close_all(waiting: dict[int, RunFinisher]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -126,7 +126,7 @@ def _closing(waiting: dict[int, RunFinisher]) -> Iterator[None]:
             ending.close()
 
 
-def _begin(request: Request, base: Base, *, sharing: int) -> tuple[Run, Restored | None]:
+def _begin(request: RunRequest, base: Base, *, sharing: int) -> tuple[Run, Restored | None]:
     """Load what this run learns from, and initialize its adapter or take it from a checkpoint."""
     point = request.spec.resume_from
     known = checkpoint.read_manifest(Path(point)) if point else {}

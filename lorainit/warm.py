@@ -26,19 +26,19 @@ def main(arguments: list[str]) -> int:
     """Serve until the other end is closed; in a run's process, return its exit code."""
     die_with_parent()
     server = socket.socket(fileno=int(arguments[0]))
-    _load()
-    if threads() > 1:
+    _import_libraries()
+    if count_threads() > 1:
         print("What runs load has started a thread: no run can be forked.", file=sys.stderr)  # noqa: T201
         return 1
     gc.collect()
     gc.freeze()  # else the first collection of each run would copy all of this
     server.send(READY)
-    show_as([sys.executable, "-m", "lorainit.warm", READY.decode()])
+    set_command_line([sys.executable, "-m", "lorainit.warm", READY.decode()])
     me = os.getpid()
     while server.recv(1, socket.MSG_PEEK):
         run = os.fork()
         if not run:
-            return _become(server, parent=me)
+            return _run_forked(server, parent=me)
         server.send(json.dumps({"pid": run}).encode())
         # It stays a zombie, and its number nobody else's, until nobody may want to send it a signal any more.
         ended = os.waitid(os.P_PID, run, os.WEXITED | os.WNOWAIT)
@@ -51,12 +51,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def threads() -> int:
+def count_threads() -> int:
     """How many threads this process has, those of libraries included."""
     return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - names are enough
 
 
-def _load() -> None:
+def _import_libraries() -> None:
     """All that a run imports, and what torch and transformers do at first use only; no number is computed."""
     own = os.environ.get("OPENBLAS_NUM_THREADS")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's starts threads when it is imported, and no run uses it
@@ -68,13 +68,13 @@ def _load() -> None:
     from lorainit.runtime import process_tuning
 
     process_tuning.tune_before_torch()
-    from lorainit.__main__ import load
+    from lorainit.__main__ import import_libraries
 
-    load()
-    _try_a_model()
+    import_libraries()
+    _warm_up()
 
 
-def _try_a_model() -> None:
+def _warm_up() -> None:
     """Build and try a model of the most common architecture, as each run does with its own, in fake tensors."""
     from transformers import LlamaConfig
 
@@ -93,7 +93,7 @@ def _try_a_model() -> None:
 # --- in the process of a run ---------------------------------------------------------------------
 
 
-def _become(server: socket.socket, *, parent: int) -> int:
+def _run_forked(server: socket.socket, *, parent: int) -> int:
     """Be the process that `worker.child.supervisor` would have started, in a session of its own, and run."""
     die_with_parent()
     if os.getppid() != parent:
@@ -112,25 +112,25 @@ def _become(server: socket.socket, *, parent: int) -> int:
     os.environ.update(order["environment"])
     tempfile.tempdir = None  # where TMPDIR says now
     arguments = [*order["arguments"], "--events-fd", str(events)]
-    if _wants_several(Path(arguments[0])):
+    if _needs_several_devices(Path(arguments[0])):
         # How many threads each of several processes has is decided before torch is loaded.
         os.set_inheritable(events, True)
         os.execv(sys.executable, [sys.executable, "-m", "lorainit", *arguments])  # noqa: S606
     os.set_inheritable(events, False)
-    show_as([sys.executable, "-m", "lorainit", *arguments])
+    set_command_line([sys.executable, "-m", "lorainit", *arguments])
     from lorainit.__main__ import main as run
 
     return run(arguments)
 
 
-def _wants_several(spec: Path) -> bool:
+def _needs_several_devices(spec: Path) -> bool:
     """Whether the run asks for several devices; a spec that cannot be read is told by whoever reads all of it."""
     with suppress(OSError, ValueError, AttributeError):
         return bool(json.loads(spec.read_bytes()).get("devices", 1) != 1)
     return False
 
 
-def show_as(words: list[str]) -> None:
+def set_command_line(words: list[str]) -> None:
     """Let whoever lists processes see these words as the command line, as far as there is room."""
     with suppress(OSError, ValueError):
         start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[_ARGUMENTS_START:][:2])

@@ -18,7 +18,7 @@ from benchmarks.gpu.plan import NOT_TRIED
 from lorainit.config.events import Checkpoint, Done, Event, Message, Metrics
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.run import run, run_together
 from lorainit.runtime import devices
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, tiny_mistral, write_rows
@@ -179,7 +179,9 @@ def options(day: Day) -> None:
 def _grouped(jobs: Jobs) -> str:
     starts = ["kaiming", "loram"] if jobs.day.tiny else ["kaiming", "pissa", "loram"]
     specs = [jobs.spec(lora={"init": name, "r": 4}) for name in starts]
-    requests = [Request(s, jobs.day.folder / f"group-{n}", lambda _: None) for n, s in zip(starts, specs, strict=True)]
+    requests = [
+        RunRequest(s, jobs.day.folder / f"group-{n}", lambda _: None) for n, s in zip(starts, specs, strict=True)
+    ]
     ends = dict(run_together(requests))
     said = []
     for who, (name, spec) in enumerate(zip(starts, specs, strict=True)):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from lorainit.config.spec import Hyperparameters, Lora
-from lorainit.context import Request, Run
+from lorainit.context import Run, RunRequest
 from lorainit.data.batches import any_length
 from lorainit.data.dataset import Dataset, load
 from lorainit.model.base import open_base
@@ -46,7 +46,7 @@ def make_context(
 
 def prepared(spec, out, emit=lambda event: None):
     """The run of a spec, before its adapter is initialized."""
-    return prepare(Request(spec, out, emit), open_base(spec, out, lambda event: None))
+    return prepare(RunRequest(spec, out, emit), open_base(spec, out, lambda event: None))
 
 
 def run_of(

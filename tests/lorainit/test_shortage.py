@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import OutOfMemory, UpdateOutOfMemory
 from lorainit.config.events import Checkpoint, Done, Message, Metrics
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.init.evidence import inputs, moments
 from lorainit.run import run, run_together
 from lorainit.train import course
@@ -63,7 +63,7 @@ def test_memory_that_runs_out_in_a_short_step_leaves_passes_of_half_of_what_rows
             memory.limit = 10_000
 
     memory.allocate = fail_once
-    ends = dict(run_together([Request(s, tmp_path / f"{n}", listener(n)) for n, s in enumerate(specs)]))
+    ends = dict(run_together([RunRequest(s, tmp_path / f"{n}", listener(n)) for n, s in enumerate(specs)]))
     for who, end in ends.items():
         (fact,) = told(heard[who])
         assert end.resources[TOKENS] == fact[TOKENS] > 60
@@ -134,7 +134,7 @@ def test_of_a_group_one_whose_sums_run_out_of_memory_does_its_own_step_again(wan
 
     def ends(name):
         heard = [[], []]
-        requests = [Request(s, tmp_path / name / f"{n}", heard[n].append) for n, s in enumerate(specs)]
+        requests = [RunRequest(s, tmp_path / name / f"{n}", heard[n].append) for n, s in enumerate(specs)]
         return dict(run_together(requests)), heard
 
     plain, _ = ends("plain")
@@ -174,7 +174,7 @@ def test_an_update_that_runs_out_of_memory_says_so_and_that_it_may_pass(wanted, 
     monkeypatch.setattr(course, "make_optimizer", make_first_short)
     specs = [wanted(seed=seed) for seed in range(members)]
     ends = {}
-    requests = [Request(s, tmp_path / f"{n}", lambda event: None) for n, s in enumerate(specs)]
+    requests = [RunRequest(s, tmp_path / f"{n}", lambda event: None) for n, s in enumerate(specs)]
     ends = dict(run_together(requests))
     assert isinstance(ends[0], UpdateOutOfMemory)
     assert (ends[0].code, ends[0].may_pass) == ("out_of_memory", True)
@@ -221,7 +221,7 @@ def test_of_a_group_one_whose_evaluation_does_not_fit_has_smaller_ones_alone(wan
     more = ({"data": {"validation": str(rows)}}, {})
     specs = [wanted(seed=n, micro_batch_size=8, **some) for n, some in enumerate(more)]
     first = until_export(memory, after(1, memory, heard[0], looking=100))
-    requests = [Request(specs[0], tmp_path / "0", first), Request(specs[1], tmp_path / "1", heard[1].append)]
+    requests = [RunRequest(specs[0], tmp_path / "0", first), RunRequest(specs[1], tmp_path / "1", heard[1].append)]
     ends = dict(run_together(requests))
     assert all(isinstance(end, Done) for end in ends.values())
     assert told(heard[0])

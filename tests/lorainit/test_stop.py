@@ -8,7 +8,7 @@ import pytest
 
 from lorainit.config.errors import Stopped
 from lorainit.config.events import Checkpoint, Done, Metrics, Stage, Tick
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.run import run, run_together
 
 FAR = {"max_steps": 4, "batch_size": 5, "checkpoint_interval": 100, "eval_interval": 2}
@@ -93,7 +93,7 @@ def test_every_member_of_a_group_is_saved(spec, tmp_path):
 
         return listen
 
-    requests = [Request(spec(training=FAR, seed=who), tmp_path / str(who), listener(who)) for who in told]
+    requests = [RunRequest(spec(training=FAR, seed=who), tmp_path / str(who), listener(who)) for who in told]
     with pytest.raises(Stopped):
         list(run_together(requests))
     assert [[e.step for e in events if isinstance(e, Checkpoint)] for events in told.values()] == [[2], [2]]

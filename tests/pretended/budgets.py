@@ -89,7 +89,7 @@ def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     """Of a run on a base of so many layers; nothing before and after the case's two moments is counted."""
     from benchmarks.gpu import jobs
     from lorainit.config.errors import Stopped
-    from lorainit.context import Request
+    from lorainit.context import RunRequest
     from lorainit.run import run_together
 
     asked = dict(CASES[case])
@@ -103,7 +103,7 @@ def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     specs = [their.spec(BASE, lora=lora, training=training, seed=n, **more) for n in range(members)]
     listeners = [watch.hear, *[lambda _: None] * (members - 1)]
     out = folder / f"{case}-{layers}".replace(" ", "-")
-    requests = [Request(spec, out / f"{n}", listeners[n]) for n, spec in enumerate(specs)]
+    requests = [RunRequest(spec, out / f"{n}", listeners[n]) for n, spec in enumerate(specs)]
     with suppress(Stopped), mock.patch("lorainit.export.early_check.check_export_early", return_value=None):
         list(run_together(requests))
     return watch.between()

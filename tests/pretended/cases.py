@@ -19,7 +19,7 @@ from benchmarks.gpu.jobs import MAKERS, OPTIMIZERS, Jobs, _cut, _grouped, _resum
 from lorainit.config.events import Checkpoint, Done, Event, Message, Stage
 from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.model.memory import copy_bytes
 from lorainit.run import run_together
 from lorainit.train import memory
@@ -143,7 +143,7 @@ def _short_of_memory(day: Day) -> str:
 
 
 def _run_together(day: Day, name: str, specs: list[RunSpec], on_event: Callable[[Event], None]) -> list[Done]:
-    requests = [Request(spec, day.folder / f"{name}-{n}", on_event) for n, spec in enumerate(specs)]
+    requests = [RunRequest(spec, day.folder / f"{name}-{n}", on_event) for n, spec in enumerate(specs)]
     ends = dict(run_together(requests))
     failed = [end for end in ends.values() if not isinstance(end, Done)]
     if failed:

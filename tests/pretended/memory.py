@@ -98,7 +98,7 @@ def main(folder: Path, names: list[str]) -> None:
     engine.install()
     from benchmarks.gpu import jobs
     from benchmarks.gpu.day import Day
-    from lorainit.context import Request
+    from lorainit.context import RunRequest
     from lorainit.init.evidence import memory as evidence
     from lorainit.model import memory
     from lorainit.run import run_together
@@ -119,7 +119,7 @@ def main(folder: Path, names: list[str]) -> None:
         _note(memory, "of_a_copy", watch.found.expected.append)
         _note_kept(evidence, watch.found)
         with device.switched_on():
-            ends = list(run_together([Request(s, day.folder / f"{n}", watch.hear) for n, s in enumerate(specs)]))
+            ends = list(run_together([RunRequest(s, day.folder / f"{n}", watch.hear) for n, s in enumerate(specs)]))
         assert all(end.kind == "done" for _, end in ends), ends
         print(json.dumps({"case": name, **asdict(watch.done())}), flush=True)
 

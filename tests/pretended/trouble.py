@@ -90,10 +90,10 @@ def _under_way(trouble: Trouble) -> Iterator[None]:
 def ends_of(specs: "list[RunSpec]", folder: Path, trouble: Trouble) -> list[str]:
     """How each run ended: "done" where its download was checked, else the code of its error."""
     from lorainit.config.errors import LorainitError
-    from lorainit.context import Request
+    from lorainit.context import RunRequest
     from lorainit.run import run_together
 
-    requests = [Request(spec, folder / f"{n}", trouble.hear) for n, spec in enumerate(specs)]
+    requests = [RunRequest(spec, folder / f"{n}", trouble.hear) for n, spec in enumerate(specs)]
     ends = dict[int, str]()
     with _under_way(trouble):
         try:

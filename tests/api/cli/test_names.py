@@ -12,7 +12,7 @@ import api
 from api.cli import commands, tables
 from api.cli.console import plain
 from lorainit.config.events import Message
-from lorainit.progress import Display
+from lorainit.progress import ProgressDisplay
 from tests.api.cli.conftest import Served
 
 NAMES = [f"ft:tiny:local:{code}:[bold]{number}" for number, code in enumerate(EMOJI)]
@@ -38,7 +38,7 @@ def test_every_shortcode_in_a_name_is_printed_as_it_is(
 
 
 def test_every_shortcode_in_a_message_of_a_run_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Display()
+    display = ProgressDisplay()
     for name in NAMES:
         display.show(Message(level="warn", message=name))
     assert seen(capsys.readouterr().err) == NAMES

@@ -13,7 +13,7 @@ from torch import nn
 from lorainit.config.errors import ExportCheckFailed, UnsupportedModel
 from lorainit.config.events import Message, Metrics, Stage, Tick
 from lorainit.config.spec import Lora
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.export import check, early_check, outputs
 from lorainit.export.early_check import make_trial_adapter
 from lorainit.init import stage as init_stage
@@ -159,7 +159,7 @@ def test_members_of_a_group_with_the_same_layout_are_proven_once(spec, tmp_path)
     brief = {"training": {"max_steps": 1, "checkpoint_interval": 1}}
     specs = [spec(**brief, **change) for change in ({}, {"seed": 3}, {"lora": {"r": 2}}, {"lora": {"alpha": 3.0}})]
     events = [[] for _ in specs]
-    list(run_together([Request(s, tmp_path / str(i), events[i].append) for i, s in enumerate(specs)]))
+    list(run_together([RunRequest(s, tmp_path / str(i), events[i].append) for i, s in enumerate(specs)]))
     assert [len(proofs(heard)) for heard in events] == [1, 0, 1, 1]
     known = [json.loads((tmp_path / str(i) / "adapter/manifest.json").read_text())["proof"] for i in range(2)]
     assert known[0] == known[1]

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lorainit.config.events import Done, Message
 from lorainit.export.outcome import find_warnings
-from lorainit.progress import Display
+from lorainit.progress import ProgressDisplay
 from lorainit.run import run
 from lorainit.train import course
 
@@ -118,7 +118,7 @@ def test_the_last_line_of_the_command_line_is_the_warning(tmp_path):
     check = {"loaders": [{"version": "0"}], "max_abs_logit_difference": 0.0}
     done = Done(adapter="x", trained_tokens=1, export_check=check, resources={}, warnings=warnings)
     shown = io.StringIO()
-    display = Display(Console(file=shown, width=400))
+    display = ProgressDisplay(Console(file=shown, width=400))
     display.show(done)
     display.conclude()
     assert shown.getvalue().splitlines()[-1].startswith("worse_than_base: The validation loss ended at 2.5")

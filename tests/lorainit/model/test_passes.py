@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorainit.config.errors import CheckpointMismatch
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.data.batches import Budget, batches
 from lorainit.data.dataset import Sample
 from lorainit.model import passes
@@ -177,7 +177,7 @@ def test_a_run_that_goes_on_says_in_its_manifest_what_it_kept_and_what_was_asked
 
 def test_a_member_of_a_group_that_goes_on_alone_on_a_cpu_ends_with_the_bits_of_the_group(spec, tmp_path):
     specs = [spec("wide-llama", **DROPOUT, tokens_per_pass=240, seed=seed) for seed in range(3)]
-    ends = dict(run_together([Request(s, tmp_path / f"{n}", lambda event: None) for n, s in enumerate(specs)]))
+    ends = dict(run_together([RunRequest(s, tmp_path / f"{n}", lambda event: None) for n, s in enumerate(specs)]))
     assert ends[0].resources["gradient_accumulation_steps"] > 1
     point = str(tmp_path / "0/checkpoints/step-000002")
     run(specs[0].model_copy(update={"resume_from": point}), tmp_path / "alone", lambda event: None)

@@ -141,7 +141,7 @@ def test_a_kernel_that_refuses_its_numbers_is_a_verdict_on_one_run_only(monkeypa
     monkeypatch.setattr("lorainit.run.run_together", broken)
     monkeypatch.setattr(main.process_tuning, "tune_process", lambda: Message(message="m"))
     heard = []
-    runs = [(spec(), main._Member(tmp_path, tmp_path, None)) for _ in range(count)]
+    runs = [(spec(), main._RunArguments(tmp_path, tmp_path, None)) for _ in range(count)]
     assert main._run(runs, main.StopRequest([]), heard.append, PeerProcesses()) == 1
     assert [event.code for event in heard if isinstance(event, Failed)] == told
 
@@ -156,7 +156,9 @@ def told_before_it_begins(monkeypatch, spec, folder, error):
     monkeypatch.setattr(main.process_tuning, "tune_process", lambda: Message(message="m"))
     monkeypatch.setattr(main.process_tuning, "keep_compiled_kernels", broken)
     assert (
-        main._run([(spec(), main._Member(folder, folder, None))], main.StopRequest([]), heard.append, PeerProcesses())
+        main._run(
+            [(spec(), main._RunArguments(folder, folder, None))], main.StopRequest([]), heard.append, PeerProcesses()
+        )
         == 1
     )
     return [event.code for event in heard if isinstance(event, Failed)]
@@ -180,8 +182,8 @@ def test_a_run_whose_other_processes_cannot_be_started_says_why(monkeypatch, spe
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(main, "start_peers", broken)
-    runs, heard = [(spec(devices=2), main._Member(tmp_path, tmp_path, None))], []
-    assert main._run_with_companions(runs, main.StopRequest([]), heard.append) == 1
+    runs, heard = [(spec(devices=2), main._RunArguments(tmp_path, tmp_path, None))], []
+    assert main._run_with_peers(runs, main.StopRequest([]), heard.append) == 1
     assert [event.code for event in heard] == ["out_of_memory"]
 
 

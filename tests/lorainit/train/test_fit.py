@@ -9,7 +9,7 @@ import torch
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Checkpoint, Message, Metrics, Plan
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.data.dataset import Sample
 from lorainit.run import run, run_together
 from lorainit.train import memory
@@ -120,7 +120,7 @@ def test_members_of_a_group_get_smaller_together(wanted, tmp_path, monkeypatch):
     plain = [adapter(run(one, tmp_path / f"{i}", lambda event: None)) for i, one in enumerate(specs)]
     Memory(monkeypatch, tokens=160)
     heard = [[], []]
-    requests = [Request(one, tmp_path / f"g{i}", heard[i].append) for i, one in enumerate(specs)]
+    requests = [RunRequest(one, tmp_path / f"g{i}", heard[i].append) for i, one in enumerate(specs)]
     ends = dict(run_together(requests))
     for i in (0, 1):
         assert told(heard[i])[-1][TOKENS] <= 80

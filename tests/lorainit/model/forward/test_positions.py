@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.data.batches import Budget, any_length, batches, collate, pack
 from lorainit.data.dataset import Sample, load
 from lorainit.init.evidence.gradients import mean_gradients
@@ -155,7 +155,7 @@ def test_how_many_rows_share_a_pass_changes_no_adapter(wanted, rows, tmp_path, i
 
 def test_a_group_gives_the_bits_that_each_adapter_has_alone(wanted, tmp_path):
     specs = [wanted(seed=seed, micro_batch_size=3, training={"max_steps": 3, "batch_size": 6}) for seed in (1, 2)]
-    requests = [Request(one, tmp_path / f"group-{i}", lambda event: None) for i, one in enumerate(specs)]
+    requests = [RunRequest(one, tmp_path / f"group-{i}", lambda event: None) for i, one in enumerate(specs)]
     ends = dict(run_together(requests))
     for i, one in enumerate(specs):
         solo = run(one, tmp_path / f"solo-{i}", lambda event: None)

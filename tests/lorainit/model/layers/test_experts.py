@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, Longcat
 from lorainit.config.errors import GroupMismatch, UnsupportedInit
 from lorainit.config.events import InitReport, Message, Plan
 from lorainit.config.spec import Lora, RunSpec
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.data.batches import collate
 from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.collect import collect
@@ -361,7 +361,7 @@ def test_a_dense_base_is_told_nothing_of_experts(bases):
 
 
 def test_runs_that_adapt_experts_share_no_pass(folders, rows, tmp_path):
-    requests = [Request(spec(folders("mixtral"), rows), tmp_path / str(i), lambda event: None) for i in range(2)]
+    requests = [RunRequest(spec(folders("mixtral"), rows), tmp_path / str(i), lambda event: None) for i in range(2)]
     ends = [end for _, end in run_together(requests)]
     assert [type(end) for end in ends] == [GroupMismatch] * 2
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import Dropped, GroupMismatch, InvalidTrainingFile, LorainitError, NonFiniteLoss
 from lorainit.config.events import Checkpoint, Done, Metrics
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.data.batches import pack
 from lorainit.data.dataset import load
 from lorainit.model.forward.loss import sum_losses, sum_losses_by_adapter
@@ -51,7 +51,7 @@ def together(specs, folder, listen=None):
 
         return on_event
 
-    requests = [Request(spec, folder / str(who), listener(who)) for who, spec in enumerate(specs)]
+    requests = [RunRequest(spec, folder / str(who), listener(who)) for who, spec in enumerate(specs)]
     ends = dict(run_together(requests))
     assert sorted(ends) == list(range(len(specs)))
     return ends, events

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import LorainitError, OutOfMemory, Stopped
 from lorainit.config.events import Checkpoint, Done, Message, Metrics, Stage
-from lorainit.context import Request
+from lorainit.context import RunRequest
 from lorainit.export import outputs
 from lorainit.model import base as base_module
 from lorainit.run import run, run_together
@@ -46,7 +46,7 @@ def together(specs, folder, heard=None):
 
         return listen
 
-    requests = [Request(spec, folder / str(who), listener(who)) for who, spec in enumerate(specs)]
+    requests = [RunRequest(spec, folder / str(who), listener(who)) for who, spec in enumerate(specs)]
     return dict(run_together(requests)), said
 
 
