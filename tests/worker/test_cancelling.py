@@ -36,14 +36,14 @@ import sys, time
 from pathlib import Path
 from lorainit import __main__ as program
 stage, by, where = sys.argv.pop(1), sys.argv.pop(1), []
-write = program._write
+write = program._write_event
 def held(stream, event):
     write(stream, event)
     where[:] = [event.stage] if event.kind == "stage" else where
     if where == [stage] and event.kind == by:
         Path("held").touch()
         time.sleep(600)
-program._write = held
+program._write_event = held
 sys.exit(program.main())
 """
 

@@ -102,7 +102,7 @@ def install(model: nn.Module) -> dict[str, ExpertStack]:
     """Put a layer for each expert's matrix into `model`, in place; the stacks by name (`…experts.gate_up_proj`).
 
     Installing twice changes nothing. Works on meta tensors too. Experts that transformers runs in a way of their
-    own stay as they are (`mixture.left_out`).
+    own stay as they are (`moe.left_out`).
     """
     for module in list(model.modules()):
         names = _projections(module)

@@ -37,7 +37,7 @@ def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> 
         "expert_share": round((held + sum(outside.values())) / whole, 4),
     }
     messages = [_cost(targets, experts, lora, facts)]
-    # What a group meant and left out, `placement.sentence` has told.
+    # What a group meant and left out, `target_modules.describe_left_out` has told.
     told = any(layer.experts for layer in lora.left_out)
     if not told and (outside or not experts):
         why = OWN_WAY if outside else "target_modules leaves them out"

@@ -20,7 +20,7 @@ from lorainit.runtime.distributed.launch import RENDEZVOUS, count_processes
 from lorainit.system import watchdog
 
 T = TypeVar("T")
-LATER = 60.0  # seconds after `silence` has ended a run that hangs: this limit is for those that have not met yet
+LATER = 60.0  # seconds after `watchdog` has ended a run that hangs: this limit is for those that have not met yet
 
 
 @dataclass(frozen=True)

@@ -171,14 +171,15 @@ READER = """
 import sys
 from pathlib import Path
 from lorainit.model.load import load_tokenizer
-from lorainit.runtime.disk_cache import Store
-from lorainit.data.tokens import load_kept
+from lorainit.runtime.disk_cache import DiskCache
+from lorainit.data.tokens import load_cached
 folder, rows, cache = map(Path, sys.argv[1:])
 def complain(event):
     raise SystemExit(event.message)
 tokenizer = load_tokenizer(folder)
 for length in [40, 48, 56, 64] * 5:
-    data = load_kept(rows, tokenizer, folder=folder, store=Store(cache / "tokens", 6000, complain), max_length=length)
+    kept = DiskCache(cache / "tokens", 6000, complain)
+    data = load_cached(rows, tokenizer, folder=folder, cache=kept, max_length=length)
     assert len(data.samples) == 12 and max(len(s.ids) for s in data.samples) <= length
 """
 

@@ -58,9 +58,9 @@ def test_memory_beyond_the_bound_is_not_to_be_had() -> None:
 @pytest.mark.slow  # it loads torch
 def test_model_that_takes_all_memory_is_refused_with_the_bound(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path\nfrom lorainit import confined\nimport lorainit.model.inspect as inspecting\n"
+        "from pathlib import Path\nfrom lorainit.model import sandbox\nimport lorainit.model.inspect as inspecting\n"
         "inspecting.inspect = lambda *a, **k: bytearray(9 << 30)\n"
-        f"confined.answer({json.dumps(str(tmp_path))}, Path('.'))"
+        f"sandbox.inspect_for_parent({json.dumps(str(tmp_path))}, Path('.'))"
     )
     with pytest.raises(UnsupportedModel, match="reading it takes more than 8 GiB"):
         ask(code)

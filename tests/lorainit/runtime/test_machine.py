@@ -96,11 +96,11 @@ def test_rounding_to_bf16_is_far_above_the_threshold(precision, monkeypatch):
 ROUNDING = """
 import sys
 from lorainit import __main__
-from lorainit.runtime import arithmetic, machine
-machine.processor_vendor = lambda: "AuthenticAMD"
-arithmetic.measure = lambda: arithmetic.Measured(error=1e-3, ratio=9.0)
+from lorainit.runtime import matmul, process_tuning
+process_tuning.processor_vendor = lambda: "AuthenticAMD"
+matmul.measure_onednn = lambda: matmul.OneDnnMeasurement(error=1e-3, ratio=9.0)
 code = __main__.main(sys.argv[1:])
-print(code, arithmetic.torch.get_float32_matmul_precision())
+print(code, matmul.torch.get_float32_matmul_precision())
 """
 
 
@@ -180,8 +180,8 @@ def test_no_quota_is_no_limit(tmp_path):
 
 FAULTS = """
 import ctypes, resource
-from lorainit.runtime import machine
-print(machine.keep_freed_memory().value)
+from lorainit.runtime import process_tuning
+print(process_tuning.keep_freed_memory().value)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]

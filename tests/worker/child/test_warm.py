@@ -26,7 +26,7 @@ def run(arguments):
         os.write(fd, json.dumps({"kind": "message", "message": text, "data": data}).encode() + b"\\n")
     return runpy.run_path(os.environ["RUN"], init_globals={"say": say, "arguments": arguments}).get("code", 0)
 sys.modules["lorainit.__main__"] = types.SimpleNamespace(main=run)
-warm._load = lambda: None
+warm._import_libraries = lambda: None
 sys.exit(warm.main(sys.argv[1:]))
 """
 

@@ -20,17 +20,17 @@ from tests.lorainit.runtime.distributed.test_world import ENDLESS, is_there, wai
 GLOO = """
 import os, sys, time, torch
 from pathlib import Path
-from lorainit.runtime.distributed import isolation, world
+from lorainit.runtime.distributed import run_errors, world
 world.LATER = 0.0
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 folder.joinpath(os.environ["RANK"]).touch()
 while len(list(folder.iterdir())) < count:  # torch is loaded by all, however busy the machine is
     time.sleep(0.01)
-with isolation.as_our_errors(), world.joined(torch.device("cpu")) as ours:
+with run_errors.translate_errors(), world.join_world(torch.device("cpu")) as ours:
     for step in range(1000):
         if step == 20 and ours.rank == 1:
             os.kill(os.getpid(), int(sys.argv[3]))
-        ours.add_up([torch.ones(3)])
+        ours.all_reduce([torch.ones(3)])
 """
 
 
