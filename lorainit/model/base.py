@@ -29,10 +29,11 @@ from lorainit.model.source.examine import examine
 from lorainit.model.source.vocabulary import require_rows
 from lorainit.model.targets.four_bits import FourBits, four_bits
 from lorainit.model.targets.targets import describe
-from lorainit.runtime import devices, process_tuning
+from lorainit.runtime import devices, settings
 from lorainit.runtime.disk_cache import DiskCache
 from lorainit.runtime.distributed.world import SINGLE_PROCESS, World
 from lorainit.runtime.refusal import as_unsupported
+from lorainit.runtime.settings import Setting
 
 
 @dataclass
@@ -91,12 +92,12 @@ class Base:
         if self.sharded:
             self.shard_copy(self._model)
             text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
-            process_tuning.record(process_tuning.Setting("base", "sharded", self.sharded))
+            settings.record(Setting("base", "sharded", self.sharded))
             on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
         self.layout = choose_layout(self._model)
         is_plain(self._model)  # asked now, while nobody watches its layers
         why = self.layout.why or "no padding to compute, and attention inside each row only"
-        process_tuning.record(process_tuning.Setting("rows", self.layout.rows, why))
+        settings.record(Setting("rows", self.layout.rows, why))
         verb = "go" if self.layout.rows == "one by one" else "are"
         data = {"kind": "machine", "rows": self.layout.rows}
         on_event(Message(message=f"Rows {verb} {self.layout.rows}: {why}", data=data))

@@ -16,7 +16,7 @@ import torch
 
 from lorainit.config.errors import UnsupportedModel, UnusableDevice
 from lorainit.config.spec import Choice, Hyperparameters
-from lorainit.runtime import process_tuning
+from lorainit.runtime import settings
 from lorainit.system import gpus
 
 PRECISION = "training.precision"
@@ -237,7 +237,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": gpu_name(),
         "cuda": torch.version.cuda,
         "driver": gpus.driver_version(),
-        "settings": process_tuning.settings(),
+        "settings": settings.values(),
     }
 
 

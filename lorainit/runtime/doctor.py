@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from lorainit.runtime import process_tuning
+from lorainit.runtime import process_tuning, settings
 from lorainit.system import driver, gpus
 
 
@@ -20,7 +20,7 @@ def examine() -> dict[str, Any]:
     from lorainit.runtime import devices
 
     choices = [
-        {"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in process_tuning.report()
+        {"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in settings.recorded()
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {**devices.describe_machine(), "usable_cpus": process_tuning.usable_cpus(), "memory_bytes": memory}

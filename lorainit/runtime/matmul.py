@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from lorainit.runtime import process_tuning
-from lorainit.runtime.process_tuning import Setting
+from lorainit.runtime.settings import Setting
 
 # Relative error, in the Frobenius norm, against float64: float32 sums of 576 to 4096 products have 2.5e-7 (MKL)
 # to 5.7e-7 (oneDNN); inputs rounded to bf16 give 2e-3, to TF32 3e-4.
@@ -24,16 +23,17 @@ _SHAPE = (256, 576, 1536)  # tokens, in, out of the product that is timed
 _REPEATS = 5
 
 
-def tune_matmul(*, cpus: int) -> list[Setting]:
+def tune_matmul(*, cpus: int, vendor: str | None) -> list[Setting]:
     """Choose and set; see each function.
 
     Args:
         cpus: cores this process may keep busy.
+        vendor: of the processor; None = not known.
     """
     chosen = [use_threads(cpus)]
     if has_gpu():
         return [*chosen, forbid_tf32()]
-    return [*chosen, choose_fp32_library(measure_onednn, vendor=process_tuning.processor_vendor())]
+    return [*chosen, choose_fp32_library(measure_onednn, vendor=vendor)]
 
 
 def has_gpu() -> bool:
@@ -92,7 +92,7 @@ def choose_fp32_library(measured: Callable[[], OneDnnMeasurement], *, vendor: st
     continues bit by bit only where the same machine chooses the same again.
 
     Args:
-        vendor: as `process_tuning.processor_vendor` has it.
+        vendor: of the processor, as Linux calls it; None = not known.
     """
     name = "fp32 products"
     backends: Any = torch.backends  # whose functions have no annotations

@@ -1,56 +1,27 @@
-"""What a machine is set to before a run: memory, threads, which library multiplies; each choice with its reason.
+"""Sets a process up for a run: memory, threads, which library multiplies matrices; each setting with its reason.
 
-For processes that are a run and nothing else: the child, and `python -m lorainit` on the command line. Who calls
-`run()` from a program of their own keeps their own settings. Settings of a process are global, and so is the
-record of them; what a person has set in the environment is never overridden. Loads torch only after the
-choices that torch reads when it is loaded.
+For processes that do nothing but run: the worker's child, and `python -m lorainit` on the command line. Somebody who
+calls `run()` from their own program keeps their own settings, because these are global to the process. What a person
+has set in the environment is never overridden. torch reads some settings when it is loaded, so it is loaded after them.
 """
 
 import ctypes
 import math
 import os
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from lorainit.config.cache_names import KERNELS
 from lorainit.config.events import Message
+from lorainit.runtime import settings
+from lorainit.runtime.settings import Setting
 
 # mallopt's names (malloc.h) and the variables by which glibc takes the same from the environment.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 _TOP_PAD_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting: what it is set to, why, and what was measured for it."""
-
-    name: str
-    value: str
-    why: str
-    measured: Mapping[str, float] = field(default_factory=dict)
-
-
-_record: dict[str, Setting] = {}
-
-
-def record(choice: Setting) -> None:
-    """Put a choice on record, in the place of an earlier one of that name."""
-    _record[choice.name] = choice
-
-
-def report() -> tuple[Setting, ...]:
-    """What was chosen in this process, in order; empty where nobody asked for it."""
-    return tuple(_record.values())
-
-
-def settings() -> dict[str, str]:
-    """Names and values of `report()`, for the manifest."""
-    return {choice.name: choice.value for choice in report()}
 
 
 def tune_process() -> Message:
@@ -59,14 +30,14 @@ def tune_process() -> Message:
     Returns:
         The event that says what was chosen.
     """
-    if not _record:
+    if not settings.recorded():
         kept, waiting, gpu = tune_before_torch()
         from lorainit.runtime import matmul  # loads torch, which reads the environment once
 
-        products = matmul.tune_matmul(cpus=usable_cpus())
+        products = matmul.tune_matmul(cpus=usable_cpus(), vendor=processor_vendor())
         memory = [kept, gpu] if matmul.has_gpu() else [kept]
-        for choice in (*memory, waiting, *products):
-            record(choice)
+        for setting in (*memory, waiting, *products):
+            settings.record(setting)
     return settings_event()
 
 
@@ -88,8 +59,9 @@ def keep_compiled_kernels(cache: str | None) -> None:
 
 def settings_event() -> Message:
     """The record as an event of kind `machine`."""
-    text = "This machine: " + "; ".join(f"{choice.name} = {choice.value}" for choice in report())
-    choices = [{"name": c.name, "value": c.value, "why": c.why, **c.measured} for c in report()]
+    found = settings.recorded()
+    text = "This machine: " + "; ".join(f"{one.name} = {one.value}" for one in found)
+    choices = [{"name": one.name, "value": one.value, "why": one.why, **one.measured} for one in found]
     return Message(message=text, data={"kind": "machine", "choices": choices})
 
 

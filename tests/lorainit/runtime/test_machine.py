@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from lorainit.runtime import matmul, process_tuning
+from lorainit.runtime import matmul, process_tuning, settings
 from lorainit.runtime.matmul import OneDnnMeasurement, choose_fp32_library, use_threads
-from lorainit.runtime.process_tuning import Setting, cpu_quota, usable_cpus
+from lorainit.runtime.process_tuning import cpu_quota, usable_cpus
+from lorainit.runtime.settings import Setting
 
 GIVEN = ("OMP_", "MALLOC_", "PYTORCH_")
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(GIVEN)}
@@ -38,7 +39,7 @@ def precision():
 @pytest.fixture
 def record(monkeypatch):
     """An empty record, and the process's own afterwards."""
-    monkeypatch.setattr(process_tuning, "_record", {})
+    monkeypatch.setattr(settings, "_record", {})
 
 
 # --- fp32 products -----------------------------------------------------------------------------
@@ -239,8 +240,8 @@ def test_the_same_machine_chooses_the_same_again():
 
 
 def test_others_add_to_the_record_and_the_event_tells_all(record):
-    process_tuning.record(Setting("attention", "grouped", "fastest here", {"ratio": 1.3}))
-    assert process_tuning.settings() == {"attention": "grouped"}
+    settings.record(Setting("attention", "grouped", "fastest here", {"ratio": 1.3}))
+    assert settings.values() == {"attention": "grouped"}
     event = process_tuning.settings_event()
     assert event.message == "This machine: attention = grouped"
     assert event.data == {
@@ -256,8 +257,8 @@ def runtime_cache_dir():
 
 
 def test_a_process_that_calls_run_itself_keeps_its_settings(record):
-    assert process_tuning.report() == ()
-    assert process_tuning.settings() == {}
+    assert settings.recorded() == ()
+    assert settings.values() == {}
 
 
 def test_kernels_are_kept_in_the_cache_unless_the_environment_says_where(monkeypatch, tmp_path):
