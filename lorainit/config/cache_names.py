@@ -1,4 +1,4 @@
-"""What entries of the cache are called: whose rows they were made of, so that they can go when those go. Torch-free.
+"""Names of cache entries: they say whose rows an entry was made of, so that it is deleted with them. Torch-free.
 
 `KEY.OWNER.SHA256[.SHA256].safetensors`: all that shapes the entry as a digest, who the rows belong to, and the
 SHA-256 of each file that they came from. Owners share nothing, not even the same bytes: an entry that is found says

@@ -1,4 +1,6 @@
-"""Which kinds of layers a run adapts, decided from facts alone, so that the API and the engine always agree.
+"""Resolves `lora.target_modules`: which kinds of layers a run adapts, decided from facts of the base alone.
+
+The API and the library call the same function, so they always agree.
 
 Torch-free. Knows nothing of modules: `lorainit.model.targets.targets` finds the facts and the layers that a name means.
 """

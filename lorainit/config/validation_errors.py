@@ -1,4 +1,4 @@
-"""What pydantic found wrong, by the fields that the person wrote. Torch-free."""
+"""Turns pydantic's errors into sentences, each under the path of the field as the caller wrote it. Torch-free."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,7 @@
-"""The proof of a download: on a fresh base, stock PEFT makes it do what the adapter does.
+"""The export check: stock PEFT loads the written adapter on a fresh base, and its results are compared with ours.
 
-What was written is read by the loader that people use, and held against what our own layers do: each layer by
-itself, then the model's logits (docs/decisions/0028). Knows the adapter's files, not how it was trained.
+PEFT is the loader that people use, so what it computes is what they get. Each layer is compared by itself, then the
+model's logits (docs/decisions/0028). Knows the adapter's files, not how it was trained.
 """
 
 import hashlib

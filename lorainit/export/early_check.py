@@ -1,8 +1,8 @@
-"""Before the first step: an adapter of the shape that will be trained is written, read by stock PEFT, and compared.
+"""Makes the export check before the first step, with a trial adapter of the shape that will be trained.
 
-A base that PEFT cannot read, or reads otherwise than we do, ends here in seconds, and not after the training. The
-trial's factors are drawn, because most methods start with a product of zero, which would show nothing. Nothing of
-the run's own adapter is used or changed.
+If PEFT cannot read such an adapter on this base, or computes something else with it, the run fails here in seconds
+instead of after the training. The trial adapter has random factors, because most methods start with a product of zero,
+with which every comparison would succeed. The run's own adapter is neither used nor changed.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""What an adapter does, layer by layer and to the model's logits, as numbers that a reloaded one can be held against.
+"""Measures what an adapter does to each layer and to the model's logits, to compare it with a reloaded adapter.
 
 Each layer is given the same fixed rows whatever the run learned from, and computes in float64: what a layer adds is
 then known to ten digits, however little it was trained. Knows nothing of files.
@@ -56,7 +56,7 @@ class Effect:
 
     @property
     def absent(self) -> bool:
-        """Whether the model says the same with the adapter as without it."""
+        """Whether the model's logits are the same with the adapter and without it."""
         largest = max(float(logits.abs().max()) for logits in self.logits)
         return not max(float(moved.max()) for moved in self.moved) > NOTHING * largest
 

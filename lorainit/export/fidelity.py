@@ -1,9 +1,9 @@
-"""How much of what was learned is left in the ways an adapter is served: measured, not assumed.
+"""Measures how much of what was learned is left in each way in which an adapter can be served.
 
 bf16 keeps eight significant bits. Where an update is smaller than half a step of the number it is added
 to, rounding the sum takes it away: at each layer's output when the adapter stays unmerged, in each weight
 when it is merged. The losses of held-out rows say how much that costs (docs/precision.md). Knows the base
-model's files, the exported adapter and stock PEFT; how the adapter was trained is not its business.
+model's files, the exported adapter and stock PEFT, and not how the adapter was trained.
 """
 
 import time
@@ -101,7 +101,7 @@ def _wanted(
 
 
 def _serve(model: Any, base_folder: Path, rows: HeldOut, *, ways: list[Way], on_event: OnEvent) -> dict[str, Tensor]:
-    """Losses of a model under stock PEFT, by way of serving, and of its base; the model is let go of."""
+    """Losses of a model under stock PEFT, by way of serving, and of its base; the model is freed."""
     with model.disable_adapter():
         losses = {"base": token_losses(model, rows, on_event=on_event)}
     if "unmerged" in ways:
@@ -187,7 +187,7 @@ def measure(
         folder: the adapter as `adapter.export` wrote it.
         trained: `token_losses` of the trained model on the same rows.
         dtype: the run's, of base and activations.
-        served: the adapter on a base in this format by stock PEFT, if it has been loaded; it is let go of.
+        served: the adapter on a base in this format by stock PEFT, if it has been loaded; it is freed.
 
     Returns:
         `job.export_check["fidelity"]`. Losses are nats per trained token; `kept_*` is the share of the gain

@@ -1,7 +1,7 @@
-"""How a run ends: its adapter is written while the model that was trained is there, and verified on a fresh base.
+"""Finishes a run: its adapter is written while the trained model is in memory, and then verified on a fresh base.
 
-The second needs room for another base. Where others still train on the first one and the device has no room beside
-it, it waits until they are done and that base is gone (docs/decisions/0050). What goes wrong is the end of this run.
+Verifying needs memory for a second base. If other runs still train on the first one and the device cannot hold both,
+it waits until they are done and the first base is freed (docs/decisions/0050). An error here ends this run alone.
 """
 
 from collections.abc import Callable, Generator
@@ -54,7 +54,7 @@ class RunFinisher:
         return self._end
 
     def close(self) -> None:
-        """Nobody will conclude it: leave no half of an adapter behind."""
+        """Give up, and remove what was written of the adapter."""
         if self._steps is not None:
             self._steps.close()
 
@@ -127,7 +127,7 @@ def _rates(training: Hyperparameters) -> dict[str, float]:
 
 
 def _follow_rank0(run: Run, progress: Progress) -> Steps:
-    """The end of a process that trained along: the leading one writes the adapter, and needs our part to check it."""
+    """The end of a process that is not rank 0, which writes the adapter and needs this process to check it."""
     folder = run.out / "adapter"
     seen = outputs.observe_adapter(run) if run.base.sharded else None
     beside = yield

@@ -1,4 +1,4 @@
-"""A model's function in float64, from the weights as they are held: what an adapter does, free of the run's rounding.
+"""Computes a model in float64 from the weights as they are, to see what an adapter does without the run's rounding.
 
 Weights become float64 for as long as their decoder layer runs, so no second copy of the base lies in memory.
 bf16 and float32 numbers are float64 numbers too, so nothing is rounded on the way. Few architectures cannot

@@ -1,4 +1,4 @@
-"""What a run came to, judged by its own log: an adapter that is worse than its base is a success only in form."""
+"""Warnings about the result of a run that succeeded: an adapter that is worse than its base, or changes nothing."""
 
 import json
 from pathlib import Path

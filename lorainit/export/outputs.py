@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter with its papers, the proof that it loads, the metrics, the resolved spec."""
+"""What a run writes: the adapter with its model card and manifest, the export check, the metrics, the resolved spec."""
 
 import gc
 import json
@@ -70,7 +70,7 @@ def write_factors(run: Run, layers: Mapping[str, LoRALinear], folder: Path) -> i
 
 
 def unverified_folder(folder: Path) -> Path:
-    """Where an adapter lies until it is checked: under a name that nobody takes for a download."""
+    """Where an adapter lies until it is checked: a hidden folder, which cannot be mistaken for a download."""
     return folder.with_name(f".{folder.name}-unproven")
 
 
@@ -108,7 +108,7 @@ class Observed:
 
 
 def observe_adapter(run: Run) -> Observed:
-    """Note what the trained adapter does to the base, which stays bare; the run lets go of both."""
+    """Measure what the trained adapter changes; the base stays bare, and the run releases both."""
     texts = check.prompts(run.data.samples)
     effect = effects.observe(run.base.model, run.layers, texts, divided=bool(run.base.sharded), on_event=run.emit)
     rows, losses = fidelity.held_out(run.data, run.valid), None

@@ -5,7 +5,7 @@ it loads on the untouched base without knowing how it was initialized. With DoRA
 beside A and B: such an adapter is no pure pair, and needs a loader that knows DoRA.
 
 The scale is written as alpha/r, also where it was trained as alpha/sqrt(r): most readers of adapters know
-nothing of `use_rslora`, and read the wrong scale without a word (docs/downloads.md).
+nothing of `use_rslora`, and silently read a wrong scale (docs/downloads.md).
 """
 
 import json
@@ -97,7 +97,7 @@ def _config(
     *,
     root: str,
 ) -> dict[str, Any]:
-    """`adapter_config.json`: what a reader needs and no key more, for older PEFT refuses those it does not know."""
+    """`adapter_config.json` with the keys that a reader needs and no others: older PEFT refuses unknown keys."""
     ranks = {**ranks, **{name: pair.rank for name, pair in packed.items()}}
     scales = {name: x.scale for part in (layers, packed) for name, x in part.items()}
     alphas = {name: plain_alpha(r=r, scale=scales[name]) for name, r in ranks.items()}
@@ -126,7 +126,7 @@ def _config(
 
 
 def _target_names(model: nn.Module, names: set[str]) -> list[str]:
-    """Suffixes if they name exactly these layers of all modules (what other loaders like best), else full names."""
+    """Suffixes if they name exactly these layers of all modules (which most loaders understand), else full names."""
     suffixes, ours = {name.rpartition(".")[2] for name in names}, tuple(stacks(model))
     everything = {name.removesuffix(".base") for name, _ in model.named_modules() if not name.startswith(ours or "\0")}
     matched = {name for name in everything if name.rpartition(".")[2] in suffixes}

@@ -1,4 +1,7 @@
-"""Where a run happens: device, number format, randomness, memory, and a description for the record."""
+"""The device of a run: which one, its number formats and memory, and a description of the machine for the manifest.
+
+Also what makes a run reproducible on it: seeded generators and deterministic kernels.
+"""
 
 import errno
 import gc
@@ -61,7 +64,7 @@ def pick_device() -> torch.device:
 
 
 def explain_unusable_gpu() -> str | None:
-    """Why this process cannot use the GPUs that it is meant to use; None where it can, or where none is meant."""
+    """Why this process cannot use the GPUs that it should use; None where it can, or where it should use none."""
     if torch.cuda.is_available():
         return None
     if why := gpus.find_problem():
@@ -151,7 +154,7 @@ def make_reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
 
 
 def make_generator(seed: int, name: str) -> torch.Generator:
-    """A module's own stream of random numbers, whatever the other modules draw before it."""
+    """Random numbers for one module, which do not depend on what other modules have drawn before."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -166,7 +169,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give back what nobody holds any more: other processes, and copies of a base, ask the device for it."""
+    """Return unused memory to the device, so that other processes and copies of the base can have it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,9 +1,8 @@
-"""What earlier runs found out, on disk: named tensors and JSON, one safetensors file per entry.
+"""A cache on disk of what earlier runs computed: named tensors and JSON, one safetensors file per entry.
 
-Without locks: an entry is written beside and renamed into place, read through its own open file, and
-evicted by unlinking the least recently used. Whatever is wrong with an entry makes it a miss, and
-whatever keeps us from writing one costs the next run some time and this run nothing. Knows nothing
-of what the entries mean: `cache` and `tokens` do.
+It needs no locks: an entry is written under another name and renamed, read through its own open file, and the least
+recently used ones are unlinked. A damaged entry counts as a miss. An entry that cannot be written is a warning, and the
+next run computes it again. Knows nothing of what entries mean: `lorainit.init.cache` and `lorainit.data.tokens` do.
 """
 
 import hashlib

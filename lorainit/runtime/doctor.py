@@ -9,7 +9,7 @@ from lorainit.system import driver, gpus
 
 
 def examine() -> dict[str, Any]:
-    """Set this process up as a run does, and say what that was: `machine`, `packages` and `choices`.
+    """Set this process up as a run does, and return what was found and chosen: `machine`, `packages`, `choices`.
 
     Raises:
         DriverSilent: the NVIDIA driver does not answer, and CUDA would wait for it without end.

@@ -1,7 +1,8 @@
-"""How libraries say that the machine has failed a run: a failed device, a lost process, no room, a bad disk.
+"""Recognizes errors that the machine caused: a failed device, a peer that is gone, a full memory or disk, a bad disk.
 
-Whose fault that is decides what becomes of the job (docs/decisions/0057, 0058). Whoever turns "any error" into a
-verdict on a model or an adapter asks `is_machine_failure` first, and raises such an error as it is.
+Such an error says nothing about the job, which is tried again elsewhere (docs/decisions/0057, 0058). Code that catches
+any error and blames a model or an adapter for it calls `is_machine_failure` first, and raises such an error unchanged.
+Libraries have no classes for most of these failures, so they are recognized by their text.
 """
 
 import errno
@@ -16,12 +17,13 @@ from lorainit.runtime.devices import is_out_of_memory
 from lorainit.system import shared_memory
 from lorainit.system.host_failure import is_host_failure
 
-# Who speaks of GPUs. cuSOLVER is not among them: its own errors come of matrices that have no decomposition.
+# An error is about a GPU if it names one of these. cuSOLVER is left out: its errors are about matrices that have no
+# decomposition.
 _SPEAKERS = ("cuda", "cudnn", "nvml", "nccl", "nvidia")
-# CUDA's number of an error, as torch tells it where it counts devices: "Error 802: system not yet initialized".
+# torch gives CUDA's error number where it counts devices: "Error 802: system not yet initialized".
 _NUMBERED = re.compile(r"\berror \d+: ")
 _MISSING = "no kernel image is available"
-# What they say, in lower case, when the same work may succeed on another GPU, or on this one in a new process.
+# Texts, in lower case, of errors after which the same work may succeed on another GPU, or here in a new process.
 _FAILED = (
     "unknown error",
     "no cuda-capable device",
@@ -125,9 +127,9 @@ _GONE = (
 
 
 def is_machine_failure(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, says nothing of the model, the data or the adapter in work.
+    """Whether an error, or one that it was raised from, is no fault of the model, the data or the adapter.
 
-    So does a kernel's assert where it ends CUDA for all that share the process, whoever's numbers it refused.
+    A kernel's assert counts as one, although a run's numbers caused it: it ends CUDA for all runs of the process.
     """
     kinds = (
         is_out_of_memory,
@@ -142,7 +144,7 @@ def is_machine_failure(error: BaseException) -> bool:
 
 
 def with_causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it was raised from: libraries wrap what they meet while they load a model."""
+    """The error and those that it was raised from: libraries wrap errors while they load a model."""
     one: BaseException | None = error
     while one is not None:
         yield one
@@ -159,7 +161,7 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def is_failed_device(error: BaseException) -> bool:
-    """Whether the GPU, or the way to it, has failed and not the run. Ask first whether memory ran out."""
+    """Whether the GPU or its driver has failed, and not the run. Check first whether memory ran out."""
     said = str(error).lower() if isinstance(error, RuntimeError) else ""
     is_cuda = any(who in said for who in _SPEAKERS) or _NUMBERED.search(said)
     if is_cuda and any(words in said for words in _FAILED):
@@ -170,17 +172,17 @@ def is_failed_device(error: BaseException) -> bool:
 
 
 def is_missing_kernel(error: BaseException) -> bool:
-    """Whether one kernel was not built for this GPU: others may have been, and the process goes on."""
+    """Whether one kernel was not built for this GPU. Others may have been, so the process can go on."""
     return is_failed_device(error) and _MISSING in str(error).lower()
 
 
 def is_kernel_assert(error: BaseException) -> bool:
-    """Whether a kernel refused its numbers: the run is to blame, and CUDA is over for the whole process."""
+    """Whether a kernel refused its numbers. The run caused it, and CUDA cannot be used in this process any more."""
     return isinstance(error, RuntimeError) and _ASSERT in str(error).lower()
 
 
 def find_peer_failure(error: BaseException) -> Literal["silent", "gone"] | None:
-    """How another process of this run fails this one; None if it does not, as where the run has one process."""
+    """Whether an error means that another process of this run is silent or gone; None if it means neither."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
         return None
     said = str(error).lower()

@@ -1,7 +1,7 @@
-"""How this process multiplies: threads, the library behind fp32 products, reduced precision on a GPU.
+"""Chooses how this process multiplies matrices: threads, the library for float32, reduced precision on a GPU.
 
-Nothing here may change what a number means: a faster library is taken only where its products are as
-exact as float32 products are.
+A faster library is taken only where its products are as exact as float32 products are, so that the choice changes
+speed and not results.
 """
 
 import os
@@ -42,9 +42,10 @@ def has_gpu() -> bool:
 
 
 def use_threads(cpus: int) -> Setting:
-    """As many as cores are ours: more than a cgroup's quota stand still for the rest of each period.
+    """Use as many threads as this process has cores; `OMP_NUM_THREADS` in the environment takes precedence.
 
-    torch counts the machine's physical cores and knows nothing of quotas. `OMP_NUM_THREADS` wins.
+    torch counts the machine's physical cores and ignores a cgroup's quota. With more threads than the quota allows, all
+    of them are stopped for the rest of each period.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return Setting("threads", str(torch.get_num_threads()), "OMP_NUM_THREADS is set in the environment")
@@ -135,13 +136,13 @@ def _time_product(x: Tensor, W: Tensor) -> float:
 
 
 def forbid_tf32() -> Setting:
-    """float32 stays float32 on a GPU: who wants speed asks for bf16, and who asks for fp32 compares starts by it.
+    """Keep float32 on a GPU: speed is what bf16 is for, and fp32 is asked for to compare initializations.
 
-    TF32 rounds what is multiplied to 10 bits of mantissa, and what a young adapter adds lies below that. Sums of bf16
-    products that cuBLAS splits are added in float32 too. Has not run: no GPU was at hand.
+    TF32 rounds factors to 10 bits of mantissa, and what an adapter adds in its first steps is smaller than that. Where
+    cuBLAS splits a sum of bf16 products, the parts are added in float32 too. Has not run: no GPU was at hand.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1":
         return Setting("GPU products", "TF32 for fp32", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set in the environment")
     torch.set_float32_matmul_precision("highest")
-    return Setting("GPU products", "float32 stays float32", "TF32 would lose what a young adapter adds")
+    return Setting("GPU products", "float32 stays float32", "TF32 would lose what an adapter adds in its first steps")

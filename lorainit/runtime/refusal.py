@@ -9,10 +9,10 @@ from lorainit.runtime.machine_errors import is_machine_failure
 
 @contextmanager
 def as_unsupported(what: str) -> Iterator[None]:
-    """Whatever is raised inside, by libraries that trust the files they read, is the files' fault.
+    """Raise `UnsupportedModel` for any error inside, because libraries fail in many ways on files that are wrong.
 
-    A panic of the tokenizers' Rust code is a BaseException that only its name tells apart. What the machine does
-    wrong (no room, a failed device, a lost process) and what somebody asks for (`Stopped`, an interrupt) is passed on.
+    A panic of the tokenizers' Rust code is a BaseException that can be recognized by its name only. Failures of the
+    machine (no memory, a failed device, a lost process) and requests to stop (`Stopped`, an interrupt) are passed on.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Work that runs out of memory is done again: with less at a time, and at the end once more as it is.
+"""Repeats work that runs out of memory: in smaller pieces while it can be made smaller, and then once more unchanged.
 
-What is made smaller is up to whoever asks. What the failed attempt held is given back first. Several processes do it
-again together: whichever way they meet next, in the middle of the work or at its end, they tell each other who failed.
+The caller says how to make it smaller. The memory of the failed attempt is released first. If a run has several
+processes, all of them repeat the work together: at the next exchange between them each learns whether another failed.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def _share_outcome(flag: bool, world: World, device: torch.device, *, failed: bo
 
 
 def _finish_together(work: Callable[[], T], world: World, device: torch.device) -> T:
-    """What `work` returns; a frame of its own, so that it can be let go of where another process has failed."""
+    """What `work` returns. It has a frame of its own, which can be released if another process has failed."""
     found = work()
     any_rank(False, world, device)
     return found

@@ -1,4 +1,4 @@
-"""A program that is asked something and may never answer: it gets a time limit, and nobody waits longer than that."""
+"""Runs a program that may never end, with a time limit: when time is up it is killed, and the caller goes on."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ POLL_SECONDS = 0.1
 
 
 class CommandResult(NamedTuple):
-    """What a program left when it ended by itself."""
+    """The exit code and the output of a program that ended by itself."""
 
     returncode: int
     output: str
@@ -27,7 +27,7 @@ def run_command(
     environment: Mapping[str, str] | None = None,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> CommandResult | None:
-    """What the program answers; None = it was killed, since time was up or the answer is not wanted any more.
+    """Run a program and return its result; None = it was killed, because time was up or the caller cancelled it.
 
     Args:
         seconds: how long it may take.
@@ -37,7 +37,7 @@ def run_command(
     Raises:
         OSError: there is no such program, or it cannot be started.
     """
-    # Files and no pipes: nobody has to read them meanwhile, and what the program started may keep them open.
+    # Files instead of pipes: a pipe has to be read meanwhile, and a child of the program may keep it open.
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             list(command),

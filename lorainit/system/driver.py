@@ -1,6 +1,6 @@
-"""The NVIDIA driver, asked by `nvidia-smi -L` where that is installed: which GPUs and MIG instances there are.
+"""Which GPUs and MIG instances the NVIDIA driver knows, by `nvidia-smi -L` where that is installed.
 
-It is a process of its own with a time limit, because a driver that hangs lets no caller go.
+A call into a driver that hangs never returns, so it is made in a process of its own with a time limit.
 """
 
 import re

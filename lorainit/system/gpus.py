@@ -1,7 +1,7 @@
 """The NVIDIA GPUs that a process may use, asked without torch: which they are, and why CUDA cannot use them.
 
-The worker asks before it takes a job, a run before it starts: where GPUs are meant to be used and cannot be, a run
-that went to the processor instead would take days and say nothing.
+The worker checks before it takes a job, and a run before it starts. Where GPUs should be used and cannot be, a run on
+the processor would take days, and nobody would notice why.
 """
 
 import os
@@ -37,7 +37,7 @@ def explain_no_gpu(root: Path = Path("/")) -> str | None:
 
 
 def is_hidden() -> bool:
-    """Whether somebody has said that no GPU is to be used."""
+    """Whether the environment says that no GPU is to be used."""
     return _requested() == []
 
 
@@ -47,7 +47,7 @@ def may_be_used() -> bool:
 
 
 def is_needed() -> bool:
-    """Whether somebody has said that a run of this process needs a GPU."""
+    """Whether the environment says that a run of this process needs a GPU."""
     return os.environ.get(NEEDED) == "1"
 
 

@@ -1,7 +1,7 @@
-"""How the system and libraries say that this host fails a run: its disks, or its room for open files and processes.
+"""Recognizes errors that this host caused: a disk that fails, or no more open files or processes.
 
-That says nothing of the file that was to be read, and another host, or this one later, may read it
-(docs/decisions/0061). Whoever turns an `OSError` into a verdict on a file asks `is_host_failure` first. Torch-free.
+Such an error says nothing about the file that was read: another host, or this one later, may read it
+(docs/decisions/0061). Code that blames a file for an `OSError` calls `is_host_failure` first. Torch-free.
 """
 
 import errno

@@ -1,6 +1,7 @@
-"""Bounds that a process sets on itself before it reads what somebody sent. Torch-free; Linux keeps all of them.
+"""Limits that a process sets on itself before it reads files of strangers. Torch-free.
 
-A bound that a system does not know is left out there: the parent has a clock of its own.
+Linux enforces all of them. A limit that another system does not have is left out there; the parent has a time limit of
+its own.
 """
 
 import ctypes
@@ -62,7 +63,7 @@ def make_parent_death_hook() -> Callable[[], None]:
 
 
 def lower_priority() -> None:
-    """Let others have the processors first, and be the one that is ended when the machine runs out of memory."""
+    """Let other processes go first, and be the first one that is killed when the machine runs out of memory."""
     os.nice(10)
     with suppress(OSError):  # not Linux
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,7 +1,7 @@
-"""The memory that processes share, /dev/shm: how libraries say that it is full, and what helps. Torch-free.
+"""Recognizes that /dev/shm, the memory that processes share, is full, and says what helps. Torch-free.
 
 It lies in memory and has a limit of its own, in a container 64 MiB unless it is given more. NCCL, torch and
-PostgreSQL use it. Their words are those of a full disk, and no disk is full.
+PostgreSQL use it. Their messages are those of a full disk, although no disk is full.
 """
 
 import errno
@@ -11,7 +11,7 @@ FULL = f"There was no room left in /dev/shm, the memory that processes share ({M
 _NO_ROOM = ("no space left on device", "os error 28)")
 # What an error without room names, in lower case: objects of torch and of Python's multiprocessing lie there, too.
 _NAMES = ("dev/shm", "shared memory", "shared_memory", "</torch_", "/psm_")
-# Said without a word about room, by NCCL and by torch's DataLoader.
+# Messages of NCCL and of torch's DataLoader that do not mention space.
 _SAID = ("error while creating shared memory segment", "workers are out of shared memory")
 
 

@@ -1,11 +1,11 @@
-"""Notices that a run hangs, since nothing happens in it any more.
+"""Notices that a run hangs: no event has come for too long.
 
-The processes of a run on several devices would wait for one that hangs in their next sum, so they watch themselves.
-A run of one process cannot: the worker watches it, by the same rule and from outside.
+If one process of several hangs, the others wait for it in their next sum, so each process watches itself. A run of one
+process cannot watch itself: the worker does it from outside, by the same rule.
 
-A sum has a time limit of its own (`lorainit.runtime.distributed.world`), but what comes of it depends on who adds up:
-gloo raises an error, NCCL ends the process without a word, and it begins to wait long after it was asked. So each
-process notices a little earlier, by itself, that nothing happens any more. Torch-free.
+A sum has a time limit of its own (`lorainit.runtime.distributed.world`), but its effect depends on the library: gloo
+raises an error, while NCCL ends the process without a message, and starts its clock late. So the watchdog's limit is a
+little shorter than that of a sum. Torch-free.
 """
 
 import os
@@ -50,11 +50,11 @@ class Watchdog:
         self._allowed, self._extra, self._looked = allowed, extra, time.monotonic()
 
     def reset(self, event: Event) -> None:
-        """Something has happened."""
+        """Start anew, because an event has come."""
         self._seconds, self._is_loading = 0.0, isinstance(event, Stage) and event.stage == "loading"
 
     def add_seconds(self, seconds: float) -> bool:
-        """So much time has passed; whether it has been too long."""
+        """Count time that has passed; returns whether it is too long now."""
         self._seconds += seconds
         return self._seconds > self.time_limit
 

@@ -1,4 +1,4 @@
-"""Whether an architecture is causal, by trying: a later token must not change what the model says of earlier ones.
+"""Tests whether an architecture is causal: a later token must not change the model's output for earlier ones.
 
 What is tried is a copy of the model's own configuration with few heads, narrow matrices, random weights and as many
 layers as show every kind. Attention masks, convolutions and recurrences are code and configuration, not weights, so

@@ -1,6 +1,6 @@
-"""Whether a model's files hold what the model is made of, and nothing else, without reading a weight.
+"""Checks that a model's files hold all weights of the model and nothing else, without reading a weight.
 
-transformers itself says: it gets tensors without contents of the names, shapes and types in the files' headers, and
+transformers itself decides it. It is given empty tensors with the names, shapes and types of the files' headers, and
 loads them with all the renaming, fusing and tying that it does for real ones.
 """
 

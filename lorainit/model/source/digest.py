@@ -1,4 +1,4 @@
-"""Which base model it is: one SHA-256 over its weights, computed once for files that stay as they are."""
+"""Identifies a base model by one SHA-256 over its weights, which is computed again only if the files change."""
 
 import hashlib
 import time
@@ -12,7 +12,7 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.config.spec import BaseModelRef
 from lorainit.runtime.disk_cache import DiskCache, make_key
 
-# A file changed twice within one tick of the file system's clock looks unchanged: younger ones are not trusted.
+# A file that changes twice within one tick of the file system's clock looks unchanged, so newer files are not trusted.
 SETTLED_SECONDS = 2.0
 SEAL = "base.sha256"
 
@@ -44,7 +44,7 @@ def require_whole(folder: Path, sha256: str) -> None:
     """Refuse a conversion of ours that is not what was written; other folders promise nothing.
 
     Raises:
-        UnsupportedModel: the disk, or somebody, has changed the converted weights.
+        UnsupportedModel: the converted weights have changed since they were written.
     """
     promised = folder / SEAL
     if promised.is_file() and promised.read_text().strip() != sha256:

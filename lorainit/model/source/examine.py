@@ -1,6 +1,6 @@
-"""Whether a folder holds a base that can be trained: text only, causal, and all there. No weight is read.
+"""Checks that a folder holds a base that can be trained: for text only, causal, and complete. No weight is read.
 
-Asked when a model is inspected and again before a run loads it (docs/decisions/0029).
+Called when a model is inspected and again before a run loads it (docs/decisions/0029).
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from lorainit.runtime.refusal import as_unsupported
 
 
 def examine(folder: Path) -> nn.Module:
-    """The base's modules without weights (on the meta device), after everything that speaks against it was tried.
+    """The base's modules without weights (on the meta device), after all checks have passed.
 
     Raises:
         UnsupportedModel: it is not a causal language model, or its files are broken or not all of it.

@@ -1,7 +1,7 @@
-"""What the files of a model folder claim, read with bounds: neither their sizes nor their shapes are to be believed.
+"""Checks the files of a model folder, whose sizes and shapes may be wrong on purpose.
 
-Nothing here loads a weight or asks transformers. Whoever passes has plain files, JSON of sane size and depth, and
-safetensors whose headers describe exactly the bytes behind them.
+A folder that passes has plain files, JSON of bounded size and depth, and safetensors whose headers describe exactly
+the bytes behind them. Nothing here loads a weight or calls transformers.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Where a base model lies, whatever way its source names it. Needs no torch, and reads no file of a model."""
+"""Finds the folder or file of a base model from its source. Needs no torch, and reads no file of a model."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The header of a GGUF file, walked with bounds before a library that believes it reads the file.
+"""Checks the header of a GGUF file before a library reads the file, because that library trusts the header.
 
-Every count is checked against the bytes that are left, every number that says how large the model is against what
-the file can hold. Nothing is kept.
+Every count is checked against the bytes that are left, and every number that says how large the model is against what
+the file can hold.
 """
 
 import math
@@ -92,7 +92,7 @@ class _Walk:
             for _ in range(count):
                 self._text()
         else:
-            self._skip(count * self._width(kind))  # a list of lists has no width, and nobody writes one
+            self._skip(count * self._width(kind))  # a list of lists has no width, and no known file has one
 
     def _tensor(self) -> int:
         """Where it ends, at the least, counted from the first tensor."""

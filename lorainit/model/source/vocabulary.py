@@ -1,6 +1,6 @@
-"""Whether a tokenizer and a model belong together: every token that a row can hold needs a row of the embedding.
+"""Checks that a tokenizer fits a model: every token that a row can hold needs a row of the embedding.
 
-An index beyond the embedding is an error in the middle of a run on a CPU, and on a GPU the end of the process.
+A token without one would stop a run in the middle, and on a GPU it would end the whole process.
 """
 
 from collections.abc import Iterable, Sequence

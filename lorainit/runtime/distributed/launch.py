@@ -1,7 +1,7 @@
 """The other processes of a run on several devices of this host: started, watched, and never left behind.
 
-Not by torchrun, which hands on neither the pipe of events nor our exit codes, and whose agent would
-be one more process to watch. Each process watches the lease itself and dies with the leading one.
+torchrun is not used: it passes on neither the pipe of events nor our exit codes, and its agent would be one more
+process to watch. Each process watches the lease by itself, and the kernel kills it when rank 0 dies.
 """
 
 import os
@@ -20,9 +20,9 @@ from lorainit.runtime import process_tuning
 from lorainit.system import shared_memory
 from lorainit.system.limits import make_parent_death_hook
 
-EXIT_SECONDS = 30.0  # seconds for the others to end after the leading one has
-REPORT_SECONDS = 5.0  # seconds for the leading one to say itself what is wrong
-CASCADE_SECONDS = 2.0  # seconds in which the end of one brings the others down, too
+EXIT_SECONDS = 30.0  # seconds that the peers have to end after rank 0 has
+REPORT_SECONDS = 5.0  # seconds that rank 0 has to report by itself what is wrong
+CASCADE_SECONDS = 2.0  # seconds within which one that ends makes the others end too
 # of the environment: the file by which the processes of one run meet (`lorainit.runtime.distributed.world`)
 RENDEZVOUS = "RENDEZVOUS"
 
@@ -31,13 +31,13 @@ Process = subprocess.Popen[bytes]
 
 @dataclass(frozen=True)
 class PeerFailure:
-    """How another process of the run ended badly: its exit code (-n: killed by signal n), and what it said of it."""
+    """How another process of the run failed: its exit code (-n: killed by signal n), and its `Failed` event if any."""
 
     code: int
     event: Failed | None
 
     def sort_key(self) -> int:
-        """How likely another one's end explains this one: least where it says what is wrong, most where it cannot."""
+        """Orders failures from causes to consequences: first those that say what is wrong, last those that cannot."""
         if self.event is not None and self.event.code not in ("internal_error", "worker_lost"):
             return 0
         if self.event is not None and self.event.message == shared_memory.FULL:
@@ -46,7 +46,7 @@ class PeerFailure:
 
 
 class PeerProcesses:
-    """The processes beside the leading one; none, where a run has one."""
+    """The processes of a run beside rank 0; empty where a run has one process."""
 
     def __init__(self, processes: Sequence[Process] = (), out: Path = Path()) -> None:
         self._processes, self._out = processes, out
@@ -66,7 +66,7 @@ class PeerProcesses:
         return self._find_cause() if ended else None
 
     def kill(self) -> None:
-        """End them: this one has stopped or failed, and they would wait for it in their next sum."""
+        """Kill them: this process has stopped or failed, and they would wait for it in their next sum."""
         self._over.set()
         for peer in self._processes:
             peer.kill()
@@ -77,7 +77,7 @@ class PeerProcesses:
         return bool(self._processes) and all(peer.poll() is not None for peer in self._processes)
 
     def close(self) -> None:
-        """Wait for them to end, then insist."""
+        """Wait for them to end; kill those that do not."""
         self._over.set()
         for peer in self._processes:
             try:
@@ -101,7 +101,7 @@ class PeerProcesses:
         return False
 
     def _find_cause(self) -> PeerFailure:
-        """What ended the run: one ends because it was killed or found something wrong, the others because it did."""
+        """The failure that ended the run; the other processes ended because of it."""
         self._wait(all, seconds=CASCADE_SECONDS)
         failures = []
         for rank in self._ranks:
@@ -115,7 +115,7 @@ class PeerProcesses:
         return range(1, len(self._processes) + 1)
 
     def _failure_of(self, rank: int) -> PeerFailure | None:
-        """How one has ended badly; one that has left its last word will, and its end may take seconds."""
+        """How a process failed. One that has written its failure is about to end, which may take seconds."""
         path, code = _failure_file(self._out, rank), self._processes[rank - 1].poll()
         event = Failed.model_validate_json(path.read_bytes()) if path.exists() else None
         return PeerFailure(code or 1, event) if code or (code is None and event) else None
@@ -123,7 +123,7 @@ class PeerProcesses:
 
 @contextmanager
 def start_peers(count: int, arguments: Sequence[str], *, out: Path) -> Iterator[PeerProcesses]:
-    """Run `count` - 1 more processes with these arguments beside this one, which becomes the leading one.
+    """Run `count` - 1 more processes with these arguments beside this one, which becomes rank 0.
 
     Args:
         out: a folder of the run's own, made if absent.
@@ -166,7 +166,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def write_peer_failure(out: Path, event: Event) -> None:
-    """Of all that a process beside the leading one has to say, keep why it failed: the leading one says it."""
+    """Write a peer's `Failed` event to a file, from which rank 0 reports it; other events of peers are dropped."""
     if isinstance(event, Failed):
         path = _failure_file(out, int(os.environ["RANK"]))
         draft = path.with_suffix(".new")
@@ -183,5 +183,5 @@ def _rank_environment(rank: int) -> dict[str, str]:
 
 
 def _share_threads(count: int) -> dict[str, str]:
-    """Cores are shared: as many waiting threads as cores for each process make all of them slow."""
+    """Share the cores among the processes: if each had a thread per core, all of them would be slow."""
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, process_tuning.usable_cpus() // count))}

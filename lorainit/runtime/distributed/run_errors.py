@@ -1,7 +1,7 @@
-"""Runs that share a process: what goes wrong for one of them is that one's end, and leaves the others alone.
+"""Errors of runs that share a process: an error in the work of one run ends that run, and the others go on.
 
-Knows nothing of training: it tells whose an error is, puts the machine's failures into our words, and lets go of what
-lay in memory when they happened.
+Decides whom an error belongs to, translates failures of the machine into our own errors with advice, and releases the
+memory that a failed run still holds. Knows nothing of training.
 """
 
 import traceback
@@ -26,11 +26,14 @@ from lorainit.system.host_failure import is_host_failure
 
 
 class ListenerFailed(BaseException):
-    """Whoever listens to a run broke down: the cause ends everything, whatever it interrupts."""
+    """A caller's `on_event` raised an unexpected error, which ends all runs of the process.
+
+    It is no `Exception`, so that no handler in between takes it for an error of a run.
+    """
 
 
 def wrap_listener(on_event: OnEvent) -> OnEvent:
-    """`on_event`, with what it raises beside our own errors told apart from what goes wrong in the run."""
+    """`on_event`, whose unexpected errors are raised as `ListenerFailed`, to tell them from errors of the run."""
 
     def listen(event: Event) -> None:
         try:
@@ -45,7 +48,7 @@ def wrap_listener(on_event: OnEvent) -> OnEvent:
 
 @contextmanager
 def raise_listener_errors() -> Iterator[None]:
-    """What a `wrap_listener` raised inside is raised as itself."""
+    """Raise the original error where a wrapped listener raised `ListenerFailed`."""
     try:
         yield
     except ListenerFailed as failure:
@@ -57,7 +60,7 @@ def raise_listener_errors() -> Iterator[None]:
 
 
 def to_run_error(error: Exception, *, alone: bool) -> LorainitError:
-    """How the one run ends in whose own work `error` was raised; what it held in memory is let go of.
+    """The error that ends the run in whose own work `error` was raised; memory that it held is released.
 
     Args:
         alone: there is no other run to keep it from.
@@ -84,7 +87,7 @@ def to_run_error(error: Exception, *, alone: bool) -> LorainitError:
 
 
 def release_frames(error: BaseException) -> None:
-    """Empty the frames that an error went through: their variables are tensors of the size of what did not fit."""
+    """Clear the frames that an error went through, whose variables keep large tensors in memory."""
     chain: BaseException | None = error
     while chain is not None:
         traceback.clear_frames(chain.__traceback__)
@@ -97,7 +100,7 @@ def release_frames(error: BaseException) -> None:
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Machine failures a caller can do something about, as errors with advice."""
+    """Raise failures of the machine that a caller can do something about as our own errors, with advice."""
     try:
         yield
     except LorainitError:
@@ -109,7 +112,7 @@ def translate_errors() -> Iterator[None]:
 
 
 def translate_error(error: Exception) -> LorainitError | None:
-    """An error in our words; None where it is nothing that a caller can do something about."""
+    """The error as one of ours; None where a caller can do nothing about it."""
     if isinstance(error, LorainitError):
         return error
     found = (_translate_machine_error(one) for one in machine_errors.with_causes(error))

@@ -25,7 +25,7 @@ LATER = 60.0  # seconds after `watchdog` has ended a run that hangs: this limit 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place (`rank`) among `size`. `in_step`: each pass is everybody's, since they share the base."""
+    """This process is number `rank` of `size`. `in_step`: they share one base, so every pass is made by all of them."""
 
     rank: int = 0
     size: int = 1
@@ -33,7 +33,7 @@ class World:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this is the process that emits events and writes files for all."""
         return self.rank == 0
 
     def share(self, pieces: Sequence[T]) -> Sequence[T]:
@@ -41,11 +41,11 @@ class World:
         return pieces[self.rank :: self.size]
 
     def count_idle_passes(self, pieces: Sequence[T]) -> int:
-        """Passes without a piece of its own that this process makes along with the others."""
+        """How many passes this process makes for the others only, without a micro-batch of its own."""
         return -(-len(pieces) // self.size) - len(self.share(pieces)) if self.in_step else 0
 
     def any_rank(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is so in any process."""
+        """Whether `flag` is true in any process."""
         if self.size == 1:
             return flag
         found = torch.tensor(float(flag), device=device)
@@ -64,7 +64,7 @@ class World:
                 tensor.copy_(part.view_as(tensor))
 
     def broadcast_digest(self, digest: str, device: torch.device) -> str:
-        """The leading process's SHA-256, in hexadecimal digits, whatever this one has."""
+        """Rank 0's SHA-256, in hexadecimal digits, whatever this process has."""
         if self.size == 1:
             return digest
         numbers = list(bytes.fromhex(digest)) if self.is_rank0 else [0] * 32
@@ -73,7 +73,7 @@ class World:
         return bytes(told.tolist()).hex()
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Give every process the leading one's tensors, in place."""
+        """Give every process the tensors of rank 0, in place."""
         if self.size > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor.detach(), src=0)
