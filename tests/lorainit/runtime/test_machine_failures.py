@@ -26,7 +26,7 @@ LOOKS = {
     "the narrow copy of the base": (causal, "_filled"),
     "the layers tried with PEFT": (peft_support, "_observe"),
     "loading the base": (AutoModelForCausalLM, "from_pretrained"),
-    "the layouts": (layout, "see"),
+    "the layouts": (layout, "run_rows"),
     "the first pass with adapters": (early_check, "observe"),
     "PEFT loading the adapter": (check, "with_stock_peft"),
     "the comparison": (check, "_compare"),
