@@ -116,7 +116,7 @@ def main(folder: Path, names: list[str]) -> None:
         their = jobs.Jobs(day)
         data = {"validation": str(their.rows)} if asked.pop("validation", False) else {}
         specs = [their.spec("broad", lora=lora, data=data, training=asked, seed=n, **more) for n in range(members)]
-        _note(memory, "of_a_copy", watch.found.expected.append)
+        _note(memory, "copy_bytes", watch.found.expected.append)
         _note_kept(evidence, watch.found)
         with device.switched_on():
             ends = list(run_together([RunRequest(s, day.folder / f"{n}", watch.hear) for n, s in enumerate(specs)]))

@@ -111,7 +111,7 @@ STAGES = {
     "its checkpoint": (course, "write", BUG, lambda folder, *_: "/0/" in str(folder), "internal_error"),
     "writing it": (outputs, "write_manifest", BUG, of_the_first, "internal_error"),
     "no space": (outputs, "write_metrics", OSError(28, "full", "x"), lambda out: out.name == "0", "disk_full"),
-    "observing it": (outputs, "observe", MEMORY, of_the_first, "out_of_memory"),
+    "observing it": (outputs, "observe_adapter", MEMORY, of_the_first, "out_of_memory"),
     "verifying it": (outputs, "verify", BUG, of_the_first, "internal_error"),
     "its last word": (outputs, "resources", BUG, of_the_first, "internal_error"),
 }
@@ -175,7 +175,7 @@ def test_a_verification_that_runs_out_of_memory_after_all_is_put_off(spec, tmp_p
         tried.append(job)
         return len(tried) == 1
 
-    breaking(outputs, "_compared", MEMORY, monkeypatch, when=once)
+    breaking(outputs, "_compare", MEMORY, monkeypatch, when=once)
     ends, said = together(alike(spec), tmp_path)
     assert put_off(said) == [FIRST]
     assert all(ends[who].export_check["passed"] for who in ends)
@@ -192,7 +192,7 @@ def test_those_who_end_together_are_verified_one_after_the_other_on_one_base(spe
 
 @pytest.mark.usefixtures("bare", "no_room")
 def test_one_that_failed_keeps_no_part_of_the_base_in_memory(spec, tmp_path, monkeypatch, bases_alive):
-    breaking(outputs, "observe", MEMORY, monkeypatch, when=of_the_first)
+    breaking(outputs, "observe_adapter", MEMORY, monkeypatch, when=of_the_first)
     ends, _ = together(alike(spec), tmp_path)
     assert isinstance(ends[FIRST], OutOfMemory)
     assert max(bases_alive) == 0
