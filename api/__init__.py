@@ -1,1 +1,1 @@
-"""The web process: takes orders, answers from the database, never loads torch."""
+"""The web process: accepts jobs, answers from the database, and never loads torch."""

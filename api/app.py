@@ -1,7 +1,7 @@
-"""The web application: routers, the one shape of errors, the middleware around every request.
+"""The web application: its routers, its error format, and the middleware around every request.
 
-Nothing happens at import. Settings are read when the application is made; the database is touched
-when the first request needs it.
+Nothing happens at import. Settings are read when the application is made. The first connection to the database
+is opened when a request needs it.
 """
 
 from collections.abc import AsyncIterator
@@ -24,9 +24,9 @@ from api.planned_routes import RouteTable
 from api.routes import files, health, jobs, keys, models, prometheus
 from api.schemas.wire import ErrorBody
 
-# One is asked after the other: first the one that most requests are for.
+# Routers are tried in this order, so the one with the most requests comes first.
 ROUTERS = (jobs.router, files.router, models.router, keys.router, health.router, prometheus.router)
-# What any route under /v1 may answer beside its success; routes name what only they answer.
+# Error statuses that every route under /v1 may answer. A route lists its own ones itself.
 DOCUMENTED = (400, 401, 403, 404, 413, 429, 500, 503)
 DOCUMENTED_OUTSIDE = (500, 503)
 
@@ -49,7 +49,8 @@ def create_app() -> FastAPI:
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
-        # Figures and logs are ours; its spans are the framework's, and go where ours go.
+        # FastAPI makes the spans of requests and sends them where ours go. Its metrics and logs are off, because
+        # we have our own.
         telemetry={
             "tracing": provider is not None,
             "tracer_provider": provider,
@@ -73,7 +74,7 @@ def create_app() -> FastAPI:
 
 
 def _document(app: FastAPI) -> None:
-    """An OpenAPI document that tells the truth: this API never answers 422."""
+    """Correct the OpenAPI document: FastAPI adds 422 to all routes, which this API never answers, and omits the key."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Connections: uvicorn's protocol with what it has no setting for, and the options of sockets that do the rest.
+"""Limits on connections that uvicorn has no settings for.
 
-uvicorn waits for ever for a request's head, keeps all of it, answers in plain text what it cannot read, and takes
-as many connections as come. What waits for a client that reads nothing is bounded by the kernel, which also drops it.
+uvicorn alone waits for ever for the head of a request, keeps a head of any size in memory, answers malformed requests
+in plain text, and accepts any number of connections. For clients that do not read, socket options make the kernel
+bound what waits for them and close the connection.
 """
 
 import asyncio
@@ -20,17 +21,17 @@ from api.errors import BadRequest, HeadTooLarge, TooSlow, error_body, status_of
 from api.http.concurrency import network
 from api.middleware import PACE
 
-UNSENT_BYTES = 128 * 1024  # that the kernel holds of a connection, beside what the client has room for
-PIPELINED = 16  # requests that wait for the answer to the one before
-LINGER_SECONDS = 2.0  # for a client to read why it was refused, before its connection is closed
-SAY_SECONDS = 10.0  # between two lines of the log about connections that made room
-OTHER_FILES = 200  # that a process has open beside connections: the database, storage, logs
+UNSENT_BYTES = 128 * 1024  # that the kernel keeps for a connection, beside what the client can receive
+PIPELINED = 16  # requests of one connection that may wait for an earlier answer
+LINGER_SECONDS = 2.0  # for a refused client to read the reason before its connection is closed
+LOG_SECONDS = 10.0  # between two log lines about too many connections, because a crowd would fill the log
+OTHER_FILES = 200  # that a process has open besides connections: the database, storage, logs
 
 
 def limit_unsent(connection: socket.socket, settings: Settings) -> None:
-    """Let the kernel hold little for a client that does not read, and drop it after `stall_seconds`."""
+    """Make the kernel keep few bytes for a client that does not read, and disconnect it after `stall_seconds`."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-    # For bytes that are not acknowledged, and (Linux 5.11) for a client that has no room for more.
+    # Applies to bytes that are not acknowledged and, since Linux 5.11, to a client whose receive window stays full.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, settings.stall_seconds * 1000)
 
 
@@ -38,7 +39,7 @@ def allow_open_files(settings: Settings) -> None:
     """Let this process have as many files open as its connections need.
 
     Raises:
-        SystemExit: the system allows fewer; it says what to do.
+        SystemExit: the system allows fewer; the message says what to do.
     """
     needed = settings.connections + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -50,34 +51,34 @@ def allow_open_files(settings: Settings) -> None:
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that must say what it wants, in time and in few bytes, or make room for one that does."""
+    """A connection whose request heads have limits of size and time. If there are too many, an idle one is closed."""
 
     _deadline: asyncio.TimerHandle | None = None
-    _head = 0  # bytes received that are neither of a body nor of a finished head
-    _rest = 0  # bytes of a body whose request is answered already
+    _head = 0  # bytes received of a head that is not complete yet
+    _rest = 0  # bytes of a body that arrived after its request was answered
     _refused = False
-    said = -SAY_SECONDS  # when the log was told that there are too many; of the class
-    since = 0.0  # when it was last answered, or made
+    logged_at = -LOG_SECONDS  # when "too many connections" was logged last; shared by the whole class
+    since = 0.0  # when its last answer ended, or when it was opened
 
     # --- what uvicorn calls ---------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """It may be one too many: then the one that is needed least is closed."""
+        """Start the time limit of the first head. If there are too many connections, close the least useful one."""
         super().connection_made(transport)
         self._settings = get_settings()
         limit_unsent(transport.get_extra_info("socket"), self._settings)
         self.since = self.loop.time()
         self._expect_head()
         if len(self.connections) > self._settings.connections:
-            _make_room([one for one in self.connections if isinstance(one, Connection)], now=self.since)
+            _close_one([one for one in self.connections if isinstance(one, Connection)], now=self.since)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
+        """Cancel the time limit."""
         self._stop_waiting()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse it; the head of a request has a largest size, and a time to be complete."""
+        """Parse the bytes, and apply the limits of size and time to the head of a request."""
         if self._refused:
             return
         self._head += len(data)
@@ -89,16 +90,16 @@ class Connection(HttpToolsProtocol):
             self._expect_head()
 
     def on_headers_complete(self) -> None:
-        """A request is under way."""
+        """The head is complete, so its limits no longer apply."""
         self._head = 0
         self._stop_waiting()
         if len(self.pipeline) >= PIPELINED:
             self.transport.abort()
-            raise ConnectionAbortedError  # the parser goes no further
+            raise ConnectionAbortedError  # stops the parser, which may have read further requests
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body came."""
+        """Count bytes of the body that arrive after the request was answered."""
         self._head = 0
         if self.is_idle:
             self._rest += len(body)
@@ -110,7 +111,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """An answer is given; uvicorn waits for the next request if there is none yet."""
+        """The answer is complete; uvicorn waits for the next request if there is none yet."""
         self.since, self._rest = self.loop.time(), 0
         super().on_response_complete()
 
@@ -122,12 +123,12 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is being answered."""
+        """No request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     @property
     def worth(self) -> tuple[bool, bool]:
-        """What is lost if it is closed: a request that is being answered, bytes that are still to leave."""
+        """What closing it would lose: a request that is being answered, and bytes that are not sent yet."""
         return not self.is_idle, self.transport.get_write_buffer_size() > 0
 
     def drop(self) -> None:
@@ -145,7 +146,7 @@ class Connection(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._deadline = None
-        if self._rest >= PACE * self._settings.head_seconds:  # a refused upload, which its client goes on sending
+        if self._rest >= PACE * self._settings.head_seconds:  # not idle: it still sends an upload that was refused
             self._rest = 0
             self._expect_head()
         elif self._head:
@@ -156,7 +157,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Say why, and close the connection; without a word where the answer to another request is on its way."""
+        """Send the reason and close the connection; close it silently if the answer to another request has begun."""
         if self._refused or self.transport.is_closing():
             return
         logs.get_logger(__name__).info("connection_refused", code=refusal.code)
@@ -164,25 +165,25 @@ class Connection(HttpToolsProtocol):
             if self.cycle.response_started or self.pipeline:
                 self.drop()
                 return
-            self.cycle.disconnected = True  # what it would say is not sent any more
+            self.cycle.disconnected = True  # so that the application's own answer is not sent as well
             self.cycle.message_event.set()
         self._refused = True
         self.transport.write(_as_http(refusal))
         self.transport.write_eof()
-        # Closed at once, a client that is still sending would be told of a broken connection and not see the reason.
+        # Not closed at once, because a client that is still sending would get a reset and never see the reason.
         self._stop_waiting()
         self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 
-def _make_room(connections: Sequence[Connection], *, now: float) -> None:
-    """Close one: not one that is being answered if there is another; of the address that has most; its oldest."""
+def _close_one(connections: Sequence[Connection], *, now: float) -> None:
+    """Close one connection: an idle one if possible, of the address that has the most of these, its oldest."""
     least = min(one.worth for one in connections)
-    needless = [one for one in connections if one.worth == least]
-    crowd = Counter(network(one.client) for one in needless)
-    if now > Connection.said + SAY_SECONDS:
-        Connection.said = now
+    candidates = [one for one in connections if one.worth == least]
+    per_address = Counter(network(one.client) for one in candidates)
+    if now > Connection.logged_at + LOG_SECONDS:
+        Connection.logged_at = now
         logs.get_logger(__name__).warning("connections_full", connections=len(connections))
-    max(needless, key=lambda one: (crowd[network(one.client)], -one.since)).drop()
+    max(candidates, key=lambda one: (per_address[network(one.client)], -one.since)).drop()
 
 
 def _as_http(refusal: Refusal) -> bytes:

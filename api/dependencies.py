@@ -1,7 +1,7 @@
-"""What a route may ask for: the caller, a session, storage, and how often this was sent.
+"""Dependencies of routes: the caller, a session, storage, and the identity of a request that may be a retry.
 
-A session dependency never commits: that is a visible line in the route. Sessions close before the
-answer leaves (`scope="function"`), so what runs after it opens its own.
+A session dependency never commits: each route does so in a visible line. Sessions close before the
+answer is sent (`scope="function"`), so background tasks open their own.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,9 @@ from api.core.errors import InvalidValue
 from api.core.files.storage import Storage, get_storage
 from api.http import access
 
-# Checked here, and told in words of our own.
+# The limit is only documented here. `_identity` checks it, because its message is clearer than pydantic's.
 Printable = Annotated[str, Field(json_schema_extra={"maxLength": 255})]
+# Seconds: a retry without a key comes within the client's read timeout (by default the second number) and some slack.
 MAX_WINDOW, READ_TIMEOUT, SLACK = 900, 600, 60
 
 

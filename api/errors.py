@@ -1,4 +1,4 @@
-"""One error tree, one handler, one shape: OpenAI's. The codes are a closed list, here.
+"""All errors of the API, in OpenAI's format. The codes are a closed list in this file.
 
 Refusal (api.core.errors)      status
 ├── NotFound                   404
@@ -7,14 +7,14 @@ Refusal (api.core.errors)      status
 ├── TooLarge                   413
 ├── Forbidden                  403
 ├── StorageFull, QuotaExceeded 429   (x-should-retry: false)
-├── InProgress                 409   (the one status that asks the client to retry a 4xx)
+├── InProgress                 409   (clients retry this status, and here a retry is right)
 ├── Unavailable                503
 └── only over HTTP:
     ├── Overloaded             503
     ├── BadRequest             400
     ├── Unauthenticated        401
     ├── WrongVerb              405
-    ├── TooManyRequests        429   (retry-after: a retry is right)
+    ├── TooManyRequests        429   (retry-after: a retry helps)
     ├── TooSlow                400   (connection: close)
     ├── HeadTooLarge           431
     └── OutOfRange             416
@@ -57,11 +57,11 @@ class BadRequest(Refusal):
 
 
 class Unauthenticated(Refusal):
-    """No key, or one that opens nothing here."""
+    """No key, or one that is not valid here."""
 
 
 class TooManyRequests(Refusal):
-    """The key asks more often than it may; after `wait` seconds it may again."""
+    """Too many requests for a limit; a retry is possible after `wait` seconds."""
 
     def __init__(self, message: str, *, code: str, wait: float) -> None:
         super().__init__(message, code=code)
@@ -69,15 +69,15 @@ class TooManyRequests(Refusal):
 
 
 class TooSlow(Refusal):
-    """The body does not arrive; nobody waits for the rest of it."""
+    """The head or the body arrives too slowly, and the rest is not waited for."""
 
 
 class HeadTooLarge(Refusal):
-    """Request line and headers are larger than we take."""
+    """Request line and headers are larger than is accepted."""
 
 
 class Overloaded(Unavailable):
-    """There is too much to do; it will be less."""
+    """The server has as many requests as it can answer; a retry in a few seconds may help."""
 
 
 class WrongVerb(Refusal):
@@ -109,7 +109,7 @@ STATUS: Mapping[type[Refusal], int] = {
     OutOfRange: 416,
 }
 
-# Every code there is, with every status it may come with. New ones need an entry in the docs too.
+# Every code, with every status that it may have. A new one needs a meaning in docs/generate/meanings.py, too.
 CODES: Mapping[str, tuple[int, ...]] = {
     "missing_api_key": (401,),
     "invalid_api_key": (401,),
@@ -163,7 +163,7 @@ CODES: Mapping[str, tuple[int, ...]] = {
 }
 
 
-# Of all the faults of a request; those of one field stand together.
+# No more errors of one request are looked at, because a large body may have millions. Those of one field are adjacent.
 LOOKED_AT = 100
 
 _ADVICE: Mapping[int, Mapping[str, str]] = {
@@ -180,9 +180,9 @@ def status_of(refusal: Refusal) -> int:
 
 
 def error_body(message: str, *, code: str, status: int, param: str | None = None) -> dict[str, dict[str, str | None]]:
-    """The one shape of every answer that is not a success.
+    """The body of every answer that is not a success.
 
-    Clients print the message alone, so what is wrong in a request is named there too.
+    The message names the field, too, because clients print only the message.
     """
     if status == 400 and param and param not in message:
         message = f"{param}: {message}"
@@ -192,7 +192,7 @@ def error_body(message: str, *, code: str, status: int, param: str | None = None
 
 
 def respond(refusal: Refusal, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """A refusal as a response; what a retry may hope for stands in the headers."""
+    """A refusal as a response, with headers that say whether and when a retry makes sense."""
     status = status_of(refusal)
     body = error_body(refusal.message, code=refusal.code, status=status, param=refusal.param)
     return JSONResponse(body, status_code=status, headers={**_advice(refusal, status), **(headers or {})})
@@ -202,7 +202,7 @@ def _advice(refusal: Refusal, status: int) -> dict[str, str]:
     if isinstance(refusal, TooManyRequests):
         return {"retry-after": str(math.ceil(refusal.wait)), "retry-after-ms": str(math.ceil(refusal.wait * 1000))}
     if isinstance(refusal, TooSlow):
-        return {"connection": "close"}  # else the server would go on reading the body to its end
+        return {"connection": "close"}  # otherwise the server would read the rest of the body
     return dict(_ADVICE.get(status, {}))
 
 
@@ -213,7 +213,7 @@ def malformed(errors: Sequence[Mapping[str, Any]], body: Any) -> BadRequest:
 
 
 def install(app: FastAPI) -> None:
-    """Every way to fail, in our shape. Unhandled exceptions are the request log's (api.middleware)."""
+    """Answer all errors in our format. Unhandled exceptions are answered in `api.middleware`, with the request's id."""
 
     @app.exception_handler(Refusal)
     def refused(_: Request, error: Refusal) -> JSONResponse:
@@ -251,7 +251,7 @@ def install(app: FastAPI) -> None:
     def ended_by_the_database(request: Request, error: InternalError) -> JSONResponse:
         if not error.connection_invalidated:
             raise error
-        return database_down(request, error)  # we slept in a transaction, and PostgreSQL ended it
+        return database_down(request, error)  # PostgreSQL ended a transaction that was idle for too long
 
     @app.exception_handler(StoreError)
     def storage_down(_: Request, error: Exception) -> JSONResponse:
@@ -269,7 +269,7 @@ def install(app: FastAPI) -> None:
 
 
 def _full() -> StorageFull:
-    message = "A disk of the server is full: nothing was stored. Its operator has to make room."
+    message = "A disk of the server is full, and nothing was stored. Its operator has to free space."
     return StorageFull(message, code="insufficient_storage")
 
 
@@ -288,7 +288,7 @@ def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{path} does not exist and {meant} does: the base URL of this API ends in /v1."
         return respond(NotFound(message, code="unsupported_endpoint"))
     if routes.verbs(request.scope.get("raw_path", b"").decode("latin-1")):
-        message = f"{request.method} {path} does not exist: no id holds a slash."
+        message = f"{request.method} {path} does not exist: ids contain no slash."
         return respond(NotFound(message, code="unsupported_endpoint"))
     known = ", ".join(routes.paths())
     message = f"{request.method} {path} does not exist. Routes: {known}."
@@ -296,7 +296,7 @@ def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
 
 
 def _with_v1(verb: str, path: str, routes: RouteTable) -> str | None:
-    """The path that was meant by a base URL with another version than /v1, with more before it, or with none."""
+    """The path under /v1 that was probably meant: the base URL has another version, a prefix, or no version."""
     rest = re.sub(r"^(/[^/]+){0,3}/v\d+(?=/)", "", path)
     meant = f"/v1{rest}"
     return meant if meant != path and (routes.verbs(meant) or find_planned(verb, meant, routes)) else None

@@ -1,4 +1,4 @@
-"""From pydantic's errors to one fault a caller can act on: a code, a dotted path, a sentence.
+"""Turns pydantic's errors into one error that a caller can act on: a code, a dotted path, a sentence.
 
 A field is named as the caller wrote it (`lorainit.config.validation_errors`).
 """
@@ -18,14 +18,14 @@ _CODES = {
     "json_invalid": "invalid_json",
     "int_from_float": "invalid_type",
 }
-# Raised by our own validators: the error's type is the code, `param` in its context completes the path.
+# Raised by our own validators: the type of the error is the code, and `param` in its context completes the path.
 OWN_CODES = (
     "unsupported_combination",
     "unsupported_method",
     "not_supported",
     "invalid_value",
     "integration_not_configured",
-    # Of a `lora` that came as a label: found by this module once before.
+    # For a `lora` in a label, whose errors this module has translated once before.
     "invalid_type",
     "unknown_parameter",
     "missing_required_parameter",
@@ -63,10 +63,10 @@ _SENTENCES = {
 }
 
 
-# Of a value that is shown, what is not shown is not put into words either: it may be two megabytes, or nested deep.
+# Formats only as much of a value as is shown, because the value may have two megabytes or be nested deeply.
 class _Brief(Repr):
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        """As its parent, which would sort all of it first."""
+        """As the parent class, which would sort the whole dictionary first."""
         return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
 
 
@@ -78,7 +78,7 @@ _BRIEF.maxstring = _BRIEF.maxother = 400
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and where the caller wrote it."""
+    """What is wrong, and in which field the caller wrote it."""
 
     code: str
     message: str
@@ -86,7 +86,7 @@ class Fault:
 
 
 def first_fault(errors: Sequence[Details], body: Any) -> Fault:
-    """The first fault; the alternatives of a union at the same place make one sentence."""
+    """The first error. Those of the alternatives of a union at the same place become one sentence."""
     first = errors[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])

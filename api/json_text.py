@@ -1,6 +1,6 @@
-"""JSON that a caller sent, in a body or in a label: UTF-8, and no object has a key twice.
+"""Parses JSON that a caller sent, in a body or in a label: UTF-8, and no object may have a key twice.
 
-Of two equal keys Python's parser keeps the last without a word, which may not be the one that was meant.
+The reason is that Python's parser silently keeps the last of two equal keys, which may not be the one that was meant.
 """
 
 import json
@@ -10,27 +10,27 @@ SHOWN = 80  # characters of a key
 
 
 class Ambiguous(ValueError):
-    """An object has a key twice; `key` is as much of it as can be shown."""
+    """An object has a key twice. `key` is its beginning."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key!r} is there twice in one object")
+        super().__init__(f"the key {key!r} occurs twice in one object")
         self.key = key
 
 
 def parse(text: bytes | str, **hooks: Any) -> Any:
-    """What a text stands for.
+    """The value of a JSON text.
 
     Args:
-        hooks: of `json.loads`.
+        hooks: further arguments of `json.loads`.
 
     Raises:
         Ambiguous: an object in it has a key twice.
-        UnicodeDecodeError: its bytes are no UTF-8.
-        json.JSONDecodeError: it is no JSON.
+        UnicodeDecodeError: its bytes are not UTF-8.
+        json.JSONDecodeError: it is not JSON.
         RecursionError: it is nested too deep.
     """
     if isinstance(text, bytes):
-        text = text.decode("utf-8-sig")  # left to itself, Python would take UTF-16 and UTF-32 as well
+        text = text.decode("utf-8-sig")  # because `json.loads` would also accept UTF-16 and UTF-32
     return json.loads(text, object_pairs_hook=_object, **hooks)
 
 
@@ -43,4 +43,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if key in seen:
             raise Ambiguous(key[:SHOWN])
         seen.add(key)
-    raise AssertionError("fewer keys than pairs, and none is there twice")
+    raise AssertionError("fewer keys than pairs, but no key occurs twice")

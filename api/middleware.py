@@ -1,7 +1,7 @@
-"""Around every request: an id, a clock, limits on bodies, one log line, and a 500 in our shape.
+"""Around every request: an id, its duration, limits on its body, one log line, and a 500 in our format.
 
-A plain ASGI layer, because the framework's own handler for unhandled exceptions answers text
-without a request id, and its body limit answers text too.
+It is a plain ASGI layer, because the framework's own handlers for unhandled exceptions and for large bodies answer in
+plain text without a request id.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from api.http.exposition import Requests
 
 # A multipart body is a little larger than the file in it.
 MULTIPART_SLACK = 64 * 1024
-# Bytes per second at which a slow body is still welcome: 128 kbit/s.
+# The lowest speed of a body that is accepted, in bytes per second: 128 kbit/s.
 PACE = 16 * 1024
 _UPLOAD = ("POST", "/v1/files")
 
@@ -78,7 +78,7 @@ class _Exchange:
         try:
             if isinstance(permit, Refusal):
                 await respond(permit)(self.scope, self._receive, self.send)
-            elif declared(self.scope) > self.refusal.limit:
+            elif read_content_length(self.scope) > self.refusal.limit:
                 await respond(self.refusal.error)(self.scope, self._receive, self.send)
             else:
                 await app(self.scope, self.receive, self.send)
@@ -93,7 +93,7 @@ class _Exchange:
             self._log()
 
     async def receive(self) -> Message:
-        if self.complete:  # only a disconnect is left to hear of, however long that takes
+        if self.complete:  # after the body only a disconnect can come, so there is no time limit
             return await self._receive()
         message = await self._wait()
         self.complete = not message.get("more_body", False)
@@ -103,7 +103,7 @@ class _Exchange:
         return message
 
     async def _wait(self) -> Message:
-        """The next part of the body. Only time spent waiting counts, so our own slow disk does not count."""
+        """The next part of the body. Only waiting counts against the limit, so that our own slow disk does not."""
         left = self.body_seconds + self.received / PACE - self.waited
         start = time.perf_counter()
         try:
@@ -126,7 +126,7 @@ class _Exchange:
         await self._send(message)
 
     def _internal_error(self) -> JSONResponse:
-        message = f"The server made an error; the operator finds it in the log under {self.request_id}."
+        message = f"The server failed; its operator finds the error in the log under {self.request_id}."
         return JSONResponse(error_body(message, code="internal_error", status=500), status_code=500)
 
     def _log(self) -> None:
@@ -148,7 +148,7 @@ class _Exchange:
 
 
 def _limits(allowance: Allowance | None) -> dict[str, str]:
-    """What the key has left, in OpenAI's headers; nothing where nothing is counted."""
+    """The key's rate limit in OpenAI's headers; none if there is no limit."""
     if allowance is None:
         return {}
     values = {"limit": allowance.limit, "remaining": allowance.remaining, "reset": _duration(allowance.reset)}
@@ -164,7 +164,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Limit:
-    """How large this request's body may be, and what is said when it is larger."""
+    """How large this request's body may be, and the error if it is larger."""
 
     def __init__(self, limit: int, error: TooLarge) -> None:
         self.limit = limit
@@ -178,8 +178,8 @@ def _limit(scope: Scope, settings: Settings) -> _Limit:
     return _Limit(limit, TooLarge(f"The body is larger than {limit} bytes.", code="request_too_large"))
 
 
-def declared(scope: Scope) -> int:
-    """Bytes of the body as the request announces them; 0 when it does not."""
+def read_content_length(scope: Scope) -> int:
+    """The size of the body in bytes as the request declares it; 0 if it does not."""
     text = Headers(scope=scope).get("content-length", "0")
     return int(text) if text.isascii() and text.isdecimal() else 0
 

@@ -1,4 +1,4 @@
-"""Which routes there are, and what is said about those there are not (yet)."""
+"""The routes of this API, and the error for routes that are planned."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from starlette.routing import Match, Route
 
 from api.core.errors import InvalidValue
 
-# Planned for later releases; a pattern per feature and the sentence that names it.
+# Planned for later releases: a pattern for each feature, and the start of the sentence about it.
 _JOB = r"/v1/fine_tuning/jobs/[^/]+"
 PLANNED: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), feature)
@@ -24,7 +24,7 @@ PLANNED: Sequence[tuple[re.Pattern[str], str]] = [
 
 
 class RouteTable:
-    """The application's own routes, readable."""
+    """The application's routes, for error messages."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
         self.routes = list(routes)
@@ -42,7 +42,7 @@ class RouteTable:
 
 
 def find_planned(verb: str, path: str, routes: RouteTable) -> InvalidValue | None:
-    """The refusal for a route of a later release; None when it is none."""
+    """The error for a planned route; None for any other."""
     for pattern, feature in PLANNED:
         if pattern.fullmatch(path) and verb not in routes.verbs(path):
             return InvalidValue(

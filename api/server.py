@@ -1,7 +1,7 @@
 """The web process: uvicorn around `create_app`, with the limits a service needs.
 
-`python -m api.server` listens on the configured address; `--fd N` takes a socket that is already
-open, so that a restart under `lorainit serve` neither loses its port nor refuses a connection.
+`python -m api.server` listens on the configured address. `--fd N` uses a socket that is already
+open, so that a restart by `lorainit serve` keeps the port and refuses no connection.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from api.core.maintenance import startup
 from api.core.settings import get_settings
 
 SHUTDOWN_SECONDS = 3
-TICK_SECONDS = 1.0  # as exact as the `date` of answers is
+TICK_SECONDS = 1.0  # because the `date` of answers has whole seconds
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which would wait for streams of events that end in days, and look about ten times a second."""
+    """uvicorn that ends event streams when it stops, because they may last for days, and that wakes once a second."""
 
     def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -48,7 +48,9 @@ class Server(uvicorn.Server):
         self._app.state.streams.close()
         super().handle_exit(sig, frame)
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._leaving.set)  # a loop that sleeps does not hear what a handler sets
+            self._loop.call_soon_threadsafe(
+                self._leaving.set
+            )  # because a signal handler does not wake a loop that sleeps
 
 
 def main() -> None:
@@ -71,14 +73,14 @@ def main() -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        http=Connection,  # it and the middleware bound what is under way at once
+        http=Connection,  # it limits connections, and the middleware limits requests
         ws="none",
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     gc.collect()
-    gc.freeze()  # what there is by now stays, and need not be gone through for garbage while requests are answered
-    # A long answer is thousands of objects, which were gone through again and again while it was made.
+    gc.freeze()  # objects made so far stay, so the collector need not look at them during requests
+    # Collect less often, because a long answer makes thousands of objects that are all still in use.
     gc.set_threshold(10_000, 20)
     sockets = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
     Server(app, config).run(sockets=sockets)
@@ -88,7 +90,7 @@ def _require_address(host: str) -> None:
     try:
         socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        sys.exit(f"error: LORAINIT_HOST: {host!r} is no address ({error.strerror}).")
+        sys.exit(f"error: LORAINIT_HOST: {host!r} is not an address ({error.strerror}).")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ HOT: Mapping[str, Callable[[Session], object]] = {
     "the places of the first hundred": positions.read_order,
     "the reconciler looks for work": lambda session: pending.find_pending(session.connection()),
     "jobs without a notification": notify.find_unannounced,
-    "jobs whose message was lost": lambda session: notify.find_lost(session, patience=timedelta(seconds=15)),
+    "jobs whose message was lost": lambda session: notify.find_lost(session, older_than=timedelta(seconds=15)),
     "jobs of silent workers": lambda session: jobs.recover_lost_runs(session, max_attempts=3),
     "jobs whose files are checked": admission.waiting,
     "ended jobs without a result file": metrics.find_without_csv,

@@ -1,1 +1,1 @@
-"""The supervisor side: claims jobs, runs one child process each, writes the database, never loads torch."""
+"""The worker: claims jobs, runs each in a child process, writes the database, and never loads torch."""

@@ -1,4 +1,4 @@
-"""The Celery worker: which tasks, a heartbeat row while it lives, and a drain flag when it leaves.
+"""The Celery worker: its tasks, a heartbeat row while it lives, and a drain flag when it shuts down.
 
 celery -A worker.app worker --without-gossip --without-mingle --without-heartbeat
 
@@ -42,7 +42,7 @@ app = get_celery()
 app.conf.imports = ("worker.tasks",)
 
 _stopped = threading.Event()
-# Made before the worker's children are forked, so they have it too.
+# Random, because process numbers repeat. Made before the worker's processes are forked, so that all have the same.
 _BIRTH = secrets.token_hex(8)
 
 
@@ -52,21 +52,21 @@ def name(pid: int) -> str:
 
 
 def drain_file(pid: int) -> Path:
-    """Exists while the worker whose parent process is `pid` wants its jobs back in the queue.
+    """The file that exists while the worker whose parent process is `pid` shuts down and its jobs have to be requeued.
 
-    Several hosts may share the scratch folder, where process numbers repeat: the name is this worker's alone.
+    Its name is unique, because several hosts may share the scratch folder.
     """
     return get_settings().scratch() / f"{scratch.FLAG}{socket.gethostname()}-{pid}-{_BIRTH}"
 
 
 def unhealthy_file(pid: int, slot: int | str) -> Path:
-    """Exists while a slot of that worker takes no job because its GPU has failed, and says why."""
+    """The file that exists while a slot of that worker takes no job because its GPU failed. It contains the reason."""
     return get_settings().scratch() / f"{scratch.UNHEALTHY}{socket.gethostname()}-{pid}-{_BIRTH}-{slot}"
 
 
 @app.on_configure.connect  # type: ignore[union-attr, untyped-decorator]
 def _check(**_: Any) -> None:
-    # The first thing that a worker does. Celery would read our settings next, and print a traceback of what is wrong.
+    # Runs first, because Celery reads our settings next and would print a traceback if one is wrong.
     startup.check_or_exit()
 
 
@@ -78,7 +78,7 @@ def _check_options(options: Mapping[str, Any], **_: Any) -> None:
 
 @worker_init.connect  # type: ignore[untyped-decorator]
 def _listen(sender: Any, **_: Any) -> None:
-    # The command line has been read, and the processes are not forked yet: they all have one answer.
+    # Done after the command line was read and before the processes are forked, so that all have the same queues.
     sender.app.amqp.queues.select(devices.served_queues() or get_settings().queues())
 
 
@@ -86,7 +86,7 @@ def _listen(sender: Any, **_: Any) -> None:
 def _logs(**_: Any) -> None:
     configure()
     for fault in catalogue.missing_sources():
-        get_logger(__name__).error("a base model is not here; its jobs fail", fault=fault)
+        get_logger(__name__).error("a base model is not on this host; its jobs will fail", fault=fault)
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
@@ -102,7 +102,7 @@ def _ready(**_: Any) -> None:
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _child(**_: Any) -> None:
-    # A connection opened before the fork belongs to the parent, and so do the threads that watch for silence.
+    # Forget what the parent made, because its connections and its threads cannot be used after a fork.
     for engine in (get_engine, get_reader):
         if engine.is_made:
             engine().dispose(close=False)
@@ -122,15 +122,15 @@ def _gone(**_: Any) -> None:
 
 
 def _usable_slots() -> tuple[int, str | None]:
-    """How many slots of this worker take jobs, and why not all."""
+    """How many slots of this worker take jobs, and why the others do not."""
     slots, flags = get_settings().worker_slots, unhealthy_file(os.getpid(), "*")
     if why := devices.find_problem(slots):
         return 0, why
-    resting = list[str]()
+    unhealthy = list[str]()
     for flag in flags.parent.glob(flags.name):
-        with suppress(FileNotFoundError):  # it has just come back
-            resting.append(flag.read_text())
-    return max(0, slots - len(resting)), " ".join(dict.fromkeys(resting)) or None
+        with suppress(FileNotFoundError):  # its GPU has just become usable again
+            unhealthy.append(flag.read_text())
+    return max(0, slots - len(unhealthy)), " ".join(dict.fromkeys(unhealthy)) or None
 
 
 def _send_heartbeats() -> None:

@@ -1,7 +1,7 @@
-"""A slot whose GPU has failed a run: it takes no job until a process of its own has computed on that GPU.
+"""Health of a slot's GPUs: after one has failed a run, the slot takes no job until an examination could compute on it.
 
-It waits within its task, so that Celery gives it no message that another slot could take. Which
-errors count as a broken GPU, and why a slot comes back by itself: docs/decisions/0058.
+The slot waits inside its task, so that Celery gives it no message that another slot could take. Which errors count as a
+failed GPU, and why a slot becomes usable again by itself, is in docs/decisions/0058.
 """
 
 import os
@@ -19,27 +19,27 @@ from worker.child.supervisor import Outcome
 from worker.host import scratch
 from worker.job.outcomes import DEVICE_FAILED, EXIT_LEASE_LOST, EXIT_WRONG_SPEC
 
-FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds, doubled from the second failure in a row on
+FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds; the wait doubles with each further failure in a row
 LOOK_SECONDS = 0.2
 
 log = get_logger(__name__)
 
 
 class GpuHealth:
-    """What the GPUs of this slot have done to its runs."""
+    """Remembers whether the GPUs of this slot have failed a run."""
 
     def __init__(self) -> None:
         self._failures = 0
         self._why: str | None = None
-        self._has_ended = set[int]()  # members of the run at hand that had their last word
-        self._stuck: psutil.Process | None = None  # of a run, which has been killed and does not end
+        self._has_ended = set[int]()  # jobs of the present run whose end was reported
+        self._stuck: psutil.Process | None = None  # process of a run that was killed and has not ended
 
     def note_start(self) -> None:
-        """A run begins; the end of the one before may not have been told."""
+        """A run begins. Forget which jobs of an earlier run have ended."""
         self._has_ended.clear()
 
     def note_event(self, event: Event) -> None:
-        """An event of a run: it may be that its GPU has failed, or that one of its GPUs may be what hangs."""
+        """An event of a run. It may report that a GPU has failed, or that a process hangs, perhaps because of a GPU."""
         if isinstance(event, Done | Failed):
             self._has_ended.add(event.member)
         codes = (DEVICE_FAILED, "worker_lost") if devices.list_gpus() else (DEVICE_FAILED,)
@@ -47,10 +47,10 @@ class GpuHealth:
             self._why = event.message
 
     def note_end(self, outcome: Outcome, *, members: int) -> None:
-        """How a run's process ended: drivers and libraries of a GPU that fails may end it, and nobody says why.
+        """How a run's process ended. A driver or library may end it when a GPU fails, without a report.
 
         Args:
-            members: how many jobs the run had, each of which gets a last word from a process that ends by itself.
+            members: how many jobs the run had. A process that ends normally reports the end of each.
         """
         unexplained = len(self._has_ended) < members and outcome.returncode not in (0, EXIT_WRONG_SPEC, EXIT_LEASE_LOST)
         if outcome.stuck is not None:
@@ -60,28 +60,28 @@ class GpuHealth:
         if outcome.hangs:
             self._why = self._why or "The process of a run hung, and was ended."
         elif outcome.crash or unexplained:
-            how = f"crashed ({outcome.crash})" if outcome.crash else f"left without a word ({outcome.returncode})"
+            how = f"crashed ({outcome.crash})" if outcome.crash else f"ended without a report ({outcome.returncode})"
             self._why = self._why or f"The process of a run {how}."
 
     def wait_until_healthy(self, names: str | None, flag: Path, *, is_leaving: Callable[[], bool]) -> None:
-        """After each run: return when the GPUs work, or when the worker leaves.
+        """Call it after each run: returns when the GPUs work, or when the worker shuts down.
 
         Args:
             names: `CUDA_VISIBLE_DEVICES` of this slot's runs; None = as this process has it.
-            flag: a file that exists while it waits, and says why.
+            flag: a file that exists while this waits, and contains the reason.
         """
         why, self._why = self._why, None
         if why is None:
             self._failures = 0
         while why is not None:
             self._failures += 1
-            log.error("no job is taken until the GPU has been looked at", reason=why, gpus=names)
+            log.error("no job is taken until the GPU has been examined", reason=why, gpus=names)
             with scratch.raised_flag(flag, why):
                 if _sleep(_wait_seconds(self._failures), is_leaving):
                     return
                 why = self._still_stuck() or examine(names, is_leaving=is_leaving)
         if self._failures:
-            log.info("the GPU computes; jobs are taken again", failures=self._failures)
+            log.info("the GPU works; jobs are taken again", failures=self._failures)
 
     def _still_stuck(self) -> str | None:
         if self._stuck is None or not _is_alive(self._stuck):
@@ -100,17 +100,19 @@ def _is_alive(process: psutil.Process) -> bool:
 def _cannot_be_ended(process: psutil.Process) -> str:
     return (
         f"Process {process.pid} of a run has been killed and does not end: it waits inside a driver. The kernel's log"
-        " (dmesg) may say more; restarting the machine often is the only cure."
+        " (dmesg) may say more. Often only a restart of the machine helps."
     )
 
 
 def _wait_seconds(failures: int) -> float:
-    """Seconds before a GPU is looked at that has failed so often in a row; most errors end a process only."""
+    """Seconds before a GPU is examined that has failed so often in a row. 0 the first time, because most errors affect
+    one process only.
+    """
     return 0.0 if failures < 2 else min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(failures - 2, 60))
 
 
 def _sleep(seconds: float, is_leaving: Callable[[], bool]) -> bool:
-    """Whether the worker leaves within so many seconds."""
+    """Sleep for so many seconds, or until the worker shuts down; True if it does."""
     until = time.monotonic() + seconds
     while not (leaving := is_leaving()) and time.monotonic() < until:
         time.sleep(LOOK_SECONDS)
@@ -118,7 +120,7 @@ def _sleep(seconds: float, is_leaving: Callable[[], bool]) -> bool:
 
 
 def examine(names: str | None, *, is_leaving: Callable[[], bool]) -> str | None:
-    """What a run would find wrong with these GPUs; None: nothing."""
+    """What a run would find wrong with these GPUs; None if nothing."""
     try:
         found = examination.examine(names, is_cancelled=is_leaving)
     except examination.Unanswered as why:
@@ -133,5 +135,5 @@ def _of(_pid: int) -> GpuHealth:
 
 
 def of_slot() -> GpuHealth:
-    """The one of this process."""
+    """The state of this slot. Each process has its own, because a forked copy would be another slot's."""
     return _of(os.getpid())

@@ -1,7 +1,7 @@
-"""Celery's options and our settings are one thing: as many processes as slots, forked, on the settings' queues.
+"""Checks that Celery's command line fits our settings: as many forked processes as slots, and the same queues.
 
-Celery alone would start as many processes as it is told, or as the machine has cores. One without a slot of its own
-would share a GPU with another, or train on the processor. What is said on the command line may only say the same.
+Celery alone starts as many processes as its command line says, or as the machine has cores. A process without a slot of
+its own would share a GPU with another, or train on the processor. So options must not contradict the settings.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from api.core.settings import get_settings
 
 
 def find_conflict(options: Mapping[str, Any]) -> str | None:
-    """What in the options of a Celery worker contradicts the settings, or what a worker needs; None: nothing."""
+    """Why the options of a Celery worker do not fit the settings, or what a worker needs; None if they do."""
     return _pool(options) or _size(options) or _queues(options)
 
 
 def _pool(options: Mapping[str, Any]) -> str | None:
-    """Only a forked process of its own knows its slot, and finds its parent's flags."""
+    """Only Celery's forked processes know their slot and their parent, so other pools are refused."""
     pool = options.get("pool") or "prefork"
     if concurrency.get_implementation(pool) is not concurrency.get_implementation("prefork"):
         return "this worker needs Celery's prefork pool, in which each slot is a process: leave --pool out."
@@ -41,7 +41,7 @@ def _size(options: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"-c (--concurrency) asks for {size} processes, and LORAINIT_WORKER_SLOTS is {slots}; each process has a slot"
-        " of its own. Leave -c out: the number of slots counts."
+        " of its own. Leave -c out, because the number of slots decides."
     )
 
 
@@ -53,5 +53,5 @@ def _queues(options: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"-Q (--queues) names {', '.join(asked)}, and LORAINIT_WORKER_QUEUES is {', '.join(ours)}, from which jobs are"
-        " taken. Leave -Q out: the setting counts."
+        " taken. Leave -Q out, because the setting decides."
     )

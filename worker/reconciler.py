@@ -1,14 +1,14 @@
-"""The reconciler: a loop on the database alone that repairs what a crash or a lost message left.
+"""The reconciler: a loop that repairs what a crash or a lost message left. It needs only the database.
 
     python -m worker.reconciler
 
-Take jobs back from workers that fell silent, check the rows of new files, admit jobs whose files
-are checked, notify workers of queued jobs, write result files of cancelled jobs. Not Celery beat:
-it needs the broker, whose lost messages this loop sends again.
+It requeues jobs of silent workers, checks the rows of new files, admits jobs whose files are checked, notifies workers
+of queued jobs, and writes result files of cancelled jobs. It is not Celery beat, because that needs the broker, whose
+lost messages this loop sends again.
 
-One look every `LORAINIT_RECONCILE_SECONDS` finds out which of these there are any of, and wakes those chores. One
-that got something done has the next look come at once: when a file is checked, its jobs are admitted and workers
-notified without a pause in between. All chores look for themselves once a minute besides, or as often as they say.
+One query every `LORAINIT_RECONCILE_SECONDS` finds out which chores have work, and wakes them. After a chore that did
+something the next query follows at once: when a file is checked, its jobs are admitted and workers notified without a
+pause. In addition each chore runs once a minute, or as often as `janitor.PAUSES` says.
 """
 
 import signal
@@ -35,13 +35,13 @@ from worker.maintenance.row_checks import LANES
 
 Item = TypeVar("Item")
 
-NOTIFY_AGAIN_AFTER = timedelta(seconds=15)
+NOTIFY_AGAIN_AFTER = timedelta(seconds=15)  # a free worker reads a message at once, so an older one is lost
 
 log = get_logger(__name__)
 
 
 class Chore(Protocol):
-    """Something to do over and over; true when it did something, so that there may be more."""
+    """A task of the reconciler. It returns True if it did something, because there may be more to do."""
 
     __name__: str
 
@@ -50,9 +50,9 @@ class Chore(Protocol):
 
 
 def recover() -> bool:
-    """Jobs whose lease ran out go back to the queue, or fail when that happened too often without progress.
+    """Requeue jobs whose lease ran out. A job fails if that happened too often without progress.
 
-    True if some went back.
+    True if some were requeued.
     """
     with session_scope(read_only=True) as session:
         silent = jobs.find_expired_leases(session)
@@ -69,7 +69,7 @@ def _recover(job_id: str) -> bool:
 
 
 def admit() -> bool:
-    """Jobs whose files are checked become queued or failed, one transaction each; True if some did."""
+    """Queue or fail jobs whose files are checked, in one transaction each; True if there were some."""
     with session_scope(read_only=True) as session:
         ready = admission.waiting(session)
     return any(_for_each(ready, _consider))
@@ -84,9 +84,9 @@ def _consider(job_id: str) -> bool:
 
 
 def announce() -> bool:
-    """Notify workers of jobs that were never announced, and of those whose message got lost; True if some were."""
+    """Notify workers of jobs that had no message yet, and of those whose message was lost; True if there were some."""
     with session_scope(read_only=True) as session:
-        waiting = [*notify.find_unannounced(session), *notify.find_lost(session, patience=NOTIFY_AGAIN_AFTER)]
+        waiting = [*notify.find_unannounced(session), *notify.find_lost(session, older_than=NOTIFY_AGAIN_AFTER)]
     for notification in waiting:
         try:
             queue.notify_workers(*notification)
@@ -100,7 +100,7 @@ def announce() -> bool:
 
 
 def write_result_files() -> bool:
-    """Ended jobs that logged steps get their result file; True if some were looked at."""
+    """Write the result files of ended jobs that have none; True if there were some."""
     with session_scope(read_only=True) as session:
         ended = metrics.find_without_csv(session)
     return any(_for_each(ended, _write_result_file))
@@ -116,25 +116,25 @@ def _write_result_file(job: Job) -> bool:
 
 
 def _for_each(items: Sequence[Item], do: Callable[[Item], bool]) -> list[bool]:
-    """What `do` says of each. One with which it goes wrong holds up none behind it; its error is raised at the end.
+    """The results of `do`. An error of one item does not stop the others; the first error is raised at the end.
 
-    Without a database all wait for the next time.
+    An error of the database is raised at once, because the other items would fail, too.
     """
-    said, wrong = list[bool](), list[Exception]()
+    results, errors = list[bool](), list[Exception]()
     for item in items:
         try:
-            said.append(do(item))
+            results.append(do(item))
         except OperationalError:
             raise
         except Exception as error:
-            wrong.append(error)
-    if wrong:
-        raise wrong[0]
-    return said
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return results
 
 
 CHORES: tuple[Chore, ...] = (recover, admit, announce, write_result_files, *LANES, janitor.clear, *janitor.PAUSES)
-# Which of them there is something to do for, as far as a look can say.
+# The chores for each kind of pending work (`pending.PendingWork`).
 WOKEN: Mapping[str, Sequence[Chore]] = {
     "lost": [recover],
     "validating": [admit],
@@ -143,16 +143,16 @@ WOKEN: Mapping[str, Sequence[Chore]] = {
     "unchecked": LANES,
     "uncleared": [janitor.clear],
 }
-# However little a look finds, its chores are done so often: should it ever miss something, that costs a delay.
+# Each chore runs at least this often, so that work which the query missed is only delayed.
 SWEEP_SECONDS = 60.0
 LONGEST_PAUSE = 30.0
 
 
 def run(stop: threading.Event) -> None:
-    """Every chore over and over, each in its own thread, until `stop` is set.
+    """Run every chore again and again until `stop` is set.
 
-    A broker that does not answer (seconds per message) or a file of gigabytes holds up nobody else: rows are read by
-    processes of their own (`worker.maintenance.row_checks`).
+    Each has a thread of its own, so that a broker that does not answer (seconds per message) or a large file does not
+    delay the others.
     """
     look, wakes = threading.Event(), {chore: threading.Event() for chore in CHORES}
     threads = [
@@ -168,17 +168,17 @@ def run(stop: threading.Event) -> None:
 
 
 def _end(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: threading.Event) -> None:
-    """Nobody sleeps on once `stop` is set."""
+    """Wake all threads once `stop` is set, so that they end."""
     stop.wait()
     for event in (look, *wakes.values()):
         event.set()
 
 
 def _wake_chores(look: threading.Event, wakes: Mapping[Chore, threading.Event], stop: threading.Event) -> None:
-    """Look, and wake the chores that there is something for; again when `look` is set, or after a pause."""
+    """Query for pending work and wake its chores; again when `look` is set, or after a pause."""
     pause = get_settings().reconcile_seconds
     with ExitStack() as held:
-        connection: Connection | None = None  # kept from look to look
+        connection: Connection | None = None  # kept open, because opening one takes longer than the query
         while not stop.is_set():
             look.clear()
             try:
@@ -208,11 +208,11 @@ def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: th
             more = chore()
             pause = get_settings().reconcile_seconds
         except Exception as error:
-            # Twice a second for as long as a disk is full would fill it further.
+            # The pause grows, because two log lines a second would fill a full disk further.
             pause = _longer(pause)
-            # Nothing in our code is wrong where a database or a store is away, and a traceback would say no more.
-            say = log.warning if isinstance(error, OperationalError | StoreError) else log.exception
-            say("a chore of the reconciler failed; it will be tried again", chore=chore.__name__, error=str(error))
+            # No traceback if the database or storage does not answer, because that is no error in our code.
+            write = log.warning if isinstance(error, OperationalError | StoreError) else log.exception
+            write("a chore of the reconciler failed; it will be tried again", chore=chore.__name__, error=str(error))
             stop.wait(pause)
             continue
         if more:
@@ -226,7 +226,7 @@ def _longer(pause: float) -> float:
 
 
 def _leave(stop: threading.Event) -> None:
-    """Files that are being checked go back at once, and cost no attempt."""
+    """Stop. Files that are being checked are released at once, without counting an attempt."""
     stop.set()
     for lane in LANES:
         lane.leaving.set()

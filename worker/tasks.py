@@ -1,4 +1,4 @@
-"""One run, start to end: claim, prepare, supervise, store, finish. One job, or several that share it.
+"""One run from start to end: claim, prepare, supervise, store, finish. It has one job, or several in a group.
 
 message ─► claim (a token and a lease for each job) ─► files into scratch folders ─► one child process
          ─► each job's events become its rows ─► its adapter goes to storage ─► one transaction: succeeded
@@ -30,22 +30,22 @@ from worker.child.supervisor import RunPaths, StopReason, run_child
 from worker.host import disk_space
 from worker.job.job_writer import JobWriter
 
-LATER = 60.0  # seconds for a run on several devices to end by itself, which tells more, before the worker ends it
+LATER = 60.0  # seconds for a silent run on several devices to end itself first, because its own error says more
 
 log = get_logger(__name__)
 
 
 @app.task(name=queue.TASK)  # type: ignore[untyped-decorator]
 def run_job(job_id: str) -> None:
-    """A message came: take the best queued job, if there is one, with those that may share its run."""
-    traces.provider()  # a fault in its set-up shows before a job is taken
+    """A message came: claim the best queued job, if there is one, and those that may be trained with it."""
+    traces.provider()  # called first, so that a wrong configuration fails before a job is taken
     try:
         claimed = _claim()
     except OperationalError as error:
         log.warning("no job could be claimed; the reconciler notifies again", error=str(error))
         return
     if not claimed:
-        log.info("nothing to do", rung_for=job_id)
+        log.info("nothing to do", notified_for=job_id)
         return
     with bound_contextvars(jobs=[job.id for job in claimed]), ExitStack() as exits:
         for job in claimed:
@@ -87,7 +87,7 @@ def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
     def should_stop() -> StopReason:
         if all(member.is_over for member in members) and any(member.is_lost for member in members):
             return "lost"
-        if silence.is_overdue():  # a GPU or its driver hangs, and the run with it
+        if silence.is_overdue():  # because a GPU or its driver hangs
             return "hangs"
         pausing = any(member.is_pausing and not member.is_over for member in members)
         return "drain" if pausing or _is_leaving() else ""
@@ -108,7 +108,7 @@ def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
     gpu_health.of_slot().note_end(outcome, members=len(members))
     if outcome.returncode and not outcome.stopped:
         log.error("the run ended badly", returncode=outcome.returncode, stderr=outcome.stderr_tail)
-    # Pausing one of several stops the process of all; the others go back to the queue with a checkpoint, too.
+    # A pause of one job stops the process of all. The others are requeued with a checkpoint, too.
     reason = "The worker is shutting down" if _is_leaving() else "The run was stopped for a pause"
     wait([member.finish(outcome, reason) for member in members])
 

@@ -1,6 +1,6 @@
-"""What the command line does at a server: the unmodified `openai` client, as any user would.
+"""What the command line asks of a server, with the unmodified `openai` client, as any user would.
 
-Knows no database and no process; it works the same against a server far away.
+It uses no database and no local process, so it works the same with a remote server.
 """
 
 import hashlib
@@ -25,20 +25,21 @@ PAGE = 100
 
 
 class Problem(Exception):
-    """Something the person at the terminal can mend; shown as one line."""
+    """An error that the person at the terminal can fix. It is shown as one line."""
 
 
 def connect() -> OpenAI:
-    """A client of the server the environment names.
+    """A client of the server that the environment variables name.
 
     Raises:
-        Problem: an address or a key is missing. There is no default: that would be somebody else's service.
+        Problem: an address or a key is missing. There is no default, because the client's own
+            default is another company's service.
     """
     for name, meaning in (("OPENAI_BASE_URL", "the server, as http://127.0.0.1:8000/v1"), ("OPENAI_API_KEY", "a key")):
         if not os.environ.get(name):
             raise Problem(f"{name} is not set. It names {meaning}; `lorainit serve` prints both.")
     if not os.environ["OPENAI_API_KEY"].isascii():
-        raise Problem("OPENAI_API_KEY is no key of a server: there are letters in it that no key has.")
+        raise Problem("OPENAI_API_KEY is not a key of a server: it contains characters that no key has.")
     return OpenAI()
 
 
@@ -46,26 +47,26 @@ def explain(error: OpenAIError) -> str:
     """One readable line: the sentence, the code and the field."""
     body = getattr(error, "body", None)
     if not isinstance(body, dict):
-        cause = " ".join(str(error.__cause__ or error).split())[:300]  # a web page, perhaps
+        cause = " ".join(str(error.__cause__ or error).split())[:300]  # cut, because it may be a whole web page
         return f"no usable answer from {os.environ.get('OPENAI_BASE_URL')}: {cause}"
     marks = [f"{name} {body[name]}" for name in ("code", "param") if body.get(name)]
     return f"{body.get('message', error)}" + (f" ({', '.join(marks)})" if marks else "")
 
 
 def upload(client: OpenAI, path: Path) -> str:
-    """Send a training or validation file and wait for the server's check of its rows; its id.
+    """Upload a training or validation file, wait until the server has checked its rows, and return its id.
 
-    A job that is ordered after the check is refused at once for what it found.
+    The wait is so that the server can refuse a job at once if its file has errors.
 
     Raises:
-        Problem: there is no such file here, or it is empty.
+        Problem: there is no such file, or it is empty.
     """
     if not path.is_file():
         raise Problem(f"{path} is not a file.")
     if not path.stat().st_size:
         raise Problem(f"{path} is empty.")
     file = client.files.create(file=path, purpose="fine-tune")
-    with suppress(RuntimeError):  # a check that takes longer goes on while the job waits for it
+    with suppress(RuntimeError):  # a longer check does no harm, because the job waits for it on the server
         client.files.wait_for_processing(file.id, poll_interval=0.3, max_wait_seconds=CHECK_SECONDS)
     return file.id
 
@@ -74,7 +75,7 @@ def parse_init(text: str) -> str | dict[str, Any]:
     """`pissa`, or an object with parameters: `{"method": "pissa", "niter": 4}`.
 
     Raises:
-        Problem: it starts like an object and is none.
+        Problem: it starts like an object and is not JSON.
     """
     if not text.lstrip().startswith("{"):
         return text
@@ -98,7 +99,7 @@ def submit(
     suffix: str | None,
     seed: int | None,
 ) -> FineTuningJob:
-    """Create a job; absent values are left to the server."""
+    """Create a job. Values that are None are left to the server's defaults."""
     given: Any = {key: value for key, value in hyperparameters.items() if value is not None}
     job: FineTuningJob = client.fine_tuning.jobs.create(
         model=model,
@@ -133,7 +134,7 @@ def sequence(event: FineTuningJobEvent) -> int:
 
 
 def field_of(job: FineTuningJob, name: str) -> Any:
-    """A field of ours that the client's own type does not know."""
+    """A field of ours that the client's type does not have."""
     return (job.model_extra or {}).get(name)
 
 
@@ -141,7 +142,7 @@ def download(client: OpenAI, job_id: str, folder: Path) -> Path:
     """The job's adapter, checked against its digest and unpacked into `folder`, which must not exist yet.
 
     Raises:
-        Problem: the job has no adapter, the folder is taken, or the bytes are not the server's.
+        Problem: the job has no adapter, the folder exists, or the bytes do not match the server's digest.
     """
     job = client.fine_tuning.jobs.retrieve(job_id)
     adapter = field_of(job, "adapter")
@@ -175,7 +176,10 @@ def _fetch(client: OpenAI, adapter: dict[str, Any], archive: Path) -> None:
 
 
 def models(client: OpenAI, *, search: str, limit: int) -> Iterator[Model]:
-    """Bases, then adapters, newest first, with `search` in their name. Page by page: the client's own list is whole."""
+    """Base models, then adapters, newest first, with `search` in their name.
+
+    They are fetched page by page, because the client's own `list` would fetch all of them at once.
+    """
     after = ""
     while limit > 0:
         query = {"limit": min(limit, PAGE), "after": after, "search": search}

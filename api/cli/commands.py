@@ -1,6 +1,6 @@
 """The `lorainit` command: run the service, and use any server of this API from a terminal.
 
-Imports of the service stand inside the commands: `lorainit --help` should not load a database.
+The service is imported inside the commands, so that `lorainit --help` does not load a database.
 """
 
 import os
@@ -26,14 +26,14 @@ from api.cli.console import err, out
 from api.cli.local import EXAMPLES, State, configure, explain
 from lorainit.system import closed_pipe
 
-WARNED = 3  # exit code of a job that succeeded and that its author should look at
+WARNED = 3  # exit code for a job that succeeded with a warning, so that scripts can tell it from both other ends
 
 
 class Commands(TyperGroup):
     """Commands whose expected errors are one readable line and exit code 1."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
-        """The whole command line; ends the process, unless it does not stand alone."""
+        """Run the command line and end the process; with `standalone_mode=False` (tests) return instead."""
         more["standalone_mode"] = standalone_mode
         command = partial(super().main, *args, **more)
         if not standalone_mode:
@@ -41,7 +41,7 @@ class Commands(TyperGroup):
         sys.exit(closed_pipe.run(command))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; show what the person can mend."""
+        """Run a command; show errors that the person can fix as one line."""
         try:
             return super().invoke(ctx)
         except Problem as error:
@@ -99,7 +99,7 @@ def demo(
         ".state/demo"
     ),
 ) -> None:
-    """Train, download and check an adapter through the whole service; exit 0 only if it learned and reloads."""
+    """Train, download and check an adapter through the whole service; exit 0 only if the loss fell and it reloads."""
     from api.cli import demo as demonstration
 
     raise typer.Exit(demonstration.run(state, out))
@@ -158,7 +158,7 @@ def models_inspect(
         str | None, Option(help="Hub id of exactly these weights, by which adapters name their base.")
     ] = None,
 ) -> None:
-    """On the server's machine: the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names."""
+    """Print the catalogue entry of a base model, for the file LORAINIT_CATALOGUE names (on the server's machine)."""
     from api.core.models.catalogue import ID
     from lorainit.config.model_facts import ModelFacts
     from lorainit.config.sources import LOCAL, is_root
@@ -177,7 +177,7 @@ def models_inspect(
 
 @app.command(rich_help_panel="Service")
 def doctor(state: State = None, as_json: Annotated[bool, Option("--json", help="For programs.")] = False) -> None:
-    """Check database, broker, storage, clock, disks, devices; say what a run would choose. Exit 1 if one fails."""
+    """Check database, broker, storage, clock, disks, devices; print what a run would use. Exit 1 if a check fails."""
     configure(state=state)
     from api.cli import doctor as examination
 
@@ -203,7 +203,8 @@ def submit(
     steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None,
     batch: Annotated[int | None, Option(help="Effective batch size in rows.")] = None,
     append_eos: Annotated[
-        bool, Option("--append-eos", help="Train the end token where answers end with none to stop at.")
+        bool,
+        Option("--append-eos", help="Train the end token where an answer ends without a token that stops the model."),
     ] = False,
     precision: Annotated[str | None, Option(help="fp32, bf16 or auto: bf16 on a GPU that has it.")] = None,
     suffix: Annotated[str | None, Option(help="Part of the new model's name.")] = None,
@@ -242,7 +243,7 @@ def submit(
 
 @app.command(rich_help_panel="Jobs")
 def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
-    """Follow a job to its end. Exit code 0: it succeeded; 3: it did, and ended with a warning; 1: it did not."""
+    """Follow a job to its end. Exit code 0: it succeeded; 3: it succeeded with a warning; 1: it did not."""
     from api.cli.watch import watch as follow
 
     try:
@@ -333,6 +334,6 @@ def _announce(url: str, state: Path, first_key: str | None) -> None:
 
 
 def _own_name() -> str:
-    """How this command is called from here: by name, or by path when its environment is not active."""
+    """How to call this command from here: by its name, or by its path if its environment is not active."""
     beside = Path(sys.executable).with_name("lorainit")
     return "lorainit" if shutil.which("lorainit") == str(beside) or not beside.exists() else str(beside)

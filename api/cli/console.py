@@ -1,20 +1,21 @@
-"""The two streams of the command line. What is printed stays as it is: people copy names, ids and paths from it.
+"""The two output streams of the command line.
 
-So neither brackets nor `:rocket:` mean anything here; a style is said with `rich.text.Text` or `style=`.
+Text is printed unchanged, because people copy names, ids and paths from it. So rich's markup in brackets and its emoji
+codes are off; a style is given with `rich.text.Text` or `style=`.
 """
 
 import sys
 
 from rich.console import Console
 
-# A pipe has no width: what goes into one is never cut.
+# A pipe has no width. This one is so large that programs which read it get whole lines.
 _PIPE_COLUMNS = 400
 
 
 def plain(*, stderr: bool = False) -> Console:
     """A console on standard output or standard error."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream is not None and stream.isatty() else _PIPE_COLUMNS  # it is None where it was closed
+    width = None if stream is not None and stream.isatty() else _PIPE_COLUMNS  # it is None if it was closed
     return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False, width=width)
 
 

@@ -1,7 +1,7 @@
-"""`lorainit demo`: the main job from outside, as a user of a service that starts just for it.
+"""`lorainit demo`: starts a service, trains an adapter through its API as any user would, and checks the adapter.
 
-Nothing here imports torch or reaches into the service: rows go up, an adapter comes down, and
-`examples/check_adapter.py`, a script that does not know us, says whether it is any good.
+Nothing here imports torch or uses the service's own code: it uploads rows and downloads an adapter. The check is
+`examples/check_adapter.py`, a script that uses only stock PEFT.
 """
 
 import csv
@@ -31,12 +31,12 @@ from api.embedded.children import Child, tail
 MODEL = "smollm2-135m-instruct"
 MARK = "made-by-lorainit-demo"
 START_SECONDS = 120.0
-# Stock PEFT must measure the loss the job reported: same rows, same weights, another process.
+# Stock PEFT must measure the loss that the job reported, because it has the same rows and the same weights.
 LOSS_TOLERANCE = 0.001
 
 
 def run(state: Path, console: Console) -> int:
-    """The whole story. Exit code 0 only if held-out loss fell and the reload matched.
+    """Run the demo. The exit code is 0 only if the held-out loss fell and stock PEFT measured the same loss.
 
     Raises:
         Problem: something is not installed, or the folder holds something else.
@@ -109,7 +109,7 @@ def _show(console: Console, found: dict[str, Any], *, adapter: Path, picture: Pa
     console.print(f"\nadapter     {_near(adapter)}\nloss curve  {_near(picture)}\n")
 
 
-# --- around it -----------------------------------------------------------------------------------
+# --- helpers -------------------------------------------------------------------------------------
 
 
 def _base_model() -> Path:
@@ -135,13 +135,13 @@ def _fresh(state: Path) -> Path:
 
 
 def _clean_environment(state: Path) -> dict[str, str]:
-    # Whatever servers this shell is set up for, the demo must neither need nor touch them.
+    # The shell may be set up for other servers, which the demo must not use.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LORAINIT_", "OPENAI_"))}
     return {**kept, "LORAINIT_STATE_DIR": str(state)}
 
 
 def _serve(state: Path, environment: dict[str, str]) -> Child:
-    # The key is made first: then the service makes none, and no log ever holds one.
+    # The key is made first, because a service that finds no key makes one and prints it into the log.
     _lorainit(["migrate"], environment)
     command = [sys.executable, "-m", "api.cli", "serve", "--port", "0"]
     (state / "logs").mkdir()

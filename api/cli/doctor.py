@@ -1,4 +1,4 @@
-"""What `lorainit doctor` prints: a line for each check of the service, then what a run finds on this machine."""
+"""What `lorainit doctor` prints: a line for each check of the service, then what a run would find on this machine."""
 
 import json
 from importlib.util import find_spec
@@ -39,13 +39,13 @@ def _print(out: Console, check: Check) -> None:
 
 
 def _devices() -> tuple[Check, dict[str, Any]]:
-    """What a worker here would say of its devices, and a run's own view of this machine."""
+    """The check that a worker makes of its devices, and the report of a run's examination of this machine."""
     if find_spec("torch") is None:
         return Check("devices", "absent", "torch is not installed here; ask where the worker runs"), {}
     try:
         settings = get_settings()
     except BadSettings:
-        return Check("devices", "absent", "what they are used for is in the settings, which cannot be read"), {}
+        return Check("devices", "absent", "they are not checked, because the settings cannot be read"), {}
     try:
         if hangs := devices.find_silence():
             return Check("devices", "failed", hangs), {}

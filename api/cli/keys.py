@@ -44,7 +44,7 @@ def create(
 
 @app.command("list")
 def list_keys(state: State = None) -> None:
-    """Every key that opens something, without its secret."""
+    """List the keys that are not deleted, without their secrets."""
     configure(state=state)
     from api.core.access import keys
     from api.core.db.database import session_scope
@@ -60,7 +60,7 @@ def list_keys(state: State = None) -> None:
 
 @app.command("delete")
 def delete(key: Annotated[str, Argument(help="Id of the key: key_...")], state: State = None) -> None:
-    """Delete a key. It opens nothing from this moment on."""
+    """Delete a key. Requests with it are refused from now on."""
     configure(state=state)
     from api.core.access import keys
     from api.core.db.database import session_scope

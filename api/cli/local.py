@@ -14,7 +14,7 @@ State = Annotated[Path | None, Option("--state", help="Folder of database, files
 
 
 def configure(**options: Path | str | int | None) -> None:
-    """Options are settings: written where this process and its children read them."""
+    """Write options into the environment, where this process and its children read their settings."""
     names = {"state": "LORAINIT_STATE_DIR", "host": "LORAINIT_HOST", "port": "LORAINIT_PORT"}
     for option, value in options.items():
         if value is not None:
@@ -22,9 +22,9 @@ def configure(**options: Path | str | int | None) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """One line for what goes wrong on a machine rather than in this program; None for everything else."""
+    """One line for an error of the machine or its configuration; None for an error of this program."""
     if "sqlalchemy" not in sys.modules and not isinstance(error, OSError | ValueError):
-        return None  # most errors come from commands that never load a database
+        return None  # not an error of the database, because SQLAlchemy is not loaded; loading it now takes long
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
     from api.core.db.migrate import UnknownRevision
@@ -54,7 +54,7 @@ def _shown(url: str) -> str:
 
 
 def require_database() -> None:
-    """Refuse to go on where no migrated database is.
+    """Refuse to go on without a migrated database.
 
     Raises:
         Problem: there is none.

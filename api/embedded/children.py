@@ -1,6 +1,6 @@
-"""Child processes of `lorainit serve`: they die with their parent, and come back when they fall.
+"""Child processes of `lorainit serve`: they end with their parent, and are restarted when they crash.
 
-Knows processes and log files, nothing of what runs in them.
+Knows processes and log files, but not what runs in them.
 """
 
 import os
@@ -19,7 +19,7 @@ import psutil
 from lorainit.system.limits import make_parent_death_hook
 
 LONGEST_PAUSE = 30.0
-HEALTHY_AFTER = 60.0
+HEALTHY_AFTER = 60.0  # a child that ran for so long starts again without the pauses of earlier failures
 LOG_LIMIT = 16 * 2**20
 
 
@@ -38,7 +38,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
-        """Start it now; it dies when the calling thread's process does, `kill -9` included."""
+        """Start it now. It ends when this process does, even by `kill -9`."""
         if self.log.exists() and self.log.stat().st_size > LOG_LIMIT:
             self.log.replace(self.log.with_suffix(".log.1"))
         with self.log.open("ab") as log:
@@ -49,14 +49,14 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=self.pass_fds,
-                # Ctrl+C in a terminal reaches the whole foreground group; stopping in order is ours to do.
+                # A session of its own, because Ctrl+C reaches the whole foreground group and we stop children in order.
                 start_new_session=True,
                 preexec_fn=make_parent_death_hook(),
             )
         self.start_at = time.monotonic()
 
     def restart_if_ended(self) -> str | None:
-        """Start it again when it has fallen, later each time; a sentence when something happened."""
+        """Start it again if it has ended, after a longer pause each time. Returns a sentence if it has just ended."""
         clock = time.monotonic()
         if self.process is None:
             if clock >= self.start_at:
@@ -71,7 +71,7 @@ class Child:
         return f"{self.name} ended ({_ending(code)}); starting it again in {pause:.1f} s, see {self.log}"
 
     def seconds_to_start(self) -> float:
-        """Until it is to be started again; infinite while it runs."""
+        """Seconds until it will be started again; infinite while it runs."""
         return inf if self.process is not None else max(0.0, self.start_at - time.monotonic())
 
     def stop(self) -> None:
@@ -97,13 +97,13 @@ class Child:
 def sleeping() -> Iterator[Callable[[float], None]]:
     """A sleep of so many seconds that ends early when a child ends or another signal is handled.
 
-    For the main thread; a signal that came since the last sleep counts, too.
+    Only for the main thread. A signal since the last sleep ends the next one at once.
     """
     reader, writer = os.pipe()
     for end in (reader, writer):
         os.set_blocking(end, False)
-    told = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handler = signal.signal(signal.SIGCHLD, lambda *_: None)  # one without a handler wakes nobody
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGCHLD, lambda *_: None)  # a signal without a handler does not write to the pipe
 
     def sleep(seconds: float) -> None:
         if select.select([reader], [], [], seconds)[0]:
@@ -113,7 +113,7 @@ def sleeping() -> Iterator[Callable[[float], None]]:
         yield sleep
     finally:
         signal.signal(signal.SIGCHLD, handler)
-        signal.set_wakeup_fd(told)
+        signal.set_wakeup_fd(previous)
         os.close(reader)
         os.close(writer)
 
@@ -144,7 +144,7 @@ def follow(path: Path, *, start: int) -> Iterator[list[str]]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; 0 where none is."""
+    """Bytes of a file; 0 if there is none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

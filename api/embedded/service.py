@@ -1,7 +1,7 @@
 """The service on one machine, as one process tree: broker, reconciler, worker, API.
 
-The same four programs run as separate containers in production; here a parent starts them, brings
-back what falls, and takes everything down with it. All state lies in one folder.
+In production the same four programs run as separate containers. Here a parent starts them, restarts those that
+crash, and stops all of them when it ends. All state is in one folder.
 """
 
 import fcntl
@@ -33,8 +33,8 @@ from api.embedded import broker
 from api.embedded.children import Child, follow, size_of, sleeping, tail
 
 READY_SECONDS = 60.0
-LOOK_SECONDS = 0.2  # between two looks whether the API is ready
-TICK_SECONDS = 1.0  # between two looks at the logs; the end of a child is told by a signal
+LOOK_SECONDS = 0.2  # between two checks whether the API is ready
+TICK_SECONDS = 1.0  # between two reads of the logs; the end of a child wakes us earlier, by a signal
 MAX_REASON = 500  # characters of a log line's error that are shown
 
 Report = Callable[[str], None]
@@ -45,7 +45,7 @@ class CannotServe(Exception):
 
 
 class Service:
-    """A running tree. `start()`, then `watch()` until `stop()` is asked for."""
+    """The process tree: `start()`, then `watch()` until somebody asks to stop, then `stop()`."""
 
     def __init__(self, settings: Settings, *, report: Report) -> None:
         self.settings = settings
@@ -55,11 +55,11 @@ class Service:
         self.children: list[Child] = []
         self._asked_to_stop = False
         self._lock: IO[str] | None = None
-        self._last_line = ("", "")  # which child said what last
+        self._last_line = ("", "")  # the child and the text that were reported last
         self._socket: socket.socket | None = None
 
     def start(self) -> str | None:
-        """Everything up and answering. Returns a first API key if the database had none.
+        """Start everything and wait until it answers. Returns a first API key if the database had none.
 
         Raises:
             BadCatalogue: its file cannot be used.
@@ -88,7 +88,7 @@ class Service:
         return _first_key()
 
     def watch(self) -> None:
-        """Keep the children alive and pass on what they have to say, until somebody asks to stop."""
+        """Restart children that end, and report their important log lines, until somebody asks to stop."""
         logs = {child.name: follow(child.log, start=size_of(child.log)) for child in self.children}
         with sleeping() as sleep:
             while not self._asked_to_stop:
@@ -99,7 +99,7 @@ class Service:
                 sleep(min(TICK_SECONDS, *(child.seconds_to_start() for child in self.children)))
 
     def _restart_ended(self) -> None:
-        """Start children again that have fallen."""
+        """Restart children that have ended."""
         for child in self.children:
             pid = child.process and child.process.pid
             if (news := child.restart_if_ended()) is not None:
@@ -108,7 +108,7 @@ class Service:
                 self._write_service_file()
 
     def ask_to_stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
-        """A signal handler: `watch()` ends; asked twice, everything dies at once."""
+        """A signal handler: `watch()` ends. The second signal ends everything at once."""
         if self._asked_to_stop:
             os._exit(130)  # the children die with us
         self._asked_to_stop = True
@@ -116,7 +116,7 @@ class Service:
     def stop(self) -> None:
         """Stop in order: no new requests, then the worker (its job goes back to the queue), then the rest."""
         if self._lock is None:
-            return  # the folder is somebody else's
+            return  # another service owns the folder, and its files must stay
         (self.state / "service.json").unlink(missing_ok=True)
         order = {"api": 0, "worker": 1, "reconciler": 2, "broker": 3}
         for child in sorted(self.children, key=lambda child: order[child.name]):
@@ -126,7 +126,7 @@ class Service:
         self._lock.close()
 
     def pass_on(self, name: str, line: str) -> None:
-        """Say what matters of a child's log, unless another has just said it: all of them refuse a broken catalogue."""
+        """Report a child's log line if it is important and new: all children log the same about a bad catalogue."""
         text = _worth_showing(name, line)
         if text is None or (text == self._last_line[1] and name != self._last_line[0]):
             return
@@ -219,7 +219,7 @@ def _make_folder(state: Path) -> None:
 
 
 def _lock(state: Path) -> IO[str]:
-    # Held by the open file: it goes away with the process however that ends.
+    # The lock belongs to the open file, so it is released however this process ends.
     lock = (state / "serve.lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,7 +249,7 @@ def _url(host: str, listener: socket.socket) -> str:
 
 
 def _trouble(url: str) -> str | None:
-    """What a readiness route says is missing; None when nothing is."""
+    """What a readiness route reports as missing; None if nothing is."""
     try:
         with urllib.request.urlopen(url, timeout=5):  # noqa: S310  (our own http address)
             return None
@@ -278,7 +278,7 @@ def _has_key(session: Session) -> bool:
 
 
 def _worth_showing(name: str, line: str) -> str | None:
-    """Warnings and errors of anybody with their reason, and what the worker says about jobs."""
+    """A log line to show, or None: warnings and errors with their reason, and the worker's lines about jobs."""
     try:
         record = json.loads(line)
         level, event = record["level"], record["event"]

@@ -1,4 +1,4 @@
-"""What stands between a request and its route: keys, bounds on bodies and numbers, threads, streams, metrics.
+"""What is between a request and its route: keys, limits on bodies and on concurrency, threads, streams, metrics.
 
 Knows requests and answers, but no single route.
 """

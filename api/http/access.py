@@ -1,4 +1,4 @@
-"""Who may ask: a key that opens a project of this server, as often as its limit says. The same for every route."""
+"""Authorizes a request by its API key, its project and its rate limit. It is the same for every route."""
 
 from fastapi import Request
 
@@ -11,11 +11,11 @@ from api.errors import TooManyRequests, Unauthenticated
 from api.http.concurrency import Permit
 
 
-def secret_of(request: Request) -> str:
-    """What the request gives as its key.
+def read_secret(request: Request) -> str:
+    """The API key of a request.
 
     Raises:
-        Unauthenticated: nothing.
+        Unauthenticated: it has none.
     """
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not secret.strip():
@@ -26,18 +26,18 @@ def secret_of(request: Request) -> str:
 
 
 def authorize(request: Request, key: Key | None, secret: str) -> Caller:
-    """Whoever holds this key; the project and what the key has left are noted for the log and the headers.
+    """The caller, if `secret` belongs to `key`. Notes the project for the log, and the rate limit for the headers.
 
     Raises:
-        Unauthenticated: there is no such key, it is deleted or expired, or another project is meant.
+        Unauthenticated: there is no such key, it is deleted or expired, or the request names another project.
         InvalidValue: the path or the query holds a NUL character.
-        TooManyRequests: it has asked as often as it may, or for as much at once.
+        TooManyRequests: it has used up its requests per minute, or has too many under way.
     """
-    caller = _known(request, key, secret)
+    caller = _authenticate(request, key, secret)
     _refuse_nul(request)
     request.scope["state"]["project"] = caller.project_id
     permit: Permit = request.scope["state"]["permit"]
-    permit.know(caller.key_id)
+    permit.count_key(caller.key_id)
     limiter = rates.get_limiter()
     allowance = request.scope["state"]["allowance"] = None if limiter is None else limiter.take(caller.key_id)
     if allowance is not None and allowance.wait:
@@ -51,7 +51,7 @@ def authorize(request: Request, key: Key | None, secret: str) -> Caller:
 
 
 def _refuse_nul(request: Request) -> None:
-    # PostgreSQL compares nothing with a NUL character, and SQLite does. A header with one is no HTTP.
+    # Refused here, because PostgreSQL fails on a NUL character and SQLite does not. HTTP allows none in headers.
     if "\x00" not in request.scope["path"] and b"%00" not in request.scope["query_string"]:
         return
     for name, value in [*request.path_params.items(), *request.query_params.multi_items()]:
@@ -60,13 +60,13 @@ def _refuse_nul(request: Request) -> None:
             raise InvalidValue(f"{shown} holds a NUL character.", code="invalid_value", param=shown)
 
 
-def _known(request: Request, key: Key | None, secret: str) -> Caller:
+def _authenticate(request: Request, key: Key | None, secret: str) -> Caller:
     caller = None if key is None else keys.authenticate(key, secret)
     if caller is None:
         raise Unauthenticated(
             f"Incorrect API key provided: {_hint(secret)}. It is unknown, expired or deleted.", code="invalid_api_key"
         )
-    # A project id this server does not know is somebody's hosted one, left in the environment.
+    # An unknown project id is ignored, because it is probably one of OpenAI's that is left in the environment.
     meant = request.headers.get("openai-project", "")
     if meant not in ("", caller.project_id) and _is_project(meant):
         raise Unauthenticated(

@@ -1,7 +1,7 @@
 """After the answer to a create: admit the new job if its files are checked, then notify the workers.
 
-The reconciler does both if this fails. So after a broker did not answer, this process sends no message for a while and
-leaves that to the reconciler, instead of waiting for the broker again.
+The reconciler does both if this fails. So when the broker did not answer, this process sends no message for a while
+and leaves that to the reconciler, because each try would wait for the broker again.
 """
 
 import time

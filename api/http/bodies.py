@@ -1,6 +1,6 @@
-"""JSON bodies: a large one is parsed and checked in a thread, so that the loop answers others meanwhile.
+"""Parses and checks large JSON bodies in a thread, so that the event loop answers other requests meanwhile.
 
-The schemas bound what a body may hold; this bounds how many large ones are taken apart at once.
+The schemas limit what a body may contain. This module limits how many large ones are parsed at once.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from api import json_text
 from api.errors import BadRequest, malformed
 
-LARGE = 32 * 1024  # bytes; below, going to a thread and back costs more than what is done there
-AT_ONCE = 2
+LARGE = 32 * 1024  # bytes; for a smaller body, changing to a thread and back takes longer than parsing
+AT_ONCE = 2  # few, because each uses a processor
 
 
 class BoundedBody(APIRoute):
-    """A route whose JSON body does not stop the loop."""
+    """A route whose JSON body does not block the event loop."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The framework's handler, with a request that knows the model of its body."""
@@ -38,7 +38,7 @@ class BoundedBody(APIRoute):
 
 
 class _Request(Request):
-    """The same request; of a large body `json()` is the model that it makes, which the framework takes as it is."""
+    """The same request. For a large body, `json()` returns the finished model, which the framework accepts."""
 
     def __init__(self, request: Request, model: TypeAdapter[Any], threads: Executor) -> None:
         super().__init__(request.scope, request.receive)
@@ -48,8 +48,8 @@ class _Request(Request):
         """The body as JSON, or its model.
 
         Raises:
-            BadRequest: no model can be made of a large body; it is not UTF-8, or has a key twice.
-            json.JSONDecodeError: it is no JSON.
+            BadRequest: a large body does not fit the model, or a body is not UTF-8 or has a key twice.
+            json.JSONDecodeError: it is not JSON.
         """
         raw = await self.body()
         if len(raw) <= LARGE:

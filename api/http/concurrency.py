@@ -1,7 +1,7 @@
 """How many requests a process answers at once: in all, for one client address, and with one key.
 
-Who takes part of what others need is told so in words, and others go on. Health is asked by whoever decides about the
-process, and is never refused.
+A client above its limit gets an error that says so, and others are still answered. Health checks are never refused,
+because an orchestrator decides by them whether to restart the process.
 """
 
 import threading
@@ -16,15 +16,15 @@ from api.core.settings import Settings
 from api.errors import Overloaded, TooManyRequests
 
 HEALTH = frozenset({"/healthz", "/readyz"})
-WAIT_SECONDS = 1.0  # after which one who was refused may ask again
+WAIT_SECONDS = 1.0  # after which a refused client may try again
 
 
 class Concurrency:
-    """What is under way in this process."""
+    """The requests under way in this process."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._lock = threading.Lock()  # keys are known in threads
+        self._lock = threading.Lock()  # because keys are counted in threads, and requests in the event loop
         self._count = 0
         self._addresses = Counter[str]()
         self._keys = Counter[str]()
@@ -45,7 +45,7 @@ class Concurrency:
         return Permit(self, address=address)
 
     def count_key(self, key_id: str) -> None:
-        """One request more with this key.
+        """Count one more request with this key.
 
         Raises:
             TooManyRequests: it has as many as it may.
@@ -57,7 +57,7 @@ class Concurrency:
             self._keys[key_id] += 1
 
     def release(self, address: str | None, key_id: str | None) -> None:
-        """One request less."""
+        """Count one request less."""
         with self._lock:
             if address is not None:
                 self._count -= 1
@@ -68,14 +68,14 @@ class Concurrency:
 
 @dataclass
 class Permit:
-    """That one request is being answered."""
+    """The permission to answer one request, until it is released."""
 
     concurrency: Concurrency
     address: str | None  # None: it is not counted
     key_id: str | None = None
 
-    def know(self, key_id: str) -> None:
-        """It comes with this key.
+    def count_key(self, key_id: str) -> None:
+        """Count the request for its key, too.
 
         Raises:
             TooManyRequests: the key has as many requests under way as it may.
@@ -84,23 +84,23 @@ class Permit:
         self.key_id = key_id
 
     def release(self) -> None:
-        """It is answered, or its client has gone."""
+        """Call it when the request is answered, or its client has disconnected."""
         self.concurrency.release(self.address, self.key_id)
 
 
 def too_many(what: str) -> TooManyRequests:
-    """The refusal of one request more than this."""
+    """The error for one request more than this."""
     message = f"{what} are being answered, and more are not taken at once. Please try again when one has ended."
     return TooManyRequests(message, code="rate_limit_exceeded", wait=WAIT_SECONDS)
 
 
 def network(client: tuple[str, int] | None) -> str:
-    """Whom an address counts for: a host has one of IPv4, and of IPv6 a network of /64 to choose from."""
+    """The network for which an address is counted: for IPv6 the /64, because a host can choose any address in it."""
     if client is None:
         return ""
     try:
         address = ip_address(client[0])
-    except ValueError:  # a name that a trusted proxy gave
+    except ValueError:  # not an address, but a name that a trusted proxy sent
         return client[0]
     if isinstance(address, IPv6Address):
         return str(address.ipv4_mapped or IPv6Address(int(address) >> 64 << 64))

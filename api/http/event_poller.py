@@ -1,7 +1,7 @@
-"""One look a second for all streams of a process: their keys, their jobs, and what each has not sent yet.
+"""One query a second for all event streams of a process: their keys, their jobs, and the events not sent yet.
 
-A stream that has sent all it was given waits here for more. So a client that reads slowly holds up nobody and costs
-one page of memory, and streams that stand at the same event share its reading and its encoding.
+A stream that has sent all its events waits here for more. So a client that reads slowly delays no other and costs one
+page of memory, and streams at the same event share the reading and the encoding of what follows.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from api.core.db.tables import FINAL_STATUSES, Job
 from api.core.jobs import events
 from api.schemas.event import EventObject, event_object
 
-BEAT_SECONDS = 1.0
-SHARE_SECONDS = 0.05  # at least, between two looks: those who come meanwhile share the second one
-TOGETHER = 64  # streams that are served before the next ones, so that jobs with many events delay only these
+BEAT_SECONDS = 1.0  # between two queries
+SHARE_SECONDS = 0.05  # the least time between two queries, so that streams that arrive meanwhile share the second
+TOGETHER = 64  # streams that are served by one query, so that a job with many events delays only these
 PAGE = 200
 DATABASE_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -32,7 +32,7 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 @dataclass(frozen=True, slots=True)
 class StreamPosition:
-    """Where a stream stands: the number of the last event that it has sent, and the key that it was opened with."""
+    """The number of the last event that a stream has sent, and the key with which it was opened."""
 
     job_id: str
     after: int
@@ -41,7 +41,7 @@ class StreamPosition:
 
 @dataclass(frozen=True, slots=True)
 class NewEvents:
-    """What a stream has not sent yet, up to event number `last`; `ended`: nothing will follow."""
+    """Events that a stream has not sent yet, up to number `last`; `ended`: no more will follow."""
 
     text: str
     last: int
@@ -60,18 +60,18 @@ Waiting = asyncio.Future[NewEvents | None]
 
 
 class EventPoller:
-    """Looks while streams wait. All but the looking itself is done in the event loop's own thread."""
+    """Queries the database while streams wait. The rest runs in the event loop's thread, so it needs no lock."""
 
     def __init__(self) -> None:
         self._waiting: dict[Waiting, StreamPosition] = {}
         self._hurry = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None  # looks as long as somebody waits
+        self._task: asyncio.Task[None] | None = None  # runs as long as a stream waits
 
     async def wait_for_events(self, position: StreamPosition, *, at_once: bool) -> NewEvents | None:
-        """Wait until there is more to send, which is looked for once a second, or at once and then once a second.
+        """Wait until there is more to send. The database is asked once a second, with `at_once` also immediately.
 
         Returns:
-            None for a key that is deleted or has expired, and when the ticker ends.
+            None if the key is deleted or has expired, and when the server stops.
         """
         loop = asyncio.get_running_loop()
         more: Waiting = loop.create_future()
@@ -86,9 +86,9 @@ class EventPoller:
             del self._waiting[more]
 
     def end(self) -> None:
-        """Let all go who wait."""
+        """Wake all streams that wait, so that they end."""
         for more in self._waiting:
-            _tell(more, None)
+            _set_result(more, None)
 
     async def _tick(self) -> None:
         while self._waiting:
@@ -103,7 +103,7 @@ class EventPoller:
 
 
 async def _serve(waiting: Sequence[tuple[Waiting, StreamPosition]]) -> None:
-    """Tell these streams what is new; those for which nothing is wait on."""
+    """Give these streams their new events. Streams without new events go on waiting."""
     positions = {position for _, position in waiting}
     try:
         found = await run_in_threadpool(poll, positions)
@@ -111,11 +111,11 @@ async def _serve(waiting: Sequence[tuple[Waiting, StreamPosition]]) -> None:
         found = dict.fromkeys(positions, error)
     for more, position in waiting:
         if position in found:
-            _tell(more, found[position])
+            _set_result(more, found[position])
 
 
-def _tell(more: Waiting, found: Found) -> None:
-    if more.done():  # it was told, or its client has gone
+def _set_result(more: Waiting, found: Found) -> None:
+    if more.done():  # it has its result, or its client has disconnected
         return
     if isinstance(found, Exception):
         more.set_exception(found)
@@ -124,9 +124,9 @@ def _tell(more: Waiting, found: Found) -> None:
 
 
 def poll(positions: Collection[StreamPosition]) -> dict[StreamPosition, Found]:
-    """What is new at these positions; those where nothing is are left out.
+    """The new events at these positions. Positions without any are left out.
 
-    Nothing is new while the database is away, which a client need not notice.
+    While the database does not answer there are none, so that the streams stay open.
     """
     try:
         with session_scope(read_only=True) as session:
@@ -136,12 +136,12 @@ def poll(positions: Collection[StreamPosition]) -> dict[StreamPosition, Found]:
 
 
 def find_news(session: Session, positions: Collection[StreamPosition]) -> dict[StreamPosition, Found]:
-    """As `look`, while the database is there."""
+    """As `poll`, with a session."""
     usable = keys.find_usable(session, {one.key_id for one in positions})
-    # Before the events: what ended a job is among them.
+    # Jobs are read before events, so that the last event of an ended job is among the events.
     jobs = _jobs(session, {one.job_id for one in positions})
-    places = {(one.job_id, one.after) for one in positions if one.key_id in usable}
-    pages = {(job_id, after): _page(session, job_id, after, jobs.get(job_id)) for job_id, after in places}
+    wanted = {(one.job_id, one.after) for one in positions if one.key_id in usable}
+    pages = {(job_id, after): _page(session, job_id, after, jobs.get(job_id)) for job_id, after in wanted}
     found: dict[StreamPosition, Found] = {}
     for one in positions:
         if one.key_id not in usable:
@@ -152,26 +152,26 @@ def find_news(session: Session, positions: Collection[StreamPosition]) -> dict[S
 
 
 def _jobs(session: Session, ids: Collection[str]) -> dict[str, tuple[str, int]]:
-    """Status and number of events of those that are there."""
+    """Status and number of events of those jobs that exist."""
     rows = session.execute(select(Job.id, Job.status, Job.event_count).where(Job.id.in_(ids)))
     return {row.id: (row.status, row.event_count) for row in rows}
 
 
 def _page(session: Session, job_id: str, after: int, job: tuple[str, int] | None) -> NewEvents | Exception | None:
-    """The events after number `after`, or what is wrong with them; None if there is nothing to say."""
+    """The events after number `after`, or the error of reading them; None if there are none and the job goes on."""
     status, count = job or (None, after)
     try:
         rows = events.list_since(session, job_id, after, limit=PAGE) if count > after else []
         text = "".join(_block(event_object(row)) for row in rows)
     except DATABASE_AWAY:
         raise
-    except Exception as error:  # ends this job's streams and no others
+    except Exception as error:  # so that it ends the streams of this job and no others
         return error
     ended = len(rows) < PAGE and (status is None or status in FINAL_STATUSES)
     return NewEvents(text, rows[-1].sequence if rows else after, len(rows), ended) if rows or ended else None
 
 
 def _block(event: EventObject) -> str:
-    # ASCII: some clients take characters like U+2028 for the end of a line.
+    # In ASCII, because some clients take characters like U+2028 for the end of a line.
     data = _encode(event.model_dump(mode="json"))
     return f"id: {event.id}\nevent: {event.type}\ndata: {data}\n\n"

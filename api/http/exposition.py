@@ -1,8 +1,8 @@
-"""Everything `GET /metrics` shows, in Prometheus' words.
+"""Everything that `GET /metrics` shows, in Prometheus' format.
 
-Two sources. Requests are counted in this process, as Prometheus expects of each it scrapes. All else is
-read from the database when it is asked for: workers need no port of their own, and a count survives
-every restart. Each API process shows those same figures: take their `max`, not their `sum`.
+There are two sources. Requests are counted in this process, as Prometheus expects of each that it scrapes. All else is
+read from the database when it is asked for, so that workers need no port of their own and counts survive
+restarts. All API processes show the same figures of that kind: take their `max`, not their `sum`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -45,23 +45,23 @@ class Requests:
         )
 
     def observe(self, method: str, route: str | None, status: int | None, seconds: float) -> None:
-        """Count one. Paths and methods that are none of ours share a name: anybody could make up millions."""
+        """Count one. Unknown paths and methods share a label, because anybody could send millions of different ones."""
         verb = method if method in VERBS else "other"
         self._seconds.labels(verb, route or "none", str(status or 499)).observe(seconds)
 
 
 class Service(Collector):
-    """The state of the whole service when it is collected. A part that is away shows as such and hides nothing else."""
+    """The state of the whole service when it is collected. A part that does not answer is shown as down."""
 
     def __init__(self, parts: Mapping[str, Callable[[], bool]]) -> None:
         self._parts = parts
 
     def describe(self) -> list[Metric]:
-        """Nothing: asking must not read the database when the application is made."""
+        """Nothing, so that the database is not read when the application is made."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """One family after another."""
+        """All metrics, read now."""
         up = GaugeMetricFamily("lorainit_up", "1 when this part answers.", labels=("part",))
         snapshot = _take_snapshot()
         up.add_metric(("database",), float(snapshot is not None))
@@ -75,7 +75,7 @@ class Service(Collector):
 
 
 def make_registry(parts: Mapping[str, Callable[[], bool]]) -> CollectorRegistry:
-    """A registry of this application's own: nothing global, and nothing is read yet."""
+    """A registry of this application's own, because tests make several. Nothing is read yet."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Service(parts))
     return registry

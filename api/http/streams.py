@@ -1,7 +1,7 @@
 """A job's events as they happen, as server-sent events: oldest first, until the job has ended or the server stops.
 
-The bytes are chosen for the decoder in OpenAI's clients, which takes every blank line after an `id:` for an
-event: a heartbeat is one line without a blank one behind it, and `retry:` stands in the block of an event.
+The format suits the decoder in OpenAI's clients, which takes every blank line after an `id:` for an event. So a
+heartbeat is one line without a blank line behind it, and `retry:` is in the block of an event.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Streams:
         self._closing = False
 
     def close(self) -> None:
-        """End all of them, in the event loop's own thread: the server is about to stop."""
+        """End all of them, because the server is about to stop. Call it in the event loop's thread."""
         self._closing = True
         for stop in self._stops:
             stop.set()
@@ -40,12 +40,12 @@ class Streams:
 
     @contextmanager
     def register(self, project_id: str) -> Iterator[asyncio.Event]:
-        """A place among the streams of a project while the context is open; the event says that the stream is to end.
+        """Count one stream of a project while the context is open. The event is set when the stream has to end.
 
-        To be taken in the event loop's own thread: so no two streams find the same place free.
+        Call it in the event loop's thread, so that two streams cannot pass the check together.
 
         Raises:
-            TooManyRequests: the project has as many as it may. It is to be tried again.
+            TooManyRequests: the project has as many as it may.
         """
         if list(self._stops.values()).count(project_id) >= PER_PROJECT:
             message = f"{PER_PROJECT} streams of this project are open, and more are not served at once."
@@ -61,7 +61,7 @@ class Streams:
 
 
 class EventStream(StreamingResponse):
-    """The answer that follows a job. It takes its place when it begins, and is a refusal where there is none."""
+    """The answer that follows a job. It is counted when it begins, and is an error if the project has too many."""
 
     def __init__(self, streams: Streams, caller: Caller, job_id: str, *, after: int) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -70,7 +70,7 @@ class EventStream(StreamingResponse):
         self._position = StreamPosition(job_id, after, caller.key_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, and give the place back however that ends."""
+        """Answer, and count the stream no longer when that ends."""
         with self._streams.register(self._project_id) as stop:
             self.body_iterator = follow(self._position, poller=self._streams.poller, stop=stop)
             await super().__call__(scope, receive, send)
@@ -79,7 +79,7 @@ class EventStream(StreamingResponse):
 async def follow(position: StreamPosition, *, poller: EventPoller, stop: asyncio.Event) -> AsyncIterator[str]:
     """Whole blocks of text: the events from this position on, then `[DONE]`.
 
-    Without `[DONE]` it ends when it is to stop, and within a second once the key is deleted or has expired.
+    It ends without `[DONE]` when the server stops, and within a second after the key is deleted or has expired.
     """
     retry, at_once = f"retry: {RETRY_MILLISECONDS}\n", True
     while not stop.is_set():

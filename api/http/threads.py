@@ -1,7 +1,7 @@
-"""Threads for what may have to wait: storage, the broker and health have their own, so that none keeps others waiting.
+"""Threads for calls that may wait: storage, the broker, health and searches have their own, so that none blocks others.
 
-The framework runs plain functions in forty threads. Forty downloads from a store that is slow would else be all that a
-process does.
+The framework runs plain functions in forty threads. Otherwise forty downloads from a slow store would block everything
+else in the process.
 """
 
 from collections.abc import Callable
@@ -24,28 +24,28 @@ _search = RunVar[CapacityLimiter]("search threads")
 async def in_storage_thread(
     work: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
 ) -> Result:
-    """Run what reads or writes storage."""
+    """Run a function that reads or writes storage."""
     limiter = _limiter(_storage, STORAGE_THREADS)
     return await to_thread.run_sync(partial(work, *arguments, **named), limiter=limiter)
 
 
 async def in_health_thread(work: Callable[[], Result]) -> Result:
-    """Run what says how the service is."""
+    """Run a health check."""
     return await to_thread.run_sync(work, limiter=_limiter(_health, HEALTH_THREADS))
 
 
 async def in_broker_thread(work: Callable[[str], None], job_id: str) -> None:
-    """Run what waits for the broker."""
+    """Run a function that waits for the broker."""
     await to_thread.run_sync(work, job_id, limiter=_limiter(_broker, BROKER_THREADS))
 
 
 async def in_search_thread(work: Callable[[], Result]) -> Result:
-    """Run what may look through many rows: two at a time, so that polls find connections and a processor."""
+    """Run a query that may read many rows: two at a time, so that connections and a processor are left for polls."""
     return await to_thread.run_sync(work, limiter=_limiter(_search, SEARCH_THREADS))
 
 
 def _limiter(kept: RunVar[CapacityLimiter], threads: int) -> CapacityLimiter:
-    """That of the running event loop."""
+    """The limiter of the running event loop."""
     try:
         return kept.get()
     except LookupError:

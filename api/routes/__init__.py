@@ -1,1 +1,1 @@
-"""One file per noun: parse, call one core function, commit, return."""
+"""The routes, a file for each kind of object. A route parses, calls one core function, commits and returns."""

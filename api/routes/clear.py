@@ -1,4 +1,4 @@
-"""The bytes of what was deleted, after the answer has left."""
+"""Deletes the bytes of deleted objects, after the answer was sent."""
 
 from obstore.exceptions import BaseError as StoreError
 
@@ -8,7 +8,7 @@ from api.http.threads import in_storage_thread
 
 
 async def clear(storage: Storage, key: str) -> None:
-    """Remove an object that no row needs. If storage is away, the reconciler does it later."""
+    """Remove an object that no row needs. If storage does not answer, the reconciler does it later."""
     try:
         await in_storage_thread(storage.delete, key)
     except (StoreError, OSError) as error:

@@ -1,6 +1,6 @@
-"""Bytes over HTTP: one file with ETag, ranges and conditions, never encoded on the way.
+"""Sends one file over HTTP, with ETag, ranges and conditions, and without compression.
 
-Storage is read after the route has returned, when its database session is closed.
+Storage is read after the route has returned, so that no database session is open during a slow download.
 """
 
 import base64
@@ -28,14 +28,15 @@ BYTES: dict[int | str, dict[str, Any]] = {
     304: {"description": "`If-None-Match` names the bytes there are."},
     416: {"description": "The range lies outside the file.", "model": ErrorBody},
 }
-PIECE = 64 * 1024  # as much as the server's transport holds before it lets us wait
+PIECE = 64 * 1024  # as much as the server's transport buffers before `send` waits
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class Download(StreamingResponse):
-    """The bytes [start, end) of a file. Nothing is read before the answer begins, and it is a refusal if that fails.
+    """The bytes [start, end) of a file. The first ones are read before the answer begins, so that a failure is an error
+    answer.
 
-    A block is given to the server in pieces, each of which waits until the one before has almost left.
+    A block is sent in pieces, and each of them waits until the one before is almost sent.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Download(StreamingResponse):
         await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
-        """Send a block after the other."""
+        """Send one block after the other."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         position, size = self._start, download_memory.SMALL
         while position < self._end:
@@ -65,9 +66,9 @@ class Download(StreamingResponse):
         block, self._first = self._first or await self._read(start, size), b""
         begun = time.monotonic()
         for offset in range(0, len(block), PIECE):
-            # A copy: a piece that is still to leave must not keep the whole block.
+            # The slice is a copy, so that a piece which waits does not keep the whole block in memory.
             await send({"type": "http.response.body", "body": block[offset : offset + PIECE], "more_body": True})
-        return start + len(block), download_memory.after(len(block), seconds=time.monotonic() - begun)
+        return start + len(block), download_memory.next_block_size(len(block), seconds=time.monotonic() - begun)
 
     async def _read(self, start: int, size: int) -> bytes:
         end = min(start + size, self._end)
@@ -109,7 +110,7 @@ def _span(request: Request, etag: str, size: int) -> tuple[int, int] | Literal["
     condition = request.headers.get("if-range")
     wanted = _RANGE.fullmatch(request.headers.get("range", "").strip())
     if wanted is None or wanted[0] == "bytes=-" or (condition is not None and condition.strip() != etag):
-        return None  # none, several or malformed ranges, or a copy of other bytes
+        return None  # no range, several or malformed ones, or the client has a part of other bytes
     first, last = wanted[1], wanted[2]
     if first == "":
         start, end = max(0, size - int(last)), size

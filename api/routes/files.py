@@ -1,4 +1,4 @@
-"""Files: upload, list, look, delete, read."""
+"""Files: upload, list, retrieve, delete, download."""
 
 from typing import Annotated, Any, Literal
 
@@ -90,7 +90,7 @@ def delete(
 @router.head("/files/{file_id}/content", include_in_schema=False)
 @router.get("/files/{file_id}/content", response_class=Response, responses=BYTES)
 def content(file_id: str, request: Request, caller: CallerDep, session: Reading, storage: StorageDep) -> Response:
-    """Exactly the uploaded bytes; ranges and conditions are honoured."""
+    """Exactly the uploaded bytes; ranges and conditions are supported."""
     file = files.find_readable(session, caller.project_id, file_id)
     kind = "text/csv; charset=utf-8" if file.filename.endswith(".csv") else "application/octet-stream"
     if file.purpose != "fine-tune-results":

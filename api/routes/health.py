@@ -1,4 +1,4 @@
-"""Is the process alive, and can it do its work? Outside /v1, without a key."""
+"""Health: whether the process is alive, and whether it can do its work. Outside /v1, without a key."""
 
 import asyncio
 from importlib.metadata import version
@@ -19,17 +19,17 @@ from api.http.threads import in_health_thread
 from api.schemas.wire import Wire
 
 router = APIRouter(tags=["health"])
-DATABASE_SECONDS = 1.0  # that what stands in the database may be old, however many ask
+DATABASE_SECONDS = 1.0  # for which a result is reused, so that many clients cost one query
 
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """The process runs. Looks at nothing else."""
+    """The process runs. Nothing else is checked."""
     return {"status": "ok"}
 
 
 class Readiness(Wire):
-    """What was looked at, and what was found."""
+    """What was checked, and the results."""
 
     status: Literal["ready", "not ready"]
     version: str
@@ -38,7 +38,7 @@ class Readiness(Wire):
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def readyz() -> JSONResponse:
-    """Jobs can be accepted. No worker, and no broker, is still ready: the rows wait. Answers within a few seconds."""
+    """Whether jobs can be accepted: also without a worker or a broker, because jobs wait. Answers in a few seconds."""
     database = _database()
     works, stores, refused = await asyncio.gather(
         in_health_thread(database.works), in_health_thread(storage_works), in_health_thread(catalogue.refused)
@@ -66,14 +66,14 @@ def broker_works() -> bool:
 
 
 def forget() -> None:
-    """Look at everything anew, as a process does that just started."""
+    """Forget all results, as in a process that has just started."""
     for probe in (_database, _storage, _broker):
         probe.cache_clear()
 
 
 @singleton
 def _database() -> Probe[dict[str, str | int]]:
-    return Probe("database", _look_into_the_database, good_seconds=DATABASE_SECONDS)
+    return Probe("database", _check_database, good_seconds=DATABASE_SECONDS)
 
 
 @singleton
@@ -86,8 +86,8 @@ def _broker() -> Probe[None]:
     return Probe("broker", lambda: queue.probe())
 
 
-def _look_into_the_database() -> dict[str, str | int]:
-    # On a reader: SQLite's writing connection would wait for whoever writes just now.
+def _check_database() -> dict[str, str | int]:
+    # A reading session, because SQLite's writing connection would wait for other writers.
     with session_scope(read_only=True) as session:
         migrated = migrate.at_head(session.connection())
         return {"migrations": "ok" if migrated else "missing", "workers": workers.count_online(session)}

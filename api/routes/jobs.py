@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: order, list, look, cancel, pause, resume, follow, fetch the adapter."""
+"""Fine-tuning jobs: create, list, retrieve, cancel, pause, resume, follow, download the adapter."""
 
 import re
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ from api.schemas.wire import IDEMPOTENT_RESPONSES, Page, as_json, listed
 
 router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody)
 JOBS = "/fine_tuning/jobs"
-# The schema is that of one event; a document of OpenAPI 3.1 has no better place for it.
+# The schema of one event, because OpenAPI 3.1 cannot describe a stream of them.
 _EVENT = {
     "type": "object",
     "properties": {
@@ -47,9 +47,9 @@ EVENT_STREAM: dict[int | str, dict[str, Any]] = {
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
-def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, tuple[Any, ...]]:
-    """Who asks, and what of the job of this id: one statement, for what clients ask again and again."""
-    secret = access.secret_of(request)
+def _find(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, tuple[Any, ...]]:
+    """The caller, and columns of the job with this id. One statement, because clients poll these routes."""
+    secret = access.read_secret(request)
     key, job = lookup.find_with_key(keys.parse_key_id(secret), job_id, what)
     caller = access.authorize(request, key, secret)
     if job is None:
@@ -57,14 +57,14 @@ def _found(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Calle
     return caller, job
 
 
-def _asked(fine_tuning_job_id: str, request: Request) -> tuple[keys.Caller, str]:
-    """Who asks, and the id of a job of theirs, before anything else of the request is looked at: who has no key is
-    told nothing but that."""
-    caller, (job_id,) = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
+def _find_id(fine_tuning_job_id: str, request: Request) -> tuple[keys.Caller, str]:
+    """The caller, and the id of a job of its project. It is checked before the query parameters, so that a caller
+    without a key learns only that."""
+    caller, (job_id,) = _find(request, fine_tuning_job_id, lookup.KEY_AND_JOB_ID)
     return caller, job_id
 
 
-AskedDep = Annotated[tuple[keys.Caller, str], Depends(_asked)]
+JobIdDep = Annotated[tuple[keys.Caller, str], Depends(_find_id)]
 
 
 @router.post(JOBS, response_model=JobObject, responses=IDEMPOTENT_RESPONSES)
@@ -76,7 +76,7 @@ def create(
     background: BackgroundTasks,
     reply: Response,
 ) -> Any:
-    """Order a job. The answer never waits for files to be checked or for a worker."""
+    """Create a job. The answer never waits for checks of files or for a worker."""
     project = attempt.caller.project_id
     if body.priority == "high":
         keys.require_admin(attempt.caller, "priority 'high'", param="priority")
@@ -108,7 +108,7 @@ async def list_jobs(request: Request, caller: CallerDep, after: After = None, li
             )
             return as_json(listed([job_object(view) for view in lookup.load_views(session, rows)], has_more=more))
 
-    # Jobs with one pair are read from an index; those with several are looked for among all that have the rarest.
+    # A search by one pair is an index lookup. One by several pairs may read many jobs, so it has threads of its own.
     return await (in_search_thread(find) if len(pairs) > 1 else run_in_threadpool(find))
 
 
@@ -116,8 +116,8 @@ async def list_jobs(request: Request, caller: CallerDep, after: After = None, li
 def retrieve(fine_tuning_job_id: str, request: Request) -> Response:
     """One job, from the database alone."""
     # Clients repeat this until the job has ended: one thread, and for most jobs one statement (docs/decisions/0041).
-    _, job = _found(request, fine_tuning_job_id, lookup.KEY_AND_JOB)
-    with session_scope(read_only=True) as session:  # takes a connection for its first statement
+    _, job = _find(request, fine_tuning_job_id, lookup.KEY_AND_JOB)
+    with session_scope(read_only=True) as session:  # opens a connection only if a statement is needed
         return as_json(job_object(lookup.load_view(session, ShownRow._make(job))))
 
 
@@ -152,9 +152,9 @@ def resume(
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/events", response_model=Page[EventObject])
-def list_events(asked: AskedDep, after: After = None, limit: Limit1000 = None) -> Response:
+def list_events(found: JobIdDep, after: After = None, limit: Limit1000 = None) -> Response:
     """The events of a job, newest first."""
-    _, job_id = asked
+    _, job_id = found
     with session_scope(read_only=True) as session:
         rows, more = events.page(session, job_id, after=after, limit=limit or 20)
     return as_json(listed([event_object(row) for row in rows], has_more=more))
@@ -162,7 +162,7 @@ def list_events(asked: AskedDep, after: After = None, limit: Limit1000 = None) -
 
 @router.get(JOBS + "/{fine_tuning_job_id}/events/stream", response_class=StreamingResponse, responses=EVENT_STREAM)
 def stream_events(
-    asked: AskedDep,
+    found: JobIdDep,
     request: Request,
     after: Annotated[Text | None, Empty, Query(description="Id of the last event seen; unknown = all events.")] = None,
     last_event_id: Annotated[
@@ -170,8 +170,8 @@ def stream_events(
     ] = None,
 ) -> StreamingResponse:
     """The events of a job as they happen, oldest first, as server-sent events; ends with the job."""
-    caller, job_id = asked
-    with session_scope(read_only=True) as session:  # takes a connection where an event is named
+    caller, job_id = found
+    with session_scope(read_only=True) as session:  # opens a connection only if an event is named
         seen = events.find_sequence(session, job_id, last_event_id or after)
     return EventStream(request.app.state.streams, caller, job_id, after=seen)
 
@@ -197,7 +197,7 @@ def adapter(
     storage: StorageDep,
     checkpoint: Annotated[Text | None, Empty, Query(description="Id or step of a checkpoint.")] = None,
 ) -> Response:
-    """The trained adapter as one tar; loads with stock PEFT on the untouched base."""
+    """The trained adapter as one tar. Stock PEFT loads it on the unchanged base model."""
     job = lookup.find(session, caller.project_id, fine_tuning_job_id)
     file = results.tar(session, job, checkpoint=checkpoint)
     return download(request, storage, file, media_type="application/x-tar", name=f"{job.id}.tar", digest=True)

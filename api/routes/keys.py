@@ -1,7 +1,7 @@
-"""API keys of one's own project, for its admins. A secret leaves in one answer and is never stored.
+"""API keys of the caller's project, for its admins. A secret is in one answer and is never stored.
 
-Creating is the one create without replays (`api.core.access.idempotency`): they would have to keep the
-secret. A retry makes a second key, and the first is one that nobody holds.
+This is the only create that is not idempotent (`api.core.access.idempotency`), because repeating its answer would
+require storing the secret. A retry makes a second key, and nobody has the secret of the first.
 """
 
 from datetime import timedelta
@@ -49,7 +49,7 @@ def retrieve(project_id: str, key_id: str, caller: AdminDep, session: Reading) -
 
 @router.delete("/api_keys/{key_id}")
 def delete(project_id: str, key_id: str, caller: AdminDep, session: Writing) -> Deleted:
-    """Delete a key; it opens nothing from this moment on."""
+    """Delete a key. Requests with it are refused from now on."""
     project = keys.find_project(session, caller, project_id)
     keys.delete_key(session, keys.find_key(session, project.id, key_id).id)
     session.commit()

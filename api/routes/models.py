@@ -42,7 +42,7 @@ async def list_models(
     return await (in_search_thread(find) if search else run_in_threadpool(find))
 
 
-# A hub name has a slash, raw or encoded: nothing may live below a model's name.
+# A hub name contains a slash, raw or encoded, so there can be no routes below the name of a model.
 @router.get("/models/{model:path}")
 def retrieve(model: str, caller: CallerDep, session: Reading) -> ModelObject:
     """One model by its name."""

@@ -12,7 +12,7 @@ from api.errors import Unauthenticated
 from api.http.exposition import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
-# What a proxy on this host adds: then the connection is local and the caller is not.
+# Headers that a proxy on this host adds: with them the connection is local, but the caller is not.
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 

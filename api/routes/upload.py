@@ -1,4 +1,4 @@
-"""The multipart body of `POST /v1/files`: authenticated first, then spooled to disk, never in memory."""
+"""The multipart body of `POST /v1/files`. The caller is checked first; then the file is spooled to disk, not memory."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from api.core.settings import get_settings
 from api.dependencies import IdentityDep, StorageDep
 from api.errors import BadRequest
 from api.http.threads import in_storage_thread
-from api.middleware import MULTIPART_SLACK, declared
+from api.middleware import MULTIPART_SLACK, read_content_length
 
 FIELD_BYTES = 64 * 1024
 LIFETIME = (3600, 2_592_000)
@@ -56,12 +56,12 @@ class Upload:
 
 
 def _quota(request: Request, attempt: IdentityDep) -> None:
-    """Refuse what cannot fit before it is read. The exact size is known, and counted, afterwards."""
+    """Refuse an upload that cannot fit before it is read. Its exact size is known and counted afterwards."""
     if attempt.is_retry or attempt.key:
-        return  # it may be stored already, and then takes no room
+        return  # it may repeat an upload that is stored already, and then adds nothing
     with session_scope(read_only=True) as session:
         quota.require_quota(
-            session, attempt.caller.project_id, adding=max(0, declared(request.scope) - MULTIPART_SLACK)
+            session, attempt.caller.project_id, adding=max(0, read_content_length(request.scope) - MULTIPART_SLACK)
         )
 
 
@@ -76,7 +76,7 @@ async def _upload(request: Request, _: Annotated[None, Depends(_quota)]) -> Asyn
         text = f"file: the upload could not be read: {error.message}"
         raise BadRequest(text, code="invalid_value", param="file") from error
     finally:
-        # Also of a body that was cut off: its file is in no form, and would be closed by chance only.
+        # Needed if the body was cut off, because then the temporary file belongs to no form and nothing else closes it.
         for spool in parser._files_to_close_on_error:
             spool.close()
 
@@ -98,7 +98,7 @@ def _read(form: FormData) -> Upload:
 
 
 def _filename(given: str | None) -> str:
-    name = PureWindowsPath(given or "").name  # knows both separators
+    name = PureWindowsPath(given or "").name  # because it splits at both separators
     if not 1 <= len(name) <= 255 or "\x00" in name:
         text = f"file: its name must have 1 to 255 characters (got {len(name)})."
         raise InvalidValue(text, code="invalid_value", param="file")
@@ -123,7 +123,7 @@ UploadDep = Annotated[Upload, Depends(_upload)]
 
 
 async def _stored(upload: UploadDep, attempt: IdentityDep, storage: StorageDep) -> Stored:
-    """The bytes of the upload in storage, before the route has a session."""
+    """Store the bytes before the route opens a session, so that no transaction is open during the upload."""
     project, limit = attempt.caller.project_id, get_settings().max_upload_bytes
     return await in_storage_thread(files.store, storage, upload.stream, project_id=project, limit=limit)
 

@@ -1,1 +1,1 @@
-"""The wire: one file per object, with OpenAI's names and shapes."""
+"""The JSON objects of the API: one file for each, with OpenAI's names and shapes."""

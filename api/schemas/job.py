@@ -29,10 +29,10 @@ class JobError(Wire):
 
 
 class Progress(Wire):
-    """How far a run is; `percent` is over the whole job.
+    """How far a run is; `percent` is of the whole job.
 
-    `stage_seconds`: where this attempt's time went, from the worker's claim on (`starting` ends with the run's
-    first word); `seconds_to_first_step`: from the claim to the first optimizer step.
+    `stage_seconds`: this attempt's time by stage, from the worker's claim on (`starting` ends with the run's
+    first event); `seconds_to_first_step`: from the claim to the first optimizer step.
     """
 
     stage: str = "loading"
@@ -180,18 +180,18 @@ def _of(choices: Sequence[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
 
 
 def _decided_by_the_run(job: ShownJob) -> list[dict[str, Any]]:
-    """The autos that waited for the machine; none before the run has a plan."""
+    """Choices for "auto" that depend on the machine. There are none before the run has a plan."""
     return [translate_choice(choice) for choice in (job.plan or {}).get("choices", [])]
 
 
 def _training(job: ShownJob, decided: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was ordered, where every number is finite, and what a run made of it."""
+    """The requested hyperparameters, with the values that a run chose for "auto"."""
     found = {choice["param"].rpartition(".")[2]: finite(choice["value"]) for choice in decided}
     return {**job.recipe["training"], **found}
 
 
 def _lora(job: ShownJob, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The resolved adapter: what was asked for, what it comes to, and what we chose."""
+    """The resolved adapter: what was requested, what follows from it, and what we chose."""
     lora, entry = _read(orjson.dumps(job.recipe["lora"])), catalogue.find(job.model)
     modules, parameters = catalogue.size(lora, entry) if entry else (None, None)
     plan, report = job.plan or {}, job.init_report or {}
@@ -206,7 +206,7 @@ def _lora(job: ShownJob, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "rank_pattern": report.get("rank_pattern", {}),
         "modules": plan.get("modules", modules),
         "trainable_parameters": report.get("trainable_parameters", plan.get("trainable_parameters", parameters)),
-        # Until the ranks have been spread they count as r each.
+        # Until the run has distributed the ranks, each counts as r.
         "trainable_parameters_estimated": lora.method.export_rank == "per module"
         and "trainable_parameters" not in report,
         "auto": _of(choices, "lora."),
@@ -215,7 +215,7 @@ def _lora(job: ShownJob, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _read(lora: bytes) -> Lora:
-    """A stored adapter. Jobs of a list often have the same one, and a job that is looked at again has."""
+    """A stored adapter. Cached, because jobs of a list often have equal ones, and clients poll the same job."""
     return Lora.model_validate_json(lora)
 
 

@@ -28,7 +28,7 @@ Labels = Annotated[dict[Label, LabelValue], Field(max_length=MAX_LABELS), limit_
 
 
 def _ranks(data: Any) -> Any:
-    """The first value that is no rank stands for all of them."""
+    """Refuse the first wrong value only, because a pattern may have thousands of them."""
     for name, rank in data.items() if isinstance(data, dict) else ():
         if type(rank) is not int or len(name) > LONGEST_NAME:
             text = f"maps names of at most {LONGEST_NAME} characters to integers (got {name[:40]!r}: {str(rank)[:40]})."
@@ -45,9 +45,10 @@ RankPattern = Annotated[
 
 
 class LoraOrder(Lora):
-    """`lora` as ordered, or as an earlier job answered: the answer's own fields say what an order came to.
+    """`lora` of a request, which may be copied from an earlier job's answer.
 
-    They are no order, and are held against what this one comes to (`api.core.jobs.echoed`).
+    The fields that only an answer has choose nothing. They are compared with what this request leads to
+    (`api.core.jobs.echoed`).
     """
 
     echoed_scaling: Annotated[float, Field(gt=0)] | None = Field(None, alias="scaling")  # `scaling` is computed
@@ -59,26 +60,26 @@ class LoraOrder(Lora):
 
     @model_validator(mode="after")
     def scaling_is_an_answer(self) -> "LoraOrder":
-        """Refuse to pass over a scale that would not be trained with."""
-        told, found = self.echoed_scaling, self.as_lora().resolved()[0].scaling
-        if told is not None and not math.isclose(told, found, rel_tol=1e-6):
-            text = f"scaling (got {told:g}) follows from alpha and r, which make it {found:g}: set alpha."
+        """Refuse a scale that differs from the one of this request, because ignoring it would mislead the caller."""
+        given, found = self.echoed_scaling, self.as_lora().resolved()[0].scaling
+        if given is not None and not math.isclose(given, found, rel_tol=1e-6):
+            text = f"scaling (got {given:g}) follows from alpha and r, which make it {found:g}: set alpha."
             raise _fault("invalid_value", "scaling", text)
         return self
 
     def echoed(self) -> EchoedFields:
-        """The answer's own fields."""
+        """The fields that only an answer has."""
         return EchoedFields(
             modules=self.modules, trainable_parameters=self.trainable_parameters, rank_pattern=self.rank_pattern or {}
         )
 
     def as_lora(self) -> Lora:
-        """The order alone."""
+        """Without the fields that only an answer has."""
         return Lora.model_validate(self.model_dump(include=set(Lora.model_fields)))
 
 
 class Supervised(Strict):
-    """`method.supervised`; `auto` is an answer (what the server chose, and why) and no order."""
+    """`method.supervised`. `auto` is part of an answer (what the server chose, and why) and is ignored."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
     auto: Choices | None = None
@@ -86,7 +87,7 @@ class Supervised(Strict):
     @field_validator("hyperparameters")
     @classmethod
     def one_rate(cls, given: Hyperparameters) -> Hyperparameters:
-        """A multiplier beside an absolute rate is an earlier job's answer; `submit` holds it against the rate."""
+        """A multiplier beside an absolute rate comes from an earlier job's answer; `submit` compares the two."""
         multiplier = given.learning_rate_multiplier
         if multiplier == "auto" or given.learning_rate is not None:
             return given
@@ -105,7 +106,7 @@ class Method(Strict):
     @model_validator(mode="before")
     @classmethod
     def offered(cls, data: Any) -> Any:
-        """Name what is never or not yet offered, and refuse a block that belongs to another type."""
+        """Refuse methods that are not offered, with a sentence for each, and a block that belongs to another type."""
         if not isinstance(data, dict):
             return data
         kind = data.get("type")
@@ -120,7 +121,7 @@ class Method(Strict):
 
 
 class Resources(Strict):
-    """`resources`: on what and with whom a job may run."""
+    """`resources`: on which devices a job runs, and whether together with other jobs."""
 
     group: bool = Field(False, description="May be trained together with other such jobs of the project.")
     device: Annotated[str, StringConstraints(max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")] = Field(
@@ -132,7 +133,7 @@ class Resources(Strict):
 
     @model_validator(mode="after")
     def a_group_has_one_device(self) -> "Resources":
-        """Several adapters in one pass and one adapter in several processes are two ways to use the machine."""
+        """Refuse a group on several devices, because several adapters share one pass on one device only."""
         if self.group and self.devices > 1:
             text = f"devices (got {self.devices}) cannot be given together with group: a grouped run has one device."
             raise _fault("invalid_value", "devices", text)
@@ -156,7 +157,7 @@ class Integration(Strict):
 
 
 class JobRequest(Strict):
-    """A fine-tuning job as ordered. `null` counts as absent everywhere."""
+    """The request for a fine-tuning job. `null` counts as absent everywhere."""
 
     model: Name = Field(description="Base model: its id or its hub name.")
     training_file: Name = Field(description="Id of a file with purpose `fine-tune`.")
@@ -168,7 +169,7 @@ class JobRequest(Strict):
     )
     integrations: Annotated[list[Integration], Field(max_length=16, fail_fast=True)] | None = None
     method: Method | None = None
-    # Not pydantic's `deprecated`: that warns whenever we read it ourselves.
+    # Not pydantic's `deprecated`, because that warns whenever we read the field ourselves.
     hyperparameters: Hyperparameters | None = Field(None, json_schema_extra={"deprecated": True})
     lora: LoraOrder = Field(LoraOrder(), description="The adapter and its initialization (extension).")
     priority: Literal["low", "normal", "high"] = "normal"
@@ -182,11 +183,11 @@ class JobRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def lora_in_a_label(cls, data: Any) -> Any:
-        """Take `lora` from `metadata.lora_config` where a gateway let only known fields through."""
+        """Take `lora` from `metadata.lora_config`, because some gateways pass only fields that they know."""
         labels = data.get("metadata") if isinstance(data, dict) else None
         text = labels.get(LORA_LABEL) if isinstance(labels, dict) else None
         if not isinstance(text, str) or len(text) > MAX_LABEL:
-            return data  # what is wrong with it as a label is said there
+            return data  # the check of labels reports what is wrong with it
         if data.get("lora") is not None:
             raise _fault("invalid_value", LORA_PARAM, f"{LORA_PARAM} and lora are both given: give one of them.")
         return {**data, "lora": _lora_of(text)}
@@ -208,7 +209,7 @@ class JobRequest(Strict):
 
     @model_validator(mode="after")
     def one_recipe(self) -> "JobRequest":
-        """The deprecated spelling may repeat the method's block, not contradict it."""
+        """The deprecated field may repeat the method's block, but not contradict it."""
         legacy = self.hyperparameters
         if self.method and legacy and legacy.model_dump() != self.method.supervised.hyperparameters.model_dump():
             text = "hyperparameters and method.supervised.hyperparameters differ: give one of them."
@@ -216,7 +217,7 @@ class JobRequest(Strict):
         return self
 
     def order(self) -> Order:
-        """The same, without the wire's spelling."""
+        """The same, independent of the JSON format."""
         training = self.method.supervised.hyperparameters if self.method else self.hyperparameters
         return Order(
             model=self.model,
@@ -239,7 +240,7 @@ class JobRequest(Strict):
 
 
 def _lora_of(text: str) -> LoraOrder:
-    """The adapter that a label describes; what is wrong in it is said of the label."""
+    """The adapter that a label describes. Errors in it name the label."""
     try:
         given = json_text.parse(text, parse_constant=_no_number)
         return LoraOrder.model_validate(given)

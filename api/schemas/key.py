@@ -21,7 +21,7 @@ class KeyRequest(Strict):
 
 
 class KeyHolder(Wire):
-    """There are no accounts yet: a key stands for its own."""
+    """The holder of a key. There are no accounts yet, so a key is its own holder."""
 
     id: str
     name: str
@@ -45,7 +45,7 @@ class KeyObject(Element):
     role: Role = Field(description="What the key may do (extension).")
     redacted_value: str
     created_at: int
-    last_used_at: None = Field(None, description="Not recorded: reading would have to write.")
+    last_used_at: None = Field(None, description="Not recorded, because every request would have to write it.")
     expires_at: int | None
     owner_project_access: Literal["active"] = "active"
     owner: KeyOwner

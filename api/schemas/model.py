@@ -14,7 +14,7 @@ ModelType = Literal["base", "adapter", "checkpoint"]
 
 
 class ModelLimits(Wire):
-    """What a base can be asked for; `left_out`: layers that get no LoRA, with the reason."""
+    """The limits of a base model; `left_out`: layers that get no LoRA, with the reason."""
 
     max_r: int
     max_length: int

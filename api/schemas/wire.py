@@ -1,4 +1,4 @@
-"""What every answer has in common: the list, the error, Unix times, numbers JSON can hold."""
+"""What all answers share: lists, errors, Unix times, and numbers that JSON can represent."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -53,12 +53,12 @@ class ErrorDetail(Wire):
 
 
 class ErrorBody(Wire):
-    """The one shape of every answer that is not a success."""
+    """The body of every answer that is not a success."""
 
     error: ErrorDetail
 
 
-# The answers of a route that makes something at most once (`api.core.access.idempotency`).
+# Answers of the idempotent routes (`api.core.access.idempotency`).
 IDEMPOTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "The first request with this identity is still being carried out."}
 }
@@ -75,15 +75,15 @@ def listed(rows: Sequence[T], *, has_more: bool) -> Page[T]:
 
 
 def as_json(answer: Wire) -> Response:
-    """An answer as it is sent, made where it was built: in a thread, where the framework would go to a second one."""
+    """An encoded answer. It is made in the route's thread, because the framework would use a second thread for it."""
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
 def streamed(batches: Iterator[Sequence[Element]]) -> Response:
-    """A complete list, written while it is read: no more than a batch is in memory, however slowly it is taken.
+    """A complete list, sent while it is read, so that only one batch is in memory however slow the client is.
 
-    The first batch is read before the answer begins, so that a refusal is still a refusal. What fails later ends the
-    connection in the middle, which clients notice.
+    The first batch is read before the answer begins, so that an error is still an error answer. A later error closes
+    the connection in the middle of the list, which clients notice.
     """
     parts = _parts(batches)
     return StreamingResponse(chain([next(parts)], parts), media_type="application/json")
@@ -99,7 +99,7 @@ def _parts(batches: Iterator[Sequence[Element]]) -> Iterator[bytes]:
 
 
 def _around(first_id: str | None, last_id: str | None) -> list[bytes]:
-    """What stands before the elements of a complete list, and after."""
+    """The text before the elements of a complete list, and the text after them."""
     empty = Page[Element](data=[], first_id=first_id, last_id=last_id, has_more=False).model_dump_json()
     before, _, after = empty.partition("[]")
     return [f"{before}[".encode(), f"]{after}".encode()]
@@ -111,7 +111,7 @@ def unix(at: datetime) -> int:
 
 
 def unix_or_none(at: datetime | None) -> int | None:
-    """Like `unix`, null when there is no time."""
+    """Like `unix`; None stays None."""
     return None if at is None else unix(at)
 
 

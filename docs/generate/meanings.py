@@ -45,7 +45,7 @@ ANSWERS = {
     "malformed_request": "The bytes are not an HTTP request.",
     "rate_limit_exceeded": "The key or the address asks too often or too much at once; see `retry-after`.",
     "quota_exceeded": "The project stores as much as it may (`LORAINIT_PROJECT_BYTES`, `LORAINIT_PROJECT_FILES`).",
-    "insufficient_storage": "The server's disk is nearly full; an operator has to make room.",
+    "insufficient_storage": "The server's disk is nearly full; an operator has to free space.",
     "queue_full": "As many jobs of the project wait as may (`LORAINIT_PROJECT_QUEUED`).",
     "internal_error": "A fault of the service. Its log has the details, under the `x-request-id` of the answer.",
     "not_ready": "The database or the storage does not answer; try again in a few seconds.",

@@ -77,7 +77,7 @@ def test_an_address_of_another_version_or_with_more_before_it_is_told_so(
 
 def test_an_id_with_a_slash_is_answered_in_a_sentence(client: TestClient) -> None:
     error = refused(client.post(f"{JOBS}/%5Bred%5Dx%5B%2Fred%5D/pause"), 404, "unsupported_endpoint")
-    assert error["message"] == f"POST {JOBS}/[red]x[/red]/pause does not exist: no id holds a slash."
+    assert error["message"] == f"POST {JOBS}/[red]x[/red]/pause does not exist: ids contain no slash."
 
 
 @pytest.mark.parametrize(

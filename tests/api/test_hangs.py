@@ -18,7 +18,7 @@ from api.core.access import keys
 from api.core.db import database, migrate
 from api.core.files import files
 from api.core.files.storage import CHUNK, BreakerStorage, Storage, StorageSilent, get_storage, make_storage
-from api.core.resilience.breaker import DOUBT_SECONDS, LOOK_SECONDS, Breaker
+from api.core.resilience.breaker import PROBE_SECONDS, SILENCE_SECONDS, Breaker
 from api.core.settings import Settings, get_settings
 from api.routes import health
 from tests import servers, stub_worker
@@ -330,7 +330,7 @@ def _freeze_and_thaw(service: Service, server: servers.Postgres) -> None:
         assert service.ask("GET", "/readyz").status == 503
         again = service.at_once(*routes, times=20)
         assert {answer.status for answer in again} == {503}
-        assert sum(answer.seconds for answer in again) / len(again) < DOUBT_SECONDS + LOOK_SECONDS, "refused at once"
+        assert sum(answer.seconds for answer in again) / len(again) < SILENCE_SECONDS + PROBE_SECONDS, "refused at once"
     finally:
         thaw()
     until(lambda: service.ask("GET", "/readyz").status == 200, seconds=15)

@@ -286,7 +286,10 @@ def test_a_crash_while_one_waits_to_be_verified_loses_nothing_of_its_training(la
 
 @pytest.mark.parametrize(
     ("end", "words"),
-    [("os.kill(os.getpid(), 9)", "was killed (signal 9)"), ("sys.exit(3)", "ended with exit code 3 and no word")],
+    [
+        ("os.kill(os.getpid(), 9)", "was killed (signal 9)"),
+        ("sys.exit(3)", "ended with exit code 3 and reported nothing"),
+    ],
 )
 def test_who_was_in_a_process_that_died_is_tried_again_alone(lab: Lab, end: str, words: str) -> None:
     lab.run(f"""

@@ -126,7 +126,7 @@ def test_a_job_whose_process_a_library_ends_goes_back_to_the_queue_and_is_counte
     lab.cancel(3)
     lab.run("step(0, 1); time.sleep(0.2); print('Error an illegal memory access', file=sys.stderr); os._exit(1)")
     assert (lab.statuses()[0], lab.job(1).lost_runs) == ("queued", 1)
-    assert "The training process ended with exit code 1 and no word" in lab.story(1)[-1]
+    assert "The training process ended with exit code 1 and reported nothing" in lab.story(1)[-1]
 
 
 def test_a_library_that_ends_the_process_for_want_of_memory_is_told_as_that(lab: Lab) -> None:

@@ -1,7 +1,7 @@
-"""The child process: start it, read what it says, stop its whole tree. Loads no torch itself.
+"""The child process of a run: starts it, reads its events, and stops its whole process tree. Loads no torch itself.
 
-A process per run means that a crash or an out-of-memory kill takes the run and not the worker, and
-that the end of the process frees every byte of device memory. The child gets no credentials of
+Each run has a process of its own, so that a crash or an out-of-memory kill ends the run and not the worker, and
+so that its end frees all device memory. The child gets no credentials of
 database, broker or storage.
 """
 
@@ -25,17 +25,17 @@ from lorainit.config.events import EVENT, Event
 from worker.child.warm import ForkedRun, WarmProcess
 from worker.host.memory import offer_to_the_oom_killer, oom_kills
 
-# How a child ends that somebody has killed, or asked to leave, who was not us.
+# Exit codes of a child that somebody else has killed or asked to end.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
 POLL_SECONDS = 0.2
-END_SECONDS = 60.0  # for a process to be gone that has said all, or was killed: a GPU's memory is freed meanwhile
+END_SECONDS = 60.0  # for a process to end after it has closed its pipe or was killed, because freeing a GPU takes time
 Child = subprocess.Popen[bytes] | ForkedRun
 StopReason = Literal["", "drain", "lost", "hangs"]
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where one member of a run finds its spec, leaves its files and looks for its lease."""
+    """For one job of a run: its spec, the folder for its files, and its lease file."""
 
     spec: Path
     out: Path
@@ -46,10 +46,10 @@ class RunPaths:
 class Outcome:
     """How a child ended: its exit code, or that we stopped it.
 
-    `memory_ran_out`: the system killed something for lack of memory meanwhile. Where it keeps no count of
-    that, a kill is taken for a lost worker's, and tried again until the attempts run out.
-    `hangs`: it was killed since nothing happened in it any more, which is not called stopped. `stuck`: the child, if
-    even that did not end it: it waits inside a driver.
+    `memory_ran_out`: the system killed a process for lack of memory meanwhile. If the system does not count such kills,
+    a kill counts as a lost run, which is tried again until the attempts are used up.
+    `hangs`: it was killed because nothing happened in it any more; `stopped` is False then. `stuck`: the child, if
+    even that did not end it, because it waits inside a driver.
     """
 
     returncode: int
@@ -61,13 +61,13 @@ class Outcome:
 
     @property
     def crash(self) -> str | None:
-        """The signal that ended the child from inside, as "SIGABRT"; None where it left or somebody else killed it."""
+        """The signal by which the child crashed, such as "SIGABRT"; None if it exited or somebody else killed it."""
         is_crash = self.returncode < 0 and self.returncode not in FROM_OUTSIDE
         return signal.Signals(-self.returncode).name if is_crash else None
 
     @property
     def has_run_out_of_memory(self) -> bool:
-        """Whether the system killed it for want of memory, or bitsandbytes left because CUDA had none for it."""
+        """Whether the system killed it for lack of memory, or bitsandbytes exited because CUDA had no memory left."""
         if self.returncode == -signal.SIGKILL:
             return self.memory_ran_out and not self.hangs
         last = self.stderr_tail.strip().rsplit("\n", 1)[-1]
@@ -75,7 +75,7 @@ class Outcome:
 
     @property
     def is_from_outside(self) -> bool:
-        """Whether somebody killed the child, or asked it to leave, who was not us."""
+        """Whether somebody else killed the child, or asked it to end."""
         return self.returncode in FROM_OUTSIDE and not self.hangs
 
 
@@ -89,15 +89,18 @@ def run_child(
     program: Sequence[str] | None = None,
     warm: WarmProcess | None = None,
 ) -> Outcome:
-    """Run `program` for one or more members until it ends or `should_stop` says why it must; None = `PROGRAM`.
+    """Run one or more jobs in a child until it ends, or until `should_stop` returns why it has to stop.
 
-    `on_event` is called from this thread for each event, which names its member by its index in
-    `places`, last words included; `should_stop` several times a second. On "drain" the child is asked to
-    leave and heard for `grace` more seconds: it has a checkpoint to tell. On "lost" or "hangs" it is killed at once.
-    One that has closed its pipe and does not end hangs, too.
-    `gpus`: the only ones that the child sees, by their names in CUDA; None = as this process. It works in the folder
-    of the first place. `warm`: what it is forked from, if that is ready; it is made ready for the next one. A
-    `program` that was given is always started.
+    On "drain" the child is asked to end, and its events are read for `grace` more seconds, because it writes a
+    checkpoint. On "lost" or "hangs" it is killed at once. A child that closes its pipe and does not end counts as
+    "hangs", too. It works in the folder of the first of `run_paths`.
+
+    Args:
+        on_event: called in this thread for each event, whose `member` is an index into `run_paths`.
+        should_stop: called several times a second.
+        gpus: the only GPUs that the child sees, by their names in CUDA; None = as this process.
+        program: always started, instead of `PROGRAM` or a fork.
+        warm: the process from which the child is forked, if it is ready. It is prepared for the next run afterwards.
     """
     kills = oom_kills()
     reader, writer = os.pipe()
@@ -124,7 +127,7 @@ def run_child(
     try:
         why = _supervise(child, reader, on_event, should_stop, grace)
     finally:
-        _let_go(child)
+        _close(child)
     if warm is not None:
         warm.prepare(environment)
     return Outcome(
@@ -144,7 +147,7 @@ def _supervise(
     should_stop: Callable[[], StopReason],
     grace: float,
 ) -> StopReason:
-    """Listen to a child until it has ended, by itself or not; returns why it was stopped, if it was."""
+    """Read a child's events until it has ended; returns why it was stopped, or ""."""
     offer_to_the_oom_killer(child.pid)
     family = list[psutil.Process]()
     try:
@@ -167,8 +170,8 @@ def _supervise(
     return stopped
 
 
-def _let_go(child: Child) -> None:
-    """What the child's own context does, which would wait for one that cannot be ended."""
+def _close(child: Child) -> None:
+    """Leave the child's context if it has ended, because leaving it would wait for a child that cannot be ended."""
     if child.returncode is not None:
         with child:
             pass
@@ -205,14 +208,14 @@ def _parse(line: bytes) -> Event | None:
     try:
         return EVENT.validate_json(line)
     except ValidationError as error:
-        # Neither the line nor the fault's words: they may quote rows, and logs stay.
+        # Neither the line nor the message is logged, because both may quote rows, and logs are kept.
         kinds = [fault["type"] for fault in error.errors()]
         get_logger(__name__).error("unreadable event from the run", length=len(line), error=kinds[:5])
         return None
 
 
 def _until(deadline: float, should_stop: Callable[[], StopReason]) -> Callable[[], StopReason]:
-    """What ends the listening to a child that is to leave: its time is up, or nobody may run it any more."""
+    """When to stop reading from a child that was asked to end: its time is up, or its jobs are not ours any more."""
 
     def ends() -> StopReason:
         if time.monotonic() > deadline:
@@ -229,9 +232,9 @@ def _await_end(child: Child, seconds: float) -> None:
 
 
 def stop_tree(child: Child, family: Sequence[psutil.Process] = ()) -> None:
-    """SIGKILL the child and everything below it, and those of `family` that it had before and may have left.
+    """SIGKILL the child, everything below it, and `family`: processes that it had before and may have left behind.
 
-    A process that waits inside a driver is not ended by that: nobody waits longer than `END_SECONDS` for it.
+    This does not end a process that waits inside a driver, so the wait is limited to `END_SECONDS`.
     """
     family = [*family, *_family(child)]
     child.kill()

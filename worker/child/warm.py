@@ -1,7 +1,7 @@
-"""The process beside a slot that has torch loaded and no run, and forks one for the next run.
+"""The warm process of a slot: it has loaded torch, and forks the process of the next run.
 
-A run starts in a tenth of a second that way. Where there is no such process yet, or where it does not answer, the run
-is started from scratch as ever. What happens inside is in `lorainit.warm`, why in docs/decisions/0046.
+So a run starts in a tenth of a second. If there is no warm process yet, or if it does not answer, a new process is
+started for the run. `lorainit.warm` is the code inside it; the reasons are in docs/decisions/0046.
 """
 
 import json
@@ -29,14 +29,14 @@ from worker.host.memory import offer_to_the_oom_killer
 
 log = get_logger(__name__)
 PROGRAM = (sys.executable, "-P", "-m", "lorainit.warm")
-ANSWER_SECONDS = 2.0  # a run that is cancelled meanwhile waits, too
-LOOK_SECONDS = 0.5  # between two looks whether a run is still there
+ANSWER_SECONDS = 2.0  # short, because a run that is cancelled meanwhile waits for the answer, too
+LOOK_SECONDS = 0.5  # between two checks whether a run still exists
 
 
 class ForkedRun:
-    """A run that was forked, with what `subprocess.Popen` has of the same names; the context waits for its end.
+    """A run that was forked, with the interface of `subprocess.Popen`; leaving the context waits for its end.
 
-    `give_up` ends the process that it was forked from, when that one is silent.
+    `give_up` ends the process that it was forked from, for when that does not answer.
     """
 
     def __init__(self, pid: int, server: socket.socket, give_up: Callable[[], None]) -> None:
@@ -53,11 +53,11 @@ class ForkedRun:
             self._server.send(DONE)
 
     def abandon(self) -> None:
-        """It cannot be ended, and nobody will wait for it: end the process that it was forked from."""
+        """Stop waiting for a run that cannot be ended, and end the process that it was forked from."""
         self._give_up()
 
     def send_signal(self, number: int) -> None:
-        """Nothing happens if it has ended."""
+        """Send a signal, unless it has ended."""
         with suppress(psutil.NoSuchProcess):
             self._process.send_signal(number)
 
@@ -78,7 +78,7 @@ class ForkedRun:
 
     def _ended(self, timeout: float | None) -> int:
         deadline = inf if timeout is None else time.monotonic() + timeout
-        silent_since = inf  # when the run had ended and nobody had said how
+        silent_since = inf  # since when the run has ended, but its exit code was not reported
         while not (message := self._receive(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))):
             now = time.monotonic()
             silent_since = min(silent_since, now) if self._is_over() else inf
@@ -89,7 +89,7 @@ class ForkedRun:
         return int(json.loads(message)["returncode"])
 
     def _receive(self, seconds: float) -> bytes | None:
-        """What the process says that the run was forked from; None for nothing yet, b"" when it will say no more."""
+        """A message of the process that the run was forked from; None if there is none yet, b"" if none will come."""
         self._server.settimeout(seconds)
         try:
             return self._server.recv(MAX_MESSAGE)
@@ -105,7 +105,7 @@ class ForkedRun:
             return True
 
     def _count_as_killed(self) -> int:
-        """Who could say how the run ended has been killed, and the run with it, or is frozen: it counts as killed."""
+        """End the run as killed, because the process that could report its exit code is gone or frozen."""
         self.kill()
         self._give_up()
         psutil.wait_procs([self._process], timeout=5)
@@ -113,7 +113,7 @@ class ForkedRun:
 
 
 class WarmProcess:
-    """At most one such process, `program` with the number of a socket; it dies with this one."""
+    """At most one warm process: `program`, with the number of a socket as argument. It ends with this process."""
 
     def __init__(self, program: Sequence[str] = PROGRAM) -> None:
         self._program = program
@@ -123,11 +123,11 @@ class WarmProcess:
 
     @property
     def process(self) -> subprocess.Popen[bytes] | None:
-        """The process, if it was started and nobody has ended it from here."""
+        """The process, if it was started and not closed."""
         return self._process
 
     def prepare(self, environment: Mapping[str, str]) -> None:
-        """Start it, unless it is there; it takes seconds to be ready, and nobody waits for it."""
+        """Start it, unless it runs already. It needs seconds to load torch, which nobody waits for."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
@@ -141,17 +141,19 @@ class WarmProcess:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        offer_to_the_oom_killer(self._process.pid)  # another is started for the next run
+        offer_to_the_oom_killer(
+            self._process.pid
+        )  # the first to be killed when memory runs out, because it can be started again
 
     def fork(
         self, arguments: Sequence[str], *, folder: Path, environment: Mapping[str, str], files: Sequence[int]
     ) -> ForkedRun | None:
-        """Fork `python -m lorainit` with these arguments; None where it is not ready.
+        """Fork `python -m lorainit` with these arguments; None if the warm process is not ready.
 
         Args:
-            folder: where the run works.
-            environment: all of the run's.
-            files: the pipe for events and the log.
+            folder: the run's working folder.
+            environment: all environment variables of the run.
+            files: the pipe for events, and the log.
         """
         if not self.is_ready():
             return None
@@ -162,12 +164,12 @@ class WarmProcess:
             socket.send_fds(self._server, [json.dumps(order).encode()], files)
             return ForkedRun(json.loads(self._server.recv(MAX_MESSAGE))["pid"], self._server, self.close)
         except (OSError, ValueError, psutil.NoSuchProcess) as error:
-            log.warning("no run could be forked; it is started from scratch", error=repr(error))
-            self.close()  # what it may have forked dies with it
+            log.warning("no run could be forked; a new process is started for it", error=repr(error))
+            self.close()  # this also ends a run that it may have forked
             return None
 
     def is_ready(self) -> bool:
-        """Whether it has loaded everything, and lives."""
+        """Whether it has loaded everything and is alive."""
         if self._server is None or self._process is None or self._process.poll() is not None:
             return False
         if not self._ready and select.select([self._server], [], [], 0)[0]:
@@ -175,7 +177,7 @@ class WarmProcess:
         return self._ready
 
     def close(self) -> None:
-        """End it, and whatever it forked."""
+        """End it, and the run that it forked."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -190,6 +192,8 @@ def _of(_pid: int) -> WarmProcess:
 
 
 def process_of_slot() -> WarmProcess | None:
-    """The one of this process; None where it is not wanted, or where a GPU could be looked at before the fork."""
+    """The warm process of this slot; None if it is switched off, or with GPUs, because a fork cannot use CUDA that its
+    parent has started.
+    """
     wanted = get_settings().keep_warm and sys.platform == "linux" and not devices.list_gpus()
     return _of(os.getpid()) if wanted else None

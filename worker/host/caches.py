@@ -1,10 +1,10 @@
-"""Cache entries are removed with the rows that they were made of; each worker cleans the cache of its own host.
+"""Removes cache entries that were made of deleted files. Each worker cleans the cache of its own host.
 
-The name of an entry says whose rows and which files it was made of (`lorainit.config.cache_names`), and the database
-says which files there are. So nobody has to tell a worker of a deletion, and one that was away when a file was deleted
-sweeps when it is back. What a run that was just cancelled writes behind a sweep is found by the next one.
+The name of an entry says of which project's files it was made (`lorainit.config.cache_names`), and the database says which
+files exist. So no worker has to be notified of a deletion, and one that was down meanwhile sweeps when it is back. An
+entry that a cancelled run writes just after a sweep is found by the next sweep.
 
-Compiled kernels are made of no rows; they go after a month, for a new version of anything makes others.
+Compiled kernels are made of no files. They are removed after a month, because new versions need others.
 """
 
 import time
@@ -16,12 +16,12 @@ from api.core.files import files
 from api.core.settings import get_settings
 from lorainit.config import cache_names
 
-STALE_SECONDS = 3600.0  # a writer that is still at it after this has crashed
+STALE_SECONDS = 3600.0  # a writer that has not finished after this has crashed
 KERNEL_SECONDS = 30 * 86400.0
 
 
 def sweep() -> list[Path]:
-    """Remove entries one of whose files nobody has any more, and those whose names do not say; what was removed."""
+    """Remove entries that were made of deleted files, or whose names do not say of what; their paths."""
     found = {path: cache_names.parse_rows(path.name) for path in _entries()}
     made_of = {(rows.owner, sha256) for rows in found.values() if rows for sha256 in rows.files}
     with session_scope(read_only=True) as session:
@@ -44,7 +44,7 @@ def _kernels() -> Iterator[Path]:
 
 
 def _may_be_kept(path: Path, rows: cache_names.SourceRows | None, there: set[tuple[str, str]]) -> bool:
-    if rows is None:  # of an earlier release, whose entries nobody reads, if not of the base alone
+    if rows is None:  # made of a base model alone, or by an earlier release, whose entries are not read any more
         return cache_names.is_without_rows(path.name)
     left_by_a_crash = path.name.startswith(".") and _is_older(path, STALE_SECONDS)
     return all((rows.owner, sha256) in there for sha256 in rows.files) and not left_by_a_crash

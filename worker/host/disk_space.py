@@ -1,7 +1,7 @@
-"""Is there enough disk space for a job on this host? Checked before it starts, from an estimate of what it writes.
+"""Checks before a job starts whether this host has enough disk space, by an estimate of what the job writes.
 
-A job that does not fit now waits in the queue: freeing space is the operator's to do and failing a
-thousand queued jobs would not help. One that would not fit on the empty volume can never run and fails.
+A job that does not fit now waits in the queue, because the operator has to free space and failing a thousand queued
+jobs would not help. A job that would not fit on the empty volume can never run, so it fails.
 """
 
 import math
@@ -27,12 +27,12 @@ FLOAT = 4  # bytes; states are written in fp32
 # and the plain adapter, whose rank is twice that then.
 # LoRAM at rank 16 on SmolLM2 (19.5 MB of factors) wrote 121 MB of state where this and a tokenizer say 138.
 ADAPTER_COPIES, STATE_COPIES = 2, 6
-# At once in scratch: the checkpoint being written and the one going up, its two archives, the one
-# resumed from, the final adapter with its archive.
+# At the same time in scratch: the checkpoint being written, the one being uploaded with its two archives, the one
+# from which the run resumed, the final adapter with its archive.
 SCRATCH_COPIES = 4 * STATE_COPIES + 3 * ADAPTER_COPIES
-TOKENIZER_BYTES = 20 * 2**20  # beside every adapter; Llama 3's has 17 MB
+TOKENIZER_BYTES = 20 * 2**20  # stored with every adapter; Llama 3's has 17 MB
 EMBEDDINGS = 1.5  # of a whole base over its linear layers; SmolLM2 has 1.27
-ASK_AGAIN_SECONDS = 300.0
+ASK_AGAIN_SECONDS = 300.0  # after which a job is claimed again anyway, because another one may need less space
 
 log = get_logger(__name__)
 
@@ -71,7 +71,7 @@ class DeviceNeed:
         return " and ".join(volume.name for volume in self.volumes)
 
 
-# Of this process, which holds one run at a time: the share that the last job was sent back for.
+# The space for which the last job was requeued, and when. One value is enough: this process runs one job at a time.
 _waiting_for: tuple[DeviceNeed, float] | None = None
 
 
@@ -85,9 +85,9 @@ def has_space_for_any_job() -> bool:
     settings = get_settings()
     for volume in disk.worker_volumes(settings):
         if volume.free < settings.min_free_bytes:
-            log.warning("too little room to take a job", volume=volume.name, free=volume.free)
+            log.warning("too little disk space to take a job", volume=volume.name, free=volume.free)
             return False
-        if volume.name != "model cache" and not _can_be_written(volume):  # all of it may be there already
+        if volume.name != "model cache" and not _can_be_written(volume):  # which may be complete and read-only
             return False
     if _waiting_for is not None:
         need, since = _waiting_for
@@ -109,11 +109,11 @@ def _can_be_written(volume: Volume) -> bool:
 def reserve_for_job(job: Job, *, data_bytes: int, folder: Path) -> None:
     """Reserve the space that the job needs, beside what other runs of this host have reserved.
 
-    What is missing is remembered by `for_any_job`.
+    Missing space is remembered for `has_space_for_any_job`.
 
     Args:
-        data_bytes: of its files and of the checkpoint it resumes from.
-        folder: its scratch folder, which this process holds.
+        data_bytes: size of its files.
+        folder: its scratch folder, which this process has locked.
 
     Raises:
         WaitForDiskSpace: it has to wait.
@@ -137,7 +137,7 @@ def reserve_for_job(job: Job, *, data_bytes: int, folder: Path) -> None:
 
 def _what_is_there(need: DeviceNeed, reserved: Mapping[int, int]) -> str:
     others = reserved.get(need.device, 0)
-    kept = f", of which other runs were promised {format_bytes(others)}" if others else ""
+    kept = f", of which other runs have reserved {format_bytes(others)}" if others else ""
     return f"has {format_bytes(need.volumes[0].free)} free{kept}"
 
 
@@ -162,7 +162,7 @@ def _needs(job: Job, settings: Settings, *, data_bytes: int) -> Mapping[str, int
 
 
 def _conversion(entry: Entry, settings: Settings) -> int:
-    """Bytes of a GGUF base that is yet to be converted."""
+    """Bytes of a GGUF base model that is not converted yet."""
     stem = entry.source.rpartition("/")[2].removesuffix(".gguf")
     if not entry.source.endswith(".gguf") or any(settings.models().glob(f"{stem}-*")):
         return 0

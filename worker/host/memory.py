@@ -1,4 +1,4 @@
-"""Whether the kernel has killed something for lack of memory: what tells such a kill from anybody else's."""
+"""Whether the kernel has killed a process for lack of memory, so that such a kill can be told from others."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,10 +7,10 @@ CGROUPS, OWN_CGROUP, HOST = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), P
 
 
 def oom_kills() -> int | None:
-    """How often the out-of-memory killer has struck in our cgroup (v2), or else on this host; None if unknown."""
-    for place in (_events_of_our_cgroup(), HOST):
+    """How many processes the out-of-memory killer has ended in our cgroup (v2), or on this host; None if unknown."""
+    for source in (_events_of_our_cgroup(), HOST):
         try:
-            lines = place.read_text().splitlines() if place else []
+            lines = source.read_text().splitlines() if source else []
         except OSError:
             continue
         counts = [line.split()[1] for line in lines if line.startswith("oom_kill ")]
@@ -20,7 +20,7 @@ def oom_kills() -> int | None:
 
 
 def offer_to_the_oom_killer(pid: int) -> None:
-    """When memory runs out, the system should take this child and leave the worker to report it."""
+    """Mark this child as the first to be killed when memory runs out, so that the worker is left to report it."""
     with suppress(OSError):  # not Linux, or the child has ended already
         Path(f"/proc/{pid}/oom_score_adj").write_text("900")
 

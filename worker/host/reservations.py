@@ -20,7 +20,7 @@ _LOCK = "reserving"
 
 @contextmanager
 def one_at_a_time(settings: Settings) -> Iterator[None]:
-    """No other process of this host looks for space and reserves it meanwhile."""
+    """Let only one process of this host check and reserve space, so that two do not count on the same bytes."""
     settings.scratch().mkdir(parents=True, exist_ok=True)
     with (settings.scratch() / _LOCK).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -28,12 +28,12 @@ def one_at_a_time(settings: Settings) -> Iterator[None]:
 
 
 def reserve(folder: Path, needed: Mapping[int, int]) -> None:
-    """The run that holds `folder` may write so many bytes to each device; these count from now on."""
+    """Reserve so many bytes of each device for the run that has locked `folder`."""
     (folder / RESERVATION).write_text(json.dumps({str(device): size for device, size in needed.items()}))
 
 
 def outstanding(settings: Settings, *, besides: Path | None = None) -> dict[int, int]:
-    """Bytes by device that runs other than the one in `besides` were promised and have not written."""
+    """Bytes by device that runs other than the one in `besides` have reserved and not written yet."""
     found: dict[int, int] = {}
     for folder in scratch.list_locked():
         if folder != besides:
@@ -45,17 +45,17 @@ def outstanding(settings: Settings, *, besides: Path | None = None) -> dict[int,
 def _left(folder: Path, settings: Settings) -> dict[int, int]:
     try:
         reserved = {int(device): int(size) for device, size in json.loads((folder / RESERVATION).read_text()).items()}
-    except (OSError, ValueError):  # not promised yet, being written, or gone
+    except (OSError, ValueError):  # no reservation yet, one that is being written, or one that is gone
         return {}
-    for place in (folder, *_stored(folder, settings)):
+    for written in (folder, *_stored(folder, settings)):
         with suppress(OSError):
-            device = place.stat().st_dev
-            reserved[device] = reserved.get(device, 0) - _size(place)
+            device = written.stat().st_dev
+            reserved[device] = reserved.get(device, 0) - _size(written)
     return {device: size for device, size in reserved.items() if size > 0}
 
 
 def _stored(folder: Path, settings: Settings) -> list[Path]:
-    """Where the job's checkpoints and adapter lie, when storage is a folder."""
+    """The folder of the job's checkpoints and adapter, if storage is a folder."""
     storage = disk.storage_volume(settings)
     return [] if storage is None else [storage.path / "jobs" / folder.parent.name]
 

@@ -1,9 +1,9 @@
-"""What dead attempts left in the scratch folder of this host.
+"""Locks on folders in the scratch folder, and the removal of what dead attempts left there.
 
-A run holds a lock on a file in its folder for as long as its process lives; the system lets go of it
-however the process ends. So a folder whose lock can be taken is nobody's. No database is asked: a
-job of another worker's on this host, or of a database that is away, is safe all the same. The flag of a worker that
-drains is held in the same way, since hosts may share the folder.
+A run holds a lock on a file in its folder while its process lives, and the system releases the lock however the process
+ends. So a folder whose lock is free belongs to no run. The database is not asked, so folders of other workers, or of a
+database that does not answer, are safe. The flag of a worker that drains is locked in the same way, because several
+hosts may share the folder.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from api.core.logs import get_logger
 from api.core.settings import get_settings
 
 LOCK, FLAG, UNHEALTHY = "held", "drain-", "rest-"
-# A folder is made a moment before its lock is taken.
+# Younger folders are left alone, because a folder is made a moment before it is locked.
 YOUNG_SECONDS = 30.0
 
 log = get_logger(__name__)
@@ -42,7 +42,7 @@ def lock_folder(folder: Path) -> IO[bytes]:
 
 
 def raise_flag(flag: Path) -> None:
-    """Make the file `flag` this process's, until it ends or removes it."""
+    """Make and lock the file `flag`, until this process ends or removes it."""
     flag.parent.mkdir(parents=True, exist_ok=True)
     file = flag.open("wb")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,7 +51,7 @@ def raise_flag(flag: Path) -> None:
 
 @contextmanager
 def raised_flag(flag: Path, text: str) -> Iterator[None]:
-    """The file `flag` with this text is this process's while the context is open."""
+    """Make and lock the file `flag`, with this text, while the context is open."""
     flag.parent.mkdir(parents=True, exist_ok=True)
     with flag.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,18 +64,18 @@ def raised_flag(flag: Path, text: str) -> Iterator[None]:
 
 
 def list_locked() -> list[Path]:
-    """The folders of runs on this host, whichever worker's."""
+    """The folders of all runs on this host, of any worker."""
     return [path for path in get_settings().scratch().glob("ftjob-*/attempt-*") if not _is_unlocked(path)]
 
 
 def sweep() -> list[Path]:
-    """Remove the folders of attempts nobody holds and the flags of workers that are gone; what was removed."""
+    """Remove the folders of attempts and the flags of workers whose locks are free; returns what was removed."""
     scratch = get_settings().scratch()
     left = [path for path in scratch.glob("ftjob-*/attempt-*") if _is_unlocked(path)]
     for folder in left:
-        log.warning("removed what a dead attempt left", folder=str(folder.relative_to(scratch)))
+        log.warning("removed the folder of a dead attempt", folder=str(folder.relative_to(scratch)))
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another attempt's folder lies beside it
+        with suppress(OSError):  # because another attempt's folder is beside it
             folder.parent.rmdir()
     flags = [path for kind in (FLAG, UNHEALTHY) for path in scratch.glob(f"{kind}*") if _is_unlocked(path, path)]
     for flag in flags:
@@ -84,7 +84,7 @@ def sweep() -> list[Path]:
 
 
 def _is_unlocked(path: Path, file: Path | None = None) -> bool:
-    """Whether `path` is old enough and nobody holds its lock, the one in it if it is a folder."""
+    """Whether `path` is old enough and its lock is free. A folder's lock is a file in it."""
     try:
         if time.time() - path.stat().st_mtime < YOUNG_SECONDS:
             return False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Archive:
-    """A finished tar: where it lies, bytes, lower-case hex SHA-256."""
+    """A finished tar: its path, size in bytes, and lower-case hex SHA-256."""
 
     path: Path
     size: int
@@ -19,7 +19,7 @@ class Archive:
 def pack(folder: Path, target: Path, *, mtime: int) -> Archive:
     """Write `folder`'s files into an uncompressed tar: sorted names, owner 0, one time.
 
-    Links are refused: the files are ours and we made none.
+    Links are refused, because we made none: one could lead to files of the host.
 
     Raises:
         ValueError: a link or a special file lies in the folder.
@@ -40,11 +40,11 @@ def pack(folder: Path, target: Path, *, mtime: int) -> Archive:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open as asked, unless the file has become a link since it was looked at (OSError)."""
+    """Open as asked; an OSError if the file has become a link since it was checked."""
     return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar we made; nothing may leave `folder`."""
+    """Unpack a tar that we made. Nothing may be written outside `folder`."""
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")

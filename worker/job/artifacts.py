@@ -1,7 +1,7 @@
-"""Bytes in and out of a run: its files and last checkpoint before, its adapter and checkpoints after.
+"""Downloads a run's files and its last checkpoint, and uploads its adapter and checkpoints.
 
-Upload first, row after: a row never points at nothing. Every key carries the fencing token, so a
-run that has lost its job cannot overwrite what the winner stored.
+Bytes are uploaded before their row is written, so that no row is without its bytes. Every key contains the fencing
+token, so that a run that has lost its job cannot overwrite what the next run stored.
 """
 
 import shutil
@@ -31,8 +31,8 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
 
     Raises:
         LeaseLost: the job is not ours any more.
-        WaitForDiskSpace: its disks have too little room at the moment.
-        DoesNotFit: they have too little even when they are empty.
+        WaitForDiskSpace: there is too little disk space at the moment.
+        DoesNotFit: there is too little even on empty disks.
     """
     with session_scope(read_only=True) as session:
         training = session.get_one(File, job.training_file_id)
@@ -56,7 +56,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         unpack(_fetch(storage, checkpoint.state_key, folder / "state.tar"), folder / "resume")
         resume = str(folder / "resume")
     with session_scope() as session:
-        # A worker that slept since its claim must not delete what its successor has logged meanwhile.
+        # The lease is checked first, because a worker that was frozen must not delete what the next run has logged.
         if not jobs.update_run(session, lease):
             raise LeaseLost
         metrics.delete_after(session, job.id, checkpoint.step if checkpoint else 0)
@@ -80,10 +80,10 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
 
 
 def store_checkpoint(job: Job, lease: Lease, event: Checkpoint, folder: Path, storage: Storage) -> None:
-    """Upload a checkpoint's adapter and state, then write its row and let old ones go.
+    """Upload a checkpoint's adapter and state, then write its row and mark old ones deleted.
 
-    The bytes of old ones are the reconciler's to remove (`worker.maintenance.janitor`): a crash between their rows
-    and their bytes leaves nothing behind. The child's copy goes: many would fill its disk.
+    The reconciler removes the bytes of old ones (`worker.maintenance.janitor`), so that a crash between rows and bytes
+    leaves nothing behind. The child's copy is removed here, because many would fill its disk.
 
     Raises:
         LeaseLost: the job is not ours any more.

@@ -1,8 +1,8 @@
 """Writes one job of a run: its folder, its lease and its rows. A run of one job has one writer.
 
-Each writer has a thread of its own, which writes events in the order in which the child sent them. So an upload of one
-job, or storage that does not answer, does not delay the others, and never fills the pipe, whose 64 KiB hold few steps
-of many jobs (docs/grouped.md). A failure for one job ends that job and no other.
+Each writer has a thread of its own, which writes events in the order in which the child sent them. So a slow upload of
+one job does not delay the others. It does not fill the child's pipe either, whose 64 KiB hold only a few steps of many
+jobs (docs/grouped.md). A failure for one job ends that job and no other.
 """
 
 import shutil
@@ -34,10 +34,10 @@ log = get_logger(__name__)
 
 
 class JobWriter:
-    """Holds one claimed job while the context is open, and writes what comes of it.
+    """Holds one claimed job while the context is open, and writes its events and its end.
 
-    `paths` is where the child finds it, once it is prepared. What a method leaves to the job's thread it returns as a
-    `Future`, which never raises.
+    `paths` is set once the job is prepared. Methods that leave work to the job's thread return a `Future` that never
+    raises.
     """
 
     def __init__(self, job: Job) -> None:
@@ -63,35 +63,35 @@ class JobWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
-            self._keeper.let_go()  # a thread that waits for a database or a store gives up
+            self._keeper.let_go()  # so that a thread which waits for the database or storage gives up
         self._thread.shutdown(cancel_futures=True)
         self._keeper.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._held.close()
-        with suppress(OSError):  # another attempt's folder may lie beside it
+        with suppress(OSError):  # because another attempt's folder may be beside it
             self._folder.parent.rmdir()
 
     @property
     def is_lost(self) -> bool:
-        """The job is not ours any more: nothing is written for it, and the child drops it."""
+        """Whether the job is not ours any more. Then nothing is written for it, and the child drops it."""
         return self._keeper.lost.is_set()
 
     @property
     def is_pausing(self) -> bool:
-        """Somebody asked for a pause: the child is to write a checkpoint and leave."""
+        """Whether somebody asked for a pause, so that the child has to write a checkpoint and end."""
         return self._keeper.pausing.is_set()
 
     @property
     def is_over(self) -> bool:
-        """The child has nothing left to do for it."""
+        """Whether the child has nothing left to do for this job."""
         return self.is_lost or self._ended.is_set()
 
     def prepare(self) -> Future[None]:
-        """Fetch what the child needs; `paths` stays None if that failed."""
+        """Download what the child needs; `paths` stays None if that failed."""
         return self._submit(self._prepare)
 
     def write_event(self, event: Event) -> None:
-        """Write what the child reports; its last event (`Done`, `Failed`) ends the job at once, while others go on."""
+        """Write an event of the child. `Done` or `Failed` ends the job at once, while other jobs of the run go on."""
         event = path_redaction.redact_paths(event, self._names)
         if isinstance(event, Done | Failed):
             self._ended.set()
@@ -100,11 +100,11 @@ class JobWriter:
             self._submit(partial(self._record, event))
 
     def finish(self, outcome: Outcome, reason: str) -> Future[None]:
-        """The child is gone: end the job unless the child has reported its end. `reason`: why it was stopped."""
+        """The child has ended: end the job unless its end was reported. `reason`: why we stopped it, if we did."""
         return self._submit(partial(self._end_without_report, outcome, reason))
 
     def abort(self, error: Exception) -> Future[None]:
-        """The child could not be supervised, by a fault of ours or for want of what its host has."""
+        """The child could not be supervised, because of an error in our code or a failure of the host."""
         return self._submit(partial(self._write_ending, partial(outcomes.end_after_worker_error, self._lease, error)))
 
     @property
@@ -138,7 +138,7 @@ class JobWriter:
         except LeaseLost:
             log.warning("the job is not ours any more; stopped")
         except Exception:
-            log.exception("that could not be written either; the lease will run out")
+            log.exception("the end of the job could not be written either; its lease will run out")
         self._keeper.let_go()
 
     def _prepare(self) -> None:
@@ -150,19 +150,19 @@ class JobWriter:
         if self._recorder.is_due or isinstance(event, Checkpoint):
             self._retry(self._recorder.flush)
         if isinstance(event, Checkpoint):
-            # After its metrics: a resumed run never has a checkpoint ahead of its metrics.
+            # Stored after its metrics, so that a resumed run never has a checkpoint that is newer than its metrics.
             store = partial(artifacts.store_checkpoint, self._job, self._lease, event, self._folder, self._storage)
             self._retry(store)
 
-    def _end(self, word: Done | Failed) -> None:
+    def _end(self, end: Done | Failed) -> None:
         self._retry(self._recorder.flush)
-        if isinstance(word, Done):
+        if isinstance(end, Done):
             folder, progress = self._folder, self._recorder.progress
-            store = partial(artifacts.store_result, self._job, self._lease, word, folder, self._storage, progress)
+            store = partial(artifacts.store_result, self._job, self._lease, end, folder, self._storage, progress)
             self._retry(store)
             log.info("succeeded")
         else:
-            self._retry(partial(outcomes.end_as_reported, self._job, self._lease, word))
+            self._retry(partial(outcomes.end_as_reported, self._job, self._lease, end))
         self._keeper.close()
 
     def _end_without_report(self, outcome: Outcome, reason: str) -> None:

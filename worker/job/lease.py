@@ -1,9 +1,9 @@
-"""Holding on to a job: a thread that renews the lease and the file that keeps the child alive.
+"""Keeps a job's lease: a thread renews it in the database, and writes its deadline to a file that the child reads.
 
-A pause that was asked for is noticed here, too. Two things end a job's run from here: the database says
-the job is not ours (cancelled, or lost and taken over), or the database cannot be reached for most of a
-lease (then somebody else may already have the job, so we let go by ourselves). Then the file goes, and the
-child drops the job. It does so on its own when the file's deadline passes, even if this process is frozen.
+The thread ends the run in two cases. The database says that the job is not ours any more (cancelled, or lost and taken
+over). Or the database has not answered for most of a lease, because another worker may have the job then. In both
+cases it removes the file, and the child drops the job. The child also drops it when the deadline in the file passes, so
+it does not matter if this process is frozen. Requests to pause are noticed here, too.
 """
 
 import os
@@ -18,14 +18,14 @@ from api.core.jobs import jobs, pauses
 from api.core.jobs.jobs import Lease
 from api.core.logs import get_logger
 
-# Let go before the lease runs out: the reconciler may hand the job on the moment it does.
+# Give up before the lease runs out, because the reconciler may requeue the job as soon as it does.
 MARGIN = 0.8
 
 
 class LeaseKeeper:
     """Renews `lease` every `beat` seconds while the context is open.
 
-    `lost` is set once the job is not ours any more; nothing may be written for it from then on. `pausing` is
+    `lost` is set once the job is not ours any more. Nothing may be written for it from then on. `pausing` is
     set once somebody asked for a pause.
     """
 
@@ -45,12 +45,12 @@ class LeaseKeeper:
         self.close()
 
     def close(self) -> None:
-        """Stop renewing. The file stays and runs out: a child that has said all leaves by itself."""
+        """Stop renewing. The file stays until its deadline, because a child that reported its end exits by itself."""
         self._closed.set()
         self._thread.join()
 
     def let_go(self) -> None:
-        """The job is to be run no further here, whoever owns it: the child drops it at once."""
+        """Stop running the job here, whoever owns it. The child drops it at once."""
         self.lost.set()
         self.close()
         self._file.unlink(missing_ok=True)
@@ -60,6 +60,7 @@ class LeaseKeeper:
             asked = time.monotonic()
             ours = self._renew()
             if ours:
+                # From before the request: the database's lease begins later, so ours never ends after it.
                 self._deadline = asked + self._seconds * MARGIN
                 self._write_file()
             elif ours is False or time.monotonic() > self._deadline:

@@ -1,7 +1,7 @@
 """Storage for one run: a transfer ends at its next chunk once the job is not ours any more.
 
-Nobody waits for that chunk (`worker.job.retry`); this is so that ten gigabytes of a cancelled job do not go on
-taking the line from the job that came after it.
+Nobody waits for the transfer by then (`worker.job.retry`). It has to end because ten gigabytes of a cancelled job would
+slow down the transfers of the next one.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""How a run ends for one job when no adapter comes of it: each a short fenced transaction, safe to repeat."""
+"""The ends of a run without an adapter, for one job. Each is a short fenced transaction that is safe to repeat."""
 
 import errno
 
@@ -20,10 +20,10 @@ from worker.child.supervisor import Outcome
 from worker.job.progress import LeaseLost
 from worker.job.retry import TRANSIENT
 
-EXIT_LEASE_LOST = 75  # how the child leaves when no lease holds any more
-EXIT_WRONG_SPEC = 2  # and when it cannot read what it is to do, which is a fault of ours
+EXIT_LEASE_LOST = 75  # the child's exit code when none of its leases is valid any more
+EXIT_WRONG_SPEC = 2  # and when it cannot read its spec, which is an error of ours
 DISK_FULL, DEVICE_FAILED = "disk_full", "device_failed"
-# What the child found wrong with something else than the job: it is tried again, with a limit.
+# Errors that are not the job's fault, so that it is tried again, a limited number of times.
 RETRIED_CODES = ("hub_unavailable", "worker_lost", DEVICE_FAILED)
 INTERNAL = Failure("internal_error", "The worker failed while handling this job; see its log.")
 OUT_OF_MEMORY = Failure(
@@ -36,7 +36,9 @@ log = get_logger(__name__)
 
 def end_as_reported(job: Job, lease: Lease, failed: Failed) -> None:
     """The child reported why the job failed. If it shared its process with others, they may be the cause."""
-    log.error("the run failed", code=failed.code, param=failed.param)  # its message may quote rows, and logs stay
+    log.error(
+        "the run failed", code=failed.code, param=failed.param
+    )  # not its message, because that may quote rows, and logs are kept
     if failed.code == OUT_OF_MEMORY.code and _may_retry_alone(job):
         _retry(lease, "ran out of memory")
     elif failed.code == DEVICE_FAILED and _may_retry_alone(job):
@@ -58,7 +60,7 @@ def end_without_report(job: Job, lease: Lease, outcome: Outcome, reason: str) ->
         LeaseLost: the child found its lease expired; the job belongs to another run or is cancelled.
     """
     if outcome.stopped:
-        _give_back(lease, reason)
+        _release(lease, reason)
     elif outcome.returncode == EXIT_LEASE_LOST:
         raise LeaseLost
     elif _may_retry_alone(job):
@@ -67,12 +69,12 @@ def end_without_report(job: Job, lease: Lease, outcome: Outcome, reason: str) ->
         fail(lease, OUT_OF_MEMORY)
     elif outcome.returncode == EXIT_WRONG_SPEC:
         fail(lease, Failure("internal_error", f"The training process {_describe(outcome)}."))
-    else:  # libraries end a process as they like, bitsandbytes with exit code 1, and it is the machine's as a crash is
+    else:  # like a crash, because libraries exit with any code when a device fails: bitsandbytes with 1
         requeue_lost_run(lease, f"The training process {_describe(outcome)}")
 
 
 def fail(lease: Lease, failure: Failure) -> None:
-    """`failed`, with whatever steps were logged as the result file."""
+    """`failed`, with the steps that were logged as the result file."""
     file = _results(lease)
     with session_scope() as session:
         if file is not None:
@@ -83,7 +85,7 @@ def fail(lease: Lease, failure: Failure) -> None:
 
 
 def requeue_lost_run(lease: Lease, how: str, *, code: str = "worker_lost") -> None:
-    """Tried again from the last checkpoint, until that has happened too often without a new one."""
+    """Try the job again from its last checkpoint; it fails after too many such runs without a new one."""
     with session_scope() as session:
         again = jobs.requeue_lost_run(session, lease, how, max_attempts=get_settings().max_attempts, code=code)
         session.commit()
@@ -91,18 +93,20 @@ def requeue_lost_run(lease: Lease, how: str, *, code: str = "worker_lost") -> No
 
 
 def requeue_for_disk_space(lease: Lease, reason: str) -> None:
-    """Back to the queue without costing an attempt: this host's disks have too little room now."""
+    """Back to the queue, without counting an attempt, because this host has too little disk space now."""
     with session_scope() as session:
         if jobs.release(session, lease, reason.rstrip(".")):
-            log.warning("too little room", reason=reason)
+            log.warning("too little disk space", reason=reason)
         session.commit()
 
 
 def end_after_worker_error(lease: Lease, error: Exception) -> None:
-    """The worker itself could not go on: its disks, what it depends on, or a bug."""
-    if shared_memory.is_full(error):  # the database's, for one
+    """The worker itself could not go on, because of its disks, a dependency, or a bug."""
+    if shared_memory.is_full(error):  # for example the shared memory of the database
         requeue_lost_run(lease, shared_memory.FULL.rstrip("."))
-    elif isinstance(error, TRANSIENT) and not disk.is_full(error):  # for ten minutes, and perhaps only for this worker
+    elif isinstance(error, TRANSIENT) and not disk.is_full(
+        error
+    ):  # it has been tried for ten minutes, and another worker may reach them
         requeue_lost_run(lease, "The worker could not reach the database or the storage")
     elif is_host_failure(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         requeue_lost_run(lease, f"The worker's host failed: {getattr(error, 'strerror', None) or error}")
@@ -111,7 +115,7 @@ def end_after_worker_error(lease: Lease, error: Exception) -> None:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What a job ends with when the worker itself could not go on."""
+    """The error of a job when the worker itself could not go on."""
     if isinstance(error, BadReference):  # the base has left the catalogue since the job was accepted
         return Failure("unsupported_model", error.message, error.param)
     if not disk.is_full(error):
@@ -135,12 +139,12 @@ def _results(lease: Lease) -> File | None:
     except Exception as error:
         if not disk.is_full(error):
             raise
-        log.warning("no room for the result file; the reconciler leaves it when there is", error=str(error))
+        log.warning("no disk space for the result file; the reconciler writes it later", error=str(error))
         return None
 
 
 def _may_retry_alone(job: Job) -> bool:
-    """Another member may have brought the process down, so that each is tried once more by itself."""
+    """Whether to try the job alone, because another job of its run may have ended the process."""
     return bool(job.trained_with) and job.attempts < get_settings().max_attempts
 
 
@@ -152,19 +156,19 @@ def _retry(lease: Lease, what: str) -> None:
         session.commit()
 
 
-def _give_back(lease: Lease, reason: str) -> None:
+def _release(lease: Lease, reason: str) -> None:
     with session_scope() as session:
         if jobs.release(session, lease, reason):
-            log.info("given back", reason=reason)
+            log.info("released", reason=reason)
         session.commit()
 
 
 def _describe(outcome: Outcome) -> str:
-    if outcome.crash == "SIGBUS":  # by which a process ends that writes to memory of a file without room
+    if outcome.crash == "SIGBUS":  # a write to a memory-mapped file whose disk is full
         return f"crashed (SIGBUS); a full /dev/shm is the usual cause ({shared_memory.MORE})"
     if outcome.crash:
         return f"crashed ({outcome.crash})"
     if outcome.hangs:
-        return "did nothing for too long (LORAINIT_SILENCE_SECONDS) and was ended, since a device or its driver hangs"
+        return "did nothing for too long (LORAINIT_SILENCE_SECONDS) and was ended, because a device or its driver hangs"
     code = outcome.returncode
-    return f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code} and no word"
+    return f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code} and reported nothing"

@@ -1,4 +1,4 @@
-"""From the child's events to rows: progress, metrics, events, reports. Every write is fenced."""
+"""Turns the child's events into rows: progress, metrics, events, reports. Every write is fenced."""
 
 import time
 from collections import deque
@@ -14,7 +14,7 @@ from api.core.monitoring import counters
 from lorainit.config.events import Event, InitReport, Message, Metrics, Plan, Stage, Tick
 from worker.job.stopwatch import STARTING, Stopwatch
 
-# Where each stage ends on a scale of 100, so that the bar never falls and is full only at the end.
+# The percent at which each stage begins and ends, so that progress never falls and is 100 only at the end.
 BANDS = {
     "loading": (0.0, 3.0),
     "initializing": (3.0, 8.0),
@@ -23,8 +23,8 @@ BANDS = {
     "exporting": (92.0, 95.0),
     "verifying": (95.0, 99.0),
 }
-FLUSH_SECONDS = 0.5
-FLUSH_EVENTS = 1000  # a run may take thousands of steps a second, and no transaction is to hold others up
+FLUSH_SECONDS = 0.5  # between two writes, because a transaction for each step would be too many
+FLUSH_EVENTS = 1000  # events of one write, because a run may make thousands a second and a long write delays others
 EVENT_POINTS = 200
 PACE_STEPS = 10
 
@@ -39,14 +39,14 @@ class EventRecorder:
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._pending: list[Event] = []
-        self._lines: list[events.EventDraft] = []  # as events of the job
-        self._in_doubt = False  # the last flush has not ended well, and may have been committed all the same
+        self._lines: list[events.EventDraft] = []  # those that become events of the job
+        self._in_doubt = False  # the last flush failed, but may have been committed
         self._flushed = self._started = time.monotonic()
         self._percent = 0.0
         self._urgent = False
         self._stopwatch = Stopwatch()
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
-        self._expected: float | None = None  # seconds of the whole run, from one like it
+        self._expected: float | None = None  # seconds of the whole run, estimated from a similar one
         self.progress: dict[str, Any] = {
             "stage": "loading",
             "percent": 0.0,
@@ -76,12 +76,12 @@ class EventRecorder:
 
     @property
     def is_due(self) -> bool:
-        """Time to write: something a watcher waits for happened, or much has, or a while has passed."""
+        """Whether to write now: after an important event, after many events, or after a while."""
         enough = self._urgent or len(self._pending) >= FLUSH_EVENTS
         return enough or time.monotonic() - self._flushed >= FLUSH_SECONDS
 
     def flush(self) -> None:
-        """Write what is pending in one transaction, or nothing at all; then it can be called again, and writes it once.
+        """Write what is pending in one transaction. After an error it can be called again, and writes everything once.
 
         Raises:
             LeaseLost: the job is not ours any more.
@@ -93,7 +93,7 @@ class EventRecorder:
             self.progress["elapsed_seconds"] = round(time.monotonic() - self._started)
             self.progress["stage_seconds"] = self._stopwatch.seconds
             self.progress["seconds_to_first_step"] = self._stopwatch.to_first_step
-            # First the fence: if this row is not ours, nothing below is written either.
+            # The fenced write comes first: if the job is not ours any more, nothing below is written either.
             if not jobs.update_run(session, self._lease, **self._columns(session, pending)):
                 raise LeaseLost
             steps = [(event.step, _numbers(event)) for event in pending if isinstance(event, Metrics)]
@@ -108,12 +108,12 @@ class EventRecorder:
         self._urgent, self._flushed = False, time.monotonic()
 
     def _unwritten(self, session: Session) -> list[events.EventDraft]:
-        """Lines to write. A connection that was lost during a commit does not say whether the database had done it."""
+        """The events to write. Some may be written already if the connection was lost during a commit."""
         known = events.find_written(session, self._lines) if self._in_doubt else ()
         return [line for line in self._lines if line.id not in known]
 
     def _columns(self, session: Session, pending: list[Event]) -> dict[str, Any]:
-        """What the job's row is to say."""
+        """The values for the job's row."""
         columns: dict[str, Any] = {}
         for event in pending:
             if isinstance(event, Plan):
@@ -121,7 +121,7 @@ class EventRecorder:
                 self._expected = estimates.estimate_seconds(session, self._lease.job_id, plan)
             elif isinstance(event, InitReport):
                 columns["init_report"] = event.report
-        if not self._pace:
+        if not self._pace:  # before the first step there is only the estimate
             self.progress["remaining_seconds"] = self._left_of_what_is_expected()
         return {**columns, "progress": dict(self.progress)}
 
@@ -153,7 +153,7 @@ class EventRecorder:
             )
 
     def _remaining(self, event: Metrics) -> float | None:
-        """Seconds of training left at the pace of the last steps: the first ones are slow, and better than nothing."""
+        """Seconds of training left at the speed of the last steps, even if these are the first, which are slow."""
         if event.step:
             self._pace.append((event.step, event.seconds))
         if not self._pace:
@@ -162,7 +162,7 @@ class EventRecorder:
         return (after - before) / max(1, last - first) * (event.total_steps - event.step)
 
     def _left_of_what_is_expected(self) -> int | None:
-        """Seconds; None once the run has taken longer than expected, for then nothing is known."""
+        """Seconds left of the estimate; None once the run has taken longer than that."""
         left = (self._expected or 0.0) - (time.monotonic() - self._started)
         return round(left) if left > 0 else None
 

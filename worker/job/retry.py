@@ -1,4 +1,4 @@
-"""Repeats what a database or a storage that is slow or away did not do, for as long as the run owns its job."""
+"""Repeats actions that failed because the database or storage did not answer, for as long as the run owns its job."""
 
 import threading
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from worker.job.progress import LeaseLost
 
 Result = TypeVar("Result")
 
-LONGEST_SECONDS = 600
-LOOK_SECONDS = 0.1
-# Connection trouble, and a transaction that PostgreSQL ended while we slept, which is an InternalError.
-# A refusal or a bug is none of these and is raised at once.
+LONGEST_SECONDS = 600  # then another worker tries, because only this one may be cut off
+CHECK_SECONDS = 0.1  # between two checks whether the job is lost
+# Failed connections, and transactions that PostgreSQL ended because they were idle too long (InternalError).
+# Other errors are raised at once, because repeating does not help against a refusal or a bug.
 TRANSIENT = (OperationalError, InterfaceError, InternalError, GenericError)
 
 
@@ -36,7 +36,7 @@ def retry_until_lost(action: Callable[[], Result], *, until: threading.Event) ->
         LeaseLost: `until` was set first, so the job may belong to another worker by now. The action goes on in its
             thread and what it still writes is refused. So a cancelled job does not keep its worker waiting for an
             upload of ten gigabytes or for a storage that does not answer.
-        Exception: what `action` raised last, after ten minutes of trouble or at once if it will not pass.
+        Exception: the last error of `action`, after ten minutes of retries, or at once if it is not `TRANSIENT`.
     """
     tries = Retrying(
         retry=retry_if_exception_type(TRANSIENT),
@@ -66,7 +66,7 @@ def run_unless_lost(action: Callable[[], Result], *, until: threading.Event) -> 
         if until.is_set():
             raise LeaseLost
 
-    return run_abandonable(action, name="action", every=LOOK_SECONDS, check=check)
+    return run_abandonable(action, name="action", every=CHECK_SECONDS, check=check)
 
 
 def _log_retry(state: RetryCallState) -> None:

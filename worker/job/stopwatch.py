@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from lorainit.config.events import Event, Metrics, Stage
 
-STARTING = "starting"  # until the child's first word: fetching files, starting Python, loading torch
+STARTING = "starting"  # until the child's first event: downloading files, starting Python, loading torch
 
 
 class Stopwatch:
-    """Runs from the claim on; a stage that comes again (evaluating, training) goes on counting."""
+    """Counts from the claim on. A stage that comes again (evaluating, training) is added up."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

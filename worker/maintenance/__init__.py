@@ -1,1 +1,1 @@
-"""The chores of the reconciler: what is deleted when, and checks of uploaded files."""
+"""Chores of the reconciler: deleting what has expired, and checking uploaded files."""

@@ -1,7 +1,7 @@
 """Retention: chores of the reconciler that free space. Each works in batches, in short
 transactions, and is safe to repeat, to interrupt and to run twice at once.
 
-What a run left in the scratch folder of its host is that host's worker's to remove (`worker.host.scratch`).
+Scratch folders are not cleaned here, because only the workers of a host can reach them (`worker.host.scratch`).
 """
 
 import io
@@ -19,8 +19,8 @@ from api.core.monitoring import counters
 from api.core.settings import get_settings
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
-SWEEPS = 2 * HOUR  # every orphan that is old enough has been swept within this
-STALLED = 10 * MINUTE  # whoever goes on with an object after that is told that it is gone, and tries again
+SWEEPS = 2 * HOUR  # within this time every orphan that is old enough has been removed
+STALLED = 10 * MINUTE  # a writer that goes on after this gets an error and tries again
 BATCH = 500
 ANOTHER_DATABASE = (
     "The mark in storage is not the one that this database left there. Was the database restored from a backup, or do"
@@ -31,7 +31,7 @@ log = get_logger(__name__)
 
 
 def expire_files() -> bool:
-    """Files past their `expires_after` are deleted; True when there may be more."""
+    """Delete files past their `expires_after`; True if there may be more."""
     with session_scope() as session:
         gone = retention.expire_files(session)
         counters.add(session, "objects_removed", len(gone), reason="expired")
@@ -40,7 +40,7 @@ def expire_files() -> bool:
 
 
 def delete_checkpoints() -> bool:
-    """Checkpoints of jobs long ended are deleted; True when there may be more."""
+    """Delete checkpoints of jobs that ended long ago; True if there may be more."""
     days = get_settings().checkpoint_days
     if not days:
         return False
@@ -52,9 +52,10 @@ def delete_checkpoints() -> bool:
 
 
 def delete_jobs() -> bool:
-    """Jobs long ended go, first what they left behind and then they themselves; True when there may be more.
+    """Delete jobs that ended long ago, first their files and then their rows; True if there may be more.
 
-    Not before `sweep_orphans` has looked for what a crash of theirs left: it knows objects by their job.
+    They stay until `sweep_orphans` has removed what their crashes left, because it finds the owner of an object by the
+    job's row.
     """
     settings = get_settings()
     if not settings.job_days:
@@ -69,7 +70,7 @@ def delete_jobs() -> bool:
 
 
 def delete_old_creations() -> bool:
-    """What was remembered of creates, in case they were repeated, goes after a day."""
+    """Delete the records of create requests after a day, when none can be repeated any more."""
     with session_scope() as session:
         idempotency.delete_expired(session)
         session.commit()
@@ -77,7 +78,7 @@ def delete_old_creations() -> bool:
 
 
 def clear() -> bool:
-    """The bytes of deleted rows go, and what was quoted of them; True when there may be more."""
+    """Remove the bytes of deleted rows, and quotes of them; True if there may be more."""
     return any([_clear(File), _clear(Checkpoint)])
 
 
@@ -98,31 +99,31 @@ def _clear(kind: retention.Row) -> bool:
 
 
 def cut_database_log() -> bool:
-    """What was overwritten in the database leaves its log, too."""
+    """Remove deleted rows from SQLite's log, too."""
     cut_write_ahead_log()
     return False
 
 
 def check_storage_owner() -> bool:
-    """Find out whether database and storage still belong together, and leave a new mark of that in both."""
+    """Find out whether database and storage still belong together, and write a new mark to both."""
     with session_scope(read_only=True) as session:
         seen, key = storage_periods.find_newest(session), storage_periods.find_marker_key(session)
     mark = None if key is None else _mark(key)
     with session_scope() as session:
-        look = (
+        current = (
             storage_periods.begin_period(session)
             if seen is None
             else storage_periods.extend_period(session, seen, mark)
         )
         key = storage_periods.find_marker_key(session)
         session.commit()
-    if look is None or key is None:
+    if current is None or key is None:
         return False
     if seen is not None and seen.lasted and not seen.knows(mark):
         log.warning("storage_of_another_database", mark=key, help=ANOTHER_DATABASE)
-    get_storage().put(key, io.BytesIO(look.next_token.encode()))
+    get_storage().put(key, io.BytesIO(current.next_token.encode()))
     with session_scope() as session:
-        storage_periods.confirm_period(session, look)
+        storage_periods.confirm_period(session, current)
         session.commit()
     return False
 
@@ -135,7 +136,7 @@ def _mark(key: str) -> str | None:
 
 
 def sweep_orphans() -> bool:
-    """Stored objects that a crash left without a row go, a day after they were written.
+    """Remove stored objects that a crash left without a row, a day after they were written.
 
     Objects that this database may not know because it was restored from a backup stay
     (`api.core.maintenance.storage_periods`).
@@ -152,13 +153,13 @@ def sweep_orphans() -> bool:
         while batch := list(islice(keys, BATCH)):
             _remove_orphans(batch)
     for key, _ in get_storage().list_older(before, prefix=PROBE.partition("/")[0]):
-        if key.startswith(PROBE):  # the bucket may be others' too
+        if key.startswith(PROBE):  # because others may use the bucket, too
             get_storage().delete(key)
     return False
 
 
 def sweep_unfinished() -> bool:
-    """Parts of objects whose writer was killed go once nothing more is written to them."""
+    """Remove unfinished objects whose writer was killed: those to which nothing is written any more."""
     before = datetime.now(UTC) - timedelta(seconds=STALLED)
     left = [found for prefix in retention.OWNERS for found in list_unfinished(get_settings(), before, prefix=prefix)]
     while left:
@@ -168,7 +169,7 @@ def sweep_unfinished() -> bool:
         for key, path in batch:
             if key in ours:
                 path.unlink(missing_ok=True)
-                log.warning("removed what was never stored to its end", key=key)
+                log.warning("removed an unfinished object", key=key)
     return False
 
 
@@ -184,7 +185,7 @@ def _remove_orphans(keys: list[str]) -> None:
             session.commit()
 
 
-# How long each waits once it has nothing left to do.
+# Seconds that each chore waits once it has nothing left to do.
 PAUSES: Mapping[Callable[[], object], float] = {
     expire_files: MINUTE,
     delete_checkpoints: HOUR,

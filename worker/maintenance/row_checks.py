@@ -1,9 +1,9 @@
-"""Checks the rows of uploaded files: one file after another of a size, the projects in turn.
+"""Checks the rows of uploaded files, the projects in turn.
 
-Files of like size wait in one lane, so that a small one never waits for a large one, and a lane checks one file at a
-time. The next is that of the project whose last turn is the longest ago: who uploads a thousand files delays others
-by one. The rows are read by `worker.maintenance.row_reader` in a process of their own; what is left here is to pass
-bytes on, so nobody's file takes time or memory from the process that recovers jobs.
+Files of similar size share a lane, so that a small file never waits for a large one. A lane checks one file at a time.
+The next file is of the project that was served the longest ago, so a project with a thousand files delays others by one
+file only. `worker.maintenance.row_reader` reads the rows in another process, because a bad file must not take time or
+memory from the process that recovers jobs.
 """
 
 import threading
@@ -18,23 +18,23 @@ from api.core.logs import get_logger
 from worker.maintenance import row_reader
 
 MIB = 1 << 20
-# A check that was begun so often and never ended is not tried again.
+# A check that was begun so often without a verdict is not tried again, because the file may crash its reader.
 MAX_CHECKS = 5
-# A check that is not renewed for so long is anybody's; a file that could not be read is left alone for so long.
+# A check that is not renewed for the first time may be taken over. A file that could not be read waits for the second.
 LEASE_SECONDS, PAUSE_SECONDS = 30.0, 10.0
-REMEMBERED = 10_000  # projects whose last turn is known
+REMEMBERED = 10_000  # projects, so that the memory is bounded
 
 log = get_logger(__name__)
 
 
 class RoundRobin:
-    """Which of the waiting projects is next."""
+    """Decides which of the waiting projects is next."""
 
     def __init__(self) -> None:
-        self._served: dict[str, None] = {}  # in the order of their last turns
+        self._served: dict[str, None] = {}  # the project that was served the longest ago comes first
 
     def next(self, waiting: Iterable[str]) -> str | None:
-        """One that had no turn yet, else the one whose last turn is the longest ago; None if nobody waits."""
+        """A project that was not served yet, or the one that was served the longest ago; None if none waits."""
         wanted = dict.fromkeys(waiting)
         chosen = next((project for project in wanted if project not in self._served), None)
         chosen = chosen or next((project for project in self._served if project in wanted), None)
@@ -56,7 +56,7 @@ class Lane:
         self._projects = RoundRobin()
 
     def __call__(self) -> bool:
-        """Check one file; False when there is none, or none that can be read now."""
+        """Check one file; False if there is none, or if it cannot be read now."""
         claim = self._claim()
         return claim is not None and self._check(claim)
 
@@ -73,7 +73,7 @@ class Lane:
 
     def _check(self, claim: Claim) -> bool:
         if claim.checks > MAX_CHECKS:
-            return _record(claim, _never_ended("whoever began it fell"))
+            return _record(claim, _never_ended("the processes that began it crashed"))
         chunks = get_storage().read(claim.storage_key)
         seconds = seconds_for(claim.bytes)
         try:
@@ -81,23 +81,23 @@ class Lane:
         except FileNotFoundError:
             return _record(claim, validation.unusable_verdict("the file's bytes are gone"))
         except row_reader.Unwanted:  # deleted, or taken over by another reconciler
-            log.info("gave up checking a file", file_id=claim.file_id)
+            log.info("stopped checking a file", file_id=claim.file_id)
             return True
         except row_reader.Leaving:
-            return _give_back(claim, seconds=0.0, counts=False)
+            return _release(claim, seconds=0.0, counts=False)
         except row_reader.Unreadable as error:
             log.warning("a file cannot be read now", file_id=claim.file_id, error=str(error))
-            return _give_back(claim, seconds=PAUSE_SECONDS, counts=False)
+            return _release(claim, seconds=PAUSE_SECONDS, counts=False)
         except row_reader.Interrupted as error:
             log.warning("a check of a file was interrupted", file_id=claim.file_id, error=str(error))
             if claim.checks == MAX_CHECKS:
                 return _record(claim, _never_ended(str(error)))
-            return _give_back(claim, seconds=PAUSE_SECONDS, counts=True)
+            return _release(claim, seconds=PAUSE_SECONDS, counts=True)
         return _record(claim, verdict)
 
 
 def seconds_for(size: int) -> int:
-    """Seconds of a processor for a file of `size` bytes: several times what the shortest rows that are right need."""
+    """Processor seconds for a file of `size` bytes: several times what correct rows need, even very short ones."""
     return 10 + 2 * (size // MIB)
 
 
@@ -116,7 +116,7 @@ def _record(claim: Claim, verdict: dict[str, object]) -> bool:
     return True
 
 
-def _give_back(claim: Claim, *, seconds: float, counts: bool) -> bool:
+def _release(claim: Claim, *, seconds: float, counts: bool) -> bool:
     with session_scope() as session:
         validation.release(session, claim, seconds=seconds, counts=counts)
         session.commit()

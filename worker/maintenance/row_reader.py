@@ -1,9 +1,9 @@
-"""One child that checks the rows of one file (`lorainit.data.formats.row_check`): feed it, hear it, and judge by how it
-ended.
+"""Runs the child that checks the rows of one file (`lorainit.data.formats.row_check`): sends it the bytes, reads its
+output, and derives the verdict.
 
-The bytes come through a pipe, so the child needs no credentials, and takes no time while nothing is fed. A file that
-makes the child run out of time or memory, or crash, has its verdict at once. A child that others ended says nothing
-about the file. Knows neither database nor storage.
+The bytes go through a pipe, so the child needs no credentials and uses no time while it waits for them. A file is bad
+if the child runs out of time or memory or crashes. If somebody else ended the child, there is no verdict. This module
+knows neither database nor storage.
 """
 
 import json
@@ -19,27 +19,27 @@ from collections.abc import Callable, Iterator
 from api.core.devices.run_environment import without_secrets
 from api.core.files.validation import unusable_verdict
 
-MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that were found take less: benchmarks/row_checks.py
+MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that are known need less (benchmarks/row_checks.py)
 BEAT_SECONDS, TICK_SECONDS = 5.0, 0.2
 MAX_OUTPUT = 1 << 20
-# Signals that come from outside of a process: an operator, a system that shuts down or runs out of memory.
+# Signals that somebody else sends: an operator, or a system that shuts down or runs out of memory.
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
 
 class Unwanted(Exception):
-    """Nobody waits for this check any more."""
+    """The verdict is not needed any more."""
 
 
 class Leaving(Exception):
-    """This process is to end."""
+    """This process has to end."""
 
 
 class Unreadable(Exception):
-    """Storage does not give the bytes."""
+    """Storage cannot be read."""
 
 
 class Interrupted(Exception):
-    """The child ended, or hung, for a reason that need not be the file's."""
+    """The child ended or hung, perhaps for a reason that has nothing to do with the file."""
 
 
 def read(
@@ -53,8 +53,8 @@ def read(
     """Check the rows in `chunks`; the columns `status`, `status_details` and `validation` of the file.
 
     Args:
-        seconds: of a processor that the child may use.
-        wanted: asked every few seconds.
+        seconds: processor time that the child may use.
+        wanted: called every few seconds; False ends the check.
 
     Raises:
         FileNotFoundError: there are no bytes.
@@ -66,12 +66,12 @@ def read(
             _feed(child, _stored(chunks), watch)
             output = _read_output(child, watch)
         finally:
-            child.kill()  # it has said all, or is to say no more; its exit code is set by then
+            child.kill()  # no effect if it has ended; its exit code is set by then
     return _verdict(child.returncode, output, seconds)
 
 
 def _child(command: list[str]) -> "subprocess.Popen[bytes]":
-    """It sets its limits itself before it reads; a session of its own, so that Ctrl+C is only ours."""
+    """The child sets its own limits before it reads. It has a session of its own, so that Ctrl+C reaches only us."""
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -84,17 +84,18 @@ def _child(command: list[str]) -> "subprocess.Popen[bytes]":
 
 
 class _Waiting:
-    """Asks while something is waited for whether to go on waiting."""
+    """Decides whether to go on waiting for the child."""
 
     def __init__(self, leaving: threading.Event, wanted: Callable[[], bool], *, idle_seconds: float) -> None:
         self._leaving, self._wanted, self._idle_seconds = leaving, wanted, idle_seconds
         self._asked = self._moved = time.monotonic()
 
-    def moved(self) -> None:
-        """The child took or said something."""
+    def note_progress(self) -> None:
+        """Note that the child has read or written something."""
         self._moved = time.monotonic()
 
-    def look(self) -> None:
+    def check(self) -> None:
+        """Raise if the child does nothing, if this process ends, or if the verdict is not needed any more."""
         clock = time.monotonic()
         if self._leaving.is_set():
             raise Leaving
@@ -107,7 +108,7 @@ class _Waiting:
 
 
 def _stored(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes; whatever fails here is storage's."""
+    """The same bytes. Any error in here is one of storage, so that it can be told from the child's."""
     try:
         yield from chunks
     except FileNotFoundError:
@@ -117,20 +118,20 @@ def _stored(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _feed(child: "subprocess.Popen[bytes]", chunks: Iterator[bytes], watch: _Waiting) -> None:
-    """Pass all bytes on, as far as the child wants them."""
+    """Send the bytes, until the end or until the child reads no more."""
     assert child.stdin is not None
     os.set_blocking(child.stdin.fileno(), False)
     for chunk in chunks:
-        watch.moved()  # storage's time is not the child's
+        watch.note_progress()  # because time spent in storage is not the child's
         rest = memoryview(chunk)
         while rest:
-            watch.look()
+            watch.check()
             try:
                 taken = _write_some(child.stdin.fileno(), rest)
             except BrokenPipeError:
-                return  # it needs no more, or it crashed; its output or exit code tells which
+                return  # it needs no more or it crashed, as its output or exit code will show
             if taken:
-                watch.moved()
+                watch.note_progress()
             rest = rest[taken:]
     child.stdin.close()
 
@@ -145,16 +146,16 @@ def _write_some(pipe: int, rest: memoryview) -> int:
 
 
 def _read_output(child: "subprocess.Popen[bytes]", watch: _Waiting) -> bytes:
-    """All that the child says, until it ends."""
+    """The child's output, until it ends."""
     assert child.stdout is not None
     output = b""
     while len(output) < MAX_OUTPUT:
-        watch.look()
+        watch.check()
         if select.select([child.stdout], [], [], TICK_SECONDS)[0]:
             if not (part := os.read(child.stdout.fileno(), 1 << 16)):
                 break
             output += part
-            watch.moved()
+            watch.note_progress()
     return output
 
 
@@ -167,7 +168,7 @@ def _verdict(code: int, output: bytes, seconds: int) -> dict[str, object]:
         return {name: report[name] for name in ("status", "status_details", "validation")}
     if "broken" in report:
         return unusable_verdict(f"its rows cannot be checked: {report['broken']}")
-    if code >= 0 or -code in _FROM_OUTSIDE:  # without output: it crashed before it began, or was killed from outside
+    if code >= 0 or -code in _FROM_OUTSIDE:  # no output: it failed before it began, or somebody else killed it
         raise Interrupted(f"it ended with {_name(code)}")
     if -code == signal.SIGXCPU:
         return unusable_verdict(f"its rows cannot be checked: it took more than {seconds} s of a processor")

@@ -1,4 +1,4 @@
-"""One order, one object: a create that is sent again finds what the first one made.
+"""Idempotent creates: a create request that is sent again returns what the first one made.
 
 The official clients repeat a create whose answer was lost, without any key. So every create is
 remembered by a fingerprint, in the same transaction as its object, and creates with the same
@@ -28,7 +28,7 @@ WAIT_SECONDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class RequestIdentity:
-    """How one request says which order it is: who asks, for what, with which key, how often already."""
+    """What identifies a create request: the caller, the path, the Idempotency-Key, and how often it was retried."""
 
     caller: Caller
     path: str
@@ -44,7 +44,7 @@ class RequestIdentity:
 
 @dataclass(frozen=True)
 class IdempotentResult:
-    """The answer to a create, and whether it was an earlier one's."""
+    """The answer to a create, and whether it repeats an earlier answer."""
 
     object_id: str
     body: dict[str, Any]
@@ -65,15 +65,15 @@ def run_idempotent(
     make: Callable[[], tuple[str, dict[str, Any]]],
     again: Callable[[str], dict[str, Any] | None],
 ) -> IdempotentResult:
-    """Run `make`, or answer with what the same order made earlier.
+    """Run `make`, or answer with what the same request made earlier.
 
     Args:
-        content: what was ordered, as JSON; two orders with equal content are the same order.
+        content: the request as JSON; two requests with equal content are the same request.
         make: creates the object; its id and the answer.
         again: the answer for an existing object as it is now, None when it is gone.
 
     Raises:
-        InvalidValue: the key was used for another order.
+        InvalidValue: the key was used for another request.
         InProgress: the first request with this identity has not ended after a few seconds.
     """
     mark = fingerprint(attempt.path, content)
@@ -101,12 +101,12 @@ def run_idempotent(
 
 
 def delete_expired(session: Session) -> None:
-    """Drop what was remembered of creates that nobody can repeat any more."""
+    """Delete the records of creates that are too old to be repeated."""
     session.execute(delete(Creation).where(Creation.created_at < now(session) - KEY_LIFE))
 
 
 def _lock_identity(session: Session, attempt: RequestIdentity, mark: str) -> None:
-    """Wait for other requests with the same identity; the lock goes with the transaction."""
+    """Wait for other requests with the same identity, so that only one creates. The lock ends with the commit."""
     if session.get_bind().dialect.name != "postgresql":
         return
     identity = f"{attempt.caller.project_id} {attempt.path} {attempt.key}" if attempt.key else mark
@@ -115,7 +115,7 @@ def _lock_identity(session: Session, attempt: RequestIdentity, mark: str) -> Non
         session.execute(text(f"SET LOCAL lock_timeout = '{WAIT_SECONDS}s'"))
         session.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": number})
     except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) != "55P03":
+        if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available: the wait above is over
             raise
         raise InProgress(
             "The first request with this Idempotency-Key has not ended yet.", code="idempotency_in_progress"

@@ -1,7 +1,7 @@
 """Projects and API keys: 32 random bytes behind a prefix, stored as SHA-256, shown once.
 
-A key speaks for one project. A `member` orders, reads and cancels; an `admin` may also order at
-high priority and sees, makes and deletes the project's keys.
+A key belongs to one project. A `member` creates, reads and cancels jobs. An `admin` may also use high
+priority, and lists, makes and deletes the project's keys.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Caller:
 
 
 class Key(NamedTuple):
-    """What decides whether a key lets its holder in."""
+    """The columns that decide whether a key is accepted."""
 
     id: str
     project_id: str
@@ -45,7 +45,7 @@ class Key(NamedTuple):
     deleted_at: datetime | None
 
 
-# The columns of a `Key`, by names that no column of another table has.
+# The columns of a `Key`. They are labelled because a statement that joins jobs has columns of the same names.
 KEY_COLUMNS = [ApiKey.__table__.c[name].label(f"key_{name}") for name in Key._fields]
 _ONE_KEY = select(*KEY_COLUMNS).where(ApiKey.id == bindparam("key"))
 
@@ -83,21 +83,22 @@ def create_key(
 
 
 def parse_key_id(secret: str) -> str | None:
-    """The id of the key whose secret this is; None for what has not the form of a secret."""
+    """The id of the key whose secret this is; None if it does not look like a secret."""
     key_id, _, rest = secret.removeprefix(PREFIX).partition("-")
     return f"key_{key_id}" if secret.startswith(PREFIX) and rest else None
 
 
 def find(key_id: str | None) -> Key | None:
     """The key of this id, deleted or not."""
-    row = database.find_alone(_ONE_KEY, {"key": key_id}) if key_id else None
+    row = database.find_row(_ONE_KEY, {"key": key_id}) if key_id else None
     return None if row is None else Key._make(row)
 
 
 def authenticate(key: Key, secret: str) -> Caller | None:
-    """Whoever holds the secret of this key, unless it is deleted or expired. Digests are compared in constant time.
+    """The caller, if `secret` belongs to this key and the key is neither deleted nor expired; otherwise None.
 
-    Asks the database for the time, if that matters.
+    Digests are compared in constant time, so that the duration says nothing about the secret. The database is asked
+    for the time only if the key expires.
     """
     if not hmac.compare_digest(key.secret_sha256, _digest(secret)) or key.deleted_at is not None:
         return None
@@ -112,7 +113,7 @@ def _now() -> datetime:
 
 
 def find_usable(session: Session, key_ids: Collection[str]) -> set[str]:
-    """Those of these keys that are there, neither deleted nor expired."""
+    """The ids of those of these keys that exist and are neither deleted nor expired."""
     unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now(session))
     found = select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.deleted_at.is_(None), unexpired)
     return set(session.scalars(found))
@@ -130,7 +131,7 @@ def require_admin(caller: Caller, what: str, *, param: str | None = None) -> Non
 
 
 def find_project(session: Session, caller: Caller, project_id: str) -> Project:
-    """The project in the path: the caller's own. Another one looks like none."""
+    """The project in the path. Any but the caller's own is "not found", so that ids cannot be probed."""
     if project_id != caller.project_id:
         raise NotFound(f"No such project: {project_id}", code="project_not_found", param="project_id")
     return session.get_one(Project, project_id)
@@ -151,7 +152,7 @@ def page(session: Session, project_id: str, *, after: str | None, limit: int) ->
 
 
 def list_all(session: Session) -> Sequence[tuple[ApiKey, Project]]:
-    """Every key of every project that has not been deleted, oldest first: for the operator alone."""
+    """Every key of every project that has not been deleted, oldest first. Only for the operator."""
     query = select(ApiKey, Project).join(Project, Project.id == ApiKey.project_id)
     rows = session.execute(query.where(ApiKey.deleted_at.is_(None)).order_by(ApiKey.created_at, ApiKey.id))
     return [(key, project) for key, project in rows]

@@ -1,7 +1,7 @@
-"""How often a key may ask: a bucket of requests per key, kept in the broker's server.
+"""Rate limits: a bucket of requests per API key, kept in the broker's server.
 
-One script counts, so that several web processes share one bucket and none counts twice. A server
-that does not answer limits nobody: losing the API would be worse than losing its limit.
+A script counts inside the server, so that several web processes share one bucket. If the server does not answer,
+nothing is limited, because it is better to lose the limit than the API.
 """
 
 import time
@@ -17,11 +17,11 @@ from api.core.settings import get_settings
 from api.core.singleton import singleton
 
 MINUTE = 60.0
-ANSWER_SECONDS = 0.5
-PAUSE_SECONDS = 5.0
+ANSWER_SECONDS = 0.5  # short, because every request waits for the answer
+PAUSE_SECONDS = 5.0  # for which a server that did not answer is not asked, so that only a few requests wait in vain
 
-# The bucket holds a minute's requests and is refilled evenly; all that is kept is when it will be
-# full again, in milliseconds of the server's clock. A request moves that moment by one interval.
+# The bucket holds a minute's requests and is refilled evenly. Only the time when it will be full
+# again is stored, in milliseconds of the server's clock. A request moves that time by one interval.
 _TAKE = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + clock[2] / 1000
@@ -51,7 +51,7 @@ class Limiter:
     """Buckets of `limit` requests per minute."""
 
     def __init__(self, url: str, *, limit: int) -> None:
-        # One more try without a pause: the first connection of a pool may be one that a restart cut.
+        # One more try without a pause, because a restart of the server may have closed the pooled connection.
         retry = Retry(NoBackoff(), 1)
         self._server = Redis.from_url(
             url, socket_timeout=ANSWER_SECONDS, socket_connect_timeout=ANSWER_SECONDS, retry=retry
@@ -61,7 +61,7 @@ class Limiter:
         self._asleep_until = 0.0
 
     def take(self, key_id: str) -> Allowance | None:
-        """Count one request of a key; None when the server cannot be asked, or could not a moment ago."""
+        """Count one request of a key; None if the server does not answer, or did not a few seconds ago."""
         if time.monotonic() < self._asleep_until:
             return None
         try:

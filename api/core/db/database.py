@@ -1,11 +1,11 @@
-"""Engine, sessions and the clock. SQLite and PostgreSQL, nothing created here: migrations do that.
+"""Engines, sessions and the clock, for SQLite and PostgreSQL. Migrations create the tables.
 
-SQLite runs in WAL mode and starts every writing transaction with BEGIN IMMEDIATE: one that reads
+SQLite runs in WAL mode and starts every writing transaction with BEGIN IMMEDIATE, because one that reads
 first and writes later would otherwise fail with "database is locked" instead of waiting. Sessions
-for reading (`read_only=True`) start plainly and never wait for a writer.
+for reading (`read_only=True`) use BEGIN and never wait for a writer.
 
-Every wait has an end (docs/decisions/0038): for a connection, for a lock, for a statement, and for a server that has
-fallen silent.
+Every wait has an end (docs/decisions/0038): for a connection, for a lock, for a statement, and for a server that does
+not answer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ from api.core.resilience.breaker import Breaker
 from api.core.settings import get_settings
 from api.core.singleton import singleton
 
-# No transaction is begun around a statement, and none is ended after it.
+# No transaction around a statement, because beginning and ending one takes longer than a short statement.
 _PLAIN: dict[str, Any] = {
     "isolation_level": "AUTOCOMMIT",
     "skip_autocommit_rollback": True,
@@ -51,14 +51,14 @@ _PLAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Waits:
-    """Seconds that this process waits for a connection of its pool, and then for the lock of another's transaction."""
+    """Seconds that this process waits for a connection of its pool, and for a lock that another transaction holds."""
 
     connection: float
     lock: float
 
 
-LONG_WAITS = Waits(connection=30.0, lock=30.0)  # a worker that gave up would only try again
-SHORT_WAITS = Waits(connection=2.0, lock=2.5)  # a client is answered within five seconds
+LONG_WAITS = Waits(connection=30.0, lock=30.0)  # long, because a worker that gave up would only try again
+SHORT_WAITS = Waits(connection=2.0, lock=2.5)  # short, so that a client is answered within five seconds
 _STATEMENT_SECONDS = 60
 
 
@@ -113,7 +113,7 @@ def make_engine(url: str, *, read_only: bool = False, plain: bool = False, waits
 
     Args:
         read_only: matters to SQLite alone.
-        plain: for statements that read and stand alone: no transaction, and no look at the connection before.
+        plain: for single statements that only read: no transaction, and no check of the connection before it.
     """
     if make_url(url).get_backend_name() == "sqlite":
         return _sqlite(url, waits, read_only=read_only, plain=plain)
@@ -121,8 +121,8 @@ def make_engine(url: str, *, read_only: bool = False, plain: bool = False, waits
 
 
 def _postgresql(url: str, waits: Waits, *, plain: bool) -> Engine:
-    # A process that is frozen in the middle of a transaction holds its rows no longer than a minute; no
-    # transaction is open during slow work.
+    # The first limit is so that a process which freezes inside a transaction locks its rows for a minute at most.
+    # None of our transactions is open during slow work, so it does not cut one that makes progress.
     limits = {
         "idle_in_transaction_session_timeout": 60.0,
         "statement_timeout": _STATEMENT_SECONDS,
@@ -136,7 +136,7 @@ def _postgresql(url: str, waits: Waits, *, plain: bool) -> Engine:
         max_overflow=10 if plain else 30,
         pool_timeout=waits.connection,
         connect_args={**postgres.PARAMETERS, "options": options},
-        # What a statement carried (labels, digests of keys) would else stand in logged errors.
+        # Otherwise logged errors would show the parameters of statements, such as labels and digests of keys.
         hide_parameters=True,
         **(_PLAIN if plain else {}),
     )
@@ -148,8 +148,8 @@ def _postgresql(url: str, waits: Waits, *, plain: bool) -> Engine:
 
 
 def _sqlite(url: str, waits: Waits, *, read_only: bool, plain: bool) -> Engine:
-    # One writing connection per process: its writers then wait in the pool, in turn and at once
-    # awake, where SQLite's own waiting sleeps up to 100 ms a try. Readers never wait for a writer.
+    # One writing connection per process: its writers wait in the pool, in order, and wake at once, because
+    # SQLite's own waiting sleeps up to 100 ms between two tries. Readers never wait for a writer.
     pool = {"pool_size": 20, "max_overflow": 20} if read_only else {"pool_size": 1, "max_overflow": 0}
     engine = create_engine(
         url,
@@ -169,8 +169,8 @@ def _sqlite(url: str, waits: Waits, *, read_only: bool, plain: bool) -> Engine:
 
 
 def _sqlite_connect(connection: Any, _record: object) -> None:
-    # FULL: what a caller was told to be accepted survives a power cut, not only a crash of ours.
-    # secure_delete: what is deleted is overwritten with zeros, not only forgotten.
+    # FULL: so that an accepted job survives a power cut, and not only a crash of ours.
+    # secure_delete: deleted rows are overwritten with zeros, because they may quote training data.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
@@ -182,7 +182,7 @@ class _Process:
 
 
 def use_short_waits() -> None:
-    """This process answers clients, who are not to wait for locks. To be said before its first session."""
+    """Wait only briefly in this process, because clients wait for its answers. Call this before its first session."""
     _Process.waits = SHORT_WAITS
 
 
@@ -201,7 +201,7 @@ def get_reader() -> Engine:
 
 @singleton
 def get_plain_engine() -> Engine:
-    """The engine for statements that read and stand alone (`find_alone`)."""
+    """The engine for single statements that only read (`find_row`)."""
     return make_engine(get_settings().database(), read_only=True, plain=True, waits=_Process.waits)
 
 
@@ -212,9 +212,9 @@ def get_sessions() -> sessionmaker[Session]:
 
 
 def cut_write_ahead_log() -> None:
-    """SQLite's log keeps pages as they were until it is written over: bring it into the database and cut it to nothing.
+    """Write SQLite's log into the database file and truncate it, because the log still holds pages with deleted rows.
 
-    Where readers or a writer are in the way it does less; it is called again. Nothing happens on PostgreSQL.
+    If readers or a writer are active it does less, and the next call does the rest. PostgreSQL needs nothing.
     """
     engine = get_reader()
     if engine.dialect.name != "sqlite":
@@ -222,7 +222,7 @@ def cut_write_ahead_log() -> None:
     connection = engine.raw_connection()
     cursor = connection.cursor()
     try:
-        cursor.execute("PRAGMA busy_timeout=100")  # writers wait as long as this waits for readers
+        cursor.execute("PRAGMA busy_timeout=100")  # short, because writers wait for as long as this waits for readers
         cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         cursor.execute(f"PRAGMA busy_timeout={round(_Process.waits.lock * 1000)}")
@@ -237,25 +237,28 @@ def session_scope(*, read_only: bool = False) -> Iterator[Session]:
         yield session
 
 
-def find_alone(statement: Select[Any], values: Mapping[str, Any]) -> Row[Any] | None:
-    """The one row that a statement finds, if there is one, without the transaction and the look at the connection
-    around it, which cost more than such a statement. Where the connection was dead, it is asked again on a new one."""
+def find_row(statement: Select[Any], values: Mapping[str, Any]) -> Row[Any] | None:
+    """The one row that a statement finds, or None.
+
+    There is no transaction and no check of the connection around it, because both cost more than such a statement. If
+    the connection turns out to be dead, the statement is run again on a new one.
+    """
     try:
-        return _find_alone(statement, values)
+        return _find_row(statement, values)
     except DBAPIError as error:
         if not error.connection_invalidated:
             raise
-        return _find_alone(statement, values)
+        return _find_row(statement, values)
 
 
-def _find_alone(statement: Select[Any], values: Mapping[str, Any]) -> Row[Any] | None:
+def _find_row(statement: Select[Any], values: Mapping[str, Any]) -> Row[Any] | None:
     with plain_connection() as connection:
         return connection.execute(statement, values).one_or_none()
 
 
 @contextmanager
 def plain_connection() -> Iterator[Connection]:
-    """A connection for statements that stand alone; each is its own transaction."""
+    """A connection for single statements, each of which is its own transaction."""
     with get_plain_engine().connect() as connection:
         yield connection
 

@@ -72,9 +72,10 @@ def _refuse_newer(engine: Engine) -> None:
 
 @contextmanager
 def _tables_replaceable(connection: Connection) -> Iterator[None]:
-    """SQLite changes a constraint by writing the table anew, and does not drop one whose rows are referred to.
+    """Allow a migration to replace tables in SQLite, which refuses to drop a table that other rows refer to.
 
-    Its switch for that works between transactions only, hence the driver's own connection.
+    SQLite changes a constraint by rebuilding the table. The switch that allows it works only outside a transaction,
+    so it is set on the driver's own connection.
     """
     if connection.dialect.name != "sqlite":
         yield
@@ -84,7 +85,9 @@ def _tables_replaceable(connection: Connection) -> Iterator[None]:
     driver.execute("PRAGMA foreign_keys=OFF")
     try:
         yield
-        assert not driver.execute("PRAGMA foreign_key_check").fetchall(), "a migration left rows that point at nothing"
+        assert not driver.execute("PRAGMA foreign_key_check").fetchall(), (
+            "a migration left rows whose foreign keys refer to no row"
+        )
     finally:
         driver.execute("PRAGMA foreign_keys=ON")
 

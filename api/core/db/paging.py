@@ -1,7 +1,6 @@
-"""Keyset pages: total order by (time, id), so that new rows never shift a later page.
+"""Keyset pages in the order (time, id), so that new rows never shift a later page.
 
-A cursor is a row's position, not the row's existence: rows that a caller deletes stay as
-tombstones, and `after` works on them.
+A cursor stays valid when its row is deleted, because deleted rows stay in the table and are only marked.
 """
 
 from collections.abc import Sequence
@@ -47,10 +46,10 @@ def order_after(
     descending: bool = True,
     position: Sequence[Any] | None = None,
 ) -> Query:
-    """`query` in order, from behind the row `after` on.
+    """`query` in order, starting behind the row `after`.
 
     Args:
-        place: the columns that say where a row of `query` stands; the time and the id of `table` without.
+        position: the columns that order the rows of `query`; None = the time and the id of `table`.
 
     Raises:
         InvalidValue: `after` is no row of this project.
@@ -70,11 +69,11 @@ def split_page(rows: Sequence[Found], limit: int) -> tuple[Sequence[Found], bool
 
 
 def unknown_cursor(after: str) -> InvalidValue:
-    """The refusal for a cursor that is malformed or somebody else's."""
+    """The error for a cursor that is malformed or belongs to another project."""
     return InvalidValue(f"after: {after!r} is no position in this list.", code="invalid_value", param="after")
 
 
 def _beyond(position: Sequence[Any], cursor: R, *, descending: bool) -> ColumnElement[bool]:
-    # Compared as pairs, which databases look up in an index; `a OR (b AND c)` is gone through from the start.
+    # Compared as pairs, because databases look these up in an index; for `a OR (b AND c)` they read from the start.
     here, there = tuple_(*position), (cursor.created_at, cursor.id)
     return here < there if descending else here > there

@@ -1,7 +1,7 @@
-"""A connection to PostgreSQL that does not wait for a server which has fallen silent.
+"""A connection to PostgreSQL that gives up when the server stops answering.
 
-The server's own timeouts do not run while it is frozen, and TCP's do not either: the kernel goes on acknowledging. So
-the driver's waiting, through which every statement, commit and ping goes, is watched from here.
+The server's own timeouts do not run while it is frozen, and TCP's do not either, because the kernel still acknowledges
+what it receives. So this module watches the driver's `wait`, which every statement, commit and ping uses.
 """
 
 from collections.abc import Generator
@@ -15,10 +15,10 @@ from api.core.resilience.breaker import Breaker
 
 Result = TypeVar("Result")
 
-LOOK_TIMEOUT = 4  # seconds until a look gives up its connection and another begins
+PROBE_TIMEOUT = 4  # seconds after which a probe gives up its connection, so that the next one can begin
 PARAMETERS: dict[str, Any] = {
     "connect_timeout": 3,
-    # A peer that acknowledges nothing, or a network that carries nothing: milliseconds, and seconds.
+    # For a host or a network that is gone. The first is in milliseconds, the others are in seconds.
     "tcp_user_timeout": 15_000,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -27,16 +27,16 @@ PARAMETERS: dict[str, Any] = {
 
 
 class DatabaseSilent(psycopg.OperationalError):
-    """The database does not say anything; the connection is given up."""
+    """The database does not answer; the connection was given up."""
 
     def __init__(
-        self, message: str = "the database is silent; nobody waits until it answers again", **more: Any
+        self, message: str = "the database does not answer; nothing waits for it until it answers again", **more: Any
     ) -> None:
         super().__init__(message, **more)
 
 
 class Connection(psycopg.Connection[Any]):
-    """psycopg's connection, given up while `breaker` is open: a class of its own per breaker (`watched_by`)."""
+    """psycopg's connection, given up while `breaker` is open. Each breaker has its own class (`connection_class`)."""
 
     breaker: ClassVar[Breaker]
 
@@ -48,17 +48,17 @@ class Connection(psycopg.Connection[Any]):
         """Wait for the server, as psycopg does.
 
         Raises:
-            DatabaseSilent: it says nothing, to us and to a look that was taken meanwhile.
+            DatabaseSilent: it answered neither this connection nor the probe that was made meanwhile.
         """
         try:
             return super().wait(_watched(gen, self.breaker), interval, timeout)
         except DatabaseSilent:
-            self.close()  # in the middle of a statement it is good for nothing; the pool makes a new one
+            self.close()  # it is in the middle of a statement and cannot be used again; the pool makes a new one
             raise
 
 
 def connection_class(breaker: Breaker) -> type[Connection]:
-    """Connections that are given up while `breaker` is open, and that tell it when they hear nothing."""
+    """A class of connections that give up while `breaker` is open, and that report to it when no answer comes."""
 
     class WatchedConnection(Connection):
         pass
@@ -68,17 +68,17 @@ def connection_class(breaker: Breaker) -> type[Connection]:
 
 
 def _watched(gen: Generator[Any, Any, Result], breaker: Breaker) -> Generator[Any, Any, Result]:
-    heard = breaker.clock()
+    last_answer = breaker.clock()
     try:
         _refuse_if_open(breaker)
         wanted = next(gen)
         while True:
             ready = yield wanted
-            if ready == READY_NONE:  # psycopg tells its generators every `interval` that nothing came
+            if ready == READY_NONE:  # psycopg resumes the generator every `interval` even if nothing arrived
                 _refuse_if_open(breaker)
-                breaker.report_silence(heard)
+                breaker.report_silence(last_answer)
             else:
-                heard = breaker.clock()
+                last_answer = breaker.clock()
             wanted = gen.send(ready)
     except StopIteration as end:
         return cast(Result, end.value)
@@ -90,7 +90,7 @@ def _refuse_if_open(breaker: Breaker) -> None:
 
 
 def probe(*arguments: Any, **parameters: Any) -> None:
-    """Connect and ask for a number; an error is an answer, too, and raised."""
-    given = {**parameters, "connect_timeout": LOOK_TIMEOUT, "autocommit": True}
+    """Connect and run `SELECT 1`. An error is raised, and counts as an answer, too."""
+    given = {**parameters, "connect_timeout": PROBE_TIMEOUT, "autocommit": True}
     with psycopg.connect(*arguments, **given) as connection:
         connection.execute("SELECT 1")

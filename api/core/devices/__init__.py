@@ -1,4 +1,4 @@
-"""What a run computes on and finds there: GPUs of a slot, its program and environment, an examination.
+"""What a run computes on: the GPUs of a slot, the run's command and environment, and an examination of the machine.
 
 Knows no database.
 """

@@ -1,7 +1,7 @@
-"""What a worker's runs compute on: GPUs, of which each slot has its own, or the processor; and why it takes no job.
+"""What a worker's runs compute on (GPUs of its own for each slot, or the processor), and why a worker takes no job.
 
-`LORAINIT_WORKER_DEVICE` says which, and a worker decides once, when it starts: one whose GPU goes away later takes no
-job, instead of going on with the processor. Why: docs/decisions/0060.
+`LORAINIT_WORKER_DEVICE` sets it. A worker decides once, when it starts: if its GPU disappears later, it takes no more
+jobs and does not go on with the processor. The reasons are in docs/decisions/0060.
 """
 
 import threading
@@ -23,9 +23,9 @@ log = get_logger(__name__)
 
 @singleton
 def device() -> Device:
-    """What this worker's runs compute on. First asked before its processes are forked, so that all have one answer.
+    """What this worker's runs compute on. Called before its processes are forked, so that all have the same answer.
 
-    A driver that hangs is one of a machine with GPUs.
+    A driver that does not answer counts as a GPU, because only a machine with GPUs has one.
     """
     hangs, wanted = find_silence(), get_settings().worker_device
     if wanted != "auto":
@@ -41,7 +41,7 @@ def list_gpus() -> list[str]:
 def gpus_of_slot(slot: int, slots: int) -> str | None:
     """`CUDA_VISIBLE_DEVICES` of a slot's runs; None leaves the environment as it is.
 
-    The worker's GPUs are dealt out evenly, so that a job for two devices finds them where each slot has two.
+    The GPUs are shared out evenly, so that each slot has as many as a job may ask for (`_too_few`).
     """
     if device() == "cpu":
         return ""
@@ -53,12 +53,12 @@ def gpus_of_slot(slot: int, slots: int) -> str | None:
 
 
 def served_queues() -> tuple[str, ...]:
-    """Those that it takes jobs from: no job that asks for a GPU lands on the processor, nor the reverse."""
+    """The queues that this worker takes jobs from, without the queue of the device that it does not use."""
     return tuple(name for name in get_settings().queues() if name != _OTHER[device()])
 
 
 def may_take_a_job(slots: int) -> bool:
-    """False where there is `trouble`, which the log tells."""
+    """Whether this worker has no problem (`find_problem`). A problem is logged."""
     why = find_problem(slots)
     if why:
         log.error("no job is taken", reason=why)
@@ -66,7 +66,7 @@ def may_take_a_job(slots: int) -> bool:
 
 
 def find_problem(slots: int) -> str | None:
-    """Why no slot takes a job: its GPUs cannot be used, slots would share one or have too few, or no queue is left."""
+    """Why no slot takes a job: GPUs that cannot be used, too few of them for the slots, or no queue that is left."""
     if why := _no_queue():
         return why
     if device() == "cpu":
@@ -75,7 +75,7 @@ def find_problem(slots: int) -> str | None:
 
 
 def find_silence() -> str | None:
-    """That the NVIDIA driver does not answer, in a sentence; None where it does, or where nobody asks it."""
+    """A sentence if the NVIDIA driver does not answer; None if it does, or if this worker uses no GPU."""
     is_asked = get_settings().worker_device != "cpu" and gpus.may_be_used()
     return _driver().silence() if is_asked else None
 
@@ -110,7 +110,7 @@ def _too_many(slots: int) -> str | None:
 
 
 def _too_few(slots: int) -> str | None:
-    """A job for several devices that a slot without them took would only fail there."""
+    """Why a slot has too few GPUs: it would take jobs for several devices, and they would fail."""
     share, promised = len(list_gpus()) // slots, get_settings().devices_per_job
     if promised > 1 and _has_instances():
         return (
@@ -126,7 +126,7 @@ def _too_few(slots: int) -> str | None:
 
 
 def _has_instances() -> bool:
-    """Whether a GPU is divided: CUDA takes an instance of it under the GPU's number or identity, too."""
+    """Whether a GPU is divided. Its name may not show that, because CUDA also accepts the whole GPU's name."""
     named = list_gpus()
     if any(name.upper().startswith("MIG-") for name in named):
         return True
@@ -137,7 +137,7 @@ def _has_instances() -> bool:
 
 
 class _Driver:
-    """What the driver lists, and that it hangs: an answer is kept, and silence is until it is asked again."""
+    """Asks the NVIDIA driver for its GPUs and keeps the answer. If none came, it asks again after a minute."""
 
     def __init__(self) -> None:
         self.listed: list[driver.Gpu] | None = None
@@ -146,7 +146,7 @@ class _Driver:
         self._ask_at = 0.0  # on the monotonic clock
 
     def silence(self) -> str | None:
-        """That it did not answer when it was asked last. The first to ask after a restart makes GPUs appear in /dev."""
+        """Why the driver did not answer the last time, or None. Asking also makes GPUs appear in /dev after a boot."""
         if not self._has_answered and time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + AGAIN_SECONDS
             if self._silence is None:
@@ -170,6 +170,6 @@ def _driver() -> _Driver:
 
 
 def forget() -> None:
-    """Decide anew, and ask the driver anew."""
+    """Forget the decision and the driver's answer."""
     device.cache_clear()
     _driver.cache_clear()

@@ -1,6 +1,6 @@
-"""What a run would find on this machine, asked of a process of its own: this one loads no torch.
+"""Examines this machine as a run would see it, in another process, because this one loads no torch.
 
-The worker asks before it gives a GPU that has failed another job, and `lorainit doctor` asks for a person.
+The worker does it before it uses a GPU again that has failed, and `lorainit doctor` does it for a person.
 """
 
 import json
@@ -14,7 +14,7 @@ ANSWER_SECONDS = 300.0  # torch may have to be read from a slow disk, and CUDA s
 
 
 class Unanswered(Exception):
-    """A run could not even begin here; the message is a sentence."""
+    """The examination did not start or did not end; the message is a sentence."""
 
 
 def examine(names: str | None, *, is_cancelled: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -22,10 +22,10 @@ def examine(names: str | None, *, is_cancelled: Callable[[], bool] = lambda: Fal
 
     Args:
         names: as for `environment_of_runs`.
-        is_unwanted: asked several times a second; if it says so, the examination ends.
+        is_unwanted: called several times a second; the examination ends when it returns True.
 
     Raises:
-        Unanswered: it could not begin, or nothing was found within `ANSWER_SECONDS`.
+        Unanswered: it did not start, or did not end within `ANSWER_SECONDS`.
     """
     answer = run_command(
         [*PROGRAM, "doctor", "--json"],
@@ -38,7 +38,9 @@ def examine(names: str | None, *, is_cancelled: Callable[[], bool] = lambda: Fal
             f"The examination of this machine has not ended after {ANSWER_SECONDS:.0f} seconds; a GPU may hang."
         )
     if answer.returncode:
-        *_, last = answer.errors.strip().splitlines() or ["A run cannot start here."]  # of a traceback, what it says
+        *_, last = answer.errors.strip().splitlines() or [
+            "A run cannot start here."
+        ]  # the last line of a traceback has the message
         raise Unanswered(last[:300])
     found: dict[str, Any] = json.loads(answer.output)
     return found

@@ -1,4 +1,4 @@
-"""The program of a run, and what it finds in its environment."""
+"""The command of a run, and its environment variables."""
 
 import os
 import sys
@@ -11,13 +11,13 @@ PROGRAM = (sys.executable, "-m", "lorainit")
 
 
 def without_secrets() -> dict[str, str]:
-    """What a child that reads what others wrote may know: no settings of the service, so none of its secrets."""
+    """The environment for a child that reads users' files: without the service's settings, which hold its secrets."""
     hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_", "OTEL_")
     return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
 
 
 def environment_of_runs(names: str | None) -> dict[str, str]:
-    """What a run finds in its environment.
+    """The environment variables of a run.
 
     Args:
         names: the only GPUs that it sees, by their names in CUDA; None = as this process.

@@ -1,4 +1,4 @@
-"""Uploaded files: rows about them (`files`), their bytes (`storage`), space on disk, quotas, and checks of their rows.
+"""Uploaded files: their rows (`files`), their bytes (`storage`), disk space, quotas, and the checks of their content.
 
 Knows no jobs.
 """

@@ -1,6 +1,6 @@
-"""Room on the volumes of this host that are really written to, and errors that say there is none.
+"""Free space on the volumes that this host writes to, and whether an error means that a disk is full.
 
-A bucket is not a volume: it has no figure to ask for, and says itself when it is full.
+A bucket is not a volume, because its free space cannot be asked for. It returns an error when it is full.
 """
 
 import errno
@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 from api.core.settings import Settings
 
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-# As text only: from the object store's library (Rust), SQLite, PostgreSQL, safetensors.
+# These report it only as text: the object store's library (Rust), SQLite, PostgreSQL, safetensors.
 FULL_MESSAGES = (
     "No space left on device",
     "Disk quota exceeded",
@@ -47,11 +47,11 @@ class Volume:
 
     @property
     def device(self) -> int:
-        """Equal for folders that share their room."""
+        """The number of the disk: equal for folders that share its space."""
         return _existing(self.path).stat().st_dev
 
     def probe(self) -> None:
-        """Write a block through to the disk and remove it: a quota or a read-only mount shows only so.
+        """Write a block to the disk and remove it, because only a write shows a quota or a read-only mount.
 
         Raises:
             OSError: it cannot be written.
@@ -122,5 +122,5 @@ def _known(*volumes: Volume | None) -> Iterator[Volume]:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above that is there: it lies on the volume that `path` will."""
+    """The nearest parent folder that exists, because `path` will be on the same volume."""
     return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,6 +1,6 @@
-"""Files: bytes in storage and a row about them. Upload first, row after.
+"""Files: bytes in storage and a row about them. The bytes are stored first, so that no row is without its bytes.
 
-A deleted file keeps its row as a tombstone. A file is in use while an open job needs it, or while
+A deleted file keeps its row, marked as deleted. A file is in use while an open job needs it, or while
 it holds the bytes of a model.
 """
 
@@ -28,13 +28,13 @@ from api.core.ids import new_id
 from api.core.settings import get_settings
 
 UPLOADABLE = ("fine-tune", "evals", "user_data")
-PAGE_PROBLEMS = 2000  # that the checks of a page's files found: some hundred bytes each, and 5 KB of the worst
+PAGE_PROBLEMS = 2000  # on a page, so that an answer stays small: most have some hundred bytes, the longest 5 KB
 _BATCH = 100  # rows of a page read at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Bytes that lie in storage and have no row yet."""
+    """Bytes that are in storage and have no row yet."""
 
     file_id: str
     storage_key: str
@@ -47,7 +47,7 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
 
     Raises:
         TooLarge: there are more than `limit` bytes; nothing is kept.
-        StorageFull: they do not fit, or would leave less than the floor; nothing is kept.
+        StorageFull: they do not fit, or would leave less than `min_free_bytes`; nothing is kept.
         Unavailable: storage cannot be written to.
     """
     _require_disk_space(source)
@@ -67,7 +67,7 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
     try:
         storage.put(key, chunks())
     except BaseException as error:
-        with suppress(StoreError):  # what cannot be written to may not delete either
+        with suppress(StoreError):  # storage that refuses to write may refuse to delete, too
             storage.delete(key)
         if disk.is_full(error):
             raise disk_full() from error
@@ -84,11 +84,11 @@ def too_large(limit: int) -> TooLarge:
 
 def disk_full() -> StorageFull:
     """The refusal when a disk of the server is full."""
-    return StorageFull("The server has no room for this file.", code="insufficient_storage")
+    return StorageFull("The server has too little disk space for this file.", code="insufficient_storage")
 
 
 def _require_disk_space(source: BinaryIO) -> None:
-    """Leave the floor alone: the database and running jobs write to these disks too."""
+    """Keep `min_free_bytes` free, because the database and running jobs write to the same disk."""
     settings = get_settings()
     volume = disk.storage_volume(settings)
     size = source.seek(0, os.SEEK_END)
@@ -99,12 +99,12 @@ def _require_disk_space(source: BinaryIO) -> None:
 
 @contextmanager
 def removed_on_error(session: Session, storage: Storage, stored: Stored) -> Iterator[None]:
-    """Take the bytes back when their row could not be written. What `session` did not commit is rolled back before."""
+    """Delete the bytes if the block fails, so that none stay without a row. `session` is rolled back first."""
     try:
         yield
     except BaseException:
         session.close()
-        with suppress(StoreError):  # an orphan, which the reconciler removes
+        with suppress(StoreError):  # then they are an orphan, which the reconciler removes
             storage.delete(stored.storage_key)
         raise
 
@@ -152,7 +152,7 @@ def find_readable(session: Session, project_id: str, file_id: str) -> File:
 
 
 def read(storage: Storage, file: File, *, start: int, end: int) -> bytes:
-    """The bytes [start, end) of a file; at least one, and `BLOCK` at most, if any are asked for.
+    """The first of the bytes [start, end) of a file: `BLOCK` at most, and at least one unless the range is empty.
 
     Raises:
         NotFound: storage does not have the bytes.
@@ -199,7 +199,7 @@ def page(
 ) -> tuple[Sequence[File], bool]:
     """Files of a project by time of upload; True when there are more.
 
-    What their checks found may be much, so a page ends early, too: when it has `PAGE_PROBLEMS` faults and warnings.
+    A page ends early when its files have more than `PAGE_PROBLEMS` errors and warnings, because each is in the answer.
     """
     query = select(File).where(File.project_id == project_id, File.deleted_at.is_(None))
     if purpose is not None:
@@ -240,17 +240,17 @@ def delete(session: Session, attempt: RequestIdentity, file_id: str) -> str | No
 
 
 def mark_deleted(session: Session, file: File, *, by: str | None = None) -> None:
-    """Mark a file deleted. What its check said goes at once, since it quotes rows; `retention` clears its bytes."""
+    """Mark a file deleted. Its report is deleted now, because it quotes rows; `retention` removes the bytes."""
     file.deleted_at, file.deleted_by = now(session), by
     file.validation = file.status_details = None
 
 
 def find_existing(session: Session, wanted: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Those of these (project, SHA-256) of which the project has a file that is not deleted."""
+    """The pairs (project, SHA-256) for which the project has a file that is not deleted."""
     found = set[tuple[str, str]]()
     rest = iter(sorted(wanted))
-    while batch := list(islice(rest, 500)):
-        projects, digests = ({pair[place] for pair in batch} for place in (0, 1))
+    while batch := list(islice(rest, 500)):  # in parts, because databases limit the parameters of a statement
+        projects, digests = ({pair[index] for pair in batch} for index in (0, 1))
         query = select(File.project_id, File.sha256).where(File.project_id.in_(projects), File.sha256.in_(digests))
         found |= {(owner, sha256) for owner, sha256 in session.execute(query.where(File.deleted_at.is_(None)))}
     return found & set(wanted)

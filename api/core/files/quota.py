@@ -10,7 +10,7 @@ from api.core.settings import get_settings
 
 
 def require_quota(session: Session, project_id: str, *, adding: int) -> None:
-    """Refuse one more file of `adding` bytes where the project has no room for it.
+    """Refuse one more file of `adding` bytes if it exceeds the project's quota.
 
     Raises:
         QuotaExceeded: its bytes or its files are used up.
@@ -31,7 +31,7 @@ def require_quota(session: Session, project_id: str, *, adding: int) -> None:
 
 
 def reserve_quota(session: Session, project_id: str, *, adding: int) -> None:
-    """Like `require_room`, and what other requests add until the commit waits and is counted.
+    """Like `require_quota`, and lock the project until the commit, so that parallel uploads cannot exceed it together.
 
     Raises:
         QuotaExceeded: its bytes or its files are used up.

@@ -1,6 +1,6 @@
 """Bytes: a folder or a bucket, chosen by one URL. Keys are made by us, never by a caller.
 
-Everything streams: a 10 GB adapter costs a few megabytes of memory. Nobody waits for a store that has fallen silent
+Everything streams, so a 10 GB adapter needs a few megabytes of memory. Calls give up when the store stops answering
 (`BreakerStorage`).
 """
 
@@ -25,13 +25,13 @@ from api.core.singleton import singleton
 Result = TypeVar("Result")
 
 CHUNK = 1 << 20
-BLOCK = 8 * CHUNK  # that a bucket is asked for at once, at most
+BLOCK = 8 * CHUNK  # the most that one request asks of a bucket
 CONNECT_SECONDS = 3
 REQUEST_SECONDS = 60  # one request to a bucket, which carries some megabytes at most
-RETRY_SECONDS = 20  # after which what failed is not tried again here
-LOOK_SECONDS = 4  # a look gives up
-TICK_SECONDS = 0.1  # between two looks at the breaker while a call is under way
-PROBE = "probe/ready-"  # how the keys of `Storage.probe` begin; a process that is killed meanwhile leaves one
+RETRY_SECONDS = 20  # after which a failed request is not repeated here
+PROBE_SECONDS = 4  # after which a probe gives up
+TICK_SECONDS = 0.1  # between two checks of the breaker during a call
+PROBE = "probe/ready-"  # how keys of `Storage.probe` begin, so that the janitor finds those of killed processes
 
 
 class StoredObject(NamedTuple):
@@ -72,10 +72,10 @@ class ObjectStorage:
 
     def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Stream [start, end)."""
-        if end is None or end - start > BLOCK:  # what lies beyond the end must not be asked for
+        if end is None or end - start > BLOCK:  # because a request beyond the end of the object is an error
             size = obstore.head(self._store, key)["size"]
             end = size if end is None else min(end, size)
-        # Ranges of a few megabytes: one connection is never held open by a slow reader.
+        # In ranges of a few megabytes, so that a slow reader does not hold a connection open.
         for offset in range(start, end, BLOCK):
             yield bytes(obstore.get_range(self._store, key, start=offset, end=min(offset + BLOCK, end)))
 
@@ -94,7 +94,7 @@ class ObjectStorage:
 
     def probe(self) -> None:
         """Write, read and delete."""
-        # A name that nobody else has: others probe the same store at the same moment.
+        # A random name, because other processes probe the same store at the same moment.
         key = f"{PROBE}{secrets.token_hex(8)}"
         obstore.put(self._store, key, b"ok")
         try:
@@ -104,24 +104,24 @@ class ObjectStorage:
 
 
 class StorageSilent(GenericError):
-    """Storage does not say anything. Whoever repeats what failed for another of its reasons may repeat this."""
+    """Storage does not answer. It is a `GenericError`, so that callers who retry after those retry after this."""
 
     def __init__(self) -> None:
-        super().__init__("storage is silent; nobody is kept waiting for it until it answers again")
+        super().__init__("storage does not answer; nothing waits for it until it answers again")
 
 
 class BreakerStorage:
     """`storage`, whose calls raise `StorageSilent` while `breaker` is open.
 
-    A call of the store cannot be interrupted. So each goes on in a thread of its own, which is left alone when the
-    store falls silent and ends by itself when it is back or the bucket's time limits are over.
+    A call of the store cannot be interrupted, so each runs in a thread of its own. When the store stops answering, the
+    caller leaves that thread alone. It ends when the store is back, or at the time limits of the bucket.
     """
 
     def __init__(self, storage: Storage, breaker: Breaker) -> None:
         self._storage, self._breaker = storage, breaker
 
     def put(self, key: str, source: BinaryIO | Path | Iterator[bytes]) -> None:
-        """Store the bytes of `source` under `key`. One that is left alone may still store them."""
+        """Store the bytes of `source` under `key`. A call that was left alone may still store them later."""
         self._within(partial(self._storage.put, key, source))
 
     def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -171,8 +171,8 @@ def make_storage(url: str, settings: Settings) -> Storage:
         return BreakerStorage(store, Breaker("storage", store.probe))
     if parts.scheme == "s3":
         bucket = ObjectStorage(_bucket(parts, settings, seconds=REQUEST_SECONDS, retries=5))
-        looked_at = ObjectStorage(_bucket(parts, settings, seconds=LOOK_SECONDS, retries=0))
-        return BreakerStorage(bucket, Breaker("storage", looked_at.probe))
+        probed = ObjectStorage(_bucket(parts, settings, seconds=PROBE_SECONDS, retries=0))
+        return BreakerStorage(bucket, Breaker("storage", probed.probe))
     raise ValueError(f"storage URL {url!r} must start with file:// or s3://")
 
 
@@ -196,9 +196,9 @@ def _bucket(parts: SplitResult, settings: Settings, *, seconds: int, retries: in
 
 
 def list_unfinished(settings: Settings, before: datetime, *, prefix: str) -> Iterator[tuple[str, Path]]:
-    """(key, file) of objects under `prefix` that somebody began to write, but wrote nothing more to since `before`.
+    """(key, file) of unfinished objects under `prefix` to which nothing was written since `before`.
 
-    In a folder a writer that is killed leaves `KEY#1`, which no listing shows. Nothing is found in a bucket, where a
+    In a folder a killed writer leaves `KEY#1`, which no listing shows. In a bucket nothing is found, because there a
     lifecycle rule ends such uploads.
     """
     parts = urlsplit(settings.storage())

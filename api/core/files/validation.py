@@ -1,9 +1,10 @@
-"""Whose file is checked next, by whom, and what came of it.
+"""Claims of checks of uploaded files: which file is next, which process checks it, and the verdict.
 
 The rows themselves are read by `worker.maintenance.row_checks`.
 
-A check is claimed like a job: by a compare-and-set that counts how often it was begun and says until when no other may
-begin it. The last claim writes the verdict; one that was taken over, or whose file was deleted, writes nothing.
+A check is claimed like a job: by a compare-and-set that counts the claims and sets the time until which no other
+process may begin one. Only the last claim writes the verdict. A claim that was taken over, or whose file was deleted,
+writes nothing.
 Nothing here commits.
 """
 
@@ -21,7 +22,7 @@ from api.core.db.tables import File, is_unchecked
 
 @dataclass(frozen=True)
 class Claim:
-    """A check that was begun: of which file, and the how-manieth it is."""
+    """A check that was begun: its file, and in `checks` its number."""
 
     file_id: str
     storage_key: str
@@ -30,14 +31,14 @@ class Claim:
 
 
 def find_waiting_projects(session: Session, *, above: int, up_to: int | None) -> list[str]:
-    """Projects with an unchecked file of this size in bytes (above < size <= up_to), who has waited longest first."""
+    """Projects with an unchecked file of this size in bytes (above < size <= up_to), the longest waiting first."""
     oldest = func.min(File.created_at)
     rows = select(File.project_id).where(*_waiting(now(session), above, up_to)).group_by(File.project_id)
     return list(session.scalars(rows.order_by(oldest, File.project_id)))
 
 
 def claim(session: Session, project_id: str, *, above: int, up_to: int | None, seconds: float) -> Claim | None:
-    """Begin to check a project's oldest unchecked file of this size; None if somebody else was faster."""
+    """Begin to check a project's oldest unchecked file of this size; None if another process was faster."""
     at = now(session)
     wanted = select(File).where(File.project_id == project_id, *_waiting(at, above, up_to))
     file = session.scalar(wanted.order_by(File.created_at, File.id).limit(1))
@@ -54,13 +55,13 @@ def renew(session: Session, claim: Claim, *, seconds: float) -> bool:
 
 
 def release(session: Session, claim: Claim, *, seconds: float, counts: bool) -> None:
-    """Release the file, to be checked again in `seconds` at the earliest. `counts`: as an attempt."""
+    """Release the file, to be checked again in `seconds` at the earliest. `counts`: this was an attempt."""
     until = now(session) + timedelta(seconds=seconds)
     _set(session, claim, {"check_until": until, "checks": claim.checks - (not counts)}, _ours(claim))
 
 
 def record_verdict(session: Session, claim: Claim, columns: Mapping[str, object]) -> bool:
-    """Write the verdict, unless the check is somebody else's by now or the file was deleted."""
+    """Write the verdict, unless another process has taken over or the file was deleted."""
     return _set(session, claim, columns, _ours(claim))
 
 
@@ -71,8 +72,8 @@ def unusable_verdict(why: str) -> dict[str, object]:
 
 def unclaimed_conditions(at: datetime | ColumnElement[datetime]) -> list[ColumnElement[bool]]:
     """True of files that wait for a check at that time, of whatever size."""
-    in_peace = or_(File.check_until.is_(None), File.check_until <= at)
-    return [is_unchecked(), File.deleted_at.is_(None), in_peace]
+    unclaimed = or_(File.check_until.is_(None), File.check_until <= at)
+    return [is_unchecked(), File.deleted_at.is_(None), unclaimed]
 
 
 def _waiting(at: datetime, above: int, up_to: int | None) -> list[ColumnElement[bool]]:
@@ -85,7 +86,7 @@ def _ours(claim: Claim) -> ColumnElement[bool]:
 
 
 def _set(session: Session, claim: Claim, values: Mapping[str, Any], expected: ColumnElement[bool]) -> bool:
-    """The compare-and-set of this module: one row, or somebody else was there."""
+    """The compare-and-set of this module; False if another process was faster."""
     still = (File.id == claim.file_id, File.status == "uploaded", File.deleted_at.is_(None), expected)
     changed = update(File).where(*still).values(**values).execution_options(synchronize_session=False)
     return session.execute(changed).rowcount == 1  # type: ignore[attr-defined,no-any-return]

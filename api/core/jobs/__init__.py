@@ -1,4 +1,4 @@
-"""The life of a job, from the order (`submit`) to what it leaves behind (`results`).
+"""The life of a job, from the request (`submit`) to its adapter and checkpoints (`results`).
 
 A status changes in `transitions` and nowhere else; `jobs` and `pauses` give the changes their names.
 """

@@ -1,7 +1,7 @@
-"""From `validating_files` to `queued`: are the files good, and what do the autos become?
+"""From `validating_files` to `queued`: checks the files of a job and resolves its "auto" values.
 
-`consider` is called by the web process right after it accepted a job whose files are known, and by
-the reconciler for all others. Nothing here commits.
+The web process calls `consider` right after it accepted a job, because most files are checked by then. The
+reconciler calls it for all others. Nothing here commits.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def waiting(session: Session, *, limit: int = 100) -> Sequence[str]:
         select(Job.id)
         .where(
             has_status(Job, "validating_files"),
-            Job.finished_at.is_(None),  # as the index says it
+            Job.finished_at.is_(None),  # so that the partial index is used
             Job.training_file_id.not_in(unchecked),
             or_(Job.validation_file_id.is_(None), Job.validation_file_id.not_in(unchecked)),
             or_(Job.calibration_file_id.is_(None), Job.calibration_file_id.not_in(unchecked)),

@@ -61,7 +61,7 @@ def mark_deleted(session: Session, checkpoint: Checkpoint, *, by: str | None = N
 
 
 def mark_all_deleted(session: Session, job_id: str) -> None:
-    """`bury` every checkpoint that a job still has."""
+    """Mark every checkpoint deleted that a job still has."""
     for checkpoint in session.scalars(_kept(job_id)).all():
         mark_deleted(session, checkpoint)
 
@@ -79,7 +79,7 @@ def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tup
 
 
 def model_name(job: Job) -> str:
-    """`ft:<base>:<org>:<suffix>:<id8>`, opaque to everyone."""
+    """`ft:<base>:<org>:<suffix>:<id8>`, as OpenAI writes it. Nothing parses it."""
     short = job.id.removeprefix("ftjob-")[:8]
     return f"ft:{job.model}:{get_settings().organization}:{job.suffix or ''}:{short}"
 

@@ -1,4 +1,4 @@
-"""What an order says that is an earlier job's answer: it may be fed back, and has to be what this order comes to."""
+"""Fields of an earlier job's answer that a request sends back. They must be true for this request, too."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,22 +20,22 @@ class EchoedFields:
 
 
 def require_matching(echoed: EchoedFields, lora: Lora, entry: Entry) -> None:
-    """Refuse what this order does not come to, rather than pass over it.
+    """Refuse values that this request does not lead to, because ignoring them would mislead the caller.
 
-    Ranks that a method spreads by its rows are known when it has seen them. Until then they have to be ranks that it
-    could spread: of layers by their full names, and not more in all than r each.
+    A method that distributes the ranks by its rows does so in the run. Until then a rank pattern only has to be
+    possible: full names of adapted layers, and no more than r for each on average.
 
     Args:
-        lora: placed on the entry.
+        lora: with its target modules resolved for the entry.
 
     Raises:
-        InvalidValue: one of the values is another one.
+        InvalidValue: one of the values differs.
     """
     modules, parameters = catalogue.size(lora, entry)
     spread = lora.method.export_rank == "per module"
     if echoed.rank_pattern and not (spread and _could_be_spread(echoed.rank_pattern, lora)):
-        why = "is found by the initialization" if spread else f"is empty for init {lora.init.method!r}"
-        raise _refusal("rank_pattern", f"{why}: it cannot be ordered; r sets the rank")
+        why = "is chosen by the initialization" if spread else f"is empty for init {lora.init.method!r}"
+        raise _refusal("rank_pattern", f"{why}: it cannot be set; r sets the rank")
     if echoed.modules not in (None, modules):
         raise _refusal("modules", f"(got {echoed.modules}) follows from target_modules, which make it {modules}")
     if not echoed.rank_pattern and echoed.trainable_parameters not in (None, parameters):

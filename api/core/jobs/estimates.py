@@ -1,7 +1,8 @@
-"""How long a run will take, from the last one like it: of its project, on the same base, with the same initialization.
+"""Estimates how long a run will take, from the last run of its project with the same base model and initialization.
 
-Before the first step nothing else would be honest: loading and initializing depend on disk and method, and a step on
-the machine. A run that goes on from a checkpoint neither gives an estimate nor gets one: its times are those of a part.
+There is no better source before the first step, because loading and initializing depend on the disk and the method,
+and a step on the machine. A run that resumes from a checkpoint gives no estimate and gets none, because its times are
+those of a part of the job.
 """
 
 from typing import Any
@@ -11,8 +12,11 @@ from sqlalchemy.orm import Session
 
 from api.core.db.tables import Job
 
-TRAINING = ("training", "evaluating")  # last longer the more there is to train on; other stages as long as they did
-_LOOKED_AT = 20  # of the project's last successes on the base; what is older tells little
+TRAINING = (
+    "training",
+    "evaluating",
+)  # scale with the trained tokens; the other stages are expected to take as long as before
+_LOOKED_AT = 20  # of the project's last successes on the base; older ones say little about the machine of today
 
 
 def estimate_seconds(session: Session, job_id: str, plan: dict[str, Any]) -> float | None:
@@ -29,7 +33,7 @@ def estimate_seconds(session: Session, job_id: str, plan: dict[str, Any]) -> flo
 
 
 def _scaled(plan: dict[str, Any] | None, progress: dict[str, Any] | None, *, tokens: float) -> float | None:
-    """What a run took, had it trained on so many tokens."""
+    """The duration of a run, scaled to so many trained tokens."""
     seconds = (progress or {}).get("stage_seconds") or {}
     training = sum(seconds.get(stage, 0.0) for stage in TRAINING)
     if not plan or not training or not _tokens(plan):

@@ -14,14 +14,14 @@ from api.core.ids import new_event_id
 from api.core.monitoring import counters
 
 Level = Literal["info", "warn", "error"]
-# What a caller is shown, as plain columns: an `Event` costs twice as much.
+# The columns that callers see. They are read as plain columns, because loading an `Event` takes twice as long.
 ShownEvent = Row[tuple[str, datetime, str, str, str, dict[str, Any], int]]
 _SHOWN = (Event.id, Event.created_at, Event.level, Event.message, Event.type, Event.data, Event.sequence)
 
 
 @dataclass(frozen=True)
 class EventDraft:
-    """What one event says. It has its id before it is written, so that a writer can ask whether it was."""
+    """The content of one event. Its id is made before it is written, so that a writer can find out whether it was."""
 
     message: str
     level: Level = "info"
@@ -46,7 +46,7 @@ def append(
 def append_all(session: Session, job_id: str, lines: Sequence[EventDraft], *, at: datetime) -> None:
     """Add events in this order. The counter's row lock orders writers, so sequences have no gap.
 
-    The caller holds the right to write: it has just changed the job's row in this transaction.
+    The caller has the right to write, because it has just changed the job's row in this transaction.
     """
     if not lines:
         return
@@ -61,7 +61,7 @@ def append_all(session: Session, job_id: str, lines: Sequence[EventDraft], *, at
 
 
 def find_written(session: Session, lines: Sequence[EventDraft]) -> set[str]:
-    """The ids of those of these events that are there."""
+    """The ids of those of these events that are in the database."""
     return set(session.scalars(select(Event.id).where(Event.id.in_([line.id for line in lines]))))
 
 
@@ -76,7 +76,7 @@ def append_status_event(
     level: Level = "info",
     **data: Any,
 ) -> None:
-    """The one event every status change has."""
+    """Append the event that every status change has."""
     payload = {"kind": "status", "status": status, "previous": previous, **data}
     append(session, job_id, message, at=at, level=level, data=payload)
     if status in FINAL_STATUSES:

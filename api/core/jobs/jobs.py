@@ -1,4 +1,4 @@
-"""Every change of a job's status. `transitions` writes them; `pauses` has two more, for people who pause and resume.
+"""All changes of a job's status. `transitions` writes them. Pausing and resuming are in `pauses`.
 
     validating_files ─► queued ─► running ─► succeeded | failed
             │ ▲         │ ▲  ▲      │ │
@@ -6,8 +6,8 @@
            paused ◄── paused ◄────────┘  a pause that was asked for
                   any state that is not final ─► cancelled;  failed ─► queued by resuming it
 
-A claim takes a new fencing token (`lease_token` + 1) and a lease. Whoever writes for a run says
-which token it holds; if no row is changed, another worker owns the job now and the run has to stop.
+A claim takes a new fencing token (`lease_token` + 1) and a lease. Every write of a run
+names its token. If no row is changed, another worker owns the job now and the run has to stop.
 Functions take a session first and never commit.
 """
 
@@ -33,7 +33,7 @@ LONGEST_WAIT_SECONDS = 300.0
 
 
 def create(session: Session, job: Job) -> Job:
-    """Insert a new job (status `validating_files`) with its first event and what it is searched by."""
+    """Insert a new job (status `validating_files`) with its first event and the rows of its metadata."""
     session.add(job)
     session.flush()
     labels.index(session, job)
@@ -73,7 +73,7 @@ def claim(
     group_size: int = 1,
     queues: Sequence[str] = (scheduling.DEFAULT_QUEUE,),
 ) -> list[Job]:
-    """Take the best job of these queues and, up to `group_size`, those that may be trained with it; best first.
+    """Claim the best job of these queues and, up to `group_size`, those that may be trained with it; best first.
 
     The message that woke the worker names a job, but which ones are taken is decided here. So the order of messages
     and duplicates do not matter. `owner` is a process that runs nothing else meanwhile.
@@ -117,7 +117,7 @@ def renew_lease(session: Session, lease: Lease, *, lease_seconds: float) -> bool
 def update_run(session: Session, lease: Lease, **values: Any) -> bool:
     """Write columns that are no status (progress, plan, init_report ...) if the run still owns the job.
 
-    Call it before any other write of a run: the row's lock keeps other workers away until the commit.
+    Call it before any other write of a run, because the row's lock keeps other workers away until the commit.
     """
     return update_row(session, lease.conditions(), values or {"lease_token": lease.token})
 
@@ -165,7 +165,7 @@ def succeed(
 
 
 def fail(session: Session, lease: Lease, failure: Failure, **values: Any) -> bool:
-    """`running` → `failed`. Such a job is never retried by itself."""
+    """`running` → `failed`. Such a job is not retried unless somebody resumes it."""
     return _fail(session, lease.conditions(), failure, **values)
 
 
@@ -182,12 +182,12 @@ def _fail(session: Session, conditions: list[Any], failure: Failure, **values: A
 
 
 def release(session: Session, lease: Lease, reason: str) -> bool:
-    """`running` → `queued` or `paused` on purpose (the worker leaves, a pause); costs the job no attempt."""
+    """`running` → `queued` or `paused` on purpose (a shutdown, a pause), so it does not count as an attempt."""
     return _requeue(session, lease, reason, attempts=Job.attempts - 1)
 
 
 def retry_alone(session: Session, lease: Lease, reason: str) -> bool:
-    """`running` → `queued` for another attempt, which is never shared with other jobs."""
+    """`running` → `queued` for another attempt alone: `groups` starts no group with a job that has run before."""
     return _requeue(session, lease, reason, then="the job will be tried again alone", level="warn")
 
 
@@ -198,7 +198,7 @@ def requeue_lost_run(session: Session, lease: Lease, how: str, *, max_attempts: 
     wait doubles each time.
 
     Args:
-        how: what happened, as the beginning of a sentence.
+        how: what happened, as the start of a sentence.
         code: what the job fails with in the end.
 
     Returns:
@@ -229,10 +229,10 @@ def find_expired_leases(session: Session) -> list[str]:
 
 
 def recover_lost_runs(session: Session, *, max_attempts: int, among: Sequence[str] | None = None) -> list[str]:
-    """Take running jobs whose lease ran out away from their workers: see `requeue_lost_run`.
+    """Requeue running jobs whose lease ran out: see `requeue_lost_run`.
 
     Args:
-        among: look at these jobs alone; None = at all.
+        among: only these jobs; None = all.
 
     Returns:
         The ids of the jobs that will be tried again.
@@ -240,6 +240,7 @@ def recover_lost_runs(session: Session, *, max_attempts: int, among: Sequence[st
     wanted = select(Job.id, Job.lease_token).where(*_lease_ran_out(session))
     if among is not None:
         wanted = wanted.where(Job.id.in_(among))
+    # Locked rows are skipped, because their run or another reconciler is writing them: not lost, or recovered already.
     rows = session.execute(wanted.with_for_update(skip_locked=True)).all()
     leases = [Lease(row.id, row.lease_token) for row in rows]
     counters.add(session, "leases_lost", len(leases))

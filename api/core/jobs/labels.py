@@ -1,7 +1,7 @@
-"""The metadata of jobs as what they are searched by: a row for each pair of a job, in the order of lists.
+"""Searching jobs by metadata: a row for each key-value pair of a job, in the order of job lists.
 
-A pair is kept as 128 bits of a digest of its project, key and value, so that a long value takes as little room in an
-index as a short one. Functions take a session first and never commit.
+A pair is stored as 128 bits of a digest of its project, key and value, so that a long value takes as little space in
+an index as a short one. Functions take a session first and never commit.
 """
 
 import hashlib
@@ -14,26 +14,26 @@ from sqlalchemy.orm import Session, aliased
 
 from api.core.db.tables import SHOWN, Job, JobLabel
 
-# To find out which pair is the rarest, none is counted further than this.
+# Pairs are counted up to this number only, because that is enough to find a rare one.
 COUNTED = 1000
 
 
 def digest(project_id: str, key: str, value: str) -> bytes:
-    """What stands for a pair of a project: the first 128 bits of a SHA-256."""
+    """The digest of a pair of a project: the first 128 bits of a SHA-256."""
     return hashlib.sha256(json.dumps([project_id, key, value]).encode()).digest()[:16]
 
 
 def index(session: Session, job: Job) -> None:
-    """Let this new job be found by its metadata."""
+    """Insert the rows by which a new job is found."""
     digests = [digest(job.project_id, key, value) for key, value in (job.labels or {}).items()]
     session.add_all(JobLabel(digest=one, created_at=job.created_at, job_id=job.id) for one in digests)
     session.flush()
 
 
 def search(session: Session, project_id: str, pairs: Mapping[str, str]) -> tuple[Select[Any], list[Any]]:
-    """What finds the jobs that have every one of these pairs, and the columns that are their place in a list.
+    """A query for the jobs that have all of these pairs, and the columns that order it.
 
-    Those with the rarest pair are gone through in order, and each is looked up among those with another.
+    It reads the jobs with the rarest pair in order, and looks each of them up among the jobs with another pair.
     """
     rarest, *others = _rarest_first(session, [digest(project_id, key, value) for key, value in pairs.items()])
     first = aliased(JobLabel)
@@ -50,7 +50,7 @@ def _rarest_first(session: Session, digests: Sequence[bytes]) -> Sequence[bytes]
         return digests
     counted = []
     for number, one in enumerate(digests):
-        # In order, so that the index is read even where a pair is so frequent that a database would take any rows.
+        # Ordered, so that the index is read; for a frequent pair a database would otherwise read the table.
         some = select(JobLabel.job_id).where(JobLabel.digest == one).order_by(JobLabel.created_at, JobLabel.job_id)
         some = some.limit(COUNTED)
         counted.append(

@@ -55,12 +55,12 @@ KEY_AND_JOB, KEY_AND_JOB_ID = _key_and_job(*SHOWN), _key_and_job(Job.id)
 
 
 def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[Key | None, tuple[Any, ...] | None]:
-    """The key of this id, deleted or not, and the job of its project, by one statement; None for what there is not.
+    """The key of this id, deleted or not, and the job of its project, in one statement; None for what does not exist.
 
-    `what` is `KEY_AND_JOB` for all that a caller is shown of a job, as a `ShownRow` has it, `KEY_AND_JOB_ID` for its
-    id alone.
+    `what` is `KEY_AND_JOB` for the columns of a `ShownRow`, or `KEY_AND_JOB_ID` for only the job's id.
     """
-    row = database.find_alone(what, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
+    # PostgreSQL would refuse an id with a NUL character, and no job has one.
+    row = database.find_row(what, {"key": key_id, "job": job_id}) if key_id and "\x00" not in job_id else None
     if row is None:
         return keys.find(key_id), None
     key, job = row[: len(keys.KEY_COLUMNS)], row[len(keys.KEY_COLUMNS) :]
@@ -93,7 +93,7 @@ def page(
 
 
 def load_views(session: Session, found: Sequence[ShownJob]) -> list[JobView]:
-    """The jobs with their positions, results and whether they can be resumed; a few queries however many jobs."""
+    """The jobs with their positions, results and whether they can be resumed, in a few queries for any number."""
     waiting = positions.find_positions(session, [job for job in found if job.status == "queued"])
     results = _results(session, [job.id for job in found if job.status == "succeeded"])
     resumable = pauses.check_resumable(session, found)

@@ -24,7 +24,8 @@ def save_steps(
 ) -> None:
     """Insert or complete the rows of these steps; an evaluation adds its numbers to the step's row.
 
-    One look and one statement for all of them. A step may come more than once.
+    All steps take one query and one statement, because a run may report thousands of steps a second. A step may occur
+    more than once.
     """
     numbers = sorted({step for step, _ in steps})
     if not numbers:
@@ -42,13 +43,13 @@ def save_steps(
 
 
 def _of_this_attempt(session: Session, job_id: str, token: int, *, first: int, last: int) -> dict[int, dict[str, Any]]:
-    """What this attempt has already said of these steps; what a lost one said of them is written over."""
+    """The numbers that this attempt has written for these steps. Those of a lost attempt are overwritten."""
     own = Metric.job_id == job_id, Metric.step.between(first, last), Metric.lease_token == token
     return {step: dict(values) for step, values in session.execute(select(Metric.step, Metric.values).where(*own))}
 
 
 def delete_after(session: Session, job_id: str, step: int) -> None:
-    """Drop what a lost attempt logged beyond the checkpoint it resumes from."""
+    """Delete the steps that a lost attempt logged after the checkpoint from which the job resumes."""
     session.execute(delete(Metric).where(Metric.job_id == job_id, Metric.step > step))
 
 
@@ -101,9 +102,9 @@ def result_file(session: Session, project_id: str, *, filename: str, key: str, s
 
 
 def attach_csv(session: Session, job_id: str, file: File | None) -> None:
-    """Make `file` the result file of an ended job that has none yet, or a deleted file if there is no such job.
+    """Make `file` the result file of an ended job. If the job has one already or is gone, mark `file` deleted.
 
-    None: the job logged nothing, and is not looked at again.
+    None: the job logged nothing, so it needs no result file.
     """
     ended = [Job.id == job_id, Job.finished_at.is_not(None)]
     if file is None:
@@ -117,6 +118,6 @@ def attach_csv(session: Session, job_id: str, file: File | None) -> None:
 
 
 def find_without_csv(session: Session, *, limit: int = 20) -> list[Job]:
-    """Ended jobs whose numbers wait to become their result file (cancelled, or their worker was lost), oldest first."""
+    """Ended jobs whose result file is not written yet (cancelled, or their worker was lost), oldest first."""
     due = select(Job).where(Job.csv_due.is_not(None))
     return list(session.scalars(due.order_by(Job.csv_due).limit(limit)))

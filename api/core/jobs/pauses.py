@@ -1,4 +1,4 @@
-"""Pausing and resuming: the two moves a person makes between the queue and the end. Nothing here commits.
+"""Pausing and resuming: the two status changes that a person makes before a job has ended. Nothing here commits.
 
 A pause of a run is a request beside the status `running` (shown as `pausing`). The worker sees it when it
 renews its lease, has the run write a checkpoint, and gives the job back; a job that was asked to pause is
@@ -65,11 +65,11 @@ def is_pause_requested(session: Session, lease: Lease) -> bool:
 
 
 def resume(session: Session, job: Job) -> Job:
-    """`paused` or `failed` → `queued`, or `validating_files` if it never got further. Others stay as they are.
+    """`paused` or `failed` → `queued`, or `validating_files` if its files were never checked. Others stay as they are.
 
     Raises:
         WrongState: the job is still pausing, has ended for good, or would only fail again.
-        QuotaExceeded: it would wait again, and as many jobs of its project as may do.
+        QuotaExceeded: it has failed, and its project has as many waiting jobs as it may.
     """
     row = lock_job(session, job)
     session.refresh(job)
@@ -83,7 +83,7 @@ def resume(session: Session, job: Job) -> Job:
     resumability = check_resumable(session, [job])[job.id]
     if not resumability.possible:
         raise WrongState(f"Job {job.id} cannot be resumed: {resumability.reason}.", code="job_not_resumable")
-    if row.status == "failed":  # one that is paused is among those that wait
+    if row.status == "failed":  # a paused job counts as waiting already
         scheduling.require_queue_quota(session, job.project_id)
     _requeue(session, job, resumability)
     session.refresh(job)
@@ -102,7 +102,7 @@ def _requeue(session: Session, job: Job, resumability: Resumability) -> None:
 
 
 def check_resumable(session: Session, jobs: Iterable[ShownJob]) -> dict[str, Resumability]:
-    """For each of these jobs, whether it can be resumed; two queries however many there are."""
+    """For each of these jobs, whether it can be resumed, in two queries for any number of jobs."""
     jobs = list(jobs)
     steps = _last_steps(session, [job.id for job in jobs if job.status in ("paused", "failed")])
     gone = _without_files(session, [job.id for job in jobs if job.status == "failed"])
@@ -127,7 +127,7 @@ def _why_not(job: ShownJob, step: int | None, *, gone: bool) -> str | None:
         }[job.status]
     code = (job.error or {}).get("code")
     if code not in RESUMABLE_ERRORS:
-        return f"the same order would fail again with {code}"
+        return f"the same job would fail again with {code}"
     if step is None:
         return "there is no checkpoint to go on from"
     return "a file it was trained on has been deleted" if gone else None
@@ -143,7 +143,7 @@ def _last_steps(session: Session, job_ids: list[str]) -> dict[str, int]:
 
 
 def _without_files(session: Session, job_ids: list[str]) -> set[str]:
-    """Ended jobs whose files have gone: they are kept only while a job is open."""
+    """Ended jobs of which a file was deleted. That is possible because files are only kept while a job is open."""
     if not job_ids:
         return set()
     named = File.id.in_([Job.training_file_id, Job.validation_file_id, Job.calibration_file_id])

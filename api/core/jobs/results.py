@@ -1,4 +1,4 @@
-"""What a job leaves behind: the adapter's tar and those of its checkpoints. Reads only."""
+"""The files that a job leaves: the tar of its adapter and those of its checkpoints. Reads only."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from api.core.db.tables import Adapter, Checkpoint, File, Job
 from api.core.errors import NotFound, WrongState
 
-_MAX_STEP = 2**31
+_MAX_STEP = 2**31  # a larger number is an error for PostgreSQL, whose column has 32 bits
 
 
 def files_of(session: Session, rows: Sequence[Checkpoint]) -> dict[str, File]:

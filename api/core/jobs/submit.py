@@ -1,4 +1,4 @@
-"""From an order to a job: every check that is fast, cheapest first; nothing here waits or commits."""
+"""Makes a job of a request, after all checks that are fast, the cheapest first. Nothing here waits or commits."""
 
 import math
 import secrets
@@ -30,7 +30,7 @@ _RATES = "method.supervised.hyperparameters"
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What a caller asks for, already well formed."""
+    """What a caller asks for. Its types and ranges are checked already."""
 
     model: str
     training_file: str
@@ -54,9 +54,9 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
     """A new job, status `validating_files`.
 
     Raises:
-        Refusal: the model, a file, the adapter's shape or a feature cannot be had, or too many jobs wait.
+        Refusal: the model, a file, the adapter's shape or a feature cannot be used, or too many jobs wait.
     """
-    entry = _base(session, project_id, order.model)
+    entry = _find_base(session, project_id, order.model)
     found = _files(session, project_id, order)
     if order.training.max_length != "auto" and order.training.max_length > entry.max_length:
         raise InvalidValue(
@@ -76,9 +76,9 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
     lora, choices = order.lora.resolved()
     lora = catalogue.place(lora, entry)
     require_matching(order.echoed, lora, entry)
-    _agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
+    _require_agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
     for name, file in found.items():
-        _known_bad(file, name, order)
+        _require_no_known_error(file, name, order)
     scheduling.require_queue_quota(session, project_id)
     job = Job(
         id=new_id("ftjob-"),
@@ -109,8 +109,8 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
     return jobs.create(session, job)
 
 
-def _agreeing_rates(training: Hyperparameters, base: float) -> None:
-    """Of the two answers to one question the absolute rate counts; a multiplier may only say the same, or a rate."""
+def _require_agreeing_rates(training: Hyperparameters, base: float) -> None:
+    """Refuse a multiplier that leads to a rate out of range, or to another rate than the absolute one beside it."""
     rate, multiplier = training.learning_rate, training.learning_rate_multiplier
     if rate is None and multiplier != "auto" and not LOWEST_RATE <= multiplier * base <= HIGHEST_RATE:
         raise InvalidValue(
@@ -128,7 +128,7 @@ def _agreeing_rates(training: Hyperparameters, base: float) -> None:
         )
 
 
-def _base(session: Session, project_id: str, name: str) -> catalogue.Entry:
+def _find_base(session: Session, project_id: str, name: str) -> catalogue.Entry:
     if catalogue.find(name) is None:
         for table in (Adapter, Checkpoint):
             if session.scalar(select(table.name).where(table.name == name, table.project_id == project_id)):
@@ -166,8 +166,8 @@ def error_code(field: str) -> str:
     return "invalid_validation_file" if field == "validation_file" else "invalid_training_file"
 
 
-def _known_bad(file: File, field: str, order: Order) -> None:
-    """Refuse at once what the file check already found; an unchecked file is judged later."""
+def _require_no_known_error(file: File, field: str, order: Order) -> None:
+    """Refuse a file in which the check has found errors. A file that is not checked yet is checked later."""
     report = file.validation or {}
     faulty = file.status == "error" or (bool(report.get("error_count")) and order.on_row_error == "fail")
     if faulty:

@@ -51,7 +51,7 @@ def lock_row(session: Session, *conditions: ColumnElement[bool]) -> Row[tuple[st
 
 
 def lock_job(session: Session, job: Job) -> Row[tuple[str, bool, int, Any]]:
-    """As `lock`, for a job that was found a moment ago.
+    """As `lock_row`, for a job that was found a moment ago.
 
     Raises:
         NotFound: it has been removed meanwhile.
@@ -63,7 +63,7 @@ def lock_job(session: Session, job: Job) -> Row[tuple[str, bool, int, Any]]:
 
 
 def unknown_job(job_id: str) -> NotFound:
-    """The refusal for a job that is not there."""
+    """The error for a job that does not exist."""
     return NotFound(f"Could not find fine tune: {job_id}", code="fine_tune_not_found", param="fine_tune_id")
 
 
@@ -82,11 +82,12 @@ def change_status(
     event_data: dict[str, Any] | None = None,
     **columns: Any,
 ) -> str | None:
-    """Change the status of the job that meets `conditions` and append the event; None if there is no such job by now.
+    """Change the status of the job that meets `conditions` and append the event; None if no job meets them any more.
 
     Returns:
         The job's id.
     """
+    # The row is locked before it is changed, because the event names its previous status.
     found = session.execute(select(Job.id, Job.status, Job.pause_requested).where(*conditions).with_for_update())
     job = found.one_or_none()
     values = {**_implied_columns(status, now(session)), **columns}
@@ -102,7 +103,7 @@ def change_status(
 
 
 def _implied_columns(status: str, at: datetime) -> dict[str, Any]:
-    """What a status says about the other columns; a failure's error comes from who moves it there."""
+    """The columns that follow from a status. The error of a failed job is given by the caller."""
     ended = at if status in FINAL_STATUSES else None
     implied: dict[str, Any] = {"status": status, "finished_at": ended, "error": None, "csv_due": None}
     if ended is not None:

@@ -1,7 +1,7 @@
-"""`lorainit doctor`: is everything there that the service needs, seen from this host? Changes nothing.
+"""`lorainit doctor`: checks from this host whether everything works that the service needs. Changes nothing.
 
-A check is `ok`, `failed`, or `absent`: not set up here, which is no fault (a broker before `lorainit
-serve` starts its own, torch in the API's container).
+A check is `ok`, `failed`, or `absent`. Absent means not set up here, which is no error: a broker before `lorainit
+serve` starts its own, or torch in the API's container.
 """
 
 import os
@@ -24,13 +24,13 @@ from api.core.models import catalogue
 from api.core.queue import queue, workers
 from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
 
-# More than NTP ever leaves; a client's signature of a request to S3 may be off by 15 minutes.
+# Hosts with NTP are closer than this. From 15 minutes on, S3 refuses signed requests.
 MAX_SKEW_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, how it is, and a sentence."""
+    """The name of a check, its result, and a sentence."""
 
     name: str
     status: Literal["ok", "failed", "absent"]
@@ -42,11 +42,11 @@ class Check:
 
 
 class Absent(Exception):
-    """Not set up here; the message says what would."""
+    """Not set up here; the message says what would set it up."""
 
 
 def examine() -> Iterator[Check]:
-    """Every check of the service, each as soon as it is done; a database that fails is not asked for more."""
+    """Every check, each as soon as it is done. If the database fails, checks that need it are left out."""
     try:
         settings = get_settings()
     except BadSettings as error:
@@ -57,14 +57,14 @@ def examine() -> Iterator[Check]:
     volumes = {volume.name: volume for volume in disk.worker_volumes(settings) + disk.service_volumes(settings)}
     database = _check("database", partial(_database, settings))
     yield database
-    if database.status != "failed":  # else these would only say the same again
+    if database.status != "failed":  # otherwise these would only fail for the same reason
         yield _check("migrations", partial(_migrations, settings))
         yield _check("clock", partial(_clock, settings))
         yield _check("workers", partial(_workers, settings))
     yield _check("broker", partial(_broker, settings))
     yield _check("storage", partial(_storage, settings))
     for volume in volumes.values():
-        yield _check(f"disk of {volume.name}", partial(_room, settings, volume))
+        yield _check(f"disk of {volume.name}", partial(_disk_space, settings, volume))
 
 
 def _check(name: str, look: Callable[[], str]) -> Check:
@@ -72,7 +72,7 @@ def _check(name: str, look: Callable[[], str]) -> Check:
         return Check(name, "ok", look())
     except Absent as reason:
         return Check(name, "absent", str(reason))
-    except Exception as error:  # every driver has its own kinds; the point is to say what it said
+    except Exception as error:  # every driver has errors of its own; all of them are reported
         said = error.orig if isinstance(error, DBAPIError) else error  # without SQLAlchemy's additions
         return Check(name, "failed", " ".join(str(said).split())[:500] or type(error).__name__)
 
@@ -116,7 +116,7 @@ def _clock(settings: Settings) -> str:
     with session_scope(read_only=True) as session:
         if session.get_bind().dialect.name != "postgresql":
             return "the database has this host's clock"
-        session.execute(text("SELECT 1"))  # connected before the watch starts
+        session.execute(text("SELECT 1"))  # connect first, so that connecting is not measured as a difference
         before = datetime.now(UTC)
         theirs = now(session)
         after = datetime.now(UTC)
@@ -148,7 +148,7 @@ def _storage(settings: Settings) -> str:
     return "an object was written, read and deleted"
 
 
-def _room(settings: Settings, volume: Volume) -> str:
+def _disk_space(settings: Settings, volume: Volume) -> str:
     if volume.path.exists():
         volume.probe()
     if volume.free < settings.min_free_bytes:

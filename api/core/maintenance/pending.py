@@ -1,4 +1,4 @@
-"""Is there anything for the reconciler to do? One short look for all of its chores, which find for themselves what."""
+"""Whether there is work for the reconciler: one short query for all chores. Each chore then finds its own work."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from api.core.files import validation
 
 
 class PendingWork(NamedTuple):
-    """Whether there are some."""
+    """For each kind of work, whether there is any."""
 
     lost: bool  # runs whose lease is over
     validating: bool  # jobs whose files are not known to be good
@@ -22,21 +22,21 @@ class PendingWork(NamedTuple):
 
 
 def find_pending(connection: Connection) -> PendingWork:
-    """One statement, by indexes that hold nothing else.
+    """One statement, which reads only partial indexes.
 
-    The driver is asked, since SQLAlchemy around it costs several times the look: two of them a second are most of what
-    a service costs that nobody uses. A connection on which that went wrong is made anew by the next look.
+    It goes to the driver directly, because SQLAlchemy would take several times as long as the query, and two queries a
+    second are most of the work of an idle service. After an error, the next call opens a new connection.
     """
     try:
         driver: Any = connection.connection.driver_connection
         (found,) = driver.execute(_text(connection.dialect)).fetchall()
     except Exception:
-        connection.invalidate()  # SQLAlchemy does not hear what goes wrong with the driver
+        connection.invalidate()  # because SQLAlchemy does not see errors of calls that bypass it
         raise
     return PendingWork(*map(bool, found))
 
 
-@lru_cache(maxsize=4)  # a process has one
+@lru_cache(maxsize=4)  # one is enough: a process has one database
 def _text(dialect: Dialect) -> str:
     statement = _look(dialect.name == "postgresql")
     return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))

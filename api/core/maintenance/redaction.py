@@ -1,6 +1,6 @@
-"""What jobs say of the rows of a file goes with the file: errors and events that quote them are put in other words.
+"""Removes quotes of a deleted file's rows from the errors and events of jobs.
 
-An event keeps its place, its code and its numbers; what it quoted is gone. Nothing here commits.
+An event keeps its number, its code and its figures. Only text that quoted rows is replaced. Nothing here commits.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,13 +11,13 @@ from sqlalchemy.orm import Session
 
 from api.core.db.tables import Event, File, Job
 
-REMOVED = "What was said here quoted a file that has been deleted since."
-# Said of a base whose template or tokenizer reads no row of a file, with the first of the rows.
+REMOVED = "This text quoted a file that has been deleted since."
+# The message quotes the first row of a file when a base's template or tokenizer could read none of them.
 _OF_ANY_FILE = ("unsupported_model",)
 
 
 def redact_quotes(session: Session, file_ids: Collection[str]) -> None:
-    """Take the quotes of these files out of what the jobs that used them have said. Safe to repeat."""
+    """Remove quotes of these files from errors and events of the jobs that used them. Safe to repeat."""
     projects = select(File.project_id).where(File.id.in_(file_ids), File.purpose != "fine-tune-results")
     used = or_(
         Job.training_file_id.in_(file_ids),
@@ -25,11 +25,11 @@ def redact_quotes(session: Session, file_ids: Collection[str]) -> None:
         Job.calibration_file_id.in_(file_ids),
     )
     for job in session.scalars(select(Job).where(Job.project_id.in_(projects), used)).all():
-        _forget(session, job, _fields(job, file_ids))
+        _redact_job(session, job, _fields(job, file_ids))
 
 
 def _fields(job: Job, file_ids: Collection[str]) -> set[str]:
-    """The fields of an order that named one of these files."""
+    """The fields of the job that name one of these files."""
     named = {
         "training_file": job.training_file_id,
         "validation_file": job.validation_file_id,
@@ -38,7 +38,7 @@ def _fields(job: Job, file_ids: Collection[str]) -> set[str]:
     return {field for field, file_id in named.items() if file_id in file_ids}
 
 
-def _forget(session: Session, job: Job, fields: set[str]) -> None:
+def _redact_job(session: Session, job: Job, fields: set[str]) -> None:
     if job.error is not None and _quotes(job.error, fields):
         job.error = {**job.error, "message": REMOVED}
     about = Event.data["file"].as_string().in_(fields), Event.data["error"]["code"].as_string().is_not(None)
@@ -48,15 +48,15 @@ def _forget(session: Session, job: Job, fields: set[str]) -> None:
             event.message = f"The job failed: {REMOVED}"
             event.data = {**event.data, "error": {**error, "message": REMOVED}}
         elif event.data.get("file") in fields:
-            _forget_remarks(event)
+            _redact_event(event)
 
 
 def _quotes(error: Mapping[str, Any], fields: set[str]) -> bool:
     return error.get("param") in fields or error.get("code") in _OF_ANY_FILE
 
 
-def _forget_remarks(event: Event) -> None:
-    """A list of bad rows is emptied; one remark keeps its code and how often it was made."""
+def _redact_event(event: Event) -> None:
+    """Empty a list of bad rows. A single warning keeps its code and its count."""
     data = event.data
     if "message" in data:
         event.message = REMOVED

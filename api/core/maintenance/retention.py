@@ -1,8 +1,8 @@
-"""What may go: expired files, checkpoints of jobs long ended, such jobs themselves, the bytes of deleted rows, orphans.
+"""What may be deleted: expired files, old checkpoints, jobs that ended long ago, bytes of deleted rows, orphans.
 
 Row first, then bytes: a row is marked deleted, later its bytes are removed and that is noted
-(`cleared_at`). A crash in between leaves a row that is found again. Nothing that a job which has not
-ended needs is ever marked. Functions take a session first and never commit.
+(`cleared_at`). So a crash in between leaves a row that is found again. Nothing is ever marked
+that a job needs which has not ended. Functions take a session first and never commit.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -24,7 +24,7 @@ Row = type[File] | type[Checkpoint]
 def expire_files(session: Session, *, limit: int = 100) -> list[str]:
     """Delete files past their `expires_after` that no open job and no model needs; their ids."""
     past = select(File).where(File.expires_at <= now(session), File.deleted_at.is_(None))
-    # Locked first, looked at after: a job that takes the file locks it too (`files.find_usable`).
+    # Locked first and checked afterwards, because a new job that uses the file locks it, too (`files.find_usable`).
     rows = session.scalars(past.order_by(File.expires_at).limit(limit).with_for_update(skip_locked=True)).all()
     gone = [file for file in rows if files.describe_use(session, file) is None]
     for file in gone:
@@ -50,7 +50,7 @@ def delete_checkpoints(session: Session, *, days: float, limit: int = 100) -> li
 
 
 def retire_jobs(session: Session, *, days: float, limit: int = 100) -> list[str]:
-    """Delete what jobs that ended `days` ago still have, checkpoints and result file; the ids of these jobs."""
+    """Delete checkpoints and result files of jobs that ended `days` ago; the ids of these jobs."""
     result = select(File.id).where(File.id == Job.result_file_id, File.deleted_at.is_(None))
     full = _long_ended(session, days).where(or_(_checkpoint(Checkpoint.deleted_at), result.exists()))
     rows = session.scalars(full.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
@@ -65,7 +65,7 @@ def retire_jobs(session: Session, *, days: float, limit: int = 100) -> list[str]
 def remove_jobs(session: Session, *, days: float, limit: int = 10) -> list[str]:
     """Remove jobs that ended `days` ago and have nothing left, with their events and metrics; their ids.
 
-    Here the bytes go first: it is a checkpoint's row that names those of its state.
+    Here the bytes must be gone before the row, because only the row of a checkpoint names the bytes of its state.
     """
     empty = _long_ended(session, days).where(~_checkpoint(Checkpoint.cleared_at))
     rows = session.scalars(empty.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
@@ -105,7 +105,7 @@ def mark_cleared(session: Session, kind: Row, ids: Collection[str]) -> None:
 
 
 def find_unreferenced(session: Session, keys: Iterable[str]) -> set[str]:
-    """Those keys that no row which is not deleted names: a repeated upload may share a key with a deleted row."""
+    """Those keys that only deleted rows name, or none. A repeated upload may share its key with a deleted row."""
     wanted = set(keys)
     live = select(File.storage_key).where(File.storage_key.in_(wanted), File.deleted_at.is_(None))
     states = select(Checkpoint.state_key).where(Checkpoint.state_key.in_(wanted), Checkpoint.deleted_at.is_(None))
@@ -113,10 +113,10 @@ def find_unreferenced(session: Session, keys: Iterable[str]) -> set[str]:
 
 
 def find_orphans(session: Session, keys: Sequence[str]) -> set[str]:
-    """Those keys that nothing names although this database knows their project or job.
+    """Those keys that no row names although this database knows their project or job.
 
-    An object of an unknown project or job belongs to somebody else who uses the bucket, or to a
-    database that was lost: never ours to remove.
+    An object of an unknown project or job is never removed, because it belongs to another user of the bucket or to a
+    database that was lost.
     """
     ours = find_owned(session, keys)
     return find_unreferenced(session, ours) if ours else set()

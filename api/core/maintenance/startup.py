@@ -1,4 +1,4 @@
-"""What every process of the service sees to first: settings, catalogue, and that no other account reads its files."""
+"""What every process checks first: its settings, its catalogue, and that no other account can read its files."""
 
 import os
 import stat
@@ -18,7 +18,7 @@ class OpenFolder(Exception):
 
 
 def check_or_exit() -> None:
-    """End this process with one line and exit code 1 if something of that does not hold; what it writes is its own."""
+    """Check them, and end this process with one line and exit code 1 if one is wrong. Makes new files private."""
     os.umask(OTHERS)
     try:
         settings = get_settings()
@@ -30,16 +30,16 @@ def check_or_exit() -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Make `folder` if there is none, and close it to other accounts: then whatever lies in it is closed, too.
+    """Make `folder` if there is none, and close it to other accounts, which closes everything in it.
 
-    Where somebody else owns the folder, what lies in it is closed instead; what is made there later is, by our umask.
+    If somebody else owns the folder, the files in it are closed instead. Later ones are closed by our umask.
 
     Raises:
         OSError: it cannot be made.
-        OpenFolder: others can look into it all the same.
+        OpenFolder: others can still look into it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_mode & stat.S_ISVTX:  # /tmp and the like: not ours to close
+    if folder.stat().st_mode & stat.S_ISVTX:  # a folder like /tmp, which other accounts need
         left = [folder]
     elif _close(folder):
         return
@@ -54,8 +54,8 @@ def make_private(folder: Path) -> None:
 
 
 def _close(path: Path) -> bool:
-    """Take the rights of other accounts away; False if they stay, since it is not ours or the disk keeps no modes."""
-    with suppress(FileNotFoundError):  # removed just now
+    """Remove the rights of other accounts. False if that fails, because we do not own it or the disk has no modes."""
+    with suppress(FileNotFoundError):  # another process has just removed it
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & OTHERS:
             with suppress(OSError):

@@ -4,7 +4,7 @@ An object that no row names is an orphan only if this database would know it oth
 from a backup does not know what was stored after the backup. So a random mark is written to the storage once a minute
 and remembered here. If the two differ, another database has used this storage meanwhile: the period ends where
 this database last saw its own mark, and a new one begins now. Objects written between two periods are never removed.
-The same is done after an hour without a look, because whoever restores a backup may have copied the old mark back, too.
+The same is done after an hour without a check, because a restored backup may contain the old mark, too.
 
 Functions take a session first and never commit. Nothing here reads or writes the storage.
 """
@@ -21,7 +21,7 @@ from api.core.db.tables import StoragePeriod
 from api.core.ids import new_id
 
 FOLDER = "watch"
-# A row is written some time after the bytes that it names, and clocks differ a little. A restart takes less.
+# So long because a row is written some time after its bytes, clocks differ a little, and a restart takes a while.
 SLACK = timedelta(hours=1)
 
 
@@ -46,7 +46,7 @@ def find_marker_key(session: Session) -> str | None:
 
 
 def find_newest(session: Session) -> PeriodState | None:
-    """The period that has not ended, as far as the last look knows."""
+    """The period that has not ended, as of the last check."""
     row = _newest(session)
     return (
         None if row is None else PeriodState(row.id, row.token, row.next_token, row.until, lasted=row.until > row.since)
@@ -73,8 +73,8 @@ def begin_period(session: Session) -> PeriodState:
 def extend_period(session: Session, seen: PeriodState, mark: str | None) -> PeriodState | None:
     """Extend the period that was read, with a new token that is to become the mark.
 
-    A new period begins if the mark is not this database's, or if nobody has looked for long. None: somebody else is
-    looking right now.
+    A new period begins if the mark is not this database's, or if the last check was long ago. None: another process
+    is checking right now.
     """
     if not seen.knows(mark) or now(session) - seen.until > SLACK:
         return begin_period(session)

@@ -1,9 +1,9 @@
-"""The base models the operator allows, from one TOML file. Nothing else can be trained.
+"""The base models that the operator allows, from one TOML file. No other model can be trained.
 
 An entry carries the facts that a request is checked against (target modules and their shapes), so
 the web process never opens a model. `lorainit models inspect` writes an entry. Every process reads the file when it
-starts, and refuses to start without a good one; a file that changes meanwhile is taken if `lorainit serve` would start
-with it, and otherwise refused with a line in the log while the entries before stay in effect.
+starts, and does not start with a bad one. A file that changes later is used if `lorainit serve` would start with it.
+Otherwise it is refused with a line in the log, and the previous entries stay in effect.
 """
 
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_ch
 
 
 class Entry(ModelFacts):
-    """One base model: its public name, where it is, and its facts. Its id may not look like anything else."""
+    """One base model: its public name, its source, and its facts. The pattern keeps ids apart from other names."""
 
     id: Annotated[str, Field(pattern=ID)]
     root: Root
@@ -78,7 +78,7 @@ def load(path: Path | None) -> dict[str, Entry]:
         return _entries(found, folder=path.absolute().parent if path is not None else Path())
     except BadCatalogue:
         raise
-    except Exception as error:  # of a value that nobody has thought of: a running service must not stumble over it
+    except Exception as error:  # an unforeseen value in the file must not crash a running service
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise BadCatalogue(f"The catalogue {file} cannot be used: {why}.") from error
 
@@ -100,12 +100,12 @@ def _entries(found: CatalogueFile, *, folder: Path) -> dict[str, Entry]:
     return known
 
 
-Stamp = tuple[int, int, int] | None  # what tells one version of a file from another; None = there is no file
+Stamp = tuple[int, int, int] | None  # differs between versions of a file; None = there is no file
 
 
 @dataclass(frozen=True)
 class _Held:
-    """The entries in effect; `refused` says why those of the file as it is now are not."""
+    """The entries in effect. `refused` says why the file as it is now is not in effect."""
 
     stamp: Stamp
     entries: dict[str, Entry]
@@ -153,7 +153,7 @@ def _read_again(path: Path | None, stamp: Stamp, before: _Held | None) -> _Held:
         changed, why = {}, str(error)
     if not why:
         return _Held(stamp, changed)
-    logs.get_logger(__name__).error("the changed catalogue is refused; the one before stays", error=why)
+    logs.get_logger(__name__).error("the changed catalogue is refused; the previous one stays in effect", error=why)
     return _Held(stamp, before.entries, why)
 
 
@@ -166,7 +166,7 @@ def _stamp(path: Path | None) -> Stamp:
 
 
 def missing_sources() -> list[str]:
-    """A sentence for each base model whose files are not on this host; one of a hub is fetched when it is needed."""
+    """A sentence for each base model whose files are not on this host. Models of a hub are downloaded when needed."""
     return _missing(entries().values())
 
 
@@ -232,7 +232,7 @@ def place(lora: Lora, entry: Entry) -> Lora:
             param="lora.r",
         )
     try:
-        # What a caller says of `left_out` is no order: it may be the answer to an earlier one.
+        # A caller's `left_out` is ignored, because it is part of an earlier answer and chooses nothing.
         placed = target_modules.resolve_target_modules(
             lora.model_copy(update={"left_out": []}), entry.targets, entry.left_out
         )
@@ -245,7 +245,7 @@ def place(lora: Lora, entry: Entry) -> Lora:
 
 
 def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
-    """An entry of an older version has names (`c_proj`) that mean layers of two groups."""
+    """Refuse a name that means layers of two groups, as `c_proj` does in entries of older versions."""
     if not isinstance(lora.target_modules, str):
         return
     chosen = [target for target in entry.targets if target.name in names]

@@ -1,4 +1,4 @@
-"""The catalogue as a file: read whole, and what is wrong in it told with file, line, model and field."""
+"""Reads the catalogue file, and reports its errors with file, line, model and field."""
 
 import re
 import stat
@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 MAX_BYTES = 16 << 20  # an entry with every layer named by its path has some 10 KB
-_LONGEST_WORD = 80  # of what the file says, in a message
+_LONGEST_WORD = 80  # characters of the file's text in a message
 _HEADER = re.compile(r"\s*\[\[\s*[\"']?models[\"']?\s*\]\]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -32,7 +32,7 @@ class CatalogueFile:
     tables: dict[str, Any]
 
     def fault(self, error: ValidationError) -> BadCatalogue:
-        """The first of the faults that pydantic found; a key that is no field is the likely reason of a missing one."""
+        """The first error that pydantic found. If a field is missing, an unknown key beside it is named, too."""
         faults = error.errors()
         place, message = faults[0]["loc"], faults[0]["msg"].removeprefix("Value error, ")
         more = f" ({len(faults) - 1} more after this)" if len(faults) > 1 else ""
@@ -42,7 +42,7 @@ class CatalogueFile:
         return self.at(place, f"{message}{more}", line=line_of(self.text, wrong or place))
 
     def at(self, place: Place, message: str, *, line: int | None = None) -> BadCatalogue:
-        """A fault at a place of the file."""
+        """An error at this place of the file."""
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part)}" for part in place).lstrip(".")
         line = line or line_of(self.text, place)
         return BadCatalogue(f"The catalogue {self.file}, line {line}: {path}{self._whose(place)}: {message}.")
@@ -59,7 +59,7 @@ def read(file: Traversable) -> CatalogueFile:
     """The file.
 
     Raises:
-        BadCatalogue: there is none, it is not TOML, or no text in it can be what the text of an entry is.
+        BadCatalogue: there is no such file, it is not TOML, or a text in it has control characters.
     """
     text = _text(file)
     try:
@@ -75,7 +75,7 @@ def read(file: Traversable) -> CatalogueFile:
 
 
 def line_of(text: str, place: Place) -> int:
-    """The line, from 1, of the nearest thing that the file has on the way to `place`."""
+    """The line number, from 1, of `place`, or of the nearest key or table above it that the file has."""
     lines = text.splitlines()
     headers = [number for number, line in enumerate(lines) if _HEADER.match(line)]
     index = place[1] if len(place) > 1 and isinstance(place[1], int) else 0
@@ -93,7 +93,7 @@ def line_of(text: str, place: Place) -> int:
 
 def _text(file: Traversable) -> str:
     try:
-        # A pipe would keep its reader waiting for ever.
+        # Refused, because reading a pipe could wait for ever.
         if isinstance(file, Path) and not (stat.S_ISREG(file.stat().st_mode) or file.is_dir()):
             raise BadCatalogue(f"The catalogue {file} is not a plain file.")
         with file.open("rb") as stream:
@@ -117,7 +117,7 @@ def _strings(value: Any, place: tuple[int | str, ...] = ()) -> Iterator[tuple[Pl
 
 
 def _no_field_beside(faults: Sequence[Any]) -> Place | None:
-    """The place of a key that is no field, in the table where the first fault misses one."""
+    """The place of an unknown key, in the table in which the first error misses a field."""
     if faults[0]["type"] != "missing":
         return None
     beside = (fault["loc"] for fault in faults if fault["type"] == "extra_forbidden")

@@ -22,14 +22,16 @@ Named = catalogue.Entry | Adapter | Checkpoint | Row[*tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Model:
-    """What a name stands for; an adapter of a list is a plain row. `base` is None when it has left the catalogue."""
+    """The model of a name; an adapter of a list is a plain row. `base` is None if it is no longer in the catalogue."""
 
     named: Named
     base: catalogue.Entry | None
 
 
 def every(project_id: str) -> Iterator[list[Model]]:
-    """Bases, then this project's adapters, newest first, batch by batch: no session is open between two of them."""
+    """Bases, then this project's adapters, newest first, in batches. No session is open between two batches, because a
+    client may receive them slowly.
+    """
     bases, beyond = [Model(entry, entry) for entry in catalogue.entries().values()], None
     while True:
         with session_scope(read_only=True) as session:

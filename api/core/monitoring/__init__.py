@@ -1,1 +1,1 @@
-"""Numbers about the whole service: counts that outlive every process, and gauges of this moment."""
+"""Numbers about the whole service: counters that survive restarts, and gauges of this moment."""

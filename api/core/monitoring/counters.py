@@ -1,7 +1,7 @@
-"""Counts that outlive every process: added to in the transaction of what they count, so that a fenced
-write counts nothing and a count is never lost. `/metrics` reads them; a scrape costs one small table.
+"""Counters that survive restarts. They are written in the transaction of what they count, so that a fenced
+write counts nothing and no count is lost. `/metrics` reads them; a scrape reads one small table.
 
-The last thing a transaction does, in sorted order: whoever waits for a count here holds no other.
+They are written last in a transaction and in sorted order, so that two transactions never wait for each other.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the database knows of the service at this moment, in one short read: the queue, the runs, the workers."""
+"""The state of the service in the database at this moment, in one short read: the queue, the runs, the workers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

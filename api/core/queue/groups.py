@@ -1,9 +1,9 @@
-"""Which queued jobs are trained together: in one process, in one forward pass over one base.
+"""Which queued jobs are trained together, in one process and in one forward pass over one base.
 
-Only jobs that ask for it, of one project, one priority and one key. A job of lower priority may not
+Only jobs that ask for it, and that have the same project, priority and group key. A job of lower priority may not
 join, because every member makes the common step longer and would slow down the others. Only first
-attempts: a job whose process crashed may be the cause, and must not crash others again. Reads only; who
-takes what it names is `jobs.claim`.
+attempts: a job whose process crashed may be the cause, and must not crash others again. Nothing is
+written here: `jobs.claim` starts the jobs.
 """
 
 import hashlib
@@ -27,12 +27,11 @@ _SHAPE = {"precision", "batch_size", "max_length"}
 def compute_group_key(base: Entry, lora: Lora, *, training: Hyperparameters, deterministic: bool) -> str | None:
     """Equal for jobs that can share a forward pass and gain from it: 64 hex digits; None = it runs alone.
 
-    Adapters of experts see what a router sends them, and not the rows of one job: whoever has them runs alone.
-
+    A job with adapters of experts runs alone, because a router mixes the rows of all jobs before they reach an expert.
     Data, ranks, targets, methods, seeds, rates, schedules, optimizers and lengths of the runs may differ.
 
     Args:
-        training: resolved, so that an "auto" and the number it stands for are the same.
+        training: resolved, so that an "auto" and the number that it stands for give the same key.
     """
     if any(target.experts and count_chosen(target, lora.target_modules) for target in base.targets):
         return None
@@ -54,7 +53,7 @@ def lock_next_group(session: Session, *, size: int, queues: Sequence[str]) -> li
     """
     while (best := scheduling.lock_next_job(session, queues)) is not None:
         if (places := scheduling.count_startable(session, best.project_id, wanted=size)) > 0:
-            break  # else a claim of the same project was a moment earlier, and its jobs are counted now
+            break  # otherwise another claim used up the project's limit; look again, now that its jobs count
     if best is None:
         return []
     if best.group_key is None or best.attempts or places == 1:

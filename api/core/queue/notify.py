@@ -1,8 +1,8 @@
-"""Which queued jobs the workers still have to be told of, and in which queue. Nothing here commits.
+"""Finds the queued jobs for which the workers of a queue still need a message. Nothing here commits.
 
-A message wakes a worker and does not say which job is taken (`api.core.queue.scheduling`). So every job that could
-start needs one message in its queue. A job that a limit or a back-off holds back needs none before that is over,
-because a worker that is woken and finds nothing to do forgets the message.
+A message wakes a worker and does not decide which job it takes (`api.core.queue.scheduling`). So every job that could
+start needs one message in its queue. A job that waits for a limit or a back-off needs none until that is over,
+because a worker that finds nothing to do drops the message.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ from api.core.db.tables import Job, has_status
 from api.core.queue import project_queues, scheduling, workers
 from api.core.settings import get_settings
 
-MOST = 100  # notifications of a queue at a time
+MOST = 100  # notifications of a queue at a time, so that one call does not take long
 
 
 class Notification(NamedTuple):
-    """A job that the workers of a queue are to be told of."""
+    """A message that is due: it goes to the workers of `queue` and names a job that could start."""
 
     job_id: str
     queue: str
 
 
 def find_unannounced(session: Session) -> list[Notification]:
-    """For jobs that could start and that no message was sent for yet; at most a hundred of each queue."""
+    """Notifications for jobs that could start and have had none yet; at most a hundred for each queue."""
     waited_in = [name for name in session.scalars(project_queues.select_queues()) if name is not None]
     return _find_notifications(session, waited_in, notified_before=None, most=MOST)
 
 
-def find_lost(session: Session, *, patience: timedelta) -> list[Notification]:
-    """For jobs whose message was probably lost: sent long ago, while a live worker of their queue has a free slot.
+def find_lost(session: Session, *, older_than: timedelta) -> list[Notification]:
+    """Notifications for jobs whose message was probably lost: it is old, and a worker of their queue has a free slot.
 
     A message that waits behind busy workers is not lost, so nothing is sent again while all are busy, and for each
     queue no more than there are free slots. Jobs trained together have one owner and fill one slot.
@@ -45,11 +45,11 @@ def find_lost(session: Session, *, patience: timedelta) -> list[Notification]:
     if not free:
         return []
     served = sorted(workers.find_served_queues(session))
-    return _find_notifications(session, served, notified_before=now(session) - patience, most=min(free, MOST))
+    return _find_notifications(session, served, notified_before=now(session) - older_than, most=min(free, MOST))
 
 
 def find_notification(session: Session, job_id: str) -> Notification | None:
-    """For one job; None if a message was sent for it already, or while it could not start anyway."""
+    """The notification for one job; None if it has had one, or if the job could not start now."""
     at = now(session)
     waits = (Job.id == job_id, has_status(Job, "queued"), Job.notified_at.is_(None), project_queues.is_ready(Job))
     found = session.execute(select(Job.id, Job.queue).where(*waits), {"at": at}).one_or_none()
@@ -69,7 +69,7 @@ def mark_notified(session: Session, job_id: str) -> None:
 def _find_notifications(
     session: Session, queues: Sequence[str], *, notified_before: datetime | None, most: int
 ) -> list[Notification]:
-    """At most `most` of each queue; first those whose last message is the longest ago."""
+    """At most `most` for each queue. Jobs whose last message is the oldest come first."""
     given = {"at": now(session), "notified_before": notified_before, "most": most, **scheduling.parameters()}
     wanted = _select_startable(never=notified_before is None, limited=bool(get_settings().project_running))
     return [

@@ -1,7 +1,7 @@
 """Positions in the queue: computed for all callers at once, at most once a second, for the first hundred of a queue.
 
-Ranking takes some ten times as long as all else that a poll does, and fifty callers who poll ask for the same
-order. So what they are shown may be a second old; the claim looks anew (`api.core.queue.scheduling`).
+Ranking takes about ten times as long as the rest of a poll, and all callers who poll ask for the same order. So the
+positions that they see may be a second old. A claim does not use them (`api.core.queue.scheduling`).
 """
 
 import threading
@@ -24,14 +24,14 @@ from api.core.db.tables import Job, ShownJob
 from api.core.queue import project_queues, scheduling, workers
 from api.core.settings import get_settings
 
-MOST = 100  # further behind, a job's position is "after these"
+MOST = 100  # jobs further behind all have the next number, because ranking all of a long queue takes too long
 MAX_AGE_SECONDS = 1.0
 _AT_ANY_TIME = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
 class QueuePosition:
-    """Where a queued job stands, `MOST` + 1 for all that stand further behind, and why it is not running."""
+    """The position of a queued job (`MOST` + 1 for all that are further behind), and why it is not running."""
 
     position: int
     reason: str
@@ -57,7 +57,7 @@ class QueueOrder:
 
 
 def find_positions(session: Session, queued: Sequence[ShownJob]) -> dict[str, QueuePosition]:
-    """The places of these jobs by id; one that has left the queue meanwhile has none."""
+    """The positions of these jobs by id. A job that has left the queue meanwhile has none."""
     if not queued:
         return {}
     cache = _cache_of(session)
@@ -108,8 +108,8 @@ class _DueJob(NamedTuple):
 def _first(session: Session, queue: str) -> list[_DueJob]:
     """The first jobs of a queue in no order, one more than `MOST` if there are, and some that come later.
 
-    A line is read on while its last known job is among the first of all that are known, each time twice as far. So
-    about twice as many rows are read as are wanted, by a dozen statements at most.
+    A project queue is read further while its last known job is among the first of all known jobs, each time twice as
+    far. So about twice as many rows are read as needed, in a dozen statements at most.
     """
     step = get_settings().priority_seconds
     known = _heads(session, queue, step)
@@ -117,13 +117,13 @@ def _first(session: Session, queue: str) -> list[_DueJob]:
     while starts := {end.job_id: end for end in ends if end.due <= _last_due_time(known)}:
         behind = _following(session, queue, starts, reach, step)
         known = [*known, *chain.from_iterable(behind.values())]
-        ends = [line[-1] for line in behind.values() if len(line) == reach]
+        ends = [jobs[-1] for jobs in behind.values() if len(jobs) == reach]
         reach *= 2
     return known
 
 
 def _last_due_time(known: Sequence[_DueJob]) -> float:
-    """When the last of the first is due, as far as is known: it only gets earlier."""
+    """The latest time at which a job is still among the first. It only gets earlier as more jobs become known."""
     return nsmallest(MOST + 1, known)[-1].due if len(known) > MOST else inf
 
 
@@ -166,7 +166,7 @@ def _select_following() -> Select[str, int, str, float | None]:
 
 
 class OrderCache:
-    """The last order and the queues served. Threads that find them too old wait for the one that asks anew."""
+    """The last order and the served queues. If they are too old, one thread reads them and the others wait for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -184,7 +184,7 @@ class OrderCache:
             return self._order
 
     def served(self, ask: Callable[[], set[str]]) -> set[str]:
-        """The queues that some living worker takes jobs from, asked for anew when that is too long ago."""
+        """The queues that some living worker takes jobs from, read again by `ask` if that was too long ago."""
         with self._lock:
             asked = time.monotonic()
             if asked - self._served_at > MAX_AGE_SECONDS:

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def is_ready(job: Row) -> ColumnElement[bool]:
-    """True of jobs that wait for no back-off `at` that time."""
+    """True of jobs that have no back-off to wait for at the time `at`."""
     return or_(job.not_before.is_(None), job.not_before <= bindparam("at", type_=UTCDateTime))
 
 
@@ -96,7 +96,7 @@ def select_following(
 ) -> CTE:
     """The jobs behind each of `start` that meet `conditions`: `start`, `id`, `project_id`, `step`; `id` may be NULL.
 
-    No table is joined: PostgreSQL, which expects far too many rows of recursion, would read a table whole for it.
+    No table is joined, because PostgreSQL expects far too many rows of a recursion and would read the whole table.
 
     Args:
         start: ids and projects of jobs of the queue `queue_0`; they are step 0.

@@ -37,7 +37,7 @@ def _configuration() -> dict[str, Any]:
         # early and let the lease bring a lost job back.
         "task_acks_late": False,
         "task_reject_on_worker_lost": False,
-        "worker_disable_prefetch": True,
+        "worker_disable_prefetch": True,  # so that a busy worker does not keep a message that a free one could take
         "worker_prefetch_multiplier": 1,
         "worker_concurrency": get_settings().worker_slots,  # the one place that says how many (worker/pool.py)
         "worker_enable_remote_control": False,  # a worker is stopped by a signal only
@@ -70,7 +70,7 @@ def probe() -> None:
     try:
         with get_celery().connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
-    except Exception as error:  # as many kinds as in `notify_workers`
+    except Exception as error:  # of many kinds, as in `notify_workers`
         raise BrokerUnavailable(str(error)) from error
 
 

@@ -4,7 +4,7 @@ A job is due at `priority_time + step * slot`. `priority_time` is when it entere
 level of priority; `slot` counts the jobs that its project runs or has waiting before it, itself included. So one step
 of waiting, one level of priority and one running job of the project weigh the same (`LORAINIT_PRIORITY_SECONDS`):
 equal priorities take turns project by project, and whoever has waited long enough stands before everybody.
-The first job of a project is never more than its running jobs' worth of steps behind a newcomer's.
+For each job that a project runs, its first waiting job is one step behind that of a new project.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from api.core.errors import QuotaExceeded
 from api.core.queue import project_queues
 from api.core.settings import get_settings
 
-NO_LIMIT = 2**62
-DEFAULT_QUEUE = "train"  # the queue of jobs that say nothing of a device
+NO_LIMIT = 2**62  # a number, so that the statement is the same with and without a limit
+DEFAULT_QUEUE = "train"  # the queue of jobs that ask for no device
 
 
 def queue_for_device(device: str) -> str:
@@ -42,7 +42,7 @@ def compute_priority_time(at: datetime) -> ColumnElement[float]:
 
 def lock_next_job(session: Session, queues: Sequence[str]) -> Job | None:
     """The queued job of these queues to start next, locked; those that other claims have locked are skipped."""
-    passed = [""]  # an empty list is written differently for IN and for NOT IN
+    passed = [""]  # not empty, because SQLAlchemy writes an empty list differently for IN and for NOT IN
     given = {"at": now(session), "passed": passed, **parameters(), **project_queues.queue_parameters(queues)}
     while (job_id := session.scalar(_select_best(len(queues)), given)) is not None:
         job = select(Job).where(Job.id == job_id, Job.status == "queued").with_for_update(skip_locked=True)
@@ -54,8 +54,8 @@ def lock_next_job(session: Session, queues: Sequence[str]) -> Job | None:
 
 @cache
 def _select_best(queues: int) -> Select[str]:
-    """The id of the job that is due first. Of each project queue only the first job is looked at, or the next one where
-    that is locked by another claim."""
+    """The id of the job that is due first. Only the first job of each project queue is read, or the next one if another
+    claim has locked it."""
     job, ahead = aliased(Job), aliased(Job)
     passed = bindparam("passed", expanding=True, type_=String)
     heads = project_queues.select_heads(job, project_queues.is_ready(job), job.id.not_in(passed), queues=queues)
@@ -66,18 +66,18 @@ def _select_best(queues: int) -> Select[str]:
     return waiting.order_by(compute_due_time(Job.priority_time, slot, STEP), Job.id).limit(1)
 
 
-# What the settings say, as parameters of statements.
+# Settings as parameters, so that the statements are built once.
 STEP, LIMIT = bindparam("step", type_=Double), bindparam("limit", type_=BigInteger)
 
 
 def parameters() -> dict[str, float]:
-    """What a slot weighs, in seconds, and the highest slot that may run: jobs that the project runs or has before."""
+    """The values of `STEP` (seconds for each slot) and `LIMIT` (the highest slot that may start)."""
     settings = get_settings()
     return {"step": settings.priority_seconds, "limit": settings.project_running or NO_LIMIT}
 
 
 def compute_due_time(priority_time: Any, slot: Any, step: Any) -> Any:
-    """When a job is due, in seconds since 1970, of numbers and of columns: the earliest is next."""
+    """When a job is due, in seconds since 1970; the earliest is next. Works for numbers and for columns."""
     return priority_time + slot * step
 
 
@@ -85,7 +85,7 @@ def find_held_back(session: Session, job_ids: Sequence[str], *, ready_at: dateti
     """Those of these queued jobs that their project's limit holds back.
 
     Args:
-        ready_at: count only jobs before them that wait for no back-off then.
+        ready_at: count only those jobs before them that have no back-off to wait for at this time.
     """
     if not get_settings().project_running:
         return set()
@@ -106,7 +106,9 @@ def _select_held_back(ready: bool) -> Select[str]:
 
 
 def count_startable(session: Session, project_id: str, *, wanted: int) -> int:
-    """How many of `wanted` jobs the project may start now; its other claims wait until this one commits."""
+    """How many of `wanted` jobs the project may start now. Its other claims wait for the commit, so that two of them
+    cannot exceed the limit together.
+    """
     limit = get_settings().project_running
     if not limit:
         return wanted
@@ -135,6 +137,6 @@ def require_queue_quota(session: Session, project_id: str) -> None:
 def lock_project(session: Session, project_id: str) -> None:
     """Lock the project's row, so that no other transaction counts its jobs until the commit.
 
-    New rows may refer to it meanwhile.
+    `key_share` still lets other transactions insert rows that refer to the project.
     """
     session.execute(select(Project.id).where(Project.id == project_id).with_for_update(key_share=True))

@@ -1,4 +1,4 @@
-"""Which workers are alive: a row each, renewed every ten seconds."""
+"""Which workers are alive. Each has a row that it renews every ten seconds."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from api.core.db.database import now
 from api.core.db.tables import Worker
 
-FRESH = timedelta(seconds=30)
+FRESH = timedelta(seconds=30)  # three heartbeats, because one may be late or fail
 
 
 def record_heartbeat(
@@ -24,8 +24,8 @@ def record_heartbeat(
     """Renew this worker's row and drop the rows of workers gone for an hour.
 
     Args:
-        slots: those that take jobs.
-        problem: why others do not.
+        slots: how many slots take jobs.
+        problem: why the others do not.
     """
     at = now(session)
     row = Worker(id=worker_id, slots=slots, queues=list(queues), started_at=started_at, seen_at=at, problem=problem)
@@ -34,7 +34,7 @@ def record_heartbeat(
 
 
 def count_online(session: Session) -> int:
-    """How many workers have been heard of lately."""
+    """How many workers have sent a heartbeat lately."""
     return session.scalar(select(func.count()).where(Worker.seen_at >= now(session) - FRESH)) or 0
 
 

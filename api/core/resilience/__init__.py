@@ -1,4 +1,4 @@
-"""Bounds how long anybody waits for a dependency that does not answer: a breaker, probes, calls in threads.
+"""Bounds the waiting for a dependency that does not answer: a breaker, probes, calls in threads.
 
 Knows no database and no storage: both use it.
 """

@@ -1,4 +1,4 @@
-"""Runs a call that may never return in a thread of its own, and checks meanwhile whether to go on waiting for it."""
+"""Runs a call that may never return in a thread of its own, so that the caller can stop waiting for it."""
 
 import threading
 from collections.abc import Callable
@@ -11,9 +11,9 @@ Result = TypeVar("Result")
 
 
 def run_abandonable(call: Callable[[], Result], *, name: str, every: float, check: Callable[[], None]) -> Result:
-    """What `call` returns or raises. `check` is called every so many seconds until then.
+    """Return or raise what `call` does. Until then, `check` is called every `every` seconds.
 
-    Where it raises, that is raised, and the call is left alone in its thread (called `name`), which nobody waits for.
+    If `check` raises, this function raises the same. The call goes on in its thread (named `name`) and is ignored.
     """
     done, context = Future[Result](), copy_context()
 
@@ -27,6 +27,6 @@ def run_abandonable(call: Callable[[], Result], *, name: str, every: float, chec
     while True:
         with suppress(TimeoutError):
             return done.result(every)
-        if done.done():  # it ended just now, or with a TimeoutError of its own
+        if done.done():  # it has just ended, or it raised a TimeoutError itself
             return done.result()
         check()

@@ -68,7 +68,7 @@ def test_one_bad_moment_takes_no_service_out(lab: Lab, monkeypatch: pytest.Monke
     assert lab.client.get("/readyz").status_code == 200
     clock = time.monotonic
     with monkeypatch.context() as broken:
-        broken.setattr({"storage": health._storage(), "database": health._database()}[part], "_look", broken_look)
+        broken.setattr({"storage": health._storage(), "database": health._database()}[part], "_check", broken_look)
         broken.setattr(
             {"storage": health._storage(), "database": health._database()}[part], "_clock", lambda: clock() + 60
         )

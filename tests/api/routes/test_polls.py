@@ -106,9 +106,9 @@ def test_a_database_that_dropped_its_connections_is_asked_again(service: None) -
         job = a_queued_job(session, a_project(session))
         session.commit()
     query = select(Job.status).where(Job.id == job.id)
-    assert database.find_alone(query, {}) == ("queued",)
+    assert database.find_row(query, {}) == ("queued",)
     with database.session_scope() as session:
         if session.get_bind().dialect.name == "postgresql":
             others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
             assert session.scalar(text(f"SELECT count(pg_terminate_backend(pid)) {others}"))
-    assert database.find_alone(query, {}) == ("queued",)
+    assert database.find_row(query, {}) == ("queued",)

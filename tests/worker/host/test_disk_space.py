@@ -136,7 +136,7 @@ def test_two_runs_do_not_count_on_the_same_bytes(one: Lab, neighbour: Path, monk
         set_free(patch, 3 * GIB + share.needed // 2)
         one.run(WORKS)
         assert one.statuses()[0] == "queued"
-        assert "of which other runs were promised 3.0 GiB" in one.story(1)[-1]
+        assert "of which other runs have reserved 3.0 GiB" in one.story(1)[-1]
         # Nor is it tried again before there is room for both.
         one.run(WORKS)
         assert one.job(1).lease_token == 1

@@ -72,7 +72,7 @@ def test_an_actions_own_timeout_is_raised() -> None:
 
 def test_an_action_that_ends_at_the_moment_of_a_look_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at without a pause, some of these end between the look and what follows from it."""
-    monkeypatch.setattr(retry, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(retry, "CHECK_SECONDS", 0.0)
 
     def action() -> str:
         time.sleep(0.001)

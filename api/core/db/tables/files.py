@@ -66,5 +66,5 @@ class File(Base):
 
 
 def is_unchecked() -> ColumnElement[bool]:
-    """True of files whose rows nobody has checked; written into the statement, as in `has_status`."""
+    """True of files whose rows are not checked yet. Written into the statement for the reason in `has_status`."""
     return File.status == literal_column("'uploaded'")

@@ -37,12 +37,12 @@ def shown_status(status: str, pause_requested: bool) -> str:
 
 
 def _partial(name: str, *columns: str, where: str) -> Index:
-    """An index of those rows alone that a condition is true of, on both databases."""
+    """An index of only the rows that meet a condition, on both databases."""
     return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
 
 
 class Job(Base):
-    """One fine-tuning job: request, recipe, life and results."""
+    """One fine-tuning job: its request, recipe, status and results."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -52,7 +52,7 @@ class Job(Base):
         CheckConstraint("NOT pause_requested OR status = 'running'", name="only_runs_are_asked_to_pause"),
         CheckConstraint("status <> 'queued' OR priority_time IS NOT NULL", name="queued_has_a_priority_time"),
         Index("ix_jobs_project_created", "project_id", "created_at", "id"),
-        # Each of these is read by statements that spell its condition out (`has_status`).
+        # A database uses such an index only for statements that contain its condition literally (`has_status`).
         _partial("ix_jobs_open", "status", "created_at", "finished_at", where="finished_at IS NULL"),
         _partial("ix_jobs_open_of_project", "project_id", "status", "finished_at", where="finished_at IS NULL"),
         _partial("ix_jobs_project_queue", "queue", "project_id", "priority_time", "id", where="status = 'queued'"),
@@ -103,7 +103,7 @@ class Job(Base):
     # Which workers may take it, and when its turn comes (`api.core.queue.scheduling`); NULL before admission.
     queue: Mapped[str] = mapped_column(String(32), server_default="train")
     priority_time: Mapped[float | None] = mapped_column(Double)
-    # Runs that ended for no fault of the job since its last checkpoint, and when the next may start.
+    # Runs since the last checkpoint that ended for no fault of the job, and when the next run may start.
     lost_runs: Mapped[int] = mapped_column(Integer, server_default="0")
     not_before: Mapped[datetime | None] = mapped_column(UTCDateTime)
     # A request, not a state: whoever runs the job leaves it `paused` instead of `queued`.
@@ -158,9 +158,7 @@ class Job(Base):
 
 
 class JobLabel(Base):
-    """That a job has a pair of metadata, whose digest it is (`api.core.jobs.labels`); a search reads these rows in
-    order.
-    """
+    """One key-value pair of a job's metadata, as a digest (`api.core.jobs.labels`). Searches read them in order."""
 
     __tablename__ = "job_labels"
     __table_args__ = ({"sqlite_with_rowid": False},)
@@ -170,7 +168,8 @@ class JobLabel(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True, index=True)
 
 
-# What of a job's row a caller is shown, by the names of `Job`. As plain columns it costs a third of a `Job`.
+# The columns of a job that callers do not see. The others are read as plain columns, because that takes a third of the
+# time of loading a `Job`.
 _HIDDEN = {
     "group_key",
     "priority_time",
@@ -184,15 +183,16 @@ _HIDDEN = {
 }
 _NAMES = [name for name, _ in Job.__mapper__.column_attrs.items() if name not in _HIDDEN]
 SHOWN = [getattr(Job, name).label(name) for name in _NAMES]
-# Such a row by names, which are looked at some sixty times for one answer, and found faster in a tuple than in a `Row`.
+# A named tuple, because one answer reads some sixty fields, and reading from a tuple is faster than from a `Row`.
 ShownRow: Any = namedtuple("ShownRow", _NAMES)  # type: ignore[misc]  # its names are the mapper's
 ShownJob = Job | Any
 
 
 def has_status(job: "type[Job] | AliasedClass[Job]", status: str) -> ColumnElement[bool]:
-    """True of jobs with that status; written into the statement.
+    """True of jobs with that status.
 
-    A partial index serves no statement that carries its condition's value as a parameter.
+    The status is written into the statement, because a database uses no partial index if the value of its condition
+    is a parameter.
     """
     assert status in JOB_STATUSES
     found: ColumnElement[bool] = job.status == literal_column(f"'{status}'")

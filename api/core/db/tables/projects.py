@@ -1,4 +1,4 @@
-"""Who uses the service: projects, their API keys, and what a repeated create request finds."""
+"""Who uses the service: projects, their API keys, and the records by which repeated create requests are recognized."""
 
 from datetime import datetime
 from typing import Any

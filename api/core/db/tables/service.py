@@ -9,7 +9,7 @@ from api.core.db.database import Base, Json, UTCDateTime
 
 
 class Counter(Base):
-    """A count that never falls, for /metrics: written in the transaction of what it counts."""
+    """A number that only grows, for /metrics. It is written in the transaction of what it counts."""
 
     __tablename__ = "counters"
 
@@ -20,7 +20,7 @@ class Counter(Base):
 
 
 class Worker(Base):
-    """A worker that says it is alive; how many jobs it can hold, from which queues, and why not more."""
+    """A worker that renews this row while it lives: how many jobs it takes, from which queues, and why not more."""
 
     __tablename__ = "workers"
 

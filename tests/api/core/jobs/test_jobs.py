@@ -267,12 +267,12 @@ def test_a_lost_message_is_rung_again_only_while_a_worker_is_free(session: Sessi
     job = a_queued_job(session, project)
     session.execute(update(Job).where(Job.id == job.id).values(notified_at=datetime.now(UTC) - timedelta(minutes=1)))
     patience = timedelta(seconds=15)
-    assert notify.find_lost(session, patience=patience) == []
+    assert notify.find_lost(session, older_than=patience) == []
     a_worker(session, slots=1)
-    assert notify.find_lost(session, patience=patience) == [(job.id, "train")]
+    assert notify.find_lost(session, older_than=patience) == [(job.id, "train")]
     assert jobs.claim(session, "w", lease_seconds=30)
     waiting = a_queued_job(session, project)
     session.execute(
         update(Job).where(Job.id == waiting.id).values(notified_at=datetime.now(UTC) - timedelta(minutes=1))
     )
-    assert notify.find_lost(session, patience=patience) == []
+    assert notify.find_lost(session, older_than=patience) == []

@@ -184,7 +184,7 @@ def test_a_failed_job_goes_on_from_its_checkpoint_as_if_it_had_not_failed(sessio
 @pytest.mark.parametrize(
     ("code", "has_checkpoint", "file_is_gone", "why"),
     [
-        ("non_finite_loss", True, False, "the same order would fail again with non_finite_loss"),
+        ("non_finite_loss", True, False, "the same job would fail again with non_finite_loss"),
         ("worker_lost", False, False, "there is no checkpoint to go on from"),
         ("worker_lost", True, True, "a file it was trained on has been deleted"),
     ],

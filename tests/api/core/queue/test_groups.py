@@ -190,7 +190,7 @@ def test_jobs_trained_together_fill_one_slot(session: Session) -> None:
         update(Job).where(Job.id == waiting.id).values(notified_at=datetime.now(UTC) - timedelta(minutes=1))
     )
     a_worker(session, slots=2)
-    assert notify.find_lost(session, patience=timedelta(seconds=15)) == [(waiting.id, "train")]
+    assert notify.find_lost(session, older_than=timedelta(seconds=15)) == [(waiting.id, "train")]
 
 
 # --- the key ------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def test_a_lost_message_is_rung_again_only_for_a_queue_that_somebody_serves(sess
     plain = a_queued_job(session, project)
     session.execute(update(Job).values(notified_at=past))
     a_worker(session, slots=4)
-    assert notify.find_lost(session, patience=timedelta(seconds=15)) == [(plain.id, "train")]
+    assert notify.find_lost(session, older_than=timedelta(seconds=15)) == [(plain.id, "train")]
 
 
 def test_places_are_counted_within_a_queue(session: Session) -> None:

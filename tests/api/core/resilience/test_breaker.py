@@ -40,7 +40,7 @@ def thing() -> Dependency:
 
 
 def test_nobody_looks_because_of_a_short_silence(thing: Dependency) -> None:
-    thing.heard_nothing_for(breaker.DOUBT_SECONDS - 0.1)
+    thing.heard_nothing_for(breaker.SILENCE_SECONDS - 0.1)
     assert not thing.begun
 
 
@@ -70,7 +70,7 @@ def test_an_error_is_an_answer(thing: Dependency) -> None:
 
 def test_a_look_without_an_end_opens_it(thing: Dependency) -> None:
     thing.heard_nothing_for(1)
-    thing.time += breaker.LOOK_SECONDS
+    thing.time += breaker.PROBE_SECONDS
     assert not thing.breaker.is_open
     thing.time += 0.1
     assert thing.breaker.is_open
@@ -96,5 +96,5 @@ def test_after_it_closed_the_next_silence_is_looked_at(thing: Dependency) -> Non
 
 
 def test_the_promise_of_five_seconds_has_room() -> None:
-    silent = breaker.DOUBT_SECONDS + breaker.GOOD_SECONDS + breaker.LOOK_SECONDS
+    silent = breaker.SILENCE_SECONDS + breaker.GOOD_SECONDS + breaker.PROBE_SECONDS
     assert silent < 5

@@ -74,12 +74,12 @@ def test_many_askers_cost_one_look_and_do_not_wait_for_it(thing: Thing) -> None:
         assert end.wait(10)
         return look()
 
-    thing.probe._look = slow
+    thing.probe._check = slow
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(thing.later, 60, works=True)
         assert began.wait(10)
         assert all(thing.probe.works() for _ in range(50))
-        assert not thing.later(probes.PATIENCE_SECONDS, works=True), "a look that hangs"
+        assert not thing.later(probes.TOLERATED_SECONDS, works=True), "a look that hangs"
         end.set()
         assert first.result()
     assert thing.looks == 2
