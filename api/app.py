@@ -40,7 +40,7 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 def create_app() -> FastAPI:
     """The application, from the settings in effect."""
-    provider = traces.provider()
+    provider = traces.get_provider()
     app = FastAPI(
         title="Lorainit",
         version=version("lorainit"),

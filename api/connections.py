@@ -18,7 +18,7 @@ from api.core import logs
 from api.core.errors import Refusal
 from api.core.settings import Settings, get_settings
 from api.errors import BadRequest, HeadTooLarge, TooSlow, error_body, status_of
-from api.http.concurrency import network
+from api.http.concurrency import find_network
 from api.middleware import PACE
 
 UNSENT_BYTES = 128 * 1024  # that the kernel keeps for a connection, beside what the client can receive
@@ -179,11 +179,11 @@ def _close_one(connections: Sequence[Connection], *, now: float) -> None:
     """Close one connection: an idle one if possible, of the address that has the most of these, its oldest."""
     least = min(one.worth for one in connections)
     candidates = [one for one in connections if one.worth == least]
-    per_address = Counter(network(one.client) for one in candidates)
+    per_address = Counter(find_network(one.client) for one in candidates)
     if now > Connection.logged_at + LOG_SECONDS:
         Connection.logged_at = now
         logs.get_logger(__name__).warning("connections_full", connections=len(connections))
-    max(candidates, key=lambda one: (per_address[network(one.client)], -one.since)).drop()
+    max(candidates, key=lambda one: (per_address[find_network(one.client)], -one.since)).drop()
 
 
 def _as_http(refusal: Refusal) -> bytes:

@@ -37,7 +37,7 @@ def _writing() -> Iterator[Session]:
 
 
 def _caller(request: Request) -> Caller:
-    secret = access.secret_of(request)
+    secret = access.read_secret(request)
     return access.authorize(request, keys.find(keys.parse_key_id(secret)), secret)
 
 

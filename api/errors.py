@@ -48,7 +48,7 @@ from api.core.errors import (
     WrongState,
 )
 from api.core.files import disk
-from api.invalid import first_fault
+from api.invalid import find_first_fault
 from api.planned_routes import RouteTable, find_planned
 
 
@@ -208,7 +208,7 @@ def _advice(refusal: Refusal, status: int) -> dict[str, str]:
 
 def malformed(errors: Sequence[Mapping[str, Any]], body: Any) -> BadRequest:
     """The refusal of a request that pydantic found these errors in; it names the first."""
-    fault = first_fault(errors[:LOOKED_AT], body)
+    fault = find_first_fault(errors[:LOOKED_AT], body)
     return BadRequest(fault.message, code=fault.code, param=fault.param)
 
 

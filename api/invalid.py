@@ -85,7 +85,7 @@ class Fault:
     param: str | None
 
 
-def first_fault(errors: Sequence[Details], body: Any) -> Fault:
+def find_first_fault(errors: Sequence[Details], body: Any) -> Fault:
     """The first error. Those of the alternatives of a union at the same place become one sentence."""
     first = errors[0]
     if first["type"] == "json_invalid":

@@ -23,7 +23,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from api.core.devices.run_environment import without_secrets  # noqa: E402
+from api.core.devices.run_environment import make_environment_without_secrets  # noqa: E402
 from lorainit.config.events import Event, Metrics, Stage  # noqa: E402
 from worker.child.supervisor import RunPaths, run_child  # noqa: E402
 from worker.child.warm import WarmProcess  # noqa: E402
@@ -84,7 +84,7 @@ def cpu_of_runs() -> Iterator[float]:
 def made_ready() -> tuple[WarmProcess, Times, int]:
     """A warm process, what it took, and the bytes that it alone holds."""
     warm, started = WarmProcess(), time.monotonic()
-    warm.prepare({**without_secrets(), "TOKENIZERS_PARALLELISM": "false"})
+    warm.prepare({**make_environment_without_secrets(), "TOKENIZERS_PARALLELISM": "false"})
     while not warm.is_ready():
         time.sleep(0.05)
     assert warm.process is not None

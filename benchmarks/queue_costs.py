@@ -48,7 +48,7 @@ HOT: Mapping[str, Callable[[Session], object]] = {
     "jobs without a notification": notify.find_unannounced,
     "jobs whose message was lost": lambda session: notify.find_lost(session, older_than=timedelta(seconds=15)),
     "jobs of silent workers": lambda session: jobs.recover_lost_runs(session, max_attempts=3),
-    "jobs whose files are checked": admission.waiting,
+    "jobs whose files are checked": admission.find_ready,
     "ended jobs without a result file": metrics.find_without_csv,
     "the figures of /metrics": gauges.take_snapshot,
     "jobs with a pair that all have": lambda session: search(session, team="a"),

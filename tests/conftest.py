@@ -118,7 +118,7 @@ def forget() -> None:
         cached.cache_clear()
     catalogue.forget()
     devices.forget()
-    traces.provider.cache_clear()
+    traces.get_provider.cache_clear()
 
 
 @pytest.fixture

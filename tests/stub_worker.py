@@ -48,7 +48,7 @@ def train(
     precision = job.recipe["training"]["precision"]
     automatic = precision == "auto"
     lora = Lora.model_validate(job.recipe["lora"])
-    modules, parameters = catalogue.size(lora, catalogue.require(job.model))
+    modules, parameters = catalogue.count_parameters(lora, catalogue.require(job.model))
     plan = Plan(
         total_steps=steps,
         steps_per_epoch=1,

@@ -79,13 +79,13 @@ def _check_options(options: Mapping[str, Any], **_: Any) -> None:
 @worker_init.connect  # type: ignore[untyped-decorator]
 def _listen(sender: Any, **_: Any) -> None:
     # Done after the command line was read and before the processes are forked, so that all have the same queues.
-    sender.app.amqp.queues.select(devices.served_queues() or get_settings().queues())
+    sender.app.amqp.queues.select(devices.list_served_queues() or get_settings().queues())
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]
 def _logs(**_: Any) -> None:
     configure()
-    for fault in catalogue.missing_sources():
+    for fault in catalogue.find_missing_sources():
         get_logger(__name__).error("a base model is not on this host; its jobs will fail", fault=fault)
 
 
@@ -94,7 +94,7 @@ def _ready(**_: Any) -> None:
     settings, found = get_settings(), devices.list_gpus()
     log = get_logger(__name__)
     log.info("the worker is ready", slots=settings.worker_slots, device=devices.device(), gpus=found)
-    left = sorted(set(settings.queues()) - set(devices.served_queues()))
+    left = sorted(set(settings.queues()) - set(devices.list_served_queues()))
     if devices.may_take_a_job(settings.worker_slots) and left:
         log.warning("jobs of these queues ask for another device and are not taken", queues=left)
     threading.Thread(target=_send_heartbeats, name="heartbeat", daemon=True).start()
@@ -121,7 +121,7 @@ def _gone(**_: Any) -> None:
     drain_file(os.getpid()).unlink(missing_ok=True)
 
 
-def _usable_slots() -> tuple[int, str | None]:
+def _count_usable_slots() -> tuple[int, str | None]:
     """How many slots of this worker take jobs, and why the others do not."""
     slots, flags = get_settings().worker_slots, unhealthy_file(os.getpid(), "*")
     if why := devices.find_problem(slots):
@@ -137,10 +137,10 @@ def _send_heartbeats() -> None:
     log, me, started = get_logger(__name__), name(os.getpid()), datetime.now(UTC)
     while True:
         try:
-            slots, problem = _usable_slots()
+            slots, problem = _count_usable_slots()
             with session_scope() as session:
                 workers.record_heartbeat(
-                    session, me, slots=slots, queues=devices.served_queues(), started_at=started, problem=problem
+                    session, me, slots=slots, queues=devices.list_served_queues(), started_at=started, problem=problem
                 )
                 session.commit()
         except Exception as error:

@@ -134,6 +134,6 @@ def _of(_pid: int) -> GpuHealth:
     return GpuHealth()
 
 
-def of_slot() -> GpuHealth:
+def get_slot_health() -> GpuHealth:
     """The state of this slot. Each process has its own, because a forked copy would be another slot's."""
     return _of(os.getpid())

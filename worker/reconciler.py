@@ -71,7 +71,7 @@ def _recover(job_id: str) -> bool:
 def admit() -> bool:
     """Queue or fail jobs whose files are checked, in one transaction each; True if there were some."""
     with session_scope(read_only=True) as session:
-        ready = admission.waiting(session)
+        ready = admission.find_ready(session)
     return any(_for_each(ready, _consider))
 
 
@@ -186,16 +186,16 @@ def _wake_chores(look: threading.Event, wakes: Mapping[Chore, threading.Event], 
                 found = pending.find_pending(connection)
                 pause = get_settings().reconcile_seconds
             except Exception as error:
-                pause = _longer(pause)
+                pause = _lengthen(pause)
                 log.warning("the reconciler could not look for work", error=str(error))
                 found = None
-            for chore in _chores_for(found):
+            for chore in _find_chores(found):
                 if chore in wakes:
                     wakes[chore].set()
             look.wait(pause)
 
 
-def _chores_for(found: pending.PendingWork | None) -> list[Chore]:
+def _find_chores(found: pending.PendingWork | None) -> list[Chore]:
     names = [] if found is None else [name for name, some in found._asdict().items() if some]
     return [chore for name in names for chore in WOKEN[name]]
 
@@ -209,7 +209,7 @@ def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: th
             pause = get_settings().reconcile_seconds
         except Exception as error:
             # The pause grows, because two log lines a second would fill a full disk further.
-            pause = _longer(pause)
+            pause = _lengthen(pause)
             # No traceback if the database or storage does not answer, because that is no error in our code.
             write = log.warning if isinstance(error, OperationalError | StoreError) else log.exception
             write("a chore of the reconciler failed; it will be tried again", chore=chore.__name__, error=str(error))
@@ -221,7 +221,7 @@ def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: th
             wake.wait(janitor.PAUSES.get(chore, SWEEP_SECONDS))
 
 
-def _longer(pause: float) -> float:
+def _lengthen(pause: float) -> float:
     return min(2 * pause, max(LONGEST_PAUSE, get_settings().reconcile_seconds))
 
 

@@ -38,7 +38,7 @@ log = get_logger(__name__)
 @app.task(name=queue.TASK)  # type: ignore[untyped-decorator]
 def run_job(job_id: str) -> None:
     """A message came: claim the best queued job, if there is one, and those that may be trained with it."""
-    traces.provider()  # called first, so that a wrong configuration fails before a job is taken
+    traces.get_provider()  # called first, so that a wrong configuration fails before a job is taken
     try:
         claimed = _claim()
     except OperationalError as error:
@@ -55,7 +55,9 @@ def run_job(job_id: str) -> None:
         ready = {member: member.paths for member in members if member.paths is not None}
         if ready:
             _train(list(ready), list(ready.values()))
-    gpu_health.of_slot().wait_until_healthy(_gpus(), unhealthy_file(os.getppid(), _slot()), is_leaving=_is_leaving)
+    gpu_health.get_slot_health().wait_until_healthy(
+        _gpus(), unhealthy_file(os.getppid(), _slot()), is_leaving=_is_leaving
+    )
 
 
 def _claim() -> list[Job]:
@@ -68,7 +70,7 @@ def _claim() -> list[Job]:
             owner,
             lease_seconds=settings.lease_seconds,
             group_size=settings.group_size,
-            queues=devices.served_queues(),
+            queues=devices.list_served_queues(),
         )
         session.commit()
     return claimed
@@ -77,11 +79,11 @@ def _claim() -> list[Job]:
 def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
     settings = get_settings()
     silence = Watchdog(settings.silence_seconds, extra=LATER)
-    gpu_health.of_slot().note_start()
+    gpu_health.get_slot_health().note_start()
 
     def on_event(event: Event) -> None:
         silence.reset(event)
-        gpu_health.of_slot().note_event(event)
+        gpu_health.get_slot_health().note_event(event)
         members[event.member].write_event(event)
 
     def should_stop() -> StopReason:
@@ -98,14 +100,14 @@ def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
             grace=settings.stop_grace_seconds,
             on_event=on_event,
             should_stop=should_stop,
-            warm=warm.process_of_slot(),
+            warm=warm.get_warm_process(),
             gpus=_gpus(),
         )
     except Exception as error:
         log.exception("the worker failed")
         wait([member.abort(error) for member in members])
         return
-    gpu_health.of_slot().note_end(outcome, members=len(members))
+    gpu_health.get_slot_health().note_end(outcome, members=len(members))
     if outcome.returncode and not outcome.stopped:
         log.error("the run ended badly", returncode=outcome.returncode, stderr=outcome.stderr_tail)
     # A pause of one job stops the process of all. The others are requeued with a checkpoint, too.
@@ -118,7 +120,7 @@ def _slot() -> int:
 
 
 def _gpus() -> str | None:
-    return devices.gpus_of_slot(_slot(), get_settings().worker_slots)
+    return devices.find_gpus_of_slot(_slot(), get_settings().worker_slots)
 
 
 def _is_leaving() -> bool:

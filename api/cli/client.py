@@ -122,7 +122,7 @@ def retrieve(client: OpenAI, job_id: str) -> FineTuningJob:
     return client.fine_tuning.jobs.retrieve(job_id)
 
 
-def events_after(client: OpenAI, job_id: str, seen: int) -> list[FineTuningJobEvent]:
+def find_events_after(client: OpenAI, job_id: str, seen: int) -> list[FineTuningJobEvent]:
     """The events with a sequence above `seen`, oldest first."""
     newest_first = client.fine_tuning.jobs.list_events(job_id, limit=100)
     return list(takewhile(lambda event: sequence(event) > seen, newest_first))[::-1]
@@ -133,7 +133,7 @@ def sequence(event: FineTuningJobEvent) -> int:
     return int((event.model_extra or {})["sequence"])
 
 
-def field_of(job: FineTuningJob, name: str) -> Any:
+def get_field(job: FineTuningJob, name: str) -> Any:
     """A field of ours that the client's type does not have."""
     return (job.model_extra or {}).get(name)
 
@@ -145,7 +145,7 @@ def download(client: OpenAI, job_id: str, folder: Path) -> Path:
         Problem: the job has no adapter, the folder exists, or the bytes do not match the server's digest.
     """
     job = client.fine_tuning.jobs.retrieve(job_id)
-    adapter = field_of(job, "adapter")
+    adapter = get_field(job, "adapter")
     if adapter is None:
         raise Problem(f"job {job_id} is {job.status}; it has no adapter.")
     if folder.exists():

@@ -133,7 +133,7 @@ def migrate(
         return
     engine = db.make_engine("sqlite://")
     migrate.upgrade(engine)
-    if found := migrate.drift(engine):
+    if found := migrate.find_drift(engine):
         raise Problem("the migrations do not lead to the tables in code: " + "; ".join(str(item) for item in found))
     out.print("migrations and tables agree")
 
@@ -172,7 +172,7 @@ def models_inspect(
     if answer.returncode:
         raise Problem(f"{source or 'an empty source'} cannot be used as a base model; see above.")
     facts = ModelFacts.model_validate_json(answer.stdout)
-    out.print(tables.catalogue_entry(facts, model_id=model_id, given=root is not None), end="")
+    out.print(tables.format_catalogue_entry(facts, model_id=model_id, given=root is not None), end="")
 
 
 @app.command(rich_help_panel="Service")
@@ -253,7 +253,7 @@ def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
         raise typer.Exit(130) from None
     if ended.status == "succeeded":
         err.print(Text.assemble(("succeeded", "green"), f": {ended.fine_tuned_model}. Get it: lorainit download {job}"))
-        warnings = remote.field_of(ended, "warnings") or []
+        warnings = remote.get_field(ended, "warnings") or []
         for found in warnings:
             err.print(f"{found['code']}: {found['message']}", style="yellow")
         if warnings:
@@ -303,10 +303,10 @@ def methods() -> None:
     """The initializations: the server's if OPENAI_BASE_URL is set, else those of this installation."""
     if os.environ.get("OPENAI_BASE_URL"):
         answer: Any = remote.connect().get("/lora/methods", cast_to=object)
-        rows = tables.offered_methods(answer["data"])
+        rows = tables.list_offered_methods(answer["data"])
     else:
         err.print("OPENAI_BASE_URL is not set: these are the methods of this installation.", style="dim")
-        rows = tables.installed_methods()
+        rows = tables.list_installed_methods()
     out.print(tables.table(tables.METHOD_COLUMNS, rows), soft_wrap=False)
 
 
@@ -324,7 +324,7 @@ def _announce(url: str, state: Path, first_key: str | None) -> None:
     out.print("\nTry, in another terminal:", style="dim")
     out.print(f"  export OPENAI_BASE_URL={base} OPENAI_API_KEY={first_key or '...'}")
     out.print('  curl -H "Authorization: Bearer $OPENAI_API_KEY" $OPENAI_BASE_URL/models')
-    model = next(iter(catalogue.entries()), None)
+    model = next(iter(catalogue.get_entries()), None)
     if model is None:
         out.print(f"  {command} models inspect FOLDER --id NAME  # the catalogue offers no base model yet\n")
         return

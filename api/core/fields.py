@@ -18,7 +18,7 @@ _TRAINING = "training"
 _NAMED = ("param", "file")  # keys of an event's data that hold the name of a field
 
 
-def in_body(field: str | None, *, method: str = "supervised") -> str | None:
+def translate_field(field: str | None, *, method: str = "supervised") -> str | None:
     """The path of a field of the library in a request for a job with this method. Other names stay as they are."""
     if field is None:
         return None
@@ -30,10 +30,10 @@ def in_body(field: str | None, *, method: str = "supervised") -> str | None:
 
 def translate_event_data(data: dict[str, Any]) -> dict[str, Any]:
     """An event's data, with field names as the caller knows them."""
-    found = {key: in_body(data[key]) for key in _NAMED if isinstance(data.get(key), str)}
+    found = {key: translate_field(data[key]) for key in _NAMED if isinstance(data.get(key), str)}
     return {**data, **found}
 
 
 def translate_choice(choice: dict[str, Any]) -> dict[str, Any]:
     """A choice of the library as the caller knows it."""
-    return {**choice, "param": in_body(choice["param"])}
+    return {**choice, "param": translate_field(choice["param"])}

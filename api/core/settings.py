@@ -304,7 +304,7 @@ def get_settings() -> Settings:
         raise BadSettings(f"wrong settings in the environment: {'; '.join(faults)}.") from None
 
 
-def unknown_variables(names: Iterable[str]) -> list[str]:
+def find_unknown_variables(names: Iterable[str]) -> list[str]:
     """A message for each of these environment variables that looks like a setting and is none."""
     known = [name.upper() for name in Settings.model_fields]
     ours = {name: name.upper().removeprefix(PREFIX) for name in sorted(names) if name.upper().startswith(PREFIX)}

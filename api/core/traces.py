@@ -19,20 +19,20 @@ FLUSH_MILLISECONDS = 2000
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
-def configured() -> bool:
+def is_configured() -> bool:
     """An address for traces is set, and tracing is not switched off."""
     off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
     return not off and any(os.environ.get(name) for name in _ENDPOINTS)
 
 
 @singleton
-def provider() -> "TracerProvider | None":
+def get_provider() -> "TracerProvider | None":
     """This process's provider of spans; None if no exporter is configured. A worker calls it after the fork.
 
     Raises:
         ImportError: traces are configured and the extra `otel` is not installed.
     """
-    if not configured():
+    if not is_configured():
         return None
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
@@ -43,9 +43,9 @@ def provider() -> "TracerProvider | None":
     return made
 
 
-def current() -> str | None:
+def find_traceparent() -> str | None:
     """The `traceparent` of the request being answered; None without one."""
-    if provider() is None:
+    if get_provider() is None:
         return None
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -57,7 +57,7 @@ def current() -> str | None:
 @contextmanager
 def span(name: str, parent: str | None, **attributes: str | int) -> Iterator[None]:
     """A span below `parent` for the length of the block, sent at its end; nothing if no exporter is configured."""
-    listening = provider()
+    listening = get_provider()
     if listening is None:
         yield
         return

@@ -28,7 +28,7 @@ from api.core.db.database import get_engine, session_scope
 from api.core.db.tables import ApiKey
 from api.core.maintenance import startup
 from api.core.models import catalogue
-from api.core.settings import Settings, get_settings, unknown_variables
+from api.core.settings import Settings, find_unknown_variables, get_settings
 from api.embedded import broker
 from api.embedded.children import Child, follow, size_of, sleeping, tail
 
@@ -67,7 +67,7 @@ class Service:
                 come up.
         """
         _require_base_models(self.settings)
-        for name in unknown_variables(os.environ):
+        for name in find_unknown_variables(os.environ):
             self.report(f"{name}: nothing reads it")
         _make_folder(self.state)
         self._lock = _lock(self.state)
@@ -201,7 +201,7 @@ def running(*, report: Report) -> Iterator[tuple[Service, str | None]]:
 
 
 def _require_base_models(settings: Settings) -> None:
-    if not (missing := catalogue.missing_sources()):
+    if not (missing := catalogue.find_missing_sources()):
         return
     where = f"The catalogue {settings.catalogue.absolute()}" if settings.catalogue else "The built-in catalogue"
     advice = "LORAINIT_CATALOGUE names a file of your own, and `lorainit models inspect` writes its entries."

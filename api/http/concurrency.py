@@ -33,7 +33,7 @@ class Concurrency:
         """A permit for a request, to be released when it is answered; or why there is none."""
         if scope["path"] in HEALTH:
             return Permit(self, address=None)
-        address, limit = network(scope.get("client")), self._settings.address_at_once
+        address, limit = find_network(scope.get("client")), self._settings.address_at_once
         with self._lock:
             if self._addresses[address] >= limit:
                 return too_many(f"{limit} requests of this address")
@@ -94,7 +94,7 @@ def too_many(what: str) -> TooManyRequests:
     return TooManyRequests(message, code="rate_limit_exceeded", wait=WAIT_SECONDS)
 
 
-def network(client: tuple[str, int] | None) -> str:
+def find_network(client: tuple[str, int] | None) -> str:
     """The network for which an address is counted: for IPv6 the /64, because a host can choose any address in it."""
     if client is None:
         return ""

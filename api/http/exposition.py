@@ -130,7 +130,7 @@ def _counts(snapshot: Snapshot) -> Iterator[Metric]:
 def _volumes() -> Iterator[Metric]:
     free = GaugeMetricFamily("lorainit_volume_free_bytes", "Free on a disk of this host.", labels=("volume",))
     size = GaugeMetricFamily("lorainit_volume_size_bytes", "Size of a disk of this host.", labels=("volume",))
-    for volume in disk.service_volumes(get_settings()):
+    for volume in disk.list_service_volumes(get_settings()):
         free.add_metric((volume.name,), volume.free)
         size.add_metric((volume.name,), volume.size)
     return iter([free, size])

@@ -14,7 +14,7 @@ from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit10000, Text
 from api.routes.upload import SCHEMA, StoredDep, UploadDep
 from api.schemas.file import FileObject, file_object, fingerprint_of
-from api.schemas.wire import IDEMPOTENT_RESPONSES, Deleted, Page, listed
+from api.schemas.wire import IDEMPOTENT_RESPONSES, Deleted, Page, make_page
 
 router = APIRouter(prefix="/v1", tags=["files"])
 
@@ -66,7 +66,7 @@ def list_files(
     rows, more = files.page(
         session, caller.project_id, after=after, limit=limit or 10_000, purpose=purpose, order=order or "desc"
     )
-    return listed([file_object(row) for row in rows], has_more=more)
+    return make_page([file_object(row) for row in rows], has_more=more)
 
 
 @router.get("/files/{file_id}")

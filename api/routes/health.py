@@ -41,7 +41,7 @@ async def readyz() -> JSONResponse:
     """Whether jobs can be accepted: also without a worker or a broker, because jobs wait. Answers in a few seconds."""
     database = _database()
     works, stores, refused = await asyncio.gather(
-        in_health_thread(database.works), in_health_thread(storage_works), in_health_thread(catalogue.refused)
+        in_health_thread(database.works), in_health_thread(storage_works), in_health_thread(catalogue.get_refusal)
     )
     checks: dict[str, Any] = {"database": "ok", "storage": "ok", "queue": "ok", "migrations": "ok", "workers": 0}
     checks["catalogue"] = "changed and refused" if refused else "ok"
@@ -89,5 +89,5 @@ def _broker() -> Probe[None]:
 def _check_database() -> dict[str, str | int]:
     # A reading session, because SQLite's writing connection would wait for other writers.
     with session_scope(read_only=True) as session:
-        migrated = migrate.at_head(session.connection())
+        migrated = migrate.is_at_head(session.connection())
         return {"migrations": "ok" if migrated else "missing", "workers": workers.count_online(session)}

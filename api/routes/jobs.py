@@ -26,7 +26,7 @@ from api.routes.query import After, Empty, Limit100, Limit1000, Text
 from api.schemas.event import CheckpointObject, EventObject, checkpoint_object, event_object
 from api.schemas.job import JobObject, job_object
 from api.schemas.job_request import MAX_LABELS, JobRequest
-from api.schemas.wire import IDEMPOTENT_RESPONSES, Page, as_json, listed
+from api.schemas.wire import IDEMPOTENT_RESPONSES, Page, as_json, make_page
 
 router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody)
 JOBS = "/fine_tuning/jobs"
@@ -106,7 +106,7 @@ async def list_jobs(request: Request, caller: CallerDep, after: After = None, li
             rows, more = lookup.page(
                 session, caller.project_id, after=after, limit=limit or 20, metadata=pairs, unlabelled=unlabelled
             )
-            return as_json(listed([job_object(view) for view in lookup.load_views(session, rows)], has_more=more))
+            return as_json(make_page([job_object(view) for view in lookup.load_views(session, rows)], has_more=more))
 
     # A search by one pair is an index lookup. One by several pairs may read many jobs, so it has threads of its own.
     return await (in_search_thread(find) if len(pairs) > 1 else run_in_threadpool(find))
@@ -157,7 +157,7 @@ def list_events(found: JobIdDep, after: After = None, limit: Limit1000 = None) -
     _, job_id = found
     with session_scope(read_only=True) as session:
         rows, more = events.page(session, job_id, after=after, limit=limit or 20)
-    return as_json(listed([event_object(row) for row in rows], has_more=more))
+    return as_json(make_page([event_object(row) for row in rows], has_more=more))
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/events/stream", response_class=StreamingResponse, responses=EVENT_STREAM)
@@ -183,8 +183,8 @@ def list_checkpoints(
     """Stored checkpoints, newest first."""
     job = lookup.find(session, caller.project_id, fine_tuning_job_id)
     rows, more = checkpoints.page(session, job.id, after=after, limit=limit or 10)
-    stored = results.files_of(session, rows)
-    return listed([checkpoint_object(row, stored[row.file_id]) for row in rows], has_more=more)
+    stored = results.find_files_of(session, rows)
+    return make_page([checkpoint_object(row, stored[row.file_id]) for row in rows], has_more=more)
 
 
 @router.head(JOBS + "/{fine_tuning_job_id}/adapter", include_in_schema=False)
@@ -199,7 +199,7 @@ def adapter(
 ) -> Response:
     """The trained adapter as one tar. Stock PEFT loads it on the unchanged base model."""
     job = lookup.find(session, caller.project_id, fine_tuning_job_id)
-    file = results.tar(session, job, checkpoint=checkpoint)
+    file = results.find_tar(session, job, checkpoint=checkpoint)
     return download(request, storage, file, media_type="application/x-tar", name=f"{job.id}.tar", digest=True)
 
 

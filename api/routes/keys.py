@@ -14,7 +14,7 @@ from api.dependencies import AdminDep, Reading, Writing
 from api.http.bodies import BoundedBody
 from api.routes.query import After, Limit100
 from api.schemas.key import KeyObject, KeyRequest, NewKeyObject, key_object, new_key_object
-from api.schemas.wire import Deleted, Page, listed
+from api.schemas.wire import Deleted, Page, make_page
 
 router = APIRouter(prefix="/v1/organization/projects/{project_id}", tags=["API keys"], route_class=BoundedBody)
 
@@ -37,7 +37,7 @@ def list_keys(
     """Keys of the project, newest first."""
     project = keys.find_project(session, caller, project_id)
     rows, more = keys.page(session, project.id, after=after, limit=limit or 20)
-    return listed([key_object(row) for row in rows], has_more=more)
+    return make_page([key_object(row) for row in rows], has_more=more)
 
 
 @router.get("/api_keys/{key_id}")

@@ -15,7 +15,7 @@ from api.http.threads import in_search_thread
 from api.routes.clear import clear
 from api.routes.query import After, Empty, Limit1000, Text
 from api.schemas.model import MethodObject, ModelObject, method_object, model_object
-from api.schemas.wire import Deleted, Page, as_json, listed, streamed
+from api.schemas.wire import Deleted, Page, as_json, make_page, stream_list
 from lorainit.config.inits import INITS
 
 router = APIRouter(prefix="/v1", tags=["models"])
@@ -30,14 +30,14 @@ async def list_models(
 ) -> Response:
     """Every base, then this project's adapters, newest first; with `limit`, `after` or `search` a page of them."""
     if not (after or limit or search):
-        batches = ([model_object(model) for model in models] for models in registry.every(caller.project_id))
-        return await run_in_threadpool(streamed, batches)
+        batches = ([model_object(model) for model in models] for models in registry.iterate_batches(caller.project_id))
+        return await run_in_threadpool(stream_list, batches)
 
     def find() -> Response:
         project, most = caller.project_id, limit or 20
         with session_scope(read_only=True) as session:
             models, more = registry.page(session, project, after=after, limit=most, search=search or "")
-            return as_json(listed([model_object(model) for model in models], has_more=more))
+            return as_json(make_page([model_object(model) for model in models], has_more=more))
 
     return await (in_search_thread(find) if search else run_in_threadpool(find))
 
@@ -65,7 +65,7 @@ def delete(
 def list_methods(_: CallerDep, model: Base = None, r: Rank = None) -> Page[MethodObject]:
     """Every initialization this server offers, with its parameters as JSON Schema."""
     entry = catalogue.require(model) if model else None
-    return listed([method_object(name, entry=entry, r=r or 16) for name in INITS], has_more=False)
+    return make_page([method_object(name, entry=entry, r=r or 16) for name in INITS], has_more=False)
 
 
 @router.get("/lora/methods/{method}")

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from api.core.db.tables import Checkpoint, File
 from api.core.jobs.events import ShownEvent
-from api.schemas.wire import Element, Wire, finite, unix
+from api.schemas.wire import Element, Wire, replace_non_finite, to_unix
 
 
 class EventObject(Element):
@@ -51,11 +51,11 @@ def event_object(event: ShownEvent) -> EventObject:
     """A row as the caller sees it."""
     return EventObject(
         id=event.id,
-        created_at=unix(event.created_at),
+        created_at=to_unix(event.created_at),
         level=event.level,
         message=event.message,
         type=event.type,
-        data=finite(event.data),
+        data=replace_non_finite(event.data),
         sequence=event.sequence,
     )
 
@@ -64,11 +64,11 @@ def checkpoint_object(checkpoint: Checkpoint, file: File) -> CheckpointObject:
     """A row and its file as the caller sees them."""
     return CheckpointObject(
         id=checkpoint.id,
-        created_at=unix(checkpoint.created_at),
+        created_at=to_unix(checkpoint.created_at),
         fine_tuning_job_id=checkpoint.job_id,
         fine_tuned_model_checkpoint=checkpoint.name,
         step_number=checkpoint.step,
-        metrics=CheckpointMetrics.model_validate(finite(checkpoint.metrics)),
+        metrics=CheckpointMetrics.model_validate(replace_non_finite(checkpoint.metrics)),
         best=checkpoint.best,
         bytes=file.bytes,
         sha256=file.sha256,

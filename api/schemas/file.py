@@ -6,7 +6,7 @@ from pydantic import Field
 
 from api.core.db.tables import File
 from api.core.files.files import Stored
-from api.schemas.wire import Element, unix, unix_or_none
+from api.schemas.wire import Element, to_unix, to_unix_or_none
 
 
 class FileObject(Element):
@@ -30,8 +30,8 @@ def file_object(file: File) -> FileObject:
     return FileObject(
         id=file.id,
         bytes=file.bytes,
-        created_at=unix(file.created_at),
-        expires_at=unix_or_none(file.expires_at),
+        created_at=to_unix(file.created_at),
+        expires_at=to_unix_or_none(file.expires_at),
         filename=file.filename,
         purpose=file.purpose,
         status=file.status,

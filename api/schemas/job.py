@@ -14,7 +14,7 @@ from api.core.jobs.submit import PRIORITIES
 from api.core.models import catalogue
 from api.core.queue import scheduling
 from api.core.settings import get_settings
-from api.schemas.wire import Element, Wire, finite, unix, unix_or_none
+from api.schemas.wire import Element, Wire, replace_non_finite, to_unix, to_unix_or_none
 from lorainit.config.spec import Lora
 
 PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
@@ -129,11 +129,11 @@ def job_object(view: JobView) -> JobObject:
     """A row and what belongs to it, as the caller sees it."""
     job, resumability, decided = view.job, view.resumability, _decided_by_the_run(view.job)
     training, choices = _training(job, decided), [*job.choices, *decided]
-    progress = Progress.model_validate(finite(job.progress)) if job.progress else None
+    progress = Progress.model_validate(replace_non_finite(job.progress)) if job.progress else None
     return JobObject(
         id=job.id,
-        created_at=unix(job.created_at),
-        finished_at=unix_or_none(job.finished_at),
+        created_at=to_unix(job.created_at),
+        finished_at=to_unix_or_none(job.finished_at),
         model=job.model,
         fine_tuned_model=view.result.adapter.name if view.result else None,
         organization_id=f"org-{get_settings().organization}",
@@ -162,17 +162,17 @@ def job_object(view: JobView) -> JobObject:
         resume=Resume(possible=resumability.possible, from_step=resumability.from_step, reason=resumability.reason),
         progress=progress,
         lora=_lora(job, choices),
-        init_report=finite(job.init_report),
-        export_check=finite(job.export_check),
+        init_report=replace_non_finite(job.init_report),
+        export_check=replace_non_finite(job.export_check),
         resources=_resources(job),
-        warnings=[JobWarning.model_validate(found) for found in finite(job.warnings) or []],
+        warnings=[JobWarning.model_validate(found) for found in replace_non_finite(job.warnings) or []],
         adapter=_adapter(job, view.result) if view.result else None,
     )
 
 
 def _resources(job: ShownJob) -> dict[str, Any]:
     asked = {"group": job.wants_group, "device": scheduling.device_for_queue(job.queue), "devices": job.devices}
-    return {**asked, "trained_with": job.trained_with, **(finite(job.resources) or {})}
+    return {**asked, "trained_with": job.trained_with, **(replace_non_finite(job.resources) or {})}
 
 
 def _of(choices: Sequence[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
@@ -186,14 +186,14 @@ def _decided_by_the_run(job: ShownJob) -> list[dict[str, Any]]:
 
 def _training(job: ShownJob, decided: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The requested hyperparameters, with the values that a run chose for "auto"."""
-    found = {choice["param"].rpartition(".")[2]: finite(choice["value"]) for choice in decided}
+    found = {choice["param"].rpartition(".")[2]: replace_non_finite(choice["value"]) for choice in decided}
     return {**job.recipe["training"], **found}
 
 
 def _lora(job: ShownJob, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The resolved adapter: what was requested, what follows from it, and what we chose."""
     lora, entry = _read(orjson.dumps(job.recipe["lora"])), catalogue.find(job.model)
-    modules, parameters = catalogue.size(lora, entry) if entry else (None, None)
+    modules, parameters = catalogue.count_parameters(lora, entry) if entry else (None, None)
     plan, report = job.plan or {}, job.init_report or {}
     init = {**job.recipe["lora"]["init"]}
     if init.get("seed") is None:
@@ -222,7 +222,7 @@ def _read(lora: bytes) -> Lora:
 def _finish(job: ShownJob, progress: Progress | None) -> int | None:
     if job.status != "running" or progress is None or progress.remaining_seconds is None:
         return None
-    return int((progress.updated_at or unix(job.created_at)) + progress.remaining_seconds)
+    return int((progress.updated_at or to_unix(job.created_at)) + progress.remaining_seconds)
 
 
 def _adapter(job: ShownJob, result: Result) -> AdapterObject | None:

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from api import json_text
 from api.core.jobs.echoed import EchoedFields
 from api.core.jobs.submit import Order
-from api.invalid import first_fault
+from api.invalid import find_first_fault
 from lorainit.config.schema import Seed, Strict, limit_size
 from lorainit.config.spec import Choice, Hyperparameters, Lora
 
@@ -250,7 +250,7 @@ def _lora_of(text: str) -> LoraOrder:
         ) from error
     except ValidationError as error:
         found = [{**one, "loc": ("body", "lora", *one["loc"])} for one in error.errors()]
-        fault = first_fault(found, {"lora": given})
+        fault = find_first_fault(found, {"lora": given})
         raise _fault(fault.code, LORA_PARAM, f"{LORA_PARAM}: {fault.message}") from error
 
 

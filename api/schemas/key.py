@@ -6,7 +6,7 @@ from pydantic import Field
 
 from api.core.access.keys import PREFIX, Role
 from api.core.db.tables import ApiKey
-from api.schemas.wire import Element, Wire, unix, unix_or_none
+from api.schemas.wire import Element, Wire, to_unix, to_unix_or_none
 from lorainit.config.schema import Strict
 
 LONGEST = 10 * 365 * 86400
@@ -68,10 +68,10 @@ def new_key_object(key: ApiKey, secret: str) -> NewKeyObject:
 
 
 def _fields(key: ApiKey) -> dict[str, object]:
-    holder = {"id": key.id, "name": key.name, "created_at": unix(key.created_at), "role": key.role}
+    holder = {"id": key.id, "name": key.name, "created_at": to_unix(key.created_at), "role": key.role}
     return {
         **holder,
         "redacted_value": f"{PREFIX}...{key.hint}",
-        "expires_at": unix_or_none(key.expires_at),
+        "expires_at": to_unix_or_none(key.expires_at),
         "owner": {"service_account": holder},
     }

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from api.core.db.tables import Checkpoint
 from api.core.models.catalogue import Entry
 from api.core.models.registry import Model
-from api.schemas.wire import Element, Wire, unix
+from api.schemas.wire import Element, Wire, to_unix
 from lorainit.config.inits import INITS, AnyInit, ExportRank, Kaiming, Quantization
 from lorainit.config.model_facts import LeftOut
 from lorainit.config.resolve import base_learning_rate
@@ -76,7 +76,7 @@ def model_object(model: Model) -> ModelObject:
         return _base(named)
     return ModelObject(
         id=named.name,
-        created=unix(named.created_at),
+        created=to_unix(named.created_at),
         owned_by=named.project_id,
         type="checkpoint" if isinstance(named, Checkpoint) else "adapter",
         parent=model.base.id if model.base else None,

@@ -64,7 +64,7 @@ IDEMPOTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def listed(rows: Sequence[T], *, has_more: bool) -> Page[T]:
+def make_page(rows: Sequence[T], *, has_more: bool) -> Page[T]:
     """A list of `rows`."""
     return Page(
         data=list(rows),
@@ -79,7 +79,7 @@ def as_json(answer: Wire) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def streamed(batches: Iterator[Sequence[Element]]) -> Response:
+def stream_list(batches: Iterator[Sequence[Element]]) -> Response:
     """A complete list, sent while it is read, so that only one batch is in memory however slow the client is.
 
     The first batch is read before the answer begins, so that an error is still an error answer. A later error closes
@@ -105,20 +105,20 @@ def _around(first_id: str | None, last_id: str | None) -> list[bytes]:
     return [f"{before}[".encode(), f"]{after}".encode()]
 
 
-def unix(at: datetime) -> int:
+def to_unix(at: datetime) -> int:
     """Whole seconds since 1970."""
     return int(at.timestamp())
 
 
-def unix_or_none(at: datetime | None) -> int | None:
-    """Like `unix`; None stays None."""
-    return None if at is None else unix(at)
+def to_unix_or_none(at: datetime | None) -> int | None:
+    """Like `to_unix`; None stays None."""
+    return None if at is None else to_unix(at)
 
 
-def finite(value: Any) -> Any:
+def replace_non_finite(value: Any) -> Any:
     """`value` with every NaN and infinity replaced by None, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list) else value
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    return [replace_non_finite(item) for item in value] if isinstance(value, list) else value

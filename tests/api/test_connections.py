@@ -14,7 +14,7 @@ from api.core.access import keys
 from api.core.db import database as db
 from api.core.db import migrate
 from api.core.settings import BadSettings, get_settings
-from api.http.concurrency import network
+from api.http.concurrency import find_network
 from tests import servers
 from tests.api.conftest import JOBS
 from tests.api.test_hangs import a_lab, ask, everything
@@ -278,7 +278,7 @@ def test_every_route_takes_one_permit_and_gives_it_back(service: None, environme
     ],
 )
 def test_a_host_counts_once_however_many_addresses_its_network_has(client: str, counted: str) -> None:
-    assert network((client, 1)) == counted
+    assert find_network((client, 1)) == counted
 
 
 def test_fewer_connections_than_requests_are_refused(environment: pytest.MonkeyPatch) -> None:

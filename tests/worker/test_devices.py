@@ -53,7 +53,7 @@ def set_to(environment: pytest.MonkeyPatch) -> Set:
 )
 def test_each_slot_has_gpus_of_its_own(seen: list[str], names: list[str], slots: int, sets: list[str | None]) -> None:
     seen += names
-    assert [devices.gpus_of_slot(slot, slots) for slot in range(slots)] == sets
+    assert [devices.find_gpus_of_slot(slot, slots) for slot in range(slots)] == sets
 
 
 def test_more_slots_than_gpus_take_no_job(seen: list[str]) -> None:
@@ -128,7 +128,7 @@ def test_a_worker_whose_gpu_goes_away_does_not_go_on_with_the_processor(seen: li
 def test_a_worker_for_the_processor_hides_the_gpus_from_its_runs(seen: list[str], set_to: Set) -> None:
     seen.append("0")
     set_to(worker_device="cpu")
-    assert (devices.list_gpus(), devices.gpus_of_slot(0, 1), devices.find_problem(8)) == ([], "", None)
+    assert (devices.list_gpus(), devices.find_gpus_of_slot(0, 1), devices.find_problem(8)) == ([], "", None)
 
 
 @pytest.mark.parametrize(("names", "needed"), [(["0"], "1"), ([], None)])
@@ -136,7 +136,7 @@ def test_a_run_of_a_worker_with_gpus_is_told_that_it_needs_one(
     seen: list[str], names: list[str], needed: str | None
 ) -> None:
     seen += names
-    assert run_environment.environment_of_runs("0").get(gpus.NEEDED) == needed
+    assert run_environment.make_run_environment("0").get(gpus.NEEDED) == needed
 
 
 @pytest.mark.parametrize(("names", "left"), [([], ("train", "cpu")), (["0"], ("train", "gpu"))])
@@ -145,7 +145,7 @@ def test_jobs_that_ask_for_the_other_device_are_not_taken(
 ) -> None:
     seen += names
     set_to(worker_queues="train,gpu,cpu")
-    assert devices.served_queues() == left
+    assert devices.list_served_queues() == left
 
 
 def test_a_worker_of_which_no_job_may_be_taken_says_so(seen: list[str], set_to: Set) -> None:

@@ -173,18 +173,18 @@ def slots(environment: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.mark.usefixtures("service")
 def test_only_the_slot_whose_gpu_failed_is_missing_from_its_workers_row(slots: Callable[[int], None]) -> None:
     slots(3)
-    assert app._usable_slots() == (3, None)
+    assert app._count_usable_slots() == (3, None)
     with scratch.raised_flag(app.unhealthy_file(os.getpid(), 1), "The GPU failed."):
-        assert app._usable_slots() == (2, "The GPU failed.")
+        assert app._count_usable_slots() == (2, "The GPU failed.")
         with scratch.raised_flag(app.unhealthy_file(os.getpid(), 2), "The GPU failed."):
-            assert app._usable_slots() == (1, "The GPU failed.")
-    assert app._usable_slots() == (3, None)
+            assert app._count_usable_slots() == (1, "The GPU failed.")
+    assert app._count_usable_slots() == (3, None)
 
 
 @pytest.mark.usefixtures("service")
 def test_a_worker_that_takes_no_job_at_all_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "find_problem", lambda _slots: "The NVIDIA driver is old.")
-    assert app._usable_slots() == (0, "The NVIDIA driver is old.")
+    assert app._count_usable_slots() == (0, "The NVIDIA driver is old.")
 
 
 @pytest.mark.usefixtures("service")

@@ -117,7 +117,7 @@ def test_a_killed_run_failed_only_if_the_system_had_run_out_of_memory(
     alone: Lab, monkeypatch: pytest.MonkeyPatch, kills: list[int], status: str, code: str | None
 ) -> None:
     counts = iter(kills)
-    monkeypatch.setattr(supervisor, "oom_kills", lambda: next(counts))
+    monkeypatch.setattr(supervisor, "count_oom_kills", lambda: next(counts))
     alone.run("shown(0, 1); os.kill(os.getpid(), 9)")
     job = alone.job(1)
     assert (job.status, (job.error or {}).get("code")) == (status, code)
@@ -132,7 +132,7 @@ def test_a_run_that_somebody_else_stopped_is_tried_again(alone: Lab, end: str) -
 
 
 def test_a_run_killed_over_and_over_fails_and_says_where(alone: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "oom_kills", lambda: 0)
+    monkeypatch.setattr(supervisor, "count_oom_kills", lambda: 0)
     for _ in range(3):
         alone.run("shown(0, 1); os.kill(os.getpid(), 9)")
         with session_scope() as session:
@@ -148,12 +148,12 @@ def test_a_run_killed_over_and_over_fails_and_says_where(alone: Lab, monkeypatch
 
 
 def test_a_run_that_gets_further_each_time_is_never_given_up(alone: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "oom_kills", lambda: 0)
+    monkeypatch.setattr(supervisor, "count_oom_kills", lambda: 0)
     for number in range(1, 5):
         alone.run(f"step(0, {number}); checkpoint(0, {number}); time.sleep(0.3); os.kill(os.getpid(), 9)")
         assert (alone.job(1).status, alone.job(1).lost_runs) == ("queued", 1)
     with session_scope() as session:
-        assert checkpoints.latest(session, alone.ids[0]).step == 4  # type: ignore[union-attr]
+        assert checkpoints.find_latest(session, alone.ids[0]).step == 4  # type: ignore[union-attr]
 
 
 def test_a_storage_that_stays_away_is_not_the_jobs_fault(alone: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,14 +183,14 @@ def test_kills_are_counted_in_our_own_cgroup_first(kernel) -> None:
     (kernel / "cgroup" / "jobs").mkdir(parents=True)
     (kernel / "cgroup" / "jobs" / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
     (kernel / "vmstat").write_text("oom_kill 7\n")
-    assert memory.oom_kills() == 2
+    assert memory.count_oom_kills() == 2
 
 
 def test_without_such_a_cgroup_the_hosts_kills_are_counted(kernel) -> None:
     (kernel / "own").write_text("4:memory:/somewhere\n0::/\n")
     (kernel / "vmstat").write_text("pgpgin 5\noom_kill 7\n")
-    assert memory.oom_kills() == 7
+    assert memory.count_oom_kills() == 7
 
 
 def test_a_system_without_such_counters_says_nothing(kernel) -> None:
-    assert memory.oom_kills() is None
+    assert memory.count_oom_kills() is None

@@ -240,7 +240,7 @@ def test_each_chore_is_woken_by_what_there_is_to_do_and_by_nothing_else(monkeypa
 
 def woken() -> set[str]:
     with plain_connection() as connection:
-        return {chore.__name__ for chore in reconciler._chores_for(pending.find_pending(connection))}
+        return {chore.__name__ for chore in reconciler._find_chores(pending.find_pending(connection))}
 
 
 def test_a_look_whose_connection_died_is_an_error_and_the_next_one_has_another() -> None:

@@ -19,11 +19,11 @@ from typing import Literal
 import psutil
 from pydantic import ValidationError
 
-from api.core.devices.run_environment import PROGRAM, environment_of_runs
+from api.core.devices.run_environment import PROGRAM, make_run_environment
 from api.core.logs import get_logger
 from lorainit.config.events import EVENT, Event
 from worker.child.warm import ForkedRun, WarmProcess
-from worker.host.memory import offer_to_the_oom_killer, oom_kills
+from worker.host.memory import count_oom_kills, offer_to_the_oom_killer
 
 # Exit codes of a child that somebody else has killed or asked to end.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
@@ -102,19 +102,21 @@ def run_child(
         program: always started, instead of `PROGRAM` or a fork.
         warm: the process from which the child is forked, if it is ready. It is prepared for the next run afterwards.
     """
-    kills = oom_kills()
+    kills = count_oom_kills()
     reader, writer = os.pipe()
     folder = run_paths[0].out.parent
     stderr = folder / "stderr.log"
-    environment = environment_of_runs(gpus)
+    environment = make_run_environment(gpus)
     warm = warm if program is None else None
     with stderr.open("wb") as log:
         for_it = {**environment, "TMPDIR": str(folder)}
         child: Child | None = None
         if warm is not None:
-            child = warm.fork(_arguments(run_paths), folder=folder, environment=for_it, files=[writer, log.fileno()])
+            child = warm.fork(
+                _make_arguments(run_paths), folder=folder, environment=for_it, files=[writer, log.fileno()]
+            )
         child = child or subprocess.Popen(
-            [*(program or PROGRAM), *_arguments(run_paths), "--events-fd", str(writer)],
+            [*(program or PROGRAM), *_make_arguments(run_paths), "--events-fd", str(writer)],
             env=for_it,
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -133,8 +135,8 @@ def run_child(
     return Outcome(
         -signal.SIGKILL if child.returncode is None else child.returncode,
         stopped=why in ("drain", "lost"),
-        stderr_tail=_tail(stderr),
-        memory_ran_out=kills is not None and oom_kills() != kills,
+        stderr_tail=_read_tail(stderr),
+        memory_ran_out=kills is not None and count_oom_kills() != kills,
         hangs=why == "hangs",
         stuck=psutil.Process(child.pid) if child.returncode is None else None,
     )
@@ -153,7 +155,7 @@ def _supervise(
     try:
         stopped = _listen(reader, on_event, should_stop)
         if stopped == "drain":
-            family = _family(child)
+            family = _find_descendants(child)
             child.send_signal(signal.SIGTERM)
             _listen(reader, on_event, _until(time.monotonic() + grace, should_stop))
             _await_end(child, 1.0 if grace else 0.0)
@@ -179,7 +181,7 @@ def _close(child: Child) -> None:
         child.abandon()
 
 
-def _arguments(run_paths: Sequence[RunPaths]) -> list[str]:
+def _make_arguments(run_paths: Sequence[RunPaths]) -> list[str]:
     first, *others = run_paths
     own = [str(first.spec), str(first.out), "--lease", str(first.lease)]
     return own + [part for one in others for part in ("--member", str(one.spec), str(one.out), str(one.lease))]
@@ -236,7 +238,7 @@ def stop_tree(child: Child, family: Sequence[psutil.Process] = ()) -> None:
 
     This does not end a process that waits inside a driver, so the wait is limited to `END_SECONDS`.
     """
-    family = [*family, *_family(child)]
+    family = [*family, *_find_descendants(child)]
     child.kill()
     _await_end(child, END_SECONDS)
     if child.returncode is None:
@@ -251,14 +253,14 @@ def stop_tree(child: Child, family: Sequence[psutil.Process] = ()) -> None:
         get_logger(__name__).error("processes of a stopped run are still there", pids=[one.pid for one in left])
 
 
-def _family(child: Child) -> list[psutil.Process]:
+def _find_descendants(child: Child) -> list[psutil.Process]:
     try:
         return psutil.Process(child.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
 
-def _tail(path: Path, size: int = 8000) -> str:
+def _read_tail(path: Path, size: int = 8000) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - size))
         return file.read().decode("utf-8", "replace")

@@ -191,7 +191,7 @@ def _of(_pid: int) -> WarmProcess:
     return WarmProcess()
 
 
-def process_of_slot() -> WarmProcess | None:
+def get_warm_process() -> WarmProcess | None:
     """The warm process of this slot; None if it is switched off, or with GPUs, because a fork cannot use CUDA that its
     parent has started.
     """

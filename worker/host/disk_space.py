@@ -83,7 +83,7 @@ def has_space_for_any_job() -> bool:
     """
     global _waiting_for
     settings = get_settings()
-    for volume in disk.worker_volumes(settings):
+    for volume in disk.list_worker_volumes(settings):
         if volume.free < settings.min_free_bytes:
             log.warning("too little disk space to take a job", volume=volume.name, free=volume.free)
             return False
@@ -91,7 +91,10 @@ def has_space_for_any_job() -> bool:
             return False
     if _waiting_for is not None:
         need, since = _waiting_for
-        if need.free(reservations.outstanding(settings)) < need.needed and time.monotonic() - since < ASK_AGAIN_SECONDS:
+        if (
+            need.free(reservations.sum_outstanding(settings)) < need.needed
+            and time.monotonic() - since < ASK_AGAIN_SECONDS
+        ):
             return False
         _waiting_for = None
     return True
@@ -121,9 +124,9 @@ def reserve_for_job(job: Job, *, data_bytes: int, folder: Path) -> None:
     """
     global _waiting_for
     settings = get_settings()
-    with reservations.one_at_a_time(settings):
-        reserved = reservations.outstanding(settings, besides=folder)
-        needed = needs_by_device(job, settings, data_bytes=data_bytes)
+    with reservations.lock_reservations(settings):
+        reserved = reservations.sum_outstanding(settings, besides=folder)
+        needed = estimate_needs(job, settings, data_bytes=data_bytes)
         for need in needed:
             if need.needed > need.volumes[0].size:
                 raise DoesNotFit(
@@ -131,37 +134,37 @@ def reserve_for_job(job: Job, *, data_bytes: int, folder: Path) -> None:
                 )
             if need.needed > need.free(reserved):
                 _waiting_for = (need, time.monotonic())
-                raise WaitForDiskSpace(_sentence(need, _what_is_there(need, reserved)))
+                raise WaitForDiskSpace(_sentence(need, _describe_free(need, reserved)))
         reservations.reserve(folder, {need.device: need.needed for need in needed})
 
 
-def _what_is_there(need: DeviceNeed, reserved: Mapping[int, int]) -> str:
+def _describe_free(need: DeviceNeed, reserved: Mapping[int, int]) -> str:
     others = reserved.get(need.device, 0)
     kept = f", of which other runs have reserved {format_bytes(others)}" if others else ""
     return f"has {format_bytes(need.volumes[0].free)} free{kept}"
 
 
-def needs_by_device(job: Job, settings: Settings, *, data_bytes: int) -> list[DeviceNeed]:
+def estimate_needs(job: Job, settings: Settings, *, data_bytes: int) -> list[DeviceNeed]:
     """What the job needs by device: folders on one disk share its space."""
-    needed = _needs(job, settings, data_bytes=data_bytes)
-    volumes = sorted(disk.worker_volumes(settings), key=lambda volume: volume.device)
+    needed = _estimate_by_volume(job, settings, data_bytes=data_bytes)
+    volumes = sorted(disk.list_worker_volumes(settings), key=lambda volume: volume.device)
     devices = [list(group) for _, group in groupby(volumes, key=lambda volume: volume.device)]
     return [DeviceNeed(group, sum(needed[volume.name] for volume in group)) for group in devices]
 
 
-def _needs(job: Job, settings: Settings, *, data_bytes: int) -> Mapping[str, int]:
+def _estimate_by_volume(job: Job, settings: Settings, *, data_bytes: int) -> Mapping[str, int]:
     entry, lora = catalogue.require(job.model), Lora.model_validate(job.recipe["lora"])
-    factors = catalogue.size(lora, entry)[1] * FLOAT
+    factors = catalogue.count_parameters(lora, entry)[1] * FLOAT
     checkpoints = settings.keep_checkpoints + 2  # the best one, and the new one before an old one goes
     adapter, state = ADAPTER_COPIES * factors + TOKENIZER_BYTES, STATE_COPIES * factors + TOKENIZER_BYTES
     return {
         "scratch": data_bytes + SCRATCH_COPIES * factors + 7 * TOKENIZER_BYTES,
-        "model cache": _conversion(entry, settings),
+        "model cache": _estimate_conversion(entry, settings),
         "storage": checkpoints * (adapter + state) + adapter,
     }
 
 
-def _conversion(entry: Entry, settings: Settings) -> int:
+def _estimate_conversion(entry: Entry, settings: Settings) -> int:
     """Bytes of a GGUF base model that is not converted yet."""
     stem = entry.source.rpartition("/")[2].removesuffix(".gguf")
     if not entry.source.endswith(".gguf") or any(settings.models().glob(f"{stem}-*")):

@@ -6,7 +6,7 @@ from pathlib import Path
 CGROUPS, OWN_CGROUP, HOST = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/vmstat")
 
 
-def oom_kills() -> int | None:
+def count_oom_kills() -> int | None:
     """How many processes the out-of-memory killer has ended in our cgroup (v2), or on this host; None if unknown."""
     for source in (_events_of_our_cgroup(), HOST):
         try:

@@ -19,7 +19,7 @@ _LOCK = "reserving"
 
 
 @contextmanager
-def one_at_a_time(settings: Settings) -> Iterator[None]:
+def lock_reservations(settings: Settings) -> Iterator[None]:
     """Let only one process of this host check and reserve space, so that two do not count on the same bytes."""
     settings.scratch().mkdir(parents=True, exist_ok=True)
     with (settings.scratch() / _LOCK).open("wb") as lock:
@@ -32,7 +32,7 @@ def reserve(folder: Path, needed: Mapping[int, int]) -> None:
     (folder / RESERVATION).write_text(json.dumps({str(device): size for device, size in needed.items()}))
 
 
-def outstanding(settings: Settings, *, besides: Path | None = None) -> dict[int, int]:
+def sum_outstanding(settings: Settings, *, besides: Path | None = None) -> dict[int, int]:
     """Bytes by device that runs other than the one in `besides` have reserved and not written yet."""
     found: dict[int, int] = {}
     for folder in scratch.list_locked():
@@ -56,7 +56,7 @@ def _left(folder: Path, settings: Settings) -> dict[int, int]:
 
 def _stored(folder: Path, settings: Settings) -> list[Path]:
     """The folder of the job's checkpoints and adapter, if storage is a folder."""
-    storage = disk.storage_volume(settings)
+    storage = disk.find_storage_volume(settings)
     return [] if storage is None else [storage.path / "jobs" / folder.parent.name]
 
 

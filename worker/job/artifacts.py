@@ -38,7 +38,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         training = session.get_one(File, job.training_file_id)
         validation = session.get(File, job.validation_file_id) if job.validation_file_id else None
         calibration = session.get(File, job.calibration_file_id) if job.calibration_file_id else None
-        checkpoint = checkpoints.latest(session, job.id)
+        checkpoint = checkpoints.find_latest(session, job.id)
     rows = [file for file in (training, validation, calibration) if file is not None]
     disk_space.reserve_for_job(job, data_bytes=sum(file.bytes for file in rows), folder=folder)
     data = Data(
@@ -156,7 +156,7 @@ def _adapter(job: Job, file: File, done: Done) -> Adapter:
 
 
 def _row(session: Any, job: Job, filename: str, key: str, archive: Archive) -> File:
-    return metrics.result_file(
+    return metrics.make_result_file(
         session, job.project_id, filename=filename, key=key, size=archive.size, sha256=archive.sha256
     )
 

@@ -48,7 +48,7 @@ class JobWriter:
         self._keeper = LeaseKeeper(
             self._lease, self._folder / "lease", seconds=settings.lease_seconds, beat=settings.beat_seconds
         )
-        self._names = path_redaction.public_names(job, self._folder)
+        self._names = path_redaction.find_public_names(job, self._folder)
         self._recorder = EventRecorder(self._lease)
         self._ended = threading.Event()
         bind = partial(bind_contextvars, job_id=job.id, token=job.lease_token)

@@ -5,7 +5,7 @@ import errno
 from api.core.db.database import session_scope
 from api.core.db.tables import File, Job
 from api.core.errors import BadReference
-from api.core.fields import in_body
+from api.core.fields import translate_field
 from api.core.files import disk
 from api.core.files.disk import format_bytes
 from api.core.files.storage import get_storage
@@ -46,8 +46,8 @@ def end_as_reported(job: Job, lease: Lease, failed: Failed) -> None:
     elif failed.code in RETRIED_CODES or failed.may_pass:
         requeue_lost_run(lease, failed.message.rstrip("."), code=failed.code)
     else:
-        figures = f" {_free_space()}" if failed.code == DISK_FULL else ""
-        fail(lease, Failure(failed.code, failed.message + figures, in_body(failed.param)))
+        figures = f" {_describe_free_space()}" if failed.code == DISK_FULL else ""
+        fail(lease, Failure(failed.code, failed.message + figures, translate_field(failed.param)))
 
 
 def end_without_report(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
@@ -75,7 +75,7 @@ def end_without_report(job: Job, lease: Lease, outcome: Outcome, reason: str) ->
 
 def fail(lease: Lease, failure: Failure) -> None:
     """`failed`, with the steps that were logged as the result file."""
-    file = _results(lease)
+    file = _store_results(lease)
     with session_scope() as session:
         if file is not None:
             session.add(file)
@@ -111,28 +111,28 @@ def end_after_worker_error(lease: Lease, error: Exception) -> None:
     elif is_host_failure(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         requeue_lost_run(lease, f"The worker's host failed: {getattr(error, 'strerror', None) or error}")
     else:
-        fail(lease, failure_of(error))
+        fail(lease, make_failure(error))
 
 
-def failure_of(error: BaseException) -> Failure:
+def make_failure(error: BaseException) -> Failure:
     """The error of a job when the worker itself could not go on."""
     if isinstance(error, BadReference):  # the base has left the catalogue since the job was accepted
         return Failure("unsupported_model", error.message, error.param)
     if not disk.is_full(error):
         return INTERNAL
-    volumes = disk.worker_volumes(get_settings())
-    volume = disk.volume_of(error, volumes)
+    volumes = disk.list_worker_volumes(get_settings())
+    volume = disk.find_volume_of(error, volumes)
     where = f"the worker's volume of {volume.name}" if volume else "a volume of the worker or of storage"
-    return Failure(DISK_FULL, f"No space was left on {where}. {_free_space()}")
+    return Failure(DISK_FULL, f"No space was left on {where}. {_describe_free_space()}")
 
 
-def _free_space() -> str:
+def _describe_free_space() -> str:
     """Free space of each volume, for the person who has to free some."""
-    free = [f"{volume.name} {format_bytes(volume.free)}" for volume in disk.worker_volumes(get_settings())]
+    free = [f"{volume.name} {format_bytes(volume.free)}" for volume in disk.list_worker_volumes(get_settings())]
     return f"Free now: {', '.join(free)}."
 
 
-def _results(lease: Lease) -> File | None:
+def _store_results(lease: Lease) -> File | None:
     try:
         with session_scope(read_only=True) as session:
             return metrics.store_csv(session, get_storage(), session.get_one(Job, lease.job_id))

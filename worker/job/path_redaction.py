@@ -19,7 +19,7 @@ _PATH = re.compile(r"(?<![\w:/.~-])(/[\w.@+~-]+)(?:/[\w.@+~-]+)+/?")
 _SHOWN = (Stage, Message, Plan, InitReport, Done, Failed)
 
 
-def public_names(job: Job, folder: Path) -> dict[str, str]:
+def find_public_names(job: Job, folder: Path) -> dict[str, str]:
     """Public names for the paths of a run: its model's id, and file names relative to its folder.
 
     Args:

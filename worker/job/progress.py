@@ -70,7 +70,7 @@ class EventRecorder:
         self._urgent |= isinstance(event, Stage | Plan | InitReport)
         if not isinstance(event, Tick):
             self._pending.append(event)
-        line = _line(event)
+        line = _make_event_draft(event)
         if line is not None:
             self._lines.append(line)
 
@@ -94,11 +94,11 @@ class EventRecorder:
             self.progress["stage_seconds"] = self._stopwatch.seconds
             self.progress["seconds_to_first_step"] = self._stopwatch.to_first_step
             # The fenced write comes first: if the job is not ours any more, nothing below is written either.
-            if not jobs.update_run(session, self._lease, **self._columns(session, pending)):
+            if not jobs.update_run(session, self._lease, **self._make_columns(session, pending)):
                 raise LeaseLost
-            steps = [(event.step, _numbers(event)) for event in pending if isinstance(event, Metrics)]
+            steps = [(event.step, _dump_numbers(event)) for event in pending if isinstance(event, Metrics)]
             metrics.save_steps(session, self._lease.job_id, self._lease.token, steps, at=at)
-            lines = self._unwritten(session)
+            lines = self._find_unwritten(session)
             events.append_all(session, self._lease.job_id, lines, at=at)
             retries = sum(line.data.get("kind") == "oom_retry" for line in lines)
             counters.add(session, "out_of_memory", retries, outcome="retried")
@@ -107,12 +107,12 @@ class EventRecorder:
         self._pending, self._lines, self._in_doubt = [], [], False
         self._urgent, self._flushed = False, time.monotonic()
 
-    def _unwritten(self, session: Session) -> list[events.EventDraft]:
+    def _find_unwritten(self, session: Session) -> list[events.EventDraft]:
         """The events to write. Some may be written already if the connection was lost during a commit."""
         known = events.find_written(session, self._lines) if self._in_doubt else ()
         return [line for line in self._lines if line.id not in known]
 
-    def _columns(self, session: Session, pending: list[Event]) -> dict[str, Any]:
+    def _make_columns(self, session: Session, pending: list[Event]) -> dict[str, Any]:
         """The values for the job's row."""
         columns: dict[str, Any] = {}
         for event in pending:
@@ -122,7 +122,7 @@ class EventRecorder:
             elif isinstance(event, InitReport):
                 columns["init_report"] = event.report
         if not self._pace:  # before the first step there is only the estimate
-            self.progress["remaining_seconds"] = self._left_of_what_is_expected()
+            self.progress["remaining_seconds"] = self._subtract_elapsed()
         return {**columns, "progress": dict(self.progress)}
 
     def _advance(self, event: Event) -> None:
@@ -141,7 +141,7 @@ class EventRecorder:
             low, high = BANDS["training"]
             share = event.step / max(1, event.total_steps)
             self._reach(low + (high - low) * share)
-            remaining = self._remaining(event)
+            remaining = self._estimate_remaining(event)
             progress.update(
                 step=event.step,
                 total_steps=event.total_steps,
@@ -152,7 +152,7 @@ class EventRecorder:
                 remaining_seconds=None if remaining is None else round(remaining),
             )
 
-    def _remaining(self, event: Metrics) -> float | None:
+    def _estimate_remaining(self, event: Metrics) -> float | None:
         """Seconds of training left at the speed of the last steps, even if these are the first, which are slow."""
         if event.step:
             self._pace.append((event.step, event.seconds))
@@ -161,7 +161,7 @@ class EventRecorder:
         (first, before), (last, after) = self._pace[0] if len(self._pace) > 1 else (0, 0.0), self._pace[-1]
         return (after - before) / max(1, last - first) * (event.total_steps - event.step)
 
-    def _left_of_what_is_expected(self) -> int | None:
+    def _subtract_elapsed(self) -> int | None:
         """Seconds left of the estimate; None once the run has taken longer than that."""
         left = (self._expected or 0.0) - (time.monotonic() - self._started)
         return round(left) if left > 0 else None
@@ -171,24 +171,24 @@ class EventRecorder:
         self.progress["percent"] = round(self._percent, 1)
 
 
-def _numbers(event: Metrics) -> dict[str, Any]:
+def _dump_numbers(event: Metrics) -> dict[str, Any]:
     return event.model_dump(mode="json", exclude={"kind", "member", "step"})
 
 
-def _line(event: Event) -> events.EventDraft | None:
+def _make_event_draft(event: Event) -> events.EventDraft | None:
     """The event of the job for an event of the child, if there is one."""
     if isinstance(event, Message):
         return events.EventDraft(event.message, level=event.level, data=translate_event_data(event.data))
-    return _point(event) if isinstance(event, Metrics) and _worth_an_event(event) else None
+    return _make_metrics_event(event) if isinstance(event, Metrics) and _is_worth_an_event(event) else None
 
 
-def _worth_an_event(event: Metrics) -> bool:
+def _is_worth_an_event(event: Metrics) -> bool:
     """About 200 training points per job, and every evaluation."""
     every = max(1, event.total_steps // EVENT_POINTS)
     return event.full_valid_loss is not None or event.step % every == 0 or event.step == event.total_steps
 
 
-def _point(event: Metrics) -> events.EventDraft:
+def _make_metrics_event(event: Metrics) -> events.EventDraft:
     data = event.model_dump(mode="json", exclude={"kind", "member", "seconds"}, exclude_none=True)
     parts = [f"Step {event.step}/{event.total_steps}:"]
     if event.train_loss is not None:

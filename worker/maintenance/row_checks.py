@@ -75,7 +75,7 @@ class Lane:
         if claim.checks > MAX_CHECKS:
             return _record(claim, _never_ended("the processes that began it crashed"))
         chunks = get_storage().read(claim.storage_key)
-        seconds = seconds_for(claim.bytes)
+        seconds = compute_time_limit(claim.bytes)
         try:
             verdict = row_reader.read(chunks, seconds=seconds, leaving=self.leaving, wanted=partial(_renew, claim))
         except FileNotFoundError:
@@ -96,7 +96,7 @@ class Lane:
         return _record(claim, verdict)
 
 
-def seconds_for(size: int) -> int:
+def compute_time_limit(size: int) -> int:
     """Processor seconds for a file of `size` bytes: several times what correct rows need, even very short ones."""
     return 10 + 2 * (size // MIB)
 

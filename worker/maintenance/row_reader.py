@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from api.core.devices.run_environment import without_secrets
+from api.core.devices.run_environment import make_environment_without_secrets
 from api.core.files.validation import unusable_verdict
 
 MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that are known need less (benchmarks/row_checks.py)
@@ -61,16 +61,16 @@ def read(
         Unwanted, Leaving, Unreadable, Interrupted: there is no verdict.
     """
     watch = _Waiting(leaving, wanted, idle_seconds=60.0 + 10.0 * seconds)
-    with _child([*program, str(seconds), str(MAX_BYTES)]) as child:
+    with _start_child([*program, str(seconds), str(MAX_BYTES)]) as child:
         try:
-            _feed(child, _stored(chunks), watch)
+            _feed(child, _read_storage(chunks), watch)
             output = _read_output(child, watch)
         finally:
             child.kill()  # no effect if it has ended; its exit code is set by then
-    return _verdict(child.returncode, output, seconds)
+    return _make_verdict(child.returncode, output, seconds)
 
 
-def _child(command: list[str]) -> "subprocess.Popen[bytes]":
+def _start_child(command: list[str]) -> "subprocess.Popen[bytes]":
     """The child sets its own limits before it reads. It has a session of its own, so that Ctrl+C reaches only us."""
     return subprocess.Popen(
         command,
@@ -78,7 +78,7 @@ def _child(command: list[str]) -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         bufsize=0,
-        env=without_secrets(),
+        env=make_environment_without_secrets(),
         start_new_session=True,
     )
 
@@ -107,7 +107,7 @@ class _Waiting:
                 raise Unwanted
 
 
-def _stored(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _read_storage(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The same bytes. Any error in here is one of storage, so that it can be told from the child's."""
     try:
         yield from chunks
@@ -159,7 +159,7 @@ def _read_output(child: "subprocess.Popen[bytes]", watch: _Waiting) -> bytes:
     return output
 
 
-def _verdict(code: int, output: bytes, seconds: int) -> dict[str, object]:
+def _make_verdict(code: int, output: bytes, seconds: int) -> dict[str, object]:
     try:
         report = json.loads(output)
     except ValueError:

@@ -78,7 +78,7 @@ def run_idempotent(
     """
     mark = fingerprint(attempt.path, content)
     _lock_identity(session, attempt, mark)
-    earlier = _with_key(session, attempt, mark) if attempt.key else _without_key(session, attempt, mark)
+    earlier = _find_by_key(session, attempt, mark) if attempt.key else _find_by_fingerprint(session, attempt, mark)
     if earlier is not None:
         current = None if attempt.key else again(earlier.object_id)
         return IdempotentResult(earlier.object_id, current or earlier.response, replayed=True)
@@ -122,7 +122,7 @@ def _lock_identity(session: Session, attempt: RequestIdentity, mark: str) -> Non
         ) from error
 
 
-def _with_key(session: Session, attempt: RequestIdentity, mark: str) -> Creation | None:
+def _find_by_key(session: Session, attempt: RequestIdentity, mark: str) -> Creation | None:
     mine = (
         Creation.project_id == attempt.caller.project_id,
         Creation.path == attempt.path,
@@ -138,7 +138,7 @@ def _with_key(session: Session, attempt: RequestIdentity, mark: str) -> Creation
     return earlier
 
 
-def _without_key(session: Session, attempt: RequestIdentity, mark: str) -> Creation | None:
+def _find_by_fingerprint(session: Session, attempt: RequestIdentity, mark: str) -> Creation | None:
     if not attempt.is_retry:
         return None
     return session.scalar(

@@ -44,25 +44,25 @@ def downgrade(engine: Engine, revision: str) -> None:
         UnknownRevision: this release has no such revision, or the database was made by a newer one.
     """
     _refuse_newer(engine)
-    if revision not in _revisions():
+    if revision not in _list_revisions():
         raise UnknownRevision(f"there is no revision {revision!r}; the changelog names that of each release.")
     _move(engine, partial(command.downgrade, revision=revision))
 
 
 def _move(engine: Engine, change: Callable[[Config], None]) -> None:
     config = _config()
-    with engine.connect() as connection, _tables_replaceable(connection), connection.begin():
+    with engine.connect() as connection, _foreign_keys_off(connection), connection.begin():
         config.attributes["connection"] = connection
         change(config)
 
 
-def _revisions() -> set[str]:
+def _list_revisions() -> set[str]:
     return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
 
 
 def _refuse_newer(engine: Engine) -> None:
     with engine.connect() as connection:
-        unknown = set(MigrationContext.configure(connection).get_current_heads()) - _revisions()
+        unknown = set(MigrationContext.configure(connection).get_current_heads()) - _list_revisions()
     if unknown:
         raise UnknownRevision(
             f"the database is at revision {', '.join(sorted(unknown))}, which this release does not know: it was"
@@ -71,7 +71,7 @@ def _refuse_newer(engine: Engine) -> None:
 
 
 @contextmanager
-def _tables_replaceable(connection: Connection) -> Iterator[None]:
+def _foreign_keys_off(connection: Connection) -> Iterator[None]:
     """Allow a migration to replace tables in SQLite, which refuses to drop a table that other rows refer to.
 
     SQLite changes a constraint by rebuilding the table. The switch that allows it works only outside a transaction,
@@ -95,16 +95,16 @@ def _tables_replaceable(connection: Connection) -> Iterator[None]:
 def is_current(engine: Engine) -> bool:
     """True when the database is at the newest revision."""
     with engine.connect() as connection:
-        return at_head(connection)
+        return is_at_head(connection)
 
 
-def at_head(connection: Connection) -> bool:
+def is_at_head(connection: Connection) -> bool:
     """True when this connection sees a database at the newest revision."""
     current = MigrationContext.configure(connection).get_current_heads()
     return set(current) == set(ScriptDirectory.from_config(_config()).get_heads())
 
 
-def drift(engine: Engine) -> list[object]:
+def find_drift(engine: Engine) -> list[object]:
     """Differences between the migrated database and the tables in code; empty when none."""
     with engine.connect() as connection:
         return list(
@@ -112,7 +112,7 @@ def drift(engine: Engine) -> list[object]:
         )
 
 
-def new_revision(engine: Engine, message: str) -> None:
+def write_revision(engine: Engine, message: str) -> None:
     """Write a migration from the differences (a developer's command)."""
     config = _config()
     with engine.begin() as connection:

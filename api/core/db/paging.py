@@ -59,7 +59,7 @@ def order_after(
         cursor = session.get(table, after)
         if cursor is None or cursor.project_id != project_id:
             raise unknown_cursor(after)
-        query = query.where(_beyond(position, cursor, descending=descending))
+        query = query.where(_is_beyond(position, cursor, descending=descending))
     return query.order_by(*(column.desc() if descending else column.asc() for column in position))
 
 
@@ -73,7 +73,7 @@ def unknown_cursor(after: str) -> InvalidValue:
     return InvalidValue(f"after: {after!r} is no position in this list.", code="invalid_value", param="after")
 
 
-def _beyond(position: Sequence[Any], cursor: R, *, descending: bool) -> ColumnElement[bool]:
+def _is_beyond(position: Sequence[Any], cursor: R, *, descending: bool) -> ColumnElement[bool]:
     # Compared as pairs, because databases look these up in an index; for `a OR (b AND c)` they read from the start.
     here, there = tuple_(*position), (cursor.created_at, cursor.id)
     return here < there if descending else here > there

@@ -42,7 +42,7 @@ class Connection(psycopg.Connection[Any]):
 
     @classmethod
     def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
-        return _watched(super()._connect_gen(conninfo), cls.breaker)
+        return _watch(super()._connect_gen(conninfo), cls.breaker)
 
     def wait(self, gen: PQGen[Result], interval: float = 0.1, timeout: float | None = None) -> Result:
         """Wait for the server, as psycopg does.
@@ -51,7 +51,7 @@ class Connection(psycopg.Connection[Any]):
             DatabaseSilent: it answered neither this connection nor the probe that was made meanwhile.
         """
         try:
-            return super().wait(_watched(gen, self.breaker), interval, timeout)
+            return super().wait(_watch(gen, self.breaker), interval, timeout)
         except DatabaseSilent:
             self.close()  # it is in the middle of a statement and cannot be used again; the pool makes a new one
             raise
@@ -67,7 +67,7 @@ def connection_class(breaker: Breaker) -> type[Connection]:
     return WatchedConnection
 
 
-def _watched(gen: Generator[Any, Any, Result], breaker: Breaker) -> Generator[Any, Any, Result]:
+def _watch(gen: Generator[Any, Any, Result], breaker: Breaker) -> Generator[Any, Any, Result]:
     last_answer = breaker.clock()
     try:
         _refuse_if_open(breaker)

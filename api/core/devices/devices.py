@@ -38,7 +38,7 @@ def list_gpus() -> list[str]:
     return gpus.list_visible() if device() == "gpu" else []
 
 
-def gpus_of_slot(slot: int, slots: int) -> str | None:
+def find_gpus_of_slot(slot: int, slots: int) -> str | None:
     """`CUDA_VISIBLE_DEVICES` of a slot's runs; None leaves the environment as it is.
 
     The GPUs are shared out evenly, so that each slot has as many as a job may ask for (`_too_few`).
@@ -52,7 +52,7 @@ def gpus_of_slot(slot: int, slots: int) -> str | None:
     return ",".join(found[slot * share : (slot + 1) * share])
 
 
-def served_queues() -> tuple[str, ...]:
+def list_served_queues() -> tuple[str, ...]:
     """The queues that this worker takes jobs from, without the queue of the device that it does not use."""
     return tuple(name for name in get_settings().queues() if name != _OTHER[device()])
 
@@ -81,7 +81,7 @@ def find_silence() -> str | None:
 
 
 def _no_queue() -> str | None:
-    if served_queues():
+    if list_served_queues():
         return None
     asked, uses = get_settings().worker_queues, {"gpu": "GPUs", "cpu": "the processor"}[device()]
     return f"LORAINIT_WORKER_QUEUES names {asked} alone, and this worker uses {uses}: it may take none of these jobs."

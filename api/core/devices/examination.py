@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from api.core.devices.run_environment import PROGRAM, environment_of_runs
+from api.core.devices.run_environment import PROGRAM, make_run_environment
 from lorainit.system.bounded_command import run_command
 
 ANSWER_SECONDS = 300.0  # torch may have to be read from a slow disk, and CUDA starts each GPU
@@ -21,7 +21,7 @@ def examine(names: str | None, *, is_cancelled: Callable[[], bool] = lambda: Fal
     """The report of `python -m lorainit doctor --json`, whose `machine.gpu_trouble` says what is wrong with the GPUs.
 
     Args:
-        names: as for `environment_of_runs`.
+        names: as for `make_run_environment`.
         is_unwanted: called several times a second; the examination ends when it returns True.
 
     Raises:
@@ -30,7 +30,7 @@ def examine(names: str | None, *, is_cancelled: Callable[[], bool] = lambda: Fal
     answer = run_command(
         [*PROGRAM, "doctor", "--json"],
         seconds=ANSWER_SECONDS,
-        environment=environment_of_runs(names),
+        environment=make_run_environment(names),
         is_cancelled=is_cancelled,
     )
     if answer is None:

@@ -10,13 +10,13 @@ from lorainit.system import gpus, watchdog
 PROGRAM = (sys.executable, "-m", "lorainit")
 
 
-def without_secrets() -> dict[str, str]:
+def make_environment_without_secrets() -> dict[str, str]:
     """The environment for a child that reads users' files: without the service's settings, which hold its secrets."""
     hidden = ("LORAINIT_", "AWS_", "POSTGRES_", "PG", "REDIS_", "VALKEY_", "OPENAI_", "CELERY_", "OTEL_")
     return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
 
 
-def environment_of_runs(names: str | None) -> dict[str, str]:
+def make_run_environment(names: str | None) -> dict[str, str]:
     """The environment variables of a run.
 
     Args:
@@ -25,7 +25,7 @@ def environment_of_runs(names: str | None) -> dict[str, str]:
     chosen = {} if names is None else {gpus.VISIBLE: names}
     needed = {gpus.NEEDED: "1"} if devices.device() == "gpu" else {}
     return {
-        **without_secrets(),
+        **make_environment_without_secrets(),
         **chosen,
         **needed,
         watchdog.VARIABLE: str(get_settings().silence_seconds),

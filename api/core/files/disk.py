@@ -38,17 +38,17 @@ class Volume:
     @property
     def free(self) -> int:
         """Bytes this process may still write there."""
-        return shutil.disk_usage(_existing(self.path)).free
+        return shutil.disk_usage(_find_existing_parent(self.path)).free
 
     @property
     def size(self) -> int:
         """Bytes the volume has altogether."""
-        return shutil.disk_usage(_existing(self.path)).total
+        return shutil.disk_usage(_find_existing_parent(self.path)).total
 
     @property
     def device(self) -> int:
         """The number of the disk: equal for folders that share its space."""
-        return _existing(self.path).stat().st_dev
+        return _find_existing_parent(self.path).stat().st_dev
 
     def probe(self) -> None:
         """Write a block to the disk and remove it, because only a write shows a quota or a read-only mount.
@@ -63,37 +63,41 @@ class Volume:
             os.fsync(file.fileno())
 
 
-def storage_volume(settings: Settings) -> Volume | None:
+def find_storage_volume(settings: Settings) -> Volume | None:
     """Where stored objects lie; None when that is a bucket."""
     parts = urlsplit(settings.storage())
     return Volume("storage", Path(unquote(parts.path))) if parts.scheme == "file" else None
 
 
-def database_volume(settings: Settings) -> Volume | None:
+def find_database_volume(settings: Settings) -> Volume | None:
     """Where SQLite's file lies; None for a server."""
     url = make_url(settings.database())
     return Volume("database", Path(url.database or "").parent) if url.get_backend_name() == "sqlite" else None
 
 
-def worker_volumes(settings: Settings) -> list[Volume]:
+def list_worker_volumes(settings: Settings) -> list[Volume]:
     """What a run on this host writes to."""
     here = [Volume("scratch", settings.scratch()), Volume("model cache", settings.models())]
-    return [*here, *_known(storage_volume(settings))]
+    return [*here, *_drop_missing(find_storage_volume(settings))]
 
 
-def service_volumes(settings: Settings) -> list[Volume]:
+def list_service_volumes(settings: Settings) -> list[Volume]:
     """What the web process and the reconciler write to."""
-    return list(_known(storage_volume(settings), database_volume(settings)))
+    return list(_drop_missing(find_storage_volume(settings), find_database_volume(settings)))
 
 
 def is_full(error: BaseException) -> bool:
     """True when this error, or what caused it, says that a disk or a quota is full."""
-    return any(_says_full(one) for one in _chain(error))
+    return any(_is_full_message(one) for one in _iterate_causes(error))
 
 
-def volume_of(error: BaseException, volumes: list[Volume]) -> Volume | None:
+def find_volume_of(error: BaseException, volumes: list[Volume]) -> Volume | None:
     """The volume whose file the error names; None when it names none of ours."""
-    names = [Path(one.filename) for one in _chain(error) if isinstance(one, OSError) and isinstance(one.filename, str)]
+    names = [
+        Path(one.filename)
+        for one in _iterate_causes(error)
+        if isinstance(one, OSError) and isinstance(one.filename, str)
+    ]
     return next((v for name in names for v in volumes if name.is_relative_to(v.path)), None)
 
 
@@ -102,13 +106,13 @@ def format_bytes(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def _says_full(error: BaseException) -> bool:
+def _is_full_message(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
         return True
     return any(text in str(error) for text in FULL_MESSAGES)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _iterate_causes(error: BaseException) -> Iterator[BaseException]:
     following: BaseException | None = error
     seen: set[int] = set()
     while following is not None and id(following) not in seen:
@@ -117,10 +121,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         following = following.__cause__ or following.__context__
 
 
-def _known(*volumes: Volume | None) -> Iterator[Volume]:
+def _drop_missing(*volumes: Volume | None) -> Iterator[Volume]:
     return (volume for volume in volumes if volume is not None)
 
 
-def _existing(path: Path) -> Path:
+def _find_existing_parent(path: Path) -> Path:
     """The nearest parent folder that exists, because `path` will be on the same volume."""
     return next(folder for folder in (path, *path.parents) if folder.exists())

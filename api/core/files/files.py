@@ -90,7 +90,7 @@ def disk_full() -> StorageFull:
 def _require_disk_space(source: BinaryIO) -> None:
     """Keep `min_free_bytes` free, because the database and running jobs write to the same disk."""
     settings = get_settings()
-    volume = disk.storage_volume(settings)
+    volume = disk.find_storage_volume(settings)
     size = source.seek(0, os.SEEK_END)
     source.seek(0)
     if volume is not None and volume.free - size < settings.min_free_bytes:
@@ -208,14 +208,14 @@ def page(
     found, problems = list[File](), 0
     with closing(session.scalars(query.limit(limit + 1).execution_options(yield_per=_BATCH))) as files:
         for file in files:
-            problems += _problems(file)
+            problems += _count_problems(file)
             if len(found) == limit or (found and problems > PAGE_PROBLEMS):
                 return found, True
             found.append(file)
     return found, False
 
 
-def _problems(file: File) -> int:
+def _count_problems(file: File) -> int:
     report = file.validation or {}
     return len(report.get("errors", ())) + len(report.get("warnings", ()))
 

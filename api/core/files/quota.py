@@ -16,12 +16,12 @@ def require_quota(session: Session, project_id: str, *, adding: int) -> None:
         QuotaExceeded: its bytes or its files are used up.
     """
     settings = get_settings()
-    if settings.project_files and _files(session, project_id) >= settings.project_files:
+    if settings.project_files and _count_files(session, project_id) >= settings.project_files:
         text = f"This project keeps {settings.project_files} files, as many as it may. Delete one first."
         raise QuotaExceeded(text, code="quota_exceeded", param="file")
     if not settings.project_bytes:
         return
-    used = stored_bytes(session, project_id)
+    used = sum_stored_bytes(session, project_id)
     if used + adding > settings.project_bytes:
         text = (
             f"This project stores {used} of at most {settings.project_bytes} bytes; {adding} more do not fit."
@@ -42,12 +42,12 @@ def reserve_quota(session: Session, project_id: str, *, adding: int) -> None:
         require_quota(session, project_id, adding=adding)
 
 
-def stored_bytes(session: Session, project_id: str) -> int:
+def sum_stored_bytes(session: Session, project_id: str) -> int:
     """Bytes of everything of a project that can be downloaded: uploads, results, adapters, checkpoints."""
     total = select(func.sum(File.bytes)).where(File.project_id == project_id, File.deleted_at.is_(None))
     return int(session.scalar(total) or 0)
 
 
-def _files(session: Session, project_id: str) -> int:
+def _count_files(session: Session, project_id: str) -> int:
     mine = (File.project_id == project_id, File.deleted_at.is_(None), File.purpose.in_(UPLOADABLE))
     return session.scalar(select(func.count()).select_from(File).where(*mine)) or 0

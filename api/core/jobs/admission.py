@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from api.core.db.tables import File, Job, has_status, is_unchecked
 from api.core.errors import Refusal
-from api.core.fields import in_body, translate_choice
+from api.core.fields import translate_choice, translate_field
 from api.core.jobs import jobs
 from api.core.jobs.jobs import Failure
 from api.core.jobs.submit import CALIBRATION_FILE, error_code
@@ -25,7 +25,7 @@ from lorainit.config.spec import Hyperparameters, Lora
 Verdict = Literal["queued", "failed", "waiting"]
 
 
-def waiting(session: Session, *, limit: int = 100) -> Sequence[str]:
+def find_ready(session: Session, *, limit: int = 100) -> Sequence[str]:
     """Ids of jobs whose files have all been checked, oldest first."""
     unchecked = select(File.id).where(is_unchecked())
     return session.scalars(
@@ -47,10 +47,10 @@ def consider(session: Session, job_id: str) -> Verdict:
     job = session.get(Job, job_id)
     if job is None or job.status != "validating_files":
         return "waiting"
-    files = _files(session, job)
+    files = _find_files(session, job)
     if any(file.status == "uploaded" for file in files.values()):
         return "waiting"
-    failures = (_unusable(file, field, job) for field, file in files.items())
+    failures = (_find_failure(file, field, job) for field, file in files.items())
     failure = next((found for found in failures if found), None)
     if failure is None:
         failure = _resolve(session, job, rows=(files["training_file"].validation or {})["valid_rows"])
@@ -60,7 +60,7 @@ def consider(session: Session, job_id: str) -> Verdict:
     return "failed"
 
 
-def _files(session: Session, job: Job) -> dict[str, File]:
+def _find_files(session: Session, job: Job) -> dict[str, File]:
     """The files of a job by the field that names them."""
     named = {
         "training_file": job.training_file_id,
@@ -78,7 +78,7 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
         training, choices = resolve(training, rows=rows, model=base.reference(), method=lora.method)
     except (Refusal, LorainitError) as refusal:
         code = "unsupported_model" if refusal.code == "model_not_available" else "internal_error"
-        return Failure(code, refusal.message, in_body(refusal.param))
+        return Failure(code, refusal.message, translate_field(refusal.param))
     recipe = {"lora": job.recipe["lora"], "training": training.model_dump(mode="json")}
     all_choices = [*job.choices, *(translate_choice(choice.model_dump(mode="json")) for choice in choices)]
     key = (
@@ -90,7 +90,7 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
     return None
 
 
-def _unusable(file: File, field: str, job: Job) -> Failure | None:
+def _find_failure(file: File, field: str, job: Job) -> Failure | None:
     code, report = error_code(field), file.validation or {}
     if file.deleted_at is not None:
         return Failure(code, f"{field} {file.id} has been deleted.", field)

@@ -41,14 +41,14 @@ def add(session: Session, job: Job, *, step: int, metrics: dict[str, Any], file:
     return checkpoint
 
 
-def latest(session: Session, job_id: str) -> Checkpoint | None:
+def find_latest(session: Session, job_id: str) -> Checkpoint | None:
     """The checkpoint a run resumes from."""
-    return session.scalar(_kept(job_id).limit(1))
+    return session.scalar(_select_kept(job_id).limit(1))
 
 
 def supersede(session: Session, job_id: str, *, keep: int) -> None:
     """Delete checkpoints beyond the last `keep` that are not the best; `retention` clears their bytes."""
-    for checkpoint in session.scalars(_kept(job_id).offset(keep)).all():
+    for checkpoint in session.scalars(_select_kept(job_id).offset(keep)).all():
         if not checkpoint.best:
             mark_deleted(session, checkpoint)
 
@@ -62,13 +62,13 @@ def mark_deleted(session: Session, checkpoint: Checkpoint, *, by: str | None = N
 
 def mark_all_deleted(session: Session, job_id: str) -> None:
     """Mark every checkpoint deleted that a job still has."""
-    for checkpoint in session.scalars(_kept(job_id)).all():
+    for checkpoint in session.scalars(_select_kept(job_id)).all():
         mark_deleted(session, checkpoint)
 
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Checkpoint], bool]:
     """Newest first, `limit` of them after the checkpoint `after`; True when there are more."""
-    query = _kept(job_id).limit(limit + 1)
+    query = _select_kept(job_id).limit(limit + 1)
     if after is not None:
         cursor = session.get(Checkpoint, after)
         if cursor is None or cursor.job_id != job_id:
@@ -89,7 +89,7 @@ def checkpoint_name(job: Job, step: int) -> str:
     return f"{model_name(job)}:ckpt-step-{step}"
 
 
-def _kept(job_id: str) -> Select[Checkpoint]:
+def _select_kept(job_id: str) -> Select[Checkpoint]:
     return (
         select(Checkpoint)
         .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
@@ -98,7 +98,7 @@ def _kept(job_id: str) -> Select[Checkpoint]:
 
 
 def _mark_best(session: Session, job_id: str) -> None:
-    rows = session.scalars(_kept(job_id)).all()
+    rows = session.scalars(_select_kept(job_id)).all()
     scored = [(row.metrics["full_valid_loss"], row) for row in rows if row.metrics.get("full_valid_loss") is not None]
     best = min(scored, key=lambda pair: pair[0])[1] if scored else None
     for row in rows:

@@ -31,7 +31,7 @@ def require_matching(echoed: EchoedFields, lora: Lora, entry: Entry) -> None:
     Raises:
         InvalidValue: one of the values differs.
     """
-    modules, parameters = catalogue.size(lora, entry)
+    modules, parameters = catalogue.count_parameters(lora, entry)
     spread = lora.method.export_rank == "per module"
     if echoed.rank_pattern and not (spread and _could_be_spread(echoed.rank_pattern, lora)):
         why = "is chosen by the initialization" if spread else f"is empty for init {lora.init.method!r}"

@@ -212,11 +212,11 @@ def requeue_lost_run(session: Session, lease: Lease, how: str, *, max_attempts: 
         message = f"The job was lost {lost_runs} times without a new checkpoint. The last time: {what}."
         fail(session, lease, Failure(code, message), lost_runs=lost_runs)
         return False
-    event_data, wait = {"losses": lost_runs}, now(session) + timedelta(seconds=_backoff_seconds(lost_runs))
+    event_data, wait = {"losses": lost_runs}, now(session) + timedelta(seconds=_compute_backoff(lost_runs))
     return _requeue(session, lease, what, level="warn", event_data=event_data, lost_runs=lost_runs, not_before=wait)
 
 
-def _backoff_seconds(lost_runs: int) -> float:
+def _compute_backoff(lost_runs: int) -> float:
     """Seconds before the next attempt: 0, then doubling from the setting on, five minutes at most."""
     # Bounded, because a large power of two overflows; the longest wait is reached long before.
     doublings = min(lost_runs - 2, 60)
@@ -225,7 +225,7 @@ def _backoff_seconds(lost_runs: int) -> float:
 
 def find_expired_leases(session: Session) -> list[str]:
     """The ids of running jobs whose lease ran out."""
-    return list(session.scalars(select(Job.id).where(*_lease_ran_out(session))))
+    return list(session.scalars(select(Job.id).where(*_has_expired_lease(session))))
 
 
 def recover_lost_runs(session: Session, *, max_attempts: int, among: Sequence[str] | None = None) -> list[str]:
@@ -237,7 +237,7 @@ def recover_lost_runs(session: Session, *, max_attempts: int, among: Sequence[st
     Returns:
         The ids of the jobs that will be tried again.
     """
-    wanted = select(Job.id, Job.lease_token).where(*_lease_ran_out(session))
+    wanted = select(Job.id, Job.lease_token).where(*_has_expired_lease(session))
     if among is not None:
         wanted = wanted.where(Job.id.in_(among))
     # Locked rows are skipped, because their run or another reconciler is writing them: not lost, or recovered already.
@@ -249,7 +249,7 @@ def recover_lost_runs(session: Session, *, max_attempts: int, among: Sequence[st
     ]
 
 
-def _lease_ran_out(session: Session) -> tuple[ColumnElement[bool], ...]:
+def _has_expired_lease(session: Session) -> tuple[ColumnElement[bool], ...]:
     return has_status(Job, "running"), Job.lease_until < now(session)
 
 

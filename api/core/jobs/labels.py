@@ -35,7 +35,7 @@ def search(session: Session, project_id: str, pairs: Mapping[str, str]) -> tuple
 
     It reads the jobs with the rarest pair in order, and looks each of them up among the jobs with another pair.
     """
-    rarest, *others = _rarest_first(session, [digest(project_id, key, value) for key, value in pairs.items()])
+    rarest, *others = _sort_rarest_first(session, [digest(project_id, key, value) for key, value in pairs.items()])
     first = aliased(JobLabel)
     query = select(*SHOWN).join_from(first, Job, Job.id == first.job_id).where(first.digest == rarest)
     for other in others:
@@ -45,7 +45,7 @@ def search(session: Session, project_id: str, pairs: Mapping[str, str]) -> tuple
     return query, [first.created_at, first.job_id]
 
 
-def _rarest_first(session: Session, digests: Sequence[bytes]) -> Sequence[bytes]:
+def _sort_rarest_first(session: Session, digests: Sequence[bytes]) -> Sequence[bytes]:
     if len(digests) == 1:
         return digests
     counted = []

@@ -44,14 +44,14 @@ def find(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-def _key_and_job(*columns: Any) -> Select[Any]:
+def _select_key_and_job(*columns: Any) -> Select[Any]:
     joined = select(*keys.KEY_COLUMNS, *columns).outerjoin_from(
         ApiKey, Job, and_(Job.id == bindparam("job"), Job.project_id == ApiKey.project_id)
     )
     return joined.where(ApiKey.id == bindparam("key"))
 
 
-KEY_AND_JOB, KEY_AND_JOB_ID = _key_and_job(*SHOWN), _key_and_job(Job.id)
+KEY_AND_JOB, KEY_AND_JOB_ID = _select_key_and_job(*SHOWN), _select_key_and_job(Job.id)
 
 
 def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[Key | None, tuple[Any, ...] | None]:
@@ -95,7 +95,7 @@ def page(
 def load_views(session: Session, found: Sequence[ShownJob]) -> list[JobView]:
     """The jobs with their positions, results and whether they can be resumed, in a few queries for any number."""
     waiting = positions.find_positions(session, [job for job in found if job.status == "queued"])
-    results = _results(session, [job.id for job in found if job.status == "succeeded"])
+    results = _find_results(session, [job.id for job in found if job.status == "succeeded"])
     resumable = pauses.check_resumable(session, found)
     return [JobView(job, waiting.get(job.id), results.get(job.id), resumable[job.id]) for job in found]
 
@@ -105,7 +105,7 @@ def load_view(session: Session, job: ShownJob) -> JobView:
     return load_views(session, [job])[0]
 
 
-def _results(session: Session, job_ids: Iterable[str]) -> dict[str, Result]:
+def _find_results(session: Session, job_ids: Iterable[str]) -> dict[str, Result]:
     ids = list(job_ids)
     if not ids:
         return {}

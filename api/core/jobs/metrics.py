@@ -30,7 +30,7 @@ def save_steps(
     numbers = sorted({step for step, _ in steps})
     if not numbers:
         return
-    merged = _of_this_attempt(session, job_id, token, first=numbers[0], last=numbers[-1])
+    merged = _find_own_steps(session, job_id, token, first=numbers[0], last=numbers[-1])
     for step, values in steps:
         known = merged.setdefault(step, {})
         known.update({name: value for name, value in values.items() if value is not None or name not in known})
@@ -42,7 +42,7 @@ def save_steps(
     session.execute(upsert, [{**same, "step": step, "values": merged[step]} for step in numbers])
 
 
-def _of_this_attempt(session: Session, job_id: str, token: int, *, first: int, last: int) -> dict[int, dict[str, Any]]:
+def _find_own_steps(session: Session, job_id: str, token: int, *, first: int, last: int) -> dict[int, dict[str, Any]]:
     """The numbers that this attempt has written for these steps. Those of a lost attempt are overwritten."""
     own = Metric.job_id == job_id, Metric.step.between(first, last), Metric.lease_token == token
     return {step: dict(values) for step, values in session.execute(select(Metric.step, Metric.values).where(*own))}
@@ -78,10 +78,10 @@ def store_csv(session: Session, storage: Storage, job: Job) -> File | None:
         raw.seek(0)
         storage.put(key, raw)
         text.detach()
-    return result_file(session, project, filename="step_metrics.csv", key=key, size=size, sha256=digest)
+    return make_result_file(session, project, filename="step_metrics.csv", key=key, size=size, sha256=digest)
 
 
-def result_file(session: Session, project_id: str, *, filename: str, key: str, size: int, sha256: str) -> File:
+def make_result_file(session: Session, project_id: str, *, filename: str, key: str, size: int, sha256: str) -> File:
     """A row for bytes this service made and has already stored."""
     return File(
         id=new_id("file-"),

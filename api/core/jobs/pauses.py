@@ -104,19 +104,19 @@ def _requeue(session: Session, job: Job, resumability: Resumability) -> None:
 def check_resumable(session: Session, jobs: Iterable[ShownJob]) -> dict[str, Resumability]:
     """For each of these jobs, whether it can be resumed, in two queries for any number of jobs."""
     jobs = list(jobs)
-    steps = _last_steps(session, [job.id for job in jobs if job.status in ("paused", "failed")])
-    gone = _without_files(session, [job.id for job in jobs if job.status == "failed"])
+    steps = _find_last_steps(session, [job.id for job in jobs if job.status in ("paused", "failed")])
+    gone = _find_without_files(session, [job.id for job in jobs if job.status == "failed"])
     return {job.id: _check_resumable(job, steps.get(job.id), gone=job.id in gone) for job in jobs}
 
 
 def _check_resumable(job: ShownJob, step: int | None, *, gone: bool) -> Resumability:
     if job.status == "paused":
         return Resumability(possible=True, from_step=step, reason=None)
-    reason = _why_not(job, step, gone=gone)
+    reason = _explain_not_resumable(job, step, gone=gone)
     return Resumability(possible=reason is None, from_step=step if reason is None else None, reason=reason)
 
 
-def _why_not(job: ShownJob, step: int | None, *, gone: bool) -> str | None:
+def _explain_not_resumable(job: ShownJob, step: int | None, *, gone: bool) -> str | None:
     if job.status != "failed":
         return {
             "validating_files": "the job has not started",
@@ -133,7 +133,7 @@ def _why_not(job: ShownJob, step: int | None, *, gone: bool) -> str | None:
     return "a file it was trained on has been deleted" if gone else None
 
 
-def _last_steps(session: Session, job_ids: list[str]) -> dict[str, int]:
+def _find_last_steps(session: Session, job_ids: list[str]) -> dict[str, int]:
     if not job_ids:
         return {}
     kept = (Checkpoint.job_id.in_(job_ids), Checkpoint.deleted_at.is_(None))
@@ -142,7 +142,7 @@ def _last_steps(session: Session, job_ids: list[str]) -> dict[str, int]:
     return {row.job_id: row.last for row in rows}
 
 
-def _without_files(session: Session, job_ids: list[str]) -> set[str]:
+def _find_without_files(session: Session, job_ids: list[str]) -> set[str]:
     """Ended jobs of which a file was deleted. That is possible because files are only kept while a job is open."""
     if not job_ids:
         return set()

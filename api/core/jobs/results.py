@@ -11,13 +11,13 @@ from api.core.errors import NotFound, WrongState
 _MAX_STEP = 2**31  # a larger number is an error for PostgreSQL, whose column has 32 bits
 
 
-def files_of(session: Session, rows: Sequence[Checkpoint]) -> dict[str, File]:
+def find_files_of(session: Session, rows: Sequence[Checkpoint]) -> dict[str, File]:
     """The files of checkpoints, by id."""
     ids = [row.file_id for row in rows]
     return {file.id: file for file in session.scalars(select(File).where(File.id.in_(ids)))}
 
 
-def tar(session: Session, job: Job, *, checkpoint: str | None) -> File:
+def find_tar(session: Session, job: Job, *, checkpoint: str | None) -> File:
     """The file of a job's adapter, or of one of its checkpoints by id or step.
 
     Raises:

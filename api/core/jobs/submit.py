@@ -57,7 +57,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         Refusal: the model, a file, the adapter's shape or a feature cannot be used, or too many jobs wait.
     """
     entry = _find_base(session, project_id, order.model)
-    found = _files(session, project_id, order)
+    found = _find_files(session, project_id, order)
     if order.training.max_length != "auto" and order.training.max_length > entry.max_length:
         raise InvalidValue(
             f"{_RATES}.max_length {order.training.max_length} is above the limit of model {entry.id!r},"
@@ -104,7 +104,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         lease_token=0,
         attempts=0,
         event_count=0,
-        traceparent=traces.current(),
+        traceparent=traces.find_traceparent(),
     )
     return jobs.create(session, job)
 
@@ -140,7 +140,7 @@ def _find_base(session: Session, project_id: str, name: str) -> catalogue.Entry:
     return catalogue.require(name)
 
 
-def _files(session: Session, project_id: str, order: Order) -> dict[str, File]:
+def _find_files(session: Session, project_id: str, order: Order) -> dict[str, File]:
     """The files of an order by the field that names them, locked against deletion until the commit."""
     if order.validation_file == order.training_file:
         raise InvalidValue(

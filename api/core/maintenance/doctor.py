@@ -22,7 +22,7 @@ from api.core.files.disk import Volume, format_bytes
 from api.core.files.storage import get_storage
 from api.core.models import catalogue
 from api.core.queue import queue, workers
-from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
+from api.core.settings import BadSettings, Settings, find_unknown_variables, get_settings
 
 # Hosts with NTP are closer than this. From 15 minutes on, S3 refuses signed requests.
 MAX_SKEW_SECONDS = 2.0
@@ -54,7 +54,9 @@ def examine() -> Iterator[Check]:
         return
     yield _check("settings", _settings)
     yield _check("catalogue", _catalogue)
-    volumes = {volume.name: volume for volume in disk.worker_volumes(settings) + disk.service_volumes(settings)}
+    volumes = {
+        volume.name: volume for volume in disk.list_worker_volumes(settings) + disk.list_service_volumes(settings)
+    }
     database = _check("database", partial(_database, settings))
     yield database
     if database.status != "failed":  # otherwise these would only fail for the same reason
@@ -78,7 +80,7 @@ def _check(name: str, look: Callable[[], str]) -> Check:
 
 
 def _settings() -> str:
-    if unknown := unknown_variables(os.environ):
+    if unknown := find_unknown_variables(os.environ):
         raise RuntimeError(f"{', '.join(unknown)}: nothing reads it")
     return "every LORAINIT_ variable is understood"
 
@@ -89,7 +91,7 @@ def _catalogue() -> str:
         raise RuntimeError(f"{where} offers no base model: `lorainit models inspect` writes an entry")
     if find_spec("torch") is None:
         return f"{where} offers {', '.join(known)}; their files are looked for where the worker runs"
-    if missing := catalogue.missing_sources():
+    if missing := catalogue.find_missing_sources():
         raise RuntimeError(f"{where}: {' '.join(missing)}")
     return f"{where} offers {', '.join(known)}"
 

@@ -52,7 +52,7 @@ def delete_checkpoints(session: Session, *, days: float, limit: int = 100) -> li
 def retire_jobs(session: Session, *, days: float, limit: int = 100) -> list[str]:
     """Delete checkpoints and result files of jobs that ended `days` ago; the ids of these jobs."""
     result = select(File.id).where(File.id == Job.result_file_id, File.deleted_at.is_(None))
-    full = _long_ended(session, days).where(or_(_checkpoint(Checkpoint.deleted_at), result.exists()))
+    full = _select_long_ended(session, days).where(or_(_has_checkpoint(Checkpoint.deleted_at), result.exists()))
     rows = session.scalars(full.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
     for job in rows:
         checkpoints.mark_all_deleted(session, job.id)
@@ -67,7 +67,7 @@ def remove_jobs(session: Session, *, days: float, limit: int = 10) -> list[str]:
 
     Here the bytes must be gone before the row, because only the row of a checkpoint names the bytes of its state.
     """
-    empty = _long_ended(session, days).where(~_checkpoint(Checkpoint.cleared_at))
+    empty = _select_long_ended(session, days).where(~_has_checkpoint(Checkpoint.cleared_at))
     rows = session.scalars(empty.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
     gone = [job.id for job in rows]
     for table in (Metric, Event, Checkpoint, Adapter, JobLabel):
@@ -76,13 +76,13 @@ def remove_jobs(session: Session, *, days: float, limit: int = 10) -> list[str]:
     return gone
 
 
-def _long_ended(session: Session, days: float) -> Select[Job]:
+def _select_long_ended(session: Session, days: float) -> Select[Job]:
     """Jobs that ended `days` ago and have no model that somebody may be using."""
     model = select(Adapter.job_id).where(Adapter.job_id == Job.id, Adapter.deleted_at.is_(None))
     return select(Job).where(Job.finished_at < now(session) - timedelta(days=days), ~model.exists())
 
 
-def _checkpoint(without: InstrumentedAttribute[datetime | None]) -> ColumnElement[bool]:
+def _has_checkpoint(without: InstrumentedAttribute[datetime | None]) -> ColumnElement[bool]:
     """True of jobs with a checkpoint that is not deleted, or not cleared, yet."""
     return select(Checkpoint.id).where(Checkpoint.job_id == Job.id, without.is_(None)).exists()
 
@@ -124,10 +124,10 @@ def find_orphans(session: Session, keys: Sequence[str]) -> set[str]:
 
 def find_owned(session: Session, keys: Sequence[str]) -> set[str]:
     """Those keys whose project or job this database knows."""
-    return {key for prefix in OWNERS for key in _owned(session, prefix, keys)}
+    return {key for prefix in OWNERS for key in _find_owned(session, prefix, keys)}
 
 
-def _owned(session: Session, prefix: str, keys: Sequence[str]) -> list[str]:
+def _find_owned(session: Session, prefix: str, keys: Sequence[str]) -> list[str]:
     owners = {key: key.split("/")[1] for key in keys if key.startswith(f"{prefix}/") and key.count("/") > 1}
     table = OWNERS[prefix]
     known = set(session.scalars(select(table.id).where(table.id.in_(set(owners.values())))))

@@ -24,7 +24,7 @@ def check_or_exit() -> None:
         settings = get_settings()
         if settings.state_dir.is_dir():
             make_private(settings.state_dir)
-        catalogue.entries()
+        catalogue.get_entries()
     except (BadSettings, BadCatalogue, OpenFolder) as error:
         sys.exit(f"error: {error}")
 

@@ -47,20 +47,20 @@ def find_marker_key(session: Session) -> str | None:
 
 def find_newest(session: Session) -> PeriodState | None:
     """The period that has not ended, as of the last check."""
-    row = _newest(session)
+    row = _find_newest_row(session)
     return (
         None if row is None else PeriodState(row.id, row.token, row.next_token, row.until, lasted=row.until > row.since)
     )
 
 
-def _newest(session: Session) -> StoragePeriod | None:
+def _find_newest_row(session: Session) -> StoragePeriod | None:
     return session.scalar(select(StoragePeriod).order_by(StoragePeriod.since.desc(), StoragePeriod.id.desc()).limit(1))
 
 
 def begin_period(session: Session) -> PeriodState:
     """Begin a new period now. The last one is overwritten if it was too short to be of use."""
     at, token = now(session), secrets.token_hex(16)
-    last = _newest(session)
+    last = _find_newest_row(session)
     if last is None or last.until - last.since > SLACK:
         last = StoragePeriod(id=new_id("watch-"))
         session.add(last)

@@ -115,18 +115,18 @@ class _Held:
 _held: dict[Path | None, _Held] = {}
 
 
-def entries() -> dict[str, Entry]:
+def get_entries() -> dict[str, Entry]:
     """The catalogue in effect.
 
     Raises:
         BadCatalogue: as for `load`, and no good file was there before.
     """
-    return _current().entries
+    return _get_current().entries
 
 
-def refused() -> str:
+def get_refusal() -> str:
     """Why the file as it is now is not in effect; "" when it is."""
-    return _current().refused
+    return _get_current().refused
 
 
 def forget() -> None:
@@ -134,7 +134,7 @@ def forget() -> None:
     _held.clear()
 
 
-def _current() -> _Held:
+def _get_current() -> _Held:
     path = get_settings().catalogue
     stamp, held = _stamp(path), _held.get(path)
     if held is None or held.stamp != stamp:
@@ -147,7 +147,7 @@ def _read_again(path: Path | None, stamp: Stamp, before: _Held | None) -> _Held:
         return _Held(stamp, load(path))
     try:
         changed = load(path)
-        missing = _missing(changed.values()) if get_settings().base_models_here else []
+        missing = _explain_missing(changed.values()) if get_settings().base_models_here else []
         why = f"The catalogue {path} offers what is not here: {' '.join(missing)}" if missing else ""
     except BadCatalogue as error:
         changed, why = {}, str(error)
@@ -165,12 +165,12 @@ def _stamp(path: Path | None) -> Stamp:
     return None if facts is None else (facts.st_mtime_ns, facts.st_size, facts.st_ino)
 
 
-def missing_sources() -> list[str]:
+def find_missing_sources() -> list[str]:
     """A sentence for each base model whose files are not on this host. Models of a hub are downloaded when needed."""
-    return _missing(entries().values())
+    return _explain_missing(get_entries().values())
 
 
-def _missing(wanted: Iterable[Entry]) -> list[str]:
+def _explain_missing(wanted: Iterable[Entry]) -> list[str]:
     return [why for entry in wanted if (why := _why_missing(entry))]
 
 
@@ -195,7 +195,7 @@ def _why_no_base(path: Path) -> str:
 
 def find(name: str) -> Entry | None:
     """An entry by id or by its hub name."""
-    known = entries()
+    known = get_entries()
     return known.get(name) or next((entry for entry in known.values() if entry.root == name), None)
 
 
@@ -203,7 +203,7 @@ def require(name: str) -> Entry:
     """Like `find`, but a refusal when there is none."""
     entry = find(name)
     if entry is None:
-        known = ", ".join(sorted(entries())) or "none"
+        known = ", ".join(sorted(get_entries())) or "none"
         raise BadReference(
             f"model {name!r} cannot be fine-tuned here. Available: {known}.", code="model_not_available", param="model"
         )
@@ -259,7 +259,7 @@ def _require_groups_apart(lora: Lora, names: list[str], entry: Entry) -> None:
         )
 
 
-def size(lora: Lora, entry: Entry) -> tuple[int, int]:
+def count_parameters(lora: Lora, entry: Entry) -> tuple[int, int]:
     """(adapted modules, trainable parameters) of a placed adapter."""
     names = tuple(lora.target_modules)
     counts = [target_modules.count_chosen(target, names) for target in entry.targets]

@@ -39,12 +39,12 @@ class CatalogueFile:
         message = f"{message[:1].lower()}{message[1:]}"
         if wrong := _no_field_beside(faults):
             message += f", and {_short(wrong[-1])!r} is no field"
-        return self.at(place, f"{message}{more}", line=line_of(self.text, wrong or place))
+        return self.at(place, f"{message}{more}", line=find_line(self.text, wrong or place))
 
     def at(self, place: Place, message: str, *, line: int | None = None) -> BadCatalogue:
         """An error at this place of the file."""
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part)}" for part in place).lstrip(".")
-        line = line or line_of(self.text, place)
+        line = line or find_line(self.text, place)
         return BadCatalogue(f"The catalogue {self.file}, line {line}: {path}{self._whose(place)}: {message}.")
 
     def _whose(self, place: Place) -> str:
@@ -74,7 +74,7 @@ def read(file: Traversable) -> CatalogueFile:
     return found
 
 
-def line_of(text: str, place: Place) -> int:
+def find_line(text: str, place: Place) -> int:
     """The line number, from 1, of `place`, or of the nearest key or table above it that the file has."""
     lines = text.splitlines()
     headers = [number for number, line in enumerate(lines) if _HEADER.match(line)]

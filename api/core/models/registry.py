@@ -28,15 +28,15 @@ class Model:
     base: catalogue.Entry | None
 
 
-def every(project_id: str) -> Iterator[list[Model]]:
+def iterate_batches(project_id: str) -> Iterator[list[Model]]:
     """Bases, then this project's adapters, newest first, in batches. No session is open between two batches, because a
     client may receive them slowly.
     """
-    bases, beyond = [Model(entry, entry) for entry in catalogue.entries().values()], None
+    bases, beyond = [Model(entry, entry) for entry in catalogue.get_entries().values()], None
     while True:
         with session_scope(read_only=True) as session:
-            rows = _adapters(session, project_id, beyond=beyond, limit=BATCH)
-        yield bases + [_listed(row) for row in rows]
+            rows = _select_adapters(session, project_id, beyond=beyond, limit=BATCH)
+        yield bases + [_make_listed(row) for row in rows]
         if len(rows) < BATCH:
             return
         bases, beyond = [], (rows[-1].created_at, rows[-1].job_id)
@@ -50,7 +50,7 @@ def page(
     Raises:
         InvalidValue: `after` is no model of this project.
     """
-    entries, beyond = list(catalogue.entries().values()), None
+    entries, beyond = list(catalogue.get_entries().values()), None
     ids = [entry.id for entry in entries]
     if after in ids:
         entries = entries[ids.index(after) + 1 :]
@@ -60,11 +60,11 @@ def page(
             raise paging.unknown_cursor(after)
         entries, beyond = [], (cursor.created_at, cursor.job_id)
     bases = [Model(entry, entry) for entry in entries if search.lower() in entry.id.lower()]
-    rows = _adapters(session, project_id, beyond=beyond, limit=limit + 1, search=search)
-    return paging.split_page(bases + [_listed(row) for row in rows], limit)
+    rows = _select_adapters(session, project_id, beyond=beyond, limit=limit + 1, search=search)
+    return paging.split_page(bases + [_make_listed(row) for row in rows], limit)
 
 
-def _adapters(
+def _select_adapters(
     session: Session, project_id: str, *, beyond: tuple[datetime, str] | None, limit: int, search: str = ""
 ) -> Sequence[Row[*tuple[Any, ...]]]:
     """Newest first, from behind a position (`created_at`, `job_id`) on."""
@@ -83,7 +83,7 @@ def _adapters(
     return session.execute(query).all()
 
 
-def _listed(row: Row[*tuple[Any, ...]]) -> Model:
+def _make_listed(row: Row[*tuple[Any, ...]]) -> Model:
     return Model(row, catalogue.find(row.model))
 
 
@@ -92,7 +92,7 @@ def find(session: Session, project_id: str, name: str) -> Model:
     entry = catalogue.find(name)
     if entry is not None:
         return Model(entry, entry)
-    found = _named(session, project_id, name)
+    found = _find_named(session, project_id, name)
     if found is None or found.deleted_at is not None:
         raise _unknown(name)
     return Model(found, catalogue.find(session.get_one(Job, found.job_id).model))
@@ -110,7 +110,7 @@ def delete(session: Session, attempt: RequestIdentity, name: str) -> list[str]:
     """
     if catalogue.find(name) is not None:
         raise WrongState(f"Model {name!r} is a base model and cannot be deleted.", code="model_not_deletable")
-    found = _named(session, attempt.caller.project_id, name, lock=True)
+    found = _find_named(session, attempt.caller.project_id, name, lock=True)
     if found is None:
         raise _unknown(name)
     if found.deleted_at is not None:
@@ -120,7 +120,7 @@ def delete(session: Session, attempt: RequestIdentity, name: str) -> list[str]:
     return list(_mark_deleted(session, attempt, found))
 
 
-def _named(session: Session, project_id: str, name: str, *, lock: bool = False) -> Adapter | Checkpoint | None:
+def _find_named(session: Session, project_id: str, name: str, *, lock: bool = False) -> Adapter | Checkpoint | None:
     adapters = select(Adapter).where(Adapter.name == name, Adapter.project_id == project_id)
     checkpoints = select(Checkpoint).where(Checkpoint.name == name, Checkpoint.project_id == project_id)
     if lock:
@@ -130,7 +130,7 @@ def _named(session: Session, project_id: str, name: str, *, lock: bool = False) 
 
 def _mark_deleted(session: Session, attempt: RequestIdentity, found: Adapter | Checkpoint) -> Iterator[str]:
     at = now(session)
-    for row in [found, *(_checkpoints(session, found.job_id) if isinstance(found, Adapter) else [])]:
+    for row in [found, *(_find_checkpoints(session, found.job_id) if isinstance(found, Adapter) else [])]:
         row.deleted_at, row.deleted_by = at, attempt.caller.key_id
         file = session.get_one(File, row.file_id)
         file.deleted_at, file.deleted_by = at, attempt.caller.key_id
@@ -140,7 +140,7 @@ def _mark_deleted(session: Session, attempt: RequestIdentity, found: Adapter | C
     session.flush()
 
 
-def _checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
+def _find_checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
     return session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))).all()
 
 

@@ -70,7 +70,7 @@ def _find_notifications(
     session: Session, queues: Sequence[str], *, notified_before: datetime | None, most: int
 ) -> list[Notification]:
     """At most `most` for each queue. Jobs whose last message is the oldest come first."""
-    given = {"at": now(session), "notified_before": notified_before, "most": most, **scheduling.parameters()}
+    given = {"at": now(session), "notified_before": notified_before, "most": most, **scheduling.get_parameters()}
     wanted = _select_startable(never=notified_before is None, limited=bool(get_settings().project_running))
     return [
         Notification(job_id, q)
@@ -82,7 +82,9 @@ def _find_notifications(
 @cache
 def _select_startable(*, never: bool, limited: bool) -> Select[str]:
     """Ids of the jobs of a queue that could start and were notified `never`, or before a time."""
-    job_id, notified_at, priority_time, conditions = _startable_within_limit() if limited else _startable()
+    job_id, notified_at, priority_time, conditions = (
+        _describe_startable_within_limit() if limited else _describe_startable()
+    )
     notified = notified_at.is_(None) if never else notified_at < bindparam("notified_before", type_=UTCDateTime)
     return (
         select(job_id)
@@ -96,12 +98,12 @@ _Column = SQLColumnExpression[Any]
 _Waiting = tuple[_Column, _Column, _Column, list[ColumnElement[bool]]]  # id, notified_at, priority_time, conditions
 
 
-def _startable() -> _Waiting:
+def _describe_startable() -> _Waiting:
     waits = [has_status(Job, "queued"), Job.queue == bindparam("queue_0"), project_queues.is_ready(Job)]
     return Job.id, Job.notified_at, Job.priority_time, waits
 
 
-def _startable_within_limit() -> _Waiting:
+def _describe_startable_within_limit() -> _Waiting:
     """The first jobs of each project queue: as many as the limit lets the project start, at most `MOST`."""
     job, head, limit = aliased(Job), aliased(Job), scheduling.LIMIT
     heads = project_queues.select_heads(job, project_queues.is_ready(job))

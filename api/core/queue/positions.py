@@ -60,7 +60,7 @@ def find_positions(session: Session, queued: Sequence[ShownJob]) -> dict[str, Qu
     """The positions of these jobs by id. A job that has left the queue meanwhile has none."""
     if not queued:
         return {}
-    cache = _cache_of(session)
+    cache = _get_cache(session)
     order = cache.order(queued, lambda: read_order(session))
     entries = {job.id: order.entries[job.id] for job in queued if job.id in order.entries}
     behind = [job.id for job in queued if job.id not in entries and job.queue in order.truncated]
@@ -68,10 +68,10 @@ def find_positions(session: Session, queued: Sequence[ShownJob]) -> dict[str, Qu
     entries |= {job_id: OrderEntry(MOST + 1, job_id not in held_back) for job_id in behind}
     served = cache.served(lambda: workers.find_served_queues(session))
     at = now(session) if any(job.not_before is not None for job in queued) else _AT_ANY_TIME
-    return {job.id: _position_of(job, entries[job.id], at=at, served=served) for job in queued if job.id in entries}
+    return {job.id: _make_position(job, entries[job.id], at=at, served=served) for job in queued if job.id in entries}
 
 
-def _position_of(job: ShownJob, entry: OrderEntry, *, at: datetime, served: set[str]) -> QueuePosition:
+def _make_position(job: ShownJob, entry: OrderEntry, *, at: datetime, served: set[str]) -> QueuePosition:
     waits = job.not_before is not None and job.not_before > at
     if job.queue not in served:
         reason = "no_worker_for_device"
@@ -88,7 +88,7 @@ def read_order(session: Session) -> QueueOrder:
     """The order as it is now."""
     limit, found = get_settings().project_running, QueueOrder()
     for queue in [name for name in session.scalars(project_queues.select_queues()) if name is not None]:
-        first = sorted(_first(session, queue))
+        first = sorted(_find_first(session, queue))
         found.truncated.update([queue] if len(first) > MOST else [])
         entries = {
             one.job_id: OrderEntry(n, not limit or one.slot <= limit) for n, one in enumerate(first[:MOST], start=1)
@@ -105,17 +105,17 @@ class _DueJob(NamedTuple):
     slot: int
 
 
-def _first(session: Session, queue: str) -> list[_DueJob]:
+def _find_first(session: Session, queue: str) -> list[_DueJob]:
     """The first jobs of a queue in no order, one more than `MOST` if there are, and some that come later.
 
     A project queue is read further while its last known job is among the first of all known jobs, each time twice as
     far. So about twice as many rows are read as needed, in a dozen statements at most.
     """
     step = get_settings().priority_seconds
-    known = _heads(session, queue, step)
+    known = _find_heads(session, queue, step)
     ends, reach = known, 1
     while starts := {end.job_id: end for end in ends if end.due <= _last_due_time(known)}:
-        behind = _following(session, queue, starts, reach, step)
+        behind = _find_following(session, queue, starts, reach, step)
         known = [*known, *chain.from_iterable(behind.values())]
         ends = [jobs[-1] for jobs in behind.values() if len(jobs) == reach]
         reach *= 2
@@ -127,7 +127,7 @@ def _last_due_time(known: Sequence[_DueJob]) -> float:
     return nsmallest(MOST + 1, known)[-1].due if len(known) > MOST else inf
 
 
-def _heads(session: Session, queue: str, step: float) -> list[_DueJob]:
+def _find_heads(session: Session, queue: str, step: float) -> list[_DueJob]:
     rows = session.execute(_select_heads(), project_queues.queue_parameters([queue]))
     return [
         _DueJob(scheduling.compute_due_time(priority_time, slot, step), job_id, slot)
@@ -143,7 +143,7 @@ def _select_heads() -> Select[str, float | None, int]:
     )
 
 
-def _following(
+def _find_following(
     session: Session, queue: str, starts: Mapping[str, _DueJob], reach: int, step: float
 ) -> dict[str, list[_DueJob]]:
     """The next jobs, at most `reach`, behind these in their project queues; in order, by the job they come after."""
@@ -195,5 +195,5 @@ class OrderCache:
 _caches: WeakKeyDictionary[Engine | Connection, OrderCache] = WeakKeyDictionary()  # one for each database
 
 
-def _cache_of(session: Session) -> OrderCache:
+def _get_cache(session: Session) -> OrderCache:
     return _caches.setdefault(session.get_bind(), OrderCache())

@@ -43,7 +43,7 @@ def compute_priority_time(at: datetime) -> ColumnElement[float]:
 def lock_next_job(session: Session, queues: Sequence[str]) -> Job | None:
     """The queued job of these queues to start next, locked; those that other claims have locked are skipped."""
     passed = [""]  # not empty, because SQLAlchemy writes an empty list differently for IN and for NOT IN
-    given = {"at": now(session), "passed": passed, **parameters(), **project_queues.queue_parameters(queues)}
+    given = {"at": now(session), "passed": passed, **get_parameters(), **project_queues.queue_parameters(queues)}
     while (job_id := session.scalar(_select_best(len(queues)), given)) is not None:
         job = select(Job).where(Job.id == job_id, Job.status == "queued").with_for_update(skip_locked=True)
         if (found := session.scalar(job.execution_options(populate_existing=True))) is not None:
@@ -70,7 +70,7 @@ def _select_best(queues: int) -> Select[str]:
 STEP, LIMIT = bindparam("step", type_=Double), bindparam("limit", type_=BigInteger)
 
 
-def parameters() -> dict[str, float]:
+def get_parameters() -> dict[str, float]:
     """The values of `STEP` (seconds for each slot) and `LIMIT` (the highest slot that may start)."""
     settings = get_settings()
     return {"step": settings.priority_seconds, "limit": settings.project_running or NO_LIMIT}
@@ -89,7 +89,7 @@ def find_held_back(session: Session, job_ids: Sequence[str], *, ready_at: dateti
     """
     if not get_settings().project_running:
         return set()
-    given = {"at": ready_at, "ids": job_ids, **parameters()}
+    given = {"at": ready_at, "ids": job_ids, **get_parameters()}
     return set(session.scalars(_select_held_back(ready_at is not None), given))
 
 

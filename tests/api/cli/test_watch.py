@@ -31,7 +31,7 @@ def follow(answers: list[FineTuningJob | Exception], monkeypatch: pytest.MonkeyP
         return answer
 
     monkeypatch.setattr(watching, "retrieve", retrieve)
-    monkeypatch.setattr(watching, "events_after", lambda *_: [])
+    monkeypatch.setattr(watching, "find_events_after", lambda *_: [])
     monkeypatch.setattr(watching.time, "sleep", lambda _: None)
     monkeypatch.setattr(watching.time, "monotonic", lambda: float(next(clock)))
     console = Console(file=io.StringIO(), emoji=False, markup=False, soft_wrap=True)
@@ -75,12 +75,12 @@ def test_a_place_is_a_number_as_far_as_the_server_counts(position: int, words: s
 
     assert watching.PLACES_COUNTED == positions.MOST
     waits = job(queue_reason="waiting_for_turn", queue_position=position)
-    assert watching.why_it_waits(waits) == f"it is {words} in the queue"
+    assert watching.explain_wait(waits) == f"it is {words} in the queue"
 
 
 def test_every_reason_to_wait_has_words() -> None:
     from api.core.queue import positions
 
-    source = positions._position_of.__code__.co_consts
+    source = positions._make_position.__code__.co_consts
     reasons = {text for text in source if isinstance(text, str) and "_" in text and " " not in text} | {"restarting"}
     assert reasons == set(watching.WAITING)

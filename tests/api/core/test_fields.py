@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from api.core.fields import in_body
+from api.core.fields import translate_field
 from api.schemas.job_request import JobRequest
 from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 
@@ -47,20 +47,22 @@ def test_the_library_names_fields_of_its_own_spec_only() -> None:
 
 
 def test_every_field_that_the_library_names_is_somewhere_in_an_order() -> None:
-    assert [name for name in sorted(named_fields() - NOT_ORDERED) if not has([JobRequest], in_body(name) or "")] == []
+    assert [
+        name for name in sorted(named_fields() - NOT_ORDERED) if not has([JobRequest], translate_field(name) or "")
+    ] == []
 
 
 @pytest.mark.parametrize("name", Hyperparameters.model_fields)
 def test_every_hyperparameter_has_its_place_in_an_order(name: str) -> None:
-    assert in_body(f"training.{name}") == f"method.supervised.hyperparameters.{name}"
-    assert in_body(f"training.{name}", method="dpo") == f"method.dpo.hyperparameters.{name}"
+    assert translate_field(f"training.{name}") == f"method.supervised.hyperparameters.{name}"
+    assert translate_field(f"training.{name}", method="dpo") == f"method.dpo.hyperparameters.{name}"
 
 
 @pytest.mark.parametrize("field", [None, "model", *(f"lora.{name}" for name in Lora.model_fields)])
 def test_what_both_call_the_same_stays(field: str | None) -> None:
-    assert in_body(field) == field
+    assert translate_field(field) == field
 
 
 def test_a_field_that_is_translated_already_stays() -> None:
-    once = in_body("training.optimizer.damping")
-    assert in_body(once) == once == "method.supervised.hyperparameters.optimizer.damping"
+    once = translate_field("training.optimizer.damping")
+    assert translate_field(once) == once == "method.supervised.hyperparameters.optimizer.damping"

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from api.core.settings import BadSettings, Settings, get_settings, unknown_variables
+from api.core.settings import BadSettings, Settings, find_unknown_variables, get_settings
 from tests.things import ON_ONE_DATABASE
 
 
@@ -81,7 +81,7 @@ def test_an_empty_variable_is_one_that_is_not_set(name: str, monkeypatch: pytest
 
 
 def test_a_misspelt_variable_is_told_with_the_one_it_resembles() -> None:
-    assert unknown_variables(["LORAINIT_PROT", "LORAINIT_PORT", "lorainit_host", "HOME", "LORAINIT_XYZZY"]) == [
+    assert find_unknown_variables(["LORAINIT_PROT", "LORAINIT_PORT", "lorainit_host", "HOME", "LORAINIT_XYZZY"]) == [
         "LORAINIT_PROT is no setting (LORAINIT_PORT?)",
         "LORAINIT_XYZZY is no setting",
     ]

@@ -148,8 +148,8 @@ def test_values_nested_deep_are_refused_in_our_shape(lab: Lab, depth: int) -> No
 
 def test_no_more_faults_are_looked_at_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list[int]()
-    first = errors.first_fault
-    monkeypatch.setattr(errors, "first_fault", lambda found, body: seen.append(len(found)) or first(found, body))
+    first = errors.find_first_fault
+    monkeypatch.setattr(errors, "find_first_fault", lambda found, body: seen.append(len(found)) or first(found, body))
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(list[str]).validate_python(NUMBERS)
     errors.malformed(caught.value.errors(), NUMBERS)

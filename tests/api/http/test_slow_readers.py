@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from api.core.access import keys
 from api.core.db import database
 from api.core.jobs import events
-from api.http.download_memory import LARGE, SMALL, DownloadMemory, after
+from api.http.download_memory import LARGE, SMALL, DownloadMemory, next_block_size
 from tests.api.conftest import JOBS
 from tests.api.test_connections import limited
 from tests.api.test_server import Server, eventually
@@ -188,7 +188,7 @@ def test_a_small_block_needs_no_shared_memory() -> None:
 def test_blocks_grow_for_who_reads_fast_and_are_small_again_for_who_does_not() -> None:
     sizes = [SMALL]
     while sizes[-1] < LARGE:
-        sizes.append(after(sizes[-1], seconds=0.1))
+        sizes.append(next_block_size(sizes[-1], seconds=0.1))
     assert sizes == [SMALL, *(SMALL * 2**n for n in range(1, 6))]
-    assert after(LARGE, seconds=0.1) == LARGE
-    assert after(LARGE, seconds=2.0) == SMALL
+    assert next_block_size(LARGE, seconds=0.1) == LARGE
+    assert next_block_size(LARGE, seconds=2.0) == SMALL

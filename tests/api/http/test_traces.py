@@ -26,7 +26,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     fixed: Any = lambda: provider  # noqa: E731
     fixed.cache_clear = lambda: None
-    monkeypatch.setattr(traces, "provider", fixed)
+    monkeypatch.setattr(traces, "get_provider", fixed)
     return exporter
 
 
@@ -93,4 +93,4 @@ def test_opentelemetrys_own_variables_decide(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert traces.configured() is expected
+    assert traces.is_configured() is expected

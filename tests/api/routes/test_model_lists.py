@@ -59,7 +59,7 @@ def test_the_list_is_complete_however_many_batches_it_takes(
 
 
 def test_a_list_of_nothing_is_a_list(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.catalogue, "entries", dict)
+    monkeypatch.setattr(registry.catalogue, "get_entries", dict)
     nothing = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
     assert look(lab) == look(lab, limit=1) == nothing
 
@@ -77,7 +77,7 @@ def test_no_session_is_open_while_a_batch_is_sent(service: None, monkeypatch: py
         for number in range(3):
             an_adapter(session, project, f"ft:x:local::{number}")
         session.commit()
-    batches = registry.every(project.id)
+    batches = registry.iterate_batches(project.id)
     sizes = []
     for batch in batches:
         sizes.append(len(batch))
@@ -89,7 +89,7 @@ def test_what_fails_before_the_first_batch_is_an_answer(lab: Lab, monkeypatch: p
     def down(*_: Any, **__: Any) -> None:
         raise OperationalError("SELECT 1", {}, Exception("connection refused"))
 
-    monkeypatch.setattr(registry, "_adapters", down)
+    monkeypatch.setattr(registry, "_select_adapters", down)
     refused(lab.client.get("/v1/models"), 503, "not_ready")
 
 

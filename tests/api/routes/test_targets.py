@@ -30,7 +30,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> None:
             "left_out": [GATE, TOWER],
         }
     )  # fmt: skip
-    monkeypatch.setattr(catalogue, "entries", lambda: {"tiny": entry, MODEL: entry})
+    monkeypatch.setattr(catalogue, "get_entries", lambda: {"tiny": entry, MODEL: entry})
 
 
 def test_attention_of_a_gpt2_has_no_layer_of_its_mlp(lab: Lab) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from api.core.devices.run_environment import without_secrets
+from api.core.devices.run_environment import make_environment_without_secrets
 from lorainit.config.events import Event, Message, Metrics
 from worker.child.supervisor import Outcome, RunPaths, run_child
 from worker.child.warm import WarmProcess
@@ -39,7 +39,7 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 def made_ready(warm: WarmProcess) -> psutil.Process:
-    warm.prepare(without_secrets())
+    warm.prepare(make_environment_without_secrets())
     until(warm.is_ready, 250)
     assert warm.process is not None
     return psutil.Process(warm.process.pid)

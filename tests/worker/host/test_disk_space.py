@@ -125,7 +125,7 @@ def neighbour(one: Lab) -> Iterator[Path]:
 
 
 def needed(lab: Lab) -> disk_space.DeviceNeed:
-    (share,) = disk_space.needs_by_device(lab.job(1), get_settings(), data_bytes=10)
+    (share,) = disk_space.estimate_needs(lab.job(1), get_settings(), data_bytes=10)
     return share
 
 
@@ -153,9 +153,9 @@ def test_what_a_run_has_written_is_not_counted_twice(one: Lab, neighbour: Path) 
     stored = get_settings().state_dir / "storage" / "jobs" / "ftjob-neighbour"
     stored.mkdir(parents=True)
     (stored / "adapter.tar").write_bytes(bytes(200))
-    assert reservations.outstanding(get_settings()) == {device: 500 - promise}
+    assert reservations.sum_outstanding(get_settings()) == {device: 500 - promise}
     (neighbour / "more").write_bytes(bytes(2000))
-    assert reservations.outstanding(get_settings()) == {}
+    assert reservations.sum_outstanding(get_settings()) == {}
 
 
 def test_the_promise_of_a_process_that_was_killed_is_void(one: Lab) -> None:
@@ -172,9 +172,9 @@ def test_the_promise_of_a_process_that_was_killed_is_void(one: Lab) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         os.utime(folder, (time.time() - 3600,) * 2)
-        assert reservations.outstanding(get_settings()) == {1: 7}
+        assert reservations.sum_outstanding(get_settings()) == {1: 7}
         process.kill()
-    assert reservations.outstanding(get_settings()) == {}
+    assert reservations.sum_outstanding(get_settings()) == {}
     shutil.rmtree(folder.parent)
 
 
@@ -187,8 +187,8 @@ def test_of_two_processes_that_ask_at_once_one_gets_the_room(one: Lab, tmp_path:
         from worker.host import reservations, scratch
         folder = Path(sys.argv[1])
         held = scratch.lock_folder(folder)
-        with reservations.one_at_a_time(get_settings()):
-            taken = reservations.outstanding(get_settings(), besides=folder)
+        with reservations.lock_reservations(get_settings()):
+            taken = reservations.sum_outstanding(get_settings(), besides=folder)
             time.sleep(0.5)
             if not taken:
                 reservations.reserve(folder, {1: 10**9})
@@ -209,9 +209,9 @@ def test_of_two_processes_that_ask_at_once_one_gets_the_room(one: Lab, tmp_path:
 
 
 def test_folders_on_one_disk_share_its_room(one: Lab) -> None:
-    (share,) = disk_space.needs_by_device(one.job(1), get_settings(), data_bytes=5)
+    (share,) = disk_space.estimate_needs(one.job(1), get_settings(), data_bytes=5)
     assert share.name == "scratch and model cache and storage"
-    assert share.needed > disk_space.needs_by_device(one.job(1), get_settings(), data_bytes=0)[0].needed
+    assert share.needed > disk_space.estimate_needs(one.job(1), get_settings(), data_bytes=0)[0].needed
 
 
 def _full(self: Any, key: str, source: Any) -> None:
@@ -291,7 +291,7 @@ def test_the_estimate_covers_what_a_run_was_seen_to_write_and_is_not_far_off(one
     lora, _ = Lora.model_validate({"init": {"method": "loram"}, "r": 16}).resolved()
     placed = catalogue.place(lora, catalogue.require(job.model))
     job.recipe = {**job.recipe, "lora": placed.model_dump(mode="json")}
-    needs = disk_space._needs(job, get_settings(), data_bytes=0)
+    needs = disk_space._estimate_by_volume(job, get_settings(), data_bytes=0)
     stored = (get_settings().keep_checkpoints + 2) * (checkpoint + adapter) + adapter
     assert stored < needs["storage"] < 1.5 * stored
     assert base < needs["model cache"] < 1.5 * base

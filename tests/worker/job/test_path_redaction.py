@@ -136,7 +136,7 @@ def test_where_the_adapter_lies_stays_for_the_worker() -> None:
 
 def test_the_base_of_a_job_is_known_by_the_jobs_model(session: Session, tmp_path: Path) -> None:
     job = a_queued_job(session, a_project(session))
-    names = path_redaction.public_names(job, tmp_path)
+    names = path_redaction.find_public_names(job, tmp_path)
     assert names[str(sources.local_path(catalogue.require(MODEL).source))] == MODEL
 
 

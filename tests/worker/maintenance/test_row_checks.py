@@ -106,7 +106,7 @@ def test_a_file_larger_than_a_pipe_is_read_to_its_end() -> None:
 
 
 def test_a_file_that_takes_too_long_ends_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_checks, "seconds_for", lambda size: 1)
+    monkeypatch.setattr(row_checks, "compute_time_limit", lambda size: 1)
     file_id, lane = a_stored_file(b"1\n" * 3_000_000), a_lane()
     assert lane() is True
     file = row_of(file_id)

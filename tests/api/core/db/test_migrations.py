@@ -49,7 +49,7 @@ def test_jobs_of_the_release_before_keep_their_order_and_their_events(
         assert high.priority_time == pytest.approx(high.created_at.timestamp() - 7200, abs=2)
         assert (unchecked.priority_time, low.queue, low.lost_runs, low.pause_requested) == (None, "train", 0, False)
         assert session.query(Event).count() == 5
-    assert migrate.drift(old) == []
+    assert migrate.find_drift(old) == []
     old.dispose()
 
 
@@ -88,7 +88,7 @@ def test_jobs_of_the_release_before_are_found_by_their_metadata(environment: pyt
         assert set(session.execute(rows)) == before
         found, _ = lookup.page(session, project_id, after=None, limit=10, metadata={"team": "ä", "run": "7"})
         assert [job.id for job in found] == [job]
-    assert migrate.drift(old) == []
+    assert migrate.find_drift(old) == []
     old.dispose()
 
 
@@ -114,7 +114,7 @@ def test_columns_and_tables_with_new_names_keep_what_was_in_them(environment: py
         assert (job.priority_time, job.lost_runs, job.notified_at) == (12.5, 2, at)
         assert session.scalar(select(StoragePeriod.next_token)) == "b"
         assert session.get_one(Worker, "w").problem == "no GPU"
-    assert migrate.drift(old) == []
+    assert migrate.find_drift(old) == []
     old.dispose()
 
 

@@ -43,7 +43,7 @@ def test_the_cause_of_an_error_counts_and_names_its_volume(tmp_path: Path) -> No
     error = RuntimeError("the archive could not be written")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "storage" / "a" / "b"))
     assert disk.is_full(error)
-    assert disk.volume_of(error, volumes) == volumes[1]
+    assert disk.find_volume_of(error, volumes) == volumes[1]
 
 
 def test_a_volume_that_is_not_there_yet_has_the_room_of_the_folder_above(tmp_path: Path) -> None:
@@ -61,10 +61,10 @@ def test_a_volume_that_cannot_be_written_fails_its_probe(tmp_path: Path) -> None
 
 def test_only_folders_of_this_host_are_volumes(tmp_path: Path) -> None:
     remote = Settings(state_dir=tmp_path, database_url="postgresql://host/x", storage_url="s3://bucket")
-    assert disk.service_volumes(remote) == []
-    assert [volume.name for volume in disk.worker_volumes(remote)] == ["scratch", "model cache"]
+    assert disk.list_service_volumes(remote) == []
+    assert [volume.name for volume in disk.list_worker_volumes(remote)] == ["scratch", "model cache"]
     local = Settings(state_dir=tmp_path)
-    assert [volume.name for volume in disk.service_volumes(local)] == ["storage", "database"]
+    assert [volume.name for volume in disk.list_service_volumes(local)] == ["storage", "database"]
 
 
 FULL = """

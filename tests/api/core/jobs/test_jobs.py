@@ -213,7 +213,7 @@ def test_admission_waits_for_an_unchecked_file(session: Session) -> None:
     project = a_project(session)
     job = a_job(session, project, file=a_file(session, project, status="uploaded", validation=None))
     assert admission.consider(session, job.id) == "waiting"
-    assert admission.waiting(session) == []
+    assert admission.find_ready(session) == []
 
 
 def calibrated(session: Session, project: Project, **changes: Any) -> Job:
@@ -228,7 +228,7 @@ def test_admission_waits_for_the_calibration_file(session: Session) -> None:
     job = calibrated(session, project, status="uploaded", validation=None)
     plain, checked = a_job(session, project), calibrated(session, project)
     assert admission.consider(session, job.id) == "waiting"
-    assert set(admission.waiting(session)) == {plain.id, checked.id}
+    assert set(admission.find_ready(session)) == {plain.id, checked.id}
     assert admission.consider(session, checked.id) == "queued"
 
 

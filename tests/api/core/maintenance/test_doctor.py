@@ -102,7 +102,7 @@ def test_a_catalogue_that_cannot_be_used_fails_with_its_place(environment: pytes
 
 
 def test_a_base_model_that_is_not_here_fails_where_jobs_run(environment: pytest.MonkeyPatch) -> None:
-    environment.setattr(catalogue, "missing_sources", lambda: ["model 'x': it is gone."])
+    environment.setattr(catalogue, "find_missing_sources", lambda: ["model 'x': it is gone."])
     assert (found()["catalogue"].status, "it is gone" in found()["catalogue"].message) == ("failed", True)
     environment.setattr(doctor, "find_spec", lambda _: None)  # the API's container
     assert found()["catalogue"].status == "ok"

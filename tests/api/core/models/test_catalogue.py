@@ -38,7 +38,7 @@ def test_groups_become_names() -> None:
 
 
 def test_the_size_counts_every_shape_of_a_name() -> None:
-    modules, parameters = catalogue.size(catalogue.place(Lora(r=4, target_modules=["q"]), ENTRY), ENTRY)
+    modules, parameters = catalogue.count_parameters(catalogue.place(Lora(r=4, target_modules=["q"]), ENTRY), ENTRY)
     assert (modules, parameters) == (4, 4 * (64 + 48) * 2)
 
 
@@ -53,14 +53,16 @@ def test_layers_are_counted_once_for_all_jobs_with_the_same_targets(monkeypatch:
     monkeypatch.setattr(target_modules, "expand_names", lambda path: unfolded.append(path) or unfold(path))
     target_modules._count_found.cache_clear()
     orders = [(["q_proj", "v_proj"], 4), (["q_proj", "v_proj"], 8)]
-    (modules, parameters), again = (catalogue.size(Lora(target_modules=names, r=r), entry) for names, r in orders)
+    (modules, parameters), again = (
+        catalogue.count_parameters(Lora(target_modules=names, r=r), entry) for names, r in orders
+    )
     assert unfolded == [path for target in entry.targets if target.name not in orders[0][0] for path in target.paths]
     assert (modules, again) == (60, (60, 2 * parameters))
 
 
 def test_experts_are_counted_one_by_one() -> None:
     placed = catalogue.place(Lora(r=4, target_modules=["experts.down_proj"]), with_experts())
-    assert catalogue.size(placed, with_experts()) == (8, 8 * 4 * (64 + 48))
+    assert catalogue.count_parameters(placed, with_experts()) == (8, 8 * 4 * (64 + 48))
 
 
 def test_dora_leaves_experts_out_of_a_group_of_layers_and_is_refused_where_they_are_named() -> None:
@@ -214,8 +216,8 @@ def test_a_fault_that_nobody_has_thought_of_is_a_bad_catalogue_too(file: Path, m
 
     monkeypatch.setattr(catalogue.sources, "make_absolute", stumble)
     file.write_text(GOOD + "\n")
-    assert list(catalogue.entries()) == ["tiny"]
-    assert f"The catalogue {file} cannot be used: RuntimeError: what is that?" in catalogue.refused()
+    assert list(catalogue.get_entries()) == ["tiny"]
+    assert f"The catalogue {file} cannot be used: RuntimeError: what is that?" in catalogue.get_refusal()
 
 
 def test_a_relative_source_is_beside_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,13 +240,13 @@ def file(environment: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     path.write_text(GOOD)
     environment.setenv("LORAINIT_CATALOGUE", str(path))
     forget()
-    assert list(catalogue.entries()) == ["tiny"]
+    assert list(catalogue.get_entries()) == ["tiny"]
     return path
 
 
 def test_a_changed_catalogue_is_picked_up(file: Path) -> None:
     file.write_text(GOOD + GOOD.replace('"tiny"', '"other"'))
-    assert list(catalogue.entries()) == ["tiny", "other"]
+    assert list(catalogue.get_entries()) == ["tiny", "other"]
 
 
 @pytest.mark.parametrize("broken", ["nonsense", "", None])
@@ -252,9 +254,9 @@ def test_a_changed_catalogue_that_is_broken_is_refused_until_it_is_mended(broken
     file.unlink()
     if broken is not None:
         file.write_text(broken)
-    assert (list(catalogue.entries()), str(file) in catalogue.refused()) == (["tiny"], True)
+    assert (list(catalogue.get_entries()), str(file) in catalogue.get_refusal()) == (["tiny"], True)
     file.write_text(GOOD.replace('"tiny"', '"mended"'))
-    assert (list(catalogue.entries()), catalogue.refused()) == (["mended"], "")
+    assert (list(catalogue.get_entries()), catalogue.get_refusal()) == (["mended"], "")
 
 
 @pytest.mark.parametrize("start", ["serve", "separate"])
@@ -268,7 +270,7 @@ def test_changed_catalogue_is_taken_only_if_the_service_would_start_with_it(
         get_settings.cache_clear()
     file.write_text(GOOD + GOOD.replace("tiny", "other"))
     missing = f"model 'other': its source, {file.parent / 'models/other'}, is neither"
-    assert (list(catalogue.entries()), missing in catalogue.refused()) == {
+    assert (list(catalogue.get_entries()), missing in catalogue.get_refusal()) == {
         "serve": (["tiny"], True),
         "separate": (["tiny", "other"], False),
     }[start]
@@ -289,19 +291,19 @@ def test_changed_catalogue_is_taken_only_if_the_service_would_start_with_it(
 def test_a_source_that_is_no_base_is_told_with_its_model(source: str, words: str, file: Path) -> None:
     (file.parent / "loop").symlink_to("loop")
     file.write_text(GOOD.replace("models/tiny", source))
-    (found,) = catalogue.missing_sources()
+    (found,) = catalogue.find_missing_sources()
     assert found.startswith("model 'tiny': ")
     assert words in found
 
 
 def test_files_that_are_not_here_are_named(file: Path) -> None:
-    assert catalogue.missing_sources() == [
+    assert catalogue.find_missing_sources() == [
         f"model 'tiny': its source, {file.parent / 'models/tiny'}, is neither a folder nor a .gguf file."
     ]
     base_in(file.parent / "models" / "tiny")
-    assert catalogue.missing_sources() == []
+    assert catalogue.find_missing_sources() == []
     file.write_text(GOOD.replace("models/tiny", "hub:lab/tiny"))
-    assert catalogue.missing_sources() == []
+    assert catalogue.find_missing_sources() == []
 
 
 @pytest.mark.slow  # it loads torch and a real model

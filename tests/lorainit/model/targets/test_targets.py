@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from api.cli.tables import catalogue_entry
+from api.cli.tables import format_catalogue_entry
 from api.core.errors import InvalidValue
 from api.core.models import catalogue
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
@@ -131,7 +131,10 @@ def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind):
         layers, missed = resolve(model, lora)
         assert resolve(model, placed) == (layers, missed)
         assert placed.left_out == missed
-        assert catalogue.size(placed, entry) == (len(layers), sum(16 * sum(shape_of(m)) for m in layers.values()))
+        assert catalogue.count_parameters(placed, entry) == (
+            len(layers),
+            sum(16 * sum(shape_of(m)) for m in layers.values()),
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +155,7 @@ def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skel
             continue
         placed = catalogue.place(lora, entry)
         assert list(resolve(model, placed)[0]) == list(layers)
-        assert catalogue.size(placed, entry)[0] == len(layers)
+        assert catalogue.count_parameters(placed, entry)[0] == len(layers)
         assert [(x.name, x.count, x.paths) for x in placed.left_out] == [(x.name, x.count, x.paths) for x in missed]
         assert all(matches(path, end) for x in missed for one in x.paths for path in expand_names(one))
 
@@ -165,7 +168,7 @@ def test_names_that_share_layers_are_counted_once(skeletons):
         (["q_proj", "0.self_attn.q_proj"], 2),
     ):
         placed = catalogue.place(Lora(r=1, target_modules=wanted), entry)
-        assert catalogue.size(placed, entry)[0] == len(resolve(model, placed)[0]) == layers
+        assert catalogue.count_parameters(placed, entry)[0] == len(resolve(model, placed)[0]) == layers
 
 
 def test_a_name_that_nothing_ends_in_is_refused_with_what_there_is(skeletons):
@@ -331,7 +334,7 @@ def test_the_printed_entry_is_a_catalogue_entry(tmp_path):
     folder = make("qwen2_moe", tmp_path / "base")
     facts = inspect(str(folder), cache=tmp_path)
     path = tmp_path / "models.toml"
-    path.write_text(catalogue_entry(facts, model_id="moe", given=False))
+    path.write_text(format_catalogue_entry(facts, model_id="moe", given=False))
     entry = catalogue.load(path)["moe"]
     assert (entry.targets, entry.left_out) == (facts.targets, facts.left_out)
     assert "shared_expert_gate" in path.read_text()
@@ -388,4 +391,4 @@ def test_the_printed_entry_says_every_letter_of_a_path_as_toml_does():
     path = '/bases/emoji \U0001f642 \x7f "quoted" \\ ü'
     layer = Target(name="q_proj", group="attention", out_features=8, in_features=8, count=1)
     facts = ModelFacts(root="local:x", source=path, max_length=8, chat=False, targets=[layer])
-    assert tomllib.loads(catalogue_entry(facts, model_id="x", given=True))["models"][0]["source"] == path
+    assert tomllib.loads(format_catalogue_entry(facts, model_id="x", given=True))["models"][0]["source"] == path
