@@ -82,11 +82,11 @@ class _Exchange:
                 await respond(self.refusal.error)(self.scope, self._receive, self.send)
             else:
                 await app(self.scope, self.receive, self.send)
-        except ClientDisconnect:
+        except ClientDisconnect:  # no error, because nobody is left to receive an answer
             self.status = self.status or 499
         except Exception:
             self._logger.exception("unhandled")
-            if self.status is not None:
+            if self.status is not None:  # the answer has begun, so its connection has to be closed
                 raise
             await self._internal_error()(self.scope, self._receive, self.send)
         finally:

@@ -22,7 +22,7 @@ from api.core.db import database
 from api.core.maintenance import startup
 from api.core.settings import get_settings
 
-SHUTDOWN_SECONDS = 3
+SHUTDOWN_SECONDS = 3  # for open downloads; less than the 5 seconds after which `lorainit serve` would kill this process
 TICK_SECONDS = 1.0  # because the `date` of answers has whole seconds
 
 

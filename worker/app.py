@@ -143,7 +143,7 @@ def _send_heartbeats() -> None:
                     session, me, slots=slots, queues=devices.list_served_queues(), started_at=started, problem=problem
                 )
                 session.commit()
-        except Exception as error:
+        except Exception as error:  # any, because the thread has to go on when the database is back
             log.warning("heartbeat failed", error=str(error))
         try:
             scratch.sweep()

@@ -20,7 +20,7 @@ from worker.host import scratch
 from worker.job.outcomes import DEVICE_FAILED, EXIT_LEASE_LOST, EXIT_WRONG_SPEC
 
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds; the wait doubles with each further failure in a row
-LOOK_SECONDS = 0.2
+CHECK_SECONDS = 0.2  # between two checks whether the worker shuts down
 
 log = get_logger(__name__)
 
@@ -77,6 +77,7 @@ class GpuHealth:
             self._failures += 1
             log.error("no job is taken until the GPU has been examined", reason=why, gpus=names)
             with scratch.raised_flag(flag, why):
+                # Not asleep while the worker shuts down, because the shutdown waits for this task.
                 if _sleep(_wait_seconds(self._failures), is_leaving):
                     return
                 why = self._still_stuck() or examine(names, is_leaving=is_leaving)
@@ -115,7 +116,7 @@ def _sleep(seconds: float, is_leaving: Callable[[], bool]) -> bool:
     """Sleep for so many seconds, or until the worker shuts down; True if it does."""
     until = time.monotonic() + seconds
     while not (leaving := is_leaving()) and time.monotonic() < until:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(CHECK_SECONDS)
     return leaving
 
 

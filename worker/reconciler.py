@@ -93,6 +93,7 @@ def announce() -> bool:
         except queue.BrokerUnavailable as error:
             log.warning("the broker does not answer; jobs stay queued", error=str(error), job_id=notification.job_id)
             return False
+        # After the message, because a job that is marked without one would wait for `find_lost`.
         with session_scope() as session:
             notify.mark_notified(session, notification.job_id)
             session.commit()

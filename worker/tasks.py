@@ -55,6 +55,7 @@ def run_job(job_id: str) -> None:
         ready = {member: member.paths for member in members if member.paths is not None}
         if ready:
             _train(list(ready), list(ready.values()))
+    # After the members have closed, because a lease must not be held while the GPU is examined.
     gpu_health.get_slot_health().wait_until_healthy(
         _gpus(), unhealthy_file(os.getppid(), _slot()), is_leaving=_is_leaving
     )

@@ -20,7 +20,7 @@ from openai.types import Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 FINAL = ("succeeded", "failed", "cancelled")
-CHECK_SECONDS = 60.0
+CHECK_SECONDS = 60.0  # no longer, because the job waits for the check anyway
 PAGE = 100
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from api.cli.client import FINAL, explain, find_events_after, get_field, retrieve, sequence
 
 POLL_SECONDS = 0.5
-RECONNECT_SECONDS = 120.0
+RECONNECT_SECONDS = 120.0  # because a restart or an upgrade of a server takes up to a minute or two
 STYLE = {"info": "", "warn": "yellow", "error": "red"}
 WAITING = {
     "no_worker_for_device": "no worker that is up takes jobs for the device {device!r} (LORAINIT_WORKER_QUEUES of a"

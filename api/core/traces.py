@@ -15,7 +15,7 @@ from api.core.singleton import singleton
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-FLUSH_MILLISECONDS = 2000
+FLUSH_MILLISECONDS = 2000  # short, because a slot takes no job while it waits for the exporter
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from api.embedded.children import Child, tail
 
-START_SECONDS = 10.0
+START_SECONDS = 10.0  # so long because it reads its journal first
 TRIES = 3
 
 

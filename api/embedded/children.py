@@ -20,7 +20,7 @@ from lorainit.system.limits import make_parent_death_hook
 
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 60.0  # a child that ran for so long starts again without the pauses of earlier failures
-LOG_LIMIT = 16 * 2**20
+LOG_LIMIT = 16 * 2**20  # at which a log is rotated when its child starts, so that crash loops do not fill the disk
 
 
 @dataclass

@@ -32,7 +32,7 @@ from api.core.settings import Settings, find_unknown_variables, get_settings
 from api.embedded import broker
 from api.embedded.children import Child, follow, size_of, sleeping, tail
 
-READY_SECONDS = 60.0
+READY_SECONDS = 60.0  # generous, because a slow disk may need long to import the web framework
 LOOK_SECONDS = 0.2  # between two checks whether the API is ready
 TICK_SECONDS = 1.0  # between two reads of the logs; the end of a child wakes us earlier, by a signal
 MAX_REASON = 500  # characters of a log line's error that are shown
@@ -175,6 +175,7 @@ class Service:
     def _write_service_file(self) -> None:
         pids = {child.name: child.process.pid for child in self.children if child.process}
         text = json.dumps({"url": f"{self.url}/v1", "pid": os.getpid(), "children": pids}, indent=2)
+        # Written beside and then renamed, so that a reader never sees half a file.
         fresh = self.state / "service.json.new"
         fresh.write_text(text + "\n")
         fresh.replace(self.state / "service.json")
@@ -232,6 +233,7 @@ def _lock(state: Path) -> IO[str]:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # Otherwise a restart within a minute would find the port still in use.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

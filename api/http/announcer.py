@@ -13,7 +13,7 @@ from api.core.jobs import admission
 from api.core.queue import notify, queue
 from api.http.threads import in_broker_thread
 
-PAUSE_SECONDS = 5.0
+PAUSE_SECONDS = 5.0  # in which the reconciler announces jobs, because each message would wait in vain here
 
 
 class JobAnnouncer:
@@ -39,7 +39,7 @@ class JobAnnouncer:
         except queue.BrokerUnavailable as error:
             self._paused_until = self._clock() + PAUSE_SECONDS
             log.warning("broker_unavailable", error=str(error), left_alone_seconds=PAUSE_SECONDS)
-        except Exception:
+        except Exception:  # only logged, because the answer was sent and the reconciler repeats this
             log.exception("announce_failed")
 
     def _notify(self, notification: notify.Notification) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from api.core.files.storage import BLOCK
 
-SMALL = 256 * 1024
+SMALL = 256 * 1024  # little enough for a thousand downloads, and enough that requests to storage are few
 LARGE = BLOCK
 QUICK_SECONDS = 1.0  # a block that was sent within this time is followed by one of twice its size
 

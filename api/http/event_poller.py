@@ -25,7 +25,7 @@ from api.schemas.event import EventObject, event_object
 BEAT_SECONDS = 1.0  # between two queries
 SHARE_SECONDS = 0.05  # the least time between two queries, so that streams that arrive meanwhile share the second
 TOGETHER = 64  # streams that are served by one query, so that a job with many events delays only these
-PAGE = 200
+PAGE = 200  # events that a stream is given at once, so that a long history does not fill the memory
 DATABASE_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -107,7 +107,7 @@ async def _serve(waiting: Sequence[tuple[Waiting, StreamPosition]]) -> None:
     positions = {position for _, position in waiting}
     try:
         found = await run_in_threadpool(poll, positions)
-    except Exception as error:
+    except Exception as error:  # given to each stream, because the task must go on for later ones
         found = dict.fromkeys(positions, error)
     for more, position in waiting:
         if position in found:

@@ -85,7 +85,7 @@ def _take_snapshot() -> Snapshot | None:
     try:
         with session_scope(read_only=True) as session:
             return gauges.take_snapshot(session)
-    except Exception as error:
+    except Exception as error:  # any, because a scrape must show that the database is down
         get_logger(__name__).warning("database_unavailable", error=str(error))
         return None
 

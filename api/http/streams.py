@@ -16,9 +16,9 @@ from api.core.access.keys import Caller
 from api.errors import TooManyRequests
 from api.http.event_poller import EventPoller, StreamPosition
 
-HEARTBEAT_SECONDS = 15.0
-RETRY_MILLISECONDS = 3000
-PER_PROJECT = 50
+HEARTBEAT_SECONDS = 15.0  # because proxies close connections that are silent for 30 or 60 seconds
+RETRY_MILLISECONDS = 3000  # before a client reconnects, so that clients do not crowd a server that restarts
+PER_PROJECT = 50  # so that one project cannot use all connections of a process
 HEARTBEAT = ": keep-alive\n"
 DONE = "event: done\ndata: [DONE]\n\n"
 

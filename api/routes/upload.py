@@ -19,7 +19,7 @@ from api.errors import BadRequest
 from api.http.threads import in_storage_thread
 from api.middleware import MULTIPART_SLACK, read_content_length
 
-FIELD_BYTES = 64 * 1024
+FIELD_BYTES = 64 * 1024  # of a field that is no file, because the parser keeps these in memory
 LIFETIME = (3600, 2_592_000)
 _FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 

@@ -14,9 +14,9 @@ from api.invalid import find_first_fault
 from lorainit.config.schema import Seed, Strict, limit_size
 from lorainit.config.spec import Choice, Hyperparameters, Lora
 
-MAX_MULTIPLIER = 100.0
+MAX_MULTIPLIER = 100.0  # because a larger one is a mistake
 MAX_LABEL, MAX_LABELS = 512, 16
-MAX_RANKS, LONGEST_NAME = 65_536, 1024
+MAX_RANKS, LONGEST_NAME = 65_536, 1024  # far more than a model has; bounds so that a body is checked quickly
 LORA_LABEL = "lora_config"
 LORA_PARAM = f"metadata.{LORA_LABEL}"
 

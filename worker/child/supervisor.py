@@ -27,7 +27,7 @@ from worker.host.memory import count_oom_kills, offer_to_the_oom_killer
 
 # Exit codes of a child that somebody else has killed or asked to end.
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM)
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2  # because `should_stop` has to be asked even if no event comes
 END_SECONDS = 60.0  # for a process to end after it has closed its pipe or was killed, because freeing a GPU takes time
 Child = subprocess.Popen[bytes] | ForkedRun
 StopReason = Literal["", "drain", "lost", "hangs"]
@@ -123,9 +123,9 @@ def run_child(
             stdout=log,
             stderr=log,
             pass_fds=[writer],
-            start_new_session=True,
+            start_new_session=True,  # so that Ctrl+C in a terminal reaches only the worker, which stops in order
         )
-    os.close(writer)
+    os.close(writer)  # ours, because otherwise the pipe would not end with the child
     try:
         why = _supervise(child, reader, on_event, should_stop, grace)
     finally:
@@ -155,7 +155,7 @@ def _supervise(
     try:
         stopped = _listen(reader, on_event, should_stop)
         if stopped == "drain":
-            family = _find_descendants(child)
+            family = _find_descendants(child)  # now, because the children of a process that has ended are not found
             child.send_signal(signal.SIGTERM)
             _listen(reader, on_event, _until(time.monotonic() + grace, should_stop))
             _await_end(child, 1.0 if grace else 0.0)

@@ -139,7 +139,7 @@ class WarmProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                start_new_session=True,  # so that Ctrl+C in a terminal reaches only the worker
             )
         offer_to_the_oom_killer(
             self._process.pid

@@ -22,7 +22,7 @@ from api.core.settings import Settings, get_settings
 from lorainit.config.spec import Lora
 from worker.host import reservations
 
-FLOAT = 4  # bytes; states are written in fp32
+FLOAT = 4  # bytes, because states are written in fp32
 # Copies of the trained factors: A and B, their start where that is subtracted, AdamW's two moments,
 # and the plain adapter, whose rank is twice that then.
 # LoRAM at rank 16 on SmolLM2 (19.5 MB of factors) wrote 121 MB of state where this and a tokenizer say 138.

@@ -122,6 +122,7 @@ def store_result(job: Job, lease: Lease, done: Done, folder: Path, storage: Stor
     archive = pack(Path(done.adapter), folder / "adapter.tar", mtime=int(time.time()))
     key = f"jobs/{job.id}/attempt-{lease.token}/adapter.tar"
     storage.put(key, archive.path)
+    # A session of its own, because `store_csv` rolls back before its upload.
     with session_scope(read_only=True) as session:
         result = metrics.store_csv(session, storage, job)
     with session_scope() as session:

@@ -64,6 +64,7 @@ class JobWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
             self._keeper.let_go()  # so that a thread which waits for the database or storage gives up
+        # In this order: the lease is renewed until the last write, because a write without a lease is refused.
         self._thread.shutdown(cancel_futures=True)
         self._keeper.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -117,7 +118,7 @@ class JobWriter:
         return self._thread.submit(self._run_guarded, action)
 
     def _run_guarded(self, action: Callable[[], None]) -> None:
-        if self.is_lost:
+        if self.is_lost:  # because nothing may be written any more
             return
         try:
             action()

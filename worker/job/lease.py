@@ -73,7 +73,7 @@ class LeaseKeeper:
                 ours = jobs.renew_lease(session, self._lease, lease_seconds=self._seconds)
                 asked = ours and pauses.is_pause_requested(session, self._lease)
                 session.commit()
-        except Exception as error:
+        except Exception as error:  # any, because the deadline decides, and it is tried again until then
             get_logger(__name__).warning("the lease could not be renewed", error=str(error))
             return None
         if asked:

@@ -75,7 +75,7 @@ def end_without_report(job: Job, lease: Lease, outcome: Outcome, reason: str) ->
 
 def fail(lease: Lease, failure: Failure) -> None:
     """`failed`, with the steps that were logged as the result file."""
-    file = _store_results(lease)
+    file = _store_results(lease)  # before the transaction, because an upload may take long
     with session_scope() as session:
         if file is not None:
             session.add(file)

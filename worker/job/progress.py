@@ -25,8 +25,8 @@ BANDS = {
 }
 FLUSH_SECONDS = 0.5  # between two writes, because a transaction for each step would be too many
 FLUSH_EVENTS = 1000  # events of one write, because a run may make thousands a second and a long write delays others
-EVENT_POINTS = 200
-PACE_STEPS = 10
+EVENT_POINTS = 200  # metrics events of a job, because a list of thousands helps nobody; all steps are in the CSV
+PACE_STEPS = 10  # steps over which the speed is averaged, because single steps vary
 
 
 class LeaseLost(Exception):

@@ -21,7 +21,7 @@ from api.core.settings import get_settings
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 SWEEPS = 2 * HOUR  # within this time every orphan that is old enough has been removed
 STALLED = 10 * MINUTE  # a writer that goes on after this gets an error and tries again
-BATCH = 500
+BATCH = 500  # keys of one query, because databases limit the parameters of a statement
 ANOTHER_DATABASE = (
     "The mark in storage is not the one that this database left there. Was the database restored from a backup, or do"
     " two databases use this storage? Objects without a row that were written before now are not removed as orphans."
@@ -60,7 +60,7 @@ def delete_jobs() -> bool:
     settings = get_settings()
     if not settings.job_days:
         return False
-    days = max(settings.job_days, settings.orphan_days + SWEEPS / DAY)
+    days = max(settings.job_days, settings.orphan_days + SWEEPS / DAY)  # so that orphans are swept before
     with session_scope() as session:
         retired = retention.retire_jobs(session, days=days)
         removed = retention.remove_jobs(session, days=days)
@@ -86,6 +86,7 @@ def _clear(kind: retention.Row) -> bool:
     with session_scope(read_only=True) as session:
         rows = retention.find_uncleared(session, kind)
         keys = retention.find_unreferenced(session, (key for _, key in rows)) if rows else set()
+    # Bytes first and then the mark, so that a crash in between repeats the deletion instead of forgetting it.
     for key in keys:
         get_storage().delete(key)
     if rows:
@@ -121,6 +122,7 @@ def check_storage_owner() -> bool:
         return False
     if seen is not None and seen.lasted and not seen.knows(mark):
         log.warning("storage_of_another_database", mark=key, help=ANOTHER_DATABASE)
+    # Between two commits: after a crash here the mark is one of the two tokens, so it is still recognized.
     get_storage().put(key, io.BytesIO(current.next_token.encode()))
     with session_scope() as session:
         storage_periods.confirm_period(session, current)

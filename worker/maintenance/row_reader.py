@@ -20,8 +20,8 @@ from api.core.devices.run_environment import make_environment_without_secrets
 from api.core.files.validation import unusable_verdict
 
 MAX_BYTES = 1 << 30  # of memory; the worst lines of 8 MB that are known need less (benchmarks/row_checks.py)
-BEAT_SECONDS, TICK_SECONDS = 5.0, 0.2
-MAX_OUTPUT = 1 << 20
+BEAT_SECONDS, TICK_SECONDS = 5.0, 0.2  # the first well below a claim's 30 seconds, so that it is renewed in time
+MAX_OUTPUT = 1 << 20  # of a report, so that a broken child does not fill our memory
 # Signals that somebody else sends: an operator, or a system that shuts down or runs out of memory.
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
@@ -111,7 +111,7 @@ def _read_storage(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The same bytes. Any error in here is one of storage, so that it can be told from the child's."""
     try:
         yield from chunks
-    except FileNotFoundError:
+    except FileNotFoundError:  # a verdict of its own, because it does not help to try again
         raise
     except Exception as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
@@ -120,7 +120,7 @@ def _read_storage(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _feed(child: "subprocess.Popen[bytes]", chunks: Iterator[bytes], watch: _Waiting) -> None:
     """Send the bytes, until the end or until the child reads no more."""
     assert child.stdin is not None
-    os.set_blocking(child.stdin.fileno(), False)
+    os.set_blocking(child.stdin.fileno(), False)  # so that a child that reads nothing does not block us
     for chunk in chunks:
         watch.note_progress()  # because time spent in storage is not the child's
         rest = memoryview(chunk)

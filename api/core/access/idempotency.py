@@ -23,7 +23,7 @@ from api.core.errors import InProgress, InvalidValue
 from api.core.ids import new_id
 
 KEY_LIFE = timedelta(hours=24)
-WAIT_SECONDS = 5
+WAIT_SECONDS = 5  # no longer, because a 409 then has the client retry, and a thread is free again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,7 @@ def run_idempotent(
     _lock_identity(session, attempt, mark)
     earlier = _find_by_key(session, attempt, mark) if attempt.key else _find_by_fingerprint(session, attempt, mark)
     if earlier is not None:
+        # With a key the first answer is repeated; without one, clients expect the object as it is now.
         current = None if attempt.key else again(earlier.object_id)
         return IdempotentResult(earlier.object_id, current or earlier.response, replayed=True)
     object_id, body = make()
@@ -128,6 +129,7 @@ def _find_by_key(session: Session, attempt: RequestIdentity, mark: str) -> Creat
         Creation.path == attempt.path,
         Creation.idempotency_key == attempt.key,
     )
+    # Deleted here, too, because the constraint would refuse to use an expired key again.
     session.execute(delete(Creation).where(*mine, Creation.created_at < now(session) - KEY_LIFE))
     earlier = session.scalar(select(Creation).where(*mine))
     if earlier is not None and earlier.fingerprint != mark:

@@ -59,7 +59,7 @@ class Waits:
 
 LONG_WAITS = Waits(connection=30.0, lock=30.0)  # long, because a worker that gave up would only try again
 SHORT_WAITS = Waits(connection=2.0, lock=2.5)  # short, so that a client is answered within five seconds
-_STATEMENT_SECONDS = 60
+_STATEMENT_SECONDS = 60  # far above what any statement needs, so that only a broken one is ended
 
 
 class UTCDateTime(TypeDecorator[datetime]):

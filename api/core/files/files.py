@@ -66,7 +66,7 @@ def store(storage: Storage, source: BinaryIO, *, project_id: str, limit: int) ->
 
     try:
         storage.put(key, chunks())
-    except BaseException as error:
+    except BaseException as error:  # any, because half an object must not stay
         with suppress(StoreError):  # storage that refuses to write may refuse to delete, too
             storage.delete(key)
         if disk.is_full(error):

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 CHUNK = 1 << 20
 BLOCK = 8 * CHUNK  # the most that one request asks of a bucket
-CONNECT_SECONDS = 3
+CONNECT_SECONDS = 3  # short, because a host that is up accepts at once
 REQUEST_SECONDS = 60  # one request to a bucket, which carries some megabytes at most
 RETRY_SECONDS = 20  # after which a failed request is not repeated here
 PROBE_SECONDS = 4  # after which a probe gives up

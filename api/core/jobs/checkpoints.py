@@ -19,7 +19,7 @@ def add(session: Session, job: Job, *, step: int, metrics: dict[str, Any], file:
         session.get_one(File, old.file_id).deleted_at = now(session)
         session.delete(old)
     session.add(file)
-    session.flush()
+    session.flush()  # because the checkpoint's row refers to the file's
     checkpoint = Checkpoint(
         id=new_id("ftckpt_"),
         job_id=job.id,

@@ -29,7 +29,7 @@ from api.core.settings import get_settings
 
 __all__ = ["Failure", "Lease"]
 
-LONGEST_WAIT_SECONDS = 300.0
+LONGEST_WAIT_SECONDS = 300.0  # so that a job is tried soon after a long outage is over
 
 
 def create(session: Session, job: Job) -> Job:

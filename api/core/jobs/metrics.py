@@ -68,7 +68,7 @@ def store_csv(session: Session, storage: Storage, job: Job) -> File | None:
     key = f"jobs/{job.id}/step_metrics-{job.lease_token}.csv"
     if not rows:
         return None
-    session.rollback()
+    session.rollback()  # because PostgreSQL ends a transaction that is idle for a minute, and an upload may take longer
     with tempfile.TemporaryFile() as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8", newline="", write_through=True)
         write_csv(rows, text)

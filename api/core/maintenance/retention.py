@@ -70,7 +70,7 @@ def remove_jobs(session: Session, *, days: float, limit: int = 10) -> list[str]:
     empty = _select_long_ended(session, days).where(~_has_checkpoint(Checkpoint.cleared_at))
     rows = session.scalars(empty.limit(limit).with_for_update(of=Job, skip_locked=True)).all()
     gone = [job.id for job in rows]
-    for table in (Metric, Event, Checkpoint, Adapter, JobLabel):
+    for table in (Metric, Event, Checkpoint, Adapter, JobLabel):  # first, because their rows refer to jobs
         session.execute(delete(table).where(table.job_id.in_(gone)))
     session.execute(delete(Job).where(Job.id.in_(gone)))
     return gone

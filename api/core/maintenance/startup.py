@@ -19,7 +19,7 @@ class OpenFolder(Exception):
 
 def check_or_exit() -> None:
     """Check them, and end this process with one line and exit code 1 if one is wrong. Makes new files private."""
-    os.umask(OTHERS)
+    os.umask(OTHERS)  # first, so that no file is readable by others even for a moment
     try:
         settings = get_settings()
         if settings.state_dir.is_dir():

@@ -136,6 +136,7 @@ def forget() -> None:
 
 def _get_current() -> _Held:
     path = get_settings().catalogue
+    # The file's stamp is compared each time, because reading it is cheap and parsing the file is not.
     stamp, held = _stamp(path), _held.get(path)
     if held is None or held.stamp != stamp:
         held = _held[path] = _read_again(path, stamp, held)

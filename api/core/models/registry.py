@@ -123,7 +123,7 @@ def delete(session: Session, attempt: RequestIdentity, name: str) -> list[str]:
 def _find_named(session: Session, project_id: str, name: str, *, lock: bool = False) -> Adapter | Checkpoint | None:
     adapters = select(Adapter).where(Adapter.name == name, Adapter.project_id == project_id)
     checkpoints = select(Checkpoint).where(Checkpoint.name == name, Checkpoint.project_id == project_id)
-    if lock:
+    if lock:  # so that two deletes do not both find it
         adapters, checkpoints = adapters.with_for_update(), checkpoints.with_for_update()
     return session.scalar(adapters) or session.scalar(checkpoints)
 

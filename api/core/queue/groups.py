@@ -71,6 +71,6 @@ def lock_next_group(session: Session, *, size: int, queues: Sequence[str]) -> li
         )
         .order_by(Job.priority_time, Job.id)
         .limit(places - 1)
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True)  # because waiting for another claim would delay the best job
     )
     return [best.id, *session.scalars(companions)]

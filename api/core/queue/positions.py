@@ -25,7 +25,7 @@ from api.core.queue import project_queues, scheduling, workers
 from api.core.settings import get_settings
 
 MOST = 100  # jobs further behind all have the next number, because ranking all of a long queue takes too long
-MAX_AGE_SECONDS = 1.0
+MAX_AGE_SECONDS = 1.0  # not more, so that a caller who polls every second sees the queue move
 _AT_ANY_TIME = datetime.max.replace(tzinfo=UTC)
 
 

@@ -48,7 +48,7 @@ def lock_next_job(session: Session, queues: Sequence[str]) -> Job | None:
         job = select(Job).where(Job.id == job_id, Job.status == "queued").with_for_update(skip_locked=True)
         if (found := session.scalar(job.execution_options(populate_existing=True))) is not None:
             return found
-        passed.append(job_id)
+        passed.append(job_id)  # so that the next statement looks behind it, because another claim holds it
     return None
 
 

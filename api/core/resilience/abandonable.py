@@ -15,12 +15,12 @@ def run_abandonable(call: Callable[[], Result], *, name: str, every: float, chec
 
     If `check` raises, this function raises the same. The call goes on in its thread (named `name`) and is ignored.
     """
-    done, context = Future[Result](), copy_context()
+    done, context = Future[Result](), copy_context()  # the context, so that log lines in the thread have its ids
 
     def work() -> None:
         try:
             done.set_result(context.run(call))
-        except BaseException as error:
+        except BaseException as error:  # any, because otherwise the caller would wait for ever
             done.set_exception(error)
 
     threading.Thread(target=work, name=name, daemon=True).start()
