@@ -49,9 +49,9 @@ def loud_lines() -> set[str]:
 
 
 def _is_loud(called: ast.expr) -> bool:
-    """`log.warning(...)`, `get_logger(...).error(...)`, and `say(...)` where a line chose how loud it is."""
+    """`log.warning(...)`, `get_logger(...).error(...)`, and `write_line(...)` where a line chose how loud it is."""
     if isinstance(called, ast.Name):
-        return called.id == "say"
+        return called.id == "write_line"
     return (
         isinstance(called, ast.Attribute)
         and called.attr in LOUD
