@@ -8,7 +8,6 @@ import asyncio
 import time
 
 import structlog
-from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -182,8 +181,3 @@ def read_content_length(scope: Scope) -> int:
     """The size of the body in bytes as the request declares it; 0 if it does not."""
     text = Headers(scope=scope).get("content-length", "0")
     return int(text) if text.isascii() and text.isdecimal() else 0
-
-
-def request_id(request: Request) -> str:
-    """The id of the request being answered."""
-    return str(request.scope["state"]["request_id"])

@@ -213,7 +213,9 @@ def _repeat(chore: Chore, wake: threading.Event, look: threading.Event, stop: th
             pause = _lengthen(pause)
             # No traceback if the database or storage does not answer, because that is no error in our code.
             write_line = log.warning if isinstance(error, OperationalError | StoreError) else log.exception
-            write_line("a chore of the reconciler failed; it will be tried again", chore=chore.__name__, error=str(error))
+            write_line(
+                "a chore of the reconciler failed; it will be tried again", chore=chore.__name__, error=str(error)
+            )
             stop.wait(pause)
             continue
         if more:

@@ -93,7 +93,7 @@ class _Wait:
 
 
 def explain_wait(job: FineTuningJob) -> str:
-    """A queued job's `queue_reason` in words; "" if it has none."""
+    """A queued job's `queue_reason` as a sentence; "" if it has none."""
     reason = get_field(job, "queue_reason") or ""
     device = (get_field(job, "resources") or {}).get("device")
     position = get_field(job, "queue_position") or 0

@@ -38,7 +38,7 @@ class RequestIdentity:
 
     @property
     def is_retry(self) -> bool:
-        """The client says it has sent this before."""
+        """Whether the client has sent this request before."""
         return self.retry_count >= 1
 
 

@@ -1,4 +1,4 @@
-"""Bring the database to the newest revision, and say whether it is there."""
+"""Migrates the database to the newest revision, and checks whether it is there."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

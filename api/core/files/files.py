@@ -266,7 +266,7 @@ def was_deleted_by(
 
 
 def describe_use(session: Session, file: File) -> str | None:
-    """What needs this file, as words for a sentence: an open job or a model; None when it may go."""
+    """What needs this file (an open job or a model), as a part of a sentence; None if it may be deleted."""
     job = session.scalar(
         select(Job.id)
         .where(

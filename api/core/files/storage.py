@@ -67,7 +67,7 @@ class ObjectStorage:
         self._store = store
 
     def put(self, key: str, source: BinaryIO | Path | Iterator[bytes]) -> None:
-        """Store `source`; large objects go up in parts."""
+        """Store `source`; large objects are uploaded in parts."""
         obstore.put(self._store, key, source)
 
     def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:

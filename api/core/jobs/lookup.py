@@ -28,7 +28,7 @@ class Result:
 
 @dataclass(frozen=True)
 class JobView:
-    """A job with what other tables say about it: everything that a caller is shown."""
+    """A job with its data from other tables: everything that a caller is shown."""
 
     job: ShownJob
     position: QueuePosition | None

@@ -88,7 +88,7 @@ def _make_listed(row: Row[*tuple[Any, ...]]) -> Model:
 
 
 def find(session: Session, project_id: str, name: str) -> Model:
-    """What `name` stands for in this project."""
+    """The model of this name in this project."""
     entry = catalogue.find(name)
     if entry is not None:
         return Model(entry, entry)

@@ -39,7 +39,7 @@ def _configuration() -> dict[str, Any]:
         "task_reject_on_worker_lost": False,
         "worker_disable_prefetch": True,  # so that a busy worker does not keep a message that a free one could take
         "worker_prefetch_multiplier": 1,
-        "worker_concurrency": get_settings().worker_slots,  # the one place that says how many (worker/pool.py)
+        "worker_concurrency": get_settings().worker_slots,  # Celery's own option is refused (worker/pool.py)
         "worker_enable_remote_control": False,  # a worker is stopped by a signal only
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "task_default_queue": QUEUE,

@@ -146,7 +146,7 @@ class Job(Base):
 
     @hybrid_property
     def calibration_file_id(self) -> str | None:
-        """`lora.init.calibration_file`; None for methods that look at no data and for the training file's rows."""
+        """`lora.init.calibration_file`; None for methods without data, and for the training file's rows."""
         found: str | None = self.recipe["lora"]["init"].get("calibration_file")
         return found
 
