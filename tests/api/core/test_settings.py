@@ -111,4 +111,4 @@ def test_the_api_says_which_address_is_none(environment: pytest.MonkeyPatch, tmp
         [sys.executable, "-m", "api.server"], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: LORAINIT_HOST: 'no-such-host.invalid' is no address")
+    assert done.stderr.startswith("error: LORAINIT_HOST: 'no-such-host.invalid' is not an address")
