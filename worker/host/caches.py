@@ -1,8 +1,8 @@
 """Removes cache entries that were made of deleted files. Each worker cleans the cache of its own host.
 
-The name of an entry says of which project's files it was made (`lorainit.config.cache_names`), and the database says which
-files exist. So no worker has to be notified of a deletion, and one that was down meanwhile sweeps when it is back. An
-entry that a cancelled run writes just after a sweep is found by the next sweep.
+The name of an entry says of which project's files it was made (`lorainit.config.cache_names`), and the database says
+which files exist. So no worker has to be notified of a deletion, and one that was down meanwhile sweeps when it is
+back. An entry that a cancelled run writes just after a sweep is found by the next sweep.
 
 Compiled kernels are made of no files. They are removed after a month, because new versions need others.
 """
