@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lorainit.config.errors import NonFiniteLoss
 from lorainit.data.batches import Batch
 from lorainit.data.dataset import Sample
+from lorainit.data.largest import Rows, size_of
 from lorainit.model.forward.loss import forward_backward
 from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.distributed.world import World
-from lorainit.train.largest import Rows, size_of
 from lorainit.train.member import Member, clip
 from lorainit.train.optimizers import make_optimizer
 

@@ -1,6 +1,6 @@
 """The training loop, top to bottom: one base, one forward pass, one adapter or several.
 
-Plain on purpose. Each adapter's rows, optimizer and log are its own (`lorainit.train.course`); what they
+Plain on purpose. Each adapter's rows, optimizer and log are its own (`lorainit.train.adapter_trainer`); what they
 share is the base and the clock.
 """
 
@@ -21,8 +21,8 @@ from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.distributed import run_errors
 from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import retry_until_it_fits
+from lorainit.train.adapter_trainer import Course, Evaluate
 from lorainit.train.checkpoint import Progress
-from lorainit.train.course import Course, Evaluate
 from lorainit.train.member import Member
 
 MakeBatch = Callable[[Sequence[Sample]], Batch]

@@ -14,10 +14,10 @@ from lorainit.config.events import Event, Message
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import Budget, Regime, any_length
 from lorainit.data.dataset import Dataset, Sample
+from lorainit.data.largest import Rows
 from lorainit.model.forward.loss import NEXT_TOKEN, Objective
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.train.checkpoint import Restored
-from lorainit.train.largest import Rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from lorainit.init.stage import start
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
 from lorainit.runtime.distributed.world import World
-from lorainit.train.course import Course
+from lorainit.train.adapter_trainer import Course
 from lorainit.train.loop import train
 from lorainit.train.member import Member
 from tests.lorainit.contexts import prepared

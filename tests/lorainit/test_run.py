@@ -25,8 +25,8 @@ from lorainit.config.errors import (
 )
 from lorainit.config.events import EVENT, Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Tick
 from lorainit.run import run
-from lorainit.train import checkpoint, course, loop
-from lorainit.train.course import schedule
+from lorainit.train import adapter_trainer, checkpoint, loop
+from lorainit.train.adapter_trainer import schedule
 from tests.lorainit.conftest import chat, write_rows
 from tests.lorainit.contexts import prepared
 
@@ -266,7 +266,7 @@ def test_whatever_on_event_raises_stops_the_run(spec, tmp_path):
 
 
 def test_loss_that_is_not_finite_ends_the_run(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "schedule", lambda *args, **kwargs: 1e30)
+    monkeypatch.setattr(adapter_trainer, "schedule", lambda *args, **kwargs: 1e30)
     with pytest.raises(NonFiniteLoss, match=r"^Step 2: .* learning rate"):
         go(spec(), tmp_path)
 

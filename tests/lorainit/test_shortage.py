@@ -11,7 +11,7 @@ from lorainit.config.events import Checkpoint, Done, Message, Metrics
 from lorainit.context import RunRequest
 from lorainit.init.evidence import inputs, moments
 from lorainit.run import run, run_together
-from lorainit.train import course
+from lorainit.train import adapter_trainer
 from tests.lorainit.ranks import run_ranks
 from tests.lorainit.shortage import TOKENS, Memory, adapter, after, close, told, until_export
 
@@ -120,7 +120,7 @@ DROPS = {"lora": {"init": "kaiming", "r": 2, "dropout": 0.2}}
 
 def test_sums_that_run_out_of_memory_are_made_of_the_same_step_again_with_the_same_bits(wanted, tmp_path, monkeypatch):
     plain = run(wanted(**DROPS), tmp_path / "plain", lambda event: None)
-    once(monkeypatch, course.Course, "_sums", step=2)
+    once(monkeypatch, adapter_trainer.Course, "_sums", step=2)
     heard = []
     cut = run(wanted(**DROPS), tmp_path / "cut", heard.append)
     assert all(torch.equal(tensor, adapter(plain)[name]) for name, tensor in adapter(cut).items())
@@ -138,14 +138,14 @@ def test_of_a_group_one_whose_sums_run_out_of_memory_does_its_own_step_again(wan
         return dict(run_together(requests)), heard
 
     plain, _ = ends("plain")
-    once(monkeypatch, course.Course, "_sums", step=2)
+    once(monkeypatch, adapter_trainer.Course, "_sums", step=2)
     cut, heard = ends("cut")
     assert all(close(adapter(cut[who]), adapter(plain[who])) for who in (0, 1))
     assert [len(told(events)) for events in heard] == [1, 0]
 
 
 def test_sums_that_run_out_of_memory_twice_are_out_of_memory(wanted, tmp_path, monkeypatch):
-    once(monkeypatch, course.Course, "_sums", step=2, times=2)
+    once(monkeypatch, adapter_trainer.Course, "_sums", step=2, times=2)
     with pytest.raises(OutOfMemory):
         run(wanted(), tmp_path / "out", lambda event: None)
 
@@ -165,13 +165,13 @@ def test_an_update_that_runs_out_of_memory_says_so_and_that_it_may_pass(wanted, 
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             self.optimizer.step()
 
-    make, made = course.make_optimizer, []
+    make, made = adapter_trainer.make_optimizer, []
 
     def make_first_short(*args):
         made.append(make(*args))
         return Short(made[0]) if len(made) == 1 else made[-1]
 
-    monkeypatch.setattr(course, "make_optimizer", make_first_short)
+    monkeypatch.setattr(adapter_trainer, "make_optimizer", make_first_short)
     specs = [wanted(seed=seed) for seed in range(members)]
     ends = {}
     requests = [RunRequest(s, tmp_path / f"{n}", lambda event: None) for n, s in enumerate(specs)]
@@ -233,14 +233,14 @@ def test_of_a_group_one_whose_evaluation_does_not_fit_has_smaller_ones_alone(wan
 
 def short_of_memory(monkeypatch, times):
     """Writing a checkpoint runs out of memory so many times."""
-    write, left = course.write, iter(range(times))
+    write, left = adapter_trainer.write, iter(range(times))
 
     def short(*args, **named):
         if next(left, None) is not None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         write(*args, **named)
 
-    monkeypatch.setattr(course, "write", short)
+    monkeypatch.setattr(adapter_trainer, "write", short)
 
 
 def test_a_checkpoint_that_runs_out_of_memory_is_written_again(wanted, tmp_path, monkeypatch):

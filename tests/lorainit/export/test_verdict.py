@@ -10,7 +10,7 @@ from lorainit.config.events import Done, Message
 from lorainit.export.outcome import find_warnings
 from lorainit.progress import ProgressDisplay
 from lorainit.run import run
-from lorainit.train import course
+from lorainit.train import adapter_trainer
 
 
 def log(path, losses):
@@ -25,7 +25,7 @@ def done_of(spec, out, events):
 
 
 def test_run_that_makes_the_model_worse_ends_with_a_warning_of_both_losses(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "schedule", lambda *args, **kwargs: -1.0)  # uphill
+    monkeypatch.setattr(adapter_trainer, "schedule", lambda *args, **kwargs: -1.0)  # uphill
     events = []
     (found,) = done_of(spec, tmp_path, events).warnings
     steps = [json.loads(line)["full_valid_loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -66,7 +66,7 @@ def test_the_end_is_compared_with_the_untouched_base_and_with_the_start(base, st
 
 
 def test_run_that_leaves_the_model_as_it_was_ends_with_a_warning(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "schedule", lambda *args, **kwargs: 0.0)  # as while it warms up from zero
+    monkeypatch.setattr(adapter_trainer, "schedule", lambda *args, **kwargs: 0.0)  # as while it warms up from zero
     events = []
     done = done_of(spec, tmp_path, events)
     assert [(found.code, found.data) for found in done.warnings] == [("no_effect", {"effect": 0.0})]
@@ -105,7 +105,7 @@ def test_the_advised_rate_is_never_above_the_default(rate, advised, why, tmp_pat
 
 
 def test_run_at_a_rate_far_above_its_default_is_told_the_default(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "schedule", lambda *args, **kwargs: -1e-3)  # uphill
+    monkeypatch.setattr(adapter_trainer, "schedule", lambda *args, **kwargs: -1e-3)  # uphill
     training = {"learning_rate": 0.3}
     events = []
     run(spec(data={"validation": spec().data.training}, training=training), tmp_path, events.append)

@@ -13,12 +13,12 @@ from lorainit.config.events import Plan
 from lorainit.config.spec import Hyperparameters
 from lorainit.data.batches import Budget
 from lorainit.data.dataset import Sample
+from lorainit.data.largest import Rows
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.run import run
 from lorainit.runtime.distributed.world import World
 from lorainit.train import dry_run, optimizers
-from lorainit.train.largest import Rows
 from lorainit.train.member import Member
 from tests.lorainit.shortage import Memory, adapter
 

@@ -16,7 +16,7 @@ from lorainit.export import outputs
 from lorainit.model import base as base_module
 from lorainit.run import run, run_together
 from lorainit.runtime import devices
-from lorainit.train import course
+from lorainit.train import adapter_trainer
 
 FIRST, OTHERS = 0, (1, 2)
 
@@ -108,7 +108,7 @@ def of_the_first(job, *_rest):
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 BUG = RuntimeError("expected m1 and m2 to have the same dtype")
 STAGES = {
-    "its checkpoint": (course, "write", BUG, lambda folder, *_: "/0/" in str(folder), "internal_error"),
+    "its checkpoint": (adapter_trainer, "write", BUG, lambda folder, *_: "/0/" in str(folder), "internal_error"),
     "writing it": (outputs, "write_manifest", BUG, of_the_first, "internal_error"),
     "no space": (outputs, "write_metrics", OSError(28, "full", "x"), lambda out: out.name == "0", "disk_full"),
     "observing it": (outputs, "observe_adapter", MEMORY, of_the_first, "out_of_memory"),
@@ -240,7 +240,7 @@ def test_a_stop_while_one_is_verified_leaves_the_others_a_checkpoint(spec, tmp_p
 def test_at_a_stop_one_whose_checkpoint_cannot_be_written_keeps_no_other_from_its_own(
     spec, tmp_path, monkeypatch, which
 ):
-    save = course.Course.save
+    save = adapter_trainer.Course.save
 
     def breaks(self):
         if self.member.seed == which:
@@ -251,7 +251,7 @@ def test_at_a_stop_one_whose_checkpoint_cannot_be_written_keeps_no_other_from_it
         if isinstance(event, Metrics) and who == 2 and event.step == 1:
             raise Stopped("asked")
 
-    monkeypatch.setattr(course.Course, "save", breaks)
+    monkeypatch.setattr(adapter_trainer.Course, "save", breaks)
     specs = [
         one.model_copy(update={"training": one.training.model_copy(update={"max_steps": 3})}) for one in alike(spec)
     ]
@@ -265,7 +265,7 @@ def test_at_a_stop_one_whose_checkpoint_cannot_be_written_keeps_no_other_from_it
 
 @pytest.mark.parametrize("which", range(3))
 def test_one_whose_optimizer_cannot_be_made_ends_before_the_others_train(spec, tmp_path, monkeypatch, which):
-    make = course.make_optimizer
+    make = adapter_trainer.make_optimizer
     made = iter(range(3))
 
     def fails(recipe, layers):
@@ -273,7 +273,7 @@ def test_one_whose_optimizer_cannot_be_made_ends_before_the_others_train(spec, t
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return make(recipe, layers)
 
-    monkeypatch.setattr(course, "make_optimizer", fails)
+    monkeypatch.setattr(adapter_trainer, "make_optimizer", fails)
     ends, _ = together(alike(spec), tmp_path)
     assert isinstance(ends[which], OutOfMemory)
     assert all(isinstance(end, Done) for who, end in ends.items() if who != which)

@@ -7,7 +7,7 @@ import torch
 
 from lorainit.data.batches import Budget, batches
 from lorainit.data.dataset import Sample
-from lorainit.train.largest import Rows, Size, size_of
+from lorainit.data.largest import Rows, Size, size_of
 
 
 def row(length, trained=None):
