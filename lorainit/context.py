@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorainit.config.events import OnEvent, Plan
+from lorainit.config.events import Message, OnEvent, Plan
 from lorainit.config.spec import Hyperparameters, Lora, RunSpec
 from lorainit.data.batches import Budget, Regime, batches, order
 from lorainit.data.dataset import Dataset, Sample
+from lorainit.data.largest import Rows
 from lorainit.model.base import Base
 from lorainit.model.forward.loss import NEXT_TOKEN, Objective
 from lorainit.model.layers.layer import LoRALinear
@@ -53,7 +54,8 @@ class Run:
     `retries`: how often memory ran out. `alone`: no other run shares its process.
     `layers`: its adapter, once it is initialized; `report`: how. `early_check`: how it was shown that stock PEFT reads
     what this run exports (`lorainit.export.early_check`); None = not shown.
-    `evidence_tokens`: at most so many in a pass while evidence is collected, None = as `budget` has it.
+    `evidence_tokens`, `evaluation_tokens`: at most so many in a pass that collects evidence, or looks at validation
+    rows; None = as `passes` has it.
     """
 
     spec: RunSpec
@@ -75,6 +77,7 @@ class Run:
     early_check: dict[str, Any] | None = None
     retries: int = 0
     evidence_tokens: int | None = None
+    evaluation_tokens: int | None = None
     started: float = field(default_factory=time.monotonic)
 
     # --- what it runs on -------------------------------------------------------------------------
@@ -101,6 +104,11 @@ class Run:
             RanOutElsewhere: one of them ran out of memory meanwhile.
         """
         return any_rank(flag, self.base.world, self.device)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for layer in self.layers.values() for p in layer.trained().values()]
 
     # --- rows, and how they share a pass ---------------------------------------------------------
 
@@ -134,6 +142,21 @@ class Run:
         return self.budget._replace(packed=self.base.packs)
 
     @property
+    def evaluation_budget(self) -> Budget:
+        """Of a pass over validation rows."""
+        tokens = self.passes.tokens
+        return self.training_budget._replace(tokens=min(tokens, self.evaluation_tokens or tokens))
+
+    def largest_pass(self) -> list[Sample]:
+        """Rows that no pass of training is larger than."""
+        return Rows(self.data.samples, self.passes.rows).largest_pass(self.training_budget)
+
+    def largest_evaluation(self) -> list[Sample]:
+        """Rows that no pass over validation rows is larger than."""
+        assert self.valid is not None
+        return Rows(self.valid.samples, self.passes.rows).largest_pass(self.evaluation_budget)
+
+    @property
     def passes_of_first_step(self) -> int:
         """How many; of other steps it differs a little with the lengths of their rows."""
         assert self.training.batch_size != "auto"
@@ -149,6 +172,35 @@ class Run:
         self.plan = self.plan.model_copy(update={"tokens_per_pass": self.passes.tokens})
         if tokens != self.passes.tokens:
             self.emit(self.plan)
+
+    def halve_passes(self, largest: Sequence[Sample]) -> None:
+        """Passes of training have half the tokens from here on; it is reported.
+
+        Args:
+            largest: the largest pass that its rows can make. Where a budget is wider, half of it may change nothing.
+        """
+        before, tokens = self.training_budget.half_of(largest)
+        text = (
+            f"Memory ran out with passes over up to {before:,} tokens: {tokens:,} at most from here on, same effective"
+            " batch"
+        )
+        self.report_shortage(text, tokens_per_pass=tokens)
+        self.change_passes(tokens=tokens)
+
+    def halve_evaluations(self, largest: Sequence[Sample]) -> None:
+        """The same for passes over validation rows alone: training has the passes that it had."""
+        before, tokens = self.evaluation_budget.half_of(largest)
+        text = (
+            f"Memory ran out in an evaluation, with passes over up to {before:,} tokens: {tokens:,} at most from here"
+            " on, the same rows"
+        )
+        self.report_shortage(text, tokens_per_pass=tokens, stage="evaluating")
+        self.evaluation_tokens = tokens
+
+    def report_shortage(self, text: str, **facts: Any) -> None:
+        """Report that memory ran out, and what is done about it; it is counted."""
+        self.emit(Message(level="warn", message=text, data={"kind": "oom_retry", **facts}))
+        self.count_shortage()
 
     def count_shortage(self) -> None:
         """Memory has run out."""

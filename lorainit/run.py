@@ -7,7 +7,6 @@ made: `adapter/`, `checkpoints/`, `metrics.jsonl`, `step_metrics.csv`, `spec.jso
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from lorainit.config.errors import Stopped
@@ -26,7 +25,6 @@ from lorainit.runtime.distributed.world import World, join_world
 from lorainit.train import checkpoint
 from lorainit.train.checkpoint import Restored
 from lorainit.train.loop import train
-from lorainit.train.member import Member
 from lorainit.train.memory import fit_to_memory
 
 
@@ -74,7 +72,7 @@ def run_together(requests: Sequence[RunRequest]) -> Iterator[tuple[int, End]]:
 
 
 def _run_group(requests: Sequence[RunRequest], world: World) -> Generator[tuple[int, End], None, None]:
-    base, runs, members = None, dict[int, Run](), list[Member]()
+    base, runs, resumed = None, dict[int, Run](), list[Restored | None]()
     for who, request in enumerate(requests):
         try:
             request.out.mkdir(parents=True, exist_ok=True)
@@ -83,14 +81,15 @@ def _run_group(requests: Sequence[RunRequest], world: World) -> Generator[tuple[
             base = base or open_base(request.spec, request.out, request.on_event, world=world)
             world = base.world
             runs[who], restored = _begin(request, base, sharing=len(requests))
-            members.append(_member(runs[who], restored))
+            resumed.append(restored)
         except Exception as error:
             yield who, run_errors.to_run_error(error, alone=len(requests) == 1)
     if base is None or not runs:
         return
-    members = fit_to_memory(base.model, members, make_batch=base.make_batch, world=world)
     names, training, waiting = list(runs), set(runs), dict[int, RunFinisher]()
-    with closing(train(base.model, members, make_batch=base.make_batch, world=world)) as trained, _close_all(waiting):
+    together = list(runs.values())
+    fit_to_memory(together)
+    with closing(train(together, resumed, write_adapter=outputs.write_adapter)) as trained, _close_all(waiting):
         for ended in trained:
             endings = {names[index]: RunFinisher(runs[names[index]], end) for index, end in ended}
             waiting |= endings
@@ -152,27 +151,3 @@ def _resume(run: Run, restored: Restored) -> None:
     """The layers as the checkpoint has them, and the report of the initialization they came from."""
     run.layers = checkpoint.restore_layers(run.targets, run.lora, restored)
     run.report = Report(restored.report, restored.modules)
-
-
-def _member(run: Run, restored: Restored | None) -> Member:
-    return Member(
-        layers=run.layers,
-        data=run.data,
-        valid=run.valid,
-        recipe=run.training,
-        seed=run.spec.seed,
-        budget=run.training_budget,
-        keeps_budget=run.passes.kept,
-        recomputes=run.passes.recomputed,
-        out=run.out,
-        checkpoint_recipe=run.recipe,
-        write_adapter=partial(outputs.write_adapter, run),
-        skip=run.lora.method.batches_used(run.report.summary),
-        regime=run.regime,
-        objective=run.objective,
-        resumed=restored,
-        on_event=run.emit,
-        on_budget=lambda tokens: run.change_passes(tokens=tokens),
-        on_recompute=lambda: run.change_passes(recomputed=True),
-        on_shortage=run.count_shortage,
-    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorainit.config.cache_names import entry_name
-from lorainit.config.events import Message, Tick
+from lorainit.config.events import Tick
 from lorainit.context import Report, Run
 from lorainit.data.batches import Batch, batches, collate
 from lorainit.data.dataset import Sample
@@ -138,9 +138,7 @@ def _collected(run: Run) -> dict[str, Evidence]:
             f"Memory ran out while evidence was collected, with passes over up to {before:,} tokens: again, {tokens:,}"
             " at most"
         )
-        data = {"kind": "oom_retry", "tokens_per_pass": tokens}
-        run.emit(Message(level="warn", message=text, data=data))
-        run.count_shortage()
+        run.report_shortage(text, tokens_per_pass=tokens)
         return True
 
     return retry_until_it_fits(lambda: collect(run.lora.method, run), smaller, world=run.base.world, device=run.device)

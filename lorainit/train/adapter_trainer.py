@@ -10,20 +10,21 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lorainit.config.errors import NonFiniteLoss, UpdateOutOfMemory
 from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
-from lorainit.data.batches import batches, order
+from lorainit.context import Run
+from lorainit.data.batches import batches
 from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import Sums, add_sums, zero_sums
 from lorainit.runtime.devices import is_out_of_memory
-from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import retry_until_it_fits
-from lorainit.train.checkpoint import Progress, write
-from lorainit.train.member import Member, clip, halve_tokens, say_shortage, shrink_evaluations
+from lorainit.train.checkpoint import Progress, Restored, write
 from lorainit.train.optimizers import make_optimizer, set_rate
 
 _CHECKPOINT_METRICS = (
@@ -38,45 +39,61 @@ _CHECKPOINT_METRICS = (
 Evaluate = Callable[[Sequence[Sample]], dict[str, float]]
 
 
-class Course:
-    """A member on its way: which step it is at and everything that step needs."""
+class AdapterTrainer:
+    """Trains the adapter of one run: which step it is at and everything that step needs.
 
-    def __init__(self, member: Member, world: World) -> None:
-        recipe = member.recipe
+    It reads from the run what is trained, on which rows and in passes of which size, and tells the run what memory
+    makes of these. The folder of the run gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
+
+    Args:
+        write_adapter: writes the adapter of a run in PEFT's format into a folder.
+        resumed: the checkpoint that it goes on from.
+    """
+
+    def __init__(
+        self, run: Run, *, write_adapter: Callable[[Run, Path], None], resumed: Restored | None = None
+    ) -> None:
+        recipe = run.training
         assert recipe.batch_size != "auto" and recipe.learning_rate is not None
-        self.member, self.world = member, world
+        self.run, self.world = run, run.base.world
         self.batch_size, self.rate = recipe.batch_size, recipe.learning_rate
-        rows = len(member.data.samples)
+        rows = len(run.data.samples)
         self.total = total_steps(recipe, rows=rows)
         self.per_epoch = steps_per_epoch(rows, recipe.batch_size)
         self.warmup = math.ceil(recipe.warmup_ratio * self.total)
-        self.parameters = member.parameters
-        self.optimizer = make_optimizer(recipe, member.layers)
-        self.log = member.out / "metrics.jsonl"
+        # Batches of the run's order of rows that are passed over, since the initialization has used them.
+        self.skip = run.lora.method.batches_used(run.report.summary)
+        self.parameters = run.parameters
+        self.optimizer = make_optimizer(recipe, run.layers)
+        self.log = run.out / "metrics.jsonl"
+        self._write_adapter, self._is_resumed = partial(write_adapter, run), resumed is not None
         self.step, self.tokens, self._before = 0, 0, 0.0
         # Steps that the optimizer has taken, and how many of them a checkpoint has: `step` runs ahead while one is
-        # on its way. What the last step found waits in `_unsaid` until the evaluation that belongs to it is done.
+        # on its way. What the last step found waits in `_unlogged` until the evaluation that belongs to it is done.
         self._taken = self._saved = 0
-        self._unsaid: dict[str, float] = {}
+        self._unlogged: dict[str, float] = {}
         self._last: Metrics | None = None
-        self._epoch: tuple[int, list[int]] = (-1, [])
-        if member.resumed:
-            member.resumed.restore(member.layers, self.optimizer)
-            done = member.resumed.progress
-            self.step, self.tokens, self._before = done.step, done.tokens, done.seconds
-            self._taken = self._saved = done.step
-            self._unsaid = done.unlogged
-            if world.is_rank0:
-                self.log.write_bytes((member.resumed.folder / self.log.name).read_bytes())
-        elif world.is_rank0:
+        self._epoch: tuple[int, Sequence[int]] = (-1, [])
+        if resumed:
+            self._go_on(resumed)
+        elif self.world.is_rank0:
             self.log.write_bytes(b"")
         self._started = time.monotonic()
+
+    def _go_on(self, resumed: Restored) -> None:
+        resumed.restore(self.run.layers, self.optimizer)
+        done = resumed.progress
+        self.step, self.tokens, self._before = done.step, done.tokens, done.seconds
+        self._taken = self._saved = done.step
+        self._unlogged = done.unlogged
+        if self.world.is_rank0:
+            self.log.write_bytes((resumed.folder / self.log.name).read_bytes())
 
     @property
     def progress(self) -> Progress:
         """How far it is: the steps taken, whatever is on its way."""
         seconds = self._before + time.monotonic() - self._started
-        return Progress(self._taken, self.tokens, seconds, self._unsaid)
+        return Progress(self._taken, self.tokens, seconds, self._unlogged)
 
     @property
     def is_over(self) -> bool:
@@ -85,27 +102,26 @@ class Course:
 
     def begin(self, evaluate: Evaluate) -> None:
         """Evaluate the start, unless it was evaluated before an interruption."""
-        if self.member.valid and not self.member.resumed:
-            self._say(self._metrics(**evaluate(self.member.valid.samples)))
+        if self.run.valid and not self._is_resumed:
+            self._log(self._metrics(**evaluate(self.run.valid.samples)))
         text = f"Training: {self.total} steps, {self.per_epoch} per epoch"
-        self.member.on_event(Stage(stage="training", message=text))
-        if self._unsaid:
+        self.run.emit(Stage(stage="training", message=text))
+        if self._unlogged:
             self._conclude_step(evaluate)
 
     def draw(self) -> list[list[Sample]]:
         """This process's micro-batches of the next step."""
         self.step += 1
-        epoch, position = divmod(self.member.skip + self.step - 1, self.per_epoch)
-        data = self.member.data
+        epoch, position = divmod(self.skip + self.step - 1, self.per_epoch)
         if self._epoch[0] != epoch:
-            self._epoch = epoch, order(data, seed=self.member.seed, epoch=epoch)
+            self._epoch = epoch, self.run.order(epoch)
         start = position * self.batch_size
-        samples = [data.samples[i] for i in self._epoch[1][start : start + self.batch_size]]
-        self.wanted = sum(map(self.member.objective.count, samples))  # the count of the whole effective batch
+        samples = [self.run.data.samples[i] for i in self._epoch[1][start : start + self.batch_size]]
+        self.wanted = sum(map(self.run.objective.count, samples))  # the count of the whole effective batch
         self._seen = sum(len(s.ids) for s in samples)
         self._begun = time.monotonic()
         self._parts: list[Sums] = []
-        pieces = batches(samples, self.member.budget, self.member.regime)
+        pieces = batches(samples, self.run.training_budget, self.run.regime)
         self.pieces, self.count_idle_passes = list(self.world.share(pieces)), self.world.count_idle_passes(pieces)
         return self.pieces
 
@@ -114,15 +130,15 @@ class Course:
         self._parts.append(sums)
         per_step = len(self.pieces)
         done = (self.step - 1) * per_step + piece + 1
-        self.member.on_event(Tick(done=min(done, self.total * per_step), total=self.total * per_step))
+        self.run.emit(Tick(done=min(done, self.total * per_step), total=self.total * per_step))
 
     def drop_by(self, piece: int | None) -> None:
         """Set the dropout of this micro-batch; None is none. Only the adapter's own dropout is ever active."""
         # Its place in the step, whoever computes it. The 0 was a process's number once: what has begun goes on alike.
         place = None if piece is None else piece * self.world.size + self.world.rank
-        for name, layer in self.member.layers.items():
+        for name, layer in self.run.layers.items():
             if layer.dropout.p:
-                where = f"{self.member.seed}\0{self.step}\0{0}\0{place}\0{name}"
+                where = f"{self.run.spec.seed}\0{self.step}\0{0}\0{place}\0{name}"
                 layer.dropout.key = None if piece is None else where
 
     def is_poisoned(self) -> bool:
@@ -145,16 +161,16 @@ class Course:
         By what the rows can make and not by this step's, which may be a few short ones beside those of others.
         """
         self.repeat_step()
-        largest = self.member.largest_pass()
+        largest = self.run.largest_pass()
         if len(largest) > 1:
-            self.member = halve_tokens(self.member, largest)
+            self.run.halve_passes(largest)
         return len(largest) > 1
 
     def evaluate_smaller(self) -> bool:
         """From here on passes over validation rows are smaller, if they can be."""
-        largest = self.member.largest_evaluation()
+        largest = self.run.largest_evaluation()
         if len(largest) > 1:
-            self.member = shrink_evaluations(self.member, largest)
+            self.run.halve_evaluations(largest)
         return len(largest) > 1
 
     def finish_step(self, evaluate: Evaluate, *, pass_again: Callable[[], None]) -> None:
@@ -167,7 +183,7 @@ class Course:
             NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
             UpdateOutOfMemory: the update ran out of memory, and part of the factors may have moved.
         """
-        recipe = self.member.recipe
+        recipe = self.run.training
         loss, metrics, norm = self._sums_that_fit(pass_again)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _not_finite(f"Step {self.step}: loss {loss}, gradient norm {norm}.")
@@ -177,7 +193,7 @@ class Course:
         self.optimizer.zero_grad()
         self.tokens += self._seen
         self._taken = self.step
-        self._unsaid = {
+        self._unlogged = {
             "train_loss": loss,
             **{f"train_{name}": value / self.wanted for name, value in metrics.items()},
             "learning_rate": rate,
@@ -188,13 +204,13 @@ class Course:
 
     def _conclude_step(self, evaluate: Evaluate) -> None:
         """Evaluate where due, log what the step found, and write a checkpoint where due."""
-        recipe, valid = self.member.recipe, self.member.valid
+        recipe, valid = self.run.training, self.run.valid
         found = evaluate(valid.samples) if valid and self._is_due(recipe.eval_interval) else {}
         if found and not self.is_over:
-            self.member.on_event(Stage(stage="training", message="Training goes on"))
-        metrics = self._metrics(**self._unsaid, **found)
-        self._unsaid = {}
-        self._say(metrics)
+            self.run.emit(Stage(stage="training", message="Training goes on"))
+        metrics = self._metrics(**self._unlogged, **found)
+        self._unlogged = {}
+        self._log(metrics)
         if self.world.is_rank0 and self._is_due(recipe.checkpoint_interval):
             self._write_checkpoint(metrics)
 
@@ -202,7 +218,7 @@ class Course:
         """A checkpoint of the steps taken so far, unless one has them all; a step on its way is not in it."""
         if self.world.is_rank0 and self._taken > self._saved:
             self.step = self._taken
-            said = self._last if self._last and not self._unsaid else self._metrics(**self._unsaid)
+            said = self._last if self._last and not self._unlogged else self._metrics(**self._unlogged)
             self._write_checkpoint(said)
 
     def _update(self) -> None:
@@ -222,7 +238,7 @@ class Course:
 
         def attempt() -> tuple[float, dict[str, float], float]:
             if next(attempts):
-                say_shortage(self.member, "Memory ran out while gradients were summed: the step is done again")
+                self.run.report_shortage("Memory ran out while gradients were summed: the step is done again")
                 self.repeat_step()
                 pass_again()
             return self._sums()
@@ -234,10 +250,10 @@ class Course:
         for parameter in self.parameters:
             if parameter.grad is None:  # another process had all the pieces
                 parameter.grad = torch.zeros_like(parameter)
-        total = reduce(add_sums, self._parts, zero_sums(self.member.objective, self.parameters[0].device))
+        total = reduce(add_sums, self._parts, zero_sums(self.run.objective, self.parameters[0].device))
         loss, metrics = total.loss / self.wanted, total.metrics
         self.world.all_reduce([loss, *metrics.values(), *(p.grad for p in self.parameters if p.grad is not None)])
-        norm = clip(self.member)
+        norm = clip(self.run)
         # Together, since a GPU is waited for each time; float64 has all of them exactly.
         first, *values, last = torch.stack([loss, *(value.double() for value in metrics.values()), norm]).tolist()
         return first, dict(zip(metrics, values, strict=True)), last
@@ -256,29 +272,34 @@ class Course:
             **found,
         )
 
-    def _say(self, metrics: Metrics) -> None:
+    def _log(self, metrics: Metrics) -> None:
         if self.world.is_rank0:
             with self.log.open("a") as stream:
                 stream.write(json.dumps(metrics.model_dump(exclude={"kind", "member"})) + "\n")
         self._last = metrics
-        self.member.on_event(metrics)
+        self.run.emit(metrics)
 
     def _write_checkpoint(self, metrics: Metrics) -> None:
-        folder = self.member.out / "checkpoints" / f"step-{self.step:06d}"
+        folder = self.run.out / "checkpoints" / f"step-{self.step:06d}"
         written = partial(
             write,
             folder,
-            self.member.layers,
+            self.run.layers,
             self.optimizer,
             progress=self.progress,
-            recipe=self.member.checkpoint_recipe,
+            recipe=self.run.recipe,
             metrics=self.log,
-            write_adapter=self.member.write_adapter,
+            write_adapter=self._write_adapter,
         )
         retry_until_it_fits(written)
         self._saved = self.step
         shown = {name: getattr(metrics, name) for name in _CHECKPOINT_METRICS}
-        self.member.on_event(Checkpoint(step=self.step, path=str(folder.resolve()), metrics=shown))
+        self.run.emit(Checkpoint(step=self.step, path=str(folder.resolve()), metrics=shown))
+
+
+def clip(run: Run) -> Tensor:
+    """Scale the gradients of its adapter down to the recipe's norm; returns the norm that they had."""
+    return torch.nn.utils.clip_grad_norm_(run.parameters, run.training.max_grad_norm or math.inf)
 
 
 def _not_finite(what: str) -> NonFiniteLoss:

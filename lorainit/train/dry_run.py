@@ -3,7 +3,7 @@
 Nothing of it stays: what is trained, the optimizer's state and random numbers are afterwards as if it had not been.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -12,36 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.config.errors import NonFiniteLoss
-from lorainit.data.batches import Batch
+from lorainit.context import Run
 from lorainit.data.dataset import Sample
 from lorainit.data.largest import Rows, size_of
 from lorainit.model.forward.loss import forward_backward
 from lorainit.model.layers.group import AdapterSlots
-from lorainit.runtime.distributed.world import World
-from lorainit.train.member import Member, clip
+from lorainit.train.adapter_trainer import clip
 from lorainit.train.optimizers import make_optimizer
-
-MakeBatch = Callable[[Sequence[Sample]], Batch]
 
 
 class DryRun(NamedTuple):
-    """A pass: the rows of some members, by their number, and whether they learn from it."""
+    """A pass: the rows of some runs, by their number, and whether they learn from it."""
 
     rows: dict[int, list[Sample]]
     learns: bool = True
 
 
-def plan_dry_runs(members: Sequence[Member]) -> Iterator[DryRun]:
+def plan_dry_runs(runs: Sequence[Run]) -> Iterator[DryRun]:
     """A pass that no pass of training is larger than, and such a one of everybody's validation, unless it is smaller.
 
-    Each member's validation rows go alone, and are not learned from, which takes less.
+    Each run's validation rows go alone, and are not learned from, which takes less.
     """
-    trained = {who: member.largest_pass() for who, member in enumerate(members)}
+    trained = {who: run.largest_pass() for who, run in enumerate(runs)}
     yield DryRun(trained)
-    for who, member in enumerate(members):
-        if member.valid is None:
+    for who, run in enumerate(runs):
+        if run.valid is None:
             continue
-        packed, largest = member.budget.packed, member.largest_evaluation()
+        packed, largest = run.training_budget.packed, run.largest_evaluation()
         if not size_of(trained[who], packed=packed).covers(size_of(largest, packed=packed)):
             yield DryRun({who: largest}, learns=False)
 
@@ -49,76 +46,77 @@ def plan_dry_runs(members: Sequence[Member]) -> Iterator[DryRun]:
 # --- a pass ---------------------------------------------------------------------------------------
 
 
-def try_pass(slots: AdapterSlots, members: Sequence[Member], dry_run: DryRun, make_batch: MakeBatch) -> None:
+def try_pass(slots: AdapterSlots, runs: Sequence[Run], dry_run: DryRun) -> None:
     """Forward and, where they learn from it, backward, beside what lies there by then."""
-    some = [members[who] for who in dry_run.rows]
+    some = [runs[who] for who in dry_run.rows]
     lengths = [sum(len(s.ids) for s in rows) for rows in dry_run.rows.values()]
-    slots.put([member.layers for member in some], list(pairwise([0, *accumulate(lengths)])))
-    for member in some:
-        _set_dropout_key(member, "tried" if dry_run.learns else None)
+    slots.put([run.layers for run in some], list(pairwise([0, *accumulate(lengths)])))
+    for run in some:
+        _set_dropout_key(run, "tried" if dry_run.learns else None)
     objective = some[0].objective
     counts = [sum(map(objective.count, rows)) for rows in dry_run.rows.values()]
-    kept = [torch.empty_like(parameter) for parameter in _allocate_like(members, dry_run)]
-    batch = make_batch([sample for rows in dry_run.rows.values() for sample in rows])
+    kept = [torch.empty_like(parameter) for parameter in _allocate_like(runs, dry_run)]
+    batch = runs[0].base.make_batch([sample for rows in dry_run.rows.values() for sample in rows])
     if dry_run.learns:
         forward_backward(slots.model, objective, batch, counts)
     else:
         with torch.no_grad():
             objective.sums(slots.model, batch, counts)
     del kept
-    clear_model(slots, members)
+    clear_model(slots, runs)
 
 
-def _allocate_like(members: Sequence[Member], dry_run: DryRun) -> list[Tensor]:
+def _allocate_like(runs: Sequence[Run], dry_run: DryRun) -> list[Tensor]:
     """What there will be another one of beside this pass: of everybody, Adam's moments and gradients of passes before.
 
     While validation rows are looked at there are no gradients.
     """
-    trained: list[Tensor] = [p for m in members for p in m.parameters]
-    several = dry_run.learns and any(_may_take_several(member) for member in members)
+    trained: list[Tensor] = [p for run in runs for p in run.parameters]
+    several = dry_run.learns and any(_may_take_several(run) for run in runs)
     return trained * (3 if several else 2)
 
 
-def _may_take_several(member: Member) -> bool:
+def _may_take_several(run: Run) -> bool:
     """Whether some step of its may take more than one pass."""
-    assert member.recipe.batch_size != "auto"
-    rows = Rows(member.data.samples, member.recipe.batch_size)
-    kinds = {member.regime(len(sample.ids)) for sample in member.data.samples}
-    return member.budget.rows < rows.most or not rows.takes_one_pass(member.budget) or len(kinds) > 1 or None in kinds
+    assert run.training.batch_size != "auto"
+    rows = Rows(run.data.samples, run.training.batch_size)
+    kinds = {run.regime(len(sample.ids)) for sample in run.data.samples}
+    budget = run.training_budget
+    return budget.rows < rows.most or not rows.takes_one_pass(budget) or len(kinds) > 1 or None in kinds
 
 
-def clear_model(slots: AdapterSlots, members: Sequence[Member]) -> None:
+def clear_model(slots: AdapterSlots, runs: Sequence[Run]) -> None:
     """The bare base again, and no gradients."""
     slots.clear()
-    for member in members:
-        _set_dropout_key(member, None)
-        for layer in member.layers.values():
+    for run in runs:
+        _set_dropout_key(run, None)
+        for layer in run.layers.values():
             layer.zero_grad()
 
 
-def _set_dropout_key(member: Member, key: str | None) -> None:
-    for layer in member.layers.values():
+def _set_dropout_key(run: Run, key: str | None) -> None:
+    for layer in run.layers.values():
         layer.dropout.key = key
 
 
 # --- an update ------------------------------------------------------------------------------------
 
 
-def try_update(members: Sequence[Member], world: World) -> None:
+def try_update(runs: Sequence[Run]) -> None:
     """Everybody's gradients are summed, clipped and used, twice: at first an optimizer makes its state on the way.
 
     Numbers are not tried: gradients are zero here, and factors that an optimizer refuses are told by step 1.
     """
-    trained = [parameter for member in members for parameter in member.parameters]
+    trained = [parameter for run in runs for parameter in run.parameters]
     with _restore_afterwards(trained), suppress(NonFiniteLoss):
-        optimizers = [make_optimizer(member.recipe, member.layers) for member in members]
+        optimizers = [make_optimizer(run.training, run.layers) for run in runs]
         for _ in range(2):
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-            for member, optimizer in zip(members, optimizers, strict=True):
-                if world.size > 1:  # their sum over all processes is made in one piece
-                    torch.cat([p.grad.flatten() for p in member.parameters if p.grad is not None])
-                clip(member)
+            for run, optimizer in zip(runs, optimizers, strict=True):
+                if run.base.world.size > 1:  # their sum over all processes is made in one piece
+                    torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None])
+                clip(run)
                 optimizer.step()
                 optimizer.zero_grad()
 

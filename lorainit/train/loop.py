@@ -8,150 +8,151 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import nn
 
 from lorainit.config.errors import LorainitError, Stopped
 from lorainit.config.events import Message, Stage, Tick
-from lorainit.data.batches import Batch, batches
+from lorainit.context import Run
+from lorainit.data.batches import batches
 from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import Sums, add_sums, forward_backward, zero_sums
 from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.distributed import run_errors
-from lorainit.runtime.distributed.world import World
 from lorainit.runtime.retry import retry_until_it_fits
-from lorainit.train.adapter_trainer import Course, Evaluate
-from lorainit.train.checkpoint import Progress
-from lorainit.train.member import Member
+from lorainit.train.adapter_trainer import AdapterTrainer, Evaluate
+from lorainit.train.checkpoint import Progress, Restored
 
-MakeBatch = Callable[[Sequence[Sample]], Batch]
 End = Progress | LorainitError
 
 
 def train(
-    model: nn.Module, members: Sequence[Member], *, make_batch: MakeBatch, world: World
+    runs: Sequence[Run], resumed: Sequence[Restored | None], *, write_adapter: Callable[[Run, Path], None]
 ) -> Generator[list[tuple[int, End]], None, None]:
-    """Train the adapters of `members` in place, on a `model` that carries none of them.
+    """Train the adapters of `runs` in place, on the base that they share and that carries none of them.
 
-    Yields the members that have just ended, each as its index and how far it came or the error it ended by: whatever
-    goes wrong in its own work, as an evaluation or a checkpoint, ends that member. At a yield the model is bare and the
-    caller's. What `on_event` raises beside our own errors ends everything; a `Stopped`, also one that the caller throws
-    in, does so too, once each member's steps so far are in a checkpoint.
+    Yields the runs that have just ended, each as its index and how far it came or the error it ended by: whatever
+    goes wrong in its own work, as an evaluation or a checkpoint, ends that run. At a yield the model is bare and the
+    caller's. What `emit` raises beside our own errors ends everything; a `Stopped`, also one that the caller throws
+    in, does so too, once each run's steps so far are in a checkpoint.
 
     Args:
-        lay: rows to a batch on the model's device; with several members it must pack.
+        resumed: the checkpoint that each of them goes on from, if it does.
+        write_adapter: as for `AdapterTrainer`.
     """
-    slots = AdapterSlots(model)
-    courses, ended = dict[int, Course](), list[tuple[int, End]]()
+    slots = AdapterSlots(runs[0].model)
+    trainers, ended = dict[int, AdapterTrainer](), list[tuple[int, End]]()
 
     def begin(who: int) -> None:
         try:
-            courses[who] = Course(members[who], world)
+            trainers[who] = AdapterTrainer(runs[who], write_adapter=write_adapter, resumed=resumed[who])
         except Exception as error:
-            ended.append((who, run_errors.to_run_error(error, alone=len(members) == 1)))
+            ended.append((who, run_errors.to_run_error(error, alone=len(runs) == 1)))
         else:
-            attempt(who, courses[who].begin)
+            attempt(who, trainers[who].begin)
 
     def attempt(who: int, work: Callable[[Evaluate], None]) -> None:
-        course = courses[who]
+        trainer = trainers[who]
         try:
-            work(lambda samples: evaluate(slots, course, samples, make_batch=make_batch))
-            if course.is_over:
-                ended.append((who, course.progress))
+            work(lambda samples: evaluate(slots, trainer, samples))
+            if trainer.is_over:
+                ended.append((who, trainer.progress))
         except Exception as error:
-            ended.append((who, run_errors.to_run_error(error, alone=len(members) == 1)))
+            ended.append((who, run_errors.to_run_error(error, alone=len(runs) == 1)))
         if ended and ended[-1][0] == who:
-            del courses[who]
+            del trainers[who]
 
     try:
-        for who in range(len(members)):  # no variable holds on to the optimizer of one that has ended
+        for who in range(len(runs)):  # no variable holds on to the optimizer of one that has ended
             begin(who)
-        while courses or ended:
+        while trainers or ended:
             slots.clear()
             if ended:
                 yield ended
             ended = []
-            while courses and not ended:
-                _compute_gradients(slots, list(courses.values()), make_batch)
-                poisoned = [who for who, course in courses.items() if len(courses) > 1 and course.is_poisoned()]
+            while trainers and not ended:
+                _compute_gradients(slots, list(trainers.values()))
+                poisoned = [who for who, trainer in trainers.items() if len(trainers) > 1 and trainer.is_poisoned()]
                 for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
-                    attempt(who, courses[who].give_up)
-                for who in list(courses):
-                    again = partial(_compute_gradients, slots, [courses[who]], make_batch)
-                    finish = partial(courses[who].finish_step, pass_again=again)
-                    attempt(who, courses[who].repeat_step if poisoned else finish)
+                    attempt(who, trainers[who].give_up)
+                for who in list(trainers):
+                    again = partial(_compute_gradients, slots, [trainers[who]])
+                    finish = partial(trainers[who].finish_step, pass_again=again)
+                    attempt(who, trainers[who].repeat_step if poisoned else finish)
                     del again, finish
     except Stopped:
-        _save_all(list(courses.values()))
+        _save_all(list(trainers.values()))
         raise
     finally:
         slots.clear()
 
 
-def _save_all(courses: Sequence[Course]) -> None:
+def _save_all(trainers: Sequence[AdapterTrainer]) -> None:
     """A checkpoint of each; one of several whose cannot be written keeps no other from its own, and says so."""
-    for course in courses:
+    for trainer in trainers:
         try:
-            course.save()
+            trainer.save()
         except Exception as error:
-            if len(courses) == 1:
+            if len(trainers) == 1:
                 raise
             text = f"No checkpoint of this moment could be written: {run_errors.to_run_error(error, alone=False)}"
-            course.member.on_event(Message(level="warn", message=text, data={"kind": "checkpoint"}))
+            trainer.run.emit(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 
-def _compute_gradients(slots: AdapterSlots, courses: list[Course], make_batch: MakeBatch) -> None:
+def _compute_gradients(slots: AdapterSlots, trainers: list[AdapterTrainer]) -> None:
     """Everybody's next step as far as the gradients; where memory runs out in it, it is drawn again in smaller passes.
 
     Memory is in pieces by then, or others use the device: passes are halved, until rows go alone.
     """
     retry_until_it_fits(
-        lambda: _forward_and_backward(slots, courses, make_batch),
-        lambda: max([course.repeat_smaller() for course in courses]),
-        world=courses[0].world,
-        device=courses[0].parameters[0].device,
+        lambda: _forward_and_backward(slots, trainers),
+        lambda: max([trainer.repeat_smaller() for trainer in trainers]),
+        world=trainers[0].world,
+        device=trainers[0].parameters[0].device,
     )
 
 
-def _forward_and_backward(slots: AdapterSlots, courses: list[Course], make_batch: MakeBatch) -> None:
+def _forward_and_backward(slots: AdapterSlots, trainers: list[AdapterTrainer]) -> None:
     """Everybody's next step as far as the gradients, micro-batch by micro-batch."""
-    pieces = [course.draw() for course in courses]
-    for number, row in _passes(pieces, courses):
+    pieces = [trainer.draw() for trainer in trainers]
+    for number, row in _passes(pieces, trainers):
         spans = _spans([sum(len(s.ids) for s in samples) for samples in row])
-        objective = courses[0].member.objective
+        objective = trainers[0].run.objective
         counts = [sum(map(objective.count, samples)) for samples in row]
-        slots.put([course.member.layers for course in courses], spans)
-        for course in courses:
-            course.drop_by(number)
-        batch = make_batch([sample for samples in row for sample in samples])
-        parts = forward_backward(slots.model, objective, batch, counts, [course.wanted for course in courses])
-        for course, part in zip(courses, parts, strict=True):
-            course.add(number, part)
-    for course in courses:
-        course.drop_by(None)
-        for _ in range(course.count_idle_passes):
-            _run_idle_pass(slots, course, make_batch)
+        slots.put([trainer.run.layers for trainer in trainers], spans)
+        for trainer in trainers:
+            trainer.drop_by(number)
+        batch = trainers[0].run.base.make_batch([sample for samples in row for sample in samples])
+        parts = forward_backward(slots.model, objective, batch, counts, [trainer.wanted for trainer in trainers])
+        for trainer, part in zip(trainers, parts, strict=True):
+            trainer.add(number, part)
+    for trainer in trainers:
+        trainer.drop_by(None)
+        for _ in range(trainer.count_idle_passes):
+            _run_idle_pass(slots, trainer)
 
 
-def _passes(pieces: list[list[list[Sample]]], courses: list[Course]) -> Iterator[tuple[int, list[list[Sample]]]]:
+def _passes(
+    pieces: list[list[list[Sample]]], trainers: list[AdapterTrainer]
+) -> Iterator[tuple[int, list[list[Sample]]]]:
     """(number of the micro-batch, everybody's rows) of each pass; rows of different regimes never share one."""
     for number, row in enumerate(itertools.zip_longest(*pieces, fillvalue=[])):
-        kinds = [c.member.regime(len(rows[0].ids)) if rows else None for c, rows in zip(courses, row, strict=True)]
+        kinds = [c.run.regime(len(rows[0].ids)) if rows else None for c, rows in zip(trainers, row, strict=True)]
         several = dict.fromkeys(kind for kind, rows in zip(kinds, row, strict=True) if rows)
         for wanted in several:
             yield number, [rows if kind == wanted else [] for kind, rows in zip(kinds, row, strict=True)]
 
 
-def _run_idle_pass(slots: AdapterSlots, course: Course, make_batch: MakeBatch) -> None:
+def _run_idle_pass(slots: AdapterSlots, trainer: AdapterTrainer) -> None:
     """A pass for the sake of the others, who need this process's part of the base: the gradients stay as they are."""
-    row, objective = _shortest(course.member.data.samples), course.member.objective
-    batch = make_batch([row])
-    slots.put([course.member.layers], _spans([batch.ids.numel()]))
-    gradients = [p.grad for p in course.parameters]
-    course.optimizer.zero_grad()
+    row, objective = _shortest(trainer.run.data.samples), trainer.run.objective
+    batch = trainer.run.base.make_batch([row])
+    slots.put([trainer.run.layers], _spans([batch.ids.numel()]))
+    gradients = [p.grad for p in trainer.parameters]
+    trainer.optimizer.zero_grad()
     forward_backward(slots.model, objective, batch, [objective.count(row)])
-    for parameter, gradient in zip(course.parameters, gradients, strict=True):
+    for parameter, gradient in zip(trainer.parameters, gradients, strict=True):
         parameter.grad = gradient
 
 
@@ -164,17 +165,15 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def evaluate(
-    slots: AdapterSlots, course: Course, samples: Sequence[Sample], *, make_batch: MakeBatch
-) -> dict[str, float]:
+def evaluate(slots: AdapterSlots, trainer: AdapterTrainer, samples: Sequence[Sample]) -> dict[str, float]:
     """Loss and accuracy over all these rows, under both names the hosted service uses.
 
     Where memory runs out all of them are looked at again, in smaller passes.
     """
-    course.member.on_event(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
-    world, device = course.world, course.parameters[0].device
+    trainer.run.emit(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
+    world, device = trainer.world, trainer.parameters[0].device
     found = retry_until_it_fits(
-        lambda: _sum_validation(slots, course, samples, make_batch), course.evaluate_smaller, world=world, device=device
+        lambda: _sum_validation(slots, trainer, samples), trainer.evaluate_smaller, world=world, device=device
     )
     # Together, since a GPU is waited for each time; float64 has all of them exactly.
     count = torch.full_like(found.loss, found.count, dtype=torch.float64)
@@ -187,19 +186,19 @@ def evaluate(
     return {f"{prefix}_{name}": value for name, value in means.items() for prefix in ("valid", "full_valid")}
 
 
-def _sum_validation(slots: AdapterSlots, course: Course, samples: Sequence[Sample], make_batch: MakeBatch) -> Sums:
+def _sum_validation(slots: AdapterSlots, trainer: AdapterTrainer, samples: Sequence[Sample]) -> Sums:
     """The sums over this process's part of the rows."""
-    world, objective = course.world, course.member.objective
-    total = zero_sums(objective, course.parameters[0].device)
-    every = batches(samples, course.member.evaluation_budget, course.member.regime)
+    world, objective = trainer.world, trainer.run.objective
+    total = zero_sums(objective, trainer.parameters[0].device)
+    every = batches(samples, trainer.run.evaluation_budget, trainer.run.regime)
     pieces = world.share(every)
     for done, piece in enumerate(pieces, start=1):
-        batch = make_batch(piece)
-        slots.put([course.member.layers], _spans([batch.ids.numel()]))
+        batch = trainer.run.base.make_batch(piece)
+        slots.put([trainer.run.layers], _spans([batch.ids.numel()]))
         (part,) = objective.sums(slots.model, batch, [sum(map(objective.count, piece))])
         total = add_sums(total, part)
-        course.member.on_event(Tick(done=done, total=len(pieces)))
+        trainer.run.emit(Tick(done=done, total=len(pieces)))
     for _ in range(world.count_idle_passes(every)):
         row = _shortest(samples)
-        objective.sums(slots.model, make_batch([row]), [objective.count(row)])
+        objective.sums(slots.model, trainer.run.base.make_batch([row]), [objective.count(row)])
     return total

@@ -6,25 +6,22 @@ the order of rows or what is minimized; both are said in an event.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
 from lorainit.config.resolve import total_steps
+from lorainit.context import Run
 from lorainit.data.dataset import Sample
 from lorainit.model.forward import compiled
 from lorainit.model.forward.recompute import recompute
 from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.devices import is_out_of_memory, peak_while, release_memory
-from lorainit.runtime.distributed.world import World
 from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, with_causes
-from lorainit.train.dry_run import DryRun, MakeBatch, clear_model, plan_dry_runs, try_pass, try_update
-from lorainit.train.member import Member, halve_tokens, shrink_evaluations
+from lorainit.train.dry_run import DryRun, clear_model, plan_dry_runs, try_pass, try_update
 
 PARAM = "training"
 # Tokens of the larger of two passes that are measured: beyond a few hundred, memory grows evenly with them.
@@ -33,59 +30,60 @@ SHARE = 0.8  # of a GPU that may be full: the rest is for memory in pieces and f
 STEP = 256
 
 
-def fit_to_memory(model: nn.Module, members: Sequence[Member], *, make_batch: MakeBatch, world: World) -> list[Member]:
-    """The members with passes that fit; the model is set up for the run and left bare.
+def fit_to_memory(runs: Sequence[Run]) -> None:
+    """Give runs that share a base passes that fit; the model is set up for them and left bare.
 
     Raises:
         OutOfMemory: not one row fits, whatever is done, or not the optimizer's update; on a base that is divided
             between devices, the first pass that is tried does not.
     """
-    slots, planned = AdapterSlots(model), list(members)
-    if _runs_out_of_memory(slots, members, world, partial(try_update, members, world)):
+    slots, planned = AdapterSlots(runs[0].model), [run.passes.tokens for run in runs]
+    if _runs_out_of_memory(slots, runs, partial(try_update, runs)):
         raise _too_much_is_trained()
-    switches = [member.recipe.gradient_checkpointing for member in members]
-    recomputes = _recompute_from_start(slots, members, switches, world)
-    members = _measure_tokens(slots, planned, make_batch, world)
-    while failed := _find_first_failure(slots, members, make_batch, world):
+    switches = [run.training.gradient_checkpointing for run in runs]
+    recomputes = _recompute_from_start(slots, runs, switches)
+    _measure(slots, runs)
+    while failed := _find_first_failure(slots, runs):
         if any(len(rows) > 1 for rows in failed.rows.values()):
-            smaller = halve_tokens if failed.learns else shrink_evaluations
-            members = [
-                smaller(m, failed.rows[who]) if len(failed.rows.get(who, ())) > 1 else m
-                for who, m in enumerate(members)
-            ]
+            _halve(runs, failed)
         elif not (recomputes or False in switches) and failed.learns:
-            recomputes = _recompute(slots, members, "one row did not fit into memory without it", kind="oom_retry")
+            recomputes = _recompute(slots, runs, "one row did not fit into memory without it", kind="oom_retry")
             if not recomputes:
                 raise _too_large()
-            for member in members:
-                member.on_shortage()
-                member.on_recompute()
-            members = [replace(member, keeps_budget=False) for member in members]
-            members = _measure_tokens(slots, members, make_batch, world, most=[m.budget.tokens for m in planned])
+            for run in runs:
+                run.count_shortage()
+                run.change_passes(recomputed=True, kept=False)
+            _measure(slots, runs, most=planned)
         else:
             raise _too_large()
-    if world.in_step:
-        _do_not_compile(members)
+    if runs[0].base.world.in_step:
+        _do_not_compile(runs)
     elif not recomputes:
-        _compile(slots, members, make_batch, world)
-    return list(members)
+        _compile(slots, runs)
 
 
-def _recompute_from_start(
-    slots: AdapterSlots, members: Sequence[Member], switches: Sequence[bool | str], world: World
-) -> bool:
+def _halve(runs: Sequence[Run], failed: DryRun) -> None:
+    """Half the tokens to a pass for each run that had more than one row in the pass that failed."""
+    for who, rows in failed.rows.items():
+        if len(rows) > 1 and failed.learns:
+            runs[who].halve_passes(rows)
+        elif len(rows) > 1:
+            runs[who].halve_evaluations(rows)
+
+
+def _recompute_from_start(slots: AdapterSlots, runs: Sequence[Run], switches: Sequence[bool | str]) -> bool:
     """Whether layers are computed again before anything was tried: where passes are everybody's there is one try."""
     if True in switches:
-        return _recompute(slots, members, "it was asked for", kind="machine")
-    if any(member.recomputes for member in members) and False not in switches:
-        return _recompute(slots, members, "the run that this one goes on from had to", kind="machine")
-    if world.in_step and False not in switches:
-        return _recompute(slots, members, "memory is short where a base has to be divided", kind="machine")
+        return _recompute(slots, runs, "it was asked for", kind="machine")
+    if any(run.passes.recomputed for run in runs) and False not in switches:
+        return _recompute(slots, runs, "the run that this one goes on from had to", kind="machine")
+    if runs[0].base.world.in_step and False not in switches:
+        return _recompute(slots, runs, "memory is short where a base has to be divided", kind="machine")
     return False
 
 
 def _runs_out_of_memory(
-    slots: AdapterSlots, members: Sequence[Member], world: World, attempt: Callable[[], None], *, in_step: bool = False
+    slots: AdapterSlots, runs: Sequence[Run], attempt: Callable[[], None], *, in_step: bool = False
 ) -> bool:
     """Whether any process runs out of memory.
 
@@ -102,17 +100,15 @@ def _runs_out_of_memory(
             raise _too_large_a_part() from error
         failed = True
     if failed:  # outside of the except clause, whose traceback holds what is to be freed
-        clear_model(slots, members)
+        clear_model(slots, runs)
         release_memory()
-    return world.any_rank(failed, next(slots.model.parameters()).device)
+    return runs[0].base.world.any_rank(failed, next(slots.model.parameters()).device)
 
 
-def _find_first_failure(
-    slots: AdapterSlots, members: Sequence[Member], make_batch: MakeBatch, world: World
-) -> DryRun | None:
-    for dry_run in plan_dry_runs(members):
+def _find_first_failure(slots: AdapterSlots, runs: Sequence[Run]) -> DryRun | None:
+    for dry_run in plan_dry_runs(runs):
         if _runs_out_of_memory(
-            slots, members, world, partial(try_pass, slots, members, dry_run, make_batch), in_step=world.in_step
+            slots, runs, partial(try_pass, slots, runs, dry_run), in_step=runs[0].base.world.in_step
         ):
             return dry_run
     return None
@@ -121,74 +117,66 @@ def _find_first_failure(
 # --- how many tokens fit --------------------------------------------------------------------------
 
 
-def _measure_tokens(
-    slots: AdapterSlots, members: Sequence[Member], make_batch: MakeBatch, world: World, most: Sequence[int] = ()
-) -> Sequence[Member]:
-    """The members with as many tokens to a pass as a GPU holds, from what two small passes take; else as they are.
+def _measure(slots: AdapterSlots, runs: Sequence[Run], most: Sequence[int] = ()) -> None:
+    """Give the runs as many tokens to a pass as a GPU holds, from what two small passes take.
 
     Of all its memory, not of what is free now: the same job has the same passes, and so the same bits. What an earlier
     attempt had is kept for that reason, too.
 
     Args:
-        most: tokens of each member's passes if the GPU had room for all; () = what they have.
+        most: tokens of each run's passes if the GPU had room for all; () = what they have.
     """
-    device = next(slots.model.parameters()).device
-    if device.type != "cuda" or all(m.keeps_budget or m.budget.rows == 1 for m in members):
-        return members
+    device, world = next(slots.model.parameters()).device, runs[0].base.world
+    if device.type != "cuda" or all(run.passes.kept or run.passes.rows == 1 for run in runs):
+        return
     seen = list[tuple[int, int]]()
-    longest = PROBED // 2 // len(members)  # so that the larger pass has about twice the tokens of the smaller one
+    longest = PROBED // 2 // len(runs)  # so that the larger pass has about twice the tokens of the smaller one
     for tokens in (PROBED // 2, PROBED):
-        rows = [_make_long_rows(member, tokens // len(members), longest) for member in members]
-        dry_run = DryRun(dict(enumerate(rows)))
-        note = partial(_record_peak, seen, slots, members, dry_run, make_batch)
-        if _runs_out_of_memory(slots, members, world, note, in_step=world.in_step):
-            return _limit_tokens(members, tokens // 2, most)
+        rows = [_make_long_rows(run, tokens // len(runs), longest) for run in runs]
+        note = partial(_record_peak, seen, slots, runs, DryRun(dict(enumerate(rows))))
+        if _runs_out_of_memory(slots, runs, note, in_step=world.in_step):
+            _set_tokens(runs, tokens // 2, most)
+            return
     (few, small), (many, large) = seen
     each = max(1.0, (large - small) / (many - few))
     found = many + int((SHARE * torch.cuda.mem_get_info(device)[1] - large) / each)
     agreed = torch.tensor(max(STEP, found // STEP * STEP), device=device)
     world.broadcast([agreed])
-    return _limit_tokens(members, int(agreed), most)
+    _set_tokens(runs, int(agreed), most)
 
 
-def _record_peak(
-    seen: list[tuple[int, int]], slots: AdapterSlots, members: Sequence[Member], dry_run: DryRun, make_batch: MakeBatch
-) -> None:
+def _record_peak(seen: list[tuple[int, int]], slots: AdapterSlots, runs: Sequence[Run], dry_run: DryRun) -> None:
     """Add how many tokens this pass has, and how much memory was in use at most while it was made."""
-    peak = peak_while(lambda: try_pass(slots, members, dry_run, make_batch))
+    peak = peak_while(lambda: try_pass(slots, runs, dry_run))
     seen.append((sum(len(sample.ids) for rows in dry_run.rows.values() for sample in rows), peak))
 
 
-def _make_long_rows(member: Member, tokens: int, longest: int) -> list[Sample]:
+def _make_long_rows(run: Run, tokens: int, longest: int) -> list[Sample]:
     """About so many tokens in rows as long as the data's longest, if that is not beyond `longest`; all trained."""
-    row = max(member.data.samples, key=lambda sample: len(sample.ids))
+    row = max(run.data.samples, key=lambda sample: len(sample.ids))
     ids = row.ids[:longest]
     return [Sample(row.line, ids, torch.ones(len(ids), dtype=torch.bool))] * (tokens // len(ids))
 
 
-def _limit_tokens(members: Sequence[Member], tokens: int, most: Sequence[int]) -> list[Member]:
-    """The members with their parts of so many tokens to a pass; where that is less than was planned it is said."""
-    found = []
-    for member, planned in zip(members, most or [m.budget.tokens for m in members], strict=True):
-        if member.keeps_budget:
-            found.append(member)
+def _set_tokens(runs: Sequence[Run], tokens: int, most: Sequence[int]) -> None:
+    """Give the runs their parts of so many tokens to a pass; where that is less than was planned it is reported."""
+    for run, planned in zip(runs, most or [run.passes.tokens for run in runs], strict=True):
+        if run.passes.kept:
             continue
-        part = max(1, min(planned, tokens // len(members)))
+        part = max(1, min(planned, tokens // len(runs)))
         if part < planned:
             text = f"A pass holds {part:,} tokens at most: what two small ones took shows that no more fit into memory"
-            _emit([member], "info", text, kind="machine", tokens_per_pass=part)
-        member.on_budget(part)
-        found.append(replace(member, budget=member.budget._replace(tokens=part)))
-    return found
+            _emit([run], "info", text, kind="machine", tokens_per_pass=part)
+        run.change_passes(tokens=part)
 
 
 # --- what is done about it ----------------------------------------------------------------------
 
 
-def _recompute(slots: AdapterSlots, members: Sequence[Member], why: str, *, kind: str) -> bool:
+def _recompute(slots: AdapterSlots, runs: Sequence[Run], why: str, *, kind: str) -> bool:
     works = recompute(slots.model)
     text = "Gradient checkpointing is on" if works else "Gradient checkpointing is not possible with this architecture"
-    _emit(members, "info" if works else "warn", f"{text}: {why}", kind=kind, gradient_checkpointing=works)
+    _emit(runs, "info" if works else "warn", f"{text}: {why}", kind=kind, gradient_checkpointing=works)
     return works
 
 
@@ -216,42 +204,42 @@ def _too_large_a_part() -> OutOfMemory:
     )
 
 
-def _compile(slots: AdapterSlots, members: Sequence[Member], make_batch: MakeBatch, world: World) -> None:
+def _compile(slots: AdapterSlots, runs: Sequence[Run]) -> None:
     """Compile if it was asked for, or if it pays; where it fails the run goes on without and says so."""
-    wanted = {member.recipe.compile for member in members}
+    wanted = {run.training.compile for run in runs}
     chosen, why = True in wanted, "it was asked for"
-    if wanted == {"auto"} and world.size == 1:
-        chosen, why = compiled.is_worth_compiling(slots.model, tokens=sum(_count_tokens(member) for member in members))
+    if wanted == {"auto"} and runs[0].base.world.size == 1:
+        chosen, why = compiled.is_worth_compiling(slots.model, tokens=sum(_count_tokens(run) for run in runs))
     if not chosen:
         return
     compiled.compile_layers(slots.model)
     try:
-        try_pass(slots, members, next(plan_dry_runs(members)), make_batch)
+        try_pass(slots, runs, next(plan_dry_runs(runs)))
     except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
         if any(is_failed_device(one) or is_kernel_assert(one) for one in with_causes(error)):
             raise  # nothing runs there any more, compiled or not
         compiled.undo(slots.model)
-        clear_model(slots, members)
+        clear_model(slots, runs)
         reason = " ".join(str(error).split())[:300]
         text = f"The decoder layers run uncompiled: compiling them failed with {type(error).__name__}: {reason}"
-        _emit(members, "warn", text, kind="machine", compiled=False)
+        _emit(runs, "warn", text, kind="machine", compiled=False)
         return
-    _emit(members, "info", f"The decoder layers are compiled: {why}", kind="machine", compiled=True)
+    _emit(runs, "info", f"The decoder layers are compiled: {why}", kind="machine", compiled=True)
 
 
-def _do_not_compile(members: Sequence[Member]) -> None:
-    asked = [member for member in members if member.recipe.compile is True]
+def _do_not_compile(runs: Sequence[Run]) -> None:
+    asked = [run for run in runs if run.training.compile is True]
     _emit(asked, "warn", "The decoder layers run uncompiled: the base is divided", kind="machine", compiled=False)
 
 
-def _count_tokens(member: Member) -> int:
-    samples, batch = member.data.samples, member.recipe.batch_size
+def _count_tokens(run: Run) -> int:
+    samples, batch = run.data.samples, run.training.batch_size
     assert batch != "auto"
     per_row = sum(len(s.ids) for s in samples) / len(samples)
-    return int(per_row * batch * total_steps(member.recipe, rows=len(samples)))
+    return int(per_row * batch * total_steps(run.training, rows=len(samples)))
 
 
-def _emit(members: Sequence[Member], level: str, text: str, **facts: Any) -> None:
-    for member in members:
+def _emit(runs: Sequence[Run], level: str, text: str, **facts: Any) -> None:
+    for run in runs:
         event = {"level": level, "message": text, "data": facts}
-        member.on_event(Message.model_validate(event))
+        run.emit(Message.model_validate(event))

@@ -9,7 +9,7 @@ import torch
 
 from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.context import Run, RunRequest
-from lorainit.data.batches import any_length
+from lorainit.data.batches import any_length, collate
 from lorainit.data.dataset import Dataset, load
 from lorainit.model.base import open_base
 from lorainit.model.layers import experts
@@ -55,10 +55,11 @@ def run_of(
     """A run on a model that no `Base` has loaded, as far as collectors and trainers look at it."""
     place = SimpleNamespace(folder=folder)
     base = SimpleNamespace(
-        model=model, device=CPU, world=World(), pad=pad, regime=any_length, location=place, sharded="", packs=False
-    )
+        model=model, device=CPU, world=World(), pad=pad, regime=any_length, location=place, sharded="", packs=False,
+        sha256="", make_batch=lambda samples: collate(samples, pad=pad),
+    )  # fmt: skip
     return Run(
-        spec=SimpleNamespace(seed=seed),
+        spec=SimpleNamespace(seed=seed, data=SimpleNamespace(append_eos=False)),
         out=out,
         emit=emit or (lambda event: None),
         base=base,

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lorainit.config.inits import INITS
 from lorainit.config.spec import Hyperparameters, Lora
-from lorainit.data.batches import Budget, collate
+from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.collect import collect
@@ -30,9 +30,7 @@ from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import adapted_layers, attach, detach, disable_adapters
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
-from lorainit.runtime.distributed.world import World
 from lorainit.train.loop import train
-from lorainit.train.member import Member
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.contexts import run_of
 
@@ -141,13 +139,10 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
     model.zero_grad()
     hyper = {"max_steps": steps, "batch_size": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "n_epochs": 1}
     recipe = Hyperparameters(**hyper, eval_interval=9, checkpoint_interval=9)
-    member = Member(
-        layers=detach(model), data=data, valid=None, recipe=recipe, seed=7, budget=Budget(4), out=out,
-        checkpoint_recipe={}, write_adapter=lambda path: None, on_event=lambda event: None,
-    )  # fmt: skip
-    ([(_, end)],) = train(model, [member], lay=lambda samples: collate(samples, pad=0), world=World())
+    job = run_of(model, {}, data, lora, training=recipe, size=4, seed=7, out=out, layers=detach(model))
+    ([(_, end)],) = train([job], [None], write_adapter=lambda run, path: None)
     assert end.step == steps
-    for name, layer in member.layers.items():
+    for name, layer in job.layers.items():
         attach(model, name, layer)
     trained, trained_disabled = both()
     export(model, adapted_layers(model), out / "adapter", root="tests/base")

@@ -13,10 +13,8 @@ from lorainit.data.batches import batches, collate, order
 from lorainit.init.stage import start
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
-from lorainit.runtime.distributed.world import World
-from lorainit.train.adapter_trainer import Course
+from lorainit.train.adapter_trainer import AdapterTrainer
 from lorainit.train.loop import train
-from lorainit.train.member import Member
 from tests.lorainit.contexts import prepared
 from tests.lorainit.stock_peft import SameMask
 
@@ -32,12 +30,8 @@ def initialized(spec, tmp_path, **overrides):
     return job
 
 
-def member(job, tmp_path):
-    return Member(
-        layers=job.layers, data=job.data, valid=None, recipe=job.training, seed=job.spec.seed,
-        budget=job.budget, out=tmp_path, checkpoint_recipe={},
-        write_adapter=lambda folder: folder.mkdir(), on_event=lambda event: None,
-    )  # fmt: skip
+def write_nothing(run, folder):
+    folder.mkdir()
 
 
 def stock(job, base):
@@ -101,12 +95,12 @@ def one_step(job, base, tmp_path):
     model, factors = stock(job, base)
     ours, theirs = in_turn(job, factors)
     before = [p.detach().clone() for p in theirs]
-    drawn = Course(member(job, tmp_path), World())
+    drawn = AdapterTrainer(job, write_adapter=write_nothing)
     drawn.step = 1
     norm = stock_step(job, model, factors, drawn.drop_by)
     assert float(norm.detach()) > CLIP  # or clipping would not be tested
     assert distance(theirs, before) > 1e-4
-    ([(_, end)],) = train(job.base.model, [member(job, tmp_path)], lay=job.base.make_batch, world=World())
+    ([(_, end)],) = train([job], [None], write_adapter=write_nothing)
     assert end.step == 1
     # Adam gives an entry whose gradient is nothing but rounding a step of full size, of either sign.
     meant = [t.grad.abs() > 1e-4 * t.grad.abs().max() for t in theirs]

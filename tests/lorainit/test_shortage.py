@@ -103,7 +103,7 @@ def test_evidence_of_few_short_rows_is_halved_by_what_they_make_and_counted(want
 
 
 def once(monkeypatch, owner, name, *, step, times=1):
-    """The method of a course runs out of memory so many times, at this step of the first course that takes it."""
+    """The method of a trainer runs out of memory so many times, at this step of the first one that takes it."""
     plain, left = getattr(owner, name), iter(range(times))
 
     def short(self, *args, **named):
@@ -120,7 +120,7 @@ DROPS = {"lora": {"init": "kaiming", "r": 2, "dropout": 0.2}}
 
 def test_sums_that_run_out_of_memory_are_made_of_the_same_step_again_with_the_same_bits(wanted, tmp_path, monkeypatch):
     plain = run(wanted(**DROPS), tmp_path / "plain", lambda event: None)
-    once(monkeypatch, adapter_trainer.Course, "_sums", step=2)
+    once(monkeypatch, adapter_trainer.AdapterTrainer, "_sums", step=2)
     heard = []
     cut = run(wanted(**DROPS), tmp_path / "cut", heard.append)
     assert all(torch.equal(tensor, adapter(plain)[name]) for name, tensor in adapter(cut).items())
@@ -138,14 +138,14 @@ def test_of_a_group_one_whose_sums_run_out_of_memory_does_its_own_step_again(wan
         return dict(run_together(requests)), heard
 
     plain, _ = ends("plain")
-    once(monkeypatch, adapter_trainer.Course, "_sums", step=2)
+    once(monkeypatch, adapter_trainer.AdapterTrainer, "_sums", step=2)
     cut, heard = ends("cut")
     assert all(close(adapter(cut[who]), adapter(plain[who])) for who in (0, 1))
     assert [len(told(events)) for events in heard] == [1, 0]
 
 
 def test_sums_that_run_out_of_memory_twice_are_out_of_memory(wanted, tmp_path, monkeypatch):
-    once(monkeypatch, adapter_trainer.Course, "_sums", step=2, times=2)
+    once(monkeypatch, adapter_trainer.AdapterTrainer, "_sums", step=2, times=2)
     with pytest.raises(OutOfMemory):
         run(wanted(), tmp_path / "out", lambda event: None)
 

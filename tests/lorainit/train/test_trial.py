@@ -19,7 +19,7 @@ from lorainit.model.layers.layer import LoRALinear
 from lorainit.run import run
 from lorainit.runtime.distributed.world import World
 from lorainit.train import dry_run, optimizers
-from lorainit.train.member import Member
+from tests.lorainit.contexts import run_of
 from tests.lorainit.shortage import Memory, adapter
 
 
@@ -31,7 +31,7 @@ def test_validation_rows_like_those_of_training_are_not_tried_beside_them():
         budget = Budget(2, 100, packed=True)
         return SimpleNamespace(
             valid=valid,
-            budget=budget,
+            training_budget=budget,
             largest_pass=lambda: data.largest_pass(budget),
             largest_evaluation=lambda: valid.largest_pass(budget),
         )
@@ -73,10 +73,7 @@ def member(optimizer, *, dora=False):
     factors.B[0, 0], factors.B[0, 1] = -0.0, 0.0
     layer = LoRALinear(nn.Linear(16, 24).requires_grad_(False), factors, scale=1.0, subtract=False, dora=dora)
     recipe = Hyperparameters(optimizer=optimizer, learning_rate=1.0, weight_decay=0.1)
-    return Member(
-        layers={"layer": layer}, data=None, valid=None, recipe=recipe, seed=0, budget=Budget(1), out=None,
-        checkpoint_recipe={}, write_adapter=None, on_event=None,
-    )  # fmt: skip
+    return run_of(None, {}, None, None, training=recipe, size=1, layers={"layer": layer})
 
 
 def bits(members):
@@ -92,7 +89,7 @@ def same(one, two):
 def test_an_update_that_is_tried_leaves_every_bit_as_it_was(optimizer, dora):
     members = [member(optimizer, dora=dora), member({"name": "adamw"})]
     before, chance = bits(members), torch.get_rng_state()
-    dry_run.try_update(members, World())
+    dry_run.try_update(members)
     assert same(bits(members), before)
     assert torch.equal(torch.get_rng_state(), chance)
     assert all(parameter.grad is None for one in members for parameter in one.parameters)
@@ -111,7 +108,7 @@ def test_an_update_that_runs_out_of_memory_leaves_every_bit_as_it_was_too(monkey
 
     monkeypatch.setattr(optimizers, "_inverses", short)
     with pytest.raises(torch.OutOfMemoryError):
-        dry_run.try_update(members, World())
+        dry_run.try_update(members)
     assert same(bits(members), before)
     assert one.parameters[0].grad is None
 
@@ -120,7 +117,7 @@ def test_factors_that_an_optimizer_refuses_are_left_to_the_first_step():
     singular = member({"name": "adamw_preconditioned", "damping": 0.0})
     with torch.no_grad():
         singular.layers["layer"].B.zero_()
-    dry_run.try_update([singular], World())
+    dry_run.try_update([singular])
 
 
 def test_an_update_is_tried_with_everybodys_state_and_gradients(monkeypatch):
@@ -134,14 +131,16 @@ def test_an_update_is_tried_with_everybodys_state_and_gradients(monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    dry_run.try_update(members, World())
+    dry_run.try_update(members)
     assert seen == [(6, 0), (4, 0), (2, 0), (6, 2), (4, 2), (2, 2)]
 
 
 def test_the_sum_over_several_devices_is_tried_in_one_piece(monkeypatch):
     pieces, cat = [], torch.cat
     monkeypatch.setattr(dry_run.torch, "cat", lambda some: pieces.append(sum(t.numel() for t in some)) or cat(some))
-    dry_run.try_update([one := member({"name": "adamw"})], World(0, 2))
+    one = member({"name": "adamw"})
+    one.base.world = World(0, 2)
+    dry_run.try_update([one])
     assert pieces == [sum(p.numel() for p in one.parameters)] * 2
 
 
@@ -164,7 +163,7 @@ def test_a_run_ends_with_the_bits_that_it_has_without_a_try(wanted, rows, tmp_pa
         micro_batch_size=2,
     )
     tried = run(one, tmp_path / "tried", lambda event: None)
-    monkeypatch.setattr("lorainit.run.fit_to_memory", lambda _model, members, **_: list(members))
+    monkeypatch.setattr("lorainit.run.fit_to_memory", lambda runs: None)
     plain = run(one, tmp_path / "plain", lambda event: None)
     assert same(list(adapter(tried).values()), list(adapter(plain).values()))
     (ours, log), (theirs, other) = numbers(tmp_path / "tried"), numbers(tmp_path / "plain")

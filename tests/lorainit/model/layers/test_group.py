@@ -157,15 +157,15 @@ def test_one_poisoned_adapter_ends_and_the_others_never_notice(spec, tmp_path, m
     listen = poison(1, step=2, field=field)
     from lorainit.train import loop as module
 
-    course = module.Course
+    trainer = module.AdapterTrainer
 
-    def remember(member, world):
-        listen.alive[len(listen.alive)] = member.layers
-        return course(member, world)
+    def remember(its_run, **given):
+        listen.alive[len(listen.alive)] = its_run.layers
+        return trainer(its_run, **given)
 
     specs = [spec("wide-llama", **ALIKE, seed=seed, training={"precision": precision}) for seed in range(3)]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "Course", remember)
+        patch.setattr(module, "AdapterTrainer", remember)
         ends, _ = together(specs, tmp_path / "group", listen)
     assert listen.seen
     assert isinstance(ends[1], NonFiniteLoss)

@@ -137,8 +137,8 @@ def test_whatever_goes_wrong_at_the_end_of_one_ends_that_one_only(spec, tmp_path
 def test_an_evaluation_that_runs_out_of_memory_ends_its_own_run_only(spec, tmp_path, monkeypatch, rows):
     from lorainit.train import loop
 
-    def when(_stand, its_course, *_):
-        return its_course.member.seed == FIRST and its_course.step == 1
+    def when(_stand, its_trainer, *_):
+        return its_trainer.run.spec.seed == FIRST and its_trainer.step == 1
 
     breaking(loop, "evaluate", MEMORY, monkeypatch, when=when)
     ends, _ = together(alike(spec, data={"validation": str(rows)}), tmp_path)
@@ -240,10 +240,10 @@ def test_a_stop_while_one_is_verified_leaves_the_others_a_checkpoint(spec, tmp_p
 def test_at_a_stop_one_whose_checkpoint_cannot_be_written_keeps_no_other_from_its_own(
     spec, tmp_path, monkeypatch, which
 ):
-    save = adapter_trainer.Course.save
+    save = adapter_trainer.AdapterTrainer.save
 
     def breaks(self):
-        if self.member.seed == which:
+        if self.run.spec.seed == which:
             raise OSError(errno.EIO, "the disk")
         save(self)
 
@@ -251,7 +251,7 @@ def test_at_a_stop_one_whose_checkpoint_cannot_be_written_keeps_no_other_from_it
         if isinstance(event, Metrics) and who == 2 and event.step == 1:
             raise Stopped("asked")
 
-    monkeypatch.setattr(adapter_trainer.Course, "save", breaks)
+    monkeypatch.setattr(adapter_trainer.AdapterTrainer, "save", breaks)
     specs = [
         one.model_copy(update={"training": one.training.model_copy(update={"max_steps": 3})}) for one in alike(spec)
     ]
