@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lorainit.config.inits import Kaiming
+from lorainit.config.inits.plain import Kaiming
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods import METHODS
 from lorainit.model.layers import experts

@@ -6,7 +6,8 @@ from api.core.db.tables import Checkpoint
 from api.core.models.catalogue import Entry
 from api.core.models.registry import Model
 from api.schemas.wire import Element, Wire, to_unix
-from lorainit.config.inits import INITS, AnyInit, ExportRank, Kaiming, Quantization
+from lorainit.config.inits import INITS, ExportRank, InitConfig, Quantization
+from lorainit.config.inits.plain import Kaiming
 from lorainit.config.model_facts import LeftOut
 from lorainit.config.resolve import base_learning_rate
 
@@ -144,7 +145,7 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
     )
 
 
-def parameters(kind: type[AnyInit]) -> dict[str, Any]:
+def parameters(kind: type[InitConfig]) -> dict[str, Any]:
     """The JSON Schema of a method, from the very class that checks requests."""
     schema = kind.model_json_schema()
     return {key: schema[key] for key in ("type", "additionalProperties", "properties", "required")}

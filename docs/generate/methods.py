@@ -111,7 +111,7 @@ def _told(name: str) -> list[str]:
 
 
 def _start(config: InitConfig) -> str:
-    return "the base model" if config.function_preserving else ELSEWHERE[config.method]  # type: ignore[attr-defined]
+    return "the base model" if config.function_preserving else ELSEWHERE[config.method]
 
 
 def _facts(config: InitConfig) -> list[str]:

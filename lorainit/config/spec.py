@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from lorainit.config import sources
-from lorainit.config.inits import AnyInit, Automatic, Init, Kaiming, LoRAM, Quantization
+from lorainit.config.inits import Automatic, Init, InitConfig, Quantization
+from lorainit.config.inits.plain import Kaiming
+from lorainit.config.inits.weights import LoRAM
 from lorainit.config.model_facts import LeftOut
 from lorainit.config.schema import Auto, Seed, Strict, refusal
 
@@ -90,7 +92,7 @@ class Lora(Strict):
         if isinstance(self.init, Automatic):
             update["init"], reason = self._auto_init()
             choices.append(Choice(param="lora.init", value=update["init"].method, reason=reason))
-        init: AnyInit = update.get("init", self.init)
+        init: InitConfig = update.get("init", self.init)
         if self.alpha == "auto":
             alpha, reason = float(self.r), "recommended: alpha = r"
             if init.facts.alpha is not None:
@@ -104,13 +106,13 @@ class Lora(Strict):
             choices.append(Choice(param="lora.use_rslora", value=rslora, reason=reason))
         return self.model_copy(update=update), choices
 
-    def _auto_init(self) -> tuple[AnyInit, str]:
+    def _auto_init(self) -> tuple[InitConfig, str]:
         if self.r >= LoRAM.facts.min_rank and not self.dropout and not self.use_dora:
             return LoRAM(method="loram"), "needs no data and no SVD, and starts at the weights' own magnitude"
         return Kaiming(method="kaiming"), "the requested rank, dropout or DoRA rules out a non-zero start"
 
     @property
-    def method(self) -> AnyInit:
+    def method(self) -> InitConfig:
         """The initialization of a resolved adapter."""
         if isinstance(self.init, Automatic):
             raise ValueError("lora.init is still 'auto': call resolved() first")

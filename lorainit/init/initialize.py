@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Event, Message, Tick
-from lorainit.config.inits import InitConfig, Kaiming
+from lorainit.config.inits import InitConfig
+from lorainit.config.inits.plain import Kaiming
 from lorainit.config.spec import Lora
 from lorainit.context import Report
 from lorainit.data.batches import Batch

@@ -34,26 +34,12 @@ class Copy:
             [sys.executable, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, check=False
         )
 
-    def replace(self, path: str, old: str, new: str) -> None:
-        """Change one place of one file."""
-        text = (self.folder / path).read_text()
-        assert text.count(old) == 1, (path, old)
-        (self.folder / path).write_text(text.replace(old, new))
-
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     made = Copy(tmp_path_factory.mktemp("copy"))
     for path, table, block in BLOCK.findall(PAGE):
         _write(made, path, table, block)
-    # What the page says in a sentence: the class's three other places, and the function's import.
-    inits, methods = "lorainit/config/inits/__init__.py", "lorainit/init/methods/__init__.py"
-    made.replace(
-        inits, "from lorainit.config.inits.weights import ", "from lorainit.config.inits.weights import Halves, "
-    )
-    made.replace(inits, '    "HRP",\n', '    "HRP",\n    "Halves",\n')
-    made.replace(inits, "AnyInit = (\n", "AnyInit = (\n    Halves | ")
-    made.replace(methods, "\nMETHODS:", "from lorainit.init.methods.halves import halves\n\nMETHODS:")
     return made
 
 

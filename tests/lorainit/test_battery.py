@@ -26,7 +26,6 @@ from lorainit.data.dataset import load
 from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import initialize
-from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import adapted_layers, attach, detach, disable_adapters
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
@@ -66,10 +65,6 @@ SMALL = {
     "corda": {"samples": 4},
     "hrp": {"preheat_rank": 8, "preheat_steps": 4},
 }
-
-
-def test_every_initialization_of_the_schema_has_its_method():
-    assert set(METHODS) == set(INITS)
 
 
 @dataclass

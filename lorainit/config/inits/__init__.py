@@ -1,43 +1,29 @@
 """The initializations as typed, torch-free parameters, each beside what it needs and promises.
 
 The same classes check a request, are stored with the job, configure the run and make the catalogue. They
-lie by what they look at: nothing (`plain`), the base weight (`weights`), or rows (`data`).
+lie by what they look at: nothing (`plain`), the base weight (`weights`), rows (`data`), or what quantization has lost
+(`quantized`). Every class of these files is an initialization: nobody has to list it.
 """
 
-from typing import Annotated, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args
 
 from pydantic import Field
 
+from lorainit.config.inits import data, plain, quantized, weights
 from lorainit.config.inits.base import CalibratedConfig, ExportRank, ExportRanks, InitConfig, Method, Need, Quantization
-from lorainit.config.inits.data import EVA, HRP, CorDA, LoRAGA, LoRAOne
-from lorainit.config.inits.plain import Gaussian, Kaiming, Orthogonal
-from lorainit.config.inits.weights import LoftQ, LoRAM, MiLoRA, OLoRA, PiSSA
 from lorainit.config.schema import Strict
 
 __all__ = [
-    "EVA",
-    "HRP",
     "INITS",
-    "AnyInit",
     "Automatic",
     "CalibratedConfig",
-    "CorDA",
     "ExportRank",
     "ExportRanks",
-    "Gaussian",
     "Init",
     "InitConfig",
-    "Kaiming",
-    "LoRAGA",
-    "LoRAM",
-    "LoRAOne",
-    "LoftQ",
     "Method",
-    "MiLoRA",
     "Need",
-    "OLoRA",
-    "Orthogonal",
-    "PiSSA",
     "Quantization",
 ]
 
@@ -48,23 +34,17 @@ class Automatic(Strict):
     method: Literal["auto"] = "auto"
 
 
-AnyInit = (
-    Kaiming | Gaussian | Orthogonal | PiSSA | MiLoRA | OLoRA | LoRAM | LoRAGA | LoRAOne | HRP | EVA | CorDA | LoftQ
-)
-Init = Annotated[AnyInit | Automatic, Field(discriminator="method")]
+def _defined_in(module: ModuleType) -> dict[str, type[InitConfig]]:
+    """The initializations of a file by name, in the order of their classes."""
+    found = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, InitConfig))
+    kinds = (kind for kind in found if kind.__module__ == module.__name__)
+    return {get_args(kind.model_fields["method"].annotation)[0]: kind for kind in kinds}
 
-INITS: dict[str, type[AnyInit]] = {
-    "kaiming": Kaiming,
-    "gaussian": Gaussian,
-    "orthogonal": Orthogonal,
-    "pissa": PiSSA,
-    "milora": MiLoRA,
-    "olora": OLoRA,
-    "loram": LoRAM,
-    "lora_ga": LoRAGA,
-    "lora_one": LoRAOne,
-    "hrp": HRP,
-    "eva": EVA,
-    "corda": CorDA,
-    "loftq": LoftQ,
-}
+
+# In the order of the catalogue.
+INITS = {name: kind for module in (plain, weights, data, quantized) for name, kind in _defined_in(module).items()}
+
+if TYPE_CHECKING:
+    Init = InitConfig | Automatic
+else:  # made of the table, which no type checker can read
+    Init = Annotated[Union[(*INITS.values(), Automatic)], Field(discriminator="method")]

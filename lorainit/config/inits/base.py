@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -52,6 +52,10 @@ class InitConfig(Strict):
     facts: ClassVar[Method]
     remedy: ClassVar[str] = ""
     seed: Seed | None = None
+    if TYPE_CHECKING:  # a field of each initialization, with its name as the only value
+
+        @property
+        def method(self) -> str: ...  # noqa: D102
 
     @property
     def offset(self) -> Offset:
@@ -113,7 +117,7 @@ class InitConfig(Strict):
     @property
     def rates(self) -> str:
         """The row of `lorainit.config.rates.RATES` that this start takes its default learning rate from."""
-        return str(self.method)  # type: ignore[attr-defined]  # every initialization has its own
+        return self.method
 
 
 class CalibratedConfig(InitConfig):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from lorainit.config.inits import AnyInit
+from lorainit.config.inits import InitConfig
 from lorainit.context import Run
 from lorainit.init.evidence import Evidence
 from lorainit.init.evidence.directions import principal_directions
@@ -23,7 +23,7 @@ COLLECTORS: dict[str, Callable[[Any, Run], dict[str, Evidence]]] = {
 }
 
 
-def collect(config: AnyInit, run: Run) -> dict[str, Evidence]:
+def collect(config: InitConfig, run: Run) -> dict[str, Evidence]:
     """The evidence of each target for this method; nothing, where the weight is all it looks at."""
     collector = COLLECTORS.get(config.method)
     if collector is None:

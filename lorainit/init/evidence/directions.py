@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
-from lorainit.config.inits import EVA
+from lorainit.config.inits.data import EVA
 from lorainit.context import Run
 from lorainit.data.batches import batches
 from lorainit.data.dataset import Sample

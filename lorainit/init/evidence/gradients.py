@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Tick
-from lorainit.config.inits import LoRAGA, LoRAOne
+from lorainit.config.inits.data import LoRAGA, LoRAOne
 from lorainit.context import Run
 from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample

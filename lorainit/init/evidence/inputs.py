@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
-from lorainit.config.inits import EVA, CorDA
+from lorainit.config.inits.data import EVA, CorDA
 from lorainit.context import Run
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample

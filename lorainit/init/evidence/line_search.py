@@ -17,7 +17,7 @@ from torch import nn
 
 from lorainit.config.errors import InitFailed
 from lorainit.config.events import Message, Tick
-from lorainit.config.inits import LoRAOne
+from lorainit.config.inits.data import LoRAOne
 from lorainit.context import Run
 from lorainit.data.batches import Budget, Regime, any_length, batches, collate
 from lorainit.data.dataset import Sample

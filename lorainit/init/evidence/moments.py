@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Tick
-from lorainit.config.inits import CorDA
+from lorainit.config.inits.data import CorDA
 from lorainit.context import Run
 from lorainit.data.batches import batches
 from lorainit.init.evidence import Evidence, memory

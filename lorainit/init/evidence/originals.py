@@ -2,7 +2,7 @@
 
 import torch
 
-from lorainit.config.inits import LoftQ
+from lorainit.config.inits.quantized import LoftQ
 from lorainit.context import Run
 from lorainit.init.evidence import Evidence
 from lorainit.model.layers.weight import weight_of

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorainit.config.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.config.events import Message, Tick
-from lorainit.config.inits import HRP
+from lorainit.config.inits.data import HRP
 from lorainit.context import Run
 from lorainit.data.batches import batches, collate
 from lorainit.data.dataset import Sample

@@ -1,7 +1,7 @@
 """What is said of the rows that collectors look at."""
 
 from lorainit.config.events import Message
-from lorainit.config.inits import EVA, CorDA, LoRAGA, LoRAOne
+from lorainit.config.inits.data import EVA, CorDA, LoRAGA, LoRAOne
 
 
 def warn_few_rows(config: LoRAGA | LoRAOne | EVA | CorDA, found: int) -> Message:

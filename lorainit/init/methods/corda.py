@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import InitFailed
-from lorainit.config.inits import CorDA
+from lorainit.config.inits.data import CorDA
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import last_alive, symmetric
 from lorainit.init.norms import norm

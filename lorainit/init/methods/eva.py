@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import InitFailed
-from lorainit.config.inits import EVA
+from lorainit.config.inits.data import EVA
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import count_alive
 from lorainit.model.layers.factors import Factors

@@ -9,7 +9,7 @@ from the default's; `initialize` warns about it.
 import torch
 from torch import Tensor
 
-from lorainit.config.inits import Gaussian
+from lorainit.config.inits.plain import Gaussian
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import normal
 from lorainit.model.layers.factors import Factors

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import InitFailed
-from lorainit.config.inits import HRP
+from lorainit.config.inits.data import HRP
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import count_alive, normal
 from lorainit.model.layers.factors import Factors

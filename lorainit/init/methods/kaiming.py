@@ -8,7 +8,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 import torch
 from torch import Tensor
 
-from lorainit.config.inits import Kaiming
+from lorainit.config.inits.plain import Kaiming
 from lorainit.init.evidence import Evidence
 from lorainit.model.layers.factors import Factors
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import UnsupportedInit
-from lorainit.config.inits import LoftQ
+from lorainit.config.inits.quantized import LoftQ
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import randomized_svd, symmetric
 from lorainit.init.norms import norm

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
-from lorainit.config.inits import LoRAGA
+from lorainit.config.inits.data import LoRAGA
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import numerical_rank, randomized_svd
 from lorainit.model.layers.factors import Factors

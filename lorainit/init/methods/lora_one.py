@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import InitFailed
-from lorainit.config.inits import LoRAOne
+from lorainit.config.inits.data import LoRAOne
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import numerical_rank, randomized_svd
 from lorainit.model.layers.factors import Factors

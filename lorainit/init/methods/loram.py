@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import UnsupportedInit
-from lorainit.config.inits import LoRAM, MiLoRA, OLoRA, PiSSA
+from lorainit.config.inits.weights import LoRAM, MiLoRA, OLoRA, PiSSA
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import normal
 from lorainit.init.methods.milora import milora

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorainit.config.errors import UnsupportedInit
-from lorainit.config.inits import MiLoRA
+from lorainit.config.inits.weights import MiLoRA
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import last_alive, symmetric
 from lorainit.model.layers.factors import Factors

@@ -9,7 +9,7 @@ Büyükakyüz, arXiv 2406.01775. Q_r depends on the first r columns of W only, s
 import torch
 from torch import Tensor
 
-from lorainit.config.inits import OLoRA
+from lorainit.config.inits.weights import OLoRA
 from lorainit.init.evidence import Evidence
 from lorainit.model.layers.factors import Factors
 

@@ -9,7 +9,7 @@ Both factors have rank r/2 only.
 import torch
 from torch import Tensor
 
-from lorainit.config.inits import Orthogonal
+from lorainit.config.inits.plain import Orthogonal
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import normal
 from lorainit.model.layers.factors import Factors

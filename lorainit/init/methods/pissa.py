@@ -9,7 +9,7 @@ from the factors actually used, so the function at step 0 is exact even where th
 import torch
 from torch import Tensor
 
-from lorainit.config.inits import PiSSA
+from lorainit.config.inits.weights import PiSSA
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import randomized_svd, symmetric
 from lorainit.model.layers.factors import Factors

@@ -2,7 +2,9 @@
 
 import pytest
 
-from lorainit.config.inits import INITS, Kaiming, LoRAM
+from lorainit.config.inits import INITS
+from lorainit.config.inits.plain import Kaiming
+from lorainit.config.inits.weights import LoRAM
 from lorainit.config.rates import RATES, SIZES, default_rate
 from lorainit.config.resolve import base_learning_rate, resolve, with_base_rate
 from lorainit.config.spec import BaseModelRef, Hyperparameters

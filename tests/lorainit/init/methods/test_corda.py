@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lorainit.config.errors import InitFailed
-from lorainit.config.inits import CorDA, PiSSA
+from lorainit.config.inits.data import CorDA
+from lorainit.config.inits.weights import PiSSA
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods import METHODS
 from lorainit.init.methods.corda import damped

@@ -11,7 +11,7 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message
-from lorainit.config.inits import EVA
+from lorainit.config.inits.data import EVA
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.export.check import check, prompts

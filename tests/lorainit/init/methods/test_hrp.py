@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from lorainit.config.errors import InitFailed, NonFiniteLoss, UnsupportedInit
 from lorainit.config.events import Message, Tick
-from lorainit.config.inits import HRP
+from lorainit.config.inits.data import HRP
 from lorainit.data.batches import collate
 from lorainit.init.evidence import Evidence
 from lorainit.init.evidence import preheat as module

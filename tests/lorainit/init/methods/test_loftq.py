@@ -8,7 +8,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.events import InitReport, Message
-from lorainit.config.inits import LoftQ
+from lorainit.config.inits.quantized import LoftQ
 from lorainit.data.batches import collate
 from lorainit.data.dataset import load
 from lorainit.init.evidence import Evidence

@@ -9,7 +9,7 @@ from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 
 from lorainit.config.errors import UnsupportedInit
-from lorainit.config.inits import LoRAGA
+from lorainit.config.inits.data import LoRAGA
 from lorainit.data.batches import collate
 from lorainit.export.peft_adapter import export
 from lorainit.init.evidence import Evidence

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lorainit.config.errors import InitFailed
 from lorainit.config.events import Message, Tick
-from lorainit.config.inits import LoRAOne
+from lorainit.config.inits.data import LoRAOne
 from lorainit.config.rates import SIZES
 from lorainit.config.resolve import base_learning_rate
 from lorainit.config.spec import BaseModelRef, Lora

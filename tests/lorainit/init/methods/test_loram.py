@@ -7,7 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from lorainit.config.errors import UnsupportedInit
-from lorainit.config.inits import INITS, LoRAM
+from lorainit.config.inits import INITS
+from lorainit.config.inits.weights import LoRAM
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.init import report as init_report

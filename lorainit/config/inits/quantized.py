@@ -1,0 +1,45 @@
+"""Starts that look at the base weight and at what quantization has lost of it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lorainit.config.inits.base import InitConfig, Method, Randomness
+from lorainit.config.schema import refusal
+
+
+class LoftQ(InitConfig):
+    """Corrects what NF4 lost of each weight (Li et al., arXiv 2310.08659), in one iteration.
+
+    More iterations would quantize something else than the base model: the adapter would fit no NF4
+    base but its own. `bits` 8 waits for int8 bases.
+    """
+
+    facts = Method(
+        title="LoftQ",
+        description="Starts as the best rank-r correction of what four bits lost of each weight.",
+        paper="LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models",
+        arxiv="2310.08659",
+        needs="weight",
+        function_preserving=False,
+        quantization=("nf4",),
+    )
+    remedy = "A larger r corrects more of the quantization; kaiming starts as the NF4 base itself."
+    method: Literal["loftq"]
+    bits: Literal[4, 8] = 4
+    iterations: Annotated[int, Field(ge=1, le=10)] = 1
+
+    @property
+    def drawn(self) -> Randomness:
+        """The best correction is what it is."""
+        return "nothing"
+
+    @model_validator(mode="after")
+    def refuse_another_base(self) -> "LoftQ":
+        """The base must stay the one that anybody gets by loading the untouched model in NF4."""
+        if self.bits != 4:
+            raise refusal("bits", f"bits {self.bits} is planned: this release has NF4 bases.", code="not_supported")
+        if self.iterations != 1:
+            why = "after the first one the base is no longer the untouched model in NF4, which nobody else can load"
+            raise refusal("iterations", f"iterations {self.iterations} does not combine with a plain download: {why}.")
+        return self
