@@ -7,6 +7,7 @@ file is read and from the beginning of the training to the first step's loss.
 
 import sys
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,26 +28,45 @@ BEGINS, ENDS = ("load_kept", "train"), ("load_kept", "forward_backward")  # func
 
 
 class Walk:
-    """A profile function; `found`: the functions by file, in the order of their first call."""
+    """A profile function that follows something through the calls of a program.
 
-    def __init__(self) -> None:
+    `found`: the functions that were given or have returned it, by file, in the order of their first call.
+
+    Args:
+        root: the folder that files are named in, with a slash at its end.
+        folders: those of its folders whose files count.
+        is_followed: whether a value is what is followed.
+        begins, ends: functions between which it is followed; () = from the beginning, to the end.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        is_followed: Callable[[Any], bool],
+        *,
+        folders: Collection[str] = ("",),
+        begins: Collection[str] = (),
+        ends: Collection[str] = (),
+    ) -> None:
         self.found: dict[str, list[str]] = {}
-        self.follows = False
+        self.root, self.folders = root, tuple(root + folder for folder in folders)
+        self.is_followed, self.begins, self.ends = is_followed, begins, ends
+        self.follows = not begins
 
     def __call__(self, frame: FrameType, event: str, value: Any) -> None:
         code = frame.f_code
-        if not code.co_filename.startswith(ROOT) or event not in ("call", "return"):
-            return  # most calls are not the library's: this line is what the run is slowed down by
-        file = code.co_filename.removeprefix(ROOT)
+        if not code.co_filename.startswith(self.folders) or event not in ("call", "return"):
+            return  # most calls are of other files: this line is what the run is slowed down by
+        file = code.co_filename.removeprefix(self.root)
         if event == "call":
-            self.follows |= code.co_name in BEGINS
+            self.follows |= code.co_name in self.begins
             given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
         else:
             given = [value]
         names = self.found.get(file, [])
-        if self.follows and any(map(is_row, given)) and code.co_name not in names:
+        if self.follows and any(map(self.is_followed, given)) and code.co_name not in names:
             self.found.setdefault(file, []).append(code.co_name)
-        if event == "return" and code.co_name in ENDS:
+        if event == "return" and code.co_name in self.ends:
             self.follows = False
 
 
@@ -64,7 +84,7 @@ def walk(spec: RunSpec, out: Path) -> dict[str, list[str]]:
         if isinstance(event, Metrics):
             raise Stopped("That is all that is looked at.")
 
-    found = Walk()
+    found = Walk(ROOT, is_row, begins=BEGINS, ends=ENDS)
     before = sys.getprofile()
     sys.setprofile(found)
     try:
