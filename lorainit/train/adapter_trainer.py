@@ -122,7 +122,7 @@ class AdapterTrainer:
         self._begun = time.monotonic()
         self._parts: list[Sums] = []
         pieces = batches(samples, self.run.training_budget, self.run.regime)
-        self.pieces, self.count_idle_passes = list(self.world.share(pieces)), self.world.count_idle_passes(pieces)
+        self.pieces, self.count_idle_passes = pieces[self.world.share], self.world.count_idle_passes(len(pieces))
         return self.pieces
 
     def add(self, piece: int, sums: Sums) -> None:

@@ -191,14 +191,14 @@ def _sum_validation(slots: AdapterSlots, trainer: AdapterTrainer, samples: Seque
     world, objective = trainer.world, trainer.run.objective
     total = zero_sums(objective, trainer.parameters[0].device)
     every = batches(samples, trainer.run.evaluation_budget, trainer.run.regime)
-    pieces = world.share(every)
+    pieces = every[world.share]
     for done, piece in enumerate(pieces, start=1):
         batch = trainer.run.base.make_batch(piece)
         slots.put([trainer.run.layers], _spans([batch.ids.numel()]))
         (part,) = objective.sums(slots.model, batch, [sum(map(objective.count, piece))])
         total = add_sums(total, part)
         trainer.run.emit(Tick(done=done, total=len(pieces)))
-    for _ in range(world.count_idle_passes(every)):
+    for _ in range(world.count_idle_passes(len(every))):
         row = _shortest(samples)
         objective.sums(slots.model, trainer.run.base.make_batch([row]), [objective.count(row)])
     return total

@@ -17,7 +17,8 @@ from api.schemas.job_request import JobRequest
 from lorainit.config.inits import INITS
 from lorainit.config.rates import RATES
 from lorainit.config.spec import RunSpec
-from lorainit.data.formats.conversation import faults, kind_of
+from lorainit.data.formats.conversation import faults
+from lorainit.data.formats.rows import kind_of
 from tests.deploy.test_generated import read
 
 ROOT = Path(__file__).parents[2]

@@ -255,7 +255,7 @@ def test_the_root_of_a_base_can_be_given(monkeypatch, capsys):
 
 def test_torch_is_not_needed_to_read_a_spec_or_check_a_file():
     code = (
-        "import sys, lorainit.data.formats.rows, lorainit.config.results, lorainit.config.events, "
+        "import sys, lorainit.data.formats.file_report, lorainit.config.results, lorainit.config.events, "
         "lorainit.config.resolve, "
         "lorainit.__main__;"
         " print(sorted({'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()))"

@@ -1,7 +1,6 @@
 """What one row of a training file may look like: chat, prompt and completion, preference.
 
 Each check is a generator of faults, so that a row shows everything that is wrong with it at once.
-`normalized` turns a checked row into one shape (text as strings, deprecated spellings converted).
 Torch-free; knows nothing of lines, files, tokenizers or models.
 """
 
@@ -15,9 +14,8 @@ from lorainit.data.formats import strict_json
 Kind = Literal["chat", "prompt_completion", "preference"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_PLAIN_ROLES = ("user", "assistant", "system")
 _CHAT_KEYS = {"messages", "tools", "parallel_tool_calls", "functions"}
-_PREFERENCE_KEYS = {"input", "preferred_output", "non_preferred_output"}
+PREFERENCE_KEYS = {"input", "preferred_output", "non_preferred_output"}
 _UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of Unicode
 _MESSAGE_KEYS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"}
 
@@ -28,35 +26,6 @@ class Fault(NamedTuple):
     code: str
     param: str | None
     text: str
-
-
-def kind_of(row: dict[str, Any]) -> Kind | None:
-    """The kind a row claims to be by its keys, None if they name none."""
-    if "messages" in row:
-        return "chat"
-    # `input` is a text in rows of other formats (instruction, input, output).
-    if (_PREFERENCE_KEYS - {"input"}) & row.keys() or isinstance(row.get("input"), dict):
-        return "preference"
-    return "prompt_completion" if {"prompt", "completion"} & row.keys() else None
-
-
-def is_plain(row: dict[str, Any]) -> bool:
-    """Whether it is a chat of texts alone, the last of them an answer: most rows are, and have no fault and no warning.
-
-    Whoever reads a large file asks this first. False says nothing.
-    """
-    messages = row.get("messages")
-    if len(row) != 1 or type(messages) is not list or not messages:
-        return False
-    for message in messages:
-        if type(message) is not dict or len(message) != 2:
-            return False
-        role, content = message.get("role"), message.get("content")
-        if type(role) is not str or role not in _PLAIN_ROLES or type(content) is not str:
-            return False
-        if role == "assistant" and not content[:1].isalnum() and _shows_nothing(content):
-            return False
-    return bool(messages[-1]["role"] == "assistant")
 
 
 def faults(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
@@ -125,12 +94,12 @@ def _prompt_completion(row: dict[str, Any]) -> Iterator[Fault]:
             yield Fault("message_missing_key", key, f"{key} is missing.")
         elif not isinstance(row[key], str):
             yield Fault("data_type", key, f"{key} is not a string.")
-    if isinstance(row.get("completion"), str) and _shows_nothing(row["completion"]):
+    if isinstance(row.get("completion"), str) and shows_nothing(row["completion"]):
         yield Fault("missing_content", "completion", "completion is blank.")
 
 
 def _preference(row: dict[str, Any]) -> Iterator[Fault]:
-    for key in sorted(row.keys() - _PREFERENCE_KEYS):
+    for key in sorted(row.keys() - PREFERENCE_KEYS):
         yield Fault("message_unrecognized_key", key, f"'{key}' is not a key of a preference row.")
     start = row.get("input")
     if not isinstance(start, dict) or not isinstance(start.get("messages"), list) or not start["messages"]:
@@ -213,11 +182,11 @@ def _is_blank(content: str | list[Any] | None) -> bool:
     """Whether a text, or all its parts, show nothing; of faulty parts nobody knows."""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        return all(isinstance(text, str) and _shows_nothing(text) for text in texts)
-    return _shows_nothing(content or "")
+        return all(isinstance(text, str) and shows_nothing(text) for text in texts)
+    return shows_nothing(content or "")
 
 
-def _shows_nothing(text: str) -> bool:
+def shows_nothing(text: str) -> bool:
     """Whether it is white space, control characters and characters without width alone."""
     return all(unicodedata.category(character) in _UNSEEN for character in text)
 
@@ -298,46 +267,3 @@ def _tools(row: dict[str, Any]) -> Iterator[Fault]:
             function = tool.get("function") if key == "tools" and isinstance(tool, dict) else tool
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 yield Fault("data_type", f"{key}[{index}]", f"{key}[{index}] does not describe a function with a name.")
-
-
-# --- one shape ---------------------------------------------------------------------------------
-
-
-def normalized(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
-    """A valid row in one shape.
-
-    Chat becomes `{"messages", "tools"[, "parallel_tool_calls"]}`: contents are strings (None beside
-    tool calls), `developer` is `system`, call arguments are parsed JSON (as chat templates expect), and the deprecated
-    `functions`, `function_call` and role `function` are tools and tool calls.
-    """
-    if kind == "prompt_completion":
-        return {"prompt": row["prompt"], "completion": row["completion"]}
-    if kind == "preference":
-        return row
-    tools = [*row.get("tools", []), *({"type": "function", "function": f} for f in row.get("functions", []))]
-    last_call: dict[str, str] = {}  # of each function so far, so that no answer looks through all that stands before it
-    messages = [_normalized_message(message, f"call_{i}", last_call) for i, message in enumerate(row["messages"])]
-    parallel = {"parallel_tool_calls": row["parallel_tool_calls"]} if "parallel_tool_calls" in row else {}
-    return {"messages": messages, "tools": tools, **parallel}
-
-
-def _normalized_message(message: dict[str, Any], name: str, last_call: dict[str, str]) -> dict[str, Any]:
-    role, content = message["role"], message.get("content")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    out = {**message, "role": "system" if role == "developer" else role, "content": content}
-    if "weight" in out:
-        out["weight"] = int(out["weight"])
-    calls = list(message.get("tool_calls") or [])
-    if function := out.pop("function_call", None):
-        calls.append({"id": name, "type": "function", "function": function})
-    if calls:
-        out["tool_calls"] = [{**c, "function": _parsed(c["function"])} for c in calls]
-        last_call |= {c["function"]["name"]: c["id"] for c in calls}
-    if role == "function":
-        out |= {"role": "tool", "tool_call_id": last_call.get(message.get("name", ""), name)}
-    return out
-
-
-def _parsed(function: dict[str, Any]) -> dict[str, Any]:
-    return {**function, "arguments": strict_json.read(function["arguments"], [])}

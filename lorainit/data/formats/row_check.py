@@ -4,8 +4,8 @@ Torch-free.
 
 The rows are anybody's, so whoever reads them may be made to loop, to take all memory or to crash. This process bounds
 itself before it reads a byte and knows nothing but the bytes. Its only word, one JSON object on stdout, is the report
-(`lorainit.data.formats.rows.FileReport`) with `status` and `status_details` beside it, or `{"broken": why}` with exit
-code 1. What it has no word for, its parent reads from the way it ended: SIGXCPU is the time.
+(`lorainit.data.formats.file_report.FileReport`) with `status` and `status_details` beside it, or `{"broken": why}`
+with exit code 1. What it has no word for, its parent reads from the way it ended: SIGXCPU is the time.
 """
 
 import json
@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 
-from lorainit.data.formats.rows import check_file
+from lorainit.data.formats.file_report import check_file
 from lorainit.system import limits
 
 

@@ -1,4 +1,4 @@
-"""Training files: JSONL rows with their line numbers, and the verdict on a whole file.
+"""Training files: JSONL rows with their line numbers, each in one shape or with what is wrong with it.
 
 Streams with bounded memory: a file may be far larger than it. Model-independent, torch-free; what
 one row may look like is in `conversation`, what a tokenizer makes of it in `data`.
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from lorainit.data.formats import strict_json
-from lorainit.data.formats.conversation import Fault, Kind, faults, is_plain, kind_of, normalized, warnings
+from lorainit.data.formats.conversation import PREFERENCE_KEYS, Fault, Kind, faults, shows_nothing, warnings
 from lorainit.data.formats.padding import without_padding
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
@@ -23,9 +23,9 @@ KEPT_PROBLEMS = 20
 # A line of 8 MB can hold four million faults. Nobody reads more, and counting them would take the time of a large file.
 COUNTED_IN_A_ROW = 1000
 LONGEST_TEXT, LONGEST_PLACE = 500, 250  # of a problem: a key that is quoted may be as long as its line
-FEW_ROWS = 10
 # Digests are kept of the first so many rows only, so that memory stays bounded (about 50 MB).
 DUPLICATE_WINDOW = 500_000
+_PLAIN_ROLES = ("user", "assistant", "system")
 _ARRAY = Fault(
     "invalid_json",
     None,
@@ -49,32 +49,9 @@ class Problem(BaseModel):
     message: str
 
 
-class FileReport(BaseModel):
-    """What `check_file` found. `model_dump()` is exactly the `validation` object of a File.
-
-    `error_count` and `warning_count` are complete but for rows with more than 1,000 faults, of which that many are
-    counted; the lists hold the first 20. The attributes
-    `status` (`processed` or `error`), `status_details` (a sentence, or None when there is nothing
-    to say) and `duplicates` belong beside that object and are not dumped.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    kind: Kind | None
-    rows: int
-    valid_rows: int
-    error_count: int
-    warning_count: int
-    errors: list[Problem]
-    warnings: list[Problem]
-    duplicates: int = Field(exclude=True)
-    status: Literal["processed", "error"] = Field(exclude=True)
-    status_details: str | None = Field(exclude=True)
-
-
 @dataclass(frozen=True)
 class Row:
-    """A valid row in normalized shape (see `conversation.normalized`)."""
+    """A valid row in normalized shape (see `normalized`)."""
 
     line: int
     kind: Kind
@@ -106,131 +83,70 @@ def _shortened(text: str, most: int) -> str:
 def read_rows(path: str | Path) -> Iterator[Row | BadRow]:
     """The rows of a JSONL file in order, good and bad; blank lines are skipped but counted."""
     with Path(path).open("rb") as stream:
-        for row in _scan(stream):
+        for row in scan(stream):
             yield replace(row, value=normalized(row.value, row.kind)) if isinstance(row, Row) else row
 
 
-def check_file(source: BinaryIO | str | Path) -> FileReport:
-    """Read a whole file once and report on it. Never raises for what the file contains.
-
-    Args:
-        source: a path, or a binary stream at its beginning (only `readline` is used).
-    """
-    if isinstance(source, str | Path):
-        with Path(source).open("rb") as stream:
-            return check_file(stream)
-    counts = _Counts()
-    for row in _scan(source, counts):
-        counts.add(row)
-    return counts.report()
-
-
 @dataclass
-class _Counts:
-    """The running counts of one pass over a file."""
+class Seen:
+    """What the rows of a file so far decide about those that follow.
+
+    `kind`: of the first row that names one. `mixed`: another row is of another kind. `digests`: of the rows.
+    `room`: how many problems of a row are put into words; whoever keeps them says how many more there is room for.
+    """
 
     kind: Kind | None = None
-    rows: int = 0
-    valid: int = 0
-    errors: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
-    error_count: int = 0
-    warning_count: int = 0
     mixed: bool = False
-    duplicates: int = 0
     digests: set[bytes] = field(default_factory=set)
-
-    def add(self, row: Row | BadRow) -> None:
-        self.rows += 1
-        if isinstance(row, Row):
-            self.valid += 1
-            self._keep_warnings(row.warnings)
-            return
-        self.error_count += row.count
-        self.errors += row.problems
-
-    def _keep_warnings(self, found: tuple[Problem, ...]) -> None:
-        self.warning_count += len(found)
-        self.duplicates += sum(p.code == "duplicate_row" for p in found)
-        self.warnings += found[: KEPT_PROBLEMS - len(self.warnings)]
-
-    def report(self) -> FileReport:
-        if 0 < self.rows < FEW_ROWS:
-            text = f"The file has only {self.rows} {'row' if self.rows == 1 else 'rows'}."
-            self._keep_warnings((Problem(line=None, code="few_rows", param=None, message=text),))
-        return FileReport(
-            kind=self.kind,
-            rows=self.rows,
-            valid_rows=self.valid,
-            error_count=self.error_count,
-            warning_count=self.warning_count,
-            errors=self.errors,
-            warnings=self.warnings,
-            duplicates=self.duplicates,
-            status="error" if self.mixed or not self.valid else "processed",
-            status_details=self._details(),
-        )
-
-    def _details(self) -> str | None:
-        if not self.rows:
-            return "the file has no rows"
-        if self.rows == self.valid:
-            return None
-        first = next((p for p in self.errors if p.code == "mixed_formats" or not self.mixed), self.errors[0])
-        sentence = first.message.removeprefix(f"Line {first.line}: ").removesuffix(".")
-        where = f"first: line {first.line}: {first.code}: {sentence}"
-        if self.mixed:
-            return f"the rows are of mixed kinds; {where}"
-        bad = self.rows - self.valid
-        return f"{bad} of {self.rows} {'row is' if self.rows == 1 else 'rows are'} invalid; {where}"
+    room: int = KEPT_PROBLEMS
 
 
-def _scan(stream: BinaryIO, counts: _Counts | None = None) -> Iterator[Row | BadRow]:
+def scan(stream: BinaryIO, seen: Seen | None = None) -> Iterator[Row | BadRow]:
     """Rows of a stream as they were sent; the first row that names a kind decides that of the file."""
-    counts = counts or _Counts()
+    seen = seen or Seen()
     lines = _lines(stream)
     opening = list(islice(lines, 2))
     if opening and opening[0][1] and _opens_an_array(opening[0][1], alone=len(opening) == 1):
-        yield _make_bad_row(opening[0][0], iter((_ARRAY,)), counts)
+        yield _make_bad_row(opening[0][0], iter((_ARRAY,)), seen)
         return  # its other lines are no rows that could be wrong one by one
     for line, raw in chain(opening, lines):
         doubled = list[str]()
         row = _parse(raw, doubled)
         if isinstance(row, dict):
             kind = kind_of(row)
-            counts.kind = counts.kind or kind
-            yield _check_row(line, row, kind, counts, raw or b"", doubled)
+            seen.kind = seen.kind or kind
+            yield _check_row(line, row, kind, seen, raw or b"", doubled)
         else:
-            yield _make_bad_row(line, iter((row,)), counts)
+            yield _make_bad_row(line, iter((row,)), seen)
 
 
-def _make_bad_row(line: int, found: Iterator[Fault], counts: _Counts) -> BadRow:
+def _make_bad_row(line: int, found: Iterator[Fault], seen: Seen) -> BadRow:
     """A row with these faults; none of them is put into words that a report has no room for any more."""
-    kept = tuple(problem(line, fault) for fault in islice(found, KEPT_PROBLEMS - len(counts.errors)))
+    kept = tuple(problem(line, fault) for fault in islice(found, seen.room))
     return BadRow(line, kept, len(kept) + sum(1 for _ in islice(found, COUNTED_IN_A_ROW - len(kept))))
 
 
 def _check_row(
-    line: int, row: dict[str, Any], kind: Kind | None, counts: _Counts, raw: bytes, doubled: list[str]
+    line: int, row: dict[str, Any], kind: Kind | None, seen: Seen, raw: bytes, doubled: list[str]
 ) -> Row | BadRow:
     if kind is None:
-        return _make_bad_row(line, iter((_NO_KIND,)), counts)
-    if kind != counts.kind:
-        counts.mixed = True
+        return _make_bad_row(line, iter((_NO_KIND,)), seen)
+    if kind != seen.kind:
+        seen.mixed = True
         return _make_bad_row(
-            line, iter((Fault("mixed_formats", None, f"this is a {kind} row in a {counts.kind} file."),)), counts
+            line, iter((Fault("mixed_formats", None, f"this is a {kind} row in a {seen.kind} file."),)), seen
         )
     notes = list[Problem]()
     if doubled or not is_plain(row):
         found = faults(row, kind)
         if (first := next(found, None)) is not None:
-            return _make_bad_row(line, chain((first,), found), counts)
+            return _make_bad_row(line, chain((first,), found), seen)
         notes += [problem(line, fault) for fault in warnings(row, kind, doubled)]
     digest = blake2b(raw.strip(), digest_size=8).digest()
-    if digest in counts.digests:
+    if digest in seen.digests:
         notes.append(problem(line, Fault("duplicate_row", None, "the same row appears earlier in the file.")))
-    elif len(counts.digests) < DUPLICATE_WINDOW:
-        counts.digests.add(digest)
+    elif len(seen.digests) < DUPLICATE_WINDOW:
+        seen.digests.add(digest)
     return Row(line, kind, row, tuple(notes))
 
 
@@ -279,3 +195,78 @@ def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
         what = "a list, and a row is an object" if isinstance(row, list) else "not an object"
         return Fault("data_type", None, f"the row is {what}.")
     return without_padding(row) if b"null" in raw or b"[]" in raw else row
+
+
+# --- what a row is ------------------------------------------------------------------------------
+
+
+def kind_of(row: dict[str, Any]) -> Kind | None:
+    """The kind a row claims to be by its keys, None if they name none."""
+    if "messages" in row:
+        return "chat"
+    # `input` is a text in rows of other formats (instruction, input, output).
+    if (PREFERENCE_KEYS - {"input"}) & row.keys() or isinstance(row.get("input"), dict):
+        return "preference"
+    return "prompt_completion" if {"prompt", "completion"} & row.keys() else None
+
+
+def is_plain(row: dict[str, Any]) -> bool:
+    """Whether it is a chat of texts alone, the last of them an answer: most rows are, and have no fault and no warning.
+
+    Whoever reads a large file asks this first. False says nothing.
+    """
+    messages = row.get("messages")
+    if len(row) != 1 or type(messages) is not list or not messages:
+        return False
+    for message in messages:
+        if type(message) is not dict or len(message) != 2:
+            return False
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str or role not in _PLAIN_ROLES or type(content) is not str:
+            return False
+        if role == "assistant" and not content[:1].isalnum() and shows_nothing(content):
+            return False
+    return bool(messages[-1]["role"] == "assistant")
+
+
+# --- one shape ---------------------------------------------------------------------------------
+
+
+def normalized(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """A valid row in one shape.
+
+    Chat becomes `{"messages", "tools"[, "parallel_tool_calls"]}`: contents are strings (None beside
+    tool calls), `developer` is `system`, call arguments are parsed JSON (as chat templates expect), and the deprecated
+    `functions`, `function_call` and role `function` are tools and tool calls.
+    """
+    if kind == "prompt_completion":
+        return {"prompt": row["prompt"], "completion": row["completion"]}
+    if kind == "preference":
+        return row
+    tools = [*row.get("tools", []), *({"type": "function", "function": f} for f in row.get("functions", []))]
+    last_call: dict[str, str] = {}  # of each function so far, so that no answer looks through all that stands before it
+    messages = [_normalized_message(message, f"call_{i}", last_call) for i, message in enumerate(row["messages"])]
+    parallel = {"parallel_tool_calls": row["parallel_tool_calls"]} if "parallel_tool_calls" in row else {}
+    return {"messages": messages, "tools": tools, **parallel}
+
+
+def _normalized_message(message: dict[str, Any], name: str, last_call: dict[str, str]) -> dict[str, Any]:
+    role, content = message["role"], message.get("content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    out = {**message, "role": "system" if role == "developer" else role, "content": content}
+    if "weight" in out:
+        out["weight"] = int(out["weight"])
+    calls = list(message.get("tool_calls") or [])
+    if function := out.pop("function_call", None):
+        calls.append({"id": name, "type": "function", "function": function})
+    if calls:
+        out["tool_calls"] = [{**c, "function": _parsed(c["function"])} for c in calls]
+        last_call |= {c["function"]["name"]: c["id"] for c in calls}
+    if role == "function":
+        out |= {"role": "tool", "tool_call_id": last_call.get(message.get("name", ""), name)}
+    return out
+
+
+def _parsed(function: dict[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": strict_json.read(function["arguments"], [])}

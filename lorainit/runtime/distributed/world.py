@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -19,7 +19,6 @@ from lorainit.runtime import machine_errors
 from lorainit.runtime.distributed.launch import RENDEZVOUS, count_processes
 from lorainit.system import watchdog
 
-T = TypeVar("T")
 LATER = 60.0  # seconds after `watchdog` has ended a run that hangs: this limit is for those that have not met yet
 
 
@@ -36,13 +35,14 @@ class World:
         """Whether this is the process that emits events and writes files for all."""
         return self.rank == 0
 
-    def share(self, pieces: Sequence[T]) -> Sequence[T]:
-        """This process's part of the micro-batches."""
-        return pieces[self.rank :: self.size]
+    @property
+    def share(self) -> slice:
+        """Which of the micro-batches are this process's."""
+        return slice(self.rank, None, self.size)
 
-    def count_idle_passes(self, pieces: Sequence[T]) -> int:
-        """How many passes this process makes for the others only, without a micro-batch of its own."""
-        return -(-len(pieces) // self.size) - len(self.share(pieces)) if self.in_step else 0
+    def count_idle_passes(self, pieces: int) -> int:
+        """How many passes this process makes for the others only, with so many micro-batches in all."""
+        return -(-pieces // self.size) - len(range(pieces)[self.share]) if self.in_step else 0
 
     def any_rank(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is true in any process."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from lorainit.data.formats.rows import check_file
+from lorainit.data.formats.file_report import check_file
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused
 from tests.things import MODEL, ON_ONE_DATABASE, a_queued_job
 

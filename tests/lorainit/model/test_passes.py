@@ -125,7 +125,7 @@ def test_a_step_has_a_pass_for_each_of_several_devices(batch, devices, divided):
     found = go_on(asking(), at, None, batch_size=batch, sharing=1)
     rows = [Sample(n, torch.ones(3), torch.ones(3, dtype=torch.bool)) for n in range(batch)]
     pieces = batches(rows, Budget(found.rows, found.tokens))
-    assert all(World(rank, devices).share(pieces) for rank in range(devices))
+    assert all(pieces[World(rank, devices).share] for rank in range(devices))
     assert len(pieces) == devices
 
 

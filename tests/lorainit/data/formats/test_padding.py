@@ -7,8 +7,9 @@ import pytest
 
 from lorainit.config.events import Message
 from lorainit.data.chat.template import Template
+from lorainit.data.formats.file_report import check_file
 from lorainit.data.formats.padding import without_padding
-from lorainit.data.formats.rows import Row, check_file, read_rows
+from lorainit.data.formats.rows import Row, read_rows
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 from tests.lorainit.contexts import prepared
 

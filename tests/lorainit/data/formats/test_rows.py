@@ -4,7 +4,8 @@ import json
 import pytest
 
 from lorainit.data.formats import rows as module
-from lorainit.data.formats.rows import BadRow, check_file, read_rows
+from lorainit.data.formats.file_report import check_file
+from lorainit.data.formats.rows import BadRow, read_rows
 from tests.lorainit.conftest import chat
 
 GOOD = chat("Hi", "Hello")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorainit.data.formats import strict_json
-from lorainit.data.formats.conversation import faults, is_plain, warnings
+from lorainit.data.formats.conversation import faults, warnings
+from lorainit.data.formats.rows import is_plain
 
 CORNERS = [
     "18446744073709551615", "18446744073709551616", "-9223372036854775808", "-9223372036854775809", "9" * 30,
