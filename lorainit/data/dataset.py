@@ -23,11 +23,11 @@ from lorainit.config.errors import (
     UnsupportedModel,
 )
 from lorainit.config.spec import Data
-from lorainit.data.chat.encode import Encoded, Encoder, pieces
 from lorainit.data.chat.stops import stop_tokens
 from lorainit.data.chat.template import Template
 from lorainit.data.formats.conversation import Fault
 from lorainit.data.formats.rows import KEPT_PROBLEMS, BadRow, Problem, Row, problem, read_rows
+from lorainit.data.reader import Encoded, Encoder, pieces
 from lorainit.system.host_failure import is_host_failure
 
 TICK_ROWS = 64

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lorainit.data.chat.encode import Encoder
 from lorainit.data.chat.template import Rendered, Template
 from lorainit.data.formats.conversation import Fault
+from lorainit.data.reader import Encoder
 from tests.lorainit.data.chat.test_turns import byte_level, metaspace
 from tests.templates import environment
 

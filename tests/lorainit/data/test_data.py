@@ -302,7 +302,7 @@ def test_rows_that_are_tokenized_together_are_what_each_is_by_itself(tmp_path, m
         data = load(path, tokenizer, max_length=256)
         found[together] = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in data.samples]
     # And without reading anything ahead.
-    monkeypatch.setattr("lorainit.data.chat.encode.Encoder.tokenize_ahead", lambda _self, _texts: None)
+    monkeypatch.setattr("lorainit.data.reader.Encoder.tokenize_ahead", lambda _self, _texts: None)
     alone = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in load(path, tokenizer, max_length=256).samples]
     assert len(alone) == len(rows)
     assert found == {1: alone, 7: alone, 64: alone}
@@ -311,7 +311,7 @@ def test_rows_that_are_tokenized_together_are_what_each_is_by_itself(tmp_path, m
 def test_rows_are_tokenized_in_one_call(tmp_path, monkeypatch):
     calls, tokenizer = [], make_tokenizer()
     path = write_rows(tmp_path / "rows.jsonl", [chat(f"the {n}", f"cat {n}") for n in range(64)])
-    monkeypatch.setattr("lorainit.data.chat.encode.tokenizer_time.read", _counted(calls))
+    monkeypatch.setattr("lorainit.data.reader.tokenizer_time.read", _counted(calls))
     load(path, tokenizer, max_length=256)
     assert [len(texts) for texts in calls if isinstance(texts, list)] == [128]
     assert len(calls) < 8  # the others try out what the tokenizer does

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.data.chat.encode import Encoder
 from lorainit.data.chat.turns import Span
+from lorainit.data.reader import Encoder
 from lorainit.model.inspect import inspect
 from lorainit.model.load import load_tokenizer, locate_base
 from lorainit.model.source.examine import examine
