@@ -60,7 +60,7 @@ def base(cache: str) -> tuple[Any, list[Any]]:
     """SmolLM2 in float32 and tokenized rows."""
     import torch
 
-    from lorainit.data.dataset import load
+    from lorainit.data.reader import load
     from lorainit.model.load import load_model, load_tokenizer, locate_base
 
     folder = locate_base(SOURCE, cache=Path(cache)).folder

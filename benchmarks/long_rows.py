@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lorainit.data.dataset import load  # noqa: E402
+from lorainit.data.reader import load  # noqa: E402
 from tests.lorainit.conftest import make_tokenizer  # noqa: E402
 from tests.templates.environment import sources  # noqa: E402
 

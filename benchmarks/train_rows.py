@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.train_plan import HELD_OUT, SOURCE  # noqa: E402
 from lorainit.data.batches import order  # noqa: E402
-from lorainit.data.dataset import Sample, load  # noqa: E402
+from lorainit.data.dataset import Sample  # noqa: E402
+from lorainit.data.reader import load  # noqa: E402
 from lorainit.model.load import load_tokenizer, locate_base  # noqa: E402
 
 TEST_ROWS = 200  # more than hold 4,096 trained tokens

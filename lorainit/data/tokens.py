@@ -1,7 +1,7 @@
 """Tokenized files kept for the next run of the same rows: templates and tokenizers are slower than the disk.
 
 GSM8K's 7,473 rows with SmolLM2's template: about 10 s without, 0.1 s with (one core). What is kept is what
-`data.tokenize` found, faults and warnings included, so that a run says and refuses the same either way.
+`reader.tokenize` found, faults and warnings included, so that a run says and refuses the same either way.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from lorainit.config.cache_names import entry_name
-from lorainit.data.dataset import Dataset, Sample, file_sha256, tokenize
+from lorainit.data.dataset import Dataset, Sample, file_sha256
 from lorainit.data.formats.rows import Problem
+from lorainit.data.reader import tokenize
 from lorainit.runtime.disk_cache import DiskCache, make_key
 
 
@@ -30,14 +31,14 @@ def load_cached(
     owner: str | None = None,
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """`data.tokenize`, from the store where an earlier run has read the same rows in the same way.
+    """`reader.tokenize`, from the store where an earlier run has read the same rows in the same way.
 
     Args:
         folder: the base model's, whose files but the weights say how its tokenizer works.
         owner: whose rows they are (`spec.Data.owner`).
 
     Raises:
-        As `data.tokenize`.
+        As `reader.tokenize`.
     """
     sha256 = file_sha256(path)
     shape = make_key(

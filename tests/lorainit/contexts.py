@@ -10,7 +10,8 @@ import torch
 from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.context import Run, RunRequest
 from lorainit.data.batches import any_length, collate
-from lorainit.data.dataset import Dataset, load
+from lorainit.data.dataset import Dataset
+from lorainit.data.reader import load
 from lorainit.model.base import open_base
 from lorainit.model.layers import experts
 from lorainit.model.load import load_model

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lorainit.config.inits import INITS
 from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data.batches import collate
-from lorainit.data.dataset import load
+from lorainit.data.reader import load
 from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import initialize

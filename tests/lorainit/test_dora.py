@@ -16,7 +16,7 @@ from lorainit.config.events import InitReport, Metrics, Plan
 from lorainit.config.inits import INITS
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
-from lorainit.data.dataset import load
+from lorainit.data.reader import load
 from lorainit.init.evidence import Evidence
 from lorainit.init.initialize import initialize
 from lorainit.model.layers.factors import Factors

@@ -25,7 +25,7 @@ from lorainit.config.errors import InitFailed, UnsupportedModel
 from lorainit.config.events import Done, InitReport, Message, Metrics
 from lorainit.config.spec import Lora
 from lorainit.data.batches import Budget, collate
-from lorainit.data.dataset import load
+from lorainit.data.reader import load
 from lorainit.export import model_card
 from lorainit.export.check import check, prompts
 from lorainit.export.effect import observe

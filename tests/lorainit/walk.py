@@ -17,9 +17,9 @@ from lorainit.config.errors import Stopped
 from lorainit.config.events import Event, Metrics
 from lorainit.config.spec import RunSpec
 from lorainit.data.batches import Batch
-from lorainit.data.dataset import Sample, _Draft
+from lorainit.data.dataset import Sample
 from lorainit.data.formats.rows import BadRow, Row
-from lorainit.data.reader import Encoded
+from lorainit.data.reader import Encoded, _Draft
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
 
 ROOT = f"{Path(library.__file__).parent}/"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorainit.config.events import Event, Metrics
-from lorainit.data.dataset import load
+from lorainit.data.reader import load
 from lorainit.model.load import load_tokenizer
 from lorainit.run import run
 from lorainit.train import adapter_trainer

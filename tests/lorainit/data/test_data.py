@@ -14,7 +14,8 @@ from lorainit.config.errors import (
 )
 from lorainit.config.spec import Data
 from lorainit.data.batches import Budget, batches, collate, order
-from lorainit.data.dataset import Sample, load, require_readable
+from lorainit.data.dataset import Sample, require_readable
+from lorainit.data.reader import load
 from tests.lorainit.conftest import PLAIN_TEMPLATE, chat, make_tokenizer, write_rows
 
 

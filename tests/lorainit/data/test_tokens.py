@@ -13,7 +13,8 @@ import torch
 from lorainit.config.errors import InvalidTrainingFile, UnsupportedModel
 from lorainit.config.events import Message, Tick
 from lorainit.data import tokens
-from lorainit.data.dataset import load, refuse, tokenize
+from lorainit.data.dataset import refuse
+from lorainit.data.reader import load, tokenize
 from lorainit.model.base import open_base
 from lorainit.model.load import load_tokenizer
 from lorainit.model.source import digest

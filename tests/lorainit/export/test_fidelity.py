@@ -13,7 +13,8 @@ from lorainit.config.errors import ExportCheckFailed
 from lorainit.config.events import Message
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.data.batches import collate
-from lorainit.data.dataset import Dataset, Sample, load
+from lorainit.data.dataset import Dataset, Sample
+from lorainit.data.reader import load
 from lorainit.export import early_check, fidelity
 from lorainit.export.check import with_stock_peft
 from lorainit.export.fidelity import HeldOut, held_out, measure, token_losses

@@ -7,7 +7,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
-from lorainit.data.dataset import load
+from lorainit.data.reader import load
 from lorainit.init import report
 from lorainit.init.initialize import initialize
 from lorainit.model.forward.loss import logits_of, row_losses, sum_losses

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from lorainit.data.chat.template import Rendered, Template
-from lorainit.data.dataset import Dataset, load
+from lorainit.data.dataset import Dataset
 from lorainit.data.formats.conversation import Fault
-from lorainit.data.reader import Encoder
+from lorainit.data.reader import Encoder, load
 from tests.lorainit.conftest import SPECIALS, TEMPLATE, chat, make_tokenizer, write_rows
 
 WORDS = ["system user assistant tool\n\n\n\n    x", "Two is four. ASSISTANT: USER: Two\n\nTwo", "the the cat sat"] * 4

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from lorainit.data.dataset import load
 from lorainit.data.formats import rows as module
 from lorainit.data.formats.file_report import check_file
 from lorainit.data.formats.rows import read_rows
+from lorainit.data.reader import load
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -8,7 +8,8 @@ import torch
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.data.batches import Budget, batches, collate
-from lorainit.data.dataset import Sample, load
+from lorainit.data.dataset import Sample
+from lorainit.data.reader import load
 from lorainit.init.evidence import gradients
 from lorainit.init.evidence.collect import collect
 from lorainit.init.evidence.gradients import mean_gradients

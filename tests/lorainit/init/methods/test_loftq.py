@@ -10,7 +10,7 @@ from lorainit.config.errors import UnsupportedInit
 from lorainit.config.events import InitReport, Message
 from lorainit.config.inits.quantized import LoftQ
 from lorainit.data.batches import collate
-from lorainit.data.dataset import load
+from lorainit.data.reader import load
 from lorainit.init.evidence import Evidence
 from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import _rise, initialize

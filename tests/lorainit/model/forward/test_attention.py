@@ -8,7 +8,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import MistralConfig, MistralForCausalLM
 
 from lorainit.data.batches import collate, pack
-from lorainit.data.dataset import Sample, load
+from lorainit.data.dataset import Sample
+from lorainit.data.reader import load
 from lorainit.model.forward import attention
 from lorainit.model.forward.loss import sum_losses
 from lorainit.model.layout import choose_layout

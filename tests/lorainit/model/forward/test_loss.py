@@ -8,7 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lorainit.data.batches import collate
-from lorainit.data.dataset import load
+from lorainit.data.reader import load
 from lorainit.model.forward import head
 from lorainit.model.forward.loss import logits_of, sum_losses, sum_losses_by_adapter
 from lorainit.model.load import load_model

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit.context import RunRequest
 from lorainit.data.batches import Budget, any_length, batches, collate, pack
-from lorainit.data.dataset import Sample, load
+from lorainit.data.dataset import Sample
+from lorainit.data.reader import load
 from lorainit.init.evidence.gradients import mean_gradients
 from lorainit.model.forward.loss import row_losses, sum_losses_by_adapter
 from lorainit.model.forward.positions import forget_lengths, regime_of

@@ -14,7 +14,7 @@ from lorainit.config.errors import Dropped, GroupMismatch, InvalidTrainingFile, 
 from lorainit.config.events import Checkpoint, Done, Metrics
 from lorainit.context import RunRequest
 from lorainit.data.batches import pack
-from lorainit.data.dataset import load
+from lorainit.data.reader import load
 from lorainit.model.forward.loss import sum_losses, sum_losses_by_adapter
 from lorainit.model.layers import group
 from lorainit.model.layers.factors import Factors
