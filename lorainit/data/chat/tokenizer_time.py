@@ -3,7 +3,7 @@
 Oniguruma ends a match that goes back too often with an error, which is a refusal. An expression that stays below that
 limit at each letter is slow all the same, and cannot be interrupted from Python: so it is tried on texts that grow,
 when a base is inspected and when a run opens it. An expression that is slow on other texts than these is found by the
-row that has one (`lorainit.data.dataset`), where Oniguruma ends it.
+row that has one (`lorainit.data.reader`), where Oniguruma ends it.
 """
 
 import time

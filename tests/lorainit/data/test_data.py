@@ -299,7 +299,7 @@ def test_rows_that_are_tokenized_together_are_what_each_is_by_itself(tmp_path, m
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     found = {}
     for together in (1, 7, 64):
-        monkeypatch.setattr("lorainit.data.dataset.TOGETHER_ROWS", together)
+        monkeypatch.setattr("lorainit.data.reader.TOGETHER_ROWS", together)
         data = load(path, tokenizer, max_length=256)
         found[together] = [(s.line, s.ids.tolist(), s.trained.tolist()) for s in data.samples]
     # And without reading anything ahead.
