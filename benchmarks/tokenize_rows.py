@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a worker's runs
 
 from benchmarks.init_cases import SOURCE  # noqa: E402
-from lorainit.data import dataset  # noqa: E402
+from lorainit.data import reader  # noqa: E402
 from lorainit.model.load import load_tokenizer, locate_base  # noqa: E402
 
 ROUNDS = 3
@@ -67,12 +67,12 @@ def main() -> None:
                 tokenizer(texts, add_special_tokens=False)
 
             def ours(path: Path = path) -> None:
-                dataset.tokenize(path, tokenizer, max_length=2048, folder=folder)
+                reader.tokenize(path, tokenizer, max_length=2048, folder=folder)
 
             bare, whole = seconds(least), seconds(ours)
-            together, dataset.TOGETHER_ROWS = dataset.TOGETHER_ROWS, 1
+            together, reader.TOGETHER_ROWS = reader.TOGETHER_ROWS, 1
             single = seconds(ours)
-            dataset.TOGETHER_ROWS = together
+            reader.TOGETHER_ROWS = together
             speeds = [f"{len(made) / taken:.0f}" for taken in (bare, whole, single)]
             name = f"{answers} answer{'s' * (answers > 1)}"
             print(f"| {name} | {speeds[0]} | {speeds[1]} | {whole / bare:.1f} | {speeds[2]} |", flush=True)

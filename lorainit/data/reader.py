@@ -56,7 +56,7 @@ class Encoder:
         self._ahead: dict[str, Tokens] = {}
         self._begins_anew = self._encode("\na")[0] != self._encode("\n")[0] + self._encode("a")[0]
 
-    def ahead(self, texts: Iterable[Sequence[str]]) -> None:
+    def tokenize_ahead(self, texts: Iterable[Sequence[str]]) -> None:
         """Read the pieces of several texts at once, in half the time: those that `text` and `pair` are given next.
 
         Args:

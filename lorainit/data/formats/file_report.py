@@ -47,14 +47,14 @@ def check_file(source: BinaryIO | str | Path) -> FileReport:
     if isinstance(source, str | Path):
         with Path(source).open("rb") as stream:
             return check_file(stream)
-    tally = _Tally()
+    tally = _Counts()
     for row in scan(source, tally.seen):
         tally.add(row)
     return tally.report()
 
 
 @dataclass
-class _Tally:
+class _Counts:
     """The running counts of one pass over a file."""
 
     seen: Seen = field(default_factory=Seen)
