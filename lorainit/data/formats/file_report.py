@@ -47,10 +47,10 @@ def check_file(source: BinaryIO | str | Path) -> FileReport:
     if isinstance(source, str | Path):
         with Path(source).open("rb") as stream:
             return check_file(stream)
-    tally = _Counts()
-    for row in scan(source, tally.seen):
-        tally.add(row)
-    return tally.report()
+    counts = _Counts()
+    for row in scan(source, counts.seen):
+        counts.add(row)
+    return counts.report()
 
 
 @dataclass
