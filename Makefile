@@ -8,14 +8,15 @@ READY := $(VENV)/.lorainit-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Every package in the version and with the hash that requirements/ has: docs/decisions/0037
 LOCKED := $(PIP) install --require-hashes --no-deps
-# Each process runs whole files of tests: docs/decisions/0063
-SIDE_BY_SIDE = -n $(N) --dist loadfile
+# Processes of `make test`; each runs whole files: docs/decisions/0063
+N ?= auto
 
-.PHONY: help setup demo serve test test-quick test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load bench-start gpu-day docs clean
+.PHONY: help setup demo serve test test-times test-quick test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load bench-start gpu-day docs clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
-	@echo "make test       the whole test suite; N=auto: in several processes (no whole run of them was timed)"
+	@echo "make test       the whole test suite, in one process more than there are cores; N=0: in one process"
+	@echo "make test-times what the last make test took: docs/tests.md (the slowest tests) and the order of files"
 	@echo "make test-quick the tests of what differs from main (BASE=), then a few of everything, in about a minute"
 	@echo "make serve      keep the service running; prints its URL and a first API key"
 	@echo "make check      format, lint, types, import contracts, migration drift, tests, audit"
@@ -63,7 +64,10 @@ test: setup
 	@$(BIN)/python tests/deploy/environment.py
 	@$(BIN)/python tests/readers/environments.py
 	@$(BIN)/python tests/templates/environment.py
-	$(BIN)/python -m pytest $(if $(N),$(SIDE_BY_SIDE))
+	$(BIN)/python -m pytest -n $(N) --junitxml .test-times.xml
+
+test-times: setup
+	@$(BIN)/python -m tests.times
 
 test-quick: setup
 	@$(BIN)/python -m tests.quick $(if $(BASE),--base $(BASE))
@@ -137,4 +141,4 @@ docs: setup
 	$(BIN)/python -m docs.generate
 
 clean:
-	rm -rf $(VENV) .venvs .state .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venvs .state .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .test-times.xml *.egg-info

@@ -27,9 +27,9 @@ from api.core.files import storage
 from api.core.models import catalogue
 from api.core.queue import positions, queue
 from tests import servers
-from tests.side_by_side import pytest_xdist_auto_num_workers
+from tests.side_by_side import pytest_collection_modifyitems, pytest_xdist_auto_num_workers
 
-__all__ = ["pytest_xdist_auto_num_workers"]  # pytest finds its hooks here
+__all__ = ["pytest_collection_modifyitems", "pytest_xdist_auto_num_workers"]  # pytest finds its hooks here
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
-"""In how many processes `make test N=auto` runs, and what `make test-quick` chooses."""
+"""In how many processes `make test` runs and in which order, and what `make test-quick` chooses."""
 
+import json
 import subprocess
 from math import inf
 from pathlib import Path
@@ -22,10 +23,39 @@ AMONG = {
 
 @pytest.mark.parametrize(
     ("cores", "free", "count"),
-    [(2, 64 * GIB, 2), (16, 9 * GIB, 2), (16, 64 * GIB, 16), (4, 1 * GIB, 1), (3, None, 3)],
+    [(2, 64 * GIB, 3), (16, 9 * GIB, 2), (15, 64 * GIB, 16), (4, 1 * GIB, 1), (3, None, 4)],
 )
-def test_there_are_as_many_processes_as_cores_and_memory_allow(cores: int, free: int | None, count: int) -> None:
+def test_there_is_one_process_more_than_cores_where_memory_allows(cores: int, free: int | None, count: int) -> None:
     assert side_by_side.processes(cores, free) == count
+
+
+def items(*names: str) -> list[Any]:
+    return [SimpleNamespace(nodeid=f"{one[0]}.py::{one}") for one in names]
+
+
+def order_of(found: list[Any]) -> list[str]:
+    return [item.nodeid.rpartition(":")[2] for item in found]
+
+
+def test_files_are_handed_out_longest_first_and_a_new_one_last() -> None:
+    found = items("a1", "b1", "n1", "a2", "b2")
+    side_by_side.sort_longest_first(found, {"a.py": 1, "b.py": 70})
+    assert order_of(found) == ["b1", "b2", "a1", "a2", "n1"]
+
+
+def test_one_process_keeps_the_order_of_pytest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "seconds.json").write_text('{"b.py": 70}')
+    monkeypatch.setattr(side_by_side, "SECONDS", tmp_path / "seconds.json")
+    alone, beside = SimpleNamespace(), SimpleNamespace(workerinput={})
+    for config, order in ((alone, ["a1", "b1"]), (beside, ["b1", "a1"])):
+        found = items("a1", "b1")
+        side_by_side.pytest_collection_modifyitems(config, found)  # type: ignore[arg-type]
+        assert order_of(found) == order
+
+
+def test_files_with_recorded_seconds_exist() -> None:
+    gone = [name for name in json.loads(side_by_side.SECONDS.read_text()) if not (quick.ROOT / name).exists()]
+    assert gone == [], "run `make test` and `make test-times`"
 
 
 @pytest.mark.parametrize(
@@ -46,9 +76,9 @@ def test_files_of_the_core_exist() -> None:
 
 
 def test_a_quick_run_takes_file_after_file_in_the_order_given() -> None:
-    items: list[Any] = [SimpleNamespace(nodeid=f"{one[0]}.py::{one}") for one in ("a1", "b1", "a2", "b2")]
-    quick.TimeLimit(["b.py", "a.py"], inf).pytest_collection_modifyitems(items)
-    assert [item.nodeid.rpartition(":")[2] for item in items] == ["b1", "b2", "a1", "a2"]
+    found = items("a1", "b1", "a2", "b2")
+    quick.TimeLimit(["b.py", "a.py"], inf).pytest_collection_modifyitems(found)
+    assert order_of(found) == ["b1", "b2", "a1", "a2"]
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(inf, {}), (0, {"a.py": 2})])
