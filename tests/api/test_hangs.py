@@ -23,9 +23,10 @@ from api.core.settings import Settings, get_settings
 from api.routes import health
 from tests import servers, stub_worker
 from tests.api.conftest import JOBS, JSONL, Lab, a_lab, refused
+from tests.promises import within
 from tests.things import MODEL
 
-IN_TIME = 5.0
+IN_TIME = 5.0  # on an idle machine
 
 
 # --- no session is open while storage reads or writes ------------------------------------------------
@@ -139,17 +140,17 @@ class Frozen:
     def __init__(self, storage: Storage) -> None:
         self._storage, self.thawed, self.time = storage, threading.Event(), 0.0
         self.thawed.set()
-        self.breaker = Breaker("storage", self.look, clock=self.clock, pause=lambda _: self.thawed.wait(10))
+        self.breaker = Breaker("storage", self.look, clock=self.clock, pause=lambda _: self.thawed.wait(60))
 
     def clock(self) -> float:
         self.time += 0.0 if self.thawed.is_set() else 1.0
         return self.time
 
     def look(self) -> None:
-        self.thawed.wait(10)
+        self.thawed.wait(60)
 
     def __getattr__(self, name: str) -> Any:
-        assert self.thawed.wait(10)
+        assert self.thawed.wait(60)
         return getattr(self._storage, name)
 
 
@@ -164,7 +165,7 @@ class Hanging:
 
     def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         for chunk in self._frozen.read(key, start=start, end=end):
-            assert self._frozen.thawed.wait(10)
+            assert self._frozen.thawed.wait(60)
             yield chunk
 
     def delete(self, key: str) -> None:
@@ -245,7 +246,7 @@ def test_a_download_whose_store_freezes_in_the_middle_is_let_go(tmp_path: Path) 
     frozen.thawed.set()
 
 
-def until(what: Callable[[], bool], seconds: float = 30) -> None:
+def until(what: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not come"
@@ -324,16 +325,18 @@ def _freeze_and_thaw(service: Service, server: servers.Postgres) -> None:
         assert {answer.status for answer in answers} == {503}
         assert {answer.reply.json()["error"]["code"] for answer in answers} == {"not_ready"}
         assert all(1 <= int(answer.reply.headers["retry-after"]) <= 10 for answer in answers)
-        assert max(answer.seconds for answer in answers) < IN_TIME
-        assert max(answer.seconds for answer in health_checks.result()) < IN_TIME
+        assert max(answer.seconds for answer in answers) < within(IN_TIME)
+        assert max(answer.seconds for answer in health_checks.result()) < within(IN_TIME)
         assert all(answer.status == 200 for answer in health_checks.result()[::2])
         assert service.ask("GET", "/readyz").status == 503
         again = service.at_once(*routes, times=20)
         assert {answer.status for answer in again} == {503}
-        assert sum(answer.seconds for answer in again) / len(again) < SILENCE_SECONDS + PROBE_SECONDS, "refused at once"
+        assert sum(answer.seconds for answer in again) / len(again) < within(SILENCE_SECONDS + PROBE_SECONDS), (
+            "refused at once"
+        )
     finally:
         thaw()
-    until(lambda: service.ask("GET", "/readyz").status == 200, seconds=15)
+    until(lambda: service.ask("GET", "/readyz").status == 200, seconds=120)
     assert {answer.status for answer in service.at_once(*routes, times=5)} == {200}
 
 
@@ -359,13 +362,13 @@ def _freeze_and_thaw_the_bucket(service: Service, process: Any) -> None:
             beside = service.at_once(*others, times=5)
         assert {answer.status for answer in beside} == {200}
         assert {answer.status for answer in downloads.result()} == {503}
-        assert max(answer.seconds for answer in downloads.result()) < IN_TIME
+        assert max(answer.seconds for answer in downloads.result()) < within(IN_TIME)
         files = {"file": ("a.jsonl", JSONL)}
         upload = service.ask("POST", "/v1/files", files=files, data={"purpose": "evals"})
-        assert (upload.status, upload.seconds < IN_TIME) == (503, True)
-        assert service.ask("GET", "/readyz").seconds < IN_TIME
+        assert (upload.status, upload.seconds < within(IN_TIME)) == (503, True)
+        assert service.ask("GET", "/readyz").seconds < within(IN_TIME)
     finally:
         thaw()
-    until(lambda: service.ask(*content).status == 200, seconds=15)
-    until(lambda: service.ask("GET", "/readyz").status == 200, seconds=15)
+    until(lambda: service.ask(*content).status == 200, seconds=120)
+    until(lambda: service.ask("GET", "/readyz").status == 200, seconds=120)
     service.upload()

@@ -90,7 +90,7 @@ def transcript(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
                     name: value for name, value in os.environ.items() if "OPENAI" not in name and "PYTHON" not in name
                 }
                 command = [python_of(major), SCRIPT, folder / f"{major}.json"]
-                done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=240, check=False)
+                done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=800, check=False)
                 assert done.returncode == 0, done.stderr[-3000:]
                 return json.loads(done.stdout)
 

@@ -98,7 +98,7 @@ def await_what_was_left_alone() -> None:
     """Actions of lost jobs, for which no worker waits: they may hold a connection to this test's database."""
     for thread in threading.enumerate():
         if thread.name == "action":
-            thread.join(20)
+            thread.join(300)
             assert not thread.is_alive()
 
 
@@ -106,7 +106,7 @@ def when(condition: Any, action: Any) -> threading.Thread:
     """Do something while a run is going on; a condition that never comes true fails the test."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < deadline, "what the test waits for did not happen"
             time.sleep(0.02)

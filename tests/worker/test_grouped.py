@@ -20,6 +20,7 @@ from api.core.files.storage import get_storage
 from api.core.jobs import jobs
 from api.core.jobs.jobs import Lease
 from api.core.settings import get_settings
+from tests.promises import within
 from tests.worker.conftest import Lab, when
 from worker import tasks
 from worker.app import drain_file
@@ -79,7 +80,7 @@ def test_one_slow_upload_holds_up_nobody(lab: Lab, monkeypatch: pytest.MonkeyPat
 
     def slow(job: Job, *rest: Any) -> None:
         if job.seed == 1:
-            assert released.wait(15)
+            assert released.wait(300)
         store(job, *rest)
 
     monkeypatch.setattr(artifacts, "store_checkpoint", slow)
@@ -100,7 +101,7 @@ def test_workers_that_claim_at_the_same_time_share_no_job(environment: pytest.Mo
     lab, start = Lab(tmp_path, environment, count=12), threading.Barrier(4)
 
     def claim(worker: int) -> list[str]:
-        start.wait(5)
+        start.wait(300)
         with session_scope() as session:
             claimed = jobs.claim(session, f"w{worker}", lease_seconds=30, group_size=3)
             session.commit()
@@ -152,7 +153,7 @@ def test_when_all_members_are_cancelled_the_process_is_killed(lab: Lab) -> None:
         time.sleep(60)
     """)
     waiting.join()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < within(5)
     assert lab.statuses() == ["cancelled"] * 3
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from api.embedded.children import Child, follow
 from tests.api.cli.conftest import gone
+from tests.promises import within
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 PARENT = """
@@ -32,7 +33,7 @@ def test_a_child_dies_with_a_killed_parent(tmp_path: Path) -> None:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
-    assert gone([pid], seconds=2)
+    assert gone([pid], seconds=within(2))
 
 
 def test_a_fallen_child_is_started_later_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path: 
     pids = [child.process.pid, *below]
     assert len(pids) == 2
     child.stop()
-    assert gone(pids, seconds=1)
+    assert gone(pids, seconds=within(1))
 
 
 def test_following_a_log_gives_whole_lines_once(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_no_process_starts_with_what_it_cannot_use(
 ) -> None:
     environment.setenv(f"LORAINIT_{name}", value)
     done = subprocess.run(
-        [sys.executable, "-m", *program.split()], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+        [sys.executable, "-m", *program.split()], capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path
     )
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
     assert done.stderr.startswith("error: ")
@@ -108,7 +108,7 @@ def test_no_process_starts_with_what_it_cannot_use(
 def test_the_api_says_which_address_is_none(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment.setenv("LORAINIT_HOST", "no-such-host.invalid")
     done = subprocess.run(
-        [sys.executable, "-m", "api.server"], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+        [sys.executable, "-m", "api.server"], capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: LORAINIT_HOST: 'no-such-host.invalid' is not an address")

@@ -15,11 +15,11 @@ def test_threads_that_come_first_at_once_get_the_same() -> None:
     @singleton
     def thing() -> object:
         first_is_making.set()
-        second_came.wait(10)
+        second_came.wait(300)
         return object()
 
     def second() -> object:
-        first_is_making.wait(10)
+        first_is_making.wait(300)
         second_came.set()
         return thing()
 
@@ -33,7 +33,7 @@ def test_all_threads_share_one_engine() -> None:
     together = Barrier(8)
 
     def engine(_: int) -> int:
-        together.wait(10)
+        together.wait(300)
         return id(database.get_engine())
 
     with ThreadPoolExecutor(8) as pool:

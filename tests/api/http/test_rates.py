@@ -12,6 +12,7 @@ from api.core.access import rates
 from api.middleware import _duration
 from tests import servers
 from tests.api.conftest import JOBS, Lab, refused
+from tests.promises import within
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_without_its_broker_the_service_answers_without_a_limit(
     start = time.monotonic()
     assert [lab.client.get("/v1/files").status_code for _ in range(20)] == [200] * 20
     assert headers_of(lab) == {}
-    assert time.monotonic() - start < 5  # asked once, then not for a while
+    assert time.monotonic() - start < within(5)  # asked once, then not for a while
     assert capsys.readouterr().out.count("rate_limit_suspended") == 1
     rates.get_limiter.cache_clear()
 
@@ -134,7 +135,7 @@ def test_a_frozen_broker_costs_one_wait(monkeypatch: pytest.MonkeyPatch) -> None
         limiter = rates.Limiter(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", limit=1)
         start = time.monotonic()
         assert [limiter.take("key_x") for _ in range(50)] == [None] * 50
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < within(2)
 
 
 @pytest.mark.parametrize(

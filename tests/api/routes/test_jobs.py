@@ -19,6 +19,7 @@ from api.core.queue import queue
 from lorainit.config.events import Warned
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, mark, refused
+from tests.promises import within
 from tests.things import MODEL, a_queued_job, a_worker
 
 # Section by section: everything a job object always has.
@@ -356,7 +357,7 @@ def test_a_job_is_shown_from_the_database_alone(
 
 def test_times_are_whole_seconds(lab: Lab) -> None:
     job = lab.order()
-    assert abs(job["created_at"] - datetime.now(UTC).timestamp()) < 5
+    assert abs(job["created_at"] - datetime.now(UTC).timestamp()) < within(5)
 
 
 # --- resources ----------------------------------------------------------------------------------

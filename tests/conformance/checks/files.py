@@ -22,7 +22,7 @@ def validation() -> Seen:
     bad = b'{"messages": [{"role": "user", "content": "x"}]}\n'
     seen = {}
     for name, content in {"good": GOOD, "partly": GOOD + bad, "hopeless": b"hello\n"}.items():
-        file = CLIENT.files.wait_for_processing(upload(content).id, poll_interval=0.1, max_wait_seconds=20)
+        file = CLIENT.files.wait_for_processing(upload(content).id, poll_interval=0.1, max_wait_seconds=200)
         seen[name] = [file.status, file.validation["error_count"], file.status_details]
     assert [row[0] for row in seen.values()] == ["processed", "processed", "error"]
     assert "line 1" in seen["hopeless"][2]

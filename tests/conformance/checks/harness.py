@@ -111,7 +111,7 @@ _shared: dict[str, Any] = {}
 def training_file() -> str:
     """One checked file that all checks share."""
     if "file" not in _shared:
-        _shared["file"] = CLIENT.files.wait_for_processing(upload().id, poll_interval=0.1, max_wait_seconds=20).id
+        _shared["file"] = CLIENT.files.wait_for_processing(upload().id, poll_interval=0.1, max_wait_seconds=200).id
     return str(_shared["file"])
 
 
@@ -120,7 +120,7 @@ def order(**fields: Any) -> Any:
 
 
 def wait(job: Any, *states: str) -> Any:
-    deadline = time.time() + 30
+    deadline = time.time() + 200
     while job.status not in states:
         assert time.time() < deadline, f"still {job.status}"
         time.sleep(0.05)

@@ -13,6 +13,7 @@ import pytest
 
 from api.core.devices.run_environment import make_environment_without_secrets
 from lorainit.config.events import Event, Message, Metrics
+from tests.promises import within
 from worker.child.supervisor import Outcome, RunPaths, run_child
 from worker.child.warm import WarmProcess
 
@@ -256,7 +257,7 @@ run_child([RunPaths(place / "spec.json", place / "out", place / "lease")], grace
     assert len(processes) == 2
     slot.kill()
     slot.communicate()
-    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert psutil.wait_procs(processes, timeout=within(5))[1] == []
 
 
 def test_a_real_run_that_is_forked_ends_with_the_bits_of_one_from_scratch(tmp_path: Path) -> None:
