@@ -40,6 +40,7 @@ def test_what_needs_no_server_ends_quietly(nobody: int, command: tuple[str, ...]
     assert (done.returncode, done.stderr) == (CLOSED, "")
 
 
+@pytest.mark.slow  # the command that `list` and `migrate` end as well
 def test_doctor_ends_quietly(nobody: int, tmp_path: Path) -> None:
     done = run(*API, "doctor", "--state", str(tmp_path / "none"), out=nobody)
     assert (done.returncode, done.stderr) == (CLOSED, "")
@@ -50,6 +51,7 @@ def test_doctor_of_a_run_ends_quietly(nobody: int) -> None:
     assert (done.returncode, done.stderr) == (CLOSED, "")
 
 
+@pytest.mark.slow  # the program whose other command is the doctor
 def test_facts_of_a_base_end_quietly(nobody: int, tiny: Path) -> None:
     done = run(*ENGINE, "inspect", str(tiny), out=nobody)
     assert (done.returncode, done.stderr) == (CLOSED, "")

@@ -9,7 +9,7 @@ from openai import OpenAI
 from transformers import AutoConfig
 
 from tests import hub
-from tests.api.cli.conftest import Served, environment, lorainit
+from tests.api.cli.conftest import Served, called, environment, lorainit
 
 TINY = ("--model", "tiny", "--r", "4")
 
@@ -26,7 +26,7 @@ def one_error(done: "object") -> str:
 
 def test_an_order_is_followed_and_its_adapter_downloaded(served: Served, rows: Path, tmp_path: Path) -> None:
     options = ("--init", "loram", "--validation", str(rows), "--lr", "0.01", "--steps", "3", "--suffix", "cli")
-    done = served.run("submit", str(rows), *TINY, *options, "--batch", "4", "--seed", "7", "--watch")
+    done = served.run_alone("submit", str(rows), *TINY, *options, "--batch", "4", "--seed", "7", "--watch")
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()
     assert job.startswith("ftjob-")
@@ -34,16 +34,16 @@ def test_an_order_is_followed_and_its_adapter_downloaded(served: Served, rows: P
     assert "Step 3/3: training loss=" in done.stderr
     assert "succeeded: ft:tiny:local:cli:" in done.stderr
 
-    listed = served.run("list").stdout
+    listed = served.run_alone("list").stdout
     assert listed.splitlines()[1].split()[:6] == [job, "succeeded", "100", "tiny", "loram", "4"]
 
     folder = tmp_path / "adapter"
-    assert served.run("download", job, str(folder)).stdout.strip() == str(folder)
+    assert served.run_alone("download", job, str(folder)).stdout.strip() == str(folder)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8  # 2r: the start is subtracted
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     names_no_model_of_a_hub(folder)
-    assert "exists already" in one_error(served.run("download", job, str(folder)))
-    assert "has already succeeded" in one_error(served.run("cancel", job))
+    assert "exists already" in one_error(served.run_alone("download", job, str(folder)))
+    assert "has already succeeded" in one_error(served.run_alone("cancel", job))
 
 
 def names_no_model_of_a_hub(adapter: Path) -> None:
@@ -67,7 +67,7 @@ def test_an_entry_means_the_same_from_everywhere(catalogue: Path, tiny: Path) ->
 def test_a_root_or_an_id_that_is_none_is_refused(tiny: Path) -> None:
     for option, wrong in (("--root", "tiny"), ("--id", "ti ny")):
         options = {"--id": "tiny", option: wrong}
-        refused = lorainit("models", "inspect", str(tiny), *(part for pair in options.items() for part in pair))
+        refused = called("models", "inspect", str(tiny), *(part for pair in options.items() for part in pair))
         assert one_error(refused).startswith(f"{option} must be ")
 
 
@@ -125,20 +125,20 @@ def test_an_init_that_is_no_json_is_refused(served: Served, rows: Path) -> None:
 
 
 def test_the_methods_of_the_server_are_listed(served: Served) -> None:
-    here, there = lorainit("methods"), served.run("methods")
+    here, there = called("methods"), served.run("methods")
     assert here.stdout == there.stdout != ""
 
 
 @pytest.mark.parametrize("option", ["--project", "--name"])
 @pytest.mark.parametrize("text", ["", "  ", "a\nb", "x" * 256])
 def test_a_name_that_is_none_is_refused(option: str, text: str, served: Served) -> None:
-    refused = lorainit("keys", "create", "--state", str(served.state), option, text)
+    refused = called("keys", "create", "--state", str(served.state), option, text)
     assert one_error(refused).startswith(f"{option} must be a name of 1 to 255 printable characters")
 
 
 def test_an_address_without_v1_is_told_so(served: Served) -> None:
     bare = environment(OPENAI_BASE_URL=served.url.removesuffix("/v1"), OPENAI_API_KEY=served.key)
-    assert "the base URL of this API ends in /v1." in one_error(lorainit("list", env=bare))
+    assert "the base URL of this API ends in /v1." in one_error(called("list", env=bare))
 
 
 @pytest.mark.parametrize("command", [("serve",), ("migrate",), ("keys", "list"), ("keys", "create")])
@@ -153,7 +153,8 @@ def test_what_the_host_lacks_is_one_line(
     command: tuple[str, ...], variables: dict[str, str], words: str, tmp_path: Path
 ) -> None:
     env = environment(**{f"LORAINIT_{name}": value for name, value in variables.items()})
-    error = one_error(lorainit(*command, "--state", str(tmp_path / "state"), env=env))
+    run = lorainit if command == ("serve",) else called
+    error = one_error(run(*command, "--state", str(tmp_path / "state"), env=env))
     assert words in error
     assert "swordfish" not in error
 
@@ -162,30 +163,30 @@ def test_what_the_host_lacks_is_one_line(
 def test_without_an_address_or_a_key_nothing_is_sent_anywhere(name: str) -> None:
     both = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "OPENAI_API_KEY": "sk-x"}
     del both[name]
-    assert one_error(lorainit("list", env=environment(**both))).startswith(f"{name} is not set.")
+    assert one_error(called("list", env=environment(**both))).startswith(f"{name} is not set.")
 
 
 def test_a_server_that_is_not_there_is_one_line() -> None:
     gone = environment(OPENAI_BASE_URL="http://127.0.0.1:9/v1", OPENAI_API_KEY="sk-x")
-    assert one_error(lorainit("list", env=gone)).startswith("no usable answer from http://127.0.0.1:9/v1")
+    assert one_error(called("list", env=gone)).startswith("no usable answer from http://127.0.0.1:9/v1")
 
 
 def test_a_new_key_works_and_is_alone_on_standard_output(served: Served) -> None:
-    made = lorainit("keys", "create", "--state", str(served.state), "--project", "other")
+    made = called("keys", "create", "--state", str(served.state), "--project", "other")
     key = made.stdout.strip()
     assert made.stdout == f"{key}\n"
-    listed = lorainit("list", env=environment(OPENAI_BASE_URL=served.url, OPENAI_API_KEY=key))
+    listed = called("list", env=environment(OPENAI_BASE_URL=served.url, OPENAI_API_KEY=key))
     assert listed.returncode == 0
     assert "ftjob-" not in listed.stdout  # another project
 
 
 def test_a_key_that_no_header_can_carry_is_told_in_one_line() -> None:
     env = environment(OPENAI_BASE_URL="http://127.0.0.1:9/v1", OPENAI_API_KEY="sk-é")
-    assert "OPENAI_API_KEY" in one_error(lorainit("list", env=env))
+    assert "OPENAI_API_KEY" in one_error(called("list", env=env))
 
 
 def test_a_key_for_a_service_that_never_ran_is_refused(tmp_path: Path) -> None:
-    assert "no database at" in one_error(lorainit("keys", "create", "--state", str(tmp_path / "none")))
+    assert "no database at" in one_error(called("keys", "create", "--state", str(tmp_path / "none")))
     assert not (tmp_path / "none").exists()
 
 
@@ -195,11 +196,11 @@ def test_migrations_lead_to_the_tables_in_code() -> None:
 
 def test_migrations_are_undone_down_to_a_revision_and_done_again(tmp_path: Path) -> None:
     state = ("--state", str(tmp_path / "state"))
-    lorainit("migrate", *state)
-    assert "database at revision c4f1a96e07d3" in lorainit("migrate", "--back-to", "c4f1a96e07d3", *state).stdout
-    assert "no database at" in one_error(lorainit("keys", "list", *state))
-    assert "'nothing'" in one_error(lorainit("migrate", "--back-to", "nothing", *state))
-    assert "newest revision" in lorainit("migrate", *state).stdout
+    called("migrate", *state)
+    assert "database at revision c4f1a96e07d3" in called("migrate", "--back-to", "c4f1a96e07d3", *state).stdout
+    assert "no database at" in one_error(called("keys", "list", *state))
+    assert "'nothing'" in one_error(called("migrate", "--back-to", "nothing", *state))
+    assert "newest revision" in called("migrate", *state).stdout
 
 
 def test_a_model_that_is_none_gets_no_entry(tmp_path: Path) -> None:
@@ -210,17 +211,16 @@ def test_a_model_that_is_none_gets_no_entry(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_doctor_says_what_a_run_would_choose_here(tmp_path: Path) -> None:
-    nowhere = ("--state", str(tmp_path / "none"))  # not the folder of a service that runs in this checkout
-    done = lorainit("doctor", *nowhere)
-    assert done.returncode == 0, done.stderr
-    assert "fp32 products" in done.stdout
-    report = json.loads(lorainit("doctor", "--json", *nowhere).stdout)
-    assert {"ok", "checks", "machine", "packages", "choices"} == set(report)
-
-
-def test_the_doctor_changes_nothing_where_no_service_was_ever_started(tmp_path: Path) -> None:
+def test_the_doctor_says_what_a_run_would_choose_here_and_changes_nothing_where_no_service_was_started(
+    tmp_path: Path,
+) -> None:
     done = lorainit("doctor", "--state", str(tmp_path / "new"))
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fp32 products" in done.stdout
     assert "absent  database" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_tells_programs_the_same(tmp_path: Path) -> None:
+    report = json.loads(lorainit("doctor", "--json", "--state", str(tmp_path / "new")).stdout)
+    assert {"ok", "checks", "machine", "packages", "choices"} == set(report)

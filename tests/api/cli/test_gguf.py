@@ -31,9 +31,9 @@ def test_a_job_on_a_gguf_file_is_what_its_card_says(tiny: Path, root: str | None
     assert entry.returncode == 0, entry.stderr
     (shop / "models.toml").write_text(entry.stdout)
     with serving(tmp_path / "state", LORAINIT_CATALOGUE=str(shop / "models.toml")) as served:
-        sent = served.run("submit", str(rows), "--model", "mine", "--init", "lora_one", "--watch", cwd=elsewhere)
+        sent = served.run_alone("submit", str(rows), "--model", "mine", "--init", "lora_one", "--watch", cwd=elsewhere)
         assert sent.returncode in (0, 3), sent.stderr
-        assert served.run("download", sent.stdout.split()[0], cwd=elsewhere).returncode == 0
+        assert served.run_alone("download", sent.stdout.split()[0], cwd=elsewhere).returncode == 0
 
     (adapter,) = (path.parent for path in elsewhere.glob("*/adapter_config.json"))
     config = json.loads((adapter / "adapter_config.json").read_text())

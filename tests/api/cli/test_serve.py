@@ -15,7 +15,8 @@ import pytest
 
 from api.core.settings import Settings
 from api.embedded.service import Service
-from tests.api.cli.conftest import Served, environment, gone, lorainit, serving
+from tests.api.cli.conftest import Served, called, environment, gone, lorainit, serving
+from tests.promises import within
 
 
 def tree(pid: int) -> list[int]:
@@ -84,7 +85,7 @@ def test_a_catalogue_that_cannot_be_used_is_told_before_anything_starts(
     if text is not None:
         (tmp_path / "models.toml").write_text(text)
     env = environment(LORAINIT_CATALOGUE="models.toml")
-    refused = lorainit("serve", "--state", "state", "--port", "0", env=env, cwd=tmp_path)
+    refused = called("serve", "--state", "state", "--port", "0", env=env, cwd=tmp_path)
     assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
     assert str(tmp_path / "models.toml") in refused.stderr
     assert words.format(here=tmp_path) in refused.stderr
@@ -133,8 +134,8 @@ def test_sigterm_ends_the_whole_tree_in_seconds(tmp_path: Path) -> None:
         pids = tree(service.process.pid)
         assert len(pids) >= 6  # parent, broker, reconciler, worker and its pool child, API
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(20) == 0
-        assert gone(pids, seconds=1)
+        assert service.process.wait(within(20)) == 0
+        assert gone(pids, seconds=within(1))
         assert not (service.state / "service.json").exists()
 
 
@@ -142,7 +143,7 @@ def test_kill_9_takes_the_whole_tree_and_the_folder_serves_again(tmp_path: Path)
     with serving(tmp_path / "state") as service:
         pids = tree(service.process.pid)
         service.process.kill()
-        assert gone(pids, seconds=5)
+        assert gone(pids, seconds=within(5))
     with serving(tmp_path / "state") as again:
         # The project has a key by now, so none is made, and the old one still works.
         assert again.key == ""
