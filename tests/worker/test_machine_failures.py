@@ -22,7 +22,7 @@ from api.core.settings import get_settings
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.lorainit.conftest import chat
 from tests.test_job_path import tiny_base
-from tests.things import a_file, a_project, a_queued_job
+from tests.things import ON_ONE_DATABASE, a_file, a_project, a_queued_job
 from tests.worker import failing_child
 from tests.worker.conftest import Lab
 from worker import gpu_health, tasks
@@ -30,7 +30,7 @@ from worker.child import supervisor
 from worker.job import artifacts, retry
 
 __all__ = ["tiny_base"]  # a fixture
-pytestmark = pytest.mark.usefixtures("service")
+pytestmark = [pytest.mark.usefixtures("service"), ON_ONE_DATABASE]
 RECIPE = {
     "lora": Lora.model_validate({"init": "kaiming", "r": 2, "target_modules": ["q_proj"]})
     .resolved()[0]
@@ -80,11 +80,18 @@ def last_event(job: Job) -> str:
     ("fails", "told"),
     [
         ("CUDA", "The GPU failed while the run was using it: CUDA error: uncorrectable ECC error encountered"),
-        ("bus error", "The training process crashed (SIGBUS); a full /dev/shm is the usual cause (shm_size"),
-        ("shared memory", "There was no room left in /dev/shm, the memory that processes share (shm_size"),
+        pytest.param(
+            "bus error",
+            "The training process crashed (SIGBUS); a full /dev/shm is the usual cause (shm_size",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "shared memory",
+            "There was no room left in /dev/shm, the memory that processes share (shm_size",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_machine_that_fails_while_the_download_is_checked_is_no_verdict_on_the_job(
     worker: Worker, fails: str, told: str
 ) -> None:
@@ -94,7 +101,6 @@ def test_a_machine_that_fails_while_the_download_is_checked_is_no_verdict_on_the
     assert last_event(job).endswith("while verifying; the job goes back to the queue")
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_download_whose_check_crashed_is_checked_by_the_next_run(worker: Worker) -> None:
     assert worker("abort", DOWNLOAD).status == "queued"
     job = worker("")
@@ -102,7 +108,6 @@ def test_a_download_whose_check_crashed_is_checked_by_the_next_run(worker: Worke
     assert job.export_check["passed"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_gpu_that_fails_in_the_check_before_the_first_step_is_no_verdict_either(worker: Worker) -> None:
     job = worker("CUDA", BEFORE_TRAINING)
     assert (job.status, job.lost_runs, job.trained_tokens) == ("queued", 1, None), job.error
