@@ -29,6 +29,7 @@ from api.core.db.database import session_scope
 from tests import servers
 from tests.conftest import empty, forget, point_at
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama
+from tests.promises import within
 from tests.things import ON_ONE_DATABASE
 
 WORKER = ["-m", "celery", "-A", "worker.app", "worker"]
@@ -207,6 +208,7 @@ def test_a_job_is_ordered_and_trained(stack: Stack, trained: FineTuningJob) -> N
     assert job.fine_tuned_model in [model.id for model in stack.client.models.list()]
 
 
+@ON_ONE_DATABASE
 def test_the_download_is_a_plain_peft_adapter_and_holds_the_validation_loss_of_its_job(
     stack: Stack, trained: FineTuningJob, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -254,9 +256,9 @@ def test_cancel_stops_the_training_process_within_five_seconds(stack: Stack) -> 
     assert children_of(stack.processes["worker"])
     cancelled_at = time.monotonic()
     assert stack.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-    while children_of(stack.processes["worker"]) and time.monotonic() < cancelled_at + 10:
+    while children_of(stack.processes["worker"]):
+        assert time.monotonic() - cancelled_at < within(5)
         time.sleep(0.05)
-    assert time.monotonic() - cancelled_at < 5
     assert stack.messages(job.id)[-1] == "The job was cancelled"
 
 
@@ -270,7 +272,7 @@ def test_the_second_run_of_a_slot_is_split_off_what_has_torch_loaded(stack: Stac
     assert run.parent() == ready[0]
     assert any(job.id in word for word in words_of(run))
     stack.client.fine_tuning.jobs.cancel(job.id)
-    wait_for(lambda: not children_of(stack.processes["worker"]), seconds=5)
+    wait_for(lambda: not children_of(stack.processes["worker"]), seconds=within(5))
     assert ready[0].is_running()
     stack.wait(stack.create({"init": "kaiming", "r": 2}, n_epochs=1).id, "succeeded")
 
@@ -302,6 +304,7 @@ def assert_started_anew_after_every(story: list[str], loss: str) -> None:
     assert story.count("Fine-tuning job started") == 1 + lost, story
 
 
+@ON_ONE_DATABASE  # on PostgreSQL: tests/chaos/test_repairs.py
 def test_a_killed_worker_loses_no_job(stack: Stack) -> None:
     stack.stop_worker()
     worker = stack.start_worker(LORAINIT_LEASE_SECONDS="6")

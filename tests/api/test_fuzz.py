@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from tests.api.conftest import Lab
 from tests.api.test_tenancy import PUBLIC, things_of
+from tests.things import ON_ONE_DATABASE
 
 EXAMPLES = 8  # of each operation, in each mode
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -79,6 +80,7 @@ def test_no_request_with_a_key_makes_a_server_error_or_an_undocumented_answer(
     assert all(counts[status] > EXAMPLES for status in (200, 400, 403, 404)), counts
 
 
+@ON_ONE_DATABASE
 def test_no_request_without_a_key_gets_anything_but_a_401(app: Any, admin: Lab) -> None:
     def send(case: Case, known: bool) -> None:
         reply = ask(case, "Bearer sk-lorainit-0-1" if known else "")

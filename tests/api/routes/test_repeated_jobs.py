@@ -14,7 +14,7 @@ from lorainit.config.inits import INITS
 from lorainit.config.rates import RATES
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
-from tests.things import MODEL
+from tests.things import MODEL, ON_ONE_DATABASE
 
 OPTIMIZERS = [
     {"name": "adamw"}, {"name": "adamw_preconditioned", "damping": 1e-3}, {"name": "adamw_lora_plus", "ratio": 4.0},
@@ -66,6 +66,7 @@ def again(lab: Lab, answer: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
 
 
+@ON_ONE_DATABASE
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(training=TRAINING, lora=LORA)
 def test_a_job_ordered_from_an_answer_is_the_same_run(
