@@ -98,8 +98,10 @@ MUTANTS = {
     "late-ack": Mutant(late_ack, {**_SHORT, "only": "doorbells"}),
     # Four users order more than there are slots for, so that messages wait in the broker when it forgets them.
     "no-ring": Mutant(no_ring, {**_SHORT, "only": "wiped", "users": 4, "settle": 15.0}),
+    # Its jobs are stuck after a few seconds, and then there is nothing left to kill.
     "no-recovery": Mutant(
-        no_recovery, {**_SHORT, "only": "supervisor_frozen", "kills": 8, "settle": 15.0, "patience": 5.0}
+        no_recovery,
+        {**_SHORT, "only": "supervisor_frozen", "seconds": 8.0, "kills": 4, "settle": 15.0, "patience": 1.0},
     ),
 }
 

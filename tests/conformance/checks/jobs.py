@@ -189,7 +189,7 @@ def cancels() -> Seen:
     cancelled = []
     for number in range(CONFIG["races"]):
         job = order(metadata={"stub": "go"})
-        time.sleep(0.004 * (number % 40))
+        time.sleep(0.012 * number)  # a worker looks every tenth of a second
         late = raised(lambda job=job: JOBS.cancel(job.id))
         assert late is None or late.code == "invalid_job_state"
         if late is None:
