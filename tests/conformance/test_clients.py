@@ -23,6 +23,7 @@ from api.core.db import database, migrate
 from tests import servers
 from tests.conformance.environments import ROOT, VERSIONS, python_of
 from tests.conformance.proxy import recording
+from tests.promises import within
 from tests.things import MODEL
 
 SCRIPT = Path(__file__).parent / "checks"
@@ -84,7 +85,13 @@ def transcript(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
 
             @cache
             def of(major: str) -> Transcript:
-                given = {**config, "proxy": proxy.url, "empty_key": config[f"empty_{major}"], "races": RACES}
+                given = {
+                    **config,
+                    "proxy": proxy.url,
+                    "empty_key": config[f"empty_{major}"],
+                    "races": RACES,
+                    "second": within(1),
+                }
                 (folder / f"{major}.json").write_text(json.dumps(given))
                 clean = {
                     name: value for name, value in os.environ.items() if "OPENAI" not in name and "PYTHON" not in name

@@ -1,6 +1,5 @@
 """Request limits per key: OpenAI's headers, one bucket for all processes, and nothing lost with the broker."""
 
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +32,14 @@ def headers_of(lab: Lab, path: str = "/v1/files") -> dict[str, str]:
 
 
 def test_every_answer_says_what_is_left(limit: int, lab: Lab) -> None:
+    begun = time.monotonic()
     first, second = headers_of(lab), headers_of(lab, f"{JOBS}/ftjob-nope")
+    passed = time.monotonic() - begun + 0.01  # hundredths are shown
     assert first["x-ratelimit-limit-requests"] == second["x-ratelimit-limit-requests"] == "5"
     assert (first["x-ratelimit-remaining-requests"], second["x-ratelimit-remaining-requests"]) == ("4", "3")
-    assert re.fullmatch(r"1[12](\.\d+)?s", first["x-ratelimit-reset-requests"])  # a fifth of a minute
-    assert re.fullmatch(r"2[34](\.\d+)?s", second["x-ratelimit-reset-requests"])
+    resets = [float(one["x-ratelimit-reset-requests"].removesuffix("s")) for one in (first, second)]
+    assert 12 - passed < resets[0] <= 12, "a fifth of a minute"
+    assert 24 - passed < resets[1] <= 24
 
 
 def test_a_request_over_the_limit_is_refused_in_openais_words(limit: int, lab: Lab) -> None:
@@ -121,16 +123,17 @@ def test_without_its_broker_the_service_answers_without_a_limit(
     environment.setenv("LORAINIT_REQUESTS_PER_MINUTE", "1")
     rates.get_settings.cache_clear()
     rates.get_limiter.cache_clear()
-    start = time.monotonic()
+    environment.setattr(rates, "PAUSE_SECONDS", 3600.0)
     assert [lab.client.get("/v1/files").status_code for _ in range(20)] == [200] * 20
     assert headers_of(lab) == {}
-    assert time.monotonic() - start < within(5)  # asked once, then not for a while
+    # Asked once, then not for a while.
     assert capsys.readouterr().out.count("rate_limit_suspended") == 1
     rates.get_limiter.cache_clear()
 
 
 def test_a_frozen_broker_costs_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(rates, "PAUSE_SECONDS", 3600.0)
     with servers.socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
         limiter = rates.Limiter(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", limit=1)
         start = time.monotonic()
