@@ -22,6 +22,7 @@ from tests.chaos.mutants import MUTANTS
 from tests.chaos.nemesis import Nemesis
 from tests.chaos.orphans import Orphans
 from tests.chaos.storage import Bucket, Folder, SmallDisk, enter
+from tests.promises import within
 
 TICK_SECONDS = 0.05
 REAL_STEPS = 300
@@ -88,7 +89,7 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         nemesis = Nemesis(fleet, disk, **plan)
         book, orphans = Book(), Orphans(fleet)
         meet = partial(User, fleet.url, secret, book)
-        _loop(fleet, orphans, until=fleet.is_up, seconds=90)
+        _loop(fleet, orphans, until=fleet.is_up, seconds=within(90))
         users = [meet(name="peace", wants=real.orders(2, steps=REAL_STEPS))] if options.real else []
         for user in users:
             user.start()
@@ -102,7 +103,7 @@ def attack(place: Path, options: argparse.Namespace, *, can_mount: bool) -> Verd
         for user in users:
             user.closed.set()
         open_jobs = "SELECT id FROM jobs WHERE finished_at IS NULL"
-        _loop(fleet, orphans, until=lambda: not ledger.rows(open_jobs), seconds=options.settle, pause=0.5)
+        _loop(fleet, orphans, until=lambda: not ledger.rows(open_jobs), seconds=within(options.settle), pause=0.5)
         _loop(fleet, orphans, until=lambda: False, seconds=LEASE_SECONDS + 1)
         for user in users:
             user.gone.set()
