@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from lorainit.config.spec import RunSpec
+from lorainit.export import early_check, fidelity
 
 TEMPLATE = (
     "{%- if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif -%}"
@@ -172,6 +174,26 @@ def spec(bases: dict[str, Path], rows: Path):
 def wanted(spec):
     """The same of a wider base, four rows to a step and to a pass."""
     return lambda **more: spec("wide-llama", **{"micro_batch_size": 4, "training": {"batch_size": 4}, **more})
+
+
+@contextmanager
+def only_training():
+    """Runs in here neither try PEFT before the first step nor measure how well a download can be served.
+
+    That is half of a tiny run, and asked in tests/lorainit/export and by all tests without this. The download is
+    still checked.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(early_check, "check_export_early", lambda *_, **__: None)
+        patch.setattr(fidelity, "held_out", lambda *_: fidelity.HeldOut("training", []))
+        yield
+
+
+@pytest.fixture
+def training_only():
+    """`only_training` for a whole test, but not for what its fixtures of a wider scope run."""
+    with only_training():
+        yield
 
 
 def change_json(path: Path, **values: object) -> None:

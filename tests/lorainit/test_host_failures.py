@@ -22,6 +22,8 @@ from lorainit.model.source import files, find, hub
 from lorainit.run import run
 from lorainit.train import checkpoint
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 AT = "checkpoints/step-000002"
 
 
@@ -124,11 +126,18 @@ def test_a_spec_that_the_host_cannot_read_is_no_wrong_spec(tmp_path, cannot_open
 # --- checkpoints -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def run_before(spec, tmp_path_factory):
+    """The folder of a run with checkpoints."""
+    folder = tmp_path_factory.mktemp("before")
+    go(spec(), folder)
+    return folder
+
+
 @pytest.fixture
-def left(spec, tmp_path):
-    """The spec that goes on from a checkpoint, and its folder."""
-    go(spec(), tmp_path / "first")
-    folder = tmp_path / "first" / AT
+def left(spec, run_before, tmp_path):
+    """The spec that goes on from a checkpoint, and the checkpoint's folder, of this test alone."""
+    folder = Path(shutil.copytree(run_before / AT, tmp_path / "first" / AT))
     return spec(resume_from=str(folder)), folder
 
 

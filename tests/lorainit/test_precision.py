@@ -13,6 +13,8 @@ from lorainit.config.spec import Hyperparameters
 from lorainit.run import run
 from lorainit.runtime.devices import dtype_of, has_bf16, resolve_precision
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FIELD = "training.precision"
 

@@ -30,6 +30,8 @@ from lorainit.train.adapter_trainer import schedule
 from tests.lorainit.conftest import chat, write_rows
 from tests.lorainit.contexts import prepared
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 
 def go(spec, out):
     events = []
@@ -41,11 +43,18 @@ def of(events, kind):
     return [event for event in events if isinstance(event, kind)]
 
 
-@pytest.fixture
-def finished(spec, rows, tmp_path):
-    """A run with validation: its events and its folder."""
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def finished(spec, rows, tmp_path_factory):
+    """A run with validation, and with all of its checks: its events and its folder."""
+    out = tmp_path_factory.mktemp("finished")
     return go(spec(data={"validation": str(rows)}, training={"eval_interval": 2}), out), out
+
+
+@pytest.fixture(scope="module")
+def plain(spec, tmp_path_factory):
+    """A run of the spec as it is: its events and its folder."""
+    out = tmp_path_factory.mktemp("plain")
+    return go(spec(), out), out
 
 
 def test_events_come_in_order_and_survive_the_pipe(finished):
@@ -127,14 +136,19 @@ def test_same_spec_gives_the_same_bits(spec, tmp_path):
 
 
 @pytest.mark.parametrize("most", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"tokens_per_pass": 70}], ids=str)
-def test_how_a_step_is_cut_into_passes_does_not_change_the_result(spec, tmp_path, most):
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    passes = [
-        sum(isinstance(event, Tick) for event in go(spec(**more), out)) for more, out in (({}, whole), (most, pieces))
-    ]
-    assert passes[1] > passes[0]
+def test_how_a_step_is_cut_into_passes_does_not_change_the_result(spec, plain, tmp_path, most):
+    events, whole = plain
+    pieces = go(spec(**most), tmp_path)
+    assert passes_of(pieces) > passes_of(events)
     for name, value in weights(whole).items():
-        assert torch.allclose(value, weights(pieces)[name], rtol=0, atol=2e-5), name
+        assert torch.allclose(value, weights(tmp_path)[name], rtol=0, atol=2e-5), name
+
+
+def passes_of(events):
+    """Of the training, each of which is a tick."""
+    start = next(n for n, event in enumerate(events) if isinstance(event, Stage) and event.stage == "training")
+    end = next(n for n, event in enumerate(events) if isinstance(event, Stage) and event.stage == "exporting")
+    return len(of(events[start:end], Tick))
 
 
 def logged(out):
@@ -177,14 +191,13 @@ def test_resumed_run_ends_with_the_same_bits(spec, rows, tmp_path, lora):
         ({"data": {"training": "other"}}, "data"),
     ],
 )
-def test_checkpoint_of_another_recipe_is_refused(spec, tmp_path, change, text):
-    go(spec(), tmp_path / "first")
+def test_checkpoint_of_another_recipe_is_refused(spec, plain, tmp_path, change, text):
     if "data" in change:
         change = {
             "data": {"training": str(write_rows(tmp_path / "o.jsonl", [chat(f"q{i}", "four") for i in range(12)]))}
         }
     with pytest.raises(CheckpointMismatch, match=f"{text} differ") as caught:
-        go(spec(**change, resume_from=str(tmp_path / "first/checkpoints/step-000002")), tmp_path / "second")
+        go(spec(**change, resume_from=str(plain[1] / "checkpoints/step-000002")), tmp_path)
     assert caught.value.param == "resume_from"
 
 

@@ -11,6 +11,8 @@ from lorainit.config.events import Checkpoint, Done, Metrics, Stage, Tick
 from lorainit.context import RunRequest
 from lorainit.run import run, run_together
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 FAR = {"max_steps": 4, "batch_size": 5, "checkpoint_interval": 100, "eval_interval": 2}
 
 

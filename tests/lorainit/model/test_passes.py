@@ -16,6 +16,8 @@ from lorainit.model.passes import go_on
 from lorainit.run import run, run_together
 from lorainit.runtime.distributed.world import SINGLE_PROCESS, World
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 ROWS, TOKENS = 8, 2048  # on a CPU, where nobody says
 
 
