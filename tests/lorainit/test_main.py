@@ -16,6 +16,7 @@ from lorainit.config.events import EVENT, Checkpoint, Done, Failed, Metrics, Sta
 from lorainit.config.spec import RunSpec
 from lorainit.config.validation_errors import describe_errors
 from lorainit.model import sandbox
+from tests.lorainit.forked import Forked
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
@@ -25,17 +26,17 @@ def child(spec, tmp_path):
     """Start `python -m lorainit` on a spec; returns (process, read end of its events or None)."""
     started = []
 
-    def start(*options, events=False, raw=None, **overrides):
+    def start(*options, events=False, from_scratch=False, raw=None, errors=None, **overrides):
         path = tmp_path / "spec.json"
         path.write_text(raw if raw is not None else spec(**overrides).model_dump_json())
-        command = [sys.executable, "-m", "lorainit", str(path), str(tmp_path / "out"), *options]
+        arguments = [str(path), str(tmp_path / "out"), *options]
         reader, writer = os.pipe() if events else (None, None)
-        if events:
-            command += ["--events-fd", str(writer)]
-        process = subprocess.Popen(
-            command, pass_fds=[writer] if events else [], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=ENVIRONMENT,
-        )  # fmt: skip
+        if from_scratch:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lorainit", *arguments], stderr=-1, text=True, env=ENVIRONMENT
+            )
+        else:
+            process = Forked(arguments, events=writer, errors=errors, env=ENVIRONMENT)
         if events:
             os.close(writer)
         started.append(process)
@@ -48,7 +49,7 @@ def child(spec, tmp_path):
 
 
 def test_person_gets_a_picture_and_the_adapters_place(child, tmp_path):
-    process, _ = child()
+    process, _ = child(from_scratch=True)
     _, shown = process.communicate(timeout=600)
     assert process.returncode == 0, shown
     assert f"Adapter: {tmp_path / 'out' / 'adapter'}" in shown
@@ -61,10 +62,12 @@ def test_person_gets_a_picture_and_the_adapters_place(child, tmp_path):
 
 def test_a_person_who_reads_no_more_ends_the_run_quietly(child):
     """As in `python -m lorainit spec.json out 2>&1 | head -1`; the exit code is that of other tools in a pipe."""
-    process, _ = child(training={"max_steps": 2000})
-    process.stderr.readline()
-    process.stderr.close()
-    assert process.wait(timeout=60) == 141
+    reader, writer = os.pipe()
+    process, _ = child(training={"max_steps": 2000}, errors=writer)
+    os.close(writer)
+    with os.fdopen(reader) as errors:
+        errors.readline()
+    assert process.wait(timeout=600) == 141
 
 
 def test_worker_gets_events_as_lines(child):
@@ -181,14 +184,14 @@ def test_run_leaves_when_its_lease_is_past(child, tmp_path):
         assert process.poll() is None
         lease.write_text(str(time.monotonic() - 1))
         stream.read()
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=600) == 75
 
 
 def test_lease_that_is_past_stops_the_run_even_while_it_loads(child, tmp_path):
     lease = tmp_path / "lease"
     lease.write_text("0")
-    process, _ = child("--lease", str(lease))
-    assert process.wait(timeout=30) == 75
+    process, _ = child("--lease", str(lease), from_scratch=True)
+    assert process.wait(timeout=600) == 75
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +222,7 @@ def test_child_dies_with_its_supervisor(spec, tmp_path):
             assert alive(pid)
             parent.kill()
             parent.wait()
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 120
             while alive(pid) and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert not alive(pid)

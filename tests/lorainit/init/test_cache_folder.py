@@ -1,10 +1,7 @@
 """The folder that keeps evidence and starts: what comes back, what is driven out, and who may share it."""
 
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.initialize import CachedStart
 from lorainit.model.layers.factors import Factors
 from lorainit.runtime.disk_cache import make_key
+from tests.lorainit.forked import Forked
 
 
 def entry(size, fill=0.0):
@@ -110,10 +108,8 @@ for turn in range(60):
 
 
 def test_workers_that_share_a_folder_never_see_half_an_entry(tmp_path):
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-W", "error", "-c", WRITER, str(tmp_path / "init")]
-    running = [subprocess.Popen([*command, str(n)], cwd=root, stderr=subprocess.PIPE) for n in range(3)]
-    errors = [process.communicate(timeout=600)[1].decode() for process in running]
+    running = [Forked([tmp_path / "init", n], code=WRITER) for n in range(3)]
+    errors = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], errors
     left = list((tmp_path / "init").iterdir())
     assert not [p for p in left if p.name.startswith(".")]

@@ -17,28 +17,27 @@ from lorainit.config.events import Failed
 from lorainit.run import run
 from lorainit.runtime.distributed.launch import PeerProcesses
 from lorainit.system import shared_memory, watchdog
+from tests.lorainit.forked import Forked
 from tests.servers import free_port
 
 
 def by_torchrun(command):
     """Two processes in the environment that torchrun gives them."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(command, env={**os.environ, **world, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    return [Forked(command[3:], env={**os.environ, **world, "RANK": str(rank)}) for rank in range(2)]
 
 
 def by_ourselves(command):
-    """One process, which starts the other."""
+    """One process, which starts the other; both from scratch."""
     return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
 
 
 @pytest.fixture(scope="module", params=[by_torchrun, by_ourselves])
 def both(spec, rows, tmp_path_factory, request):
-    """The folder of one run alone and by two processes, whose interpreters cannot be taken down.
+    """The folder of one run alone and by two processes.
 
-    As where Gloo's threads end the process with SIGABRT on the way; here something does so always.
+    The interpreters of those from scratch cannot be taken down, as where Gloo's threads end the process with SIGABRT
+    on the way; here something does so always.
     Five rows a step in pieces of two: one process has two pieces, the other one.
     """
     folder = tmp_path_factory.mktemp("both")
@@ -84,9 +83,7 @@ def training(one, folder, *, silence=1800):
     """A long run of several processes that is training: the leading process and the others."""
     file, out = folder / "spec.json", folder / "a folder for it"
     file.write_text(one.model_dump_json())
-    command = [sys.executable, "-m", "lorainit", str(file), str(out)]
-    environment = {**os.environ, "RUN_SILENCE_SECONDS": str(silence)}
-    leading = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+    leading = Forked([file, out], env={**os.environ, "RUN_SILENCE_SECONDS": str(silence)})
     wait(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 3)
     others = psutil.Process(leading.pid).children()
     yield leading, others
@@ -106,7 +103,7 @@ def two(spec, tmp_path):
         yield leading, other
 
 
-def wait(condition, seconds=120):
+def wait(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "that did not happen"
@@ -122,7 +119,7 @@ def test_a_process_that_dies_takes_its_run_with_it_by_the_same_signal(two):
     other.send_signal(signal.SIGSEGV)
     _, said = leading.communicate(timeout=600)
     assert leading.returncode == -signal.SIGSEGV
-    assert b"process 1 of this run ended with exit code -11" in said
+    assert "process 1 of this run ended with exit code -11" in said
 
 
 def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_path):
@@ -131,9 +128,8 @@ def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_pa
     bad = good.model_copy(update={"data": good.data.model_copy(update={"training": str(nothing)})})
     nothing.write_text("no row\n")
     os.mkfifo(pipe)
-    command = [sys.executable, "-m", "lorainit", str(pipe), str(tmp_path / "out")]
     reader, writer = os.pipe()
-    leading = subprocess.Popen([*command, "--events-fd", str(writer)], stderr=subprocess.PIPE, pass_fds=[writer])
+    leading = Forked([pipe, tmp_path / "out"], events=writer)
     os.close(writer)
     pipe.write_text(good.model_dump_json())
     wait(lambda: psutil.Process(leading.pid).children())  # by then the first has read its own
@@ -190,8 +186,8 @@ def test_of_three_processes_none_is_left_when_one_is_killed(spec, tmp_path):
         others[0].kill()
         _, said = leading.communicate(timeout=600)
         assert leading.returncode == -signal.SIGKILL
-        assert b"of this run ended with exit code -9" in said
-        wait(lambda: not any(is_there(other) for other in others), seconds=10)
+        assert "of this run ended with exit code -9" in said
+        wait(lambda: not any(is_there(other) for other in others))
 
 
 def test_a_process_that_hangs_ends_its_run_with_the_reason(spec, tmp_path):
@@ -200,8 +196,8 @@ def test_a_process_that_hangs_ends_its_run_with_the_reason(spec, tmp_path):
         other.suspend()
         _, said = leading.communicate(timeout=600)
         assert leading.returncode == 1
-        assert b"The processes of this run do not answer each other: nothing has happened for 20 seconds" in said
-        wait(lambda: not is_there(other), seconds=10)
+        assert "The processes of this run do not answer each other: nothing has happened for 20 seconds" in said
+        wait(lambda: not is_there(other))
 
 
 @pytest.mark.slow
@@ -211,7 +207,7 @@ def test_a_leading_process_that_hangs_is_killed_by_the_others(spec, tmp_path):
         leading.send_signal(signal.SIGSTOP)
         leading.communicate(timeout=600)
         assert leading.returncode == -signal.SIGKILL
-        wait(lambda: not is_there(other), seconds=10)
+        wait(lambda: not is_there(other))
 
 
 def is_there(process):
@@ -222,7 +218,7 @@ def test_nothing_is_left_of_a_run_whose_leading_process_dies(two):
     leading, other = two
     leading.kill()
     leading.wait()
-    wait(lambda: not is_there(other), seconds=10)
+    wait(lambda: not is_there(other))
 
 
 def test_a_run_of_two_processes_stops_when_it_is_asked(two):
@@ -230,4 +226,4 @@ def test_a_run_of_two_processes_stops_when_it_is_asked(two):
     leading.terminate()
     leading.communicate(timeout=600)
     assert leading.returncode == 143
-    wait(lambda: not other.is_running(), seconds=10)
+    wait(lambda: not other.is_running())
