@@ -16,6 +16,8 @@ from lorainit.train import memory
 from tests.lorainit.conftest import chat, write_rows
 from tests.lorainit.shortage import CHECKPOINTING, TOKENS, Memory, adapter, close, told
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 
 def test_a_batch_that_does_not_fit_is_cut_and_the_step_stays_what_it_was(wanted, tmp_path, monkeypatch):
     plain = run(wanted(), tmp_path / "plain", lambda event: None)

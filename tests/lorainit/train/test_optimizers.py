@@ -21,6 +21,8 @@ from lorainit.train.optimizers import (
     set_rate,
 )
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 F64 = torch.float64
 OPTIMIZERS = {
     "adamw": {"name": "adamw"},

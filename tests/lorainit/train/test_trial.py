@@ -22,6 +22,8 @@ from lorainit.train import dry_run, optimizers
 from tests.lorainit.contexts import run_of
 from tests.lorainit.shortage import Memory, adapter
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 
 def test_validation_rows_like_those_of_training_are_not_tried_beside_them():
     def rows_of(*lengths):

@@ -18,6 +18,8 @@ from lorainit.run import run, run_together
 from lorainit.runtime import devices
 from lorainit.train import adapter_trainer
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 FIRST, OTHERS = 0, (1, 2)
 
 
@@ -60,12 +62,6 @@ def same(one, two):
 
 def put_off(said):
     return [who for who, event in said if isinstance(event, Message) and event.data.get("put_off")]
-
-
-@pytest.fixture
-def bare(monkeypatch):
-    """No proof before the first step: these tests look at the end."""
-    monkeypatch.setattr("lorainit.export.early_check.check_export_early", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -118,7 +114,6 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.usefixtures("bare")
 def test_whatever_goes_wrong_at_the_end_of_one_ends_that_one_only(spec, tmp_path, monkeypatch, capfd, stage):
     module, name, error, when, code = STAGES[stage]
     breaking(module, name, error, monkeypatch, when=when)
@@ -133,7 +128,6 @@ def test_whatever_goes_wrong_at_the_end_of_one_ends_that_one_only(spec, tmp_path
         assert [event.step for one, event in said if one == who and isinstance(event, Metrics)] == [1, 2, 3]
 
 
-@pytest.mark.usefixtures("bare")
 def test_an_evaluation_that_runs_out_of_memory_ends_its_own_run_only(spec, tmp_path, monkeypatch, rows):
     from lorainit.train import loop
 
@@ -146,7 +140,6 @@ def test_an_evaluation_that_runs_out_of_memory_ends_its_own_run_only(spec, tmp_p
     assert all(isinstance(ends[who], Done) for who in OTHERS)
 
 
-@pytest.mark.usefixtures("bare")
 def test_one_whose_initialization_runs_out_of_memory_ends_before_the_others_train(spec, tmp_path, monkeypatch):
     breaking(__import__("lorainit.init.stage", fromlist=["start"]), "start", MEMORY, monkeypatch, when=of_the_first)
     ends, said = together(alike(spec), tmp_path)
@@ -155,7 +148,7 @@ def test_one_whose_initialization_runs_out_of_memory_ends_before_the_others_trai
     assert not [event for who, event in said if who == FIRST and isinstance(event, Metrics)]
 
 
-@pytest.mark.usefixtures("bare", "no_room")
+@pytest.mark.usefixtures("no_room")
 def test_without_room_for_a_second_base_one_is_verified_when_the_others_are_done(spec, tmp_path, bases_alive):
     ends, said = together(alike(spec), tmp_path)
     assert put_off(said) == [FIRST]
@@ -167,7 +160,6 @@ def test_without_room_for_a_second_base_one_is_verified_when_the_others_are_done
     assert not list((tmp_path / "0").glob(".adapter*"))
 
 
-@pytest.mark.usefixtures("bare")
 def test_a_verification_that_runs_out_of_memory_after_all_is_put_off(spec, tmp_path, monkeypatch):
     tried = []
 
@@ -181,7 +173,6 @@ def test_a_verification_that_runs_out_of_memory_after_all_is_put_off(spec, tmp_p
     assert all(ends[who].export_check["passed"] for who in ends)
 
 
-@pytest.mark.usefixtures("bare")
 def test_those_who_end_together_are_verified_one_after_the_other_on_one_base(spec, tmp_path, bases_alive):
     specs = [one.model_copy(update={"training": alike(spec)[1].training}) for one in alike(spec)]
     ends, said = together(specs, tmp_path)
@@ -190,7 +181,7 @@ def test_those_who_end_together_are_verified_one_after_the_other_on_one_base(spe
     assert max(bases_alive) == 0
 
 
-@pytest.mark.usefixtures("bare", "no_room")
+@pytest.mark.usefixtures("no_room")
 def test_one_that_failed_keeps_no_part_of_the_base_in_memory(spec, tmp_path, monkeypatch, bases_alive):
     breaking(outputs, "observe_adapter", MEMORY, monkeypatch, when=of_the_first)
     ends, _ = together(alike(spec), tmp_path)
@@ -202,7 +193,7 @@ class Killed(BaseException):
     """As when the process dies."""
 
 
-@pytest.mark.usefixtures("bare", "no_room")
+@pytest.mark.usefixtures("no_room")
 def test_a_crash_while_a_verification_is_put_off_resumes_to_the_verification(spec, tmp_path):
     specs = alike(spec)
 
@@ -223,7 +214,6 @@ def test_a_crash_while_a_verification_is_put_off_resumes_to_the_verification(spe
     assert same(factors(done.adapter), factors(straight.adapter))
 
 
-@pytest.mark.usefixtures("bare")
 def test_a_stop_while_one_is_verified_leaves_the_others_a_checkpoint(spec, tmp_path):
     def stop(who, event):
         if who == FIRST and isinstance(event, Stage) and event.stage == "verifying":
