@@ -45,6 +45,8 @@ from lorainit.runtime import devices
 from tests.lorainit.conftest import make_tokenizer
 from tests.zoo.bases import make
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 CPU = torch.device("cpu")
 BASES = ["wide-llama", "wide-gpt2"]
 
@@ -299,8 +301,14 @@ def go(spec, out):
     return events
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("init", ["kaiming", "pissa", "lora_one", "loftq"])
+@pytest.mark.parametrize(
+    ("init", "base"),
+    [
+        *((init, "wide-llama") for init in ("kaiming", "pissa", "lora_one", "loftq")),
+        ("loftq", "wide-gpt2"),
+        *(pytest.param(init, "wide-gpt2", marks=pytest.mark.slow) for init in ("kaiming", "pissa", "lora_one")),
+    ],
+)
 def test_a_run_trains_exports_and_says_on_which_base(spec, rows, tmp_path, base, init):
     training = {"max_steps": 12, "learning_rate": 5e-3, "eval_interval": 12, "checkpoint_interval": 12}
     lora = {"init": init, "quantization": "nf4", "alpha": 8.0, "use_rslora": False}
