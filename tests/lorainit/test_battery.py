@@ -45,7 +45,7 @@ BASES = {
 }
 # Every method, and DoRA from every start that is not subtracted, on a base that is not quantized.
 DORA = "+dora"
-CASES = [
+EVERY = [
     (base, method + flag, scaling, dtype)
     for base, (_, quantization) in BASES.items()
     for method, kind in INITS.items()
@@ -55,6 +55,10 @@ CASES = [
     for scaling in (SCALINGS if quantization is None else ["alpha=2r"])
     for dtype in DTYPES
 ]
+# Each scaling, and bf16 once, of every base and start; the other products of the two are slow.
+USUAL = [("alpha=r", "fp32"), ("rslora", "fp32"), ("alpha=2r", "bf16")]
+NAMED = [case for case in EVERY if BASES[case[0]][1] or case[2:] in USUAL]
+CASES = [case if case in NAMED else pytest.param(case, marks=pytest.mark.slow) for case in EVERY]
 # Differences that are rounding, relative to the largest logit; a bf16 logit has 8 bits.
 EXACT = {"fp32": 1e-5, "bf16": 2**-5}
 # Real evidence, of a few rows and steps.
@@ -154,16 +158,22 @@ def data(rows):
 
 
 @pytest.fixture(scope="module")
-def cases(bases, data, tmp_path_factory):
-    """All cases, run once."""
+def cases(request, bases, data, tmp_path_factory):
+    """All cases that are not slow, and what else was asked for, each run once."""
     made = {}
-    for base, method, scaling, dtype in CASES:
+    for base, method, scaling, dtype in dict.fromkeys([*NAMED, *asked_for(request.session.items)]):
         out = tmp_path_factory.mktemp("case")
         folder, quantization = BASES[base]
         made[base, method, scaling, dtype] = run_case(
             bases[folder], data, out, method, scaling, dtype=dtype, quantization=quantization
         )
     return made
+
+
+def asked_for(items):
+    """The cases of these tests of this module."""
+    params = [item.callspec.params for item in items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    return [param.get("case") or param["key"] for param in params if param.keys() & {"case", "key"}]
 
 
 @pytest.fixture(params=CASES, ids="-".join)

@@ -259,9 +259,17 @@ class Enough(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("base", ["llama", "gpt2"])
-def test_run_trains_magnitudes_and_goes_on_from_a_checkpoint_with_the_same_bits(spec, tmp_path, base, optimizer):
+@pytest.mark.parametrize(
+    ("base", "optimizer"),
+    [
+        *(("llama", optimizer) for optimizer in OPTIMIZERS),
+        ("gpt2", "adamw"),
+        *(pytest.param("gpt2", optimizer, marks=pytest.mark.slow) for optimizer in OPTIMIZERS if optimizer != "adamw"),
+    ],
+)
+def test_run_trains_magnitudes_and_goes_on_from_a_checkpoint_with_the_same_bits(
+    request, spec, tmp_path, base, optimizer
+):
     # Orthogonal: a factor of zeros could not be preconditioned.
     options = {
         "lora": {"init": "orthogonal", "use_dora": True, "dropout": 0.1},
@@ -270,6 +278,8 @@ def test_run_trains_magnitudes_and_goes_on_from_a_checkpoint_with_the_same_bits(
     events = []
     done = run(spec(base, **options), tmp_path / "whole", events.append)
     assert (done.export_check["passed"], done.export_check["format"]) == (True, "peft_dora")
+
+    request.getfixturevalue("training_only")
 
     def die_at_step_three(event):
         if isinstance(event, Metrics) and event.step == 3:

@@ -15,6 +15,8 @@ from lorainit.train import adapter_trainer
 from tests.lorainit.ranks import run_ranks
 from tests.lorainit.shortage import TOKENS, Memory, adapter, after, close, told, until_export
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 
 @pytest.mark.parametrize("limit", [80, 40])
 def test_memory_that_runs_out_in_the_middle_halves_passes_and_the_step_is_done_again(
@@ -271,7 +273,13 @@ def test_where_one_of_two_processes_runs_out_of_memory_both_do_the_step_again(wa
 
 
 @pytest.mark.parametrize(
-    ("method", "who", "call"), [("eva", 1, 1), ("eva", 1, 5), ("eva", 0, 3), ("lora_ga", 1, 1), ("hrp", 0, 2)]
+    ("method", "who", "call"),
+    [
+        ("eva", 1, 5),
+        ("lora_ga", 1, 1),
+        ("hrp", 0, 2),
+        *(pytest.param("eva", who, call, marks=pytest.mark.slow) for who, call in ((1, 1), (0, 3))),
+    ],
 )
 def test_evidence_for_which_one_of_two_processes_lacks_memory_is_collected_again_by_both(
     wanted, tmp_path, method, who, call

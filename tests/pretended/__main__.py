@@ -4,6 +4,7 @@ DEVICE is "pretended", "cuda", or "cpu" to try what the cases for CUDA ask. A ca
 GPU in disorder ends the process, and what comes after it is left to another.
 """
 
+import gc
 import json
 import sys
 import traceback
@@ -22,6 +23,7 @@ def main(kind: str, folder: Path, names: list[str]) -> int:
     from benchmarks.gpu.day import Day
     from tests.pretended.cases import cases_on
 
+    gc.freeze()  # a run collects garbage, and need not look at all that was imported
     for name in names:
         day = Day.begun(
             "cuda" if kind == "cuda" else "cpu", folder=folder / name.replace(" ", "-"), tiny=True, seconds=1e6

@@ -8,6 +8,7 @@ hand, and the reason into the commit.
 """
 
 import argparse
+import gc
 import json
 import tempfile
 import warnings
@@ -126,6 +127,9 @@ def counted(cases: Sequence[str]) -> dict[str, Budget]:
     warnings.simplefilter("ignore")
     device.install()
     engine.install()
+    import lorainit.run  # noqa: F401
+
+    gc.freeze()  # a run collects garbage, and need not look at all that was imported
     with tempfile.TemporaryDirectory() as folder, device.switched_on():
         return {case: count(case, Path(folder)) for case in cases}
 

@@ -23,7 +23,7 @@ from lorainit.context import RunRequest
 from lorainit.model.memory import copy_bytes
 from lorainit.run import run_together
 from lorainit.train import memory
-from tests.lorainit.conftest import tiny_llama
+from tests.lorainit.conftest import only_training, tiny_llama
 from tests.pretended import device, rules, trouble
 from tests.pretended.device import NAME
 from tests.pretended.options import OF_A_RUN, of_methods
@@ -105,13 +105,14 @@ def _budget(day: Day) -> str:
         has.peak = has.held
         wide, _ = jobs.run(jobs.spec(training=training, precision="fp32"))
         enough, has.limit = has.limit, has.peak * 4 // 5
-        narrow, heard = jobs.run(jobs.spec(training=training, precision="fp32"))
-        point = next(event for event in heard if isinstance(event, Checkpoint) and event.step == 2)
-        again = jobs.spec(training=training, precision="fp32", resume_from=point.path)
-        with mock.patch.object(memory, "SHARE", 0.7):  # what would be measured now is something else
-            rest, _ = jobs.run(again)
-        has.limit = enough
-        elsewhere, _ = jobs.run(again)
+        with only_training():
+            narrow, heard = jobs.run(jobs.spec(training=training, precision="fp32"))
+            point = next(event for event in heard if isinstance(event, Checkpoint) and event.step == 2)
+            again = jobs.spec(training=training, precision="fp32", resume_from=point.path)
+            with mock.patch.object(memory, "SHARE", 0.7):  # what would be measured now is something else
+                rest, _ = jobs.run(again)
+            has.limit = enough
+            elsewhere, _ = jobs.run(again)
     runs = [done.resources for done in (wide, narrow, rest, elsewhere)]
     most, fits, kept, anew = (used["tokens_per_pass"] for used in runs)
     held_to = fits == kept < 300 < most == anew and not any(used["oom_retries"] for used in runs)

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.pretended import conftest
 from tests.pretended.cases import BY_TWO, cases_on
 from tests.pretended.ends import ends_well
 
@@ -112,7 +114,19 @@ def test_every_kind_of_run_ends_well_on_a_gpu(name: str, found_on_a_gpu: dict[st
     require_well(found_on_a_gpu[name])
 
 
-def test_without_a_gpu_the_tests_for_one_are_refused_and_not_skipped(tmp_path: Path) -> None:
+def test_without_a_gpu_the_tests_for_one_are_refused_and_not_skipped(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That pytest asks this before it runs a test, a whole pytest shows in the slow tier."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    marked = SimpleNamespace(get_closest_marker=lambda name: name == "gpu")
+    session = SimpleNamespace(config=request.config, items=[marked])
+    with pytest.raises(pytest.UsageError, match="pytest -m gpu needs a GPU that this torch can use"):
+        conftest.pytest_collection_finish(session)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_pytest_that_is_asked_for_a_gpu_where_there_is_none_is_refused(tmp_path: Path) -> None:
     done = pytest_in_a_process("-m", "gpu", basetemp=tmp_path)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "pytest -m gpu needs a GPU that this torch can use" in done.stderr

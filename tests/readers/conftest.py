@@ -16,7 +16,7 @@ from lorainit.config.inits import INITS
 from lorainit.config.spec import RunSpec
 from lorainit.model.source import tokenizer_files
 from lorainit.run import run
-from tests.lorainit.conftest import chat, make_tokenizer, tiny_gpt2, tiny_llama, write_rows
+from tests.lorainit.conftest import chat, make_tokenizer, only_training, tiny_gpt2, tiny_llama, write_rows
 from tests.readers import arithmetic
 from tests.readers.environments import python_of
 from tests.zoo import bases as zoo
@@ -100,7 +100,8 @@ def download(reader_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFac
             "lora": lora,
             "training": recipe,
         }
-        run(RunSpec.model_validate(value), folder, lambda event: None)
+        with only_training():
+            run(RunSpec.model_validate(value), folder, lambda event: None)
         adapter, plain = folder / "adapter", reader_bases[base]
         expected = arithmetic.logits(plain, IDS, (adapter, 1.0))
         return Download(plain, adapter, expected, arithmetic.logits(plain, IDS))

@@ -18,6 +18,7 @@ from lorainit.data.reader import load
 from lorainit.model.load import load_tokenizer
 from lorainit.run import run
 from lorainit.train import adapter_trainer
+from tests.lorainit.conftest import only_training
 from tests.zoo import stock
 from tests.zoo.bases import KINDS
 from tests.zoo.finding import BF16, EXACT, Tried
@@ -49,7 +50,7 @@ def one_step(tried: Tried, source: Path, rows: Path, out: Path, events: list[Eve
     """The second step's, at the adapter of the first checkpoint."""
     finding, precision = tried.finding, tried.finding.case.precision
     spec = spec_for(finding.case, source, rows, max_steps=2, checkpoint_interval=1, max_grad_norm=None)
-    with mock.patch.object(adapter_trainer, "make_optimizer", lambda recipe, layers: _Reveal(layers)):
+    with only_training(), mock.patch.object(adapter_trainer, "make_optimizer", lambda recipe, layers: _Reveal(layers)):
         run(spec, out, events.append)
     loss = next(event.train_loss for event in events if isinstance(event, Metrics) and event.step == 2)
     start, after = (out / "checkpoints" / f"step-{n:06d}" / "adapter" for n in (1, 2))

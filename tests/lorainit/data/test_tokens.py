@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from lorainit.model.source.tokenizer_files import TEMPLATES
 from lorainit.runtime.disk_cache import DiskCache
 from tests.lorainit.conftest import chat, tiny_llama, write_rows
 from tests.lorainit.contexts import prepared
+from tests.lorainit.forked import Forked
 
 MIXED = [
     chat("a", "b c d e f g h i j k l m n o p q r"),
@@ -186,9 +185,7 @@ for length in [40, 48, 56, 64] * 5:
 
 
 def test_two_processes_that_write_at_once_never_see_half_an_entry(bases, rows, tmp_path):
-    command = [sys.executable, "-W", "error", "-c", READER, str(bases["llama"]), str(rows), str(tmp_path)]
-    root = Path(__file__).parents[3]
-    running = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [Forked([bases["llama"], rows, tmp_path], code=READER) for _ in range(2)]
     errors = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
     assert not [p for p in (tmp_path / "tokens").iterdir() if p.name.startswith(".")]

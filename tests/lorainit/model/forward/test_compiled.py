@@ -14,6 +14,8 @@ from lorainit.run import run
 from tests.lorainit.conftest import tiny_llama
 from tests.lorainit.shortage import adapter, close, told
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 
 @pytest.fixture
 def model():

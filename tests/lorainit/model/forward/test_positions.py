@@ -22,6 +22,8 @@ from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.model.forward.test_attention import SMALL
 from tests.zoo.bases import make
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 CPU = torch.device("cpu")
 
 

@@ -8,6 +8,8 @@ from lorainit.run import run
 from tests.lorainit.conftest import tiny_llama
 from tests.lorainit.shortage import CHECKPOINTING, adapter
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 
 @pytest.mark.parametrize("name", ["wide-llama", "wide-gpt2"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

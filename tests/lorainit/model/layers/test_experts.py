@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -32,6 +30,8 @@ from lorainit.model.targets.targets import find_targets
 from lorainit.run import run, run_together
 from tests.lorainit.contexts import make_context
 from tests.zoo.bases import KINDS, make
+
+pytestmark = pytest.mark.usefixtures("training_only")
 
 KIND = [name for name, kind in KINDS.items() if kind.family == "mixture" and not kind.missing]
 NAMED = {"mixtral", "qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4", "olmoe"}
@@ -180,25 +180,12 @@ def spec(folder, rows, **overrides):
     return RunSpec.model_validate(value | overrides)
 
 
-READER = """
-import json, sys, torch
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, LongcatFlashConfig
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
-torch.save(model(input_ids=torch.tensor(json.loads(sys.argv[3]))).logits, sys.argv[4])
-"""
-
-
-def test_download_of_a_mixture_is_read_by_stock_peft_in_a_new_process(folders, rows, tmp_path):
-    events = []
-    done = run(spec(folders("mixtral"), rows), tmp_path / "out", events.append)
+def test_download_of_a_mixture_is_read_by_stock_peft(folders, rows, tmp_path):
+    """In a new process: tests/readers/test_mixtures.py."""
+    done = run(spec(folders("mixtral"), rows), tmp_path / "out", lambda event: None)
     ids = tokens()[:1, :12]
-    command = [sys.executable, "-c", READER, folders("mixtral"), done.adapter, json.dumps(ids.tolist())]
-    subprocess.run([*map(str, command), str(tmp_path / "logits")], check=True, capture_output=True, timeout=600)
-    theirs = torch.load(tmp_path / "logits", weights_only=True)
     with torch.no_grad():
+        theirs = read_back(folders("mixtral"), done.adapter)(input_ids=ids).logits
         base = stock(folders("mixtral"))(input_ids=ids).logits
         model = installed(folders("mixtral"))
         for name, module in find_targets(model, "mlp").items():

@@ -24,6 +24,8 @@ from lorainit.model.targets.targets import find_targets
 from lorainit.run import run, run_together
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 ALIKE = {"micro_batch_size": 2}
 # As unlike as members may be: method, rank, scale, targets, seed, rate, decay, steps, dropout, DoRA, optimizer.
 UNLIKE = {

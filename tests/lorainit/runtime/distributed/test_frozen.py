@@ -15,6 +15,7 @@ import pytest
 
 from lorainit.runtime import machine_errors
 from lorainit.system import watchdog
+from tests.lorainit.forked import Forked
 from tests.lorainit.runtime.distributed.test_world import ENDLESS, is_there, wait
 
 GLOO = """
@@ -43,19 +44,21 @@ def before_it_has_joined(other, out, events):
 
 
 def while_it_verifies(other, out, events):
-    wait(lambda: '"stage":"verifying"' in events.read_text(), seconds=600)
+    wait(lambda: '"stage":"verifying"' in events.read_text())
 
 
-def end_of_a_run(one, folder, when, *, leading_hangs=False, end=psutil.Process.suspend, silence=5):
+def from_scratch(arguments, events, env):
+    command = [sys.executable, "-m", "lorainit", *map(str, arguments), "--events-fd", str(events)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, pass_fds=[events])
+
+
+def end_of_a_run(one, folder, when, *, leading_hangs=False, end=psutil.Process.suspend, silence=5, start=from_scratch):
     """Freeze a process of it at that moment, or `end` it; its exit code and last event, and whether anybody is left."""
     file, out, events = folder / "spec.json", folder / "out", folder / "events"
     file.write_text(one.model_dump_json())
     with events.open("w") as stream:
-        leading = subprocess.Popen(
-            [sys.executable, "-m", "lorainit", str(file), str(out), "--events-fd", str(stream.fileno())],
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "RUN_SILENCE_SECONDS": str(silence)},
-            pass_fds=[stream.fileno()],
-        )  # fmt: skip
+        env = {**os.environ, "RUN_SILENCE_SECONDS": str(silence)}
+        leading = start([file, out], events=stream.fileno(), env=env)
     process = psutil.Process(leading.pid)
     wait(lambda: len(process.children()) == one.devices - 1)
     family = [process, *process.children()]
@@ -63,7 +66,7 @@ def end_of_a_run(one, folder, when, *, leading_hangs=False, end=psutil.Process.s
     end(process if leading_hangs else family[-1])
     said = leading.communicate(timeout=600)[1]
     *_, last = [json.loads(line) for line in events.read_text().splitlines()] or [None]
-    wait(lambda: not any(is_there(one) for one in family), seconds=10)
+    wait(lambda: not any(is_there(one) for one in family))
     return leading.returncode, last, said
 
 
@@ -86,7 +89,8 @@ def test_a_process_that_hangs_in_the_verification_ends_the_run_and_does_not_stay
 
 def test_a_process_that_is_killed_in_the_verification_is_no_verdict_on_the_adapter(spec, tmp_path):
     one = spec(devices=2, training={"max_steps": 2, "checkpoint_interval": 1, "shard_base": True})
-    code, last, said = end_of_a_run(one, tmp_path, while_it_verifies, end=psutil.Process.kill, silence=1800)
+    how = {"end": psutil.Process.kill, "silence": 1800, "start": Forked}
+    code, last, said = end_of_a_run(one, tmp_path, while_it_verifies, **how)
     assert code == -signal.SIGKILL, said
     assert last["kind"] != "failed"
 
@@ -108,7 +112,7 @@ def test_nothing_is_left_of_a_run_whose_leading_process_dies_before_the_other_is
     other.suspend()
     leading.kill()
     leading.wait()
-    wait(lambda: not is_there(other), seconds=10)
+    wait(lambda: not is_there(other))
 
 
 def what_gloo_says(folder, count, number):
