@@ -13,7 +13,7 @@ from lorainit.model import layout
 from lorainit.model.source import causal
 from lorainit.model.targets import peft_support
 from lorainit.run import run
-from tests.lorainit.runtime.distributed.test_isolation import alike, together
+from tests.lorainit.runtime.distributed.test_run_errors import alike, together
 
 WORDS = "CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions."
 

@@ -23,7 +23,7 @@ from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import run, run_together
 from lorainit.runtime import devices
-from tests.lorainit.export.test_export_check import K, Q, in_config, in_file
+from tests.lorainit.export.test_check import K, Q, in_config, in_file
 
 CPU = torch.device("cpu")
 
