@@ -1,8 +1,8 @@
-"""`python -m lorainit spec.json out/`: the product without the service, and the worker's child.
+"""`python -m lorainit spec.json out/`: fine-tunes without the service. A worker starts it as its child process too.
 
 Exit codes: 0 done, 1 failed, 2 the spec is wrong, 75 the lease ran out, 141 nobody reads what it prints, 143 asked to
-stop (the steps taken are in a checkpoint). A run of several processes ends as the first of them that ended badly,
-killed by the same signal too.
+stop (the steps taken are in a checkpoint). A run of several processes ends as the first process that failed: with its
+exit code, or by the same signal.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         with os.fdopen(args.events_fd, "w", buffering=1) as stream:
             return _run_with_peers(runs, stop, lambda event: _write_event(stream, event))
     if _rank():
-        return _run_with_peers(runs, stop, partial(write_peer_failure, args.out))  # another process of this run speaks
+        # Only rank 0 emits events, since the worker reads one stream. The other ranks write down why they failed.
+        return _run_with_peers(runs, stop, partial(write_peer_failure, args.out))
     from lorainit.progress import ProgressDisplay
 
     with ProgressDisplay() as display:
@@ -96,7 +97,7 @@ def _rank() -> int:
 
 
 def _start_peers(runs: list[tuple[RunSpec, _RunArguments]]) -> AbstractContextManager[PeerProcesses]:
-    """The other processes of a run on several devices, unless this is one of them."""
+    """Start the peers of a run on several devices. A process that is itself a peer (RANK is set) starts none."""
     spec, member = runs[0]
     if spec.devices == 1 or "RANK" in os.environ:
         return nullcontext(PeerProcesses())
@@ -136,7 +137,7 @@ def _run_with_peers(runs: list[tuple[RunSpec, _RunArguments]], stop: StopRequest
 
 
 def _run(runs: list[tuple[RunSpec, _RunArguments]], stop: StopRequest, on_event: OnEvent, peers: PeerProcesses) -> int:
-    """Run, and turn every way to end into events and an exit code."""
+    """Run, and return the exit code. After a failure the peers are killed, because they would wait for this process."""
     code = _run_to_an_end(runs, stop, on_event, peers)
     if code:
         peers.kill()
@@ -146,10 +147,12 @@ def _run(runs: list[tuple[RunSpec, _RunArguments]], stop: StopRequest, on_event:
 def _run_to_an_end(
     runs: list[tuple[RunSpec, _RunArguments]], stop: StopRequest, on_event: OnEvent, peers: PeerProcesses
 ) -> int:
+    """Run all specs, emit a `Failed` event for each one that failed, and return the exit code."""
     open_runs, failed = set(range(len(runs))), False
     peers.watch(partial(_exit_like_peer, on_event=on_event, peers=peers))
     try:
-        settings = process_tuning.tune_process()  # loads torch: seconds, and only then the libraries that need it
+        # First of all, because threads and memory have to be set before torch is loaded, which this does too.
+        settings = process_tuning.tune_process()
         process_tuning.keep_compiled_kernels(runs[0][0].cache)
         for who in range(len(runs)):
             on_event(settings.model_copy(update={"member": who}))
@@ -170,17 +173,18 @@ def _run_to_an_end(
     except (Stopped, KeyboardInterrupt):
         return STOPPED
     except BrokenPipeError:
-        return STOPPED  # nobody listens any more
+        return STOPPED  # the reader of the events is gone, so there is nobody to report a failure to
     except Exception as error:
         if len(runs) > 1 and _has_ended_cuda(error):
             traceback.print_exc()
-            return FAILED  # without a word about any: each is tried by itself
+            # No event names a run, because any of them may have caused it. The worker then tries each run alone.
+            return FAILED
         return _emit_failure(error, sorted(open_runs), on_event, peers)
     return FAILED if failed else 0
 
 
 def _emit_failure(error: Exception, members: Iterable[int], on_event: OnEvent, peers: PeerProcesses) -> int:
-    """Tell these members of the run what has ended it, whether it had begun or not."""
+    """Emit a `Failed` event for each of these runs, also if they had not begun yet."""
     ours = _translate_error(error)
     if ours is None:
         traceback.print_exception(error)
@@ -196,13 +200,16 @@ def _emit_failure(error: Exception, members: Iterable[int], on_event: OnEvent, p
 
 
 def _translate_error(error: Exception) -> LorainitError | None:
-    """What the library calls it, also before `run_together` has begun, as when a kernel's cache is on a full disk."""
+    """The `LorainitError` for any exception, or None if it is a bug.
+
+    It is also called for errors before `run_together` has begun, for example when the disk of the kernel cache is full.
+    """
     if isinstance(error, LorainitError):
         return error
     try:
         from lorainit.runtime.distributed import run_errors
     except Exception:
-        return None  # what cannot be loaded is what went wrong
+        return None  # the import failed, perhaps for the same reason as the run, so nothing can translate the error
     return run_errors.translate_error(error)
 
 
@@ -211,8 +218,8 @@ def _to_failed_event(who: int, error: LorainitError) -> Failed:
 
 
 def import_libraries() -> None:
-    """Import all that a run needs; what has to be set before torch is loaded has been set."""
-    # PEFT imports bitsandbytes wherever it is installed, which then says that it found no kernel to download.
+    """Import all that a run needs. Call it after `process_tuning`, since some settings only work before torch loads."""
+    # PEFT imports bitsandbytes if it is installed. On a CPU that logs a warning about kernels which no run needs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
@@ -222,12 +229,12 @@ def import_libraries() -> None:
 
 
 def _exit_like_peer(failure: PeerFailure, on_event: OnEvent, peers: PeerProcesses) -> None:
-    """Leave at once, as another process of this run has left, so that whoever waits for us learns why."""
+    """Exit at once with the exit code or signal of a peer that failed, so that the worker sees the true reason."""
     peers.kill()
     if failure.code in (LEASE_LOST, STOPPED):
         os._exit(failure.code)
-    if failure.code in (-signal.SIGTERM, -signal.SIGINT):  # which would only be noted here
-        os._exit(STOPPED)
+    if failure.code in (-signal.SIGTERM, -signal.SIGINT):
+        os._exit(STOPPED)  # not by the signal itself, because our own handlers would catch it and go on
     if failure.code < 0:
         os.kill(os.getpid(), -failure.code)
     if failure.event is not None:
@@ -236,13 +243,13 @@ def _exit_like_peer(failure: PeerFailure, on_event: OnEvent, peers: PeerProcesse
 
 
 def _with_watchdog(spec: RunSpec, on_event: OnEvent, peers: PeerProcesses) -> OnEvent:
-    """`on_event` of a run of several processes, which ends when nothing happens any more."""
+    """`on_event` with a watchdog, for a run of several processes: it ends the run if no event comes for too long."""
     if spec.devices == 1:
         return on_event
 
     def give_up() -> None:
         if not _rank() and peers.have_ended:
-            return  # what this process does alone, nobody waits for
+            return  # this process works alone now, so there is no peer that could make it hang
         on_event(watchdog.timeout_failure(timer.time_limit))
         peers.kill()
         _kill_rank0()
@@ -265,14 +272,20 @@ def _has_ended_cuda(error: Exception) -> bool:
 
 
 def _kill_rank0() -> None:
-    """If this is another one of a run that we started: the leading one may be what hangs, and nobody else sees that."""
+    """Kill rank 0, our parent, if this is a peer that it started: rank 0 may be what hangs, and nobody else sees that.
+
+    It first gets `EXIT_SECONDS` to end by itself, because it can report the failure better than a kill does.
+    """
     if _rank() and RENDEZVOUS in os.environ:
         time.sleep(EXIT_SECONDS)
         os.kill(os.getppid(), signal.SIGKILL)
 
 
 def _show_and_print(show: OnEvent, event: Event) -> None:
-    """On the command line a failure is said on stderr, too; a supervisor logs that, and the words may quote rows."""
+    """Show an event, and print a failure on stderr.
+
+    Only the command line does this. A worker would store stderr in its log, and the message may quote training rows.
+    """
     show(event)
     if isinstance(event, Failed):
         print(f"{event.code}: {event.message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the command line
@@ -287,7 +300,7 @@ def _read_spec(path: Path) -> RunSpec | None:
         text = path.read_bytes()
     except OSError as error:
         if is_host_failure(error):
-            raise  # no fault of the spec: the process ends without a word, and the run is tried again
+            raise  # not the spec's fault, so this must not end as `WRONG_SPEC`: the worker tries the run again
         print(f"{path}: {error.strerror}", file=sys.stderr)  # noqa: T201
         return None
     try:
@@ -304,7 +317,8 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("source", help="folder, .gguf file, package:<package>/<file> or [hub:]<owner>/<name>[@<rev>]")
     parser.add_argument("--root", help="hub id of the base's own, untouched weights, for the adapters to name it by")
     parser.add_argument("--cache", type=Path, help="where GGUF files are converted to (default: a temporary folder)")
-    parser.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)  # the child that does it
+    # For our own use: `sandbox.inspect` starts this command again with the option, in a process with limits.
+    parser.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     from lorainit.model import sandbox
 
@@ -340,7 +354,8 @@ def _doctor(arguments: list[str]) -> int:
         print(error, file=sys.stderr)  # noqa: T201
         return FAILED
     print(doctor.as_json(found) if args.json else doctor_text.as_text(found))  # noqa: T201
-    return FAILED if found["machine"]["gpu_trouble"] and not args.json else 0  # who asks for JSON reads the trouble
+    # A program that asks for JSON finds the trouble there, so for it exit code 1 means that the command itself failed.
+    return FAILED if found["machine"]["gpu_trouble"] and not args.json else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""One run from its spec to its adapter: everything that it works with, in one object with a lifetime.
+"""`Run`: everything that one run works with, from its spec to its adapter.
 
-`RunRequest` is what somebody asks for. `lorainit.prepare` makes a `Run` of it once, fully resolved, and everybody after
-that is handed the run: initialization, training, export. What they find out is put back into it. `emit` is the only
-way in which a run speaks.
+`RunRequest` is what a caller asks for. `lorainit.prepare` makes a `Run` of it, in which every option is resolved.
+Initialization, training and export get this object and store their results in it. A run reports only through `emit`.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ from lorainit.runtime.retry import any_rank
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run of a group: its spec, a folder of its own (made if absent), and who is told."""
+    """One run of a group: its spec, a folder of its own (made if absent), and the function that gets its events."""
 
     spec: RunSpec
     out: Path
@@ -49,13 +48,16 @@ class Report:
 class Run:
     """What one run works with, everything resolved.
 
-    `base`: shared by all runs of a group, and with it device and processes. `samples`: the rows that an initialization
-    looks at, those of the calibration file or else of the training file. `passes`, `plan`: as memory has made them.
-    `retries`: how often memory ran out. `alone`: no other run shares its process.
-    `layers`: its adapter, once it is initialized; `report`: how. `early_check`: how it was shown that stock PEFT reads
-    what this run exports (`lorainit.export.early_check`); None = not shown.
-    `evidence_tokens`, `evaluation_tokens`: at most so many in a pass that collects evidence, or looks at validation
-    rows; None = as `passes` has it.
+    `base`: the base model with its device and processes. All runs of a group share it.
+    `samples`: the rows that an initialization looks at, from the calibration file or else from the training file.
+    `passes`, `plan`: updated when memory forces smaller passes.
+    `retries`: how often memory ran out.
+    `alone`: no other run shares its process.
+    `layers`: its adapter, empty until it is initialized. `report`: the report of that initialization.
+    `early_check`: the result of `lorainit.export.early_check`, which shows that stock PEFT reads what this run
+    exports; None = not shown.
+    `evidence_tokens`, `evaluation_tokens`: the most tokens in a pass that collects evidence or evaluates validation
+    rows; None = the limit of `passes`.
     """
 
     spec: RunSpec
@@ -89,7 +91,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where the base and the adapter are."""
+        """The device that holds the base and the adapter."""
         return self.base.device
 
     @property
@@ -98,10 +100,12 @@ class Run:
         return self.base.world.is_rank0
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether it is so in any process of the run; all ask equally often (`lorainit.runtime.retry`).
+        """Whether `flag` is true in any process of the run.
+
+        Every process has to call this equally often, because each call waits for all of them.
 
         Raises:
-            RanOutElsewhere: one of them ran out of memory meanwhile.
+            RanOutElsewhere: another process ran out of memory meanwhile (`lorainit.runtime.retry`).
         """
         return any_rank(flag, self.base.world, self.device)
 
@@ -118,47 +122,51 @@ class Run:
         return (self.calibration or self.data).samples
 
     def order(self, epoch: int) -> Sequence[int]:
-        """The run's own permutation of the training rows."""
+        """Indices of the training rows in the order of this epoch. It depends on the run's seed."""
         return order(self.data, seed=self.spec.seed, epoch=epoch)
 
     @property
     def regime(self) -> Regime:
-        """Which rows may share a pass."""
+        """Tells by their lengths which rows may share a pass."""
         return self.base.regime
 
     @property
     def budget(self) -> Budget:
-        """Of a pass over padded rows."""
+        """The limit of a pass over padded rows."""
         return Budget(self.passes.rows, self.passes.tokens)
 
     @property
     def evidence_budget(self) -> Budget:
-        """Of a pass that collects evidence."""
+        """The limit of a pass that collects evidence. It is separate, so that halving it does not change training."""
         return Budget(self.passes.rows, self.evidence_tokens or self.passes.tokens)
 
     @property
     def training_budget(self) -> Budget:
-        """Of a pass of training."""
+        """The limit of a training pass."""
         return self.budget._replace(packed=self.base.packs)
 
     @property
     def evaluation_budget(self) -> Budget:
-        """Of a pass over validation rows."""
+        """The limit of a pass over validation rows.
+
+        It is separate, because validation rows are often few and long. Training in half of such a pass would be slow
+        for the rest of the run (docs/decisions/0062).
+        """
         tokens = self.passes.tokens
         return self.training_budget._replace(tokens=min(tokens, self.evaluation_tokens or tokens))
 
     def largest_pass(self) -> list[Sample]:
-        """Rows that no pass of training is larger than."""
+        """Rows that make a pass at least as large as any pass of training."""
         return Rows(self.data.samples, self.passes.rows).largest_pass(self.training_budget)
 
     def largest_evaluation(self) -> list[Sample]:
-        """Rows that no pass over validation rows is larger than."""
+        """Rows that make a pass at least as large as any pass over validation rows."""
         assert self.valid is not None
         return Rows(self.valid.samples, self.passes.rows).largest_pass(self.evaluation_budget)
 
     @property
     def passes_of_first_step(self) -> int:
-        """How many; of other steps it differs a little with the lengths of their rows."""
+        """How many passes the first step takes. Other steps may take more or fewer, as their rows have other lengths."""
         assert self.training.batch_size != "auto"
         first = self.order(0)[: self.training.batch_size]
         return len(batches([self.data.samples[i] for i in first], self.training_budget, self.regime))
@@ -166,7 +174,7 @@ class Run:
     # --- what memory makes of it, and its end ----------------------------------------------------
 
     def change_passes(self, **changes: int | bool) -> None:
-        """Note what memory has made of the passes, and tell the plan again where that changes it."""
+        """Change the passes, and emit the plan again if its tokens per pass have changed."""
         self.passes = self.passes.model_copy(update=changes)
         tokens = self.plan.tokens_per_pass
         self.plan = self.plan.model_copy(update={"tokens_per_pass": self.passes.tokens})
@@ -174,10 +182,11 @@ class Run:
             self.emit(self.plan)
 
     def halve_passes(self, largest: Sequence[Sample]) -> None:
-        """Passes of training have half the tokens from here on; it is reported.
+        """Halve the tokens of training passes from here on, and report it.
 
         Args:
-            largest: the largest pass that its rows can make. Where a budget is wider, half of it may change nothing.
+            largest: the largest pass that its rows can make. If the budget is larger than that, the tokens of this
+                pass are halved instead, since half of the budget might change nothing.
         """
         before, tokens = self.training_budget.half_of(largest)
         text = (
@@ -188,7 +197,7 @@ class Run:
         self.change_passes(tokens=tokens)
 
     def halve_evaluations(self, largest: Sequence[Sample]) -> None:
-        """The same for passes over validation rows alone: training has the passes that it had."""
+        """Halve the tokens of passes over validation rows only. Training keeps its passes and so its exact numbers."""
         before, tokens = self.evaluation_budget.half_of(largest)
         text = (
             f"Memory ran out in an evaluation, with passes over up to {before:,} tokens: {tokens:,} at most from here"
@@ -198,25 +207,28 @@ class Run:
         self.evaluation_tokens = tokens
 
     def report_shortage(self, text: str, **facts: Any) -> None:
-        """Report that memory ran out, and what is done about it; it is counted."""
+        """Count that memory ran out, and report what is done about it."""
         self.emit(Message(level="warn", message=text, data={"kind": "oom_retry", **facts}))
         self.count_shortage()
 
     def count_shortage(self) -> None:
-        """Memory has run out."""
+        """Count that memory ran out."""
         self.retries += 1
 
     def release_layers(self) -> None:
-        """Keep no part of the base in memory when others let go of it."""
+        """Drop the layers, because they hold parts of the base and would keep it in memory after its release."""
         self.targets.clear()
         self.layers.clear()
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that wrote the checkpoint."""
+        """Hashes that a resumed run must have in common with the run that wrote the checkpoint.
+
+        Fields that change no number are left out, so that a run may resume with another value of them.
+        """
         resolved = {
             "lora": self.lora.model_dump(mode="json", exclude={"left_out"}),
-            # Whether devices share the base changes no number.
+            # `shard_base` is left out because dividing the base between devices changes no number.
             "training": self.training.model_dump(mode="json", exclude={"shard_base"}),
             "seed": self.spec.seed,
         }

@@ -1,7 +1,8 @@
-"""What ends a run from outside: a signal that asks it to stop, and the leases that its worker renews.
+"""How a run is ended from outside: by a signal that asks it to stop, or by a lease that its worker stops renewing.
 
-A lease is a file with a deadline, in seconds of CLOCK_MONOTONIC. A run whose worker is gone, or has lost the job to
-another worker, ends by itself when the deadline is over. Several runs that share a process have one lease each.
+A lease is a file with a deadline, in seconds of CLOCK_MONOTONIC. If the worker dies, or another worker has taken the
+job over, nobody renews the lease, and the run ends itself at the deadline. Otherwise two runs of one job could go on
+at the same time. Several runs that share a process have one lease each.
 """
 
 import os
@@ -14,28 +15,34 @@ from types import FrameType
 from lorainit.config.errors import Dropped, Stopped
 from lorainit.config.events import Event, OnEvent, Stage, Tick
 
-LEASE_LOST = 75  # exit code of a process none of whose leases holds any more
+LEASE_LOST = 75  # exit code of a process whose leases are all past their deadline
 POLL_SECONDS = 0.5
 
 
 class StopRequest:
-    """What a signal or a lease asks for, checked at every event."""
+    """Whether the run has to stop, by a signal or by its leases. It is checked at every event."""
 
     def __init__(self, leases: Sequence[Path]) -> None:
         self.asked = False
         self.leases = leases
 
     def ask(self, _signum: int, _frame: FrameType | None) -> None:
-        """The signal handler: only remembers."""
+        """The signal handler. It only sets a flag, because it may be called in the middle of a step."""
         self.asked = True
 
     def listener(self, who: int, lease: Path | None, on_event: OnEvent) -> OnEvent:
-        """What a run's `on_event` does before it passes an event on, as that of member `who`."""
+        """`on_event` of run number `who`: it checks stop and lease, and passes the event on with that number.
+
+        Raises:
+            Stopped: the run was asked to stop.
+            Dropped: the lease of this run is past its deadline, and that of another run in the process is not.
+        """
 
         def listen(event: Event) -> None:
-            # A stop is heeded between two pieces of work; what has been done is told all the same.
+            # Ticks and stages come between two pieces of work. Other events carry results (metrics, a checkpoint), and
+            # stopping there would lose them.
             self.check(heed=isinstance(event, Tick | Stage))
-            # Ticks come from the middle of a pass that all members share; all else from the member's own work.
+            # Ticks come from passes that all runs share, where `Dropped` would end the others too.
             if lease and not isinstance(event, Tick) and is_past(lease):
                 raise Dropped("The lease of this run is past.")
             on_event(event.model_copy(update={"member": who}) if who else event)
@@ -43,7 +50,7 @@ class StopRequest:
         return listen
 
     def check(self, *, heed: bool) -> None:
-        """Exit when all leases are past; raise `Stopped` when somebody asked and that is to be heeded now."""
+        """Exit if all leases are past their deadline. Raise `Stopped` if a stop was asked for and `heed` is true."""
         if self.leases and all(map(is_past, self.leases)):
             os._exit(LEASE_LOST)
         if self.asked and heed:
@@ -51,7 +58,7 @@ class StopRequest:
 
 
 def watch_leases(leases: Sequence[Path]) -> None:
-    """Exit when all are past. From a thread, since one layer's SVD may take longer than a lease."""
+    """Exit when all leases are past. A thread looks, because one layer's SVD may take longer than a lease."""
 
     def watch() -> None:
         while not all(map(is_past, leases)):
@@ -62,7 +69,7 @@ def watch_leases(leases: Sequence[Path]) -> None:
 
 
 def is_past(lease: Path) -> bool:
-    """Whether the deadline is over; a lease that cannot be read protects nobody and counts as over."""
+    """Whether the deadline is over. A lease that cannot be read counts as over, because nobody can be renewing it."""
     try:
         return time.monotonic() > float(lease.read_text())
     except (OSError, ValueError):

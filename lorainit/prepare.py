@@ -1,6 +1,7 @@
-"""From a spec to everything a run works with, resolved and checked: data first, the model last.
+"""From a spec to a `Run`: loads data and model, replaces every "auto" by a number, and checks everything.
 
-What can be refused is refused here, before the slow parts. Says what it decided through `on_event`.
+The data come before the model, because a large model takes long to load and a wrong file should fail early. What was
+decided is reported through `on_event`.
 """
 
 import hashlib
@@ -31,21 +32,22 @@ from lorainit.runtime import devices
 
 
 def prepare(request: RunRequest, base: Base, *, sharing: int = 1, known: dict[str, Any] | None = None) -> Run:
-    """Load and check everything.
+    """Load and check everything that the run needs.
 
     Args:
-        base: loaded here, after the data, unless an earlier run of the group has done it.
+        base: its weights are loaded here, after the data, unless an earlier run of the group has loaded them.
         sharing: how many runs share a forward pass, and so its memory.
-        known: the passes of the checkpoint that it goes on from, as `passes.go_on`.
+        known: the passes of the checkpoint that the run resumes from, as for `passes.go_on`.
 
     Raises:
-        LorainitError: whatever makes the run impossible, with the field at fault.
+        LorainitError: the run is impossible. A subclass for each cause; `param` names the field at fault.
     """
     spec, emit, started = request.spec, request.on_event, time.monotonic()
     base.require_same(spec)
     lora, choices = spec.lora.resolved()
     asked, decided_here = devices.resolve_precision(spec.training, base.device)
-    # max_length does not depend on the number of rows, and the number of usable rows depends on it.
+    # Resolved twice: max_length does not depend on the number of rows (1 is a placeholder), but which rows can be used
+    # depends on max_length, and the other options depend on the number of usable rows.
     model_ref = spec.model.model_copy(update={"weights": base.weights})
     max_length = resolve(asked, rows=1, model=model_ref, method=lora.method)[0].max_length
     assert max_length != "auto"
@@ -131,13 +133,13 @@ def _load_data(
 
 
 def _report_overlap(training: Dataset, validation: Dataset, on_event: OnEvent) -> None:
-    """Rows that are learned cannot be held out, whatever file they came in."""
+    """Warn about validation rows that are also training rows, because their loss shows memory, not generalization."""
     learned = set(map(_digest, training.samples))
     known = sum(_digest(sample) in learned for sample in validation.samples)
     if known:
         text = (
             f"{known} of {len(validation.samples)} rows of the validation file are rows of the training file too: their"
-            " loss says what the run remembers, not what it has learned."
+            " loss shows what the model has memorized, not how well it generalizes."
         )
         data = {"kind": "data", "file": "data.validation", "warnings": {"overlaps_validation_file": known}}
         on_event(Message(level="warn", message=text, data=data))

@@ -1,4 +1,4 @@
-"""The progress bar of the command line: events in, a picture of the run out."""
+"""The progress bar of the command line. It draws the events of a run on stderr."""
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -8,10 +8,10 @@ from lorainit.config.events import Done, Event, InitReport, Message, Metrics, Pl
 
 
 class ProgressDisplay:
-    """Draws on stderr while it is entered; `conclude` says where the adapter lies."""
+    """A context manager that draws on stderr. `conclude` prints where the adapter is."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # What is said holds names and paths, in which neither brackets nor `:rocket:` mean anything.
+        # No markup and no emoji, because messages contain names and paths: rich would read "[x]" or ":rocket:" in them.
         self.console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
         texts = ("{task.description:<14}", "{task.fields[note]}")
         stage, note = (TextColumn(text, markup=False) for text in texts)
@@ -53,7 +53,7 @@ class ProgressDisplay:
                 pass
 
     def conclude(self) -> None:
-        """After runs that succeeded: the result of each in two lines."""
+        """Print the result of each run that succeeded: the export check, the adapter's folder, and its warnings."""
         for done in self.done:
             check = done.export_check
             self.console.print(
@@ -65,6 +65,7 @@ class ProgressDisplay:
                 self.console.print(Text.assemble((found.code, "yellow"), f": {found.message}"))
 
     def _enter(self, stage: str) -> None:
+        # Training and evaluation take turns, so a stage that comes again continues its bar and draws no new one.
         if self.task is not None:
             self.progress.stop_task(self.task)
         known = next((t for t in self.progress.tasks if t.description == stage), None)

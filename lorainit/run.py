@@ -1,7 +1,7 @@
-"""The recipe: load, initialize, train, export, verify. From a spec to an adapter, or from several to as many.
+"""Runs one spec, or several on one base, from beginning to end: load, initialize, train, export, verify.
 
-`run` is the library's front door. It talks through `on_event` only, and leaves in `out` what it
-made: `adapter/`, `checkpoints/`, `metrics.jsonl`, `step_metrics.csv`, `spec.json` (resolved).
+`run` is the entry point of the library. It reports through `on_event` only, and writes its results to `out`:
+`adapter/`, `checkpoints/`, `metrics.jsonl`, `step_metrics.csv`, `spec.json` (resolved).
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -32,12 +32,12 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
     """Run a spec from beginning to end.
 
     Args:
-        out: a folder of this run's own; made if absent.
-        on_event: called with every event; what it raises stops the run. Called at least once per
-            layer initialized and per batch.
+        out: a folder for this run alone; made if absent.
+        on_event: called with every event, at least once per initialized layer and per batch, so that a caller can stop
+            the run soon. An exception that it raises ends the run.
 
     Returns:
-        The last event, which `on_event` has seen too.
+        The last event. `on_event` has been called with it too.
 
     Raises:
         LorainitError: one of its subclasses, for everything a caller could have caused or can fix.
@@ -50,11 +50,12 @@ def run(spec: RunSpec, out: Path, on_event: OnEvent) -> Done:
 
 
 def run_together(requests: Sequence[RunRequest]) -> Iterator[tuple[int, End]]:
-    """Run several specs on one base in one forward pass; yield each one's index and end as soon as it is there.
+    """Run several specs on one base in shared forward passes. Yield (index, end) of each run as soon as it ends.
 
-    Each gives the adapter that it would give alone. What goes wrong in one run's own work ends that run and is
-    yielded, whatever it is; what goes wrong in the passes that all share, a `Stopped`, and what an `on_event` raises
-    beside our own errors end all that have not ended and are raised.
+    Each run gives the adapter that it would give alone. An error in one run's own work (its data, initialization,
+    evaluation, export) ends only that run, and is yielded as its end. These end all runs that are left, and are
+    raised: an error in a shared pass, a `Stopped`, and an exception of an `on_event` that is not a `LorainitError`.
+    The reason is docs/decisions/0050.
 
     Raises:
         LorainitError: as for `run`.
@@ -101,12 +102,15 @@ def _run_group(requests: Sequence[RunRequest], world: World) -> Generator[tuple[
                     ending.observe()
                     end = ending.conclude(beside=True)
                 except Stopped as stop:
-                    trained.throw(stop)  # who still trains keeps the steps that were taken
+                    # Thrown into `train`, so that the runs that still train write a checkpoint of their steps.
+                    trained.throw(stop)
                     raise
                 if end is not None:
                     del waiting[who]
                     yield who, end
-        trained.close()  # it holds on to the base
+        trained.close()  # its frames refer to the base, which would otherwise stay in memory after `release`
+        # Every run needs the trained model for `observe`, so all of them come before the base is released. Only then
+        # is there room for a second, untouched base, which `conclude` needs.
         for ending in waiting.values():
             ending.observe()
         base.release()
@@ -126,7 +130,7 @@ def _close_all(waiting: dict[int, RunFinisher]) -> Iterator[None]:
 
 
 def _begin(request: RunRequest, base: Base, *, sharing: int) -> tuple[Run, Restored | None]:
-    """Load what this run learns from, and initialize its adapter or take it from a checkpoint."""
+    """Load the run's data, and initialize its adapter or restore it from a checkpoint."""
     point = request.spec.resume_from
     known = checkpoint.read_manifest(Path(point)) if point else {}
     run = prepare(request, base, sharing=sharing, known=known.get("passes"))
@@ -140,6 +144,7 @@ def _begin(request: RunRequest, base: Base, *, sharing: int) -> tuple[Run, Resto
         _resume(run, restored)
     else:
         stage.start(run)
+    # Every process has computed the start, but rounding may differ between devices, so all take that of rank 0.
     base.world.broadcast(
         [t for layer in run.layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
     )
@@ -148,6 +153,6 @@ def _begin(request: RunRequest, base: Base, *, sharing: int) -> tuple[Run, Resto
 
 
 def _resume(run: Run, restored: Restored) -> None:
-    """The layers as the checkpoint has them, and the report of the initialization they came from."""
+    """Restore the layers, and the report of the initialization that the checkpoint's run made."""
     run.layers = checkpoint.restore_layers(run.targets, run.lora, restored)
     run.report = Report(restored.report, restored.modules)

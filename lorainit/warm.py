@@ -1,8 +1,9 @@
-"""`python -m lorainit.warm FD`: has loaded what every run loads, and forks a run when an order comes.
+"""`python -m lorainit.warm FD`: a process that has imported torch and transformers, and forks each run when asked.
 
-It knows nothing of any run: an order is read by the process that was forked for it. It starts no thread and looks at
-no GPU, since neither survives a fork (docs/decisions/0046). Its parent is `worker.child.warm`, and what they say to
-each other on the socket FD is in `lorainit.system.warm_protocol`. Linux only.
+A forked run begins in a second instead of six, because the imports are done. The forked process reads the order
+itself, so that nothing of one run is in the memory of the next. This process starts no thread and uses no GPU, since
+neither survives a fork (docs/decisions/0046). Its parent is `worker.child.warm`; the messages on the socket FD are in
+`lorainit.system.warm_protocol`. Linux only.
 """
 
 import ctypes
@@ -19,19 +20,22 @@ from typing import Any
 from lorainit.system.limits import die_with_parent
 from lorainit.system.warm_protocol import DONE, MAX_MESSAGE, READY
 
-_ARGUMENTS_START = 45  # of the fields of /proc/PID/stat behind the name
+# Index of `arg_start` (field 48 in proc(5)) among the fields of /proc/PID/stat behind the name. We split behind the
+# name, because a name may contain spaces and brackets.
+_ARGUMENTS_START = 45
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until the other end is closed; in a run's process, return its exit code."""
+    """Serve orders until the parent closes the socket. In a forked process: run, and return the run's exit code."""
     die_with_parent()
     server = socket.socket(fileno=int(arguments[0]))
     _import_libraries()
     if count_threads() > 1:
-        print("What runs load has started a thread: no run can be forked.", file=sys.stderr)  # noqa: T201
+        print("An imported library has started a thread, so no run can be forked.", file=sys.stderr)  # noqa: T201
         return 1
     gc.collect()
-    gc.freeze()  # else the first collection of each run would copy all of this
+    # Otherwise the first garbage collection of each run would write to these objects and so copy their memory pages.
+    gc.freeze()
     server.send(READY)
     set_command_line([sys.executable, "-m", "lorainit.warm", READY.decode()])
     me = os.getpid()
@@ -40,13 +44,14 @@ def main(arguments: list[str]) -> int:
         if not run:
             return _run_forked(server, parent=me)
         server.send(json.dumps({"pid": run}).encode())
-        # It stays a zombie, and its number nobody else's, until nobody may want to send it a signal any more.
+        # WNOWAIT leaves the ended run a zombie, so that its process id is not reused while the parent may still send
+        # it a signal. The parent says DONE when it will send no more.
         ended = os.waitid(os.P_PID, run, os.WEXITED | os.WNOWAIT)
         assert ended is not None
         code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         server.send(json.dumps({"returncode": code}).encode())
         while server.recv(len(DONE)) not in (DONE, b""):
-            pass  # an order that nobody lived to read
+            pass  # an order that the forked process did not live to read
         os.waitpid(run, 0)
     return 0
 
@@ -57,9 +62,11 @@ def count_threads() -> int:
 
 
 def _import_libraries() -> None:
-    """All that a run imports, and what torch and transformers do at first use only; no number is computed."""
+    """Import all that a run imports, and do the work that torch and transformers do only at their first use."""
     own = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's starts threads when it is imported, and no run uses it
+    # numpy's OpenBLAS would start threads at import, and a process with threads cannot be forked safely. No run uses
+    # numpy's OpenBLAS, so one thread costs nothing.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     import numpy  # noqa: F401
 
     os.environ.pop("OPENBLAS_NUM_THREADS")
@@ -75,7 +82,7 @@ def _import_libraries() -> None:
 
 
 def _warm_up() -> None:
-    """Build and try a model of the most common architecture, as each run does with its own, in fake tensors."""
+    """Build a tiny Llama in fake tensors, since a run's first model takes longer than later ones."""
     from transformers import LlamaConfig
 
     from lorainit.model.source.examine import build
@@ -94,10 +101,10 @@ def _warm_up() -> None:
 
 
 def _run_forked(server: socket.socket, *, parent: int) -> int:
-    """Be the process that `worker.child.supervisor` would have started, in a session of its own, and run."""
+    """Set this process up as `worker.child.supervisor` would have started it, in its own session, and run."""
     die_with_parent()
     if os.getppid() != parent:
-        os._exit(1)  # it died before we asked
+        os._exit(1)  # the parent died before `die_with_parent`, so the kernel will send no signal
     text, (events, log), *_ = socket.recv_fds(server, MAX_MESSAGE, 2)
     server.close()
     order = json.loads(text)
@@ -110,10 +117,10 @@ def _run_forked(server: socket.socket, *, parent: int) -> int:
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
-    tempfile.tempdir = None  # where TMPDIR says now
+    tempfile.tempdir = None  # forget the cached folder, so that the TMPDIR of this run is used
     arguments = [*order["arguments"], "--events-fd", str(events)]
     if _needs_several_devices(Path(arguments[0])):
-        # How many threads each of several processes has is decided before torch is loaded.
+        # These need a new interpreter: threads are shared out between the processes before torch is loaded.
         os.set_inheritable(events, True)
         os.execv(sys.executable, [sys.executable, "-m", "lorainit", *arguments])  # noqa: S606
     os.set_inheritable(events, False)
@@ -124,14 +131,17 @@ def _run_forked(server: socket.socket, *, parent: int) -> int:
 
 
 def _needs_several_devices(spec: Path) -> bool:
-    """Whether the run asks for several devices; a spec that cannot be read is told by whoever reads all of it."""
+    """Whether the run asks for several devices. False for a spec that cannot be read: `main` reports that later."""
     with suppress(OSError, ValueError, AttributeError):
         return bool(json.loads(spec.read_bytes()).get("devices", 1) != 1)
     return False
 
 
 def set_command_line(words: list[str]) -> None:
-    """Let whoever lists processes see these words as the command line, as far as there is room."""
+    """Write these words over the command line that `ps` shows, cut to the length of the present one.
+
+    Otherwise an operator could not tell which run a forked process belongs to.
+    """
     with suppress(OSError, ValueError):
         start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[_ARGUMENTS_START:][:2])
         size = end - start
