@@ -166,7 +166,7 @@ class Run:
 
     @property
     def passes_of_first_step(self) -> int:
-        """How many passes the first step takes. Other steps may take more or fewer, as their rows have other lengths."""
+        """How many passes the first step takes. Other steps may take more or fewer, as their rows differ in length."""
         assert self.training.batch_size != "auto"
         first = self.order(0)[: self.training.batch_size]
         return len(batches([self.data.samples[i] for i in first], self.training_budget, self.regime))

@@ -1,5 +1,5 @@
-"""The training: `loop` is the whole of it, `adapter_trainer` one adapter's way through it.
+"""Training: `loop` runs the steps, and `adapter_trainer` has the state of one adapter in it.
 
-Beside them: optimizers, checkpoints, and passes that fit into memory. Knows nothing of how adapters were
-initialized or of what is exported.
+The other modules are optimizers, checkpoints, and the search for a pass size that fits into memory. Nothing here
+depends on how adapters were initialized or on how they are exported.
 """

@@ -1,7 +1,7 @@
-"""One adapter's way through training: its rows, rate, optimizer, log, evaluations and checkpoints.
+"""The training state of one adapter: its rows, learning rate, optimizer, log, evaluations and checkpoints.
 
-What it logs is on disk before a checkpoint that contains it; what it minimizes does not depend on how
-a batch is cut into pieces, on how many processes share them, or on the adapters that train beside it.
+A metric is written to the log before the checkpoint that contains it. The loss of a step does not depend on how its
+batch is cut into micro-batches, on how many processes share them, or on other adapters in the same pass.
 """
 
 import itertools
@@ -40,14 +40,14 @@ Evaluate = Callable[[Sequence[Sample]], dict[str, float]]
 
 
 class AdapterTrainer:
-    """Trains the adapter of one run: which step it is at and everything that step needs.
+    """Trains the adapter of one run: it counts the steps and has what a step needs.
 
-    It reads from the run what is trained, on which rows and in passes of which size, and tells the run what memory
-    makes of these. The folder of the run gets `metrics.jsonl` and `checkpoints/step-NNNNNN`.
+    The parameters, the rows and the size of passes are the run's. If memory runs out, it makes the run's passes
+    smaller. It writes `metrics.jsonl` and `checkpoints/step-NNNNNN` in the run's folder.
 
     Args:
         write_adapter: writes the adapter of a run in PEFT's format into a folder.
-        resumed: the checkpoint that it goes on from.
+        resumed: the checkpoint that it resumes from, if it does.
     """
 
     def __init__(
@@ -61,15 +61,16 @@ class AdapterTrainer:
         self.total = total_steps(recipe, rows=rows)
         self.per_epoch = steps_per_epoch(rows, recipe.batch_size)
         self.warmup = math.ceil(recipe.warmup_ratio * self.total)
-        # Batches of the run's order of rows that are passed over, since the initialization has used them.
+        # Batches at the beginning of the run's order of rows that are skipped, because the initialization used them.
         self.skip = run.lora.method.batches_used(run.report.summary)
         self.parameters = run.parameters
         self.optimizer = make_optimizer(recipe, run.layers)
         self.log = run.out / "metrics.jsonl"
         self._write_adapter, self._is_resumed = partial(write_adapter, run), resumed is not None
         self.step, self.tokens, self._before = 0, 0, 0.0
-        # Steps that the optimizer has taken, and how many of them a checkpoint has: `step` runs ahead while one is
-        # on its way. What the last step found waits in `_unlogged` until the evaluation that belongs to it is done.
+        # `_taken`: steps that the optimizer has made; `_saved`: those in the last checkpoint. `step` is one ahead of
+        # `_taken` while a step is being computed. `_unlogged` holds the numbers of the last step until its evaluation
+        # is done, because both are logged in one line.
         self._taken = self._saved = 0
         self._unlogged: dict[str, float] = {}
         self._last: Metrics | None = None
@@ -91,7 +92,7 @@ class AdapterTrainer:
 
     @property
     def progress(self) -> Progress:
-        """How far it is: the steps taken, whatever is on its way."""
+        """The steps that the optimizer has made. A step that is being computed does not count."""
         seconds = self._before + time.monotonic() - self._started
         return Progress(self._taken, self.tokens, seconds, self._unlogged)
 
@@ -101,7 +102,7 @@ class AdapterTrainer:
         return self.step >= self.total
 
     def begin(self, evaluate: Evaluate) -> None:
-        """Evaluate the start, unless it was evaluated before an interruption."""
+        """Evaluate the untrained adapter. A resumed run has done that already, so it only logs what was left over."""
         if self.run.valid and not self._is_resumed:
             self._log(self._metrics(**evaluate(self.run.valid.samples)))
         text = f"Training: {self.total} steps, {self.per_epoch} per epoch"
@@ -110,7 +111,7 @@ class AdapterTrainer:
             self._conclude_step(evaluate)
 
     def draw(self) -> list[list[Sample]]:
-        """This process's micro-batches of the next step."""
+        """Take the rows of the next step, and return this process's micro-batches of them."""
         self.step += 1
         epoch, position = divmod(self.skip + self.step - 1, self.per_epoch)
         if self._epoch[0] != epoch:
@@ -126,15 +127,17 @@ class AdapterTrainer:
         return self.pieces
 
     def add(self, piece: int, sums: Sums) -> None:
-        """Take one micro-batch's sums."""
+        """Keep the sums of one micro-batch."""
         self._parts.append(sums)
         per_step = len(self.pieces)
         done = (self.step - 1) * per_step + piece + 1
         self.run.emit(Tick(done=min(done, self.total * per_step), total=self.total * per_step))
 
     def drop_by(self, piece: int | None) -> None:
-        """Set the dropout of this micro-batch; None is none. Only the adapter's own dropout is ever active."""
-        # Its place in the step, whoever computes it. The 0 was a process's number once: what has begun goes on alike.
+        """Set the dropout masks of this micro-batch, or switch dropout off (None). The base has no active dropout."""
+        # The mask depends on the place in the step and not on the process that computes it, so that a run gives the
+        # same numbers on another number of processes. The 0 used to be a rank. It stays, because otherwise a run that
+        # began with an older version would get other masks when it resumes.
         place = None if piece is None else piece * self.world.size + self.world.rank
         for name, layer in self.run.layers.items():
             if layer.dropout.p:
@@ -142,23 +145,24 @@ class AdapterTrainer:
                 layer.dropout.key = None if piece is None else where
 
     def is_poisoned(self) -> bool:
-        """Whether this step's loss is not finite because the adapter's own factors are not."""
+        """Whether the loss of this step is not finite because the adapter's own factors are not."""
         finite = sum(part.loss for part in self._parts).isfinite()  # type: ignore[union-attr]
         return not finite and not all(p.isfinite().all() for p in self.parameters)
 
     def give_up(self, _evaluate: Evaluate) -> None:
-        """Raise `NonFiniteLoss`."""
+        """Raise `NonFiniteLoss`. It takes an argument only so that it can be called like `finish_step`."""
         raise _not_finite(f"Step {self.step}: factors of the adapter are not finite.")
 
     def repeat_step(self, _evaluate: Evaluate | None = None) -> None:
-        """Forget this step's gradients; it is drawn again."""
+        """Drop the gradients of this step, so that the next `draw` takes the same rows again."""
         self.optimizer.zero_grad()
         self.step -= 1
 
     def repeat_smaller(self) -> bool:
-        """Forget this step's gradients; it is drawn again, and from here on passes are smaller if they can be.
+        """Drop the gradients of this step, and halve the passes from here on. Returns whether they could be halved.
 
-        By what the rows can make and not by this step's, which may be a few short ones beside those of others.
+        The largest pass that all rows can make is halved and not the pass of this step, because this step may have
+        only a few short rows, and half of them would slow down the rest of the run.
         """
         self.repeat_step()
         largest = self.run.largest_pass()
@@ -167,21 +171,22 @@ class AdapterTrainer:
         return len(largest) > 1
 
     def evaluate_smaller(self) -> bool:
-        """From here on passes over validation rows are smaller, if they can be."""
+        """Halve the passes over validation rows from here on. Returns whether they could be halved."""
         largest = self.run.largest_evaluation()
         if len(largest) > 1:
             self.run.halve_evaluations(largest)
         return len(largest) > 1
 
     def finish_step(self, evaluate: Evaluate, *, pass_again: Callable[[], None]) -> None:
-        """Clip, update, log, and where due evaluate and write a checkpoint.
+        """Clip the gradients, update the adapter, and log. Evaluate and write a checkpoint if they are due.
 
         Args:
-            pass_again: draws this step and makes its gradients anew.
+            pass_again: draws this step again and computes its gradients.
 
         Raises:
             NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
-            UpdateOutOfMemory: the update ran out of memory, and part of the factors may have moved.
+            UpdateOutOfMemory: the update ran out of memory. It cannot be repeated, because some factors may have
+                been updated already.
         """
         recipe = self.run.training
         loss, metrics, norm = self._sums_that_fit(pass_again)
@@ -203,11 +208,14 @@ class AdapterTrainer:
         self._conclude_step(evaluate)
 
     def _conclude_step(self, evaluate: Evaluate) -> None:
-        """Evaluate where due, log what the step found, and write a checkpoint where due."""
+        """Evaluate if it is due, log the step, and write a checkpoint if it is due.
+
+        The log comes before the checkpoint, since the checkpoint contains a copy of it.
+        """
         recipe, valid = self.run.training, self.run.valid
         found = evaluate(valid.samples) if valid and self._is_due(recipe.eval_interval) else {}
         if found and not self.is_over:
-            self.run.emit(Stage(stage="training", message="Training goes on"))
+            self.run.emit(Stage(stage="training", message="Training continues"))
         metrics = self._metrics(**self._unlogged, **found)
         self._unlogged = {}
         self._log(metrics)
@@ -215,7 +223,10 @@ class AdapterTrainer:
             self._write_checkpoint(metrics)
 
     def save(self) -> None:
-        """A checkpoint of the steps taken so far, unless one has them all; a step on its way is not in it."""
+        """Write a checkpoint of the steps that were made, unless the last one has all of them.
+
+        A step that is being computed is not in it, so a resumed run computes it again.
+        """
         if self.world.is_rank0 and self._taken > self._saved:
             self.step = self._taken
             said = self._last if self._last and not self._unlogged else self._metrics(**self._unlogged)
@@ -230,9 +241,9 @@ class AdapterTrainer:
             raise
 
     def _sums_that_fit(self, pass_again: Callable[[], None]) -> tuple[float, dict[str, float], float]:
-        """`_sums`; where memory runs out in them the step is done again, once: its gradients may be half clipped.
+        """`_sums`. If memory runs out in it, the whole step is repeated once, because gradients may be clipped partly.
 
-        Of several processes the others would be in the middle of the same sum.
+        Several processes do not repeat it: the others would still wait in the same all-reduce.
         """
         attempts = itertools.count()
 
@@ -248,13 +259,13 @@ class AdapterTrainer:
     def _sums(self) -> tuple[float, dict[str, float], float]:
         """Loss, sums of metrics and gradient norm of the step over all pieces and processes, gradients clipped."""
         for parameter in self.parameters:
-            if parameter.grad is None:  # another process had all the pieces
+            if parameter.grad is None:  # this process had no micro-batch, but all have to take part in the all-reduce
                 parameter.grad = torch.zeros_like(parameter)
         total = reduce(add_sums, self._parts, zero_sums(self.run.objective, self.parameters[0].device))
         loss, metrics = total.loss / self.wanted, total.metrics
         self.world.all_reduce([loss, *metrics.values(), *(p.grad for p in self.parameters if p.grad is not None)])
         norm = clip(self.run)
-        # Together, since a GPU is waited for each time; float64 has all of them exactly.
+        # All numbers in one copy, because each copy to the host waits for the GPU. float64 holds all of them exactly.
         first, *values, last = torch.stack([loss, *(value.double() for value in metrics.values()), norm]).tolist()
         return first, dict(zip(metrics, values, strict=True)), last
 
@@ -298,7 +309,7 @@ class AdapterTrainer:
 
 
 def clip(run: Run) -> Tensor:
-    """Scale the gradients of its adapter down to the recipe's norm; returns the norm that they had."""
+    """Clip the gradients of the run's adapter to `max_grad_norm` (None = no limit). Returns their norm before."""
     return torch.nn.utils.clip_grad_norm_(run.parameters, run.training.max_grad_norm or math.inf)
 
 
@@ -308,7 +319,10 @@ def _not_finite(what: str) -> NonFiniteLoss:
 
 
 def schedule(kind: str, step: int, *, total: int, warmup: int) -> float:
-    """Share of the peak rate at `step` (from 0): linear warm-up, then cosine or linear to zero, or flat."""
+    """Share of the peak rate at `step` (from 0): linear warm-up, then cosine or linear decay to zero, or constant.
+
+    Warm-up begins at 1/warmup and not at 0, because a step with rate 0 would train nothing.
+    """
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)

@@ -1,6 +1,7 @@
-"""A point a run can go on from: the adapter as plain PEFT, and the training state without pickles.
+"""Checkpoints: the adapter in PEFT's format, and the training state as safetensors and JSON.
 
-Written beside its final place, flushed, then renamed: a checkpoint folder is complete or absent.
+There are no pickles, because loading a pickle can run any code (docs/decisions/0008). A checkpoint is written to a
+temporary folder, flushed to disk and then renamed, so that its folder is either complete or absent.
 """
 
 import json
@@ -28,7 +29,7 @@ from lorainit.system.host_failure import is_host_failure
 
 STATE, FACTS, METRICS = "state.safetensors", "state.json", "metrics.jsonl"
 REPORT = Path("adapter", "init_report.json")
-# What reading raises of a file that is not there, is no JSON or no safetensors, or lacks what we write.
+# What reading raises if a file is missing, is not JSON or not safetensors, or lacks an entry that we write.
 _DAMAGE = (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError)
 
 
@@ -36,7 +37,8 @@ _DAMAGE = (OSError, ValueError, SafetensorError, LookupError, TypeError, Attribu
 class Progress:
     """How far a run is: optimizer steps, non-padding tokens, seconds of training.
 
-    `unlogged`: what the last step found, where the evaluation that is logged with it has not been finished.
+    `unlogged`: the metrics of the last step, if its evaluation was not finished. They are logged together, so a resumed
+    run evaluates first.
     """
 
     step: int
@@ -58,9 +60,10 @@ def write(
     """Write a complete checkpoint at `folder`.
 
     Args:
-        recipe: what a run that resumes must share (hashes of spec, data and base).
-        metrics: the run's log so far; it travels along, so no checkpoint is ahead of its metrics.
-        write_adapter: writes the plain adapter into the folder it is given.
+        recipe: what a resumed run must have in common with this one (hashes of spec, data and base).
+        metrics: the run's log so far. A copy of it is stored, so that a resumed run continues a log that ends at the
+            checkpoint's step.
+        write_adapter: writes the adapter in PEFT's format into the folder it is given.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
@@ -69,7 +72,8 @@ def write(
         save_file(_tensors(layers, optimizer), work / STATE)
         (work / FACTS).write_text(json.dumps({**asdict(progress), "recipe": recipe}, indent=2) + "\n")
         shutil.copyfile(metrics, work / METRICS)
-        work.chmod(0o755)
+        work.chmod(0o755)  # `mkdtemp` makes folders that only their owner can read
+        # Flushed before the rename: otherwise the folder could be there after a power failure, and its files empty.
         _flush(work)
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
@@ -79,7 +83,10 @@ def write(
 
 
 def _tensors(layers: Mapping[str, LoRALinear], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """No generator's state: the order of rows and dropout are functions of the seed and the step."""
+    """Factors and optimizer state by name, on the CPU.
+
+    The state of random generators is not needed, because row order and dropout depend only on the seed and the step.
+    """
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for key, value in layer.state_dict().items():
@@ -104,14 +111,14 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-# --- going on ----------------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back; `restore` puts its state into a fresh optimizer.
+    """A checkpoint that was read. `restore` puts its state into a new optimizer.
 
-    `report` and `modules`: what init_report.json says of the initialization that its factors came from.
+    `report` and `modules`: the content of init_report.json, since a resumed run does not initialize again.
     """
 
     folder: Path
@@ -121,7 +128,10 @@ class Restored:
     modules: list[dict[str, Any]]
 
     def restore(self, layers: Mapping[str, LoRALinear], optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer's moments as they were; the factors are already in the layers."""
+        """Set the state of the optimizer. The factors are in the layers already (`restore_layers`).
+
+        Every tensor is copied, because the optimizer would otherwise change `tensors` in place.
+        """
         found = self._states()
         counting = _counts_on_device(optimizer)
         for name, layer in layers.items():
@@ -134,7 +144,7 @@ class Restored:
                 }
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
-        """What the optimizer kept of each parameter, whichever optimizer it was."""
+        """The optimizer's tensors by parameter, for any optimizer."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in self.tensors.items():
             kind, _, rest = key.partition(".")
@@ -145,17 +155,17 @@ class Restored:
 
 
 def _counts_on_device(optimizer: torch.optim.Optimizer) -> set[int]:
-    """Ids of the parameters whose steps torch's AdamW counts beside them.
+    """Ids of the parameters whose `step` has to be on the parameter's own device.
 
-    Its fused kernel reads `step` on the device, and crashes on a GPU where it finds an address of the host; every
-    other form keeps `step` on the CPU. The same rule as in torch's own `load_state_dict`.
+    The fused kernel of AdamW reads `step` on the device, and crashes on a GPU if the tensor is on the CPU. Every other
+    form keeps `step` on the CPU. torch's own `load_state_dict` has the same rule.
     """
     groups = (g for g in optimizer.param_groups if g.get("fused") or g.get("capturable"))
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the attempt that wrote a checkpoint knew of itself.
+    """The manifest of the attempt that wrote a checkpoint.
 
     Raises:
         CheckpointMismatch: it is incomplete or damaged.
@@ -168,7 +178,7 @@ def read(folder: Path, *, recipe: dict[str, Any]) -> Restored:
     """Read a checkpoint back.
 
     Raises:
-        CheckpointMismatch: it is incomplete or damaged, or another recipe made it; the message says what differs.
+        CheckpointMismatch: it is incomplete or damaged, or was made by another recipe; the message says what differs.
     """
     with _reading(folder):
         facts = _object(folder / FACTS)
@@ -197,7 +207,10 @@ def _object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """What cannot be read inside is the checkpoint's fault, unless it is the host's: then it is raised as it is."""
+    """Turn errors of reading into `CheckpointMismatch`.
+
+    Errors of the host (a failing disk, no memory) are raised unchanged, because the job can then be tried again.
+    """
     try:
         yield
     except _DAMAGE as error:
@@ -210,7 +223,14 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def restore_layers(targets: dict[str, nn.Module], lora: Lora, restored: Restored) -> dict[str, LoRALinear]:
-    """The layers with the checkpoint's factors, instead of initializing again."""
+    """Layers with the factors of a checkpoint, instead of initializing again.
+
+    `A0` and `B0` are the start that is subtracted (docs/glossary.md, "difference form"). They are stored too, because
+    the trained A and B do not tell where they started.
+
+    Raises:
+        CheckpointMismatch: it lacks the factors of a target, or is damaged.
+    """
     layers: dict[str, LoRALinear] = {}
     subtract = lora.method.offset == "subtract"
     for name, module in targets.items():

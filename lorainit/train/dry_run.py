@@ -1,6 +1,7 @@
-"""A pass and an update as a run makes them, tried before its first step: what they take of memory, and nothing else.
+"""Tries a pass and an update before the first step of a run, to see whether they fit into memory.
 
-Nothing of it stays: what is trained, the optimizer's state and random numbers are afterwards as if it had not been.
+Otherwise memory might run out late in the run. Parameters, optimizer state and random numbers are unchanged
+afterwards, so a run gives the same numbers as without the trial.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +23,17 @@ from lorainit.train.optimizers import make_optimizer
 
 
 class DryRun(NamedTuple):
-    """A pass: the rows of some runs, by their number, and whether they learn from it."""
+    """One pass to try: its rows by the number of their run, and whether a backward pass belongs to it (`learns`)."""
 
     rows: dict[int, list[Sample]]
     learns: bool = True
 
 
 def plan_dry_runs(runs: Sequence[Run]) -> Iterator[DryRun]:
-    """A pass that no pass of training is larger than, and such a one of everybody's validation, unless it is smaller.
+    """The largest training pass, and the largest validation pass of each run that has a larger one.
 
-    Each run's validation rows go alone, and are not learned from, which takes less.
+    A validation pass that is no larger needs no trial, because it has no backward pass and so takes less memory. Each
+    run's validation rows are tried alone, since runs are evaluated one after the other.
     """
     trained = {who: run.largest_pass() for who, run in enumerate(runs)}
     yield DryRun(trained)
@@ -47,7 +49,11 @@ def plan_dry_runs(runs: Sequence[Run]) -> Iterator[DryRun]:
 
 
 def try_pass(slots: AdapterSlots, runs: Sequence[Run], dry_run: DryRun) -> None:
-    """Forward and, where they learn from it, backward, beside what lies there by then."""
+    """Make the pass, while as much memory is taken as there will be in a real step.
+
+    Raises:
+        Exception: whatever the pass raises; `is_out_of_memory` tells whether memory ran out.
+    """
     some = [runs[who] for who in dry_run.rows]
     lengths = [sum(len(s.ids) for s in rows) for rows in dry_run.rows.values()]
     slots.put([run.layers for run in some], list(pairwise([0, *accumulate(lengths)])))
@@ -67,9 +73,10 @@ def try_pass(slots: AdapterSlots, runs: Sequence[Run], dry_run: DryRun) -> None:
 
 
 def _allocate_like(runs: Sequence[Run], dry_run: DryRun) -> list[Tensor]:
-    """What there will be another one of beside this pass: of everybody, Adam's moments and gradients of passes before.
+    """Parameters to allocate copies of during the trial, since a real step has them in memory beside the pass.
 
-    While validation rows are looked at there are no gradients.
+    For every parameter these are Adam's two moments, and the gradients of earlier passes if a step may take several.
+    In an evaluation there are no gradients.
     """
     trained: list[Tensor] = [p for run in runs for p in run.parameters]
     several = dry_run.learns and any(_may_take_several(run) for run in runs)
@@ -77,7 +84,7 @@ def _allocate_like(runs: Sequence[Run], dry_run: DryRun) -> list[Tensor]:
 
 
 def _may_take_several(run: Run) -> bool:
-    """Whether some step of its may take more than one pass."""
+    """Whether a step of this run may take more than one pass."""
     assert run.training.batch_size != "auto"
     rows = Rows(run.data.samples, run.training.batch_size)
     kinds = {run.regime(len(sample.ids)) for sample in run.data.samples}
@@ -86,7 +93,7 @@ def _may_take_several(run: Run) -> bool:
 
 
 def clear_model(slots: AdapterSlots, runs: Sequence[Run]) -> None:
-    """The bare base again, and no gradients."""
+    """Detach all adapters from the base, and drop their gradients and dropout masks."""
     slots.clear()
     for run in runs:
         _set_dropout_key(run, None)
@@ -103,9 +110,11 @@ def _set_dropout_key(run: Run, key: str | None) -> None:
 
 
 def try_update(runs: Sequence[Run]) -> None:
-    """Everybody's gradients are summed, clipped and used, twice: at first an optimizer makes its state on the way.
+    """Sum, clip and apply gradients for every run, twice.
 
-    Numbers are not tried: gradients are zero here, and factors that an optimizer refuses are told by step 1.
+    Twice, because an optimizer allocates its state during its first step, so only the second one takes as much memory
+    as later steps. Gradients are zero. A `NonFiniteLoss` is ignored, because step 1 reports factors that an
+    optimizer refuses.
     """
     trained = [parameter for run in runs for parameter in run.parameters]
     with _restore_afterwards(trained), suppress(NonFiniteLoss):
@@ -114,7 +123,7 @@ def try_update(runs: Sequence[Run]) -> None:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
             for run, optimizer in zip(runs, optimizers, strict=True):
-                if run.base.world.size > 1:  # their sum over all processes is made in one piece
+                if run.base.world.size > 1:  # the all-reduce copies all gradients into one tensor
                     torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None])
                 clip(run)
                 optimizer.step()
@@ -123,7 +132,10 @@ def try_update(runs: Sequence[Run]) -> None:
 
 @contextmanager
 def _restore_afterwards(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Afterwards these have the bits that they had, from a copy on the host, and no gradients."""
+    """Restore these parameters afterwards bit by bit, and drop their gradients.
+
+    The copy is on the host, because on the device it would take memory that a real step has.
+    """
     before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     try:
         yield

@@ -1,7 +1,7 @@
-"""The training loop, top to bottom: one base, one forward pass, one adapter or several.
+"""The training loop: one base and one forward pass for one adapter or several.
 
-Plain on purpose. Each adapter's rows, optimizer and log are its own (`lorainit.train.adapter_trainer`); what they
-share is the base and the clock.
+Each adapter has its own rows, optimizer and log (`lorainit.train.adapter_trainer`). Only the base and the passes are
+shared.
 """
 
 import itertools
@@ -30,16 +30,18 @@ End = Progress | LorainitError
 def train(
     runs: Sequence[Run], resumed: Sequence[Restored | None], *, write_adapter: Callable[[Run, Path], None]
 ) -> Generator[list[tuple[int, End]], None, None]:
-    """Train the adapters of `runs` in place, on the base that they share and that carries none of them.
+    """Train the adapters of `runs` in place, on the base that they share. No adapter may be attached to it.
 
-    Yields the runs that have just ended, each as its index and how far it came or the error it ended by: whatever
-    goes wrong in its own work, as an evaluation or a checkpoint, ends that run. At a yield the model is bare and the
-    caller's. What `emit` raises beside our own errors ends everything; a `Stopped`, also one that the caller throws
-    in, does so too, once each run's steps so far are in a checkpoint.
+    Yields the runs that have just ended, as (index, progress) or (index, error). An error in a run's own work (an
+    evaluation, a checkpoint) ends only that run. At a yield no adapter is attached, so the caller may use the model.
 
     Args:
-        resumed: the checkpoint that each of them goes on from, if it does.
+        resumed: the checkpoint that each of them resumes from, if it does.
         write_adapter: as for `AdapterTrainer`.
+
+    Raises:
+        Stopped: from `emit`, or thrown in by the caller. Each run's steps are written to a checkpoint first.
+        Exception: an error in a shared pass, or what `emit` raises if it is not a `LorainitError`: all runs end.
     """
     slots = AdapterSlots(runs[0].model)
     trainers, ended = dict[int, AdapterTrainer](), list[tuple[int, End]]()
@@ -64,7 +66,8 @@ def train(
             del trainers[who]
 
     try:
-        for who in range(len(runs)):  # no variable holds on to the optimizer of one that has ended
+        # By index, because a loop variable with a trainer in it would keep the optimizer of an ended run in memory.
+        for who in range(len(runs)):
             begin(who)
         while trainers or ended:
             slots.clear()
@@ -74,13 +77,15 @@ def train(
             while trainers and not ended:
                 _compute_gradients(slots, list(trainers.values()))
                 poisoned = [who for who, trainer in trainers.items() if len(trainers) > 1 and trainer.is_poisoned()]
-                for who in poisoned:  # in bf16 its own rows are not the only ones that this has spoiled
+                # A non-finite adapter can spoil the rows of the others in the same pass (seen in bf16). So it ends,
+                # and the others repeat the step without it.
+                for who in poisoned:
                     attempt(who, trainers[who].give_up)
                 for who in list(trainers):
                     again = partial(_compute_gradients, slots, [trainers[who]])
                     finish = partial(trainers[who].finish_step, pass_again=again)
                     attempt(who, trainers[who].repeat_step if poisoned else finish)
-                    del again, finish
+                    del again, finish  # both refer to the trainer, which has to be freed if its run has ended
     except Stopped:
         _save_all(list(trainers.values()))
         raise
@@ -89,21 +94,22 @@ def train(
 
 
 def _save_all(trainers: Sequence[AdapterTrainer]) -> None:
-    """A checkpoint of each; one of several whose cannot be written keeps no other from its own, and says so."""
+    """Write a checkpoint of each. If one of several fails, this is reported, so that the others are still written."""
     for trainer in trainers:
         try:
             trainer.save()
         except Exception as error:
             if len(trainers) == 1:
                 raise
-            text = f"No checkpoint of this moment could be written: {run_errors.to_run_error(error, alone=False)}"
+            text = f"No checkpoint could be written at the stop: {run_errors.to_run_error(error, alone=False)}"
             trainer.run.emit(Message(level="warn", message=text, data={"kind": "checkpoint"}))
 
 
 def _compute_gradients(slots: AdapterSlots, trainers: list[AdapterTrainer]) -> None:
-    """Everybody's next step as far as the gradients; where memory runs out in it, it is drawn again in smaller passes.
+    """Compute the gradients of the next step for every trainer. If memory runs out, repeat it in smaller passes.
 
-    Memory is in pieces by then, or others use the device: passes are halved, until rows go alone.
+    The trial before step 1 has fitted, but memory may be fragmented by now, or another process may use the device. So
+    passes are halved until each has one row.
     """
     retry_until_it_fits(
         lambda: _forward_and_backward(slots, trainers),
@@ -114,7 +120,7 @@ def _compute_gradients(slots: AdapterSlots, trainers: list[AdapterTrainer]) -> N
 
 
 def _forward_and_backward(slots: AdapterSlots, trainers: list[AdapterTrainer]) -> None:
-    """Everybody's next step as far as the gradients, micro-batch by micro-batch."""
+    """Compute the gradients of the next step for every trainer, micro-batch by micro-batch."""
     pieces = [trainer.draw() for trainer in trainers]
     for number, row in _passes(pieces, trainers):
         spans = _spans([sum(len(s.ids) for s in samples) for samples in row])
@@ -136,7 +142,7 @@ def _forward_and_backward(slots: AdapterSlots, trainers: list[AdapterTrainer]) -
 def _passes(
     pieces: list[list[list[Sample]]], trainers: list[AdapterTrainer]
 ) -> Iterator[tuple[int, list[list[Sample]]]]:
-    """(number of the micro-batch, everybody's rows) of each pass; rows of different regimes never share one."""
+    """(number of the micro-batch, rows of each trainer) for each pass. Rows of different regimes never share one."""
     for number, row in enumerate(itertools.zip_longest(*pieces, fillvalue=[])):
         kinds = [c.run.regime(len(rows[0].ids)) if rows else None for c, rows in zip(trainers, row, strict=True)]
         several = dict.fromkeys(kind for kind, rows in zip(kinds, row, strict=True) if rows)
@@ -145,7 +151,10 @@ def _passes(
 
 
 def _run_idle_pass(slots: AdapterSlots, trainer: AdapterTrainer) -> None:
-    """A pass for the sake of the others, who need this process's part of the base: the gradients stay as they are."""
+    """Make a pass whose result is thrown away, because the other processes need this one's part of the base.
+
+    The gradients of the step are put aside meanwhile. The shortest row is used, since it takes the least time.
+    """
     row, objective = _shortest(trainer.run.data.samples), trainer.run.objective
     batch = trainer.run.base.make_batch([row])
     slots.put([trainer.run.layers], _spans([batch.ids.numel()]))
@@ -166,16 +175,17 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def evaluate(slots: AdapterSlots, trainer: AdapterTrainer, samples: Sequence[Sample]) -> dict[str, float]:
-    """Loss and accuracy over all these rows, under both names the hosted service uses.
+    """Loss and accuracy over all these rows.
 
-    Where memory runs out all of them are looked at again, in smaller passes.
+    Each number has two names, `valid_*` and `full_valid_*`, because the hosted service has both. A loss that is not
+    finite is left out. If memory runs out, all rows are evaluated again in smaller passes.
     """
     trainer.run.emit(Stage(stage="evaluating", message=f"Evaluating {len(samples)} validation rows"))
     world, device = trainer.world, trainer.parameters[0].device
     found = retry_until_it_fits(
         lambda: _sum_validation(slots, trainer, samples), trainer.evaluate_smaller, world=world, device=device
     )
-    # Together, since a GPU is waited for each time; float64 has all of them exactly.
+    # All numbers in one tensor, because each copy to the host waits for the GPU. float64 holds all of them exactly.
     count = torch.full_like(found.loss, found.count, dtype=torch.float64)
     sums = torch.stack([found.loss.double(), *(value.double() for value in found.metrics.values()), count])
     world.all_reduce([sums])
@@ -187,7 +197,7 @@ def evaluate(slots: AdapterSlots, trainer: AdapterTrainer, samples: Sequence[Sam
 
 
 def _sum_validation(slots: AdapterSlots, trainer: AdapterTrainer, samples: Sequence[Sample]) -> Sums:
-    """The sums over this process's part of the rows."""
+    """The sums over this process's share of the rows."""
     world, objective = trainer.world, trainer.run.objective
     total = zero_sums(objective, trainer.parameters[0].device)
     every = batches(samples, trainer.run.evaluation_budget, trainer.run.regime)
@@ -198,7 +208,7 @@ def _sum_validation(slots: AdapterSlots, trainer: AdapterTrainer, samples: Seque
         (part,) = objective.sums(slots.model, batch, [sum(map(objective.count, piece))])
         total = add_sums(total, part)
         trainer.run.emit(Tick(done=done, total=len(pieces)))
-    for _ in range(world.count_idle_passes(len(every))):
+    for _ in range(world.count_idle_passes(len(every))):  # as in `_run_idle_pass`
         row = _shortest(samples)
         objective.sums(slots.model, trainer.run.base.make_batch([row]), [objective.count(row)])
     return total

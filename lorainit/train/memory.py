@@ -1,8 +1,10 @@
-"""Makes passes fit: on a GPU two small ones are measured; an update and the largest pass are tried before step 1.
+"""Chooses passes that fit into memory, before step 1.
 
-Running out of memory late is what hurts, so the worst comes first (`lorainit.train.dry_run`). Then a pass's tokens are
-halved until it fits, and last the layers are computed again in the backward pass. Neither changes the effective batch,
-the order of rows or what is minimized; both are said in an event.
+An update is tried first. On a GPU two small passes are then measured. Last the largest pass is tried
+(`lorainit.train.dry_run`), so that memory does not run out in the middle of a run. If it does not fit, its tokens are
+halved, down to one row. After that gradient checkpointing is switched on, which takes more time because it computes
+layers again in the backward pass. None of this changes the effective batch, the order of rows or the loss. Events
+report it.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,18 +26,21 @@ from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, 
 from lorainit.train.dry_run import DryRun, clear_model, plan_dry_runs, try_pass, try_update
 
 PARAM = "training"
-# Tokens of the larger of two passes that are measured: beyond a few hundred, memory grows evenly with them.
+# Tokens of the larger of the two measured passes; the smaller one has half. A straight line through both is enough,
+# because memory grows linearly beyond a few hundred tokens.
 PROBED = 2048
-SHARE = 0.8  # of a GPU that may be full: the rest is for memory in pieces and for CUDA's own
-STEP = 256
+SHARE = 0.8  # share of a GPU that passes may fill; the rest is left for fragmentation and for CUDA itself
+STEP = 256  # the tokens per pass are a multiple of this, so that small differences in the measurement do not matter
 
 
 def fit_to_memory(runs: Sequence[Run]) -> None:
-    """Give runs that share a base passes that fit; the model is set up for them and left bare.
+    """Choose passes that fit for runs that share a base, and set up gradient checkpointing and compilation.
+
+    No adapter is attached afterwards.
 
     Raises:
-        OutOfMemory: not one row fits, whatever is done, or not the optimizer's update; on a base that is divided
-            between devices, the first pass that is tried does not.
+        OutOfMemory: the optimizer's update does not fit, or not even a pass of one row; on a base that is divided
+            between devices: the first pass that is tried does not fit.
     """
     slots, planned = AdapterSlots(runs[0].model), [run.passes.tokens for run in runs]
     if _runs_out_of_memory(slots, runs, partial(try_update, runs)):
@@ -63,7 +68,7 @@ def fit_to_memory(runs: Sequence[Run]) -> None:
 
 
 def _halve(runs: Sequence[Run], failed: DryRun) -> None:
-    """Half the tokens to a pass for each run that had more than one row in the pass that failed."""
+    """Halve the tokens per pass of each run that had more than one row in the pass that failed."""
     for who, rows in failed.rows.items():
         if len(rows) > 1 and failed.learns:
             runs[who].halve_passes(rows)
@@ -72,23 +77,30 @@ def _halve(runs: Sequence[Run], failed: DryRun) -> None:
 
 
 def _recompute_from_start(slots: AdapterSlots, runs: Sequence[Run], switches: Sequence[bool | str]) -> bool:
-    """Whether layers are computed again before anything was tried: where passes are everybody's there is one try."""
+    """Switch gradient checkpointing on before any trial, if there is a reason to. Returns whether it is on.
+
+    A base that is divided between devices always starts with it (unless it is switched off), because its first trial
+    is the only one: a process that runs out of memory leaves the others in the middle of a pass.
+    """
     if True in switches:
         return _recompute(slots, runs, "it was asked for", kind="machine")
     if any(run.passes.recomputed for run in runs) and False not in switches:
-        return _recompute(slots, runs, "the run that this one goes on from had to", kind="machine")
+        return _recompute(slots, runs, "the run that this one resumes from needed it", kind="machine")
     if runs[0].base.world.in_step and False not in switches:
-        return _recompute(slots, runs, "memory is short where a base has to be divided", kind="machine")
+        return _recompute(slots, runs, "the base is divided between devices, so memory is short", kind="machine")
     return False
 
 
 def _runs_out_of_memory(
     slots: AdapterSlots, runs: Sequence[Run], attempt: Callable[[], None], *, in_step: bool = False
 ) -> bool:
-    """Whether any process runs out of memory.
+    """Whether any process runs out of memory in this attempt.
 
     Args:
-        in_step: processes make this attempt together, and not side by side.
+        in_step: the processes make this attempt together, each with its part of the base.
+
+    Raises:
+        OutOfMemory: memory ran out `in_step`, where the attempt cannot be repeated.
     """
     failed = False
     try:
@@ -96,10 +108,10 @@ def _runs_out_of_memory(
     except Exception as error:  # torch has one class for a GPU's memory and only a text for the host's
         if not is_out_of_memory(error):
             raise
-        if in_step:  # the others are in the middle of a pass that cannot be finished
+        if in_step:  # the others wait for this process in the middle of the pass
             raise _too_large_a_part() from error
         failed = True
-    if failed:  # outside of the except clause, whose traceback holds what is to be freed
+    if failed:  # not in the except clause, because there the traceback still refers to the tensors to be freed
         clear_model(slots, runs)
         release_memory()
     return runs[0].base.world.any_rank(failed, next(slots.model.parameters()).device)
@@ -118,19 +130,20 @@ def _find_first_failure(slots: AdapterSlots, runs: Sequence[Run]) -> DryRun | No
 
 
 def _measure(slots: AdapterSlots, runs: Sequence[Run], most: Sequence[int] = ()) -> None:
-    """Give the runs as many tokens to a pass as a GPU holds, from what two small passes take.
+    """Set the tokens per pass to what a GPU holds, calculated from the memory that two small passes take.
 
-    Of all its memory, not of what is free now: the same job has the same passes, and so the same bits. What an earlier
-    attempt had is kept for that reason, too.
+    The calculation uses the GPU's total memory and not what is free now, so that the same job has the same passes and
+    its results have the same bits. For the same reason the passes of an earlier attempt are kept.
 
     Args:
-        most: tokens of each run's passes if the GPU had room for all; () = what they have.
+        most: the tokens per pass that each run would have with unlimited memory; () = those that it has now.
     """
     device, world = next(slots.model.parameters()).device, runs[0].base.world
     if device.type != "cuda" or all(run.passes.kept or run.passes.rows == 1 for run in runs):
         return
     seen = list[tuple[int, int]]()
-    longest = PROBED // 2 // len(runs)  # so that the larger pass has about twice the tokens of the smaller one
+    # Rows no longer than half of the larger pass: otherwise both passes could be one row of the same length.
+    longest = PROBED // 2 // len(runs)
     for tokens in (PROBED // 2, PROBED):
         rows = [_make_long_rows(run, tokens // len(runs), longest) for run in runs]
         note = partial(_record_peak, seen, slots, runs, DryRun(dict(enumerate(rows))))
@@ -146,31 +159,34 @@ def _measure(slots: AdapterSlots, runs: Sequence[Run], most: Sequence[int] = ())
 
 
 def _record_peak(seen: list[tuple[int, int]], slots: AdapterSlots, runs: Sequence[Run], dry_run: DryRun) -> None:
-    """Add how many tokens this pass has, and how much memory was in use at most while it was made."""
+    """Make a pass, and append its number of tokens and its peak memory in bytes to `seen`."""
     peak = peak_while(lambda: try_pass(slots, runs, dry_run))
     seen.append((sum(len(sample.ids) for rows in dry_run.rows.values() for sample in rows), peak))
 
 
 def _make_long_rows(run: Run, tokens: int, longest: int) -> list[Sample]:
-    """About so many tokens in rows as long as the data's longest, if that is not beyond `longest`; all trained."""
+    """About `tokens` tokens in copies of the longest row, cut to `longest` tokens.
+
+    All tokens are trained, since that takes the most memory.
+    """
     row = max(run.data.samples, key=lambda sample: len(sample.ids))
     ids = row.ids[:longest]
     return [Sample(row.line, ids, torch.ones(len(ids), dtype=torch.bool))] * (tokens // len(ids))
 
 
 def _set_tokens(runs: Sequence[Run], tokens: int, most: Sequence[int]) -> None:
-    """Give the runs their parts of so many tokens to a pass; where that is less than was planned it is reported."""
+    """Divide these tokens per pass equally among the runs. Less than was planned is reported."""
     for run, planned in zip(runs, most or [run.passes.tokens for run in runs], strict=True):
         if run.passes.kept:
             continue
         part = max(1, min(planned, tokens // len(runs)))
         if part < planned:
-            text = f"A pass holds {part:,} tokens at most: what two small ones took shows that no more fit into memory"
+            text = f"A pass holds {part:,} tokens at most: two small passes were measured, and no more fit into memory"
             _emit([run], "info", text, kind="machine", tokens_per_pass=part)
         run.change_passes(tokens=part)
 
 
-# --- what is done about it ----------------------------------------------------------------------
+# --- gradient checkpointing, compilation, and errors ----------------------------------------------
 
 
 def _recompute(slots: AdapterSlots, runs: Sequence[Run], why: str, *, kind: str) -> bool:
@@ -205,7 +221,10 @@ def _too_large_a_part() -> OutOfMemory:
 
 
 def _compile(slots: AdapterSlots, runs: Sequence[Run]) -> None:
-    """Compile if it was asked for, or if it pays; where it fails the run goes on without and says so."""
+    """Compile the decoder layers if it was asked for, or if it saves time. If that fails, go on without and report it.
+
+    A pass is tried, because torch compiles only when the layers are called for the first time.
+    """
     wanted = {run.training.compile for run in runs}
     chosen, why = True in wanted, "it was asked for"
     if wanted == {"auto"} and runs[0].base.world.size == 1:
@@ -215,9 +234,9 @@ def _compile(slots: AdapterSlots, runs: Sequence[Run]) -> None:
     compiled.compile_layers(slots.model)
     try:
         try_pass(slots, runs, next(plan_dry_runs(runs)))
-    except Exception as error:  # whatever the compiler, or the compiler's compiler, stumbles over
+    except Exception as error:  # any error, because torch's compiler and the C++ compiler behind it raise many kinds
         if any(is_failed_device(one) or is_kernel_assert(one) for one in with_causes(error)):
-            raise  # nothing runs there any more, compiled or not
+            raise  # the device is broken, so uncompiled layers would fail too
         compiled.undo(slots.model)
         clear_model(slots, runs)
         reason = " ".join(str(error).split())[:300]

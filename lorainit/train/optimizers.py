@@ -1,7 +1,7 @@
 """The optimizers a run may choose, over the (A, B) pairs of the adapted layers and DoRA's magnitudes.
 
-Every parameter group carries `factor`, its share of the scheduled rate. All state is in plain
-tensors per parameter, so a checkpoint needs to know nothing of the optimizer it stores.
+Every parameter group has a `factor`, by which the scheduled rate is multiplied. All state is in tensors per
+parameter, so that a checkpoint can store any of these optimizers in the same way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +15,16 @@ from lorainit.config.spec import AdamWLoRAPlus, AdamWPreconditioned, Hyperparame
 from lorainit.model.layers.layer import LoRALinear
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-# Squared ratio of the sizes of a factor's directions below which the smallest is rounding; matters without damping.
+# With damping 0 a Gram matrix counts as singular if its smallest squared pivot is at most this share of its largest.
+# No such limit is needed with damping, because damping·I keeps the matrix away from singular ones.
 SINGULAR = 1e-7
 
 
 def make_optimizer(recipe: Hyperparameters, layers: Mapping[str, LoRALinear]) -> torch.optim.Optimizer:
-    """The optimizer of a resolved recipe over what `layers` train.
+    """The optimizer of a resolved recipe, over the trained parameters of `layers`.
 
-    Magnitudes move by plain AdamW at A's rate under all of them, and never decay: a smaller m is a
-    smaller weight, not a smaller change of it.
+    Every optimizer trains DoRA's magnitudes by plain AdamW at A's rate. They have no weight decay, because a smaller
+    magnitude makes the whole weight smaller, while smaller A and B make only the change of the weight smaller.
     """
     assert recipe.learning_rate is not None
     chosen, rate, decay = recipe.optimizer, recipe.learning_rate, recipe.weight_decay
@@ -40,7 +41,8 @@ def make_optimizer(recipe: Hyperparameters, layers: Mapping[str, LoRALinear]) ->
         groups = [{"params": [p for layer in layers.values() for p in (layer.A, layer.B)], "factor": 1.0}]
     if magnitudes := _magnitudes(layers):
         groups.append({"params": magnitudes, "factor": 1.0, "weight_decay": 0.0})
-    # Fused takes a quarter of the time for the factors of SmolLM2, of which eight adapters need eight.
+    # Fused, because it takes a quarter of the time for the factors of SmolLM2, and a group of eight adapters has
+    # eight optimizers.
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, weight_decay=decay, fused=True)
     set_rate(optimizer, rate)
     return optimizer
@@ -51,7 +53,7 @@ def _magnitudes(layers: Mapping[str, LoRALinear]) -> list[nn.Parameter]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of this step, each group by its factor."""
+    """Set the rate of this step; each group gets it times its factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
 
@@ -59,15 +61,15 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 class PreconditionedAdamW(torch.optim.Optimizer):
     """AdamW on gradients preconditioned by the other factor: the optimizer of LoRA-One's first version.
 
-    For each pair, with g_A (r×in) and g_B (out×r) the gradients, no factor s² and no bias correction
-    (so the first step has size (1 - β1)/sqrt(1 - β2) = 3.16 times the rate):
+    g_A (r×in) and g_B (out×r) are the gradients of a pair. As in the paper's first version there is no factor s² and no
+    bias correction, so the first step has size (1 - β1)/sqrt(1 - β2) = 3.16 times the rate:
 
         A moves by Adam on (BᵀB + damping·I)⁻¹·g_A
         B moves by Adam on g_B·(A·Aᵀ + damping·I)⁻¹, with the A that has just moved
 
     Zhang, Liu, Chen, arXiv 2502.01235v1; the preconditioner is Zhang & Pilanci's, arXiv 2402.02347.
-    Weight decay is decoupled and comes last. Each group holds one pair, so A and B cannot be mixed up;
-    a last group holds the `magnitudes`, which have no other factor: torch's AdamW moves them.
+    Weight decay is decoupled and comes last. Each group holds one pair, so that A and B cannot be mixed up. A last
+    group holds the `magnitudes`. They are no pair, so torch's AdamW updates them.
 
     Raises:
         SingularPreconditioner: a factor has lost rank and the damping does not make up for it.
@@ -88,7 +90,7 @@ class PreconditionedAdamW(torch.optim.Optimizer):
         if magnitudes:
             plain = {"params": list(magnitudes), "factor": 1.0}
             self.plain = torch.optim.AdamW([plain], lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0)
-            # One optimizer for whoever sets the rate or stores the state.
+            # Shared, so that code which sets the rate or stores the state sees a single optimizer.
             self.param_groups += self.plain.param_groups
             self.state = self.plain.state
 
@@ -125,7 +127,7 @@ class SimultaneousAdamW(torch.optim.AdamW):
 
     (BᵀB + damping·I)⁻¹·g_A and g_B·(A·Aᵀ + damping·I)⁻¹ take the place of the gradients: what PEFT ships as
     `create_riemannian_optimizer`, with its damping of 1e-2 (there `reg`), and equation 9 of LoRA-One's paper.
-    The `magnitudes` of DoRA, which have no other factor, move by AdamW alone and never decay.
+    The `magnitudes` of DoRA are no pair, so plain AdamW updates them; they have no weight decay.
 
     Raises:
         SingularPreconditioner: as for `PreconditionedAdamW`.
@@ -164,17 +166,23 @@ class SimultaneousAdamW(torch.optim.AdamW):
 
 
 class SingularPreconditioner(NonFiniteLoss):
-    """A Gram matrix of a factor cannot be inverted; the authors' code goes on with the identity, we do not."""
+    """A Gram matrix of a factor cannot be inverted.
+
+    The authors' code then uses the identity instead. We do not, because this would hide that training has failed.
+    """
 
 
 def _gram(factor: Tensor, *, rows: bool) -> Tensor:
-    """A·Aᵀ (`rows`) or BᵀB: r×r, in float64, where its condition number is the factor's squared."""
+    """A·Aᵀ (`rows`) or BᵀB: r×r, in float64, because its condition number is that of the factor squared."""
     F = factor.double()
     return F @ F.T if rows else F.T @ F
 
 
 def _inverses(grams: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """(gram + damping·I)⁻¹ of each, those of a kind in one call: a GPU would spend its time on launches."""
+    """(gram + damping·I)⁻¹ of each.
+
+    Matrices of one size are inverted in one call, since otherwise a GPU would spend most time on kernel launches.
+    """
     inverses: list[Tensor] = [torch.empty(0)] * len(grams)
     kinds = [(len(gram), group["damping"] == 0) for gram, group in zip(grams, groups, strict=True)]
     for rank, undamped in set(kinds):
@@ -191,7 +199,7 @@ def _inverses(grams: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> l
 
 
 def _near_singular(factors: Tensor) -> Tensor:
-    """Whether a Gram matrix, given its Cholesky factor, is singular but for the rounding of the float32 factors."""
+    """Whether a Gram matrix, given its Cholesky factor, is singular up to the rounding of the float32 factors."""
     pivots = factors.diagonal(dim1=-2, dim2=-1).square()
     return pivots.amin(-1) <= SINGULAR * pivots.amax(-1)
 
