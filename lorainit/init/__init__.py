@@ -1,5 +1,5 @@
-"""The initializations: `methods` has one paper per file, `evidence` gathers what a method looks at.
+"""The initializations: `methods` has one paper per file, `evidence` collects the data that a method needs.
 
-`initialize` adapts a model, `stage` does so within a run and keeps what it found out, `report` puts a start in numbers.
-Knows nothing of training.
+`initialize` attaches adapters to a model, `stage` does so within a run and caches the results, and `report` measures
+them. Nothing here depends on training.
 """

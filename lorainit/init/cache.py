@@ -1,4 +1,4 @@
-"""What initializations found out, kept for the next run: evidence and starts."""
+"""A cache on disk for evidence and starts, because both may take minutes and depend only on base, data and method."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from lorainit.runtime.disk_cache import DiskCache, raw_bytes
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of entries and the bytes that may be kept. `limit` 0 = nothing is kept."""
+    """A folder of entries and the bytes that it may hold. `limit` 0 = nothing is stored."""
 
     folder: Path
     limit: int
@@ -27,24 +27,24 @@ class Cache:
         return DiskCache(self.folder, self.limit, self.on_event)
 
     def evidence(self, key: str) -> dict[str, Evidence] | None:
-        """What `collect` returned under this key."""
+        """The evidence stored under this key, by module; None if there is none."""
         found = self._disk_cache.read(key)
         return found and {name: _evidence(entry) for name, entry in found.items()}
 
     def keep_evidence(self, key: str, evidence: Mapping[str, Evidence]) -> None:
-        """Store it; a failure is a warning."""
+        """Store the evidence. A failure is only a warning, because the run does not need the cache."""
         entries = {n: {f.name: getattr(e, f.name) for f in fields(e)} for n, e in evidence.items()}
         for entry in entries.values():
             entry["step"] = entry["step"] and asdict(entry["step"])
         self._disk_cache.write(key, entries)
 
     def starts(self, key: str) -> dict[str, CachedStart] | None:
-        """The factors and report entries of all modules under this key."""
+        """The factors and report entries stored under this key, by module; None if there are none."""
         found = self._disk_cache.read(key)
         return found and {n: CachedStart(Factors(A=e["A"], B=e["B"]), e["facts"]) for n, e in found.items()}
 
     def keep_starts(self, key: str, starts: Mapping[str, CachedStart]) -> None:
-        """Store them; a failure is a warning."""
+        """Store the starts. A failure is only a warning, because the run does not need the cache."""
         entries = {n: {"A": k.factors.A, "B": k.factors.B, "facts": k.facts} for n, k in starts.items()}
         self._disk_cache.write(key, entries)
 
@@ -54,10 +54,10 @@ def _evidence(entry: dict[str, Any]) -> Evidence:
 
 
 def data_digest(samples: Sequence[Sample]) -> str:
-    """The rows as a model sees them: tokens and which of them count."""
+    """SHA-256 of the rows as a model sees them: token ids, and which tokens are trained."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(len(sample.ids).to_bytes(4, "big"))
+        digest.update(len(sample.ids).to_bytes(4, "big"))  # otherwise rows cut at other places could be the same bytes
         for tensor in (sample.ids, sample.trained):
             digest.update(raw_bytes(tensor))
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""From a bare model to an adapted one: evidence once, then each layer, then a gate.
+"""Attaches an adapter to every target of a model, and checks the result.
 
-A method that promises to leave the function alone is held to it here, on real rows, before any
-training. The base weights are read and never written.
+If a method promises not to change the model's function, this is measured on training rows before any training, so
+that a wrong start is found at once. The base weights are read and never written.
 """
 
 import time
@@ -30,13 +30,15 @@ from lorainit.model.layers.weight import shape_of, weight_of
 from lorainit.runtime.devices import make_generator
 
 MESSAGE_SECONDS = 5.0
-DORA_ROW = 1e-18  # norms of shorter rows are lost in float32 squares, in PEFT's DoRA as in ours
+# DoRA refuses rows of a weight with a smaller norm, because their squares are zero in float32, in PEFT's DoRA as in
+# ours.
+DORA_ROW = 1e-18
 NO_EVIDENCE: Mapping[str, Evidence] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class CachedStart:
-    """One layer's start as an earlier run found it: its factors and its entry in the report."""
+    """One layer's start, computed by an earlier run: its factors and its entry in the report."""
 
     factors: Factors
     facts: dict[str, Any]
@@ -61,19 +63,21 @@ def initialize(
     """Attach an adapter to every target of `model`.
 
     Args:
-        lora: resolved.
-        seed: the run's; used when the method has none of its own.
-        probe: a few training rows, on the model's device, to measure the loss before and after.
-        evidence: what `collect` gathered for the method, by module.
-        known: the starts of every target from the cache, instead of computing them.
-        calibration: the method's rows; where the start is displaced, its loss is measured on them.
-        rate: the peak learning rate, for the first step that the report expects.
-        started: `time.monotonic()` of the beginning, where collecting evidence is to count.
+        lora: with every option resolved.
+        seed: the run's seed; used if the method has no seed of its own.
+        probe: a few training rows on the model's device, to measure the loss before and after.
+        evidence: what `collect` returned for the method, by module.
+        known: the starts of all targets from the cache; None = compute them.
+        calibration: the method's rows. The loss of a displaced start is measured on them too.
+        weight_decay: the run's; only for a warning.
+        rate: the peak learning rate, from which the report estimates the loss change of the first step.
+        started: `time.monotonic()` when evidence collection began, so that the reported time includes it.
         cached: whether evidence or factors came from the cache.
 
     Raises:
         UnsupportedInit: the method cannot work on a module; the message names it.
-        InitFailed: the method moved the function although it promised not to.
+        InitFailed: the factors are not finite, the method changed the model's function although it promises not to, or
+            the loss is not finite after it.
     """
     started = time.monotonic() if started is None else started
     config = lora.method
@@ -155,14 +159,22 @@ def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int)
 
 
 def _readable_weight(name: str, module: nn.Module, *, needed: bool, dora: bool) -> Tensor:
-    """The weight as out×in float32, or the reason why no method can use it."""
+    """The weight as out×in in float32.
+
+    Args:
+        needed: the method reads the weight, so a weight of zeros is refused.
+        dora: a row of zeros is refused too, because DoRA divides by its norm.
+
+    Raises:
+        UnsupportedInit: no method, or not this one, can use the weight.
+    """
     weight = weight_of(module).detach()
     if weight.is_meta:
         raise UnsupportedInit(f"{name}: the weight has not been loaded (meta tensor).", param="model")
     if not weight.is_floating_point():
         raise UnsupportedInit(f"{name}: the weight is quantized ({weight.dtype}).", param="model")
     W = weight.to(torch.float32).contiguous()
-    norms = row_norms(W)  # one read of W, and no mask of its size
+    norms = row_norms(W)  # shows non-finite entries and zeros in one pass over W, without a mask as large as W
     if not norms.isfinite().all():
         raise UnsupportedInit(f"{name}: the base weight has non-finite entries.", param="model")
     if needed and not norms.any():
@@ -176,7 +188,7 @@ def _readable_weight(name: str, module: nn.Module, *, needed: bool, dora: bool) 
     return W
 
 
-# --- what the caller should know ----------------------------------------------------------------
+# --- warnings ------------------------------------------------------------------------------------
 
 
 def _rise(config: InitConfig, loss: dict[str, Any]) -> list[str]:
@@ -208,7 +220,7 @@ def _warnings(
     dead = [m["name"] for m in modules if m.get("first_step_slope") == 0]
     if dead:
         found.append(
-            f"The gradient of {len(dead)} modules is zero, {dead[0]} among them: they start without a direction."
+            f"The gradient of {len(dead)} modules is zero, {dead[0]} among them: it does not tell them how to start."
         )
     poor = {m["name"]: m["gradient_rank"] for m in modules if "gradient_rank" in m}
     if poor:

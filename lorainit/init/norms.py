@@ -1,13 +1,13 @@
-"""Norms of float32 matrices whose entries may have any size that float32 holds.
+"""Norms of float32 matrices with very small or very large entries.
 
-Squares of entries below 1e-23 are zero and those above 1e19 are infinite, so a plain float32 norm is 0 or infinite
-where the matrix is neither. Knows nothing of models or methods.
+In float32 the squares of entries below 1e-23 are zero and those of entries above 1e19 are infinite. So a plain float32
+norm may be 0 or infinite although the matrix is neither.
 """
 
 import torch
 from torch import Tensor
 
-# A norm between these was summed from squares that float32 holds.
+# A float32 norm between these is right, because float32 can hold the squares that it was summed from.
 SMALLEST, LARGEST = 1e-15, 1e18
 
 
@@ -21,5 +21,5 @@ def row_norms(X: Tensor) -> Tensor:
 
 
 def norm(X: Tensor) -> float:
-    """The Frobenius norm. By rows first: one float32 sum over millions of squares loses digits."""
+    """The Frobenius norm. Rows are summed first, because one float32 sum over millions of squares is inexact."""
     return float(torch.linalg.vector_norm(row_norms(X)))

@@ -1,6 +1,6 @@
-"""What a start looks like, in numbers: each layer by itself, and the whole model on real rows.
+"""Numbers about a start: for each layer, and for the whole model on training rows.
 
-Works on r×r and r×n products only: nothing of a weight's size is made beside the weight itself.
+Most of them use only r×r and r×n products, so that no second matrix of a weight's size is needed in memory.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +22,10 @@ from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.devices import peak_memory_bytes
 from lorainit.runtime.retry import retry_until_it_fits
 
-# How far the loss may move (nats, relative above 1) before "function-preserving" is called broken.
+# How far the loss of a function-preserving start may differ from the base's, in nats; relative for losses above 1. In
+# bfloat16 rounding alone moves the loss more, hence its larger limit.
 LOSS_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-# What methods found out once for all layers: each layer's entry has it, and the summary too.
+# Facts that are the same for all layers. Every layer's entry has them, and the summary takes them from the first.
 SHARED = ("gamma", "line_search", "preheat")
 
 
@@ -43,12 +44,12 @@ def facts(
 ) -> dict[str, Any]:
     """The entry of one layer in `init_report.json`.
 
-    `captured_energy` (methods that take part of W): share of ‖W‖² that B's columns and A's rows hold.
-    `gradient_alignment` (methods with a gradient): share of ‖G‖² that a first step of A and B can
-    follow. `first_order_change`: <G, s·B·A>, the loss change a displaced start promises.
-    `first_step_slope`: loss change per unit of learning rate of the first AdamW step, first order.
+    `captured_energy` (methods that take part of W): share of ‖W‖² in the space of B's columns and A's rows.
+    `gradient_alignment` (methods with a gradient): share of ‖G‖² that a first step of A and B can reach.
+    `first_order_change` (displaced starts): <G, s·B·A>, the loss change of the start to first order.
+    `first_step_slope`: loss change of the first AdamW step per unit of learning rate, to first order.
     `magnitude_norm` (DoRA): ‖m‖, which is ‖W + s·B·A‖ at the start.
-    `start`: "kaiming" for experts that saw too few tokens for the method.
+    `start`: "kaiming" for experts that got too few tokens for the method.
     """
     A, B = factors.A, factors.B
     found: dict[str, Any] = {
@@ -96,7 +97,7 @@ def _gradient_facts(G: Tensor, factors: Factors, *, s: float, lora: Lora) -> dic
     facts = {
         "gradient_norm": whole,
         "gradient_alignment": _alignment(G, factors, whole=whole),
-        # Adam's first step is the sign of the gradient, times the rate.
+        # A sum of absolute values, because Adam's first step is the sign of the gradient times the rate.
         "first_step_slope": -float(G_A.abs().sum() + B_G.abs().sum()),
     }
     if not lora.method.function_preserving:
@@ -111,7 +112,7 @@ def _magnitude_slope(W: Tensor, G: Tensor, factors: Factors, magnitude: Tensor, 
 
 
 def _alignment(G: Tensor, factors: Factors, *, whole: float) -> float:
-    """1 - ‖(I - P_B)·G·(I - P_A)‖²/‖G‖²: what lies outside both spaces is out of the first step's reach."""
+    """1 - ‖(I - P_B)·G·(I - P_A)‖²/‖G‖², because a first step cannot reach what is outside both spaces."""
     Q_B, Q_A = _span(factors.B), _span(factors.A.T)
     B_G, G_A = Q_B.T @ G, G @ Q_A
     reached = norm(B_G) ** 2 + norm(G_A) ** 2 - norm(B_G @ Q_A) ** 2
@@ -119,12 +120,12 @@ def _alignment(G: Tensor, factors: Factors, *, whole: float) -> float:
 
 
 def _span(X: Tensor) -> Tensor:
-    """An orthonormal basis of X's columns; of a zero X, nothing."""
+    """An orthonormal basis of X's columns; no columns for a zero X, for which QR would return arbitrary directions."""
     Q: Tensor = torch.linalg.qr(X).Q
     return Q if X.any() else Q[:, :0]
 
 
-# --- the whole ---------------------------------------------------------------------------------
+# --- the whole model ---------------------------------------------------------------------------
 
 
 def summary(
@@ -181,7 +182,10 @@ def measure(model: nn.Module, probe: Batch) -> dict[str, Any]:
 
 
 def _moved(model: nn.Module, base: BatchResult, initial: BatchResult, row: int) -> Tensor:
-    """How far a logit lies from the base's at most, at each position of a row. No more rows' logits exist at once."""
+    """The largest difference of a logit from the base's, at each position of one row.
+
+    Row by row, because the logits of a whole batch may be larger than the model.
+    """
     with disable_adapters(model):
         before = base.logits_of_row(row)
     return before.sub_(initial.logits_of_row(row)).abs_().amax(-1)
@@ -206,7 +210,7 @@ def displacement(model: nn.Module, batches: Sequence[Batch], *, tick: Callable[[
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Batch], *, tick: Callable[[int], None]) -> float:
-    """Nats per trained token over all rows; `tick` is told how many batches are done."""
+    """Nats per trained token over all rows. `tick` is called with the number of batches that are done."""
     loss, tokens = 0.0, 0
     for done, batch in enumerate(batches, start=1):
         loss += _summed(batch, lambda part: float(sum_losses(model, part).loss))
@@ -216,7 +220,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], *, tick: Callable[[int
 
 
 def _summed(batch: Batch, look: Callable[[Batch], float]) -> float:
-    """`run_batch` at a batch; where memory runs out, at halves of it, and so on down to single rows, summed."""
+    """`look` at a batch. If memory runs out, the sum of `look` over parts of it: halves, and so on down to one row."""
     rows = len(batch.ids)
 
     def halve() -> bool:
@@ -228,16 +232,16 @@ def _summed(batch: Batch, look: Callable[[Batch], float]) -> float:
 
 
 def check_start(summary: dict[str, Any], model: nn.Module) -> None:
-    """Add `checks` to the summary; refuse an adapter that does not start where it promised to.
+    """Add `checks` to the summary, and refuse a start that is wrong.
 
     Raises:
-        InitFailed: a function-preserving method moved the loss, or a displaced one broke the model.
+        InitFailed: a function-preserving method changed the loss, or the loss is not finite after a displaced start.
     """
     base, initial = summary["base_loss"], summary["initial_loss"]
     dtype = weight_of(next(iter(adapted_layers(model).values())).base).dtype
     limit = LOSS_LIMIT[dtype] * max(1.0, abs(base))
     moved = abs(initial - base)
-    passed = moved <= limit  # False for NaN too
+    passed = moved <= limit  # in this order, because the comparison is false for NaN too
     check = {"name": "initial_loss_equals_base", "passed": passed, "value": moved, "limit": limit}
     summary["checks"] = [check] if summary["function_preserving"] else []
     if summary["function_preserving"] and not passed:

@@ -1,7 +1,6 @@
-"""The initialization as a stage of a run: evidence and starts from the cache where an earlier run paid for them.
+"""The initialization as a stage of a run: it takes evidence and starts from the cache if an earlier run stored them.
 
-Says what a stored start depends on. Which rows are looked at is decided here; what is made of them, in `evidence`
-and `methods`.
+It chooses the rows that are used, and the keys of the cache, which contain everything that a start depends on.
 """
 
 import math
@@ -26,11 +25,11 @@ from lorainit.runtime.disk_cache import make_key
 from lorainit.runtime.retry import retry_until_it_fits
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
-WORTH_KEEPING_SECONDS = 1.0  # a start that took less is made faster than it is read
+WORTH_KEEPING_SECONDS = 1.0  # a start that took less is not stored, because computing it is faster than reading it
 
 
 def start(run: Run) -> Report:
-    """Make the run's layers and report, from evidence or from the cache; the model stays bare.
+    """Make the run's layers and report, computed or from the cache. No adapter is attached to the model afterwards.
 
     Raises:
         UnsupportedInit, InitFailed: as `collect` and `initialize`.
@@ -67,7 +66,10 @@ def start(run: Run) -> Report:
 
 
 def _probe(run: Run) -> Batch:
-    """A few short training rows that may share a pass; those whose first trained token comes late are taken whole."""
+    """A few training rows that may share a pass, cut to `PROBE_TOKENS`.
+
+    If no row has a trained token that early, whole rows are used, since a row without one has no loss.
+    """
     rows = [
         Sample(s.line, s.ids[:PROBE_TOKENS], s.trained[:PROBE_TOKENS])
         for s in run.data.samples
@@ -88,7 +90,10 @@ def _calibration(run: Run) -> list[Batch]:
 
 
 def _base_valid_loss(run: Run) -> float | None:
-    """The bare base's loss on the validation rows, where a displaced start hides it; None where the start shows it."""
+    """The base's loss on the validation rows; None if there are none, or if the start is function-preserving.
+
+    Only a displaced start needs it: any other has the base's loss, which the evaluation at step 0 shows.
+    """
     if run.valid is None or run.lora.method.function_preserving:
         return None
     pieces = batches(run.valid.samples, run.budget, run.regime)
@@ -97,7 +102,7 @@ def _base_valid_loss(run: Run) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-# --- what earlier runs found out ----------------------------------------------------------------
+# --- the cache -----------------------------------------------------------------------------------
 
 
 class _Keys(NamedTuple):
@@ -106,7 +111,10 @@ class _Keys(NamedTuple):
 
 
 def _cache(run: Run) -> Cache:
-    """A run without a cache folder keeps nothing, nor do processes that must all find the same in it or nothing."""
+    """The cache of this run. It stores nothing if the run has no cache folder or its base is divided between devices.
+
+    Processes of a divided base compute starts together, so one of them must not find an entry that another lacks.
+    """
     folder, limit = run.spec.cache, 0 if run.base.sharded else run.spec.cache_limit_bytes
     return Cache(Path(folder or run.base.location.folder) / "init", limit if folder else 0, run.emit)
 
@@ -117,7 +125,8 @@ def _evidence(run: Run, cache: Cache, keys: _Keys) -> tuple[dict[str, Evidence],
     if config.facts.needs in ("none", "weight"):
         return collect(config, run), False
     found = cache.evidence(keys.evidence)
-    if not run.base.world.any_rank(found is None, run.device):  # otherwise all collect it, as they do so together
+    # If one process finds no entry, all have to collect, because they do so together.
+    if not run.base.world.any_rank(found is None, run.device):
         assert found is not None
         return found, True
     found = _collected(run)
@@ -126,7 +135,7 @@ def _evidence(run: Run, cache: Cache, keys: _Keys) -> tuple[dict[str, Evidence],
 
 
 def _collected(run: Run) -> dict[str, Evidence]:
-    """The evidence; where memory runs out in any process, all of it again in smaller passes, as long as they can be."""
+    """Collect the evidence. If memory runs out in any process, all of them begin again in smaller passes."""
 
     def smaller() -> bool:
         largest = _largest_pass(run)
@@ -135,8 +144,8 @@ def _collected(run: Run) -> dict[str, Evidence]:
         before, tokens = run.evidence_budget.half_of(largest)
         run.evidence_tokens = tokens
         text = (
-            f"Memory ran out while evidence was collected, with passes over up to {before:,} tokens: again, {tokens:,}"
-            " at most"
+            f"Memory ran out while evidence was collected, with passes over up to {before:,} tokens: it is collected"
+            f" again with {tokens:,} at most"
         )
         run.report_shortage(text, tokens_per_pass=tokens)
         return True
@@ -145,17 +154,20 @@ def _collected(run: Run) -> dict[str, Evidence]:
 
 
 def _largest_pass(run: Run) -> list[Sample]:
-    """Of the rows that the method looks at, and perhaps of a few more."""
+    """The largest pass of the rows that the method uses, and perhaps of a few more. Only its size matters."""
     needs = run.lora.method.facts.needs
     rows = run.data.samples if needs == "preheat" else run.samples
     count = getattr(run.lora.method, "samples", len(rows))
-    if needs == "gradient":  # a search of the step looks at as many again
+    if needs == "gradient":  # twice as many, because the line search of lora_one uses the same number of further rows
         rows, count = [row for row in rows if row.trained[1:].any()], 2 * count
     return max(batches(rows[:count], run.evidence_budget, run.regime), key=run.evidence_budget.tokens_of)
 
 
 def _keys(run: Run) -> _Keys:
-    """Everything that shapes evidence and starts; the seed only where it does."""
+    """The keys of evidence and starts, made of everything that they depend on.
+
+    The seed is left out for methods that draw no random numbers, so that runs with other seeds find the same entry.
+    """
     config = run.lora.method
     seed = config.seed_for(run.spec.seed)
     looks_at_data = config.facts.needs not in ("none", "weight")
@@ -182,7 +194,7 @@ def _keys(run: Run) -> _Keys:
 
 
 def _files_looked_at(run: Run) -> list[str]:
-    """SHA-256 of the files whose rows shape the evidence, and so the start."""
+    """SHA-256 of the files that the evidence, and so the start, depends on. An entry is deleted with its files."""
     needs = run.lora.method.facts.needs
     if needs in ("none", "weight"):
         return []

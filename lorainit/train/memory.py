@@ -30,7 +30,7 @@ PARAM = "training"
 # because memory grows linearly beyond a few hundred tokens.
 PROBED = 2048
 SHARE = 0.8  # share of a GPU that passes may fill; the rest is left for fragmentation and for CUDA itself
-STEP = 256  # the tokens per pass are a multiple of this, so that small differences in the measurement do not matter
+STEP = 256  # tokens per pass are a multiple of this, so that small differences in the measurement rarely change them
 
 
 def fit_to_memory(runs: Sequence[Run]) -> None:
