@@ -1,8 +1,8 @@
-"""The initializations: one paper per file. The function of a method has its name, and so has its file.
+"""The initializations: one file per paper. The file and its function have the name of the method.
 
 A method is a pure function on one layer: `(weight, evidence, *, rank, scale, config, generator) ->
 Factors(A, B)`. `weight` is out×in in float32 (never changed), A is r×in, B is out×r, both float32
-on the weight's device. What a method needs and promises stands beside its parameters in
+on the weight's device. What a method needs and promises is declared with its parameters in
 `lorainit.config.inits`.
 """
 
@@ -18,7 +18,7 @@ METHODS: dict[str, Callable[..., Factors]] = {
     name: getattr(import_module(f"{__name__}.{name}"), name) for name in INITS
 }
 
-# What a method says of all its layers together, beside what each of them says: fields of `job.init_report`.
+# Functions from the report entries of all layers to further fields of `job.init_report`, by method.
 SUMMARIES: dict[str, Callable[[Sequence[dict[str, Any]]], dict[str, Any]]] = {"loftq": correction}
 
 __all__ = ["METHODS", "SUMMARIES"]

@@ -1,7 +1,7 @@
-"""How several methods split singular triples, and the one decomposition that they share.
+"""Linear algebra that several methods use: a randomized SVD, and the split of singular triples into factors.
 
-Random numbers are drawn on the CPU from the caller's generator, never from the global one, so the
-same seed gives the same factors on every device.
+Random numbers are drawn on the CPU from the caller's generator, never from the global one, so that the same seed gives
+the same factors on every device.
 """
 
 import math
@@ -13,12 +13,14 @@ from lorainit.config.errors import InitFailed
 from lorainit.init.norms import row_norms
 from lorainit.model.layers.factors import Factors
 
-# The block never carries fewer directions: alone, the first of them would need many more passes over W.
+# A block has at least this many directions, also for a smaller rank: otherwise the method would converge slowly and
+# need many more passes over W.
 MIN_BLOCK = 8
-# Share of a direction that is rounding once the projection onto all earlier ones is taken off, in float32.
+# A new direction is dropped if less than this share of it is left after its projection onto the earlier ones was
+# subtracted, because so small a rest is mostly float32 rounding.
 ROUNDING = 1e-5
-# The end: one more block added less than this share of the energy found so far. On the gradients of SmolLM2 the
-# best rank-16 part is then met within 5e-6 in norm, on its weights within 3e-4 (docs/log.md).
+# The method ends when one more block adds less than this share of the energy found so far. On the gradients of SmolLM2
+# the result then differs from the best rank-16 part by 5e-6 in norm, on its weights by 3e-4 (docs/log.md).
 STANDS_STILL = 1e-7
 
 
@@ -34,19 +36,20 @@ def symmetric(U: Tensor, S: Tensor, Vh: Tensor, *, scale: float) -> Factors:
 
 
 def count_alive(S: Tensor, *, floor: float) -> int:
-    """How many singular values (descending) are more than rounding: above `floor` of the largest."""
+    """How many singular values (descending) are above `floor` times the largest. The others are rounding errors."""
     return int((floor * S[:1] < S).sum())
 
 
 def last_alive(S: Tensor, *, rank: int, floor: float) -> slice | None:
-    """Which of the singular values are the smallest `rank` ones that are more than rounding; None: there are fewer.
+    """The indices of the smallest `rank` singular values that are not numerically zero; None if there are fewer.
 
-    A direction whose singular value is zero gives two factors of zeros, which no gradient moves. Among the thousands
-    of directions of a large base some are always that near zero, so they are passed over and not a reason to refuse.
+    A direction with the singular value zero gives two zero factors, and their gradients are zero too, so it would never
+    be trained. Large weights have thousands of directions, and some of them are always numerically zero. So these are
+    skipped, and the weight is not refused.
 
     Args:
         S: singular values, descending.
-        floor: share of the largest one up to which a value counts as zero.
+        floor: values up to this share of the largest one count as zero.
     """
     alive = count_alive(S, floor=floor)
     return slice(alive - rank, alive) if alive >= rank else None
@@ -55,17 +58,18 @@ def last_alive(S: Tensor, *, rank: int, floor: float) -> slice | None:
 def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triples from a randomized block Krylov space (Musco & Musco, arXiv 1504.05477, alg. 2).
 
-    The space is spanned by Y, (W·Wᵀ)·Y, ... (W·Wᵀ)^niter·Y with Y = W times `rank` random directions, and ends
-    early when one more block adds nothing to the energy of the leading triples. Subspace iteration, which forgets
-    all blocks but the last, needs four times as many passes over W for the same product.
+    The space is spanned by Y, (W·Wᵀ)·Y, ... (W·Wᵀ)^niter·Y with Y = W times `rank` random directions. No block is added
+    after one that adds nothing to the energy of the leading triples. Subspace iteration is simpler, but it keeps only
+    the last block and therefore needs four times as many passes over W for the same accuracy.
 
     Args:
-        W: m×n. Entries of any size: what is decomposed is W over a power of two near its largest entry.
-        niter: blocks after the first, at most; each costs two passes over W.
+        W: m×n, with entries of any size. W is first divided by a power of two near its largest entry, because squares
+            of very large or small entries leave the range of float32.
+        niter: the most blocks after the first; each costs two passes over W.
 
     Returns:
-        U (m×rank), S (rank, descending), Vh (rank×n). The largest entry of each row of Vh is positive:
-        rounding would choose the signs otherwise, and LoRA-GA pairs vectors of different triples.
+        U (m×rank), S (rank, descending), Vh (rank×n). The largest entry of each row of Vh is positive, because
+        otherwise rounding would choose the signs, and they matter to LoRA-GA, which pairs vectors of different triples.
 
     Raises:
         InitFailed: W has non-finite entries.
@@ -79,7 +83,10 @@ def randomized_svd(W: Tensor, *, rank: int, niter: int, generator: torch.Generat
 
 
 def _shifted(X: Tensor, exponent: int) -> Tensor:
-    """X·2^exponent, exact but where it leaves the range. In two halves: 2^exponent alone may leave it too."""
+    """X·2^exponent, exact unless the result leaves the range of float32.
+
+    It is multiplied in two halves, because 2^exponent itself may be out of range.
+    """
     half = exponent // 2
     return X * 2.0**half * 2.0 ** (exponent - half)
 
@@ -88,13 +95,13 @@ def _leading_triples(W: Tensor, *, rank: int, niter: int, generator: torch.Gener
     """`randomized_svd` of a W whose largest entry is between 1/2 and 1 (or 0)."""
     side = min(W.shape)
     block = min(max(rank, MIN_BLOCK), side)
-    # Rows, not columns: K (d×m) is orthonormal, T = K·W (d×n).
+    # The basis vectors are rows: K (d×m) has orthonormal rows, T = K·W (d×n).
     K = _orthonormal(normal(block, W.shape[1], generator=generator).to(W) @ W.T)
     T = Z = K @ W
     gram = torch.zeros(0, 0, dtype=torch.float64, device=W.device)
     energy = 0.0
     for number in range(niter + 1):
-        # The lower triangle of T·Tᵀ, which is all that is read. Squares need the digits of float64.
+        # Only the lower triangle of T·Tᵀ, because eigh reads no more. In float64, since squares need twice the digits.
         gram = torch.cat([torch.nn.functional.pad(gram, (0, len(Z))), Z.double() @ T.double().T])
         before, energy = energy, float(torch.linalg.eigvalsh(gram)[-rank:].sum())
         if number == niter or len(K) == side or energy - before <= STANDS_STILL * energy:
@@ -103,7 +110,7 @@ def _leading_triples(W: Tensor, *, rank: int, niter: int, generator: torch.Gener
         Z = Y @ W
         K, T = torch.cat([K, Y]), torch.cat([T, Z])
     P = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).to(W)
-    # Where S is rounding, only a QR still gives orthonormal directions.
+    # Not T.T @ P / S: where a singular value is only rounding, QR still gives orthonormal directions and this does not.
     Q, R = torch.linalg.qr(T.T @ P)
     signs = Q.gather(0, Q.abs().argmax(0, keepdim=True)).sign()
     S = R.diagonal()
@@ -111,21 +118,22 @@ def _leading_triples(W: Tensor, *, rank: int, niter: int, generator: torch.Gener
 
 
 def numerical_rank(S: Tensor, W: Tensor) -> int:
-    """How many of the leading singular values S of the m×n matrix W are more than rounding: above eps·max(m, n)·S_1."""
+    """How many of the leading singular values S of the m×n matrix W are above eps·max(m, n)·S_1, the rounding error."""
     return int((S / S[0] > max(W.shape) * torch.finfo(W.dtype).eps).sum())
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
-    """An orthonormal basis of the span of the rows; where they are dependent, of more."""
+    """An orthonormal basis of a space that contains all rows. It is larger than their span if they are dependent."""
     Q: Tensor = torch.linalg.qr(Y.T).Q
     return Q.T
 
 
 def _novel(Y: Tensor, K: Tensor) -> Tensor:
-    """An orthonormal basis of what the rows of Y have outside the span of those of K (orthonormal), maybe empty.
+    """An orthonormal basis of the part of Y's rows outside the span of K's rows (orthonormal). It may be empty.
 
-    A QR alone would fill up with rounding, and rounding may lie in the span of K: where W has equal rows, all
-    of it does. Hence the eigenvalues first; what they leave is well conditioned, but for its rounding along K.
+    QR alone would return directions of rounding error where the rows are dependent, and these may be in the span of K
+    (if W has equal rows, all of them are). So the eigenvalues are used first to drop such directions. The projection
+    is subtracted a second time, because the division by small eigenvalues enlarges what rounding has left along K.
     """
     Y = Y / row_norms(Y).to(Y).clamp(min=torch.finfo(Y.dtype).tiny)[:, None]
     Y = Y - (Y @ K.T) @ K

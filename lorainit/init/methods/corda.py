@@ -1,10 +1,9 @@
-"""CorDA: singular directions of W as its inputs weigh them.
+"""CorDA: singular directions of W, weighted by the layer's inputs.
 
-Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of LLMs", arXiv 2406.05223, section
-3. Differs from the authors' code on purpose: padding does not count, the damping has an end, and by
-default A and B start with equal norms. U, S and C⁻¹ leave the split of a product between its factors
-to the size of C, c²·C making B c times larger and A c times smaller, and in the authors' code that
-size is an accident: that of the inputs over their largest signed entry. `balance` "authors" keeps it.
+Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of LLMs", arXiv 2406.05223, section 3. It differs from
+the authors' code on purpose: padding does not count, the damping has a limit, and A and B start with equal norms by
+default. In the authors' code the norms depend on the scale of C: c²·C makes B c times larger and A c times smaller.
+That scale has no meaning, because the inputs are divided by their largest signed entry. `balance` "authors" keeps it.
 The second moments come from `lorainit.init.evidence.moments`.
 """
 
@@ -22,25 +21,25 @@ from lorainit.model.layers.factors import Factors
 
 FIRST_DAMPING, MAX_DAMPING = 0.01, 1.0
 INVERSE_ERROR = 0.05
-# As in MiLoRA: up to this share of the top singular value both factors are dead. Float64, hence small.
+# Directions up to this share of the top singular value count as zero, because they would never be trained. The share is
+# smaller than in MiLoRA, since this SVD is in float64.
 DEAD = 1e-9
 
 
 def corda(
     weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: CorDA, generator: torch.Generator
 ) -> Factors:
-    """From W·C = U·S·Vᵀ and V̂ᵀ = Vᵀ·C⁻¹, so U·S·V̂ᵀ = W: the first r triples (ipm) or the last (kpm)
-    that are not numerically zero.
+    """With W·C = U·S·Vᵀ and V̂ᵀ = Vᵀ·C⁻¹ (so U·S·V̂ᵀ = W), take the first r triples (ipm) or the last r (kpm).
 
-    A = t·√(S/s)·V̂ᵀ and B = U·√(S/s)/t: with `balance` "authors" t = 1, with "equal" t makes ‖A‖ = ‖B‖ (Frobenius).
+    The last ones are taken from those that are not numerically zero. A = t·√(S/s)·V̂ᵀ and B = U·√(S/s)/t. With
+    `balance` "authors" t = 1, with "equal" t makes ‖A‖ = ‖B‖ (Frobenius). The fact `damping` is the one that was used.
 
     Raises:
-        InitFailed: nothing was collected, or C cannot be inverted.
-        InitFailed: kpm on a weight that has fewer than r directions under its inputs.
+        InitFailed: nothing was collected, or C cannot be inverted, or (kpm) W·C has fewer than r directions.
     """
     if evidence.second_moment is None:
         raise InitFailed("CorDA needs the second moment of the inputs, and none was collected.", param="lora.init")
-    # The last directions of a product whose condition number is that of C need more than 7 digits.
+    # kpm in float64, because C is badly conditioned and the smallest singular values of W·C need more than 7 digits.
     dtype = torch.float64 if config.mode == "kpm" else torch.float32
     C, inverse, damping = damped(evidence.second_moment.to(weight.device, dtype))
     U, S, Vh = torch.linalg.svd(weight.to(dtype) @ C, full_matrices=False)
@@ -57,7 +56,7 @@ def corda(
 
 
 def damped(C: Tensor) -> tuple[Tensor, Tensor, float]:
-    """C + δ·mean(diag C)·I, its inverse, and the δ from 0.01 on, doubled until the inverse is one.
+    """C + δ·mean(diag C)·I, its inverse, and δ: 0.01, doubled until the inverse is accurate.
 
     Raises:
         InitFailed: no δ up to 1 is enough, or C is zero or not finite.
@@ -67,7 +66,7 @@ def damped(C: Tensor) -> tuple[Tensor, Tensor, float]:
     while damping <= MAX_DAMPING:
         candidate = C + damping * C.diagonal().mean() * identity
         inverse, failed = torch.linalg.inv_ex(candidate)
-        # NaN compares false, so a broken inverse is never taken.
+        # A broken inverse is never taken, because a comparison with NaN is false.
         if not failed and torch.linalg.norm(candidate @ inverse - identity) < INVERSE_ERROR:
             return candidate, inverse, damping
         damping *= 2

@@ -1,8 +1,8 @@
 """EVA: A starts in the principal directions of the layer's inputs.
 
-Paischer et al., "Explained Variance Adaptation", arXiv 2410.07170, section 3. The directions and
-the rank each layer gets are collected in `lorainit.init.evidence.directions`; a rank of 0 means no
-adapter. The scale s stays what was asked for whatever rank a layer gets, also with rsLoRA.
+Paischer et al., "Explained Variance Adaptation", arXiv 2410.07170, section 3. The directions and the rank of each layer
+are found in `lorainit.init.evidence.directions`; a layer of rank 0 gets no adapter. The scale s is calculated from the
+rank that was asked for and is the same in all layers, also with rsLoRA.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -16,7 +16,7 @@ from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import count_alive
 from lorainit.model.layers.factors import Factors
 
-# Directions below this share of the strongest are rounding of a float32 decomposition.
+# Directions below this share of the strongest count as zero, because they are rounding errors of a float32 SVD.
 DEAD = 1e-6
 
 
@@ -45,5 +45,5 @@ def eva(
 
 
 def alive_directions(S: Tensor) -> int:
-    """How many directions are more than rounding, by their singular values, largest first."""
+    """How many directions are not numerically zero, by their singular values (largest first)."""
     return count_alive(S, floor=DEAD)

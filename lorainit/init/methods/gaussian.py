@@ -1,7 +1,7 @@
 """Gaussian: PEFT's `init_lora_weights="gaussian"`; there is no paper.
 
-The size of A depends on the rank and not on the layer's width, so its best learning rate differs
-from the default's; `initialize` warns about it.
+The size of A depends on the rank and not on the layer's width as in kaiming, so the best learning rate is another one.
+`initialize` warns about it.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not

@@ -1,12 +1,11 @@
 """HRP: A starts in the leading directions of a preheated adapter of a higher rank.
 
-Chen et al., "HRP: High-Rank Preheating for Superior LoRA Initialization", arXiv 2502.07739. **A
-reconstruction**: the abstracts and the first lines of the introduction were read; the body of the
-paper was not available to us, and no code by the authors is known. From the paper: train a LoRA of
-a higher rank for a few steps, take the main singular vectors of its product, start the main LoRA in
-those directions. Ours, each an inference or a choice: B = 0 and an untouched base, the *right*
-singular vectors for A, orthonormal rows times `c`, a fresh optimizer and the data from the start
-for the main run, and everything about the preheat itself (`lorainit.init.evidence.preheat`).
+Chen et al., "HRP: High-Rank Preheating for Superior LoRA Initialization", arXiv 2502.07739. **This is a
+reconstruction**: we read the abstracts and the first lines of the introduction. We had no access to the body of the
+paper, and know of no code by the authors. From the paper: train a LoRA of a higher rank for a few steps, take the main
+singular vectors of its product, and start the main LoRA in these directions. The rest is our inference or choice: B = 0
+and an unchanged base, the *right* singular vectors for A, orthonormal rows times `c`, a new optimizer and the data from
+the start for the main run, and everything about the preheat itself (`lorainit.init.evidence.preheat`).
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -22,7 +21,7 @@ from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import count_alive, normal
 from lorainit.model.layers.factors import Factors
 
-# Below this share of the top singular value a direction of the preheated product is rounding.
+# Directions of the preheated product below this share of the top singular value count as zero: they are rounding.
 DEAD = 1e-7
 
 
@@ -31,12 +30,12 @@ def hrp(
 ) -> Factors:
     """A = c·V_rᵀ with D = B'·A' = U·Σ·Vᵀ, and B = 0; with `side` "left", B = c·U_r and A = 0.
 
-    With `b_init` "carry" B = U_r·Σ_r/c: s·B·A is the best rank-r part of what the preheat came to, which was
-    trained at the same s. `complete` fills the directions that are missing with random orthonormal ones (fact
-    `completed`: how many).
+    With `b_init` "carry" B = U_r·Σ_r/c, so that s·B·A is the best rank-r part of the preheated adapter, which was
+    trained with the same s. `complete` fills missing directions with random orthonormal ones; the fact `completed` is
+    their number.
 
     Raises:
-        InitFailed: there is no preheated adapter, or its product has fewer than r directions to start from.
+        InitFailed: there is no preheated adapter, or it is not finite, or its product has fewer than r directions.
     """
     if evidence.preheated is None:
         raise InitFailed("HRP needs a preheated adapter, and none was collected.", param="lora.init")
@@ -67,7 +66,7 @@ def hrp(
 
 
 def alive_directions(A: Tensor, B: Tensor, config: HRP) -> int:
-    """How many directions of the preheated product are more than rounding."""
+    """How many directions of the preheated product are not numerically zero."""
     return _alive(_directions(A.double(), B.double(), config)[0])
 
 
@@ -80,13 +79,13 @@ def _alive(S: Tensor) -> int:
 
 
 def _completed(V: Tensor, rank: int, *, generator: torch.Generator) -> Tensor:
-    """The orthonormal rows of V and random ones orthogonal to them, `rank` in all."""
+    """`rank` orthonormal rows: those of V (orthonormal), and random ones."""
     more = normal(V.shape[1], rank - len(V), generator=generator, dtype=V.dtype).to(V.device)
     return torch.cat([V, torch.linalg.qr(more - V.T @ (V @ more)).Q.T])
 
 
 def right_directions(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values (R) and right singular vectors (R×in) of B·A, without the out×in product.
+    """Singular values (R) and right singular vectors (R×in) of B·A. The out×in product is never formed.
 
     Args:
         A: R×in.

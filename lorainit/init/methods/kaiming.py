@@ -1,4 +1,4 @@
-"""Kaiming: the default of LoRA and of PEFT.
+"""Kaiming: the default initialization of LoRA and of PEFT.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 """

@@ -1,9 +1,9 @@
-"""LoftQ: the best rank-r correction of what quantization took from W.
+"""LoftQ: the best rank-r correction of the error that quantization makes in W.
 
-Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv 2310.08659,
-algorithm 1 with T = 1: the base is NF4(W) and nothing else, so it is the one anybody can load. Unlike
-the authors' code and PEFT the scale is divided out, so that the correction is right for every s; the
-randomized SVD replaces their full one.
+Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv 2310.08659, algorithm 1 with
+T = 1, because then the base is NF4(W), which anybody can load. Larger T would change the base. Unlike the authors' code
+and PEFT we divide the factors by the scale, so that the correction is right for every s. A randomized SVD replaces
+their full one, since it is faster.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -21,8 +21,8 @@ from lorainit.init.methods._linalg import randomized_svd, symmetric
 from lorainit.init.norms import norm
 from lorainit.model.layers.factors import Factors
 
-# Rounding errors have a flat spectrum, which needs many blocks: 99.99 % of the best energy on a 2048×2048 matrix of
-# noise at r = 16, 96 % after 4.
+# Many blocks, because rounding errors have a flat spectrum. On a 2048×2048 matrix of noise at r = 16 this gives
+# 99.99 % of the best energy, and 4 blocks give 96 %.
 NITER = 16
 
 
@@ -31,10 +31,10 @@ def loftq(
 ) -> Factors:
     """s·B·A = SVD_r(W - Q), split evenly; `weight` is Q, the dequantized base, and W comes as evidence.
 
-    The facts: ‖W‖, ‖W - Q‖/‖W‖ and ‖W - Q - s·B·A‖/‖W‖.
+    Facts: `original_norm` ‖W‖, `quantization_error` ‖W - Q‖/‖W‖, `corrected_error` ‖W - Q - s·B·A‖/‖W‖.
 
     Raises:
-        UnsupportedInit: four bits hold W exactly, so both factors would be zero and stay it.
+        UnsupportedInit: four bits hold W exactly. Both factors would be zero and stay zero, since their gradients are.
     """
     assert evidence.original is not None
     W = evidence.original.to(weight.device, torch.float32)

@@ -15,8 +15,8 @@ from lorainit.init.evidence import Evidence
 from lorainit.init.methods._linalg import numerical_rank, randomized_svd
 from lorainit.model.layers.factors import Factors
 
-NITER = 16  # at most; the SVD ends when it is exact
-ROWS = 512  # of the offset that are looked at together
+NITER = 16  # the most blocks; the SVD ends earlier when it has converged
+ROWS = 512  # of B·A at a time, because the whole product is as large as the weight
 
 
 def lora_ga(
@@ -24,10 +24,10 @@ def lora_ga(
 ) -> Factors:
     """A = c·V[:, a]ᵀ, B = c·U[:, b] for disjoint index sets a, b among the top 2r of g ≈ U·diag(S)·Vᵀ.
 
-    With c = 1 the first gradient step changes W by -eta·s²·P_2r(g). The published c = m^(1/4)/sqrt(gamma),
-    m = out, does not depend on the gradient's size. With `norm_clip`, where max|s·B·A| = q·max|W| with q > 1,
-    both factors are divided by sqrt(q). Facts: `norm_clip`, the 1/q of clipped layers, and `gradient_rank`
-    where g has fewer than 2r directions.
+    With c = 1 the first gradient step changes W by -eta·s²·P_2r(g). The published c = m^(1/4)/sqrt(gamma), m = out,
+    does not depend on the gradient's size. With `norm_clip`, if max|s·B·A| = q·max|W| with q > 1, both factors are
+    divided by sqrt(q). Facts: `norm_clip`, which is 1/q, if the layer was clipped; `gradient_rank` if g has fewer than
+    2r directions.
 
     Raises:
         UnsupportedInit: 2r exceeds the smaller side.
@@ -53,12 +53,12 @@ def lora_ga(
 
 
 def _largest_entry(A: Tensor, B: Tensor) -> float:
-    """max|B·A|, some rows at a time."""
+    """max|B·A|, `ROWS` rows at a time."""
     return max(float((B[i : i + ROWS] @ A).abs().max()) for i in range(0, len(B), ROWS))
 
 
 def _directions(r: int, *, config: LoRAGA, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which right singular vectors make A and which left ones make B, from 0."""
+    """The indices (from 0) of the right singular vectors for A and of the left ones for B."""
     first, second = torch.arange(r), torch.arange(r, 2 * r)
     if config.direction == "ArB2r":
         return first, second

@@ -1,8 +1,8 @@
-"""LoRA-One: start one full-gradient step ahead, in the gradient's own leading directions.
+"""LoRA-One: the adapter starts as one step along the full gradient, in the gradient's leading directions.
 
-Zhang, Liu, Chen, arXiv 2502.01235, ICML 2025. "v3" is Algorithm 1 of the camera-ready: the base is
-left alone and the model moves on purpose. "v1" is the first version: orthonormal directions, with
-the start subtracted.
+Zhang, Liu, Chen, arXiv 2502.01235, ICML 2025. "v3" is Algorithm 1 of the camera-ready version: the base is unchanged,
+so the adapted model starts away from the base on purpose. "v1" is the paper's first version: orthonormal directions,
+and the start is subtracted, so that the adapted model starts as the base.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -27,7 +27,7 @@ def lora_one(
     v3: B = -U_r·sqrt(S/(S_1·gamma)), A = sqrt(S/(S_1·gamma))·V_rᵀ, so that s·B·A is -s/(gamma·S_1) times
     the best rank-r part of g: a gradient step whose operator norm is s/gamma in every layer.
     v1: B = U_r·m^(1/4)/sqrt(gamma), A = V_rᵀ·m^(1/4)/sqrt(gamma), m = out.
-    Where g has fewer than r directions the fact `gradient_rank` says how many.
+    The fact `gradient_rank` is the number of directions of g, if there are fewer than r.
 
     Raises:
         InitFailed: nothing was collected.

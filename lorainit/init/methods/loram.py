@@ -1,8 +1,8 @@
-"""LoRAM: fixed sine bases at the magnitude of W. No SVD, no data and, by default, no chance.
+"""LoRAM: fixed sine bases, scaled to the magnitude of W. It needs no SVD, no data and, by default, no random numbers.
 
-Zhang et al., "The Primacy of Magnitude in Low-Rank Adaptation", arXiv 2507.06558, section 4. The
-paper swaps our letters (its m is in, its n is out) and calls the adapter's multiplier alpha. The
-default magnitude is the authors' code (variance); the paper's text is `second_moment`.
+Zhang et al., "The Primacy of Magnitude in Low-Rank Adaptation", arXiv 2507.06558, section 4. In the paper m is our in
+and n is our out, and alpha is our scale s. The authors' code takes the magnitude from the variance of W, which is our
+default; the paper's text takes it from the second moment (`magnitude` "second_moment").
 """
 
 import math
@@ -27,7 +27,7 @@ F64 = torch.float64
 def loram(
     weight: Tensor, evidence: Evidence, *, rank: int, scale: float, config: LoRAM, generator: torch.Generator
 ) -> Factors:
-    """B = beta·P (out×r), A = beta·Sᵀ (r×in), with one beta per layer from the size of W.
+    """B = beta·P (out×r), A = beta·Sᵀ (r×in), with one beta per layer, calculated from the entries of W.
 
     Raises:
         UnsupportedInit: r is outside 2..min(out, in), or W has no spread to take a magnitude from.
@@ -49,7 +49,7 @@ def loram(
 def sine_basis(d: int, r: int) -> Tensor:
     """First r columns of the orthonormal type-I sine transform, lowest frequency first; d×r, float64.
 
-    A model has few shapes, so the last ones are remembered: look, do not write.
+    The last results are cached, because a model has few shapes. So the caller must not change the tensor.
     """
     i = torch.arange(1, d + 1, dtype=F64)
     k = torch.arange(1, r + 1, dtype=F64)
@@ -73,9 +73,10 @@ def bases(m: int, n: int, r: int, *, config: LoRAM, generator: torch.Generator) 
 
 
 def magnitude(weight: Tensor, P: Tensor, S: Tensor, *, scale: float, config: LoRAM) -> float:
-    """beta, from beta⁴ = Q·var[W]/var[P·Sᵀ] or the same with second moments; over s² if scale-aware."""
+    """beta from beta⁴ = Q·var[W]/var[P·Sᵀ], or the same with second moments. Divided by s² if scale-aware."""
     m, n = weight.shape
     squares, variance = moments(weight)
+    # Compared with the mean square, because rounding can leave a variance above 0 where all entries are equal.
     if variance <= 1e-14 * squares:
         raise UnsupportedInit("all entries of the weight are equal: there is no magnitude to take.", param="lora.init")
     size = squares if config.magnitude == "second_moment" else variance
@@ -85,7 +86,7 @@ def magnitude(weight: Tensor, P: Tensor, S: Tensor, *, scale: float, config: LoR
 
 
 def tracked(reference: Factors, P: Tensor, S: Tensor, *, config: LoRAM) -> float:
-    """beta, from beta⁴ = var[B'·A']/var[P·Sᵀ] with another method's factors; no Q, no scale."""
+    """beta from beta⁴ = var[B'·A']/var[P·Sᵀ], with the factors of another method. Q and the scale have no part in it."""
     B, A = reference.B.cpu().double(), reference.A.T.cpu().double()
     if config.magnitude == "second_moment":
         size = product_norm(B, A) / (B.shape[0] * A.shape[0])
@@ -116,9 +117,10 @@ def product_size(P: Tensor, S: Tensor, *, config: LoRAM) -> float:
 
 
 def moments(W: Tensor) -> tuple[float, float]:
-    """Mean square and unbiased variance of the entries, row by row and then in float64.
+    """Mean square and unbiased variance of the entries.
 
-    Asking `sum` itself for float64 makes a float64 copy of W: 28 times slower on 4096×11008.
+    Rows are summed in float32 and their sums in float64, because `W.sum(dtype=float64)` would copy W to float64, which
+    is 28 times slower on 4096×11008.
     """
     total = float(W.sum(1).sum(dtype=F64))
     squares = norm(W) ** 2
@@ -126,7 +128,7 @@ def moments(W: Tensor) -> tuple[float, float]:
 
 
 def sine_variance(m: int, n: int, r: int) -> float:
-    """v = var[P·Sᵀ] of the sine bases in closed form; the m×n product is never formed.
+    """v = var[P·Sᵀ] of the sine bases in closed form, so that the m×n product is never formed.
 
     Column k (from 1) of the sine basis sums to a_k(d) = sqrt(2/(d+1))·cot(k·pi/(2(d+1))) for odd k
     and to 0 for even k; with T = sum of a_k(m)·a_k(n), v = (r - T²/(mn))/(mn - 1).
@@ -145,7 +147,7 @@ def product_norm(P: Tensor, S: Tensor) -> float:
 
 
 def product_variance(P: Tensor, S: Tensor) -> float:
-    """Unbiased variance of the entries of P·Sᵀ, again without the product."""
+    """Unbiased variance of the entries of P·Sᵀ. The product is never formed."""
     count = P.shape[0] * S.shape[0]
     total = float(P.sum(0) @ S.sum(0))
     return (product_norm(P, S) - total * total / count) / (count - 1)

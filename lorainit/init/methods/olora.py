@@ -1,7 +1,7 @@
 """OLoRA: the leading part of the QR decomposition of W.
 
-Büyükakyüz, arXiv 2406.01775. Q_r depends on the first r columns of W only, so we factor just those:
-4096×11008 takes milliseconds instead of the seconds of a full QR, with the same result.
+Büyükakyüz, arXiv 2406.01775. We factor only the first r columns of W, because Q_r depends on no others. The result is
+the same, and 4096×11008 takes milliseconds instead of the seconds of a full QR.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -19,7 +19,7 @@ def olora(
 ) -> Factors:
     """B = Q[:, :r], A = R[:r]/s, so that s·B·A = Q_r·R_r for every s (scale-aware, our default).
 
-    `scale_aware=False` is PEFT's A = R[:r], which over-subtracts when s is not 1: at s = 2 the base
+    `scale_aware=False` is PEFT's A = R[:r]. It subtracts too much or too little unless s is 1: at s = 2 the base
     becomes the reflection (I - 2·Q_r·Q_rᵀ)·W.
     """
     Q = torch.linalg.qr(weight[:, :rank].double()).Q.to(weight.dtype)

@@ -20,8 +20,8 @@ def orthogonal(
 ) -> Factors:
     """A = (Z1·q1)ᵀ/divisor, B = (Z2·q2)/divisor with q1, q2 the even and odd rows of one orthogonal r×r matrix.
 
-    B·A = Z2·q2·q1ᵀ·Z1ᵀ/divisor² = 0 because q2·q1ᵀ = 0. Computed in float64, so that what is left of the
-    product is the rounding of the stored factors.
+    B·A = Z2·q2·q1ᵀ·Z1ᵀ/divisor² = 0 because q2·q1ᵀ = 0. It is computed in float64, so that only the rounding of the
+    stored float32 factors keeps the product from being exactly zero.
     """
     out, n = weight.shape
     Q = torch.linalg.qr(normal(rank, rank, generator=generator, dtype=torch.float64)).Q

@@ -1,7 +1,8 @@
 """PiSSA: the top r singular directions of W.
 
-Meng et al., arXiv 2404.02948, section 3. The fast variant is a randomized SVD; the offset is formed
-from the factors actually used, so the function at step 0 is exact even where the subspace is not.
+Meng et al., arXiv 2404.02948, section 3. The fast variant (`niter`) is a randomized SVD. The product that is subtracted
+from the base is made of the factors that were found, so the adapted model starts as the base even if the SVD is
+inexact.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -20,7 +21,7 @@ def pissa(
 ) -> Factors:
     """B = U_r·sqrt(S_r/s), A = sqrt(S_r/s)·V_rᵀ, so that s·B·A is the best rank-r part of W.
 
-    With `niter` a randomized SVD that keeps all its blocks (`randomized_svd`): PEFT's keeps the last r directions.
+    With `niter` a randomized SVD is used that keeps all its blocks (`randomized_svd`). PEFT's keeps only the last one.
     """
     if config.niter is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
