@@ -1,8 +1,8 @@
-"""What a method may look at beside the weight of its own layer.
+"""Evidence: what a method uses beside the weight of the layer, such as a gradient or statistics of the inputs.
 
-A method declares its need in `lorainit.config.inits`; `collect` gathers it once per run, before the first
-layer is initialized, and each method then sees the `Evidence` of its own layer only. The model
-comes back as it was: no hook, no gradient, no adapter, no mode is left behind.
+A method declares what it needs in `lorainit.config.inits`. `collect` collects it once per run, before the first layer
+is initialized, because the model has no adapters then. A method gets only the `Evidence` of its own layer. The model is
+unchanged afterwards: no hook, gradient or adapter is left, and its mode is the same.
 """
 
 import math
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepSearch:
-    """The step of a displaced start that suits this model: `gamma`, one for all layers.
+    """The step size that a line search has found for a displaced start: `gamma`, the same for all layers.
 
-    tried: (gamma, mean loss on the rows of the search), largest gamma, that is smallest step, first.
+    tried: (gamma, mean loss on the rows of the search), largest gamma first, which is the smallest step.
     base_loss: the loss of the base model on the same rows.
-    held_out: whether those are rows that the gradient was not taken from.
+    held_out: whether the gradient was computed from other rows than these.
     """
 
     gamma: float
@@ -28,7 +28,7 @@ class StepSearch:
     held_out: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """For events and reports; a loss that is not finite is None."""
+        """For events and reports. A loss that is not finite is None, because JSON has no number for it."""
         tried = [{"gamma": gamma, "loss": loss if math.isfinite(loss) else None} for gamma, loss in self.tried]
         return {"base_loss": self.base_loss, "held_out": self.held_out, "tried": tried}
 
@@ -41,12 +41,12 @@ class Evidence:
     second_moment: mean of x·xᵀ over the layer's inputs, in×in, float32.
     directions: orthonormal principal directions of the inputs, k×in, float32, strongest first.
     spread: singular values that belong to `directions`, k.
-    rank: the rank this layer was given when the method spreads ranks over layers.
+    rank: the rank of this layer, if the method gives layers different ranks.
     preheated: factors (A, B) of the preheated adapter, R×in and out×R, float32.
-    original: the full-precision weight behind a quantized one, out×in, in the dtype of the base's files.
+    original: the weight before quantization, out×in, in the dtype of the base's files.
     rows: how many calibration rows it was collected from.
     step: the line search of LoRA-One's gamma "auto", the same for all layers.
-    starved: the rows showed this expert of a mixture too little to start from: it starts as kaiming does.
+    starved: too few tokens were routed to this expert for the method, so it starts as kaiming does.
     """
 
     gradient: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Gathering evidence: which collector serves which method."""
+"""Calls the function that collects the evidence for a method."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ COLLECTORS: dict[str, Callable[[Any, Run], dict[str, Evidence]]] = {
 
 
 def collect(config: InitConfig, run: Run) -> dict[str, Evidence]:
-    """The evidence of each target for this method; nothing, where the weight is all it looks at."""
+    """The evidence of each target for this method. It is empty if the method needs no more than the weight."""
     collector = COLLECTORS.get(config.method)
     if collector is None:
         assert config.facts.needs in ("none", "weight"), config.facts.needs

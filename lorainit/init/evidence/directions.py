@@ -1,4 +1,4 @@
-"""Principal directions of what the targets are fed (EVA), and the rank that each target deserves."""
+"""Principal directions of the targets' inputs (EVA), and the rank of each target that follows from them."""
 
 from collections.abc import Sequence
 
@@ -17,20 +17,20 @@ from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import listed
 from lorainit.runtime.devices import make_generator
 
-# A pass over the rows is finished before convergence counts; then the rows are seen again at most so often.
+# The rows are repeated until the directions converge, at most `MAX_PASSES` times. With few batches that would be too
+# few updates, so at least `MIN_BATCHES` batches are allowed.
 MAX_PASSES, MIN_BATCHES = 8, 64
 
 
 def principal_directions(config: EVA, run: Run) -> dict[str, Evidence]:
-    """Principal directions of each layer's inputs, and the rank each layer deserves.
+    """Principal directions of each layer's inputs, and the rank of each layer.
 
-    The inputs are those of trained tokens (`use_label_mask`, PEFT's default) or of all but padding. Each of the first
-    `samples` rows is seen once, then they are seen again until every assigned direction stands
-    still from one batch to the next (`converged`). The sum of the ranks is r times the number of
-    layers, and no layer gets more than rho·r.
+    The inputs are those of trained tokens (`use_label_mask`, PEFT's default) or of all tokens but padding. Each of the
+    first `samples` rows is used once. Then they are repeated until no direction that is needed changes from one batch
+    to the next (`converged`). The sum of the ranks is r times the number of layers, and no layer gets more than rho·r.
 
-    Experts of a mixture that too few tokens reach, or whose directions alone do not settle, are `starved` and take
-    no part in the spreading.
+    An expert is `starved` if too few tokens reach it, or if all other layers have converged and it has not. It then
+    gets no share of the ranks.
 
     Raises:
         UnsupportedInit: a layer's inputs cannot be masked, or too few tokens reach it.
@@ -41,7 +41,7 @@ def principal_directions(config: EVA, run: Run) -> dict[str, Evidence]:
     pieces = batches(rows, run.evidence_budget, run.regime)
     leader = shared_inputs(run, pieces[0])
     widths = {n: min(round(config.rho * run.lora.r), *shape_of(m)) for n, m in run.targets.items()}
-    # The directions, and those of the batch before.
+    # Twice, because the directions before a batch are kept to compare them with those after it.
     numbers = 2 * sum(widths[g] * shape_of(run.targets[g])[1] for g in dict.fromkeys(leader.values()))
     memory.require_memory(run, "eva's directions of every layer's inputs", numbers=numbers, device=run.device)
     states = _states(config, run, leader, widths)
@@ -61,7 +61,7 @@ def _run_until_converged(
     config: EVA,
     run: Run,
 ) -> dict[str, int]:
-    """Feed the batches, again and again, until the directions stand still; the ranks they earn."""
+    """Update the directions batch by batch until they converge. Returns the rank of each layer."""
     limit, tokens = max(MIN_BATCHES, MAX_PASSES * len(pieces)), "trained" if config.use_label_mask else "all"
     moving: list[str] = []
     for number in range(1, limit + 1):
@@ -78,16 +78,18 @@ def _run_until_converged(
         ranks = spread_ranks(bids, run.lora.r * len(leader))
         needed = {g: max(ranks[name] for name in leader if leader[name] == g) for g in states}
         moving = [g for g, state in states.items() if not converged(before[g], state.directions, needed[g], config.tau)]
-        if not run.any_rank(bool(moving)):  # rounding may differ, and passes may be everybody's
+        # All processes end together, because rounding may differ between them, and on a divided base they make each
+        # pass together.
+        if not run.any_rank(bool(moving)):
             _say_ranks(ranks, number, run)
             return ranks
     unsettled = [name for name in moving if not isinstance(run.targets[name], ExpertLinear)]
-    if not unsettled:  # experts that few tokens reach
+    if not unsettled:  # only experts are left, whose directions may change for long because few tokens reach them
         leader = _without(moving, leader, states)
         return spread_ranks({n: states[leader[n]].ratios[: widths[n]] for n in leader}, run.lora.r * len(leader))
     raise InitFailed(
-        f"EVA's directions still move after {limit} batches in {listed(unsettled)}: more rows, larger micro-batches or"
-        f" a lower tau than {config.tau:g} help.",
+        f"EVA's directions still change after {limit} batches in {listed(unsettled)}: more rows, larger micro-batches"
+        f" or a lower tau than {config.tau:g} help.",
         param="lora.init.tau",
     )
 
@@ -107,7 +109,7 @@ def _eva_evidence(state: PCA, rank: int, *, rows: int) -> Evidence:
 
 
 def _starved_experts(states: dict[str, PCA], widths: dict[str, int], run: Run) -> list[str]:
-    """Experts that too few tokens were routed to, or too few different ones, for as many directions."""
+    """Experts whose tokens are too few, or too similar, for as many directions as they may get."""
     return [
         name
         for name, state in states.items()
@@ -117,7 +119,7 @@ def _starved_experts(states: dict[str, PCA], widths: dict[str, int], run: Run) -
 
 
 def _without(experts: Sequence[str], leader: dict[str, str], states: dict[str, PCA]) -> dict[str, str]:
-    """The leaders of all others; `states` forgets these experts too."""
+    """`leader` without these experts. They are removed from `states` too."""
     for name in experts:
         del states[name]
     return {name: g for name, g in leader.items() if name not in experts}
@@ -128,8 +130,8 @@ def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
     if starved:
         fewest = min(states[name].tokens for name in starved)
         raise UnsupportedInit(
-            f"EVA needs more tokens to look at than directions, and {listed(starved)} got {fewest}: more or longer"
-            " calibration rows, or a smaller r.",
+            f"EVA needs more tokens than directions, and {listed(starved)} got {fewest}: more or longer calibration"
+            " rows, or a smaller r.",
             param="lora.init.samples",
         )
 
@@ -137,7 +139,7 @@ def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
 def _say_ranks(ranks: dict[str, int], seen: int, run: Run) -> None:
     empty = [name for name, rank in ranks.items() if rank == 0]
     text = (
-        f"EVA: directions stand still after {seen} batches; ranks from {min(ranks.values())} to {max(ranks.values())}"
+        f"EVA: directions have converged after {seen} batches; ranks {min(ranks.values())} to {max(ranks.values())}"
     )
     text += f"; {len(empty)} modules get no adapter" if empty else ""
     data = {"kind": "init", "batches": seen, "without_adapter": empty}

@@ -1,8 +1,8 @@
 """The mean full gradient of every target's weight over a few calibration rows.
 
-The weighting is the one LoRA-GA and LoRA-One use with micro-batches of one row: the mean over rows of
-each row's mean loss over its trained tokens, so short rows count as much as long ones. How many rows
-share a forward pass changes nothing but speed.
+The loss is the mean over rows of each row's mean loss over its trained tokens, so short rows count as much as long
+ones. LoRA-GA and LoRA-One compute the same, because they use micro-batches of one row. Here rows may share a forward
+pass, which changes only the speed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +29,12 @@ OnTick = Callable[[int, int], None]
 
 
 def gradient_evidence(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]:
-    """The gradient of each target, from the first rows.
+    """The gradient of each target over the first rows.
 
-    Experts of a mixture that get none are `starved`.
+    Experts with a zero gradient are `starved`.
 
     Raises:
-        UnsupportedInit: there is no row to look at, or a module gets no gradient from the rows.
+        UnsupportedInit: no row has a trained token, or the gradient of a module is zero.
         InitFailed: a gradient is not finite.
         OutOfMemory: the gradients take more than is free.
     """
@@ -57,7 +57,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]
         objective=run.objective,
         on_tick=tick,
     )
-    # An expert that no row was routed to has no first step that could be better than another.
+    # If no token was routed to an expert, its gradient is zero and gives no direction for a start.
     starved = {n for n, G in found.items() if isinstance(run.targets[n], ExpertLinear) and not G.any()}
     refuse_unusable({name: G for name, G in found.items() if name not in starved})
     return {
@@ -67,13 +67,17 @@ def gradient_evidence(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]
 
 
 def split_rows(config: LoRAGA | LoRAOne, run: Run) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """The first `samples` rows that have a trained token, and as many after them, if there are."""
+    """The first `samples` rows that have a trained token, and as many of those after them, as far as there are any."""
     usable = [s for s in run.samples if s.trained[1:].any()]
     return usable[: config.samples], usable[config.samples : 2 * config.samples]
 
 
 def calibration_rows(config: LoRAGA | LoRAOne, run: Run) -> Sequence[Sample]:
-    """The first `samples` rows that have a trained token. Fewer than asked for is reported."""
+    """The first `samples` rows that have a trained token. If there are fewer, a warning is emitted.
+
+    Raises:
+        UnsupportedInit: there are none.
+    """
     rows, _ = split_rows(config, run)
     if not rows:
         raise UnsupportedInit(
@@ -100,8 +104,9 @@ def mean_gradients(
     """∂L/∂W of each target, out×in, float32 on the CPU; L = mean over rows of the row's mean loss.
 
     Args:
-        model: its parameters are frozen before and after; its mode is left alone.
-        budget: of a forward pass; `regime`: which rows may share one.
+        model: which parameters need a gradient is restored afterwards; its mode is not changed.
+        budget: the limit of a forward pass.
+        regime: tells which rows may share a pass.
         on_tick: called with (rows done, rows) after every pass.
     """
     sums: dict[str, Tensor] = {}
@@ -124,10 +129,10 @@ def _mean(total: Tensor | None, module: nn.Module, rows: int) -> Tensor:
 def _gradients_taken_away(
     model: nn.Module, targets: Mapping[str, nn.Module], sums: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Add each target's gradient to `sums` while it passes, so that one at most is on the device.
+    """Add each target's gradient to `sums` during the backward pass, so that the device holds one of them at a time.
 
-    The weights themselves stay frozen, whatever form they have: a weight's gradient is made of the
-    layer's inputs and of the gradient of its outputs.
+    The gradient is calculated from the layer's inputs and the gradient of its outputs. The weights stay frozen, because
+    a quantized weight cannot have a gradient.
     """
     before = {p: p.requires_grad for p in model.parameters()}
     handles = []
@@ -147,7 +152,7 @@ def _gradients_taken_away(
 
 
 def _begin_graph(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Below the first targets nothing needs a gradient: the graph begins at their inputs."""
+    """Let the graph begin at the input of the first targets: nothing before them needs a gradient."""
     x, *rest = args
     return (x if x.requires_grad else x.detach().requires_grad_(), *rest)
 
@@ -166,23 +171,23 @@ def _taker(name: str, sums: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Ten
             else:
                 sums[name] = G
 
-        y.register_hook(take)  # untyped, hence Any
+        y.register_hook(take)  # `y` is Any, because `register_hook` has no types
 
     return watch
 
 
 def refuse_unusable(gradients: Mapping[str, Tensor]) -> None:
-    """Gradients that no direction can be taken from, with the modules and the usual causes.
+    """Refuse gradients that give no direction for a start. The message names the modules and the usual causes.
 
     Raises:
-        InitFailed: not finite.
-        UnsupportedInit: zero.
+        InitFailed: a gradient is not finite.
+        UnsupportedInit: a gradient is zero.
     """
     broken = [name for name, G in gradients.items() if not G.isfinite().all()]
     if broken:
         raise InitFailed(
-            f"The gradient is not finite in {listed(broken)}: a base model that overflows on these rows, often for"
-            " want of precision, is the usual cause.",
+            f"The gradient is not finite in {listed(broken)}: usually the base model overflows on these rows, often"
+            " because the precision is too low.",
             param="lora.init",
         )
     dead = [name for name, G in gradients.items() if not G.any()]

@@ -1,6 +1,7 @@
-"""What the targets are fed, one forward pass for all of them. Padding is never looked at.
+"""The inputs of the targets, collected in one forward pass for all of them. Padding is never used.
 
-Layers that are handed the very same tensor (the query, key and value projections of a block) share one computation.
+Layers that get the same tensor object (the query, key and value projections of a block) share one computation, since
+their statistics are the same.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,24 +24,28 @@ OnInputs = Callable[[str, Tensor, list[int]], None]
 
 
 def calibration_rows(config: EVA | CorDA, run: Run) -> Sequence[Sample]:
-    """The first rows; refused when there are none. Fewer than asked for is said aloud."""
+    """The first `samples` rows. If there are fewer, a warning is emitted.
+
+    Raises:
+        UnsupportedInit: there are none.
+    """
     rows = run.samples[: config.samples]
     if not rows:
-        raise UnsupportedInit("This method looks at rows, and there are none.", param="data.calibration")
+        raise UnsupportedInit("This method needs calibration rows, and there are none.", param="data.calibration")
     if len(rows) < config.samples:
         run.emit(warn_few_rows(config, len(rows)))
     return rows
 
 
 def shared_inputs(run: Run, piece: Sequence[Sample]) -> dict[str, str]:
-    """For each target the first target that is handed the very same tensor; itself if it is the first.
+    """For each target the first target that gets the same tensor object as its input; itself if it is the first.
 
-    Experts share nothing, and whether tokens reach them is known when all rows have passed.
+    Experts share nothing. Whether tokens reach them is not checked here, because one batch cannot tell.
 
     Raises:
         UnsupportedInit: a target is not reached at all.
     """
-    # The tensors are kept until the pass is over, so that an identity cannot be used twice.
+    # The tensors are kept until the pass is over, because Python may give the id of a freed tensor to another one.
     seen: dict[int, tuple[str, Tensor]] = {}
     leader = {name: name for name, module in run.targets.items() if isinstance(module, ExpertLinear)}
     others = {name: module for name, module in run.targets.items() if name not in leader}
@@ -61,9 +66,16 @@ def shared_inputs(run: Run, piece: Sequence[Sample]) -> dict[str, str]:
 def collect_inputs(
     run: Run, piece: Sequence[Sample], names: Iterable[str], on_inputs: OnInputs, *, tokens: str
 ) -> None:
-    """One batch; `on_inputs(name, X, counts)` gets the chosen tokens' inputs of each named target, tokens×in float32.
+    """Run the model on one batch, and call `on_inputs(name, X, counts)` for each named target.
 
-    `counts`: how many of them are each row's, in turn.
+    `X` has the inputs of the chosen tokens, tokens×in float32. `counts` has the number of these tokens in each row.
+
+    Args:
+        tokens: "trained" for the trained tokens only, or "all" for all but padding.
+
+    Raises:
+        InitFailed: an input is not finite.
+        UnsupportedInit: the shape of an input does not tell which tokens are padding.
     """
     batch = collate(piece, pad=run.base.pad).to(run.device)
     mask = batch.attention.bool() & batch.trained if tokens == "trained" else batch.attention.bool()
@@ -81,11 +93,11 @@ def collect_inputs(
 
 
 def _positions(name: str, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    """Where in the flattened rows×length the tokens of a layer's input stand, in ascending order."""
+    """The positions of a layer's input tokens in the flattened rows×length, in ascending order."""
     if isinstance(module, ExpertLinear) and module.stack.of == mask.numel():
         assert module.stack.tokens is not None
         return module.stack.tokens
-    # Latent attention hands its keys on with an axis for the one head that all share: rows×1×tokens×features.
+    # The keys of latent attention have an axis for the one head that all share: rows×1×tokens×features.
     shared_head = x.ndim == 4 and (x.shape[0], *x.shape[2:-1]) == mask.shape and x.shape[1] == 1
     known = shared_head or x.shape[:-1] in (mask.shape, (mask.numel(),))
     if known and not isinstance(module, ExpertLinear):

@@ -1,10 +1,10 @@
-"""The step of a displaced start, by trying a few on the calibration rows (our extension of LoRA-One).
+"""Finds the step size of a displaced start by trying a few on calibration rows (our extension of LoRA-One).
 
-LoRA-One's published gamma = 128 does not fit every model: the start moves every layer's weight by
-operator norm s/gamma, and what a model bears differs by orders of magnitude. One gamma serves all
-layers, as in the paper. The rows are the ones after those the gradient came from, where there are
-any: on its own rows a step flatters itself (SmolLM2, 8 rows of 64 tokens: gamma 128 took them from
-4.96 to 4.22 and other text from 4.02 to 4.11; four unseen rows chose 256, and other text went to 3.94).
+LoRA-One's published gamma = 128 does not fit every model: the start changes every layer's weight by operator norm
+s/gamma, and how large a change a model tolerates differs by orders of magnitude. All layers have the same gamma, as in
+the paper. If possible the search uses rows after those that the gradient came from, because on its own rows a step
+looks better than it is. (SmolLM2, 8 rows of 64 tokens: gamma 128 took the loss on these rows from 4.96 to 4.22, and on
+other text from 4.02 to 4.11. Four unseen rows chose 256, with which other text went to 3.94.)
 """
 
 import math
@@ -29,7 +29,7 @@ from lorainit.model.layers.layer import LoRALinear, adapted_layers, attach
 from lorainit.model.layers.weight import weight_of
 from lorainit.runtime.devices import make_generator
 
-# Smallest step first. Factors of four over five decades, then the best one's neighbours at a factor of two.
+# Smallest step first. These are powers of four; then the best one's neighbours at a factor of two are tried.
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))
 
 
@@ -54,7 +54,10 @@ def search_step(
     *,
     held_out: bool,
 ) -> dict[str, Evidence]:
-    """The same evidence with the gamma of least loss on `rows`; `held_out` = the gradient has not seen them.
+    """The same evidence with the gamma of least loss on `rows`.
+
+    Args:
+        held_out: the gradient was not computed from these rows.
 
     Raises:
         InitFailed: no step lowers the loss. A start that is worse than the base model is never chosen.
@@ -96,20 +99,23 @@ def calibration_loss(
     budget: Budget,
     regime: Regime = any_length,
 ) -> float:
-    """Mean over rows of each row's mean loss: what the gradient methods take their gradient of."""
+    """Mean over rows of each row's mean loss: the same loss that the gradient was computed of."""
     pieces = (collate(piece, pad=pad).to(device) for piece in batches(rows, budget, regime))
     return sum(float(row_losses(model, batch).sum()) for batch in pieces) / len(rows)
 
 
 @contextmanager
 def _attached(config: LoRAOne, run: Run, evidence: Mapping[str, Evidence]) -> Iterator[None]:
-    """The start at gamma = 1 in every layer for as long as the context lasts; `scale` then sets the step."""
+    """Attach the start at gamma = 1 to every layer while the context lasts.
+
+    The caller tries a gamma by setting `scale`, so that the SVD of each gradient is computed only once.
+    """
     unit = config.model_copy(update={"gamma": 1.0})
     seed = config.seed_for(run.spec.seed)
     r = run.lora.r
     try:
         for name, module in run.targets.items():
-            if evidence[name].starved:  # its start is a product of zero
+            if evidence[name].starved:  # it starts as kaiming does, so it adds nothing to the loss
                 continue
             W, generator = weight_of(module).detach(), make_generator(seed, name)
             factors = lora_one(W, evidence[name], rank=r, scale=1.0, config=unit, generator=generator)

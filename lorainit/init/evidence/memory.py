@@ -1,6 +1,7 @@
-"""Is there room for the evidence? Asked before it is collected.
+"""Checks that the evidence will fit into memory before it is collected.
 
-A mixture of experts has thousands of matrices, and some methods keep something as large as a matrix for each of them.
+This matters because a mixture of experts has thousands of matrices, and some methods keep something as large as a
+matrix for each of them.
 """
 
 import torch
@@ -16,14 +17,15 @@ GIB = 2**30
 
 
 def require_memory(run: Run, what: str, *, numbers: int, device: torch.device) -> None:
-    """Refuse what does not fit; of a mixture, say what it takes.
+    """Refuse evidence that does not fit. If experts are adapted, report how much memory it takes.
 
     Args:
-        what: what is kept, beginning with the method's name.
-        numbers: how many float32 numbers lie there at a time.
+        what: names the evidence in messages; begins with the method's name.
+        numbers: how many float32 numbers are in memory at a time.
+        device: the device that holds them.
 
     Raises:
-        OutOfMemory: they take more than is free in any process of the run.
+        OutOfMemory: they take more memory than is free in any process of the run.
     """
     wanted, free = FLOAT * numbers, devices.free_bytes(device)
     is_short = free is not None and wanted > free
@@ -37,7 +39,7 @@ def require_memory(run: Run, what: str, *, numbers: int, device: torch.device) -
             param="lora.init",
         )
     if any(isinstance(module, ExpertLinear) for module in run.targets.values()):
-        text = f"{what} takes {_gib(wanted)} of memory until the layers have started from it"
+        text = f"{what} takes {_gib(wanted)} of memory until the layers are initialized"
         run.emit(Message(message=text, data={"kind": "init", "evidence_bytes": wanted}))
 
 

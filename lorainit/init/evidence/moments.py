@@ -1,4 +1,4 @@
-"""Second moments of what the targets are fed (CorDA)."""
+"""Second moments of the targets' inputs (CorDA)."""
 
 from functools import partial
 
@@ -16,21 +16,22 @@ from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import listed
 
-# Second moments that lie on an accelerator at a time; more of them take one more pass over the rows.
+# The most bytes of second moments on an accelerator at a time, so that most of its memory is left for the passes. More
+# moments than that are collected in several blocks.
 DEVICE_BYTES = 4 << 30
 
 
 def second_moments(config: CorDA, run: Run) -> dict[str, Evidence]:
-    """Mean over rows of XᵀX for each layer, in×in float32, X the row's inputs over their size (`_size`).
+    """Mean over rows of XᵀX for each layer, in×in float32, where X is the row's inputs divided by their `_size`.
 
-    Held on the CPU: in² · 4 bytes for every group of layers that share an input. On an accelerator
-    a few GiB of them lie at a time, at the price of one more pass over the rows for each block.
-    Experts of a mixture share no input; those that no token reaches are `starved`.
+    The results are on the CPU and take in² · 4 bytes for every group of layers that share an input. An accelerator
+    holds `DEVICE_BYTES` of them at a time, so a large model needs one more pass over the rows for each block.
+    Experts share no input; those that no token reaches are `starved`.
 
     Raises:
-        UnsupportedInit: a layer's inputs cannot be masked, or none reach it.
+        UnsupportedInit: a layer's inputs cannot be masked, or no input but zeros reaches it.
         InitFailed: a layer's inputs are not finite.
-        OutOfMemory: more than is free.
+        OutOfMemory: the moments take more memory than is free.
     """
     rows = calibration_rows(config, run)
     pieces = batches(rows, run.evidence_budget, run.regime)
@@ -67,7 +68,7 @@ def _add_moments(sums: dict[str, Tensor], config: CorDA, name: str, X: Tensor, c
 
 
 def _size(row: Tensor, config: CorDA) -> Tensor:
-    """What a row's inputs are divided by: their largest |entry|, or, as the authors do, |their largest entry|."""
+    """What a row's inputs are divided by: max|x|, or |max x| as in the authors' code, which may be close to zero."""
     return row.max().abs() if config.balance == "authors" else row.abs().max()
 
 
@@ -90,7 +91,7 @@ def _refuse_moments(moments: dict[str, Tensor], silent: list[str]) -> None:
     broken = [name for name, C in moments.items() if not C.isfinite().all()]
     if broken:
         raise InitFailed(
-            f"The second moment of the inputs is not finite in {listed(broken)}: the largest entry of a row is next"
+            f"The second moment of the inputs is not finite in {listed(broken)}: the largest entry of a row is close"
             ' to zero, and the authors\' rule divides by it. With balance "equal" it is the largest absolute entry.',
             param="lora.init.balance",
         )

@@ -1,4 +1,4 @@
-"""The full-precision weights behind a quantized base, for methods that look at what was lost."""
+"""The weights before quantization, for methods that correct the quantization error."""
 
 import torch
 
@@ -11,6 +11,6 @@ from lorainit.model.targets.targets import linear_layers
 
 
 def original_weights(_config: LoftQ, run: Run) -> dict[str, Evidence]:
-    """Each target's weight as the base model's files have it, mapped: read when a method looks at it."""
+    """Each target's weight from the base model's files. They are memory-mapped, so that a weight is read when used."""
     layers = linear_layers(load_model(run.base.location.folder, dtype="auto", device=torch.device("cpu")))
     return {name: Evidence(original=weight_of(layers[name]).detach()) for name in run.targets}

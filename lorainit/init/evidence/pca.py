@@ -1,7 +1,7 @@
-"""Incremental principal components of a stream of tokens, and ranks spread by explained variance.
+"""Incremental principal component analysis of a stream of tokens, and ranks by explained variance.
 
-Paischer et al., arXiv 2410.07170, section 3 (EVA); the update is Ross et al. 2008, "Incremental
-learning for robust visual tracking", section 3.1. Knows nothing of models.
+Paischer et al., arXiv 2410.07170, section 3 (EVA); the update is that of Ross et al. 2008, "Incremental learning for
+robust visual tracking", section 3.1.
 """
 
 import math
@@ -33,10 +33,10 @@ class PCA:
         self.S = torch.zeros(0)
 
     def update(self, X: Tensor) -> None:
-        """Take in a batch, tokens×in. A batch of any size counts: none is skipped for being short.
+        """Add a batch, tokens×in. A batch of any size counts; PEFT skips batches that are too short.
 
-        The SVD of [S·V; X - mean; sqrt(N·M/(N + M))·(old mean - mean of X)] is that of all tokens so far
-        around their common mean, up to what the directions beyond `width` have lost.
+        The SVD of [S·V; X - mean of X; sqrt(N·M/(N + M))·(old mean - mean of X)] is that of all tokens so far around
+        their common mean. It is not exact, because only `width` directions are kept after each batch.
         """
         if not len(X):
             return
@@ -62,11 +62,11 @@ class PCA:
 
 
 def converged(before: Tensor, after: Tensor, rank: int, tau: float) -> bool:
-    """Whether each of the first `rank` directions has cosine >= tau with the span of those before.
+    """Whether each of the first `rank` directions has cosine >= tau with the span of the first `rank` before.
 
-    With the span and not, as in PEFT, with its own predecessor: two directions of nearly equal variance
-    turn into each other from batch to batch (cosine 0.65 measured on a tiny GPT-2 after 64 batches)
-    although the space they span stands still.
+    PEFT compares each direction with the one at its own place. We do not, because two directions of nearly equal
+    variance mix from batch to batch (cosine 0.65 measured on a tiny GPT-2 after 64 batches) while the space that they
+    span does not change.
     """
     if min(len(before), len(after)) < rank:
         return False
@@ -75,9 +75,10 @@ def converged(before: Tensor, after: Tensor, rank: int, tau: float) -> bool:
 
 
 def spread_ranks(ratios: dict[str, Tensor], slots: int) -> dict[str, int]:
-    """Give `slots` ranks to the largest ratios of all layers; a layer with none gets 0.
+    """The rank of each layer: how many of its ratios are among the `slots` largest of all layers, maybe 0.
 
-    Equal ratios (layers with one input have the same) go to the earlier direction, then the earlier layer.
+    Layers that share an input have equal ratios. Of equal ones the earlier direction counts as larger, then that of
+    the earlier layer, so that the result does not depend on chance.
     """
     names = list(ratios)
     bids = [(-float(x), i, layer) for layer, name in enumerate(names) for i, x in enumerate(ratios[name])]

@@ -1,8 +1,8 @@
-"""The preheated adapter of HRP: a LoRA of a higher rank, trained for a few steps and taken off again.
+"""The preheated adapter of HRP: a LoRA of a higher rank that is trained for a few steps and then detached.
 
-The paper's body was not available to us (see `lorainit.init.methods.hrp`): what is trained, for how long
-and with which optimizer are our choices. The main run knows nothing of it: it has an optimizer of
-its own and sees the training rows from the start.
+What is trained, for how long and with which optimizer are our choices, because we had no access to the paper's body
+(see `lorainit.init.methods.hrp`). The main run has an optimizer of its own, and by default it trains on all rows from
+the start.
 """
 
 import math
@@ -30,7 +30,7 @@ from lorainit.model.layers.layer import LoRALinear, attach_temporarily
 from lorainit.model.layers.weight import device_of, shape_of
 from lorainit.runtime.devices import make_generator
 
-MAX_RANK, RANK_FACTOR = 128, 8
+MAX_RANK, RANK_FACTOR = 128, 8  # our choice, as are the steps: the part of the paper that we could read names none
 MIN_STEPS, MAX_STEPS, SHARE_OF_STEPS = 20, 200, 0.02
 SAY_STEPS, SAY_SECONDS = 10, 1.0
 
@@ -38,20 +38,20 @@ SAY_STEPS, SAY_SECONDS = 10, 1.0
 def preheat(config: HRP, run: Run) -> dict[str, Evidence]:
     """Train a rank-R adapter on every target from B' = 0 and return its factors.
 
-    AdamW of its own at the run's learning rate or `preheat_learning_rate`, held constant, without
-    weight decay, dropout or warm-up; the run's batches in the run's order, its clipping and its scale s.
-    The model comes back exactly as it was.
+    The optimizer is AdamW at the run's learning rate or `preheat_learning_rate`, constant, without weight decay,
+    dropout or warm-up. The batches, their order, the clipping and the scale s are those of the run. The model is
+    unchanged afterwards.
 
     Raises:
         UnsupportedInit: R does not fit a target; the message names it.
         NonFiniteLoss: the loss or the gradient norm is NaN or infinite.
-        OutOfMemory: the preheated adapter takes more than is free.
+        OutOfMemory: the preheated adapter and its optimizer take more memory than is free.
     """
     ranks = {name: preheat_rank(config, name, module, r=run.lora.r) for name, module in run.targets.items()}
     steps = preheat_steps(config, total=run.plan.total_steps)
     _warn_without_gain(ranks, run)
     sides = {name: sum(shape_of(module)) for name, module in run.targets.items()}
-    # Beside the factors their gradients and the optimizer's two moments.
+    # Four numbers for each parameter: itself, its gradient and the optimizer's two moments.
     numbers = 4 * sum(ranks[name] * side for name, side in sides.items())
     memory.require_memory(run, "hrp's preheated adapter with its optimizer", numbers=numbers, device=run.device)
     seed = config.seed_for(run.spec.seed)
@@ -67,7 +67,7 @@ def preheat(config: HRP, run: Run) -> dict[str, Evidence]:
         "steps": steps,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        # These steps come on top of the run's own.
+        # The preheat's steps come in addition to those of the run, which begins with a new optimizer.
         "main_optimizer": "fresh",
         "main_data": "from the start" if config.main_data == "rewind" else "after the preheat's",
     }
@@ -78,7 +78,7 @@ def preheat(config: HRP, run: Run) -> dict[str, Evidence]:
 
 
 def _evidence(layer: LoRALinear, config: HRP, *, r: int, facts: dict[str, Any]) -> Evidence:
-    """The preheated factors; an expert that too few tokens were routed to has not learned r directions."""
+    """The preheated factors. An expert that has not learned r directions, for lack of tokens, is `starved`."""
     A, B = layer.A.detach().cpu(), layer.B.detach().cpu()
     may_starve = isinstance(layer.base, ExpertLinear) and config.complete is None
     if may_starve and alive_directions(A, B, config) < r:
@@ -109,12 +109,12 @@ def preheat_steps(config: HRP, *, total: int) -> int:
 def _warn_without_gain(ranks: dict[str, int], run: Run) -> None:
     same = [name for name, R in ranks.items() if run.lora.r == R]
     if same:
-        text = f"Preheating {len(same)} modules at the run's own rank, {same[0]} among them: no gain over random A."
+        text = f"{len(same)} modules are preheated at the run's own rank, {same[0]} among them: no gain over random A."
         run.emit(Message(level="warn", message=text, data={"kind": "init"}))
 
 
 def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator: torch.Generator) -> LoRALinear:
-    """A' by its law, B' = 0, float32 on the module's device."""
+    """A new adapter: random A' (`preheat_a_law`) and B' = 0, float32 on the module's device."""
     (out, n), device = shape_of(module), device_of(module)
     if config.preheat_a_law == "orthonormal":
         A = torch.linalg.qr(normal(n, R, generator=generator)).Q.T
@@ -127,7 +127,7 @@ def _adapter(module: nn.Module, R: int, config: HRP, *, scale: float, generator:
 
 
 def _train(layers: dict[str, LoRALinear], steps: int, config: HRP, run: Run) -> list[float]:
-    """Train for these steps; the loss before each of them."""
+    """Train for `steps` steps. Returns the loss before each of them."""
     recipe = run.training
     rate = recipe.learning_rate if config.preheat_learning_rate == "auto" else config.preheat_learning_rate
     assert rate is not None
@@ -164,7 +164,7 @@ def _stream(run: Run) -> Iterator[list[Sample]]:
 
 
 def _accumulate(samples: list[Sample], step: int, steps: int, run: Run) -> float:
-    """Gradients and loss of one effective batch, by micro-batches as in training."""
+    """Compute the gradients of one effective batch, in micro-batches as in training. Returns its loss."""
     pieces = batches(samples, run.evidence_budget, run.regime)
     count = run.objective.count
     wanted = sum(map(count, samples))

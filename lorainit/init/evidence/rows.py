@@ -1,4 +1,4 @@
-"""What is said of the rows that collectors look at."""
+"""The warning about too few calibration rows, which several collectors emit."""
 
 from lorainit.config.events import Message
 from lorainit.config.inits.data import EVA, CorDA, LoRAGA, LoRAOne

@@ -86,7 +86,7 @@ def magnitude(weight: Tensor, P: Tensor, S: Tensor, *, scale: float, config: LoR
 
 
 def tracked(reference: Factors, P: Tensor, S: Tensor, *, config: LoRAM) -> float:
-    """beta from beta⁴ = var[B'·A']/var[P·Sᵀ], with the factors of another method. Q and the scale have no part in it."""
+    """beta from beta⁴ = var[B'·A']/var[P·Sᵀ], with the factors of another method. Neither Q nor the scale is used."""
     B, A = reference.B.cpu().double(), reference.A.T.cpu().double()
     if config.magnitude == "second_moment":
         size = product_norm(B, A) / (B.shape[0] * A.shape[0])

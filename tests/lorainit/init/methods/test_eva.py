@@ -198,7 +198,7 @@ def test_directions_that_never_stand_still_are_refused_with_the_layers(bases, ro
     calls = []
     monkeypatch.setattr(eva_directions, "converged", lambda *a: bool(calls.append(1)))
     context = make_context(bases["llama"], rows, "eva")
-    with pytest.raises(InitFailed, match=r"still move after 64 batches in model\.layers\.0\.self_attn\.q_proj, "):
+    with pytest.raises(InitFailed, match=r"still change after 64 batches in model\.layers\.0\.self_attn\.q_proj, "):
         collect(context.lora.method, context)
 
 
