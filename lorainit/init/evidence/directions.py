@@ -138,9 +138,7 @@ def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
 
 def _say_ranks(ranks: dict[str, int], seen: int, run: Run) -> None:
     empty = [name for name, rank in ranks.items() if rank == 0]
-    text = (
-        f"EVA: directions have converged after {seen} batches; ranks {min(ranks.values())} to {max(ranks.values())}"
-    )
+    text = f"EVA: directions have converged after {seen} batches; ranks {min(ranks.values())} to {max(ranks.values())}"
     text += f"; {len(empty)} modules get no adapter" if empty else ""
     data = {"kind": "init", "batches": seen, "without_adapter": empty}
     run.emit(Message(message=text, data=data))

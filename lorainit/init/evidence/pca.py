@@ -33,7 +33,7 @@ class PCA:
         self.S = torch.zeros(0)
 
     def update(self, X: Tensor) -> None:
-        """Add a batch, tokens×in. A batch of any size counts; PEFT skips batches that are too short.
+        """Add a batch, tokens×in. Short batches count too, so that no token is left out.
 
         The SVD of [S·V; X - mean of X; sqrt(N·M/(N + M))·(old mean - mean of X)] is that of all tokens so far around
         their common mean. It is not exact, because only `width` directions are kept after each batch.
