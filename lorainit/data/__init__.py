@@ -1,5 +1,5 @@
-"""From a training file to batches of tokens: `formats` reads rows, `chat` makes text and tokens of them.
+"""From a training file to batches of tokens: `formats` reads rows, `chat` turns them into text.
 
-The rest of this folder is the dataset, the order of its rows, and the cache of tokens.
-Knows tokenizers and chat templates, but no model.
+The other modules tokenize the text, cache the tokens, choose the order of rows and make batches. Nothing here needs a
+model, only its tokenizer and chat template.
 """

@@ -1,8 +1,8 @@
-"""The order in which rows are seen, which of them share a forward pass, and the two ways to lay them into one.
+"""The order of rows, which of them share a forward pass, and the two forms of a batch.
 
-Packed: rows end to end, no padding, attention kept inside each row (`lorainit.model.forward.attention`). Padded:
-rows side by side, filled up on the right; what initializations look at, and what a base without
-our attention trains on. Both give the same losses. Knows nothing of adapters.
+Packed: rows end to end without padding, and attention stays inside each row (`lorainit.model.forward.attention`).
+Padded: rows side by side, filled up on the right. Initializations use padded batches, as does the training of a base
+that our attention does not support. Both give the same losses.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorainit.data.dataset import Dataset, Sample
 
-# What rows of a length must have in common to share a pass (`model.positions`); None = they go one by one.
+# From the length of a row to a number: rows with the same number may share a pass. Some models need this, because they
+# compute positions differently for long rows (`lorainit.model.forward.positions`). None = the row goes alone.
 Regime = Callable[[int], int | None]
 
 
@@ -26,9 +27,9 @@ def any_length(_tokens: int) -> int | None:
 
 
 class Budget(NamedTuple):
-    """What a forward pass may hold: so many rows, and so many tokens, with the padding unless rows are `packed`.
+    """The limit of a forward pass: its rows, and its tokens. Padding counts, unless rows are `packed`.
 
-    A row that is longer goes alone.
+    A row with more tokens than the limit goes alone.
     """
 
     rows: int
@@ -36,14 +37,14 @@ class Budget(NamedTuple):
     packed: bool = False
 
     def tokens_of(self, rows: Sequence[Sample]) -> int:
-        """What a pass over these rows takes of it."""
+        """How many tokens a pass over these rows has."""
         lengths = [len(row.ids) for row in rows]
         return sum(lengths) if self.packed else len(rows) * max(lengths)
 
     def half_of(self, largest: Sequence[Sample]) -> tuple[int, int]:
-        """Tokens of the largest pass that rows can make, and half of them.
+        """The tokens of the largest possible pass, and half of them: a new limit that does make this pass smaller.
 
-        Where a budget is wider than what rows can make, half of the budget may change nothing.
+        It is not half of the budget, because the budget may be larger than any pass and its half would change nothing.
         """
         tokens = min(self.tokens, self.tokens_of(largest))
         return tokens, max(1, tokens // 2)
@@ -53,9 +54,9 @@ class Budget(NamedTuple):
 class Batch:
     """Rows of one forward pass.
 
-    `ids`, `trained`: rows×length; packed, one row of all tokens, in which no row's first token is trained.
-    `predicting`: where in the flattened rows×length a trained token is predicted; `targets`: that token.
-    `layout`: what the model is told of the rows beside the ids.
+    `ids`, `trained`: rows×length. A packed batch is one row of all tokens, in which no row's first token is trained.
+    `predicting`: positions in the flattened rows×length whose next token is trained; `targets`: these next tokens.
+    `layout`: further arguments of the model that describe the rows, such as the attention mask.
     """
 
     ids: Tensor
@@ -66,18 +67,18 @@ class Batch:
 
     @property
     def attention(self) -> Tensor:
-        """Of a padded batch: which positions hold tokens, rows×length."""
+        """The attention mask of a padded batch, rows×length: 1 for tokens, 0 for padding."""
         mask = self.layout["attention_mask"]
         assert isinstance(mask, Tensor)
         return mask
 
     def cut(self, rows: int) -> list["Batch"]:
-        """A padded batch as several, of so many rows each; the last may have fewer."""
+        """Split a padded batch into batches of `rows` rows each; the last may have fewer."""
         parts = zip(self.ids.split(rows), self.trained.split(rows), self.attention.split(rows), strict=True)
         return [_batch(ids, trained, {"attention_mask": mask}) for ids, trained, mask in parts]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device, all of it in one copy: a GPU is waited for at each."""
+        """The same batch on another device. All tensors are copied at once, because every copy waits for the GPU."""
         if device == self.ids.device:
             return self
         tensors = {name: value for name, value in {**vars(self), **self.layout}.items() if isinstance(value, Tensor)}
@@ -87,7 +88,10 @@ class Batch:
 
 
 def copy_to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """These on another device as views of one piece; numbers of more bytes first, so that each lies where it may."""
+    """Copy these tensors to another device at once, as views of one tensor of bytes.
+
+    Those with the largest elements come first, so that every view starts at a multiple of its element size.
+    """
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     flat = [tensors[name].flatten().view(torch.uint8) for name in order]
     pieces = torch.cat(flat).to(device).split([len(piece) for piece in flat])
@@ -95,19 +99,23 @@ def copy_to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[
 
 
 def order(data: Dataset, *, seed: int, epoch: int) -> list[int]:
-    """A permutation of the samples that depends on seed, epoch and the file's hash, and on nothing else.
+    """A permutation of the samples that depends only on seed, epoch and the file's hash.
 
-    Sorted by keyed hashes rather than drawn, so no library's generator is part of the promise.
+    The samples are sorted by keyed hashes and not shuffled, because a new version of a library's random generator might
+    give another order.
     """
     key = f"{seed}\0{epoch}\0{data.sha256}\0".encode()
     return sorted(range(len(data.samples)), key=lambda i: hashlib.blake2b(key + str(i).encode()).digest())
 
 
 def batches(samples: Sequence[Sample], budget: Budget, regime: Regime = any_length) -> list[list[Sample]]:
-    """Micro-batches of rows of one regime within the budget, rows of similar length together to save padding."""
+    """Micro-batches within the budget, each with rows of one regime.
+
+    Rows are sorted by length, longest first, so that rows of similar length are together and need little padding.
+    """
     pieces: list[list[Sample]] = []
     last: int | None = None
-    tokens = 0  # of the last piece
+    tokens = 0  # of the last micro-batch
     for sample in sorted(samples, key=lambda s: -len(s.ids)):
         kind, length = regime(len(sample.ids)), len(sample.ids)
         added = length if budget.packed or not pieces else len(pieces[-1][0].ids)
@@ -123,7 +131,7 @@ def batches(samples: Sequence[Sample], budget: Budget, regime: Regime = any_leng
 
 
 def make_batch(samples: Sequence[Sample], *, packed: bool, pad: int, device: torch.device) -> Batch:
-    """Rows to a batch on a device: end to end, or side by side."""
+    """A batch of these rows on a device: packed or padded. `pad` is the token that fills up a padded one."""
     return (pack(samples) if packed else collate(samples, pad=pad)).to(device)
 
 
@@ -141,12 +149,12 @@ def collate(samples: Sequence[Sample], *, pad: int) -> Batch:
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
-    """Rows end to end; the layout is told in transformers' words for packed rows."""
+    """Rows end to end. The layout has the names that transformers' models expect for packed rows."""
     lengths = [len(s.ids) for s in samples]
     ids = torch.cat([s.ids for s in samples]).long()
     trained = torch.cat([s.trained for s in samples])
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    trained[ends[:-1]] = False  # the token before a row's first is another row's last
+    trained[ends[:-1]] = False  # a row's first token has no prediction: the token before it belongs to another row
     layout: dict[str, Tensor | int] = {
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "cu_seq_lens_q": ends,
@@ -158,12 +166,12 @@ def pack(samples: Sequence[Sample]) -> Batch:
 
 
 def _batch(ids: Tensor, trained: Tensor, layout: dict[str, Tensor | int]) -> Batch:
-    """The shifted views are made here, on the CPU: finding positions on a GPU would wait for it."""
+    """A batch with `predicting` and `targets`. They are made on the CPU, because `nonzero` would wait for a GPU."""
     predicting = torch.zeros_like(trained)
     predicting[:, :-1] = trained[:, 1:]
     return Batch(ids, trained, predicting.flatten().nonzero()[:, 0], ids[:, 1:][trained[:, 1:]], layout)
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Any token will do: padding is masked in attention and loss."""
+    """The token for padding. Any token will do, because padding is masked in attention and loss."""
     return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))

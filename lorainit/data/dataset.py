@@ -1,6 +1,6 @@
-"""The rows of a file as masked token sequences, what was left out of it, and whether it can be used.
+"""The rows of a file as token sequences with a mask, which rows were left out, and whether the file can be used.
 
-What cannot be learned from is refused here, before any training. Knows nothing of adapters or devices.
+A file that cannot be trained on is refused here, before any training.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ _ERRORS: dict[str, type[LorainitError]] = {
     "data.training": InvalidTrainingFile,
     "data.validation": InvalidValidationFile,
 }
-# What is wrong with a row, and with the base if it is wrong with all of them.
+# Faults that a single row may have. If all rows have the same one, the base model is at fault and not the file.
 _MODELS_FAULTS = {"template_error": "chat template renders", "tokenizer_error": "tokenizer reads"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: token ids, and which of them the loss looks at (same length)."""
+    """One row: its line number, its token ids, and a mask of the same length: which tokens count in the loss."""
 
     line: int
     ids: Tensor
@@ -44,7 +44,8 @@ class Sample:
 class Dataset:
     """The usable rows of one file, the SHA-256 of its bytes, and what was left out.
 
-    `warnings` counts by code; `remarks` holds the first warning of each code that needs the tokenizer, in words.
+    `warnings`: how many there are of each code. `remarks`: the first warning of each code that needs the tokenizer,
+    with its message.
     """
 
     samples: list[Sample]
@@ -57,15 +58,16 @@ class Dataset:
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens per epoch the loss looks at; the first token of a row has no prediction."""
+        """Tokens per epoch that count in the loss. The first token of a row does not, because nothing predicts it."""
         return sum(int(s.trained[1:].sum()) for s in self.samples)
 
 
 def require_readable(files: Data) -> None:
-    """Refuse files that cannot be opened before anything expensive is done.
+    """Refuse files that cannot be opened, before anything expensive is done.
 
     Raises:
-        InvalidTrainingFile, InvalidValidationFile: one is not there, is no plain file or may not be read.
+        InvalidTrainingFile, InvalidValidationFile: one does not exist, is not a plain file or may not be read.
+        OSError: the host has failed (`is_host_failure`), so the file is not to blame.
     """
     named = {"training": files.training, "validation": files.validation, "calibration": files.calibration}
     for field, path in named.items():
@@ -73,7 +75,7 @@ def require_readable(files: Data) -> None:
             continue
         error = _ERRORS[f"data.{field}"]
         try:
-            plain = stat.S_ISREG(Path(path).stat().st_mode)  # a pipe would be read once, and we read more often
+            plain = stat.S_ISREG(Path(path).stat().st_mode)  # not a pipe, because the file is read more than once
             if plain:
                 Path(path).open("rb").close()
         except (OSError, ValueError) as fault:
@@ -86,12 +88,12 @@ def require_readable(files: Data) -> None:
 
 
 def name_of(param: str) -> str:
-    """What a file is called in a sentence."""
+    """The name of a file in messages: "training file" for "data.training"."""
     return f"{param.removeprefix('data.')} file"
 
 
 def refuse(data: Dataset, on_row_error: str, param: str) -> None:
-    """Raise what `load` promises for a file that cannot be used as it is."""
+    """Raise the errors of `reader.load` for a file that cannot be used. `param` is its field in the spec."""
     bad = len({p.line for p in data.problems})
     name = name_of(param)
     masked = bool(data.problems) and all(p.code == "no_trainable_tokens" for p in data.problems)
@@ -114,7 +116,7 @@ def refuse(data: Dataset, on_row_error: str, param: str) -> None:
 
 
 def _more(problems: list[Problem]) -> str:
-    """Where the other bad rows are, by code, as far as a message can hold them."""
+    """The lines of the bad rows, by code: at most `KEPT_PROBLEMS`, since a message should not be a long list."""
     lines: dict[str, list[int]] = {}
     for one in dict.fromkeys((p.code, p.line) for p in problems[:KEPT_PROBLEMS]):
         lines.setdefault(one[0], []).append(one[1] or 0)
@@ -126,12 +128,12 @@ def _more(problems: list[Problem]) -> str:
 
 
 def count_lines(path: str | Path) -> int:
-    """Lines of a file, the last of which may be empty."""
+    """Lines of a file. A last line that is empty counts too."""
     with Path(path).open("rb") as stream:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b"")) + 1
 
 
 def file_sha256(path: str | Path) -> str:
-    """Lower-case hex."""
+    """The SHA-256 of a file in lower-case hex."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""From the rows of a file to masked token sequences, as a server and a model would have made them.
+"""From the rows of a file to token sequences with a mask of what is trained.
 
-Everything that a run learns from passes through `load`. A chat is rendered by its template (`lorainit.data.chat`). A
-server tokenizes the prompt alone and the model goes on from there, so no token may lie across the border between
-the two: a text is cut where an answer begins, and each piece is tokenized by itself.
+A chat is rendered by the base's chat template (`lorainit.data.chat`). The text is cut where an answer begins, and each
+piece is tokenized by itself. The reason: a server tokenizes the prompt alone and the model continues it, so in use no
+token contains characters of both.
 """
 
 from collections import Counter
@@ -24,11 +24,12 @@ from lorainit.data.formats.conversation import Fault
 from lorainit.data.formats.rows import BadRow, Problem, Row, problem, read_rows
 
 TICK_ROWS = 64
-# Rows that are tokenized in one call: it takes half the time of as many calls, and memory for all of them.
+# Rows that are tokenized in one call, because that takes half the time of a call for each. The number of characters is
+# limited too, since the tokens of all these rows are in memory at once.
 TOGETHER_ROWS, TOGETHER_CHARACTERS = 64, 1 << 20
 # Ids, and the characters that each of them stands for.
 Tokens = tuple[list[int], list[tuple[int, int]]]
-# Texts to go on from, of kinds that no tokenizer merges with everything.
+# Texts to put before another one. They are of different kinds, so that a tokenizer does not merge all of them with it.
 _ANCHORS = ("\n", "a", ".", "0")
 
 
@@ -36,7 +37,7 @@ _ANCHORS = ("\n", "a", ".", "0")
 
 
 class Encoded(NamedTuple):
-    """Token ids, a mask of the same length with what is trained, and behind which token each answer ends."""
+    """Token ids, a mask of the same length (True = trained), and the number of tokens up to the end of each answer."""
 
     ids: Tensor
     trained: Tensor
@@ -44,23 +45,24 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Text and trained spans to token ids and a mask."""
+    """Tokenizes texts with trained spans, and pairs of prompt and completion."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         bare = tokenizer("a", add_special_tokens=False).input_ids
         full = tokenizer("a").input_ids
-        # What the tokenizer puts before a text of its own accord (a begin-of-text token, or nothing).
+        # The tokens that the tokenizer adds before a text by itself (a begin-of-text token, or nothing).
         self.opening: list[int] = full[: full.index(bare[0])] if bare and bare[0] in full else []
-        # Whether a text at its beginning is tokenized otherwise than behind another one, with a space before it.
+        # Tokens of pieces that were read in advance.
         self._ahead: dict[str, Tokens] = {}
+        # Whether a text gets other tokens at a beginning than behind another text: some tokenizers add a space there.
         self._begins_anew = self._encode("\na")[0] != self._encode("\n")[0] + self._encode("a")[0]
 
     def tokenize_ahead(self, texts: Iterable[Sequence[str]]) -> None:
-        """Read the pieces of several texts at once, in half the time: those that `text` and `pair` are given next.
+        """Tokenize several texts in one call, which takes half the time. `text` and `pair` then use the results.
 
         Args:
-            texts: of each the pieces that are read by themselves, as `pieces` has them.
+            texts: for each text its pieces, as `pieces` returns them.
         """
         wanted = dict[str, None]()
         for first, *more in texts:
@@ -73,17 +75,18 @@ class Encoder:
         self._ahead = {}
         if not wanted:
             return
-        with suppress(UnsupportedModel):  # whichever cannot be read is told by its own row
+        # An error is ignored: each text is then tokenized alone, so that the row with the fault can be named.
+        with suppress(UnsupportedModel):
             found = tokenizer_time.read(self.tokenizer, list(wanted), add_special_tokens=False)
             self._ahead = dict(zip(wanted, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
 
     def text(self, text: str, spans: Sequence[Span]) -> Encoded:
-        """Tokens of a rendered conversation; trained are those of the spans."""
+        """Tokens of a rendered conversation. Those of the spans are trained."""
         ids, ends = self._encode(text[: spans[0].start])[0], list[int]()
         mask = [False] * len(ids)
         for piece, answer in _pieces(text, spans):
             more, starts = self._continued(piece, behind=len(ids) > 0)
-            # A token may say that it begins later than it does (trim_offsets), never that it begins earlier.
+            # Safe, because with `trim_offsets` a token's start may be later than it really is, but never earlier.
             trained = next((n for n, start in enumerate(starts) if start >= answer), len(more))
             ends += [len(ids) + trained] if trained else []
             ids += more
@@ -91,7 +94,7 @@ class Encoder:
         return _encoded(ids, mask, ends)
 
     def pair(self, prompt: str, completion: str) -> Encoded:
-        """Prompt and completion as they stand, the completion and an end token trained."""
+        """Tokens of a prompt and its completion, without a template. The completion and an end token are trained."""
         first, second = self.opening + self._encode(prompt)[0], self._continued(completion, behind=bool(prompt))[0]
         end = self.tokenizer.eos_token_id
         second += [] if end is None else [end]
@@ -99,7 +102,11 @@ class Encoder:
         return _encoded(ids, [False] * len(first) + [True] * len(second), [len(ids)] if second else [])
 
     def _continued(self, text: str, *, behind: bool) -> tuple[list[int], list[int]]:
-        """Ids of a text, `behind` another one or not, and the characters they begin at."""
+        """Ids of a text, and the characters at which they begin. `behind`: another text stands before it.
+
+        A text behind another one is tokenized behind an anchor, whose tokens are then removed, because otherwise some
+        tokenizers would add a space before it.
+        """
         if not self._begins_anew or not behind:
             ids, offsets = self._encode(text)
             return ids, [start for start, _ in offsets]
@@ -121,15 +128,15 @@ class Encoder:
 
 
 def pieces(text: str, spans: Sequence[Span]) -> list[str]:
-    """What of a rendered conversation is read by itself: the text up to the first answer, and what `_pieces` cuts."""
+    """The pieces of a rendered conversation that are tokenized one by one: the text before the first answer, ..."""
     return [text[: spans[0].start], *(piece for piece, _ in _pieces(text, spans))]
 
 
 def _pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, int]]:
-    """The text from the first answer on, cut where answers begin, and how many characters of each are an answer's.
+    """The text from the first answer on, cut where answers begin, with the number of answer characters in each piece.
 
-    Also cut where one ends, unless a control token does: what follows would be merged into the answer's last token,
-    while a control token stays itself and may take white space behind it.
+    It is also cut where an answer ends without a control token, because otherwise the answer's last token might contain
+    text that follows. A control token is never merged with other text, and may include white space behind it.
     """
     borders = [*(span.start for span in spans[1:]), len(text)]
     for span, border in zip(spans, borders, strict=True):
@@ -161,11 +168,11 @@ def load(
 
     Args:
         max_length: tokens; longer rows are cut at the end and counted.
-        folder: the base model's, which says at which tokens it stops; None = at the tokenizer's end token.
-        append_eos: train that end token behind a last answer that ends with no token to stop at.
+        folder: the base model's, whose files name the tokens at which it stops; None = only the tokenizer's end token.
+        append_eos: train the tokenizer's end token behind a last answer that ends with no token to stop at.
         on_row_error: "skip" leaves bad rows out and keeps them in `problems`.
         param: which file it is, a field of the spec: `data.training`, `data.validation` or `data.calibration`.
-        on_tick: called with (line, lines in all) now and then.
+        on_tick: called with (line, lines in all) every `TICK_ROWS` rows.
 
     Raises:
         InvalidTrainingFile, InvalidValidationFile: a row cannot be used (with "fail"), or none can.
@@ -187,7 +194,11 @@ def tokenize(
     append_eos: bool = False,
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """What `load` reads, before anybody judges it: depends on the file, the base's folder and these options alone."""
+    """As `load`, without refusing bad rows. The result depends only on the arguments, so that it can be cached.
+
+    Raises:
+        UnsupportedModel: there is no end token to append, or the chat template must not be run.
+    """
     if append_eos and tokenizer.eos_token_id is None:
         raise UnsupportedModel("The base model's tokenizer has no end token to append.", param="data.append_eos")
     reader = _Reader(tokenizer, max_length, stop_tokens(tokenizer, folder), append_eos=append_eos)
@@ -209,7 +220,7 @@ def tokenize(
 
 
 class _Draft(NamedTuple):
-    """A row that is text: the pieces of it that are tokenized by themselves, and what makes tokens of them."""
+    """A row as text: the pieces of it that are tokenized by themselves, and the function that makes tokens of them."""
 
     pieces: Sequence[str]
     encode: Callable[[], Encoded]
@@ -217,7 +228,7 @@ class _Draft(NamedTuple):
 
 
 class _Reader:
-    """Collects the samples of a file and everything that is wrong with it."""
+    """Collects the samples of a file, and the problems and warnings of its rows."""
 
     def __init__(self, tokenizer: Any, max_length: int, stops: frozenset[int], *, append_eos: bool) -> None:
         self.tokenizer = tokenizer
@@ -234,7 +245,7 @@ class _Reader:
         self._waiting: list[tuple[Row | BadRow, _Draft | Fault | None]] = []
 
     def take(self, row: Row | BadRow) -> None:
-        """The next row, which is tokenized together with others."""
+        """Add the next row. It is tokenized later, together with others."""
         draft = None if isinstance(row, BadRow) else self._draft(row)
         self._waiting.append((row, draft))
         self._characters += sum(map(len, draft.pieces)) if isinstance(draft, _Draft) else 0
@@ -242,7 +253,7 @@ class _Reader:
             self.finish()
 
     def finish(self) -> None:
-        """Tokenize what has been taken."""
+        """Tokenize the rows that were added and are still waiting."""
         self.encode.tokenize_ahead(draft.pieces for _, draft in self._waiting if isinstance(draft, _Draft))
         for row, draft in self._waiting:
             self._read(row, draft)
@@ -284,7 +295,7 @@ class _Reader:
         return _Draft(pieces(text, spans), lambda: self.encode.text(text, spans), rendered.warnings)
 
     def _encoded(self, line: int, draft: "_Draft") -> Sample | Fault:
-        """A tokenizer that has read other texts is told with the row that it cannot read."""
+        """The sample of a row, or the fault if the tokenizer cannot read it."""
         for fault in draft.warnings:
             self._warn(line, fault)
         try:
@@ -300,7 +311,7 @@ class _Reader:
         return Sample(line, found.ids, found.trained)
 
     def _with_end(self, found: Encoded) -> Encoded:
-        """The tokenizer's end token behind the last answer, and nothing behind that."""
+        """Add the tokenizer's end token behind the last answer, and drop everything after it."""
         last = found.ends[-1]
         ids = torch.cat([found.ids[:last], torch.tensor([self.tokenizer.eos_token_id], dtype=torch.int32)])
         return Encoded(ids, torch.cat([found.trained[:last], torch.tensor([True])]), [*found.ends[:-1], last + 1])
@@ -314,8 +325,8 @@ class _Reader:
             return Fault("no_stop_token", None, text)
         text = (
             f"{len(endless)} of {len(found.ends)} answers end with a token at which the model does not stop, the first"
-            f" of them with {token!r}. append_eos mends a last answer only: make each answer the last of a row of its"
-            " own, with weight 0 on those before it."
+            f" of them with {token!r}. append_eos helps a last answer only: make a row for each answer, in which it is"
+            " the last one and those before it have weight 0."
         )
         return Fault("no_stop_token", None, text)
 

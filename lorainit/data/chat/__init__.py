@@ -1,4 +1,5 @@
-"""From one row to its text and the places in it that the loss looks at: chat template, answers, tokenizer.
+"""From one row to its text and the answers in it: chat template, position of the answers, tokenizer.
 
-Templates and tokenizers come with the base model, from a stranger, so they run within bounds.
+Templates and tokenizers come with the base model from a source that we do not trust, so their time and memory are
+limited.
 """

@@ -1,9 +1,9 @@
-"""Runs a chat template within bounds of time, memory and output: it is a program that came with the model.
+"""Renders a chat template with limits on time, memory and output, because it is a program that came with the model.
 
-Jinja's sandbox keeps it from files and from Python's internals, not from looping for ever or from making a text of
-gigabytes. Three bounds together do (docs/decisions/0029): an exception that another thread raises in ours, which ends
-any loop in a template or a filter; a limit on the memory that this process may write to; and no `**`, the one operator
-that computes for hours inside of a single step, where no exception arrives.
+Jinja's sandbox protects files and Python's internals, but a template could still loop for ever or make a text of
+gigabytes. Three limits together prevent that (docs/decisions/0029): another thread raises an exception in ours, which
+ends any loop in a template or a filter; the memory that this process may write to is limited; and `**` is refused,
+because a single power may take hours, and no exception arrives inside of one operation.
 """
 
 import ctypes
@@ -23,25 +23,25 @@ MAX_SECONDS = 10.0  # the slowest real templates take some 0.05 s for conversati
 MAX_CHARACTERS = 32 << 20  # a row of a file is at most 1 MB, and tools may be described in it more than once
 MAX_BYTES = 1 << 30  # beyond what the process holds
 MAX_TEMPLATE = 1 << 20  # the longest template on the hub has some 30 KB
-_LOOK_SECONDS = 0.2
-_IDLE_SECONDS = 5.0
+_LOOK_SECONDS = 0.2  # between two looks at the time
+_IDLE_SECONDS = 5.0  # the watching thread ends after this time without a rendering
 _STATUS = Path("/proc/self/status")
 _OPERANDS = {"name", "integer", "float", "string"}
 
 
 class RenderLimitExceeded(UnsupportedModel):
-    """The template breaks a bound: not a matter of this conversation or of another."""
+    """The template exceeds a limit of time, memory or output, or has an operation that cannot be limited."""
 
 
-class _TooSlow(BaseException):  # not an Exception: nothing in a template or a filter catches it
-    """Raised in the thread that renders, by the one that watches."""
+class _TooSlow(BaseException):  # not an Exception, so that no `except Exception` in a filter catches it
+    """Raised by the watching thread in the thread that renders."""
 
 
 def render(action: Callable[[], str]) -> str:
-    """What `action` renders.
+    """Return what `action` renders.
 
     Raises:
-        Unbounded: it takes too long, too much memory, or renders too much.
+        RenderLimitExceeded: it takes too long, takes too much memory, or renders too much.
     """
     try:
         with _limited():
@@ -56,18 +56,18 @@ def render(action: Callable[[], str]) -> str:
 
 
 def check_source(source: str) -> None:
-    """Refuse what cannot be stopped once it runs.
+    """Refuse a template with operations that cannot be interrupted.
 
     Raises:
-        Unbounded: the template takes powers or rounds to any number of digits, or is too long to be looked at.
+        RenderLimitExceeded: the template takes powers or rounds to any number of digits, or is too long to be checked.
     """
     if len(source) > MAX_TEMPLATE:
         raise _limit_exceeded(f"has {len(source)} characters")
     try:
-        # Only cut into words, by the rules of the environment that transformers runs it in.
+        # The lexer is enough and does not run anything. It is that of the environment in which transformers renders.
         tokens = [(kind, text) for _, kind, text in ImmutableSandboxedEnvironment().lex(source) if kind != "whitespace"]
     except TemplateError:
-        return  # whoever renders it says what is wrong
+        return  # rendering it will fail with a message that says what is wrong
     for (before, left), (_, text) in pairwise(tokens):
         if text == "**" and (before in _OPERANDS or left in (")", "]", "}")):
             raise _limit_exceeded("takes powers (**), and numbers have no bound")
@@ -83,7 +83,7 @@ def _limit_exceeded(what: str) -> RenderLimitExceeded:
 
 
 class _Watch:
-    """A thread that ends what runs too long in another one; it is there while something is rendered."""
+    """A thread that ends a rendering that takes too long. It is started when needed, and ends when it has been idle."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -94,7 +94,7 @@ class _Watch:
         self.thread: threading.Thread | None = None
 
     def run(self, action: Callable[[], str]) -> str:
-        """Run it; `_TooSlow` when its time is over."""
+        """Run `action`; raises `_TooSlow` when its time is over."""
         with self.turn:
             return self._run(action)
 
@@ -110,7 +110,9 @@ class _Watch:
             with self.lock:
                 self.running, self.last = None, time.monotonic()
             while self.fired and not arrived:
-                time.sleep(0.001)  # it is on its way, and must not arrive in somebody else's work
+                # The exception was sent and arrives at some next instruction. It is awaited here, because otherwise it
+                # would interrupt other work.
+                time.sleep(0.001)
 
     def _start(self) -> None:
         with self.lock:
@@ -142,7 +144,7 @@ _watch = _Watch()
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Bound what this process may write to by what it holds and `MAX_BYTES`, on systems that can."""
+    """Limit the writable memory of this process to what it has now plus `MAX_BYTES`, on systems that support it."""
     held = _held.bytes()
     if held is None:
         yield
@@ -161,7 +163,7 @@ def _limited() -> Iterator[None]:
 
 
 class _Held:
-    """How much memory this process may write to already, looked up once a second: a look takes as long as a row."""
+    """How much writable memory this process has. It is read once a second, since reading it takes as long as a row."""
 
     def __init__(self) -> None:
         self.at = -1.0

@@ -1,7 +1,7 @@
-"""One row to text with the places the loss looks at: the chat template seen from outside.
+"""From one row to its text and the positions of its answers, for any chat template.
 
-A row is rendered three times, however long it is: as it stands, with marks that say where its messages went
-(`turns`), and up to its last answer with a generation prompt, as a server will send it.
+The template's source is not analyzed. Instead a row is rendered three times: unchanged, with marks that show where its
+messages are in the text (`turns`), and up to its last answer with a generation prompt, as a server will send it.
 """
 
 import json
@@ -33,22 +33,22 @@ _ASKED = {"role": "user", "content": "a"}
 _ANSWERED = {"role": "assistant", "content": _PROBE}
 _CALLED = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
 _WEIGHTLESS = ("weight", "function_call")
-# What the prompt of a model that thinks depends on; first what a server sends if nobody says otherwise.
+# Options that change the prompt of a model that thinks. First the default of a server.
 _THINKING: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
-# Each costs seconds: after so many rows that break a bound it is the template's fault, not theirs.
+# After so many rows that exceed a limit the template is refused, because each of them costs seconds.
 _MAX_UNBOUNDED_ROWS = 3
 
 
 _DIFFERS = (
-    "the prompt that a server sends for this answer is not what stands before it in the text of the chat template; a"
+    "the prompt that a server sends for this answer differs from the text before it in the rendered conversation; a"
     " model that thinks may have to be asked with other options (enable_thinking)."
 )
-_LEFT_OUT = "the chat template leaves some of the content out, so it is not trained (thinking of earlier turns, often)."
+_LEFT_OUT = "the chat template leaves some of the content out (often the thinking of earlier turns): it is not trained."
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text, the answers in it that are trained, in order, and what the owner of the row should know."""
+    """The text, the trained answers in it in order, and warnings for the owner of the row."""
 
     text: str
     spans: tuple[Span, ...]
@@ -56,7 +56,7 @@ class Rendered:
 
 
 class Template:
-    """What a tokenizer's chat template does, with what it can do found out by trying.
+    """A tokenizer's chat template. What it supports is found out by rendering small conversations.
 
     Args:
         stops: ids of the tokens at which the model stops (`lorainit.data.chat.stops`).
@@ -71,12 +71,12 @@ class Template:
     def render(self, value: dict[str, Any]) -> Rendered | Fault:
         """A normalized chat row up to its last trained turn, or the row's fault.
 
-        A span is what the generation prompt is continued with: content, tool calls and the end-of-turn token, without
-        the template's white space after it.
+        A span is what the model has to generate behind the generation prompt: content, tool calls and the end-of-turn
+        token, without the template's white space after it.
 
         Raises:
-            UnsupportedModel: there is no template, it is not to be run, or it breaks a bound of `rendering` at row
-                after row.
+            UnsupportedModel: there is no template, it must not be run, or it has exceeded a limit of `rendering` in
+                `_MAX_UNBOUNDED_ROWS` rows.
         """
         _ = self._required
         messages, tools = value["messages"], value["tools"]
@@ -117,9 +117,10 @@ class Template:
     def _find_only_answer(
         self, text: str, messages: Messages, turns: list[int], border: Border | None
     ) -> list[tuple[int, int]] | None:
-        """As `_find_answers`, of a row whose one trained answer stands right behind its prompt, word for word.
+        """As `_find_answers`, for a row with one trained answer that follows its prompt word for word.
 
-        Then nothing has to be marked, and one rendering is saved. None = it does not, or its words are there twice.
+        No marks are needed then, which saves one rendering. None = there are several answers, or the answer's text does
+        not follow the prompt, or occurs twice.
         """
         content = (messages[-1]["content"] or "").strip()
         if len(turns) > 1 or border is None or not next(iter(self._prompts)) or messages[-1].get("tool_calls"):
@@ -133,7 +134,8 @@ class Template:
         marks = choose_marks(text, len(messages))
         if len(marks) < len(messages):
             return None
-        # Some templates ask how a question ends; then the answers alone have to do, if no question can hold a prompt.
+        # Some templates check how a question ends, so a mark in it changes the text. Then only the answers are marked.
+        # This is safe if the prompt has a control token, since no question may contain one, or if there is no prompt.
         prompt = next(iter(self._prompts))
         for answers_only in (False, True) if self.control_tokens.search(prompt) or not prompt else (False,):
             with_marks = self._text(insert_marks(messages, marks, answers_only=answers_only), options)
@@ -142,7 +144,7 @@ class Template:
         return None
 
     def _find_border(self, text: str, messages: Messages, options: dict[str, Any]) -> Border | None:
-        """Where the last answer begins, by the prompt that a server sends for it."""
+        """Where the last answer begins: at the end of the prompt that a server sends for it. None if there is none."""
         for number, thinking in enumerate(self._prompts.values()):
             sent = self._try(messages[:-1], {**options, **thinking}, prompt=True) if len(messages) > 1 else ""
             if sent and text.startswith(sent):
@@ -163,7 +165,7 @@ class Template:
             raise
         except Exception as error:  # whatever the template's own expressions raise
             if isinstance(error, RuntimeError) and is_host_failure(error):
-                raise  # no room for the thread that watches the time
+                raise  # no thread could be started to watch the time, which is not the template's fault
             why = str(error) or type(error).__name__
             raise UnsupportedModel(
                 f"The base model's chat template cannot render the conversation: {why}", param="model"
@@ -171,7 +173,7 @@ class Template:
 
     @cached_property
     def _required(self) -> bool:
-        """Refuses, once for all rows, what is no matter of any row."""
+        """Check what does not depend on a row, once for all rows. Raises `UnsupportedModel`; otherwise it is true."""
         sources = self.tokenizer.chat_template
         if sources is None:
             raise UnsupportedModel(
@@ -179,20 +181,20 @@ class Template:
             )
         for source in sources.values() if isinstance(sources, dict) else [sources]:
             rendering.check_source(source)
-        for self._content_as_parts in (False, True):  # templates of models that see read lists of parts only
+        for self._content_as_parts in (False, True):  # templates of vision models may accept only lists of parts
             if self._shows_probe([_ASKED, _ANSWERED], {}):
                 return True
         self._content_as_parts = False
         return True
 
     def check(self) -> str:
-        """Try it on conversations of every kind.
+        """Render small conversations of every kind.
 
         Returns:
-            What it makes of a question and its answer.
+            The text of a question and its answer.
 
         Raises:
-            Unbounded: it takes too long, too much memory, or renders too much.
+            RenderLimitExceeded: it takes too long, takes too much memory, or renders too much.
             UnsupportedModel: it cannot render a question and its answer, so no row could be trained.
         """
         _ = self._required
@@ -231,7 +233,7 @@ class Template:
         return _PROBE in self._try(messages, options, prompt=prompt)
 
     def _try(self, messages: Messages, options: dict[str, Any], *, prompt: bool = False) -> str:
-        """What it renders; "" if it does not."""
+        """The rendered text; "" if the template refuses the conversation."""
         try:
             return self._text(messages, options, prompt=prompt)
         except rendering.RenderLimitExceeded:
@@ -241,7 +243,7 @@ class Template:
 
     @cached_property
     def _prompts(self) -> dict[str, dict[str, Any]]:
-        """The generation prompts it can write, each with the options that ask for it."""
+        """The generation prompts that the template can write, each with the first options that give it."""
         found = dict[str, dict[str, Any]]()
         for options in _THINKING:
             found.setdefault(self._prompt(options), options)
@@ -252,28 +254,30 @@ class Template:
         if without == sent:
             return self._standing_prompt(sent)
         alike = next((i for i, (a, b) in enumerate(zip(without, sent, strict=False)) if a != b), len(without))
-        # A template may end every text that asks for nothing, with a token that begins like the prompt's first.
+        # Without a prompt some templates end the text with a token. It may begin with the same characters as the
+        # prompt's first token, so the cut is moved back to the beginning of that token.
         cut = next((m.start() for m in self.control_tokens.finditer(sent) if m.start() < alike < m.end()), alike)
         return sent[cut:]
 
     def _standing_prompt(self, asked: str) -> str:
-        """The prompt of a template that writes it behind everything, also behind an answer and its end."""
+        """The prompt of a template that always writes it at the end of the text, also behind an answer."""
         tail = self._tail(_ANSWERED)
         end = next((m.end() for m in self.control_tokens.finditer(tail) if m.group() in self._stop_texts), len(tail))
         return tail[end:] if tail[end:].strip() and asked.endswith(tail[end:]) else ""
 
     def _tail(self, answer: dict[str, Any]) -> str:
-        """What it writes behind a last answer."""
+        """What the template writes behind the last answer."""
         before, _, tail = self._try([_ASKED, answer], {}).rpartition(_PROBE)
         return tail if before else ""
 
     @cached_property
     def _bridge(self) -> str:
-        """What a template without a generation prompt writes between a question and the answer to it."""
+        """What a template without a generation prompt writes between a question and its answer."""
         _, _, sent = self._try([{**_ASKED, "content": _PROBE}], {}, prompt=True).rpartition(_PROBE)
         text = self._try([{**_ASKED, "content": _PROBE}, _ANSWERED], {})
         between = text[text.find(_PROBE) + len(_PROBE) : text.rfind(_PROBE)]
-        # What no prompt asks for is not the model's to write, unless it is white space.
+        # Text that no prompt contains is still not trained, because the template writes it and not the model. Only
+        # white space that follows `sent` counts as part of the answer.
         return sent if between.startswith(sent) and not between.removeprefix(sent).strip() else between
 
     @cached_property
@@ -282,7 +286,8 @@ class Template:
         encoded = tokenizer_time.read(self.tokenizer, prompts[0], add_special_tokens=False)
         tail = self._tail(_ANSWERED)
         closing = tuple(self.control_tokens.findall(tail))
-        # GLM ends an answer with the header of the next question, also where there is none.
+        # The first token behind an answer may be a header and still end the answer: GLM ends an answer with the header
+        # of the next question, also if there is no such question.
         headers = self._headers - {token for token in closing[:1] if token not in prompts[0]}
         _, _, behind_name = self._try([_ASKED, _CALLED], {}).partition(_PROBE)
         return TemplateTraits(
@@ -300,7 +305,7 @@ class Template:
 
     @property
     def _headers(self) -> frozenset[str]:
-        """The control tokens that begin a message, or stand right before its words."""
+        """The control tokens that begin a message, or stand right before its content."""
         found = set(self.control_tokens.findall(next(iter(self._prompts)))[-1:])
         for messages in ([{**_ASKED, "content": _PROBE}], [{"role": "system", "content": _PROBE}, _ASKED]):
             before, _, _ = self._try(messages, {}).partition(_PROBE)
@@ -315,19 +320,22 @@ class Template:
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
-        """Matches any control token of the model; never matches if there is none."""
+        """Matches any control token of the model, the longest first; never matches if there is none."""
         tokens = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         tokens |= {t for t in (*self.tokenizer.all_special_tokens, *self._stop_texts) if t}
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
     def control_token_fault(self, value: Any, at: str) -> Fault | None:
-        """The first control token anywhere in the strings of a row's value, keys of objects included."""
+        """The fault of the first control token in any string of a row's value, keys of objects included.
+
+        Such a token is refused, because in the rendered text it could end a message or begin another one.
+        """
         if isinstance(value, str):
             match = self.control_tokens.search(value)
             text = f"{at} contains {match.group()!r}, a control token of the base model." if match else ""
             return Fault("special_token_in_text", at, text) if match else None
         if isinstance(value, dict):
-            # A key of a tool's schema is text of the prompt too.
+            # Keys are checked too, since those of a tool's schema become text of the prompt.
             if hidden := next((found for found in map(self.control_tokens.search, value) if found), None):
                 text = f"a key in {at or 'the row'} contains {hidden.group()!r}, a control token of the base model."
                 return Fault("special_token_in_text", at or None, text)
@@ -340,7 +348,7 @@ class Template:
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """Some templates add the arguments of a call to a text, as JSON."""
+    """The message with the arguments of its calls as JSON text, because some templates expect a string there."""
     calls = [
         {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
         for c in message.get("tool_calls", [])

@@ -1,9 +1,9 @@
-"""Whether a tokenizer reads texts in time: its regular expressions come with the base, from a stranger.
+"""Checks that a tokenizer is fast enough, because its regular expressions come from a source that we do not trust.
 
-Oniguruma ends a match that goes back too often with an error, which is a refusal. An expression that stays below that
-limit at each letter is slow all the same, and cannot be interrupted from Python: so it is tried on texts that grow,
-when a base is inspected and when a run opens it. An expression that is slow on other texts than these is found by the
-row that has one (`lorainit.data.reader`), where Oniguruma ends it.
+The library Oniguruma ends a match with an error if it backtracks too often. An expression that stays below that limit
+at each letter may still be slow, and cannot be interrupted from Python. So the tokenizer is tried on longer and longer
+texts, when a base is inspected and when a run opens it. An expression may be slow only on other texts than these. Then
+Oniguruma's limit ends it at the row with such a text (`lorainit.data.reader`).
 """
 
 import time
@@ -15,11 +15,11 @@ from lorainit.runtime.refusal import as_unsupported
 MAX_SECONDS = 1.0  # of a processor, for a text of `LONGEST` letters; real tokenizers take some 0.002
 LONGEST = 4096
 _HARD = ("a", " ", "\n", "1", "-", ".", "aA", "a1 ", "a'", "\u00e9", "\u6f22", "\t x")
-_END = "\u2603!"  # something that ends no expression's match
+_END = "\u2603!"  # behind a repeated part, so that a match fails there and the expression has to backtrack
 
 
 def read(tokenizer: Any, text: str | list[str], **options: bool) -> Any:
-    """The encoding of a text, or of several at once, with the characters that its tokens stand for.
+    """The encoding of a text, or of several at once, with the character positions of its tokens.
 
     Raises:
         UnsupportedModel: the tokenizer cannot read it.

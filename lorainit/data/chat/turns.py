@@ -1,8 +1,9 @@
-"""Where the answers lie in a rendered conversation: found in its one full text, whatever prefixes would have rendered.
+"""Finds the answers in a rendered conversation.
 
-Every message is marked with a character that no honest text has, the marked conversation is rendered too, and if it is
-the real text but for the marks, they say where in the real text each message ended up. Pure text: knows nothing of
-tokenizers, and of templates only what `TemplateTraits` says.
+A mark is put into every message, a character that is not assigned in Unicode, and the marked conversation is rendered
+too. If it is the same text except for the marks, they show where each message is. Rendering only the first messages
+does not work, because some templates render earlier turns differently (docs/decisions/0034). This module works on text
+only; all it needs of a template is in `TemplateTraits`.
 """
 
 import re
@@ -15,13 +16,13 @@ from typing import Any, NamedTuple
 
 Messages = list[dict[str, Any]]
 
-# Planes 4 to 13 of Unicode: nothing was ever assigned there, and no template trims, splits at or escapes what is.
+# Planes 4 to 13 of Unicode. No character is assigned there, so no template trims, splits at or escapes one.
 _UNASSIGNED = range(0x40000, 0xE0000)
 _MARK = re.compile("[\U00040000-\U000dffff]")
 
 
 class Span(NamedTuple):
-    """An answer as it would be generated: the characters [start, end), and whether a control token ends it."""
+    """An answer as the model would generate it: the characters [start, end), and whether a control token ends it."""
 
     start: int
     end: int
@@ -30,14 +31,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class TemplateTraits:
-    """What a chat template does around an answer.
+    """What a chat template writes around an answer.
 
-    `prompts`: the generation prompts it can write, the one that a server sends first. `cuts`: where the first of them
-    can be cut between tokens, the longest piece first. `bridge`: where it writes none, what stands between a question
-    and its answer. `text_closing`, `call_closing`: the control tokens that it
-    writes after a last answer. `literal`: what it writes there if that has no control token. `headers`,
-    `call_headers`: control tokens of a message's header, which end no answer unless the model stops at them; the second
-    without those that a call has behind its name too.
+    `prompts`: the generation prompts that it can write, the server's default first.
+    `cuts`: where the first prompt can be cut between tokens, the longest piece first.
+    `bridge`: what is between a question and its answer, if the template has no generation prompt.
+    `text_closing`, `call_closing`: the control tokens behind a last answer, of text or of tool calls.
+    `literal`: what is written behind a last answer, if that has no control token.
+    `headers`, `call_headers`: control tokens of a message's header. They do not end an answer, unless the model stops
+    at them. `call_headers` lacks those that also follow the name in a tool call.
+    `controls`: matches any control token. `stops`: the control tokens at which the model stops.
     """
 
     prompts: tuple[str, ...]
@@ -56,7 +59,7 @@ class TemplateTraits:
 
 
 def choose_marks(text: str, count: int) -> list[str]:
-    """So many characters that the text does not have; fewer only if there are no more."""
+    """`count` characters that do not occur in the text; fewer only if there are no more."""
     used = set(_MARK.findall(text))
     return list(islice((c for c in map(chr, _UNASSIGNED) if c not in used), count))
 
@@ -64,7 +67,7 @@ def choose_marks(text: str, count: int) -> list[str]:
 def insert_marks(messages: Messages, marks: Sequence[str], *, answers_only: bool = False) -> Messages:
     """The messages with one mark each: in the name of the last tool call, else before the last visible character.
 
-    Inside of the text, so that a template that trims it or asks how it begins sees no difference.
+    The mark is inside the text, so that a template which trims the text or checks its beginning renders it as before.
     """
     return [
         _marked(message, mark) if message["role"] == "assistant" or not answers_only else message
@@ -83,7 +86,7 @@ def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
 
 
 def find_marks(text: str, with_marks: str, marks: Sequence[str]) -> list[tuple[int, int]] | None:
-    """(position in `text`, number of the message) of every mark, in order; None if the marks changed the text."""
+    """(position in `text`, number of the message) of every mark, in order; None if the marks changed other text."""
     if with_marks.translate(dict.fromkeys(map(ord, marks))) != text:
         return None
     numbers = {mark: number for number, mark in enumerate(marks)}
@@ -103,14 +106,14 @@ class Answer(NamedTuple):
 
 
 class Border(NamedTuple):
-    """Where an answer begins, and whether all of the prompt that a server sends stands before it."""
+    """Where an answer begins (`at`), and whether the whole prompt that a server sends is before it (`whole`)."""
 
     at: int
     whole: bool
 
 
 class AmbiguousAnswer(Exception):
-    """An answer that cannot be told apart: the number of the message, and why in words."""
+    """The place of an answer in the text is not known. `index`: the number of the message."""
 
     def __init__(self, index: int, why: str) -> None:
         super().__init__(why)
@@ -119,7 +122,7 @@ class AmbiguousAnswer(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rendered conversation and the places of its messages in it."""
+    """A rendered conversation, and the (position, number of the message) of the marks in it."""
 
     text: str
     messages: Messages
@@ -131,10 +134,10 @@ class Conversation:
 
         Args:
             turns: numbers of the messages; the last of them is the last message.
-            border: None = nothing that a server sends is the beginning of this text.
+            border: where the last answer begins; None = the text does not begin with any prompt that a server sends.
 
         Raises:
-            Lost: one of them.
+            AmbiguousAnswer: the place of one of them is not known.
         """
         floor, found = 0, list[Answer]()
         for index in turns:
@@ -142,14 +145,14 @@ class Conversation:
             floor = max(floor, self._find_floor(at, index))
             start, whole = self._start(index, floor, at, border if index == turns[-1] else None)
             end, closed = self._end(index, at)
-            # What a server sends for the last answer is known, and for the others only how it ends.
+            # The full prompt is known only for the last answer. For the others only its end can be compared.
             whole = whole and (border is not None or index != turns[-1] or index == 0)
             found.append(Answer(Span(start, end, closed), whole, self._left_out(index, floor, end)))
             floor = end
         return found
 
     def _position(self, index: int) -> int:
-        """Where the last visible character of a message, or of its last call's name, is."""
+        """The position of the last visible character of a message, or of the name of its last tool call."""
         at = self._first.get(index)
         if at is None:
             what = "tool calls do" if self.messages[index].get("tool_calls") else "content does"
@@ -161,12 +164,12 @@ class Conversation:
         return {number: at for at, number in reversed(self.positions)}
 
     def _find_floor(self, at: int, index: int) -> int:
-        """Where what stands before a message ends, as far as it was marked."""
+        """The position behind the last mark of an earlier message, before which this message cannot begin."""
         before = range(bisect_left(self.positions, (at, -1)) - 1, -1, -1)
         return next((self.positions[i][0] + 1 for i in before if self.positions[i][1] != index), 0)
 
     def _find_ceiling(self, at: int, index: int) -> int:
-        """A place in the next message, before which only the template's own words have control tokens."""
+        """The position of the next message's mark. Control tokens before it are the template's own."""
         after = range(bisect_right(self.positions, (at, index)), len(self.positions))
         return next((self.positions[i][0] for i in after if self.positions[i][1] != index), len(self.text))
 
@@ -178,13 +181,17 @@ class Conversation:
         if found := self._behind_header(border) or self._after_prompt(floor, at):
             return found
         if content is None:
-            why = "where it begins in the text that the base model's chat template makes cannot be told."
+            why = "its beginning in the text that the base model's chat template makes cannot be found."
             raise AmbiguousAnswer(index, why)
-        # A server sends the prompt before each answer, so it is missed where the template merges two of them.
+        # Not whole if there are prompts, because a server sends one before each answer and this text has none there:
+        # the template has merged two answers.
         return Border(content, not self.traits.prompts[0] and not self.text[floor:content].strip())
 
     def _behind_header(self, border: Border | None) -> Border | None:
-        """A prompt that leaves its header out in some states does not make the header the model's to write."""
+        """The border moved behind a header, if there is one.
+
+        Some templates leave the header out of the prompt in some cases. The model should still not learn to write it.
+        """
         prompt = self.traits.prompts[0]
         if border is None or not prompt or not self.text.startswith(prompt, border.at):
             return border
@@ -201,14 +208,14 @@ class Conversation:
         return None
 
     def _content_start(self, index: int, at: int) -> int | None:
-        """Where the content of a message begins, if it is in the text as it was written."""
+        """Where the content of a message begins, if the text contains it unchanged."""
         message = self.messages[index]
         content = (message["content"] or "").strip()
         start = at + 1 - len(content)
         return start if start >= 0 and not message.get("tool_calls") and self.text.startswith(content, start) else None
 
     def _end(self, index: int, at: int) -> tuple[int, bool]:
-        """Where an answer ends, after the token that ends it if there is one, and whether there is."""
+        """Where an answer ends, and whether a control token ends it. The token belongs to the answer."""
         ceiling, calls = self._find_ceiling(at, index), bool(self.messages[index].get("tool_calls"))
         found = list(self.traits.controls.finditer(self.text, at + 1, ceiling))
         last = ceiling == len(self.text)
@@ -217,18 +224,21 @@ class Conversation:
         if not calls:
             return self._content_end(index, at), False
         if not last and not (found and not self.traits.call_closing):
-            why = "where its tool calls end in the text that the base model's chat template makes cannot be told."
+            why = "the end of its tool calls in the text that the base model's chat template makes cannot be found."
             raise AmbiguousAnswer(index, why)
-        # No token ends calls here, so the next one is the next message's.
+        # This template has no token that ends calls, so the next control token belongs to the next message.
         return len(self.text[: found[0].start() if found else ceiling].rstrip()), False
 
     def _closing(self, found: list[re.Match[str]], calls: bool, *, last: bool) -> int | None:
-        """The end of the control token that ends an answer: one to stop at, or as the template ends a last answer."""
+        """The end of the control token that ends an answer, or None.
+
+        That is a token at which the model stops, or else the tokens with which the template ends a last answer.
+        """
         headers, own = self.traits.call_headers if calls else self.traits.headers, list[re.Match[str]]()
         for match in found:
             if match.group() in self.traits.stops:
                 return match.end()
-            if match.group() in headers:  # of the next message, which has no mark if it is blank
+            if match.group() in headers:  # the next message begins here; a blank one has no mark that would show it
                 break
             own.append(match)
         closing, end = (self.traits.call_closing if calls else self.traits.text_closing), None
@@ -238,7 +248,7 @@ class Conversation:
             end = match.end()
         if end is None and last and own and not self.text[own[-1].end() :].strip():
             return own[-1].end()
-        # The only control token before the next message is that message's own.
+        # If there is only one control token before the next message, it is that message's header and ends nothing.
         return own[0].end() if end is None and closing and own and len(found) > 1 and not calls else end
 
     def _content_end(self, index: int, at: int) -> int:

@@ -1,4 +1,5 @@
-"""What a row of a training file may look like, and the verdict on a whole file.
+"""Checks rows and whole training files: which formats a row may have, and what is wrong with it.
 
-Needs no tokenizer and loads no torch: the service checks uploaded files with it, in a process of its own.
+It needs no tokenizer and does not import torch, because the service checks every uploaded file with it in a process
+that has to start fast.
 """

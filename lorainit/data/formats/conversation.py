@@ -1,7 +1,6 @@
-"""What one row of a training file may look like: chat, prompt and completion, preference.
+"""The formats of one row of a training file: chat, prompt and completion, preference.
 
-Each check is a generator of faults, so that a row shows everything that is wrong with it at once.
-Torch-free; knows nothing of lines, files, tokenizers or models.
+Each check is a generator of faults, so that all faults of a row are reported at once. Does not import torch.
 """
 
 import json
@@ -21,7 +20,7 @@ _MESSAGE_KEYS = {"role", "content", "name", "weight", "tool_calls", "tool_call_i
 
 
 class Fault(NamedTuple):
-    """One thing wrong with a row: a code of the closed list, the place, and what is wrong there."""
+    """One fault of a row: its code (docs/errors.md), its place in the row, and a sentence about it."""
 
     code: str
     param: str | None
@@ -29,13 +28,13 @@ class Fault(NamedTuple):
 
 
 def faults(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
-    """Everything wrong with a row of this kind, without looking at tokens."""
+    """All faults of a row of this kind that can be found without a tokenizer."""
     check = {"chat": _chat, "prompt_completion": _prompt_completion, "preference": _preference}[kind]
     return check(row)
 
 
 def warnings(row: dict[str, Any], kind: Kind, doubled: Sequence[str] = ()) -> Iterator[Fault]:
-    """What the owner of a valid row should know; `doubled`: keys that an object of it has twice."""
+    """Warnings about a valid row. `doubled`: keys that one of its objects has twice."""
     messages = row["messages"] if kind == "chat" else []
     if key := next(iter([*doubled, *_doubled_arguments(messages)]), None):
         text = f"the key {key[:80]!r} is written twice in one object, and the last one counts."
@@ -53,7 +52,7 @@ def warnings(row: dict[str, Any], kind: Kind, doubled: Sequence[str] = ()) -> It
 
 
 def _doubled_arguments(messages: list[dict[str, Any]]) -> list[str]:
-    """The first key that an object in the arguments of a call has twice, if there is one."""
+    """The first key that an object in the arguments of a tool call has twice, if there is one."""
     found = list[str]()
     for message in messages:
         functions = [call["function"] for call in message.get("tool_calls") or ()]
@@ -63,7 +62,7 @@ def _doubled_arguments(messages: list[dict[str, Any]]) -> list[str]:
 
 
 def trained(message: dict[str, Any]) -> bool:
-    """Whether the loss looks at this message: an assistant turn whose weight is not 0."""
+    """Whether this message is trained: an assistant message whose weight is not 0."""
     return bool(message["role"] == "assistant" and message.get("weight", 1) != 0)
 
 
@@ -123,7 +122,10 @@ def _output(output: Any, key: str) -> Iterator[Fault]:
 
 
 def _messages(messages: list[Any], at: str) -> Generator[Fault, None, bool]:
-    """The faults of all messages, and True if there are any; none is kept here, since there can be millions."""
+    """Yield the faults of all messages, and return whether there are any.
+
+    They are not collected in a list, because a row can have millions of them.
+    """
     called: set[str] = set()
     faulty = False
     for index, message in enumerate(messages):
@@ -179,7 +181,7 @@ def _content(message: dict[str, Any], where: str) -> Iterator[Fault]:
 
 
 def _is_blank(content: str | list[Any] | None) -> bool:
-    """Whether a text, or all its parts, show nothing; of faulty parts nobody knows."""
+    """Whether a text, or each of its parts, shows nothing. False if a part is faulty, since that is reported anyway."""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         return all(isinstance(text, str) and shows_nothing(text) for text in texts)
@@ -187,7 +189,7 @@ def _is_blank(content: str | list[Any] | None) -> bool:
 
 
 def shows_nothing(text: str) -> bool:
-    """Whether it is white space, control characters and characters without width alone."""
+    """Whether the text has only white space, control characters and characters without width."""
     return all(unicodedata.category(character) in _UNSEEN for character in text)
 
 
@@ -208,7 +210,9 @@ def _extras(message: dict[str, Any], where: str) -> Iterator[Fault]:
         weight = message["weight"]
         if message["role"] != "assistant":
             yield Fault("invalid_weight", f"{where}.weight", "weight is only for assistant messages.")
-        elif type(weight) not in (int, float) or weight not in (0, 1):  # 1.0 is what a table of numbers makes of 1
+        # Floats are accepted, because tools such as pandas turn a column of 1 and null into 1.0. `type` and not
+        # `isinstance`, because True is an int in Python.
+        elif type(weight) not in (int, float) or weight not in (0, 1):
             yield Fault("invalid_weight", f"{where}.weight", f"{where}.weight is neither 0 nor 1.")
 
 
@@ -233,7 +237,7 @@ def _calls(message: dict[str, Any], where: str) -> Iterator[Fault]:
         yield Fault("invalid_tool_call", f"{where}.tool_calls", f"{where}.tool_calls is not a list of calls.")
         return
     for index, call in enumerate(calls):
-        # Of a call that is none, there is no function to judge.
+        # Nothing of an invalid call is checked further, so that it has one fault and not several.
         function = call.get("function") if _is_call(call) else None
         needs = "needs id, type 'function' and function with a name"
         yield from _function(function, f"{where}.tool_calls[{index}]", needs=needs)

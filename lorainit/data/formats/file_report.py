@@ -1,6 +1,6 @@
-"""The verdict on a whole training file: how many of its rows can be used, and what is wrong with the others.
+"""The report on a whole training file: how many rows can be used, and what is wrong with the others.
 
-Streams with bounded memory: a file may be far larger than it. Model-independent, torch-free.
+The file is read as a stream, because it may be larger than memory. Does not import torch.
 """
 
 from dataclasses import dataclass, field
@@ -16,12 +16,11 @@ FEW_ROWS = 10
 
 
 class FileReport(BaseModel):
-    """What `check_file` found. `model_dump()` is exactly the `validation` object of a File.
+    """The result of `check_file`. `model_dump()` is exactly the `validation` object of a File.
 
-    `error_count` and `warning_count` are complete but for rows with more than 1,000 faults, of which that many are
-    counted; the lists hold the first 20. The attributes
-    `status` (`processed` or `error`), `status_details` (a sentence, or None when there is nothing
-    to say) and `duplicates` belong beside that object and are not dumped.
+    `error_count` and `warning_count` count everything, but at most 1,000 faults of one row. The lists have the first
+    20. `status` (`processed` or `error`), `status_details` (a sentence, or None) and `duplicates` are not dumped,
+    because they do not belong to that object.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -1,19 +1,21 @@
-"""Rows as other tools write them: keys that are null because another row has them, as Arrow pads columns, or because a
-library dumped an object with all its fields. Such keys are as absent. Torch-free; judges nothing.
+"""Removes keys that are null only because of the tool that wrote the file.
+
+Arrow gives every row the keys of all rows, and some libraries dump objects with all their fields. Such a null key means
+the same as a missing one. Does not import torch.
 """
 
 from typing import Any
 
-# Null is something a caller may have meant here, and what is wrong with it is said in its own words.
+# These keys are kept if they are null, because then null may be meant: the checks have messages of their own for it.
 _MEANT = {"role", "content"}
-# Of a JSON schema, where null can be a value. Anywhere else in a schema it is none that JSON Schema knows.
+# Keys of a JSON Schema that are kept if they are null, because null is a valid value there.
 _VALUES = {"default", "const", "enum", "examples"}
-# Lists that say nothing when they are empty: what a dumped message has of them.
+# Lists that are removed if they are empty, since a dumped message has them without a meaning.
 _EMPTY = {"tool_calls", "annotations"}
 
 
 def without_padding(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without the keys that are null, in its messages, calls and tools too; `row` itself is left alone."""
+    """A copy of the row without null keys, also in its messages, calls and tools. `row` itself is not changed."""
     row = _filled(row)
     for key in ("messages", "preferred_output", "non_preferred_output"):
         if isinstance(row.get(key), list):

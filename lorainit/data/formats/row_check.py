@@ -1,11 +1,10 @@
-"""`python -m lorainit.data.formats.row_check SECONDS BYTES`: check the rows that come on stdin, within bounds.
+"""`python -m lorainit.data.formats.row_check SECONDS BYTES`: check the rows that come on stdin, with limits.
 
-Torch-free.
-
-The rows are anybody's, so whoever reads them may be made to loop, to take all memory or to crash. This process bounds
-itself before it reads a byte and knows nothing but the bytes. Its only word, one JSON object on stdout, is the report
-(`lorainit.data.formats.file_report.FileReport`) with `status` and `status_details` beside it, or `{"broken": why}`
-with exit code 1. What it has no word for, its parent reads from the way it ended: SIGXCPU is the time.
+Anybody may upload rows, and a malicious file may make its reader loop, take all memory or crash. So this process limits
+its own time and memory before it reads a byte, and it is given nothing but the bytes. It writes one JSON object to
+stdout: the report (`lorainit.data.formats.file_report.FileReport`) with `status` and `status_details` beside it, or
+`{"broken": why}` with exit code 1. If it can write nothing, its parent knows the reason from the way it ended; SIGXCPU
+means that the time was over. Does not import torch.
 """
 
 import json
@@ -18,7 +17,7 @@ from lorainit.system import limits
 
 
 def main(arguments: list[str]) -> int:
-    """Check, say what was found, and return the exit code."""
+    """Check the rows, write the report, and return the exit code."""
     seconds, most = map(int, arguments)
     limits.lower_priority()
     limits.bound_seconds(seconds)
@@ -31,7 +30,7 @@ def main(arguments: list[str]) -> int:
     except MemoryError:
         return _stop_early(f"it took more than {most >> 20} MiB of memory")
     except Exception as error:
-        # Its message may quote a row, which is nobody else's to read.
+        # The message of the error is left out, because it may quote a row, and rows must not get into logs.
         place = traceback.extract_tb(error.__traceback__)[-1]
         return _stop_early(f"{type(error).__name__} in {place.name}, line {place.lineno}")
     return 0
@@ -47,5 +46,5 @@ def _write_line(word: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    # At once: nothing is left to be tidied up, and freeing a large row takes time.
+    # Without Python's cleanup, because there is nothing to clean up and freeing a large row takes time.
     os._exit(main(sys.argv[1:]))

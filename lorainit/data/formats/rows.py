@@ -1,7 +1,7 @@
-"""Training files: JSONL rows with their line numbers, each in one shape or with what is wrong with it.
+"""Reads the rows of a JSONL training file, each with its line number: valid rows in one format, others with faults.
 
-Streams with bounded memory: a file may be far larger than it. Model-independent, torch-free; what
-one row may look like is in `conversation`, what a tokenizer makes of it in `data`.
+The file is read as a stream, because it may be larger than memory. The formats of a row are in `conversation`. Does not
+import torch.
 """
 
 import json
@@ -20,10 +20,12 @@ from lorainit.data.formats.padding import without_padding
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
 KEPT_PROBLEMS = 20
-# A line of 8 MB can hold four million faults. Nobody reads more, and counting them would take the time of a large file.
+# At most so many faults of a row are counted. A line of 8 MB can have four million, and counting all of them would take
+# as long as checking a large file.
 COUNTED_IN_A_ROW = 1000
-LONGEST_TEXT, LONGEST_PLACE = 500, 250  # of a problem: a key that is quoted may be as long as its line
-# Digests are kept of the first so many rows only, so that memory stays bounded (about 50 MB).
+# Characters of a problem's message and place. They are limited, because a quoted key may be as long as its line.
+LONGEST_TEXT, LONGEST_PLACE = 500, 250
+# Duplicates are found among the first so many rows only, so that their digests take no more than about 50 MB.
 DUPLICATE_WINDOW = 500_000
 _PLAIN_ROLES = ("user", "assistant", "system")
 _ARRAY = Fault(
@@ -39,7 +41,7 @@ _NO_KIND = Fault(
 
 
 class Problem(BaseModel):
-    """One error or warning; `line` counts from 1, null when it is about the whole file."""
+    """One error or warning. `line` counts from 1; None if it is about the whole file."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,7 +53,7 @@ class Problem(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """A valid row in normalized shape (see `normalized`)."""
+    """A valid row. `value` is as it was sent (`scan`) or normalized (`read_rows`)."""
 
     line: int
     kind: Kind
@@ -61,7 +63,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: the first things wrong with it, and how many there are (at most 1,000 are counted)."""
+    """A row that cannot be used: its first problems, and how many there are (at most 1,000 are counted)."""
 
     line: int
     problems: tuple[Problem, ...]
@@ -69,19 +71,19 @@ class BadRow:
 
 
 def problem(line: int, fault: Fault) -> Problem:
-    """A fault of a row, placed in its file."""
+    """The problem that a fault of a row is: with its line, and cut to a limited length."""
     text = f"Line {line}: {_shortened(fault.text, LONGEST_TEXT)}"
     place = fault.param and _shortened(fault.param, LONGEST_PLACE)
     return Problem(line=line, code=fault.code, param=place, message=text)
 
 
 def _shortened(text: str, most: int) -> str:
-    text = text.replace("\0", "\N{SYMBOL FOR NULL}")  # which a database cannot store
+    text = text.replace("\0", "\N{SYMBOL FOR NULL}")  # because PostgreSQL cannot store a null character in a text
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def read_rows(path: str | Path) -> Iterator[Row | BadRow]:
-    """The rows of a JSONL file in order, good and bad; blank lines are skipped but counted."""
+    """The rows of a JSONL file in order, valid ones normalized. Blank lines are skipped, but have a line number."""
     with Path(path).open("rb") as stream:
         for row in scan(stream):
             yield replace(row, value=normalized(row.value, row.kind)) if isinstance(row, Row) else row
@@ -89,10 +91,10 @@ def read_rows(path: str | Path) -> Iterator[Row | BadRow]:
 
 @dataclass
 class Seen:
-    """What the rows of a file so far decide about those that follow.
+    """What is known from the rows so far and matters for those that follow.
 
-    `kind`: of the first row that names one. `mixed`: another row is of another kind. `digests`: of the rows.
-    `room`: how many problems of a row are put into words; whoever keeps them says how many more there is room for.
+    `kind`: the kind of the first row that names one. `mixed`: a later row was of another kind. `digests`: of the rows,
+    to find duplicates. `room`: for how many more problems a message is made; the caller lowers it as it keeps them.
     """
 
     kind: Kind | None = None
@@ -102,13 +104,13 @@ class Seen:
 
 
 def scan(stream: BinaryIO, seen: Seen | None = None) -> Iterator[Row | BadRow]:
-    """Rows of a stream as they were sent; the first row that names a kind decides that of the file."""
+    """Rows of a stream as they were sent. The first row that names a kind decides the kind of the file."""
     seen = seen or Seen()
     lines = _lines(stream)
     opening = list(islice(lines, 2))
     if opening and opening[0][1] and _opens_an_array(opening[0][1], alone=len(opening) == 1):
         yield _make_bad_row(opening[0][0], iter((_ARRAY,)), seen)
-        return  # its other lines are no rows that could be wrong one by one
+        return  # otherwise each line of the array would be reported as an error of its own
     for line, raw in chain(opening, lines):
         doubled = list[str]()
         row = _parse(raw, doubled)
@@ -121,7 +123,7 @@ def scan(stream: BinaryIO, seen: Seen | None = None) -> Iterator[Row | BadRow]:
 
 
 def _make_bad_row(line: int, found: Iterator[Fault], seen: Seen) -> BadRow:
-    """A row with these faults; none of them is put into words that a report has no room for any more."""
+    """A row with these faults. No message is made for those beyond `seen.room`, because nobody would see it."""
     kept = tuple(problem(line, fault) for fault in islice(found, seen.room))
     return BadRow(line, kept, len(kept) + sum(1 for _ in islice(found, COUNTED_IN_A_ROW - len(kept))))
 
@@ -151,7 +153,10 @@ def _check_row(
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, bytes without line end) of non-blank lines; None for a line that is too long."""
+    """(number from 1, bytes without line end) of non-blank lines; None instead of a line that is too long.
+
+    Such a line is read in parts that are dropped, so that no line takes more memory than the limit.
+    """
     number = 0
     while raw := stream.readline(MAX_LINE_BYTES + 2):
         number += 1
@@ -168,9 +173,10 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _opens_an_array(raw: bytes, *, alone: bool) -> bool:
-    """Whether the first line begins a JSON array of rows, on this line alone or over many.
+    """Whether the first line begins a JSON array of rows, on one line or over several.
 
-    Where it is a whole array and not alone, each line is one, and each of them is a bad row.
+    If the line is a complete array and not the only line, the file has an array on each line. Then each of them is
+    reported as a bad row.
     """
     if not raw.lstrip().startswith(b"["):
         return False
@@ -182,7 +188,7 @@ def _opens_an_array(raw: bytes, *, alone: bool) -> bool:
 
 
 def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
-    """One row without its padding; the first key that an object of it has twice goes to `doubled`."""
+    """One row without its padding. The first key that one of its objects has twice is added to `doubled`."""
     if raw is None:
         return Fault("line_too_long", None, f"the line is longer than {MAX_LINE_BYTES} bytes.")
     try:
@@ -197,23 +203,24 @@ def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
     return without_padding(row) if b"null" in raw or b"[]" in raw else row
 
 
-# --- what a row is ------------------------------------------------------------------------------
+# --- the kind of a row --------------------------------------------------------------------------
 
 
 def kind_of(row: dict[str, Any]) -> Kind | None:
-    """The kind a row claims to be by its keys, None if they name none."""
+    """The kind of a row by its keys; None if they name none."""
     if "messages" in row:
         return "chat"
-    # `input` is a text in rows of other formats (instruction, input, output).
+    # `input` counts only if it is an object, because other formats have a text there (instruction, input, output).
     if (PREFERENCE_KEYS - {"input"}) & row.keys() or isinstance(row.get("input"), dict):
         return "preference"
     return "prompt_completion" if {"prompt", "completion"} & row.keys() else None
 
 
 def is_plain(row: dict[str, Any]) -> bool:
-    """Whether it is a chat of texts alone, the last of them an answer: most rows are, and have no fault and no warning.
+    """Whether the row is a chat of plain texts that ends with an answer. Such a row has no fault and no warning.
 
-    Whoever reads a large file asks this first. False says nothing.
+    Most rows are like this, so a fast check that skips all others saves most of the time (docs/decisions/0042). False
+    does not mean that the row has a fault.
     """
     messages = row.get("messages")
     if len(row) != 1 or type(messages) is not list or not messages:
@@ -229,22 +236,23 @@ def is_plain(row: dict[str, Any]) -> bool:
     return bool(messages[-1]["role"] == "assistant")
 
 
-# --- one shape ---------------------------------------------------------------------------------
+# --- normalization -----------------------------------------------------------------------------
 
 
 def normalized(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
-    """A valid row in one shape.
+    """A valid row in the one format that the chat templates get.
 
-    Chat becomes `{"messages", "tools"[, "parallel_tool_calls"]}`: contents are strings (None beside
-    tool calls), `developer` is `system`, call arguments are parsed JSON (as chat templates expect), and the deprecated
-    `functions`, `function_call` and role `function` are tools and tool calls.
+    Chat becomes `{"messages", "tools"[, "parallel_tool_calls"]}`. Contents are strings, or None beside tool calls. The
+    role `developer` becomes `system`. Call arguments are parsed, because chat templates expect objects. The deprecated
+    `functions`, `function_call` and role `function` become tools and tool calls.
     """
     if kind == "prompt_completion":
         return {"prompt": row["prompt"], "completion": row["completion"]}
     if kind == "preference":
         return row
     tools = [*row.get("tools", []), *({"type": "function", "function": f} for f in row.get("functions", []))]
-    last_call: dict[str, str] = {}  # of each function so far, so that no answer looks through all that stands before it
+    # The id of each function's last call, so that an answer finds it without a search through all earlier messages.
+    last_call: dict[str, str] = {}
     messages = [_normalized_message(message, f"call_{i}", last_call) for i, message in enumerate(row["messages"])]
     parallel = {"parallel_tool_calls": row["parallel_tool_calls"]} if "parallel_tool_calls" in row else {}
     return {"messages": messages, "tools": tools, **parallel}

@@ -1,11 +1,11 @@
-"""JSON that somebody sent, by the one rule that holds for a row of a file and for the arguments of a call in it.
+"""Parses JSON that somebody sent, with the same rules for a row of a file and for the arguments of a call in it.
 
-Numbers are finite, text has no half of a surrogate pair, and values are nested no deeper than what searches and renders
-them later can follow. Torch-free; knows nothing of rows.
+Numbers have to be finite, text must not contain half of a surrogate pair, and values must not be nested too deeply for
+the code that later walks through them and renders them. Does not import torch.
 
-A fast parser reads first. It takes nothing that Python's own does not take, but says less: it keeps the last of two
-equal keys without a word, makes a float of an integer of more than 64 bits, and has other words for what is wrong.
-Where that may matter, Python's own parser reads the text again and has the last word (docs/decisions/0042).
+A fast parser reads first. It accepts nothing that Python's own parser refuses, but it reports less: it silently keeps
+the last of two equal keys, turns an integer of more than 64 bits into a float, and has other error messages. If one of
+these may matter, Python's parser reads the text again, and its result counts (docs/decisions/0042).
 """
 
 import json
@@ -13,18 +13,19 @@ from typing import Any
 
 import orjson
 
-# Schemas of real tools have some 20 levels. Whatever walks through a value calls itself for each, templates several
-# times, and Python ends at 1,000 calls.
+# Schemas of real tools have about 20 levels. The limit is needed because code that walks through a value makes a call
+# for each level, templates several, and Python allows 1,000 nested calls.
 MAX_DEPTH = 64
 _CONTAINERS = (dict, list)
-# Floats of this size may have been integers of more than 64 bits.
+# Floats from this size on may have been integers of more than 64 bits in the text.
 _LARGE = float(2**63)
-# Where memory runs out, the fast parser crashes, and Python's own says so. Values of this length take some 40 MiB.
+# Longer texts are read by Python's parser, because the fast one crashes if memory runs out, and Python's raises an
+# error. A value of this length takes about 40 MiB.
 _LONG = 1 << 20
 
 
 class Unreadable(ValueError):
-    """Why a text is not to be used, with a code: `invalid_json` or `invalid_utf8`."""
+    """The text cannot be used. `code` is `invalid_json` or `invalid_utf8`; the message says why."""
 
     def __init__(self, code: str, why: str) -> None:
         super().__init__(why)
@@ -32,10 +33,10 @@ class Unreadable(ValueError):
 
 
 def read(text: bytes | str, doubled: list[str]) -> Any:
-    """The value that a text stands for; the first key that an object in it has twice goes to `doubled`.
+    """The value of a JSON text. The first key that an object in it has twice is added to `doubled`.
 
     Raises:
-        Unreadable: it stands for none.
+        Unreadable: it is not JSON, or breaks one of the rules of this module.
         UnicodeDecodeError: its bytes are not UTF-8.
     """
     if len(text) > _LONG:
@@ -48,7 +49,7 @@ def read(text: bytes | str, doubled: list[str]) -> Any:
 
 
 def _is_ordinary(value: Any) -> bool:
-    """Whether it is nested no deeper than allowed, without a number that may have been a large integer."""
+    """Whether the value is not nested too deeply and has no number that may have been a large integer."""
     level: list[Any] = [[value]]
     depth = -1  # of the list around it
     while level and depth < MAX_DEPTH:
@@ -66,9 +67,11 @@ def _is_ordinary(value: Any) -> bool:
 
 
 def _says_all(value: Any, text: bytes | str) -> bool:
-    """Whether no key was written twice: a value written again has as many quotation marks as its text had.
+    """Whether no key was written twice in one object.
 
-    A second key takes two more with it. One that is escaped by its number is none in the text, and one in the value.
+    The value is written again, and has to have as many quotation marks as the text. A key that the parser has dropped
+    would make at least two fewer. A text with `\\u0022` is not accepted here, because this escaped quotation mark would
+    count in the written value and not in the text.
     """
     if isinstance(text, str):
         text = text.encode()
@@ -76,7 +79,7 @@ def _says_all(value: Any, text: bytes | str) -> bool:
 
 
 def _read_closely(text: bytes | str, doubled: list[str]) -> Any:
-    """What `read` promises, by Python's own parser."""
+    """As `read`, with Python's own parser. It is slower, but finds equal keys and has precise messages."""
 
     def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -117,7 +120,7 @@ def _finite(text: str) -> float:
 
 
 def _is_too_deep(value: Any) -> bool:
-    """Level by level, so that nothing here calls itself."""
+    """Level by level and not recursively, because a deep value would exceed Python's limit of nested calls."""
     level = [value] if isinstance(value, _CONTAINERS) else []
     depth = 0
     while level and depth < MAX_DEPTH:
