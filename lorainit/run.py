@@ -139,6 +139,7 @@ def _begin(request: RunRequest, base: Base, *, sharing: int) -> tuple[Run, Resto
     restored = checkpoint.read(Path(point), recipe=run.recipe) if point else None
     run.emit(run.plan)
     run.emit(Stage(stage="initializing", message=f"Initializing with {run.lora.method.method}"))
+    # Before the slow parts, so that a run whose adapter stock PEFT could not read fails early.
     run.early_check = early_check.check_export_early(run, known=known.get("proof"))
     if restored:
         _resume(run, restored)

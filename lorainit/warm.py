@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
     server.send(READY)
     set_command_line([sys.executable, "-m", "lorainit.warm", READY.decode()])
     me = os.getpid()
+    # MSG_PEEK leaves the order in the socket, because the forked process has to read it.
     while server.recv(1, socket.MSG_PEEK):
         run = os.fork()
         if not run:

@@ -147,6 +147,7 @@ def _pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, int]]:
 
 
 def _encoded(ids: list[int], mask: list[bool], ends: list[int]) -> Encoded:
+    # int32, because a file's rows are all kept in memory and int64 would take twice as much.
     return Encoded(torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool), ends)
 
 

@@ -29,7 +29,7 @@ from lorainit.model.layers.layer import LoRALinear, adapted_layers, attach
 from lorainit.model.layers.weight import shape_of, weight_of
 from lorainit.runtime.devices import make_generator
 
-MESSAGE_SECONDS = 5.0
+MESSAGE_SECONDS = 5.0  # between two messages about progress, so that a model with many layers does not send hundreds
 # DoRA refuses rows of a weight with a smaller norm, because their squares are zero in float32, in PEFT's DoRA as in
 # ours.
 DORA_ROW = 1e-18
@@ -150,6 +150,7 @@ def _adapt(
 def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int) -> Factors:
     config = Kaiming(method="kaiming") if evidence.starved else lora.method
     rank = lora.r if evidence.rank is None else evidence.rank
+    # The generator depends on the layer's name, so that a layer's random numbers do not depend on the other targets.
     try:
         return METHODS[config.method](
             W, evidence, rank=rank, scale=lora.scaling, config=config, generator=make_generator(seed, name)

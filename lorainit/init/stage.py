@@ -122,6 +122,7 @@ def _cache(run: Run) -> Cache:
 def _evidence(run: Run, cache: Cache, keys: _Keys) -> tuple[dict[str, Evidence], bool]:
     """The evidence, and whether it came from the cache."""
     config = run.lora.method
+    # These are not stored, because they are empty or (loftq) read from the base's files when used.
     if config.facts.needs in ("none", "weight"):
         return collect(config, run), False
     found = cache.evidence(keys.evidence)

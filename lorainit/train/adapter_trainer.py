@@ -237,6 +237,7 @@ class AdapterTrainer:
             self.optimizer.step()
         except Exception as error:
             if is_out_of_memory(error):
+                # A class of its own, because the worker then tries the job again from its last checkpoint.
                 raise UpdateOutOfMemory(self.step) from error
             raise
 

@@ -75,7 +75,7 @@ def write(
         work.chmod(0o755)  # `mkdtemp` makes folders that only their owner can read
         # Flushed before the rename: otherwise the folder could be there after a power failure, and its files empty.
         _flush(work)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # because a folder cannot be renamed to one that has files
         work.rename(folder)
         _sync(folder.parent)
     finally:

@@ -113,6 +113,7 @@ def _compute_gradients(slots: AdapterSlots, trainers: list[AdapterTrainer]) -> N
     """
     retry_until_it_fits(
         lambda: _forward_and_backward(slots, trainers),
+        # `any` would stop at the first that could be halved, but every trainer has to repeat its step.
         lambda: max([trainer.repeat_smaller() for trainer in trainers]),
         world=trainers[0].world,
         device=trainers[0].parameters[0].device,

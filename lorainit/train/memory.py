@@ -58,6 +58,7 @@ def fit_to_memory(runs: Sequence[Run]) -> None:
             for run in runs:
                 run.count_shortage()
                 run.change_passes(recomputed=True, kept=False)
+            # From the tokens that were planned at first, because passes take less memory now and may be larger again.
             _measure(slots, runs, most=planned)
         else:
             raise _too_large()

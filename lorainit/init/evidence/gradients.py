@@ -163,7 +163,7 @@ def _taker(name: str, sums: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Ten
         version = x._version
 
         def take(dy: Tensor) -> None:
-            if x._version != version:
+            if x._version != version:  # the gradient would be wrong, because it is calculated from the input
                 raise UnsupportedInit(f"{name}: the model overwrites this layer's input in place.", param="model")
             G = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to("cpu", torch.float32)
             if name in sums:

@@ -81,7 +81,7 @@ def search_step(
         for gamma in (best * 2, best / 2):
             tried[gamma] = loss_at(gamma)
     best = min(tried, key=tried.__getitem__)
-    if not tried[best] < base:
+    if not tried[best] < base:  # not `>=`, so that a base loss of NaN is refused too
         raise _no_step(base, tried)
     step = StepSearch(gamma=best, base_loss=base, tried=tuple(sorted(tried.items(), reverse=True)), held_out=held_out)
     run.emit(_found(step))

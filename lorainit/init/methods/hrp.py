@@ -61,6 +61,7 @@ def hrp(
     start = (config.c * V).float().contiguous()
     if config.side == "left":
         return Factors(A=torch.zeros(rank, weight.shape[1], device=weight.device), B=start.T.contiguous(), facts=facts)
+    # U_r·Σ_r is calculated as D·V_r, so that no left singular vectors are needed.
     carried = B @ (A @ V.T) / config.c if config.b_init == "carry" else torch.zeros_like(B[:, :1]).expand(-1, rank)
     return Factors(A=start, B=carried.float().contiguous(), facts=facts)
 
