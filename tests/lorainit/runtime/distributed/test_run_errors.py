@@ -249,7 +249,9 @@ def test_at_a_stop_one_whose_checkpoint_cannot_be_written_keeps_no_other_from_it
     with pytest.raises(Stopped):
         together(specs, tmp_path, lambda who, event: (said.append((who, event)), stop(who, event)))
     assert {who for who, event in said if isinstance(event, Checkpoint)} == {0, 1, 2} - {which}
-    (warning,) = (event.message for who, event in said if isinstance(event, Message) and "moment" in event.message)
+    (warning,) = (
+        event.message for who, event in said if isinstance(event, Message) and "No checkpoint" in event.message
+    )
     assert warning.startswith("No checkpoint could be written at the stop: ")
 
 
