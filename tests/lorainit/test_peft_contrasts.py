@@ -6,12 +6,12 @@ reload is in `test_lora_ga.py`.
 
 import pytest
 import torch
-from lorainit.model.forward.find_failure import logits_of
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
 from lorainit.export.peft_adapter import export
+from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.layer import adapted_layers, disable_adapters
 from tests.lorainit.reference import eight_rows, tiny
 from tests.lorainit.stock_peft import ALPHA, INITS, TARGETS, R, ours, pefts

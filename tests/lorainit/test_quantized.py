@@ -15,7 +15,6 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from lorainit.model.forward.find_failure import logits_of
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
@@ -33,6 +32,7 @@ from lorainit.export.peft_adapter import export
 from lorainit.init.evidence.gradients import mean_gradients
 from lorainit.init.initialize import initialize
 from lorainit.model import load as load_module
+from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers import quantize
 from lorainit.model.layers.layer import adapted_layers, attach, detach
 from lorainit.model.layers.weight import shape_of, was_conv1d, weight_of

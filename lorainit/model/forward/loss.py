@@ -120,7 +120,7 @@ class LossSums(NamedTuple):
 
 
 class BatchResult(NamedTuple):
-    """What one pass tells of a padded batch: its tally, and on request the logits of one row, length×vocabulary."""
+    """What one pass of a padded batch gives: its sums, and on request the logits of one row, length×vocabulary."""
 
     sums: LossSums
     logits_of_row: Callable[[int], Tensor]
@@ -139,7 +139,7 @@ def sum_losses(model: nn.Module, batch: Batch) -> LossSums:
 
 
 def run_batch(model: Any, batch: Batch) -> BatchResult:
-    """A tally whose logits can be seen too, row by row: with a large vocabulary those of all rows fill memory first.
+    """Sums of a batch, and its logits row by row, because with a large vocabulary those of all rows may fill memory.
 
     Where logits are the head's output as it is, they come from this pass. Elsewhere each row is run again when it is
     asked for, by the model as it is then.
