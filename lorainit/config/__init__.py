@@ -1,5 +1,5 @@
-"""The ground: what a run is (`spec`, `inits`), what it says (`events`) and what it refuses (`errors`).
+"""The definitions that everything else uses: a run's spec (`spec`, `inits`), its events and its errors.
 
-Pydantic models and plain functions. The service reads them too, so nothing here loads torch,
-and nothing here imports another folder of the library.
+Pydantic models and plain functions. Nothing here loads torch, because the API server uses them too and starts without
+it. Nothing here imports another folder of the library.
 """

@@ -1,35 +1,37 @@
-"""What the library may refuse, as one small tree.
+"""The errors that the library raises on purpose, as one tree.
 
-Every error carries a `code` from the closed list of job errors, a complete sentence, and the
-field it is about. It knows nothing of HTTP, of jobs or of the database.
+Every error has a `code` from the closed list of job errors, a message that is a complete sentence, and the field that
+it is about. "Transient" marks errors after which the same run may succeed later, so it is tried again. "Operator" marks
+errors that only the operator of the machine can remove.
 
     LorainitError
     ├── InvalidTrainingFile, InvalidValidationFile, NoTrainableTokens, SequenceTooLong
-    ├── HubUnavailable         (passes: the same run may succeed later)
+    ├── HubUnavailable         (transient)
     ├── UnsupportedModel, UnsupportedInit, RankTooLarge, UnknownTarget
     ├── InitFailed, NonFiniteLoss, OutOfMemory, DiskFull
-    ├── UpdateOutOfMemory      (passes: an update that fitted before step 1)
+    ├── UpdateOutOfMemory      (transient: the same update did fit before step 1)
     ├── ExportCheckFailed, CheckpointMismatch, GroupMismatch
-    ├── TooFewDevices          (the operator's: more devices were promised than the worker has)
-    ├── SharedMemoryFull       (the operator's: /dev/shm, in which processes hand each other memory)
-    ├── HostFailed             (the operator's: a disk that cannot be read, no room for another open file)
-    ├── DeviceSilent           (passes: a process of the run is gone, or does not answer the others)
-    ├── UnusableDevice         (the operator's: there are GPUs, and CUDA cannot use them, or not any more)
-    ├── Dropped                (not a failure: one run of a group is not ours any more)
-    └── Stopped                (not a failure: somebody asked the run to stop)
+    ├── TooFewDevices          (operator: the worker has fewer devices than its settings say)
+    ├── SharedMemoryFull       (operator: /dev/shm, through which processes share memory, is full)
+    ├── HostFailed             (operator: a disk fails, or the host allows no more open files or processes)
+    ├── DeviceSilent           (transient: a process of the run has ended or does not answer the others)
+    ├── UnusableDevice         (operator: the machine has GPUs, but CUDA cannot use them)
+    ├── Dropped                (no failure: one run of a group now belongs to another worker or to nobody)
+    └── Stopped                (no failure: somebody asked the run to stop)
 """
 
 from typing import ClassVar
 
 
 class LorainitError(Exception):
-    """Base of everything this library raises on purpose.
+    """Base class of all errors that this library raises on purpose.
 
     Args:
-        message: one sentence that is complete on its own.
-        param: dotted path of the field it is about, as the caller spelled it.
+        message: one complete sentence.
+        param: dotted path of the field that it is about, as the caller wrote it.
 
-    `may_pass`: the same run may succeed later, whatever the code says of others that have it.
+    `may_pass`: the same run may succeed later. This is a property of the class, because errors with the same `code` can
+    differ in it.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -54,7 +56,7 @@ class InvalidValidationFile(LorainitError):
 
 
 class NoTrainableTokens(LorainitError):
-    """Every token is masked: the run would learn nothing and call it success."""
+    """Every token is masked. The run is refused because it would learn nothing and still be reported as a success."""
 
     code = "no_trainable_tokens"
 
@@ -72,13 +74,13 @@ class UnsupportedModel(LorainitError):
 
 
 class HubUnavailable(LorainitError):
-    """The model hub does not answer, or says that it cannot now: another try may have the base model."""
+    """The model hub does not answer or reports a fault of its own, so a later attempt may succeed."""
 
     code = "hub_unavailable"
 
 
 class UnsupportedInit(LorainitError):
-    """The method cannot work on this module or this base; the message names the module."""
+    """The initialization cannot work on this module or this base; the message names the module."""
 
     code = "unsupported_init_for_model"
 
@@ -96,7 +98,7 @@ class UnknownTarget(LorainitError):
 
 
 class InitFailed(LorainitError):
-    """The initialization ran and did not deliver what it promised."""
+    """The initialization ran, but its result is not what the method guarantees."""
 
     code = "init_failed"
 
@@ -120,73 +122,77 @@ class UpdateOutOfMemory(OutOfMemory):
 
     def __init__(self, step: int) -> None:
         super().__init__(
-            "A lower lora.r, fewer target modules, or the optimizer adamw where it is another one would help, smaller"
-            f" batches would not: the optimizer's update of step {step} ran out of memory, which fitted before step 1.",
+            f"The optimizer's update of step {step} ran out of memory, although it fitted before step 1. A lower"
+            " lora.r, fewer target modules, or adamw instead of another optimizer would help; smaller batches would"
+            " not.",
             param="lora.r",
         )
 
 
 class DiskFull(LorainitError):
-    """A file could not be written for lack of space."""
+    """A file could not be written because the disk is full."""
 
     code = "disk_full"
 
 
 class ExportCheckFailed(LorainitError):
-    """The exported adapter, reloaded on the untouched base, is not the trained model."""
+    """The exported adapter, reloaded on the untouched base, does not compute what the trained model computes."""
 
     code = "export_check_failed"
 
 
 class CheckpointMismatch(LorainitError):
-    """A checkpoint was made by another recipe than the one that wants to resume from it."""
+    """The run to resume has other settings than the run that wrote the checkpoint."""
 
     code = "internal_error"
 
 
 class GroupMismatch(LorainitError):
-    """Runs that were to train together cannot share a forward pass."""
+    """Runs that should be trained together cannot share a forward pass."""
 
     code = "unsupported_combination"
 
 
 class TooFewDevices(LorainitError):
-    """The machine has fewer devices than the run was promised; another worker may have them."""
+    """The machine has fewer devices than the run needs. Another worker may have enough, so the run is tried there."""
 
     code = "device_failed"
 
 
 class SharedMemoryFull(LorainitError):
-    """There is no room in /dev/shm, in which processes hand each other memory; another worker may have more of it."""
+    """The shared memory in /dev/shm is full, which processes exchange tensors through. Another worker may have more."""
 
     code = "worker_lost"
 
 
 class HostFailed(LorainitError):
-    """The host's disks, or its room for open files and processes, failed the run; another worker may do it."""
+    """A disk of the host failed, or its limit of open files or processes was reached. Another worker may succeed."""
 
     code = "worker_lost"
 
 
 class DeviceSilent(LorainitError):
-    """One of the run's processes, or the connection to it, hangs or is gone."""
+    """One of the run's processes has ended or hangs, or the connection to it is broken."""
 
     code = "worker_lost"
 
 
 class UnusableDevice(LorainitError):
-    """The machine has GPUs that CUDA cannot use, or one that failed in mid-run; the processor is no substitute."""
+    """CUDA cannot use the machine's GPUs, or one failed during the run.
+
+    The run does not continue on the CPU, because there it would take days without anybody noticing the cause.
+    """
 
     code = "device_failed"
 
 
 class Dropped(LorainitError):
-    """A member's `on_event` says that nobody waits for this run any more; the others of its group go on."""
+    """Raised by `on_event` for one run of a group that nobody waits for any more. The other runs of the group go on."""
 
     code = "stopped"
 
 
 class Stopped(LorainitError):
-    """The caller's `on_event` asked the run to stop. Nothing is wrong."""
+    """Raised by the caller's `on_event` to stop the run; not a failure."""
 
     code = "stopped"

@@ -1,8 +1,8 @@
-"""What a run says while it works: the only door between the library and whoever started it.
+"""The events of a run. Nothing else passes from a run to its caller while it works.
 
-`run(spec, out, on_event)` calls `on_event` with these models, per layer and per batch as well as
-per step. In the child they become JSON lines on a pipe, on the command line a progress bar, in
-tests a list. What `on_event` raises stops the run.
+`run(spec, out, on_event)` calls `on_event` with these models for each layer, batch and step. The worker's child process
+writes them to a pipe as JSON lines, the command line shows a progress bar, and tests collect them in a list. An
+exception that `on_event` raises stops the run.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ StageName = Literal["loading", "initializing", "training", "evaluating", "export
 
 
 class _Event(BaseModel):
-    """`member`: which run of a group says it, from 0; a run alone is 0."""
+    """`member`: which run of a group emits it, from 0; always 0 for a single run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +34,10 @@ class Stage(_Event):
 
 
 class Tick(_Event):
-    """Still alive: `done` of `total` units of the current stage (layers, batches). Not stored."""
+    """Progress: `done` of `total` units of the current stage (layers, batches). Not stored.
+
+    It also shows the watchdog that the run does not hang.
+    """
 
     kind: Literal["tick"] = "tick"
     done: int
@@ -42,7 +45,7 @@ class Tick(_Event):
 
 
 class Message(_Event):
-    """A sentence for the job's event list; `data["kind"]` is `data`, `init`, `export`, ..."""
+    """A sentence for the job's event list; `data["kind"]` is its subject: `data`, `init`, `export`, ..."""
 
     kind: Literal["message"] = "message"
     level: Literal["info", "warn", "error"] = "info"
@@ -51,12 +54,12 @@ class Message(_Event):
 
 
 class Plan(_Event):
-    """What will run, once data and model are known: resolved numbers and sizes.
+    """What the run will do, once data and model are known: resolved numbers and sizes.
 
-    `micro_batch_size` rows and `tokens_per_pass` tokens are the most of one forward pass; where memory changes
-    that, the plan is said again. `trainable_parameters` counts rank r everywhere. Where the method spreads ranks over
-    layers that is an estimate (`trainable_parameters_estimated`), and `init_report` has the number. `choices` are the
-    autos that only the machine of the run could decide. `left_out`: kinds of layers that were asked for and get none.
+    A forward pass has at most `micro_batch_size` rows and `tokens_per_pass` tokens; if memory changes that, the plan is
+    emitted again. `trainable_parameters` counts rank r in every layer. If the method spreads ranks over layers, this is
+    an estimate (`trainable_parameters_estimated`), and `init_report` has the number. `choices` are the values for
+    "auto" that depend on the machine. `left_out`: kinds of layers that were asked for but get no adapter.
     """
 
     kind: Literal["plan"] = "plan"
@@ -101,7 +104,7 @@ class Metrics(_Event):
 
 
 class Checkpoint(_Event):
-    """A complete checkpoint lies in `path`: `adapter/` (plain PEFT) and the training state."""
+    """A complete checkpoint was written to `path`: `adapter/` (plain PEFT) and the training state."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     step: int
@@ -117,7 +120,7 @@ class InitReport(_Event):
 
 
 class Warned(Strict):
-    """What the author of a run that succeeded should still know: a code of a closed list, a sentence, its numbers."""
+    """A warning about the result of a run that succeeded: a code of a closed list, a sentence, and its numbers."""
 
     code: Literal["worse_than_base", "worse_than_start", "no_effect"]
     message: str
@@ -125,7 +128,7 @@ class Warned(Strict):
 
 
 class Done(_Event):
-    """The run succeeded: the adapter lies in `adapter`, reloaded and compared."""
+    """The run succeeded. The adapter is in the folder `adapter`, and the export check has passed."""
 
     kind: Literal["done"] = "done"
     adapter: str
@@ -136,7 +139,7 @@ class Done(_Event):
 
 
 class Failed(_Event):
-    """The run ended with an error the caller should see. `may_pass`: tried again, it may succeed."""
+    """The run ended with an error that the caller should see. `may_pass`: another attempt may succeed."""
 
     kind: Literal["failed"] = "failed"
     code: str

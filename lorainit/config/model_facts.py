@@ -1,7 +1,7 @@
-"""What is known of a base model without opening it: which kinds of its layers can carry a LoRA, and which cannot.
+"""Facts of a base model that requests are checked against: which of its layers can carry a LoRA, and which cannot.
 
-Torch-free. `lorainit.model.inspect` finds these facts out, a catalogue keeps them, and `lorainit.config.target_modules`
-decides with them. Knows nothing of jobs or of the service.
+`lorainit.model.inspect` collects them once and a catalogue stores them, so that a request is checked without opening
+the model (`lorainit.config.target_modules`). Loads no torch.
 """
 
 from typing import Annotated, Literal
@@ -12,22 +12,22 @@ from lorainit.config.inits import Quantization
 from lorainit.config.paths import count_matches, count_names
 from lorainit.config.schema import Strict
 
-NF4_BLOCK = 64  # weights that share a scale in an NF4 base; no block runs over the end of a row
+NF4_BLOCK = 64  # weights that share a scale in an NF4 base; a block must not extend into the next row
 
 Group = Literal["attention", "mlp", "other"]
-MAX_SIDE = 10**9  # of one side of a weight; the largest vocabulary has some 3e5 entries
+MAX_SIDE = 10**9  # far above any real side of a matrix: the largest vocabulary has about 3e5 entries
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
 class Target(Strict):
-    """One kind of linear layer of a base that can carry a LoRA: its name, its place and its matrix, out x in.
+    """One kind of linear layer of a base that can carry a LoRA, with matrices of one shape (out x in).
 
-    `name` is the shortest end of the layers' full names that means these layers and no others of the model, with `*`
-    for a number: `q_proj`, `mlp.c_proj`, `language_model.layers.*.mlp.up_proj`. Layers of one name may have several
-    shapes, and then an entry each. `count` = how many layers; `group` is what `target_modules` can ask for. `dora`:
-    whether PEFT can put a DoRA there, which it cannot where it adapts a parameter. `experts`: each of them is the
-    matrix of one expert of a mixture. `paths`: the full names, folded (`lorainit.config.paths`), of experts those of
-    their common parameters; none in catalogue entries that an older version wrote.
+    `name` is the shortest end of the layers' full names that covers these layers and no others of the model, with `*`
+    for a number: `q_proj`, `mlp.c_proj`, `language_model.layers.*.mlp.up_proj`. Layers of one name but several shapes
+    have an entry for each shape. `count`: how many layers; `group`: the group of `target_modules` that they belong to.
+    `dora`: whether PEFT can put a DoRA there; it cannot if it adapts a parameter instead of a module. `experts`: each
+    matrix belongs to one expert of a mixture. `paths`: the full names, folded (`lorainit.config.paths`); for experts
+    the names of their common parameters. Catalogue entries of older versions have no paths.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
@@ -50,7 +50,7 @@ class Target(Strict):
         return self.out_features * self.in_features * self.count
 
     def count_matches(self, given: str) -> int:
-        """How many of these layers a name that a caller gave means: it is an end of their full names."""
+        """How many of these layers a caller's name covers: those whose full names end in it."""
         if self.name == given or self.name.endswith(f".{given}"):
             return self.count
         held = sum(map(count_names, self.paths))
@@ -58,16 +58,15 @@ class Target(Strict):
 
 
 class LeftOut(Target):
-    """A kind of layer that gets no LoRA, and why, as the end of a sentence that begins with its name."""
+    """A kind of layer that gets no LoRA. `reason` completes a sentence that begins with the layer's name."""
 
     reason: Annotated[str, Field(max_length=1024)]
 
 
 class ModelFacts(Strict):
-    """What a request can be checked against without opening the model (`lorainit.model.inspect`).
+    """Everything that a request is checked against (`lorainit.model.inspect` collects it).
 
-    `source` and `root` are as in `lorainit.config.sources`. `left_out` is empty in catalogue entries that an older
-    version wrote.
+    `source` and `root` are as in `lorainit.config.sources`. `left_out` is empty in catalogue entries of older versions.
     """
 
     root: str
@@ -80,10 +79,10 @@ class ModelFacts(Strict):
 
     @property
     def quantization(self) -> list[Quantization]:
-        """What `lora.quantization` can be: NF4 where every row of what can carry a LoRA is whole blocks.
+        """The values that `lora.quantization` may have: NF4 if every row of every target is a multiple of a block.
 
-        Experts of a mixture are not quantized, and other layers only where they can be
-        (`lorainit.model.targets.four_bits`).
+        Only targets count here. Experts of a mixture are never quantized, and layers without a LoRA that do not fit
+        stay in full precision (`lorainit.model.targets.four_bits`).
         """
         whole = all(target.in_features % NF4_BLOCK == 0 for target in self.targets if not target.experts)
         return ["nf4"] if whole else []

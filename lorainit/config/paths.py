@@ -1,7 +1,8 @@
-"""Full names of layers: which of them a shorter name means, and many of them written as few.
+"""Full names of layers: which of them a shorter name covers, and how many names are written as one folded name.
 
-A name means every path that ends in it, cut at dots, with `*` for a number: `q_proj`, `layers.*.self_attn.q_proj`,
-`layers.0.self_attn.q_proj`. Folded, `model.layers.0-31.self_attn.q_proj` stands for 32 paths. Torch-free.
+A name covers every path that ends in it, cut at dots, with `*` for a number: `q_proj`, `layers.*.self_attn.q_proj`,
+`layers.0.self_attn.q_proj`. A folded name stands for several paths: `model.layers.0-31.self_attn.q_proj` for 32.
+Catalogue entries are folded because a large model has thousands of layers. Loads no torch.
 """
 
 import math
@@ -13,12 +14,12 @@ _NUMBERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")  # `3`, `0-31`, `0,2,4-7`
 
 
 def matches(path: str, wanted: str) -> bool:
-    """Whether a full name, or one of those that a folded one stands for, is what was asked for or ends in it."""
+    """Whether a full name, or one of those that a folded name stands for, equals `wanted` or ends in it."""
     return count_matches(path, wanted) > 0
 
 
 def count_matches(path: str, wanted: str) -> int:
-    """How many of the full names that a folded one stands for a name means."""
+    """How many of the full names behind a folded `path` the name `wanted` covers."""
     parts, ends = path.split("."), wanted.split(".")
     if len(ends) > len(parts):
         return 0
@@ -27,12 +28,12 @@ def count_matches(path: str, wanted: str) -> int:
 
 
 def count_names(path: str) -> int:
-    """How many full names a folded one stands for."""
+    """How many full names a folded name stands for."""
     return math.prod(_count_part_matches(part, "*") or 1 for part in path.split("."))
 
 
 def expand_names(path: str) -> Iterator[str]:
-    """The full names that a folded one stands for."""
+    """The full names that a folded name stands for."""
     parts = [_expand_numbers(part) if _NUMBERS.fullmatch(part) else [part] for part in path.split(".")]
     return map(".".join, product(*parts))
 
@@ -52,7 +53,7 @@ def _count_part_matches(part: str, end: str) -> int:
 
 
 def collapse_names(paths: Iterable[str]) -> list[str]:
-    """Full names as few, in order of first appearance."""
+    """Fold full names into as few names as possible, in order of first appearance."""
     kinds = dict[str, list[tuple[int, ...]]]()
     for path in paths:
         parts = path.split(".")
@@ -67,7 +68,7 @@ def _fill_numbers(words: str, numbers: Iterable[str]) -> str:
 
 
 def _products(found: list[tuple[int, ...]]) -> Iterator[tuple[str, ...]]:
-    """Tuples of numbers as products of sets: first numbers that are followed by the same others are one set."""
+    """Write tuples of numbers as products of sets: first numbers with the same continuations become one set."""
     if not found[0]:
         yield ()
         return

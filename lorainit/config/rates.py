@@ -1,8 +1,8 @@
-"""Default learning rates: one table of initialization and model size, each number with where it is from. Torch-free.
+"""Default learning rates by initialization and model size, each with its source. Loads no torch.
 
-`docs/rates.md` shows this table; `make bench-rates` holds the first column against data. The rates are AdamW's peak
-rates at the method's recommended alpha. They differ by a factor of a hundred: a start whose factors are as large as
-the weight is moved by the same relative step at a much smaller rate than one that starts at zero.
+`docs/rates.md` shows this table; `make bench-rates` measures the first column. The rates are AdamW's peak rates at the
+method's recommended alpha. They differ by a factor of a hundred because AdamW's steps have a fixed size: factors that
+start as large as the weight need a much smaller rate for the same relative change.
 """
 
 import math
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from lorainit.config.inits import InitConfig
 
-# Names of the columns, and how many numbers the linear layers of such a base hold: SmolLM2-135M, Llama-2-7B, LLaMA-33B.
+# The columns, and how many numbers the linear layers of such a base hold (SmolLM2-135M, Llama-2-7B, LLaMA-33B).
 SIZES = {"135M": 1.06e8, "7B": 6.48e9, "33B": 3.21e10}
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A peak rate, and where it is from."""
+    """A peak rate and its source."""
 
     value: float
     source: str
@@ -99,20 +99,24 @@ BASELINE = "kaiming"
 
 
 def default_rate(method: InitConfig, *, weights: int) -> float:
-    """The rate for a base whose linear layers hold so many numbers.
+    """The default rate for a base model.
 
-    Between two columns the logarithm of the rate follows that of the size; outside of them the nearest one counts.
+    Between two columns the logarithm of the rate is interpolated over the logarithm of the size. Outside of them the
+    nearest column is used, because nothing is known about such sizes.
+
+    Args:
+        weights: how many numbers the base's linear layers hold.
     """
     return _at(RATES[method.rates], weights)
 
 
 def share_of_baseline(method: InitConfig, *, weights: int) -> float:
-    """What a rate that was measured with `kaiming` is multiplied by for another start."""
+    """The factor from a rate that was measured with `kaiming` to the rate of another initialization."""
     return default_rate(method, weights=weights) / _at(RATES[BASELINE], weights)
 
 
 def _at(row: Row, weights: int) -> float:
-    """Two digits are enough for a rule of thumb."""
+    """The rate at one size, rounded to two digits because a default is no more exact than that."""
     sizes = list(SIZES.values())
     if weights <= sizes[0]:
         return row[0].value

@@ -1,7 +1,7 @@
-"""From "auto" to numbers: the training recipe once the number of rows is known. Torch-free.
+"""Replaces "auto" in the hyperparameters by numbers, once the number of rows is known. Loads no torch.
 
-The service resolves when the files are validated, the command line when it has read them; both
-call `resolve`, and resolving twice changes nothing.
+The service does it after validating the files, the command line after reading them. Both call `resolve`. Resolving
+twice changes nothing, so a run may resolve a recipe that the service has resolved before.
 """
 
 import math
@@ -31,7 +31,7 @@ def total_steps(training: Hyperparameters, *, rows: int) -> int:
 
 
 def base_learning_rate(model: BaseModelRef, method: InitConfig) -> float:
-    """The rate that `learning_rate_multiplier` = 1 stands for: the table's, or the base's own measured one."""
+    """The rate that `learning_rate_multiplier` = 1 stands for: from the table, or the one measured for this base."""
     weights = model.weights or 0
     if model.base_learning_rate is None:
         return rates.default_rate(method, weights=weights)
@@ -39,9 +39,10 @@ def base_learning_rate(model: BaseModelRef, method: InitConfig) -> float:
 
 
 def with_base_rate(model: BaseModelRef, training: Hyperparameters, method: InitConfig) -> BaseModelRef:
-    """`model` with the base rate by which `training` was resolved.
+    """`model` with the base rate that `training` was resolved with.
 
-    A table or a catalogue that has changed since then changes no run that was ordered before.
+    The rate is stored with the job. Otherwise a later change of the table or of the catalogue would change a job that
+    already exists.
     """
     rate, multiplier = training.learning_rate, training.learning_rate_multiplier
     if rate is None or multiplier == "auto":

@@ -1,10 +1,11 @@
-"""The result file: one CSV row per logged step, in the hosted service's columns. Torch-free."""
+"""The result file: one CSV row per logged step, with the columns of OpenAI's service. Loads no torch."""
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
-# Public samples disagree on the third column's name, so the training accuracy stands under both.
+# Public samples of such files have two names for the training accuracy. It is written under both, so that scripts made
+# for either of them work.
 COLUMNS = {
     "step": "step",
     "train_loss": "train_loss",

@@ -1,4 +1,4 @@
-"""The base of every model a caller can fill in: closed, strict, frozen. Torch-free."""
+"""The base class of every model that a caller can fill in: closed, strict, frozen. Loads no torch."""
 
 from itertools import islice
 from typing import Annotated, Any, Literal, get_args
@@ -8,20 +8,21 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 Auto = Literal["auto"]
 Seed = Annotated[int, Field(ge=0, le=2_147_483_647)]
-UNKNOWN = 8  # fields that a model does not have and that it is told of: the first one is reason enough to refuse
+UNKNOWN = 8  # at most so many unknown fields are reported, because one is enough to refuse the request
 
 
 class Strict(BaseModel):
-    """Frozen, strict, closed: the base of every model a caller can fill in."""
+    """A model that refuses unknown fields, converts no values, and cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def null_means_absent(cls, data: Any) -> Any:
-        """Drop explicit nulls of fields for which null is no value (clients send them freely).
+        """Drop nulls of fields that do not allow null, because clients send them for fields that they leave out.
 
-        Unknown fields are dropped too but for the first few: two megabytes of them would be as many errors.
+        Of unknown fields only the first few are kept, because pydantic makes an error of each, and a request of two
+        megabytes may hold very many.
         """
         if not isinstance(data, dict):
             return data
@@ -37,7 +38,7 @@ class Strict(BaseModel):
 
 
 def limit_size(most: int) -> BeforeValidator:
-    """For a map with `max_length`: its size is looked at first, or each of its values could be an error."""
+    """For a map with `max_length`: check its size before its values, because each wrong value would be an error."""
 
     def check(data: Any) -> Any:
         if isinstance(data, dict) and len(data) > most:
@@ -51,6 +52,6 @@ def limit_size(most: int) -> BeforeValidator:
 def refusal(
     param: str, message: str, *, code: Literal["unsupported_combination", "not_supported"] = "unsupported_combination"
 ) -> PydanticCustomError:
-    """A refusal that names the field at fault; `not_supported` is what a later release may bring."""
-    # The message is passed as a value, so braces in it are never taken for placeholders.
+    """An error that names the field at fault; `not_supported` is for features that a later release may have."""
+    # The message is passed as a value, because pydantic would take braces in a template for placeholders.
     return PydanticCustomError(code, "{message}", {"message": message, "param": param})

@@ -1,8 +1,8 @@
-"""What the source and the root of a base model may be, and where a source lies. Torch-free, opens nothing.
+"""What the source and the root of a base model may be, and where a source is. Loads no torch and opens no file.
 
-A source is a folder, a `.gguf` file, `package:<python package>/<file>` or `hub:<owner>/<name>[@<revision>]`. A root
-is the name that an adapter gives its base: readers look it up on a model hub, so it is a hub id, or one that no hub
-can have.
+A source says where the base is: a folder, a `.gguf` file, `package:<python package>/<file>` or
+`hub:<owner>/<name>[@<revision>]`. A root is the base's name inside an adapter. Loaders look this name up on a model
+hub, so it must be a hub id, or a name that no hub can have; otherwise they might load a stranger's model.
 """
 
 import errno
@@ -13,19 +13,19 @@ from pathlib import Path
 from lorainit.config.errors import UnsupportedModel
 
 PACKAGE, HUB, LOCAL = "package:", "hub:", "local:"
-_NOTHING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)  # a path that leads nowhere, or nowhere for us
+_NOTHING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)  # the path cannot exist, or we may not read it
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 _HUB_SOURCE = re.compile(rf"(?:{HUB})?(?P<id>{_PART}/{_PART})(?:@(?P<revision>[^\s@]+))?", re.ASCII)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model hub could know this name, as `OWNER/NAME`."""
+    """Whether this name has the form of a hub id, `OWNER/NAME`."""
     return _HUB_ID.fullmatch(name) is not None and len(name) <= 96 and "--" not in name and ".." not in name
 
 
 def as_hub_id(source: str) -> tuple[str, str | None] | None:
-    """The id and the revision that `[hub:]OWNER/NAME[@REVISION]` names; None if it is nothing of that form."""
+    """The id and the revision of `[hub:]OWNER/NAME[@REVISION]`; None if the source has another form."""
     found = _HUB_SOURCE.fullmatch(source)
     if found is None or not is_hub_id(found["id"]):
         return None
@@ -33,24 +33,24 @@ def as_hub_id(source: str) -> tuple[str, str | None] | None:
 
 
 def is_root(name: str) -> bool:
-    """Whether an adapter may call its base so: nobody else's model on a hub can have the name by accident."""
+    """Whether an adapter may use this name for its base: a hub id, or a name that no model on a hub can have."""
     return is_hub_id(name) or (name.startswith(LOCAL) and name != LOCAL)
 
 
 def make_absolute(source: str, *, folder: Path) -> str:
-    """A source that means the same from everywhere: paths are taken relative to `folder`.
+    """The same source independent of the current folder: relative paths are taken relative to `folder`.
 
     Raises:
-        UnsupportedModel: as for `local_path`, of a path.
+        UnsupportedModel: the path is empty, or names the home folder of an unknown user.
     """
     return source if source.startswith((PACKAGE, HUB)) else str(folder / _path(source))
 
 
 def local_path(source: str) -> Path | None:
-    """Where a source lies on this host, or would if it were there; None if it is on a hub.
+    """The path of a source on this host, whether anything is there or not; None for a source on a hub.
 
     Raises:
-        UnsupportedModel: a Python package that is not installed, the home folder of an unknown user, or no path at all.
+        UnsupportedModel: the Python package is not installed, the home folder's user is unknown, or the path is empty.
     """
     if source.startswith(HUB):
         return None
@@ -60,10 +60,10 @@ def local_path(source: str) -> Path | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether anything is there; a loop of links, a name too long or a zero byte in it is nothing.
+    """Whether the path exists. A loop of links, a name that is too long or a zero byte in it count as "no".
 
     Raises:
-        OSError: the host cannot tell: a disk that fails, for one.
+        OSError: the host cannot say, for example because a disk fails.
     """
     try:
         return path.exists()
@@ -89,7 +89,7 @@ def _in_package(name: str) -> Path:
     package, _, file = name.partition("/")
     try:  # finds a top-level package without importing it
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    except (ImportError, ValueError):  # what a running program has under this name is no package
+    except (ImportError, ValueError):  # `find_spec` raises for some loaded modules, `__main__` for one
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UnsupportedModel(f"The Python package {package!r} is not installed here.", param="model")

@@ -1,9 +1,9 @@
-"""The one schema: what a run is, in torch-free pydantic models.
+"""The schema of a run, as pydantic models.
 
-The same classes are the request's `lora` part, the stored job, the worker's input, the command
-line's input and the method catalogue. Unknown fields are refused, nothing is coerced, and `null`
-means "absent" wherever null is not itself a value. This module never imports torch and knows
-nothing of the service. The initializations themselves are in `lorainit.config.inits`.
+The same classes are the request's `lora` part, the stored job, the worker's input, the command line's input and the
+method catalogue, so that all of them refuse the same things. Unknown fields are refused, no value is converted to
+another type, and `null` means "absent" unless null is itself a value of the field. This module never imports torch.
+The initializations are in `lorainit.config.inits`.
 """
 
 from typing import Annotated, Any, Literal
@@ -24,9 +24,9 @@ class Lora(Strict):
     """The adapter: its shape, its initialization and what it is attached to.
 
     `alpha` and `use_rslora` "auto" take the method's recommended value; `init` "auto" lets us
-    choose. `Lora.resolved()` replaces every "auto" and says why. `left_out` is an answer: the kinds of layers that
-    `target_modules` meant too and that get no LoRA, with the reason (`lorainit.config.target_modules`); a server
-    replaces what is given.
+    choose. `Lora.resolved()` replaces every "auto" and gives a reason. `left_out` is filled in by the server, which
+    ignores what a request says there: the kinds of layers that `target_modules` covers but that get no LoRA, each with
+    the reason (`lorainit.config.target_modules`).
     """
 
     init: Init = Kaiming(method="kaiming")
@@ -55,7 +55,7 @@ class Lora(Strict):
 
     @model_validator(mode="after")
     def refuse_what_does_not_combine(self) -> "Lora":
-        """Raise `unsupported_combination` with the field at fault, never pick something else."""
+        """Raise `unsupported_combination` with the field at fault; a setting is never replaced silently."""
         if isinstance(self.init, Automatic):
             return self
         name, facts = self.init.method, self.init.facts
@@ -75,7 +75,7 @@ class Lora(Strict):
 
     @model_validator(mode="after")
     def refuse_a_base_that_does_not_fit(self) -> "Lora":
-        """int8 is planned; and a method says which bases it works on."""
+        """Refuse int8, which is planned, and a base that the initialization does not work on."""
         if self.quantization == "int8":
             why = "is planned and not offered by this release"
             raise refusal("quantization", f"quantization 'int8' {why}.", code="not_supported")
@@ -87,7 +87,7 @@ class Lora(Strict):
         return self
 
     def resolved(self) -> tuple["Lora", list["Choice"]]:
-        """Every "auto" replaced, and one `Choice` (param, value, reason) for each of them."""
+        """Replace every "auto"; return one `Choice` (param, value, reason) for each of them."""
         update, choices = dict[str, Any](), list[Choice]()
         if isinstance(self.init, Automatic):
             update["init"], reason = self._auto_init()
@@ -131,7 +131,7 @@ class Lora(Strict):
 
 
 class Choice(Strict):
-    """One value the server chose for the caller, and why."""
+    """One value that the server chose for the caller, and the reason."""
 
     param: Annotated[str, Field(max_length=255)]
     value: float | int | bool | Annotated[str, Field(max_length=4096)]
@@ -145,9 +145,9 @@ Rate = Annotated[float, Field(ge=LOWEST_RATE, le=HIGHEST_RATE)]
 
 
 class AdamW(Strict):
-    """Decoupled weight decay Adam, betas (0.9, 0.999), eps 1e-8 (Loshchilov & Hutter, 1711.05101).
+    """Adam with decoupled weight decay, betas (0.9, 0.999), eps 1e-8 (Loshchilov & Hutter, arXiv 1711.05101).
 
-    DoRA's magnitudes follow this rule whichever optimizer is chosen, at A's rate and without decay.
+    DoRA's magnitudes are always trained by this rule, whichever optimizer is chosen, at A's rate and without decay.
     """
 
     name: Literal["adamw"] = "adamw"
@@ -156,8 +156,8 @@ class AdamW(Strict):
 class AdamWPreconditioned(Strict):
     """r×r preconditioners (BᵀB + damping·I)⁻¹ and (A·Aᵀ + damping·I)⁻¹.
 
-    `update` "sequential" is LoRA-One v1's: B sees the A that has just moved, no bias correction.
-    "simultaneous": both from the old factors, then AdamW with its bias correction.
+    `update` "sequential" is LoRA-One v1's: A is updated first and B's update uses the new A, without bias correction.
+    "simultaneous": both updates use the old factors, then AdamW with its bias correction.
     """
 
     name: Literal["adamw_preconditioned"]
@@ -176,17 +176,17 @@ Optimizer = Annotated[AdamW | AdamWPreconditioned | AdamWLoRAPlus, Field(discrim
 
 
 class Hyperparameters(Strict):
-    """How to train: OpenAI's three hyperparameters, and ours.
+    """How to train: OpenAI's three hyperparameters, and our own.
 
     `batch_size` is the effective batch in rows. Intervals are in optimizer steps. `learning_rate`
     is the absolute peak; `learning_rate_multiplier` multiplies the base rate of model and method.
-    `precision` is the number format of the base model and of the activations; what is trained stays in
-    float32. `gradient_checkpointing` computes layers again instead of keeping them: "auto" when one row does
-    not fit otherwise. `compile` fuses the base's element-wise parts: "auto" where a long run gets that back.
-    `shard_base` divides the frozen base between the devices of a run (`RunSpec.devices`): "auto" where it does not
-    fit on one.
-    These four autos are decided by the machine that the run finds itself on (`lorainit.runtime.devices`,
-    `lorainit.train.memory`, `lorainit.model.shard`).
+    `precision` is the number format of the base model and of the activations; trained parameters are always
+    float32. `gradient_checkpointing` computes activations again in the backward pass instead of keeping them: "auto"
+    uses it only if one row does not fit otherwise. `compile` fuses the base's element-wise operations: "auto" uses it
+    if the run is long enough to save more time than compiling costs. `shard_base` divides the frozen base between the
+    devices of a run (`RunSpec.devices`): "auto" uses it if the base does not fit on one device.
+    These four autos are resolved on the machine that runs the job, because they depend on its devices
+    (`lorainit.runtime.devices`, `lorainit.train.memory`, `lorainit.model.shard`).
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
@@ -226,9 +226,9 @@ class BaseModelRef(Strict):
     `source`: a local folder, a local `.gguf` file, `package:<python package>/<file>` or
     `hub:<owner>/<name>[@<revision>]`. `root` is the public name written into the adapter: a hub id, or
     `local:<name>`, which no hub can have (docs/decisions/0035).
-    `weights`: how many numbers the layers hold that can carry a LoRA, null = counted when the base is opened. Default
-    learning rates go by it (`lorainit.config.rates`), unless `base_learning_rate` says the best one for `kaiming`.
-    `sha256`: what its weights have to hash to (`lorainit.model.source.digest.base_sha256`), null = they may be any.
+    `weights`: how many numbers the layers hold that can carry a LoRA, null = counted when the base is opened. The
+    default learning rate depends on it (`lorainit.config.rates`), unless `base_learning_rate` gives a measured one for
+    `kaiming`. `sha256`: the expected digest of the weights (`lorainit.model.source.digest.base_sha256`), null = any.
     """
 
     id: str
@@ -243,8 +243,9 @@ class BaseModelRef(Strict):
 class Data(Strict):
     """Local JSONL files. `on_row_error` "skip" trains on the good rows and reports the others.
 
-    `append_eos`: train the tokenizer's end token behind a last answer that ends with no token at which the model stops.
-    `owner`: whose rows they are. What is cached of them stands under this name, and is found by the same owner only.
+    `append_eos`: add the tokenizer's end token after the last answer, and train it, if the chat template writes no
+    token there at which the model stops. `owner`: whose rows they are. Cache entries made of the rows carry this name,
+    so that no other owner finds them.
     """
 
     training: str
@@ -258,11 +259,11 @@ class Data(Strict):
 class RunSpec(Strict):
     """Everything a run needs; the same spec on the same machine gives the same adapter.
 
-    `cache`: a folder for converted base models and, under `init/`, `tokens/` and `bases/`, what earlier runs found
-    out: starts, tokenized files and digests, of which at most `cache_limit_bytes` are kept (0 = none).
-    `micro_batch_size`, `tokens_per_pass`: at most so many rows and tokens in a forward pass, null = as many as pay;
-    with `resume_from`, null = as the run before.
-    `devices`: processes of this host that share each step's rows, one to a GPU; `python -m lorainit` starts them.
+    `cache`: a folder for converted base models and, under `init/`, `tokens/` and `bases/`, for results that later runs
+    use again: initializations, tokenized files and digests, at most `cache_limit_bytes` together (0 = none).
+    `micro_batch_size`, `tokens_per_pass`: the most rows and tokens of a forward pass, null = chosen for speed and
+    memory; with `resume_from`, null = as in the interrupted run.
+    `devices`: how many processes of this host share each step's rows, one per GPU; `python -m lorainit` starts them.
     """
 
     model: BaseModelRef
@@ -280,14 +281,14 @@ class RunSpec(Strict):
 
     @model_validator(mode="after")
     def refuse_to_share_what_cannot_be_shared(self) -> "RunSpec":
-        """As `why_not_sharded`."""
+        """Refuse what `why_not_sharded` gives a reason for."""
         if why := why_not_sharded(self.training, self.lora, devices=self.devices):
             raise refusal("training.shard_base", why)
         return self
 
 
 def why_not_sharded(training: Hyperparameters, lora: Lora, *, devices: int) -> str | None:
-    """A sentence if `shard_base` is asked for where it cannot be."""
+    """A sentence that says why this run cannot have `shard_base`; None if it can or does not ask for it."""
     if training.shard_base is not True:
         return None
     if devices == 1:

@@ -2,7 +2,7 @@
 
 The API and the library call the same function, so they always agree.
 
-Torch-free. Knows nothing of modules: `lorainit.model.targets.targets` finds the facts and the layers that a name means.
+Loads no torch and sees no modules: `lorainit.model.targets.targets` collects the facts and finds the named layers.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ FIELD = "lora.target_modules"
 
 @dataclass(frozen=True)
 class ResolvedTargets:
-    """What to adapt, and what was meant too and why it gets nothing.
+    """Which layers get an adapter, and which were asked for but get none, each with the reason.
 
-    `names`: kinds of layers, of `Target.name`, and names as they were given where they mean some layers of a kind.
+    `names`: kinds of layers (`Target.name`). A name that covers only some layers of a kind stands here as it was given.
     """
 
     names: list[str]
@@ -32,13 +32,13 @@ class ResolvedTargets:
 def resolve_target_modules(lora: Lora, targets: Sequence[Target], left_out: Sequence[LeftOut]) -> ResolvedTargets:
     """Resolve `lora.target_modules`.
 
-    A group (`all-linear`, `attention`, `mlp`) adapts what it can and says what it leaves out: what cannot carry a
-    LoRA, and what is smaller than the rank. A name that was given is adapted or refused; of its layers, those that
-    cannot carry a LoRA are left out too (a vision tower's `q_proj`). A name is an end of the layers' full names, with
-    `*` for a number.
+    A group (`all-linear`, `attention`, `mlp`) adapts every layer that it can and reports the others: layers that
+    cannot carry a LoRA, and layers smaller than the rank. A single name is adapted or refused, because the caller
+    asked for exactly that layer. If a name also covers layers that cannot carry a LoRA (the `q_proj` of a vision
+    tower), these are reported and the others adapted. A name is the end of a layer's full name, with `*` for a number.
 
     Args:
-        lora: with its rank and initialization.
+        lora: its rank and initialization count too, because a layer may be too small for them.
         targets, left_out: the facts of the base.
 
     Raises:
@@ -62,14 +62,15 @@ def resolve_target_modules(lora: Lora, targets: Sequence[Target], left_out: Sequ
         partly = {target.name for target in targets if target.count_matches(name) < target.count}
         names |= dict.fromkeys(name if target.name in partly else target.name for target, _ in meant)
         also += others
-    # A list that a server has spelled out comes with what it left out then; full names depend on its entry's age.
+    # A server stores a group as a list of names, with the layers that it left out when it resolved the group. These
+    # entries are kept. They are compared without full names, because older catalogue entries have none.
     told = [_without_paths(layer) for layer in also]
     kept = [layer for layer in lora.left_out if _without_paths(layer) not in told]
     return ResolvedTargets(list(names), also + kept)
 
 
 def count_chosen(target: Target, names: Sequence[str]) -> int:
-    """How many of these layers the names of a placement mean together."""
+    """How many layers of this kind the names cover together."""
     if target.name in names:
         return target.count
     found, held = _count_found(tuple(target.paths), tuple(names))
@@ -78,13 +79,16 @@ def count_chosen(target: Target, names: Sequence[str]) -> int:
 
 @lru_cache(maxsize=1024)
 def _count_found(paths: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, int]:
-    """How many of these layers the names mean, and how many there are. A service asks it for every look at a job."""
+    """How many of these layers the names cover, and how many there are.
+
+    Cached, because the service computes it each time it shows a job.
+    """
     held = [path for one in paths for path in expand_names(one)]
     return sum(any(matches(path, name) for name in names) for path in held), len(held)
 
 
 def _select_part(layer: LeftOut, name: str, count: int) -> LeftOut:
-    """The `count` layers of a kind that a name means."""
+    """This kind, reduced to the `count` layers that the name covers."""
     if count == layer.count:
         return layer
     held = [path for one in layer.paths for path in expand_names(one)]
@@ -113,7 +117,11 @@ def _resolve_group(lora: Lora, wanted: str, targets: Sequence[Target], left_out:
 
 
 def _find_obstacle(lora: Lora, target: Target) -> tuple[LorainitError, str] | None:
-    """Why this adapter does not fit a layer that can carry one: the refusal, and the reason to leave it out."""
+    """Why this adapter does not fit a layer that could carry one; None if it fits.
+
+    Returns both forms of the answer: the error to raise if the layer was named, and the reason to report if it belongs
+    to a group.
+    """
     shape = f"{target.name!r} ({target.out_features}x{target.in_features})"
     if lora.use_dora and (target.experts or not target.dora):
         why = (
@@ -152,7 +160,7 @@ def _list_reasons(others: Sequence[LeftOut]) -> str:
 
 
 def describe_left_out(left_out: Sequence[LeftOut], adapted: int) -> str:
-    """What is left out, for the job's events.
+    """One sentence on the layers that get no adapter, for the job's events.
 
     Args:
         adapted: how many weights the adapted matrices hold.

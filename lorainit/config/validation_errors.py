@@ -1,4 +1,4 @@
-"""Turns pydantic's errors into sentences, each under the path of the field as the caller wrote it. Torch-free."""
+"""Turns pydantic's errors into sentences, each under the field's path as the caller wrote it. Loads no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,8 +10,10 @@ Part = str | int
 
 
 def describe_errors(error: ValidationError, document: Any) -> dict[str, str]:
-    """Each wrong field of `document` by its dotted path, with one sentence: what the alternatives of a union ask is
-    joined."""
+    """One sentence for each wrong field of `document`, by its dotted path.
+
+    The alternatives of a union give an error each, and these are joined into one sentence.
+    """
     found: dict[str, dict[str, None]] = {}
     for fault in error.errors():
         parts = list(drop_union_parts(fault["loc"], document, missing=fault["type"] == "missing"))
@@ -19,15 +21,16 @@ def describe_errors(error: ValidationError, document: Any) -> dict[str, str]:
             parts.append(fault["ctx"]["param"])
         sentence = fault["msg"].removeprefix("Value error, ")
         found.setdefault(".".join(map(str, parts)), {})[sentence] = None
-    outer = {path for path in found if any(other.startswith(f"{path}.") for other in found)}  # no list, and its element
+    # A union of a list and a string reports the list and its element: only the inner error is useful.
+    outer = {path for path in found if any(other.startswith(f"{path}.") for other in found)}
     return {path: _join_sentences(list(sentences)) for path, sentences in found.items() if path not in outer}
 
 
 def drop_union_parts(location: Sequence[Part], document: Any, *, missing: bool) -> Iterator[Part]:
-    """Those parts of pydantic's location that lead through `document`.
+    """The parts of pydantic's location that are keys or indices of `document`.
 
-    Beside them it names the alternatives of unions, which nobody wrote: `lora.init.pissa.niter` is `lora.init.niter`.
-    A field that is missing ends its own path.
+    pydantic also puts the chosen alternative of a union into the location, which the caller did not write:
+    `lora.init.pissa.niter` becomes `lora.init.niter`. A missing field is kept as the last part.
     """
     here, last = document, len(location) - 1
     for index, part in enumerate(location):

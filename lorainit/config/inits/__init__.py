@@ -1,8 +1,8 @@
-"""The initializations as typed, torch-free parameters, each beside what it needs and promises.
+"""The parameters of each initialization as typed models, with the facts that the catalogue shows. Loads no torch.
 
-The same classes check a request, are stored with the job, configure the run and make the catalogue. They
-lie by what they look at: nothing (`plain`), the base weight (`weights`), rows (`data`), or what quantization has lost
-(`quantized`). Every class of these files is an initialization: nobody has to list it.
+The same classes check a request, are stored with the job, configure the run and make the catalogue. They are grouped
+by what they use: nothing (`plain`), the base weight (`weights`), rows of data (`data`), or the error that quantization
+made (`quantized`). Every class in these files is found by itself, so a new one needs no entry in a list.
 """
 
 from types import ModuleType
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Automatic(Strict):
-    """Let the server choose; the choice and its reason are reported."""
+    """Let the server choose the initialization; the job reports the choice and its reason."""
 
     method: Literal["auto"] = "auto"
 
@@ -41,10 +41,10 @@ def _defined_in(module: ModuleType) -> dict[str, type[InitConfig]]:
     return {get_args(kind.model_fields["method"].annotation)[0]: kind for kind in kinds}
 
 
-# In the order of the catalogue.
+# The catalogue shows them in this order.
 INITS = {name: kind for module in (plain, weights, data, quantized) for name, kind in _defined_in(module).items()}
 
 if TYPE_CHECKING:
     Init = InitConfig | Automatic
-else:  # made of the table, which no type checker can read
+else:  # built at run time from the table, because a type checker cannot read a table
     Init = Annotated[Union[(*INITS.values(), Automatic)], Field(discriminator="method")]

@@ -1,6 +1,6 @@
-"""What every initialization's parameters have in common, and the facts that the catalogue tells of it."""
+"""What the parameters of all initializations have in common, and the facts that the catalogue shows of each."""
 
-# ruff: noqa: ARG002 - every method is asked alike, whether it needs all of it or not
+# ruff: noqa: ARG002 - every initialization has the same signatures, so some arguments are unused
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ Quantization = Literal["nf4", "int8"]
 class Method:
     """What the catalogue says of a method beside its parameters.
 
-    `offset == "subtract"` means the run trains W + s(BA - B0·A0), so its plain export has rank 2r.
-    `alpha` None = the rank. `quantization`:
-    the bases it works on, None = the full-precision one, the first one recommended.
+    `offset == "subtract"` means that the run trains W + s(BA - B0·A0), so its plain export has rank 2r. `alpha` is the
+    recommended one, None = the rank. `quantization`: the bases that the method works on, the recommended one first;
+    None in it = the full-precision base.
     """
 
     title: str
@@ -43,10 +43,11 @@ class Method:
 
 
 class InitConfig(Strict):
-    """Common to all methods. `seed` null = derived from the run's seed.
+    """Common to all methods. `seed` null = the run's seed.
 
-    What only one method knows of itself it says by overriding what stands here: whoever runs methods asks, and names
-    none of them. `remedy`: what to try where a start that moves the model made its loss worse.
+    A method overrides the members below where it differs. The code that runs methods asks these members and never
+    tests for a method's name, so that a new method needs no change there. `remedy`: advice for the case that a start
+    which changes the model made its loss worse.
     """
 
     facts: ClassVar[Method]
@@ -59,27 +60,27 @@ class InitConfig(Strict):
 
     @property
     def offset(self) -> Offset:
-        """Whether this run trains on W or on W - s·B0·A0; some methods let a parameter decide."""
+        """"none": the run trains on W. "subtract": on W - s·B0·A0. In some methods a parameter decides."""
         return self.facts.offset
 
     @property
     def function_preserving(self) -> bool:
-        """Whether the adapted model starts as the base model; False = a displaced start, on purpose."""
+        """Whether the adapted model starts as the base model; False = the method changes it on purpose."""
         return self.facts.function_preserving
 
     @property
     def export_rank(self) -> ExportRank:
-        """The rank of the download, a plain LoRA on the untouched base."""
+        """The rank of the download: 2r with an offset, because the subtracted start is written as r more ranks."""
         return "2r" if self.offset == "subtract" else "r"
 
     @property
     def takes_part_of_weight(self) -> bool:
-        """Whether B·A starts as a part of W; the report says how large a part."""
+        """Whether B·A starts as a part of W. If so, the report says how large that part is."""
         return self.facts.needs in ("weight", "activation") and self.offset == "subtract"
 
     @property
     def written_ranks(self) -> ExportRanks:
-        """How ranks that differ between layers are written into the download."""
+        """How the download holds layers of different rank."""
         return "padded"
 
     @property
@@ -88,30 +89,33 @@ class InitConfig(Strict):
         return self.facts.min_rank
 
     def smaller_side(self, r: int) -> int:
-        """What the smaller side of a target must have at least."""
+        """The least that the smaller side of a target matrix must be."""
         return r
 
     @property
     def randomness(self) -> Randomness:
-        """What the seed shapes: what it does not, a second seed finds in the cache."""
+        """Which results the seed changes. Results that it does not change are cached for all seeds."""
         return "factors"
 
     def seed_for(self, run: int) -> int:
-        """The seed of what is drawn; `run` is the run's own.
+        """The seed for this initialization's random numbers; `run` is the run's own seed.
 
-        Where nothing is meant to be drawn, sketches of an SVD are still random: always the same ones,
-        so that the seed changes nothing.
+        A method without randomness may still use a randomized SVD. That one always gets seed 0, so that the run's
+        seed does not change its result.
         """
         if self.randomness == "nothing":
             return 0
         return run if self.seed is None else self.seed
 
     def warnings(self, *, r: int, scale: float, widest: int) -> list[str]:
-        """What somebody who trains from this start should know; `widest`: inputs of the widest layer."""
+        """Sentences that warn a user of this start; `widest`: the number of inputs of the widest layer."""
         return []
 
     def batches_used(self, report: Mapping[str, Any]) -> int:
-        """Batches of the run's order of rows that the start has used up; `report` is `job.init_report`."""
+        """How many batches the initialization has used up, so that training begins after them.
+
+        `report` is `job.init_report`.
+        """
         return 0
 
     @property
@@ -121,6 +125,7 @@ class InitConfig(Strict):
 
 
 class CalibratedConfig(InitConfig):
-    """Common to methods that look at data: rows of `calibration_file`, else the first of the training file."""
+    """Common to methods that use data: rows of `calibration_file` or, without one, the first rows of the training file.
+    """
 
     calibration_file: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00]+$")] | None = None

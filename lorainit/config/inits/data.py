@@ -1,4 +1,4 @@
-"""Starts that look at rows: their gradient, what the layers are fed, or a short training."""
+"""Initializations that use rows of data: for gradients, for the inputs of the layers, or for a short training."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from lorainit.config.schema import Auto, refusal
 class LoRAGA(CalibratedConfig):
     """Shifted singular vectors of the mean gradient (Wang, Yu, Li, arXiv 2407.05000; the authors' scaling).
 
-    `norm_clip`: no entry of the offset s·B·A may exceed the largest of W.
+    `norm_clip`: shrink the offset s·B·A so that none of its entries is larger than the largest entry of W.
     """
 
     facts = Method(
@@ -34,21 +34,21 @@ class LoRAGA(CalibratedConfig):
 
     @property
     def randomness(self) -> Randomness:
-        """Which of the top directions go where may be left to chance; what they are is not."""
+        """The top directions are computed. Only `direction` "random" draws which of them go to A and which to B."""
         return "factors" if self.direction == "random" else "nothing"
 
     def smaller_side(self, r: int) -> int:
-        """A and B take r directions of the gradient each."""
+        """A and B take r different directions of the gradient each, so 2r are needed."""
         return 2 * r
 
 
 class LoRAOne(CalibratedConfig):
     """One-step full gradient (Zhang, Liu, Chen, arXiv 2502.01235, ICML 2025).
 
-    `version` "v3" is the camera-ready: the model starts one rank-r gradient step ahead, on purpose.
-    "v1" is the first version: orthonormal vectors, subtracted. `gamma` null = 128 (v3) or 64 (v1);
+    `version` "v3" is the paper's final version: the model starts one rank-r gradient step ahead, on purpose.
+    "v1" is its first version: orthonormal vectors, which are subtracted again. `gamma` null = 128 (v3) or 64 (v1);
     "auto" (v3 only, our extension) = a line search on the calibration rows. `niter` limits the power
-    iterations of a randomized SVD, which ends early when it is exact; null = the full SVD.
+    iterations of a randomized SVD, which stops earlier once it is exact; null = the full SVD.
     """
 
     facts = Method(
@@ -70,40 +70,42 @@ class LoRAOne(CalibratedConfig):
 
     @property
     def offset(self) -> Offset:
-        """v1 subtracts its start."""
+        """v1 subtracts its start, v3 does not."""
         return "subtract" if self.version == "v1" else "none"
 
     @property
     def function_preserving(self) -> bool:
-        """v3 is displaced by one step."""
+        """False for v3, because its start is one gradient step away from the base model."""
         return self.version == "v1"
 
     @property
     def randomness(self) -> Randomness:
-        """The gradient's top directions are what they are."""
+        """The gradient's top directions are computed, so no random numbers shape them."""
         return "nothing"
 
     @property
     def rates(self) -> str:
-        """The first version starts with large factors and trains at a smaller rate."""
+        """v1 has a row of its own, because it starts with large factors and needs a smaller rate."""
         return "lora_one v1" if self.version == "v1" else self.method
 
     @model_validator(mode="after")
     def refuse_a_search_without_a_step(self) -> "LoRAOne":
-        """v1 starts where the base model is: there is no step whose loss could be compared."""
+        """Refuse gamma "auto" with v1, because v1 starts as the base model and has no step whose loss could be
+        compared."""
         if self.version == "v1" and self.gamma == "auto":
             raise refusal("gamma", 'gamma "auto" does not combine with version v1, which takes no step.')
         return self
 
 
 class HRP(InitConfig):
-    """High-Rank Preheating (Chen et al., arXiv 2502.07739), rebuilt without the paper's body or code.
+    """High-Rank Preheating (Chen et al., arXiv 2502.07739), rebuilt from the abstracts: neither full text nor code was
+    available.
 
     `c` scales the orthonormal rows of A; 1/sqrt(3) matches Kaiming's norm. `preheat_learning_rate` "auto" =
-    the run's peak rate. Other readings of the paper: `side` "left" starts B, not A, from the left singular
-    vectors; `b_init` "carry" keeps the preheated product's leading part and so starts displaced; `main_data`
-    "continue" gives the main run the rows after the preheat's. `complete` fills directions that the preheat
-    did not find with random ones instead of refusing.
+    the run's peak rate. Other readings of the paper are options: `side` "left" starts B instead of A, from the left
+    singular vectors; `b_init` "carry" keeps the leading part of the preheated product, so the model does not start as
+    the base; `main_data` "continue" gives the main run the rows that follow those of the preheat. `complete` replaces
+    directions that the preheat did not find by random ones; without it such a run is refused.
     """
 
     facts = Method(
@@ -128,42 +130,42 @@ class HRP(InitConfig):
     main_data: Literal["rewind", "continue"] = "rewind"
 
     def smaller_side(self, r: int) -> int:
-        """The preheated adapter is the larger one."""
+        """The rank of the preheated adapter, because that one is larger than the run's own."""
         return r if self.preheat_rank == "auto" else max(r, self.preheat_rank)
 
     @property
     def function_preserving(self) -> bool:
-        """A product that is carried over is not zero."""
+        """False if the preheated product is carried over, because it is not zero."""
         return self.b_init == "zero"
 
     @model_validator(mode="after")
     def carrying_needs_the_right_side(self) -> "HRP":
-        """With the left side it is A that starts at zero."""
+        """Refuse b_init "carry" with side "left", because then A starts at zero and B·A could not be carried over."""
         if self.b_init == "carry" and self.side == "left":
             raise refusal("b_init", 'b_init "carry" does not combine with side "left", which starts A at zero.')
         return self
 
     def batches_used(self, report: Mapping[str, Any]) -> int:
-        """Those of the preheat, where the main run is to go on after them."""
+        """The batches of the preheat if the main run continues after them, else 0."""
         return int(report["preheat"]["steps"]) if self.main_data == "continue" else 0
 
     @property
     def randomness(self) -> Randomness:
-        """The preheat trains, in the run's own order of rows."""
+        """The preheat is a training on rows in the run's order, so the seed changes what it finds."""
         return "evidence"
 
 
 class EVA(CalibratedConfig):
     """Principal directions of each layer's inputs, ranks spread by explained variance (Paischer et al., 2410.07170).
 
-    `use_label_mask`: look at the inputs of trained tokens only, as PEFT does; false = of all but padding.
-    `export_ranks`: "padded" = the download has zeros up to the largest rank, which every reader of LoRA reads;
-    "pattern" = PEFT's rank and alpha patterns, a smaller file that few but PEFT read.
+    `use_label_mask`: use the inputs of trained tokens only, as PEFT does; false = of all tokens but padding.
+    `export_ranks`: "padded" = the download has zeros up to the largest rank, so that every LoRA loader can read it;
+    "pattern" = PEFT's rank and alpha patterns, a smaller file that few loaders other than PEFT can read.
     """
 
     facts = Method(
         title="EVA",
-        description="Starts A in the principal directions of each layer's inputs and spreads the ranks by need.",
+        description="Starts A in the principal directions of each layer's inputs; ranks follow explained variance.",
         paper="One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
         arxiv="2410.07170",
         needs="activation",
@@ -178,30 +180,31 @@ class EVA(CalibratedConfig):
 
     @property
     def written_ranks(self) -> ExportRanks:
-        """As asked for."""
+        """As `export_ranks` asks for."""
         return self.export_ranks
 
     @property
     def export_rank(self) -> ExportRank:
-        """Spread over the layers by need."""
+        """Each layer has a rank of its own, because ranks are spread by explained variance."""
         return "per module"
 
     @property
     def randomness(self) -> Randomness:
-        """The principal directions are what they are."""
+        """The principal directions are computed, so no random numbers shape them."""
         return "nothing"
 
 
 class CorDA(CalibratedConfig):
     """Singular directions of W weighted by the inputs' second moment (Yang et al., arXiv 2406.05223).
 
-    `balance` "equal": each row counts over its largest |entry|, and A and B start with the same norm. "authors":
-    each row counts over |its largest entry|, and how large A and B are follows from the size of the second moment.
+    `balance` "equal": each row of inputs is divided by its largest |entry|, and A and B start with the same norm.
+    "authors", as their code does it: each row is divided by |its largest entry|, and the sizes of A and B depend on the
+    size of the second moment.
     """
 
     facts = Method(
         title="CorDA",
-        description="Decomposes each weight as its inputs see it: learn the data's directions, or protect them.",
+        description="Weights the SVD of W by the layer's inputs, to learn the data's directions or to protect them.",
         paper="CorDA: Context-Oriented Decomposition Adaptation of Large Language Models",
         arxiv="2406.05223",
         needs="activation",
@@ -214,5 +217,5 @@ class CorDA(CalibratedConfig):
 
     @property
     def randomness(self) -> Randomness:
-        """Second moments and full decompositions draw nothing."""
+        """Second moments and full decompositions use no random numbers."""
         return "nothing"

@@ -1,6 +1,6 @@
-"""Starts that look at nothing: the size of the layer is all they need."""
+"""Initializations that need neither weights nor data, only the shape of the layer."""
 
-# ruff: noqa: ARG002 - every method is asked alike, whether it needs all of it or not
+# ruff: noqa: ARG002 - every initialization has the same signatures, so some arguments are unused
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ class Kaiming(InitConfig):
 
     facts = Method(
         title="Kaiming (PEFT's default)",
-        description="Random A, zero B: the adapter starts as exactly nothing.",
+        description="Random A, zero B, so the adapter changes nothing at the start.",
         paper="LoRA: Low-Rank Adaptation of Large Language Models",
         arxiv="2106.09685",
         needs="none",
@@ -35,7 +35,7 @@ class Gaussian(InitConfig):
     method: Literal["gaussian"]
 
     def warnings(self, *, r: int, scale: float, widest: int) -> list[str]:
-        """A's size depends on the layer's width, and so does the best rate."""
+        """Warn, because the size of A depends on the layer's width here, and the best learning rate with it."""
         return [
             f"The rows of A have norm sqrt(in)/r, up to {widest**0.5 / r:.2f}, against 0.58 for kaiming whatever the"
             " layer: the best learning rate of gaussian differs and depends on r."

@@ -1,4 +1,4 @@
-"""Starts that look at the base weight and at what quantization has lost of it."""
+"""Initializations that use the base weight and the error that quantization made in it."""
 
 from typing import Annotated, Literal
 
@@ -9,15 +9,15 @@ from lorainit.config.schema import refusal
 
 
 class LoftQ(InitConfig):
-    """Corrects what NF4 lost of each weight (Li et al., arXiv 2310.08659), in one iteration.
+    """Corrects the error of NF4 in each weight (Li et al., arXiv 2310.08659), in one iteration.
 
-    More iterations would quantize something else than the base model: the adapter would fit no NF4
-    base but its own. `bits` 8 waits for int8 bases.
+    More iterations are refused because they would quantize W minus the adapter instead of W. The adapter would then fit
+    only a base that nobody else can load. `bits` 8 is planned together with int8 bases.
     """
 
     facts = Method(
         title="LoftQ",
-        description="Starts as the best rank-r correction of what four bits lost of each weight.",
+        description="Starts as the best rank-r correction of the error that four bits make in each weight.",
         paper="LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models",
         arxiv="2310.08659",
         needs="weight",
@@ -31,12 +31,12 @@ class LoftQ(InitConfig):
 
     @property
     def drawn(self) -> Randomness:
-        """The best correction is what it is."""
+        """The best correction is computed, so no random numbers shape it."""
         return "nothing"
 
     @model_validator(mode="after")
     def refuse_another_base(self) -> "LoftQ":
-        """The base must stay the one that anybody gets by loading the untouched model in NF4."""
+        """Refuse parameters whose base is not the one that everybody gets by loading the model in NF4."""
         if self.bits != 4:
             raise refusal("bits", f"bits {self.bits} is planned: this release has NF4 bases.", code="not_supported")
         if self.iterations != 1:

@@ -1,6 +1,6 @@
-"""Starts that look at the base weight."""
+"""Initializations that use the base weight, and no data."""
 
-# ruff: noqa: ARG002 - every method is asked alike, whether it needs all of it or not
+# ruff: noqa: ARG002 - every initialization has the same signatures, so some arguments are unused
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ from lorainit.config.schema import refusal
 class PiSSA(InitConfig):
     """Top-r singular directions of W (Meng et al., arXiv 2404.02948).
 
-    `niter` limits the power iterations of a randomized SVD, which ends early when it is exact; null = the full SVD.
+    `niter` limits the power iterations of a randomized SVD, which stops earlier once it is exact; null = the full SVD.
     """
 
     facts = Method(
@@ -29,7 +29,7 @@ class PiSSA(InitConfig):
 
     @property
     def randomness(self) -> Randomness:
-        """The top directions are what they are."""
+        """The top directions are computed from W, so no random numbers shape them."""
         return "nothing"
 
 
@@ -38,7 +38,7 @@ class MiLoRA(InitConfig):
 
     facts = Method(
         title="MiLoRA",
-        description="Starts from the smallest singular directions, leaving the principal ones alone.",
+        description="Starts from the smallest singular directions and does not touch the principal ones.",
         paper="MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
         arxiv="2406.09044",
         needs="weight",
@@ -48,7 +48,7 @@ class MiLoRA(InitConfig):
 
     @property
     def randomness(self) -> Randomness:
-        """The full SVD draws nothing."""
+        """The full SVD uses no random numbers."""
         return "nothing"
 
 
@@ -71,7 +71,7 @@ class OLoRA(InitConfig):
 
     @property
     def randomness(self) -> Randomness:
-        """A QR decomposition draws nothing."""
+        """A QR decomposition uses no random numbers."""
         return "nothing"
 
 
@@ -79,9 +79,9 @@ class LoRAM(InitConfig):
     """Fixed sine bases at the magnitude of W (Zhang et al., arXiv 2507.06558, NeurIPS 2025).
 
     `magnitude`: "variance" (the authors' code) or "second_moment" (the paper's text).
-    `scale_aware`: size the product s·B·A rather than B·A.
-    The rest are the paper's ablations. `basis`: random instead of sine. `rank_factor`: the gain
-    log(r) or log(r/2), over log min(m, n). `tracking`: take the magnitude of another method's B·A.
+    `scale_aware`: give s·B·A the wanted magnitude, instead of B·A.
+    The other parameters are the paper's ablations. `basis`: random vectors instead of sines. `rank_factor`: the gain is
+    log(r) or log(r/2), divided by log min(m, n). `tracking`: take the magnitude of another method's B·A.
     """
 
     facts = Method(
@@ -102,7 +102,8 @@ class LoRAM(InitConfig):
 
     @model_validator(mode="after")
     def tracking_replaces_the_gain(self) -> "LoRAM":
-        """The other method has fixed the magnitude: a gain or a scale on top would be ignored."""
+        """Refuse a gain or a scale beside `tracking`, because the other method sets the magnitude and they would be
+        ignored."""
         for field, given in (("rank_factor", self.rank_factor != "log_r"), ("scale_aware", self.scale_aware)):
             if self.tracking and given:
                 raise refusal(field, f"{field} does not combine with tracking: {self.tracking} sets the magnitude.")
@@ -110,21 +111,21 @@ class LoRAM(InitConfig):
 
     @property
     def min_rank(self) -> int:
-        """Where the logarithm is positive: at 0 both factors and their gradients are zero for ever."""
+        """The smallest rank with a positive logarithm, because at 0 both factors and their gradients would be zero."""
         return 3 if self.rank_factor == "log_half_r" else 2
 
     @property
     def randomness(self) -> Randomness:
-        """The sine bases are fixed."""
+        """The sine bases are fixed; the other bases are random."""
         return "nothing" if self.basis == "dst" else "factors"
 
     @property
     def takes_part_of_weight(self) -> bool:
-        """It takes the weight's size alone."""
+        """False, because it takes only the magnitude from the weight."""
         return False
 
     def warnings(self, *, r: int, scale: float, widest: int) -> list[str]:
-        """The scale multiplies what was sized already."""
+        """Warn where the scale s would change the magnitude that LoRAM has chosen."""
         if self.scale_aware or min(abs(scale - 1), abs(scale - r**0.5)) <= 1e-6:
             return []
         return [
