@@ -1,4 +1,4 @@
-"""Where a run happens: device, number formats, threads, the cache on disk, and the processes of one run.
+"""The machine that a run uses: device, number formats, threads, the cache on disk, and the processes of one run.
 
-Knows no model and no row. Imports `lorainit.config` and `lorainit.system` only.
+Nothing here is about a model or about data. Imports `lorainit.config` and `lorainit.system` only.
 """

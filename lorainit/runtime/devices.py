@@ -1,6 +1,6 @@
 """The device of a run: which one, its number formats and memory, and a description of the machine for the manifest.
 
-Also what makes a run reproducible on it: seeded generators and deterministic kernels.
+Also seeded generators and deterministic kernels, so that a run can be repeated with the same result.
 """
 
 import errno
@@ -25,8 +25,8 @@ from lorainit.system import gpus
 PRECISION = "training.precision"
 # torch's names for instructions that multiply bf16: x86 with AVX-512 or AMX, and ARM.
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-# How libraries say that memory is used up where torch has no class of its own for it, in lower case. What Triton calls
-# "out of resource" is a kernel too large for any batch, and no batch makes it fit.
+# Texts, in lower case, by which libraries report that memory is used up where torch has no class for it. Triton's "out
+# of resource" is not among them, because it means that a kernel is too large, and a smaller batch would not help.
 _NO_MEMORY_LEFT = (
     "out of memory",  # CUDA's runtime and driver, NCCL ("Cuda failure 2 'out of memory'"), Triton, bitsandbytes
     "cuda_error_out_of_memory",
@@ -50,11 +50,11 @@ PACKAGES = ("lorainit", "torch", "transformers", "peft", "safetensors", "tokeniz
 
 
 def pick_device() -> torch.device:
-    """The GPU if there is one.
+    """The GPU if there is one, else the CPU. An empty CUDA_VISIBLE_DEVICES asks for the CPU.
 
     Raises:
-        UnusableDevice: there is one for this process, and CUDA cannot use it. An empty CUDA_VISIBLE_DEVICES says that
-            the processor is meant.
+        UnusableDevice: there is a GPU for this process, but CUDA cannot use it. The CPU is not used instead, because a
+            run that should take an hour would then take days.
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -64,7 +64,7 @@ def pick_device() -> torch.device:
 
 
 def explain_unusable_gpu() -> str | None:
-    """Why this process cannot use the GPUs that it should use; None where it can, or where it should use none."""
+    """Why this process cannot use the GPUs that it should use; None if it can, or if it should use none."""
     if torch.cuda.is_available():
         return None
     if why := gpus.find_problem():
@@ -74,29 +74,29 @@ def explain_unusable_gpu() -> str | None:
     try:
         torch.cuda.init()
         said = "it does not say why"
-    except Exception as error:  # one of several kinds, and whichever it is, it is the reason
+    except Exception as error:  # torch raises several classes here; the text of any of them is the reason
         said = " ".join(str(error).split())[:300]
     return f"There is an NVIDIA GPU, and CUDA cannot use it: {said}"
 
 
 def find_failing_gpu() -> str | None:
-    """Which GPU does not compute, and what it says; None where each does, or where there is none."""
+    """A sentence about the first GPU that does not compute correctly; None if all do, or if there is none."""
     for number in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
         said = "a product is wrong"
         try:
             ones = torch.ones(256, 256, device=torch.device("cuda", number))
             if bool((ones @ ones == 256).all()):
                 continue
-        except Exception as error:  # whatever it is, it is what a run would meet
+        except Exception as error:  # any error counts, because a run would fail with it too
             if is_out_of_memory(error):
-                continue  # somebody else is using it
+                continue  # another process is using the GPU, so it works
             said = " ".join(str(error).split())[:300]
         return f"GPU {number} of those that are visible does not compute: {said}"
     return None
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 numbers in hardware; an emulation costs more than it saves."""
+    """Whether the device multiplies bf16 numbers in hardware. Emulation does not count, because it saves no time."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
@@ -104,7 +104,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(training: Hyperparameters, device: torch.device) -> tuple[Hyperparameters, list[Choice]]:
-    """`training` with `precision` "fp32" or "bf16", and the `Choice` where that was left to us.
+    """`training` with `precision` "fp32" or "bf16", and a `Choice` if it was "auto".
 
     Raises:
         UnsupportedModel: bf16 was asked for and the device does not have it.
@@ -128,24 +128,26 @@ def _automatic_precision(device: torch.device) -> tuple[Literal["fp32", "bf16"],
 
 
 def dtype_of(precision: Literal["auto", "fp32", "bf16"]) -> torch.dtype:
-    """The base model's number format, of a resolved precision."""
+    """The base model's number format for a resolved precision."""
     assert precision != "auto"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 @contextmanager
 def make_reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
-    """Seeded global generators and deterministic kernels inside; the caller's settings afterwards."""
+    """Seed the global generators and use deterministic kernels inside; restore the caller's settings afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
     debugging: Any = torch.utils.deterministic  # a module with properties, which mypy does not see
     fill = debugging.fill_uninitialized_memory
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS starts
+        # cuBLAS is deterministic only with a fixed workspace. It reads this when it starts, so it is set before.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         try:
             torch.use_deterministic_algorithms(deterministic)
-            # Filling every new tensor with NaN is a debugging aid that costs a pass over memory.
+            # Deterministic mode also fills every new tensor with NaN. That only helps debugging and costs a pass over
+            # memory each time, so it is switched off.
             debugging.fill_uninitialized_memory = False
             yield
         finally:
@@ -154,7 +156,7 @@ def make_reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
 
 
 def make_generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers for one module, which do not depend on what other modules have drawn before."""
+    """A generator for one module. Its numbers depend on the seed and the name only, not on the order of modules."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -169,19 +171,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Return unused memory to the device, so that other processes and copies of the base can have it."""
+    """Return unused memory to the device, so that other processes and copies of the base can use it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Memory that can still be had on a device or, for the CPU, in this process's container; None = unknown.
+    """Bytes that are still free on a device or, for the CPU, in this process's container; None = unknown.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: the folder that contains `proc` and `sys`.
     """
     if device.type == "cuda":
+        # torch keeps freed memory for itself. The driver counts it as used, so it is added again.
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     free = []
     with suppress(OSError):
@@ -190,17 +193,18 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     with suppress(OSError, ValueError):  # "max" where there is no limit
         group = root / "sys/fs/cgroup"
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # Pages of files that were read, as a base's, are counted as used and given back when somebody needs them.
+        # The kernel counts cached pages of files as used, for example those of a base's weights. It frees them when
+        # memory is needed, so they are added again.
         files = [line for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file ")]
         free.append(limit - used + sum(int(line.split()[1]) for line in files))
     return min(free, default=None)
 
 
-_peaks: list[int] = []  # of a GPU, before its counter was set back
+_peaks: list[int] = []  # the GPU's peaks so far, kept because `peak_while` resets torch's counter
 
 
 def peak_while(work: Callable[[], None]) -> int:
-    """Bytes of the GPU that were in use at most while `work` ran."""
+    """The most bytes of the GPU that were in use while `work` ran."""
     _peaks.append(torch.cuda.max_memory_allocated())
     torch.cuda.reset_peak_memory_stats()
     work()
@@ -208,14 +212,14 @@ def peak_while(work: Callable[[], None]) -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Peak so far: of the GPU if there is one, else of this process."""
+    """The peak so far in bytes: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return max(torch.cuda.max_memory_allocated(), *_peaks, 0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gpu_name() -> str | None:
-    """The GPU's name; None without one, or where CUDA counts it and cannot start, which `find_failing_gpu` tells."""
+    """The GPU's name; None without one, or if CUDA cannot start on it (`find_failing_gpu` then gives the reason)."""
     if not torch.cuda.is_available():
         return None
     try:
@@ -225,14 +229,14 @@ def gpu_name() -> str | None:
 
 
 def name_and_memory(device: torch.device) -> tuple[str, int]:
-    """A GPU's name and bytes; of a CPU, how much memory there is says nothing of how much may be taken: 0."""
+    """The device's name and its memory in bytes; 0 for a CPU, because other programs use that memory too."""
     if device.type != "cuda":
         return device.type, 0
     return torch.cuda.get_device_name(), torch.cuda.mem_get_info(device)[1]
 
 
 def describe_machine() -> dict[str, Any]:
-    """The machine and what was chosen for it, for the manifest."""
+    """The machine and the settings that were chosen for it, for the manifest."""
     return {
         "platform": platform.platform(),
         "processor": platform.machine(),
@@ -245,7 +249,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions of what shapes a result."""
+    """Installed versions of the packages that can change a result."""
     return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 

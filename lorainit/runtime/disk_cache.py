@@ -1,8 +1,9 @@
-"""A cache on disk of what earlier runs computed: named tensors and JSON, one safetensors file per entry.
+"""A cache on disk for results of earlier runs: named tensors and JSON, one safetensors file per entry.
 
-It needs no locks: an entry is written under another name and renamed, read through its own open file, and the least
-recently used ones are unlinked. A damaged entry counts as a miss. An entry that cannot be written is a warning, and the
-next run computes it again. Knows nothing of what entries mean: `lorainit.init.cache` and `lorainit.data.tokens` do.
+It needs no locks, because an entry is written under another name and renamed when it is complete, and is read with a
+single open. The least recently used entries are deleted. A damaged entry counts as missing. If an entry cannot be
+written, a warning is emitted and the next run computes it again. What entries contain is decided in
+`lorainit.init.cache` and `lorainit.data.tokens`.
 """
 
 import hashlib
@@ -26,29 +27,29 @@ from lorainit.config.cache_names import SUFFIX
 from lorainit.config.events import Event, Message
 
 STALE_SECONDS = 3600.0
-MAX_JSON = 32 << 20  # the format ends at 100 MB of header, and this is quoted into one
-# Folders beside each other that share one limit, and what an entry in them is called.
+MAX_JSON = 32 << 20  # the format allows 100 MB of header, and quoting the JSON into it makes it longer
+# Neighbouring folders that share one limit of bytes, and what messages call an entry of each.
 KINDS = {"init": "initialization", "tokens": "tokenized file", "bases": "digest of a base model"}
 
 
 @dataclass(frozen=True)
 class DiskCache:
-    """A folder of entries, named by one of `KINDS`. `limit`: bytes of all kinds together; 0 = nothing is kept."""
+    """A folder of entries, named as one of `KINDS`. `limit`: bytes of all kinds together; 0 = the cache is off."""
 
     folder: Path
     limit: int
     on_event: Callable[[Event], None]
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """The entry under this key; None where there is none that can be trusted."""
+        """The entry under this key; None if there is none, or if it is damaged."""
         path = self.folder / (key + SUFFIX)
         if not self.limit:
             return None
         try:
-            # One open: `safe_open` opens a path twice, and another worker may evict it in between.
+            # `safe_open` is not used because it opens the path twice, and another worker may delete it in between.
             content = path.read_bytes()
             metadata = _metadata(content)
-            # Copies: BLAS rounds differently on memory aligned as the file happens to be.
+            # Copied, because BLAS rounds differently depending on alignment, and tensors of a file have any alignment.
             tensors = {name: tensor.clone() for name, tensor in load(content).items()}
             packed = _checked(metadata["entry"], tensors, metadata["sha256"])
             entry: dict[str, Any] = _unpack(json.loads(packed), tensors)
@@ -64,7 +65,7 @@ class DiskCache:
         return entry
 
     def write(self, key: str, entry: Mapping[str, Any]) -> None:
-        """Keep it; a failure is a warning, and an entry above the limit is not kept."""
+        """Store an entry, unless it is too large. A failure is only a warning, because a run never needs the cache."""
         if not self.limit:
             return
         tensors: dict[str, Tensor] = {}
@@ -84,7 +85,10 @@ class DiskCache:
                 temporary.unlink()
 
     def _evict(self, *, keep: str) -> None:
-        """Let the least recently used go until the rest fits, and what crashed writers left."""
+        """Delete the least recently used entries until the rest fits, and old temporary files of crashed writers.
+
+        `keep` sorts last, so that the entry just written is not deleted.
+        """
         entries = []
         for path in self._files():
             with suppress(FileNotFoundError):
@@ -116,14 +120,14 @@ class DiskCache:
 
 
 def make_key(**parts: Any) -> str:
-    """The name of an entry: everything that shapes it, the code included."""
+    """The key of an entry: a digest of everything that its content depends on, the code included."""
     text = json.dumps({**parts, "code": code_version()}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
 @cache
 def code_version() -> str:
-    """A digest of this package's sources and torch's version: any change makes every entry a miss."""
+    """A digest of this package's sources and torch's version, so that no entry survives a change of the code."""
     digest = hashlib.sha256(torch.__version__.encode())
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
@@ -135,11 +139,11 @@ def code_version() -> str:
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:
-    """JSON with `{"tensor": name}` for tensors; one that several modules share is stored once."""
+    """The entry as JSON, with `{"tensor": name}` in place of tensors. A tensor that occurs twice is stored once."""
     if isinstance(value, Tensor):
         if id(value) not in seen:
             seen[id(value)] = str(len(tensors))
-            # A copy where two entries look into one storage: the format has no views.
+            # Copied, because safetensors refuses tensors that share memory, as views of one tensor do.
             tensors[seen[id(value)]] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": seen[id(value)]}
     if isinstance(value, Mapping):
@@ -165,7 +169,10 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """The free text of a safetensors file, which `load` leaves out. The header: 8 bytes of length, then JSON."""
+    """The metadata of a safetensors file, read here because `load` does not return them.
+
+    The file begins with 8 bytes for the header's length and then the header as JSON.
+    """
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     found: dict[str, str] = header["__metadata__"]
     return found

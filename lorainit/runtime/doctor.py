@@ -1,4 +1,4 @@
-"""`python -m lorainit doctor`: what a run would find and choose on this machine."""
+"""`python -m lorainit doctor`: what a run would find on this machine, and which settings it would choose."""
 
 import json
 import os
@@ -12,11 +12,11 @@ def examine() -> dict[str, Any]:
     """Set this process up as a run does, and return what was found and chosen: `machine`, `packages`, `choices`.
 
     Raises:
-        DriverSilent: the NVIDIA driver does not answer, and CUDA would wait for it without end.
+        DriverSilent: the NVIDIA driver does not answer. CUDA is not asked then, because it would wait for ever.
     """
     if not gpus.is_hidden():
         driver.list_gpus()
-    process_tuning.tune_process()  # before anything else loads torch
+    process_tuning.tune_process()  # first, because torch reads some settings only when it is loaded
     from lorainit.runtime import devices
 
     choices = [
@@ -30,5 +30,5 @@ def examine() -> dict[str, Any]:
 
 
 def as_json(found: dict[str, Any]) -> str:
-    """For programs."""
+    """The report as JSON, for programs."""
     return json.dumps(found, indent=2)

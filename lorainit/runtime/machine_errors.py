@@ -1,8 +1,8 @@
-"""Recognizes errors that the machine caused: a failed device, a peer that is gone, a full memory or disk, a bad disk.
+"""Recognizes errors that the machine caused: a failed device, an ended process, a full memory or disk, a bad disk.
 
-Such an error says nothing about the job, which is tried again elsewhere (docs/decisions/0057, 0058). Code that catches
+Such an error is not the job's fault, so the job is tried again elsewhere (docs/decisions/0057, 0058). Code that catches
 any error and blames a model or an adapter for it calls `is_machine_failure` first, and raises such an error unchanged.
-Libraries have no classes for most of these failures, so they are recognized by their text.
+Errors are recognized by their text, because libraries have no classes for most of these failures.
 """
 
 import errno
@@ -17,8 +17,8 @@ from lorainit.runtime.devices import is_out_of_memory
 from lorainit.system import shared_memory
 from lorainit.system.host_failure import is_host_failure
 
-# An error is about a GPU if it names one of these. cuSOLVER is left out: its errors are about matrices that have no
-# decomposition.
+# An error is about a GPU if it names one of these. cuSOLVER is left out, because its errors are mostly about matrices
+# that have no decomposition.
 _SPEAKERS = ("cuda", "cudnn", "nvml", "nccl", "nvidia")
 # torch gives CUDA's error number where it counts devices: "Error 802: system not yet initialized".
 _NUMBERED = re.compile(r"\berror \d+: ")
@@ -39,7 +39,7 @@ _FAILED = (
     "api call is not supported in the installed",
     "os call failed",
     "device < num_gpus",  # torch's check of a GPU that was there when it counted them
-    _MISSING,  # a GPU that the installed torch was not built for
+    _MISSING,  # torch was not built for this GPU
     "system not yet initialized",
     "unsupported display driver",  # the driver's kernel module and its library differ
     "forward compatibility was attempted",
@@ -55,8 +55,8 @@ _FAILED = (
     "gpu_is_lost",
     "fallen off the bus",
     "device lost",
-    "nvml_success ==",  # torch's allocator asks NVML for the GPU, which is not there any more
-    # A kernel that went wrong, which is a bug or a bad memory cell, and ends CUDA for the process.
+    "nvml_success ==",  # torch's allocator asked NVML about a GPU that has disappeared
+    # A kernel failed, because of a bug or of bad memory. CUDA cannot be used in this process afterwards.
     "illegal memory access",
     "illegal instruction",
     "illegal address",
@@ -70,8 +70,9 @@ _FAILED = (
     "cudnn_status_execution_failed",
     "cudnn_status_internal_error",
 )
-# How an error begins that CUDA's runtime, its driver or a library of it has answered a call with. What it says then is
-# the machine's unless it speaks of the call itself: new words are tried again, not taken for a fault of the job.
+# The beginnings of errors that CUDA's runtime, its driver or Triton return from a call. Such an error counts as the
+# machine's unless its text is about the call itself (`_OF_A_CALL`). So an unknown text leads to another attempt, and is
+# not blamed on the job.
 _ANSWERS = ("cuda error: ", "cuda driver error: ", "triton error [cuda]: ")
 _OF_A_CALL = (
     "invalid",
@@ -81,14 +82,14 @@ _OF_A_CALL = (
     "unrecognized",
     "too many",
     "too large",
-    "captur",  # of what a graph records
+    "captur",  # "capture" and "capturing" of CUDA graphs
     "already",
     "peer access",
     "named symbol",
 )
-_ASSERT = "device-side assert"  # a kernel that looked at its numbers and refused them, as an index out of range
+_ASSERT = "device-side assert"  # a kernel checked its input and refused it, for example an index out of range
 _FULL_DISK = ("No space left on device", "Disk quota exceeded")
-# Words of gloo, NCCL and torch's stores, in lower case, where another process does not answer, and where it is gone.
+# Texts of gloo, NCCL and torch's stores, in lower case: another process does not answer (_SILENT) or has ended (_GONE).
 _SILENT = (
     "wait timeout",
     "timeout waiting for key",
@@ -115,7 +116,8 @@ _GONE = (
     "sendbytes failed",
     "recvbytes failed",
     "remote process exited",
-    # NCCL's classes of what goes wrong between processes, whatever it adds. Ask first whether memory ran out.
+    # NCCL's error classes for failures between processes, whatever text follows. Check first whether memory ran out,
+    # because NCCL may report that under the same classes.
     "ncclinternalerror",
     "ncclsystemerror",
     "ncclremoteerror",
@@ -129,7 +131,8 @@ _GONE = (
 def is_machine_failure(error: BaseException) -> bool:
     """Whether an error, or one that it was raised from, is no fault of the model, the data or the adapter.
 
-    A kernel's assert counts as one, although a run's numbers caused it: it ends CUDA for all runs of the process.
+    A kernel's assert counts too, although a run's numbers caused it, because CUDA then fails for all runs of the
+    process.
     """
     kinds = (
         is_out_of_memory,
@@ -144,7 +147,7 @@ def is_machine_failure(error: BaseException) -> bool:
 
 
 def with_causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that it was raised from: libraries wrap errors while they load a model."""
+    """The error and those that it was raised from, because libraries wrap errors while they load a model."""
     one: BaseException | None = error
     while one is not None:
         yield one
@@ -152,7 +155,7 @@ def with_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a file could not be written for lack of room, if it is not `shared_memory`."""
+    """Whether a file could not be written because the disk is full. Check `shared_memory.is_full` first."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return isinstance(error, Exception) and any(
@@ -161,7 +164,7 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def is_failed_device(error: BaseException) -> bool:
-    """Whether the GPU or its driver has failed, and not the run. Check first whether memory ran out."""
+    """Whether the GPU or its driver has failed, and not the run. Check `is_out_of_memory` first."""
     said = str(error).lower() if isinstance(error, RuntimeError) else ""
     is_cuda = any(who in said for who in _SPEAKERS) or _NUMBERED.search(said)
     if is_cuda and any(words in said for words in _FAILED):
@@ -172,17 +175,20 @@ def is_failed_device(error: BaseException) -> bool:
 
 
 def is_missing_kernel(error: BaseException) -> bool:
-    """Whether one kernel was not built for this GPU. Others may have been, so the process can go on."""
+    """Whether one kernel was not built for this GPU. The process can go on, because other kernels may work."""
     return is_failed_device(error) and _MISSING in str(error).lower()
 
 
 def is_kernel_assert(error: BaseException) -> bool:
-    """Whether a kernel refused its numbers. The run caused it, and CUDA cannot be used in this process any more."""
+    """Whether a kernel refused its input. The run caused it, but CUDA cannot be used in this process afterwards."""
     return isinstance(error, RuntimeError) and _ASSERT in str(error).lower()
 
 
 def find_peer_failure(error: BaseException) -> Literal["silent", "gone"] | None:
-    """Whether an error means that another process of this run is silent or gone; None if it means neither."""
+    """Whether an error means that another process of this run does not answer ("silent") or has ended ("gone").
+
+    Always None in a run of one process, because there the same texts come from other connections.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
         return None
     said = str(error).lower()

@@ -1,7 +1,7 @@
 """Chooses how this process multiplies matrices: threads, the library for float32, reduced precision on a GPU.
 
-A faster library is taken only where its products are as exact as float32 products are, so that the choice changes
-speed and not results.
+A faster library is used only if its products are as exact as float32 products should be, so that the choice changes
+the speed and not the quality of results.
 """
 
 import os
@@ -15,8 +15,9 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from lorainit.runtime.settings import Setting
 
-# Relative error, in the Frobenius norm, against float64: float32 sums of 576 to 4096 products have 2.5e-7 (MKL)
-# to 5.7e-7 (oneDNN); inputs rounded to bf16 give 2e-3, to TF32 3e-4.
+# Largest relative error against float64, in the Frobenius norm, that still counts as float32. Measured: float32 sums of
+# 576 to 4096 products have 2.5e-7 (MKL) to 5.7e-7 (oneDNN), inputs rounded to bf16 give 2e-3, to TF32 3e-4. So 1e-6
+# lies clearly between the two groups.
 EXACT = 1e-6
 _INNER = (576, 1536, 4096)
 _SHAPE = (256, 576, 1536)  # tokens, in, out of the product that is timed
@@ -24,11 +25,11 @@ _REPEATS = 5
 
 
 def tune_matmul(*, cpus: int, vendor: str | None) -> list[Setting]:
-    """Choose and set; see each function.
+    """Choose the settings and set them; each function below gives its reasons.
 
     Args:
-        cpus: cores this process may keep busy.
-        vendor: of the processor; None = not known.
+        cpus: how many cores this process may use.
+        vendor: the processor's vendor; None = unknown.
     """
     chosen = [use_threads(cpus)]
     if has_gpu():
@@ -37,15 +38,15 @@ def tune_matmul(*, cpus: int, vendor: str | None) -> list[Setting]:
 
 
 def has_gpu() -> bool:
-    """Whether runs of this process go to a GPU."""
+    """Whether runs of this process use a GPU."""
     return torch.cuda.is_available()
 
 
 def use_threads(cpus: int) -> Setting:
     """Use as many threads as this process has cores; `OMP_NUM_THREADS` in the environment takes precedence.
 
-    torch counts the machine's physical cores and ignores a cgroup's quota. With more threads than the quota allows, all
-    of them are stopped for the rest of each period.
+    torch itself counts the machine's physical cores and ignores a cgroup's quota. That is too many in a container,
+    because the kernel then stops all threads for the rest of each quota period.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return Setting("threads", str(torch.get_num_threads()), "OMP_NUM_THREADS is set in the environment")
@@ -58,21 +59,21 @@ def use_threads(cpus: int) -> Setting:
 
 
 class OneDnnMeasurement(NamedTuple):
-    """Of oneDNN on this machine: its largest relative error, and how many times as fast as the default it was now."""
+    """oneDNN on this machine: its largest relative error, and how many times as fast as the default it was just now."""
 
     error: float
     ratio: float
 
 
 def measure_onednn() -> OneDnnMeasurement:
-    """Compare both on fixed random matrices; leaves the default on. Takes about 0.1 s."""
+    """Compare oneDNN with the default on fixed random matrices, in about 0.1 s; the default is on afterwards."""
     try:
         _use_onednn(on=True)
         error = max(_relative_error(inner) for inner in _INNER)
         seconds = {True: float("inf"), False: float("inf")}
         tokens, n, out = _SHAPE
         x, W = _random_matrix(tokens, n), _random_matrix(out, n)
-        for _ in range(_REPEATS):  # alternating, and the best of each: what else runs here slows single ones
+        for _ in range(_REPEATS):  # alternating, and the best time of each, because other programs slow single products
             for on in seconds:
                 _use_onednn(on=on)
                 seconds[on] = min(seconds[on], _time_product(x, W))
@@ -82,18 +83,19 @@ def measure_onednn() -> OneDnnMeasurement:
 
 
 def choose_fp32_library(measured: Callable[[], OneDnnMeasurement], *, vendor: str | None) -> Setting:
-    """Let oneDNN multiply float32 matrices where MKL is slow and oneDNN as exact as float32 is.
+    """Let oneDNN multiply float32 matrices if MKL is slow here and oneDNN is as exact as float32 should be.
 
-    MKL takes slow paths on processors that are not Intel's: oneDNN is about twice as fast on an AMD EPYC (Zen 5).
-    torch hands fp32 products to oneDNN when it is told that bf16 would be precise enough; there is no switch for the
-    library alone. What oneDNN makes of that permission depends on the processor: float32 all the same, or, with AMX,
-    bf16. So the error is measured first.
+    MKL uses slow code on processors that are not Intel's: oneDNN is about twice as fast on an AMD EPYC (Zen 5). torch
+    has no switch for the library alone. It uses oneDNN for fp32 products once it is told that bf16 would be precise
+    enough. Depending on the processor, oneDNN then still computes in float32, or, with AMX, really in bf16. Therefore
+    the error is measured first.
 
-    Vendor and error decide, and the time does not: on a busy machine it came out either way, and a resumed run
-    continues bit by bit only where the same machine chooses the same again.
+    The vendor and the error decide, and the measured time does not, because on a busy machine it came out either way.
+    A resumed run continues bit by bit only if the same machine makes the same choice again.
 
     Args:
-        vendor: of the processor, as Linux calls it; None = not known.
+        measured: measures oneDNN; called only if the vendor does not decide already.
+        vendor: the processor's vendor, as Linux names it; None = unknown.
     """
     name = "fp32 products"
     backends: Any = torch.backends  # whose functions have no annotations
@@ -110,9 +112,9 @@ def choose_fp32_library(measured: Callable[[], OneDnnMeasurement], *, vendor: st
 
 
 def _use_onednn(*, on: bool) -> None:
-    # The older of torch's two switches: setting `torch.backends.mkldnn.matmul.fp32_precision` makes
-    # `torch.get_float32_matmul_precision` raise wherever a library asks (2.13). "medium" permits TF32 on GPUs too, and
-    # is set where there is none.
+    # This is the older of torch's two switches. The newer one, `torch.backends.mkldnn.matmul.fp32_precision`, is not
+    # used because `torch.get_float32_matmul_precision` then raises in every library that calls it (torch 2.13).
+    # "medium" would allow TF32 on GPUs too, but it is set only on machines without one.
     torch.set_float32_matmul_precision("medium" if on else "highest")
 
 
@@ -136,10 +138,10 @@ def _time_product(x: Tensor, W: Tensor) -> float:
 
 
 def forbid_tf32() -> Setting:
-    """Keep float32 on a GPU: speed is what bf16 is for, and fp32 is asked for to compare initializations.
+    """Keep float32 exact on a GPU, because a user who asks for fp32 wants to compare initializations, not speed.
 
-    TF32 rounds factors to 10 bits of mantissa, and what an adapter adds in its first steps is smaller than that. Where
-    cuBLAS splits a sum of bf16 products, the parts are added in float32 too. Has not run: no GPU was at hand.
+    TF32 rounds inputs to 10 bits of mantissa, and the update of an adapter in its first steps is smaller than that
+    rounding. bf16 products are also summed in float32 throughout: cuBLAS may otherwise add partial sums in bf16. Not tried on a real GPU yet.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1":

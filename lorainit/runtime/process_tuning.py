@@ -1,8 +1,8 @@
-"""Sets a process up for a run: memory, threads, which library multiplies matrices; each setting with its reason.
+"""Sets a process up for a run: memory, threads, and the library that multiplies matrices, each with its reason.
 
-For processes that do nothing but run: the worker's child, and `python -m lorainit` on the command line. Somebody who
-calls `run()` from their own program keeps their own settings, because these are global to the process. What a person
-has set in the environment is never overridden. torch reads some settings when it is loaded, so it is loaded after them.
+Used by processes that do nothing else: the worker's child, and `python -m lorainit` on the command line. A program that
+calls `run()` itself keeps its own settings, because these are global to the process. Variables that a person has set in
+the environment are never overridden. torch reads some settings only when it is loaded, so it is loaded after them.
 """
 
 import ctypes
@@ -18,21 +18,21 @@ from lorainit.config.events import Message
 from lorainit.runtime import settings
 from lorainit.runtime.settings import Setting
 
-# mallopt's names (malloc.h) and the variables by which glibc takes the same from the environment.
+# The parameters of mallopt (malloc.h), and the environment variables with the same effect.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 _TOP_PAD_BYTES = 256 << 20
 
 
 def tune_process() -> Message:
-    """Set this process up for a run, once, before anything has loaded torch; takes about 0.2 s beside that.
+    """Set this process up for a run, once, before anything has loaded torch. Takes about 0.2 s beside loading torch.
 
     Returns:
-        The event that says what was chosen.
+        The event that reports the chosen settings.
     """
     if not settings.recorded():
         kept, waiting, gpu = tune_before_torch()
-        from lorainit.runtime import matmul  # loads torch, which reads the environment once
+        from lorainit.runtime import matmul  # not before, because this loads torch, which reads the environment once
 
         products = matmul.tune_matmul(cpus=usable_cpus(), vendor=processor_vendor())
         memory = [kept, gpu] if matmul.has_gpu() else [kept]
@@ -43,22 +43,23 @@ def tune_process() -> Message:
 
 @cache
 def tune_before_torch() -> tuple[Setting, Setting, Setting]:
-    """The part of `tune_process` that comes before torch is loaded, once: for a process that loads it for later
+    """The settings that must be made before torch is loaded. Made once, also by a process that loads torch for later
     runs."""
     return keep_freed_memory(), _let_threads_sleep(), _let_gpu_memory_grow()
 
 
 def keep_compiled_kernels(cache: str | None) -> None:
-    """Let what torch compiles be found by the next run; without this it lies in the run's own folder and goes with it.
+    """Keep the kernels that torch compiles in the cache, so that later runs need not compile them again.
 
-    Where the environment says another place, that is taken.
+    Without this they are in the run's own folder and are deleted with it. A folder from the environment takes
+    precedence.
     """
     if cache is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache) / KERNELS))
 
 
 def settings_event() -> Message:
-    """The record as an event of kind `machine`."""
+    """The recorded settings as an event of kind `machine`."""
     found = settings.recorded()
     text = "This machine: " + "; ".join(f"{one.name} = {one.value}" for one in found)
     choices = [{"name": one.name, "value": one.value, "why": one.why, **one.measured} for one in found]
@@ -69,12 +70,12 @@ def settings_event() -> Message:
 
 
 def keep_freed_memory() -> Setting:
-    """Let glibc keep what is freed: by default it hands freed logits back and page-faults them in again at every step.
+    """Let glibc keep freed memory. By default it returns large blocks, so each step pays page faults for its logits.
 
-    SmolLM2 in fp32, 2 rows: 33,000 to 45,000 page faults in the median step by default; about 110 with these three
-    calls, as with glibc's variables for the same. A fault was cheap where this was counted, and times did not
-    differ; it was dear on the machine where the variables were first tried (docs/machine.md). Peak memory grows by
-    1 to 15 %.
+    SmolLM2 in fp32, 2 rows: 33,000 to 45,000 page faults in the median step by default, and about 110 with these three
+    calls or with glibc's environment variables. How much time that saves depends on the machine: none on the one where
+    the faults were counted, much on the one where the variables were first tried (docs/machine.md). Peak memory grows
+    by 1 to 15 %.
     """
     name = "allocator"
     if given := [variable for variable in _MALLOC_VARIABLES if variable in os.environ]:
@@ -82,7 +83,8 @@ def keep_freed_memory() -> Setting:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return Setting(name, "the system's", "only glibc's allocator is known to need anything")
-    # No block gets a mapping of its own, none is given back (-1 = never), the heap grows in large pieces.
+    # In this order: no block gets a mapping of its own, because freeing it would return it; the heap is never trimmed
+    # (-1); and the heap grows in large pieces.
     done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
     if not done:
         return Setting(name, "the system's", "this C library refused to keep freed memory")
@@ -93,8 +95,9 @@ def keep_freed_memory() -> Setting:
 
 
 def _let_threads_sleep() -> Setting:
-    """A short spin, then sleep. Seconds per step of SmolLM2 in bf16 with 4 rows on two cores, alone and with one busy:
+    """Let idle OpenMP threads spin only a short time before they sleep, because other programs need the cores too.
 
+    Measured with SmolLM2 in bf16, 4 rows, two cores, in seconds per step, on an idle machine and with one core busy:
     sleep at once 1.76 and 2.4; spin 1000 times 1.2 and 2.7; 3000 times 1.2 and 3.7; 20000 times 1.2 and 9.4.
     """
     why = "threads that wait look a moment for work, then sleep: what else runs here needs the core"
@@ -102,7 +105,10 @@ def _let_threads_sleep() -> Setting:
 
 
 def _let_gpu_memory_grow() -> Setting:
-    """Rows of many lengths leave holes that no other length fits into. Has not run: no GPU was at hand."""
+    """Let CUDA's memory segments grow, because rows of many lengths otherwise leave gaps that no other length fits.
+
+    Not tried on a real GPU yet.
+    """
     older = "PYTORCH_CUDA_ALLOC_CONF"
     variable = older if older in os.environ else "PYTORCH_ALLOC_CONF"
     why = "memory grows in place instead of leaving holes"
@@ -132,16 +138,16 @@ def processor_vendor(root: Path = Path("/")) -> str | None:
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """Cores this process may keep busy: those it may run on, and no more than its cgroup's quota, at least 1."""
+    """How many cores this process may use, at least 1: limited by its CPU affinity and by its cgroup's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min(allowed, cpu_quota(root))))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """CPU seconds per second that the cgroup (v1 or v2) and those above it grant; infinite without a limit.
+    """CPU seconds per second that the cgroup (v1 or v2) and its parents allow; infinite without a limit.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: the folder that contains `proc` and `sys`.
     """
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
@@ -159,13 +165,13 @@ def cpu_quota(root: Path = Path("/")) -> float:
 
 
 def _group_files(mount: Path, path: str, name: str) -> list[Path]:
-    """The file of a group and of all above it; in a container the lower ones are not visible, only the mount."""
+    """The file of a cgroup and of its parents, as far as they exist: a container sees only the mounted top."""
     group = mount / path.lstrip("/")
     folders = [group, *group.parents]
     return [folder / name for folder in folders[: folders.index(mount) + 1] if (folder / name).is_file()]
 
 
 def _parse_quota(text: str) -> float:
-    """`quota period` in microseconds; `max` and -1 are no limit."""
+    """Cores from a `quota period` pair in microseconds; a quota of `max` or -1 means no limit."""
     quota, period = text.split()
     return math.inf if quota == "max" or int(quota) <= 0 else int(quota) / int(period)

@@ -1,7 +1,8 @@
-"""Repeats work that runs out of memory: in smaller pieces while it can be made smaller, and then once more unchanged.
+"""Repeats work that runs out of memory: in smaller pieces as long as possible, and then once more unchanged.
 
 The caller says how to make it smaller. The memory of the failed attempt is released first. If a run has several
-processes, all of them repeat the work together: at the next exchange between them each learns whether another failed.
+processes, all of them repeat the work together, because otherwise one would wait for another that has started again:
+at the next exchange between them each process learns whether another one failed.
 """
 
 from collections.abc import Callable
@@ -19,17 +20,17 @@ _CPU = torch.device("cpu")
 
 
 class RanOutElsewhere(OutOfMemory):
-    """Memory ran out in another process of this run, so what all had begun is done again, or has failed for all."""
+    """Memory ran out in another process of this run, so all processes repeat the work, or it has failed for all."""
 
     def __init__(self) -> None:
         super().__init__("Another process of this run ran out of memory.", param="training.max_length")
 
 
 def any_rank(flag: bool, world: World, device: torch.device) -> bool:
-    """Whether it is so in any process; the one way in which processes may talk to each other in `retry_until_it_fits`.
+    """Whether `flag` is true in any process. Inside `retry_until_it_fits` processes may communicate by this only.
 
     Raises:
-        RanOutElsewhere: one of them failed meanwhile, and does not answer this question.
+        RanOutElsewhere: another process ran out of memory before it came to this call.
     """
     return _share_outcome(flag, world, device, failed=False)
 
@@ -46,7 +47,10 @@ def _share_outcome(flag: bool, world: World, device: torch.device, *, failed: bo
 
 
 def _finish_together(work: Callable[[], T], world: World, device: torch.device) -> T:
-    """What `work` returns. It has a frame of its own, which can be released if another process has failed."""
+    """What `work` returns, after waiting for the other processes.
+
+    A function of its own, so that its frame with the result can be released if another process has failed.
+    """
     found = work()
     any_rank(False, world, device)
     return found
@@ -64,21 +68,21 @@ def retry_until_it_fits(
     world: World = SINGLE_PROCESS,
     device: torch.device = _CPU,
 ) -> T:
-    """What `work` returns.
+    """Call `work` until it does not run out of memory; return its result.
 
     Args:
-        work: what an attempt that failed leaves behind must do the next one no harm. It may ask other processes by
-            `any_rank`, all of them equally often, and may wait for them in no other way.
-        smaller: called after each attempt that ran out of memory; makes the next one take less, and returns whether it
-            does. One attempt is made all the same where it does not: memory was in pieces, or others have given
-            theirs back.
-        world: the processes that do this work side by side: all do it again where memory ran out in one of them.
-        device: of this process.
+        work: may be called several times, so a failed attempt must leave nothing that disturbs the next one. It may
+            communicate with other processes by `any_rank` only, and every process must call that equally often.
+        shrink: called after each attempt that ran out of memory. It makes the next attempt smaller and returns True, or
+            returns False if it cannot. Then one more attempt is made unchanged, because free memory may have been
+            fragmented, or other processes may have released some.
+        world: the processes that do this work side by side; if one runs out of memory, all repeat the work.
+        device: the device of this process.
 
     Raises:
-        Exception: what `work` raised, if memory did not run out, or if nothing helped. Where processes make every pass
-            together, the first attempt is the only one.
-        RanOutElsewhere: nothing helped in another process.
+        Exception: what `work` raised, if memory did not run out, or if the last attempt failed. If all processes make
+            every pass together (`World.in_step`), nothing is repeated.
+        RanOutElsewhere: the last attempt failed in another process.
     """
     is_last = False
     while True:

@@ -1,6 +1,7 @@
-"""The record of what a process was set to before its run, and why: for its events and for the manifest.
+"""A record of the settings that were chosen for this process, and why, for events and for the manifest.
 
-Settings of a process are global, and so is this record. Whoever chooses one writes it down here. Loads no torch.
+The record is global because such settings are global to the process. Code that chooses a setting records it here. Loads
+no torch.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: what it is set to, why, and what was measured for it."""
+    """One setting: its value, the reason for it, and what was measured to choose it."""
 
     name: str
     value: str
@@ -26,10 +27,10 @@ def record(setting: Setting) -> None:
 
 
 def recorded() -> tuple[Setting, ...]:
-    """What was set in this process, in order; empty where nothing was."""
+    """The settings of this process in order; empty if nothing was set."""
     return tuple(_record.values())
 
 
 def values() -> dict[str, str]:
-    """What was set, by name, for the manifest."""
+    """The settings as name and value, for the manifest."""
     return {setting.name: setting.value for setting in recorded()}

@@ -1,4 +1,4 @@
-"""What library and service both ask of the system: which GPUs are there, bounds of a process, closed pipes.
+"""Facts and functions of the operating system: which GPUs exist, limits of a process, closed pipes.
 
-Loads no torch, so the worker may use it before it starts a run. Imports no other folder of the library.
+Loads no torch, so that the worker can use it before it starts a run.
 """

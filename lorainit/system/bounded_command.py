@@ -1,4 +1,4 @@
-"""Runs a program that may never end, with a time limit: when time is up it is killed, and the caller goes on."""
+"""Runs a program with a time limit: when the time is over it is killed, and the caller continues."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ POLL_SECONDS = 0.1
 
 
 class CommandResult(NamedTuple):
-    """The exit code and the output of a program that ended by itself."""
+    """The exit code and the output of a program that ended in time."""
 
     returncode: int
     output: str
@@ -31,13 +31,13 @@ def run_command(
 
     Args:
         seconds: how long it may take.
-        environment: all of the program's; None = as this process.
-        is_unwanted: asked several times a second.
+        environment: all environment variables of the program; None = those of this process.
+        is_cancelled: called several times a second; the program is killed once it returns True.
 
     Raises:
         OSError: there is no such program, or it cannot be started.
     """
-    # Files instead of pipes: a pipe has to be read meanwhile, and a child of the program may keep it open.
+    # Files instead of pipes, because a full pipe would block the program, and a child of it may keep a pipe open.
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             list(command),
@@ -63,7 +63,8 @@ def _wait_until(process: subprocess.Popen[bytes], until: float, is_cancelled: Ca
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End it and what it started; a process that waits inside a driver dies when the driver lets it go, or never."""
+    """Kill the program and its children. A process that waits inside a driver may end much later or never, so the
+    wait for it is short."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):

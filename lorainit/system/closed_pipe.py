@@ -1,7 +1,8 @@
-"""The end of a command whose reader has left, as in `lorainit doctor | head -1`: quiet, with exit code 141.
+"""Ends a command without an error message when the reader of its output has closed the pipe, with exit code 141.
 
-A shell reports 141 (128 + SIGPIPE) for every tool that ends so. We do not let the signal end the process: it would
-also come from a client's connection that breaks, which must not end a service.
+This happens in `lorainit doctor | head -1`. Shells report 141 (128 + SIGPIPE) for other tools in this case. The default
+action of the signal, which ends the process, is not used because a broken connection to a client raises it too, and
+that must not end a service.
 """
 
 import os
@@ -12,10 +13,10 @@ EXIT_CODE = 141
 
 
 def run(command: Callable[[], int | None]) -> str | int | None:
-    """Run a command's main function to its end, and all that it printed out of the process.
+    """Run a command's main function and write everything that it printed.
 
     Returns:
-        Its exit code, or 141 where nobody reads standard output or standard error any more.
+        Its exit code, or 141 if nobody reads standard output or standard error any more.
     """
     try:
         try:
@@ -25,7 +26,7 @@ def run(command: Callable[[], int | None]) -> str | int | None:
             if isinstance(end.__context__, BrokenPipeError):
                 raise end.__context__ from None
             code = end.code
-        if sys.stdout is not None:  # as it is where whoever started us had closed it
+        if sys.stdout is not None:  # it is None if the process was started with a closed standard output
             sys.stdout.flush()
     except BrokenPipeError:
         _discard_the_rest()
@@ -34,7 +35,7 @@ def run(command: Callable[[], int | None]) -> str | int | None:
 
 
 def _discard_the_rest() -> None:
-    """Python writes what is left in its buffers when it ends, and would complain."""
+    """Redirect the streams to nowhere, because Python flushes its buffers at exit and would print an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

@@ -1,10 +1,10 @@
-"""The report of `python -m lorainit doctor` in words, for it and for `lorainit doctor`, which loads no torch."""
+"""The report of `python -m lorainit doctor` as text; here because `lorainit doctor` uses it too and loads no torch."""
 
 from typing import Any
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """For people: the machine, the packages, and one line per choice."""
+    """The report for people: the machine, the packages, and one line for each setting."""
     facts, packages = found["machine"], found["packages"]
     size = f"{facts['usable_cpus']} of {facts['cpus']} cores, {facts['memory_bytes'] / 2**30:.1f} GiB"
     lines = [

@@ -1,6 +1,6 @@
-"""Which GPUs and MIG instances the NVIDIA driver knows, by `nvidia-smi -L` where that is installed.
+"""Which GPUs and MIG instances the NVIDIA driver lists, from `nvidia-smi -L` if that is installed.
 
-A call into a driver that hangs never returns, so it is made in a process of its own with a time limit.
+The driver is called in another process with a time limit, because a call into a driver that hangs never returns.
 """
 
 import re
@@ -15,7 +15,7 @@ ANSWER_SECONDS = 30.0  # without persistence mode the driver first starts each G
 
 
 class DriverSilent(Exception):
-    """It has not answered in time; the message is a sentence."""
+    """The driver has not answered in time; the message is a sentence."""
 
 
 class Gpu(NamedTuple):
@@ -26,9 +26,9 @@ class Gpu(NamedTuple):
 
 
 def list_gpus() -> list[Gpu] | None:
-    """The GPUs that the driver lists; None where there is no nvidia-smi, or where it fails, which is for CUDA to judge.
+    """The GPUs that the driver lists; None if nvidia-smi is missing or fails, because CUDA may work all the same.
 
-    On a machine that has just started, being asked makes the driver create its files in /dev.
+    On a machine that has just started, this call also makes the driver create its files in /dev.
 
     Raises:
         DriverSilent: no answer within `ANSWER_SECONDS`.
@@ -46,7 +46,7 @@ def list_gpus() -> list[Gpu] | None:
 
 
 def parse_gpu_list(text: str) -> list[Gpu]:
-    """The GPUs of what `nvidia-smi -L` prints: a line for each, and below it one for each MIG instance."""
+    """Parse the output of `nvidia-smi -L`: a line for each GPU, followed by one for each of its MIG instances."""
     found = list[Gpu]()
     for identity in re.findall(r"\(UUID:\s*([^)\s]+)\)", text):
         if identity.startswith("GPU-"):
@@ -57,9 +57,10 @@ def parse_gpu_list(text: str) -> list[Gpu]:
 
 
 def find_name_problem(names: Sequence[str], gpus: Sequence[Gpu]) -> str | None:
-    """Which name is not the identity, or the beginning of the identity, of one GPU or instance; None where each is.
+    """What is wrong with the first name that does not identify one GPU or instance; None if all do.
 
-    Numbers are passed over: CUDA may count in another order than the driver lists.
+    A name is an identity or its beginning. Numbers are not checked, because CUDA may count in another order than the
+    driver.
     """
     known = [identity for gpu in gpus for identity in (gpu.identity, *gpu.instances)]
     for name in names:

@@ -1,7 +1,7 @@
-"""The NVIDIA GPUs that a process may use, asked without torch: which they are, and why CUDA cannot use them.
+"""The NVIDIA GPUs that a process may use: which they are, and why CUDA cannot use them. Loads no torch.
 
-The worker checks before it takes a job, and a run before it starts. Where GPUs should be used and cannot be, a run on
-the processor would take days, and nobody would notice why.
+The worker checks this before it takes a job, and a run before it starts, because otherwise a run that should use a GPU
+would take days on the CPU and nobody would notice why.
 """
 
 import os
@@ -11,25 +11,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-NEEDED = "RUN_NEEDS_GPU"  # set to 1, no run of this process may go to the processor
-# Oldest driver on Linux for each major version of CUDA (CUDA's release notes; minor versions are compatible).
+NEEDED = "RUN_NEEDS_GPU"  # 1: a run of this process must not use the CPU instead of a GPU
+# The oldest Linux driver for each major version of CUDA, from CUDA's release notes. Minor versions are compatible.
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
 
 
 def count_installed(root: Path = Path("/")) -> int:
-    """How many GPUs the driver shows here; a Windows machine behind Linux (WSL) shows one."""
+    """How many GPUs have a device file here. Linux on Windows (WSL) has one file for all, so it counts as one."""
     numbered = [path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     return len(numbered) or int((root / "dev/dxg").exists())
 
 
 def list_visible(root: Path = Path("/")) -> list[str]:
-    """What CUDA would call the GPUs this process may use, in order: numbers, or identities (also of MIG instances)."""
+    """The GPUs that this process may use, as CUDA names them: numbers, or identities (also of MIG instances)."""
     count, asked = count_installed(root), _requested()
     return [] if not count else [str(i) for i in range(count)] if asked is None else asked
 
 
 def explain_no_gpu(root: Path = Path("/")) -> str | None:
-    """Why runs go to the processor although nothing is wrong, as half a sentence; None where GPUs are meant."""
+    """Why runs use the CPU although nothing is wrong, as part of a sentence; None if GPUs should be used."""
     asked = _requested()
     if not may_be_used():
         return f"{VISIBLE} names none" if is_hidden() else "the installed torch has no CUDA"
@@ -37,12 +37,12 @@ def explain_no_gpu(root: Path = Path("/")) -> str | None:
 
 
 def is_hidden() -> bool:
-    """Whether the environment says that no GPU is to be used."""
+    """Whether the environment hides all GPUs (`CUDA_VISIBLE_DEVICES` is empty)."""
     return _requested() == []
 
 
 def may_be_used() -> bool:
-    """Whether a GPU that is here would be used: torch is installed with CUDA, and nobody has hidden the GPUs."""
+    """Whether a GPU of this machine would be used: the installed torch has CUDA, and the GPUs are not hidden."""
     return cuda_of_torch() is not None and not is_hidden()
 
 
@@ -52,9 +52,9 @@ def is_needed() -> bool:
 
 
 def find_problem(root: Path = Path("/")) -> str | None:
-    """Why GPUs that are meant to be used cannot be, in a sentence; None where all is well or none is meant.
+    """A sentence that says why GPUs that should be used cannot be; None if they can, or if none should be used.
 
-    A torch without CUDA means none, and so does an empty `CUDA_VISIBLE_DEVICES`.
+    None should be used with a torch without CUDA, or with an empty `CUDA_VISIBLE_DEVICES`.
     """
     cuda = cuda_of_torch()
     if cuda is None or explain_no_gpu(root):
@@ -69,7 +69,8 @@ def find_problem(root: Path = Path("/")) -> str | None:
 
 
 def _find_name_problem(names: Sequence[str], count: int) -> str | None:
-    """What is wrong with names of GPUs on a machine that shows `count`. CUDA would silently see fewer of them."""
+    """What is wrong with names of GPUs on a machine with `count` of them. Checked here, because CUDA ignores all names
+    from the first wrong one on without a message."""
     for name in names:
         if not (name.isdecimal() or re.fullmatch(r"(GPU|MIG)-[\w/-]+", name)):
             return f"names {name!r}, which is neither a number nor an identity (GPU-..., MIG-...)"
@@ -87,12 +88,13 @@ def _find_name_problem(names: Sequence[str], count: int) -> str | None:
 
 
 def _kind(name: str) -> str:
-    """How a GPU is named: CUDA takes one kind of name in a list. A MIG instance has an older and a newer kind."""
+    """The kind of a GPU's name, because CUDA accepts one kind in a list. MIG instances have an old and a new kind."""
     return "number" if name.isdecimal() else "MIG-GPU-" if name.startswith("MIG-GPU-") else name[:4]
 
 
 def _is_same(first: str, second: str) -> bool:
-    """Whether two names of one kind are one GPU; of an identity the beginning is enough, unless it ends in numbers."""
+    """Whether two names of one kind mean the same GPU. The beginning of an identity is enough, except in the older MIG
+    names, which end in numbers."""
     if first.isdecimal():
         return int(first) == int(second)
     short, long = sorted((first.lower(), second.lower()), key=len)
@@ -100,7 +102,7 @@ def _is_same(first: str, second: str) -> bool:
 
 
 def driver_version(root: Path = Path("/")) -> str | None:
-    """The NVIDIA driver's version; None where Linux does not say."""
+    """The NVIDIA driver's version; None if Linux does not show it."""
     try:
         text = (root / "proc/driver/nvidia/version").read_text()
     except OSError:
@@ -110,7 +112,10 @@ def driver_version(root: Path = Path("/")) -> str | None:
 
 
 def cuda_of_torch() -> str | None:
-    """The CUDA version that the installed torch was built for, without loading it; None without torch or CUDA."""
+    """The CUDA version that the installed torch was built for; None without torch or CUDA.
+
+    Read from a file, because loading torch takes seconds.
+    """
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -123,7 +128,7 @@ def cuda_of_torch() -> str | None:
 
 
 def _requested() -> list[str] | None:
-    """What `CUDA_VISIBLE_DEVICES` names, as CUDA reads it: up to the first -1. None = not set."""
+    """The names in `CUDA_VISIBLE_DEVICES` as CUDA reads them, which is up to the first -1; None if it is not set."""
     if VISIBLE not in os.environ:
         return None
     names = [name.strip() for name in os.environ[VISIBLE].split(",")]

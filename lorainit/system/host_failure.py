@@ -1,7 +1,7 @@
-"""Recognizes errors that this host caused: a disk that fails, or no more open files or processes.
+"""Recognizes errors that this host caused: a failing disk, or a limit of open files or processes that was reached.
 
-Such an error says nothing about the file that was read: another host, or this one later, may read it
-(docs/decisions/0061). Code that blames a file for an `OSError` calls `is_host_failure` first. Torch-free.
+The file that was read is not at fault then, because another host, or this one later, may be able to read it
+(docs/decisions/0061). Code that blames a file for an `OSError` calls `is_host_failure` first. Loads no torch.
 """
 
 import errno
@@ -10,17 +10,17 @@ import os
 _NUMBERS = (
     errno.EIO,
     errno.EREMOTEIO,
-    errno.ESTALE,  # of a network disk whose server has changed
-    errno.ENOTCONN,  # of a file system whose process is gone (FUSE)
+    errno.ESTALE,  # a network file system whose server has changed
+    errno.ENOTCONN,  # a file system whose process has ended (FUSE)
     errno.ENXIO,
     errno.EBADMSG,  # ext4 and XFS: a checksum is wrong
     errno.EUCLEAN,  # XFS: "Structure needs cleaning"
-    errno.EROFS,  # what a disk becomes when its system has met errors on it
+    errno.EROFS,  # Linux makes a file system read-only after errors on its disk
     errno.EMFILE,
     errno.ENFILE,
-    errno.EAGAIN,  # no room for another process
+    errno.EAGAIN,  # the limit of processes is reached
 )
-# What Rust's libraries and those in C++ make of such a number, in lower case.
+# How libraries in Rust and C++ write such an error, in lower case.
 _WORDS = (
     *(f"(os error {number})" for number in _NUMBERS),
     "input/output error",
@@ -29,11 +29,14 @@ _WORDS = (
     "too many open files",
     "can't start new thread",  # Python, where the system's limit of processes is reached
 )
-_NOT_THERE = "No such file or directory: "  # safetensors says it of each file that it cannot open
+_NOT_THERE = "No such file or directory: "  # safetensors' text for every file that it cannot open, for any reason
 
 
 def is_host_failure(error: BaseException) -> bool:
-    """Whether the host has failed, and not what was to be read or written. Memory and full disks are told elsewhere."""
+    """Whether the host has failed. Full memory and full disks are recognized in `lorainit.runtime`.
+
+    If safetensors reports an existing, readable file as missing, the host's limit of open files is the likely reason.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _NUMBERS
     said = str(error)

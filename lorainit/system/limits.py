@@ -1,7 +1,6 @@
-"""Limits that a process sets on itself before it reads files of strangers. Torch-free.
+"""Limits that a process sets on itself before it reads files that it does not trust. Loads no torch.
 
-Linux enforces all of them. A limit that another system does not have is left out there; the parent has a time limit of
-its own.
+Linux enforces all of them. Other systems lack some, and there only the parent's own time limit protects.
 """
 
 import ctypes
@@ -16,16 +15,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 def bound_memory(most: int) -> None:
-    """Bound the bytes that this process may write to; what is mapped from files counts too."""
+    """Limit the bytes of writable memory of this process; private writable mappings of files count too."""
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    with suppress(OSError, ValueError):  # a system that knows no such limit, or has set a lower one
+    with suppress(OSError, ValueError):  # the system has no such limit, or a lower one is set already
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def bound_seconds(most: int) -> None:
-    """Bound the seconds of a processor that this process may use: SIGXCPU ends it, and leaves no core file."""
+    """Limit the CPU seconds of this process. SIGXCPU then ends it, without a core file."""
     import resource
 
     with suppress(OSError, ValueError):  # a lower limit is set already
@@ -35,20 +34,20 @@ def bound_seconds(most: int) -> None:
 
 
 def die_with_parent(code: int = 1) -> None:
-    """On Linux, die when the process that started this one does, however it dies; exit with `code` if it is dead."""
+    """On Linux, have the kernel kill this process when its parent ends; exit with `code` if it has ended already."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(code)  # it died before we asked
+        os._exit(code)  # the parent ended before the request was made, so no signal would come
 
 
 def make_parent_death_hook() -> Callable[[], None]:
-    """What a child does before it becomes its program (`preexec_fn`): ask the kernel to die with its parent.
+    """A `preexec_fn` with which a child asks the kernel to kill it when its parent ends. Works on Linux only.
 
-    So there is no moment, however early it is frozen, in which it could stay behind. The signal is sent when the
-    *thread* that started the child ends, so start children from one that lives as long as they may. Only Linux has it.
+    It is done before the child becomes its program, because otherwise a child that is frozen early would stay behind.
+    The kernel sends the signal when the *thread* that started the child ends, so that thread must live long enough.
     """
     parent = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -57,13 +56,13 @@ def make_parent_death_hook() -> Callable[[], None]:
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
         if os.getppid() != parent:
-            os._exit(1)  # the parent died before the request was in place
+            os._exit(1)  # the parent ended before the request was made, so no signal would come
 
     return before_exec
 
 
 def lower_priority() -> None:
-    """Let other processes go first, and be the first one that is killed when the machine runs out of memory."""
+    """Give other processes priority, and let the kernel kill this one first when the machine runs out of memory."""
     os.nice(10)
     with suppress(OSError):  # not Linux
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,11 +1,12 @@
-"""What is said between a worker's slot and the process beside it that forks runs (`worker.child.warm`,
-`lorainit.warm`).
+"""The protocol between a worker's slot and its warm process, which forks runs (`worker.child.warm`, `lorainit.warm`).
 
-On a socket that keeps messages apart: READY ─► an order (a JSON object) with two files, the pipe for events and the log
-─► `{"pid": …}` of the run ─► `{"returncode": …}` when it has ended ─► DONE, and the next order may come. Torch-free.
+The warm process has loaded torch already, so that a run starts at once. The messages, on a socket that keeps them
+apart: READY ─► an order (a JSON object) with two open files, the pipe for events and the log ─► `{"pid": …}` of the run
+─► `{"returncode": …}` when it has ended ─► DONE, after which the next order may come. Loads no torch.
 """
 
 READY, DONE = b"ready", b"done"
 MAX_MESSAGE = 1 << 17
-# A process cannot lengthen its command line, so this one starts with some to spare for that of a run.
+# The warm process starts with this padding, because a process cannot lengthen its command line, and the forked run
+# should show its own.
 COMMAND_LINE_PADDING = " " * 4096

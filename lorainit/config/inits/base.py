@@ -60,7 +60,7 @@ class InitConfig(Strict):
 
     @property
     def offset(self) -> Offset:
-        """"none": the run trains on W. "subtract": on W - s·B0·A0. In some methods a parameter decides."""
+        """Whether the run trains on W ("none") or on W - s·B0·A0 ("subtract"); in some methods a parameter decides."""
         return self.facts.offset
 
     @property
@@ -125,7 +125,6 @@ class InitConfig(Strict):
 
 
 class CalibratedConfig(InitConfig):
-    """Common to methods that use data: rows of `calibration_file` or, without one, the first rows of the training file.
-    """
+    """Common to methods that use data: rows of `calibration_file`, or else the first rows of the training file."""
 
     calibration_file: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00]+$")] | None = None

@@ -1,4 +1,4 @@
-"""The processes that train one run together: how they start, how they meet, and how one of them ends all.
+"""The processes that train one run together: how they start, connect, and end together when one of them fails.
 
-Also whose fault an error is when several runs share a process.
+Also which run an error belongs to when several runs share a process.
 """

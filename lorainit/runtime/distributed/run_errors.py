@@ -1,7 +1,7 @@
 """Errors of runs that share a process: an error in the work of one run ends that run, and the others go on.
 
-Decides whom an error belongs to, translates failures of the machine into our own errors with advice, and releases the
-memory that a failed run still holds. Knows nothing of training.
+Decides which run an error belongs to, translates failures of the machine into our own errors with advice, and releases
+the memory that a failed run still holds.
 """
 
 import traceback
@@ -28,12 +28,12 @@ from lorainit.system.host_failure import is_host_failure
 class ListenerFailed(BaseException):
     """A caller's `on_event` raised an unexpected error, which ends all runs of the process.
 
-    It is no `Exception`, so that no handler in between takes it for an error of a run.
+    It is not an `Exception`, because handlers of `Exception` in between would take it for an error of one run.
     """
 
 
 def wrap_listener(on_event: OnEvent) -> OnEvent:
-    """`on_event`, whose unexpected errors are raised as `ListenerFailed`, to tell them from errors of the run."""
+    """`on_event` with its unexpected errors raised as `ListenerFailed`, so that they differ from errors of the run."""
 
     def listen(event: Event) -> None:
         try:
@@ -48,7 +48,7 @@ def wrap_listener(on_event: OnEvent) -> OnEvent:
 
 @contextmanager
 def raise_listener_errors() -> Iterator[None]:
-    """Raise the original error where a wrapped listener raised `ListenerFailed`."""
+    """Turn a wrapped listener's `ListenerFailed` back into the original error."""
     try:
         yield
     except ListenerFailed as failure:
@@ -60,15 +60,16 @@ def raise_listener_errors() -> Iterator[None]:
 
 
 def to_run_error(error: Exception, *, alone: bool) -> LorainitError:
-    """The error that ends the run in whose own work `error` was raised; memory that it held is released.
+    """The error that ends the one run in which `error` was raised; the memory that it held is released.
 
     Args:
-        alone: there is no other run to keep it from.
+        alone: no other run shares this process, so nothing has to be protected from the error.
 
     Raises:
-        Stopped: that is what it was, and it is meant for all.
-        UnusableDevice, DeviceSilent: the GPU, or another process, has failed for all.
-        Exception: the error itself, if it is none of ours and the run is alone, or if it ended CUDA for all.
+        Stopped: `error` is one; it stops all runs.
+        UnusableDevice, DeviceSilent: the GPU or another process has failed, which ends all runs.
+        Exception: the error itself, if it is not a `LorainitError` and the run is alone, or if CUDA cannot be used any
+            more.
     """
     if isinstance(error, Stopped | UnusableDevice) or machine_errors.is_kernel_assert(error):
         raise error
@@ -87,7 +88,7 @@ def to_run_error(error: Exception, *, alone: bool) -> LorainitError:
 
 
 def release_frames(error: BaseException) -> None:
-    """Clear the frames that an error went through, whose variables keep large tensors in memory."""
+    """Clear the frames that an error went through, because their variables keep large tensors in memory."""
     chain: BaseException | None = error
     while chain is not None:
         traceback.clear_frames(chain.__traceback__)
@@ -100,7 +101,7 @@ def release_frames(error: BaseException) -> None:
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Raise failures of the machine that a caller can do something about as our own errors, with advice."""
+    """Raise failures of the machine as our own errors, with advice on what the caller can do."""
     try:
         yield
     except LorainitError:
@@ -112,7 +113,7 @@ def translate_errors() -> Iterator[None]:
 
 
 def translate_error(error: Exception) -> LorainitError | None:
-    """The error as one of ours; None where a caller can do nothing about it."""
+    """The error as a `LorainitError`; None if it is no known failure."""
     if isinstance(error, LorainitError):
         return error
     found = (_translate_machine_error(one) for one in machine_errors.with_causes(error))

@@ -1,7 +1,7 @@
-"""The processes that train one run together, usually one: each takes every n-th micro-batch.
+"""The processes that train one run together, usually one. Each takes every n-th micro-batch.
 
-Adapters are small, so gradients are summed once per step and nothing is sharded. The order of rows
-and the effective batch do not depend on how many processes there are. Knows nothing of models.
+Gradients are summed once per step and not sharded, because adapters are small. The order of rows and the effective
+batch do not depend on the number of processes.
 """
 
 import os
@@ -19,12 +19,14 @@ from lorainit.runtime import machine_errors
 from lorainit.runtime.distributed.launch import RENDEZVOUS, count_processes
 from lorainit.system import watchdog
 
-LATER = 60.0  # seconds after `watchdog` has ended a run that hangs: this limit is for those that have not met yet
+# Seconds that a collective may take longer than the watchdog allows, so that the watchdog ends a run that hangs: its
+# message is clearer. This limit itself is for processes that are still waiting for the others to connect.
+LATER = 60.0
 
 
 @dataclass(frozen=True)
 class World:
-    """This process is number `rank` of `size`. `in_step`: they share one base, so every pass is made by all of them."""
+    """This process is number `rank` of `size`. `in_step`: the base is sharded, so every pass is made by all of them."""
 
     rank: int = 0
     size: int = 1
@@ -32,16 +34,16 @@ class World:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the process that emits events and writes files for all."""
+        """Whether this process emits the events and writes the files of the run."""
         return self.rank == 0
 
     @property
     def share(self) -> slice:
-        """Which of the micro-batches are this process's."""
+        """Which of a step's micro-batches this process takes."""
         return slice(self.rank, None, self.size)
 
     def count_idle_passes(self, pieces: int) -> int:
-        """How many passes this process makes for the others only, with so many micro-batches in all."""
+        """How many passes this process makes without rows of its own, because the others need its part of the base."""
         return -(-pieces // self.size) - len(range(pieces)[self.share]) if self.in_step else 0
 
     def any_rank(self, flag: bool, device: torch.device) -> bool:
@@ -64,7 +66,7 @@ class World:
                 tensor.copy_(part.view_as(tensor))
 
     def broadcast_digest(self, digest: str, device: torch.device) -> str:
-        """Rank 0's SHA-256, in hexadecimal digits, whatever this process has."""
+        """Rank 0's SHA-256 in hexadecimal digits; the argument counts on rank 0 only."""
         if self.size == 1:
             return digest
         numbers = list(bytes.fromhex(digest)) if self.is_rank0 else [0] * 32
@@ -84,11 +86,11 @@ SINGLE_PROCESS = World()
 
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
-    """The world that `launch`, or torchrun, has started this process in, joined for as long as the context lasts.
+    """Join the other processes that `launch` or torchrun has started, and leave them when the context ends.
 
     Raises:
         TooFewDevices: there are more processes than GPUs.
-        DeviceSilent: they did not all come.
+        DeviceSilent: not all processes joined in time.
     """
     size = count_processes()
     if size == 1:
@@ -98,7 +100,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         _select_gpu(int(os.environ.get("LOCAL_RANK", rank)), size)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # Not by a URL of the file: torch would look for one with a space in it under the name that the URL writes.
+    # Not by a `file://` URL, because torch does not decode it: a path with a space would become one with "%20".
     file = os.environ.get(RENDEZVOUS)
     meeting: dict[str, Any] = {"init_method": "env://"}
     if file:
@@ -110,7 +112,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         if machine_errors.find_peer_failure(error) is None:
             raise
         within = f"{patience.total_seconds():.0f} seconds"
-        text = f"Not all {size} processes of this run met within {within}: one hangs, or is gone."
+        text = f"Not all {size} processes of this run connected within {within}: one hangs or has ended."
         raise DeviceSilent(text) from error
     try:
         yield World(rank, size)

@@ -138,7 +138,7 @@ def what_gloo_says(folder, count, number):
 @pytest.mark.parametrize(
     ("count", "number", "expected"),
     [
-        (1, 0, "Not all 2 processes of this run met within 4 seconds: one hangs, or is gone."),
+        (1, 0, "Not all 2 processes of this run connected within 4 seconds: one hangs or has ended."),
         (2, signal.SIGKILL, watchdog.PEER_GONE),
         (2, signal.SIGSTOP, "The processes of this run do not answer each other: nothing has happened for 4 seconds"),
     ],
