@@ -1,4 +1,4 @@
-"""What a run hands over: the adapter in PEFT's files, and the proof that stock PEFT reads it as it was trained.
+"""The result of a run: the adapter in PEFT's file format, and the check that stock PEFT loads what was trained.
 
-Knows nothing of how an adapter was initialized.
+Nothing here depends on how an adapter was initialized.
 """

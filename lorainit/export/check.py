@@ -1,7 +1,7 @@
 """The export check: stock PEFT loads the written adapter on a fresh base, and its results are compared with ours.
 
-PEFT is the loader that people use, so what it computes is what they get. Each layer is compared by itself, then the
-model's logits (docs/decisions/0028). Knows the adapter's files, not how it was trained.
+PEFT is used because most people load adapters with it. Each layer is compared by itself, then the model's logits
+(docs/decisions/0028).
 """
 
 import hashlib
@@ -26,18 +26,20 @@ from lorainit.export.peft_adapter import MAGNITUDE, WEIGHTS
 from lorainit.runtime.machine_errors import is_machine_failure
 
 MAX_PROMPTS, PROMPT_TOKENS = 4, 64
-# In float64, of numbers that are kept in float32: relative to what a layer adds, and to what its base makes. A
-# difference form that has learned nothing adds what is left of two products that cancel: ZERO, of the base.
+# Tolerances for one layer, computed in float64 from factors in float32: relative to what the adapter adds (LAYER) and
+# to the base's output (BASE). ZERO, relative to the base's output, is for a difference form that has learned nothing:
+# its two products cancel, and only rounding is left.
 LAYER, BASE, ZERO = 1e-5, 1e-6, 1e-12
-# Of logits: relative to what the adapter does to a token's, and to the largest of them. Many architectures compute
-# norms and rotations in float32 whatever the rest is computed in.
+# Tolerances for logits: relative to the adapter's effect on a token's logits, plus relative to the largest logit. The
+# latter is above float64's own rounding because many architectures compute norms and rotations in float32 anyway.
 EFFECT, ROUNDING = 1e-3, {torch.float64: 1e-6, torch.float32: 3e-5}
-# Where logits can only be had in the run's own format, as on a base that devices share; in float32.
+# The same for a sharded base, whose logits can be computed in the run's own format only.
 OWN = 1e-4
-# Tokens that may lie apart: where two experts are nearly even, the last digit chooses.
+# The share of tokens that may differ by more: if two experts have nearly equal scores, rounding decides between them.
 APART = 0.05
 _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-# What loaders and models raise about a model that they do not suit. Our own errors are none of these.
+# The classes of errors that loaders and models raise about a model that they cannot handle. Our own errors are not
+# among them.
 FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
@@ -50,18 +52,22 @@ def prompts(samples: Sequence[Sample], *, rows: int = MAX_PROMPTS, tokens: int =
 
 
 def with_stock_peft(base: nn.Module, folder: Path) -> Any:
-    """The exported adapter on `base` as any user's PEFT would put it there: unmerged, its factors in float32."""
+    """The exported adapter on `base`, loaded as a user of PEFT would: unmerged, with factors in float32."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by an old name, and only warns about what it does not find:
-        # `_unread_tensors` looks for itself.
+        # PEFT 0.21 uses an outdated name of transformers 5.23, which gives a warning here. About tensors that are
+        # missing it only warns too, so `_unread_tensors` checks them.
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(base, folder).eval()
 
 
 def _unread_tensors(model: nn.Module, folder: Path) -> str | None:
-    """What the loader left unread: an adapter that trained little would pass on logits alone."""
+    """The first tensor that was not loaded as written, as a sentence; None if all were.
+
+    Compared exactly, because an adapter that was trained little changes the logits so little that a missing tensor
+    would not show there.
+    """
     loaded = {n.replace(".default.", "."): p for n, p in model.named_parameters() if ".lora_" in n}
     loaded = {n.replace(f"{MAGNITUDE}.weight", MAGNITUDE): p for n, p in loaded.items()}
     stored = load_file(folder / WEIGHTS)
@@ -76,7 +82,7 @@ def _unread_tensors(model: nn.Module, folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a comparison found; `message`: what is wrong, None = nothing."""
+    """The result of a comparison; `message`: what is wrong, None = nothing."""
 
     message: str | None = None
     layer: float = 0.0
@@ -101,16 +107,16 @@ def check(
 
     Args:
         base: a second copy of the base.
-        effect: what the adapter does where it was trained.
-        layers_only: logits are not compared: this copy is not in the place of the one that `effect` is of.
-        place: moves the model to where it can run, if it does not lie there; also told the adapter's parameters.
+        effect: what the adapter does on the base that it was trained on.
+        layers_only: do not compare logits, because this copy is not distributed over devices as that base is.
+        shard_copy: divides the model between devices if the base is sharded; gets the adapter's parameters too.
 
     Returns:
-        The object shown as `job.export_check`, which the caller decides about with `require`, and the base with
-        the adapter on it (None where PEFT could not load it).
+        The object shown as `job.export_check`, to be passed to `require`, and the base with the adapter on it (None if
+        PEFT could not load it).
     """
     started, model, unread = time.monotonic(), None, None
-    # Before the passes, which processes that share a base make together: after them the leading one moves the files.
+    # Read before the passes: processes that share a base make these together, and rank 0 moves the files after them.
     config, digest = json.loads((folder / "adapter_config.json").read_text()), file_sha256(folder / WEIGHTS)
     try:
         model = with_stock_peft(base, folder)
@@ -118,7 +124,7 @@ def check(
         shard_copy(model, [p for name, p in model.named_parameters() if ".lora_" in name])
         found = _compare(model, effect, layers_only=layers_only, on_event=on_event)
     except FAULTS as error:
-        if is_machine_failure(error):  # nothing was compared
+        if is_machine_failure(error):  # not the adapter's fault, so it is no result of the check
             raise
         found = _Found(f"{'loading it' if model is None else 'running it'} failed: {short(error)}", distance=None)
         unread = unread or (found.message if model is None else None)
@@ -151,7 +157,7 @@ def check(
 
 
 def short(error: Exception) -> str:
-    """One line of an error's own words."""
+    """An error's class and text on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -168,7 +174,7 @@ def _compare(model: Any, effect: Effect, *, layers_only: bool, on_event: OnEvent
     allowed = [EFFECT * moved + rounding * size for moved, size in zip(effect.moved, sizes, strict=True)]
     apart = sum(int((~(o <= a)).sum()) for o, a in zip(off, allowed, strict=True))
     largest, tokens = max(float(o.max()) for o in off), sum(len(o) for o in off)
-    # In bf16 a mixture chooses other experts for some tokens: there the layers alone decide.
+    # In bf16 only the layers decide, because rounding makes a mixture choose other experts for some tokens.
     decides = effect.dtype != torch.bfloat16
     if message is None and decides and apart > APART * tokens:
         moved = max(float(m.max()) for m in effect.moved)
@@ -188,7 +194,7 @@ def _compare(model: Any, effect: Effect, *, layers_only: bool, on_event: OnEvent
 
 
 def _compare_layers(model: Any, effect: Effect, *, on_event: OnEvent) -> tuple[float, str | None]:
-    """The largest relative difference of what a layer adds, and what is wrong with the first wrong layer."""
+    """The largest relative difference of what adapters add, and what is wrong with the first wrong layer."""
     worst, message, missing = 0.0, None, dict.fromkeys(effect.changes)
     for done, (name, reloaded) in enumerate(observe_peft(model.get_base_model(), effect.changes), start=1):
         if name in missing:
@@ -202,7 +208,7 @@ def _compare_layers(model: Any, effect: Effect, *, on_event: OnEvent) -> tuple[f
 
 
 def _differ(trained: Change, reloaded: Change) -> tuple[float, str | None]:
-    """The relative difference of what is added, and what is wrong with it."""
+    """The relative difference of what the adapter adds in one layer, and what is wrong, if anything."""
     if trained.added.shape != reloaded.added.shape:
         return float("inf"), "the layer has another width"
     base, added = float(trained.base.norm()), float(trained.added.norm())
@@ -220,12 +226,12 @@ def require(result: dict[str, Any]) -> None:
     if not result["passed"]:
         peft = result["loaders"][0]["version"]
         raise ExportCheckFailed(
-            f"With stock PEFT {peft} the exported adapter is not the trained one on the untouched base:"
+            f"With stock PEFT {peft} the exported adapter does not compute what was trained, on the untouched base:"
             f" {result['message']}."
         )
 
 
 def file_sha256(path: Path) -> str:
-    """Lower-case hex."""
+    """The file's SHA-256 in lower-case hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

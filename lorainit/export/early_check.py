@@ -1,8 +1,8 @@
 """Makes the export check before the first step, with a trial adapter of the shape that will be trained.
 
 If PEFT cannot read such an adapter on this base, or computes something else with it, the run fails here in seconds
-instead of after the training. The trial adapter has random factors, because most methods start with a product of zero,
-with which every comparison would succeed. The run's own adapter is neither used nor changed.
+instead of after the training. The trial adapter has random factors because most methods start with a product of zero,
+and with a product of zero every comparison would succeed. The run's own adapter is neither used nor changed.
 """
 
 import shutil
@@ -33,24 +33,26 @@ from lorainit.runtime.distributed.run_errors import release_frames
 from lorainit.runtime.machine_errors import is_machine_failure
 
 ROWS, TOKENS = 2, 32
-SIZE = 0.05  # of what a layer of a trained model makes of its input: an adapter that does something, and not too much
+SIZE = 0.05  # norm of what the trial adapter adds, relative to its input: large enough to show, small enough to be real
 _READERS = ("peft", "transformers", "torch")
 _FACTS = ("modules", "max_module_difference", "relative_logit_difference", "arithmetic", "loaders", "seconds")
 
 
 def check_export_early(run: Run, *, known: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Show that stock PEFT reads adapters of this run's layout on this base; the model stays bare.
+    """Check that stock PEFT reads adapters of this run's layout on this base. The model carries no adapter afterwards.
+
+    The result is kept for the base, so that runs of one group with the same layout are checked once.
 
     Args:
-        known: what an earlier attempt of this run returned.
+        known: what an earlier attempt of this run returned; used again if the packages' versions are the same.
 
     Returns:
-        What was shown and with which versions, for the manifest; None where there is no room for a second base.
+        The result and the packages' versions, for the manifest; None if there is no memory for a second base.
 
     Raises:
-        ExportCheckFailed: PEFT cannot read it, or makes something else of it.
-        UnsupportedModel: the base does not run with adapted layers, what it makes of the rows is not finite, or
-            adapters change nothing of it.
+        ExportCheckFailed: PEFT cannot read the adapter, or computes something else with it.
+        UnsupportedModel: the base does not run with adapted layers, its logits are not finite, or adapters do not
+            change them.
     """
     if known and known["versions"] == _versions():
         return known
@@ -68,7 +70,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _layout(run: Run) -> str:
-    """All that shapes an adapter's files and the way in which a loader reads them."""
+    """A key of everything that changes an adapter's files or how a loader reads them."""
     lora = run.lora
     return make_key(
         targets=list(run.targets),
@@ -78,7 +80,7 @@ def _layout(run: Run) -> str:
 
 
 def _check_on_rank0(run: Run) -> dict[str, Any] | None:
-    """What the leading process finds; where it finds a fault, all of them end."""
+    """Check on rank 0, or on all processes if they share the base; if it fails in one, all raise an error."""
     world, error, facts = run.base.world, None, None
     try:
         if world.is_rank0 or run.base.sharded:
@@ -86,7 +88,7 @@ def _check_on_rank0(run: Run) -> dict[str, Any] | None:
     except LorainitError as fault:
         error = fault
     if world.any_rank(error is not None, run.base.device):
-        raise error or ExportCheckFailed("The leading process found that stock PEFT does not read the adapter.")
+        raise error or ExportCheckFailed("Rank 0 of this run found that stock PEFT does not read the adapter.")
     return facts
 
 
@@ -100,13 +102,13 @@ def _try_export(run: Run) -> dict[str, Any] | None:
         layers.clear()
         result = _compare(run, folder, effect)
     if result is None:
-        text = "There is no room for a second copy of the base, so stock PEFT reads the adapter at the end only"
+        text = "There is no memory for a second copy of the base, so stock PEFT reads the adapter only at the end"
         run.emit(Message(level="warn", message=text, data={"kind": "export", "proof": None}))
         return None
     if not result["passed"]:
         raise ExportCheckFailed(
-            f"Stock PEFT {result['loaders'][0]['version']} does not make of this base and these target modules what is"
-            f" trained here, so nothing was trained: {result['message']}."
+            f"Stock PEFT {result['loaders'][0]['version']} would not compute what is trained here with this base and"
+            f" these target modules, so nothing was trained: {result['message']}."
         )
     facts = {name: result[name] for name in _FACTS} | {"versions": _versions()}
     text = (
@@ -131,9 +133,10 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
 
 @torch.no_grad()
 def make_trial_adapter(targets: dict[str, nn.Module], lora: Lora, *, device: torch.device) -> dict[str, LoRALinear]:
-    """Layers of the shapes that will be trained, away from their start, with factors of their own.
+    """Layers of the shapes that will be trained, with random factors that have already moved from their start.
 
-    Where a method spreads ranks over layers, every other layer gets a rank less.
+    They have moved so that the difference form is checked with a difference that is not zero. If the method spreads
+    ranks over layers, every other layer gets one rank less, so that unequal ranks are checked too.
     """
     layers = {}
     for number, (name, module) in enumerate(targets.items()):
@@ -141,7 +144,7 @@ def make_trial_adapter(targets: dict[str, nn.Module], lora: Lora, *, device: tor
         out, n = shape_of(module)
         generator = make_generator(0, f"trial of {name}")
         A, B = torch.randn(rank, n, generator=generator), torch.randn(out, rank, generator=generator)
-        # A·x is then as large as x is, and s·B·A·x is SIZE of that.
+        # Scaled so that A·x is about as large as x, and s·B·A·x about SIZE times as large.
         start = Factors(A=(A / n**0.5).to(device), B=(B * SIZE / (lora.scaling * rank**0.5)).to(device))
         layer = LoRALinear(
             module, start, scale=lora.scaling, subtract=lora.method.offset == "subtract", dora=lora.use_dora
@@ -169,21 +172,22 @@ def _effect(run: Run, layers: dict[str, LoRALinear]) -> Effect:
         ) from error
     if not all(logits.isfinite().all() for logits in effect.logits):
         raise UnsupportedModel(
-            "What the base model makes of the first training rows is not finite: weights that overflow on them are the"
-            " usual cause.",
+            "The base model's logits for the first training rows are not finite. The usual cause is a weight that makes"
+            " them overflow.",
             param="model",
         )
     if effect.absent:
         raise UnsupportedModel(
-            "Nothing that adapters do to these layers reaches what the base model says: with drawn ones, its logits for"
-            " the first training rows stay the same. Weights whose size drowns everything else are the usual cause.",
+            "Adapters on these layers do not change the base model's logits: with random adapters, the logits for the"
+            " first training rows stay the same. The usual cause is a weight so large that everything else is lost in"
+            " rounding.",
             param="model",
         )
     return effect
 
 
 def _find_culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
-    """The first layer with which alone the model does not run, or the first of all."""
+    """The first layer that the model does not run with when it alone is adapted; the first layer if there is none."""
     text = [torch.zeros(2, dtype=torch.long)]
     kinds = {short_name(name, layers[name].base): name for name in reversed(layers)}
     for name in reversed(kinds.values()):
@@ -202,14 +206,14 @@ def _find_culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
 
 
 def _compare(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
-    """What the check says on a copy of the base, or None where there is no room for one."""
+    """The result of the check on a copy of the base, or None if there is no memory for one."""
     for place in run.base.devices_for_copy(tokens=TOKENS, factors=run.plan.trainable_parameters):
         try:
             return _compare_on(place, run, folder, effect)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            release_frames(error)  # it was measured, but others may use the device too
+            release_frames(error)  # enough was free when it was measured, but other processes use the device too
     return None
 
 

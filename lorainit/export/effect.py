@@ -1,7 +1,7 @@
 """Measures what an adapter does to each layer and to the model's logits, to compare it with a reloaded adapter.
 
-Each layer is given the same fixed rows whatever the run learned from, and computes in float64: what a layer adds is
-then known to ten digits, however little it was trained. Knows nothing of files.
+Each layer gets fixed inputs and computes in float64, so that what the adapter adds is known to ten digits even if it
+was trained very little.
 """
 
 import math
@@ -18,15 +18,16 @@ from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.layer import LoRALinear, attach_temporarily
 from lorainit.runtime.devices import make_generator
 
-NOTHING = 1e-12  # of the largest logit: what float64 leaves where terms cancel
-ROWS = 2  # given to each layer; one would do, two cannot both be unlucky
+NOTHING = 1e-12  # relative to the largest logit: rounding errors of float64 where terms cancel
+ROWS = 2  # inputs for each layer; one is enough in theory, but could by chance hide a difference
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one layer makes of its fixed rows: `base` without the adapter, `added` by it (rows×out, on the CPU).
+    """One layer's outputs for its fixed inputs, rows×out, float32 on the CPU.
 
-    `transposed`: the base stores this expert's matrix in×out.
+    `base`: without the adapter; `added`: what the adapter adds. `transposed`: the base stores this expert's matrix
+    as in×out.
     """
 
     base: Tensor
@@ -39,11 +40,11 @@ class Effect:
     """What an adapter does to a model.
 
     Attributes:
-        changes: of each layer, by the base's module names.
-        logits: of the adapted model on each text, tokens×vocabulary, float64 on the CPU.
-        moved: how far each token's logits lie from the base's at most, one tensor for each text.
-        dtype: what `logits` were computed in; widened: it is not the run's own format, which rounds elsewhere.
-        noise: how far the run's own rounding puts this effect off, relative to it; None where nothing was rounded.
+        changes: one `Change` for each layer, by the base's module names.
+        logits: the adapted model's logits for each text, tokens×vocabulary, float64 on the CPU.
+        moved: the largest difference between each token's logits and the base's, one tensor for each text.
+        dtype: the format in which `logits` were computed; widened: it is a wider format than the run's own.
+        noise: the error that the run's own format makes in this effect, relative to it; None if it makes none.
     """
 
     changes: dict[str, Change]
@@ -64,10 +65,11 @@ class Effect:
 def observe(
     model: nn.Module, layers: dict[str, LoRALinear], texts: list[Tensor], *, divided: bool, on_event: OnEvent
 ) -> Effect:
-    """What `layers` do to `model`, which carries none of them.
+    """Measure what `layers` do to `model`, which must not carry any of them.
 
     Args:
-        divided: the base is divided between devices: its layers are seen in float64, its logits in the run's format.
+        divided: the base is sharded. Its layers are measured in float64, but its logits in the run's own format,
+            because sharded parameters are not converted.
     """
     changes = observe_layers(layers, on_event=on_event)
     own = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -81,7 +83,7 @@ def observe(
 
 @torch.no_grad()
 def observe_layers(layers: Mapping[str, LoRALinear], *, on_event: OnEvent) -> dict[str, Change]:
-    """What each of our layers does; those of rank 0 do nothing and are left out."""
+    """What each of our layers does. Layers of rank 0 are left out, because they do nothing and are not exported."""
     found = {}
     for done, (name, layer) in enumerate(layers.items(), start=1):
         if len(layer.A):
@@ -102,12 +104,13 @@ def _change(name: str, layer: LoRALinear, width: int) -> Change:
 
 
 def observe_peft(model: nn.Module, ours: Mapping[str, Change]) -> Iterator[tuple[str, Change]]:
-    """What each of PEFT's layers does to the rows that ours was given, by the base's module names."""
+    """What each of PEFT's layers does to the same inputs, by the base's module names."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
     for name, layer in model.named_modules():
-        # Of two dimensions it is a linear layer's weight (`peft_support.rewritten`): the layer can be asked.
+        # A parameter of two dimensions is a linear layer's weight (`peft_support.rewritten`), so the layer can be
+        # called.
         if isinstance(layer, ParamWrapper) and layer.get_param().ndim > 2:
             yield from _experts(f"{name.replace('.base_layer', '')}.{layer.parameter_name}", layer, ours)
         elif isinstance(layer, LoraLayer):
@@ -124,7 +127,10 @@ def _of_peft(name: str, layer: Any) -> Change:
 
 @torch.no_grad()
 def _experts(name: str, layer: Any, ours: Mapping[str, Change]) -> list[tuple[str, Change]]:
-    """Of every expert of a parameter that PEFT adapts; those that we leave alone count if PEFT does not."""
+    """What PEFT does to each expert of an adapted parameter.
+
+    Experts that we did not adapt are left out, unless PEFT changes them, so that such a change is found.
+    """
     found = []
     with widen_weights(layer, torch.float64):
         stored, (left, right, scale) = _whole(layer.get_param()), layer.get_delta_factors("default")
@@ -145,13 +151,14 @@ def _experts(name: str, layer: Any, ours: Mapping[str, Change]) -> list[tuple[st
 
 
 def _whole(parameter: Any) -> Tensor:
-    """In float64; of a parameter that devices share all parts, for which all of them ask."""
+    """The whole parameter in float64. If it is sharded, all processes must call this together."""
     found: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return found.to(torch.float64)
 
 
 def _as_change(base: Tensor, adapted: Tensor, *, transposed: bool = False) -> Change:
-    # Subtracted before it is rounded: what was added may be far below float32's last digit of the sum.
+    # Subtracted in float64 and rounded afterwards, because what was added may be smaller than float32's last digit of
+    # the sum.
     return Change(base.float().cpu(), (adapted - base).float().cpu(), transposed)
 
 
@@ -165,7 +172,7 @@ def fixed_rows(name: str, width: int) -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: Any, texts: Sequence[Tensor], *, dtype: torch.dtype | None, on_event: OnEvent) -> list[Tensor]:
-    """The model's logits on each text, one at a time, computed in `dtype` (None = as it is); float64 on the CPU."""
+    """The model's logits for each text in a pass of its own, computed in `dtype` (None = as it is); float64, CPU."""
     if dtype is not None:
         with compute_in(model, dtype):
             return logits_of(model, texts, dtype=None, on_event=on_event)
@@ -197,7 +204,7 @@ def _moved(bare: Sequence[Tensor], adapted: Sequence[Tensor]) -> list[Tensor]:
 def _distance(
     bare: Sequence[Tensor], adapted: Sequence[Tensor], exactly_bare: Sequence[Tensor], exactly: Sequence[Tensor]
 ) -> float | None:
-    """How far one effect on logits lies from another, relative to the other; None if there is none."""
+    """The distance between an effect on logits and the exact one, relative to the exact one; None if that is zero."""
     effect = [a - b for a, b in zip(exactly, exactly_bare, strict=True)]
     off = [(a - b) - e for a, b, e in zip(adapted, bare, effect, strict=True)]
     size = norm_of(effect)

@@ -1,9 +1,9 @@
-"""Adapters of experts as PEFT keeps them: one pair for all experts of a 3-D parameter (`target_parameters`).
+"""Adapters of experts in PEFT's format: one pair for all experts of a 3-D parameter (`target_parameters`).
 
-PEFT's `ParamWrapper` (peft/tuners/lora/layer.py) holds the A of all experts below each other, expert by expert, and
-the B side by side, rank by rank: column k·E + e is column k of expert e. A parameter has one rank, so smaller ones
-are filled up with zeros, which changes nothing. The wrappers of several parameters of one module lie in each other,
-the first registered innermost, and a tensor's name says how deep.
+PEFT's `ParamWrapper` (peft/tuners/lora/layer.py) stacks the A of all experts vertically, expert by expert, and the B
+side by side, rank by rank: column k·E + e is column k of expert e. A parameter has one rank in PEFT, so pairs of a
+smaller rank are padded with zeros, which does not change their product. If a module has several adapted parameters,
+their wrappers are nested with the first registered one innermost, and a tensor's name shows the depth.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ Pair = tuple[Tensor, Tensor]
 class Packed:
     """The pair of one 3-D parameter: A (r·E×in) and B (out×r·E), E experts.
 
-    `prefix`: what its tensors' names begin with, below the base model. `scale`: what B·A is multiplied with.
+    `prefix`: the beginning of its tensors' names below the base model. `scale`: the factor of B·A.
     """
 
     A: Tensor
@@ -34,7 +34,7 @@ class Packed:
 
 
 def are_experts(layer: LoRALinear) -> bool:
-    """Whether the layer stands on one expert's matrix."""
+    """Whether the layer adapts the matrix of one expert."""
     return isinstance(layer.base, ExpertLinear)
 
 
@@ -42,8 +42,8 @@ def pack(layers: Mapping[str, LoRALinear], factors: Mapping[str, Pair]) -> dict[
     """The pairs of all 3-D parameters that `layers` adapt, by the parameter's name in the base.
 
     Args:
-        layers: those of experts (`are_experts`) by name; experts of a parameter that are missing get zeros.
-        factors: A (r×in) and B (out×r) of each, as they are to be written.
+        layers: layers of experts (`are_experts`) by name; experts of a parameter without a layer get zeros.
+        factors: A (r×in) and B (out×r) of each, as they should be written.
     """
     groups: dict[str, dict[int, Pair]] = {}
     known: dict[str, tuple[ExpertStack, float]] = {}
@@ -59,7 +59,7 @@ def pack(layers: Mapping[str, LoRALinear], factors: Mapping[str, Pair]) -> dict[
 
 
 def _depth(parameter: str, known: Mapping[str, tuple[ExpertStack, float]]) -> int:
-    """How many wrappers lie around this one: as many as adapted parameters of the module come after it."""
+    """How many wrappers enclose this one: one for each adapted parameter of the module that is registered later."""
     module = parameter.rpartition(".")[0]
     place = known[parameter][0].place
     return sum(name.rpartition(".")[0] == module and stack.place > place for name, (stack, _) in known.items())
@@ -74,7 +74,7 @@ def _packed(parameter: str, stack: ExpertStack, scale: float, *, pairs: Mapping[
     B = torch.zeros(len(stack), base.out_features, rank)
     for number, (a, b) in pairs.items():
         A[number, : len(a)], B[number, :, : len(a)] = a, b
-    if stack.flipped:  # to PEFT the matrix is its transpose: (B·A)ᵀ = Aᵀ·Bᵀ
+    if stack.flipped:  # PEFT takes the matrix for its transpose, so the pair is transposed: (B·A)ᵀ = Aᵀ·Bᵀ
         A, B = B.mT, A.mT
     prefix = parameter.rpartition(".")[0] + ".base_layer" * depth
     return Packed(

@@ -1,9 +1,9 @@
-"""Measures how much of what was learned is left in each way in which an adapter can be served.
+"""Measures how much of the learned change is left when an adapter is served in different ways.
 
-bf16 keeps eight significant bits. Where an update is smaller than half a step of the number it is added
-to, rounding the sum takes it away: at each layer's output when the adapter stays unmerged, in each weight
-when it is merged. The losses of held-out rows say how much that costs (docs/precision.md). Knows the base
-model's files, the exported adapter and stock PEFT, and not how the adapter was trained.
+bf16 has eight significant bits. An update that is smaller than half a step of the number it is added to disappears
+when the sum is rounded. This happens at each layer's output if the adapter is served unmerged, and in each weight if
+it is merged. The losses of held-out rows show how much it costs (docs/precision.md). Uses the base model's files, the
+exported adapter and stock PEFT only, so that it measures what a user would get.
 """
 
 import time
@@ -29,7 +29,7 @@ Way = Literal["unmerged", "merged"]
 # SmolLM2-135M on one CPU core: six passes over 1024 tokens take about 14 s (3.4 s in fp32, 1.1 s in bf16).
 MAX_ROWS, MAX_TOKENS = 32, 1024
 TOLERATED = 0.1  # share of the gain that may be lost without a warning
-MAX_ERROR = 0.25  # standard error of a kept share; above it the share is not told
+MAX_ERROR = 0.25  # standard error of a kept share; above it the share is not reported, because it would mislead
 
 _WAYS: tuple[Way, ...] = ("unmerged", "merged")
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -45,7 +45,7 @@ _PHRASES: dict[Way, str] = {
     "merged": "when merged in fp32 and cast to bf16",
 }
 _SERVE_FP32 = "Serve it in fp32, merged or not."
-_ADVICE: dict[Way, str] = {  # by the one way that loses
+_ADVICE: dict[Way, str] = {  # by the way of serving that loses, if only one of them does
     "unmerged": "Merge it into the base model in fp32 before casting, or serve it in fp32.",
     "merged": "Serve it unmerged, or in fp32.",
 }
@@ -53,14 +53,15 @@ _ADVICE: dict[Way, str] = {  # by the one way that loses
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to measure on: the validation file's first ones, or training rows where there is none."""
+    """Rows to measure on: the first rows of the validation file, or of the training file if there is none."""
 
     source: Literal["validation", "training"]
     samples: list[Sample]
 
 
 def held_out(training: Dataset, validation: Dataset | None) -> HeldOut:
-    """At most `MAX_ROWS` rows and `MAX_TOKENS` tokens; a row that does not fit keeps its end, where answers are."""
+    """Choose at most `MAX_ROWS` rows and `MAX_TOKENS` tokens. A row that is too long keeps its end, because the answer
+    is there."""
     chosen: list[Sample] = []
     left = MAX_TOKENS
     for sample in (validation or training).samples:
@@ -75,7 +76,7 @@ def held_out(training: Dataset, validation: Dataset | None) -> HeldOut:
 
 @torch.no_grad()
 def token_losses(model: nn.Module, rows: HeldOut, *, on_event: OnEvent) -> Tensor:
-    """The loss of every trained token in nats, float64 on the CPU; each row in a pass of its own, without padding."""
+    """The loss of every trained token in nats, float64 on the CPU. Each row has a pass of its own, without padding."""
     device = next(model.parameters()).device
     losses = []
     for done, sample in enumerate(rows.samples, start=1):
@@ -92,7 +93,8 @@ def token_losses(model: nn.Module, rows: HeldOut, *, on_event: OnEvent) -> Tenso
 def _wanted(
     *, dtype: torch.dtype, device: torch.device, quantization: Quantization | None
 ) -> dict[torch.dtype, list[Way]]:
-    """Which ways of serving are measured in which number format; the run's own format comes first."""
+    """Which ways of serving are measured in which number format. The run's own format comes first, because its base
+    losses are the reference."""
     merged: list[Way] = [] if quantization else ["merged"]
     wanted = {dtype: merged}
     if has_bf16(device):
@@ -101,7 +103,7 @@ def _wanted(
 
 
 def _serve(model: Any, base_folder: Path, rows: HeldOut, *, ways: list[Way], on_event: OnEvent) -> dict[str, Tensor]:
-    """Losses of a model under stock PEFT, by way of serving, and of its base; the model is freed."""
+    """The losses of a model with stock PEFT for each way of serving, and of its base. The model is freed afterwards."""
     with model.disable_adapter():
         losses = {"base": token_losses(model, rows, on_event=on_event)}
     if "unmerged" in ways:
@@ -116,9 +118,9 @@ def _serve(model: Any, base_folder: Path, rows: HeldOut, *, ways: list[Way], on_
 
 @torch.no_grad()
 def _merge(model: nn.Module, base_folder: Path, *, on_event: OnEvent) -> None:
-    """Put W + s·B·A into the layers below the adapter: formed in float32 from the files, rounded once.
+    """Put W + s·B·A into the layers below the adapter: computed in float32 from the files, then rounded once.
 
-    Layer by layer, so that a base which fits the device in bf16 never lies there in float32.
+    Layer by layer, because a base that fits the device in bf16 may not fit there in float32.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
@@ -136,13 +138,13 @@ def _merge(model: nn.Module, base_folder: Path, *, on_event: OnEvent) -> None:
         W = weight_of(originals[name.removeprefix("base_model.model.")]).to(base.weight.device, torch.float32)
         merged = _merged(layer, W)
         merged = merged.T if was_conv1d(base) else merged
-        # A new tensor: the old one may be mapped from the files, or tied to another layer.
+        # A new tensor, because the old one may be mapped from the files or shared with another layer.
         base.weight = nn.Parameter(merged.to(base.weight.dtype), requires_grad=False)
         on_event(Tick(done=done, total=len(layers)))
 
 
 def _merge_experts(layer: Any, stored: Tensor) -> None:
-    """The same for all experts of one 3-D parameter, one after the other; PEFT says which way round its pairs lie."""
+    """The same for all experts of one 3-D parameter, one after the other. PEFT knows if its pairs are transposed."""
     old, s = layer.get_param(), layer.scaling["default"]
     A, B = (part["default"].weight.float() for part in (layer.lora_A, layer.lora_B))
     merged = torch.empty_like(old)
@@ -179,19 +181,19 @@ def measure(
     quantization: Quantization | None = None,
     served: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Measure, say so in one `Message` (a warning where a way of serving loses much) and return the facts.
+    """Measure, emit one `Message` (a warning if a way of serving loses much) and return the facts.
 
-    The trained model should be gone by now: this holds one copy of the base, and one layer more, at a time.
+    The trained model should have been freed before, because this needs memory for one copy of the base and one layer.
 
     Args:
         folder: the adapter as `adapter.export` wrote it.
         trained: `token_losses` of the trained model on the same rows.
-        dtype: the run's, of base and activations.
-        served: the adapter on a base in this format by stock PEFT, if it has been loaded; it is freed.
+        dtype: the run's format of base and activations.
+        served: the adapter on a base in this format, if stock PEFT has loaded it already; it is freed.
 
     Returns:
         `job.export_check["fidelity"]`. Losses are nats per trained token; `kept_*` is the share of the gain
-        that a way of serving shows, `*_error` its standard error. What is None has its reason in `missing`.
+        that is left with a way of serving, `*_error` its standard error. For each None there is a reason in `missing`.
     """
     started = time.monotonic()
     found: dict[str, Tensor] = {"trained": trained} if rows.samples else {}
@@ -220,7 +222,7 @@ def measure(
 
 
 def unmeasured(rows: HeldOut, *, dtype: torch.dtype, reason: str, on_event: OnEvent) -> dict[str, Any]:
-    """What `measure` returns where nothing can be measured, and says so."""
+    """Return the facts of a run for which nothing can be measured, and emit a message that says so."""
     losses = [f"{name}_loss" for name in _LOSSES]
     kept = [f"kept_{way}_bf16" for way in _WAYS]
     facts: dict[str, Any] = dict.fromkeys([*losses, *kept, *(f"{name}_error" for name in kept)])
@@ -255,10 +257,11 @@ def _reason(name: str, *, rows: bool, quantized: bool) -> str:
 
 
 def _kept(found: dict[str, Tensor], way: str) -> tuple[float, float] | str:
-    """The share of the gain that is there in bf16 and its standard error, or why it says nothing.
+    """The share of the gain that is left in bf16 and its standard error, or the reason why it is not reported.
 
-    Each gain is taken from the base in the same format. The error is that of the mean difference of the two
-    gains, token by token: it counts rounding, which moves every token a little, and the choice of the rows.
+    Each gain is relative to the base in the same format, so that the base's own rounding does not count. The error is
+    the standard error of the mean difference between the two gains of each token. It covers rounding, which changes
+    every token a little, and the choice of the rows.
     """
     learned, shown = found["base"] - found["trained"], found["base_bf16"] - found[way]
     gain = float(learned.mean())
@@ -266,7 +269,7 @@ def _kept(found: dict[str, Tensor], way: str) -> tuple[float, float] | str:
         return _NO_GAIN
     error = float((shown - learned).std()) / len(learned) ** 0.5 / gain if len(learned) > 1 else float("inf")
     if error > MAX_ERROR:
-        return f"a gain of {gain:.2g} nats cannot be told from rounding and chance on {len(learned)} tokens"
+        return f"a gain of {gain:.2g} nats is too small to tell from rounding and chance on {len(learned)} tokens"
     return float(shown.mean()) / gain, error
 
 
@@ -275,7 +278,7 @@ def _kept(found: dict[str, Tensor], way: str) -> tuple[float, float] | str:
 
 def _tell(facts: dict[str, Any], on_event: OnEvent) -> None:
     shares = {way: facts[f"kept_{way}_bf16"] for way in _WAYS if facts[f"kept_{way}_bf16"] is not None}
-    # Two standard errors: the warning comes when it is sure.
+    # Only if it loses too much even with two standard errors added, so that there is no warning by chance.
     lossy = [way for way, share in shares.items() if share + 2 * facts[f"kept_{way}_bf16_error"] < 1 - TOLERATED]
     if lossy:
         text = f"{_shown({way: shares[way] for way in lossy})}: its updates are smaller than bf16 can hold. "

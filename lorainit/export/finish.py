@@ -23,9 +23,10 @@ Steps = Generator[None, bool, Done]
 
 
 class RunFinisher:
-    """What comes after a run's last step, in two halves: `observe`, which needs the trained model, and `conclude`.
+    """The work after a run's last step, in two parts: `observe`, which needs the trained model, and `conclude`.
 
-    Neither raises what goes wrong: that is the run's end. A `Stopped` is raised.
+    An error in them is not raised but becomes this run's end, so that the other runs of the group go on. Only `Stopped`
+    and failures of the whole process are raised.
     """
 
     def __init__(self, run: Run, end: Progress | LorainitError) -> None:
@@ -38,23 +39,24 @@ class RunFinisher:
             self._steps = _export(run, end) if run.is_rank0 else _follow_rank0(run, end)
 
     def observe(self) -> None:
-        """Write the adapter and note what it does to the model, once; nothing of the run holds on to the base then."""
+        """Write the adapter and measure what it does to the model, once. Afterwards the run holds no reference to the
+        base, so that its memory can be freed."""
         if self._steps is not None and not self._observed:
             self._observed = True
             self._advance(lambda steps: next(steps))
 
     def conclude(self, *, beside: bool) -> End | None:
-        """Verify on a fresh base; None: it is put off, because there is no room for it.
+        """Verify on a fresh base and return how the run ended; None if there is no memory for it now, so call it again.
 
         Args:
-            beside: others train on the first base, which stays where it is.
+            beside: other runs still train on the first base, so it stays in memory.
         """
         if self._steps is not None:
             self._advance(lambda steps: steps.send(beside))
         return self._end
 
     def close(self) -> None:
-        """Give up, and remove what was written of the adapter."""
+        """Give up, and delete the files of the adapter that were written."""
         if self._steps is not None:
             self._steps.close()
 
@@ -72,7 +74,7 @@ class RunFinisher:
 
 
 def _export(run: Run, progress: Progress) -> Steps:
-    """Export and check what has been trained; each yield asks whether the fresh base is to lie beside the first one."""
+    """Export and check the trained adapter. Each `yield` asks whether the first base stays in memory (`beside`)."""
     out, emit = run.out, run.emit
     outputs.write_metrics(out)
     emit(Stage(stage="exporting", message="Writing the adapter in PEFT's format"))
@@ -98,14 +100,15 @@ def _export(run: Run, progress: Progress) -> Steps:
 
 
 def _verify(run: Run, folder: Path, seen: outputs.Observed, *, beside: bool) -> dict[str, Any] | None:
-    """What the check found; None where there is no room for it beside the base that others train on."""
+    """The result of the check; None if there is no memory for it beside the base that other runs train on."""
     if beside and not run.base.has_room_beside(tokens=seen.longest, factors=run.plan.trainable_parameters):
         _emit_put_off(run)
         return None
     try:
         return outputs.verify(run, folder, seen, beside=beside)
     except Exception as error:
-        if not (beside and is_out_of_memory(error)):  # it was measured, but others may use the device too
+        # Enough was free when it was measured, but other processes use the device too.
+        if not (beside and is_out_of_memory(error)):
             raise
         run_errors.release_frames(error)
     _emit_put_off(run)
@@ -114,20 +117,21 @@ def _verify(run: Run, folder: Path, seen: outputs.Observed, *, beside: bool) -> 
 
 def _emit_put_off(run: Run) -> None:
     text = (
-        "The training is finished and in a checkpoint. The adapter is verified when those that it is trained together"
-        " with are done: there is no room for a second copy of the base beside theirs"
+        "The training is finished and saved in a checkpoint. The adapter will be verified when the other runs of its"
+        " group are finished, because there is no memory for a second copy of the base until then"
     )
     run.emit(Message(message=text, data={"kind": "export", "put_off": True}))
 
 
 def _rates(training: Hyperparameters) -> dict[str, float]:
-    """The peak rate of a resolved recipe, and the one that a multiplier of 1 stands for."""
+    """The peak rate of the resolved hyperparameters, and the rate that a multiplier of 1 stands for."""
     assert training.learning_rate is not None and training.learning_rate_multiplier != "auto"
     return {"rate": training.learning_rate, "usual": training.learning_rate / training.learning_rate_multiplier}
 
 
 def _follow_rank0(run: Run, progress: Progress) -> Steps:
-    """The end of a process that is not rank 0, which writes the adapter and needs this process to check it."""
+    """The end of a process other than rank 0. Rank 0 writes the adapter; if the base is sharded, it needs the other
+    processes for the check."""
     folder = run.out / "adapter"
     seen = outputs.observe_adapter(run) if run.base.sharded else None
     beside = yield

@@ -1,8 +1,8 @@
-"""Computes a model in float64 from the weights as they are, to see what an adapter does without the run's rounding.
+"""Runs a model in float64 with its own weights, to measure what an adapter does without the run's rounding.
 
-Weights become float64 for as long as their decoder layer runs, so no second copy of the base lies in memory.
-bf16 and float32 numbers are float64 numbers too, so nothing is rounded on the way. Few architectures cannot
-compute in float64, because their code names float32: they do the same in float32. Knows nothing of files.
+Weights are converted to float64 only while their decoder layer runs, so that no second copy of the base is in memory.
+The conversion is exact, because every bf16 and float32 number is also a float64 number. A few architectures cannot
+compute in float64, because their code names float32; they are run in float32.
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,16 @@ from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.quantize import is_quantized
 from lorainit.model.layers.weight import weight_of
 
-TRIED = 8  # tokens
+TRIED = 8  # tokens of the trial, which shows only whether the model runs
 
 
 @torch.no_grad()
 def find_widest_dtype(model: nn.Module, text: Tensor) -> torch.dtype | None:
-    """float64 where this architecture and this device can compute in it, else float32, else None: `text` is tried."""
+    """float64 if the model runs in it on this device, else float32, else None; found out with the first tokens of
+    `text`."""
     ids = text[None, :TRIED].to(next(model.parameters()).device)
     for dtype in (torch.float64, torch.float32):
-        with suppress(RuntimeError), compute_in(model, dtype):  # mixed formats, or memory
+        with suppress(RuntimeError), compute_in(model, dtype):  # the code mixes formats, or memory is too small
             model(input_ids=ids)
             return dtype
     return None
@@ -35,10 +36,10 @@ def find_widest_dtype(model: nn.Module, text: Tensor) -> torch.dtype | None:
 
 @contextmanager
 def compute_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """`model` computes in `dtype`, uncompiled and with the attention and experts that transformers gives it.
+    """Let `model` compute in `dtype`, uncompiled and with transformers' own attention and experts.
 
-    Embeddings are looked up as they are and widened afterwards: they are the largest weights, and nothing is
-    computed with them. The model is as it was when the context ends, bit for bit.
+    Embeddings are looked up in their own format and the result is converted, because they are the largest weights and
+    a lookup does not round. When the context ends, the model is the same as before, bit for bit.
     """
     with ExitStack() as stack:
         stack.enter_context(_stock_kernels(model))
@@ -50,7 +51,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for module in model.modules():
             if id(module) in inside:
                 continue
-            if isinstance(module, LoRALinear):  # it reads its base's weight and does not call it
+            if isinstance(module, LoRALinear):  # with all its parts, because it reads its base's weight without a call
                 inside |= {id(part) for part in module.modules()}
                 stack.enter_context(_widened_while_it_runs(module, dtype, recurse=True))
             elif isinstance(module, nn.Embedding):
@@ -62,9 +63,10 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def widen_weights(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True) -> Iterator[None]:
-    """The module's floating-point weights in `dtype`, for as long as the context lasts.
+    """Convert the module's floating-point weights to `dtype` while the context lasts.
 
-    Layers in four bits, and those that devices share, are replaced by plain ones with the weight that they stand for.
+    Layers in four bits and sharded layers are replaced by plain linear layers with the same weight, because their own
+    tensors cannot be converted.
     """
     before: list[tuple[dict[str, Any], str, Any]] = []
     try:
@@ -75,7 +77,8 @@ def widen_weights(module: nn.Module, dtype: torch.dtype, *, recurse: bool = True
                     if tensor is not None and tensor.is_floating_point() and not _is_divided(tensor):
                         before.append((table, name, tensor))
             for name, child in owner._modules.items() if recurse else ():
-                # An adapted layer shows its base's weight as its own: only what has no parts is replaced.
+                # Only modules without children are replaced, because an adapted layer also shows its base's weight as
+                # its own.
                 if child is None or next(child.children(), None) is not None:
                     continue
                 if is_quantized(child) or _is_divided(getattr(child, "weight", None)):
@@ -94,7 +97,7 @@ def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def make_plain_linear(module: Any, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer with a module's weight and bias in `dtype`, whatever form that module holds them in."""
+    """A plain linear layer with a module's weight and bias in `dtype`, in whatever form the module stores them."""
     W = weight_of(module).detach().to(dtype)
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(W, requires_grad=False)
@@ -114,7 +117,8 @@ def _widened_while_it_runs(module: nn.Module, dtype: torch.dtype, *, recurse: bo
 
     def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         running.enter_context(widen_weights(module, dtype, recurse=recurse))
-        # Mamba asks the head for its format before it calls it.
+        # For single modules the inputs are converted too: Mamba converts the head's input to the format that the head
+        # had before this hook.
         return inputs if recurse else tuple(_widen(x, dtype) for x in inputs)
 
     def leave(*_: Any) -> None:
@@ -139,9 +143,9 @@ def _widen(x: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _stock_kernels(model: Any) -> Iterator[None]:
-    """transformers' own attention and experts: fast ones know the run's formats only.
+    """Use transformers' own attention and experts, because the fast kernels support only the formats of a run.
 
-    That our attention is theirs is shown when it is installed.
+    That our attention gives the same results was checked when it was installed (`lorainit.model.layout`).
     """
     with ExitStack() as stack:
         if model.config._attn_implementation == attention.NAME:

@@ -1,4 +1,4 @@
-"""The README.md of a download, as a model hub understands it."""
+"""The README.md (model card) of a download, with the header that a model hub reads."""
 
 import json
 from pathlib import Path
@@ -21,18 +21,18 @@ def write(
     experts: bool = False,
     gguf: str | None = None,
 ) -> None:
-    """A README.md a model hub understands.
+    """Write the README.md of an adapter into `folder`.
 
     Args:
-        loading: the arguments of `BitsAndBytesConfig` that make the base it was trained on; None = full precision.
-        unpackable: bitsandbytes cannot repack that base for a CPU.
-        experts: the adapter is on experts of a mixture too.
-        gguf: the name of the GGUF file that the base was made from.
+        loading: the arguments of `BitsAndBytesConfig` with which to load the base; None = full precision.
+        unpackable: bitsandbytes cannot repack that base for a CPU, so the card says how to avoid it.
+        experts: the adapter also adapts experts of a mixture.
+        gguf: the name of the GGUF file that the base was converted from.
     """
     base, options = _nf4_card(loading) if loading else ("", "")
     unpacked = _UNPACKED_CARD if unpackable else ""
     on_hub = not root.startswith(LOCAL)
-    # A card of the hub names no base that the hub does not have.
+    # `base_model` is left out if the base is on no hub, because a hub would look for a model of that name.
     header, place = (f"base_model: {root}\n", root) if on_hub else ("", "path/to/the/base")
     if gguf and not on_hub:
         place, options = "path/to/the/folder/of/the/file", f', gguf_file="{gguf}"{options}'
@@ -103,7 +103,10 @@ for module in base.modules():
 
 
 def _nf4_card(loading: dict[str, Any]) -> tuple[str, str]:
-    """Which base it was trained on, and how to load that one: the adapter fits the full-precision base too."""
+    """A sentence on the quantized base, and the options that load it.
+
+    Without them the adapter loads on the full-precision base too, but that is not the base it was trained on.
+    """
     base = " and was trained on that model\nloaded in NF4 (bitsandbytes, blocks of 64, no double quantization)"
     if "llm_int8_skip_modules" in loading:
         base += ", but for the layers named in\n`llm_int8_skip_modules`: without that list it is another base"
@@ -112,5 +115,5 @@ def _nf4_card(loading: dict[str, Any]) -> tuple[str, str]:
 
 
 def _literal(value: Any) -> str:
-    """As Python, with the quotes that JSON has."""
+    """The value as Python code, with the double quotes of JSON."""
     return str(value) if isinstance(value, bool) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Warnings about the result of a run that succeeded: an adapter that is worse than its base, or changes nothing."""
+"""Warnings about the result of a run that succeeded: the adapter is worse than its base, or changes nothing."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from lorainit.config.events import Warned
 
-# What PiSSA and LoRAM needed where the base rate of 1e-3 made a model worse (docs/log.md).
+# PiSSA and LoRAM needed a fifth of the rate of 1e-3 that had made a model worse (docs/log.md).
 RATE_DIVISOR = 5
 
 
@@ -15,8 +15,8 @@ def find_warnings(log: Path, *, rate: float, usual: float, base: float | None = 
 
     Args:
         rate: the run's peak learning rate.
-        usual: the rate that this base and method have when nobody names one.
-        base: the untouched base's loss on the same rows; None where the start is the base.
+        usual: the default rate of this base and method.
+        base: the untouched base's loss on the same rows; None if the run started from the base itself.
     """
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     losses = {row["step"]: row["full_valid_loss"] for row in rows if row["full_valid_loss"] is not None}
@@ -46,11 +46,11 @@ def _above(base: float, start: float, end: float) -> str:
 
 
 def find_effect_warnings(export_check: dict[str, Any]) -> list[Warned]:
-    """A warning where the check found that the adapter changes nothing: then it has shown little, and is of no use."""
+    """A warning if the export check found that the adapter changes nothing, because then it is of no use."""
     if not export_check["without_effect"]:
         return []
     text = (
-        "The adapter does nothing: on the first training rows the model says the same with it as without it. A run of"
-        " very few steps at a rate that was still warming up from zero is the usual cause."
+        "The adapter does nothing: on the first training rows the model's logits are the same with and without it. The"
+        " usual cause is a run of very few steps, whose learning rate was still warming up from zero."
     )
     return [Warned(code="no_effect", message=text, data={"effect": export_check["max_abs_logit_effect"]})]

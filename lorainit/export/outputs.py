@@ -1,4 +1,7 @@
-"""What a run writes: the adapter with its model card and manifest, the export check, the metrics, the resolved spec."""
+"""The files of a run: the adapter with its model card and manifest, the metrics, and the resolved spec.
+
+Also the export check of the finished adapter.
+"""
 
 import gc
 import json
@@ -29,12 +32,13 @@ from lorainit.runtime import devices
 from lorainit.runtime.devices import is_out_of_memory
 from lorainit.runtime.machine_errors import is_machine_failure
 
-# Largest relative difference of two losses in float32 that is rounding; mixtures may route a token differently.
+# The largest relative difference of two losses in float32 that counts as rounding. It is this large because a mixture
+# may send a token to another expert.
 SAME_LOSS = 1e-3
 
 
 def write_adapter(run: Run, folder: Path) -> None:
-    """Everything of the download but the export check, which only the final adapter has."""
+    """Write all files of the download. The export check is still missing, because only the final adapter is checked."""
     rank = write_factors(run, run.layers, folder)
     tokenizer_files.copy(run.base.tokenizer, run.base.location.folder, folder)
     alpha = peft_adapter.plain_alpha(r=rank, scale=run.lora.scaling)
@@ -58,27 +62,28 @@ def write_adapter(run: Run, folder: Path) -> None:
 
 
 def _gguf_name(source: str) -> str | None:
-    """The name of the GGUF file that a source is."""
+    """The name of the source's file if the source is a GGUF file."""
     path = local_path(source)
     return path.name if path is not None and path.suffix == ".gguf" else None
 
 
 def write_factors(run: Run, layers: Mapping[str, LoRALinear], folder: Path) -> int:
-    """What a loader reads: factors and their configuration; returns the (largest) rank."""
+    """Write the files that a loader needs, the factors and their configuration; return the largest rank."""
     ranks = run.lora.method.written_ranks
     return peft_adapter.export(run.base.model, layers, folder, root=run.spec.model.root, ranks=ranks)
 
 
 def unverified_folder(folder: Path) -> Path:
-    """Where an adapter lies until it is checked: a hidden folder, which cannot be mistaken for a download."""
+    """The folder of an adapter until it is checked; hidden, so that nobody takes it for the download."""
     return folder.with_name(f".{folder.name}-unproven")
 
 
 @contextmanager
 def write_atomically(folder: Path) -> Iterator[Path]:
-    """A folder to write and check an adapter in, which becomes `folder` when the context ends without an error.
+    """A folder to write and check an adapter in, which is renamed to `folder` if the context ends without an error.
 
-    Whatever lay at `folder` goes first. A crash leaves nothing there, and an error nothing at all.
+    What was at `folder` is deleted first. So `folder` never holds an adapter that was not checked, even after a crash.
+    After an error the temporary folder is deleted too.
     """
     work = unverified_folder(folder)
     for old in (folder, work):
@@ -92,9 +97,10 @@ def write_atomically(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a trained adapter does, in the host's memory: all that its check needs of the model that was trained.
+    """What a trained adapter does, in the host's memory, so that the trained model can be freed before the check.
 
-    `losses`: of every trained token of `rows`; None where the base is divided, whose served forms are not measured.
+    `losses`: the loss of every trained token of `rows`; None if the base is sharded, because then the ways of serving
+    are not measured.
     """
 
     effect: Effect
@@ -103,12 +109,12 @@ class Observed:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row that goes through a base when it is checked."""
+        """The length in tokens of the longest row that the check runs."""
         return max(len(ids) for ids in [*self.effect.texts, *(sample.ids for sample in self.rows.samples)])
 
 
 def observe_adapter(run: Run) -> Observed:
-    """Measure what the trained adapter changes; the base stays bare, and the run releases both."""
+    """Measure what the trained adapter changes. Afterwards the base carries no adapter and its layers are freed."""
     texts = check.prompts(run.data.samples)
     effect = effects.observe(run.base.model, run.layers, texts, divided=bool(run.base.sharded), on_event=run.emit)
     rows, losses = fidelity.held_out(run.data, run.valid), None
@@ -123,14 +129,15 @@ def verify(run: Run, folder: Path, seen: Observed, *, beside: bool) -> dict[str,
     """Load the written adapter with stock PEFT on a fresh base and compare it with the trained model.
 
     Args:
-        beside: the base that it was trained on stays in memory; running out of it is the caller's to deal with.
+        beside: the base that it was trained on stays in memory. If memory then runs out, the error is raised, because
+            the caller can try again later.
 
     Raises:
         ExportCheckFailed: they differ.
     """
     run.emit(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
     gc.collect()
-    # PEFT measures the weights that a DoRA scales, and takes no parts for that.
+    # Not in parts with DoRA, because PEFT computes norms of the weights when it loads, and cannot do so on parts.
     base = run.base.fresh(in_parts=not run.lora.use_dora)
     try:
         return _compare(run, folder, seen, base, beside=beside)
@@ -166,7 +173,7 @@ def _compare(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside:
             quantization=run.lora.quantization,
             on_event=run.emit,
         )
-    except check.FAULTS as error:  # a base that does not run in bf16, for one: the adapter has passed its check
+    except check.FAULTS as error:  # for example a base that does not run in bf16; the adapter has passed its check
         if is_machine_failure(error) and (beside or not is_out_of_memory(error)):
             raise
         reason = f"measuring it failed: {check.short(error)}"
@@ -176,13 +183,16 @@ def _compare(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside:
 
 
 def _require_same_loss(facts: dict[str, Any]) -> None:
-    """In float32 what we minimize has to be what stock transformers makes of the merged adapter on the same rows."""
+    """In float32, our training loss must equal the loss that stock transformers computes with the merged adapter.
+
+    Otherwise the run has minimized something else than what users get.
+    """
     ours, stock = facts["trained_loss"], facts["merged_fp32_loss"]
     if facts["precision"] != "fp32" or ours is None or stock is None:
         return
     if not abs(ours - stock) <= SAME_LOSS * max(1.0, abs(stock)):
         raise ExportCheckFailed(
-            f"The loss on held-out rows was {ours:.6g} while it was trained, and is {stock:.6g} as stock transformers"
+            f"The loss on held-out rows was {ours:.6g} in the trained model, but is {stock:.6g} as stock transformers"
             " computes it with the adapter merged into the base."
         )
 
@@ -203,7 +213,7 @@ def _emit_result(result: dict[str, Any], on_event: OnEvent) -> None:
 def write_manifest(
     run: Run, folder: Path, *, export_check: dict[str, Any] | None, warnings: Sequence[Warned] = ()
 ) -> None:
-    """Everything needed to tell what exactly ran."""
+    """Write `manifest.json`, which records exactly what ran."""
     data = {"sha256": run.data.sha256, "rows": run.data.rows, "usable": len(run.data.samples)}
     valid = run.valid and {"sha256": run.valid.sha256, "rows": run.valid.rows, "usable": len(run.valid.samples)}
     held = run.base.four_bits and run.base.four_bits.statement(run.base.dtype)
@@ -232,20 +242,23 @@ def write_manifest(
 
 
 def write_spec(run: Run) -> None:
-    """The spec with every "auto" resolved, and passes as they begin: memory may make them smaller."""
+    """Write the spec with every "auto" resolved, and with the passes as they began.
+
+    Memory may make passes smaller later, but a repeated run should begin in the same way.
+    """
     passes = {"micro_batch_size": run.passes.begun.rows, "tokens_per_pass": run.passes.begun.tokens}
     update = {"lora": run.lora, "training": run.training, **passes}
     peft_adapter.write_json(run.out / "spec.json", run.spec.model_copy(update=update).model_dump(mode="json"))
 
 
 def write_metrics(out: Path) -> None:
-    """The step log as CSV."""
+    """Write the step log as CSV."""
     with (out / "metrics.jsonl").open() as log, (out / "step_metrics.csv").open("w", newline="") as stream:
         write_csv((json.loads(line) for line in log), stream)
 
 
 def resources(run: Run) -> dict[str, Any]:
-    """What the run used until now, as shown in `job.resources`."""
+    """The resources that the run has used so far, as shown in `job.resources`."""
     seconds = time.monotonic() - run.started
     gpu = devices.gpu_name()
     gpus = run.spec.devices if gpu else 0

@@ -1,11 +1,11 @@
-"""The download: a plain LoRA (or DoRA) in PEFT's file format, whichever method made it.
+"""Writes the download: a plain LoRA (or DoRA) in PEFT's file format, for every initialization.
 
-An adapter trained in difference form is written as rank 2r: [B, B0]·[A; -A0] at the same scale, so
-it loads on the untouched base without knowing how it was initialized. With DoRA the magnitudes come
-beside A and B: such an adapter is no pure pair, and needs a loader that knows DoRA.
+An adapter trained in difference form is written with rank 2r, as [B, B0]·[A; -A0] at the same scale, so that it loads
+on the untouched base and a loader need not know how it was initialized. A DoRA has magnitudes beside A and B, and needs
+a loader that supports DoRA.
 
-The scale is written as alpha/r, also where it was trained as alpha/sqrt(r): most readers of adapters know
-nothing of `use_rslora`, and silently read a wrong scale (docs/downloads.md).
+The scale is always written as alpha/r, even if the run used alpha/sqrt(r), because most loaders ignore `use_rslora` and
+would silently use a wrong scale (docs/downloads.md).
 """
 
 import json
@@ -31,7 +31,7 @@ MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module w
 def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
     """A' and B' with s·B'·A' = the trained difference from the base; rank r or 2r, on the CPU.
 
-    Layer by layer, so that no second copy of an adapter lies on a device.
+    Called layer by layer, so that no second copy of the adapter is on the device.
     """
     A, B = layer.A.detach(), layer.B.detach()
     if layer.A0 is not None and layer.B0 is not None:
@@ -40,7 +40,7 @@ def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
 
 
 def plain_alpha(*, r: int, scale: float) -> float:
-    """The `lora_alpha` that gives this scale at this rank; an integer where it is one."""
+    """The `lora_alpha` for this scale and rank, as an integer if possible."""
     alpha = scale * r
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
 
@@ -53,8 +53,8 @@ def export(
     The scale is always written as alpha/r. Layers of rank 0 are left out.
 
     Args:
-        model: what the layers belong to, with or without them in their places.
-        root: the base model's public name, as stock PEFT will look for it.
+        model: the model of the layers, with or without them attached.
+        root: the base model's public name, under which stock PEFT looks for it.
         ranks: "padded" = zeros up to the largest rank, so that one rank and one alpha hold for all layers; "pattern"
             = every layer at its own rank, in PEFT's rank and alpha patterns.
     """
@@ -84,7 +84,7 @@ def export(
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product at a higher rank."""
+    """The same product at a higher rank, padded with zeros."""
     missing = rank - len(A)
     return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
 
@@ -97,13 +97,14 @@ def _config(
     *,
     root: str,
 ) -> dict[str, Any]:
-    """`adapter_config.json` with the keys that a reader needs and no others: older PEFT refuses unknown keys."""
+    """`adapter_config.json` with only the keys that a loader needs, because older PEFT refuses unknown keys."""
     ranks = {**ranks, **{name: pair.rank for name, pair in packed.items()}}
     scales = {name: x.scale for part in (layers, packed) for name, x in part.items()}
     alphas = {name: plain_alpha(r=r, scale=scales[name]) for name, r in ranks.items()}
-    # The largest, because loaders reserve memory by it; layers of another rank are named.
+    # `r` is the largest rank, because loaders reserve memory by it. Layers of another rank are in `rank_pattern`.
     largest = max(ranks, key=lambda name: ranks[name])
-    # Dense layers that PEFT would take for experts: it adapts their weights, under the same names in the file.
+    # PEFT would take these dense layers for experts, so their weights are named as parameters. The tensors' names in
+    # the file stay the same.
     weights = {name: f"{name}.weight" for name in rewritten(model, list(layers))}
     parameters = _parameter_names(model, set(packed)) + sorted(weights.values())
     return {
@@ -126,7 +127,7 @@ def _config(
 
 
 def _target_names(model: nn.Module, names: set[str]) -> list[str]:
-    """Suffixes if they name exactly these layers of all modules (which most loaders understand), else full names."""
+    """Short suffixes if they match exactly these layers, because most loaders understand them; else full names."""
     suffixes, ours = {name.rpartition(".")[2] for name in names}, tuple(stacks(model))
     everything = {name.removesuffix(".base") for name, _ in model.named_modules() if not name.startswith(ours or "\0")}
     matched = {name for name in everything if name.rpartition(".")[2] in suffixes}
@@ -134,12 +135,12 @@ def _target_names(model: nn.Module, names: set[str]) -> list[str]:
 
 
 def _parameter_names(model: nn.Module, names: set[str]) -> list[str]:
-    """The last two parts of 3-D parameters' names if they name exactly these, else full names."""
+    """The last two parts of the 3-D parameters' names if these match exactly these parameters, else full names."""
     suffixes = {".".join(name.split(".")[-2:]) for name in names}
     matched = {name for name in stacks(model) if ".".join(name.split(".")[-2:]) in suffixes}
     return sorted(suffixes if matched == names else names)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline; NaN is an error, not a token."""
+    """Write indented JSON with a final newline. NaN raises an error, because it is not valid JSON."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

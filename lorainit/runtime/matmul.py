@@ -141,7 +141,8 @@ def forbid_tf32() -> Setting:
     """Keep float32 exact on a GPU, because a user who asks for fp32 wants to compare initializations, not speed.
 
     TF32 rounds inputs to 10 bits of mantissa, and the update of an adapter in its first steps is smaller than that
-    rounding. bf16 products are also summed in float32 throughout: cuBLAS may otherwise add partial sums in bf16. Not tried on a real GPU yet.
+    rounding. bf16 products are also summed in float32 throughout: cuBLAS may otherwise add partial sums in bf16.
+    Not tried on a real GPU yet.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1":

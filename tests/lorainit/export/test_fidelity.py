@@ -242,7 +242,7 @@ def test_a_gain_as_small_as_rounding_has_no_share(bases, samples, tmp_path):
     facts, said = facts_of(bases["llama"], tmp_path, samples, losses)
     assert all(facts[kept] is facts[f"{kept}_error"] is None for kept in KEPT)
     assert facts["missing"].keys() == KEPT
-    assert "a gain of 1e-05 nats cannot be told from rounding" in said.message
+    assert "a gain of 1e-05 nats is too small to tell from rounding" in said.message
 
 
 def test_one_token_has_no_share(bases, samples, tmp_path):
