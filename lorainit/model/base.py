@@ -1,4 +1,4 @@
-"""The frozen base that a run, or several runs together, train on: opened once, loaded when first needed."""
+"""The frozen base that one run, or a group of runs, trains on: opened once, and loaded when first needed."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,9 +41,9 @@ class Base:
     """A base model in the format and on the device of a run.
 
     `weights`: how many numbers the layers hold that can carry a LoRA.
-    `sharded`: why it is divided between the processes of `world`; "" = it is not. `layout`: how rows share
-    its passes, once it is loaded. `early_checks`: of each shape of an adapter, how it was shown that stock PEFT reads
-    it. `four_bits`: of a quantized base, which layers are.
+    `sharded`: the reason why it is divided between the processes of `world`; "" = it is not. `layout`: how rows share
+    a forward pass, known once it is loaded. `early_checks`: the result of the early export check for each layout of
+    adapters. `four_bits`: which layers of a quantized base are in four bits.
     """
 
     spec: RunSpec
@@ -63,7 +63,7 @@ class Base:
 
     @property
     def model(self) -> nn.Module:
-        """The loaded model; `load` comes first."""
+        """The loaded model; call `load` before."""
         assert self._model is not None
         return self._model
 
@@ -73,12 +73,12 @@ class Base:
         return pad_id(self.tokenizer)
 
     def load(self, on_event: OnEvent) -> nn.Module:
-        """Load the weights, if nobody has, and choose the attention."""
+        """Load the weights and choose the layout of rows, unless that is done already."""
         if self._model is None:
             try:
                 self._load(on_event)
             except BaseException:
-                self._model = None  # the next run of a group learns the same, and not something else
+                self._model = None  # so that the next run of a group loads again and gets the same error
                 raise
         return self.model
 
@@ -88,14 +88,14 @@ class Base:
         if self.quantization:
             self._require_to_run()
             self._report_unquantized(on_event)
-        experts.install(self._model)  # before the base is divided, which remembers where each weight stands
+        experts.install(self._model)  # before sharding, because FSDP remembers the module of each weight
         if self.sharded:
             self.shard_copy(self._model)
             text = f"Each of {self.world.size} devices holds a part of the base: {self.sharded}"
             settings.record(Setting("base", "sharded", self.sharded))
             on_event(Message(message=text, data={"kind": "machine", "shard_base": True}))
         self.layout = choose_layout(self._model)
-        is_plain(self._model)  # asked now, while nobody watches its layers
+        is_plain(self._model)  # found out and kept now, because later hooks of initializations would see the trial pass
         why = self.layout.why or "no padding to compute, and attention inside each row only"
         settings.record(Setting("rows", self.layout.rows, why))
         verb = "go" if self.layout.rows == "one by one" else "are"
@@ -109,15 +109,15 @@ class Base:
 
     @torch.no_grad()
     def _require_to_run(self) -> None:
-        """Some kernels read a layer's weight past the layer, and know nothing of weights in four bits."""
+        """Run two tokens, because some kernels read a layer's weight directly and fail on four bits."""
         with as_unsupported(f"The base model does not run with its layers in {self.quantization}"):
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
 
     def fresh(self, *, in_parts: bool = True) -> nn.Module:
-        """Another copy of the base: on the device; if it is to be divided with `shard_copy`, this process's part of it.
+        """Another copy of the base on the device; of a sharded base, this process's part (see `shard_copy`).
 
         Args:
-            in_parts: False = one that is to be divided is on the CPU, and whole until then.
+            in_parts: False = a copy of a sharded base is whole and on the CPU until `shard_copy` divides it.
         """
         if self.sharded and in_parts:
             part = {"rank": self.world.rank, "size": self.world.size}
@@ -129,21 +129,21 @@ class Base:
         return load_model(self.location.folder, dtype=self.dtype, device=device, quantization=self.quantization)
 
     def devices_for_copy(self, *, tokens: int, factors: int) -> Iterator[torch.device]:
-        """Where another copy fits while the first one lies there: on the device, then on the CPU.
+        """Devices with enough free memory for another copy of the base: its own device first, then the CPU.
 
-        What is free is asked when the place is asked for.
+        An iterator, so that free memory is measured just before each device is used.
 
         Args:
             tokens, factors: as for `memory.copy_bytes`.
         """
         wanted = memory.copy_bytes(self.model, tokens=tokens, factors=factors)
         for device in self._devices():
-            # Four bits may be rounded otherwise on another device.
+            # Not on another device with four bits, because weights may be rounded differently there.
             if (device == self.device or not self.quantization) and _has_free(wanted, device):
                 yield device
 
     def has_room_beside(self, *, tokens: int, factors: int) -> bool:
-        """Whether a `fresh` copy fits while this one lies there."""
+        """Whether there is memory for a `fresh` copy while this one stays loaded."""
         device = torch.device("cpu") if self.sharded else self.device
         return _has_free(memory.copy_bytes(self.model, tokens=tokens, factors=factors), device)
 
@@ -152,13 +152,13 @@ class Base:
         return [cpu] if self.sharded or self.device == cpu else [self.device, cpu]
 
     def shard_copy(self, model: nn.Module, whole: Collection[nn.Parameter] = ()) -> None:
-        """Divide a model that `fresh` has made, if this base is divided."""
+        """Divide a model that `fresh` has made, if this base is sharded."""
         if self.sharded:
             shard(model, self.device, world=self.world, whole=whole)
 
     @property
     def packs(self) -> bool:
-        """Whether it trains on packed rows."""
+        """Whether rows are packed into one sequence."""
         return self.layout.rows == "packed"
 
     @property
@@ -172,7 +172,7 @@ class Base:
         return partial(make_batch, packed=self.packs, pad=self.pad, device=self.device)
 
     def release(self) -> None:
-        """Let the weights go."""
+        """Drop the weights, so that their memory can be freed."""
         self._model = None
 
     def require_same(self, spec: RunSpec) -> None:
@@ -205,18 +205,18 @@ def _has_free(wanted: float, device: torch.device) -> bool:
 
 
 def open_disk_cache(spec: RunSpec, kind: str, on_event: OnEvent) -> DiskCache:
-    """What earlier runs found out, one of `open_disk_cache.KINDS`; a run without a cache folder keeps nothing."""
+    """The cache of one of `disk_cache.KINDS`; switched off for a run without a cache folder."""
     return DiskCache(Path(spec.cache or "") / kind, spec.cache_limit_bytes if spec.cache else 0, on_event)
 
 
 def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = SINGLE_PROCESS) -> Base:
-    """Find the base and what can be known of it without its weights.
+    """Find the base and check it without loading its weights.
 
     Args:
-        out: where a GGUF base is converted to when the spec names no cache.
+        out: a GGUF base is converted into this folder if the spec names no cache.
 
     Raises:
-        UnsupportedModel: it is not there or not one that can be trained, or this machine cannot run it as asked.
+        UnsupportedModel: there is no base, it cannot be trained, or this machine cannot run it as asked.
     """
     if spec.lora.quantization:
         require_library()
@@ -226,7 +226,7 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = SIN
     skeleton = examine(location.folder)
     tokenizer = load_tokenizer(location.folder)
     require_rows(tokenizer, skeleton)
-    # The leading process alone reads all of it for that.
+    # Only rank 0 computes the digest, because that reads all weights.
     digest = cached_sha256(location.folder, open_disk_cache(spec, "bases", on_event)) if world.is_rank0 else ""
     digest = world.broadcast_digest(digest, device)
     require_whole(location.folder, digest)

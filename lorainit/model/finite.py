@@ -1,4 +1,4 @@
-"""Whether the numbers of a base are numbers: each weight is read once, before anything is computed with it."""
+"""Checks that all weights of a base are finite, once, before anything is computed with them."""
 
 from torch import nn
 
@@ -7,16 +7,17 @@ from lorainit.model.layers.weight import weight_of
 
 
 def require_finite(model: nn.Module) -> None:
-    """Refuse a base of which nothing that is computed could mean anything.
+    """Refuse a base with NaN or infinite weights, because every result computed with it would be meaningless.
 
     Raises:
         UnsupportedModel: a weight has entries that are NaN or infinite; the message names the first such weight.
     """
     for prefix, module in model.named_modules():
         for name, weight in module.named_parameters(prefix, recurse=False):
-            # Four-bit weights are numbers of a table; they are infinite where the scale of their block is.
+            # Four-bit weights are indices into a table. Whether they are finite depends on the scales of their blocks,
+            # so they are dequantized first.
             numbers = weight if weight.is_floating_point() else weight_of(module)
-            if hasattr(numbers, "to_local"):  # of a base that is divided, each process looks at its own part
+            if hasattr(numbers, "to_local"):  # of a sharded base each process checks its own part
                 numbers = numbers.to_local()
             if not numbers.numel():
                 continue

@@ -1,4 +1,4 @@
-"""Facts of a base model as JSON: `python -m lorainit inspect SOURCE`. Reads, never loads, the weights."""
+"""Facts of a base model as JSON: `python -m lorainit inspect SOURCE`. Weights are hashed but never loaded as a model."""
 
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ from lorainit.model.source.find import find
 from lorainit.model.source.vocabulary import require_known, require_rows
 from lorainit.model.targets.targets import describe
 
-# The context of a base that has no end to it (Mamba's state, say), where the tokenizer's own word for that is 1e30.
+# The context length of a base without a limit, such as Mamba. Tokenizers write 1e30 for that, which is no usable
+# length.
 ENDLESS = 1 << 20
 
 
 def inspect(source: str, *, cache: Path) -> ModelFacts:
-    """What a catalogue needs to know of a base model.
+    """The facts of a base model that a catalogue stores.
 
     Args:
         source: as in `BaseModelRef.source`.
-        cache: where a GGUF file is converted to.
+        cache: the folder into which a GGUF file is converted.
 
     Raises:
         UnsupportedModel: it cannot be loaded as a causal language model, or no layer of it can carry a LoRA.
@@ -66,14 +67,14 @@ def inspect(source: str, *, cache: Path) -> ModelFacts:
 
 
 def _context_of(config: Any, tokenizer: Any) -> int:
-    """That of a config.json which does not name it: what transformers takes then, or the tokenizer's."""
+    """The context length if config.json does not name it: transformers' default, else the tokenizer's."""
     text = config.get_text_config()
     known = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
     return known if known <= MAX_SIDE else ENDLESS
 
 
 def _root(path: Path, folder: Path) -> str:
-    """What an adapter calls this base: the hub id that its config.json names, or a name that is on no hub."""
+    """The base's name inside an adapter: the hub id in its config.json, or else a name that no hub can have."""
     if path.is_dir():
         said = read_object(folder / "config.json", MAX_CONFIG_BYTES).get("_name_or_path")
         if isinstance(said, str) and is_hub_id(said):

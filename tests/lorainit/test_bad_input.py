@@ -54,7 +54,7 @@ def test_weight_that_is_not_finite(refused, module, value, quantization):
 def test_base_that_overflows_on_the_rows(refused, init):
     error = refused(init, change=lambda weight: weight.fill_(3e38), lora={"target_modules": ["down_proj"]})
     assert isinstance(error, UnsupportedModel)
-    assert "the first training rows is not finite" in error.message
+    assert "the first training rows are not finite" in error.message
     assert error.param == "model"
 
 

@@ -1,10 +1,10 @@
 """Causal attention inside each row of a packed batch, for stock transformers models.
 
-On a CPU: blocks of queries of all heads that share a key head in one product, so keys and values are
-never repeated; probabilities of long rows are formed again in the backward pass, so memory grows with
-the length and not with its square. On CUDA: torch's own kernels for rows of any lengths, flash attention and,
-for float32 and wide heads, memory-efficient attention. Dropout of attention probabilities is never active here,
-since the base runs as it is evaluated.
+On a CPU, blocks of queries of all heads that share a key head are multiplied in one product, so that keys and values
+are never repeated. Probabilities of long rows are computed again in the backward pass, so that memory grows with the
+length and not with its square. On CUDA, torch's own kernels for rows of any lengths are used: flash attention and, for
+float32 and wide heads, memory-efficient attention. There is no dropout of attention probabilities, because the base
+runs in evaluation mode.
 """
 
 from collections.abc import Iterator
@@ -20,17 +20,18 @@ from transformers import AttentionInterface
 
 NAME = "lorainit"
 BLOCK = 256  # queries of one product on a CPU
-# Keys up to which a block keeps its probabilities for the backward pass: forming them again costs another product,
-# softmax and two conversions.
+# Up to so many keys, a block keeps its probabilities for the backward pass, because computing them again costs another
+# product, a softmax and two conversions.
 KEPT = 512
-# What architectures ask for beside that, by transformers' names: caps, sinks, biases, and sparse attention's choice of
-# tokens or blocks, which is everything in short rows, so that no trial on those would show it.
+# transformers' names for what some architectures need beyond plain attention: caps, sinks, biases, and the tokens or
+# blocks that sparse attention chooses. The latter must be refused by name: in short rows everything is chosen, so a
+# trial on short rows would not show the difference.
 OTHER_THINGS = ("softcap", "s_aux", "sinks", "head_mask", "position_bias", "indices", "block_indices")
 CAUSAL = 1  # a token sees itself and those before: torch's number for `CausalFromTopLeft` (`sdp_utils_cpp.h`)
 
 
 class UnsupportedAttention(Exception):
-    """The architecture asks attention for something that is not done here."""
+    """The architecture needs something that this attention does not do."""
 
 
 # --- what transformers calls --------------------------------------------------------------------
@@ -52,12 +53,12 @@ def attend(
     """transformers' attention function: query (rows, heads, length, d) to (rows, length, heads, width of a value).
 
     Values may be narrower or wider than queries and keys, as in latent attention (MLA). Without `cu_seq_lens_q`
-    every row is one sequence from its first position on: padding on the right needs no mask, since no real token
-    looks at it.
+    every row is one sequence that starts at its first position. Padding on the right needs no mask, because with
+    causal attention no real token sees it.
 
     Raises:
-        UnsupportedAttention: it would be something else than weighing the tokens before (`model.layout` then keeps
-            the architecture's own attention).
+        UnsupportedAttention: the architecture needs more than plain causal attention (`model.layout` then keeps the
+            architecture's own).
     """
     if attention_mask is not None or any(others.get(name) is not None for name in OTHER_THINGS):
         raise UnsupportedAttention("its attention does more than weigh the tokens before")
@@ -82,7 +83,7 @@ AttentionInterface.register(NAME, attend)
 # precision; one width for queries, keys and values, a multiple of 8 up to 256, and for training on some GPUs not from
 # 193 to 224 (sdp_utils.cpp). Memory-efficient (attention.cu, attention_backward.cu): float32 too; widths of any size in
 # multiples of 16 bytes; as many key heads as heads. Both: rows' ends as int32 on the device; both repeat bit by bit
-# where deterministic algorithms are asked for. What they refuse beyond that, model.layout finds out by trying.
+# where deterministic algorithms are asked for. `model.layout` tries them, because they may refuse more than that.
 
 HALVES = (torch.bfloat16, torch.float16)
 FLASH_WIDTH, FLASH_TRAINED = 256, 192
@@ -126,7 +127,10 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scal
 
 
 class _Efficient(torch.autograd.Function):
-    """One kernel for all rows, for 1×tokens×heads×width. torch's own backward pass of it forgets the window (2.13)."""
+    """One kernel for all rows, for 1×tokens×heads×width.
+
+    It has a backward pass here because torch's own ignores the sliding window (torch 2.13).
+    """
 
     @staticmethod
     def forward(
@@ -156,15 +160,15 @@ class _Efficient(torch.autograd.Function):
 class _Rows(torch.autograd.Function):
     """softmax(scale·Q·Kᵀ + causal mask)·V within each row; q (H, T, d), k (K, T, d), v (K, T, e), result (T, H, e).
 
-    One function for all rows: slicing them out under autograd fills a zero gradient of the whole
-    batch per row and adds it up (10 % of a step of SmolLM2 with four rows).
+    One autograd function for all rows, because slicing each row under autograd makes a gradient of the whole batch's
+    size for every row and adds these up (10 % of a step of SmolLM2 with four rows).
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float, window: int | None
     ) -> Tensor:
-        q = q * scale  # smaller than what it is multiplied with
+        q = q * scale  # scale the queries, because they are smaller than the matrix of scores
         out = torch.empty(q.shape[1], len(q), v.shape[2], dtype=q.dtype)
         kept: list[Tensor] = []
         for first, start, stop in _blocks(ends, window):
@@ -206,8 +210,8 @@ def _blocks(ends: tuple[int, ...], window: int | None) -> Iterator[tuple[int, in
 def _probabilities(Q: Tensor, k: Tensor, first: int, start: int, stop: int, window: int | None) -> Tensor:
     """P (K, g·queries, keys) of one block in the inputs' dtype.
 
-    Operands of all products are copies of their own: BLAS rounds by how memory is aligned, and where a row
-    lies in the batch must not matter.
+    All operands are copied first, because BLAS rounds differently depending on alignment, and a row's result must not
+    depend on its position in the batch.
     """
     S = Q @ k[:, first:stop].contiguous().transpose(1, 2)
     S.unflatten(1, (-1, stop - start)).add_(_mask(stop - start, start - first, window, S.dtype))
@@ -216,19 +220,19 @@ def _probabilities(Q: Tensor, k: Tensor, first: int, start: int, stop: int, wind
 
 @lru_cache(maxsize=64)
 def _mask(queries: int, before: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """0 where a query may look, else -inf: queries×(before + queries). Making it anew each time was 4 % of a step."""
+    """0 where a query may look, else -inf: queries×(before + queries). Cached, because making it took 4 % of a step."""
     distance = torch.arange(before, before + queries)[:, None] - torch.arange(before + queries)
     hidden = distance < 0
     if window is not None:
         hidden |= distance >= window
     mask = torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    # A tensor without numbers would be kept, and be what every later pass of this length is masked with.
+    # A fake tensor must not get into the cache, because later passes of this length would be masked with it.
     assert not isinstance(mask, FakeTensor)
     return mask
 
 
 def _gather(x: Tensor, groups: int) -> Tensor:
-    """(H, n, d) to (K, g·n, d): the heads of one key head one below the other."""
+    """(H, n, d) to (K, g·n, d): the query heads of one key head are stacked."""
     return x.contiguous().view(groups, -1, x.shape[-1])
 
 

@@ -1,8 +1,8 @@
 """Regional compilation: the element-wise parts of every decoder layer, as one kernel each (`torch.compile`).
 
-Layers of one kind share their kernels, so a model of thirty layers compiles as much as one of two.
-Adapted layers, attention and experts are functions of our own and stay out. Measured on two CPU cores with
-SmolLM2 in bf16: 25 s for a first compilation, 9 s when its files are found again, 8-10 % less time a step.
+Layers of one kind share their kernels, so a model of thirty layers takes no longer to compile than one of two.
+Adapted layers, attention and experts are not compiled, because they are functions of our own. Measured on two CPU cores
+with SmolLM2 in bf16: 25 s for a first compilation, 9 s with kernels from the cache, 8-10 % less time per step.
 """
 
 import os
@@ -19,16 +19,17 @@ from lorainit.model.layers import experts
 from lorainit.model.layers.group import GroupedLinear
 from lorainit.model.layers.layer import LoRALinear
 
-# Operations of a run on a CPU from which it pays, twice over: at 4e11 a second, 25 s are a tenth of 1e14.
+# Compile from so many operations of a run on a CPU. At 4e11 operations a second, 1e14 take 250 s. Saving a tenth of
+# that pays for a compilation of 25 s, and the limit is twice as high to be safe.
 PAYS_FROM = 2e14
 
 
 def is_worth_compiling(model: nn.Module, *, tokens: int) -> tuple[bool, str]:
-    """Whether a run over so many tokens gets its compilation back, and why or why not.
+    """Whether a run over so many tokens saves more time than compiling costs, and the reason.
 
-    A function of the work and not of a clock: a resumed run has to choose the same again. Never in
-    float32, where a row's bits must not depend on its place in a batch and vector kernels round the last
-    few numbers of a tensor differently.
+    It depends on the amount of work and not on measured time, because a resumed run must make the same choice again.
+    float32 is never compiled, because there a row's bits must not depend on its place in a batch, and vectorized
+    kernels round the last few numbers of a tensor differently.
     """
     weight = next(model.parameters())
     operations = 4 * tokens * sum(p.numel() for p in model.parameters())
@@ -44,10 +45,10 @@ def is_worth_compiling(model: nn.Module, *, tokens: int) -> tuple[bool, str]:
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile at the next pass; for as long as the model lives, or until `undo`."""
-    from torch._inductor import config  # imports the compiler: seconds that most runs need not spend
+    """Compile the layers at the next pass; they stay compiled until `undo`."""
+    from torch._inductor import config  # imported here, because loading the compiler takes seconds
 
-    config.compile_threads = 1  # no worker processes that could outlive ours
+    config.compile_threads = 1  # otherwise the compiler starts processes, which could outlive ours
     for kind in (LoRALinear, GroupedLinear):
         _keep_out(kind)
     for module in experts.runners(model):
@@ -58,7 +59,7 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Run the layers as they are again."""
+    """Run the layers uncompiled again."""
     for layer in layers_of(model):
         layer._compiled_call_impl = None
 

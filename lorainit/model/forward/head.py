@@ -1,6 +1,6 @@
-"""Cross-entropy through a frozen output head: which heads are plain, and their loss a few positions at a time.
+"""Cross-entropy through a frozen output head, a few positions at a time, and which heads allow that.
 
-With a large vocabulary logits are what fills memory first. Knows hidden states and tokens, and nothing of rows.
+It is done in pieces because with a large vocabulary the logits are what fills memory first.
 """
 
 from typing import Any
@@ -13,18 +13,18 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lorainit.runtime.machine_errors import is_machine_failure
 
-# Logits held at once: 64 MB in float32. SmolLM2's 49,152 words make that 341 positions.
+# How many logits exist at once: 64 MB in float32. With SmolLM2's vocabulary of 49,152 these are 341 positions.
 LOGITS = 1 << 24
 
 
 def head_losses(
     head: nn.Linear, hidden: Tensor, positions: Tensor, targets: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each target at its position, and whether it is predicted right.
+    """The loss of each target at its position in nats, and whether it is predicted right.
 
     Args:
-        hidden: positions×width, of all positions.
-        counts: how many of the targets belong together: they are cut by themselves.
+        hidden: positions×width, for all positions.
+        counts: how many consecutive targets belong to each adapter; no piece contains targets of two adapters.
     """
     pieces = _pieces(counts, vocabulary=len(head.weight))
     losses, right = _Head.apply(hidden, head.weight, head.bias, positions, targets, pieces)  # type: ignore[no-untyped-call]
@@ -35,11 +35,11 @@ _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def is_plain(model: Any) -> bool:
-    """Whether logits are the head's output as it is: some architectures scale or cap them.
+    """Whether the logits are the head's unchanged output. Some architectures scale or cap them.
 
-    Asked of the architecture itself, once: what runs the layers is made to return zeros and the head to say known
-    numbers. `Base.load` asks; later, initializations may be watching the layers, and an architecture whose layers
-    are run by something else would run them here.
+    Found out once by a trial: the model's layers are replaced by zeros, the head's output by known numbers, and the
+    model's logits are compared with these. `Base.load` calls this first, because later an initialization may have hooks
+    on the layers, which the trial could trigger in an architecture whose layers are not replaced.
     """
     if model not in _PLAIN:
         head = model.get_output_embeddings()
@@ -48,7 +48,7 @@ def is_plain(model: Any) -> bool:
 
 
 class _Nothing(MoeModelOutputWithPast):
-    """Hidden states, and None for whatever else an architecture passes on: caches, cross-attention, experts' losses."""
+    """Hidden states, and None for everything else that an architecture may ask for: caches, experts' losses."""
 
     def __getattr__(self, _name: str) -> None:
         return None
@@ -59,8 +59,8 @@ def _returns_its_input(model: Any, head: nn.Linear) -> bool:
     device = head.weight.device
     said = torch.linspace(-100, 100, head.weight.shape[0], dtype=head.weight.dtype, device=device)
     nothing = _Nothing(last_hidden_state=head.weight.new_zeros(1, 1, head.weight.shape[1]))
-    # OPT runs the decoder inside of its base model, nearly everybody else the base model. What PEFT calls the base
-    # model of its wrapper is the whole architecture: it holds the head, which has to be asked.
+    # OPT calls the decoder inside its base model, most others call the base model, so both are replaced. A module that
+    # contains the head is not, because the head must run: PEFT's wrapper has the whole architecture as its base model.
     runners = {id(stage): stage for stage in (model.base_model, model.get_decoder())}
     stages = [stage for stage in runners.values() if all(module is not head for module in stage.modules())]
     handle = head.register_forward_hook(lambda *_: said.expand(1, 1, -1))
@@ -71,7 +71,7 @@ def _returns_its_input(model: Any, head: nn.Linear) -> bool:
     except Exception as error:
         if is_machine_failure(error):
             raise
-        return False  # it wants more of its decoder than hidden states: nothing is known of it
+        return False  # it needs more than hidden states from its decoder, so this trial cannot show that it is plain
     finally:
         handle.remove()
         for stage in stages:
@@ -80,7 +80,7 @@ def _returns_its_input(model: Any, head: nn.Linear) -> bool:
 
 
 def _pieces(counts: list[int], *, vocabulary: int) -> list[tuple[int, int]]:
-    """Cut each count of positions by itself, so that an adapter's sums do not depend on its company."""
+    """Cut the positions of each adapter separately, so that its sums do not depend on the other adapters."""
     size, pieces, start = max(1, LOGITS // vocabulary), list[tuple[int, int]](), 0
     for count in counts:
         pieces += [(at, min(at + size, start + count)) for at in range(start, start + count, size)]
@@ -89,10 +89,10 @@ def _pieces(counts: list[int], *, vocabulary: int) -> list[tuple[int, int]]:
 
 
 class _Head(torch.autograd.Function):
-    """Cross-entropy through a frozen head, some positions at a time: no more than `LOGITS` exist at once.
+    """Cross-entropy through a frozen head, a few positions at a time, so that at most `LOGITS` logits exist at once.
 
-    The loss is a sum over positions, so each position's gradient is known in the forward pass, while its
-    logits are there; the backward pass only scales it. Nothing is computed twice.
+    The loss is a sum over positions. So each position's gradient is computed in the forward pass, while its logits
+    exist, and the backward pass only scales it. No logits are computed twice.
     """
 
     @staticmethod
@@ -112,9 +112,10 @@ class _Head(torch.autograd.Function):
         for start, stop in pieces:
             target = targets[start:stop, None]
             logits = F.linear(hidden[positions[start:stop]], W, bias).float()
-            best = logits.argmax(-1, keepdim=True)  # of bf16 logits it takes six times as long
+            best = logits.argmax(-1, keepdim=True)  # after `.float()`, because argmax of bf16 takes six times as long
             right[start:stop] = (best == target)[:, 0]
-            # log_softmax and its exponential take three times as long as a softmax, and this is no less exact.
+            # Not log_softmax, because that and its exponential take three times as long as softmax. Subtracting the
+            # largest logit keeps this as exact.
             P = logits.softmax(-1)
             loss = logits.gather(1, best) - logits.gather(1, target) - P.gather(1, best).log()
             losses[start:stop] = loss[:, 0]

@@ -1,8 +1,8 @@
-"""What a run minimizes, and the one place where rows go forward and gradients come back.
+"""The loss that a run minimizes, and the only place with a forward and a backward pass.
 
-An `Objective` says what the loss of rows is. Next-token loss is the first one; a loss over preferred and rejected
-answers would be another class beside it. Training, the trial before it, preheating and the gradients that some
-initializations start from all call `forward_backward` or `backward`.
+An `Objective` defines the loss of rows. The only one so far is the next-token loss; a loss over preferred and rejected
+answers would be another class. Training, the memory trial before it, the preheat and initializations that need
+gradients all call `forward_backward` or `backward`, so that they minimize the same loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,10 @@ from lorainit.model.forward.head import head_losses, is_plain
 
 @dataclass(frozen=True)
 class Sums:
-    """Of one adapter's rows in a pass: the sum of their losses, what it is to be divided by, and sums of metrics.
+    """Sums over one adapter's rows in a pass: losses, the count to divide them by, and metrics.
 
-    Sums and not means: the caller divides by the count of the whole effective batch.
+    Sums instead of means, because the caller divides by the count of the whole effective batch, which has several
+    passes.
     """
 
     loss: Tensor
@@ -32,25 +33,29 @@ class Sums:
 
 
 def add_sums(total: Sums, part: Sums) -> Sums:
-    """Both together."""
+    """The sums over both."""
     metrics = {name: value + part.metrics[name] for name, value in total.metrics.items()}
     return Sums(total.loss + part.loss, total.count + part.count, metrics)
 
 
 class Objective(Protocol):
-    """From rows to the loss of each adapter, and metrics beside it."""
+    """Computes the loss of each adapter from its rows, and metrics."""
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of the metrics; each is reported as its sum over the count."""
+        """Names of the metrics; each is reported as its sum divided by the count."""
         ...
 
     def count(self, row: Sample) -> int:
-        """What a row adds to the count: its trained tokens, or 1 for a pair of answers."""
+        """How much a row adds to the count: its number of trained tokens, or 1 for a pair of answers."""
         ...
 
     def sums(self, model: nn.Module, batch: Batch, counts: list[int]) -> list[Sums]:
-        """Run a batch of several adapters' rows; one `Sums` for each, of its `counts` in turn (differentiable)."""
+        """Run a batch with rows of several adapters; return one `Sums` (differentiable) per adapter.
+
+        Args:
+            counts: how much each adapter's rows add to the count, in the order of the batch.
+        """
         ...
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -89,11 +94,12 @@ def zero_sums(objective: Objective, device: torch.device) -> Sums:
 def forward_backward(
     model: nn.Module, objective: Objective, batch: Batch, counts: list[int], divisors: Sequence[int] | None = None
 ) -> list[Sums]:
-    """One pass: add to the gradients those of each adapter's loss over its divisor; the sums are detached.
+    """Run one pass and add the gradients of each adapter's loss, divided by its divisor; the sums are detached.
 
     Args:
-        counts: what each adapter's rows add to the count, in the order of the batch.
-        divisors: the count of each adapter's effective batch; None = 1. Nobody's gradient depends on the others.
+        counts: how much each adapter's rows add to the count, in the order of the batch.
+        divisors: the count of each adapter's effective batch; None = 1. One per adapter, so that no adapter's gradient
+            depends on the others.
     """
     parts = objective.sums(model, batch, counts)
     losses = [part.loss for part in parts]
@@ -120,7 +126,7 @@ class LossSums(NamedTuple):
 
 
 class BatchResult(NamedTuple):
-    """What one pass of a padded batch gives: its sums, and on request the logits of one row, length×vocabulary."""
+    """The result of one pass over a padded batch: its sums, and on request the logits of one row, length×vocabulary."""
 
     sums: LossSums
     logits_of_row: Callable[[int], Tensor]
@@ -133,16 +139,17 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def sum_losses(model: nn.Module, batch: Batch) -> LossSums:
-    """Run a batch. Sums, not means: the caller divides by the tokens of the whole effective batch."""
+    """Run a batch. Sums, because the caller divides by the tokens of the whole effective batch."""
     losses, correct = _token_losses(model, batch)
     return LossSums(losses.sum(), len(batch.targets), correct.sum())
 
 
 def run_batch(model: Any, batch: Batch) -> BatchResult:
-    """Sums of a batch, and its logits row by row, because with a large vocabulary those of all rows may fill memory.
+    """Run a batch and return its sums and its logits. The logits are made row by row, because those of all rows would
+    fill memory if the vocabulary is large.
 
-    Where logits are the head's output as it is, they come from this pass. Elsewhere each row is run again when it is
-    asked for, by the model as it is then.
+    If the head is plain (`is_plain`), a row's logits are computed from this pass. Otherwise the row is run again when
+    it is asked for, with the weights that the model has then.
     """
     hidden, predicted = _last_hidden(model, batch)
     losses, correct = _losses_from_hidden(model, batch, hidden, predicted)
@@ -157,7 +164,7 @@ def run_batch(model: Any, batch: Batch) -> BatchResult:
 
 
 def sum_losses_by_adapter(model: nn.Module, batch: Batch, counts: list[int]) -> list[LossSums]:
-    """The same for a batch of several adapters' rows: one for each, of its `counts` trained tokens in turn."""
+    """The same for a batch with rows of several adapters: one result each, from its number of trained tokens."""
     losses, correct = _token_losses(model, batch, counts)
     parts = zip(losses.split(counts), correct.split(counts), counts, strict=True)
     return [LossSums(loss.sum(), count, right.sum()) for loss, right, count in parts]
@@ -166,7 +173,7 @@ def sum_losses_by_adapter(model: nn.Module, batch: Batch, counts: list[int]) -> 
 def row_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Mean loss over the trained tokens of each row of a padded batch (differentiable); every row must have one.
 
-    What a row's mean is does not depend on the rows it shares the pass with.
+    A row's mean does not depend on the other rows of the pass.
     """
     losses, _ = _token_losses(model, batch)
     row = batch.predicting // batch.ids.shape[1]
@@ -191,10 +198,10 @@ def _losses_from_hidden(
 
 
 def _last_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """What the output head is given, positions×width, and logits where the head alone does not make them.
+    """The output head's input, positions×width, and the logits if the head is not plain (`is_plain`).
 
-    The head sees only the positions that predict a trained token: with a large vocabulary its logits
-    are what fills memory first, and prompts are a third to a half of typical rows.
+    The head gets only the positions that predict a trained token, because with a large vocabulary its logits fill
+    memory first, and prompts are a third to a half of typical rows.
 
     Raises:
         UnsupportedModel: the head is not given every position once.

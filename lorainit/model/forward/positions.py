@@ -1,8 +1,8 @@
-"""Positions that depend on how long a row is: which rows may share a pass, and no memory of earlier ones.
+"""Position embeddings that depend on the length of a row: which rows may share a pass.
 
-Some rotary embeddings take other frequencies for long rows (longrope), or new ones for every length (dynamic NTK),
-and choose them once for all rows of a pass, by its longest. Whoever serves the model shows it one row at a time, so a
-row's own length is what counts. Knows nothing of attention, data or adapters.
+Some rotary embeddings use other frequencies for long rows (longrope), or new ones for every length (dynamic NTK), and
+choose them once for all rows of a pass, by the longest row. When the model is served, a row is usually alone. So rows
+share a pass here only if each gets the frequencies of its own length.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ from lorainit.data.batches import Regime, any_length
 def regime_of(model: nn.Module) -> Regime:
     """What rows must have in common to share a pass of this model: see `batches.Regime`.
 
-    With longrope the side of the original context length on which they are; with dynamic NTK, above the original
-    length, the length itself. Rows that are longer than what sparse attention chooses of them go alone: where two
-    tokens are as good, the width of the pass decides.
+    With longrope they must all be shorter, or all be longer, than the original context length. With dynamic NTK, rows
+    above the original length must be equally long. Rows with more tokens than sparse attention chooses get a pass of
+    their own, because between tokens of equal score the width of the pass decides.
     """
     alone_above = chosen_tokens(model)
     limits = {limit for module in model.modules() for limit in _limits(module)}
@@ -37,17 +37,17 @@ def regime_of(model: nn.Module) -> Regime:
 
 
 def chosen_tokens(model: Any) -> int:
-    """How many tokens of a row sparse attention sees (DeepSeek V3.2, GLM 5); 0 = all."""
+    """How many tokens of a row sparse attention chooses (DeepSeek V3.2, GLM 5); 0 = all."""
     config = getattr(model, "config", None)
     value = getattr(config.get_text_config(), "index_topk", None) if config is not None else None
     return value if isinstance(value, int) else 0
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Let dynamic NTK choose its frequencies for each pass anew, for as long as the model lives.
+    """Make dynamic NTK choose its frequencies for each pass anew, from now on.
 
-    transformers keeps those of the longest row so far until a row is shorter than the original length: what a row
-    is given depends on the rows before it. A model that has seen none is what a row's result is compared with.
+    transformers keeps the frequencies of the longest row so far until a row is shorter than the original length. A
+    row's result would therefore depend on the rows before it, and would differ from that of a freshly loaded model.
     """
     for module in model.modules():
         if any("dynamic" in kind for kind in _kinds(module).values()) and hasattr(module, "max_seq_len_cached"):
@@ -64,7 +64,7 @@ def _forget(module: Any, _args: Any) -> None:
 
 
 def _kinds(module: Any) -> dict[str, str]:
-    """Kinds of frequencies that a rotary embedding has, by type of layer; "" = for all layers."""
+    """The kinds of frequencies of a rotary embedding, by type of layer; "" = for all layers."""
     kind = getattr(module, "rope_type", None)
     if isinstance(kind, str):
         return {"": kind}
@@ -72,7 +72,7 @@ def _kinds(module: Any) -> dict[str, str]:
 
 
 def _limits(module: Any) -> list[tuple[int, bool]]:
-    """Lengths above which this module takes other frequencies, and whether they then grow with the length."""
+    """Lengths above which this module uses other frequencies, and whether these then change with every length."""
     found: list[tuple[int, bool]] = []
     for layer_type, kind in _kinds(module).items():
         values: Any = getattr(getattr(module, "config", None), "rope_parameters", None) or {}

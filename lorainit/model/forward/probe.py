@@ -1,7 +1,7 @@
-"""What a model makes of a few short rows, values and gradients, in one layout or another.
+"""Runs a few short rows through a model in a given layout and returns values and gradients, to compare layouts.
 
-Short rows can show everything about long ones only if every window is shorter still: windows and chunks that the
-configuration names are cut down while the probe looks. Knows nothing of which layout is wanted.
+Windows and chunks that the configuration names are shortened meanwhile, because otherwise short rows would not show how
+a window treats tokens outside of it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,18 @@ from lorainit.data.batches import Batch, Budget, Regime, batches
 from lorainit.data.dataset import Sample
 
 _WORDS = ("window", "chunk", "local_attention")  # the last is ModernBERT's
-CUT = 16  # longest window or chunk while the probe looks
-NO_WINDOW = 3  # what rows are made for where the configuration names none
-# Bytes that a copy in float32 may take in main memory. On a GPU: half of what is free.
+CUT = 16  # longest window or chunk during the probe
+NO_WINDOW = 3  # the length for which rows are made if the configuration names no window
+# The most bytes of a float32 copy in main memory; on a GPU it is half of the free memory.
 COPY_BYTES = 2 << 30
 
 MakeBatch = Callable[[Sequence[Sample]], Batch]
 
 
 class RowOutputs(NamedTuple):
-    """Of each row, tokens×width in float32 on the CPU: what the output head is given, and a gradient.
+    """For each row, float32 on the CPU, tokens×width: the output head's input (`values`), and a gradient.
 
-    The gradient is that of a fixed random sum of the values with respect to the row's embeddings.
+    The gradient of a fixed random weighted sum of the values with respect to the row's embeddings.
     """
 
     values: list[Tensor]
@@ -34,7 +34,7 @@ class RowOutputs(NamedTuple):
 
 
 def make_rows(model: Any, window: int) -> list[Sample]:
-    """Rows of more than two windows, of more than one, and of one token; ids are drawn, without special ones."""
+    """Three rows: longer than two windows, longer than one, and of one token, with random ids that are not special."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = {v for c in _configs(model) for n, v in vars(c).items() if "token" in n and isinstance(v, int)}
     plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special])
@@ -59,8 +59,8 @@ def run_rows(
     """Run the rows, at most `size` to a pass.
 
     Args:
-        lay: rows to a batch, packed or padded.
-        only: lines of the rows that are in the sum whose gradient is taken.
+        make_batch: makes a packed or a padded batch of rows.
+        only: which rows, by line, are in the sum whose gradient is taken.
     """
     values, gradients = dict[int, Tensor](), dict[int, Tensor]()
     for piece in batches(rows, Budget(size), regime):
@@ -84,7 +84,7 @@ def _weights(row: Sample, hidden: Tensor) -> Tensor:
 
 
 def _spans(rows: Sequence[Sample], batch: Batch) -> list[tuple[int, int]]:
-    """Where each row lies in the flattened batch."""
+    """First and last position + 1 of each row in the flattened batch."""
     packed, length = len(batch.ids) < len(rows), batch.ids.shape[1]
     spans, start = [], 0
     for row in rows:
@@ -94,9 +94,9 @@ def _spans(rows: Sequence[Sample], batch: Batch) -> list[tuple[int, int]]:
 
 
 def _run(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the output head is given, positions×width, and the embeddings that it comes from.
+    """The output head's input, positions×width, and the embeddings that it was computed from.
 
-    The whole model runs, as in training: what it is told of the rows has to reach its layers.
+    The whole model runs, as in training, because the trial must show that the rows' boundaries reach the layers.
     """
     leaves: list[Tensor] = []
     heard: list[Tensor] = []
@@ -107,7 +107,7 @@ def _run(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
     def listen(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         heard.append(args[0].flatten(0, -2))
-        return (args[0][..., -1:, :],)  # logits are not looked at, and of a large vocabulary they are large
+        return (args[0][..., -1:, :],)  # one position is enough, because the logits are not used and may be large
 
     handles = [
         model.get_input_embeddings().register_forward_hook(begin),
@@ -127,9 +127,9 @@ def _run(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def distances(found: RowOutputs, truth: RowOutputs) -> tuple[Tensor, Tensor]:
-    """Relative distance at each token of all rows, of the values and of the gradients.
+    """The relative distance at each token of all rows, for the values and for the gradients.
 
-    Next to nothing is measured by a tenth of what is usual in its row.
+    A tenth of the usual norm in the row is added to the divisor, so that tokens with a tiny norm do not dominate.
     """
     pairs = zip(found, truth, strict=True)
     values, gradients = (torch.cat([_apart(x, t) for x, t in zip(xs, ts, strict=True)]) for xs, ts in pairs)
@@ -143,14 +143,15 @@ def _apart(x: Tensor, truth: Tensor) -> Tensor:
     return off
 
 
-# --- while the probe looks ----------------------------------------------------------------------
+# --- during the probe ---------------------------------------------------------------------------
 
 
 class Windows(NamedTuple):
-    """Windows and chunks of a model: the longest while they are short, what is cut, and what hides tokens.
+    """The windows and chunks of a model. `longest`: the longest one during the probe. `cut`: those that are shortened.
 
-    `hidden`: the longest that hides tokens, 0 where none that is cut hides anything: the chunks of a state-space model
-    are a way of computing. `beyond`: the longest that cannot be cut and that no row of the probe reaches, 0 = none.
+    `hidden`: the longest shortened one that hides tokens, 0 = none. Chunks of a state-space model hide nothing, because
+    they only divide the computation. `beyond`: the longest one that cannot be shortened and that no row of the probe
+    reaches, 0 = none.
     """
 
     longest: int
@@ -160,7 +161,7 @@ class Windows(NamedTuple):
 
 
 def find_windows(model: Any) -> Windows:
-    """Whatever the configurations call a window or a chunk, and modules that have taken the number over."""
+    """Find entries of the configurations that name a window or a chunk, and modules that have copied the number."""
     named = [(c, n, v) for c in _configs(model) for n, v in vars(c).items() if _is_window(n, v)]
     text = model.config.get_text_config()
     ours = [(n, v) for c, n, v in named if c is text]
@@ -174,7 +175,7 @@ def find_windows(model: Any) -> Windows:
 
 
 def _beyond(text: Any) -> int:
-    """Rates at which tokens are compressed into one (DeepSeek V4), and blocks of tokens to choose (MiniMax M3)."""
+    """The longest group of tokens that a model compresses into one (DeepSeek V4) or chooses as a block (MiniMax M3)."""
     rates = [v for n, value in vars(text).items() if "compress_r" in n for v in _integers(value)]
     blocks = (getattr(text, "index_topk_blocks", None) or 0) * (getattr(text, "index_block_size", None) or 0)
     return max((value for value in (*rates, blocks) if value > CUT), default=0)
@@ -187,7 +188,7 @@ def _integers(value: Any) -> list[int]:
 
 @contextmanager
 def shorten_windows(windows: Windows) -> Iterator[None]:
-    """None of these is longer than `CUT` for as long as the context lasts."""
+    """Shorten these windows to `CUT` while the context lasts."""
     try:
         for owner, name, _ in windows.cut:
             vars(owner)[name] = CUT
@@ -203,7 +204,7 @@ def _is_window(name: str, value: Any) -> bool:
 
 
 def _configs(model: Any) -> list[Any]:
-    """Configurations that the model and its modules hold, each once."""
+    """The configurations of the model and of its modules, each once."""
     held = (vars(module).get("config") for module in model.modules())
     top = [model.config, model.config.get_text_config(), *held]
     return list({id(config): config for config in top if hasattr(config, "model_type")}.values())
@@ -211,10 +212,10 @@ def _configs(model: Any) -> list[Any]:
 
 @contextmanager
 def convert_to_float32(model: nn.Module, *, copy: bool) -> Iterator[bool]:
-    """Weights in half precision are float32 for as long as the context lasts, where there is room for a `copy`.
+    """Convert weights in half precision to float32 while the context lasts, if `copy` allows and memory suffices.
 
     Yields:
-        Whether all that is computed is computed in float32.
+        Whether everything is computed in float32.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
     divided = any(hasattr(t, "full_tensor") for t in model.parameters())
@@ -222,7 +223,7 @@ def convert_to_float32(model: nn.Module, *, copy: bool) -> Iterator[bool]:
         yield next(model.parameters()).dtype == torch.float32 and not tensors
         return
     before = [(t, t.data) for t in tensors]
-    # Four-bit layers of bitsandbytes say what they compute in.
+    # Four-bit layers of bitsandbytes have a format of computation of their own, which is changed too.
     computing: list[Any] = [m for m in model.modules() if getattr(m, "compute_dtype", None) in _HALVES]
     types = [m.compute_dtype for m in computing]
     try:

@@ -1,8 +1,8 @@
-"""Gradient checkpointing: keep what enters each decoder layer and run the layer again in the backward pass.
+"""Gradient checkpointing: keep only the input of each decoder layer and run the layer again in the backward pass.
 
-Costs a third forward pass and saves the memory of all layers but one; values and gradients stay the
-same bits. Not by transformers' own switch: that acts on models in training mode only, which would
-wake the dropout of the base.
+It costs another forward pass and saves the activations of all layers but one. Values and gradients stay the same, bit
+for bit. transformers' own switch is not used because it works in training mode only, and training mode would activate
+the base's dropout.
 """
 
 from functools import partial
@@ -19,10 +19,11 @@ def layers_of(model: nn.Module) -> list[Any]:
 
 
 def recompute(model: nn.Module) -> bool:
-    """Switch it on for as long as the model lives; False where the architecture names no layers."""
+    """Switch it on for this model; return False if the architecture does not name its layers."""
     layers = layers_of(model)
     for layer in layers:
         if "forward" not in vars(layer):
-            # The frozen base draws nothing, and an adapter's dropout is a function of its key.
+            # The random state is not preserved, because nothing uses it: the frozen base has no dropout, and an
+            # adapter's dropout depends on its key only.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return bool(layers)
