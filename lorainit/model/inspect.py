@@ -1,4 +1,4 @@
-"""Facts of a base model as JSON: `python -m lorainit inspect SOURCE`. Weights are hashed but never loaded as a model."""
+"""Facts of a base model as JSON: `python -m lorainit inspect SOURCE`. Weights are hashed but not loaded as a model."""
 
 from pathlib import Path
 from typing import Any

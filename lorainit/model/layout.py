@@ -1,8 +1,8 @@
-"""How rows share a forward pass of a model: packed, padded, or not at all. Decided by trying (decision 0024).
+"""How rows share a forward pass of a model: packed, padded, or one by one. Decided by a trial (decision 0025).
 
-The truth is what everybody else computes: the stock architecture with eager attention, one row at a time. A layout is
-taken if values and gradients of a few rows are the same in it, up to rounding. Whatever goes wrong in a trial only
-speaks against the layout. Knows nothing of adapters or data.
+The reference is the stock architecture with eager attention, one row at a time, because that is what other programs
+compute. A layout is chosen if values and gradients of a few rows are the same in it, up to rounding. An error in a
+trial only rules that layout out; the next one is tried.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,18 +34,19 @@ from lorainit.runtime.machine_errors import is_machine_failure, is_missing_kerne
 
 Rows = Literal["packed", "padded", "one by one"]
 
-# Largest relative distance of a token that is rounding in float32.
+# In float32: relative distances of a token up to this are rounding.
 EXACT = 1e-4
-# In half precision: of the median token, as a multiple of stock's own distance from float32. Median, because in a
-# mixture of experts rounding sends some tokens to other experts.
+# In half precision: how far the median token may be from float32, as a multiple of the stock model's own distance. The
+# median, because in a mixture of experts rounding sends some tokens to other experts.
 TIMES_STOCK = 2.0
-# Where there is no room for float32: of the median token, from stock in the same format; and rows must not leak at all.
+# Without memory for float32: how far the median token may be from the stock model in the same format. This is coarse,
+# so it is also checked that gradients show no influence of one row on another.
 BLIND = 0.1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows share a pass, why not in a better way (None for packed rows), and which rows may share one at all."""
+    """How rows share a pass, why not in a better way (None for packed rows), and which rows may share a pass."""
 
     rows: Rows
     why: str | None
@@ -54,7 +55,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Rows as they would be laid, under the attention of this name; `also`: other layouts that must be right too."""
+    """A layout to try with an attention of this name; `layouts`: the kinds of batches that must be right with it."""
 
     rows: Rows
     attention: str
@@ -62,18 +63,19 @@ class _Trial:
 
 
 class _WrongResult(Exception):
-    """What a trial has shown."""
+    """A layout gives wrong results; the message says how."""
 
 
 def choose_layout(model: Any) -> Layout:
-    """Try the layouts, best first; the model is left with the attention of the one that is right.
+    """Try the layouts, best first, and leave the model with the attention of the first correct one.
 
-    Running out of memory says nothing of a layout: then they are tried without float32 copies, and once more is raised.
+    Running out of memory does not rule a layout out. All layouts are then tried again without float32 copies, and if
+    memory runs out again, the error is raised.
 
     Costs five passes forward and backward over 1 to 33 tokens (111 with windows), in half precision nine.
     """
     loaded = _attention_of(model)
-    loaded = "eager" if loaded == attention.NAME else loaded  # a model that was tried before
+    loaded = "eager" if loaded == attention.NAME else loaded  # the model was tried before and got our attention then
     try:
         return _choose(model, loaded, copy=True)
     except Exception as error:
@@ -86,7 +88,7 @@ def choose_layout(model: Any) -> Layout:
 def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Layout:
     regime, device = regime_of(model), next(model.parameters()).device
     packed, padded = partial(_pack_to, device=device), partial(_pad_to, device=device)
-    # What initializations look at is padded, whatever training does.
+    # Padded batches must be right with our attention too, because initializations use them even if training packs.
     trials = [_Trial("packed", attention.NAME, (packed, padded)), _Trial("padded", loaded, (padded,))]
     trials += [] if loaded == stock else [_Trial("padded", "eager", (padded,))]
     why: list[str] = []
@@ -103,12 +105,13 @@ def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Lay
         for trial in trials:
             try:
                 check.try_out(trial)
-            except Exception as error:  # a kernel's, the architecture's: whatever it is, this is not the way
+            except Exception as error:  # from a kernel or the architecture; whatever it is, this layout is ruled out
                 if _is_machine_fault(error):
                     raise
                 reset_failed_pass(model)
                 why.append(_reason(error))
-                # Falcon's eager attention adds ALiBi twice: then what a base is loaded with is what everybody has.
+                # Falcon's eager attention adds ALiBi twice, so it is no reference. If eager and the default attention
+                # differ, the default one becomes the reference, because that is what other programs use.
                 if trial.attention == loaded != stock and check.contradicts(loaded):
                     return _choose(model, loaded, copy=copy, stock=loaded)
             else:
@@ -123,7 +126,8 @@ def _choose(model: Any, loaded: str, *, copy: bool, stock: str = "eager") -> Lay
 
 
 def _is_machine_fault(error: Exception) -> bool:
-    """Whether it is the machine's; of one kernel that was not built for this GPU another layout has no need."""
+    """Whether the machine caused the error. A kernel that was not built for this GPU does not count, because another
+    layout may work without it."""
     return is_machine_failure(error) and not is_missing_kernel(error)
 
 
@@ -155,7 +159,7 @@ def _reason(error: Exception) -> str:
 
 
 class _LayoutCheck:
-    """The truth of a few rows, and what stock itself makes of them in the model's own format."""
+    """The reference for a few rows, and the stock model's results for them in the model's own format."""
 
     def __init__(
         self, model: Any, windows: Windows, regime: Regime, make_batch: MakeBatch, *, stock: str, copy: bool
@@ -173,7 +177,7 @@ class _LayoutCheck:
         self.unseen = windows.hidden if whole is not None and torch.equal(whole, self.stock.values[0]) else 0
 
     def try_out(self, trial: _Trial) -> None:
-        """Raise what is wrong with it."""
+        """Raise an error if this layout is wrong."""
         if trial.attention == attention.NAME:
             if not getattr(self.model, "_supports_attention_backend", False):
                 raise _WrongResult("this architecture does not let its attention be chosen")
@@ -185,13 +189,13 @@ class _LayoutCheck:
         with shorten_windows(self.windows):
             for make_batch in trial.layouts if self.exact else ():
                 self._compare_exactly(make_batch, trial.rows)
-            if self.half and self.exact:  # the same attention in another format: one layout shows it
+            if self.half and self.exact:  # one layout is enough, because only the number format is new here
                 self._compare_with_stock(trial.layouts[0], trial.rows)
             for make_batch in () if self.exact else trial.layouts:
                 self._compare_without_float32(make_batch, trial.rows)
 
     def contradicts(self, attention: str) -> bool:
-        """Whether rows alone are something else with this attention."""
+        """Whether single rows give other results with this attention than in the reference."""
         _switch(self.model, attention)
         with shorten_windows(self.windows), convert_to_float32(self.model, copy=self.copy):
             distance = distances(self.alone(self.rows), self.truth)
@@ -212,7 +216,10 @@ class _LayoutCheck:
         _require(distances(self._see(make_batch), self.truth), allowed, rows, torch.median)
 
     def _compare_without_float32(self, make_batch: MakeBatch, rows: Rows) -> None:
-        """Without float32. What a row is made of is told exactly by where its gradient is zero."""
+        """Compare in the model's own format, coarsely, and check exactly that rows do not influence each other.
+
+        The latter is exact because the gradient of one row's values with respect to another row must be zero.
+        """
         _require(distances(self._see(make_batch), self.truth), (BLIND, BLIND), rows, torch.median)
         for chosen in (True, False):
             found = self._see(make_batch, only=lambda line, chosen=chosen: (line == 0) == chosen)  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""The base model: where it comes from, its tokenizer, and its weights.
+"""Finds a base model and loads its tokenizer and its weights.
 
-Weights are read from safetensors only, never from pickles, and no code of a model repository is
-ever run. Knows nothing of data, methods or training.
+Weights are read from safetensors only, never from pickles, because loading a pickle can run code. Code of a model
+repository is never run either.
 """
 
 import hashlib
@@ -30,15 +30,16 @@ from lorainit.model.source.gguf_header import check_header
 from lorainit.model.targets.four_bits import four_bits
 from lorainit.runtime.refusal import as_unsupported
 
-# What a conversion writes; a change here makes new cache entries instead of trusting old ones.
+# The version of the conversion. It is part of the folder's name, so that old conversions are not used after a change.
 CONVERTER = 3
-# Some tokenizers load, and panic at the first word, the first letter they do not know, or where two words meet.
+# A text that each tokenizer must read, because some load and then crash at the first word, at an unknown letter, or
+# between two words.
 _SAMPLE = "a b ab A1234 \u00e9 \u6f22\u5b57 \U0001f642\n\n\t  <x>"
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder with safetensors and a tokenizer, and the context length the files claim (or None)."""
+    """A folder with safetensors and a tokenizer, and the context length that its config.json names (or None)."""
 
     folder: Path
     max_length: int | None
@@ -52,10 +53,10 @@ def locate_base(source: str, *, cache: Path, path: Path | None = None) -> Locati
 
     Args:
         source: as `lorainit.config.sources` says.
-        path: what `find` found, if it was asked already.
+        path: the result of `find`, if it was called already.
 
     Raises:
-        UnsupportedModel: nothing there, or nothing we are willing to load.
+        UnsupportedModel: nothing is there, or it cannot be loaded safely.
     """
     path = path or find(source).path
     folder = path if path.is_dir() else _converted(path, cache)
@@ -69,7 +70,10 @@ def locate_base(source: str, *, cache: Path, path: Path | None = None) -> Locati
 
 
 def _converted(path: Path, cache: Path) -> Path:
-    """The safetensors folder of a GGUF file: made once, complete or absent, whoever else makes it too."""
+    """The safetensors folder of a GGUF file, converted once.
+
+    The conversion is written elsewhere and renamed when it is complete, so that several workers can do it at once.
+    """
     if path.suffix != ".gguf" or not path.is_file():
         raise UnsupportedModel(f"{path} is neither a folder nor a .gguf file.", param="model")
     check_header(path)
@@ -85,7 +89,7 @@ def _converted(path: Path, cache: Path) -> Path:
         try:
             work.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another worker was faster, and its folder is as good
+            if not folder.is_dir():  # otherwise another worker was faster, and its folder is used
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -94,7 +98,7 @@ def _converted(path: Path, cache: Path) -> Path:
 
 def _convert(path: Path, out: Path) -> None:
     with as_unsupported(f"{path.name} cannot be read as GGUF"), quiet():
-        # Said here too: whatever lies beside the file may name code of its own.
+        # `trust_remote_code=False` is needed here too, because files beside the GGUF file may name code.
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
         )
@@ -108,19 +112,20 @@ def _convert(path: Path, out: Path) -> None:
         )
         model, report = loaded
         require_nothing_left(report)
-    # save_pretrained refuses a model that remembers having been quantized; the tensors no longer are.
+    # save_pretrained refuses a model that is marked as quantized. The tensors are not quantized any more, so the marks
+    # are removed.
     del model.config.quantization_config
     for trace in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(trace, None)
     _restore_exact_floats(model.config)
-    tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF loading leaves 1e30
+    tokenizer.model_max_length = model.config.max_position_embeddings  # because loading from GGUF leaves 1e30
     model.save_pretrained(out)
     tokenizer_files.write(tokenizer, out)
     write_digest(out)
 
 
 def _restore_exact_floats(config: Any) -> None:
-    """GGUF stores 1e-5 as float32, which reads back as 9.999999747e-06: take the shortest decimal again."""
+    """Round to six digits, because GGUF stores 1e-5 as float32, which reads back as 9.999999747e-06."""
     epsilon = getattr(config, "rms_norm_eps", None)
     if epsilon is not None:
         config.rms_norm_eps = float(f"{epsilon:.6g}")
@@ -135,7 +140,8 @@ def _context_length(config: dict[str, Any]) -> int | None:
     value = text.get("max_position_embeddings") or text.get("n_positions")
     if not isinstance(value, int):
         return None
-    # With dynamic NTK this is the length before it was stretched, and raising it would change the frequencies.
+    # With dynamic NTK the entry is the length before stretching, and the factor gives the real one. The entry itself
+    # cannot be raised in config.json, because that would change the frequencies.
     rope = text.get("rope_scaling") or text.get("rope_parameters")
     rope = rope if isinstance(rope, dict) else {}
     factor = rope.get("factor") if "dynamic" in (rope.get("type"), rope.get("rope_type")) else None
@@ -143,7 +149,7 @@ def _context_length(config: dict[str, Any]) -> int | None:
 
 
 def check_length(location: Location, max_length: int) -> None:
-    """Refuse sequences longer than the model's positions."""
+    """Raise `SequenceTooLong` if `max_length` is above the model's context length."""
     if location.max_length and max_length > location.max_length:
         raise SequenceTooLong(
             f"max_length {max_length} is above the {location.max_length} tokens that the base model's config.json"
@@ -156,7 +162,7 @@ def check_length(location: Location, max_length: int) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a base; only fast ones, since masks need character offsets."""
+    """The tokenizer of a base. Only fast ones are accepted, because loss masks need character offsets."""
     if not tokenizer_files.own_files(folder):
         raise UnsupportedModel("The base model has no tokenizer.", param="model")
     try:
@@ -185,13 +191,13 @@ def load_model(
     """The base model in evaluation mode with every parameter frozen.
 
     Args:
-        dtype: "auto" = as stored; the weights then stay mapped from the files until they are read.
-        kind: the class to make it of, if that is not left to its configuration.
-        quantization: how its linear layers are held (`lorainit.model.targets.four_bits`); None = in `dtype`.
+        dtype: "auto" = as stored; the weights then stay mapped from the files until they are used.
+        kind: the model's class; by default the configuration decides.
+        quantization: the format of its linear layers (`lorainit.model.targets.four_bits`); None = `dtype`.
 
     Raises:
-        UnsupportedModel: not a causal language model of this transformers version, quantized in its files, not all
-            there, or not one that can be quantized.
+        UnsupportedModel: it is no causal language model of this transformers version, its files are quantized or
+            incomplete, or it cannot be quantized as asked.
         InitFailed: quantized weights cannot be read back on this machine.
     """
     options: dict[str, Any] = {}
@@ -213,7 +219,7 @@ def load_model(
         )
     model, report = loaded
     require_nothing_left(report, stored_weights(folder))
-    if kind is AutoModelForCausalLM:  # parts of a weight lie where they belong
+    if kind is AutoModelForCausalLM:  # a sharded model has another class, and its parts are on their devices already
         model.to(device)
     model.requires_grad_(requires_grad=False).eval()
     if quantization is not None:
@@ -224,13 +230,14 @@ def load_model(
 
 
 def free_model(model: nn.Module) -> None:
-    """Give a model's weights back now; it cannot be used any more.
+    """Free a model's weights now; the model cannot be used any more.
 
-    Modules that refer to each other, as PEFT's do, lie there until a garbage collection, and the next base
-    beside them. Collecting instead takes a second with transformers loaded, whatever the model.
+    Modules that refer to each other, such as PEFT's, stay in memory until a garbage collection, so the next base would
+    have to fit beside them. A collection instead would take a second each time, because transformers has so many
+    objects.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        if not hasattr(tensor, "full_tensor"):  # a part of a weight that devices share goes with the model
+        if not hasattr(tensor, "full_tensor"):  # parts of a sharded weight are freed with the model
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 

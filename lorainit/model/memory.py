@@ -1,7 +1,7 @@
-"""How much memory another copy of a base takes, beside what lies there already: an estimate, made before it is loaded.
+"""Estimates how much memory another copy of a base takes, before it is loaded.
 
-Held against measured peaks by tests/pretended/test_memory.py. What training takes is tried instead
-(`lorainit.train.memory`).
+tests/pretended/test_memory.py compares the estimate with measured peaks. The memory of training is not estimated but
+measured by a trial (`lorainit.train.memory`).
 """
 
 from typing import Any
@@ -11,26 +11,28 @@ from torch import nn
 
 from lorainit.model.layers.decoder_layers import listed_layers
 
-# Of each logit that a served form of the adapter makes: as computed, chosen and in float32, and its log-probability.
+# Bytes for each logit when a way of serving is measured: the logit as computed, the selected one, its float32 copy and
+# its log-probability.
 LOGIT = 12
 FLOAT64, FLOAT32 = 8, 4
-# Activations, and what an allocator rounds up.
+# A margin for activations and for the rounding of the allocator.
 MARGIN = 1.2
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as they are held."""
+    """Bytes of a model's weights in their present format."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def copy_bytes(model: Any, *, tokens: int, factors: int) -> float:
     """Bytes for a copy of `model` with an adapter on it, and for comparing the two.
 
-    That is the weights and factors; then a decoder layer of both or the output head in float64, or one row's logits.
+    These are the weights and factors, and the largest of: one decoder layer with its factors in float64, the output
+    head in float64, the logits of one row.
 
     Args:
-        tokens: of the longest row that goes through it.
-        factors: numbers of the adapter, which stock PEFT holds in float32.
+        tokens: the length of the longest row that is run.
+        factors: how many numbers the adapter has, which stock PEFT holds in float32.
     """
     layers, head = listed_layers(model), model.get_output_embeddings()
     in_a_layer = max((_numbers(layer) for layer in layers), default=0) + factors / max(1, len(layers))
@@ -40,5 +42,5 @@ def copy_bytes(model: Any, *, tokens: int, factors: int) -> float:
 
 
 def _numbers(module: nn.Module) -> int:
-    """Numbers that a module's weights stand for; two to a byte where they are in four bits."""
+    """How many numbers a module's weights represent; a byte holds two of them in four bits."""
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())

@@ -1,8 +1,8 @@
-"""How steps are cut into forward passes, and what a run that goes on from a checkpoint keeps of that.
+"""How steps are divided into forward passes, and what a resumed run keeps of that.
 
-Nothing that is minimized depends on it, but dropout and the order of sums do. What somebody asked for is kept unless
-the spec that goes on asks for something else. What memory decided is kept where passes would begin as they did, on a
-device like that one; elsewhere it is decided anew, as at a start (decision 0059).
+The loss does not depend on it, but dropout and the order of sums do, so a resumed run keeps the division if possible.
+Limits from the spec are kept unless the resumed spec has other ones. Limits that came from lack of memory are kept on a
+device of the same kind; on another device they are decided again, as in a new run (decision 0059).
 """
 
 from typing import Any
@@ -15,24 +15,24 @@ from lorainit.config.spec import RunSpec
 from lorainit.model.base import Base
 from lorainit.runtime import devices
 
-# The most of one forward pass, where nobody says. On a GPU more tokens would hardly be faster, and
-# `lorainit.train.memory` measures how many fit.
+# The default limits of one forward pass. On a GPU more tokens would hardly be faster, and `lorainit.train.memory`
+# reduces the limit if they do not fit.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 MAX_ROWS_PER_PASS = {"cpu": 8, "cuda": 256}
-SAME_MEMORY = 0.02  # of two devices of one name, whose drivers may keep some of it
+SAME_MEMORY = 0.02  # devices of one name may differ by this share, because drivers reserve different amounts
 
 
 class Asked(Strict):
-    """What somebody asked for, None = nobody: the most rows and tokens of a pass."""
+    """The limits that the spec sets: the most rows and tokens of a pass; None = no limit was set."""
 
     rows: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
 
 
 class Begun(Strict):
-    """The most rows and tokens of a pass before memory had a say, and the device whose memory that was.
+    """The limits of a pass before lack of memory could reduce them, and the device.
 
-    `memory`: bytes, 0 = not known, as of a CPU. `parts`: devices that divide the base.
+    `memory`: bytes of the device, 0 = unknown, as for a CPU. `parts`: how many devices share a sharded base, else 1.
     """
 
     rows: int
@@ -42,10 +42,11 @@ class Begun(Strict):
     parts: int
 
     def is_like(self, other: "Begun") -> bool:
-        """Whether memory would decide the same of both.
+        """Whether memory would reduce both to the same limits.
 
-        A CPU is not asked for its memory. There a run that leaves its group keeps its part of the tokens, and so the
-        bits that are promised; on a GPU, where none are, it gets the room that others have left.
+        On a CPU the number of tokens is ignored, so that a run that leaves its group keeps its share of the tokens and
+        thereby gives the same bits as promised. On a GPU equal bits are not promised, so the run may use the tokens
+        that the others have left.
         """
         near = abs(self.memory - other.memory) <= SAME_MEMORY * self.memory
         tokens = self.tokens if other.memory else other.tokens
@@ -55,10 +56,10 @@ class Begun(Strict):
 
 
 class Passes(Strict):
-    """The most rows and tokens of a pass, and how that came about.
+    """The most rows and tokens of a pass, and where these limits come from.
 
     `recomputed`: layers are computed again in the backward pass, because one row did not fit otherwise.
-    `kept`: as an earlier attempt had it, so memory is not asked again.
+    `kept`: taken over from an earlier attempt, so memory is not measured again.
     """
 
     asked: Asked
@@ -69,7 +70,7 @@ class Passes(Strict):
     kept: bool = False
 
     def answer(self, now: Asked) -> bool:
-        """Whether these are passes that somebody who asks for this gets: as asked before, or as they began."""
+        """Whether these passes satisfy the resumed spec's limits: unset, the same as before, or as the passes began."""
         return now.rows in (None, self.asked.rows, self.begun.rows) and now.tokens in (
             None,
             self.asked.tokens,
@@ -78,10 +79,10 @@ class Passes(Strict):
 
 
 def begin(asked: Asked, base: Base, *, batch_size: int, sharing: int, one_by_one: bool) -> Passes:
-    """The passes of a run that starts.
+    """The passes of a new run.
 
     Args:
-        sharing: how many runs share a forward pass, and so its tokens.
+        sharing: how many runs share a forward pass; its tokens are divided among them.
     """
     kind = base.device.type
     rows = 1 if one_by_one else min(asked.rows or _rows_for_all(batch_size, MAX_ROWS_PER_PASS[kind], base), batch_size)
@@ -93,18 +94,18 @@ def begin(asked: Asked, base: Base, *, batch_size: int, sharing: int, one_by_one
 
 
 def _rows_for_all(batch_size: int, most: int, base: Base) -> int:
-    """The most rows of a pass, so that a step has one for each process: those without one would be idle.
+    """The most rows of a pass, reduced if a step would have fewer passes than processes, because some would be idle.
 
-    Where it has as many anyway passes are those of any number of processes, and so is dropout.
+    Otherwise it does not depend on the number of processes, so that passes and dropout do not depend on it either.
     """
     return most if -(-batch_size // most) >= base.world.size else -(-batch_size // base.world.size)
 
 
 def go_on(spec: RunSpec, base: Base, known: dict[str, Any] | None, *, batch_size: int, sharing: int) -> Passes:
-    """The passes of a run.
+    """The passes of a run that starts or resumes.
 
     Args:
-        known: those of the checkpoint that it goes on from, as its manifest has them.
+        known: the passes in the manifest of the checkpoint to resume from; None for a new run.
 
     Raises:
         CheckpointMismatch: they cannot be read.
@@ -114,7 +115,7 @@ def go_on(spec: RunSpec, base: Base, known: dict[str, Any] | None, *, batch_size
     asked = Asked(rows=now.rows or earlier.rows, tokens=now.tokens or earlier.tokens)
     new = begin(asked, base, batch_size=batch_size, sharing=sharing, one_by_one=base.layout.rows == "one by one")
     alike = before is not None and before.answer(now) and new.begun.is_like(before.begun)
-    # Processes may have different devices; where one of them decides anew all have to.
+    # All processes must decide the same, and they may have different devices: if one decides again, all do.
     if before is None or base.world.any_rank(not alike, base.device):
         return new
     return before.model_copy(update={"asked": asked, "kept": True})
@@ -124,5 +125,5 @@ def _read(known: dict[str, Any]) -> Passes:
     try:
         return Passes.model_validate(known)
     except ValidationError as error:
-        text = f"The checkpoint's manifest says nothing that can be read of its passes: {error.errors()[0]['msg']}."
+        text = f"The passes in the checkpoint's manifest cannot be read: {error.errors()[0]['msg']}."
         raise CheckpointMismatch(text, param="resume_from") from error

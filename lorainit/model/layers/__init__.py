@@ -1,4 +1,4 @@
 """One linear layer: its frozen weight, in four bits or not, the adapter on it, and the matrices of experts.
 
-Knows no model as a whole, and not how an adapter was initialized.
+Nothing here depends on the whole model, or on how an adapter was initialized.
 """

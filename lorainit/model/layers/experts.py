@@ -1,9 +1,8 @@
 """Mixtures of experts: the matrix of each expert as a linear layer of its own.
 
-transformers keeps all experts of a layer in one 3-D parameter, which no linear layer stands for. `install` puts a
-module for each expert's matrix in front of that parameter, a view that copies nothing, and lets the tokens run
-through these modules; from there on an expert is adapted, watched and exported as any linear layer is
-(docs/decisions/0024). Knows nothing of adapters.
+transformers keeps all experts of a layer in one 3-D parameter, so there is no linear layer that could be adapted.
+`install` makes a module for each expert's matrix, which is a view and copies nothing, and sends the tokens through
+these modules. Afterwards an expert can be adapted, observed and exported like any linear layer (docs/decisions/0024).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, stack: "ExpertStack", number: int) -> None:
         super().__init__()
-        self._owner = (stack,)  # a tuple: the weight belongs to the stack, and is in no state dict twice
+        self._owner = (stack,)  # in a tuple, so that torch does not register it: the weight would be saved twice
         self.number = number
 
     @property
@@ -32,23 +31,23 @@ class ExpertLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Out×in, whichever way round the base stores it."""
+        """The expert's matrix as out×in, even if the base stores in×out."""
         W = self.stack.whole("weight")[self.number]
         return W.T if self.stack.transposed else W
 
     @property
     def bias(self) -> Tensor | None:
-        """Out, or None."""
+        """The expert's bias (out), or None."""
         return None if self.stack.bias is None else self.stack.whole("bias")[self.number]
 
     @property
     def out_features(self) -> int:
-        """Width of what comes out."""
+        """Width of the output."""
         return self.stack.weight.shape[2 if self.stack.transposed else 1]
 
     @property
     def in_features(self) -> int:
-        """Width of what goes in."""
+        """Width of the input."""
         return self.stack.weight.shape[1 if self.stack.transposed else 2]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,11 +60,11 @@ class ExpertStack(nn.ModuleList):
 
     Attributes:
         weight: experts×out×in, or experts×in×out where `transposed`; bias: experts×out or None.
-        parameter: what the base calls it (`gate_up_proj`).
-        place: its place among the adaptable parameters of its module, from 0, in the order of registration.
-        flipped: whether PEFT takes this matrix for its transpose: it asks the module's `is_transposed`, which
-            Llama 4's experts do not have.
-        tokens: while an expert runs, which of the pass's tokens it was given; of: how many tokens there are.
+        parameter: the parameter's name in the base (`gate_up_proj`).
+        place: its position among the adaptable parameters of its module, from 0, in the order of registration.
+        flipped: whether PEFT takes this matrix for its transpose. It reads the module's `is_transposed`, which
+            Llama 4's experts do not have although they are transposed.
+        tokens: while an expert runs, which of the pass's tokens it gets; of: how many tokens the pass has.
     """
 
     weight: nn.Parameter
@@ -90,7 +89,7 @@ class ExpertStack(nn.ModuleList):
         self.of = 0
 
     def whole(self, name: str) -> Tensor:
-        """The parameter; outside of a pass over a base that devices share, all of them ask for it."""
+        """The whole parameter. If the base is sharded, outside of a pass, all processes must call this together."""
         found: Tensor = getattr(self, name)
         return found.full_tensor() if hasattr(found, "full_tensor") else found
 
@@ -101,8 +100,8 @@ class ExpertStack(nn.ModuleList):
 def install(model: nn.Module) -> dict[str, ExpertStack]:
     """Put a layer for each expert's matrix into `model`, in place; the stacks by name (`…experts.gate_up_proj`).
 
-    Installing twice changes nothing. Works on meta tensors too. Experts that transformers runs in a way of their
-    own stay as they are (`moe.left_out`).
+    Installing twice changes nothing. Works on meta tensors too. Experts that an architecture runs by code of its own
+    stay as they are (`moe.left_out`).
     """
     for module in list(model.modules()):
         names = _projections(module)
@@ -117,7 +116,7 @@ def stacks(model: nn.Module) -> dict[str, ExpertStack]:
 
 
 def _projections(module: nn.Module) -> tuple[str, str] | None:
-    """The names of a module's two 3-D projections, if it is a mixture that we know how to run."""
+    """The names of a module's two 3-D projections, if it is a mixture that `_route` or `_route_llama4` can run."""
     if all(hasattr(module, name) for name in _INTERFACE):
         names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     elif type(module).__name__ == "Llama4TextExperts":
@@ -125,7 +124,7 @@ def _projections(module: nn.Module) -> tuple[str, str] | None:
     else:
         return None
     found = [p for p in map(module._parameters.get, names) if p is not None and p.ndim == 3 and p.is_floating_point()]
-    # Of a single expert PEFT makes a plain LoRA on two dimensions.
+    # A single expert is left alone, because PEFT then makes a plain LoRA on two dimensions.
     return names if len(found) == 2 and len(found[0]) == len(found[1]) > 1 else None
 
 
@@ -144,7 +143,7 @@ def _stand_before(module: Any, names: tuple[str, str]) -> None:
 
 
 def runners(model: nn.Module) -> Iterator[Any]:
-    """The modules whose `forward` is ours: they choose rows by what the tokens say, which no compiler follows."""
+    """The modules whose `forward` is ours. They are not compiled, because their choice of rows depends on the data."""
     for module in model.modules():
         if any(isinstance(child, ExpertStack) for child in module.children()):
             yield module
@@ -154,11 +153,11 @@ def runners(model: nn.Module) -> Iterator[Any]:
 
 
 def _route(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers' experts compute: each token's sum over its experts, weighed by the router.
+    """Compute what transformers' experts compute: each token's sum over its experts, weighted by the router.
 
     Args:
         hidden: tokens×width.
-        top_k_index: tokens×k, an expert's number; beyond the last expert = none.
+        top_k_index: tokens×k, the number of an expert; a number beyond the last expert means none.
         top_k_weights: tokens×k.
     """
     first, second = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
@@ -174,16 +173,18 @@ def _route(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tens
 
     y = _each(one, (first, second), hidden.index_select(0, tokens), tokens, counts, of=len(hidden))
     weighed = y * top_k_weights.flatten()[order, None]
-    # Back in the order of the tokens, and added up in a fixed order: `index_add_` has none on a GPU.
+    # Sorted by token again and summed in a fixed order. Not `index_add_`, because its order of sums varies on a GPU.
     found = weighed.index_select(0, order.argsort()).view(len(hidden), k, -1).sum(1)
     return found.to(hidden.dtype)
 
 
 def _route_llama4(module: Any, routed: Tensor) -> Tensor:
-    """Llama 4 hands every expert all tokens, zeros where it was not chosen, which give zeros: those are left out.
+    """Run Llama 4's experts on the tokens that they were chosen for.
+
+    Llama 4 gives every expert all tokens, with zeros where it was not chosen. Zeros give zeros, so they are skipped.
 
     Args:
-        routed: experts·tokens×width, already weighed by the router.
+        routed: experts·tokens×width, already weighted by the router.
     """
     first, second = module.gate_up_proj, module.down_proj
     x = routed.view(len(first), -1, routed.shape[-1])
@@ -209,7 +210,7 @@ def _each(
     *,
     of: int,
 ) -> Tensor:
-    """Run each expert on its rows of x, which are sorted by expert; rows of no expert become zeros."""
+    """Run each expert on its rows of x, which are sorted by expert. Rows without an expert become zeros."""
     found = []
     try:
         for number, (rows, which) in enumerate(zip(x.split(counts), tokens.split(counts), strict=True)):
@@ -222,15 +223,15 @@ def _each(
     finally:
         for stack in both:
             stack.tokens = None
-    return torch.cat(found) if found else x  # Llama 4 leaves out tokens of zeros, as padding is: that may be all
+    return torch.cat(found) if found else x  # there may be no rows: for Llama 4 all tokens may be padding
 
 
 def short_name(name: str, module: nn.Module) -> str:
-    """The last part of a layer's name; of an expert, what all experts of its projection share: `experts.down_proj`."""
+    """The last part of a layer's name. For an expert, the part that all experts share: `experts.down_proj`."""
     parts = name.split(".")
     return ".".join(parts[-3:-1]) if isinstance(module, ExpertLinear) else parts[-1]
 
 
 def full_name(name: str, module: nn.Module) -> str:
-    """A layer's name, of an expert that of the base's own parameter: without the expert's number."""
+    """A layer's full name. For an expert, the name of the base's parameter, without the expert's number."""
     return name.rpartition(".")[0] if isinstance(module, ExpertLinear) else name

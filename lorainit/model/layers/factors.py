@@ -1,4 +1,4 @@
-"""A LoRA pair of one layer, as every initialization returns it and every adapted layer takes it."""
+"""The LoRA pair of one layer, returned by every initialization and used by every adapted layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,8 +1,7 @@
 """Several adapters on one base in one forward pass: each sees its own rows of a packed batch.
 
-The frozen matrices are multiplied once for all rows, the low-rank parts adapter by adapter
-(`lorainit.model.layers.low_rank`), so each adapter's loss and gradients are those it would have alone. Knows
-nothing of optimizers, data or files.
+The frozen matrices are multiplied once for all rows, the low-rank parts separately for each adapter
+(`lorainit.model.layers.low_rank`), so that each adapter's loss and gradients are the same as if it were trained alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,37 +17,37 @@ Spans = list[tuple[int, int]]  # first token and end of each adapter's part of a
 
 
 class GroupedLinear(nn.Module):
-    """One frozen linear map under the adapters that have a layer on it.
+    """One frozen linear map with the layers of several adapters.
 
-    `layers`: one for each adapter of the pass, None where it leaves this module alone. `spans` is
-    shared by all modules of a model, and written anew for every pass.
+    `layers`: one for each adapter of the pass; None if it does not adapt this module. `spans` is shared by all modules
+    of a model and changed for every pass, so that not every module has to be updated.
     """
 
     def __init__(self, base: nn.Module, layers: Sequence[LoRALinear | None], spans: Spans) -> None:
         super().__init__()
         self.base = base
-        self._pairs = layers, spans  # a tuple: the adapters' layers belong to them, not to this module
+        self._pairs = layers, spans  # in a tuple, so that torch does not register the layers as this module's children
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (1, tokens, in) to (1, tokens, out); OPT gives and takes its rows without the first dimension."""
         pairs = list(zip(*self._pairs, strict=True))
         if any(layer is not None and layer.magnitude is not None for layer, _ in pairs):
-            # DoRA is no sum of W·x and a product of rank r: everybody's rows go alone.
+            # Each adapter's rows go through separately, because DoRA's output is not W·x plus a low-rank product.
             return torch.cat([(layer or self.base)(x[..., start:stop, :]) for layer, (start, stop) in pairs], dim=-2)
         slots = [layer.slot(*span, like=x) for layer, span in pairs if layer is not None and len(layer.A)]
         return low_rank(x, self.base, slots)
 
 
 def group_layers(adapters: Sequence[Layers], spans: Spans) -> dict[str, GroupedLinear]:
-    """For every module that any of these adapters changes, the layer for all of them."""
+    """One grouped layer for each module that at least one of these adapters changes."""
     bases = {name: layer.base for layers in adapters for name, layer in layers.items()}
     return {name: GroupedLinear(base, [layers.get(name) for layers in adapters], spans) for name, base in bases.items()}
 
 
 class AdapterSlots:
-    """What stands in the places of a model's frozen modules: one adapter's own layers, or a group's.
+    """Attaches one adapter's layers, or a group's, to a model, and removes them again.
 
-    Putting the same adapters again moves only their spans.
+    Attaching the same adapters again only changes their spans, because replacing modules takes time.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,7 +57,7 @@ class AdapterSlots:
         self._attached: Mapping[str, LoRALinear | GroupedLinear] = {}
 
     def put(self, adapters: list[Layers], spans: Spans) -> None:
-        """Place these adapters, each on its span of the tokens to come; a single one gets all of them."""
+        """Attach these adapters, each for its span of the next pass's tokens; a single adapter gets all tokens."""
         self.spans[:] = spans
         if [id(layers) for layers in adapters] == [id(layers) for layers in self._adapters]:
             return
@@ -69,7 +68,7 @@ class AdapterSlots:
             attach(self.model, name, layer)
 
     def clear(self) -> None:
-        """The bare base again."""
+        """Detach all adapters."""
         for name, layer in self._attached.items():
             attach(self.model, name, layer.base)
         self._adapters, self._attached = [], {}

@@ -1,7 +1,7 @@
-"""The adapted layer: a frozen linear map plus the trained low-rank branch, in difference form, or DoRA's.
+"""The adapted layer: a frozen linear map and a trained low-rank branch, in plain form, in difference form or as DoRA.
 
-The base weight is never touched, so a disabled adapter is the base model bit for bit, and several
-adapters could share one base. Knows nothing of methods, training or files.
+The base weight is never changed. Therefore a disabled adapter gives the base model bit for bit, and several adapters
+can share one base.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ class LoRALinear(nn.Module):
     """y = base(x) + s·(B·A - B0·A0)·x around a frozen `nn.Linear` or transformers `Conv1D`.
 
     `A` (r×in) and `B` (out×r) are float32 parameters. With `subtract` the starting factors are kept
-    as float32 buffers `A0`, `B0`. See `low_rank` for how the sum is formed. A rank of 0 is a layer
-    without an adapter: it has empty factors, changes nothing and is not exported.
+    as float32 buffers `A0`, `B0`. `low_rank` explains how the sum is computed. A layer of rank 0 has empty
+    factors: it changes nothing and is not exported.
 
     With `dora` the weight is m ⊙ (W + s·B·A)/‖W + s·B·A‖ row by row (DoRA, Liu et al., arXiv 2402.09353).
     The norms carry no gradient (section 4.3). `magnitude` is m: a float32 parameter (out) that starts at
-    those norms, so that training starts from W + s·B·A itself. A row of zeros has no direction: the
-    caller refuses such a W.
+    those norms, so that training starts from W + s·B·A itself. The caller must refuse a W with a row of zeros,
+    because its norm would be a divisor.
     """
 
     A0: Tensor | None
@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.dropout = Dropout(dropout)
         self.enabled = True
-        # Own copies: what is trained, what is subtracted and what the method returned never alias.
+        # Copies, because training changes A and B in place, and neither the start nor the method's result may change.
         self.A = nn.Parameter(factors.A.detach().clone())
         self.B = nn.Parameter(factors.B.detach().clone())
         self.register_buffer("A0", factors.A.detach().clone() if subtract else None)
@@ -63,7 +63,7 @@ class LoRALinear(nn.Module):
             self.magnitude = nn.Parameter(self._row_norms())
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What training moves, by name: `A`, `B` and, with DoRA, `magnitude`."""
+        """The trained parameters by name: `A`, `B` and, with DoRA, `magnitude`."""
         return dict(self.named_parameters(recurse=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,14 +76,14 @@ class LoRALinear(nn.Module):
         return low_rank(x, self.base, [self.slot(0, x.numel() // x.shape[-1], like=x)])
 
     def slot(self, start: int, stop: int, *, like: Tensor) -> Slot:
-        """This adapter on some rows of a flattened input."""
+        """This adapter's factors for rows `start` to `stop` of a flattened input like `like`, with a dropout mask."""
         mask = self.dropout.mask((stop - start, like.shape[-1]), like=like)
         return Slot(start, stop, self.A, self.B, self.A0, self.B0, self.scale, mask)
 
     def _dora(self, x: Tensor, magnitude: Tensor) -> Tensor:
         """y + (g - 1)·W·x + g·s·B·A·x with g = m/‖W + s·B·A‖, which at the start is 1 and adds nothing to y = W·x.
 
-        With dropout W sees the dropped x in the second term too, as in PEFT: m scales what is dropped.
+        With dropout the second term uses the masked x too, as in PEFT.
         """
         y: Tensor = self.base(x)
         mask = self.dropout.mask(x.shape, like=x)
@@ -102,8 +102,8 @@ class LoRALinear(nn.Module):
     def _row_norms(self) -> Tensor:
         """‖W + s·B·A‖ of each row, float32 (out).
 
-        From the matrix itself, one layer's temporary: expanding the square instead needs W·Aᵀ, which costs
-        the same time (16 ranks: 5 % of a forward pass of 512 tokens) and cancels where a row shrinks.
+        Computed from the whole matrix, a temporary of one layer's size. Expanding the square instead needs W·Aᵀ, which
+        takes as long (rank 16: 5 % of a forward pass of 512 tokens), and it loses digits if a row shrinks.
         """
         adapted_weight = (self.scale * self.B @ self.A).add_(weight_of(self.base))
         norms: Tensor = torch.linalg.vector_norm(adapted_weight, dim=1)
@@ -116,15 +116,15 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def attach(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put an adapted layer in the place of the module it wraps, or that module back."""
+    """Replace the module of this name: by the adapted layer that wraps it, or by the original module again."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
 
 
 class Dropout(nn.Module):
-    """Masks that are a function of a key and nothing else, so a pass drawn again drops the same.
+    """Dropout whose mask depends on a key only, so that a pass that is repeated drops the same numbers.
 
-    Off while `key` is None; training sets it for each pass of each layer.
+    Off while `key` is None. Training sets a key for each layer and pass.
     """
 
     def __init__(self, p: float) -> None:
@@ -143,7 +143,7 @@ class Dropout(nn.Module):
 
 
 def detach(model: nn.Module) -> dict[str, "LoRALinear"]:
-    """Take the adapted layers off again; the model is the bare base."""
+    """Remove the adapted layers from the model and return them by name."""
     layers = adapted_layers(model)
     for name, layer in layers.items():
         attach(model, name, layer.base)
@@ -152,7 +152,7 @@ def detach(model: nn.Module) -> dict[str, "LoRALinear"]:
 
 @contextmanager
 def attach_temporarily(model: nn.Module, layers: dict[str, LoRALinear]) -> Iterator[None]:
-    """The model with these layers in the places of the modules they wrap, for as long as the context lasts."""
+    """Attach these layers to the model while the context lasts."""
     try:
         for name, layer in layers.items():
             attach(model, name, layer)
@@ -164,7 +164,7 @@ def attach_temporarily(model: nn.Module, layers: dict[str, LoRALinear]) -> Itera
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model itself, for as long as the context lasts."""
+    """Make the model compute as the base model while the context lasts."""
     layers = list(adapted_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:

@@ -1,8 +1,8 @@
 """y = W·x + s·(B·A - B0·A0)·x around a frozen W, for one adapter or several on rows of their own.
 
-The one autograd function of training. Exact in bf16: the branch is formed first and W·x is added to it
-inside the product, which is rounded once. Adding a small s·B·A·x to a W·x that is already rounded
-would lose most of it. Knows nothing of models, methods or files.
+The only autograd function of an adapted layer. In bf16 the low-rank branch is computed first, and W·x is added inside
+the matrix product, which is rounded once. In the other order a small s·B·A·x would be added to a W·x that is already
+rounded, and most of it would be lost.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from lorainit.model.layers.weight import weight_of
 
 
 class Slot(NamedTuple):
-    """One adapter and its rows: A (r×in), B (out×r), the start that is subtracted or None, and a dropout mask.
+    """One adapter and its rows: A (r×in), B (out×r), the start to subtract (or None), and a dropout mask.
 
     `mask` ((stop - start)×in, or None) holds 0 or 1/(1 - p).
     """
@@ -34,10 +34,10 @@ class Slot(NamedTuple):
 
 
 def low_rank(x: Tensor, base: nn.Module, slots: Sequence[Slot]) -> Tensor:
-    """Map (..., in) to (..., out) in x's dtype; rows that no slot covers see the base alone.
+    """Map (..., in) to (..., out) in x's dtype; for rows without a slot only the base is used.
 
-    In float32 every slot's values and gradients come from products of its own shape, so on a CPU they
-    are the same bits whoever else is there.
+    In float32 each slot has matrix products of its own. Therefore, on a CPU, an adapter's values and gradients are the
+    same bits whichever other adapters share the pass.
     """
     if not slots:
         untouched: Tensor = base(x)
@@ -62,10 +62,10 @@ class _LowRank(torch.autograd.Function):
             y = _placed(stacks, [h @ stack.up.mT for h, stack in zip(hidden, stacks, strict=True)], rows=len(x))
             y.addmm_(*((x, W.T) if bias is None else _with_bias(x, W, bias)))
         ctx.base, ctx.stacks = base, stacks
-        # All that grows with the rows, so that gradient checkpointing can let it go.
+        # Everything that grows with the rows is saved by autograd, so that gradient checkpointing can free it.
         ctx.save_for_backward(*seen, *hidden, *masks)
-        # The same memory, but not as a view: some models (Falcon, Gemma 3n) add to a layer's output in place, and
-        # autograd refuses that for a view that was made in here.
+        # `.data` gives the same memory, but not as a view. Some models (Falcon, Gemma 3n) add to a layer's output in
+        # place, and autograd refuses that for a view that was made in a custom function.
         return y.data
 
     @staticmethod
@@ -91,7 +91,7 @@ class _LowRank(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Stack:
-    """Adapters on neighbouring rows whose products have one shape, multiplied at once: n·t rows from `start` on.
+    """n adapters on neighbouring parts of t rows each, whose products have the same shape and are computed together.
 
     `down` (n×R×in) and `up` (n×out×R): up·down = s·(B·A - B0·A0), in the base's dtype.
     """
@@ -101,24 +101,25 @@ class _Stack:
     up: Tensor
 
     def rows(self, x: Tensor) -> Tensor:
-        """Its rows of x, n×t×width, a view."""
+        """The rows of x that belong to this stack, n×t×width, as a view."""
         return x[self.slots[0].start : self.slots[-1].stop].view(len(self.slots), -1, x.shape[-1])
 
     def gradients(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
-        """Of every slot's A and B in turn, from those of `down` and of `up` over s."""
+        """The gradients of each slot's A and B, in turn, from those of `down` and of `up` before scaling by s."""
         dA, dB = dA.to(self.slots[0].A.dtype), dB.to(self.slots[0].B.dtype)
         found: list[Tensor] = []
         for slot, a, b in zip(self.slots, dA, dB, strict=True):
             r = len(slot.A)
-            # Both halves of a subtracted pair end in the same A: s·(B - B0)ᵀ·g + s·B0ᵀ·g.
+            # In difference form A is in both halves of `down`, so its gradient is the sum: s·(B - B0)ᵀ·g + s·B0ᵀ·g.
             found += [a if slot.A0 is None else a[:r] + a[r:], b[:, :r] * slot.scale]
         return found
 
 
 def _stacks(slots: Sequence[Slot], dtype: torch.dtype) -> list[tuple[_Stack, Tensor | None]]:
-    """All slots at once where they are alike, which is faster than several small products; else one by one.
+    """Group the slots: all in one stack if their shapes are equal, because that is faster, else one stack for each.
 
-    In float32 always one by one: rounding then is what it is for the adapter alone. With each its masks, n×t×in.
+    In float32 always one stack for each, so that rounding is the same as for the adapter alone. Each stack comes with
+    its masks (n×t×in) or None.
     """
     alike = {(s.stop - s.start, len(s.A), s.A0 is None, s.mask is None) for s in slots}
     joined = all(one.stop == two.start for one, two in pairwise(slots))
@@ -134,8 +135,10 @@ def _stacked(slots: Sequence[Slot], dtype: torch.dtype) -> tuple[_Stack, Tensor 
 
 
 def _down_up(slot: Slot) -> tuple[Tensor, Tensor]:
-    """With a start to subtract as (B - B0)·A + B0·(A - A0), differences taken in float32: B·A and B0·A0
-    nearly cancel, and rounding them to bf16 first would leave little of their difference.
+    """The factors `down` (R×in) and `up` (out×R) of s·(B·A - B0·A0), in float32.
+
+    With a start to subtract, as (B - B0)·A + B0·(A - A0). The differences are computed in float32, because B·A and
+    B0·A0 nearly cancel, and rounding them to bf16 before subtracting would leave little of their difference.
     """
     A, B = slot.A, slot.B
     if slot.A0 is not None and slot.B0 is not None:
@@ -144,7 +147,7 @@ def _down_up(slot: Slot) -> tuple[Tensor, Tensor]:
 
 
 def _placed(stacks: Sequence[_Stack], parts: Sequence[Tensor], *, rows: int) -> Tensor:
-    """Each stack's part (n×t×width) in its own rows, zero elsewhere: rows×width."""
+    """A rows×width tensor with each stack's part (n×t×width) in its rows, and zeros elsewhere."""
     if len(parts) == 1 and parts[0].shape[:2].numel() == rows:
         return parts[0].flatten(0, 1)
     placed = parts[0].new_zeros(rows, parts[0].shape[-1])
@@ -158,9 +161,9 @@ def _times(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _with_bias(x: Tensor, W: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors of x·Wᵀ + bias: the bias joins the sum inside the product too.
+    """Two factors of x·Wᵀ + bias, so that the bias too is added inside the product, before rounding.
 
-    Eight columns more and not one: products of odd widths are slow.
+    They get eight more columns instead of one, because products of odd widths are slow.
     """
     x, W = F.pad(x, (0, 8)), F.pad(W, (0, 8))
     x[:, -1], W[:, -1] = 1, bias

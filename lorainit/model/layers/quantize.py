@@ -1,11 +1,10 @@
 """NF4 bases: linear layers whose weights are held in four bits, by bitsandbytes.
 
-transformers' own loader makes them, one layer at a time, so that a GPU never holds the full base and
-the quantized one is bit for bit what anybody gets who loads the untouched model in NF4: blocks of 64,
-no double quantization (Dettmers et al., "QLoRA", arXiv 2305.14314, section 3). Which layers they are is
-decided in `lorainit.model.targets.four_bits`. The only module that
-knows bitsandbytes, which is imported when a layer is quantized (docs/decisions/0010). Knows nothing of
-methods, training or files.
+transformers' own loader makes them, one layer at a time. So a GPU never holds the full base, and the quantized base is
+bit for bit what a user gets who loads the untouched model in NF4: blocks of 64, no double quantization (Dettmers et
+al., "QLoRA", arXiv 2305.14314, section 3). `lorainit.model.targets.four_bits` decides which layers are quantized.
+Only this module uses bitsandbytes, and imports it when it is needed, because it is an optional package
+(docs/decisions/0010).
 """
 
 import importlib.util
@@ -21,9 +20,9 @@ from transformers import BitsAndBytesConfig
 from lorainit.config.errors import InitFailed, UnsupportedModel
 from lorainit.config.model_facts import NF4_BLOCK
 
-# Relative difference that is rounding; weights that were read in the wrong order differ by 1.4.
+# Relative differences up to this are rounding. Weights that are read in the wrong order differ by 1.4.
 ROUNDING = 1e-2
-PACKED_ROWS = 32  # what bitsandbytes repacks for a CPU has so many rows, or a multiple of them
+PACKED_ROWS = 32  # bitsandbytes can repack a weight for a CPU only if its number of rows is a multiple of this
 
 
 def require_library() -> None:
@@ -39,14 +38,14 @@ def loading_options(*, dtype: torch.dtype, device: torch.device, skip: Sequence[
     """What `from_pretrained` needs to load a full-precision model in NF4, computing in `dtype`, on `device`.
 
     Args:
-        skip: `llm_int8_skip_modules`; None = what transformers leaves as it is.
+        skip: `llm_int8_skip_modules`; None = the modules that transformers skips by default.
     """
     config = BitsAndBytesConfig(**nf4_config(skip), bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def nf4_config(skip: Sequence[str] | None) -> dict[str, Any]:
-    """The arguments of `BitsAndBytesConfig` with which anybody gets the base, but for the number format."""
+    """The arguments of `BitsAndBytesConfig` with which a user gets the same base, except the format of computation."""
     found: dict[str, Any] = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
@@ -61,7 +60,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    """The weight of a quantized module as its forward pass uses it, out×in, in the run's dtype; a copy."""
+    """A copy of a quantized module's weight as its forward pass uses it, out×in, in the run's dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
     weight: Any = module.weight
@@ -70,11 +69,11 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def settle(model: nn.Module) -> None:
-    """Make a freshly quantized model one whose weights stay as they are and can be read back.
+    """Keep bitsandbytes from repacking the weights of a freshly quantized model, and check that they can be read back.
 
-    On CPUs with AVX512-BF16 bitsandbytes would repack each weight at its first forward pass in
-    evaluation mode: block sizes rounded to bf16, activations too, and dequantizing it afterwards
-    gives garbage. Weights whose rows are no multiple of `PACKED_ROWS` it refuses with an AssertionError.
+    On CPUs with AVX512-BF16 bitsandbytes would repack each weight at its first forward pass in evaluation mode. That
+    rounds block scales and activations to bf16, and dequantizing the weight afterwards gives garbage. A weight whose
+    number of rows is no multiple of `PACKED_ROWS` would even end with an AssertionError.
 
     Raises:
         UnsupportedModel: blocks would run over the rows of a layer.
@@ -83,7 +82,8 @@ def settle(model: nn.Module) -> None:
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_quantized(module)}
     for name, layer in layers.items():
         if layer.in_features % NF4_BLOCK:
-            # bitsandbytes' CPU kernels take every row to begin a block: they would read other weights.
+            # Refused, because bitsandbytes' CPU kernels assume that a block begins with each row. They would use wrong
+            # weights without an error.
             raise UnsupportedModel(
                 f"{name} has {layer.in_features} inputs, and NF4 needs a multiple of its block size, {NF4_BLOCK}.",
                 param="lora.quantization",
@@ -95,7 +95,7 @@ def settle(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _verify(name: str, layer: Any) -> None:
-    """Push the identity through the layer and compare with the weight read back afterwards."""
+    """Run the identity matrix through the layer and compare the result with the dequantized weight."""
     eye = torch.eye(layer.in_features, dtype=layer.compute_dtype, device=layer.weight.device)
     used = layer(eye)
     read = F.linear(eye, dequantized(layer), layer.bias)

@@ -1,4 +1,4 @@
-"""A linear layer's weight and shape, whatever form the base model stores it in."""
+"""A linear layer's weight and shape, in whatever form the base model stores it."""
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +8,18 @@ from lorainit.model.layers.quantize import dequantized, is_quantized
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear module as out×in: transformers' `Conv1D` stores in×out, an NF4 layer four bits of each."""
+    """The weight of a linear module as out×in. transformers' `Conv1D` stores in×out, and an NF4 layer four bits."""
     if is_quantized(module):
         return dequantized(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if hasattr(weight, "full_tensor"):  # outside of a pass over a base that devices share: all of them ask for it
+    if hasattr(weight, "full_tensor"):  # sharded, and outside of a pass: all processes must call this together
         weight = weight.full_tensor()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a linear module's weight lies."""
+    """The device of a linear module's weight."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.device
 
@@ -32,5 +32,5 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def was_conv1d(module: nn.Module) -> bool:
-    """Whether a linear module is a `Conv1D` in the base model's own files: an NF4 layer remembers what it replaced."""
+    """Whether a linear module is a `Conv1D` in the base model's files. An NF4 layer knows the class that it replaced."""
     return issubclass(getattr(module, "source_cls", type(module)), Conv1D)
