@@ -1,8 +1,8 @@
-"""Inspects a base model in a child process whose time and memory are bounded, so that no file can harm its reader.
+"""Inspects a base model in a child process with limited time and memory, so that no file can harm the service.
 
-Model files are read by libraries that trust them. What goes wrong there may be more than an exception: a crash, a
-loop, all of the machine's memory. The child limits itself before it reads anything, the parent ends it when its time
-is over, and either way the answer is a sentence. Needs no torch in the parent.
+The libraries that read model files trust them, so a bad file can cause more than an exception: a crash, an endless
+loop, or use of all memory. The child limits itself before it reads anything, the parent kills it when its time is over,
+and in each case the caller gets an error with a sentence. The parent does not load torch.
 """
 
 import json
@@ -21,25 +21,27 @@ from lorainit.model.source.find import find
 from lorainit.system import limits
 from lorainit.system.host_failure import is_host_failure
 
-# Of a base of any size: building its modules without weights takes seconds, loading our libraries ten on a slow disk.
+# The time for a base of any size, apart from reading its weights: building the modules takes seconds, and loading our
+# libraries about ten seconds on a slow disk.
 MAX_SECONDS = 180.0
-# Reading and hashing weights, or converting them from GGUF: the slowest disk we would train from.
+# The additional time for reading and hashing weights, or for converting them from GGUF, on a very slow disk.
 BYTES_PER_SECOND = 20e6
 # A narrow copy of the model takes 1.2 GB at the most, our libraries 1 GB, a tokenizer some 0.5 GB.
 MAX_BYTES = 8 << 30
-# A GGUF file is unpacked in memory: some 2 bits for each weight become 32, and are copied once.
+# A GGUF file is unpacked in memory, so it needs this multiple of its size: about 2 bits per weight become 32, and these
+# are copied once.
 UNPACKED = 32
-_TAIL = 2000  # of what the child wrote when it crashed
+_TAIL = 2000  # so many last bytes of the child's output are kept, to explain a crash
 
 
 def inspect(source: str, cache: Path) -> dict[str, Any]:
     """The facts of a base model (`lorainit.config.model_facts.ModelFacts`) as JSON values.
 
-    One of a hub is fetched first, by this process: a download takes as long as it takes, and shows how far it is.
+    A base on a hub is downloaded first, by this process, because a download may take longer than the child is allowed.
 
     Raises:
-        UnsupportedModel: it cannot be used, with the reason in words.
-        HostFailed: this host cannot read it now, which says nothing of it.
+        UnsupportedModel: the base cannot be used; the message gives the reason.
+        HostFailed: this host cannot read it now, which is not the base's fault.
     """
     try:
         found = find(source)
@@ -53,7 +55,7 @@ def inspect(source: str, cache: Path) -> dict[str, Any]:
 
 
 def _run_child(command: list[str]) -> dict[str, Any]:
-    """The facts that a child tells."""
+    """Run the child and return the facts that it reports."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     said: list[str] = []
     listener = threading.Thread(target=_keep_tail, args=(child.stderr, said), daemon=True)
@@ -72,7 +74,7 @@ def _run_child(command: list[str]) -> dict[str, Any]:
 
 
 def _read_answer(child: "subprocess.Popen[bytes]") -> dict[str, Any]:
-    """The child's last word; {} if it died without one."""
+    """The child's answer; {} if it ended without one."""
     assert child.stdout is not None
     out_of_time: list[float] = []
 
@@ -85,7 +87,7 @@ def _read_answer(child: "subprocess.Popen[bytes]") -> dict[str, Any]:
             word = json.loads(line)
             if "bytes" not in word:
                 return dict(word)
-            restart(word["bytes"])  # it has found what it is to read
+            restart(word["bytes"])  # the child now knows how much it has to read, so its time depends on that
     if out_of_time:
         return {"message": f"The base model cannot be inspected: reading it took more than {out_of_time[0]:.0f} s."}
     return {}
@@ -93,7 +95,7 @@ def _read_answer(child: "subprocess.Popen[bytes]") -> dict[str, Any]:
 
 @contextmanager
 def _timer(stop: Callable[[float], None]) -> Iterator[Callable[[int], None]]:
-    """Call `stop` when the time for no bytes is over; what is yielded starts anew, for so many bytes."""
+    """Call `stop` when the time is over. Yields a function that restarts the time, for reading so many bytes."""
     timers: list[threading.Timer] = []
 
     def start(size: int) -> None:
@@ -115,16 +117,16 @@ def _timer(stop: Callable[[float], None]) -> Iterator[Callable[[int], None]]:
 
 
 def _keep_tail(stream: IO[bytes], said: list[str]) -> None:
-    """Read to the end and keep the last lines, so that the child never waits for a reader."""
+    """Read to the end and keep the last bytes. The stream must be read, because a full pipe would block the child."""
     tail = b""
-    with suppress(ValueError):  # closed under our hands
+    with suppress(ValueError):  # the stream was closed while it was read
         while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
             tail = (tail + chunk)[-_TAIL:]
             said[:] = [tail.decode("utf-8", "replace")]
 
 
 def _explain_death(code: int, said: list[str]) -> str:
-    """What is known of a child that ended without a word."""
+    """A sentence about a child that ended without an answer."""
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     words = said[0].strip().splitlines()[-1:] if said else []
     return f"The base model cannot be inspected: reading it ended with {how}{''.join(f' ({w[:300]})' for w in words)}."
@@ -134,8 +136,8 @@ def _explain_death(code: int, said: list[str]) -> str:
 
 
 def inspect_for_parent(source: str, cache: Path) -> None:
-    """Inspect, and tell the parent: how much there is to read, then the facts or why there are none."""
-    sys.stdout = sys.stderr  # whatever a library prints is no answer
+    """Inspect a base and write lines for the parent: how much there is to read, then the facts or the error."""
+    sys.stdout = sys.stderr  # because lines that a library prints must not be taken for an answer
     limits.bound_memory(MAX_BYTES)
     limits.die_with_parent()
     from lorainit.model.inspect import inspect
@@ -173,7 +175,7 @@ def _write_line(word: dict[str, Any]) -> None:
 
 
 def _allocated(path: Path) -> int:
-    """Bytes that a file takes on its disk; of a file with holes it is only that which must be read."""
+    """The bytes of a file that must be read; holes of a sparse file take no space on the disk and do not count."""
     try:
         facts = path.stat()
     except OSError:

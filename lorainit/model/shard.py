@@ -1,9 +1,10 @@
-"""A base that no device holds whole: torch's FSDP2 on each decoder layer.
+"""Divides a base that does not fit on one device, with torch's FSDP2 on each decoder layer.
 
-Every process keeps 1/n of each layer's weights, and gets a layer whole for as long as it is computed, while the next
-one is on its way: two layers at most are whole. What stands outside of the layers (embeddings, last norm, output head)
-stays whole on every device, and so do adapters.
-Each pass is everybody's: a process with nothing to do makes it along (`World.idle`).
+Every process keeps 1/n of each layer's weights. A layer is gathered while it is computed, and the next one is fetched
+meanwhile, so at most two layers are whole at a time. Everything outside of the layers (embeddings, last norm, output
+head) is whole on every device, and so are adapters.
+All processes make every pass together, because each has a part of the weights. A process without rows of its own still
+takes part (`World.count_idle_passes`).
 """
 
 from collections.abc import Collection, Iterator
@@ -24,14 +25,14 @@ from lorainit.model.load import build_skeleton
 from lorainit.model.sharded_load import PARAM, divisible_layers
 from lorainit.runtime.distributed.world import World
 
-ROOM = 0.8  # of a device's memory for the base; the rest is for what training adds
+ROOM = 0.8  # the share of a device's memory that the base may take; training needs the rest
 
 
 def explain_sharding(spec: RunSpec, folder: Path, *, world: World, dtype: torch.dtype, device: torch.device) -> str:
-    """Why the base is to be divided between the processes, or "" where each holds it whole.
+    """Why the base must be divided between the processes; "" if each holds it whole.
 
     Raises:
-        TooFewDevices: it is asked for, and this process is alone.
+        TooFewDevices: the spec asks for it, but there is only one process.
     """
     wanted = spec.training.shard_base
     if wanted is True:
@@ -51,8 +52,8 @@ def shard(model: nn.Module, device: torch.device, *, world: World, whole: Collec
     """Divide `model` between the devices of all processes, layer by layer.
 
     Args:
-        model: on the CPU, or read by this process in parts (`lorainit.model.sharded_load`).
-        whole: parameters within layers that every device gets whole.
+        model: whole and on the CPU, or loaded in parts (`lorainit.model.sharded_load`).
+        whole: parameters inside layers that every device keeps whole.
 
     Raises:
         UnsupportedModel: the architecture does not name its layers, or some of them share a weight.
@@ -64,7 +65,7 @@ def shard(model: nn.Module, device: torch.device, *, world: World, whole: Collec
             kept = set(whole) & set(layer.parameters())
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         _make_root(_around(model, layers), mesh)
-    # In this order they run; backward, FSDP asks for them in the reverse of the order in which they ran.
+    # Layers run in this order, so each fetches the next one early. In the backward pass FSDP does that by itself.
     for one, following in pairwise(cast(list[FSDPModule], layers)):
         one.set_modules_to_forward_prefetch([following])
     for parameter in model.parameters():
@@ -77,9 +78,9 @@ def shard(model: nn.Module, device: torch.device, *, world: World, whole: Collec
 
 @contextmanager
 def _parts_aside(layers: list[nn.Module]) -> Iterator[None]:
-    """FSDP divides what is whole: parts that were read as such give way to weights without numbers, and come back.
+    """Replace parameters that were loaded in parts by empty ones inside, because FSDP expects whole parameters.
 
-    FSDP looks for its parameters again when it first runs.
+    The parts are put back at the end. FSDP finds them, because it looks up its parameters again when it first runs.
     """
     modules = [module for layer in layers for module in layer.modules()]
     tables = [(module._parameters, name, part) for module in modules for name, part in module._parameters.items()]
@@ -99,19 +100,21 @@ def _around(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
 
 
 def _make_root(around: nn.Module, mesh: DeviceMesh) -> None:
-    """One root for all layers: a layer that is one by itself waits for all that was computed before it is sent for."""
+    """Make one FSDP root for all layers. Otherwise each layer would be a root, which waits for all earlier work before
+    it is fetched."""
     kind = type(around)
     fully_shard(around, mesh=mesh, ignored_params=_unwrapped(around))
-    # transformers reads what a model can do in the file of its class, and FSDP has made a class of its own for it.
+    # FSDP has replaced the class by a new one. transformers looks up a model's features in the module of its class, so
+    # the module's name is set back.
     type(around).__module__ = kind.__module__
 
 
 def _unwrapped(around: nn.Module) -> set[nn.Parameter]:
-    """What stands beside the layers stays as it is: every device has it whole."""
+    """The parameters outside of the layers, which every device keeps whole."""
     return {parameter for parameter in around.parameters() if not isinstance(parameter, DTensor)}
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Bytes of the model's weights that lie in this process."""
+    """Bytes of the model's weights in this process."""
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     return sum(part.numel() * part.element_size() for part in parts)

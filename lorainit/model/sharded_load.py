@@ -1,8 +1,9 @@
-"""A base of which each process reads its own part of the files: the rows of each layer's weights that it will keep.
+"""Loads a sharded base so that each process reads only its own rows of each layer's weights from the files.
 
-transformers reads in parts what it is told is divided, names and joins it as ever, and tells what is missing. Left to
-it is only what is the same, read in parts or whole: a weight that lies in the files as it is, and experts that lie
-there one by one. What it joins or splits along rows is read whole, and divided afterwards (`lorainit.model.shard`).
+transformers can load a parameter in parts, with its usual renaming and its report of missing weights. This is used only
+where the result is the same as loading the whole weight: weights that are stored as they are, and experts that are
+stored one by one. Weights that transformers joins or splits along rows are loaded whole and divided afterwards
+(`lorainit.model.shard`).
 """
 
 from pathlib import Path
@@ -32,9 +33,9 @@ PARAM = "training.shard_base"
 
 
 def load_shard(folder: Path, *, dtype: torch.dtype, device: torch.device, rank: int, size: int) -> nn.Module:
-    """This process's part of a base, as `load_model` returns the whole one.
+    """Load this process's part of a base; otherwise like `load_model`.
 
-    What stands outside of the layers is whole, and on the CPU; the parts are DTensors on `device`.
+    Parameters outside of the layers are whole and on the CPU; the parts are DTensors on `device`.
 
     Raises:
         UnsupportedModel: as for `load_model`, and where its layers cannot be divided.
@@ -52,7 +53,7 @@ def load_shard(folder: Path, *, dtype: torch.dtype, device: torch.device, rank: 
 
 
 def divisible_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers, which share no weight with each other or with what stands around them.
+    """The decoder layers, after a check that they share no weight with each other or with other modules.
 
     Raises:
         UnsupportedModel: the architecture does not name its layers, or some of them share a weight.
@@ -73,7 +74,7 @@ def _lies_in(model: nn.Module, name: str, layers: list[nn.Module]) -> bool:
 
 
 def _make_sharded_class(kind: type[nn.Module], names: list[str], mesh: DeviceMesh, rank: int) -> type[nn.Module]:
-    """The architecture's class, whose models are made with these weights divided: the loader looks at what is there."""
+    """A subclass of the architecture whose new models have these weights divided, so that the loader loads parts."""
 
     def begin(self: Any, *args: Any, **named: Any) -> None:
         kind.__init__(self, *args, **named)
@@ -84,19 +85,20 @@ def _make_sharded_class(kind: type[nn.Module], names: list[str], mesh: DeviceMes
                 _empty_shard(module._parameters[last], mesh, rank), requires_grad=False
             )
 
-    # By its own name: transformers looks up by it how weights are converted, and in its module what it can do.
+    # It keeps the name and the module of the original class, because transformers uses the name to find the conversion
+    # of weights, and the module to find the model's features.
     return type(kind.__name__, (kind,), {"__init__": begin, "__module__": kind.__module__})
 
 
 def _empty_shard(whole: torch.Tensor, mesh: DeviceMesh, rank: int) -> DTensor:
-    """The place of a part: rows as FSDP deals them out."""
+    """An empty part of a parameter, with the rows that FSDP gives to this rank."""
     rows, _ = Shard.local_shard_size_and_offset(whole.shape[0], mesh.size(), rank)
     part = torch.empty(rows, *whole.shape[1:], dtype=whole.dtype, device="meta")
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def reset_failed_pass(model: nn.Module) -> None:
-    """Of a base that is divided: a pass that failed left its layers in the middle of it; the next one begins anew."""
+    """Reset FSDP's state after a failed pass of a sharded base, because otherwise the next pass would continue it."""
     root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
     if root is not None:
         root.reset_iter_state()
@@ -106,7 +108,7 @@ def reset_failed_pass(model: nn.Module) -> None:
 
 
 def _readable_in_parts(skeleton: Any, stored: dict[str, Stored], *, size: int) -> set[str]:
-    """Names of the weights that are the same read in parts: as they are stored, or experts stored one by one."""
+    """Names of the weights that can be loaded in parts: weights stored as they are, and experts stored one by one."""
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -120,7 +122,7 @@ def _readable_in_parts(skeleton: Any, stored: dict[str, Stored], *, size: int) -
         if pattern is None and shape == weight.shape:
             found.add(target)
         elif pattern is not None and _stacks(by_pattern[pattern]) and len(shape) == len(weight.shape) + 1:
-            # Some of them for everybody: there is nothing to stack where there are none.
+            # Only if every process gets at least one expert, because the loader cannot stack zero experts.
             found |= {target} if (size - 1) * -(-shape[0] // size) < shape[0] else set()
     return found
 

@@ -32,5 +32,5 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def was_conv1d(module: nn.Module) -> bool:
-    """Whether a linear module is a `Conv1D` in the base model's files. An NF4 layer knows the class that it replaced."""
+    """Whether a linear module is a `Conv1D` in the base's files. An NF4 layer knows the class that it replaced."""
     return issubclass(getattr(module, "source_cls", type(module)), Conv1D)

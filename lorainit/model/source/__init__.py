@@ -1,4 +1,4 @@
-"""Where a base model comes from and what its files hold, before a weight is read.
+"""Finds a base model and checks its files before any weight is loaded.
 
-The files are not trusted: their sizes, shapes and names are checked here.
+The files are not trusted, so their sizes, shapes and names are checked here.
 """

@@ -1,8 +1,8 @@
 """Tests whether an architecture is causal: a later token must not change the model's output for earlier ones.
 
-What is tried is a copy of the model's own configuration with few heads, narrow matrices, random weights and as many
-layers as show every kind. Attention masks, convolutions and recurrences are code and configuration, not weights, so
-the copy shows what the model does, in a second, for a base of any size (docs/decisions/0029).
+The test runs a small copy of the model: the same configuration with few heads, narrow matrices, random weights and just
+enough layers to have every kind. The copy is sufficient because attention masks, convolutions and recurrences are
+defined by code and configuration, not by weights. It takes a second for a base of any size (docs/decisions/0029).
 """
 
 import math
@@ -20,19 +20,19 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.runtime.machine_errors import is_machine_failure
 
 MAX_PARAMETERS = 300_000_000  # of a copy: 1.2 GB in float32
-LAYERS = 12  # if they show every kind of module: kinds recur within six (Gemma 3) or eight (Jamba)
-MAX_SECONDS = 30.0  # of computing, of trying how narrow it can be; for most the first try is the right one
+LAYERS = 12  # enough to have every kind of layer, because kinds repeat after six (Gemma 3) or eight layers (Jamba)
+MAX_SECONDS = 30.0  # CPU time for finding a size that runs; for most models the first one does
 TOKENS = 24
-CUTS = (1, 12, 23)  # where rows begin to differ: behind the first token, in the middle, at the last
-# Of the largest logit. Causal models of transformers give 0.0 exactly, encoders 0.15 to 0.7.
+CUTS = (1, 12, 23)  # from which position the rows differ: after the first token, in the middle, at the last token
+# The largest allowed change relative to the largest logit. Causal models give exactly 0.0, encoders 0.15 to 0.7.
 LEAK = 1e-3
 _VOCABULARY = 256
 _SLIM = 32  # inner width of MLPs and experts
-_CHUNK = 16  # in which state-space layers compute: less padding, and a border within the row
-_NO_HEADS = 16  # what to divide widths by where a configuration names no heads
+_CHUNK = 16  # chunk of state-space layers, short so that a row of the test crosses the border of a chunk
+_NO_HEADS = 16  # widths are divided by up to this if the configuration names no heads
 
-# Names of configuration entries. Heads become fewer and widths smaller by the same factor, which keeps what they
-# have to agree in: hidden size = heads × head size, and the like for the inner sizes of state-space layers.
+# Names of configuration entries. Heads and widths are divided by the same factor, because they must agree: hidden size
+# = heads × head size, and similarly for the inner sizes of state-space layers.
 _HEADS = re.compile(r"(^|_)heads$|(^|_)n(um)?_head$")
 _WIDTH = re.compile(r"(^|_)(hidden|embd|embedding|model|width|ssm|inner|size|dim)(_|$)")
 _FREE = re.compile(r"intermediate|ffn|inner|d_ff")
@@ -47,8 +47,8 @@ def require_causal(config: Any, skeleton: nn.Module) -> None:
     """Raise `UnsupportedModel` unless a model of this configuration is causal.
 
     Args:
-        config: of transformers, of a class that `AutoModelForCausalLM` knows; not changed.
-        skeleton: its model as transformers builds it, on any device.
+        config: a configuration of a class that `AutoModelForCausalLM` knows; it is not changed.
+        skeleton: the model that transformers builds from it, on any device.
     """
     model = _narrow_copy(config, {type(module) for module in skeleton.modules()})
     ids, cuts = _rows(model.config), CUTS
@@ -71,7 +71,7 @@ def require_causal(config: Any, skeleton: nn.Module) -> None:
 
 
 def _rows(config: Any) -> Tensor:
-    """The same tokens several times, changed from each of `CUTS` on; none of them has a meaning of its own."""
+    """The same row several times, each with other tokens from one of `CUTS` on; special tokens are not used."""
     special = set(_token_ids(config.to_dict()))
     plain = torch.tensor([n for n in range(1, _least_vocabulary(config)) if n not in special])
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +93,7 @@ def _narrow_copy(config: Any, kinds: set[type]) -> nn.Module:
     """The narrowest copy of the model that can be built and run, in evaluation mode.
 
     Args:
-        kinds: the classes of the model's modules; the copy has them all.
+        kinds: the classes of the model's modules; the copy must have all of them.
     """
     problem: Exception = ValueError("it is too wide to be tried")
     end = time.process_time() + MAX_SECONDS
@@ -105,7 +105,7 @@ def _narrow_copy(config: Any, kinds: set[type]) -> nn.Module:
             small = sum(parameter.numel() for parameter in shape.parameters()) <= MAX_PARAMETERS
             if small and {type(module) for module in shape.modules()} == kinds:
                 return _filled(narrow)
-        except Exception as error:  # whatever a configuration may do that does not fit together
+        except Exception as error:  # a narrowed configuration may be inconsistent, which fails in many ways
             if is_machine_failure(error):
                 raise
             problem = error
@@ -115,11 +115,11 @@ def _narrow_copy(config: Any, kinds: set[type]) -> nn.Module:
 
 
 def _filled(config: Any) -> nn.Module:
-    """A random model whose matrices all matter: some architectures make them zero, and then nothing would be seen."""
+    """A model with random matrices. Set explicitly, because some architectures start with zeros, which show nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-        model.config._experts_implementation = "eager"  # the faster ones want widths of whole blocks
+        model.config._experts_implementation = "eager"  # because the faster ones need widths of whole blocks
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
@@ -129,7 +129,7 @@ def _filled(config: Any) -> nn.Module:
 
 
 def _shapes(config: Any) -> Iterator[tuple[int, bool, bool]]:
-    """What to try, the smallest first: (divisor of heads and widths, first layers only, inner widths small too)."""
+    """The sizes to try, smallest first: (divisor of heads and widths, only the first layers, small inner widths)."""
     heads = list(_head_counts(config.to_dict()))
     common, largest = (math.gcd(*heads), max(heads)) if heads else (_NO_HEADS, _NO_HEADS)
     divisors = [n for n in range(largest, 0, -1) if common % n == 0 or largest % n == 0]

@@ -1,7 +1,7 @@
 """Checks that a model's files hold all weights of the model and nothing else, without reading a weight.
 
-transformers itself decides it. It is given empty tensors with the names, shapes and types of the files' headers, and
-loads them with all the renaming, fusing and tying that it does for real ones.
+transformers itself is used for the check: it loads empty tensors with the names and shapes of the files' headers, with
+all the renaming, fusing and tying of a real load. So the check agrees with what a run does later.
 """
 
 import logging
@@ -20,8 +20,8 @@ from lorainit.model.source.files import Stored, counted, stored_weights
 from lorainit.model.source.tied_weights import require_same_where_tied
 from lorainit.runtime.machine_errors import is_machine_failure
 
-# Names that transformers' report may hold although all is well. Causal masks were saved as if they were weights
-# until 2022 (the hub's gpt2 has them, and its codegen calls them causal_mask); they are known by their shape.
+# Names that may be in transformers' report although nothing is wrong. Until 2022 causal masks were saved like weights
+# (the hub's gpt2 has them; codegen calls them causal_mask). They are recognized by name and shape.
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|\w*mask)$")
 _OLD_TABLE = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$")
 
@@ -59,7 +59,7 @@ def require_complete(folder: Path, skeleton: nn.Module) -> None:
 
 
 def _require_floating(skeleton: Any, stored: dict[str, Stored]) -> None:
-    """transformers casts whatever it finds: quantized integers, or bits, would be trained as the numbers they are."""
+    """Refuse weights that are not floating point, because transformers would cast quantized integers wrongly."""
     whole = {name for name, buffer in skeleton.named_buffers() if not buffer.is_floating_point()}
     whole |= {name.removeprefix(f"{skeleton.base_model_prefix}.") for name in whole}
     for name, weight in stored.items():
@@ -72,7 +72,7 @@ def _require_floating(skeleton: Any, stored: dict[str, Stored]) -> None:
 
 
 def _require_one_name(skeleton: Any, stored: dict[str, Stored]) -> None:
-    """transformers reads names with and without the name of the base model, and of both it takes one."""
+    """Refuse a weight that is stored with and without the base model's prefix, because transformers takes only one."""
     prefix = f"{skeleton.base_model_prefix}."
     for name in stored:
         if f"{prefix}{name}" in stored:
@@ -103,7 +103,7 @@ def require_nothing_left(report: dict[str, Any], stored: dict[str, Stored] | Non
 
 
 def _is_leftover(name: str, shape: tuple[int, ...] | None) -> bool:
-    """Whether an old version of transformers saved a table or a mask under this name."""
+    """Whether this is a table or a mask that an old version of transformers saved; such entries are no weights."""
     square = shape is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return bool(_OLD_TABLE.search(name) or (_OLD_MASK.search(name) and (square or shape == ())))
 
@@ -113,12 +113,12 @@ def _weights(names: list[Any]) -> str:
 
 
 def _hollow(weight: Stored) -> Tensor:
-    # The type does not matter to names and shapes; one that cannot require gradients would not become a parameter.
+    # Always float32, because a tensor of integers could not become a parameter; the check of types is separate.
     return torch.empty(weight.shape, dtype=torch.float32, device="meta")
 
 
 def _unfit(complaints: list[str], stored: dict[str, Stored]) -> UnsupportedModel:
-    """Weights that transformers joins or splits, of shapes with which that cannot be done."""
+    """The error for weights whose shapes do not allow transformers' joining or splitting."""
     text = " ".join(" ".join(complaints).split())
     named = [name for name in stored if name in text]
     where = counted(named) if named else text[-300:]

@@ -1,4 +1,4 @@
-"""Checks that a folder holds a base that can be trained: for text only, causal, and complete. No weight is read.
+"""Checks that a folder holds a base that can be trained: text only, causal, and complete. No weight is loaded.
 
 Called when a model is inspected and again before a run loads it (docs/decisions/0029).
 """
@@ -28,7 +28,7 @@ def examine(folder: Path) -> nn.Module:
     """The base's modules without weights (on the meta device), after all checks have passed.
 
     Raises:
-        UnsupportedModel: it is not a causal language model, or its files are broken or not all of it.
+        UnsupportedModel: it is not a causal language model, or its files are broken or incomplete.
     """
     check_folder(folder)
     with quiet():
@@ -47,7 +47,7 @@ def read_config(folder: Path) -> Any:
     """The folder's configuration, as transformers understands it.
 
     Raises:
-        UnsupportedModel: it does not, or the weights are quantized.
+        UnsupportedModel: transformers does not understand it, or the weights are quantized.
     """
     said = read_object(folder / "config.json", MAX_CONFIG_BYTES)
     _require_known_architecture(said)
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> Any:
 
 
 def _require_known_rope(said: dict[str, Any]) -> None:
-    """transformers 5 reads Phi-3's older name of longrope too late, and then says that another key is missing."""
+    """Refuse Phi-3's older name of longrope, because transformers 5 then reports that another key is missing."""
     rope = said.get("rope_scaling") or said.get("rope_parameters")
     if isinstance(rope, dict) and "su" in (rope.get("type"), rope.get("rope_type")):
         raise UnsupportedModel(
@@ -71,7 +71,8 @@ def _require_known_rope(said: dict[str, Any]) -> None:
 
 
 def _require_known_architecture(said: dict[str, Any]) -> None:
-    """What transformers would say of it has the place of the folder in it, and asks to trust the code."""
+    """Refuse an unknown architecture here, because transformers' message shows the folder's path and advises to trust
+    the model's code."""
     if (kind := said.get("model_type")) in CONFIG_MAPPING:
         return
     why = f"The base model is of the architecture {str(kind)[:100]!r}, which transformers {__version__} does not have"
@@ -84,7 +85,7 @@ def build(config: Any) -> nn.Module:
     """The model of a configuration without any weights.
 
     Raises:
-        UnsupportedModel: with the entry that transformers does not know, where a name of something is the fault.
+        UnsupportedModel: it cannot be built; if a value is unknown to transformers, the message names its entry.
     """
     try:
         with as_unsupported("The base model cannot be built from its config.json"), torch.device("meta"):
@@ -99,7 +100,7 @@ def build(config: Any) -> nn.Module:
 
 
 def _entry_with(value: object, config: dict[str, Any]) -> str | None:
-    """The name under which a configuration, or a part of it, has a value."""
+    """The dotted name of the first entry of a configuration that has this value."""
     for name, item in config.items():
         if item == value:
             return name
@@ -122,7 +123,7 @@ def require_language_model(config: Any) -> None:
 
 
 def _require_as_many_weights_as_layers(folder: Path, config: Any) -> None:
-    """Layers are built one by one, before anything else can be compared: no file is behind a billion of them."""
+    """Refuse more layers than there are weights, because building a billion layers would never end."""
     layers, weights = getattr(config.get_text_config(), "num_hidden_layers", 0), len(stored_weights(folder))
     if isinstance(layers, int) and layers > weights:
         raise UnsupportedModel(

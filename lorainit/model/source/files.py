@@ -1,7 +1,7 @@
-"""Checks the files of a model folder, whose sizes and shapes may be wrong on purpose.
+"""Checks the files of a model folder, because their sizes and shapes may be wrong on purpose.
 
-A folder that passes has plain files, JSON of bounded size and depth, and safetensors whose headers describe exactly
-the bytes behind them. Nothing here loads a weight or calls transformers.
+After the checks, the folder has only plain files, JSON of limited size and depth, and safetensors files whose headers
+describe exactly the bytes that follow. Nothing here loads a weight or calls transformers.
 """
 
 import json
@@ -24,11 +24,11 @@ MAX_CONFIG_BYTES = 16 << 20
 MAX_ENTRIES = 10_000  # the folder of a base of 1.5 TB has some 300 files
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 MAX_LAYERS = 2_000  # the deepest model of transformers 5 has 126
-MAX_COUNT = 100_000  # of heads, experts and whatever else a model is built of one by one
+MAX_COUNT = 100_000  # heads, experts and other parts that are built one by one
 MAX_DIMENSIONS = 16
 # Lengths that a job's `max_length` is checked against; the longest context of transformers 5 has 10,485,760 tokens.
 _CONTEXTS = ("max_position_embeddings", "n_positions")
-# Numbers that have to be there, and the least that they can be, whatever a model is built of.
+# The smallest allowed values of numbers that every kind of model uses.
 _LEAST = dict.fromkeys(
     (
         "hidden_size", "n_embd", "d_model", "vocab_size", "num_hidden_layers", "num_layers", "n_layer", "n_layers",
@@ -37,7 +37,7 @@ _LEAST = dict.fromkeys(
     ),
     1,
 ) | {"intermediate_size": 0, "head_dim": 0}  # fmt: skip
-# Of rotary positions: what is divided by or raised to a power.
+# Entries of rotary positions that must be above zero, because the code divides by them or raises them to a power.
 _ABOVE_ZERO = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
     "original_max_position_embeddings",
@@ -47,7 +47,7 @@ _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "I8": 8, "U8": 8, "BOOL": 8, "C64": 64,
 }  # fmt: skip
-# Formats of weights that were quantized: they need scales that lie beside them.
+# Formats of quantized weights. They are refused, because they mean nothing without separate scales.
 _QUANTIZED = ("F8_", "F6_", "F4", "E8M0")
 
 
@@ -61,10 +61,10 @@ class Stored:
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Refuse a folder that is unsafe to open; return its config.
+    """Refuse a folder that is unsafe to load; return its config.
 
     Raises:
-        UnsupportedModel: something in it is no plain file, too large, or not what its name says.
+        UnsupportedModel: an entry is not a plain file, is too large, or has another content than its name says.
     """
     for entry in _entries(folder):
         _check_entry(entry)
@@ -72,7 +72,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             for template in _entries(entry):
                 _check_entry(template)
     if (folder / "adapter_config.json").exists():
-        # transformers would load the base model that it names, whatever that is.
+        # Refused, because transformers would load the base model that this file names, from anywhere.
         raise _refusal(f"{folder.name} is a PEFT adapter, not a base model.")
     config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
     check_config(config)
@@ -81,7 +81,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def _check_generation_config(path: Path) -> None:
-    """transformers passes over one that is no JSON at all, and falls over one that is no object."""
+    """Refuse a file with JSON that is no object, because transformers crashes on it. It ignores a file without JSON."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -107,12 +107,12 @@ def _check_entry(entry: Path) -> None:
         facts = entry.stat()
     except OSError as error:
         if entry.is_symlink() and isinstance(error, FileNotFoundError):
-            return  # part of a download that took some files only; whoever needs this one says that it is not there
+            return  # a link without a target, left by a partial download; an error follows only if the file is needed
         raise _unreadable(entry, error) from error
     if stat.S_ISDIR(facts.st_mode):
         return
     if not stat.S_ISREG(facts.st_mode):
-        raise _refusal(f"{entry.name} is not a plain file.")  # a pipe would keep its reader waiting for ever
+        raise _refusal(f"{entry.name} is not a plain file.")  # because reading a pipe could block for ever
     if entry.suffix in (".json", ".jinja", ".txt", ".model") and facts.st_size > MAX_TEXT_BYTES:
         raise _refusal(f"{entry.name} has {facts.st_size} bytes, more than the {MAX_TEXT_BYTES} we would read.")
 
@@ -151,7 +151,7 @@ def _object(content: bytes, name: str) -> dict[str, Any]:
 def _constant(text: str) -> float:
     if text == "NaN":
         raise ValueError("NaN is not a number to configure a model with")
-    return float(text)  # Mamba's configurations have Infinity
+    return float(text)  # Infinity is allowed, because Mamba's configurations have it
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -179,13 +179,13 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def _check_parts(config: dict[str, Any]) -> None:
-    """What transformers would say of these numbers is a division by zero, or a tensor of negative size."""
+    """Refuse numbers that transformers would only report as a division by zero or as a tensor of negative size."""
     for name, value in config.items():
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, dict):
                 _check_parts(one)
             elif one is None:
-                continue  # as transformers has it then
+                continue  # transformers then uses its default
             elif name in _LEAST and (type(one) is not int or one < _LEAST[name]):
                 raise _refusal(f"config.json says {name} = {_digits(one)}, and it is a number from {_LEAST[name]} on.")
             elif name in _ABOVE_ZERO and not (type(one) in (int, float) and 0 < one < math.inf):
@@ -207,7 +207,7 @@ def _limit(name: str) -> int:
 
 
 def _numbers(value: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Numbers by the name they stand under; lists belong to their name."""
+    """All numbers of a config with the name of their entry; numbers in a list have the list's name."""
     for name, item in value.items():
         for one in item if isinstance(item, list) else [item]:
             if isinstance(one, dict):
@@ -266,7 +266,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors that a safetensors file describes; they fill it exactly, without gaps or overlaps.
+    """The tensors that a safetensors file describes, after a check that they fill it exactly, without gaps or overlaps.
 
     Raises:
         UnsupportedModel: otherwise.
@@ -292,7 +292,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _span(file: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor lies, checked against its own shape and type."""
+    """First and last byte + 1 of a tensor, checked against its shape and type."""
     try:
         dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS

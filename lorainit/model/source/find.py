@@ -1,4 +1,4 @@
-"""Finds the folder or file of a base model from its source. Needs no torch, and reads no file of a model."""
+"""Finds the folder or file of a base model from its source. Loads no torch and reads no file of a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,9 @@ from lorainit.model.source import hub
 
 @dataclass(frozen=True)
 class Found:
-    """A folder or a file on this host. `source` names it from everywhere, `hub_id` is its name on a hub if it has one.
+    """A folder or a file on this host. `source` is valid in every folder; `hub_id` is its name on a hub, if any.
 
-    A source that names a branch of a hub's model becomes one that names the commit.
+    If the given source names a branch on a hub, `source` names the commit, because a branch can change.
     """
 
     source: str
@@ -24,11 +24,11 @@ def find(source: str) -> Found:
     """Find a base model, and fetch it from the hub if that is where it is.
 
     Args:
-        source: as `lorainit.config.sources` says; OWNER/NAME[@REVISION] where no such folder is, is on the hub.
+        source: as `lorainit.config.sources` says; OWNER/NAME[@REVISION] means the hub if there is no such folder.
 
     Raises:
         UnsupportedModel: nothing is there.
-        HubUnavailable: it may be on the hub, which cannot be asked now.
+        HubUnavailable: it may be on the hub, but the hub cannot be reached now.
     """
     path, on_hub = sources.local_path(source), sources.as_hub_id(source)
     if path is not None and sources.exists(path):

@@ -1,7 +1,7 @@
 """Checks the header of a GGUF file before a library reads the file, because that library trusts the header.
 
-Every count is checked against the bytes that are left, and every number that says how large the model is against what
-the file can hold.
+Every count is checked against the bytes that are left, and every size of the model against what the file can hold, so
+that a bad header cannot make the library allocate all memory.
 """
 
 import math
@@ -26,10 +26,10 @@ _MAX_SIDE = 10**9
 
 
 def check_header(path: Path) -> None:
-    """Refuse a file whose header is not one.
+    """Check the header of a GGUF file.
 
     Raises:
-        UnsupportedModel: with what is wrong.
+        UnsupportedModel: the header is wrong; the message says how.
     """
     try:
         with path.open("rb") as stream:
@@ -95,7 +95,7 @@ class _Walk:
             self._skip(count * self._width(kind))  # a list of lists has no width, and no known file has one
 
     def _tensor(self) -> int:
-        """Where it ends, at the least, counted from the first tensor."""
+        """The smallest possible end of this tensor, in bytes from the first tensor."""
         name, dimensions = self._text(), self._number("<I")
         if dimensions > MAX_DIMENSIONS:
             raise _Broken(f"{name[:120]} has {dimensions} dimensions")

@@ -1,8 +1,7 @@
-"""Fetches a base model from a model hub: the one place that does, with huggingface_hub's own client and cache.
+"""Downloads a base model from a model hub with huggingface_hub's client and cache. Nothing else here contacts a hub.
 
-HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to it. Needs no torch, and reads no file of a
-model. A revision is pinned to its commit where it is written down, so that a base stays what it was when it was
-inspected, and is not looked up again.
+HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE work as usual. Loads no torch and reads no file of a model. A revision
+is stored as its commit, so that a base stays the one that was inspected and the hub need not be asked again.
 """
 
 import errno
@@ -13,9 +12,9 @@ from lorainit.config.sources import HUB, is_hub_id
 from lorainit.system.host_failure import is_host_failure
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-# The same weights in formats of others: below folders, and Mistral's.
+# Not downloaded: subfolders and Mistral's `consolidated` files, because they hold the same weights in other formats.
 OTHERS = ["*/*", "consolidated*"]
-# huggingface_hub's own, of one version or another, and that of its way to fetch large files.
+# The HTTP clients that versions of huggingface_hub use. Errors of their classes are errors of the network.
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 _SNAPSHOTS = "snapshots"  # of the cache: models--OWNER--NAME/snapshots/COMMIT
 
@@ -27,8 +26,8 @@ def fetch(repository: str, revision: str | None) -> Path:
         revision: a branch, a tag or a commit; None = the main branch.
 
     Raises:
-        UnsupportedModel: it cannot be had, with the reason and what would help.
-        HubUnavailable: the hub cannot be reached or has trouble of its own, which may pass.
+        UnsupportedModel: it cannot be downloaded; the message gives the reason and what would help.
+        HubUnavailable: the hub cannot be reached or reports a fault of its own, so a later attempt may succeed.
     """
     from huggingface_hub import snapshot_download
 
@@ -44,12 +43,12 @@ def fetch(repository: str, revision: str | None) -> Path:
 
 
 def pinned(repository: str, folder: Path) -> str:
-    """The source that means exactly what was fetched to `folder`."""
+    """The source that names exactly the commit that was downloaded to `folder`."""
     return f"{HUB}{repository}@{folder.name}" if folder.parent.name == _SNAPSHOTS else f"{HUB}{repository}"
 
 
 def id_of(folder: Path) -> str | None:
-    """The hub id of a folder that lies in the cache of a hub; None of any other."""
+    """The hub id of a folder in a hub's cache; None for any other folder."""
     kind, _, name = folder.parent.parent.name.partition("--")
     found = name.replace("--", "/")
     return found if folder.parent.name == _SNAPSHOTS and kind == "models" and is_hub_id(found) else None
@@ -59,7 +58,7 @@ def _refusal(error: Exception, repository: str, revision: str | None) -> Loraini
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # The client looks into its cache where the hub refuses, and tells first that nothing is there.
+    # If the hub refuses, the client looks into its cache and raises an error about that. The hub's error is the cause.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
     cause = cause if isinstance(cause, Exception) else error
     if why := _final(cause, repository, revision):
@@ -70,7 +69,7 @@ def _refusal(error: Exception, repository: str, revision: str | None) -> Loraini
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the network or the hub is in trouble: it asks for patience, fails, or does not answer at all."""
+    """Whether a later attempt may succeed: the hub asks to wait, reports its own fault, or does not answer."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -80,7 +79,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _final(error: Exception, repository: str, revision: str | None) -> str:
-    """A sentence for what another try will not change; "" for everything else."""
+    """A sentence for an error that another attempt cannot change; "" for all others."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import (
         GatedRepoError,

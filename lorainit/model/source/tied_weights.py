@@ -1,7 +1,7 @@
-"""Weights that a configuration ties and that the files hold twice: fine while both are the same numbers.
+"""Checks weights that a configuration ties and that the files hold twice: both must be equal.
 
-Where they differ, readers disagree about which of them the model has: transformers 5 takes both as they are stored,
-transformers 4 and most others take the embedding for the output head too. Only such weights are read.
+If they differ, programs load different models: transformers 5 uses both as they are stored, transformers 4 and most
+others use the embedding as the output head too. Only such weights are read.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.source.files import Stored
 
-CHUNK = 4096  # rows read at a time: of the widest vocabularies some 100 MB
+CHUNK = 4096  # rows that are read at a time, so that the widest embeddings take about 100 MB
 
 
 def require_same_where_tied(folder: Path, loaded: Any, stored: dict[str, Stored]) -> None:
@@ -58,7 +58,7 @@ def _equal(folder: Path, stored: dict[str, Stored], one: str, other: str) -> boo
         a, b = first.get_slice(one), second.get_slice(other)
         for start in range(0, stored[one].shape[0], CHUNK):
             x, y = a[start : start + CHUNK], b[start : start + CHUNK]
-            if same_type:  # by bytes: what is not a number would not equal itself
+            if same_type:  # compared as bytes, because NaN is not equal to itself
                 x, y = x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)
             if not torch.equal(x, y):
                 return False

@@ -1,7 +1,7 @@
-"""A tokenizer as files: those of a base model byte for byte, or, where it has none, such as old readers can read.
+"""Writes a tokenizer's files: copies of the base model's own or, if it has none, files that older versions can read.
 
-transformers 5 writes names into `tokenizer_config.json` that transformers 4 does not know. A download that
-carries the base's own files is read by whatever reads the base. Knows nothing of adapters.
+Copies are preferred because any program that reads the base reads them too. transformers 5 would write names into
+`tokenizer_config.json` that transformers 4 does not know.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from lorainit.config.errors import UnsupportedModel
 
-# No other file is copied: none of these is code.
+# Only these files are copied, because none of them is code.
 NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,9 +27,9 @@ NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-TEMPLATES = "additional_chat_templates"  # a folder of them, by name: `tool_use` is taken for rows with tools
-MAX_BYTES = 256 << 20  # of all of them; the largest known vocabulary (Gemma's, 262 144 tokens) takes 33 MB
-# Where a tokenizer came from, which transformers 5 writes beside what it is.
+TEMPLATES = "additional_chat_templates"  # a folder of named templates; `tool_use` is used for rows with tools
+MAX_BYTES = 256 << 20  # for all files together; the largest known vocabulary (Gemma's, 262 144 tokens) takes 33 MB
+# Entries that transformers 5 writes about the origin of a tokenizer. They are removed, because they are private.
 _PRIVATE = ("backend", "is_local", "local_files_only", "processor_class", "tokenizer_file", "name_or_path")
 
 
@@ -37,7 +37,7 @@ def own_files(folder: Path) -> list[Path]:
     """The tokenizer files of a base model.
 
     Raises:
-        UnsupportedModel: they are larger than any tokenizer is.
+        UnsupportedModel: they are larger than `MAX_BYTES`.
     """
     found = [path for name in NAMES if (path := folder / name).is_file()]
     if found:
@@ -50,7 +50,7 @@ def own_files(folder: Path) -> list[Path]:
 
 
 def copy(tokenizer: Any, folder: Path, out: Path) -> None:
-    """Put the tokenizer into `out`: the files of `folder` byte for byte or, if there are none, written anew."""
+    """Put the tokenizer into `out`: a copy of the files in `folder` or, if there are none, newly written files."""
     files = own_files(folder)
     for path in files:
         copied = out / path.relative_to(folder)
@@ -66,9 +66,9 @@ def write(tokenizer: Any, out: Path) -> None:
     path = out / "tokenizer_config.json"
     config = {key: value for key, value in json.loads(path.read_text()).items() if key not in _PRIVATE}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # transformers 4 takes spaces out of decoded text unless it is told not to; 5 does not.
+    # Set explicitly, because transformers 4 removes spaces from decoded text by default and transformers 5 does not.
     config.setdefault("clean_up_tokenization_spaces", False)
-    # A list under this name is additional_special_tokens to transformers 4, which wants a mapping here.
+    # Renamed, because transformers 4 expects a mapping under this name and calls the list additional_special_tokens.
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
 """Checks that a tokenizer fits a model: every token that a row can hold needs a row of the embedding.
 
-A token without one would stop a run in the middle, and on a GPU it would end the whole process.
+Checked before a run, because a token without one would stop the run in the middle, and on a GPU end the whole process.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.source.files import counted
 
-# The tokens that come into rows by themselves.
+# Tokens that are added to rows automatically.
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -21,10 +21,10 @@ def rows_of(model: Any) -> int:
 
 
 def require_rows(tokenizer: Any, model: Any) -> None:
-    """Raise `UnsupportedModel` where a token of any text, or one that a run adds, has no row.
+    """Raise `UnsupportedModel` if a token of ordinary text, or one that a run adds, has no row.
 
-    Control tokens may lie beyond (Gemma 3 1B has one for images): a text that holds one is no row, and what a
-    template writes is looked at in `require_known`.
+    Special tokens may lie beyond (Gemma 3 1B has one for images), because ordinary text does not contain them. Tokens
+    that a chat template writes are checked by `require_known`.
     """
     rows = rows_of(model)
     for role in _ROLES:
@@ -40,10 +40,10 @@ def require_rows(tokenizer: Any, model: Any) -> None:
 
 
 def require_known(texts: Iterable[Tensor | Sequence[int]], tokenizer: Any, model: Any) -> None:
-    """Raise `UnsupportedModel` where a text that a template has written has a token without a row.
+    """Raise `UnsupportedModel` if a text that a chat template wrote has a token without a row.
 
     Args:
-        texts: token ids of each.
+        texts: the token ids of each text.
     """
     rows = rows_of(model)
     for ids in texts:
