@@ -1,4 +1,4 @@
-"""Which layers of a base model a run adapts, what stock PEFT accepts, and which layers four bits leave alone.
+"""Which layers of a base model a run adapts, which of them stock PEFT accepts, and which are not quantized.
 
-Imports `layers`; knows nothing of data or of files.
+Imports `layers`. Nothing here reads data or files.
 """

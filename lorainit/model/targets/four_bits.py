@@ -1,6 +1,7 @@
-"""Which layers of a base in NF4 are in four bits: those that stock transformers quantizes, but the ones it must not.
+"""Which layers of an NF4 base are in four bits: those that stock transformers quantizes, except those that would fail.
 
-A rule about the base alone, never about what a run adapts, so that one base is one base (docs/decisions/0032).
+The rule depends on the base only and not on what a run adapts, so that all runs have the same NF4 base
+(docs/decisions/0032).
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -25,11 +26,11 @@ _REASONS = {READ: "its weight is read past the layer, by code that knows no four
 
 @dataclass(frozen=True)
 class FourBits:
-    """How a base is held in NF4.
+    """How a base is quantized to NF4.
 
-    `kept`: kinds of layers that get no LoRA and stay in the run's own precision, and why; `skip`: what to give to
-    transformers as `llm_int8_skip_modules`, None where its own choice is the same; `unpackable`: bitsandbytes cannot
-    repack every layer in four bits for a CPU (`lorainit.model.layers.quantize.settle` keeps it from trying).
+    `kept`: kinds of layers that get no LoRA and stay in the run's own precision, each with the reason. `skip`: the
+    value of transformers' `llm_int8_skip_modules`; None = its default. `unpackable`: bitsandbytes cannot repack every
+    layer for a CPU (`lorainit.model.layers.quantize.settle` keeps it from trying).
     """
 
     kept: list[LeftOut]
@@ -37,12 +38,12 @@ class FourBits:
     unpackable: bool = False
 
     def statement(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What a download's manifest says of the base."""
+        """What a download's manifest says about the base."""
         config = {**nf4_config(self.skip), "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
         return {"bitsandbytes": config, "not_quantized": [layer.model_dump() for layer in self.kept]}
 
     def sentence(self) -> str:
-        """Which layers stay as they are, for the job's events."""
+        """Which layers are not quantized, for the job's events."""
         names = dict[str, list[str]]()
         for layer in self.kept:
             names.setdefault(layer.reason, []).append(f"{layer.name} ({layer.count})")
@@ -51,7 +52,7 @@ class FourBits:
 
 
 def four_bits(model: nn.Module) -> FourBits:
-    """How this base is held in NF4.
+    """Decide which layers of this base are quantized.
 
     Args:
         model: a causal language model of transformers, with or without weights, not quantized.
@@ -65,36 +66,38 @@ def four_bits(model: nn.Module) -> FourBits:
         return FourBits([], None, unpackable)
     others = quantized.keys() - why.keys()
     kept = kinds_of((layer.name, replace(layer, refusal=why[name])) for name, layer in quantized.items() if name in why)
-    # The list is given instead of transformers' own, so it has that in it: the output head and what is tied.
+    # This list replaces transformers' own, so it must also contain the modules of that one: the output head and what is
+    # tied to it.
     apart = [name for name in _linear(model) if name in why or not should_convert_module(name, usual)]
     return FourBits(kept[1], sorted({_shortest(name, others) for name in apart}), unpackable)
 
 
 def _linear(model: nn.Module) -> list[str]:
-    """With the output head, which is no layer of ours."""
+    """All linear layers, and the output head, which `survey` does not contain."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def _is_quantized(layer: Layer, usual: Sequence[str]) -> bool:
-    """Whether stock transformers would: it takes no class made from `nn.Linear`, as some routers are."""
+    """Whether stock transformers would quantize it. It skips subclasses of `nn.Linear`, which some routers are."""
     plain = type(layer.module) is nn.Linear or isinstance(layer.module, Conv1D)
     return plain and should_convert_module(layer.path, list(usual))
 
 
 def _why_not(layer: Layer) -> str:
-    """Why it stays as it is; "" = it does not. Layers that carry a LoRA are quantized, or the base is refused."""
+    """Why the layer is not quantized; "" = it is. A layer that can carry a LoRA is always quantized; if that cannot be
+    done, the base is refused."""
     if layer.refusal in _REASONS:
         return _REASONS[layer.refusal]
     return _BLOCKS if layer.refusal and shape_of(layer.module)[1] % NF4_BLOCK else ""
 
 
 def _shortest(name: str, others: Collection[str]) -> str:
-    """The shortest beginning or end of a layer's name that transformers does not take for one of the others."""
+    """The shortest beginning or end of a layer's name that does not make transformers skip one of the others too."""
     return next(end for end in _ends(name) if all(should_convert_module(other, [end]) for other in others))
 
 
 def _ends(name: str) -> Iterator[str]:
-    """A whole tower by its name, then one kind of layers of all blocks, then this layer alone."""
+    """Candidates, the shortest first: a whole tower, one kind of layers in all blocks, this layer alone."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()] or [len(parts)]
     yield from (".".join(parts[:length]) for length in range(1, numbers[0] + 1))

@@ -1,6 +1,7 @@
-"""Attention, MLP or neither: what part of a layer a linear map belongs to, told by the modules around it.
+"""Which group a linear layer belongs to, attention, MLP or neither, decided by the modules that contain it.
 
-Names alone do not tell: OPT's MLP has no module of its own, and Nemotron-H calls attention, MLP and Mamba `mixer`.
+Names of the layers are not enough, because OPT's MLP has no module of its own, and Nemotron-H has attention, MLP and
+Mamba all under the name `mixer`.
 """
 
 import re
@@ -10,19 +11,20 @@ from torch import nn
 
 from lorainit.config.model_facts import Group
 
-# In this order, since `ShortConvolutionAttention` is attention, and a mixer of Mamba may lie in a mixture of experts.
+# Checked in this order, because `ShortConvolutionAttention` is attention, and a Mamba mixer may be part of a mixture of
+# experts.
 _WORDS: tuple[tuple[Group, tuple[str, ...]], ...] = (
     ("attention", ("attn", "attention")),
     ("other", ("mamba", "mixer", "conv", "recurrent", "ssm")),
     ("mlp", ("mlp", "feedforward", "feed_forward", "ffn", "ffw", "expert", "moe")),
 )
 _HALVES: dict[str, Group] = {"Intermediate": "mlp", "Output": "mlp"}  # BERT's MLP, in two modules
-# Of layers that keep their linear maps without a module around them (OPT, XGLM).
+# Names of linear layers that some architectures put directly into the decoder layer (OPT, XGLM).
 _ALONE: dict[str, Group] = {"fc1": "mlp", "fc2": "mlp", "fc_in": "mlp", "fc_out": "mlp"}
 
 
 def group_of(model: nn.Module, name: str) -> Group:
-    """The group of the linear layer of this full name: by the innermost module around it whose class or name tells."""
+    """The group of the linear layer with this full name: that of the innermost module with a telling class or name."""
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):
         module = model.get_submodule(".".join(path[:depth]))
@@ -38,7 +40,8 @@ def _told_by(word: str) -> Group | None:
 
 
 def _kind(model: nn.Module, module: Any, attribute: str) -> str:
-    """A module's class without the architecture's name (`GraniteMoe`), and nothing for a whole layer."""
+    """A module's class without the architecture's name, because `GraniteMoe` would look like a mixture; "" for a whole
+    decoder layer."""
     kind = type(module).__name__
     if attribute.isdigit() or kind.endswith(("DecoderLayer", "Model")):  # `JambaAttentionDecoderLayer` has an MLP too
         return ""

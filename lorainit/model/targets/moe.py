@@ -1,7 +1,6 @@
-"""What a run on a mixture of experts adapts, what it leaves out and why, and what that costs.
+"""Messages about a mixture of experts: what the run adapts, what it leaves out and why, and what that costs in memory.
 
-Said before the first step.
-Knows nothing of how experts are run (`lorainit.model.layers.experts`).
+They are emitted before the first step, so that a user can stop a run that adapts too little or too much.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,10 +19,7 @@ OWN_WAY = "their architecture runs them in a way of its own, which is not adapte
 
 
 def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> list[Message]:
-    """What a job's events tell of a mixture; nothing of other models.
-
-    Call it before adapters are attached.
-    """
+    """The messages about a mixture; none for other models. Must be called before adapters are attached."""
     outside, held = left_out(model), _expert_weights(model)
     if not outside and not held:
         return []
@@ -37,7 +33,7 @@ def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> 
         "expert_share": round((held + sum(outside.values())) / whole, 4),
     }
     messages = [_cost(targets, experts, lora, facts)]
-    # What a group meant and left out, `target_modules.describe_left_out` has told.
+    # Layers that a group leaves out are reported by `target_modules.describe_left_out` already.
     told = any(layer.experts for layer in lora.left_out)
     if not told and (outside or not experts):
         why = OWN_WAY if outside else "target_modules leaves them out"
@@ -54,9 +50,9 @@ def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> 
 
 
 def _cost(targets: Mapping[str, nn.Module], experts: list[ExpertLinear], lora: Lora, facts: dict[str, Any]) -> Message:
-    """Where adapters are and what they take in memory: factors, gradients and the optimizer's two moments."""
+    """How much is adapted, and how much memory that takes: factors, gradients and the optimizer's two moments."""
     trained = sum(lora.parameters(*shape_of(module)) for module in targets.values())
-    copies = 5 if lora.method.offset == "subtract" else 4  # a start that is subtracted is kept
+    copies = 5 if lora.method.offset == "subtract" else 4  # the subtracted start is kept too
     facts |= {"trainable_parameters": trained, "adapter_bytes": copies * FLOAT * trained}
     text = (
         f"A mixture of experts: {len(targets)} adapters, {len(experts)} of them on matrices of experts, cover"
@@ -68,7 +64,7 @@ def _cost(targets: Mapping[str, nn.Module], experts: list[ExpertLinear], lora: L
 
 
 def _percent(share: float) -> str:
-    """Rounded down: what lacks a router is not all."""
+    """Rounded down, so that 100 % is shown only if nothing is missing, not even a router."""
     return f"{int(100 * share + 1e-9)} %"
 
 
@@ -76,7 +72,7 @@ def _percent(share: float) -> str:
 
 
 def matrices(model: Any) -> dict[str, int]:
-    """How many numbers each weight of two dimensions or more has, embeddings and output head aside."""
+    """How many numbers each weight of two or more dimensions has, without embeddings and output head."""
     aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     head = model.get_output_embeddings()
     aside |= {id(p) for p in head.parameters()} if head is not None else set()
@@ -84,7 +80,7 @@ def matrices(model: Any) -> dict[str, int]:
 
 
 def left_out(model: nn.Module) -> dict[str, int]:
-    """Numbers in parameters of experts that no layer stands for, by name."""
+    """Experts' parameters without layers of ours, by name, with how many numbers they have."""
     ours = {id(stack.weight) for stack in stacks(model).values()}
     return {name: n for name, p, n in _weights(model) if id(p) not in ours and _is_of_experts(model, name)}
 
@@ -95,18 +91,18 @@ def _expert_weights(model: nn.Module) -> int:
 
 def _weights(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, int]]:
     for name, p in model.named_parameters():
-        # A weight in four bits is a flat column of bytes, or whole rows of them.
+        # Weights in four bits are included, because they have two dimensions too: a column of bytes, or rows.
         if p.ndim >= 2 and not name.endswith("bias"):
             yield name, p, _elements(p)
 
 
 def _is_of_experts(model: nn.Module, parameter: str) -> bool:
-    """By its own name or its module's class (JetMoE's `input_linear` is a `JetMoeParallelExperts`)."""
+    """Whether the parameter's name or its module's class names experts (JetMoE has a class `JetMoeParallelExperts`)."""
     holder = model.get_submodule(parameter.rpartition(".")[0])
     return "expert" in f"{parameter}.{type(holder).__name__}".lower() and not isinstance(holder, nn.Linear)
 
 
 def _elements(parameter: Any) -> int:
-    """Of a weight in four bits: as many as it stands for."""
+    """How many numbers a parameter represents; for four bits that is more than it has bytes."""
     state = getattr(parameter, "quant_state", None)
     return int(parameter.numel() if state is None else torch.Size(state.shape).numel())

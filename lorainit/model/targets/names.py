@@ -1,6 +1,6 @@
-"""Short names for the layers of a model that still mean these layers only, in every program that reads them.
+"""Short names for the layers of a model that cover these layers and no others.
 
-A name is an end of a module's path, cut at a dot, with `*` for a number: `q_proj` means
+A name is the end of a module's path, cut at a dot, with `*` for a number: `q_proj` covers
 `model.layers.0.self_attn.q_proj`.
 """
 
@@ -13,18 +13,18 @@ def pattern_of(name: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """For a message: the first five, and how many more there are."""
+    """The first five names for a message, and how many more there are."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def short_names(kinds: Mapping[str, Hashable], others: set[str]) -> dict[str, str]:
-    """The shortest name for each layer that means no layer of another kind and no other module.
+    """The shortest name for each layer that covers no layer of another kind and no other module.
 
-    Where even whole patterns mix kinds, a layer keeps its full name.
+    If even the longest pattern covers several kinds, the layer keeps its full name.
 
     Args:
-        kinds: full names of layers, and what must be told apart.
+        kinds: the kind of each layer, by full name; layers of different kinds must get different names.
         others: full names of the model's other modules.
     """
     found, open_names, length = dict[str, str](), set(kinds), 1
@@ -43,11 +43,11 @@ def short_names(kinds: Mapping[str, Hashable], others: set[str]) -> dict[str, st
 
 
 class _Other:
-    """The kind of all modules that are no layers."""
+    """The kind of all modules that are not in `kinds`."""
 
 
 def _end(pattern: str, length: int) -> str | None:
-    """The last `length` parts, if there are so many."""
+    """The last `length` parts of a pattern; None if it has fewer."""
     parts = pattern.split(".")
     if length > len(parts):
         return None

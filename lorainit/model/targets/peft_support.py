@@ -1,9 +1,10 @@
-"""What stock PEFT accepts on an architecture: tried on the model in fake tensors, which are shapes without numbers.
+"""Finds out on which layers of an architecture stock PEFT can put a LoRA, by a trial with fake tensors.
 
-One layer of each kind is tried, in bounded time: a base of 700 billion parameters takes seconds and no memory to speak
-of. Whether an adapter *computes* what was trained is for the check of the download; here it is whether PEFT can put
-one there, finds it again, and whether it is heard: Mamba's kernels read some weights past their layers, and a router's
-output is no tensor. Knows nothing of runs. PEFT is imported only when it is asked: that takes more than a second.
+Fake tensors have shapes but no numbers, and only one layer of each kind is tried, so a base of 700 billion parameters
+takes seconds and almost no memory. The trial checks that PEFT can adapt a layer, loads the adapter again under the same
+name, and that the adapter gets a gradient. Some do not: Mamba's kernels read weights directly instead of calling the
+layer, and a router's output is not a tensor. Whether an adapter *computes* what was trained is for the export check.
+PEFT is imported only when it is needed, because that takes more than a second.
 """
 
 import copy
@@ -32,14 +33,14 @@ from lorainit.model.targets.names import pattern_of
 from lorainit.runtime.machine_errors import is_machine_failure
 
 TOKENS = 8
-# Of a processor, for all of a trial. An operation takes 0.3 ms, and some layers loop over tokens.
+# CPU time for one trial. It is limited because a fake operation takes 0.3 ms and some layers loop over tokens.
 MAX_SECONDS = 60.0
 READ = "its weight is read past the layer, where a LoRA would not be seen"
 UNUSED = "text does not pass through it"
 NO_TENSOR = "it returns something else than one tensor, which PEFT cannot add to"
 UNHEARD = "an adapter there does not reach what the model says"
 RENAMED = "PEFT reads its adapter under another name than the layer's, and does not find it again"
-# What is asked of a weight without multiplying with it.
+# Uses of a weight that do not compute with it, so they do not count as reading it.
 _HARMLESS = re.compile(r"\.(dtype|device|shape|ndim|size\()")
 
 
@@ -47,11 +48,11 @@ _HARMLESS = re.compile(r"\.(dtype|device|shape|ndim|size\()")
 
 
 def rewritten(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of these layers that PEFT, on transformers 5, takes for the experts of an older file.
+    """Those of these layers that PEFT, with transformers 5, mistakes for experts of an older file format.
 
-    It looks at the last part of a name only: `mlp.gate_proj` of a dense layer or of a shared expert becomes
-    `gate_up_proj` of all experts, and what was trained is not read. As `target_parameters` such a layer's weight is
-    adapted under the same tensor names, and nothing is rewritten.
+    PEFT looks only at the last part of a name: it turns `mlp.gate_proj` of a dense layer or of a shared expert into
+    `gate_up_proj` of all experts, and does not load the trained factors. Therefore such a layer's weight is exported
+    as one of the `target_parameters`: the tensors have the same names, and PEFT does not rewrite these.
     """
     if not hasattr(model, "config"):
         return []
@@ -67,7 +68,7 @@ def _is_rewritten(model: nn.Module, leaf: str) -> bool:
     config = LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # "cannot convert without also targeting …": it would have
+    except ValueError:  # "cannot convert without also targeting …", so PEFT wanted to rewrite the name
         return True
     return leaf not in (config.target_modules or ())
 
@@ -95,15 +96,15 @@ def refusals(model: Any, names: Sequence[str]) -> dict[str, str]:
         UnsupportedModel: the model does not run on a few tokens of text at all, or takes `MAX_SECONDS` for it.
     """
     config = copy.deepcopy(model.config)
-    for trace in ("quantization_config", "_is_quantized", "_pre_quantization_dtype"):  # Jamba asks for the second
+    for trace in ("quantization_config", "_is_quantized", "_pre_quantization_dtype"):  # Jamba reads the second
         vars(config).pop(trace, None)
-    config._attn_implementation = None  # transformers' own choice, and never ours: it keeps tensors for later passes
+    config._attn_implementation = None  # transformers' default, because our attention caches masks for later passes
     text = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
     return dict(_refusals(_Key(text, config, type(model)), tuple(names)))
 
 
 class _Key:
-    """A configuration that compares by what it says."""
+    """A configuration that can be a key of the cache: equal if its text and the model's class are equal."""
 
     def __init__(self, text: str, config: Any, kind: type) -> None:
         self.text, self.config, self.kind = text, config, kind
@@ -117,7 +118,7 @@ class _Key:
 
 @lru_cache(maxsize=32)
 def _refusals(key: _Key, names: tuple[str, ...]) -> Mapping[str, str]:
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # tells what we catch
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it would log errors that are caught here
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         log.disabled = True
@@ -128,7 +129,7 @@ def _refusals(key: _Key, names: tuple[str, ...]) -> Mapping[str, str]:
 
 
 def _try(config: Any, names: Sequence[str]) -> dict[str, str]:
-    """One of the layers that are alike is tried, and speaks for all of them."""
+    """Try one of the layers that are alike; its result counts for all of them."""
     alike = like_layers(_built(config))
     spokesman = {name: counterpart(name, alike) for name in names}
     end = time.thread_time() + MAX_SECONDS
@@ -137,7 +138,11 @@ def _try(config: Any, names: Sequence[str]) -> dict[str, str]:
 
 
 def _try_each(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
-    """Args: end: when the thread's processor time is up."""
+    """Try these layers together and, if that fails, one kind after the other, to find the kinds at fault.
+
+    Args:
+        end: the trial ends when the thread's CPU time reaches this value.
+    """
     try:
         found = _observe(config, names, end)
     except Exception as error:
@@ -181,12 +186,12 @@ def _skeleton(config: Any) -> Any:
     skip(model, like_layers(model))
     if hasattr(model, "set_experts_implementation"):
         with suppress(ValueError):  # no experts here, or experts of their own
-            model.set_experts_implementation("batched_mm")  # the others ask which tokens went where
+            model.set_experts_implementation("batched_mm")  # because the others read which tokens go to which expert
     for name, module in model.named_modules():
         own_way = name.endswith("experts") and not hasattr(module, "_apply_gate")
         if own_way and not any(isinstance(child, nn.Linear) for child in module.modules()):
-            module.forward = _as_it_came  # LongCat-Flash asks too, and its experts are no layers of ours
-        # Some rotary embeddings ask how long the rows are.
+            module.forward = _as_it_came  # LongCat-Flash reads that too, and its experts cannot be adapted anyway
+        # Some rotary embeddings read the length of the rows from a tensor, and fake tensors have no numbers.
         if isinstance(kind := getattr(module, "rope_type", None), str | dict):
             module.rope_type = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
     return model.requires_grad_(requires_grad=False)
@@ -197,7 +202,7 @@ def _as_it_came(hidden: Tensor, *_others: Any, **_more: Any) -> Tensor:
 
 
 class _TimedFakeTensors(FakeTensorMode):
-    """Looks at the clock before each operation: what a layer does in between cannot be interrupted otherwise."""
+    """Checks the time before each operation, because a layer cannot be interrupted in another way."""
 
     def __init__(self, end: float) -> None:
         super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -215,7 +220,7 @@ class _TimedFakeTensors(FakeTensorMode):
 
 @contextmanager
 def _in_fake_tensors(model: Any, end: float) -> Iterator[None]:
-    """While this is open, a model that lay on the meta device can run, as if on a CPU."""
+    """Make a model on the meta device run as if it were on a CPU, while the context lasts."""
     with _TimedFakeTensors(end):
         model.to_empty(device="cpu")
         yield
@@ -228,7 +233,8 @@ def _say(model: Any) -> Tensor:
 
 
 def _observe(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
-    """What a pass does with these layers: in training mode kernels read weights, outside of it RWKV changes some."""
+    """Watch how two passes use these layers. One is in training mode, where some kernels read weights directly, and one
+    in evaluation mode, where RWKV changes some weights."""
     seen, read = dict[str, bool](), set[str]()
     model = _skeleton(config)
     with _in_fake_tensors(model, end):
@@ -257,7 +263,7 @@ def _note(seen: dict[str, bool], name: str) -> Callable[..., None]:
 
 
 def _watch(layer: nn.Module, name: str, read: set[str]) -> None:
-    """Note in `read` who reads the layer's weight from outside; the layer's class becomes one that tells."""
+    """Add the layer's name to `read` if code outside of it reads its weight, by a subclass that notes each access."""
     plain = type(layer).__getattr__
 
     def tell(self: nn.Module, attribute: str) -> Any:
@@ -269,7 +275,7 @@ def _watch(layer: nn.Module, name: str, read: set[str]) -> None:
 
 
 def _is_harmless(frame: FrameType, layer: nn.Module, attribute: str) -> bool:
-    """The layer's own forward pass, or a line that asks for the weight's dtype or device only."""
+    """Whether the layer itself reads its weight, or the line only uses the weight's dtype or device."""
     if frame.f_locals.get("self") is layer or "/torch/" in frame.f_code.co_filename:
         return True
     line = getline(frame.f_code.co_filename, frame.f_lineno)
@@ -278,7 +284,7 @@ def _is_harmless(frame: FrameType, layer: nn.Module, attribute: str) -> bool:
 
 
 def _adapt(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
-    """Put PEFT's LoRA on these layers and go through forward and backward: which adapter gets no gradient?"""
+    """Put PEFT's LoRA on these layers, run forward and backward, and return the layers without a gradient."""
     from peft import LoraConfig, get_peft_model
 
     if not names:
@@ -298,9 +304,9 @@ def _adapt(config: Any, names: Sequence[str], end: float) -> dict[str, str]:
 
 
 def _lost(adapted: Any, names: Sequence[str]) -> dict[str, str]:
-    """Layers whose factors are not read back from what PEFT itself would save: some names it rewrites as it reads.
+    """Layers whose factors PEFT does not load from what it has saved itself, because it changes some names.
 
-    transformers' rules for the names of older files are applied to adapters too (Laguna's `shared_experts`).
+    It applies transformers' rules for the names in older files to adapters too (Laguna's `shared_experts`).
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -311,5 +317,5 @@ def _lost(adapted: Any, names: Sequence[str]) -> dict[str, str]:
 
 
 def _factors(name: str) -> set[str]:
-    """What PEFT calls the factors of a layer."""
+    """PEFT's names for the factors of a layer."""
     return {f"base_model.model.{name}.{factor}.default.weight" for factor in ("lora_A", "lora_B")}

@@ -32,7 +32,7 @@ _GATES = ("gate", "shared_expert_gate", "classifier", "wg")
 class Layer:
     """A linear layer, or one expert's matrix.
 
-    `name`: as in `Target`; `path`: its full name, of an expert that of all experts' common parameter; `refusal`: why it
+    `name`: as in `Target`; `path`: its full name, for an expert the name of the common parameter; `refusal`: why it
     cannot carry a LoRA ("" = it can).
     """
 
@@ -47,7 +47,7 @@ class Layer:
 def linear_layers(model: Any) -> dict[str, nn.Module]:
     """All linear layers by name, in the model's order, without the output embedding.
 
-    Of a mixture each expert's matrix is one (`…experts.down_proj.3`), if `experts.install` has been there.
+    In a mixture each expert's matrix is one layer (`…experts.down_proj.3`), if `experts.install` was called before.
     """
     head = model.get_output_embeddings()
     return {
@@ -66,14 +66,15 @@ def survey(model: nn.Module) -> dict[str, Layer]:
     paths = {name: full_name(name, module) for name, module in found.items()}
     plain = {name: module for name, module in found.items() if not isinstance(module, ExpertLinear)}
     told = {name: _refusal(model, name, module) for name, module in plain.items()} | _registered_twice(model, plain)
-    if isinstance(model, PreTrainedModel):  # of anything else there is no copy to try
+    if isinstance(model, PreTrainedModel):  # a copy for the trial can be built only from transformers' configuration
         told |= refusals(model, [name for name in plain if not told[name]])
     parameters = {name for name in found if name not in plain} | set(rewritten(model, list(plain)))
     groups = {name: group_of(model, name) for name in found}
     kinds = {path: (groups[name], told.get(name), name in parameters) for name, path in paths.items()}
     others = {name for name, _ in model.named_modules() if name} - set(found) - set(kinds)
     names = short_names(kinds, others)
-    # All experts of a projection go by the same kind of name in every model: `experts.gate_up_proj`.
+    # Experts always get the last two parts of their parameter's name, so that it looks alike in every model:
+    # `experts.gate_up_proj`.
     names |= {paths[name]: ".".join(paths[name].split(".")[-2:]) for name in found if name not in plain}
     return {
         name: Layer(names[path], path, groups[name], found[name], told.get(name, ""), name not in parameters)
@@ -100,7 +101,7 @@ def _expert_counts(model: Any) -> set[int]:
 
 
 def _registered_twice(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layers that lie in two modules: PEFT, as anybody who replaces modules by name, adapts the first place only."""
+    """Refuse layers that are registered in two modules, because PEFT replaces only the first one by name."""
     places = dict[int, set[tuple[int, str]]]()
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -114,7 +115,7 @@ def _registered_twice(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[
 
 
 def describe(model: nn.Module) -> tuple[list[Target], list[LeftOut]]:
-    """The kinds of layers that can carry a LoRA, and of those that cannot, in order of first appearance."""
+    """The kinds of layers that can carry a LoRA, and the kinds that cannot, in order of first appearance."""
     return _kinds(model, survey(model))
 
 
@@ -124,7 +125,7 @@ def _kinds(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[list[Target],
 
 
 def kinds_of(named: Iterable[tuple[str, Layer]]) -> tuple[list[Target], list[LeftOut]]:
-    """Layers by the names they are to go by, as facts: those that can carry a LoRA, and those that cannot."""
+    """Group layers, given with the names to use, into facts: kinds that can carry a LoRA, and kinds that cannot."""
     kinds = dict[tuple[str, Group, int, int, bool, bool, str], list[str]]()
     for name, layer in named:
         expert = isinstance(layer.module, ExpertLinear)
@@ -142,7 +143,7 @@ def kinds_of(named: Iterable[tuple[str, Layer]]) -> tuple[list[Target], list[Lef
 
 
 def _stacked_experts(model: nn.Module) -> list[LeftOut]:
-    """Experts that are no linear layers; sides are given in the order in which the base stores them."""
+    """Experts without linear layers of their own; the sides are in the order in which the base stores them."""
     kinds: Counter[tuple[str, int, int]] = Counter()
     places = dict[tuple[str, int, int], list[str]]()
     for name, parameter in model.named_parameters():
@@ -171,7 +172,7 @@ def _stacked_experts(model: nn.Module) -> list[LeftOut]:
 
 
 def find_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Module]:
-    """The layers by full name that `wanted` (as `Lora.target_modules`) means, whatever the rank."""
+    """The layers by full name that `wanted` (as `Lora.target_modules`) covers, independent of the rank."""
     return resolve(model, Lora(r=1, target_modules=wanted))[0]  # type: ignore[arg-type]
 
 
