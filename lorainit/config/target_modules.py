@@ -148,7 +148,7 @@ def _refuse_name(name: str, param: str, others: Sequence[LeftOut], targets: Sequ
         return UnknownTarget(f"{param} {name!r} cannot carry a LoRA.{_list_reasons(others)}", param=param)
     known = ", ".join(dict.fromkeys(target.name for target in targets))
     if all(target.paths for target in targets):
-        why = "no linear layer of this base model has a name that ends so"
+        why = "no linear layer of this base model has a name that ends like this"
     else:
         why = "the base's catalogue entry has no such name, and an older version wrote it without full names"
     return UnknownTarget(f"{param} {name!r}: {why}. Available: {known}.", param=param)

@@ -155,7 +155,7 @@ def _switch(model: Any, name: str) -> None:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
     known = isinstance(error, (_WrongResult, attention.UnsupportedAttention))
-    return text if known else f"the base does not run so ({type(error).__name__}: {text})"
+    return text if known else f"the base does not run in this layout ({type(error).__name__}: {text})"
 
 
 class _LayoutCheck:

@@ -100,7 +100,7 @@ def _final(error: Exception, repository: str, revision: str | None) -> str:
         case RevisionNotFoundError():
             return f"The hub's model {repository} ({hub}) has no revision {revision!r}."
         case HfHubHTTPError() if error.response.status_code == 401:
-            return f"The hub ({hub}) takes no such token for {repository}: HF_TOKEN is wrong or has expired."
+            return f"The hub ({hub}) refuses the token for {repository}: HF_TOKEN is wrong or has expired."
         case HfHubHTTPError() if error.response.status_code == 403:
             return f"The hub ({hub}) forbids {repository} to the account of this HF_TOKEN, or to everybody without one."
         case OfflineModeIsEnabled():

@@ -21,7 +21,7 @@ from lorainit.model.targets.peft_support import READ, UNUSED
 from lorainit.model.targets.targets import TOWER, Layer, kinds_of, survey
 
 _BLOCKS = f"its rows are no whole blocks of {NF4_BLOCK} weights"
-_REASONS = {READ: "its weight is read past the layer, by code that knows no four bits", UNUSED: UNUSED, TOWER: TOWER}
+_REASONS = {READ: "its weight is read directly, by code that cannot read four bits", UNUSED: UNUSED, TOWER: TOWER}
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from lorainit.runtime.machine_errors import is_machine_failure
 TOKENS = 8
 # CPU time for one trial. It is limited because a fake operation takes 0.3 ms and some layers loop over tokens.
 MAX_SECONDS = 60.0
-READ = "its weight is read past the layer, where a LoRA would not be seen"
+READ = "its weight is read directly, without a call of the layer, so a LoRA would have no effect"
 UNUSED = "text does not pass through it"
 NO_TENSOR = "it returns something else than one tensor, which PEFT cannot add to"
-UNHEARD = "an adapter there does not reach what the model says"
+UNHEARD = "an adapter there does not change the model's output"
 RENAMED = "PEFT reads its adapter under another name than the layer's, and does not find it again"
 # Uses of a weight that do not compute with it, so they do not count as reading it.
 _HARMLESS = re.compile(r"\.(dtype|device|shape|ndim|size\()")
