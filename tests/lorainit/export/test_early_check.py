@@ -117,7 +117,7 @@ def test_a_base_on_which_no_adapter_can_do_anything_is_refused_before_it_is_trai
     save_file(weights, loud / "model.safetensors", metadata={"format": "pt"})
     deaf = spec()
     deaf = deaf.model_copy(update={"model": deaf.model.model_copy(update={"source": str(loud)})})
-    with pytest.raises(UnsupportedModel, match="Nothing that adapters do") as caught:
+    with pytest.raises(UnsupportedModel, match="Adapters on these layers do not change") as caught:
         run(deaf, tmp_path / "out", lambda event: None)
     assert caught.value.param == "model"
 
