@@ -30,7 +30,7 @@ class LoftQ(InitConfig):
     iterations: Annotated[int, Field(ge=1, le=10)] = 1
 
     @property
-    def drawn(self) -> Randomness:
+    def randomness(self) -> Randomness:
         """The best correction is computed, so no random numbers shape it."""
         return "nothing"
 

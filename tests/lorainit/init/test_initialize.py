@@ -283,6 +283,11 @@ def test_dropout_with_an_offset_is_refused():
         LoRALinear(nn.Linear(4, 3), factors, scale=1.0, subtract=True, dropout=0.1)
 
 
+def test_a_start_that_is_computed_has_the_same_seed_in_every_run():
+    loftq = INITS["loftq"].model_validate({"method": "loftq"})
+    assert (loftq.randomness, loftq.seed_for(1)) == ("nothing", loftq.seed_for(2))
+
+
 @pytest.mark.parametrize("method", ["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora", "loram"])
 def test_the_seed_changes_exactly_what_is_drawn(bases, probe, method):
     def factors(seed):
