@@ -20,6 +20,7 @@ help:
 	@echo "make test-quick the tests of what differs from main (BASE=), then a few of everything, in about a minute"
 	@echo "make serve      keep the service running; prints its URL and a first API key"
 	@echo "make check      format, lint, types, import contracts, migration drift, tests, audit"
+	@echo "make lint       all of make check but the tests and the audit (minutes)"
 	@echo "make audit      known holes in the installed packages (needs the network)"
 	@echo "make licences   the licence of every installed package; fails on one that is unknown or forbidden"
 	@echo "make lock       what is installed, with hashes, from pyproject.toml and constraints.txt (needs the network); UPGRADE=1"

@@ -40,6 +40,8 @@ def git(*arguments: str) -> list[str]:
 
 def changed(base: str) -> list[str]:
     """Files that differ from where this branch left `base`, committed or not, new ones included."""
+    if subprocess.run(["git", "rev-parse", "--quiet", "--verify", base], cwd=ROOT, capture_output=True).returncode:
+        sys.exit(f"There is no branch or commit {base!r} here. Name another: make test-quick BASE=origin/main")
     (begin,) = git("merge-base", "HEAD", base)
     return [*git("diff", "--name-only", begin), *git("ls-files", "--others", "--exclude-standard")]
 

@@ -64,7 +64,8 @@ def test_the_page_can_be_followed_to_its_end(copy: Copy) -> None:
     written = copy.run("-m", "docs.generate")
     assert (written.returncode, written.stdout, written.stderr) == (0, "", "")
     files = [word for command in COMMAND.findall(PAGE) for word in command.split() if word.endswith(".py")]
-    assert len(files) == 5
+    assert len(files) == 8
+    files.remove("tests/lorainit/test_battery.py")  # it trains the method in dozens of combinations: a minute
     told = copy.run(
         "-m",
         "pytest",
@@ -90,6 +91,6 @@ def test_it_touches_as_many_files_as_contributing_says(copy: Copy) -> None:
         or path.read_bytes() != (ROOT / path.relative_to(copy.folder)).read_bytes()
     }
     (told,) = re.findall(
-        r"An initialization that looks at the weight touches (\d+) files", (ROOT / "CONTRIBUTING.md").read_text()
+        r"An initialization that looks at the weight touches (\d+) Python files", (ROOT / "CONTRIBUTING.md").read_text()
     )
     assert len(touched) == int(told), touched

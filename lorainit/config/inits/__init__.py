@@ -38,7 +38,14 @@ def _defined_in(module: ModuleType) -> dict[str, type[InitConfig]]:
     """The initializations of a file by name, in the order of their classes."""
     found = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, InitConfig))
     kinds = (kind for kind in found if kind.__module__ == module.__name__)
-    return {get_args(kind.model_fields["method"].annotation)[0]: kind for kind in kinds}
+    return {_method_of(kind): kind for kind in kinds}
+
+
+def _method_of(kind: type[InitConfig]) -> str:
+    if "method" not in kind.model_fields or not hasattr(kind, "facts"):
+        raise TypeError(f"{kind.__name__} needs `method: Literal[...]` and `facts`, as docs/add-a-method.md shows.")
+    name: str = get_args(kind.model_fields["method"].annotation)[0]
+    return name
 
 
 # The catalogue shows them in this order.
