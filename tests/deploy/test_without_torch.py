@@ -51,7 +51,9 @@ def test_the_service_is_imported(python: Path, tmp_path: Path) -> None:
 def test_migrations_and_catalogue_are_in_the_wheel(python: Path, tmp_path: Path) -> None:
     code = "from api.cli import app; app(['migrate'], standalone_mode=False)"
     assert "newest revision" in run(python, code, tmp_path)
-    assert "smollm2" in run(python, "from api.core.models.catalogue import get_entries; print(*get_entries())", tmp_path)
+    assert "smollm2" in run(
+        python, "from api.core.models.catalogue import get_entries; print(*get_entries())", tmp_path
+    )
 
 
 def test_the_api_answers(python: Path, tmp_path: Path) -> None:
