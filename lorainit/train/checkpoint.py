@@ -70,7 +70,9 @@ def write(
     try:
         write_adapter(work / "adapter")
         save_file(_tensors(layers, optimizer), work / STATE)
-        (work / FACTS).write_text(json.dumps({**asdict(progress), "recipe": recipe}, indent=2) + "\n")
+        facts = asdict(progress)
+        facts["unsaid"] = facts.pop("unlogged")  # its name in the file, so that older checkpoints can be read
+        (work / FACTS).write_text(json.dumps({**facts, "recipe": recipe}, indent=2) + "\n")
         shutil.copyfile(metrics, work / METRICS)
         work.chmod(0o755)  # `mkdtemp` makes folders that only their owner can read
         # Flushed before the rename: otherwise the folder could be there after a power failure, and its files empty.

@@ -61,7 +61,7 @@ def test_a_key_that_a_body_has_twice_is_named(lab: Lab, padding: str, place: str
 def test_a_key_that_a_label_has_twice_is_named(lab: Lab) -> None:
     labels = {"lora_config": '{"r": 8, "r": 16}'}
     reply = lab.client.post(JOBS, json={"model": MODEL, "training_file": "file-x", "metadata": labels})
-    assert "'r' is there twice" in refused(reply, 400, "invalid_value", "metadata.lora_config")["message"]
+    assert "the key 'r' occurs twice" in refused(reply, 400, "invalid_value", "metadata.lora_config")["message"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

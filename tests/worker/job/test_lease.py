@@ -26,7 +26,7 @@ def running() -> tuple[Job, Lease]:
 
 
 def keeper(lease: Lease, folder: Path, *, seconds: float = 5) -> LeaseKeeper:
-    return LeaseKeeper(lease, folder / "lease", seconds=seconds, add_seconds=0.05)
+    return LeaseKeeper(lease, folder / "lease", seconds=seconds, beat=0.05)
 
 
 def test_the_lease_and_its_file_are_renewed(tmp_path: Path) -> None:
