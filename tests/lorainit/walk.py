@@ -24,7 +24,10 @@ from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
 
 ROOT = f"{Path(library.__file__).parent}/"
 ROWS = (Row, BadRow, Sample, Batch, _Draft, Encoded)
-BEGINS, ENDS = ("load_cached", "train"), ("load_cached", "forward_backward")  # functions between which a row is followed
+BEGINS, ENDS = (
+    ("load_cached", "train"),
+    ("load_cached", "forward_backward"),
+)  # functions between which a row is followed
 
 
 class Walk:
