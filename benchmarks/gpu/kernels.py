@@ -81,7 +81,7 @@ def _attention_error(day: Day, dtype: torch.dtype, size: int, heads: tuple[int, 
     y, _ = ours.attend(module, *given, None, sliding_window=window, cu_seq_lens_q=ends, max_length_q=max(LENGTHS))
     y.backward(grad)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    true = _explicit(*exact, ends.tolist(), window)
+    true = _explicit(*exact, ends.tolist(), window)  # type: ignore[call-arg]
     true.backward(grad.double())
     pairs = [(y, true), *((a.grad, b.grad) for a, b in zip(given, exact, strict=True))]
     errors = [float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in pairs]

@@ -168,7 +168,7 @@ def test_magnitudes_move_by_plain_adamw_at_as_rate_without_decay(name):
     def factors():
         return nn.Parameter(normal(R, IN)), nn.Parameter(normal(OUT, R))
 
-    layer, reference = trainee(*factors(), nn.Parameter(normal(OUT, seed=4))), nn.Parameter(normal(OUT, seed=4))
+    layer, reference = trainee(*factors(), nn.Parameter(normal(OUT, seed=4))), nn.Parameter(normal(OUT, seed=4))  # type: ignore[call-arg]
     optimizer = make_optimizer(recipe(name, weight_decay=0.3), {"x": layer, "of rank 0": trainee(*factors())})
     theirs = torch.optim.AdamW([reference], lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     for step in range(4):
@@ -310,7 +310,7 @@ def test_trainable_parameters_count_the_magnitudes():
 
 
 # As `version` v1, lora_one is subtracted; by default it is not.
-TAKE_DORA = {name for name, kind in INITS.items() if kind(method=name).offset == "none"} - {"loftq"}
+TAKE_DORA = {name for name, kind in INITS.items() if kind.model_validate({"method": name}).offset == "none"} - {"loftq"}
 
 
 @pytest.mark.parametrize("init", sorted(TAKE_DORA))

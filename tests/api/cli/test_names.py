@@ -54,7 +54,7 @@ def test_every_console_is_a_plain_one() -> None:
 
 
 def test_a_job_s_name_is_whole_in_its_row() -> None:
-    job = FineTuningJob.model_construct(
+    job = FineTuningJob.model_construct(  # type: ignore[call-arg]
         id="ftjob-1", status="succeeded", model="tiny", fine_tuned_model=NAMES[0], error=None
     )
     assert tables.job_row(job)[-1] == NAMES[0]

@@ -13,7 +13,7 @@ WORSE = {"code": "worse_than_base", "message": "Loss [1.73] is above 1.69.", "da
 def test_a_job_that_made_the_model_worse_is_exit_code_3(
     monkeypatch: pytest.MonkeyPatch, warnings: list[dict[str, object]], code: int
 ) -> None:
-    ended = FineTuningJob.model_construct(status="succeeded", fine_tuned_model="ft:x", warnings=warnings)
+    ended = FineTuningJob.model_construct(status="succeeded", fine_tuned_model="ft:x", warnings=warnings)  # type: ignore[call-arg]
     monkeypatch.setattr("api.cli.watch.watch", lambda *_: ended)
     monkeypatch.setattr("api.cli.client.connect", lambda: None)
     done = CliRunner().invoke(commands.app, ["watch", "ftjob-1"])

@@ -52,7 +52,7 @@ def gradients(model, batch):
     row_losses(model, batch).mean().backward()
     found = {name: Evidence(gradient=module.weight.grad.clone(), rows=4) for name, module in targets.items()}
     for module in targets.values():
-        module.weight.requires_grad_(requires_grad=False)
+        module.weight.requires_grad_(requires_grad=False)  # type: ignore[call-arg]
         module.weight.grad = None
     return found
 

@@ -74,7 +74,7 @@ REFERENCE = {
 
 @pytest.mark.parametrize(("shape", "r", "v"), [(s, r, v) for s, row in REFERENCE.items() for r, v in row.items()])
 def test_variance_of_the_product_has_its_reference_values(shape, r, v):
-    assert sine_variance(*shape, r) == pytest.approx(v, rel=1e-6)
+    assert sine_variance(*shape, r) == pytest.approx(v, rel=1e-6)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("r", [2, 4, 16, 64])
@@ -301,7 +301,12 @@ def test_tracking_takes_the_magnitude_of_another_methods_product(method, kind, s
     found = factors(W.float(), scale=s, config=config)
     generator = torch.Generator().manual_seed(0)
     reference = METHODS[method](
-        W.float(), Evidence(), rank=8, scale=s, config=INITS[method](method=method), generator=generator
+        W.float(),
+        Evidence(),
+        rank=8,
+        scale=s,
+        config=INITS[method].model_validate({"method": method}),
+        generator=generator,
     )
 
     def size(pair):

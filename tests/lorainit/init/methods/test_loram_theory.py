@@ -78,7 +78,9 @@ def test_growth_of_the_update_is_the_papers(method, eta):
     """Proposition 2: with i.i.d. gradients the mean square of the update grows as k1·eta²·t."""
     W = torch.randn(300, 200, generator=torch.Generator().manual_seed(1)) * 0.05
     generator = torch.Generator().manual_seed(0)
-    found = METHODS[method](W, Evidence(), rank=8, scale=1.0, config=INITS[method](method=method), generator=generator)
+    found = METHODS[method](
+        W, Evidence(), rank=8, scale=1.0, config=INITS[method].model_validate({"method": method}), generator=generator
+    )
     assert 0.8 < _growth(found, eta) < 1.25
 
 

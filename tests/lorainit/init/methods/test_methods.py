@@ -27,7 +27,7 @@ def weight(m=48, n=64, seed=0):
 
 
 def factors(method, W, rank=8, scale=1.0, seed=0, **parameters):
-    config = INITS[method](method=method, **parameters)
+    config = INITS[method].model_validate({"method": method, **parameters})
     generator = torch.Generator().manual_seed(seed)
     return METHODS[method](W, evidence(*W.shape), rank=rank, scale=scale, config=config, generator=generator)
 
@@ -78,7 +78,12 @@ def test_same_seed_same_bits_and_the_global_generator_is_untouched(method):
 def test_missing_evidence_is_refused(method):
     with pytest.raises(InitFailed, match="collected"):
         METHODS[method](
-            weight(), Evidence(), rank=4, scale=1.0, config=INITS[method](method=method), generator=torch.Generator()
+            weight(),
+            Evidence(),
+            rank=4,
+            scale=1.0,
+            config=INITS[method].model_validate({"method": method}),
+            generator=torch.Generator(),
         )
 
 

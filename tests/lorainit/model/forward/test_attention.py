@@ -102,7 +102,7 @@ def test_whatever_the_shape_it_is_torchs_own_attention(monkeypatch, dtype, seed)
                 torch.nn.Module(), q, k, v, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=ends
             )
         exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-        expected, upper = reference(*exact, lengths, window), torch.randn(found.shape, generator=generator)
+        expected, upper = reference(*exact, lengths, window), torch.randn(found.shape, generator=generator)  # type: ignore[call-arg]
         ours = [found, *torch.autograd.grad((found * upper).sum(), [q, k, v])]
         theirs = [expected, *torch.autograd.grad((expected * upper).sum(), exact)]
         for one, two in zip(ours, theirs, strict=True):
@@ -129,7 +129,7 @@ class Kernels:
         lengths = ends.diff().tolist()
         assert max(lengths) == longest
         assert scale == 0.3
-        return reference(*(t.transpose(0, 1)[None] for t in (q, k, v)), lengths, window)[0]
+        return reference(*(t.transpose(0, 1)[None] for t in (q, k, v)), lengths, window)[0]  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("widest", [24, 300])
@@ -147,7 +147,7 @@ def test_whatever_the_shape_a_kernel_is_given_what_it_takes(monkeypatch, dtype, 
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         packed = attention._on_cuda(q, k, v, ends, lengths[0], 0.3, window)
         beside = [t.unflatten(2, (2, -1))[0].transpose(0, 1) for t in (q, k, v)]
-        padded = attention._on_cuda(*beside, None, lengths[0], 0.3, window).flatten(0, 1)[None]
+        padded = attention._on_cuda(*beside, None, lengths[0], 0.3, window).flatten(0, 1)[None]  # type: ignore[call-arg]
         for found in (packed, padded):
             assert torch.allclose(found.float(), expected.float(), atol=2e-2 if dtype is torch.bfloat16 else 1e-5)
 
