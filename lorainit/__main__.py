@@ -151,11 +151,11 @@ def _run_to_an_end(
     open_runs, failed = set(range(len(runs))), False
     peers.watch(partial(_exit_like_peer, on_event=on_event, peers=peers))
     try:
-        # First of all, because threads and memory have to be set before torch is loaded, which this does too.
-        settings = process_tuning.tune_process()
+        # Before anything else loads torch, because it reads some settings only once. This call loads it, too.
+        message = process_tuning.tune_process()
         process_tuning.keep_compiled_kernels(runs[0][0].cache)
         for who in range(len(runs)):
-            on_event(settings.model_copy(update={"member": who}))
+            on_event(message.model_copy(update={"member": who}))
         import_libraries()
         from lorainit.context import RunRequest
         from lorainit.run import run_together

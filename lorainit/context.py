@@ -181,13 +181,18 @@ class Run:
         if tokens != self.passes.tokens:
             self.emit(self.plan)
 
-    def halve_passes(self, largest: Sequence[Sample]) -> None:
-        """Halve the tokens of training passes from here on, and report it.
+    def halve_passes(self, largest: Sequence[Sample]) -> bool:
+        """Halve the tokens of training passes from here on, and report it. A pass of one row cannot be halved.
 
         Args:
             largest: the largest pass that its rows can make. If the budget is larger than that, the tokens of this
                 pass are halved instead, since half of the budget might change nothing.
+
+        Returns:
+            Whether they could be halved.
         """
+        if len(largest) < 2:
+            return False
         before, tokens = self.training_budget.half_of(largest)
         text = (
             f"Memory ran out with passes over up to {before:,} tokens: {tokens:,} at most from here on, same effective"
@@ -195,9 +200,12 @@ class Run:
         )
         self.report_shortage(text, tokens_per_pass=tokens)
         self.change_passes(tokens=tokens)
+        return True
 
-    def halve_evaluations(self, largest: Sequence[Sample]) -> None:
-        """Halve the tokens of passes over validation rows only. Training keeps its passes and so its exact numbers."""
+    def halve_evaluations(self, largest: Sequence[Sample]) -> bool:
+        """As `halve_passes`, for validation rows only. Training keeps its passes and so its exact numbers."""
+        if len(largest) < 2:
+            return False
         before, tokens = self.evaluation_budget.half_of(largest)
         text = (
             f"Memory ran out in an evaluation, with passes over up to {before:,} tokens: {tokens:,} at most from here"
@@ -205,6 +213,20 @@ class Run:
         )
         self.report_shortage(text, tokens_per_pass=tokens, stage="evaluating")
         self.evaluation_tokens = tokens
+        return True
+
+    def halve_evidence(self, largest: Sequence[Sample]) -> bool:
+        """As `halve_passes`, for the passes in which evidence is collected."""
+        if len(largest) < 2:
+            return False
+        before, tokens = self.evidence_budget.half_of(largest)
+        text = (
+            f"Memory ran out while evidence was collected, with passes over up to {before:,} tokens: it is collected"
+            f" again with {tokens:,} at most"
+        )
+        self.report_shortage(text, tokens_per_pass=tokens)
+        self.evidence_tokens = tokens
+        return True
 
     def report_shortage(self, text: str, **facts: Any) -> None:
         """Count that memory ran out, and report what is done about it."""

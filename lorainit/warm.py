@@ -29,13 +29,10 @@ def main(arguments: list[str]) -> int:
     """Serve orders until the parent closes the socket. In a forked process: run, and return the run's exit code."""
     die_with_parent()
     server = socket.socket(fileno=int(arguments[0]))
-    _import_libraries()
+    preload()
     if count_threads() > 1:
         print("An imported library has started a thread, so no run can be forked.", file=sys.stderr)  # noqa: T201
         return 1
-    gc.collect()
-    # Otherwise the first garbage collection of each run would write to these objects and so copy their memory pages.
-    gc.freeze()
     server.send(READY)
     set_command_line([sys.executable, "-m", "lorainit.warm", READY.decode()])
     me = os.getpid()
@@ -60,6 +57,14 @@ def main(arguments: list[str]) -> int:
 def count_threads() -> int:
     """How many threads this process has, those of libraries included."""
     return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - names are enough
+
+
+def preload() -> None:
+    """Import what a run needs, and keep it from garbage collection, before runs are forked from this process."""
+    _import_libraries()
+    gc.collect()
+    # Otherwise the first garbage collection of each run would write to these objects and so copy their memory pages.
+    gc.freeze()
 
 
 def _import_libraries() -> None:

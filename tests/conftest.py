@@ -34,10 +34,7 @@ __all__ = ["pytest_collection_modifyitems", "pytest_xdist_auto_num_workers"]  # 
 
 
 def pytest_collection_finish() -> None:
-    """Whatever was imported stays until the end: a run that collects garbage need not look at a million objects of it.
-
-    That was half of what a run on a tiny model cost.
-    """
+    """Keep imported objects from garbage collection: to walk them took half of a tiny run."""
     gc.collect()
     gc.freeze()
 

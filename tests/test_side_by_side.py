@@ -1,6 +1,5 @@
 """In how many processes `make test` runs and in which order, and what `make test-quick` chooses."""
 
-import json
 import subprocess
 from math import inf
 from pathlib import Path
@@ -51,11 +50,6 @@ def test_one_process_keeps_the_order_of_pytest(monkeypatch: pytest.MonkeyPatch, 
         found = items("a1", "b1")
         side_by_side.pytest_collection_modifyitems(config, found)  # type: ignore[arg-type]
         assert order_of(found) == order
-
-
-def test_files_with_recorded_seconds_exist() -> None:
-    gone = [name for name in json.loads(side_by_side.SECONDS.read_text()) if not (quick.ROOT / name).exists()]
-    assert gone == [], "run `make test` and `make test-times`"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,12 @@ def test_a_run_in_which_a_test_failed_is_no_measure() -> None:
         times.Record(RECORD.format(failures=1))
 
 
+def test_a_run_of_some_files_is_no_measure() -> None:
+    a_record().require_whole(["tests/api/test_a.py", "tests/test_b.py"])
+    with pytest.raises(ValueError, match="not of all tests"):
+        a_record().require_whole(["tests/api/test_a.py", "tests/test_b.py", "tests/test_c.py"])
+
+
 def test_a_run_is_a_row_and_the_same_run_is_one_row() -> None:
     row = a_record().row()
     assert row == ["2026-11-29 09:33", "4", "1.5", "1.8"]

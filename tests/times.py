@@ -11,12 +11,13 @@ import json
 import sys
 import tomllib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from docs.generate.marks import put, table
+from tests import quick
 from tests.side_by_side import SECONDS
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ class Record:
     """What pytest wrote of a run (`--junitxml`).
 
     Raises:
-        ValueError: some test failed, so that its seconds say nothing.
+        ValueError: some test failed, so that its seconds say nothing, or many files are missing.
     """
 
     def __init__(self, text: str) -> None:
@@ -50,6 +51,12 @@ class Record:
             raise ValueError("a test of the recorded run failed: run `make test` again")
         self.began, self.seconds = suite.attrib["timestamp"][:16].replace("T", " "), float(suite.attrib["time"])
         self._cases = [(_function(case), float(case.attrib["time"])) for case in suite.iter("testcase")]
+
+    def require_whole(self, files: Collection[str]) -> None:
+        """Refuse a run of some files only, or one that was interrupted. A few files hold nothing but slow tests."""
+        recorded = {name.partition("::")[0] for name, _ in self._cases}
+        if len(recorded & set(files)) < 0.9 * len(files):
+            raise ValueError("the recorded run was not of all tests: run `make test` again")
 
     def functions(self) -> list[Function]:
         """The slowest first."""
@@ -105,6 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.times")
     parser.add_argument("--record", type=Path, default=RECORD, help="what `pytest --junitxml` wrote of a whole run")
     record = Record(parser.parse_args().record.read_text())
+    record.require_whole(quick.test_files().keys())
     page, functions, why = PAGE.read_text(), record.functions(), reasons()
     SECONDS.write_text(json.dumps(record.files(), indent=1) + "\n")
     PAGE.write_text(put(put(page, "runs", runs(page, record.row())), "slowest", slowest(functions, why)))

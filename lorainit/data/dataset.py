@@ -127,12 +127,6 @@ def _more(problems: list[Problem]) -> str:
     return f" All by line: {listed}" + (f", and {rest} more." if rest > 0 else ".")
 
 
-def count_lines(path: str | Path) -> int:
-    """Lines of a file. A last line that is empty counts too."""
-    with Path(path).open("rb") as stream:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b"")) + 1
-
-
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file in lower-case hex."""
     with Path(path).open("rb") as stream:

@@ -19,7 +19,7 @@ from lorainit.data.chat import tokenizer_time
 from lorainit.data.chat.stops import stop_tokens
 from lorainit.data.chat.template import Template
 from lorainit.data.chat.turns import Span
-from lorainit.data.dataset import Dataset, Sample, count_lines, file_sha256, refuse
+from lorainit.data.dataset import Dataset, Sample, file_sha256, refuse
 from lorainit.data.formats.conversation import Fault
 from lorainit.data.formats.rows import BadRow, Problem, Row, problem, read_rows
 
@@ -203,7 +203,7 @@ def tokenize(
     if append_eos and tokenizer.eos_token_id is None:
         raise UnsupportedModel("The base model's tokenizer has no end token to append.", param="data.append_eos")
     reader = _Reader(tokenizer, max_length, stop_tokens(tokenizer, folder), append_eos=append_eos)
-    total = count_lines(path)
+    total = _count_lines(path)
     for number, row in enumerate(read_rows(path), start=1):
         reader.take(row)
         if on_tick and number % TICK_ROWS == 0:
@@ -218,6 +218,12 @@ def tokenize(
         warnings=reader.warnings,
         remarks=list(reader.remarks.values()),
     )
+
+
+def _count_lines(path: str | Path) -> int:
+    """Lines of a file. A last line that is empty counts too."""
+    with Path(path).open("rb") as stream:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b"")) + 1
 
 
 class _Draft(NamedTuple):

@@ -46,7 +46,6 @@ def load_cached(
         tokenizer=_folder_digest(folder),
         max_length=max_length,
         append_eos=append_eos,
-        rules=RULES,
         libraries=[version("transformers"), version("tokenizers")],
     )
     name = entry_name(shape, owner=owner, files=[sha256])
@@ -66,9 +65,6 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# Part of the cache key. To be raised whenever a change of these modules trains other tokens or gives other warnings for
-# the same row: otherwise old entries would be used.
-RULES = 5
 _TEXT = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 
 

@@ -241,7 +241,7 @@ def check_start(summary: dict[str, Any], model: nn.Module) -> None:
     dtype = weight_of(next(iter(adapted_layers(model).values())).base).dtype
     limit = LOSS_LIMIT[dtype] * max(1.0, abs(base))
     moved = abs(initial - base)
-    passed = moved <= limit  # in this order, because the comparison is false for NaN too
+    passed = moved <= limit  # not `not moved > limit`, which would be true for NaN
     check = {"name": "initial_loss_equals_base", "passed": passed, "value": moved, "limit": limit}
     summary["checks"] = [check] if summary["function_preserving"] else []
     if summary["function_preserving"] and not passed:

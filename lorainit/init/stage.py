@@ -137,21 +137,12 @@ def _evidence(run: Run, cache: Cache, keys: _Keys) -> tuple[dict[str, Evidence],
 
 def _collected(run: Run) -> dict[str, Evidence]:
     """Collect the evidence. If memory runs out in any process, all of them begin again in smaller passes."""
-
-    def smaller() -> bool:
-        largest = _largest_pass(run)
-        if len(largest) == 1:
-            return False
-        before, tokens = run.evidence_budget.half_of(largest)
-        run.evidence_tokens = tokens
-        text = (
-            f"Memory ran out while evidence was collected, with passes over up to {before:,} tokens: it is collected"
-            f" again with {tokens:,} at most"
-        )
-        run.report_shortage(text, tokens_per_pass=tokens)
-        return True
-
-    return retry_until_it_fits(lambda: collect(run.lora.method, run), smaller, world=run.base.world, device=run.device)
+    return retry_until_it_fits(
+        lambda: collect(run.lora.method, run),
+        lambda: run.halve_evidence(_largest_pass(run)),
+        world=run.base.world,
+        device=run.device,
+    )
 
 
 def _largest_pass(run: Run) -> list[Sample]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Base:
         assert self._model is not None
         return self._model
 
-    @property
+    @cached_property
     def pad(self) -> int:
         """The padding token's id."""
         return pad_id(self.tokenizer)

@@ -1,7 +1,7 @@
 """Estimates how much memory another copy of a base takes, before it is loaded.
 
 tests/pretended/test_memory.py compares the estimate with measured peaks. The memory of training is not estimated but
-measured by a trial (`lorainit.train.memory`).
+measured by a dry run (`lorainit.train.memory`).
 """
 
 from typing import Any

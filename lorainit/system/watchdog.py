@@ -82,4 +82,4 @@ def start(watchdog: Watchdog, on_timeout: Callable[[], None]) -> None:
             time.sleep(BEAT_SECONDS)
         on_timeout()
 
-    threading.Thread(target=run, name="silence", daemon=True).start()
+    threading.Thread(target=run, name="watchdog", daemon=True).start()

@@ -102,7 +102,11 @@ class AdapterTrainer:
         return self.step >= self.total
 
     def begin(self, evaluate: Evaluate) -> None:
-        """Evaluate the untrained adapter. A resumed run has done that already, so it only logs what was left over."""
+        """Evaluate the untrained adapter.
+
+        A resumed run has done that already. If its last step was not logged, its evaluation, log line and checkpoint
+        are made now.
+        """
         if self.run.valid and not self._is_resumed:
             self._log(self._metrics(**evaluate(self.run.valid.samples)))
         text = f"Training: {self.total} steps, {self.per_epoch} per epoch"
@@ -123,7 +127,7 @@ class AdapterTrainer:
         self._begun = time.monotonic()
         self._parts: list[Sums] = []
         pieces = batches(samples, self.run.training_budget, self.run.regime)
-        self.pieces, self.count_idle_passes = pieces[self.world.share], self.world.count_idle_passes(len(pieces))
+        self.pieces, self.idle_passes = pieces[self.world.share], self.world.count_idle_passes(len(pieces))
         return self.pieces
 
     def add(self, piece: int, sums: Sums) -> None:
@@ -165,17 +169,11 @@ class AdapterTrainer:
         only a few short rows, and half of them would slow down the rest of the run.
         """
         self.repeat_step()
-        largest = self.run.largest_pass()
-        if len(largest) > 1:
-            self.run.halve_passes(largest)
-        return len(largest) > 1
+        return self.run.halve_passes(self.run.largest_pass())
 
     def evaluate_smaller(self) -> bool:
         """Halve the passes over validation rows from here on. Returns whether they could be halved."""
-        largest = self.run.largest_evaluation()
-        if len(largest) > 1:
-            self.run.halve_evaluations(largest)
-        return len(largest) > 1
+        return self.run.halve_evaluations(self.run.largest_evaluation())
 
     def finish_step(self, evaluate: Evaluate, *, pass_again: Callable[[], None]) -> None:
         """Clip the gradients, update the adapter, and log. Evaluate and write a checkpoint if they are due.
@@ -229,8 +227,8 @@ class AdapterTrainer:
         """
         if self.world.is_rank0 and self._taken > self._saved:
             self.step = self._taken
-            said = self._last if self._last and not self._unlogged else self._metrics(**self._unlogged)
-            self._write_checkpoint(said)
+            metrics = self._last if self._last and not self._unlogged else self._metrics(**self._unlogged)
+            self._write_checkpoint(metrics)
 
     def _update(self) -> None:
         try:

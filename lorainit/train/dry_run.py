@@ -1,7 +1,7 @@
 """Tries a pass and an update before the first step of a run, to see whether they fit into memory.
 
 Otherwise memory might run out late in the run. Parameters, optimizer state and random numbers are unchanged
-afterwards, so a run gives the same numbers as without the trial.
+afterwards, so a run gives the same numbers as without the dry run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ class DryRun(NamedTuple):
 def plan_dry_runs(runs: Sequence[Run]) -> Iterator[DryRun]:
     """The largest training pass, and the largest validation pass of each run that has a larger one.
 
-    A validation pass that is no larger needs no trial, because it has no backward pass and so takes less memory. Each
+    A validation pass that is no larger needs no dry run, because it has no backward pass and so takes less memory. Each
     run's validation rows are tried alone, since runs are evaluated one after the other.
     """
     trained = {who: run.largest_pass() for who, run in enumerate(runs)}
@@ -73,7 +73,7 @@ def try_pass(slots: AdapterSlots, runs: Sequence[Run], dry_run: DryRun) -> None:
 
 
 def _allocate_like(runs: Sequence[Run], dry_run: DryRun) -> list[Tensor]:
-    """Parameters to allocate copies of during the trial, since a real step has them in memory beside the pass.
+    """Parameters to allocate copies of during the dry run, since a real step has them in memory beside the pass.
 
     For every parameter these are Adam's two moments, and the gradients of earlier passes if a step may take several.
     In an evaluation there are no gradients.

@@ -108,7 +108,7 @@ def _save_all(trainers: Sequence[AdapterTrainer]) -> None:
 def _compute_gradients(slots: AdapterSlots, trainers: list[AdapterTrainer]) -> None:
     """Compute the gradients of the next step for every trainer. If memory runs out, repeat it in smaller passes.
 
-    The trial before step 1 has fitted, but memory may be fragmented by now, or another process may use the device. So
+    The dry run before step 1 has fitted, but memory may be fragmented by now, or another process may use the device. So
     passes are halved until each has one row.
     """
     retry_until_it_fits(
@@ -136,7 +136,7 @@ def _forward_and_backward(slots: AdapterSlots, trainers: list[AdapterTrainer]) -
             trainer.add(number, part)
     for trainer in trainers:
         trainer.drop_by(None)
-        for _ in range(trainer.count_idle_passes):
+        for _ in range(trainer.idle_passes):
             _run_idle_pass(slots, trainer)
 
 

@@ -49,38 +49,35 @@ def fit_to_memory(runs: Sequence[Run]) -> None:
     recomputes = _recompute_from_start(slots, runs, switches)
     _measure(slots, runs)
     while failed := _find_first_failure(slots, runs):
-        if any(len(rows) > 1 for rows in failed.rows.values()):
-            _halve(runs, failed)
-        elif not (recomputes or False in switches) and failed.learns:
-            recomputes = _recompute(slots, runs, "one row did not fit into memory without it", kind="oom_retry")
-            if not recomputes:
-                raise _too_large()
-            for run in runs:
-                run.count_shortage()
-                run.change_passes(recomputed=True, kept=False)
-            # From the tokens that were planned at first, because passes take less memory now and may be larger again.
-            _measure(slots, runs, most=planned)
-        else:
+        if _halve(runs, failed):
+            continue
+        if recomputes or False in switches or not failed.learns:
             raise _too_large()
+        recomputes = _recompute(slots, runs, "one row did not fit into memory without it", kind="oom_retry")
+        if not recomputes:
+            raise _too_large()
+        for run in runs:
+            run.count_shortage()
+            run.change_passes(recomputed=True, kept=False)
+        # From the tokens that were planned at first, because passes take less memory now and may be larger again.
+        _measure(slots, runs, most=planned)
     if runs[0].base.world.in_step:
         _do_not_compile(runs)
     elif not recomputes:
         _compile(slots, runs)
 
 
-def _halve(runs: Sequence[Run], failed: DryRun) -> None:
-    """Halve the tokens per pass of each run that had more than one row in the pass that failed."""
-    for who, rows in failed.rows.items():
-        if len(rows) > 1 and failed.learns:
-            runs[who].halve_passes(rows)
-        elif len(rows) > 1:
-            runs[who].halve_evaluations(rows)
+def _halve(runs: Sequence[Run], failed: DryRun) -> bool:
+    """Halve the passes of each run that had rows in the pass that failed. Returns whether any could be halved."""
+    halve = Run.halve_passes if failed.learns else Run.halve_evaluations
+    halved = [halve(runs[who], rows) for who, rows in failed.rows.items()]
+    return any(halved)
 
 
 def _recompute_from_start(slots: AdapterSlots, runs: Sequence[Run], switches: Sequence[bool | str]) -> bool:
-    """Switch gradient checkpointing on before any trial, if there is a reason to. Returns whether it is on.
+    """Switch gradient checkpointing on before any dry run, if there is a reason to. Returns whether it is on.
 
-    A base that is divided between devices always starts with it (unless it is switched off), because its first trial
+    A base that is divided between devices always starts with it (unless it is switched off), because its first dry run
     is the only one: a process that runs out of memory leaves the others in the middle of a pass.
     """
     if True in switches:

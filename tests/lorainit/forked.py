@@ -25,7 +25,8 @@ _CONTEXT.set_forkserver_preload(["tests.lorainit.preloaded"])
 class Forked:
     """`python -m MODULE ARGUMENTS` or `python -W error -c CODE ARGUMENTS`, to be used as `subprocess.Popen` is.
 
-    What it prints is there when it has ended: call `communicate`, which closes the files that hold it.
+    What it prints is there when it has ended: call `communicate`, which closes the files that hold it. Variables that
+    libraries read when they are imported have no effect, nor has `sitecustomize`, because all is imported already.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class _Handed:
         self.number = number
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _received, (DupFd(self.number),)  # while the order is written it costs no thread
+        return _received, (DupFd(self.number),)  # only while a process is started
 
 
 def _received(handed: Any) -> int:

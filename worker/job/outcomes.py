@@ -36,9 +36,8 @@ log = get_logger(__name__)
 
 def end_as_reported(job: Job, lease: Lease, failed: Failed) -> None:
     """The child reported why the job failed. If it shared its process with others, they may be the cause."""
-    log.error(
-        "the run failed", code=failed.code, param=failed.param
-    )  # not its message, because that may quote rows, and logs are kept
+    # Without its message, because that may quote rows, and logs are kept.
+    log.error("the run failed", code=failed.code, param=failed.param)
     if failed.code == OUT_OF_MEMORY.code and _may_retry_alone(job):
         _retry(lease, "ran out of memory")
     elif failed.code == DEVICE_FAILED and _may_retry_alone(job):
@@ -104,9 +103,8 @@ def end_after_worker_error(lease: Lease, error: Exception) -> None:
     """The worker itself could not go on, because of its disks, a dependency, or a bug."""
     if shared_memory.is_full(error):  # for example the shared memory of the database
         requeue_lost_run(lease, shared_memory.FULL.rstrip("."))
-    elif isinstance(error, TRANSIENT) and not disk.is_full(
-        error
-    ):  # it has been tried for ten minutes, and another worker may reach them
+    elif isinstance(error, TRANSIENT) and not disk.is_full(error):
+        # It has been tried for ten minutes, and another worker may reach them.
         requeue_lost_run(lease, "The worker could not reach the database or the storage")
     elif is_host_failure(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         requeue_lost_run(lease, f"The worker's host failed: {getattr(error, 'strerror', None) or error}")

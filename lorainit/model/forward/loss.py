@@ -1,7 +1,7 @@
 """The loss that a run minimizes, and the only place with a forward and a backward pass.
 
 An `Objective` defines the loss of rows. The only one so far is the next-token loss; a loss over preferred and rejected
-answers would be another class. Training, the memory trial before it, the preheat and initializations that need
+answers would be another class. Training, the memory dry run before it, the preheat and initializations that need
 gradients all call `forward_backward` or `backward`, so that they minimize the same loss.
 """
 

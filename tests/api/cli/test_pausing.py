@@ -11,7 +11,6 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from tests.api.cli.conftest import Served
-from tests.promises import within
 
 STEPS = 300
 
@@ -53,9 +52,7 @@ def test_a_job_paused_in_the_middle_ends_as_if_it_had_not_been(
     straight, job = order(), order()
     until(client, job, lambda one: one.status == "running" and one.progress and one.progress["step"] > 5)
     assert client.fine_tuning.jobs.pause(job.id).status == "pausing"
-    asked = time.monotonic()
     paused = until(client, job, lambda one: one.status == "paused")
-    assert time.monotonic() - asked < within(10)
     assert 5 < paused.resume["from_step"] < STEPS
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     ended = until(client, job, lambda one: one.status in ("succeeded", "failed"))

@@ -28,7 +28,7 @@ from tests.zoo.bases import make
 
 # One for each kind of what an initialization looks at; the others do nothing else with a base that is divided.
 KINDS = ("kaiming", "pissa", "loram", "lora_one", "eva", "corda", "hrp")
-ALIKE = [name for name in METHODS if name not in (*KINDS, "loftq")]  # which is for bases in four bits
+ALIKE = [name for name in METHODS if name not in (*KINDS, "loftq")]  # loftq needs a base in four bits
 TRAINING = {"max_steps": 3, "eval_interval": 2, "checkpoint_interval": 100}
 
 
@@ -106,7 +106,7 @@ def pair_of_alike(cases, tmp_path_factory):
 def stopped(cases, tmp_path_factory):
     """The folder of a divided run that was asked to stop before its end.
 
-    Which it does not reach meanwhile, however slow we are: its pipe takes the events of a few steps, and then it waits.
+    It cannot end before it is asked, because its pipe takes the events of a few steps only, and then it waits.
     """
     folder = tmp_path_factory.mktemp("stopped")
     reader, writer = os.pipe()

@@ -84,7 +84,7 @@ def test_without_a_database_the_job_is_let_go_before_the_lease_ends(
     _, lease = running()
     monkeypatch.setattr(jobs, "renew_lease", unreachable)
     started = time.monotonic()
-    with keeper(lease, tmp_path, seconds=1.0) as held:
-        assert held.lost.wait(within(2))
-        assert 0.7 < time.monotonic() - started < within(1.0)
+    with keeper(lease, tmp_path, seconds=5.0) as held:
+        assert held.lost.wait(60)
+        assert 3.5 < time.monotonic() - started < 5.0
         assert not (tmp_path / "lease").exists()

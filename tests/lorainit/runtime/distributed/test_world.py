@@ -24,20 +24,22 @@ from tests.servers import free_port
 def by_torchrun(command):
     """Two processes in the environment that torchrun gives them."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    return [Forked(command[3:], env={**os.environ, **world, "RANK": str(rank)}) for rank in range(2)]
+    return [
+        subprocess.Popen(command, env={**os.environ, **world, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
 
 
 def by_ourselves(command):
-    """One process, which starts the other; both from scratch."""
+    """One process, which starts the other."""
     return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
 
 
 @pytest.fixture(scope="module", params=[by_torchrun, by_ourselves])
 def both(spec, rows, tmp_path_factory, request):
-    """The folder of one run alone and by two processes.
+    """The folder of one run alone and by two processes, whose interpreters cannot be taken down.
 
-    The interpreters of those from scratch cannot be taken down, as where Gloo's threads end the process with SIGABRT
-    on the way; here something does so always.
+    As where Gloo's threads end the process with SIGABRT on the way; here something does so always.
     Five rows a step in pieces of two: one process has two pieces, the other one.
     """
     folder = tmp_path_factory.mktemp("both")
@@ -216,6 +218,7 @@ def is_there(process):
 
 def test_nothing_is_left_of_a_run_whose_leading_process_dies(two):
     leading, other = two
+    other.suspend()  # otherwise it would end by itself, because Gloo notices that its peer is gone
     leading.kill()
     leading.wait()
     wait(lambda: not is_there(other))
