@@ -66,6 +66,7 @@ class EventPoller:
         self._waiting: dict[Waiting, StreamPosition] = {}
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None  # runs as long as a stream waits
+        self._ended = False
 
     async def wait_for_events(self, position: StreamPosition, *, at_once: bool) -> NewEvents | None:
         """Wait until there is more to send. The database is asked once a second, with `at_once` also immediately.
@@ -73,6 +74,8 @@ class EventPoller:
         Returns:
             None if the key is deleted or has expired, and when the server stops.
         """
+        if self._ended:
+            return None
         loop = asyncio.get_running_loop()
         more: Waiting = loop.create_future()
         self._waiting[more] = position
@@ -86,7 +89,8 @@ class EventPoller:
             del self._waiting[more]
 
     def end(self) -> None:
-        """Wake all streams that wait, so that they end."""
+        """Wake all streams that wait, so that they end. Those that come later do not wait."""
+        self._ended = True
         for more in self._waiting:
             _set_result(more, None)
 

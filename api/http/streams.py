@@ -83,13 +83,14 @@ async def follow(position: StreamPosition, *, poller: EventPoller, stop: asyncio
     """
     retry, at_once = f"retry: {RETRY_MILLISECONDS}\n", True
     while not stop.is_set():
+        # It waits on through heartbeats, so that a query that takes longer than one is not thrown away.
+        waiting = asyncio.ensure_future(poller.wait_for_events(position, at_once=at_once))
         try:
-            async with asyncio.timeout(HEARTBEAT_SECONDS):
-                news = await poller.wait_for_events(position, at_once=at_once)
-        except TimeoutError:
-            at_once = False
-            yield HEARTBEAT
-            continue
+            while not (await asyncio.wait({waiting}, timeout=HEARTBEAT_SECONDS))[0]:
+                yield HEARTBEAT
+            news = await waiting
+        finally:
+            waiting.cancel()
         if news is None or stop.is_set():
             return
         if news.count:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -198,6 +199,21 @@ def test_a_heartbeat_is_one_line_without_a_blank_one_behind_it(
     text = asyncio.run(watch())
     assert text.startswith(": keep-alive\n: keep-alive\n")
     assert len(blocks(text)) == 1
+
+
+def test_a_query_that_takes_longer_than_a_heartbeat_is_waited_for(
+    session: Session, running: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.01)
+    poll = event_poller.poll
+
+    def slowly(positions: Any) -> Any:
+        time.sleep(0.1)
+        return poll(positions)
+
+    monkeypatch.setattr(event_poller, "poll", slowly)
+    seen = asyncio.run(until(follow(running), "started"))
+    assert seen[0] == streams.HEARTBEAT
 
 
 def test_a_database_that_is_away_for_a_moment_goes_unnoticed(
