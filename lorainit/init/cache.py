@@ -1,12 +1,10 @@
 """A cache on disk for evidence and starts, because both may take minutes and depend only on base, data and method."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from lorainit.config.events import Event
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.initialize import CachedStart
@@ -16,37 +14,31 @@ from lorainit.runtime.disk_cache import DiskCache, raw_bytes
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of entries and the bytes that it may hold. `limit` 0 = nothing is stored."""
+    """Evidence and starts as entries of a cache on disk."""
 
-    folder: Path
-    limit: int
-    on_event: Callable[[Event], None]
-
-    @property
-    def _disk_cache(self) -> DiskCache:
-        return DiskCache(self.folder, self.limit, self.on_event)
+    entries: DiskCache
 
     def evidence(self, key: str) -> dict[str, Evidence] | None:
         """The evidence stored under this key, by module; None if there is none."""
-        found = self._disk_cache.read(key)
+        found = self.entries.read(key)
         return found and {name: _evidence(entry) for name, entry in found.items()}
 
     def keep_evidence(self, key: str, evidence: Mapping[str, Evidence]) -> None:
         """Store the evidence. A failure is only a warning, because the run does not need the cache."""
-        entries = {n: {f.name: getattr(e, f.name) for f in fields(e)} for n, e in evidence.items()}
-        for entry in entries.values():
-            entry["step"] = entry["step"] and asdict(entry["step"])
-        self._disk_cache.write(key, entries)
+        layers = {n: {f.name: getattr(e, f.name) for f in fields(e)} for n, e in evidence.items()}
+        for layer in layers.values():
+            layer["step"] = layer["step"] and asdict(layer["step"])
+        self.entries.write(key, layers)
 
     def starts(self, key: str) -> dict[str, CachedStart] | None:
         """The factors and report entries stored under this key, by module; None if there are none."""
-        found = self._disk_cache.read(key)
+        found = self.entries.read(key)
         return found and {n: CachedStart(Factors(A=e["A"], B=e["B"]), e["facts"]) for n, e in found.items()}
 
     def keep_starts(self, key: str, starts: Mapping[str, CachedStart]) -> None:
         """Store the starts. A failure is only a warning, because the run does not need the cache."""
-        entries = {n: {"A": k.factors.A, "B": k.factors.B, "facts": k.facts} for n, k in starts.items()}
-        self._disk_cache.write(key, entries)
+        layers = {n: {"A": k.factors.A, "B": k.factors.B, "facts": k.facts} for n, k in starts.items()}
+        self.entries.write(key, layers)
 
 
 def _evidence(entry: dict[str, Any]) -> Evidence:

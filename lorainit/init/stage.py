@@ -5,8 +5,8 @@ It chooses the rows that are used, and the keys of the cache, which contain ever
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorainit.config.cache_names import entry_name
@@ -19,6 +19,7 @@ from lorainit.init.evidence import Evidence
 from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import CachedStart, initialize
 from lorainit.init.report import mean_loss
+from lorainit.model.base import open_disk_cache
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import detach
 from lorainit.runtime.disk_cache import make_key
@@ -35,7 +36,7 @@ def start(run: Run) -> Report:
         UnsupportedInit, InitFailed: as `collect` and `initialize`.
     """
     started = time.monotonic()
-    cache, keys = _cache(run), _keys(run)
+    cache, keys = _open_cache(run), _keys(run)
     known = cache.starts(keys.starts)
     evidence, cached = ({}, True) if known else _evidence(run, cache, keys)
     report = initialize(
@@ -110,13 +111,13 @@ class _Keys(NamedTuple):
     starts: str
 
 
-def _cache(run: Run) -> Cache:
+def _open_cache(run: Run) -> Cache:
     """The cache of this run. It stores nothing if the run has no cache folder or its base is divided between devices.
 
     Processes of a divided base compute starts together, so one of them must not find an entry that another lacks.
     """
-    folder, limit = run.spec.cache, 0 if run.base.sharded else run.spec.cache_limit_bytes
-    return Cache(Path(folder or run.base.location.folder) / "init", limit if folder else 0, run.emit)
+    entries = open_disk_cache(run.spec, "init", run.emit)
+    return Cache(replace(entries, limit=0) if run.base.sharded else entries)
 
 
 def _evidence(run: Run, cache: Cache, keys: _Keys) -> tuple[dict[str, Evidence], bool]:

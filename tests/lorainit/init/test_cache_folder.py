@@ -10,7 +10,7 @@ from lorainit.init.cache import Cache, data_digest
 from lorainit.init.evidence import Evidence, StepSearch
 from lorainit.init.initialize import CachedStart
 from lorainit.model.layers.factors import Factors
-from lorainit.runtime.disk_cache import make_key
+from lorainit.runtime.disk_cache import DiskCache, make_key
 from tests.lorainit.forked import Forked
 
 
@@ -21,13 +21,13 @@ def entry(size, fill=0.0):
 @pytest.fixture
 def store(tmp_path):
     events = []
-    made = Cache(tmp_path / "init", 10_000, events.append)
+    made = Cache(DiskCache(tmp_path / "init", 10_000, events.append))
     yield made
     assert events == []
 
 
 def names(store):
-    return sorted(p.stem for p in store.folder.iterdir())
+    return sorted(p.stem for p in store.entries.folder.iterdir())
 
 
 def test_every_field_of_evidence_comes_back(store):
@@ -59,11 +59,11 @@ def test_starts_come_back(store):
 def test_the_least_recently_used_go_first(store):
     for number, name in enumerate("abc"):
         store.keep_evidence(name, entry(2500))
-        os.utime(store.folder / f"{name}.safetensors", (1000 + number, 1000 + number))
+        os.utime(store.entries.folder / f"{name}.safetensors", (1000 + number, 1000 + number))
     store.evidence("a")
     store.keep_evidence("d", entry(2500))
     assert names(store) == ["a", "c", "d"]
-    assert sum(p.stat().st_size for p in store.folder.iterdir()) <= store.limit
+    assert sum(p.stat().st_size for p in store.entries.folder.iterdir()) <= store.entries.limit
 
 
 def test_an_entry_above_the_limit_is_not_kept_and_drives_none_out(store):
@@ -74,7 +74,7 @@ def test_an_entry_above_the_limit_is_not_kept_and_drives_none_out(store):
 
 def test_what_a_crashed_writer_left_goes_after_an_hour(store):
     store.keep_evidence("a", entry(40))
-    old, new = store.folder / ".a-old", store.folder / ".a-new"
+    old, new = store.entries.folder / ".a-old", store.entries.folder / ".a-new"
     for path in (old, new):
         path.write_bytes(b"x")
     os.utime(old, (time.time() - 4000,) * 2)
@@ -86,7 +86,7 @@ def test_what_a_crashed_writer_left_goes_after_an_hour(store):
 def test_an_entry_that_is_evicted_while_it_is_read_stays_readable(store):
     store.keep_evidence("a", entry(4000, 3.0))
     found = store.evidence("a")
-    (store.folder / "a.safetensors").unlink()
+    (store.entries.folder / "a.safetensors").unlink()
     assert float(found["layer"].gradient.sum()) == 3000.0
 
 
@@ -95,9 +95,10 @@ import sys, torch
 from pathlib import Path
 from lorainit.init.cache import Cache
 from lorainit.init.evidence import Evidence
+from lorainit.runtime.disk_cache import DiskCache
 def complain(event):
     raise SystemExit(event.message)
-store = Cache(Path(sys.argv[1]), 30_000, complain)
+store = Cache(DiskCache(Path(sys.argv[1]), 30_000, complain))
 for turn in range(60):
     name = "abcde"[(turn + int(sys.argv[2])) % 5]
     found = store.evidence(name)
