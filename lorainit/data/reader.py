@@ -193,9 +193,13 @@ def tokenize(
     max_length: int,
     folder: Path | None = None,
     append_eos: bool = False,
+    sha256: str | None = None,
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """As `load`, without refusing bad rows. The result depends only on the arguments, so that it can be cached.
+
+    Args:
+        sha256: the file's digest, if the caller has computed it; None = it is computed here.
 
     Raises:
         UnsupportedModel: there is no end token to append, or the chat template must not be run.
@@ -211,7 +215,7 @@ def tokenize(
     reader.finish()
     return Dataset(
         samples=reader.samples,
-        sha256=file_sha256(path),
+        sha256=sha256 or file_sha256(path),
         rows=reader.rows,
         truncated=reader.truncated,
         problems=reader.problems,

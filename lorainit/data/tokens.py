@@ -52,7 +52,15 @@ def load_cached(
     found = cache.read(name)
     if found is not None:
         return _unpacked(found)
-    data = tokenize(path, tokenizer, max_length=max_length, folder=folder, append_eos=append_eos, on_tick=on_tick)
+    data = tokenize(
+        path,
+        tokenizer,
+        max_length=max_length,
+        folder=folder,
+        append_eos=append_eos,
+        sha256=sha256,
+        on_tick=on_tick,
+    )
     cache.write(name, _packed(data))
     return data
 

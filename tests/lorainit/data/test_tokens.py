@@ -10,7 +10,7 @@ import torch
 
 from lorainit.config.errors import InvalidTrainingFile, UnsupportedModel
 from lorainit.config.events import Message, Tick
-from lorainit.data import tokens
+from lorainit.data import reader, tokens
 from lorainit.data.dataset import refuse
 from lorainit.data.reader import load, tokenize
 from lorainit.model.base import open_base
@@ -75,6 +75,20 @@ def test_the_second_run_reads_what_the_first_tokenized(read, counted, tmp_path):
     assert first.truncated == 1 and first.problems and first.warnings
     same(first, second)
     same(load(path, read.tokenizer, max_length=40, on_row_error="skip"), second)
+
+
+def test_the_rows_are_hashed_once(read, rows, monkeypatch):
+    hashed, digest = [], tokens.file_sha256
+
+    def count(path):
+        hashed.append(Path(path))
+        return digest(path)
+
+    for module in (tokens, reader):
+        monkeypatch.setattr(module, "file_sha256", count)
+    found = read(rows)
+    assert hashed.count(Path(rows)) == 1
+    assert found.sha256 == digest(rows)
 
 
 def test_the_verdict_on_bad_rows_is_the_same_from_the_cache(read, counted, tmp_path):
