@@ -53,7 +53,11 @@ class Problem(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """A valid row. `value` is as it was sent (`scan`) or normalized (`read_rows`)."""
+    """A valid row.
+
+    `value`: from `scan`, the line's object without the null keys that mean nothing (`padding`); from `read_rows`, that
+    object in the one format of `normalize`.
+    """
 
     line: int
     kind: Kind
@@ -104,7 +108,10 @@ class Seen:
 
 
 def scan(stream: BinaryIO, seen: Seen | None = None) -> Iterator[Row | BadRow]:
-    """Rows of a stream as they were sent. The first row that names a kind decides the kind of the file."""
+    """The rows of a stream in the format that they were written in, without the null keys that mean nothing.
+
+    The first row that names a kind decides the kind of the file.
+    """
     seen = seen or Seen()
     lines = _lines(stream)
     opening = list(islice(lines, 2))
