@@ -83,6 +83,7 @@ def _run_group(requests: Sequence[RunRequest], world: World) -> Generator[tuple[
             world = base.world
             runs[who], restored = _begin(request, base, sharing=len(requests))
             resumed.append(restored)
+            del restored  # otherwise its tensors would stay in memory after `train` has let go of them
         except Exception as error:
             yield who, run_errors.to_run_error(error, alone=len(requests) == 1)
     if base is None or not runs:

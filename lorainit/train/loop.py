@@ -28,7 +28,7 @@ End = Progress | LorainitError
 
 
 def train(
-    runs: Sequence[Run], resumed: Sequence[Restored | None], *, write_adapter: Callable[[Run, Path], None]
+    runs: Sequence[Run], resumed: list[Restored | None], *, write_adapter: Callable[[Run, Path], None]
 ) -> Generator[list[tuple[int, End]], None, None]:
     """Train the adapters of `runs` in place, on the base that they share. No adapter may be attached to it.
 
@@ -36,7 +36,8 @@ def train(
     evaluation, a checkpoint) ends only that run. At a yield no adapter is attached, so the caller may use the model.
 
     Args:
-        resumed: the checkpoint that each of them resumes from, if it does.
+        resumed: the checkpoint that each of them resumes from, if it does. Each is replaced by None once it is loaded,
+            because its tensors would otherwise stay in memory until the last run ends.
         write_adapter: as for `AdapterTrainer`.
 
     Raises:
@@ -48,7 +49,8 @@ def train(
 
     def begin(who: int) -> None:
         try:
-            trainers[who] = AdapterTrainer(runs[who], write_adapter=write_adapter, resumed=resumed[who])
+            restored, resumed[who] = resumed[who], None
+            trainers[who] = AdapterTrainer(runs[who], write_adapter=write_adapter, resumed=restored)
         except Exception as error:
             ended.append((who, run_errors.to_run_error(error, alone=len(runs) == 1)))
         else:

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -180,6 +181,23 @@ def test_resumed_run_ends_with_the_same_bits(spec, rows, tmp_path, lora):
     name = "adapter/adapter_model.safetensors"
     assert (second / name).read_bytes() == (whole / name).read_bytes()
     assert logged(second) == logged(whole)
+
+
+def test_a_checkpoint_is_released_once_it_is_loaded(spec, plain, tmp_path, monkeypatch):
+    read, restored, alive = checkpoint.read, [], []
+
+    def remember(*args, **named):
+        found = read(*args, **named)
+        restored.append(weakref.ref(found))
+        return found
+
+    def listen(event):
+        if isinstance(event, Metrics):
+            alive.append(restored[0]() is not None)
+
+    monkeypatch.setattr(checkpoint, "read", remember)
+    run(spec(resume_from=str(plain[1] / "checkpoints/step-000002")), tmp_path, listen)
+    assert alive and not any(alive)
 
 
 @pytest.mark.parametrize(
