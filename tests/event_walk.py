@@ -11,9 +11,6 @@ writes what it has found into the file FOUND.
 
 import json
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from api.core.jobs.events import EventDraft
 from api.http.event_poller import NewEvents
 from api.schemas.event import EventObject
 from lorainit.config.events import Metrics
-from tests.lorainit.walk import Walk
+from tests.lorainit.walk import Walk, followed
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("lorainit/", "worker/", "api/")
@@ -47,26 +44,18 @@ def is_event(value: Any, depth: int = 0) -> bool:
     return type(value) in (list, tuple) and depth < 2 and any(is_event(one, depth + 1) for one in value)
 
 
-@contextmanager
-def followed() -> Iterator[dict[str, list[str]]]:
-    """What the event passes while the context is open, in this thread and in those that are started meanwhile."""
-    walk, before = Walk(f"{ROOT}/", is_event, folders=FOLDERS), sys.getprofile()
-    sys.setprofile(walk)
-    threading.setprofile(walk)
-    try:
-        yield walk.found
-    finally:
-        threading.setprofile(None)
-        sys.setprofile(before)
+def make_walk() -> Walk:
+    """A walk that follows the event through all of the service."""
+    return Walk(f"{ROOT}/", is_event, folders=FOLDERS)
 
 
 def main(spec: str, found: str, *arguments: str) -> int:
     """The child: arguments are those of `python -m lorainit`, of which the spec is replaced."""
     from lorainit import __main__ as library
 
-    with followed() as walk:
+    with followed(make_walk()) as files:
         code = library.main([spec, *arguments[1:]])
-    Path(found).write_text(json.dumps(walk))
+    Path(found).write_text(json.dumps(files))
     return code
 
 

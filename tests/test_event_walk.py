@@ -13,8 +13,9 @@ from api.app import create_app
 from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.settings import get_settings
-from tests.event_walk import followed
+from tests.event_walk import make_walk
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
+from tests.lorainit.walk import followed
 from tests.things import ON_ONE_DATABASE
 from tests.worker.conftest import Lab
 from worker import tasks
@@ -50,7 +51,7 @@ def test_an_event_passes_the_files_that_the_document_lists(
     program = (sys.executable, "-m", "tests.event_walk", str(spec), str(tmp_path / "found.json"))
     environment.setattr(tasks, "run_child", partial(run_child, program=program))
     client = TestClient(create_app(), headers={"authorization": f"Bearer {secret}"})
-    with followed() as of_the_service:
+    with followed(make_walk()) as of_the_service:
         tasks.run_job(lab.ids[0])
         stream = client.get(f"/v1/fine_tuning/jobs/{lab.ids[0]}/events/stream")
     assert stream.text.count("event: metrics") == 1

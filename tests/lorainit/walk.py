@@ -7,7 +7,9 @@ file is read and from the beginning of the training to the first step's loss.
 
 import sys
 import tempfile
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,6 +75,19 @@ class Walk:
             self.follows = False
 
 
+@contextmanager
+def followed(walk: Walk) -> Iterator[dict[str, list[str]]]:
+    """What a walk finds while the context is open, in this thread and in those that are started meanwhile."""
+    before, of_threads = sys.getprofile(), threading.getprofile()
+    sys.setprofile(walk)
+    threading.setprofile(walk)
+    try:
+        yield walk.found
+    finally:
+        threading.setprofile(of_threads)
+        sys.setprofile(before)
+
+
 def is_row(value: Any, depth: int = 0) -> bool:
     """Whether a value is a row, or a list of rows, or of lists of rows."""
     if isinstance(value, ROWS) or (isinstance(value, dict) and "messages" in value):
@@ -87,16 +102,9 @@ def walk(spec: RunSpec, out: Path) -> dict[str, list[str]]:
         if isinstance(event, Metrics):
             raise Stopped("That is all that is looked at.")
 
-    found = Walk(ROOT, is_row, begins=BEGINS, ends=ENDS)
-    before = sys.getprofile()
-    sys.setprofile(found)
-    try:
+    with followed(Walk(ROOT, is_row, begins=BEGINS, ends=ENDS)) as found, suppress(Stopped):
         library.run(spec, out, listen)
-    except Stopped:
-        pass
-    finally:
-        sys.setprofile(before)
-    return found.found
+    return found
 
 
 def main() -> None:
