@@ -92,7 +92,7 @@ def furnish(engine: Engine, *, ended: int, projects: int, labelled: int = 0) -> 
 
 
 def line_up(engine: Engine, *, start: int, end: int) -> None:
-    """Jobs of all projects that wait, numbered from `start` to before `end`; their bells were rung long ago."""
+    """Jobs of all projects that wait, numbered from `start` to before `end`; workers were notified of them long ago."""
     with sessionmaker(engine)() as session:
         _take_time(session.connection())
         one = a_queued_job(session, session.scalars(select(Project).order_by(Project.id)).first())

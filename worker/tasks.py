@@ -79,18 +79,18 @@ def _claim() -> list[Job]:
 
 def _train(members: Sequence[JobWriter], run_paths: Sequence[RunPaths]) -> None:
     settings = get_settings()
-    silence = Watchdog(settings.silence_seconds, extra=LATER)
+    watchdog = Watchdog(settings.silence_seconds, extra=LATER)
     gpu_health.get_slot_health().note_start()
 
     def on_event(event: Event) -> None:
-        silence.reset(event)
+        watchdog.reset(event)
         gpu_health.get_slot_health().note_event(event)
         members[event.member].write_event(event)
 
     def should_stop() -> StopReason:
         if all(member.is_over for member in members) and any(member.is_lost for member in members):
             return "lost"
-        if silence.is_overdue():  # because a GPU or its driver hangs
+        if watchdog.is_overdue():  # because a GPU or its driver hangs
             return "hangs"
         pausing = any(member.is_pausing and not member.is_over for member in members)
         return "drain" if pausing or _is_leaving() else ""

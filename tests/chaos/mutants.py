@@ -68,7 +68,7 @@ def late_ack() -> None:
     tasks.run_job.run = run_job
 
 
-def no_ring() -> None:
+def no_notification() -> None:
     """A message that the broker forgot is never sent again."""
     notify.find_lost = lambda _session, **_: []
 
@@ -95,9 +95,9 @@ _FROZEN = {**_SHORT, "only": "supervisor_frozen", "steps": (400, 500), "patience
 MUTANTS = {
     "no-watchdog": Mutant(no_watchdog, _FROZEN),
     "no-fence": Mutant(no_fence, _FROZEN),
-    "late-ack": Mutant(late_ack, {**_SHORT, "only": "doorbells"}),
+    "late-ack": Mutant(late_ack, {**_SHORT, "only": "notifications"}),
     # Four users order more than there are slots for, so that messages wait in the broker when it forgets them.
-    "no-ring": Mutant(no_ring, {**_SHORT, "only": "wiped", "users": 4, "settle": 15.0}),
+    "no-notification": Mutant(no_notification, {**_SHORT, "only": "wiped", "users": 4, "settle": 15.0}),
     # Its jobs are stuck after a few seconds, and then there is nothing left to kill.
     "no-recovery": Mutant(
         no_recovery,

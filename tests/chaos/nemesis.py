@@ -120,7 +120,7 @@ class Nemesis:
 
     def _kinds(self) -> list[Trouble]:
         kinds = [self._broker_wiped, self._broker_crashed, self._broker_frozen, self._broker_black_holed]
-        kinds += [self._supervisor_frozen, self._host_frozen, self._doorbells, self._drained]
+        kinds += [self._supervisor_frozen, self._host_frozen, self._double_notifications, self._drained]
         kinds += [self._postgres_restarted, self._postgres_frozen] if self._fleet.postgres else [self._sqlite_locked]
         kinds += [self._bucket_frozen] if isinstance(self._fleet.store, Bucket) else []
         return kinds + ([self._storage_full, self._storage_read_only] if self._disk else [])
@@ -292,7 +292,7 @@ class Nemesis:
 
         return self._lasting("worker drained", 3, drain, _nothing)
 
-    def _doorbells(self, _length: float, pick: float) -> Lasting:
+    def _double_notifications(self, _length: float, pick: float) -> Lasting:
         """Every message twice, in another order, with some for jobs that nobody knows."""
 
         def shake() -> None:
@@ -301,9 +301,9 @@ class Nemesis:
                 random.Random(pick).shuffle(waiting)
                 if waiting:
                     client.rpush(QUEUE, *waiting)
-            _ring_for_nobody(self._fleet.valkey.url)
+            _notify_of_nobody(self._fleet.valkey.url)
 
-        return self._lasting("doorbells doubled and shuffled", 0, shake, _nothing)
+        return self._lasting("notifications doubled and shuffled", 0, shake, _nothing)
 
     def _storage_full(self, length: float, _pick: float) -> Lasting:
         disk = self._disk
@@ -345,7 +345,7 @@ def _quick(trainers: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def _ring_for_nobody(broker: str) -> None:
+def _notify_of_nobody(broker: str) -> None:
     strangers = Celery("nemesis", broker=broker, set_as_current=False)
     strangers.conf.broker_transport_options = {"global_keyprefix": "lora:"}
     for number in range(5):

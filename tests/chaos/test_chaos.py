@@ -39,7 +39,7 @@ def test_with_a_bucket_and_sqlite_no_promise_is_broken_either() -> None:
         pytest.param("no-watchdog", "overlapping", marks=pytest.mark.slow),
         pytest.param("no-fence", "stale writes", marks=pytest.mark.slow),
         pytest.param("late-ack", "overlapping", marks=pytest.mark.slow),
-        pytest.param("no-ring", "stuck", marks=pytest.mark.slow),
+        pytest.param("no-notification", "stuck", marks=pytest.mark.slow),
     ],
 )
 def test_chaos_notices_when_a_safeguard_is_missing(mutant: str, column: str) -> None:

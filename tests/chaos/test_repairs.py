@@ -40,8 +40,8 @@ def test_a_message_that_the_broker_forgot_is_sent_again(town: Town) -> None:
     busy = [town.order(steps=120, seed=seed) for seed in range(10, 14)]
     town.until(lambda: [town.status(one) for one in busy] == ["running"] * 4, seconds=300)
     job = town.order(steps=10, seed=2)
-    rung = "SELECT 1 FROM jobs WHERE notified_at IS NOT NULL AND status = 'queued'"
-    town.until(lambda: town.ledger.rows(rung), seconds=300)
+    notified = "SELECT 1 FROM jobs WHERE notified_at IS NOT NULL AND status = 'queued'"
+    town.until(lambda: town.ledger.rows(notified), seconds=300)
     with Redis.from_url(town.fleet.valkey.url) as client:
         client.flushall()
     patience = NOTIFY_AGAIN_AFTER.total_seconds() + 120 * 0.05 + START_SECONDS

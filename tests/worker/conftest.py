@@ -52,7 +52,7 @@ class Lab:
         self._patch.setattr(tasks, "run_child", partial(run_child, program=program))
 
     def run(self, script: str) -> None:
-        """One doorbell."""
+        """Run what one notification makes a worker do."""
         self.child(script)
         tasks.run_job("ftjob-x")
 

@@ -61,7 +61,7 @@ def lab(service: None, environment: pytest.MonkeyPatch, tmp_path: Path) -> Itera
 
 
 def cancelled_once(lab: Lab, busy: Callable[[], Any], run: Callable[[], None]) -> None:
-    """`run` one doorbell, cancel the job when the worker is `busy` with it, and look at what is left."""
+    """`run` one notification, cancel the job when the worker is `busy` with it, and look at what is left."""
     at: list[float] = []
 
     def cancel() -> None:

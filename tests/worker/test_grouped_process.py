@@ -115,8 +115,8 @@ def test_a_run_that_cannot_be_started_fails_its_jobs(lab: Lab, monkeypatch: pyte
     assert {lab.job(seed).error["code"] for seed in (1, 2, 3)} == {"internal_error"}  # type: ignore[index]
 
 
-def test_a_doorbell_while_the_database_is_away_is_heard_for_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reconciler rings again; an error of the task would be one of ours."""
+def test_a_notification_while_the_database_is_away_has_no_effect(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reconciler notifies again; an error of the task would be one of ours."""
 
     def silent(*_: Any, **__: Any) -> None:
         raise OperationalError("SELECT", {}, Exception("the database is silent"))

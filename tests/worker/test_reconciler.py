@@ -92,29 +92,29 @@ def test_a_dead_broker_leaves_jobs_unannounced(monkeypatch: pytest.MonkeyPatch) 
     assert job_of(job.id).notified_at is None
 
 
-def test_every_queued_job_is_rung_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_notified_of_every_queued_job_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with session_scope() as session:
         project = a_project(session)
         wanted = [a_queued_job(session, project).id for _ in range(3)]
         session.commit()
-    rung = list[str]()
-    monkeypatch.setattr(queue, "notify_workers", lambda job_id, name: rung.append(job_id))
+    notified = list[str]()
+    monkeypatch.setattr(queue, "notify_workers", lambda job_id, name: notified.append(job_id))
     reconciler.announce()
     reconciler.announce()
-    assert sorted(rung) == sorted(wanted)
+    assert sorted(notified) == sorted(wanted)
 
 
-def test_a_silent_workers_job_goes_back_and_is_rung_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_workers_job_goes_back_and_workers_are_notified_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with session_scope() as session:
         job, _ = a_running_job(session, a_project(session))
         past = datetime.now(UTC) - timedelta(seconds=1)
         session.execute(update(Job).where(Job.id == job.id).values(lease_until=past))
         session.commit()
-    rung = list[str]()
-    monkeypatch.setattr(queue, "notify_workers", lambda job_id, name: rung.append(job_id))
+    notified = list[str]()
+    monkeypatch.setattr(queue, "notify_workers", lambda job_id, name: notified.append(job_id))
     reconciler.recover()
     reconciler.announce()
-    assert rung == [job.id]
+    assert notified == [job.id]
 
 
 def test_a_cancelled_job_still_gets_its_result_file() -> None:
@@ -252,14 +252,14 @@ def test_a_look_whose_connection_died_is_an_error_and_the_next_one_has_another()
         assert not any(pending.find_pending(connection))
 
 
-def test_a_file_that_is_checked_has_its_jobs_rung_for_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_notified_of_the_jobs_of_a_checked_file_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """One chore after another is woken by what the one before did, however long the pause between two looks is."""
     with session_scope() as session:
         project = a_project(session)
         file = a_file(session, project, status="uploaded", validation=None)
         a_job(session, project, file=file)
         session.commit()
-    stop, rung = threading.Event(), list[str]()
+    stop, notified = threading.Event(), list[str]()
     checked = iter([True])
 
     def check() -> bool:
@@ -270,11 +270,11 @@ def test_a_file_that_is_checked_has_its_jobs_rung_for_without_a_pause(monkeypatc
             session.commit()
         return True
 
-    def ring(job_id: str, _name: str) -> None:
-        rung.append(job_id)
+    def notify(job_id: str, _name: str) -> None:
+        notified.append(job_id)
         stop.set()
 
-    monkeypatch.setattr(queue, "notify_workers", ring)
+    monkeypatch.setattr(queue, "notify_workers", notify)
     monkeypatch.setattr(reconciler, "CHORES", (check, reconciler.admit, reconciler.announce))
     monkeypatch.setattr(reconciler, "WOKEN", {**reconciler.WOKEN, "unchecked": [check]})
     monkeypatch.setattr(reconciler, "SWEEP_SECONDS", 3600.0)
@@ -283,4 +283,4 @@ def test_a_file_that_is_checked_has_its_jobs_rung_for_without_a_pause(monkeypatc
     patience.start()
     reconciler.run(stop)
     patience.cancel()
-    assert len(rung) == 1
+    assert len(notified) == 1

@@ -25,7 +25,7 @@ class Life:
     lease_until: float | None = None
     error: str | None = None
     saved: bool = False
-    rung: bool = False
+    notified: bool = False
 
     @property
     def shown(self) -> str:
@@ -39,7 +39,7 @@ class Life:
         return self.status == "running" and self.token == token
 
     def line_up(self, at: float) -> None:
-        self.status, self.priority_time, self.rung = "queued", at - STEP * self.priority, False
+        self.status, self.priority_time, self.notified = "queued", at - STEP * self.priority, False
 
     def start(self, at: float) -> None:
         self.status, self.lease_until, self.not_before = "running", at + LEASE, 0.0
@@ -51,7 +51,7 @@ class Life:
 
     def stop(self) -> None:
         """The run ends without an end: where to?"""
-        self.rung = self.rung and self.asked
+        self.notified = self.notified and self.asked
         self.leave("paused" if self.asked else "queued")
 
     def lose(self, at: float) -> None:

@@ -135,10 +135,10 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def announce(self) -> None:
-        for bell in notify.find_unannounced(self.session):
-            assert not self.lives[bell.job_id].rung
-            notify.mark_notified(self.session, bell.job_id)
-            self.lives[bell.job_id].rung = True
+        for notification in notify.find_unannounced(self.session):
+            assert not self.lives[notification.job_id].notified
+            notify.mark_notified(self.session, notification.job_id)
+            self.lives[notification.job_id].notified = True
 
     @rule()
     def recover(self) -> None:
@@ -249,7 +249,7 @@ class Lives(RuleBasedStateMachine):
             assert (row.lease_owner is not None) == (row.lease_until is not None) == (row.status == "running")
             assert (row.finished_at is not None) == self.lives[row.id].is_over
             assert row.priority_time == pytest.approx(self.lives[row.id].priority_time, abs=1)
-            assert (row.notified_at is not None) == self.lives[row.id].rung
+            assert (row.notified_at is not None) == self.lives[row.id].notified
 
     @invariant()
     def nobody_runs_more_than_it_may(self) -> None:

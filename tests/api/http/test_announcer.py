@@ -1,4 +1,4 @@
-"""A broker that is silent costs one waiting, not one a job; the reconciler rings meanwhile."""
+"""A broker that is silent costs one waiting, not one a job; the reconciler notifies meanwhile."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from api.http.announcer import JobAnnouncer
 
 
 def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rung: list[str] = []
+    notified: list[str] = []
 
     def silent(job_id: str, _name: str) -> None:
-        rung.append(job_id)
+        notified.append(job_id)
         raise queue.BrokerUnavailable("no answer")
 
     monkeypatch.setattr(queue, "notify_workers", silent)
@@ -25,7 +25,7 @@ def test_after_a_failure_the_broker_is_left_alone_for_a_while(session: Any, monk
     ours = JobAnnouncer(clock=lambda: time)
     for job in ("one", "two", "three"):
         anyio.run(ours.announce, job)
-    assert rung == ["one"]
+    assert notified == ["one"]
     time += announcer.PAUSE_SECONDS
     anyio.run(ours.announce, "four")
-    assert rung == ["one", "four"]
+    assert notified == ["one", "four"]

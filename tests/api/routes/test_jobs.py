@@ -137,17 +137,17 @@ def test_a_suffix_ends_up_in_the_models_name(lab: Lab, suffix: str | None) -> No
     assert lab.client.get(f"/v1/models/{name}").json()["id"] == name
 
 
-def test_a_job_with_checked_files_is_queued_and_rung_after_the_answer(
+def test_a_job_with_checked_files_is_queued_and_workers_are_notified_after_the_answer(
     lab: Lab, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rung: list[tuple[str, str]] = []
-    monkeypatch.setattr(queue, "notify_workers", lambda *bell: rung.append(bell))
+    notified: list[tuple[str, str]] = []
+    monkeypatch.setattr(queue, "notify_workers", lambda *job: notified.append(job))
     file = lab.upload()["id"]
     mark(session, file)
     job = lab.order(file)
     assert job["status"] == "validating_files"
     row = session.get_one(Job, job["id"], populate_existing=True)
-    assert row.status == "queued" and row.notified_at is not None and rung == [(job["id"], "train")]
+    assert row.status == "queued" and row.notified_at is not None and notified == [(job["id"], "train")]
     hyper = lab.client.get(f"{JOBS}/{job['id']}").json()["hyperparameters"]
     assert isinstance(hyper["n_epochs"], int) and isinstance(hyper["learning_rate"], float)
 

@@ -31,13 +31,13 @@ def test_a_queued_job_is_paused_and_resumed_and_each_again(lab: Lab) -> None:
     assert told == ["paused", "paused", "queued", "queued"]
 
 
-def test_a_resumed_job_is_rung_for(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_notified_of_a_resumed_job(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     job = a_queued_order(lab)
     post(lab, job, "pause")
-    rung: list[tuple[str, str]] = []
-    monkeypatch.setattr(queue, "notify_workers", lambda *bell: rung.append(bell))
+    notified: list[tuple[str, str]] = []
+    monkeypatch.setattr(queue, "notify_workers", lambda *job: notified.append(job))
     post(lab, job, "resume")
-    assert rung == [(job["id"], "train")]
+    assert notified == [(job["id"], "train")]
 
 
 def test_a_running_job_is_pausing_then_paused_and_says_so(lab: Lab, session: Session) -> None:

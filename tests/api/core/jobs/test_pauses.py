@@ -146,7 +146,7 @@ def test_a_resumed_job_queues_anew_and_is_announced(session: Session) -> None:
     notify.mark_notified(session, job.id)
     pauses.resume(session, pauses.pause(session, job))
     assert job.status == "queued"
-    assert [bell.job_id for bell in notify.find_unannounced(session)] == [other.id, job.id]
+    assert [notification.job_id for notification in notify.find_unannounced(session)] == [other.id, job.id]
 
 
 def test_a_job_paused_before_its_files_were_checked_is_checked_first(session: Session) -> None:

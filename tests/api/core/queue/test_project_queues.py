@@ -1,4 +1,4 @@
-"""Claims, bells and places beside their rule, written as the documentation says it and worked out over every row."""
+"""Claims, notifications and positions beside their rule, written as the documentation says it and worked out over every row."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -127,16 +127,16 @@ def test_every_place_is_the_one_that_the_rule_gives(
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_bells_are_rung_for_all_that_could_start_and_nobody_else(session: Session, limit: int, seed: int) -> None:
+def test_workers_are_notified_of_all_that_could_start_and_of_no_other(session: Session, limit: int, seed: int) -> None:
     a_crowd(session, Random(seed))
     rows = {row.id: row for row in everything(session)}
     startable = {due.job_id for due in in_order(rows.values(), at=now(session)) if allowed(due, limit)}
     wanted = {job_id for job_id in startable if rows[job_id].notified_at is None}
     assert wanted
-    assert {bell.job_id for bell in notify.find_unannounced(session)} == wanted
+    assert {notification.job_id for notification in notify.find_unannounced(session)} == wanted
     assert {job_id for job_id in rows if notify.find_notification(session, job_id)} == wanted
-    for bell in notify.find_unannounced(session):
-        assert bell.queue == rows[bell.job_id].queue
+    for notification in notify.find_unannounced(session):
+        assert notification.queue == rows[notification.job_id].queue
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)  # SQLite lets one transaction write at a time

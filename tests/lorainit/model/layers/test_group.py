@@ -256,11 +256,11 @@ def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(
     samples = load(rows, make_tokenizer(), max_length=256).samples
     adapters = [adapter(model, seed, r=2 + seed % 3) for seed in range(8)]
     parts = [samples[i : i + 1 + i % 3] for i in range(8)]
-    stand = group.AdapterSlots(model)
+    slots = group.AdapterSlots(model)
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + sum(len(s.ids) for s in part))
-    stand.put(adapters, list(pairwise(ends)))
+    slots.put(adapters, list(pairwise(ends)))
     counts = [sum(int(s.trained[1:].sum()) for s in part) for part in parts]
     found = sum_losses_by_adapter(model, pack([s for part in parts for s in part]), counts)
     torch.stack([part.loss for part in found]).sum().backward()
@@ -269,11 +269,11 @@ def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(
         for layer in layers.values():
             layer.zero_grad()
         batch = pack(part)
-        stand.put([layers], [(0, batch.ids.numel())])
+        slots.put([layers], [(0, batch.ids.numel())])
         solo = sum_losses(model, batch)
         solo.loss.backward()
         assert torch.equal(solo.loss, sums.loss)
         for one, two in zip(gradients(layers), theirs, strict=True):
             assert one.any()
             assert torch.equal(one, two)
-    stand.clear()
+    slots.clear()

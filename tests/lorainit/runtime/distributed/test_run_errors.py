@@ -131,7 +131,7 @@ def test_whatever_goes_wrong_at_the_end_of_one_ends_that_one_only(spec, tmp_path
 def test_an_evaluation_that_runs_out_of_memory_ends_its_own_run_only(spec, tmp_path, monkeypatch, rows):
     from lorainit.train import loop
 
-    def when(_stand, its_trainer, *_):
+    def when(_slots, its_trainer, *_):
         return its_trainer.run.spec.seed == FIRST and its_trainer.step == 1
 
     breaking(loop, "evaluate", MEMORY, monkeypatch, when=when)
