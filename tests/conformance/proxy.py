@@ -1,7 +1,7 @@
 """A recording proxy: counts requests, strips a path prefix, and can lose a response on request.
 
 Controlled over HTTP itself, because the clients under test run in other processes:
-`GET /_log`, `POST /_drop?VERB /path&times`.
+`GET /_log`, `POST /_drop?VERB /path&times`, `GET /_within?SECONDS`: how long a promise of so many seconds is now.
 """
 
 import http.client
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.promises import within
 
 PREFIX = "/some/prefix"
 HOP = {"connection", "keep-alive", "transfer-encoding", "host"}
@@ -61,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(self.rfile.read(int(self.headers["content-length"])))
             self.server.drops[wanted["line"]] = wanted["times"]
             return b"{}"
+        if self.path.startswith("/_within?"):
+            return json.dumps(within(float(urlsplit(self.path).query))).encode()
         return None
 
     def forward(self) -> None:

@@ -23,7 +23,6 @@ from api.core.db import database, migrate
 from tests import servers
 from tests.conformance.environments import ROOT, VERSIONS, python_of
 from tests.conformance.proxy import recording
-from tests.promises import within
 from tests.things import MODEL
 
 SCRIPT = Path(__file__).parent / "checks"
@@ -90,7 +89,6 @@ def transcript(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
                     "proxy": proxy.url,
                     "empty_key": config[f"empty_{major}"],
                     "races": RACES,
-                    "second": within(1),
                 }
                 (folder / f"{major}.json").write_text(json.dumps(given))
                 clean = {

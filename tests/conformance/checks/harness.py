@@ -43,6 +43,12 @@ def log() -> list[dict[str, Any]]:
         return json.loads(reply.read())
 
 
+def within(seconds: float) -> float:
+    """As `tests.promises.within`, which the proxy knows: the load is that of the moment of asking."""
+    with urllib.request.urlopen(f"{PROXY}/_within?{seconds}") as reply:
+        return float(json.loads(reply.read()))
+
+
 def requests_of(call: Callable[[], Any]) -> list[dict[str, Any]]:
     """The requests that `call` makes; its exception is swallowed."""
     before = len(log())
