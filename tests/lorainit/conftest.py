@@ -177,14 +177,21 @@ def wanted(spec):
 
 
 @contextmanager
+def no_early_check():
+    """Runs in here do not try the adapter with stock PEFT before the first step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(early_check, "check_export_early", lambda *_, **__: None)
+        yield
+
+
+@contextmanager
 def only_training():
     """Runs in here neither try PEFT before the first step nor measure how well a download can be served.
 
     That is half of a tiny run, and asked in tests/lorainit/export and by all tests without this. The download is
     still checked.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(early_check, "check_export_early", lambda *_, **__: None)
+    with no_early_check(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fidelity, "held_out", lambda *_: fidelity.HeldOut("training", []))
         yield
 

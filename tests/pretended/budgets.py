@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from tests.pretended import device, engine
 
@@ -92,6 +91,7 @@ def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     from lorainit.config.errors import Stopped
     from lorainit.context import RunRequest
     from lorainit.run import run_together
+    from tests.lorainit.conftest import no_early_check
 
     asked = dict(CASES[case])
     watch = _Watch(*MOMENTS[asked.pop("counted", "step")])
@@ -105,7 +105,7 @@ def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     listeners = [watch.hear, *[lambda _: None] * (members - 1)]
     out = folder / f"{case}-{layers}".replace(" ", "-")
     requests = [RunRequest(spec, out / f"{n}", listeners[n]) for n, spec in enumerate(specs)]
-    with suppress(Stopped), mock.patch("lorainit.export.early_check.check_export_early", return_value=None):
+    with suppress(Stopped), no_early_check():
         list(run_together(requests))
     return watch.between()
 

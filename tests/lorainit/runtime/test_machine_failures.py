@@ -13,6 +13,7 @@ from lorainit.model import layout
 from lorainit.model.source import causal
 from lorainit.model.targets import peft_support
 from lorainit.run import run
+from tests.lorainit.conftest import no_early_check
 from tests.lorainit.runtime.distributed.test_run_errors import alike, together
 
 WORDS = "CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions."
@@ -56,9 +57,8 @@ def test_of_several_layers_none_is_blamed_when_the_gpu_fails_in_the_search_for_t
 
 @pytest.mark.parametrize("look", ["PEFT loading the adapter", "the comparison", "what serving keeps"])
 def test_a_gpu_that_fails_while_one_of_several_is_verified_is_no_verdict_on_any(spec, tmp_path, monkeypatch, look):
-    monkeypatch.setattr("lorainit.export.early_check.check_export_early", lambda *_, **__: None)
     monkeypatch.setattr(*LOOKS[look], broken)
-    with pytest.raises(UnusableDevice):
+    with no_early_check(), pytest.raises(UnusableDevice):
         together(alike(spec), tmp_path)
 
 
