@@ -44,7 +44,7 @@ def ours(model: Any, wanted: list[str]) -> tuple[int, float]:
     """Put adapters of ours on the wanted layers; how many numbers they train, and the share of weights they hold."""
     experts.install(model)
     targets = find_targets(model, wanted)
-    share, config = moe.matrices(model), Kaiming(method="kaiming")
+    share, config = moe.count_weights(model), Kaiming(method="kaiming")
     held = sum(m.in_features * m.out_features for m in targets.values())  # type: ignore[operator]
     for name, module in targets.items():
         factors = METHODS["kaiming"](

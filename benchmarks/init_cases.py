@@ -84,7 +84,7 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
 
     model, samples = base(cache)
     init = {"method": name.partition(" ")[0], **OURS[name]}
-    lora = Lora.model_validate({"init": init, "r": r}).resolved()[0]
+    lora = Lora.model_validate({"init": init, "r": r}).resolve()[0]
     rows, size = ROWS.get(lora.method.facts.needs, (8, 8))
     if name == LONG:
         samples = joined(samples, 512)
@@ -98,7 +98,7 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     METHODS[lora.method.method] = timed(METHODS[lora.method.method], inside)
     # The gate's forward passes are every method's and no method's: left out of its memory.
     init_report.measure = lambda model, probe: {"base_loss": 0.0, "initial_loss": 0.0, "max_abs_logit_difference": 0.0}
-    init_report.displacement = lambda model, batches, *, tick: {"before": 0.0, "after": 0.0, "rows": 0}
+    init_report.measure_displacement = lambda model, batches, *, tick: {"before": 0.0, "after": 0.0, "rows": 0}
     with Clock() as clock:
         started = time.process_time()
         evidence = collect(lora.method, context)
@@ -229,7 +229,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from peft.tuners.lora.corda import preprocess_corda
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    from lorainit.data.batches import Budget, batches, collate
+    from lorainit.data.batches import Budget, collate, split_into_batches
     from lorainit.model.forward.loss import row_losses
     from lorainit.model.targets.targets import find_targets
 
@@ -238,7 +238,7 @@ def peft_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     norm = sum(float(m.weight.square().sum()) for m in targets.values())
     config = peft_config(name, r, sorted({n.rpartition(".")[2] for n in targets}))
     rows, size = ROWS["gradient" if name == "lora_ga" else "activation"]
-    pieces = [collate(piece, pad=0) for piece in batches(samples[:rows], Budget(size))]
+    pieces = [collate(piece, pad=0) for piece in split_into_batches(samples[:rows], Budget(size))]
 
     def passes() -> None:
         for batch in pieces:
@@ -305,7 +305,7 @@ def ours_on_a_layer(name: str, r: int, cache: str) -> dict[str, Any]:
     from lorainit.init.methods import METHODS
 
     W = layer_weight()
-    lora = Lora.model_validate({"init": {"method": name.partition(" ")[0], **OURS[name]}, "r": r}).resolved()[0]
+    lora = Lora.model_validate({"init": {"method": name.partition(" ")[0], **OURS[name]}, "r": r}).resolve()[0]
     config = lora.method
     evidence = Evidence(gradient=layer_gradient()) if config.facts.needs == "gradient" else Evidence()
     generator = torch.Generator().manual_seed(0)

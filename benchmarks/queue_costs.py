@@ -55,13 +55,13 @@ HOT: Mapping[str, Callable[[Session], object]] = {
     "jobs with a pair that one has": lambda session: search(session, run="7"),
     "jobs with a pair that none has": lambda session: search(session, team="b"),
     "jobs with both of two pairs": lambda session: search(session, team="a", run="7"),
-    "jobs without metadata": lambda session: lookup.page(session, SEARCHED, after=None, limit=20, unlabelled=True),
+    "jobs without metadata": lambda session: lookup.list_page(session, SEARCHED, after=None, limit=20, unlabelled=True),
 }
 
 
 def search(session: Session, **pairs: str) -> object:
     """A page of the jobs that have all these pairs."""
-    return lookup.page(session, SEARCHED, after=None, limit=20, metadata=pairs)
+    return lookup.list_page(session, SEARCHED, after=None, limit=20, metadata=pairs)
 
 
 def furnish(engine: Engine, *, ended: int, projects: int, labelled: int = 0) -> None:
@@ -112,7 +112,7 @@ def _label(session: Session, job_id: str, jobs: int) -> None:
     _copy(session.connection(), job_id, "l", 0, jobs, **own)
     found = session.execute(select(Job.id, Job.created_at, Job.labels).where(Job.project_id == SEARCHED)).all()
     rows = [
-        {"digest": labels.digest(SEARCHED, *pair), "created_at": at, "job_id": job_id}
+        {"digest": labels.compute_digest(SEARCHED, *pair), "created_at": at, "job_id": job_id}
         for job_id, at, pairs in found
         for pair in pairs.items()
     ]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
-from lorainit.data.batches import Budget, batches, collate  # noqa: E402
+from lorainit.data.batches import Budget, collate, split_into_batches  # noqa: E402
 from lorainit.data.dataset import Sample  # noqa: E402
 from lorainit.model.forward.loss import sum_losses  # noqa: E402
 from lorainit.model.load import load_model  # noqa: E402
@@ -38,7 +38,7 @@ def main(base: str, held: str, adapter: str) -> None:
 def loss(model: Any, samples: list[Sample]) -> float:
     """Nats per trained token."""
     model.eval()
-    parts = [sum_losses(model, collate(piece, pad=0)) for piece in batches(samples, Budget(ROWS_PER_PASS))]
+    parts = [sum_losses(model, collate(piece, pad=0)) for piece in split_into_batches(samples, Budget(ROWS_PER_PASS))]
     return sum(float(part.loss) for part in parts) / sum(part.tokens for part in parts)
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.train_plan import HELD_OUT, SOURCE  # noqa: E402
-from lorainit.data.batches import order  # noqa: E402
+from lorainit.data.batches import order_rows  # noqa: E402
 from lorainit.data.dataset import Sample  # noqa: E402
 from lorainit.data.reader import load  # noqa: E402
 from lorainit.model.load import load_tokenizer, locate_base  # noqa: E402
@@ -35,7 +35,7 @@ def prepare(base: Path, data: Path, out: Path, *, rows: int, seed: int, max_leng
     (out / "base").symlink_to(base.resolve())
     tokenizer = load_tokenizer(base)
     train = _usable(_chats(data / "train.jsonl"), out / "train.jsonl", tokenizer, rows=rows, length=max_length)
-    taken = [train.samples[i] for i in order(train, seed=seed, epoch=0)]
+    taken = [train.samples[i] for i in order_rows(train, seed=seed, epoch=0)]
     (out / "rows.json").write_text(json.dumps([row(sample) for sample in taken]))
     tests = _write(out / "test.jsonl", _chats(data / "test.jsonl")[:TEST_ROWS])
     judged = load(tests, tokenizer, max_length=max_length, on_row_error="skip").samples

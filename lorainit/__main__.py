@@ -162,7 +162,7 @@ def _run_to_an_end(
 
         watched = _with_watchdog(runs[0][0], on_event, peers)
         requests = [
-            RunRequest(spec, member.out, stop.listener(who, member.lease, watched))
+            RunRequest(spec, member.out, stop.make_listener(who, member.lease, watched))
             for who, (spec, member) in enumerate(runs)
         ]
         for who, end in run_together(requests):

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorainit.config.events import Message, OnEvent, Plan
 from lorainit.config.spec import Hyperparameters, Lora, RunSpec
-from lorainit.data.batches import Budget, Regime, batches, order
+from lorainit.data.batches import Budget, Regime, order_rows, split_into_batches
 from lorainit.data.dataset import Dataset, Sample
 from lorainit.data.largest import Rows
 from lorainit.model.base import Base
@@ -112,7 +112,7 @@ class Run:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        return [p for layer in self.layers.values() for p in layer.trained().values()]
+        return [p for layer in self.layers.values() for p in layer.trained_parameters().values()]
 
     # --- rows, and how they share a pass ---------------------------------------------------------
 
@@ -121,9 +121,9 @@ class Run:
         """Rows that an initialization looks at, in file order."""
         return (self.calibration or self.data).samples
 
-    def order(self, epoch: int) -> Sequence[int]:
+    def order_rows(self, epoch: int) -> Sequence[int]:
         """Indices of the training rows in the order of this epoch. It depends on the run's seed."""
-        return order(self.data, seed=self.spec.seed, epoch=epoch)
+        return order_rows(self.data, seed=self.spec.seed, epoch=epoch)
 
     @property
     def regime(self) -> Regime:
@@ -168,8 +168,8 @@ class Run:
     def passes_of_first_step(self) -> int:
         """How many passes the first step takes. Other steps may take more or fewer, as their rows differ in length."""
         assert self.training.batch_size != "auto"
-        first = self.order(0)[: self.training.batch_size]
-        return len(batches([self.data.samples[i] for i in first], self.training_budget, self.regime))
+        first = self.order_rows(0)[: self.training.batch_size]
+        return len(split_into_batches([self.data.samples[i] for i in first], self.training_budget, self.regime))
 
     # --- what memory makes of it, and its end ----------------------------------------------------
 

@@ -30,7 +30,7 @@ class StopRequest:
         """The signal handler. It only sets a flag, because it may be called in the middle of a step."""
         self.asked = True
 
-    def listener(self, who: int, lease: Path | None, on_event: OnEvent) -> OnEvent:
+    def make_listener(self, who: int, lease: Path | None, on_event: OnEvent) -> OnEvent:
         """`on_event` of run number `who`: it checks stop and lease, and passes the event on with that number.
 
         Raises:

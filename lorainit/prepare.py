@@ -44,7 +44,7 @@ def prepare(request: RunRequest, base: Base, *, sharing: int = 1, known: dict[st
     """
     spec, emit, started = request.spec, request.on_event, time.monotonic()
     base.require_same(spec)
-    lora, choices = spec.lora.resolved()
+    lora, choices = spec.lora.resolve()
     asked, decided_here = devices.resolve_precision(spec.training, base.device)
     # Resolved twice: max_length does not depend on the number of rows (1 is a placeholder), but which rows can be used
     # depends on max_length, and the other options depend on the number of usable rows.
@@ -201,7 +201,7 @@ def _plan(
         micro_batch_size=passes.rows,
         tokens_per_pass=passes.tokens,
         modules=len(targets),
-        trainable_parameters=sum(lora.parameters(*shape_of(m)) for m in targets.values()),
+        trainable_parameters=sum(lora.count_parameters(*shape_of(m)) for m in targets.values()),
         trainable_parameters_estimated=lora.method.export_rank == "per module",
         target_modules=list(dict.fromkeys(short_name(name, module) for name, module in targets.items())),
         left_out=lora.left_out,

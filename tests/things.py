@@ -55,7 +55,7 @@ def a_file(session: Session, project: Project, **changes: Any) -> File:
 
 def a_job(session: Session, project: Project, *, file: File | None = None, **changes: Any) -> Job:
     """A job in `validating_files`."""
-    lora, _ = Lora(target_modules=["q_proj"]).resolved()
+    lora, _ = Lora(target_modules=["q_proj"]).resolve()
     values: dict[str, Any] = {
         "id": new_id("ftjob-"),
         "project_id": project.id,

@@ -61,7 +61,7 @@ class LoraOrder(Lora):
     @model_validator(mode="after")
     def scaling_is_an_answer(self) -> "LoraOrder":
         """Refuse a scale that differs from the one of this request, because ignoring it would mislead the caller."""
-        given, found = self.echoed_scaling, self.as_lora().resolved()[0].scaling
+        given, found = self.echoed_scaling, self.as_lora().resolve()[0].scaling
         if given is not None and not math.isclose(given, found, rel_tol=1e-6):
             text = f"scaling (got {given:g}) follows from alpha and r, which make it {found:g}: set alpha."
             raise _fault("invalid_value", "scaling", text)

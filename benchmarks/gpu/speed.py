@@ -56,7 +56,7 @@ def _step(day: Day, case: Case, model: Any) -> Callable[[], None]:
     model.set_attn_implementation(attention.NAME)
     members = [adapters(model, rank=RANK, device=day.device) for _ in range(case.group)]
     optimizers = [make_optimizer(Hyperparameters(learning_rate=1e-4), layers) for layers in members]
-    trained = [[p for layer in layers.values() for p in layer.trained().values()] for layers in members]
+    trained = [[p for layer in layers.values() for p in layer.trained_parameters().values()] for layers in members]
     if case.again:
         recompute(model)
     samples = [rows(case.count, case.length, SHAPES[case.shape]["vocab_size"]) for _ in members]

@@ -66,7 +66,7 @@ def start(name: str) -> tuple[Factors, Tensor, float]:
     """The factors, the weight they are for, and the scale s, with the method's recommended settings."""
     kind, small = INITS[name], layer()
     asked = {"init": name, "r": RANK, "quantization": kind.facts.quantization[0]}
-    lora, _ = Lora.model_validate(asked).resolved()
+    lora, _ = Lora.model_validate(asked).resolve()
     weight = small.quantized if None not in kind.facts.quantization else small.weight
     factors = METHODS[name](
         weight,

@@ -24,7 +24,7 @@ class Lora(Strict):
     """The adapter: its shape, its initialization and what it is attached to.
 
     `alpha` and `use_rslora` "auto" take the method's recommended value; `init` "auto" lets us
-    choose. `Lora.resolved()` replaces every "auto" and gives a reason. `left_out` is filled in by the server, which
+    choose. `Lora.resolve()` replaces every "auto" and gives a reason. `left_out` is filled in by the server, which
     ignores what a request says there: the kinds of layers that `target_modules` covers but that get no LoRA, each with
     the reason (`lorainit.config.target_modules`).
     """
@@ -86,7 +86,7 @@ class Lora(Strict):
             )
         return self
 
-    def resolved(self) -> tuple["Lora", list["Choice"]]:
+    def resolve(self) -> tuple["Lora", list["Choice"]]:
         """Replace every "auto"; return one `Choice` (param, value, reason) for each of them."""
         update, choices = dict[str, Any](), list[Choice]()
         if isinstance(self.init, Automatic):
@@ -125,7 +125,7 @@ class Lora(Strict):
             raise ValueError("lora.alpha or lora.use_rslora is still 'auto': call resolved() first")
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
-    def parameters(self, out: int, n: int) -> int:
+    def count_parameters(self, out: int, n: int) -> int:
         """How many numbers are trained on an out×n matrix: A, B and, with DoRA, one magnitude per output."""
         return self.r * (out + n) + (out if self.use_dora else 0)
 
@@ -281,13 +281,13 @@ class RunSpec(Strict):
 
     @model_validator(mode="after")
     def refuse_to_share_what_cannot_be_shared(self) -> "RunSpec":
-        """Refuse what `why_not_sharded` gives a reason for."""
-        if why := why_not_sharded(self.training, self.lora, devices=self.devices):
+        """Refuse what `explain_no_sharding` gives a reason for."""
+        if why := explain_no_sharding(self.training, self.lora, devices=self.devices):
             raise refusal("training.shard_base", why)
         return self
 
 
-def why_not_sharded(training: Hyperparameters, lora: Lora, *, devices: int) -> str | None:
+def explain_no_sharding(training: Hyperparameters, lora: Lora, *, devices: int) -> str | None:
     """A sentence that says why this run cannot have `shard_base`; None if it can or does not ask for it."""
     if training.shard_base is not True:
         return None

@@ -98,7 +98,7 @@ def copy_to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[
     return {n: p.view(tensors[n].dtype).view(tensors[n].shape) for n, p in zip(order, pieces, strict=True)}
 
 
-def order(data: Dataset, *, seed: int, epoch: int) -> list[int]:
+def order_rows(data: Dataset, *, seed: int, epoch: int) -> list[int]:
     """A permutation of the samples that depends only on seed, epoch and the file's hash.
 
     The samples are sorted by keyed hashes and not shuffled, because a new version of a library's random generator might
@@ -108,7 +108,7 @@ def order(data: Dataset, *, seed: int, epoch: int) -> list[int]:
     return sorted(range(len(data.samples)), key=lambda i: hashlib.blake2b(key + str(i).encode()).digest())
 
 
-def batches(samples: Sequence[Sample], budget: Budget, regime: Regime = any_length) -> list[list[Sample]]:
+def split_into_batches(samples: Sequence[Sample], budget: Budget, regime: Regime = any_length) -> list[list[Sample]]:
     """Micro-batches within the budget, each with rows of one regime.
 
     Rows are sorted by length, longest first, so that rows of similar length are together and need little padding.

@@ -21,7 +21,7 @@ from lorainit.data.chat.template import Template
 from lorainit.data.chat.turns import Span
 from lorainit.data.dataset import Dataset, Sample, file_sha256, refuse
 from lorainit.data.formats.conversation import Fault
-from lorainit.data.formats.rows import BadRow, Problem, Row, problem, read_rows
+from lorainit.data.formats.rows import BadRow, Problem, Row, make_problem, read_rows
 
 TICK_ROWS = 64
 # Rows that are tokenized in one call, because that takes half the time of a call for each. The number of characters is
@@ -59,10 +59,12 @@ class Encoder:
         self._begins_anew = self._encode("\na")[0] != self._encode("\n")[0] + self._encode("a")[0]
 
     def tokenize_ahead(self, texts: Iterable[Sequence[str]]) -> None:
-        """Tokenize several texts in one call, which takes half the time. `text` and `pair` then use the results.
+        """Tokenize several texts in one call, which takes half the time.
+
+        `encode_text` and `encode_pair` then use the results.
 
         Args:
-            texts: for each text its pieces, as `pieces` returns them.
+            texts: for each text its pieces, as `split_into_pieces` returns them.
         """
         wanted = dict[str, None]()
         for first, *more in texts:
@@ -80,7 +82,7 @@ class Encoder:
             found = tokenizer_time.read(self.tokenizer, list(wanted), add_special_tokens=False)
             self._ahead = dict(zip(wanted, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
 
-    def text(self, text: str, spans: Sequence[Span]) -> Encoded:
+    def encode_text(self, text: str, spans: Sequence[Span]) -> Encoded:
         """Tokens of a rendered conversation. Those of the spans are trained."""
         ids, ends = self._encode(text[: spans[0].start])[0], list[int]()
         mask = [False] * len(ids)
@@ -93,7 +95,7 @@ class Encoder:
             mask += [n < trained for n in range(len(more))]
         return _encoded(ids, mask, ends)
 
-    def pair(self, prompt: str, completion: str) -> Encoded:
+    def encode_pair(self, prompt: str, completion: str) -> Encoded:
         """Tokens of a prompt and its completion, without a template. The completion and an end token are trained."""
         first, second = self.opening + self._encode(prompt)[0], self._continued(completion, behind=bool(prompt))[0]
         end = self.tokenizer.eos_token_id
@@ -127,7 +129,7 @@ class Encoder:
         return list(encoded.input_ids), list(encoded.offset_mapping)
 
 
-def pieces(text: str, spans: Sequence[Span]) -> list[str]:
+def split_into_pieces(text: str, spans: Sequence[Span]) -> list[str]:
     """The pieces of a rendered conversation that are tokenized one by one: the text before the first answer, ..."""
     return [text[: spans[0].start], *(piece for piece, _ in _pieces(text, spans))]
 
@@ -244,7 +246,7 @@ class _Reader:
     def __init__(self, tokenizer: Any, max_length: int, stops: frozenset[int], *, append_eos: bool) -> None:
         self.tokenizer = tokenizer
         self.template = Template(tokenizer, stops=stops)
-        self.encode = Encoder(tokenizer)
+        self.encoder = Encoder(tokenizer)
         self.stops = stops
         self.append_eos = append_eos
         self.max_length = max_length
@@ -265,7 +267,7 @@ class _Reader:
 
     def finish(self) -> None:
         """Tokenize the rows that were added and are still waiting."""
-        self.encode.tokenize_ahead(draft.pieces for _, draft in self._waiting if isinstance(draft, _Draft))
+        self.encoder.tokenize_ahead(draft.pieces for _, draft in self._waiting if isinstance(draft, _Draft))
         for row, draft in self._waiting:
             self._read(row, draft)
         self._waiting, self._characters = [], 0
@@ -279,7 +281,7 @@ class _Reader:
         assert draft is not None
         sample = draft if isinstance(draft, Fault) else self._encoded(row.line, draft)
         if isinstance(sample, Fault):
-            self.problems.append(problem(row.line, sample))
+            self.problems.append(make_problem(row.line, sample))
             return
         if len(sample.ids) > self.max_length:
             self.truncated += 1
@@ -287,7 +289,7 @@ class _Reader:
             sample = Sample(sample.line, sample.ids[: self.max_length], sample.trained[: self.max_length])
         if not sample.trained[1:].any():
             text = f"no trained token is left within max_length {self.max_length}."
-            self.problems.append(problem(row.line, Fault("no_trainable_tokens", None, text)))
+            self.problems.append(make_problem(row.line, Fault("no_trainable_tokens", None, text)))
             return
         self.samples.append(sample)
 
@@ -298,12 +300,12 @@ class _Reader:
             return fault
         if row.kind == "prompt_completion":
             pair = row.value["prompt"], row.value["completion"]
-            return _Draft(pair, lambda: self.encode.pair(*pair))
+            return _Draft(pair, lambda: self.encoder.encode_pair(*pair))
         rendered = self.template.render(row.value)
         if isinstance(rendered, Fault):
             return rendered
         text, spans = rendered.text, rendered.spans
-        return _Draft(pieces(text, spans), lambda: self.encode.text(text, spans), rendered.warnings)
+        return _Draft(split_into_pieces(text, spans), lambda: self.encoder.encode_text(text, spans), rendered.warnings)
 
     def _encoded(self, line: int, draft: "_Draft") -> Sample | Fault:
         """The sample of a row, or the fault if the tokenizer cannot read it."""
@@ -343,4 +345,4 @@ class _Reader:
 
     def _warn(self, line: int, fault: Fault) -> None:
         self.warnings[fault.code] += 1
-        self.remarks.setdefault(fault.code, problem(line, fault))
+        self.remarks.setdefault(fault.code, make_problem(line, fault))

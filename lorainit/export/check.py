@@ -43,7 +43,7 @@ _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
-def prompts(samples: Sequence[Sample], *, rows: int = MAX_PROMPTS, tokens: int = PROMPT_TOKENS) -> list[Tensor]:
+def make_prompts(samples: Sequence[Sample], *, rows: int = MAX_PROMPTS, tokens: int = PROMPT_TOKENS) -> list[Tensor]:
     """The fixed prompts of the check: the beginnings of the first rows of the file."""
     return [s.ids[:tokens].long() for s in samples[:rows]]
 
@@ -51,7 +51,7 @@ def prompts(samples: Sequence[Sample], *, rows: int = MAX_PROMPTS, tokens: int =
 # --- loading -------------------------------------------------------------------------------------
 
 
-def with_stock_peft(base: nn.Module, folder: Path) -> Any:
+def load_with_stock_peft(base: nn.Module, folder: Path) -> Any:
     """The exported adapter on `base`, loaded as a user of PEFT would: unmerged, with factors in float32."""
     from peft import PeftModel
 
@@ -119,14 +119,16 @@ def check(
     # Read before the passes: processes that share a base make these together, and rank 0 moves the files after them.
     config, digest = json.loads((folder / "adapter_config.json").read_text()), file_sha256(folder / WEIGHTS)
     try:
-        model = with_stock_peft(base, folder)
+        model = load_with_stock_peft(base, folder)
         unread = _unread_tensors(model, folder)
         shard_copy(model, [p for name, p in model.named_parameters() if ".lora_" in name])
         found = _compare(model, effect, layers_only=layers_only, on_event=on_event)
     except FAULTS as error:
         if is_machine_failure(error):  # not the adapter's fault, so it is no result of the check
             raise
-        found = _Found(f"{'loading it' if model is None else 'running it'} failed: {short(error)}", distance=None)
+        found = _Found(
+            f"{'loading it' if model is None else 'running it'} failed: {summarize_error(error)}", distance=None
+        )
         unread = unread or (found.message if model is None else None)
     message = unread or found.message
     return {
@@ -156,7 +158,7 @@ def check(
     }, model
 
 
-def short(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """An error's class and text on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

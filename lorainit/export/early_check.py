@@ -149,7 +149,7 @@ def make_trial_adapter(targets: dict[str, nn.Module], lora: Lora, *, device: tor
         layer = LoRALinear(
             module, start, scale=lora.scaling, subtract=lora.method.offset == "subtract", dora=lora.use_dora
         )
-        for parameter in layer.trained().values():
+        for parameter in layer.trained_parameters().values():
             noise = torch.randn(parameter.shape, generator=generator).to(device)
             parameter.add_(0.3 * noise * parameter.square().mean().sqrt())
         layers[name] = layer
@@ -157,7 +157,7 @@ def make_trial_adapter(targets: dict[str, nn.Module], lora: Lora, *, device: tor
 
 
 def _effect(run: Run, layers: dict[str, LoRALinear]) -> Effect:
-    texts = check.prompts(run.data.samples, rows=ROWS, tokens=TOKENS)
+    texts = check.make_prompts(run.data.samples, rows=ROWS, tokens=TOKENS)
     try:
         effect = observe(run.base.model, layers, texts, divided=bool(run.base.sharded), on_event=run.emit)
     except check.FAULTS as error:
@@ -166,8 +166,8 @@ def _effect(run: Run, layers: dict[str, LoRALinear]) -> Effect:
         reset_failed_pass(run.base.model)
         name = _find_culprit(run, layers)
         raise UnsupportedModel(
-            f"The base model does not run with adapted layers ({name}): {check.short(error)}. Leave them out of"
-            " target_modules.",
+            f"The base model does not run with adapted layers ({name}): {check.summarize_error(error)}. Leave them out"
+            " of target_modules.",
             param="lora.target_modules",
         ) from error
     if not all(logits.isfinite().all() for logits in effect.logits):
@@ -207,7 +207,7 @@ def _find_culprit(run: Run, layers: dict[str, LoRALinear]) -> str:
 
 def _compare(run: Run, folder: Path, effect: Effect) -> dict[str, Any] | None:
     """The result of the check on a copy of the base, or None if there is no memory for one."""
-    for place in run.base.devices_for_copy(tokens=TOKENS, factors=run.plan.trainable_parameters):
+    for place in run.base.list_devices_for_copy(tokens=TOKENS, factors=run.plan.trainable_parameters):
         try:
             return _compare_on(place, run, folder, effect)
         except Exception as error:

@@ -109,7 +109,7 @@ def observe_peft(model: nn.Module, ours: Mapping[str, Change]) -> Iterator[tuple
     from peft.tuners.lora.layer import ParamWrapper
 
     for name, layer in model.named_modules():
-        # A parameter of two dimensions is a linear layer's weight (`peft_support.rewritten`), so the layer can be
+        # A parameter of two dimensions is a linear layer's weight (`peft_support.find_rewritten`), so the layer can be
         # called.
         if isinstance(layer, ParamWrapper) and layer.get_param().ndim > 2:
             yield from _experts(f"{name.replace('.base_layer', '')}.{layer.parameter_name}", layer, ours)

@@ -18,10 +18,10 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from lorainit.config.events import Message, OnEvent, Tick
 from lorainit.config.inits import Quantization
 from lorainit.data.dataset import Dataset, Sample
-from lorainit.export.check import with_stock_peft
+from lorainit.export.check import load_with_stock_peft
 from lorainit.model.layers.weight import was_conv1d, weight_of
 from lorainit.model.load import free_model, load_model
-from lorainit.model.targets.targets import linear_layers
+from lorainit.model.targets.targets import find_linear_layers
 from lorainit.runtime.devices import has_bf16
 
 Way = Literal["unmerged", "merged"]
@@ -59,7 +59,7 @@ class HeldOut:
     samples: list[Sample]
 
 
-def held_out(training: Dataset, validation: Dataset | None) -> HeldOut:
+def choose_held_out(training: Dataset, validation: Dataset | None) -> HeldOut:
     """Choose at most `MAX_ROWS` rows and `MAX_TOKENS` tokens. A row that is too long keeps its end, because the answer
     is there."""
     chosen: list[Sample] = []
@@ -75,7 +75,7 @@ def held_out(training: Dataset, validation: Dataset | None) -> HeldOut:
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, rows: HeldOut, *, on_event: OnEvent) -> Tensor:
+def measure_token_losses(model: nn.Module, rows: HeldOut, *, on_event: OnEvent) -> Tensor:
     """The loss of every trained token in nats, float64 on the CPU. Each row has a pass of its own, without padding."""
     device = next(model.parameters()).device
     losses = []
@@ -105,13 +105,13 @@ def _wanted(
 def _serve(model: Any, base_folder: Path, rows: HeldOut, *, ways: list[Way], on_event: OnEvent) -> dict[str, Tensor]:
     """The losses of a model with stock PEFT for each way of serving, and of its base. The model is freed afterwards."""
     with model.disable_adapter():
-        losses = {"base": token_losses(model, rows, on_event=on_event)}
+        losses = {"base": measure_token_losses(model, rows, on_event=on_event)}
     if "unmerged" in ways:
-        losses["unmerged"] = token_losses(model, rows, on_event=on_event)
+        losses["unmerged"] = measure_token_losses(model, rows, on_event=on_event)
     if "merged" in ways:
         _merge(model, base_folder, on_event=on_event)
         with model.disable_adapter():
-            losses["merged"] = token_losses(model, rows, on_event=on_event)
+            losses["merged"] = measure_token_losses(model, rows, on_event=on_event)
     free_model(model)
     return losses
 
@@ -126,7 +126,7 @@ def _merge(model: nn.Module, base_folder: Path, *, on_event: OnEvent) -> None:
     from peft.tuners.lora.layer import ParamWrapper
 
     stored = load_model(base_folder, dtype="auto", device=torch.device("cpu"))
-    originals = linear_layers(stored)
+    originals = find_linear_layers(stored)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for done, (name, layer) in enumerate(layers.items(), start=1):
         base: Any = layer.get_base_layer()
@@ -187,7 +187,7 @@ def measure(
 
     Args:
         folder: the adapter as `adapter.export` wrote it.
-        trained: `token_losses` of the trained model on the same rows.
+        trained: `measure_token_losses` of the trained model on the same rows.
         dtype: the run's format of base and activations.
         served: the adapter on a base in this format, if stock PEFT has loaded it already; it is freed.
 
@@ -202,7 +202,7 @@ def measure(
         model = served if number == dtype else None
         if model is None:
             base = load_model(base_folder, dtype=number, device=device, quantization=quantization)
-            model = with_stock_peft(base, folder)
+            model = load_with_stock_peft(base, folder)
         losses = _serve(model, base_folder, rows, ways=ways, on_event=on_event)
         if number == dtype:
             found["base"] = losses["base"]
@@ -221,7 +221,7 @@ def measure(
     return facts
 
 
-def unmeasured(rows: HeldOut, *, dtype: torch.dtype, reason: str, on_event: OnEvent) -> dict[str, Any]:
+def report_unmeasured(rows: HeldOut, *, dtype: torch.dtype, reason: str, on_event: OnEvent) -> dict[str, Any]:
     """Return the facts of a run for which nothing can be measured, and emit a message that says so."""
     losses = [f"{name}_loss" for name in _LOSSES]
     kept = [f"kept_{way}_bf16" for way in _WAYS]

@@ -93,7 +93,7 @@ def _export(run: Run, progress: Progress) -> Steps:
         trained_tokens=progress.tokens,
         warnings=warnings,
         export_check=check,
-        resources=outputs.resources(run),
+        resources=outputs.measure_resources(run),
     )
     emit(done)
     return done

@@ -115,12 +115,12 @@ class Observed:
 
 def observe_adapter(run: Run) -> Observed:
     """Measure what the trained adapter changes. Afterwards the base carries no adapter and its layers are freed."""
-    texts = check.prompts(run.data.samples)
+    texts = check.make_prompts(run.data.samples)
     effect = effects.observe(run.base.model, run.layers, texts, divided=bool(run.base.sharded), on_event=run.emit)
-    rows, losses = fidelity.held_out(run.data, run.valid), None
+    rows, losses = fidelity.choose_held_out(run.data, run.valid), None
     if not run.base.sharded:
         with attach_temporarily(run.base.model, run.layers):
-            losses = fidelity.token_losses(run.base.model, rows, on_event=run.emit)
+            losses = fidelity.measure_token_losses(run.base.model, rows, on_event=run.emit)
     run.release_layers()
     return Observed(effect, rows, losses)
 
@@ -138,7 +138,7 @@ def verify(run: Run, folder: Path, seen: Observed, *, beside: bool) -> dict[str,
     run.emit(Stage(stage="verifying", message="Reloading the adapter on the untouched base"))
     gc.collect()
     # Not in parts with DoRA, because PEFT computes norms of the weights when it loads, and cannot do so on parts.
-    base = run.base.fresh(in_parts=not run.lora.use_dora)
+    base = run.base.load_copy(in_parts=not run.lora.use_dora)
     try:
         return _compare(run, folder, seen, base, beside=beside)
     finally:
@@ -159,7 +159,9 @@ def _compare(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside:
     _emit_result(result, run.emit)
     check.require(result)
     if losses is None:
-        result["fidelity"] = fidelity.unmeasured(rows, dtype=run.base.dtype, reason=fidelity.DIVIDED, on_event=run.emit)
+        result["fidelity"] = fidelity.report_unmeasured(
+            rows, dtype=run.base.dtype, reason=fidelity.DIVIDED, on_event=run.emit
+        )
         return result
     try:
         result["fidelity"] = fidelity.measure(
@@ -176,8 +178,8 @@ def _compare(run: Run, folder: Path, seen: Observed, base: nn.Module, *, beside:
     except check.FAULTS as error:  # for example a base that does not run in bf16; the adapter has passed its check
         if is_machine_failure(error) and (beside or not is_out_of_memory(error)):
             raise
-        reason = f"measuring it failed: {check.short(error)}"
-        result["fidelity"] = fidelity.unmeasured(rows, dtype=run.base.dtype, reason=reason, on_event=run.emit)
+        reason = f"measuring it failed: {check.summarize_error(error)}"
+        result["fidelity"] = fidelity.report_unmeasured(rows, dtype=run.base.dtype, reason=reason, on_event=run.emit)
     _require_same_loss(result["fidelity"])
     return result
 
@@ -216,7 +218,7 @@ def write_manifest(
     """Write `manifest.json`, which records exactly what ran."""
     data = {"sha256": run.data.sha256, "rows": run.data.rows, "usable": len(run.data.samples)}
     valid = run.valid and {"sha256": run.valid.sha256, "rows": run.valid.rows, "usable": len(run.valid.samples)}
-    held = run.base.four_bits and run.base.four_bits.statement(run.base.dtype)
+    held = run.base.four_bits and run.base.four_bits.describe(run.base.dtype)
     manifest = {
         "base": {
             "id": run.spec.model.id,
@@ -257,7 +259,7 @@ def write_metrics(out: Path) -> None:
         write_csv((json.loads(line) for line in log), stream)
 
 
-def resources(run: Run) -> dict[str, Any]:
+def measure_resources(run: Run) -> dict[str, Any]:
     """The resources that the run has used so far, as shown in `job.resources`."""
     seconds = time.monotonic() - run.started
     gpu = devices.gpu_name()

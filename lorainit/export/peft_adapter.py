@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lorainit.config.inits import ExportRanks
 from lorainit.export import experts
-from lorainit.model.layers.experts import stacks
+from lorainit.model.layers.experts import find_stacks
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import was_conv1d
-from lorainit.model.targets.peft_support import rewritten
+from lorainit.model.targets.peft_support import find_rewritten
 
 WEIGHTS = "adapter_model.safetensors"
 MAGNITUDE = "lora_magnitude_vector"  # in the file; inside PEFT it is a module with a `weight`
@@ -105,7 +105,7 @@ def _config(
     largest = max(ranks, key=lambda name: ranks[name])
     # PEFT would take these dense layers for experts, so their weights are named as parameters. The tensors' names in
     # the file stay the same.
-    weights = {name: f"{name}.weight" for name in rewritten(model, list(layers))}
+    weights = {name: f"{name}.weight" for name in find_rewritten(model, list(layers))}
     parameters = _parameter_names(model, set(packed)) + sorted(weights.values())
     return {
         "peft_type": "LORA",
@@ -128,7 +128,7 @@ def _config(
 
 def _target_names(model: nn.Module, names: set[str]) -> list[str]:
     """Short suffixes if they match exactly these layers, because most loaders understand them; else full names."""
-    suffixes, ours = {name.rpartition(".")[2] for name in names}, tuple(stacks(model))
+    suffixes, ours = {name.rpartition(".")[2] for name in names}, tuple(find_stacks(model))
     everything = {name.removesuffix(".base") for name, _ in model.named_modules() if not name.startswith(ours or "\0")}
     matched = {name for name in everything if name.rpartition(".")[2] in suffixes}
     return sorted(suffixes if matched == names else names)
@@ -137,7 +137,7 @@ def _target_names(model: nn.Module, names: set[str]) -> list[str]:
 def _parameter_names(model: nn.Module, names: set[str]) -> list[str]:
     """The last two parts of the 3-D parameters' names if these match exactly these parameters, else full names."""
     suffixes = {".".join(name.split(".")[-2:]) for name in names}
-    matched = {name for name in stacks(model) if ".".join(name.split(".")[-2:]) in suffixes}
+    matched = {name for name in find_stacks(model) if ".".join(name.split(".")[-2:]) in suffixes}
     return sorted(suffixes if matched == names else names)
 
 

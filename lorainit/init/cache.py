@@ -18,7 +18,7 @@ class Cache:
 
     entries: DiskCache
 
-    def evidence(self, key: str) -> dict[str, Evidence] | None:
+    def read_evidence(self, key: str) -> dict[str, Evidence] | None:
         """The evidence stored under this key, by module; None if there is none."""
         found = self.entries.read(key)
         return found and {name: _evidence(entry) for name, entry in found.items()}
@@ -30,7 +30,7 @@ class Cache:
             layer["step"] = layer["step"] and asdict(layer["step"])
         self.entries.write(key, layers)
 
-    def starts(self, key: str) -> dict[str, CachedStart] | None:
+    def read_starts(self, key: str) -> dict[str, CachedStart] | None:
         """The factors and report entries stored under this key, by module; None if there are none."""
         found = self.entries.read(key)
         return found and {n: CachedStart(Factors(A=e["A"], B=e["B"]), e["facts"]) for n, e in found.items()}

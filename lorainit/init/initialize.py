@@ -93,7 +93,7 @@ def initialize(
             said = time.monotonic()
             on_event(_progress(config.method, done, len(targets)))
     seconds = time.monotonic() - started
-    summary = report.summary(
+    summary = report.summarize(
         lora, modules, seed=seed if config.seed is None else config.seed, seconds=seconds, cached=cached, rate=rate
     )
     trained = (p for layer in adapted_layers(model).values() for p in layer.parameters() if p.requires_grad)
@@ -103,7 +103,9 @@ def initialize(
     if not config.function_preserving:
         rows = calibration or [probe]
         tick = iter(range(1, 2 * len(rows) + 1))
-        loss = report.displacement(model, rows, tick=lambda: on_event(Tick(done=next(tick), total=2 * len(rows))))
+        loss = report.measure_displacement(
+            model, rows, tick=lambda: on_event(Tick(done=next(tick), total=2 * len(rows)))
+        )
         summary["calibration_loss"] = loss
         warnings += _rise(config, loss)
     for text in warnings:
@@ -144,7 +146,7 @@ def _adapt(
     attach(model, name, layer)
     if known:
         return known.facts
-    return report.facts(name, W, factors, evidence, s=s, lora=lora, magnitude=layer.magnitude)
+    return report.describe_layer(name, W, factors, evidence, s=s, lora=lora, magnitude=layer.magnitude)
 
 
 def _factors(name: str, W: Tensor, evidence: Evidence, *, lora: Lora, seed: int) -> Factors:

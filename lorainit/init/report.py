@@ -32,7 +32,7 @@ SHARED = ("gamma", "line_search", "preheat")
 # --- one layer ---------------------------------------------------------------------------------
 
 
-def facts(
+def describe_layer(
     name: str,
     W: Tensor,
     factors: Factors,
@@ -128,7 +128,7 @@ def _span(X: Tensor) -> Tensor:
 # --- the whole model ---------------------------------------------------------------------------
 
 
-def summary(
+def summarize(
     lora: Lora, modules: Sequence[dict[str, Any]], *, seed: int, seconds: float, cached: bool, rate: float
 ) -> dict[str, Any]:
     """Everything of `job.init_report` that needs no forward pass."""
@@ -192,7 +192,7 @@ def _moved(model: nn.Module, base: BatchResult, initial: BatchResult, row: int) 
 
 
 @torch.no_grad()
-def displacement(model: nn.Module, batches: Sequence[Batch], *, tick: Callable[[], None]) -> dict[str, Any]:
+def measure_displacement(model: nn.Module, batches: Sequence[Batch], *, tick: Callable[[], None]) -> dict[str, Any]:
     """Mean over the calibration rows of each row's loss, before and after a displaced start."""
 
     def loss() -> float:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lorainit.config.cache_names import entry_name
 from lorainit.config.events import Tick
 from lorainit.context import Report, Run
-from lorainit.data.batches import Batch, batches, collate
+from lorainit.data.batches import Batch, collate, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.init.cache import Cache, data_digest
 from lorainit.init.evidence import Evidence
@@ -37,7 +37,7 @@ def start(run: Run) -> Report:
     """
     started = time.monotonic()
     cache, keys = _open_cache(run), _keys(run)
-    known = cache.starts(keys.starts)
+    known = cache.read_starts(keys.starts)
     evidence, cached = ({}, True) if known else _evidence(run, cache, keys)
     report = initialize(
         run.model,
@@ -86,7 +86,7 @@ def _calibration(run: Run) -> list[Batch]:
     """The rows that a displaced start was made from, in passes that fit the device."""
     rows = [s for s in run.samples if s.trained[1:].any()]
     rows = rows[: getattr(run.lora.method, "samples", PROBE_ROWS)]
-    pieces = batches(rows, run.budget, run.regime)
+    pieces = split_into_batches(rows, run.budget, run.regime)
     return [collate(piece, pad=run.base.pad).to(run.device) for piece in pieces]
 
 
@@ -97,7 +97,7 @@ def _base_valid_loss(run: Run) -> float | None:
     """
     if run.valid is None or run.lora.method.function_preserving:
         return None
-    pieces = batches(run.valid.samples, run.budget, run.regime)
+    pieces = split_into_batches(run.valid.samples, run.budget, run.regime)
     rows = (collate(piece, pad=run.base.pad).to(run.device) for piece in pieces)
     loss = mean_loss(run.model, rows, tick=lambda done: run.emit(Tick(done=done, total=len(pieces))))
     return loss if math.isfinite(loss) else None
@@ -126,7 +126,7 @@ def _evidence(run: Run, cache: Cache, keys: _Keys) -> tuple[dict[str, Evidence],
     # These are not stored, because they are empty or (loftq) read from the base's files when used.
     if config.facts.needs in ("none", "weight"):
         return collect(config, run), False
-    found = cache.evidence(keys.evidence)
+    found = cache.read_evidence(keys.evidence)
     # If one process finds no entry, all have to collect, because they do so together.
     if not run.base.world.any_rank(found is None, run.device):
         assert found is not None
@@ -153,7 +153,7 @@ def _largest_pass(run: Run) -> list[Sample]:
     count = getattr(run.lora.method, "samples", len(rows))
     if needs == "gradient":  # twice as many, because the line search of lora_one uses the same number of further rows
         rows, count = [row for row in rows if row.trained[1:].any()], 2 * count
-    return max(batches(rows[:count], run.evidence_budget, run.regime), key=run.evidence_budget.tokens_of)
+    return max(split_into_batches(rows[:count], run.evidence_budget, run.regime), key=run.evidence_budget.tokens_of)
 
 
 def _keys(run: Run) -> _Keys:

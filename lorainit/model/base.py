@@ -27,7 +27,7 @@ from lorainit.model.sharded_load import load_shard
 from lorainit.model.source.digest import cached_sha256, require_inspected, require_whole
 from lorainit.model.source.examine import examine
 from lorainit.model.source.vocabulary import require_rows
-from lorainit.model.targets.four_bits import FourBits, four_bits
+from lorainit.model.targets.four_bits import FourBits, choose_four_bits
 from lorainit.model.targets.targets import describe
 from lorainit.runtime import devices, settings
 from lorainit.runtime.disk_cache import DiskCache
@@ -83,7 +83,7 @@ class Base:
         return self.model
 
     def _load(self, on_event: OnEvent) -> None:
-        self._model = self.fresh()
+        self._model = self.load_copy()
         require_finite(self._model)
         if self.quantization:
             self._require_to_run()
@@ -104,8 +104,8 @@ class Base:
 
     def _report_unquantized(self, on_event: OnEvent) -> None:
         if self.four_bits and self.four_bits.kept:
-            facts = {"kind": "data", **self.four_bits.statement(self.dtype)}
-            on_event(Message(message=self.four_bits.sentence(), data=facts))
+            facts = {"kind": "data", **self.four_bits.describe(self.dtype)}
+            on_event(Message(message=self.four_bits.explain(), data=facts))
 
     @torch.no_grad()
     def _require_to_run(self) -> None:
@@ -113,7 +113,7 @@ class Base:
         with as_unsupported(f"The base model does not run with its layers in {self.quantization}"):
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
 
-    def fresh(self, *, in_parts: bool = True) -> nn.Module:
+    def load_copy(self, *, in_parts: bool = True) -> nn.Module:
         """Another copy of the base on the device; of a sharded base, this process's part (see `shard_copy`).
 
         Args:
@@ -128,7 +128,7 @@ class Base:
         """Another whole copy of the base, on this device."""
         return load_model(self.location.folder, dtype=self.dtype, device=device, quantization=self.quantization)
 
-    def devices_for_copy(self, *, tokens: int, factors: int) -> Iterator[torch.device]:
+    def list_devices_for_copy(self, *, tokens: int, factors: int) -> Iterator[torch.device]:
         """Devices with enough free memory for another copy of the base: its own device first, then the CPU.
 
         An iterator, so that free memory is measured just before each device is used.
@@ -143,7 +143,7 @@ class Base:
                 yield device
 
     def has_room_beside(self, *, tokens: int, factors: int) -> bool:
-        """Whether there is memory for a `fresh` copy while this one stays loaded."""
+        """Whether there is memory for a copy of `load_copy` while this one stays loaded."""
         device = torch.device("cpu") if self.sharded else self.device
         return _has_free(memory.copy_bytes(self.model, tokens=tokens, factors=factors), device)
 
@@ -152,7 +152,7 @@ class Base:
         return [cpu] if self.sharded or self.device == cpu else [self.device, cpu]
 
     def shard_copy(self, model: nn.Module, whole: Collection[nn.Parameter] = ()) -> None:
-        """Divide a model that `fresh` has made, if this base is sharded."""
+        """Divide a model that `load_copy` has made, if this base is sharded."""
         if self.sharded:
             shard(model, self.device, world=self.world, whole=whole)
 
@@ -233,7 +233,7 @@ def open_base(spec: RunSpec, out: Path, on_event: OnEvent, *, world: World = SIN
     require_inspected(spec.model, digest)
     sharded = explain_sharding(spec, location.folder, world=world, dtype=dtype, device=device)
     world = replace(world, in_step=bool(sharded))
-    held = four_bits(skeleton) if spec.lora.quantization else None
+    held = choose_four_bits(skeleton) if spec.lora.quantization else None
     experts.install(skeleton)
     weights = spec.model.weights or sum(kind.weights for kind in describe(skeleton)[0])
     base = Base(spec, location, tokenizer, dtype, device, spec.lora.quantization, digest, weights, world, sharded)

@@ -22,9 +22,9 @@ from lorainit.model.forward.probe import (
     RowOutputs,
     Windows,
     convert_to_float32,
-    distances,
     find_windows,
     make_rows,
+    measure_distances,
     run_rows,
     shorten_windows,
 )
@@ -198,7 +198,7 @@ class _LayoutCheck:
         """Whether single rows give other results with this attention than in the reference."""
         _switch(self.model, attention)
         with shorten_windows(self.windows), convert_to_float32(self.model, copy=self.copy):
-            distance = distances(self.alone(self.rows), self.truth)
+            distance = measure_distances(self.alone(self.rows), self.truth)
         return not max(float(d.max() if self.exact else d.median()) for d in distance) <= (
             EXACT if self.exact else BLIND
         )
@@ -209,18 +209,18 @@ class _LayoutCheck:
     def _compare_exactly(self, make_batch: MakeBatch, rows: Rows) -> None:
         with convert_to_float32(self.model, copy=self.copy):
             found = self._see(make_batch)
-        _require(distances(found, self.truth), (EXACT, EXACT), rows, torch.max)
+        _require(measure_distances(found, self.truth), (EXACT, EXACT), rows, torch.max)
 
     def _compare_with_stock(self, make_batch: MakeBatch, rows: Rows) -> None:
-        allowed = [TIMES_STOCK * float(d.median()) for d in distances(self.stock, self.truth)]
-        _require(distances(self._see(make_batch), self.truth), allowed, rows, torch.median)
+        allowed = [TIMES_STOCK * float(d.median()) for d in measure_distances(self.stock, self.truth)]
+        _require(measure_distances(self._see(make_batch), self.truth), allowed, rows, torch.median)
 
     def _compare_without_float32(self, make_batch: MakeBatch, rows: Rows) -> None:
         """Compare in the model's own format, coarsely, and check exactly that rows do not influence each other.
 
         The latter is exact because the gradient of one row's values with respect to another row must be zero.
         """
-        _require(distances(self._see(make_batch), self.truth), (BLIND, BLIND), rows, torch.median)
+        _require(measure_distances(self._see(make_batch), self.truth), (BLIND, BLIND), rows, torch.median)
         for chosen in (True, False):
             found = self._see(make_batch, only=lambda line, chosen=chosen: (line == 0) == chosen)  # type: ignore[misc]
             if any(G.any() for row, G in zip(self.rows, found.gradients, strict=True) if (row.line == 0) != chosen):

@@ -21,13 +21,13 @@ from lorainit.data.chat import tokenizer_time
 from lorainit.model.forward.positions import forget_lengths
 from lorainit.model.layers.quantize import loading_options, settle
 from lorainit.model.source import tokenizer_files
-from lorainit.model.source.completeness import quiet, require_nothing_left
+from lorainit.model.source.completeness import collect_logs, require_nothing_left
 from lorainit.model.source.digest import write_digest
 from lorainit.model.source.examine import build, read_config, require_language_model
-from lorainit.model.source.files import check_folder, stored_weights
+from lorainit.model.source.files import check_folder, list_stored_weights
 from lorainit.model.source.find import find
 from lorainit.model.source.gguf_header import check_header
-from lorainit.model.targets.four_bits import four_bits
+from lorainit.model.targets.four_bits import choose_four_bits
 from lorainit.runtime.refusal import as_unsupported
 
 # The version of the conversion. It is part of the folder's name, so that old conversions are not used after a change.
@@ -97,7 +97,7 @@ def _converted(path: Path, cache: Path) -> Path:
 
 
 def _convert(path: Path, out: Path) -> None:
-    with as_unsupported(f"{path.name} cannot be read as GGUF"), quiet():
+    with as_unsupported(f"{path.name} cannot be read as GGUF"), collect_logs():
         # `trust_remote_code=False` is needed here too, because files beside the GGUF file may name code.
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
@@ -163,7 +163,7 @@ def check_length(location: Location, max_length: int) -> None:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a base. Only fast ones are accepted, because loss masks need character offsets."""
-    if not tokenizer_files.own_files(folder):
+    if not tokenizer_files.find_tokenizer_files(folder):
         raise UnsupportedModel("The base model has no tokenizer.", param="model")
     try:
         with as_unsupported("The base model's tokenizer cannot be loaded"):
@@ -203,10 +203,10 @@ def load_model(
     options: dict[str, Any] = {}
     if quantization is not None:
         assert dtype != "auto"
-        options = loading_options(dtype=dtype, device=device, skip=four_bits(build_skeleton(folder)).skip)
+        options = loading_options(dtype=dtype, device=device, skip=choose_four_bits(build_skeleton(folder)).skip)
     config = read_config(folder)
     require_language_model(config)
-    with as_unsupported("The base model cannot be loaded"), quiet():
+    with as_unsupported("The base model cannot be loaded"), collect_logs():
         loaded: Any = kind.from_pretrained(
             folder,
             config=config,
@@ -218,7 +218,7 @@ def load_model(
             **options,
         )
     model, report = loaded
-    require_nothing_left(report, stored_weights(folder))
+    require_nothing_left(report, list_stored_weights(folder))
     if kind is AutoModelForCausalLM:  # a sharded model has another class, and its parts are on their devices already
         model.to(device)
     model.requires_grad_(requires_grad=False).eval()

@@ -27,7 +27,7 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.model.forward.recompute import layers_of
 from lorainit.model.load import load_model
 from lorainit.model.source.examine import build, read_config
-from lorainit.model.source.files import Stored, stored_weights
+from lorainit.model.source.files import Stored, list_stored_weights
 
 PARAM = "training.shard_base"
 
@@ -44,7 +44,7 @@ def load_shard(folder: Path, *, dtype: torch.dtype, device: torch.device, rank: 
     layers = divisible_layers(skeleton)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     names = [name for name, parameter in skeleton.named_parameters() if id(parameter) in inside]
-    alike = _readable_in_parts(skeleton, stored_weights(folder), size=size)
+    alike = _readable_in_parts(skeleton, list_stored_weights(folder), size=size)
     mesh = init_device_mesh(device.type, (size,))
     kind = _make_sharded_class(type(skeleton), [name for name in names if name in alike], mesh, rank)
     model = load_model(folder, dtype=dtype, device=torch.device("cpu"), kind=kind)

@@ -20,7 +20,7 @@ def examine() -> dict[str, Any]:
     from lorainit.runtime import devices
 
     choices = [
-        {"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in settings.recorded()
+        {"name": c.name, "value": c.value, "why": c.why, "measured": dict(c.measured)} for c in settings.list_recorded()
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {**devices.describe_machine(), "usable_cpus": process_tuning.usable_cpus(), "memory_bytes": memory}

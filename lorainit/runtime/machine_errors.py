@@ -143,10 +143,10 @@ def is_machine_failure(error: BaseException) -> bool:
         find_peer_failure,
         is_host_failure,
     )
-    return any(kind(one) for one in with_causes(error) for kind in kinds)
+    return any(kind(one) for one in list_causes(error) for kind in kinds)
 
 
-def with_causes(error: BaseException) -> Iterator[BaseException]:
+def list_causes(error: BaseException) -> Iterator[BaseException]:
     """The error and those that it was raised from, because libraries wrap errors while they load a model."""
     one: BaseException | None = error
     while one is not None:

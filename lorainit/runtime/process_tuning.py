@@ -30,7 +30,7 @@ def tune_process() -> Message:
     Returns:
         The event that reports the chosen settings.
     """
-    if not settings.recorded():
+    if not settings.list_recorded():
         kept, waiting, gpu = tune_before_torch()
         from lorainit.runtime import matmul  # not before, because this loads torch, which reads the environment once
 
@@ -60,7 +60,7 @@ def keep_compiled_kernels(cache: str | None) -> None:
 
 def settings_event() -> Message:
     """The recorded settings as an event of kind `machine`."""
-    found = settings.recorded()
+    found = settings.list_recorded()
     text = "This machine: " + "; ".join(f"{one.name} = {one.value}" for one in found)
     choices = [{"name": one.name, "value": one.value, "why": one.why, **one.measured} for one in found]
     return Message(message=text, data={"kind": "machine", "choices": choices})

@@ -26,11 +26,11 @@ def record(setting: Setting) -> None:
     _record[setting.name] = setting
 
 
-def recorded() -> tuple[Setting, ...]:
+def list_recorded() -> tuple[Setting, ...]:
     """The settings of this process in order; empty if nothing was set."""
     return tuple(_record.values())
 
 
 def values() -> dict[str, str]:
     """The settings as name and value, for the manifest."""
-    return {setting.name: setting.value for setting in recorded()}
+    return {setting.name: setting.value for setting in list_recorded()}

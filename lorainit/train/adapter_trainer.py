@@ -19,7 +19,7 @@ from lorainit.config.errors import NonFiniteLoss, UpdateOutOfMemory
 from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.context import Run
-from lorainit.data.batches import batches
+from lorainit.data.batches import split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import Sums, add_sums, zero_sums
 from lorainit.runtime.devices import is_out_of_memory
@@ -119,14 +119,14 @@ class AdapterTrainer:
         self.step += 1
         epoch, position = divmod(self.skip + self.step - 1, self.per_epoch)
         if self._epoch[0] != epoch:
-            self._epoch = epoch, self.run.order(epoch)
+            self._epoch = epoch, self.run.order_rows(epoch)
         start = position * self.batch_size
         samples = [self.run.data.samples[i] for i in self._epoch[1][start : start + self.batch_size]]
         self.wanted = sum(map(self.run.objective.count, samples))  # the count of the whole effective batch
         self._seen = sum(len(s.ids) for s in samples)
         self._begun = time.monotonic()
         self._parts: list[Sums] = []
-        pieces = batches(samples, self.run.training_budget, self.run.regime)
+        pieces = split_into_batches(samples, self.run.training_budget, self.run.regime)
         self.pieces, self.idle_passes = pieces[self.world.share], self.world.count_idle_passes(len(pieces))
         return self.pieces
 

@@ -94,7 +94,7 @@ def _tensors(layers: Mapping[str, LoRALinear], optimizer: torch.optim.Optimizer)
         for key, value in layer.state_dict().items():
             if not key.startswith("base."):
                 tensors[f"layer.{name}.{key}"] = value.cpu().contiguous()
-        for key, parameter in layer.trained().items():
+        for key, parameter in layer.trained_parameters().items():
             state = optimizer.state[parameter]
             tensors |= {f"optimizer.{m}.{name}.{key}": value.cpu().contiguous() for m, value in state.items()}
     return tensors
@@ -137,7 +137,7 @@ class Restored:
         found = self._states()
         counting = _counts_on_device(optimizer)
         for name, layer in layers.items():
-            for key, parameter in layer.trained().items():
+            for key, parameter in layer.trained_parameters().items():
                 beside = torch.device("cpu") if id(parameter) not in counting else parameter.device
                 with _reading(self.folder):
                     state = found[f"{name}.{key}"]
@@ -245,7 +245,7 @@ def restore_layers(targets: dict[str, nn.Module], lora: Lora, restored: Restored
             module, start, scale=lora.scaling, subtract=subtract, dropout=lora.dropout, dora=lora.use_dora
         )
         with torch.no_grad():
-            for key, parameter in layer.trained().items():
+            for key, parameter in layer.trained_parameters().items():
                 with _reading(restored.folder):
                     found = restored.tensors[f"layer.{name}.{key}"]
                 parameter.copy_(found)

@@ -15,7 +15,7 @@ import torch
 from lorainit.config.errors import LorainitError, Stopped
 from lorainit.config.events import Message, Stage, Tick
 from lorainit.context import Run
-from lorainit.data.batches import batches
+from lorainit.data.batches import split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.model.forward.loss import Sums, add_sums, forward_backward, zero_sums
 from lorainit.model.layers.group import AdapterSlots
@@ -203,7 +203,7 @@ def _sum_validation(slots: AdapterSlots, trainer: AdapterTrainer, samples: Seque
     """The sums over this process's share of the rows."""
     world, objective = trainer.world, trainer.run.objective
     total = zero_sums(objective, trainer.parameters[0].device)
-    every = batches(samples, trainer.run.evaluation_budget, trainer.run.regime)
+    every = split_into_batches(samples, trainer.run.evaluation_budget, trainer.run.regime)
     pieces = every[world.share]
     for done, piece in enumerate(pieces, start=1):
         batch = trainer.run.base.make_batch(piece)

@@ -22,7 +22,7 @@ from lorainit.model.forward import compiled
 from lorainit.model.forward.recompute import recompute
 from lorainit.model.layers.group import AdapterSlots
 from lorainit.runtime.devices import is_out_of_memory, peak_while, release_memory
-from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, with_causes
+from lorainit.runtime.machine_errors import is_failed_device, is_kernel_assert, list_causes
 from lorainit.train.dry_run import DryRun, clear_model, plan_dry_runs, try_pass, try_update
 
 PARAM = "training"
@@ -233,7 +233,7 @@ def _compile(slots: AdapterSlots, runs: Sequence[Run]) -> None:
     try:
         try_pass(slots, runs, next(plan_dry_runs(runs)))
     except Exception as error:  # any error, because torch's compiler and the C++ compiler behind it raise many kinds
-        if any(is_failed_device(one) or is_kernel_assert(one) for one in with_causes(error)):
+        if any(is_failed_device(one) or is_kernel_assert(one) for one in list_causes(error)):
             raise  # the device is broken, so uncompiled layers would fail too
         compiled.undo(slots.model)
         clear_model(slots, runs)

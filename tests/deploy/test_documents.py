@@ -17,7 +17,7 @@ from api.schemas.job_request import JobRequest
 from lorainit.config.inits import INITS
 from lorainit.config.rates import RATES
 from lorainit.config.spec import RunSpec
-from lorainit.data.formats.conversation import faults
+from lorainit.data.formats.conversation import find_faults
 from lorainit.data.formats.rows import kind_of
 from tests.deploy.test_generated import read
 
@@ -193,6 +193,6 @@ def test_json_in_the_guides_is_what_the_api_takes(page: str) -> None:
     assert blocks
     for block in map(json.loads, blocks):
         if kind_of(block):
-            assert list(faults(block, kind_of(block) or "chat")) == []
+            assert list(find_faults(block, kind_of(block) or "chat")) == []
         else:
             JobRequest.model_validate({"model": "base", "training_file": "file-1", **block})

@@ -192,7 +192,7 @@ def only_training():
     still checked.
     """
     with no_early_check(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fidelity, "held_out", lambda *_: fidelity.HeldOut("training", []))
+        patch.setattr(fidelity, "choose_held_out", lambda *_: fidelity.HeldOut("training", []))
         yield
 
 

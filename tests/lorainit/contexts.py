@@ -35,7 +35,7 @@ def make_context(
         model,
         find_targets(model, wanted),
         data,
-        Lora.model_validate({"init": init, "r": r}).resolved()[0],
+        Lora.model_validate({"init": init, "r": r}).resolve()[0],
         training=Hyperparameters(**recipe),
         size=size,
         total=total,

@@ -7,7 +7,7 @@ from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.context import Run
 from lorainit.data.batches import Budget
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence.line_search import calibration_loss
+from lorainit.init.evidence.line_search import compute_calibration_loss
 from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of
@@ -50,7 +50,7 @@ def context(
         model,
         find_targets(model, wanted),
         dataset_of(samples),
-        Lora.model_validate({"init": init, "r": r, **lora}).resolved()[0],
+        Lora.model_validate({"init": init, "r": r, **lora}).resolve()[0],
         training=Hyperparameters(),
         size=size,
         total=1,
@@ -89,4 +89,4 @@ def loss_with(found: Run, factors, *, sign=1.0) -> float:
 
 def loss_of(found: Run) -> float:
     """The loss of the model as it is."""
-    return calibration_loss(found.model, found.samples, pad=0, device=CPU, budget=Budget(8))
+    return compute_calibration_loss(found.model, found.samples, pad=0, device=CPU, budget=Budget(8))

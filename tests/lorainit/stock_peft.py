@@ -96,5 +96,5 @@ class SameMask(nn.Module):
         self.ours = [layer.dropout]
 
     def forward(self, x):
-        mask = self.ours[0].mask(x.shape, like=x)
+        mask = self.ours[0].make_mask(x.shape, like=x)
         return x if mask is None else x * mask

@@ -116,7 +116,7 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
             "quantization": quantization,
             **SCALINGS[scaling],
         }
-    ).resolved()[0]
+    ).resolve()[0]
     targets = find_targets(model, "all-linear")
     evidence = evidence_for(model, targets, lora, data, folder)
     report = initialize(
@@ -133,7 +133,11 @@ def run_case(folder, data, out, start, scaling, *, dtype="fp32", steps=2, quanti
     sum_losses(model, batch).loss.backward()
     layers = adapted_layers(model).values()
     gradients = {
-        key: sum(float(layer.trained()[key].grad.abs().sum()) for layer in layers if key in layer.trained())
+        key: sum(
+            float(layer.trained_parameters()[key].grad.abs().sum())
+            for layer in layers
+            if key in layer.trained_parameters()
+        )
         for key in ("A", "B", "magnitude")
     }
     model.zero_grad()

@@ -76,7 +76,7 @@ def pefts(kind, layer, *, dropout=0.0):
         "magnitude": found.lora_magnitude_vector["default"].weight,
     }
     with torch.no_grad():
-        for name, parameter in layer.trained().items():
+        for name, parameter in layer.trained_parameters().items():
             theirs[name].copy_(parameter)
     return found, theirs
 
@@ -92,7 +92,7 @@ def test_forward_and_gradients_are_stock_pefts(kind, dropout):
     layer.dropout.key = "a step of a run"
     theirs.lora_dropout["default"] = SameMask(layer)
     outputs = []
-    for module, trained in ((layer, layer.trained()), (theirs, parameters)):
+    for module, trained in ((layer, layer.trained_parameters()), (theirs, parameters)):
         x = normal(2, 5, IN, seed=5).requires_grad_()
         y = module.train()(x)
         gradients = torch.autograd.grad((y * normal(2, 5, OUT, seed=6)).sum(), [x, *trained.values()])
@@ -151,7 +151,7 @@ def test_disabled_layer_is_the_base_and_a_layer_of_rank_0_has_no_magnitude():
     empty = LoRALinear(
         base("linear"), Factors(A=torch.zeros(0, IN), B=torch.zeros(OUT, 0)), scale=S, subtract=False, dora=True
     )
-    assert set(empty.trained()) == {"A", "B"}
+    assert set(empty.trained_parameters()) == {"A", "B"}
     assert torch.equal(empty(x), empty.base(x))
 
 
@@ -198,7 +198,7 @@ def probe(rows):
 
 
 def start(model, probe, init, *, evidence=None, **more):
-    lora = Lora.model_validate({"init": init, "r": 4, "use_dora": True}).resolved()[0]
+    lora = Lora.model_validate({"init": init, "r": 4, "use_dora": True}).resolve()[0]
     targets = find_targets(model, "all-linear")
     return initialize(
         model, targets, lora, seed=0, probe=probe, on_event=lambda event: None, evidence=evidence or {}, **more
@@ -222,7 +222,7 @@ def test_expected_first_step_counts_the_magnitudes(model, probe):
     row_losses(model, probe).mean().backward()
     slopes = dict.fromkeys(("A", "B", "magnitude"), 0.0)
     for layer in adapted_layers(model).values():
-        for key, parameter in layer.trained().items():
+        for key, parameter in layer.trained_parameters().items():
             slopes[key] += float(parameter.grad.abs().sum())
     assert slopes["magnitude"] > 0.01 * sum(slopes.values())
     assert report.summary["expected_first_step_change"] == pytest.approx(-1e-6 * sum(slopes.values()), rel=1e-3)
@@ -305,8 +305,8 @@ def test_run_trains_magnitudes_and_goes_on_from_a_checkpoint_with_the_same_bits(
 
 def test_trainable_parameters_count_the_magnitudes():
     plain, dora = (Lora(init="kaiming", r=4, use_dora=x) for x in (False, True))
-    assert plain.parameters(48, 32) == 4 * (48 + 32)
-    assert dora.parameters(48, 32) == 4 * (48 + 32) + 48
+    assert plain.count_parameters(48, 32) == 4 * (48 + 32)
+    assert dora.count_parameters(48, 32) == 4 * (48 + 32) + 48
 
 
 TAKE_DORA = {name for name, kind in INITS.items() if kind.model_validate({"method": name}).offset == "none"} - {"loftq"}

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lorainit.config.inits import INITS
-from lorainit.data.batches import batches, collate, order
+from lorainit.data.batches import collate, order_rows, split_into_batches
 from lorainit.init.stage import start
 from lorainit.model.layers.weight import weight_of
 from lorainit.model.load import load_model
@@ -63,9 +63,9 @@ def stock(job, base):
 
 def stock_step(job, model, factors, draw):
     """The loop anybody would write: full logits, mean over the batch's trained tokens, clip, AdamW."""
-    samples = [job.data.samples[i] for i in order(job.data, seed=0, epoch=0)[: job.training.batch_size]]
+    samples = [job.data.samples[i] for i in order_rows(job.data, seed=0, epoch=0)[: job.training.batch_size]]
     trained = sum(int(s.trained[1:].sum()) for s in samples)
-    for number, piece in enumerate(batches(samples, job.budget)):
+    for number, piece in enumerate(split_into_batches(samples, job.budget)):
         draw(number)
         batch = collate(piece, pad=0)
         logits = model(input_ids=batch.ids, attention_mask=batch.attention).logits[:, :-1]

@@ -56,7 +56,7 @@ def pefts_trained(init):
 def ours_trained(init, folder):
     """A trained adapter in `folder`, and its logits."""
     model = ours(init)
-    shaken(p for layer in adapted_layers(model).values() for p in layer.trained().values())
+    shaken(p for layer in adapted_layers(model).values() for p in layer.trained_parameters().values())
     export(model, adapted_layers(model), folder, root="tests/tiny")
     return logits(model)
 

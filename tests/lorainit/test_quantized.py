@@ -26,10 +26,10 @@ from lorainit.config.spec import Lora
 from lorainit.data.batches import Budget, collate
 from lorainit.data.reader import load
 from lorainit.export import model_card
-from lorainit.export.check import check, prompts
+from lorainit.export.check import check, make_prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
-from lorainit.init.evidence.gradients import mean_gradients
+from lorainit.init.evidence.gradients import compute_mean_gradients
 from lorainit.init.initialize import initialize
 from lorainit.model import load as load_module
 from lorainit.model.forward.loss import logits_of
@@ -38,8 +38,8 @@ from lorainit.model.layers.layer import adapted_layers, attach, detach
 from lorainit.model.layers.weight import shape_of, was_conv1d, weight_of
 from lorainit.model.load import build_skeleton, load_model
 from lorainit.model.targets import peft_support
-from lorainit.model.targets.four_bits import FourBits, four_bits
-from lorainit.model.targets.targets import find_targets, linear_layers
+from lorainit.model.targets.four_bits import FourBits, choose_four_bits
+from lorainit.model.targets.targets import find_linear_layers, find_targets
 from lorainit.run import run
 from lorainit.runtime import devices
 from tests.lorainit.conftest import make_tokenizer
@@ -81,9 +81,9 @@ def test_the_base_is_the_one_that_anybody_loads_in_nf4(bases, base, dtype):
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_linear_layer_but_the_output_head_is_quantized_with_its_shape(bases, base):
-    full = linear_layers(load_model(bases[base], dtype=torch.float32, device=CPU))
+    full = find_linear_layers(load_model(bases[base], dtype=torch.float32, device=CPU))
     model = nf4(bases[base])
-    layers = linear_layers(model)
+    layers = find_linear_layers(model)
     assert layers.keys() == full.keys()
     assert all(quantize.is_quantized(m) and shape_of(m) == shape_of(full[n]) for n, m in layers.items())
     assert not quantize.is_quantized(model.get_output_embeddings())
@@ -92,8 +92,8 @@ def test_every_linear_layer_but_the_output_head_is_quantized_with_its_shape(base
 
 @pytest.mark.parametrize("base", BASES)
 def test_the_weight_read_back_is_the_rounded_original(bases, base):
-    full = linear_layers(load_model(bases[base], dtype=torch.float32, device=CPU))
-    for name, layer in linear_layers(nf4(bases[base])).items():
+    full = find_linear_layers(load_model(bases[base], dtype=torch.float32, device=CPU))
+    for name, layer in find_linear_layers(nf4(bases[base])).items():
         W, Q, state = weight_of(full[name]), weight_of(layer), layer.weight.quant_state
         packed = layer.weight.data.flatten()
         codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten().long()
@@ -115,7 +115,7 @@ def test_running_the_model_leaves_its_weights_as_they_are(bases, samples, dtype)
 
 
 def test_a_weight_that_is_not_what_the_forward_pass_uses_is_refused(bases, monkeypatch):
-    monkeypatch.setattr(quantize, "dequantized", lambda module: torch.randn(shape_of(module)))
+    monkeypatch.setattr(quantize, "dequantize", lambda module: torch.randn(shape_of(module)))
     with pytest.raises(InitFailed, match="q_proj: the dequantized weight is not the one"):
         nf4(bases["wide-llama"])
 
@@ -190,7 +190,7 @@ def test_what_does_not_combine_is_refused(lora, code, param, text):
 
 def loaded_as_the_card_says(folder, tmp_path):
     """Run the card's own lines, but for the adapter."""
-    held = four_bits(build_skeleton(folder))
+    held = choose_four_bits(build_skeleton(folder))
     loading = quantize.nf4_config(held.skip)
     card = {"root": str(folder), "method": "kaiming", "paper": "", "rank": 4, "alpha": 4.0, "loading": loading}
     model_card.write(tmp_path, **card, unpackable=held.unpackable)
@@ -215,7 +215,7 @@ def test_a_base_that_cannot_be_repacked_for_a_cpu_runs_as_the_card_says(kind, tm
 
 
 def test_the_card_of_a_base_that_can_be_repacked_does_not_speak_of_it(bases):
-    assert not four_bits(build_skeleton(bases["wide-llama"])).unpackable
+    assert not choose_four_bits(build_skeleton(bases["wide-llama"])).unpackable
 
 
 @pytest.mark.parametrize("kind", ["gemma3n", "gemma3-vision", "mamba", "zamba2", "qwen2_moe"])
@@ -237,14 +237,14 @@ def test_the_card_says_how_to_load_the_very_base(kind, tmp_path):
 )
 def test_only_what_gets_no_lora_and_cannot_be_in_four_bits_is_left(tmp_path, kind, kept, quantized):
     model = nf4(make(kind, tmp_path / kind))
-    layers = {name: quantize.is_quantized(module) for name, module in linear_layers(model).items()}
+    layers = {name: quantize.is_quantized(module) for name, module in find_linear_layers(model).items()}
     assert not any(held for name, held in layers.items() if kept in name)
     assert all(held for name, held in layers.items() if quantized in name)
 
 
 def test_where_nothing_has_to_be_left_the_base_is_loaded_as_usual(tmp_path):
     """Routers and gates get no LoRA, and are quantized, as everybody's are."""
-    held = four_bits(build_skeleton(make("qwen2_moe", tmp_path / "base")))
+    held = choose_four_bits(build_skeleton(make("qwen2_moe", tmp_path / "base")))
     assert (held.skip, held.kept) == (None, [])
 
 
@@ -268,7 +268,7 @@ def test_the_gradient_is_that_of_the_dequantized_model(bases, samples, base):
     model = nf4(bases[base])
     copied = copy.deepcopy(model)
     weights = {}
-    for name, layer in linear_layers(copied).items():
+    for name, layer in find_linear_layers(copied).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         linear.weight = nn.Parameter(weight_of(layer))
         if layer.bias is not None:
@@ -282,7 +282,7 @@ def test_the_gradient_is_that_of_the_dequantized_model(bases, samples, base):
         nn.functional.cross_entropy(logits[wanted], sample.ids[1:].long()[wanted]).backward()
     targets = find_targets(model, "all-linear")
     before = bits(model)
-    found = mean_gradients(
+    found = compute_mean_gradients(
         model, targets, samples[:4], pad=0, device=CPU, budget=Budget(2), on_tick=lambda done, total: None
     )
     assert found.keys() == weights.keys()
@@ -335,11 +335,11 @@ def test_the_adapter_of_a_full_precision_base_does_not_speak_of_nf4(spec, tmp_pa
 @pytest.mark.parametrize("base", BASES)
 def test_the_adapter_loads_on_the_full_precision_base_which_is_another_model(bases, samples, tmp_path, base):
     model = nf4(bases[base])
-    lora = Lora.model_validate({"init": "pissa", "r": 4, "quantization": "nf4"}).resolved()[0]
+    lora = Lora.model_validate({"init": "pissa", "r": 4, "quantization": "nf4"}).resolve()[0]
     targets = find_targets(model, "all-linear")
     initialize(model, targets, lora, seed=0, probe=collate(samples[:2], pad=0), on_event=lambda event: None)
     export(model, adapted_layers(model), tmp_path, root="tests/base")
-    texts = prompts(samples)
+    texts = make_prompts(samples)
     effect = observe(model, detach(model), texts, divided=False, on_event=lambda event: None)
 
     def checked(quantization):
@@ -390,7 +390,7 @@ def test_the_cache_does_not_mix_bases(spec, tmp_path):
 
 def test_a_base_that_does_not_run_in_four_bits_is_refused(spec, tmp_path, monkeypatch):
     """As Mamba does not, whose kernels read weights past their layers, if all of them were in four bits."""
-    monkeypatch.setattr(load_module, "four_bits", lambda model: FourBits([], None))
+    monkeypatch.setattr(load_module, "choose_four_bits", lambda model: FourBits([], None))
     source = {"source": str(make("mamba", tmp_path / "mamba"))}
     with pytest.raises(UnsupportedModel, match="does not run with its layers in nf4"):
         run(spec(model=source, lora={"init": "kaiming", "quantization": "nf4"}), tmp_path / "out", lambda event: None)

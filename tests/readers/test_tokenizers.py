@@ -53,7 +53,7 @@ def test_tokenizer_is_the_same_in_every_transformers(reader: str | None, folders
 
 def test_download_has_the_bases_own_tokenizer_files_byte_for_byte(download: Callable[[str], Download]) -> None:
     one = download("kaiming")
-    names = [path.name for path in tokenizer_files.own_files(one.base)]
+    names = [path.name for path in tokenizer_files.find_tokenizer_files(one.base)]
     assert names == ["tokenizer.json", "tokenizer_config.json"]
     for name in names:
         assert (one.folder / name).read_bytes() == (one.base / name).read_bytes()
@@ -98,4 +98,4 @@ def test_tokenizer_larger_than_any_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as stream:
         stream.truncate(tokenizer_files.MAX_BYTES + 1)
     with pytest.raises(UnsupportedModel, match="larger than 256 MiB"):
-        tokenizer_files.own_files(tmp_path)
+        tokenizer_files.find_tokenizer_files(tmp_path)

@@ -83,7 +83,7 @@ class Trained:
         """All ids of a row, and the stretches of them that are trained."""
         rendered = self.render(row)
         assert isinstance(rendered, Rendered), rendered
-        ids, mask, _ = self.encoder.text(rendered.text, rendered.spans)
+        ids, mask, _ = self.encoder.encode_text(rendered.text, rendered.spans)
         flags = [False, *mask.tolist(), False]
         edges = [i for i in range(len(ids) + 1) if flags[i] != flags[i + 1]]
         return ids.tolist(), list(zip(edges[::2], edges[1::2], strict=True))

@@ -33,7 +33,7 @@ __all__ = ["tiny_base"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("service"), ON_ONE_DATABASE]
 RECIPE = {
     "lora": Lora.model_validate({"init": "kaiming", "r": 2, "target_modules": ["q_proj"]})
-    .resolved()[0]
+    .resolve()[0]
     .model_dump(mode="json"),
     "training": Hyperparameters(max_steps=2, batch_size=4, learning_rate=1e-2).model_dump(mode="json"),
 }

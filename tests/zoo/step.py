@@ -32,7 +32,9 @@ class _Reveal(torch.optim.Optimizer):
     """First moves everything at random, so that A and B have gradients; then leaves the gradients in their places."""
 
     def __init__(self, layers: Mapping[str, Any]) -> None:
-        super().__init__([p for layer in layers.values() for p in layer.trained().values()], {"factor": 1.0, "lr": 0.0})
+        super().__init__(
+            [p for layer in layers.values() for p in layer.trained_parameters().values()], {"factor": 1.0, "lr": 0.0}
+        )
         self.steps = 0
 
     @torch.no_grad()

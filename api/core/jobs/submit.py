@@ -21,7 +21,7 @@ from api.core.queue import scheduling
 from api.core.settings import get_settings
 from lorainit.config.inits import CalibratedConfig
 from lorainit.config.resolve import base_learning_rate
-from lorainit.config.spec import HIGHEST_RATE, LOWEST_RATE, Hyperparameters, Lora, why_not_sharded
+from lorainit.config.spec import HIGHEST_RATE, LOWEST_RATE, Hyperparameters, Lora, explain_no_sharding
 
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 CALIBRATION_FILE = "lora.init.calibration_file"
@@ -65,7 +65,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
             code="invalid_value",
             param=f"{_RATES}.max_length",
         )
-    if why := why_not_sharded(order.training, order.lora, devices=order.devices):
+    if why := explain_no_sharding(order.training, order.lora, devices=order.devices):
         raise InvalidValue(why, code="unsupported_combination", param=f"{_RATES}.shard_base")
     if order.devices > (limit := get_settings().devices_per_job):
         raise InvalidValue(
@@ -73,7 +73,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
             code="invalid_value",
             param="resources.devices",
         )
-    lora, choices = order.lora.resolved()
+    lora, choices = order.lora.resolve()
     lora = catalogue.place(lora, entry)
     require_matching(order.echoed, lora, entry)
     _require_agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))

@@ -265,7 +265,7 @@ def count_parameters(lora: Lora, entry: Entry) -> tuple[int, int]:
     names = tuple(lora.target_modules)
     counts = [target_modules.count_chosen(target, names) for target in entry.targets]
     parameters = sum(
-        lora.parameters(target.out_features, target.in_features) * count
+        lora.count_parameters(target.out_features, target.in_features) * count
         for target, count in zip(entry.targets, counts, strict=True)
     )
     return sum(counts), parameters

@@ -23,7 +23,7 @@ from lorainit.data.chat.turns import (
     find_marks,
     insert_marks,
 )
-from lorainit.data.formats.conversation import Fault, trained
+from lorainit.data.formats.conversation import Fault, is_trained
 from lorainit.system.host_failure import is_host_failure
 
 _PROBE = "zq_probe"
@@ -80,7 +80,7 @@ class Template:
         """
         _ = self._required
         messages, tools = value["messages"], value["tools"]
-        last = max(i for i, m in enumerate(messages) if trained(m))
+        last = max(i for i, m in enumerate(messages) if is_trained(m))
         options = {"tools": tools or None}
         if "parallel_tool_calls" in value:
             options["parallel_tool_calls"] = value["parallel_tool_calls"]
@@ -96,14 +96,14 @@ class Template:
 
     def _answers(self, messages: Messages, options: dict[str, Any]) -> Rendered | Fault:
         text = self._text(messages, options)
-        turns = [i for i, m in enumerate(messages) if trained(m)]
+        turns = [i for i, m in enumerate(messages) if is_trained(m)]
         border = self._find_border(text, messages, options)
         found = self._find_only_answer(text, messages, turns, border) or self._find_answers(text, messages, options)
         if found is None:
             why = "writes other words around a message when one of its words changes, so the answers"
             return Fault("template_error", "messages", f"the base model's chat template {why} cannot be told apart.")
         try:
-            answers = Conversation(text, messages, found, self._traits).answers(turns, border)
+            answers = Conversation(text, messages, found, self._traits).find_answers(turns, border)
         except AmbiguousAnswer as lost:
             return Fault("template_error", f"messages[{lost.index}]", f"messages[{lost.index}]: {lost}")
         warnings = dict[str, Fault]()

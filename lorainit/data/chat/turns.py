@@ -129,7 +129,7 @@ class Conversation:
     positions: list[tuple[int, int]]
     traits: TemplateTraits
 
-    def answers(self, turns: Sequence[int], border: Border | None) -> list[Answer]:
+    def find_answers(self, turns: Sequence[int], border: Border | None) -> list[Answer]:
         """The trained turns in order.
 
         Args:

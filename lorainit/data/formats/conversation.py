@@ -27,13 +27,13 @@ class Fault(NamedTuple):
     text: str
 
 
-def faults(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
+def find_faults(row: dict[str, Any], kind: Kind) -> Iterator[Fault]:
     """All faults of a row of this kind that can be found without a tokenizer."""
     check = {"chat": _chat, "prompt_completion": _prompt_completion, "preference": _preference}[kind]
     return check(row)
 
 
-def warnings(row: dict[str, Any], kind: Kind, doubled: Sequence[str] = ()) -> Iterator[Fault]:
+def find_warnings(row: dict[str, Any], kind: Kind, doubled: Sequence[str] = ()) -> Iterator[Fault]:
     """Warnings about a valid row. `doubled`: keys that one of its objects has twice."""
     messages = row["messages"] if kind == "chat" else []
     if key := next(iter([*doubled, *_doubled_arguments(messages)]), None):
@@ -45,7 +45,7 @@ def warnings(row: dict[str, Any], kind: Kind, doubled: Sequence[str] = ()) -> It
         return
     if "functions" in row or any("function_call" in m or m["role"] == "function" for m in messages):
         yield Fault("deprecated_functions", None, "functions and function_call are deprecated; converted to tools.")
-    last = max(i for i, m in enumerate(messages) if trained(m))
+    last = max(i for i, m in enumerate(messages) if is_trained(m))
     if last + 1 < len(messages):
         text = f"the {len(messages) - last - 1} messages after the last trained turn are not used."
         yield Fault("trailing_messages_dropped", f"messages[{last + 1}]", text)
@@ -61,7 +61,7 @@ def _doubled_arguments(messages: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def trained(message: dict[str, Any]) -> bool:
+def is_trained(message: dict[str, Any]) -> bool:
     """Whether this message is trained: an assistant message whose weight is not 0."""
     return bool(message["role"] == "assistant" and message.get("weight", 1) != 0)
 
@@ -81,7 +81,7 @@ def _chat(row: dict[str, Any]) -> Iterator[Fault]:
         return
     if not any(m["role"] == "assistant" for m in messages):
         yield Fault("example_missing_assistant_message", "messages", "no message has the role assistant.")
-    elif not any(trained(m) for m in messages):
+    elif not any(is_trained(m) for m in messages):
         yield Fault("no_trainable_tokens", "messages", "every assistant message has weight 0.")
 
 

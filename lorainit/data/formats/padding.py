@@ -14,7 +14,7 @@ _VALUES = {"default", "const", "enum", "examples"}
 _EMPTY = {"tool_calls", "annotations"}
 
 
-def without_padding(row: dict[str, Any]) -> dict[str, Any]:
+def remove_padding(row: dict[str, Any]) -> dict[str, Any]:
     """A copy of the row without null keys, also in its messages, calls and tools. `row` itself is not changed."""
     row = _filled(row)
     for key in ("messages", "preferred_output", "non_preferred_output"):
@@ -24,7 +24,7 @@ def without_padding(row: dict[str, Any]) -> dict[str, Any]:
         if isinstance(row.get(key), list):
             row[key] = [_schema(tool) for tool in row[key]]
     if isinstance(row.get("input"), dict):
-        row["input"] = without_padding(row["input"])
+        row["input"] = remove_padding(row["input"])
     return row
 
 

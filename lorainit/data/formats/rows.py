@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 from pydantic import BaseModel, ConfigDict
 
 from lorainit.data.formats import strict_json
-from lorainit.data.formats.conversation import PREFERENCE_KEYS, Fault, Kind, faults, shows_nothing, warnings
-from lorainit.data.formats.padding import without_padding
+from lorainit.data.formats.conversation import PREFERENCE_KEYS, Fault, Kind, find_faults, find_warnings, shows_nothing
+from lorainit.data.formats.padding import remove_padding
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
 KEPT_PROBLEMS = 20
@@ -74,7 +74,7 @@ class BadRow:
     count: int = 1
 
 
-def problem(line: int, fault: Fault) -> Problem:
+def make_problem(line: int, fault: Fault) -> Problem:
     """The problem that a fault of a row is: with its line, and cut to a limited length."""
     text = f"Line {line}: {_shortened(fault.text, LONGEST_TEXT)}"
     place = fault.param and _shortened(fault.param, LONGEST_PLACE)
@@ -90,7 +90,7 @@ def read_rows(path: str | Path) -> Iterator[Row | BadRow]:
     """The rows of a JSONL file in order, valid ones normalized. Blank lines are skipped, but have a line number."""
     with Path(path).open("rb") as stream:
         for row in scan(stream):
-            yield replace(row, value=normalized(row.value, row.kind)) if isinstance(row, Row) else row
+            yield replace(row, value=normalize(row.value, row.kind)) if isinstance(row, Row) else row
 
 
 @dataclass
@@ -131,7 +131,7 @@ def scan(stream: BinaryIO, seen: Seen | None = None) -> Iterator[Row | BadRow]:
 
 def _make_bad_row(line: int, found: Iterator[Fault], seen: Seen) -> BadRow:
     """A row with these faults. No message is made for those beyond `seen.room`, because nobody would see it."""
-    kept = tuple(problem(line, fault) for fault in islice(found, seen.room))
+    kept = tuple(make_problem(line, fault) for fault in islice(found, seen.room))
     return BadRow(line, kept, len(kept) + sum(1 for _ in islice(found, COUNTED_IN_A_ROW - len(kept))))
 
 
@@ -147,13 +147,13 @@ def _check_row(
         )
     notes = list[Problem]()
     if doubled or not is_plain(row):
-        found = faults(row, kind)
+        found = find_faults(row, kind)
         if (first := next(found, None)) is not None:
             return _make_bad_row(line, chain((first,), found), seen)
-        notes += [problem(line, fault) for fault in warnings(row, kind, doubled)]
+        notes += [make_problem(line, fault) for fault in find_warnings(row, kind, doubled)]
     digest = blake2b(raw.strip(), digest_size=8).digest()
     if digest in seen.digests:
-        notes.append(problem(line, Fault("duplicate_row", None, "the same row appears earlier in the file.")))
+        notes.append(make_problem(line, Fault("duplicate_row", None, "the same row appears earlier in the file.")))
     elif len(seen.digests) < DUPLICATE_WINDOW:
         seen.digests.add(digest)
     return Row(line, kind, row, tuple(notes))
@@ -207,7 +207,7 @@ def _parse(raw: bytes | None, doubled: list[str]) -> dict[str, Any] | Fault:
     if not isinstance(row, dict):
         what = "a list, and a row is an object" if isinstance(row, list) else "not an object"
         return Fault("data_type", None, f"the row is {what}.")
-    return without_padding(row) if b"null" in raw or b"[]" in raw else row
+    return remove_padding(row) if b"null" in raw or b"[]" in raw else row
 
 
 # --- the kind of a row --------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def is_plain(row: dict[str, Any]) -> bool:
 # --- normalization -----------------------------------------------------------------------------
 
 
-def normalized(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
+def normalize(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """A valid row in the one format that the chat templates get.
 
     Chat becomes `{"messages", "tools"[, "parallel_tool_calls"]}`. Contents are strings, or None beside tool calls. The

@@ -6,20 +6,20 @@ from typing import Any
 from lorainit.config.inits import InitConfig
 from lorainit.context import Run
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence.directions import principal_directions
-from lorainit.init.evidence.gradients import gradient_evidence
-from lorainit.init.evidence.line_search import lora_one_evidence
-from lorainit.init.evidence.moments import second_moments
-from lorainit.init.evidence.originals import original_weights
+from lorainit.init.evidence.directions import collect_principal_directions
+from lorainit.init.evidence.gradients import collect_gradients
+from lorainit.init.evidence.line_search import collect_for_lora_one
+from lorainit.init.evidence.moments import collect_second_moments
+from lorainit.init.evidence.originals import open_original_weights
 from lorainit.init.evidence.preheat import preheat
 
 COLLECTORS: dict[str, Callable[[Any, Run], dict[str, Evidence]]] = {
-    "loftq": original_weights,
-    "lora_ga": gradient_evidence,
-    "lora_one": lora_one_evidence,
+    "loftq": open_original_weights,
+    "lora_ga": collect_gradients,
+    "lora_one": collect_for_lora_one,
     "hrp": preheat,
-    "eva": principal_directions,
-    "corda": second_moments,
+    "eva": collect_principal_directions,
+    "corda": collect_second_moments,
 }
 
 

@@ -6,15 +6,15 @@ from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits.data import EVA
 from lorainit.context import Run
-from lorainit.data.batches import batches
+from lorainit.data.batches import split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.inputs import calibration_rows, collect_inputs, shared_inputs
-from lorainit.init.evidence.pca import PCA, converged, spread_ranks
+from lorainit.init.evidence.inputs import choose_calibration_rows, collect_inputs, find_shared_inputs
+from lorainit.init.evidence.pca import PCA, has_converged, spread_ranks
 from lorainit.init.methods.eva import alive_directions
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.targets.names import listed
+from lorainit.model.targets.names import list_first
 from lorainit.runtime.devices import make_generator
 
 # The rows are repeated until the directions converge, at most `MAX_PASSES` times. With few batches that would be too
@@ -22,12 +22,13 @@ from lorainit.runtime.devices import make_generator
 MAX_PASSES, MIN_BATCHES = 8, 64
 
 
-def principal_directions(config: EVA, run: Run) -> dict[str, Evidence]:
+def collect_principal_directions(config: EVA, run: Run) -> dict[str, Evidence]:
     """Principal directions of each layer's inputs, and the rank of each layer.
 
     The inputs are those of trained tokens (`use_label_mask`, PEFT's default) or of all tokens but padding. Each of the
     first `samples` rows is used once. Then they are repeated until no direction that is needed changes from one batch
-    to the next (`converged`). The sum of the ranks is r times the number of layers, and no layer gets more than rho·r.
+    to the next (`has_converged`). The sum of the ranks is r times the number of layers, and no layer gets more than
+    rho·r.
 
     An expert is `starved` if too few tokens reach it, or if all other layers have converged and it has not. It then
     gets no share of the ranks.
@@ -37,9 +38,9 @@ def principal_directions(config: EVA, run: Run) -> dict[str, Evidence]:
         InitFailed: the directions have not converged; the message lists the layers.
         OutOfMemory: they take more than is free.
     """
-    rows = calibration_rows(config, run)
-    pieces = batches(rows, run.evidence_budget, run.regime)
-    leader = shared_inputs(run, pieces[0])
+    rows = choose_calibration_rows(config, run)
+    pieces = split_into_batches(rows, run.evidence_budget, run.regime)
+    leader = find_shared_inputs(run, pieces[0])
     widths = {n: min(round(config.rho * run.lora.r), *shape_of(m)) for n, m in run.targets.items()}
     # Twice, because the directions before a batch are kept to compare them with those after it.
     numbers = 2 * sum(widths[g] * shape_of(run.targets[g])[1] for g in dict.fromkeys(leader.values()))
@@ -77,7 +78,9 @@ def _run_until_converged(
         bids = {name: states[leader[name]].ratios[: widths[name]] for name in leader}
         ranks = spread_ranks(bids, run.lora.r * len(leader))
         needed = {g: max(ranks[name] for name in leader if leader[name] == g) for g in states}
-        moving = [g for g, state in states.items() if not converged(before[g], state.directions, needed[g], config.tau)]
+        moving = [
+            g for g, state in states.items() if not has_converged(before[g], state.directions, needed[g], config.tau)
+        ]
         # All processes end together, because rounding may differ between them, and on a divided base they make each
         # pass together.
         if not run.any_rank(bool(moving)):
@@ -88,8 +91,8 @@ def _run_until_converged(
         leader = _without(moving, leader, states)
         return spread_ranks({n: states[leader[n]].ratios[: widths[n]] for n in leader}, run.lora.r * len(leader))
     raise InitFailed(
-        f"EVA's directions still change after {limit} batches in {listed(unsettled)}: more rows, larger micro-batches"
-        f" or a lower tau than {config.tau:g} help.",
+        f"EVA's directions still change after {limit} batches in {list_first(unsettled)}: more rows, larger"
+        f" micro-batches or a lower tau than {config.tau:g} help.",
         param="lora.init.tau",
     )
 
@@ -130,7 +133,7 @@ def _refuse_starved(states: dict[str, PCA], widths: dict[str, int]) -> None:
     if starved:
         fewest = min(states[name].tokens for name in starved)
         raise UnsupportedInit(
-            f"EVA needs more tokens than directions, and {listed(starved)} got {fewest}: more or longer calibration"
+            f"EVA needs more tokens than directions, and {list_first(starved)} got {fewest}: more or longer calibration"
             " rows, or a smaller r.",
             param="lora.init.samples",
         )

@@ -16,19 +16,19 @@ from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Tick
 from lorainit.config.inits.data import LoRAGA, LoRAOne
 from lorainit.context import Run
-from lorainit.data.batches import Budget, Regime, any_length, batches, collate
+from lorainit.data.batches import Budget, Regime, any_length, collate, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
 from lorainit.init.evidence.rows import warn_few_rows
 from lorainit.model.forward.loss import NEXT_TOKEN, Objective, backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.targets.names import listed
+from lorainit.model.targets.names import list_first
 
 OnTick = Callable[[int, int], None]
 
 
-def gradient_evidence(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]:
+def collect_gradients(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]:
     """The gradient of each target over the first rows.
 
     Experts with a zero gradient are `starved`.
@@ -38,7 +38,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]
         InitFailed: a gradient is not finite.
         OutOfMemory: the gradients take more than is free.
     """
-    rows = calibration_rows(config, run)
+    rows = choose_calibration_rows(config, run)
     numbers = sum(out * n for out, n in map(shape_of, run.targets.values()))
     what = f"{config.method}'s gradient of every matrix"
     memory.require_memory(run, what, numbers=numbers, device=torch.device("cpu"))
@@ -46,7 +46,7 @@ def gradient_evidence(config: LoRAGA | LoRAOne, run: Run) -> dict[str, Evidence]
     def tick(done: int, total: int) -> None:
         run.emit(Tick(done=done, total=total))
 
-    found = mean_gradients(
+    found = compute_mean_gradients(
         run.model,
         run.targets,
         rows,
@@ -72,7 +72,7 @@ def split_rows(config: LoRAGA | LoRAOne, run: Run) -> tuple[Sequence[Sample], Se
     return usable[: config.samples], usable[config.samples : 2 * config.samples]
 
 
-def calibration_rows(config: LoRAGA | LoRAOne, run: Run) -> Sequence[Sample]:
+def choose_calibration_rows(config: LoRAGA | LoRAOne, run: Run) -> Sequence[Sample]:
     """The first `samples` rows that have a trained token. If there are fewer, a warning is emitted.
 
     Raises:
@@ -89,7 +89,7 @@ def calibration_rows(config: LoRAGA | LoRAOne, run: Run) -> Sequence[Sample]:
     return rows
 
 
-def mean_gradients(
+def compute_mean_gradients(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
     rows: Sequence[Sample],
@@ -112,7 +112,7 @@ def mean_gradients(
     sums: dict[str, Tensor] = {}
     done = 0
     with _gradients_taken_away(model, targets, sums):
-        for piece in batches(rows, budget, regime):
+        for piece in split_into_batches(rows, budget, regime):
             backward([objective.row_losses(model, collate(piece, pad=pad).to(device)).sum()])
             done += len(piece)
             on_tick(done, len(rows))
@@ -186,14 +186,14 @@ def refuse_unusable(gradients: Mapping[str, Tensor]) -> None:
     broken = [name for name, G in gradients.items() if not G.isfinite().all()]
     if broken:
         raise InitFailed(
-            f"The gradient is not finite in {listed(broken)}: usually the base model overflows on these rows, often"
+            f"The gradient is not finite in {list_first(broken)}: usually the base model overflows on these rows, often"
             " because the precision is too low.",
             param="lora.init",
         )
     dead = [name for name, G in gradients.items() if not G.any()]
     if dead:
         raise UnsupportedInit(
-            f"The gradient is zero in {listed(dead)}: the calibration rows do not use the module, or their trained"
+            f"The gradient is zero in {list_first(dead)}: the calibration rows do not use the module, or their trained"
             " tokens do not depend on it. Leave it out of target_modules or give other rows.",
             param="lora.init",
         )

@@ -18,12 +18,12 @@ from lorainit.data.dataset import Sample
 from lorainit.init.evidence.rows import warn_few_rows
 from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.experts import ExpertLinear
-from lorainit.model.targets.names import listed
+from lorainit.model.targets.names import list_first
 
 OnInputs = Callable[[str, Tensor, list[int]], None]
 
 
-def calibration_rows(config: EVA | CorDA, run: Run) -> Sequence[Sample]:
+def choose_calibration_rows(config: EVA | CorDA, run: Run) -> Sequence[Sample]:
     """The first `samples` rows. If there are fewer, a warning is emitted.
 
     Raises:
@@ -37,7 +37,7 @@ def calibration_rows(config: EVA | CorDA, run: Run) -> Sequence[Sample]:
     return rows
 
 
-def shared_inputs(run: Run, piece: Sequence[Sample]) -> dict[str, str]:
+def find_shared_inputs(run: Run, piece: Sequence[Sample]) -> dict[str, str]:
     """For each target the first target that gets the same tensor object as its input; itself if it is the first.
 
     Experts share nothing. Whether tokens reach them is not checked here, because one batch cannot tell.
@@ -58,7 +58,7 @@ def shared_inputs(run: Run, piece: Sequence[Sample]) -> dict[str, str]:
         logits_of(run.model, batch)
     unreached = [name for name in run.targets if name not in leader]
     if unreached:
-        raise UnsupportedInit(f"The calibration rows never reach {listed(unreached)}.", param="lora.target_modules")
+        raise UnsupportedInit(f"The calibration rows never reach {list_first(unreached)}.", param="lora.target_modules")
     return {name: leader[name] for name in run.targets}
 
 

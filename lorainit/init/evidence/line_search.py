@@ -19,10 +19,10 @@ from lorainit.config.errors import InitFailed
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits.data import LoRAOne
 from lorainit.context import Run
-from lorainit.data.batches import Budget, Regime, any_length, batches, collate
+from lorainit.data.batches import Budget, Regime, any_length, collate, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, StepSearch
-from lorainit.init.evidence.gradients import gradient_evidence, split_rows
+from lorainit.init.evidence.gradients import collect_gradients, split_rows
 from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.layer import LoRALinear, adapted_layers, attach
@@ -33,13 +33,13 @@ from lorainit.runtime.devices import make_generator
 GAMMAS = tuple(4.0**k for k in range(8, 1, -1))
 
 
-def lora_one_evidence(config: LoRAOne, run: Run) -> dict[str, Evidence]:
+def collect_for_lora_one(config: LoRAOne, run: Run) -> dict[str, Evidence]:
     """The gradient of each target and, with gamma "auto", the step that suits this model.
 
     Raises:
-        As `gradient_evidence` and `search_step`.
+        As `collect_gradients` and `search_step`.
     """
-    evidence = gradient_evidence(config, run)
+    evidence = collect_gradients(config, run)
     if config.gamma != "auto":
         return evidence
     rows, unseen = split_rows(config, run)
@@ -68,12 +68,14 @@ def search_step(
         scale = run.lora.scaling / gamma
         for layer in adapted_layers(run.model).values():
             layer.scale = scale
-        loss = calibration_loss(run.model, rows, pad=run.base.pad, device=run.device, budget=budget, regime=regime)
+        loss = compute_calibration_loss(
+            run.model, rows, pad=run.base.pad, device=run.device, budget=budget, regime=regime
+        )
         run.emit(Tick(done=len(tried) + 1, total=len(GAMMAS) + 2))
         return loss if math.isfinite(loss) else math.inf
 
     budget, regime = run.evidence_budget, run.regime
-    base = calibration_loss(run.model, rows, pad=run.base.pad, device=run.device, budget=budget, regime=regime)
+    base = compute_calibration_loss(run.model, rows, pad=run.base.pad, device=run.device, budget=budget, regime=regime)
     with _attached(config, run, evidence):
         for gamma in GAMMAS:
             tried[gamma] = loss_at(gamma)
@@ -90,7 +92,7 @@ def search_step(
 
 
 @torch.no_grad()
-def calibration_loss(
+def compute_calibration_loss(
     model: nn.Module,
     rows: Sequence[Sample],
     *,
@@ -100,7 +102,7 @@ def calibration_loss(
     regime: Regime = any_length,
 ) -> float:
     """Mean over rows of each row's mean loss: the same loss that the gradient was computed of."""
-    pieces = (collate(piece, pad=pad).to(device) for piece in batches(rows, budget, regime))
+    pieces = (collate(piece, pad=pad).to(device) for piece in split_into_batches(rows, budget, regime))
     return sum(float(row_losses(model, batch).sum()) for batch in pieces) / len(rows)
 
 

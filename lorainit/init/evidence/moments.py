@@ -9,19 +9,19 @@ from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Tick
 from lorainit.config.inits.data import CorDA
 from lorainit.context import Run
-from lorainit.data.batches import batches
+from lorainit.data.batches import split_into_batches
 from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.inputs import calibration_rows, collect_inputs, shared_inputs
+from lorainit.init.evidence.inputs import choose_calibration_rows, collect_inputs, find_shared_inputs
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
-from lorainit.model.targets.names import listed
+from lorainit.model.targets.names import list_first
 
 # The most bytes of second moments on an accelerator at a time, so that most of its memory is left for the passes. More
 # moments than that are collected in several blocks.
 DEVICE_BYTES = 4 << 30
 
 
-def second_moments(config: CorDA, run: Run) -> dict[str, Evidence]:
+def collect_second_moments(config: CorDA, run: Run) -> dict[str, Evidence]:
     """Mean over rows of XᵀX for each layer, in×in float32, where X is the row's inputs divided by their `_size`.
 
     The results are on the CPU and take in² · 4 bytes for every group of layers that share an input. An accelerator
@@ -33,9 +33,9 @@ def second_moments(config: CorDA, run: Run) -> dict[str, Evidence]:
         InitFailed: a layer's inputs are not finite.
         OutOfMemory: the moments take more memory than is free.
     """
-    rows = calibration_rows(config, run)
-    pieces = batches(rows, run.evidence_budget, run.regime)
-    leader = shared_inputs(run, pieces[0])
+    rows = choose_calibration_rows(config, run)
+    pieces = split_into_batches(rows, run.evidence_budget, run.regime)
+    leader = find_shared_inputs(run, pieces[0])
     sides = {g: shape_of(run.targets[g])[1] for g in dict.fromkeys(leader.values())}
     moments: dict[str, Tensor] = {}
     what, numbers = "corda's second moment of every layer's inputs", sum(n * n for n in sides.values())
@@ -87,11 +87,12 @@ def _blocks(sides: dict[str, int], limit: int | None) -> list[list[str]]:
 
 def _refuse_moments(moments: dict[str, Tensor], silent: list[str]) -> None:
     if silent:
-        raise UnsupportedInit(f"No input but zeros reached {listed(silent)}.", param="lora.init")
+        raise UnsupportedInit(f"No input but zeros reached {list_first(silent)}.", param="lora.init")
     broken = [name for name, C in moments.items() if not C.isfinite().all()]
     if broken:
         raise InitFailed(
-            f"The second moment of the inputs is not finite in {listed(broken)}: the largest entry of a row is close"
-            ' to zero, and the authors\' rule divides by it. With balance "equal" it is the largest absolute entry.',
+            f"The second moment of the inputs is not finite in {list_first(broken)}: the largest entry of a row is"
+            ' close to zero, and the authors\' rule divides by it. With balance "equal" it is the largest absolute'
+            " entry.",
             param="lora.init.balance",
         )

@@ -61,7 +61,7 @@ class PCA:
         return (self.S.double().square() / max(self.total, torch.finfo(torch.float64).tiny)).cpu()
 
 
-def converged(before: Tensor, after: Tensor, rank: int, tau: float) -> bool:
+def has_converged(before: Tensor, after: Tensor, rank: int, tau: float) -> bool:
     """Whether each of the first `rank` directions has cosine >= tau with the span of the first `rank` before.
 
     PEFT compares each direction with the one at its own place. We do not, because two directions of nearly equal

@@ -18,7 +18,7 @@ from lorainit.config.errors import NonFiniteLoss, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits.data import HRP
 from lorainit.context import Run
-from lorainit.data.batches import batches, collate
+from lorainit.data.batches import collate, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import Evidence, memory
 from lorainit.init.methods._linalg import normal
@@ -158,14 +158,14 @@ def _stream(run: Run) -> Iterator[list[Sample]]:
     size = run.training.batch_size
     assert size != "auto"
     for epoch in count():
-        shuffled = run.order(epoch)
+        shuffled = run.order_rows(epoch)
         for start in range(0, len(shuffled), size):
             yield [run.data.samples[i] for i in shuffled[start : start + size]]
 
 
 def _accumulate(samples: list[Sample], step: int, steps: int, run: Run) -> float:
     """Compute the gradients of one effective batch, in micro-batches as in training. Returns its loss."""
-    pieces = batches(samples, run.evidence_budget, run.regime)
+    pieces = split_into_batches(samples, run.evidence_budget, run.regime)
     count = run.objective.count
     wanted = sum(map(count, samples))
     loss = 0.0

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from lorainit.config.inits import INITS
-from lorainit.init.methods.loftq import correction
+from lorainit.init.methods.loftq import measure_correction
 from lorainit.model.layers.factors import Factors
 
 METHODS: dict[str, Callable[..., Factors]] = {
@@ -19,6 +19,6 @@ METHODS: dict[str, Callable[..., Factors]] = {
 }
 
 # Functions from the report entries of all layers to further fields of `job.init_report`, by method.
-SUMMARIES: dict[str, Callable[[Sequence[dict[str, Any]]], dict[str, Any]]] = {"loftq": correction}
+SUMMARIES: dict[str, Callable[[Sequence[dict[str, Any]]], dict[str, Any]]] = {"loftq": measure_correction}
 
 __all__ = ["METHODS", "SUMMARIES"]

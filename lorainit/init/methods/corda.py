@@ -41,7 +41,7 @@ def corda(
         raise InitFailed("CorDA needs the second moment of the inputs, and none was collected.", param="lora.init")
     # kpm in float64, because C is badly conditioned and the smallest singular values of W·C need more than 7 digits.
     dtype = torch.float64 if config.mode == "kpm" else torch.float32
-    C, inverse, damping = damped(evidence.second_moment.to(weight.device, dtype))
+    C, inverse, damping = damp(evidence.second_moment.to(weight.device, dtype))
     U, S, Vh = torch.linalg.svd(weight.to(dtype) @ C, full_matrices=False)
     part = slice(None, rank) if config.mode == "ipm" else last_alive(S, rank=rank, floor=DEAD)
     if part is None:
@@ -55,7 +55,7 @@ def corda(
     return Factors(A=(t * found.A).float(), B=(found.B / t).float(), facts={"damping": damping})
 
 
-def damped(C: Tensor) -> tuple[Tensor, Tensor, float]:
+def damp(C: Tensor) -> tuple[Tensor, Tensor, float]:
     """C + δ·mean(diag C)·I, its inverse, and δ: 0.01, doubled until the inverse is accurate.
 
     Raises:

@@ -49,7 +49,7 @@ def loftq(
     return Factors(A=found.A, B=found.B, facts=facts)
 
 
-def correction(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def measure_correction(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`quantization_error`: ‖W - Q‖/‖W‖ `before` and ‖W - Q - s·B·A‖/‖W‖ `after`, over all modules."""
     whole = sum(m["original_norm"] ** 2 for m in modules)
     before, after = (

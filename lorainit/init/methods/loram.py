@@ -36,12 +36,12 @@ def loram(
     if not config.min_rank <= rank <= min(m, n):
         bounds = f"{config.min_rank} <= r <= {min(m, n)}"
         raise UnsupportedInit(f"LoRAM needs {bounds} here (got {rank}).", param="lora.r")
-    P, S = bases(m, n, rank, config=config, generator=generator)
+    P, S = make_bases(m, n, rank, config=config, generator=generator)
     if config.tracking is None:
         beta = magnitude(weight, P, S, scale=scale, config=config)
     else:
         reference = _reference(weight, evidence, rank=rank, scale=scale, config=config, generator=generator)
-        beta = tracked(reference, P, S, config=config)
+        beta = compute_beta(reference, P, S, config=config)
     return Factors(A=(beta * S.T).contiguous().float().to(weight.device), B=(beta * P).float().to(weight.device))
 
 
@@ -61,7 +61,7 @@ def rank_factor(m: int, n: int, r: float) -> float:
     return math.log(r) / math.log(min(m, n))
 
 
-def bases(m: int, n: int, r: int, *, config: LoRAM, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def make_bases(m: int, n: int, r: int, *, config: LoRAM, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """P (m×r) and S (n×r) in float64: the method's sine bases or one of the paper's ablations."""
     if config.basis == "dst":
         return sine_basis(m, r), sine_basis(n, r)
@@ -85,7 +85,7 @@ def magnitude(weight: Tensor, P: Tensor, S: Tensor, *, scale: float, config: LoR
     return float((beta4 / scale**2 if config.scale_aware else beta4) ** 0.25)
 
 
-def tracked(reference: Factors, P: Tensor, S: Tensor, *, config: LoRAM) -> float:
+def compute_beta(reference: Factors, P: Tensor, S: Tensor, *, config: LoRAM) -> float:
     """beta from beta⁴ = var[B'·A']/var[P·Sᵀ], with the factors of another method. Neither Q nor the scale is used."""
     B, A = reference.B.cpu().double(), reference.A.T.cpu().double()
     if config.magnitude == "second_moment":

@@ -51,7 +51,7 @@ def compile_layers(model: nn.Module) -> None:
     config.compile_threads = 1  # otherwise the compiler starts processes, which could outlive ours
     for kind in (LoRALinear, GroupedLinear):
         _keep_out(kind)
-    for module in experts.runners(model):
+    for module in experts.find_runners(model):
         module.forward = torch.compiler.disable(module.forward)
     AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))
     for layer in layers_of(model):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorainit.data.batches import Batch, Budget, Regime, batches
+from lorainit.data.batches import Batch, Budget, Regime, split_into_batches
 from lorainit.data.dataset import Sample
 
 _WORDS = ("window", "chunk", "local_attention")  # the last is ModernBERT's
@@ -63,7 +63,7 @@ def run_rows(
         only: which rows, by line, are in the sum whose gradient is taken.
     """
     values, gradients = dict[int, Tensor](), dict[int, Tensor]()
-    for piece in batches(rows, Budget(size), regime):
+    for piece in split_into_batches(rows, Budget(size), regime):
         batch = make_batch(piece)
         hidden, leaf = _run(model, batch)
         spans = _spans(piece, batch)
@@ -126,7 +126,7 @@ def _run(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 # --- how far apart ------------------------------------------------------------------------------
 
 
-def distances(found: RowOutputs, truth: RowOutputs) -> tuple[Tensor, Tensor]:
+def measure_distances(found: RowOutputs, truth: RowOutputs) -> tuple[Tensor, Tensor]:
     """The relative distance at each token of all rows, for the values and for the gradients.
 
     A tenth of the usual norm in the row is added to the divisor, so that tokens with a tiny norm do not dominate.

@@ -32,13 +32,13 @@ class ExpertLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The expert's matrix as out×in, even if the base stores in×out."""
-        W = self.stack.whole("weight")[self.number]
+        W = self.stack.gather("weight")[self.number]
         return W.T if self.stack.transposed else W
 
     @property
     def bias(self) -> Tensor | None:
         """The expert's bias (out), or None."""
-        return None if self.stack.bias is None else self.stack.whole("bias")[self.number]
+        return None if self.stack.bias is None else self.stack.gather("bias")[self.number]
 
     @property
     def out_features(self) -> int:
@@ -88,7 +88,7 @@ class ExpertStack(nn.ModuleList):
         self.tokens: Tensor | None = None
         self.of = 0
 
-    def whole(self, name: str) -> Tensor:
+    def gather(self, name: str) -> Tensor:
         """The whole parameter. If the base is sharded, outside of a pass, all processes must call this together."""
         found: Tensor = getattr(self, name)
         return found.full_tensor() if hasattr(found, "full_tensor") else found
@@ -101,16 +101,16 @@ def install(model: nn.Module) -> dict[str, ExpertStack]:
     """Put a layer for each expert's matrix into `model`, in place; the stacks by name (`…experts.gate_up_proj`).
 
     Installing twice changes nothing. Works on meta tensors too. Experts that an architecture runs by code of its own
-    stay as they are (`moe.left_out`).
+    stay as they are (`moe.find_left_out`).
     """
     for module in list(model.modules()):
         names = _projections(module)
         if names:
             _stand_before(module, names)
-    return stacks(model)
+    return find_stacks(model)
 
 
-def stacks(model: nn.Module) -> dict[str, ExpertStack]:
+def find_stacks(model: nn.Module) -> dict[str, ExpertStack]:
     """The installed stacks by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ExpertStack)}
 
@@ -142,7 +142,7 @@ def _stand_before(module: Any, names: tuple[str, str]) -> None:
     module.forward = partial(route, module)
 
 
-def runners(model: nn.Module) -> Iterator[Any]:
+def find_runners(model: nn.Module) -> Iterator[Any]:
     """The modules whose `forward` is ours. They are not compiled, because their choice of rows depends on the data."""
     for module in model.modules():
         if any(isinstance(child, ExpertStack) for child in module.children()):

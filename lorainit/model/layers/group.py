@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorainit.model.layers.layer import LoRALinear, attach
-from lorainit.model.layers.low_rank import low_rank
+from lorainit.model.layers.low_rank import apply_low_rank
 
 Layers = Mapping[str, LoRALinear]
 Spans = list[tuple[int, int]]  # first token and end of each adapter's part of a pass
@@ -34,8 +34,8 @@ class GroupedLinear(nn.Module):
         if any(layer is not None and layer.magnitude is not None for layer, _ in pairs):
             # Each adapter's rows go through separately, because DoRA's output is not W·x plus a low-rank product.
             return torch.cat([(layer or self.base)(x[..., start:stop, :]) for layer, (start, stop) in pairs], dim=-2)
-        slots = [layer.slot(*span, like=x) for layer, span in pairs if layer is not None and len(layer.A)]
-        return low_rank(x, self.base, slots)
+        slots = [layer.make_slot(*span, like=x) for layer, span in pairs if layer is not None and len(layer.A)]
+        return apply_low_rank(x, self.base, slots)
 
 
 def group_layers(adapters: Sequence[Layers], spans: Spans) -> dict[str, GroupedLinear]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from lorainit.model.layers.factors import Factors
-from lorainit.model.layers.low_rank import Slot, low_rank
+from lorainit.model.layers.low_rank import Slot, apply_low_rank
 from lorainit.model.layers.weight import weight_of
 
 
@@ -62,7 +62,7 @@ class LoRALinear(nn.Module):
         if dora and len(factors.A):
             self.magnitude = nn.Parameter(self._row_norms())
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: `A`, `B` and, with DoRA, `magnitude`."""
         return dict(self.named_parameters(recurse=False))
 
@@ -73,11 +73,11 @@ class LoRALinear(nn.Module):
             return y
         if self.magnitude is not None:
             return self._dora(x, self.magnitude)
-        return low_rank(x, self.base, [self.slot(0, x.numel() // x.shape[-1], like=x)])
+        return apply_low_rank(x, self.base, [self.make_slot(0, x.numel() // x.shape[-1], like=x)])
 
-    def slot(self, start: int, stop: int, *, like: Tensor) -> Slot:
+    def make_slot(self, start: int, stop: int, *, like: Tensor) -> Slot:
         """This adapter's factors for rows `start` to `stop` of a flattened input like `like`, with a dropout mask."""
-        mask = self.dropout.mask((stop - start, like.shape[-1]), like=like)
+        mask = self.dropout.make_mask((stop - start, like.shape[-1]), like=like)
         return Slot(start, stop, self.A, self.B, self.A0, self.B0, self.scale, mask)
 
     def _dora(self, x: Tensor, magnitude: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class LoRALinear(nn.Module):
         With dropout the second term uses the masked x too, as in PEFT.
         """
         y: Tensor = self.base(x)
-        mask = self.dropout.mask(x.shape, like=x)
+        mask = self.dropout.make_mask(x.shape, like=x)
         dropped = x if mask is None else x * mask
         Wx = y if mask is None else self.base(dropped)
         Wx = Wx.to(magnitude.dtype)
@@ -132,7 +132,7 @@ class Dropout(nn.Module):
         self.p = p
         self.key: str | None = None
 
-    def mask(self, shape: Sequence[int], *, like: Tensor) -> Tensor | None:
+    def make_mask(self, shape: Sequence[int], *, like: Tensor) -> Tensor | None:
         """0 with probability p, else 1/(1 - p), in the dtype and on the device of `like`; None when off."""
         if self.key is None or not self.p:
             return None

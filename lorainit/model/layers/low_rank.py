@@ -33,7 +33,7 @@ class Slot(NamedTuple):
     mask: Tensor | None
 
 
-def low_rank(x: Tensor, base: nn.Module, slots: Sequence[Slot]) -> Tensor:
+def apply_low_rank(x: Tensor, base: nn.Module, slots: Sequence[Slot]) -> Tensor:
     """Map (..., in) to (..., out) in x's dtype; for rows without a slot only the base is used.
 
     In float32 each slot has matrix products of its own. Therefore, on a CPU, an adapter's values and gradients are the

@@ -59,7 +59,7 @@ def is_quantized(module: nn.Module) -> bool:
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
-def dequantized(module: nn.Module) -> Tensor:
+def dequantize(module: nn.Module) -> Tensor:
     """A copy of a quantized module's weight as its forward pass uses it, out×in, in the run's dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
@@ -98,7 +98,7 @@ def _verify(name: str, layer: Any) -> None:
     """Run the identity matrix through the layer and compare the result with the dequantized weight."""
     eye = torch.eye(layer.in_features, dtype=layer.compute_dtype, device=layer.weight.device)
     used = layer(eye)
-    read = F.linear(eye, dequantized(layer), layer.bias)
+    read = F.linear(eye, dequantize(layer), layer.bias)
     if not torch.linalg.vector_norm(used - read) <= ROUNDING * torch.linalg.vector_norm(read):
         raise InitFailed(
             f"{name}: the dequantized weight is not the one that the forward pass uses; this bitsandbytes does not"

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorainit.model.layers.quantize import dequantized, is_quantized
+from lorainit.model.layers.quantize import dequantize, is_quantized
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear module as out×in. transformers' `Conv1D` stores in×out, and an NF4 layer four bits."""
     if is_quantized(module):
-        return dequantized(module)
+        return dequantize(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     if hasattr(weight, "full_tensor"):  # sharded, and outside of a pass: all processes must call this together

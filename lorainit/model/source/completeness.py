@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.source.files import Stored, counted, stored_weights
+from lorainit.model.source.files import Stored, list_first, list_stored_weights
 from lorainit.model.source.tied_weights import require_same_where_tied
 from lorainit.runtime.machine_errors import is_machine_failure
 
@@ -34,10 +34,10 @@ def require_complete(folder: Path, skeleton: nn.Module) -> None:
     Args:
         skeleton: the folder's model on the meta device; not changed.
     """
-    stored = stored_weights(folder)
+    stored = list_stored_weights(folder)
     held = {name: _hollow(weight) for name, weight in stored.items()}
     kind: Any = type(skeleton)
-    with quiet() as complaints:
+    with collect_logs() as complaints:
         try:
             loaded, report = kind.from_pretrained(
                 None,
@@ -88,7 +88,7 @@ def require_nothing_left(report: dict[str, Any], stored: dict[str, Stored] | Non
     shapes = {name: weight.shape for name, weight in (stored or {}).items()}
     left = [name for name in report["unexpected_keys"] if not _is_leftover(name, shapes.get(name))]
     if missing := sorted(report["missing_keys"]):
-        raise _refusal(f"The base model's files lack {_weights(missing)} of the model: {counted(missing)}.")
+        raise _refusal(f"The base model's files lack {_weights(missing)} of the model: {list_first(missing)}.")
     if wrong := sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]):
         name, found, wanted = wrong[0]
         raise _refusal(
@@ -98,7 +98,7 @@ def require_nothing_left(report: dict[str, Any], stored: dict[str, Stored] | Non
     if left:
         raise _refusal(
             f"The base model's files hold {_weights(left)} that the causal language model of its config.json has no use"
-            f" for: {counted(left)}."
+            f" for: {list_first(left)}."
         )
 
 
@@ -121,7 +121,7 @@ def _unfit(complaints: list[str], stored: dict[str, Stored]) -> UnsupportedModel
     """The error for weights whose shapes do not allow transformers' joining or splitting."""
     text = " ".join(" ".join(complaints).split())
     named = [name for name in stored if name in text]
-    where = counted(named) if named else text[-300:]
+    where = list_first(named) if named else text[-300:]
     return _refusal(f"Weights in the base model's files do not fit together: {where}.")
 
 
@@ -130,7 +130,7 @@ def _refusal(message: str) -> UnsupportedModel:
 
 
 @contextmanager
-def quiet() -> Iterator[list[str]]:
+def collect_logs() -> Iterator[list[str]]:
     """Collect what transformers would log inside, and draw no progress bars."""
     said: list[str] = []
     logger = transformers_logging.get_logger("transformers")

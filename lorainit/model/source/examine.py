@@ -19,8 +19,8 @@ from transformers import (
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.source.causal import require_causal
-from lorainit.model.source.completeness import quiet, require_complete
-from lorainit.model.source.files import MAX_CONFIG_BYTES, check_folder, read_object, stored_weights
+from lorainit.model.source.completeness import collect_logs, require_complete
+from lorainit.model.source.files import MAX_CONFIG_BYTES, check_folder, list_stored_weights, read_object
 from lorainit.runtime.refusal import as_unsupported
 
 
@@ -31,7 +31,7 @@ def examine(folder: Path) -> nn.Module:
         UnsupportedModel: it is not a causal language model, or its files are broken or incomplete.
     """
     check_folder(folder)
-    with quiet():
+    with collect_logs():
         config = read_config(folder)
         require_language_model(config)
         _require_as_many_weights_as_layers(folder, config)
@@ -124,7 +124,7 @@ def require_language_model(config: Any) -> None:
 
 def _require_as_many_weights_as_layers(folder: Path, config: Any) -> None:
     """Refuse more layers than there are weights, because building a billion layers would never end."""
-    layers, weights = getattr(config.get_text_config(), "num_hidden_layers", 0), len(stored_weights(folder))
+    layers, weights = getattr(config.get_text_config(), "num_hidden_layers", 0), len(list_stored_weights(folder))
     if isinstance(layers, int) and layers > weights:
         raise UnsupportedModel(
             f"config.json says num_hidden_layers = {layers}, and the files hold {weights} weights.", param="model"

@@ -219,7 +219,7 @@ def _numbers(value: dict[str, Any]) -> Iterator[tuple[str, float]]:
 # --- weights -------------------------------------------------------------------------------------
 
 
-def stored_weights(folder: Path) -> dict[str, Stored]:
+def list_stored_weights(folder: Path) -> dict[str, Stored]:
     """All tensors of the files that transformers would load, by name, from the files' headers alone.
 
     Raises:
@@ -261,7 +261,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for file in files:
         held = set(read_header(file))
         if lost := [name for name, where in names.items() if where == file.name and name not in held]:
-            raise _refusal(f"{file.name} lacks {counted(lost)}, which {index.name} promises.")
+            raise _refusal(f"{file.name} lacks {list_first(lost)}, which {index.name} promises.")
     return files
 
 
@@ -305,7 +305,7 @@ def _span(file: Path, name: str, entry: Any) -> tuple[int, int]:
     return begin, stop
 
 
-def counted(names: list[str], most: int = 5) -> str:
+def list_first(names: list[str], most: int = 5) -> str:
     """Names for a message: the first few, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(_short, sorted(names)[:most])) + more

@@ -42,7 +42,7 @@ def find(source: str) -> Found:
         if path is None:
             raise
         raise type(error)(f"There is no folder {path.absolute()}. {error.message}", param="model") from error
-    return Found(hub.pinned(on_hub[0], folder), folder, on_hub[0])
+    return Found(hub.pin_source(on_hub[0], folder), folder, on_hub[0])
 
 
 def _nothing(source: str, path: Path | None) -> str:

@@ -42,7 +42,7 @@ def fetch(repository: str, revision: str | None) -> Path:
     return folder
 
 
-def pinned(repository: str, folder: Path) -> str:
+def pin_source(repository: str, folder: Path) -> str:
     """The source that names exactly the commit that was downloaded to `folder`."""
     return f"{HUB}{repository}@{folder.name}" if folder.parent.name == _SNAPSHOTS else f"{HUB}{repository}"
 

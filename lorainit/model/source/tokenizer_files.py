@@ -33,7 +33,7 @@ MAX_BYTES = 256 << 20  # for all files together; the largest known vocabulary (G
 _PRIVATE = ("backend", "is_local", "local_files_only", "processor_class", "tokenizer_file", "name_or_path")
 
 
-def own_files(folder: Path) -> list[Path]:
+def find_tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer files of a base model.
 
     Raises:
@@ -51,7 +51,7 @@ def own_files(folder: Path) -> list[Path]:
 
 def copy(tokenizer: Any, folder: Path, out: Path) -> None:
     """Put the tokenizer into `out`: a copy of the files in `folder` or, if there are none, newly written files."""
-    files = own_files(folder)
+    files = find_tokenizer_files(folder)
     for path in files:
         copied = out / path.relative_to(folder)
         copied.parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.source.files import counted
+from lorainit.model.source.files import list_first
 
 # Tokens that are added to rows automatically.
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -36,7 +36,7 @@ def require_rows(tokenizer: Any, model: Any) -> None:
     special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= rows and token not in special]
     if beyond:
-        raise _refusal(rows, f"the vocabulary has tokens with higher numbers: {counted(beyond)}")
+        raise _refusal(rows, f"the vocabulary has tokens with higher numbers: {list_first(beyond)}")
 
 
 def require_known(texts: Iterable[Tensor | Sequence[int]], tokenizer: Any, model: Any) -> None:

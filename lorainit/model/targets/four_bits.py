@@ -37,12 +37,12 @@ class FourBits:
     skip: list[str] | None
     unpackable: bool = False
 
-    def statement(self, dtype: torch.dtype) -> dict[str, Any]:
+    def describe(self, dtype: torch.dtype) -> dict[str, Any]:
         """What a download's manifest says about the base."""
         config = {**nf4_config(self.skip), "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
         return {"bitsandbytes": config, "not_quantized": [layer.model_dump() for layer in self.kept]}
 
-    def sentence(self) -> str:
+    def explain(self) -> str:
         """Which layers are not quantized, for the job's events."""
         names = dict[str, list[str]]()
         for layer in self.kept:
@@ -51,7 +51,7 @@ class FourBits:
         return f"Not in four bits, but in the run's own precision: {told}."
 
 
-def four_bits(model: nn.Module) -> FourBits:
+def choose_four_bits(model: nn.Module) -> FourBits:
     """Decide which layers of this base are quantized.
 
     Args:

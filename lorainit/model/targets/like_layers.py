@@ -13,7 +13,7 @@ from torch import Tensor, nn
 _PLACE = re.compile(r"(^|_)(idx|index|layer_id|block_id)$")
 
 
-def like_layers(model: Any) -> dict[str, str]:
+def find_like_layers(model: Any) -> dict[str, str]:
     """Full names of layers that are like an earlier one, each with the name of the earlier one.
 
     Layers are alike if their modules have the same classes, plain attributes and shapes, and the same entries in the
@@ -52,7 +52,7 @@ def _looks(layer: nn.Module, place: int) -> Iterator[Hashable]:
         yield name, tensor.shape, tensor.dtype
 
 
-def counterpart(name: str, alike: Mapping[str, str]) -> str:
+def find_counterpart(name: str, alike: Mapping[str, str]) -> str:
     """The name of the same module in the earlier layer that its layer is like; the name itself if there is none."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorainit.config.events import Message
 from lorainit.config.spec import Lora
-from lorainit.model.layers.experts import ExpertLinear, stacks
+from lorainit.model.layers.experts import ExpertLinear, find_stacks
 from lorainit.model.layers.weight import shape_of
 
 FLOAT = 4  # bytes of what is trained
@@ -20,10 +20,10 @@ OWN_WAY = "their architecture runs them in a way of its own, which is not adapte
 
 def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> list[Message]:
     """The messages about a mixture; none for other models. Must be called before adapters are attached."""
-    outside, held = left_out(model), _expert_weights(model)
+    outside, held = find_left_out(model), _expert_weights(model)
     if not outside and not held:
         return []
-    whole = sum(matrices(model).values())
+    whole = sum(count_weights(model).values())
     adapted = sum(out * n for out, n in map(shape_of, targets.values()))
     experts = [module for module in targets.values() if isinstance(module, ExpertLinear)]
     facts: dict[str, Any] = {
@@ -51,7 +51,7 @@ def describe(model: nn.Module, targets: Mapping[str, nn.Module], lora: Lora) -> 
 
 def _cost(targets: Mapping[str, nn.Module], experts: list[ExpertLinear], lora: Lora, facts: dict[str, Any]) -> Message:
     """How much is adapted, and how much memory that takes: factors, gradients and the optimizer's two moments."""
-    trained = sum(lora.parameters(*shape_of(module)) for module in targets.values())
+    trained = sum(lora.count_parameters(*shape_of(module)) for module in targets.values())
     copies = 5 if lora.method.offset == "subtract" else 4  # the subtracted start is kept too
     facts |= {"trainable_parameters": trained, "adapter_bytes": copies * FLOAT * trained}
     text = (
@@ -71,7 +71,7 @@ def _percent(share: float) -> str:
 # --- counting --------------------------------------------------------------------------------------
 
 
-def matrices(model: Any) -> dict[str, int]:
+def count_weights(model: Any) -> dict[str, int]:
     """How many numbers each weight of two or more dimensions has, without embeddings and output head."""
     aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     head = model.get_output_embeddings()
@@ -79,14 +79,14 @@ def matrices(model: Any) -> dict[str, int]:
     return {name: n for name, p, n in _weights(model) if id(p) not in aside}
 
 
-def left_out(model: nn.Module) -> dict[str, int]:
+def find_left_out(model: nn.Module) -> dict[str, int]:
     """Experts' parameters without layers of ours, by name, with how many numbers they have."""
-    ours = {id(stack.weight) for stack in stacks(model).values()}
+    ours = {id(stack.weight) for stack in find_stacks(model).values()}
     return {name: n for name, p, n in _weights(model) if id(p) not in ours and _is_of_experts(model, name)}
 
 
 def _expert_weights(model: nn.Module) -> int:
-    return sum(_elements(stack.weight) for stack in stacks(model).values())
+    return sum(_elements(stack.weight) for stack in find_stacks(model).values())
 
 
 def _weights(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, int]]:

@@ -12,7 +12,7 @@ def pattern_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def listed(names: Sequence[str]) -> str:
+def list_first(names: Sequence[str]) -> str:
     """The first five names for a message, and how many more there are."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

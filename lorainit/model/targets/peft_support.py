@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM
 
 from lorainit.config.errors import UnsupportedModel
-from lorainit.model.targets.like_layers import counterpart, like_layers, skip
+from lorainit.model.targets.like_layers import find_counterpart, find_like_layers, skip
 from lorainit.model.targets.names import pattern_of
 from lorainit.runtime.machine_errors import is_machine_failure
 
@@ -47,7 +47,7 @@ _HARMLESS = re.compile(r"\.(dtype|device|shape|ndim|size\()")
 # --- names as PEFT reads them ---------------------------------------------------------------------
 
 
-def rewritten(model: nn.Module, names: Sequence[str]) -> list[str]:
+def find_rewritten(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Those of these layers that PEFT, with transformers 5, mistakes for experts of an older file format.
 
     PEFT looks only at the last part of a name: it turns `mlp.gate_proj` of a dense layer or of a shared expert into
@@ -75,7 +75,7 @@ def _is_rewritten(model: nn.Module, leaf: str) -> bool:
 
 def as_peft_names(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     """`target_modules` and `target_parameters` of an adapter on these layers (full names)."""
-    apart = set(rewritten(model, names))
+    apart = set(find_rewritten(model, names))
     return {
         "target_modules": [name for name in names if name not in apart],
         "target_parameters": [f"{name}.weight" for name in names if name in apart],
@@ -85,7 +85,7 @@ def as_peft_names(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]
 # --- the trial -------------------------------------------------------------------------------------
 
 
-def refusals(model: Any, names: Sequence[str]) -> dict[str, str]:
+def find_refusals(model: Any, names: Sequence[str]) -> dict[str, str]:
     """Why some of these layers cannot carry a LoRA that stock PEFT reads; layers without an entry can.
 
     Args:
@@ -130,8 +130,8 @@ def _refusals(key: _Key, names: tuple[str, ...]) -> Mapping[str, str]:
 
 def _try(config: Any, names: Sequence[str]) -> dict[str, str]:
     """Try one of the layers that are alike; its result counts for all of them."""
-    alike = like_layers(_built(config))
-    spokesman = {name: counterpart(name, alike) for name in names}
+    alike = find_like_layers(_built(config))
+    spokesman = {name: find_counterpart(name, alike) for name in names}
     end = time.thread_time() + MAX_SECONDS
     found = _try_each(config, list(dict.fromkeys(spokesman.values())), end)
     return {name: found[one] for name, one in spokesman.items() if one in found}
@@ -183,7 +183,7 @@ def _built(config: Any) -> Any:
 
 def _skeleton(config: Any) -> Any:
     model = _built(config)
-    skip(model, like_layers(model))
+    skip(model, find_like_layers(model))
     if hasattr(model, "set_experts_implementation"):
         with suppress(ValueError):  # no experts here, or experts of their own
             model.set_experts_implementation("batched_mm")  # because the others read which tokens go to which expert

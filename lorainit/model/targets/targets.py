@@ -19,7 +19,7 @@ from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.groups import group_of
 from lorainit.model.targets.moe import OWN_WAY
 from lorainit.model.targets.names import short_names
-from lorainit.model.targets.peft_support import refusals, rewritten
+from lorainit.model.targets.peft_support import find_refusals, find_rewritten
 
 TOWER = "it belongs to a vision or audio tower, which text does not pass through"
 ROUTER = "it is a router or gate: which experts run would jump with it"
@@ -44,7 +44,7 @@ class Layer:
     dora: bool
 
 
-def linear_layers(model: Any) -> dict[str, nn.Module]:
+def find_linear_layers(model: Any) -> dict[str, nn.Module]:
     """All linear layers by name, in the model's order, without the output embedding.
 
     In a mixture each expert's matrix is one layer (`…experts.down_proj.3`), if `experts.install` was called before.
@@ -62,13 +62,13 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
 
 def survey(model: nn.Module) -> dict[str, Layer]:
     """Every linear layer by its full name, with or without weights (a skeleton on the meta device will do)."""
-    found = linear_layers(model)
+    found = find_linear_layers(model)
     paths = {name: full_name(name, module) for name, module in found.items()}
     plain = {name: module for name, module in found.items() if not isinstance(module, ExpertLinear)}
     told = {name: _refusal(model, name, module) for name, module in plain.items()} | _registered_twice(model, plain)
     if isinstance(model, PreTrainedModel):  # a copy for the trial can be built only from transformers' configuration
-        told |= refusals(model, [name for name in plain if not told[name]])
-    parameters = {name for name in found if name not in plain} | set(rewritten(model, list(plain)))
+        told |= find_refusals(model, [name for name in plain if not told[name]])
+    parameters = {name for name in found if name not in plain} | set(find_rewritten(model, list(plain)))
     groups = {name: group_of(model, name) for name in found}
     kinds = {path: (groups[name], told.get(name), name in parameters) for name, path in paths.items()}
     others = {name for name, _ in model.named_modules() if name} - set(found) - set(kinds)

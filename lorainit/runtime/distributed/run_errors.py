@@ -116,7 +116,7 @@ def translate_error(error: Exception) -> LorainitError | None:
     """The error as a `LorainitError`; None if it is no known failure."""
     if isinstance(error, LorainitError):
         return error
-    found = (_translate_machine_error(one) for one in machine_errors.with_causes(error))
+    found = (_translate_machine_error(one) for one in machine_errors.list_causes(error))
     return next((ours for ours in found if ours), None) or _translate_model_error(error)
 
 

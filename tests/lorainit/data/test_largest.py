@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lorainit.data.batches import Budget, batches
+from lorainit.data.batches import Budget, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.data.largest import Rows, Size, size_of
 
@@ -39,7 +39,7 @@ def test_no_draw_makes_a_larger_pass(seed, packed):
         largest = size_of(Rows(samples, most).largest_pass(budget), packed=packed)
         for _ in range(40):
             drawn = chance.sample(samples, min(len(samples), chance.randint(most, 20)))
-            for piece in batches(drawn, budget, regime):
+            for piece in split_into_batches(drawn, budget, regime):
                 size = size_of(piece, packed=packed)
                 assert largest.covers(size), (largest, size, budget, [len(s.ids) for s in samples])
 
@@ -72,4 +72,4 @@ def test_whether_a_step_may_need_several_passes_is_known_of_all_steps(packed):
         budget = Budget(most, chance.randint(1, 400), packed)
         if Rows(samples, most).takes_one_pass(budget):
             for _ in range(20):
-                assert len(batches(chance.sample(samples, min(len(samples), most)), budget)) == 1
+                assert len(split_into_batches(chance.sample(samples, min(len(samples), most)), budget)) == 1

@@ -13,7 +13,7 @@ from lorainit.config.errors import (
     UnsupportedModel,
 )
 from lorainit.config.spec import Data
-from lorainit.data.batches import Budget, batches, collate, order
+from lorainit.data.batches import Budget, collate, order_rows, split_into_batches
 from lorainit.data.dataset import Sample, require_readable
 from lorainit.data.reader import load
 from tests.lorainit.conftest import PLAIN_TEMPLATE, chat, make_tokenizer, write_rows
@@ -216,19 +216,19 @@ def test_chat_rows_need_a_template(tmp_path):
 def test_order_depends_on_seed_epoch_and_file_only(tmp_path, rows, tokenizer):
     data = load(rows, tokenizer, max_length=256)
     again = load(write_rows(tmp_path / "copy.jsonl", rows.read_text().splitlines()), tokenizer, max_length=200)
-    first = order(data, seed=3, epoch=0)
+    first = order_rows(data, seed=3, epoch=0)
     assert sorted(first) == list(range(12))
-    assert first == order(again, seed=3, epoch=0)
-    assert first != order(data, seed=3, epoch=1)
-    assert first != order(data, seed=4, epoch=0)
+    assert first == order_rows(again, seed=3, epoch=0)
+    assert first != order_rows(data, seed=3, epoch=1)
+    assert first != order_rows(data, seed=4, epoch=0)
     other = load(write_rows(tmp_path / "o.jsonl", [*rows.read_text().splitlines(), json.dumps(chat("x", "y"))]),
                  tokenizer, max_length=256)  # fmt: skip
-    assert first != [i for i in order(other, seed=3, epoch=0) if i < 12]
+    assert first != [i for i in order_rows(other, seed=3, epoch=0) if i < 12]
 
 
 def test_batches_hold_every_row_once_and_padding_is_masked(rows, tokenizer):
     data = load(rows, tokenizer, max_length=256)
-    pieces = batches(data.samples, Budget(5))
+    pieces = split_into_batches(data.samples, Budget(5))
     assert sorted(s.line for piece in pieces for s in piece) == list(range(1, 13))
     assert [len(piece) for piece in pieces] == [5, 5, 2]
     batch = collate(pieces[0], pad=7)
@@ -248,7 +248,7 @@ def test_a_pass_holds_as_many_tokens_as_its_budget_and_a_longer_row_goes_alone(p
         Sample(n, torch.zeros(n, dtype=torch.int32), torch.ones(n, dtype=torch.bool)) for n in (2, 9, 4, 1, 6, 2, 3)
     ]
     budget = Budget(3, 9 if packed else 8, packed)
-    assert [[len(s.ids) for s in piece] for piece in batches(rows, budget)] == expected
+    assert [[len(s.ids) for s in piece] for piece in split_into_batches(rows, budget)] == expected
 
 
 def read_with_expression(expression, tmp_path, *texts, **options):

@@ -40,7 +40,7 @@ def silent(_event) -> None:
 
 def layers_of(model, *, targets="all-linear", step=None, **lora):
     """Layers away from their start: far, or by one small step."""
-    wanted = Lora.model_validate({"init": "kaiming", "r": 4, **lora}).resolved()[0]
+    wanted = Lora.model_validate({"init": "kaiming", "r": 4, **lora}).resolve()[0]
     found = {name: module for name, module in find_targets(model, targets).items() if min(weight_of(module).shape) >= 4}
     layers = make_trial_adapter(found, wanted, device=CPU)
     return layers if step is None else {name: stepped(name, layer, step) for name, layer in layers.items()}
@@ -53,7 +53,7 @@ def stepped(name, layer, step):
     B = layer.B if subtract else torch.zeros_like(layer.B)
     young = LoRALinear(layer.base, Factors(layer.A, B), scale=layer.scale, subtract=subtract, dora=dora)
     generator = make_generator(1, name)
-    for parameter in young.trained().values():
+    for parameter in young.trained_parameters().values():
         parameter.add_(step * torch.randn(parameter.shape, generator=generator))
     return young
 

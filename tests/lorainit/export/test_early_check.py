@@ -125,7 +125,7 @@ def test_a_base_on_which_no_adapter_can_do_anything_is_refused_before_it_is_trai
 def test_a_model_that_runs_past_pefts_layer_is_noticed_though_each_layer_by_itself_is_right(
     spec, tmp_path, monkeypatch
 ):
-    with_peft = check.with_stock_peft
+    with_peft = check.load_with_stock_peft
 
     def bypassed(base, folder):
         model = with_peft(base, folder)
@@ -133,7 +133,7 @@ def test_a_model_that_runs_past_pefts_layer_is_noticed_though_each_layer_by_itse
         module.forward = lambda x: nn.functional.linear(x, module.down_proj.weight.T[:32, :])
         return model
 
-    monkeypatch.setattr(check, "with_stock_peft", bypassed)
+    monkeypatch.setattr(check, "load_with_stock_peft", bypassed)
     with pytest.raises(ExportCheckFailed, match="the logits of"):
         run(spec(), tmp_path, lambda event: None)
 
@@ -142,7 +142,7 @@ def test_a_model_that_runs_past_pefts_layer_is_noticed_though_each_layer_by_itse
 def test_the_trial_does_something_in_every_layer_whatever_the_method_starts_with(bases):
     model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
     for options in ({"init": "kaiming"}, {"init": "loram"}, {"init": "eva"}, {"use_dora": True, "init": "kaiming"}):
-        lora = Lora.model_validate({"r": 4, **options}).resolved()[0]
+        lora = Lora.model_validate({"r": 4, **options}).resolve()[0]
         for layer in make_trial_adapter(find_targets(model, "all-linear"), lora, device=CPU).values():
             assert isinstance(layer, LoRALinear)
             x = torch.randn(64, layer.A.shape[1], generator=torch.Generator().manual_seed(0))

@@ -16,14 +16,14 @@ from lorainit.data.batches import collate
 from lorainit.data.dataset import Dataset, Sample
 from lorainit.data.reader import load
 from lorainit.export import early_check, fidelity
-from lorainit.export.check import with_stock_peft
-from lorainit.export.fidelity import HeldOut, held_out, measure, token_losses
+from lorainit.export.check import load_with_stock_peft
+from lorainit.export.fidelity import HeldOut, choose_held_out, measure, measure_token_losses
 from lorainit.export.peft_adapter import export
 from lorainit.init.initialize import initialize
 from lorainit.model.forward import attention
 from lorainit.model.layers.layer import adapted_layers, weight_of
 from lorainit.model.load import load_model
-from lorainit.model.targets.targets import find_targets, linear_layers
+from lorainit.model.targets.targets import find_linear_layers, find_targets
 from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 
@@ -126,7 +126,7 @@ def test_merged_in_fp32_is_the_trained_model(trained, lora):
 
 def test_every_loss_is_what_a_user_of_stock_peft_would_measure(stored, trained):
     facts, _, adapter = trained("bf16", YOUNG)
-    rows = held_out(load(stored / "rows.jsonl", make_tokenizer(), max_length=256), None)
+    rows = choose_held_out(load(stored / "rows.jsonl", make_tokenizer(), max_length=256), None)
 
     def mean(model):
         losses = [model(input_ids=s.ids.long()[None], labels=labels(s)[None]).loss for s in rows.samples]
@@ -139,8 +139,8 @@ def test_every_loss_is_what_a_user_of_stock_peft_would_measure(stored, trained):
     with torch.no_grad():
         base = load_model(stored / "bf16", dtype=BF16, device=CPU)
         assert mean(base) == pytest.approx(facts["base_bf16_loss"], abs=1e-5)
-        assert mean(with_stock_peft(base, adapter)) == pytest.approx(facts["unmerged_bf16_loss"], abs=1e-5)
-        merged = with_stock_peft(load_model(stored / "bf16", dtype=FP32, device=CPU), adapter).merge_and_unload()
+        assert mean(load_with_stock_peft(base, adapter)) == pytest.approx(facts["unmerged_bf16_loss"], abs=1e-5)
+        merged = load_with_stock_peft(load_model(stored / "bf16", dtype=FP32, device=CPU), adapter).merge_and_unload()
         assert mean(merged) == pytest.approx(facts["merged_fp32_loss"], abs=1e-5)
         for parameter in merged.parameters():
             parameter.data = parameter.data.bfloat16()
@@ -183,16 +183,16 @@ def samples(rows):
 def an_adapter(folder, out, samples, *, size=0.05, **lora):
     """An exported adapter away from its start, and the losses of the model that carries it."""
     model = load_model(folder, dtype=FP32, device=CPU)
-    wanted = Lora.model_validate({"init": "kaiming", "r": 4, **lora}).resolved()[0]
+    wanted = Lora.model_validate({"init": "kaiming", "r": 4, **lora}).resolve()[0]
     targets = find_targets(model, "all-linear")
     initialize(model, targets, wanted, seed=0, probe=collate(samples[:2], pad=0), on_event=silent)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in adapted_layers(model).values():
-            for parameter in layer.trained().values():
+            for parameter in layer.trained_parameters().values():
                 parameter += size * torch.randn(parameter.shape, generator=generator)
     export(model, adapted_layers(model), out, root="tests/x")
-    return token_losses(model, HeldOut("training", samples), on_event=silent)
+    return measure_token_losses(model, HeldOut("training", samples), on_event=silent)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -200,14 +200,14 @@ def an_adapter(folder, out, samples, *, size=0.05, **lora):
 def test_merged_weights_are_stock_pefts(bases, samples, tmp_path, base, dora):
     an_adapter(bases[base], tmp_path, samples, use_dora=dora)
     model = load_model(bases[base], dtype=FP32, device=CPU)
-    before = {name: weight_of(module).clone() for name, module in linear_layers(model).items()}
-    adapted_model = with_stock_peft(model, tmp_path)
+    before = {name: weight_of(module).clone() for name, module in find_linear_layers(model).items()}
+    adapted_model = load_with_stock_peft(model, tmp_path)
     fidelity._merge(adapted_model, bases[base], on_event=silent)
     ours = {n: weight_of(m.get_base_layer()) for n, m in adapted_model.named_modules() if hasattr(m, "get_base_layer")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fresh = load_model(bases[base], dtype=FP32, device=CPU)
-        theirs = linear_layers(PeftModel.from_pretrained(fresh, tmp_path).merge_and_unload())
+        theirs = find_linear_layers(PeftModel.from_pretrained(fresh, tmp_path).merge_and_unload())
     assert ours.keys() == {f"base_model.model.{name}" for name in theirs}
     for name, module in theirs.items():
         merged = ours[f"base_model.model.{name}"]
@@ -287,13 +287,13 @@ def a_file(*lengths, trained=2):
 
 
 def test_rows_are_the_first_ones_within_bounds():
-    assert len(held_out(a_file(*[5] * 50), None).samples) == 32
-    chosen = held_out(a_file(600, 300, 700, 10), None).samples
+    assert len(choose_held_out(a_file(*[5] * 50), None).samples) == 32
+    chosen = choose_held_out(a_file(600, 300, 700, 10), None).samples
     assert [len(s.ids) for s in chosen] == [600, 300, 124]
 
 
 def test_a_long_row_keeps_its_end():
-    (sample,) = held_out(a_file(5000), None).samples
+    (sample,) = choose_held_out(a_file(5000), None).samples
     assert torch.equal(sample.ids, torch.arange(5000)[-1024:])
     assert sample.trained.sum() == 2
 
@@ -302,7 +302,7 @@ def test_rows_without_a_trained_token_in_reach_are_passed_over():
     data = a_file(6, 8)
     far = Sample(0, torch.arange(2000), torch.arange(2000) < 9)
     mixed = Dataset([far, *data.samples], "", 3, 0, [], Counter(), [])
-    assert [len(s.ids) for s in held_out(mixed, None).samples] == [6, 8]
+    assert [len(s.ids) for s in choose_held_out(mixed, None).samples] == [6, 8]
 
 
 def test_a_loss_that_stock_transformers_does_not_find_fails_the_run(spec, tmp_path, monkeypatch):

@@ -38,20 +38,20 @@ def test_every_field_of_evidence_comes_back(store):
         "b": Evidence(second_moment=shared, preheated=(torch.ones(2, 3), torch.arange(4.0)[::2]), step=step),
     }
     store.keep_evidence("k", given)
-    found = store.evidence("k")
+    found = store.read_evidence("k")
     assert found["b"].step == step
     assert (found["a"].rank, found["a"].rows, found["a"].facts) == (0, 3, {"explained": [0.5, 0.25]})
     assert found["a"].second_moment is found["b"].second_moment  # stored once
     assert torch.equal(found["b"].preheated[0], torch.ones(2, 3))
     assert found["b"].preheated[1].tolist() == [0.0, 2.0]
     assert found["a"].gradient is None
-    assert store.evidence("other") is None
+    assert store.read_evidence("other") is None
 
 
 def test_starts_come_back(store):
     given = {"a": CachedStart(Factors(A=torch.ones(1, 2), B=torch.zeros(2, 1)), {"name": "a", "rank": 1, "scale": 0.1})}
     store.keep_starts("k", given)
-    found = store.starts("k")
+    found = store.read_starts("k")
     assert found["a"].facts == given["a"].facts
     assert torch.equal(found["a"].factors.A, given["a"].factors.A)
 
@@ -60,7 +60,7 @@ def test_the_least_recently_used_go_first(store):
     for number, name in enumerate("abc"):
         store.keep_evidence(name, entry(2500))
         os.utime(store.entries.folder / f"{name}.safetensors", (1000 + number, 1000 + number))
-    store.evidence("a")
+    store.read_evidence("a")
     store.keep_evidence("d", entry(2500))
     assert names(store) == ["a", "c", "d"]
     assert sum(p.stat().st_size for p in store.entries.folder.iterdir()) <= store.entries.limit
@@ -85,7 +85,7 @@ def test_what_a_crashed_writer_left_goes_after_an_hour(store):
 
 def test_an_entry_that_is_evicted_while_it_is_read_stays_readable(store):
     store.keep_evidence("a", entry(4000, 3.0))
-    found = store.evidence("a")
+    found = store.read_evidence("a")
     (store.entries.folder / "a.safetensors").unlink()
     assert float(found["layer"].gradient.sum()) == 3000.0
 
@@ -101,7 +101,7 @@ def complain(event):
 store = Cache(DiskCache(Path(sys.argv[1]), 30_000, complain))
 for turn in range(60):
     name = "abcde"[(turn + int(sys.argv[2])) % 5]
-    found = store.evidence(name)
+    found = store.read_evidence(name)
     if found is not None:
         assert found["layer"].gradient.eq(ord(name)).all()
     store.keep_evidence(name, {"layer": Evidence(gradient=torch.full((2000,), float(ord(name))))})

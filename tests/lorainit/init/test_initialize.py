@@ -37,7 +37,7 @@ def model(bases):
 def start(
     model, probe, init="loram", wanted="all-linear", on_event=lambda event: None, seed=3, decay=0.0, more=None, **lora
 ):
-    resolved = Lora.model_validate({"init": init, "r": 4, **lora}).resolved()[0]
+    resolved = Lora.model_validate({"init": init, "r": 4, **lora}).resolve()[0]
     targets = find_targets(model, wanted)
     return initialize(
         model, targets, resolved, seed=seed, probe=probe, weight_decay=decay, on_event=on_event, **(more or {})

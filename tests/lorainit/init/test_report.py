@@ -45,7 +45,7 @@ def moved(model, batch):
 
 def adapted(base, batch):
     """The base, adapted so that each output is another than the base's."""
-    lora = Lora.model_validate({"init": "pissa", "r": 4}).resolved()[0]
+    lora = Lora.model_validate({"init": "pissa", "r": 4}).resolve()[0]
     initialize(base, find_targets(base, "all-linear"), lora, seed=3, probe=batch, on_event=lambda event: None)
     for module in base.modules():
         if hasattr(module, "A0"):
@@ -118,7 +118,7 @@ def test_a_mean_loss_that_does_not_fit_is_looked_at_in_parts(model, batch, limit
 def test_the_loss_before_and_after_a_displaced_start_is_the_same_in_parts(model, batch, limit):
     expected = float(row_losses(model, batch).mean().detach())
     short_of_memory(model, limit)
-    found = report.displacement(model, [batch], tick=lambda: None)
+    found = report.measure_displacement(model, [batch], tick=lambda: None)
     assert found["after"] == pytest.approx(expected, rel=1e-5)
     assert found["rows"] == 5
 

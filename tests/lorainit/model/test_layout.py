@@ -77,7 +77,7 @@ def assert_rows_are_as_alone(folder, *, kind=None, attention="eager"):
     model.requires_grad_(True)
     model.get_output_embeddings().requires_grad_(False)
     expected = [stock(folder, row, attention) for row in rows]
-    passes = probe.batches(rows, Budget(8), layout.regime)
+    passes = probe.split_into_batches(rows, Budget(8), layout.regime)
     for piece in passes:
         batch = pack(piece) if layout.rows == "packed" else collate(piece, pad=0)
         parts = sum_losses_by_adapter(model, batch, [len(row.ids) - 1 for row in piece])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lorainit.config.errors import CheckpointMismatch
 from lorainit.context import RunRequest
-from lorainit.data.batches import Budget, batches
+from lorainit.data.batches import Budget, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.model import passes
 from lorainit.model.passes import go_on
@@ -126,7 +126,7 @@ def test_a_step_has_a_pass_for_each_of_several_devices(batch, devices, divided):
     at.sharded = at.sharded if divided else ""
     found = go_on(asking(), at, None, batch_size=batch, sharing=1)
     rows = [Sample(n, torch.ones(3), torch.ones(3, dtype=torch.bool)) for n in range(batch)]
-    pieces = batches(rows, Budget(found.rows, found.tokens))
+    pieces = split_into_batches(rows, Budget(found.rows, found.tokens))
     assert all(pieces[World(rank, devices).share] for rank in range(devices))
     assert len(pieces) == devices
 

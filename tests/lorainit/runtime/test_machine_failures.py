@@ -29,7 +29,7 @@ LOOKS = {
     "loading the base": (AutoModelForCausalLM, "from_pretrained"),
     "the layouts": (layout, "run_rows"),
     "the first pass with adapters": (early_check, "observe"),
-    "PEFT loading the adapter": (check, "with_stock_peft"),
+    "PEFT loading the adapter": (check, "load_with_stock_peft"),
     "the comparison": (check, "_compare"),
     "what serving keeps": (outputs.fidelity, "measure"),
 }

@@ -257,7 +257,7 @@ def runtime_cache_dir():
 
 
 def test_a_process_that_calls_run_itself_keeps_its_settings(record):
-    assert settings.recorded() == ()
+    assert settings.list_recorded() == ()
     assert settings.values() == {}
 
 

@@ -251,21 +251,21 @@ def test_restored_state_lies_where_torchs_own_loader_puts_it(tmp_path, name, dor
     def made(device):
         A, B = (nn.Parameter(p.detach().to(device)) for p in pair(dtype=torch.float32))
         one = layer(A, B, nn.Parameter(torch.ones(10, device=device)) if dora else None)
-        one.trained = lambda: {k: p for k, p in vars(one).items() if isinstance(p, nn.Parameter)}
+        one.trained_parameters = lambda: {k: p for k, p in vars(one).items() if isinstance(p, nn.Parameter)}
         return {"x": one}, make_optimizer(recipe(name), {"x": one})
 
     layers, optimizer = made("cpu")
-    for p in layers["x"].trained().values():
+    for p in layers["x"].trained_parameters().values():
         p.grad = torch.ones_like(p)
     optimizer.step()
     kept = {
         f"optimizer.{moment}.x.{key}": value
-        for key, p in layers["x"].trained().items()
+        for key, p in layers["x"].trained_parameters().items()
         for moment, value in optimizer.state[p].items()
     }
     there, ours = made("meta")
     Restored(tmp_path, Progress(1, 0, 0.0), kept, {}, []).restore(there, ours)
-    for key, p in there["x"].trained().items():
+    for key, p in there["x"].trained_parameters().items():
         group = next(g for g in ours.param_groups if any(q is p for q in g["params"]))
         for moment, value in ours.state[p].items():
             theirs = torch.optim.Optimizer._process_value_according_to_param_policy(

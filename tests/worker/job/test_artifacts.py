@@ -20,7 +20,7 @@ def test_the_calibration_file_is_fetched_beside_the_training_file(session: Sessi
     for file, content in ((rows, b"calibration"), (training, b"training")):
         storage.put(file.storage_key, iter([content]))
     init = {"method": "lora_one", "calibration_file": rows.id}
-    lora, _ = Lora.model_validate({"init": init, "target_modules": ["q_proj"]}).resolved()
+    lora, _ = Lora.model_validate({"init": init, "target_modules": ["q_proj"]}).resolve()
     recipe = {"lora": lora.model_dump(mode="json"), "training": Hyperparameters().model_dump(mode="json")}
     job = a_job(session, project, file=training, recipe=recipe)
     jobs.admit(session, job.id, recipe=recipe, choices=[])

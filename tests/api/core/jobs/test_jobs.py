@@ -218,7 +218,7 @@ def test_admission_waits_for_an_unchecked_file(session: Session) -> None:
 
 def calibrated(session: Session, project: Project, **changes: Any) -> Job:
     file = a_file(session, project, **changes)
-    lora, _ = Lora.model_validate({"init": {"method": "eva", "calibration_file": file.id}}).resolved()
+    lora, _ = Lora.model_validate({"init": {"method": "eva", "calibration_file": file.id}}).resolve()
     recipe = {"lora": lora.model_dump(mode="json"), "training": Hyperparameters().model_dump(mode="json")}
     return a_job(session, project, recipe=recipe)
 

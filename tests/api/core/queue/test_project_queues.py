@@ -1,4 +1,4 @@
-"""Claims, notifications and positions beside their rule, written as the documentation says it and worked out over every row."""
+"""Claims, notifications and positions beside their rule, as the documentation says it and worked out over every row."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack

@@ -8,7 +8,7 @@ import pytest
 from lorainit.config.events import Message
 from lorainit.data.chat.template import Template
 from lorainit.data.formats.file_report import check_file
-from lorainit.data.formats.padding import without_padding
+from lorainit.data.formats.padding import remove_padding
 from lorainit.data.formats.rows import Row, read_rows
 from tests.lorainit.conftest import chat, make_tokenizer, write_rows
 from tests.lorainit.contexts import prepared
@@ -46,7 +46,7 @@ def values(path):
 
 
 def test_row_padded_with_nulls_is_the_row_without_them(tmp_path):
-    assert without_padding(padded(PLAIN)) == PLAIN
+    assert remove_padding(padded(PLAIN)) == PLAIN
     assert values(write_rows(tmp_path / "x", [padded(PLAIN)])) == values(write_rows(tmp_path / "y", [PLAIN]))
 
 

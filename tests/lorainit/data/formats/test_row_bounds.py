@@ -84,8 +84,8 @@ def test_faults_of_a_row_are_counted_up_to_a_limit_and_the_first_are_kept(count,
 
 
 def test_nobody_looks_for_more_faults_than_are_counted(monkeypatch):
-    found, faults = [], module.faults
-    monkeypatch.setattr(module, "faults", lambda *row: (found.append(1) or fault for fault in faults(*row)))
+    found, faults = [], module.find_faults
+    monkeypatch.setattr(module, "find_faults", lambda *row: (found.append(1) or fault for fault in faults(*row)))
     report = check_file(io.BytesIO(json.dumps({"messages": 5000 * [1]}).encode()))
     assert (len(found), report.error_count, len(report.errors)) == (1000, 1000, 20)
 

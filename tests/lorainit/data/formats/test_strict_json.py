@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorainit.data.formats import strict_json
-from lorainit.data.formats.conversation import faults, warnings
+from lorainit.data.formats.conversation import find_faults, find_warnings
 from lorainit.data.formats.rows import is_plain
 
 CORNERS = [
@@ -106,7 +106,7 @@ PLAIN = st.fixed_dictionaries(
 @given(st.lists(PLAIN | MESSAGES, max_size=4) | st.none(), st.sampled_from([{}, {"tools": []}, {"extra": 1}]))
 def test_a_plain_row_has_no_fault_and_no_warning(messages: list[dict[str, Any]] | None, more: dict[str, Any]) -> None:
     row = {"messages": messages, **more}
-    assert not is_plain(row) or [*faults(row, "chat"), *warnings(row, "chat")] == []
+    assert not is_plain(row) or [*find_faults(row, "chat"), *find_warnings(row, "chat")] == []
 
 
 def test_rows_that_most_files_are_made_of_are_plain() -> None:

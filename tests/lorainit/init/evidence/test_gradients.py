@@ -7,12 +7,12 @@ import torch
 
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
-from lorainit.data.batches import Budget, batches, collate
+from lorainit.data.batches import Budget, collate, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.data.reader import load
 from lorainit.init.evidence import gradients
 from lorainit.init.evidence.collect import collect
-from lorainit.init.evidence.gradients import mean_gradients
+from lorainit.init.evidence.gradients import compute_mean_gradients
 from lorainit.model.forward.loss import row_losses, sum_losses
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
@@ -30,13 +30,13 @@ def quiet(done, total):
 
 
 def take(model, targets, samples, *, size=1):
-    return mean_gradients(model, targets, samples, pad=0, device=CPU, budget=Budget(size), on_tick=quiet)
+    return compute_mean_gradients(model, targets, samples, pad=0, device=CPU, budget=Budget(size), on_tick=quiet)
 
 
 def accumulated(model, targets, samples):
     """The same by plain accumulation in `.grad`: each row's mean loss over its own trained tokens."""
     weights = {name: module.weight.requires_grad_() for name, module in targets.items()}
-    for piece in batches(samples, Budget(1)):
+    for piece in split_into_batches(samples, Budget(1)):
         part = sum_losses(model, collate(piece, pad=0))
         (part.loss / part.tokens).backward()
     found = {name: weight.grad / len(samples) for name, weight in weights.items()}
@@ -122,7 +122,7 @@ def test_model_comes_back_as_it_was(bases, samples, fails):
             raise KeyboardInterrupt
 
     try:
-        mean_gradients(model, targets, samples[:2], pad=0, device=CPU, budget=Budget(1), on_tick=stop)
+        compute_mean_gradients(model, targets, samples[:2], pad=0, device=CPU, budget=Budget(1), on_tick=stop)
     except KeyboardInterrupt:
         assert fails
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["model.norm.weight"]

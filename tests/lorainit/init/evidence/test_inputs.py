@@ -11,7 +11,7 @@ from lorainit.config.events import Message, Tick
 from lorainit.data.dataset import Sample
 from lorainit.init.evidence import moments
 from lorainit.init.evidence.collect import collect
-from lorainit.init.evidence.inputs import shared_inputs
+from lorainit.init.evidence.inputs import find_shared_inputs
 from tests.lorainit.contexts import make_context, state
 
 METHODS = ["eva", "corda"]
@@ -84,7 +84,7 @@ def test_variance_explained_hardly_depends_on_batches(bases, rows):
 
 def test_layers_with_one_input_share_the_computation(bases, rows):
     context = make_context(bases["llama"], rows, "corda")
-    leader = shared_inputs(context, context.samples[:2])
+    leader = find_shared_inputs(context, context.samples[:2])
     q, up = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"
     for one, two in (("self_attn.q_proj", q), ("self_attn.k_proj", q), ("self_attn.v_proj", q), ("mlp.up_proj", up)):
         assert leader[f"model.layers.0.{one}"] == two

@@ -11,7 +11,7 @@ from lorainit.config.inits.data import CorDA
 from lorainit.config.inits.weights import PiSSA
 from lorainit.init.evidence import Evidence
 from lorainit.init.methods import METHODS
-from lorainit.init.methods.corda import damped
+from lorainit.init.methods.corda import damp
 from lorainit.run import run
 
 MODES = ["ipm", "kpm"]
@@ -52,19 +52,19 @@ def test_all_triples_together_are_the_weight(mode, shape, scale):
 
 def test_identity_holds_to_rounding_in_double_precision():
     W, C = weight().double(), second_moment().double()
-    damp, inverse, _ = damped(C)
-    U, S, Vh = torch.linalg.svd(W @ damp, full_matrices=False)
+    damped, inverse, _ = damp(C)
+    U, S, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
     assert (U @ torch.diag(S) @ Vh @ inverse - W).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_ipm_takes_what_the_inputs_see_most_of_and_kpm_the_least(scale):
     W, C = weight(), second_moment()
-    damp = damped(C)[0]
-    S = torch.linalg.svdvals(W @ damp)
+    damped = damp(C)[0]
+    S = torch.linalg.svdvals(W @ damped)
 
     def energy(found):
-        return float(torch.linalg.norm(scale * found.B @ found.A @ damp) ** 2)
+        return float(torch.linalg.norm(scale * found.B @ found.A @ damped) ** 2)
 
     assert energy(start(W, C, scale=scale)) == pytest.approx(float(S[:8].square().sum()), rel=1e-4)
     assert energy(start(W, C, scale=scale, mode="kpm")) == pytest.approx(float(S[-8:].square().sum()), rel=1e-3)
@@ -72,15 +72,15 @@ def test_ipm_takes_what_the_inputs_see_most_of_and_kpm_the_least(scale):
 
 def test_ipm_leaves_less_of_w_times_c_than_pissa():
     W, C = weight(), second_moment()
-    damp = damped(C)[0]
+    damped = damp(C)[0]
 
     def left(found):
-        return float(torch.linalg.norm((W - found.B @ found.A) @ damp))
+        return float(torch.linalg.norm((W - found.B @ found.A) @ damped))
 
     pissa = METHODS["pissa"](
         W, Evidence(), rank=8, scale=1.0, config=PiSSA(method="pissa", niter=None), generator=generator()
     )
-    best = float(torch.linalg.svdvals(W @ damp)[8:].square().sum().sqrt())
+    best = float(torch.linalg.svdvals(W @ damped)[8:].square().sum().sqrt())
     assert left(start(W, C)) == pytest.approx(best, rel=1e-4)
     assert left(start(W, C)) < 0.6 * left(pissa)
 
@@ -88,8 +88,8 @@ def test_ipm_leaves_less_of_w_times_c_than_pissa():
 @pytest.mark.parametrize("mode", MODES)
 def test_authors_factors_are_the_evenly_split_triples_and_a_is_not_orthonormal(mode):
     W, C, s = weight().double(), second_moment().double(), 2.0
-    damp, inverse, _ = damped(C)
-    _, S, Vh = torch.linalg.svd(W @ damp, full_matrices=False)
+    damped, inverse, _ = damp(C)
+    _, S, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
     part = slice(None, 8) if mode == "ipm" else slice(-8, None)
     found = start(weight(), second_moment(), scale=s, mode=mode, balance="authors")
     gram = found.B.T @ found.B
@@ -123,10 +123,10 @@ def test_size_of_the_moment_moves_the_authors_balance_and_not_ours(size):
 
 def test_damping_starts_at_one_per_cent_and_is_recorded():
     C = second_moment()
-    damp, inverse, found = damped(C)
+    damped, inverse, found = damp(C)
     assert found == 0.01
-    assert torch.allclose(damp, C + 0.01 * C.diagonal().mean() * torch.eye(64))
-    assert (damp @ inverse - torch.eye(64)).norm() < 0.05
+    assert torch.allclose(damped, C + 0.01 * C.diagonal().mean() * torch.eye(64))
+    assert (damped @ inverse - torch.eye(64)).norm() < 0.05
     assert start(weight(), C).facts == {"damping": 0.01}
 
 
@@ -136,11 +136,11 @@ def test_damping_doubles_until_the_inverse_is_one(monkeypatch):
     for k in range(7):
         candidate = C + 0.01 * 2**k * C.diagonal().mean() * torch.eye(64)
         errors.append(float((candidate @ torch.linalg.inv(candidate) - torch.eye(64)).norm()))
-    monkeypatch.setitem(damped.__globals__, "INVERSE_ERROR", 1.001 * min(errors[:4]))
-    assert damped(C)[2] == pytest.approx(0.01 * 2 ** errors.index(min(errors[:4])))
-    monkeypatch.setitem(damped.__globals__, "INVERSE_ERROR", 0.0)
+    monkeypatch.setitem(damp.__globals__, "INVERSE_ERROR", 1.001 * min(errors[:4]))
+    assert damp(C)[2] == pytest.approx(0.01 * 2 ** errors.index(min(errors[:4])))
+    monkeypatch.setitem(damp.__globals__, "INVERSE_ERROR", 0.0)
     with pytest.raises(InitFailed, match="even with damping 1"):
-        damped(C)
+        damp(C)
 
 
 def test_fewer_tokens_than_inputs_are_handled_by_the_damping():
@@ -153,7 +153,7 @@ def test_fewer_tokens_than_inputs_are_handled_by_the_damping():
 @pytest.mark.parametrize("C", [torch.zeros(8, 8), torch.full((8, 8), math.nan)])
 def test_moment_that_no_damping_inverts_is_refused(C):
     with pytest.raises(InitFailed, match="cannot be inverted"):
-        damped(C)
+        damp(C)
 
 
 def test_missing_moment_is_refused():

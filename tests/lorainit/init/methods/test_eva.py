@@ -14,13 +14,13 @@ from lorainit.config.events import Message
 from lorainit.config.inits.data import EVA
 from lorainit.config.spec import Lora
 from lorainit.data.batches import collate
-from lorainit.export.check import check, prompts
+from lorainit.export.check import check, make_prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
 from lorainit.init.evidence import Evidence
 from lorainit.init.evidence import directions as eva_directions
 from lorainit.init.evidence.collect import collect
-from lorainit.init.evidence.pca import PCA, converged, spread_ranks
+from lorainit.init.evidence.pca import PCA, has_converged, spread_ranks
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import adapted_layers, detach
@@ -110,11 +110,11 @@ def test_batches_shorter_than_the_directions_count_too():
 def test_directions_that_turn_within_their_span_have_converged():
     V = torch.linalg.qr(torch.randn(16, 4, generator=generator())).Q.T
     turned = torch.cat([(V[:1] + V[1:2]) / 2**0.5, (V[:1] - V[1:2]) / 2**0.5, V[2:]])
-    assert converged(V, turned, 2, 0.99)
-    assert not converged(V, turned, 1, 0.99)
-    assert converged(V, -V, 4, 0.99)
-    assert not converged(V[:2], V, 3, 0.0)
-    assert converged(V[:0], V[:0], 0, 0.99)
+    assert has_converged(V, turned, 2, 0.99)
+    assert not has_converged(V, turned, 1, 0.99)
+    assert has_converged(V, -V, 4, 0.99)
+    assert not has_converged(V[:2], V, 3, 0.0)
+    assert has_converged(V[:0], V[:0], 0, 0.99)
 
 
 # --- ranks -------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_too_few_tokens_are_refused_with_the_layers(bases, rows):
 
 def test_directions_that_never_stand_still_are_refused_with_the_layers(bases, rows, monkeypatch):
     calls = []
-    monkeypatch.setattr(eva_directions, "converged", lambda *a: bool(calls.append(1)))
+    monkeypatch.setattr(eva_directions, "has_converged", lambda *a: bool(calls.append(1)))
     context = make_context(bases["llama"], rows, "eva")
     with pytest.raises(InitFailed, match=r"still change after 64 batches in model\.layers\.0\.self_attn\.q_proj, "):
         collect(context.lora.method, context)
@@ -236,7 +236,7 @@ def initialized(bases, rows, base="llama", change=None, **lora):
     evidence = collect(context.lora.method, context)
     if change:
         change(evidence)
-    lora = Lora.model_validate({"init": "eva", "r": 4, **lora}).resolved()[0]
+    lora = Lora.model_validate({"init": "eva", "r": 4, **lora}).resolve()[0]
     report = initialize(
         context.model, context.targets, lora, seed=3, probe=collate(context.samples[:4], pad=0), evidence=evidence,
         on_event=lambda event: None,
@@ -286,7 +286,7 @@ def test_stock_peft_loads_mixed_ranks_at_one_scale(bases, rows, tmp_path, base, 
     assert layers.keys() == {n for n, r in ranks.items() if r}
     assert all(m.scaling["default"] == pytest.approx(lora.scaling, rel=1e-12) for m in layers.values())
     ours = detach(context.model)
-    effect = observe(context.model, ours, prompts(context.samples), divided=False, on_event=lambda e: None)
+    effect = observe(context.model, ours, make_prompts(context.samples), divided=False, on_event=lambda e: None)
     result, _ = check(
         load_model(bases[base], dtype=torch.float32, device=CPU), tmp_path, effect, source_rank=4, base_sha256="x",
         on_event=lambda e: None,

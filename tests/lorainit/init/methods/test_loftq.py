@@ -18,7 +18,7 @@ from lorainit.init.methods import METHODS
 from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.layer import disable_adapters
 from lorainit.model.load import load_model
-from lorainit.model.targets.targets import find_targets, linear_layers
+from lorainit.model.targets.targets import find_linear_layers, find_targets
 from lorainit.run import run
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.reference import context, tiny
@@ -131,7 +131,7 @@ def test_the_originals_lie_in_the_file_until_they_are_read(bases, rows):
     model = load_model(bases["wide-llama"], dtype=torch.float32, device=CPU, quantization="nf4")
     found = context(model, samples, "loftq", quantization="nf4", folder=bases["wide-llama"])
     evidence = collect(found.lora.method, found)
-    full = linear_layers(load_model(bases["wide-llama"], dtype=torch.float32, device=CPU))
+    full = find_linear_layers(load_model(bases["wide-llama"], dtype=torch.float32, device=CPU))
     ranges = [
         [int(end, 16) for end in line.split()[0].split("-")]
         for line in Path("/proc/self/maps").read_text().splitlines()

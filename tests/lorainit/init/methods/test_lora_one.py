@@ -251,11 +251,11 @@ def test_run_with_a_searched_step_starts_below_the_base_and_exports(spec, tmp_pa
     ("init", "alpha", "rslora"), [("lora_one", 16.0, True), ("lora_ga", 16.0, True), ("pissa", 4.0, False)]
 )
 def test_auto_takes_the_methods_own_scale(init, alpha, rslora):
-    lora, choices = Lora.model_validate({"init": init, "r": 4}).resolved()
+    lora, choices = Lora.model_validate({"init": init, "r": 4}).resolve()
     assert (lora.alpha, lora.use_rslora) == (alpha, rslora)
     assert [c.value for c in choices] == [alpha, rslora]
     kept = Lora.model_validate({"init": init, "r": 4, "alpha": 7.0, "use_rslora": not rslora})
-    assert kept.resolved() == (kept, [])
+    assert kept.resolve() == (kept, [])
 
 
 def test_subtracted_starts_train_at_a_tenth_of_the_rate():

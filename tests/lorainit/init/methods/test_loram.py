@@ -16,9 +16,9 @@ from lorainit.init.evidence import Evidence
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
 from lorainit.init.methods.loram import (
-    bases,
     loram,
     magnitude,
+    make_bases,
     moments,
     product_variance,
     rank_factor,
@@ -80,7 +80,7 @@ def test_variance_of_the_product_has_its_reference_values(shape, r, v):
 @pytest.mark.parametrize("r", [2, 4, 16, 64])
 def test_variance_mode_gives_the_product_the_intended_variance(r):
     W = weight()
-    P, S = bases(64, 96, r, config=DST, generator=torch.Generator())
+    P, S = make_bases(64, 96, r, config=DST, generator=torch.Generator())
     beta = magnitude(W, P, S, scale=1.0, config=DST)
     product = beta * beta * P @ S.T
     assert float(product.var() / W.var()) == pytest.approx(rank_factor(64, 96, r), rel=1e-10)
@@ -90,7 +90,7 @@ def test_variance_mode_gives_the_product_the_intended_variance(r):
 
 def test_second_moment_mode_gives_the_product_the_intended_mean_square():
     W, config = weight(mean=0.01), LoRAM(method="loram", magnitude="second_moment")
-    P, S = bases(64, 96, 8, config=config, generator=torch.Generator())
+    P, S = make_bases(64, 96, 8, config=config, generator=torch.Generator())
     product = magnitude(W, P, S, scale=1.0, config=config) ** 2 * P @ S.T
     assert float(product.square().mean() / W.square().mean()) == pytest.approx(rank_factor(64, 96, 8), rel=1e-10)
     found = factors(W, config=config)
@@ -100,7 +100,7 @@ def test_second_moment_mode_gives_the_product_the_intended_mean_square():
 
 def test_singular_values_and_sizes_are_beta_squared():
     W = weight()
-    P, S = bases(64, 96, 8, config=DST, generator=torch.Generator())
+    P, S = make_bases(64, 96, 8, config=DST, generator=torch.Generator())
     beta2 = magnitude(W, P, S, scale=1.0, config=DST) ** 2
     found = factors(W)
     values = torch.linalg.svdvals(found.B.double() @ found.A.double())
@@ -172,7 +172,7 @@ def test_singular_values_exceed_those_of_a_random_weight():
 
 def test_golden_example():
     W = torch.tensor([[(-1) ** (i + j) * (i + 1) / (j + 1) for j in range(6)] for i in range(4)], dtype=F64)
-    P, S = bases(4, 6, 2, config=DST, generator=torch.Generator())
+    P, S = make_bases(4, 6, 2, config=DST, generator=torch.Generator())
     a, b = 0.37174803, 0.60150096
     expected = torch.tensor([[a, b], [b, a], [b, -a], [a, -b]], dtype=F64)
     assert torch.allclose(P, expected, rtol=0, atol=1e-8)
@@ -270,7 +270,9 @@ def test_no_matrix_of_the_weights_size_is_made():
     assert max(sizes) <= max(m, n) * r
     sizes.clear()
     with Watch():
-        init_report.facts("layer", W, found, Evidence(), s=1.0, lora=Lora(init=DST, r=r, alpha=4.0, use_rslora=False))
+        init_report.describe_layer(
+            "layer", W, found, Evidence(), s=1.0, lora=Lora(init=DST, r=r, alpha=4.0, use_rslora=False)
+        )
     assert max(sizes) <= max(m, n) * r  # nor by what reports on it
 
 

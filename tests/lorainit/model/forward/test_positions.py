@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorainit.context import RunRequest
-from lorainit.data.batches import Budget, any_length, batches, collate, pack
+from lorainit.data.batches import Budget, any_length, collate, pack, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.data.reader import load
-from lorainit.init.evidence.gradients import mean_gradients
+from lorainit.init.evidence.gradients import compute_mean_gradients
 from lorainit.model.forward.loss import row_losses, sum_losses_by_adapter
 from lorainit.model.forward.positions import forget_lengths, regime_of
 from lorainit.model.layout import choose_layout
@@ -69,10 +69,10 @@ def dynamic():
 
 def test_only_rows_of_one_regime_share_a_micro_batch():
     rows = samples_of(3, 9, 5, 12, 7, 4, 10)
-    pieces = batches(rows, Budget(3), lambda n: int(n > 7))
+    pieces = split_into_batches(rows, Budget(3), lambda n: int(n > 7))
     assert [[len(s.ids) for s in piece] for piece in pieces] == [[12, 10, 9], [7, 5, 4], [3]]
-    assert [len(piece) for piece in batches(rows, Budget(3), lambda n: None)] == [1] * 7
-    assert [len(piece) for piece in batches(rows, Budget(3))] == [3, 3, 1]
+    assert [len(piece) for piece in split_into_batches(rows, Budget(3), lambda n: None)] == [1] * 7
+    assert [len(piece) for piece in split_into_batches(rows, Budget(3))] == [3, 3, 1]
 
 
 def test_regimes_are_those_of_the_rotary_embedding(base):
@@ -110,7 +110,7 @@ def test_the_loss_of_rows_of_both_sides_is_that_of_rows_alone(base, rows, lay):
 
     def losses(size, regime):
         found = {}
-        for piece in batches(samples, Budget(size), regime):
+        for piece in split_into_batches(samples, Budget(size), regime):
             batch = pack(piece) if lay == "packed" else collate(piece, pad=0)
             parts = sum_losses_by_adapter(model, batch, [int(row.trained[1:].sum()) for row in piece])
             found |= {row.line: part.loss for row, part in zip(piece, parts, strict=True)}
@@ -128,7 +128,7 @@ def test_gradients_of_both_sides_are_those_of_rows_alone(base, rows):
     targets = find_targets(model, "all-linear")
 
     def gradients(**more):
-        return mean_gradients(model, targets, samples, pad=0, device=CPU, on_tick=lambda *_: None, **more)
+        return compute_mean_gradients(model, targets, samples, pad=0, device=CPU, on_tick=lambda *_: None, **more)
 
     together, alone = gradients(budget=Budget(12), regime=regime_of(model)), gradients(budget=Budget(1))
     for name, G in alone.items():
@@ -171,7 +171,7 @@ def test_losses_of_rows_are_by_row(base, rows):
     """`row_losses`, which initializations look at, in passes of one regime."""
     model = load_model(base, dtype=torch.float32, device=CPU)
     samples = load(rows, make_tokenizer(), max_length=256).samples
-    for piece in batches(samples, Budget(12), regime_of(model)):
+    for piece in split_into_batches(samples, Budget(12), regime_of(model)):
         together = row_losses(model, collate(piece, pad=0))
         alone = torch.cat([row_losses(model, collate([row], pad=0)) for row in piece])
         assert torch.allclose(together, alone, rtol=1e-5)

@@ -155,7 +155,7 @@ def gradients(wrapper):
 
 def test_weight_of_an_expert_is_a_view_and_in_no_state_dict_twice(folders):
     model = installed(folders("gpt_oss"))
-    stacks = experts.stacks(model)
+    stacks = experts.find_stacks(model)
     for stack in stacks.values():
         assert all(layer.weight.data_ptr() - stack.weight.data_ptr() < stack.weight.nbytes for layer in stack)
         assert (stack[1].out_features, stack[1].in_features) == tuple(stack[1].weight.shape)
@@ -166,7 +166,7 @@ def test_weight_of_an_expert_is_a_view_and_in_no_state_dict_twice(folders):
 
 def test_installing_twice_changes_nothing(folders):
     model = installed(folders("mixtral"))
-    before = experts.stacks(model)
+    before = experts.find_stacks(model)
     assert experts.install(model) == before
 
 
@@ -264,7 +264,7 @@ def test_gradient_of_an_expert_is_that_of_its_part_of_the_parameter(folders, row
     )
     found = collect(context.lora.method, context)
     model = context.model
-    for stack in experts.stacks(model).values():
+    for stack in experts.find_stacks(model).values():
         stack.weight.requires_grad_()
     for row in context.samples:
         (row_losses(model, collate([row], pad=0)).sum() / len(context.samples)).backward()
@@ -329,7 +329,7 @@ def test_experts_that_run_in_a_way_of_their_own_are_told_with_their_share(kind):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(OWN[kind])
     assert not experts.install(model)
-    lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
+    lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolve()[0]
     told = moe.describe(model, find_targets(model, "all-linear"), lora)
     assert [message.level for message in told] == ["info", "warn"]
     assert "way of its own" in told[1].message
@@ -343,7 +343,7 @@ def test_experts_that_run_in_a_way_of_their_own_are_told_with_their_share(kind):
 
 def test_a_dense_base_is_told_nothing_of_experts(bases):
     model = load_model(bases["llama"], dtype=torch.float32, device=CPU)
-    lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolved()[0]
+    lora = Lora.model_validate({"init": "kaiming", "r": 4}).resolve()[0]
     assert moe.describe(model, find_targets(model, "all-linear"), lora) == []
 
 

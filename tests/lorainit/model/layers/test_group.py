@@ -245,7 +245,7 @@ def adapter(model, seed, r):
 
 
 def gradients(layers):
-    return [p.grad.clone() for layer in layers.values() for p in layer.trained().values()]
+    return [p.grad.clone() for layer in layers.values() for p in layer.trained_parameters().values()]
 
 
 def test_gradients_of_eight_adapters_are_those_of_eight_solo_passes_bit_for_bit(bases, rows):

@@ -7,7 +7,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lorainit.model.layers.factors import Factors
 from lorainit.model.layers.layer import LoRALinear
-from lorainit.model.layers.low_rank import Slot, low_rank
+from lorainit.model.layers.low_rank import Slot, apply_low_rank
 
 IN, OUT, R, ROWS = 96, 128, 4, 512
 BF16 = torch.bfloat16
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_formula(subtract):
     mask = None if subtract else (normal(7, IN, seed=8) > 0).to(F64) * 2
     x = normal(9, IN, seed=7).to(F64).requires_grad_()
     upper = normal(9, OUT, seed=9).to(F64)
-    found = low_rank(x, wide, [Slot(1, 8, A, B, A0, B0, 1.5, mask)])
+    found = apply_low_rank(x, wide, [Slot(1, 8, A, B, A0, B0, 1.5, mask)])
     inner = x[1:8] if mask is None else x[1:8] * mask
     change = B @ A - (B0 @ A0 if subtract else 0)
     expected = wide(x) + F.pad(1.5 * inner @ change.T, (0, 0, 1, 1))
@@ -108,14 +108,14 @@ def test_dropout_is_a_function_of_its_key():
     layer = LoRALinear(nn.Linear(IN, OUT), Factors(normal(R, IN, seed=1), normal(OUT, R, seed=2)), scale=1.0,
                        subtract=False, dropout=0.25)  # fmt: skip
     x = torch.ones(400, IN)
-    assert layer.dropout.mask(x.shape, like=x) is None
+    assert layer.dropout.make_mask(x.shape, like=x) is None
     layer.dropout.key = "seed 0, step 1"
-    one, again = (layer.dropout.mask(x.shape, like=x) for _ in range(2))
+    one, again = (layer.dropout.make_mask(x.shape, like=x) for _ in range(2))
     assert torch.equal(one, again)
     assert one.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert float((one == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     layer.dropout.key = "seed 0, step 2"
-    assert not torch.equal(one, layer.dropout.mask(x.shape, like=x))
+    assert not torch.equal(one, layer.dropout.make_mask(x.shape, like=x))
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)

@@ -183,7 +183,7 @@ def test_panic_at_a_row_of_the_data_is_a_refusal() -> None:
     encode = Encoder(tokenizer)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.FixedLength(0)
     with pytest.raises(UnsupportedModel, match="cannot read a text: chunk size must be non-zero"):
-        encode.text("abc", [Span(0, 3, False)])
+        encode.encode_text("abc", [Span(0, 3, False)])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), OSError(28, "No space left on device")])

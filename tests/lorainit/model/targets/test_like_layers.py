@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lorainit.config.errors import UnsupportedModel
 from lorainit.model.targets import peft_support
-from lorainit.model.targets.like_layers import counterpart, like_layers
-from lorainit.model.targets.targets import linear_layers
+from lorainit.model.targets.like_layers import find_counterpart, find_like_layers
+from lorainit.model.targets.targets import find_linear_layers
 from tests.zoo.kind import COMMON
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -25,7 +25,7 @@ def skeleton(name: str, **values: Any) -> Any:
 
 
 def layers_of(model: Any) -> dict[int, int]:
-    return {int(a.split(".")[2]): int(b.split(".")[2]) for a, b in like_layers(model).items()}
+    return {int(a.split(".")[2]): int(b.split(".")[2]) for a, b in find_like_layers(model).items()}
 
 
 def test_all_but_the_first_the_second_and_the_last_of_equal_layers_are_twins() -> None:
@@ -44,8 +44,8 @@ def test_layers_of_other_shapes_attributes_or_kinds_are_no_twins() -> None:
 
 def test_counterpart_is_the_same_part_of_the_like_layer() -> None:
     alike = {"model.layers.12": "model.layers.1"}
-    assert counterpart("model.layers.12.mlp.up_proj", alike) == "model.layers.1.mlp.up_proj"
-    assert counterpart("model.layers.1.mlp.up_proj", alike) == "model.layers.1.mlp.up_proj"
+    assert find_counterpart("model.layers.12.mlp.up_proj", alike) == "model.layers.1.mlp.up_proj"
+    assert find_counterpart("model.layers.1.mlp.up_proj", alike) == "model.layers.1.mlp.up_proj"
 
 
 @pytest.mark.parametrize(("name", "values"), [("PhimoeConfig", {"num_local_experts": 4}), ("Mamba2Config", MAMBA)])
@@ -53,10 +53,10 @@ def test_one_layer_of_each_kind_says_what_all_of_them_say(
     name: str, values: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = skeleton(name, num_hidden_layers=5, **values)
-    names = list(linear_layers(model))
+    names = list(find_linear_layers(model))
     found = peft_support._try(model.config, names)
     assert (len(found), layers_of(model)) == (5, {2: 1, 3: 1})
-    monkeypatch.setattr(peft_support, "like_layers", lambda _model: {})
+    monkeypatch.setattr(peft_support, "find_like_layers", lambda _model: {})
     assert found == peft_support._try(model.config, names)
 
 
@@ -83,4 +83,4 @@ def test_trial_that_takes_too_long_is_refused_in_words(monkeypatch: pytest.Monke
     monkeypatch.setattr(peft_support, "MAX_SECONDS", 0.0)
     peft_support._refusals.cache_clear()
     with pytest.raises(UnsupportedModel, match="a few tokens take more than 0 s of a processor"):
-        peft_support.refusals(model, list(linear_layers(model)))
+        peft_support.find_refusals(model, list(find_linear_layers(model)))

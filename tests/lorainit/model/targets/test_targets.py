@@ -249,7 +249,7 @@ def test_what_peft_refuses_is_left_out_with_its_words_and_nothing_else_is(skelet
     monkeypatch.setattr(peft_support, "_observe", lambda *_: {})
     peft_support._refusals.cache_clear()
     mamba = [f"backbone.layers.{i}.mixer.{part}_proj" for i in (0, 1) for part in ("in", "out")]
-    found = peft_support.refusals(skeletons("mamba2"), mamba)
+    found = peft_support.find_refusals(skeletons("mamba2"), mamba)
     peft_support._refusals.cache_clear()
     assert set(found) == {name for name in mamba if "out_proj" in name}
     assert all("Module 'out_proj' is incompatible with Mamba-based models" in why for why in found.values())
@@ -260,7 +260,7 @@ def test_an_adapter_that_is_not_heard_is_left_out(skeletons, monkeypatch):
     monkeypatch.setattr(peft_support, "_observe", lambda *_: {})
     peft_support._refusals.cache_clear()
     name = next(n for n, _ in skeletons("jamba").named_modules() if n.endswith("dt_proj"))
-    assert peft_support.refusals(skeletons("jamba"), [name]) == {name: peft_support.UNHEARD}
+    assert peft_support.find_refusals(skeletons("jamba"), [name]) == {name: peft_support.UNHEARD}
     peft_support._refusals.cache_clear()
 
 
