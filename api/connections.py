@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from api.core import logs
 from api.core.errors import Refusal
 from api.core.settings import Settings, get_settings
-from api.errors import BadRequest, HeadTooLarge, TooSlow, error_body, status_of
+from api.errors import BadRequest, HeadTooLarge, TooSlow, make_error_body, status_of
 from api.http.concurrency import find_network
 from api.middleware import PACE
 
@@ -188,6 +188,6 @@ def _close_one(connections: Sequence[Connection], *, now: float) -> None:
 
 def _as_http(refusal: Refusal) -> bytes:
     status = status_of(refusal)
-    body = json.dumps(error_body(refusal.message, code=refusal.code, status=status)).encode()
+    body = json.dumps(make_error_body(refusal.message, code=refusal.code, status=status)).encode()
     headers = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
     return b"".join((STATUS_LINE[status], headers.encode(), body))

@@ -179,7 +179,9 @@ def status_of(refusal: Refusal) -> int:
     return next(STATUS[kind] for kind in type(refusal).__mro__ if kind in STATUS)
 
 
-def error_body(message: str, *, code: str, status: int, param: str | None = None) -> dict[str, dict[str, str | None]]:
+def make_error_body(
+    message: str, *, code: str, status: int, param: str | None = None
+) -> dict[str, dict[str, str | None]]:
     """The body of every answer that is not a success.
 
     The message names the field, too, because clients print only the message.
@@ -194,7 +196,7 @@ def error_body(message: str, *, code: str, status: int, param: str | None = None
 def respond(refusal: Refusal, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """A refusal as a response, with headers that say whether and when a retry makes sense."""
     status = status_of(refusal)
-    body = error_body(refusal.message, code=refusal.code, status=status, param=refusal.param)
+    body = make_error_body(refusal.message, code=refusal.code, status=status, param=refusal.param)
     return JSONResponse(body, status_code=status, headers={**_advice(refusal, status), **(headers or {})})
 
 

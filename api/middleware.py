@@ -19,7 +19,7 @@ from api.core.errors import Refusal, TooLarge
 from api.core.files.files import too_large
 from api.core.ids import new_id
 from api.core.settings import Settings
-from api.errors import TooSlow, error_body, respond
+from api.errors import TooSlow, make_error_body, respond
 from api.http.concurrency import Concurrency, Permit
 from api.http.exposition import Requests
 
@@ -126,7 +126,7 @@ class _Exchange:
 
     def _internal_error(self) -> JSONResponse:
         message = f"The server failed; its operator finds the error in the log under {self.request_id}."
-        return JSONResponse(error_body(message, code="internal_error", status=500), status_code=500)
+        return JSONResponse(make_error_body(message, code="internal_error", status=500), status_code=500)
 
     def _log(self) -> None:
         route = self.scope.get("route")

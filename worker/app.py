@@ -46,7 +46,7 @@ _stopped = threading.Event()
 _BIRTH = secrets.token_hex(8)
 
 
-def name(pid: int) -> str:
+def get_worker_name(pid: int) -> str:
     """The public name of the worker whose parent process is `pid`."""
     return f"{socket.gethostname()}:{pid}"
 
@@ -134,7 +134,7 @@ def _count_usable_slots() -> tuple[int, str | None]:
 
 
 def _send_heartbeats() -> None:
-    log, me, started = get_logger(__name__), name(os.getpid()), datetime.now(UTC)
+    log, me, started = get_logger(__name__), get_worker_name(os.getpid()), datetime.now(UTC)
     while True:
         try:
             slots, problem = _count_usable_slots()

@@ -24,7 +24,7 @@ from api.core.settings import get_settings
 from lorainit.config.events import Event
 from lorainit.system.watchdog import Watchdog
 from worker import gpu_health
-from worker.app import app, drain_file, name, unhealthy_file
+from worker.app import app, drain_file, get_worker_name, unhealthy_file
 from worker.child import warm
 from worker.child.supervisor import RunPaths, StopReason, run_child
 from worker.host import disk_space
@@ -62,7 +62,7 @@ def run_job(job_id: str) -> None:
 
 
 def _claim() -> list[Job]:
-    settings, owner = get_settings(), f"{name(os.getppid())}/{os.getpid()}"
+    settings, owner = get_settings(), f"{get_worker_name(os.getppid())}/{os.getpid()}"
     if not devices.may_take_a_job(settings.worker_slots) or not disk_space.has_space_for_any_job():
         return []  # the reconciler notifies again while a slot is free
     with session_scope() as session:

@@ -175,7 +175,7 @@ def _fetch(client: OpenAI, adapter: dict[str, Any], archive: Path) -> None:
         raise Problem(f"the download is damaged: SHA-256 {digest.hexdigest()}, promised {' and '.join(promised)}.")
 
 
-def models(client: OpenAI, *, search: str, limit: int) -> Iterator[Model]:
+def list_models(client: OpenAI, *, search: str, limit: int) -> Iterator[Model]:
     """Base models, then adapters, newest first, with `search` in their name.
 
     They are fetched page by page, because the client's own `list` would fetch all of them at once.
@@ -191,7 +191,7 @@ def models(client: OpenAI, *, search: str, limit: int) -> Iterator[Model]:
         after = page.data[-1].id
 
 
-def jobs(client: OpenAI, limit: int) -> Iterator[FineTuningJob]:
+def list_jobs(client: OpenAI, limit: int) -> Iterator[FineTuningJob]:
     """The newest jobs, newest first."""
     for index, job in enumerate(client.fine_tuning.jobs.list(limit=min(limit, PAGE))):
         if index == limit:

@@ -85,7 +85,7 @@ def serve(
     from api.embedded import service as embedded
 
     try:
-        with embedded.running(report=lambda text: err.print(text, style="dim")) as (service, first_key):
+        with embedded.run_service(report=lambda text: err.print(text, style="dim")) as (service, first_key):
             _announce(service.url, service.state, first_key)
             service.watch()
             err.print("stopping ...", style="dim")
@@ -144,8 +144,8 @@ def list_models(
     limit: Annotated[int, Option(min=1, help="How many.")] = 20,
 ) -> None:
     """What a server offers: bases, then adapters, newest first."""
-    rows = [tables.model_row(model) for model in remote.models(remote.connect(), search=search, limit=limit)]
-    out.print(tables.table(tables.MODEL_COLUMNS, rows), soft_wrap=False)
+    rows = [tables.make_model_row(model) for model in remote.list_models(remote.connect(), search=search, limit=limit)]
+    out.print(tables.make_table(tables.MODEL_COLUMNS, rows), soft_wrap=False)
 
 
 @models_app.command("inspect")
@@ -267,8 +267,8 @@ def watch(job: Annotated[str, Argument(help="Job id.")]) -> None:
 @app.command("list", rich_help_panel="Jobs")
 def list_jobs(limit: Annotated[int, Option(min=1, help="How many.")] = 20) -> None:
     """The newest jobs."""
-    rows = [tables.job_row(job) for job in remote.jobs(remote.connect(), limit)]
-    out.print(tables.table(tables.JOB_COLUMNS, rows), soft_wrap=False)
+    rows = [tables.make_job_row(job) for job in remote.list_jobs(remote.connect(), limit)]
+    out.print(tables.make_table(tables.JOB_COLUMNS, rows), soft_wrap=False)
 
 
 @app.command(rich_help_panel="Jobs")
@@ -307,7 +307,7 @@ def methods() -> None:
     else:
         err.print("OPENAI_BASE_URL is not set: these are the methods of this installation.", style="dim")
         rows = tables.list_installed_methods()
-    out.print(tables.table(tables.METHOD_COLUMNS, rows), soft_wrap=False)
+    out.print(tables.make_table(tables.METHOD_COLUMNS, rows), soft_wrap=False)
 
 
 def _announce(url: str, state: Path, first_key: str | None) -> None:

@@ -12,12 +12,12 @@ from rich.console import Console
 _PIPE_COLUMNS = 400
 
 
-def plain(*, stderr: bool = False) -> Console:
+def make_console(*, stderr: bool = False) -> Console:
     """A console on standard output or standard error."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream is not None and stream.isatty() else _PIPE_COLUMNS  # it is None if it was closed
     return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False, width=width)
 
 
-out = plain()
-err = plain(stderr=True)
+out = make_console()
+err = make_console(stderr=True)

@@ -26,7 +26,7 @@ from api.cli import client as remote
 from api.cli.client import Problem
 from api.cli.local import EXAMPLES
 from api.cli.watch import watch
-from api.embedded.children import Child, tail
+from api.embedded.children import Child, read_tail
 
 MODEL = "smollm2-135m-instruct"
 MARK = "made-by-lorainit-demo"
@@ -166,7 +166,7 @@ def _wait(done: Callable[[], bool], service: Child, fault: str, *, log: Path) ->
     while not done():
         fallen = service.process is None or service.process.poll() is not None
         if fallen or time.monotonic() > deadline:
-            raise Problem(f"{fault}:\n{tail(log)}")
+            raise Problem(f"{fault}:\n{read_tail(log)}")
         time.sleep(0.1)
 
 

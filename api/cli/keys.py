@@ -55,7 +55,7 @@ def list_keys(state: State = None) -> None:
             (key.id, project.name, key.role, key.name, f"...{key.hint}", f"{key.created_at:%Y-%m-%d %H:%M}")
             for key, project in keys.list_all(session)
         ]
-    out.print(tables.table(("key", "project", "role", "name", "ends in", "made"), rows), soft_wrap=False)
+    out.print(tables.make_table(("key", "project", "role", "name", "ends in", "made"), rows), soft_wrap=False)
 
 
 @app.command("delete")

@@ -19,7 +19,7 @@ MODEL_COLUMNS = ("model", "type", "base", "job")
 JOB_COLUMNS = ("job", "status", "%", "model", "init", "r", "result")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table without borders and markup. Its first column is never cut, because people copy names from it."""
     rows = list(rows)
     drawn = Table(box=None, pad_edge=False)
@@ -42,7 +42,7 @@ def list_offered_methods(catalogue: list[dict[str, Any]]) -> list[tuple[str, ...
     return [_method(m["id"], m["needs"], m["export_rank"], m["description"]) for m in catalogue]
 
 
-def job_row(job: FineTuningJob) -> tuple[str, ...]:
+def make_job_row(job: FineTuningJob) -> tuple[str, ...]:
     """One job in `lorainit list`."""
     lora, progress = get_field(job, "lora") or {}, get_field(job, "progress") or {}
     init = lora.get("init", {})
@@ -57,7 +57,7 @@ def job_row(job: FineTuningJob) -> tuple[str, ...]:
     )
 
 
-def model_row(model: Model) -> tuple[str, ...]:
+def make_model_row(model: Model) -> tuple[str, ...]:
     """One model in `lorainit models list`."""
     extra = model.model_extra or {}
     return (model.id, *(str(extra.get(name) or "") for name in ("type", "parent", "fine_tuning_job_id")))

@@ -15,7 +15,7 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import RedisError
 
-from api.embedded.children import Child, tail
+from api.embedded.children import Child, read_tail
 
 START_SECONDS = 10.0  # so long because it reads its journal first
 TRIES = 3
@@ -64,7 +64,7 @@ def start(folder: Path, *, log: Path, environment: Mapping[str, str]) -> tuple[C
         if _answers(url, child):
             return child, url
         child.stop()
-    raise BrokerMissing(f"{program} does not start:\n{tail(log)}")
+    raise BrokerMissing(f"{program} does not start:\n{read_tail(log)}")
 
 
 def free_port() -> int:

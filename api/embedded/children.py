@@ -118,7 +118,7 @@ def sleeping() -> Iterator[Callable[[float], None]]:
         os.close(writer)
 
 
-def tail(path: Path, *, lines: int = 15) -> str:
+def read_tail(path: Path, *, lines: int = 15) -> str:
     """The end of a log, for an error message."""
     if not path.exists():
         return ""

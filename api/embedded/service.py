@@ -30,7 +30,7 @@ from api.core.maintenance import startup
 from api.core.models import catalogue
 from api.core.settings import Settings, find_unknown_variables, get_settings
 from api.embedded import broker
-from api.embedded.children import Child, follow, size_of, sleeping, tail
+from api.embedded.children import Child, follow, read_tail, size_of, sleeping
 
 READY_SECONDS = 60.0  # generous, because a slow disk may need long to import the web framework
 LOOK_SECONDS = 0.2  # between two checks whether the API is ready
@@ -169,7 +169,7 @@ class Service:
             fallen = api.process is None or api.process.poll() is not None
             if fallen or time.monotonic() > deadline:
                 why = "ended" if fallen else f"is not ready after {READY_SECONDS:.0f} s ({trouble})"
-                raise CannotServe(f"the API {why}. The end of {api.log}:\n{tail(api.log)}")
+                raise CannotServe(f"the API {why}. The end of {api.log}:\n{read_tail(api.log)}")
             time.sleep(LOOK_SECONDS)
 
     def _write_service_file(self) -> None:
@@ -182,7 +182,7 @@ class Service:
 
 
 @contextmanager
-def running(*, report: Report) -> Iterator[tuple[Service, str | None]]:
+def run_service(*, report: Report) -> Iterator[tuple[Service, str | None]]:
     """The service, up for the length of the block; SIGINT, SIGTERM and SIGHUP end it in order.
 
     Raises:

@@ -11,7 +11,7 @@ from api.core import logs
 from api.core.db.database import session_scope
 from api.core.jobs import admission
 from api.core.queue import notify, queue
-from api.http.threads import in_broker_thread
+from api.http.threads import run_in_broker_thread
 
 PAUSE_SECONDS = 5.0  # in which the reconciler announces jobs, because each message would wait in vain here
 
@@ -25,7 +25,7 @@ class JobAnnouncer:
 
     async def announce(self, job_id: str) -> None:
         """Announce a job whose row is committed."""
-        await in_broker_thread(self._announce, job_id)
+        await run_in_broker_thread(self._announce, job_id)
 
     def _announce(self, job_id: str) -> None:
         log = logs.get_logger(__name__).bind(job_id=job_id)

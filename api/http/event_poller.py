@@ -20,7 +20,7 @@ from api.core.access import keys
 from api.core.db.database import session_scope
 from api.core.db.tables import FINAL_STATUSES, Job
 from api.core.jobs import events
-from api.schemas.event import EventObject, event_object
+from api.schemas.event import EventObject, make_event_object
 
 BEAT_SECONDS = 1.0  # between two queries
 SHARE_SECONDS = 0.05  # the least time between two queries, so that streams that arrive meanwhile share the second
@@ -166,7 +166,7 @@ def _page(session: Session, job_id: str, after: int, job: tuple[str, int] | None
     status, count = job or (None, after)
     try:
         rows = events.list_since(session, job_id, after, limit=PAGE) if count > after else []
-        text = "".join(_block(event_object(row)) for row in rows)
+        text = "".join(_block(make_event_object(row)) for row in rows)
     except DATABASE_AWAY:
         raise
     except Exception as error:  # so that it ends the streams of this job and no others

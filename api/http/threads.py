@@ -21,7 +21,7 @@ _broker = RunVar[CapacityLimiter]("broker threads")
 _search = RunVar[CapacityLimiter]("search threads")
 
 
-async def in_storage_thread(
+async def run_in_storage_thread(
     work: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
 ) -> Result:
     """Run a function that reads or writes storage."""
@@ -29,17 +29,17 @@ async def in_storage_thread(
     return await to_thread.run_sync(partial(work, *arguments, **named), limiter=limiter)
 
 
-async def in_health_thread(work: Callable[[], Result]) -> Result:
+async def run_in_health_thread(work: Callable[[], Result]) -> Result:
     """Run a health check."""
     return await to_thread.run_sync(work, limiter=_limiter(_health, HEALTH_THREADS))
 
 
-async def in_broker_thread(work: Callable[[str], None], job_id: str) -> None:
+async def run_in_broker_thread(work: Callable[[str], None], job_id: str) -> None:
     """Run a function that waits for the broker."""
     await to_thread.run_sync(work, job_id, limiter=_limiter(_broker, BROKER_THREADS))
 
 
-async def in_search_thread(work: Callable[[], Result]) -> Result:
+async def run_in_search_thread(work: Callable[[], Result]) -> Result:
     """Run a query that may read many rows: two at a time, so that connections and a processor are left for polls."""
     return await to_thread.run_sync(work, limiter=_limiter(_search, SEARCH_THREADS))
 

@@ -18,7 +18,7 @@ from api.core.files.storage import Storage
 from api.errors import OutOfRange, respond
 from api.http import download_memory
 from api.http.download_memory import DownloadMemory
-from api.http.threads import in_storage_thread
+from api.http.threads import run_in_storage_thread
 from api.schemas.wire import ErrorBody
 
 _BINARY = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
@@ -72,7 +72,7 @@ class Download(StreamingResponse):
 
     async def _read(self, start: int, size: int) -> bytes:
         end = min(start + size, self._end)
-        return await in_storage_thread(files.read, self._storage, self._file, start=start, end=end)
+        return await run_in_storage_thread(files.read, self._storage, self._file, start=start, end=end)
 
 
 def download(

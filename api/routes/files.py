@@ -13,7 +13,7 @@ from api.routes.clear import clear
 from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit10000, Text
 from api.routes.upload import SCHEMA, StoredDep, UploadDep
-from api.schemas.file import FileObject, file_object, fingerprint_of
+from api.schemas.file import FileObject, compute_fingerprint, make_file_object
 from api.schemas.wire import IDEMPOTENT_RESPONSES, Deleted, Page, make_page
 
 router = APIRouter(prefix="/v1", tags=["files"])
@@ -35,16 +35,16 @@ def create(
     def make() -> tuple[str, dict[str, Any]]:
         quota.reserve_quota(session, project, adding=stored.bytes)
         file = files.add(session, stored, project_id=project, lifetime=upload.lifetime, **about)
-        return file.id, file_object(file).model_dump()
+        return file.id, make_file_object(file).model_dump()
 
     def again(file_id: str) -> dict[str, Any] | None:
         try:
-            return file_object(files.find(session, project, file_id)).model_dump()
+            return make_file_object(files.find(session, project, file_id)).model_dump()
         except NotFound:
             return None
 
-    with files.removed_on_error(session, storage, stored):
-        content = fingerprint_of(stored, lifetime=upload.lifetime, **about)
+    with files.remove_on_error(session, storage, stored):
+        content = compute_fingerprint(stored, lifetime=upload.lifetime, **about)
         outcome = run_idempotent(session, attempt, content, make=make, again=again)
         session.commit()
     if outcome.replayed:
@@ -63,16 +63,16 @@ def list_files(
     order: Annotated[Literal["asc", "desc"] | None, Empty, Query()] = None,
 ) -> Page[FileObject]:
     """Files of the project, newest first."""
-    rows, more = files.page(
+    rows, more = files.list_page(
         session, caller.project_id, after=after, limit=limit or 10_000, purpose=purpose, order=order or "desc"
     )
-    return make_page([file_object(row) for row in rows], has_more=more)
+    return make_page([make_file_object(row) for row in rows], has_more=more)
 
 
 @router.get("/files/{file_id}")
 def retrieve(file_id: str, caller: CallerDep, session: Reading) -> FileObject:
     """One file."""
-    return file_object(files.find(session, caller.project_id, file_id))
+    return make_file_object(files.find(session, caller.project_id, file_id))
 
 
 @router.delete("/files/{file_id}")

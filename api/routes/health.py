@@ -15,7 +15,7 @@ from api.core.queue import queue, workers
 from api.core.resilience.probes import Probe
 from api.core.settings import get_settings
 from api.core.singleton import singleton
-from api.http.threads import in_health_thread
+from api.http.threads import run_in_health_thread
 from api.schemas.wire import Wire
 
 router = APIRouter(tags=["health"])
@@ -41,7 +41,9 @@ async def readyz() -> JSONResponse:
     """Whether jobs can be accepted: also without a worker or a broker, because jobs wait. Answers in a few seconds."""
     database = _database()
     works, stores, refused = await asyncio.gather(
-        in_health_thread(database.works), in_health_thread(storage_works), in_health_thread(catalogue.get_refusal)
+        run_in_health_thread(database.works),
+        run_in_health_thread(storage_works),
+        run_in_health_thread(catalogue.get_refusal),
     )
     checks: dict[str, Any] = {"database": "ok", "storage": "ok", "queue": "ok", "migrations": "ok", "workers": 0}
     checks["catalogue"] = "changed and refused" if refused else "ok"

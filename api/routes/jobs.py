@@ -20,11 +20,11 @@ from api.dependencies import CallerDep, IdentityDep, Reading, StorageDep, Writin
 from api.http import access
 from api.http.bodies import BoundedBody
 from api.http.streams import EventStream
-from api.http.threads import in_search_thread
+from api.http.threads import run_in_search_thread
 from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit100, Limit1000, Text
-from api.schemas.event import CheckpointObject, EventObject, checkpoint_object, event_object
-from api.schemas.job import JobObject, job_object
+from api.schemas.event import CheckpointObject, EventObject, make_checkpoint_object, make_event_object
+from api.schemas.job import JobObject, make_job_object
 from api.schemas.job_request import MAX_LABELS, JobRequest
 from api.schemas.wire import IDEMPOTENT_RESPONSES, Page, as_json, make_page
 
@@ -103,13 +103,15 @@ async def list_jobs(request: Request, caller: CallerDep, after: After = None, li
 
     def find() -> Response:
         with session_scope(read_only=True) as session:
-            rows, more = lookup.page(
+            rows, more = lookup.list_page(
                 session, caller.project_id, after=after, limit=limit or 20, metadata=pairs, unlabelled=unlabelled
             )
-            return as_json(make_page([job_object(view) for view in lookup.load_views(session, rows)], has_more=more))
+            return as_json(
+                make_page([make_job_object(view) for view in lookup.load_views(session, rows)], has_more=more)
+            )
 
     # A search by one pair is an index lookup. One by several pairs may read many jobs, so it has threads of its own.
-    return await (in_search_thread(find) if len(pairs) > 1 else run_in_threadpool(find))
+    return await (run_in_search_thread(find) if len(pairs) > 1 else run_in_threadpool(find))
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}", response_model=JobObject)
@@ -118,14 +120,14 @@ def retrieve(fine_tuning_job_id: str, request: Request) -> Response:
     # Clients repeat this until the job has ended: one thread, and for most jobs one statement (docs/decisions/0041).
     _, job = _find(request, fine_tuning_job_id, lookup.KEY_AND_JOB)
     with session_scope(read_only=True) as session:  # opens a connection only if a statement is needed
-        return as_json(job_object(lookup.load_view(session, ShownRow._make(job))))
+        return as_json(make_job_object(lookup.load_view(session, ShownRow._make(job))))
 
 
 @router.post(JOBS + "/{fine_tuning_job_id}/cancel")
 def cancel(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobObject:
     """Cancel at once and for good; a cancelled job stays cancelled."""
     job = jobs.cancel(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
-    answer = job_object(lookup.load_view(session, job))
+    answer = make_job_object(lookup.load_view(session, job))
     session.commit()
     return answer
 
@@ -134,7 +136,7 @@ def cancel(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobO
 def pause(fine_tuning_job_id: str, caller: CallerDep, session: Writing) -> JobObject:
     """Free the device: a run writes a checkpoint first and is `pausing` until then."""
     job = pauses.pause(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
-    answer = job_object(lookup.load_view(session, job))
+    answer = make_job_object(lookup.load_view(session, job))
     session.commit()
     return answer
 
@@ -145,7 +147,7 @@ def resume(
 ) -> JobObject:
     """Go on from the last checkpoint, or from the start if there is none."""
     job = pauses.resume(session, lookup.find(session, caller.project_id, fine_tuning_job_id))
-    answer = job_object(lookup.load_view(session, job))
+    answer = make_job_object(lookup.load_view(session, job))
     session.commit()
     background.add_task(request.app.state.announcer.announce, job.id)
     return answer
@@ -156,8 +158,8 @@ def list_events(found: JobIdDep, after: After = None, limit: Limit1000 = None) -
     """The events of a job, newest first."""
     _, job_id = found
     with session_scope(read_only=True) as session:
-        rows, more = events.page(session, job_id, after=after, limit=limit or 20)
-    return as_json(make_page([event_object(row) for row in rows], has_more=more))
+        rows, more = events.list_page(session, job_id, after=after, limit=limit or 20)
+    return as_json(make_page([make_event_object(row) for row in rows], has_more=more))
 
 
 @router.get(JOBS + "/{fine_tuning_job_id}/events/stream", response_class=StreamingResponse, responses=EVENT_STREAM)
@@ -182,9 +184,9 @@ def list_checkpoints(
 ) -> Page[CheckpointObject]:
     """Stored checkpoints, newest first."""
     job = lookup.find(session, caller.project_id, fine_tuning_job_id)
-    rows, more = checkpoints.page(session, job.id, after=after, limit=limit or 10)
+    rows, more = checkpoints.list_page(session, job.id, after=after, limit=limit or 10)
     stored = results.find_files_of(session, rows)
-    return make_page([checkpoint_object(row, stored[row.file_id]) for row in rows], has_more=more)
+    return make_page([make_checkpoint_object(row, stored[row.file_id]) for row in rows], has_more=more)
 
 
 @router.head(JOBS + "/{fine_tuning_job_id}/adapter", include_in_schema=False)
@@ -204,7 +206,7 @@ def adapter(
 
 
 def _shown(session: Writing, project_id: str, job_id: str) -> dict[str, Any]:
-    return job_object(lookup.load_view(session, lookup.find(session, project_id, job_id))).model_dump(mode="json")
+    return make_job_object(lookup.load_view(session, lookup.find(session, project_id, job_id))).model_dump(mode="json")
 
 
 def _filter(request: Request) -> tuple[dict[str, str], bool]:

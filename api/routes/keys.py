@@ -13,7 +13,7 @@ from api.core.db.database import now
 from api.dependencies import AdminDep, Reading, Writing
 from api.http.bodies import BoundedBody
 from api.routes.query import After, Limit100
-from api.schemas.key import KeyObject, KeyRequest, NewKeyObject, key_object, new_key_object
+from api.schemas.key import KeyObject, KeyRequest, NewKeyObject, make_key_object, make_new_key_object
 from api.schemas.wire import Deleted, Page, make_page
 
 router = APIRouter(prefix="/v1/organization/projects/{project_id}", tags=["API keys"], route_class=BoundedBody)
@@ -27,7 +27,7 @@ def create(project_id: str, body: KeyRequest, caller: AdminDep, session: Writing
     expires_at = None if life is None else now(session) + timedelta(seconds=life)
     key, secret = keys.create_key(session, project, name=body.name, role=body.role, expires_at=expires_at)
     session.commit()
-    return new_key_object(key, secret)
+    return make_new_key_object(key, secret)
 
 
 @router.get("/api_keys")
@@ -36,15 +36,15 @@ def list_keys(
 ) -> Page[KeyObject]:
     """Keys of the project, newest first."""
     project = keys.find_project(session, caller, project_id)
-    rows, more = keys.page(session, project.id, after=after, limit=limit or 20)
-    return make_page([key_object(row) for row in rows], has_more=more)
+    rows, more = keys.list_page(session, project.id, after=after, limit=limit or 20)
+    return make_page([make_key_object(row) for row in rows], has_more=more)
 
 
 @router.get("/api_keys/{key_id}")
 def retrieve(project_id: str, key_id: str, caller: AdminDep, session: Reading) -> KeyObject:
     """One key."""
     project = keys.find_project(session, caller, project_id)
-    return key_object(keys.find_key(session, project.id, key_id))
+    return make_key_object(keys.find_key(session, project.id, key_id))
 
 
 @router.delete("/api_keys/{key_id}")

@@ -11,10 +11,10 @@ from api.core.db.database import session_scope
 from api.core.errors import NotFound
 from api.core.models import catalogue, registry
 from api.dependencies import CallerDep, IdentityDep, Reading, StorageDep, Writing
-from api.http.threads import in_search_thread
+from api.http.threads import run_in_search_thread
 from api.routes.clear import clear
 from api.routes.query import After, Empty, Limit1000, Text
-from api.schemas.model import MethodObject, ModelObject, method_object, model_object
+from api.schemas.model import MethodObject, ModelObject, make_method_object, make_model_object
 from api.schemas.wire import Deleted, Page, as_json, make_page, stream_list
 from lorainit.config.inits import INITS
 
@@ -30,23 +30,25 @@ async def list_models(
 ) -> Response:
     """Every base, then this project's adapters, newest first; with `limit`, `after` or `search` a page of them."""
     if not (after or limit or search):
-        batches = ([model_object(model) for model in models] for models in registry.iterate_batches(caller.project_id))
+        batches = (
+            [make_model_object(model) for model in models] for models in registry.iterate_batches(caller.project_id)
+        )
         return await run_in_threadpool(stream_list, batches)
 
     def find() -> Response:
         project, most = caller.project_id, limit or 20
         with session_scope(read_only=True) as session:
-            models, more = registry.page(session, project, after=after, limit=most, search=search or "")
-            return as_json(make_page([model_object(model) for model in models], has_more=more))
+            models, more = registry.list_page(session, project, after=after, limit=most, search=search or "")
+            return as_json(make_page([make_model_object(model) for model in models], has_more=more))
 
-    return await (in_search_thread(find) if search else run_in_threadpool(find))
+    return await (run_in_search_thread(find) if search else run_in_threadpool(find))
 
 
 # A hub name contains a slash, raw or encoded, so there can be no routes below the name of a model.
 @router.get("/models/{model:path}")
 def retrieve(model: str, caller: CallerDep, session: Reading) -> ModelObject:
     """One model by its name."""
-    return model_object(registry.find(session, caller.project_id, model))
+    return make_model_object(registry.find(session, caller.project_id, model))
 
 
 @router.delete("/models/{model:path}")
@@ -65,7 +67,7 @@ def delete(
 def list_methods(_: CallerDep, model: Base = None, r: Rank = None) -> Page[MethodObject]:
     """Every initialization this server offers, with its parameters as JSON Schema."""
     entry = catalogue.require(model) if model else None
-    return make_page([method_object(name, entry=entry, r=r or 16) for name in INITS], has_more=False)
+    return make_page([make_method_object(name, entry=entry, r=r or 16) for name in INITS], has_more=False)
 
 
 @router.get("/lora/methods/{method}")
@@ -75,4 +77,4 @@ def retrieve_method(method: str, _: CallerDep, model: Base = None, r: Rank = Non
     if method not in INITS:
         text = f"There is no initialization {method!r}. Available: {', '.join(INITS)}."
         raise NotFound(text, code="unsupported_init_method", param="method")
-    return method_object(method, entry=entry, r=r or 16)
+    return make_method_object(method, entry=entry, r=r or 16)

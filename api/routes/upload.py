@@ -16,7 +16,7 @@ from api.core.files.files import UPLOADABLE, Stored
 from api.core.settings import get_settings
 from api.dependencies import IdentityDep, StorageDep
 from api.errors import BadRequest
-from api.http.threads import in_storage_thread
+from api.http.threads import run_in_storage_thread
 from api.middleware import MULTIPART_SLACK, read_content_length
 
 FIELD_BYTES = 64 * 1024  # of a field that is no file, because the parser keeps these in memory
@@ -125,7 +125,7 @@ UploadDep = Annotated[Upload, Depends(_upload)]
 async def _stored(upload: UploadDep, attempt: IdentityDep, storage: StorageDep) -> Stored:
     """Store the bytes before the route opens a session, so that no transaction is open during the upload."""
     project, limit = attempt.caller.project_id, get_settings().max_upload_bytes
-    return await in_storage_thread(files.store, storage, upload.stream, project_id=project, limit=limit)
+    return await run_in_storage_thread(files.store, storage, upload.stream, project_id=project, limit=limit)
 
 
 StoredDep = Annotated[Stored, Depends(_stored)]

@@ -47,7 +47,7 @@ class CheckpointObject(Element):
     sha256: str
 
 
-def event_object(event: ShownEvent) -> EventObject:
+def make_event_object(event: ShownEvent) -> EventObject:
     """A row as the caller sees it."""
     return EventObject(
         id=event.id,
@@ -60,7 +60,7 @@ def event_object(event: ShownEvent) -> EventObject:
     )
 
 
-def checkpoint_object(checkpoint: Checkpoint, file: File) -> CheckpointObject:
+def make_checkpoint_object(checkpoint: Checkpoint, file: File) -> CheckpointObject:
     """A row and its file as the caller sees them."""
     return CheckpointObject(
         id=checkpoint.id,

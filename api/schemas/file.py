@@ -25,7 +25,7 @@ class FileObject(Element):
     validation: dict[str, Any] | None = Field(description="What the check of the rows found.")
 
 
-def file_object(file: File) -> FileObject:
+def make_file_object(file: File) -> FileObject:
     """A row as the caller sees it."""
     return FileObject(
         id=file.id,
@@ -41,6 +41,6 @@ def file_object(file: File) -> FileObject:
     )
 
 
-def fingerprint_of(stored: Stored, *, filename: str, purpose: str, lifetime: int | None) -> dict[str, Any]:
+def compute_fingerprint(stored: Stored, *, filename: str, purpose: str, lifetime: int | None) -> dict[str, Any]:
     """What makes two uploads the same order; a multipart body itself has a new boundary each time."""
     return {"filename": filename, "purpose": purpose, "expires_after": lifetime, "sha256": stored.sha256}

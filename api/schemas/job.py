@@ -125,7 +125,7 @@ class JobObject(Element):
     adapter: AdapterObject | None
 
 
-def job_object(view: JobView) -> JobObject:
+def make_job_object(view: JobView) -> JobObject:
     """A row and what belongs to it, as the caller sees it."""
     job, resumability, decided = view.job, view.resumability, _decided_by_the_run(view.job)
     training, choices = _training(job, decided), [*job.choices, *decided]

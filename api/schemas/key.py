@@ -57,12 +57,12 @@ class NewKeyObject(KeyObject):
     value: str
 
 
-def key_object(key: ApiKey) -> KeyObject:
+def make_key_object(key: ApiKey) -> KeyObject:
     """A row as an admin sees it."""
     return KeyObject.model_validate(_fields(key))
 
 
-def new_key_object(key: ApiKey, secret: str) -> NewKeyObject:
+def make_new_key_object(key: ApiKey, secret: str) -> NewKeyObject:
     """The same with the secret."""
     return NewKeyObject.model_validate({**_fields(key), "value": secret})
 

@@ -70,7 +70,7 @@ class MethodObject(Element):
     estimate: dict[str, Any] | None
 
 
-def model_object(model: Model) -> ModelObject:
+def make_model_object(model: Model) -> ModelObject:
     """A base, adapter or checkpoint as the caller sees it."""
     named = model.named
     if isinstance(named, Entry):
@@ -110,7 +110,7 @@ def _base(entry: Entry) -> ModelObject:
     )
 
 
-def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
+def make_method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
     """A method with its default parameters; rates and availability are filled in for a base and a rank."""
     kind = INITS[name]
     default, facts = kind.model_validate({"method": name}), kind.facts
@@ -129,10 +129,10 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
         export_rank=default.export_rank,
         supports={
             "quantization": [name for name in facts.quantization if name],
-            "dora": default.offset == "none" and None in facts.quantization,
+            "dora": default.supports_dora,
             "rslora": True,
         },
-        parameters=parameters(kind),
+        parameters=describe_parameters(kind),
         recommended={
             "r": r,
             "alpha": facts.alpha or r,
@@ -145,7 +145,7 @@ def method_object(name: str, *, entry: Entry | None, r: int) -> MethodObject:
     )
 
 
-def parameters(kind: type[InitConfig]) -> dict[str, Any]:
+def describe_parameters(kind: type[InitConfig]) -> dict[str, Any]:
     """The JSON Schema of a method, from the very class that checks requests."""
     schema = kind.model_json_schema()
     return {key: schema[key] for key in ("type", "additionalProperties", "properties", "required")}

@@ -214,7 +214,7 @@ def test_what_passes_is_a_503(lab: Lab, monkeypatch: pytest.MonkeyPatch, error: 
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(files, "page", fail)
+    monkeypatch.setattr(files, "list_page", fail)
     unavailable(lab.client.get("/v1/files"))
 
 
@@ -222,7 +222,7 @@ def test_another_error_inside_the_database_is_a_500(lab: Lab, monkeypatch: pytes
     def fail(*_: object, **__: object) -> None:
         raise InternalError("SELECT 1", {}, Exception("a bug"))
 
-    monkeypatch.setattr(files, "page", fail)
+    monkeypatch.setattr(files, "list_page", fail)
     refused(lab.client.get("/v1/files"), 500, "internal_error")
 
 

@@ -51,7 +51,7 @@ class IdempotentResult:
     replayed: bool
 
 
-def fingerprint(path: str, content: dict[str, Any]) -> str:
+def compute_fingerprint(path: str, content: dict[str, Any]) -> str:
     """SHA-256 over the path and the canonical form of what was sent."""
     canonical = json.dumps([path, content], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -76,7 +76,7 @@ def run_idempotent(
         InvalidValue: the key was used for another request.
         InProgress: the first request with this identity has not ended after a few seconds.
     """
-    mark = fingerprint(attempt.path, content)
+    mark = compute_fingerprint(attempt.path, content)
     _lock_identity(session, attempt, mark)
     earlier = _find_by_key(session, attempt, mark) if attempt.key else _find_by_fingerprint(session, attempt, mark)
     if earlier is not None:

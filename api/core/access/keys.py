@@ -145,10 +145,10 @@ def find_key(session: Session, project_id: str, key_id: str) -> ApiKey:
     return key
 
 
-def page(session: Session, project_id: str, *, after: str | None, limit: int) -> tuple[Sequence[ApiKey], bool]:
+def list_page(session: Session, project_id: str, *, after: str | None, limit: int) -> tuple[Sequence[ApiKey], bool]:
     """Keys of a project, newest first; True when there are more."""
     query = select(ApiKey).where(ApiKey.project_id == project_id, ApiKey.deleted_at.is_(None))
-    return paging.page(session, query, ApiKey, project_id=project_id, after=after, limit=limit)
+    return paging.read_page(session, query, ApiKey, project_id=project_id, after=after, limit=limit)
 
 
 def list_all(session: Session) -> Sequence[tuple[ApiKey, Project]]:

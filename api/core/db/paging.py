@@ -17,7 +17,7 @@ Query = TypeVar("Query", bound=Select[Any])
 Found = TypeVar("Found")
 
 
-def page(
+def read_page(
     session: Session,
     query: Select[R],
     table: type[R],

@@ -98,7 +98,7 @@ def _require_disk_space(source: BinaryIO) -> None:
 
 
 @contextmanager
-def removed_on_error(session: Session, storage: Storage, stored: Stored) -> Iterator[None]:
+def remove_on_error(session: Session, storage: Storage, stored: Stored) -> Iterator[None]:
     """Delete the bytes if the block fails, so that none stay without a row. `session` is rolled back first."""
     try:
         yield
@@ -188,7 +188,7 @@ def find_usable(session: Session, project_id: str, file_id: str, *, param: str) 
     return file
 
 
-def page(
+def list_page(
     session: Session,
     project_id: str,
     *,

@@ -66,7 +66,7 @@ def mark_all_deleted(session: Session, job_id: str) -> None:
         mark_deleted(session, checkpoint)
 
 
-def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Checkpoint], bool]:
+def list_page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Checkpoint], bool]:
     """Newest first, `limit` of them after the checkpoint `after`; True when there are more."""
     query = _select_kept(job_id).limit(limit + 1)
     if after is not None:

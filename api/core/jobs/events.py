@@ -83,7 +83,7 @@ def append_status_event(
         counters.count_ended_job(session, job_id, status=status, code=(data.get("error") or {}).get("code", ""))
 
 
-def page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[ShownEvent], bool]:
+def list_page(session: Session, job_id: str, *, after: str | None, limit: int) -> tuple[Sequence[ShownEvent], bool]:
     """Newest first, `limit` of them after the event `after`; True when there are more."""
     query = select(*_SHOWN).where(Event.job_id == job_id).order_by(Event.sequence.desc()).limit(limit + 1)
     if after is not None:

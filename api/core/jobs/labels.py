@@ -18,14 +18,14 @@ from api.core.db.tables import SHOWN, Job, JobLabel
 COUNTED = 1000
 
 
-def digest(project_id: str, key: str, value: str) -> bytes:
+def compute_digest(project_id: str, key: str, value: str) -> bytes:
     """The digest of a pair of a project: the first 128 bits of a SHA-256."""
     return hashlib.sha256(json.dumps([project_id, key, value]).encode()).digest()[:16]
 
 
 def index(session: Session, job: Job) -> None:
     """Insert the rows by which a new job is found."""
-    digests = [digest(job.project_id, key, value) for key, value in (job.labels or {}).items()]
+    digests = [compute_digest(job.project_id, key, value) for key, value in (job.labels or {}).items()]
     session.add_all(JobLabel(digest=one, created_at=job.created_at, job_id=job.id) for one in digests)
     session.flush()
 
@@ -35,7 +35,9 @@ def search(session: Session, project_id: str, pairs: Mapping[str, str]) -> tuple
 
     It reads the jobs with the rarest pair in order, and looks each of them up among the jobs with another pair.
     """
-    rarest, *others = _sort_rarest_first(session, [digest(project_id, key, value) for key, value in pairs.items()])
+    rarest, *others = _sort_rarest_first(
+        session, [compute_digest(project_id, key, value) for key, value in pairs.items()]
+    )
     first = aliased(JobLabel)
     query = select(*SHOWN).join_from(first, Job, Job.id == first.job_id).where(first.digest == rarest)
     for other in others:

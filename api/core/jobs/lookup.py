@@ -67,7 +67,7 @@ def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[K
     return Key._make(key), None if row.id is None else job
 
 
-def page(
+def list_page(
     session: Session,
     project_id: str,
     *,

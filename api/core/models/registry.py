@@ -42,7 +42,7 @@ def iterate_batches(project_id: str) -> Iterator[list[Model]]:
         bases, beyond = [], (rows[-1].created_at, rows[-1].job_id)
 
 
-def page(
+def list_page(
     session: Session, project_id: str, *, after: str | None, limit: int, search: str
 ) -> tuple[Sequence[Model], bool]:
     """Part of the same list: what comes after the model `after` and has `search` in its name; True when there is more.

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import api
 from api.cli import commands, tables
-from api.cli.console import plain
+from api.cli.console import make_console
 from lorainit.config.events import Message
 from lorainit.progress import ProgressDisplay
 from tests.api.cli.conftest import Served
@@ -29,9 +29,9 @@ def test_every_shortcode_in_a_name_is_printed_as_it_is(
 ) -> None:
     for key, value in plainness.items():
         monkeypatch.setenv(key, value)
-    out = plain()
+    out = make_console()
     out.print("\n".join(NAMES))
-    out.print(tables.table(("name", "result"), [(name, name) for name in NAMES]), soft_wrap=False)
+    out.print(tables.make_table(("name", "result"), [(name, name) for name in NAMES]), soft_wrap=False)
     printed = capsys.readouterr().out
     assert len(NAMES) > 3000
     assert seen(printed) == [*NAMES, "result", *NAMES]
@@ -57,7 +57,7 @@ def test_a_job_s_name_is_whole_in_its_row() -> None:
     job = FineTuningJob.model_construct(  # type: ignore[call-arg]
         id="ftjob-1", status="succeeded", model="tiny", fine_tuned_model=NAMES[0], error=None
     )
-    assert tables.job_row(job)[-1] == NAMES[0]
+    assert tables.make_job_row(job)[-1] == NAMES[0]
 
 
 def test_a_refusal_repeats_the_name_it_was_given(served: Served) -> None:

@@ -27,4 +27,4 @@ def test_a_job_that_made_the_model_worse_is_exit_code_3(
 @pytest.mark.parametrize(("warnings", "shown"), [([], "ft:x"), ([WORSE], "ft:x (worse_than_base)"), (None, "ft:x")])
 def test_the_list_of_jobs_shows_the_warnings_of_each(warnings: list[dict[str, object]] | None, shown: str) -> None:
     given = {"id": "ftjob-1", "status": "succeeded", "model": "m", "fine_tuned_model": "ft:x", "warnings": warnings}
-    assert tables.job_row(FineTuningJob.model_construct(**given))[-1] == shown
+    assert tables.make_job_row(FineTuningJob.model_construct(**given))[-1] == shown

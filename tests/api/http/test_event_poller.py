@@ -10,7 +10,7 @@ from api.core.db.tables import Job
 from api.http import event_poller, streams
 from api.http.event_poller import EventPoller, NewEvents, StreamPosition
 from api.http.streams import Streams
-from api.schemas.event import event_object
+from api.schemas.event import make_event_object
 from tests.api.http.test_stream import a_key, follow, say, sequences, until
 from tests.statements import statements
 from tests.things import a_project, a_running_job
@@ -100,9 +100,9 @@ def test_a_story_that_cannot_be_told_ends_its_own_streams_and_no_other(
     def sometimes(event: Any) -> Any:
         if event.message == "cannot be told":
             raise ValueError("no event")
-        return event_object(event)
+        return make_event_object(event)
 
-    monkeypatch.setattr(event_poller, "event_object", sometimes)
+    monkeypatch.setattr(event_poller, "make_event_object", sometimes)
 
     async def watch() -> None:
         among = Streams()

@@ -31,7 +31,7 @@ def test_searches_take_turns_and_polls_do_not_wait_for_them(monkeypatch: pytest.
             busy -= bool(metadata)
         return page(*arguments, metadata=metadata, **others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(jobs.lookup, "page", slow)
+    monkeypatch.setattr(jobs.lookup, "list_page", slow)
     with TestClient(lab.client.app, headers=lab.client.headers) as client:
         asked = [threading.Thread(target=client.get, args=(f"{JOBS}?metadata[a]={n}&metadata[b]=1",)) for n in range(8)]
         for one in asked:
@@ -48,9 +48,9 @@ def test_work_of_one_kind_waits_for_its_own_kind_only() -> None:
     async def all_at_once() -> None:
         async with anyio.create_task_group() as group:
             for _ in range(threads.SEARCH_THREADS + 1):
-                group.start_soon(threads.in_search_thread, partial(released.wait, 60))
+                group.start_soon(threads.run_in_search_thread, partial(released.wait, 60))
             await anyio.wait_all_tasks_blocked()
-            await threads.in_health_thread(released.set)
+            await threads.run_in_health_thread(released.set)
 
     began = time.monotonic()
     anyio.run(all_at_once)

@@ -113,10 +113,10 @@ def test_trainable_parameters_are_an_estimate_until_the_ranks_are_spread(lab: La
     assert stub_worker.claim()
     row = session.get_one(Job, job["id"], populate_existing=True)
     session.expunge(row)
-    from api.schemas.job import job_object
+    from api.schemas.job import make_job_object
 
     row.plan, row.init_report = {"trainable_parameters": 100}, {"trainable_parameters": 93}
-    lora = json.loads(job_object(lookup.load_view(session, row)).model_dump_json())["lora"]
+    lora = json.loads(make_job_object(lookup.load_view(session, row)).model_dump_json())["lora"]
     assert (lora["trainable_parameters"], lora["trainable_parameters_estimated"]) == (93, False)
     assert lab.order(lora={"init": "pissa", "r": 8})["lora"]["trainable_parameters_estimated"] is False
 
@@ -224,10 +224,10 @@ def test_a_number_json_cannot_hold_is_null(lab: Lab, session: Session) -> None:
     assert stub_worker.claim()
     row = session.get_one(Job, job["id"], populate_existing=True)
     session.expunge(row)
-    from api.schemas.job import job_object
+    from api.schemas.job import make_job_object
 
     row.init_report = {"loss": float("nan"), "nested": [float("inf")]}
-    shown = json.loads(job_object(lookup.load_view(session, row)).model_dump_json())
+    shown = json.loads(make_job_object(lookup.load_view(session, row)).model_dump_json())
     assert shown["init_report"] == {"loss": None, "nested": [None]}
 
 

@@ -149,10 +149,10 @@ def test_the_command_line_fetches_no_more_pages_than_it_shows(
     names, pages = [MODEL, *trained(4)], list[str]()
     lab.client.event_hooks["request"].append(lambda request: pages.append(str(request.url)))
     client = OpenAI(base_url="http://testserver/v1", api_key=lab.secret, http_client=lab.client)
-    found = list(remote.models(client, search="", limit=limit))
+    found = list(remote.list_models(client, search="", limit=limit))
     assert [model.id for model in found] == names[:limit] and len(pages) == asked
-    assert tables.model_row(found[0]) == (MODEL, "base", "", "")
-    assert all(tables.model_row(model)[1:3] == ("adapter", MODEL) for model in found[1:])
-    assert [model.id for model in remote.models(client, search="even", limit=limit)] == [
+    assert tables.make_model_row(found[0]) == (MODEL, "base", "", "")
+    assert all(tables.make_model_row(model)[1:3] == ("adapter", MODEL) for model in found[1:])
+    assert [model.id for model in remote.list_models(client, search="even", limit=limit)] == [
         n for n in names if "Even" in n
     ][:limit]

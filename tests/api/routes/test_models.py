@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 from api.core.models import catalogue
-from api.schemas.model import method_object
+from api.schemas.model import make_method_object
 from lorainit.config.inits import INITS
 from lorainit.config.rates import RATES
 from tests import stub_worker
@@ -133,8 +133,8 @@ def test_loftq_is_not_available_on_a_base_that_cannot_be_quantized() -> None:
     entry = catalogue.require(MODEL)
     narrow = entry.model_copy(update={"targets": [entry.targets[0].model_copy(update={"in_features": 96})]})
     for base, fits in ((entry, True), (narrow, False)):
-        assert method_object("loftq", entry=base, r=8).available is fits
-        assert method_object("kaiming", entry=base, r=8).available is True
+        assert make_method_object("loftq", entry=base, r=8).available is fits
+        assert make_method_object("kaiming", entry=base, r=8).available is True
 
 
 def test_an_unknown_method_or_model_is_refused(lab: Lab) -> None:

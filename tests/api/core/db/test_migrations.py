@@ -86,7 +86,7 @@ def test_jobs_of_the_release_before_are_found_by_their_metadata(environment: pyt
     migrate.upgrade(old)
     with sessionmaker(old)() as session:
         assert set(session.execute(rows)) == before
-        found, _ = lookup.page(session, project_id, after=None, limit=10, metadata={"team": "ä", "run": "7"})
+        found, _ = lookup.list_page(session, project_id, after=None, limit=10, metadata={"team": "ä", "run": "7"})
         assert [job.id for job in found] == [job]
     assert migrate.find_drift(old) == []
     old.dispose()

@@ -161,8 +161,8 @@ def test_events_are_numbered_without_gaps_and_paged_newest_first(session: Sessio
     job = a_job(session, a_project(session))
     for number in range(5):
         events.append(session, job.id, f"e{number}", at=datetime.now(UTC))
-    first, more = events.page(session, job.id, after=None, limit=4)
-    rest, end = events.page(session, job.id, after=first[-1].id, limit=4)
+    first, more = events.list_page(session, job.id, after=None, limit=4)
+    rest, end = events.list_page(session, job.id, after=first[-1].id, limit=4)
     assert [row.sequence for row in [*first, *rest]] == [6, 5, 4, 3, 2, 1]
     assert (more, end) == (True, False)
 

@@ -68,17 +68,17 @@ ASKED: Mapping[str, Callable[[Session, Things], object]] = {
     "a job and the key that asks for it": lambda session, it: session.execute(
         lookup.KEY_AND_JOB, {"key": "key_0", "job": it.queued.id}
     ),
-    "all models of a project": lambda session, it: registry.page(
+    "all models of a project": lambda session, it: registry.list_page(
         session, it.queued.project_id, after=None, limit=1000, search=""
     ),
-    "models that are searched for": lambda session, it: registry.page(
+    "models that are searched for": lambda session, it: registry.list_page(
         session, it.queued.project_id, after=None, limit=20, search="x"
     ),
-    "a page of jobs": lambda session, it: lookup.page(session, it.queued.project_id, after=None, limit=20),
-    "a further page of jobs with a pair": lambda session, it: lookup.page(
+    "a page of jobs": lambda session, it: lookup.list_page(session, it.queued.project_id, after=None, limit=20),
+    "a further page of jobs with a pair": lambda session, it: lookup.list_page(
         session, queue_costs.SEARCHED, after="ftjob-l9", limit=20, metadata={"team": "a"}
     ),
-    "a page of events": lambda session, it: events.page(session, it.lease.job_id, after=None, limit=20),
+    "a page of events": lambda session, it: events.list_page(session, it.lease.job_id, after=None, limit=20),
     "events after one": lambda session, it: events.list_since(session, it.ended.id, 0, limit=200),
     "what streams have not sent": lambda session, it: event_poller.find_news(
         session, [event_poller.StreamPosition(job.id, -1, "key_0") for job in (it.ended, it.queued)]

@@ -23,7 +23,7 @@ def a_checkpoint(session: Session, job: Job, step: int, *, loss: float | None = 
 
 
 def kept(session: Session, job: Job) -> list[int]:
-    rows = checkpoints.page(session, job.id, after=None, limit=100)[0]
+    rows = checkpoints.list_page(session, job.id, after=None, limit=100)[0]
     return [row.step for row in rows]
 
 
