@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.core import logs
-from api.core.access.rates import Allowance
+from api.core.access.rate_limits import Allowance
 from api.core.errors import Refusal, TooLarge
 from api.core.files.files import too_large
 from api.core.ids import new_id

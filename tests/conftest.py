@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.core import settings, traces
-from api.core.access import rates
+from api.core.access import rate_limits
 from api.core.db import database, migrate
 from api.core.devices import devices
 from api.core.files import storage
@@ -120,7 +120,7 @@ def forget() -> None:
         database.get_sessions,
         storage.get_storage,
         queue.get_celery,
-        rates.get_limiter,
+        rate_limits.get_limiter,
     ):
         cached.cache_clear()
     catalogue.forget()
