@@ -120,7 +120,7 @@ def forget() -> None:
         database.get_sessions,
         storage.get_storage,
         queue.get_celery,
-        rate_limits.get_limiter,
+        rate_limits.get_rate_limiter,
     ):
         cached.cache_clear()
     catalogue.forget()

@@ -38,7 +38,7 @@ def authorize(request: Request, key: Key | None, secret: str) -> Caller:
     request.scope["state"]["project"] = caller.project_id
     permit: Permit = request.scope["state"]["permit"]
     permit.count_key(caller.key_id)
-    limiter = rate_limits.get_limiter()
+    limiter = rate_limits.get_rate_limiter()
     allowance = request.scope["state"]["allowance"] = None if limiter is None else limiter.take(caller.key_id)
     if allowance is not None and allowance.wait:
         raise TooManyRequests(

@@ -47,7 +47,7 @@ class Allowance:
     wait: float
 
 
-class Limiter:
+class RateLimiter:
     """Buckets of `limit` requests per minute."""
 
     def __init__(self, url: str, *, limit: int) -> None:
@@ -74,7 +74,7 @@ class Limiter:
 
 
 @singleton
-def get_limiter() -> Limiter | None:
+def get_rate_limiter() -> RateLimiter | None:
     """This process's limiter; None when there is no limit, or no server to count in."""
     settings = get_settings()
     if not settings.requests_per_minute:
@@ -82,4 +82,4 @@ def get_limiter() -> Limiter | None:
     if settings.broker_url is None:
         get_logger(__name__).warning("rate_limit_off", reason="LORAINIT_BROKER_URL is not set")
         return None
-    return Limiter(settings.broker_url, limit=settings.requests_per_minute)
+    return RateLimiter(settings.broker_url, limit=settings.requests_per_minute)

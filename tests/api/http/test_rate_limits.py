@@ -1,4 +1,4 @@
-"""Request limits per key: OpenAI's headers, one bucket for all processes, and nothing lost with the broker."""
+"""Rate limits per key: OpenAI's headers, one bucket for all processes, and nothing lost with the broker."""
 
 import contextlib
 import time
@@ -21,9 +21,9 @@ def limit(environment: pytest.MonkeyPatch, valkey_url: str) -> Iterator[int]:
     environment.setenv("LORAINIT_REQUESTS_PER_MINUTE", "5")
     with redis.Redis.from_url(valkey_url) as server:
         server.flushdb()
-    rate_limits.get_limiter.cache_clear()
+    rate_limits.get_rate_limiter.cache_clear()
     yield 5
-    rate_limits.get_limiter.cache_clear()
+    rate_limits.get_rate_limiter.cache_clear()
 
 
 def headers_of(lab: Lab, path: str = "/v1/files") -> dict[str, str]:
@@ -79,14 +79,14 @@ def test_a_request_over_the_limit_does_nothing(limit: int, lab: Lab) -> None:
     for _ in range(limit):
         lab.client.get("/v1/files")
     refused(lab.client.post(f"{JOBS}/{job}/cancel"), 429, "rate_limit_exceeded")
-    rate_limits.get_limiter.cache_clear()
+    rate_limits.get_rate_limiter.cache_clear()
     with redis.Redis.from_url(rate_limits.get_settings().broker_url or "") as server:
         server.flushdb()
     assert lab.client.get(f"{JOBS}/{job}").json()["status"] != "cancelled"
 
 
 def test_several_processes_share_one_bucket(valkey_url: str) -> None:
-    limiters = [rate_limits.Limiter(valkey_url, limit=40) for _ in range(4)]
+    limiters = [rate_limits.RateLimiter(valkey_url, limit=40) for _ in range(4)]
     key, began = f"key_{time.monotonic_ns()}", time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         taken = list(pool.map(lambda number: limiters[number % 4].take(key), range(120)))
@@ -97,7 +97,7 @@ def test_several_processes_share_one_bucket(valkey_url: str) -> None:
 
 
 def test_a_bucket_is_refilled_evenly(valkey_url: str) -> None:
-    limiter, key, began = rate_limits.Limiter(valkey_url, limit=600), f"key_{time.monotonic_ns()}", time.monotonic()
+    limiter, key, began = rate_limits.RateLimiter(valkey_url, limit=600), f"key_{time.monotonic_ns()}", time.monotonic()
     last = [limiter.take(key) for _ in range(600)][-1]
     assert last is not None and last.remaining <= 1 + 10 * (time.monotonic() - began)
     while (taken := limiter.take(key)) is not None and not taken.wait:
@@ -109,7 +109,7 @@ def test_a_bucket_is_refilled_evenly(valkey_url: str) -> None:
 
 
 def test_a_bucket_that_is_full_again_leaves_nothing_behind(valkey_url: str) -> None:
-    limiter, key = rate_limits.Limiter(valkey_url, limit=6000), f"key_{time.monotonic_ns()}"
+    limiter, key = rate_limits.RateLimiter(valkey_url, limit=6000), f"key_{time.monotonic_ns()}"
     limiter.take(key)
     time.sleep(0.05)
     with redis.Redis.from_url(valkey_url) as server:
@@ -122,20 +122,20 @@ def test_without_its_broker_the_service_answers_without_a_limit(
     environment.setenv("LORAINIT_BROKER_URL", f"redis://127.0.0.1:{servers.free_port()}/0")
     environment.setenv("LORAINIT_REQUESTS_PER_MINUTE", "1")
     rate_limits.get_settings.cache_clear()
-    rate_limits.get_limiter.cache_clear()
+    rate_limits.get_rate_limiter.cache_clear()
     environment.setattr(rate_limits, "PAUSE_SECONDS", 3600.0)
     assert [lab.client.get("/v1/files").status_code for _ in range(20)] == [200] * 20
     assert headers_of(lab) == {}
     # Asked once, then not for a while.
     assert capsys.readouterr().out.count("rate_limit_suspended") == 1
-    rate_limits.get_limiter.cache_clear()
+    rate_limits.get_rate_limiter.cache_clear()
 
 
 def test_a_frozen_broker_costs_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate_limits, "ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(rate_limits, "PAUSE_SECONDS", 3600.0)
     with servers.socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
-        limiter = rate_limits.Limiter(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", limit=1)
+        limiter = rate_limits.RateLimiter(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", limit=1)
         assert limiter.take("key_x") is None
         silent.setblocking(False)
         assert _accept_all(silent) > 0
