@@ -24,6 +24,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/errors.md", "warnings", errors.of_warnings),
     ("docs/rates.md", rates_page.TABLE, rates_page.table),
     ("docs/methods/README.md", "initializations", methods.index),
+    ("docs/methods/README.md", "dora", methods.dora),
     *((f"docs/methods/{name}.md", "facts", partial(methods.facts, name)) for name in INITS),
 ]
 

@@ -98,6 +98,25 @@ RATES: dict[str, Row] = {
 BASELINE = "kaiming"
 
 
+class MissingRates(LookupError):
+    """`RATES` has no row for an initialization."""
+
+
+def find_rates(method: InitConfig) -> Row:
+    """The row of `RATES` that this initialization takes its default rates from.
+
+    Raises:
+        MissingRates: there is none.
+    """
+    if method.rates not in RATES:
+        raise MissingRates(
+            f"{method.method} has no default learning rates: add the line"
+            f' "{method.rates}": (Rate(...), Rate(...), Rate(...)), to RATES in lorainit/config/rates.py,'
+            " with a rate for each of SIZES and its source (docs/add-a-method.md)."
+        )
+    return RATES[method.rates]
+
+
 def default_rate(method: InitConfig, *, weights: int) -> float:
     """The default rate for a base model.
 
@@ -106,8 +125,11 @@ def default_rate(method: InitConfig, *, weights: int) -> float:
 
     Args:
         weights: how many numbers the base's linear layers hold.
+
+    Raises:
+        MissingRates: as `find_rates`.
     """
-    return _at(RATES[method.rates], weights)
+    return _at(find_rates(method), weights)
 
 
 def share_of_baseline(method: InitConfig, *, weights: int) -> float:

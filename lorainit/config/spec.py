@@ -115,14 +115,14 @@ class Lora(Strict):
     def method(self) -> InitConfig:
         """The initialization of a resolved adapter."""
         if isinstance(self.init, Automatic):
-            raise ValueError("lora.init is still 'auto': call resolved() first")
+            raise ValueError("lora.init is still 'auto': call resolve() first")
         return self.init
 
     @property
     def scaling(self) -> float:
         """The multiplier s of the adapter: alpha/r, or alpha/sqrt(r) with rsLoRA."""
         if self.alpha == "auto" or self.use_rslora == "auto":
-            raise ValueError("lora.alpha or lora.use_rslora is still 'auto': call resolved() first")
+            raise ValueError("lora.alpha or lora.use_rslora is still 'auto': call resolve() first")
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def count_parameters(self, out: int, n: int) -> int:

@@ -36,7 +36,26 @@ def test_a_page_that_is_not_there_is_told_with_the_command_that_begins_it() -> N
 
 
 def test_every_page_of_a_method_is_written_to_its_end() -> None:
-    assert methods.unfinished(everything.METHODS) == []
+    assert methods.find_unwritten(everything.METHODS) == []
+
+
+def test_a_parameter_without_a_row_in_its_page_is_named_with_the_row_to_write() -> None:
+    page = read("docs/methods/pissa.md")
+    without = re.sub(r"^\| `niter` .*\n", "", page, flags=re.MULTILINE)
+    assert methods._unwritten("pissa", without) == [
+        "docs/methods/pissa.md has no row for `niter` under Parameters: write | `niter` | `16` | and what it means |."
+    ]
+
+
+def test_a_row_of_a_parameter_that_is_gone_is_named() -> None:
+    page = read("docs/methods/pissa.md").replace("| `niter` |", "| `old` | `1` | Gone. |\n| `niter` |")
+    assert methods._unwritten("pissa", page) == [
+        "docs/methods/pissa.md has a row for `old`, which is no parameter of pissa: remove it."
+    ]
+
+
+def test_a_new_page_of_a_method_without_parameters_says_so_in_a_sentence() -> None:
+    assert "\n\nThis method has no parameters of its own.\n\nEvery method has `seed`, too" in methods.page("kaiming")
 
 
 def test_pictures_are_what_is_drawn_today_and_there_are_no_others() -> None:

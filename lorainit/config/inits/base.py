@@ -79,6 +79,11 @@ class InitConfig(Strict):
         return self.facts.needs in ("weight", "activation") and self.offset == "subtract"
 
     @property
+    def supports_dora(self) -> bool:
+        """Whether DoRA can be trained: it needs a full-precision base, and a rank-2r export has no magnitudes."""
+        return self.offset == "none" and None in self.facts.quantization
+
+    @property
     def written_ranks(self) -> ExportRanks:
         """How the download holds layers of different rank."""
         return "padded"

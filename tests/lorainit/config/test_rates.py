@@ -5,7 +5,7 @@ import pytest
 from lorainit.config.inits import INITS
 from lorainit.config.inits.plain import Kaiming
 from lorainit.config.inits.weights import LoRAM
-from lorainit.config.rates import RATES, SIZES, default_rate
+from lorainit.config.rates import RATES, SIZES, MissingRates, default_rate, find_rates
 from lorainit.config.resolve import base_learning_rate, resolve, with_base_rate
 from lorainit.config.spec import BaseModelRef, Hyperparameters
 
@@ -18,9 +18,18 @@ def base(**facts):
 
 @pytest.mark.parametrize("name", INITS)
 def test_every_initialization_has_a_rate_for_every_size_and_its_source(name):
-    row = RATES[INITS[name].model_validate({"method": name}).rates]
+    row = find_rates(INITS[name].model_validate({"method": name}))
     assert len(row) == len(SIZES)
     assert all(rate.source and 1e-7 < rate.value < 1e-2 for rate in row)
+
+
+def test_an_initialization_without_rates_is_told_the_line_and_the_file(monkeypatch):
+    monkeypatch.delitem(RATES, "loram")
+    with pytest.raises(
+        MissingRates, match=r'add the line "loram": \(Rate.*to RATES in lorainit/config/rates\.py'
+    ) as told:
+        default_rate(LORAM, weights=1000)
+    assert str(told.value).startswith("loram has no default learning rates: ")
 
 
 @pytest.mark.parametrize("name", RATES)
