@@ -1,7 +1,7 @@
 """Dependencies of routes: the caller, a session, storage, and the identity of a request that may be a retry.
 
-A session dependency never commits: each route does so in a visible line. Sessions close before the
-answer is sent (`scope="function"`), so background tasks open their own.
+A session dependency never commits: each route does so in a visible line. Sessions close before the answer is sent
+(`scope="function"`), so that a slow client holds no connection. Background tasks therefore open their own.
 """
 
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ MAX_WINDOW, READ_TIMEOUT, SLACK = 900, 600, 60
 
 
 def _reading() -> Iterator[Session]:
+    # Readers have a session of their own kind, because SQLite's writing connection would wait for other writers.
     with session_scope(read_only=True) as session:
         yield session
 

@@ -23,9 +23,10 @@ from api.errors import TooSlow, make_error_body, respond
 from api.http.concurrency import Concurrency, Permit
 from api.http.exposition import Requests
 
-# A multipart body is a little larger than the file in it.
+# Added to the limit of uploads, because a multipart body is a little larger than the file in it.
 MULTIPART_SLACK = 64 * 1024
-# The lowest speed of a body that is accepted, in bytes per second: 128 kbit/s.
+# The lowest speed of a body that is accepted, in bytes per second: 128 kbit/s. There is one, because a body that comes
+# slowly holds a thread and a file on our disk.
 PACE = 16 * 1024
 _UPLOAD = ("POST", "/v1/files")
 
@@ -77,7 +78,7 @@ class _Exchange:
         try:
             if isinstance(permit, Refusal):
                 await respond(permit)(self.scope, self._receive, self.send)
-            elif read_content_length(self.scope) > self.refusal.limit:
+            elif read_content_length(self.scope) > self.refusal.limit:  # before reading it, so that it costs nothing
                 await respond(self.refusal.error)(self.scope, self._receive, self.send)
             else:
                 await app(self.scope, self.receive, self.send)
@@ -178,6 +179,9 @@ def _limit(scope: Scope, settings: Settings) -> _Limit:
 
 
 def read_content_length(scope: Scope) -> int:
-    """The size of the body in bytes as the request declares it; 0 if it does not."""
+    """The size of the body in bytes as the request declares it; 0 if it does not.
+
+    The bytes are counted as well while they come, because a request may declare no size.
+    """
     text = Headers(scope=scope).get("content-length", "0")
     return int(text) if text.isascii() and text.isdecimal() else 0

@@ -1,4 +1,7 @@
-"""Structured logs: one JSON object per line, with the ids that are bound to the current context."""
+"""Structured logs: one JSON object per line, with the ids that are bound to the current context.
+
+An id is bound once for a request or a run, so that no call of a logger has to name it.
+"""
 
 import logging
 import sys

@@ -305,7 +305,10 @@ def get_settings() -> Settings:
 
 
 def find_unknown_variables(names: Iterable[str]) -> list[str]:
-    """A message for each of these environment variables that looks like a setting and is none."""
+    """A message for each of these environment variables that looks like a setting and is none.
+
+    A misspelled variable would otherwise be ignored, and its setting would silently have the default.
+    """
     known = [name.upper() for name in Settings.model_fields]
     ours = {name: name.upper().removeprefix(PREFIX) for name in sorted(names) if name.upper().startswith(PREFIX)}
     near = ((name, get_close_matches(rest, known, n=1)) for name, rest in ours.items() if rest not in known)

@@ -27,7 +27,9 @@ def is_configured() -> bool:
 
 @singleton
 def get_provider() -> "TracerProvider | None":
-    """This process's provider of spans; None if no exporter is configured. A worker calls it after the fork.
+    """This process's provider of spans; None if no exporter is configured.
+
+    A worker calls it after the fork, because the exporter has a thread, which a fork does not copy.
 
     Raises:
         ImportError: traces are configured and the extra `otel` is not installed.

@@ -1,4 +1,7 @@
-"""Authorizes a request by its API key, its project and its rate limit. It is the same for every route."""
+"""Authorizes a request by its API key, its project and its rate limit.
+
+It is the same for every route, so that no route can leave out one of the checks.
+"""
 
 from fastapi import Request
 
@@ -33,7 +36,7 @@ def authorize(request: Request, key: Key | None, secret: str) -> Caller:
         InvalidValue: the path or the query holds a NUL character.
         TooManyRequests: it has used up its requests per minute, or has too many under way.
     """
-    caller = _authenticate(request, key, secret)
+    caller = _authenticate(request, key, secret)  # first, so that a caller without a key learns nothing else
     _refuse_nul(request)
     request.scope["state"]["project"] = caller.project_id
     permit: Permit = request.scope["state"]["permit"]

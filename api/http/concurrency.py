@@ -31,7 +31,7 @@ class Concurrency:
 
     def acquire(self, scope: Scope) -> "Permit | Refusal":
         """A permit for a request, to be released when it is answered; or why there is none."""
-        if scope["path"] in HEALTH:
+        if scope["path"] in HEALTH:  # never refused, so that an overloaded process is not taken for a dead one
             return Permit(self, address=None)
         address, limit = find_network(scope.get("client")), self._settings.address_at_once
         with self._lock:
@@ -109,5 +109,5 @@ def find_network(client: tuple[str, int] | None) -> str:
 
 def _less(counts: Counter[str], name: str) -> None:
     counts[name] -= 1
-    if not counts[name]:
+    if not counts[name]:  # removed, because the table would otherwise grow with every address that ever came
         del counts[name]

@@ -86,7 +86,7 @@ def download(
         "content-type": media_type,
         "content-disposition": f'attachment; filename="{_ascii(name)}"',
     }
-    if digest:
+    if digest:  # so that a client can check the whole file, even if it came in ranges
         headers["repr-digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(file.sha256)).decode()}:"
     if _matches(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
@@ -129,4 +129,5 @@ def _matches(condition: str | None, etag: str) -> bool:
 
 
 def _ascii(name: str) -> str:
+    # Headers are ASCII, and a quote or a line break in a name would end the header's value.
     return re.sub(r"[^A-Za-z0-9 ._()+-]", "_", name)

@@ -29,7 +29,11 @@ def create(
     background: BackgroundTasks,
     reply: Response,
 ) -> Any:
-    """Store a file. Its rows are checked afterwards: `status` is `uploaded` until then."""
+    """Store a file.
+
+    Its rows are checked afterwards, because an upload that waited for gigabytes of rows would time out: `status` is
+    `uploaded` until then.
+    """
     project, about = attempt.caller.project_id, {"purpose": upload.purpose, "filename": upload.filename}
 
     def make() -> tuple[str, dict[str, Any]]:
@@ -47,7 +51,7 @@ def create(
         content = compute_fingerprint(stored, lifetime=upload.lifetime, **about)
         outcome = run_idempotent(session, attempt, content, make=make, again=again)
         session.commit()
-    if outcome.replayed:
+    if outcome.replayed:  # the first request has stored the file, so these bytes belong to no row
         background.add_task(clear, storage, stored.storage_key)
         reply.headers["idempotency-replayed"] = "true"
     return outcome.body
@@ -81,7 +85,7 @@ def delete(
 ) -> Deleted:
     """Delete a file that no open job and no model needs."""
     key = files.delete(session, attempt, file_id)
-    session.commit()
+    session.commit()  # before the bytes are deleted, because these cannot be brought back if the commit fails
     if key is not None:
         background.add_task(clear, storage, key)
     return Deleted(id=file_id, object="file")

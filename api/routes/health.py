@@ -39,6 +39,7 @@ class Readiness(Wire):
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def readyz() -> JSONResponse:
     """Whether jobs can be accepted: also without a worker or a broker, because jobs wait. Answers in a few seconds."""
+    # The checks run at the same time, so that together they take no longer than the slowest of them.
     database = _database()
     works, stores, refused = await asyncio.gather(
         run_in_health_thread(database.works),

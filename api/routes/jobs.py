@@ -44,7 +44,7 @@ _EVENT = {
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": _EVENT}}}
 }
-_METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+_METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)  # DOTALL, because a key may have a line break in it
 
 
 def _find(request: Request, job_id: str, what: Select[Any]) -> tuple[keys.Caller, tuple[Any, ...]]:
@@ -90,6 +90,7 @@ def create(
         session, attempt, content, make=make, again=lambda job_id: _shown(session, project, job_id)
     )
     session.commit()
+    # After the answer, because the broker may be slow or away, and the job is accepted whether it is or not.
     background.add_task(request.app.state.announcer.announce, outcome.object_id)
     if outcome.replayed:
         reply.headers["idempotency-replayed"] = "true"

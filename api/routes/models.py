@@ -29,6 +29,7 @@ async def list_models(
     caller: CallerDep, after: After = None, limit: Limit1000 = None, search: Search = None
 ) -> Response:
     """Every base, then this project's adapters, newest first; with `limit`, `after` or `search` a page of them."""
+    # OpenAI's clients ask for models without a page, so that answer has all of them, and is streamed in batches.
     if not (after or limit or search):
         batches = (
             [make_model_object(model) for model in models] for models in registry.iterate_batches(caller.project_id)
@@ -57,7 +58,7 @@ def delete(
 ) -> Deleted:
     """Delete an adapter with its checkpoints, or one checkpoint. The job stays."""
     keys = registry.delete(session, attempt, model)
-    session.commit()
+    session.commit()  # before the bytes are deleted, because these cannot be brought back if the commit fails
     for key in keys:
         background.add_task(clear, storage, key)
     return Deleted(id=model, object="model")

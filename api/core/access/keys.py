@@ -83,7 +83,10 @@ def create_key(
 
 
 def parse_key_id(secret: str) -> str | None:
-    """The id of the key whose secret this is; None if it does not look like a secret."""
+    """The id of the key whose secret this is; None if it does not look like a secret.
+
+    A secret has the id in it, so that the key is found by an index and only one digest is compared.
+    """
     key_id, _, rest = secret.removeprefix(PREFIX).partition("-")
     return f"key_{key_id}" if secret.startswith(PREFIX) and rest else None
 
@@ -138,7 +141,10 @@ def find_project(session: Session, caller: Caller, project_id: str) -> Project:
 
 
 def find_key(session: Session, project_id: str, key_id: str) -> ApiKey:
-    """A key of this project that has not been deleted."""
+    """A key of this project that has not been deleted.
+
+    Another project's key is "not found", so that ids cannot be probed.
+    """
     key = session.get(ApiKey, key_id)
     if key is None or key.project_id != project_id or key.deleted_at is not None:
         raise NotFound(f"No such API key: {key_id}", code="key_not_found", param="key_id")

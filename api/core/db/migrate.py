@@ -1,4 +1,7 @@
-"""Migrates the database to the newest revision, and checks whether it is there."""
+"""Migrates the database to the newest revision, and checks whether it is there.
+
+A database of a newer release is refused, because this release does not know what its migrations changed.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +31,7 @@ class UnknownRevision(Exception):
 
 
 def upgrade(engine: Engine) -> None:
-    """Run every migration that is missing; all or none.
+    """Run every migration that is missing; all or none, so that a failed upgrade leaves the database as it was.
 
     Raises:
         UnknownRevision: the database was made by a newer release.

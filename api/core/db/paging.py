@@ -64,12 +64,12 @@ def order_after(
 
 
 def split_page(rows: Sequence[Found], limit: int) -> tuple[Sequence[Found], bool]:
-    """At most `limit` of these rows; True when there are more."""
+    """At most `limit` of these rows; True when there are more. A query asks for one row more, so that this is known."""
     return rows[:limit], len(rows) > limit
 
 
 def unknown_cursor(after: str) -> InvalidValue:
-    """The error for a cursor that is malformed or belongs to another project."""
+    """The error for a cursor that is malformed or another project's: the same one, so that ids cannot be probed."""
     return InvalidValue(f"after: {after!r} is no position in this list.", code="invalid_value", param="after")
 
 

@@ -47,7 +47,7 @@ class Volume:
 
     @property
     def device(self) -> int:
-        """The number of the disk: equal for folders that share its space."""
+        """The number of the disk: equal for folders that share its space, so that nobody counts that space twice."""
         return _find_existing_parent(self.path).stat().st_dev
 
     def probe(self) -> None:
@@ -87,7 +87,10 @@ def list_service_volumes(settings: Settings) -> list[Volume]:
 
 
 def is_full(error: BaseException) -> bool:
-    """True when this error, or what caused it, says that a disk or a quota is full."""
+    """True when this error, or what caused it, says that a disk or a quota is full.
+
+    Its causes are looked at, too, because libraries wrap the system's error in one of their own.
+    """
     return any(_is_full_message(one) for one in _iterate_causes(error))
 
 

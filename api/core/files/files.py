@@ -1,7 +1,7 @@
 """Files: bytes in storage and a row about them. The bytes are stored first, so that no row is without its bytes.
 
-A deleted file keeps its row, marked as deleted. A file is in use while an open job needs it, or while
-it holds the bytes of a model.
+A deleted file keeps its row, marked as deleted, because jobs and cursors of lists refer to it. A file is in use while
+an open job needs it, or while it holds the bytes of a model.
 """
 
 import hashlib
@@ -172,7 +172,10 @@ def is_expired(file: File, at: datetime) -> bool:
 
 
 def find_usable(session: Session, project_id: str, file_id: str, *, param: str) -> File:
-    """A file that a job of this project may train on; locked against deletion until the commit."""
+    """A file that a job of this project may train on.
+
+    It is locked against deletion until the commit, because only then does a job refer to it.
+    """
     query = select(File).where(File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None))
     file = session.scalar(query.with_for_update(read=True))
     if file is None:

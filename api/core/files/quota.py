@@ -12,6 +12,9 @@ from api.core.settings import get_settings
 def require_quota(session: Session, project_id: str, *, adding: int) -> None:
     """Refuse one more file of `adding` bytes if it exceeds the project's quota.
 
+    Only uploads are refused. A running job stores what it made whatever the quota is, because it would otherwise be
+    lost.
+
     Raises:
         QuotaExceeded: its bytes or its files are used up.
     """

@@ -1,4 +1,4 @@
-"""Bytes: a folder or a bucket, chosen by one URL. Keys are made by us, never by a caller.
+"""Bytes: a folder or a bucket, chosen by one URL. Keys are made by us, so that no caller's text becomes a path.
 
 Everything streams, so a 10 GB adapter needs a few megabytes of memory. Calls give up when the store stops answering
 (`BreakerStorage`).

@@ -3,8 +3,8 @@
 The rows themselves are read by `worker.maintenance.row_checks`.
 
 A check is claimed like a job: by a compare-and-set that counts the claims and sets the time until which no other
-process may begin one. Only the last claim writes the verdict. A claim that was taken over, or whose file was deleted,
-writes nothing.
+process may begin one. Only the last claim writes the verdict, so that two reconcilers, or one that was frozen, do no
+harm. A claim that was taken over, or whose file was deleted, writes nothing.
 Nothing here commits.
 """
 
@@ -31,7 +31,10 @@ class Claim:
 
 
 def find_waiting_projects(session: Session, *, above: int, up_to: int | None) -> list[str]:
-    """Projects with an unchecked file of this size in bytes (above < size <= up_to), the longest waiting first."""
+    """Projects with an unchecked file of this size in bytes (above < size <= up_to), the longest waiting first.
+
+    Files are checked by size, so that a small one never waits for a large one.
+    """
     oldest = func.min(File.created_at)
     rows = select(File.project_id).where(*_waiting(now(session), above, up_to)).group_by(File.project_id)
     return list(session.scalars(rows.order_by(oldest, File.project_id)))
@@ -55,7 +58,11 @@ def renew(session: Session, claim: Claim, *, seconds: float) -> bool:
 
 
 def release(session: Session, claim: Claim, *, seconds: float, counts: bool) -> None:
-    """Release the file, to be checked again in `seconds` at the earliest. `counts`: this was an attempt."""
+    """Release the file, to be checked again in `seconds` at the earliest.
+
+    `counts`: this was an attempt. Attempts are counted, because a file that ends every process that reads it would
+    otherwise be tried for ever.
+    """
     until = now(session) + timedelta(seconds=seconds)
     _set(session, claim, {"check_until": until, "checks": claim.checks - (not counts)}, _ours(claim))
 

@@ -1,7 +1,8 @@
 """From `validating_files` to `queued`: checks the files of a job and resolves its "auto" values.
 
 The web process calls `consider` right after it accepted a job, because most files are checked by then. The
-reconciler calls it for all others. Nothing here commits.
+reconciler calls it for all others. Either may come first or twice, because every change is a compare-and-set on the
+status. Nothing here commits.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,10 @@ def find_ready(session: Session, *, limit: int = 100) -> Sequence[str]:
 
 
 def consider(session: Session, job_id: str) -> Verdict:
-    """Admit or reject a job whose files have been checked; "waiting" while one has not."""
+    """Admit or reject a job whose files have been checked; "waiting" while one has not.
+
+    A file is looked at again, although `submit` has done so, because it may have been deleted or checked since.
+    """
     job = session.get(Job, job_id)
     if job is None or job.status != "validating_files":
         return "waiting"
@@ -77,6 +81,8 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
         base = catalogue.require(job.model)
         training, choices = resolve(training, rows=rows, model=base.reference(), method=lora.method)
     except (Refusal, LorainitError) as refusal:
+        # The model may have left the catalogue since the order. Another refusal is a fault of ours, because `submit`
+        # has checked the order.
         code = "unsupported_model" if refusal.code == "model_not_available" else "internal_error"
         return Failure(code, refusal.message, translate_field(refusal.param))
     recipe = {"lora": job.recipe["lora"], "training": training.model_dump(mode="json")}

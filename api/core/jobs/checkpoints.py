@@ -1,4 +1,7 @@
-"""Stored checkpoints of a job: the last few and the best one."""
+"""Stored checkpoints of a job: the last few and the best one.
+
+Deleting only marks a row, because cursors of lists refer to it and its bytes are cleared after the commit.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,7 @@
-"""A job's events, numbered 1, 2, 3 ... without gaps. Functions take a session, never commit."""
+"""A job's events, numbered 1, 2, 3 ... without gaps, so that a reader who has number n has all before it.
+
+Functions take a session, never commit.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,7 +64,7 @@ def append_all(session: Session, job_id: str, lines: Sequence[EventDraft], *, at
 
 
 def find_written(session: Session, lines: Sequence[EventDraft]) -> set[str]:
-    """The ids of those of these events that are in the database."""
+    """The ids of those of these events that are in the database, so that none is written twice after a lost commit."""
     return set(session.scalars(select(Event.id).where(Event.id.in_([line.id for line in lines]))))
 
 
@@ -76,7 +79,10 @@ def append_status_event(
     level: Level = "info",
     **data: Any,
 ) -> None:
-    """Append the event that every status change has."""
+    """Append the event that every status change has.
+
+    The end of a job is counted here, because this runs once in the transaction of each change (docs/decisions/0018).
+    """
     payload = {"kind": "status", "status": status, "previous": previous, **data}
     append(session, job_id, message, at=at, level=level, data=payload)
     if status in FINAL_STATUSES:
@@ -102,6 +108,9 @@ def list_since(session: Session, job_id: str, sequence: int, *, limit: int) -> S
 
 
 def find_sequence(session: Session, job_id: str, event_id: str | None) -> int:
-    """The sequence of an event of this job; 0, which is before the first, for any other id."""
+    """The sequence of an event of this job; 0, which is before the first, for any other id.
+
+    An unknown id is no error, because a client that reconnects with it should get all events instead of none.
+    """
     event = session.get(Event, event_id) if event_id else None
     return event.sequence if event is not None and event.job_id == job_id else 0

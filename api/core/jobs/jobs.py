@@ -35,7 +35,7 @@ LONGEST_WAIT_SECONDS = 300.0  # so that a job is tried soon after a long outage 
 def create(session: Session, job: Job) -> Job:
     """Insert a new job (status `validating_files`) with its first event and the rows of its metadata."""
     session.add(job)
-    session.flush()
+    session.flush()  # because the event's and the metadata's rows refer to the job's
     labels.index(session, job)
     message = f"Created fine-tuning job: {job.id}"
     events.append_status_event(session, job.id, message, at=job.created_at, status="validating_files", previous=None)
@@ -110,7 +110,10 @@ def _start_run(
 
 
 def renew_lease(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
-    """Renew the lease. False: the run does not own the job any more (cancelled, or another worker has it)."""
+    """Renew the lease. False: the run does not own the job any more (cancelled, or another worker has it).
+
+    That is how a worker learns of a cancel, so it needs no code for one.
+    """
     return update_row(session, lease.conditions(), {"lease_until": now(session) + timedelta(seconds=lease_seconds)})
 
 
@@ -140,7 +143,8 @@ def succeed(
     progress: dict[str, Any],
     warnings: Sequence[dict[str, Any]] = (),
 ) -> bool:
-    """`running` → `succeeded`, with the adapter's rows. The bytes are in storage already."""
+    """`running` → `succeeded`, with the adapter's rows. The bytes are in storage already, so no row is without them."""
+    # Asked first, because a run that lost its job must not leave rows of files behind.
     if not update_run(session, lease):
         return False
     at = now(session)
@@ -224,7 +228,7 @@ def _compute_backoff(lost_runs: int) -> float:
 
 
 def find_expired_leases(session: Session) -> list[str]:
-    """The ids of running jobs whose lease ran out."""
+    """The ids of running jobs whose lease ran out: their worker died, or it cannot reach the database."""
     return list(session.scalars(select(Job.id).where(*_has_expired_lease(session))))
 
 
@@ -263,6 +267,7 @@ def _requeue(
     event_data: dict[str, Any] | None = None,
     **columns: Any,
 ) -> bool:
+    # Locked before the choice of the status, because somebody may ask for a pause at the same moment.
     row = lock_row(session, *lease.conditions())
     if row is None:
         return False
@@ -276,6 +281,8 @@ def _requeue(
 
 def cancel(session: Session, job: Job) -> Job:
     """Any open state → `cancelled`, at once and for good: the new token fences the running worker.
+
+    It is no request that the worker notices later, because the job could still succeed meanwhile (docs/decisions/0002).
 
     Cancelling a cancelled job changes nothing.
 

@@ -28,7 +28,10 @@ class Result:
 
 @dataclass(frozen=True)
 class JobView:
-    """A job with its data from other tables: everything that a caller is shown."""
+    """A job with its data from other tables: everything that a caller is shown.
+
+    It is read as a whole, so that the schemas need no session and a list takes a few queries for all its jobs.
+    """
 
     job: ShownJob
     position: QueuePosition | None
@@ -37,7 +40,10 @@ class JobView:
 
 
 def find(session: Session, project_id: str, job_id: str) -> Job:
-    """A job of this project, by the id in the path."""
+    """A job of this project, by the id in the path.
+
+    Another project's job gets the answer of one that never existed, so that ids cannot be probed.
+    """
     job = session.get(Job, job_id)
     if job is None or job.project_id != project_id:
         raise unknown_job(job_id)
@@ -56,6 +62,8 @@ KEY_AND_JOB, KEY_AND_JOB_ID = _select_key_and_job(*SHOWN), _select_key_and_job(J
 
 def find_with_key(key_id: str | None, job_id: str, what: Select[Any]) -> tuple[Key | None, tuple[Any, ...] | None]:
     """The key of this id, deleted or not, and the job of its project, in one statement; None for what does not exist.
+
+    One statement, because clients ask for their job again and again until it has ended (docs/decisions/0041).
 
     `what` is `KEY_AND_JOB` for the columns of a `ShownRow`, or `KEY_AND_JOB_ID` for only the job's id.
     """

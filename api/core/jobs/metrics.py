@@ -49,7 +49,10 @@ def _find_own_steps(session: Session, job_id: str, token: int, *, first: int, la
 
 
 def delete_after(session: Session, job_id: str, step: int) -> None:
-    """Delete the steps that a lost attempt logged after the checkpoint from which the job resumes."""
+    """Delete the steps that a lost attempt logged after the checkpoint from which the job resumes.
+
+    The job takes these steps again, and the log would otherwise show both attempts as one.
+    """
     session.execute(delete(Metric).where(Metric.job_id == job_id, Metric.step > step))
 
 
@@ -61,6 +64,8 @@ def read(session: Session, job_id: str) -> Iterator[dict[str, Any]]:
 
 def store_csv(session: Session, storage: Storage, job: Job) -> File | None:
     """Upload a job's `step_metrics.csv` and return its row, not yet added; None without a step.
+
+    The key has the lease's token in it, so that two attempts never write the same object.
 
     What `session` has not committed is rolled back: no transaction is open during the upload.
     """
@@ -103,6 +108,8 @@ def make_result_file(session: Session, project_id: str, *, filename: str, key: s
 
 def attach_csv(session: Session, job_id: str, file: File | None) -> None:
     """Make `file` the result file of an ended job. If the job has one already or is gone, mark `file` deleted.
+
+    Another reconciler may have been faster. The row stays, because it names the bytes that have to be cleared.
 
     None: the job logged nothing, so it needs no result file.
     """

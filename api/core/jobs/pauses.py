@@ -2,7 +2,8 @@
 
 A pause of a run is a request beside the status `running` (shown as `pausing`). The worker sees it when it
 renews its lease, has the run write a checkpoint, and gives the job back; a job that was asked to pause is
-left `paused` by whatever interrupts it. A pause does not change the fencing token.
+left `paused` by whatever interrupts it. A pause does not change the fencing token, because the run still has to write
+its checkpoint.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,8 @@
-"""Makes a job of a request, after all checks that are fast, the cheapest first. Nothing here waits or commits."""
+"""Makes a job of a request, after all checks that are fast, the cheapest first. Nothing here waits or commits.
+
+What is wrong with an order is said before it is accepted, because a job that fails later has waited in the queue first.
+The catalogue has the shapes of all layers for that, since this process must not open models.
+"""
 
 import math
 import secrets
@@ -73,6 +77,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
             code="invalid_value",
             param="resources.devices",
         )
+    # Only these "auto" values are resolved now, because those of the training depend on rows that are not counted yet.
     lora, choices = order.lora.resolve()
     lora = catalogue.place(lora, entry)
     require_matching(order.echoed, lora, entry)
@@ -110,7 +115,10 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
 
 
 def _require_agreeing_rates(training: Hyperparameters, base: float) -> None:
-    """Refuse a multiplier that leads to a rate out of range, or to another rate than the absolute one beside it."""
+    """Refuse a multiplier that leads to a rate out of range, or to another rate than the absolute one beside it.
+
+    Both may be given, because a client that repeats an earlier job sends back both from its answer.
+    """
     rate, multiplier = training.learning_rate, training.learning_rate_multiplier
     if rate is None and multiplier != "auto" and not LOWEST_RATE <= multiplier * base <= HIGHEST_RATE:
         raise InvalidValue(
@@ -129,6 +137,10 @@ def _require_agreeing_rates(training: Hyperparameters, base: float) -> None:
 
 
 def _find_base(session: Session, project_id: str, name: str) -> catalogue.Entry:
+    """The base model of this name.
+
+    An adapter's name gets an error of its own, because "not found" would read like a typing mistake.
+    """
     if catalogue.find(name) is None:
         for table in (Adapter, Checkpoint):
             if session.scalar(select(table.name).where(table.name == name, table.project_id == project_id)):
@@ -167,7 +179,10 @@ def error_code(field: str) -> str:
 
 
 def _require_no_known_error(file: File, field: str, order: Order) -> None:
-    """Refuse a file in which the check has found errors. A file that is not checked yet is checked later."""
+    """Refuse a file in which the check has found errors.
+
+    A file that is not checked yet is no reason to refuse, because the answer to a create never waits for a check.
+    """
     report = file.validation or {}
     faulty = file.status == "error" or (bool(report.get("error_count")) and order.on_row_error == "fail")
     if faulty:

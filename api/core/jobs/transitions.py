@@ -1,5 +1,8 @@
 """The only place that changes a job's status: a compare-and-set on status and fencing token, and its event.
 
+A compare-and-set, because web processes, workers and reconcilers change jobs at the same time. Whoever changes no row
+has come too late and writes nothing else.
+
 `api.core.jobs.jobs` and `api.core.jobs.pauses` give the changes their names. What every status implies for other
 columns (the lease, the end, whether workers are to be notified) is written here, once. Nothing here commits.
 """
@@ -21,7 +24,7 @@ _NO_LEASE: dict[str, Any] = {"lease_until": None, "lease_owner": None, "pause_re
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write for one run of a job."""
+    """The right to write for one run of a job. The token is part of it, because the same worker may get a job twice."""
 
     job_id: str
     token: int
@@ -91,7 +94,7 @@ def change_status(
     found = session.execute(select(Job.id, Job.status, Job.pause_requested).where(*conditions).with_for_update())
     job = found.one_or_none()
     values = {**_implied_columns(status, now(session)), **columns}
-    if values.get("result_file_id") is not None:
+    if values.get("result_file_id") is not None:  # the run has stored the CSV, so nobody else has to
         values["csv_due"] = None
     if job is None or not update_row(session, conditions, values):
         return None
@@ -104,12 +107,12 @@ def change_status(
 
 def _implied_columns(status: str, at: datetime) -> dict[str, Any]:
     """The columns that follow from a status. The error of a failed job is given by the caller."""
-    ended = at if status in FINAL_STATUSES else None
+    ended = at if status in FINAL_STATUSES else None  # a failed job that is resumed has no end any more
     implied: dict[str, Any] = {"status": status, "finished_at": ended, "error": None, "csv_due": None}
     if ended is not None:
         implied["csv_due"] = case((Job.result_file_id.is_(None), literal(ended, UTCDateTime)))
     if status == "queued":
-        implied["notified_at"] = None
+        implied["notified_at"] = None  # so that workers are notified of it again
     return implied if status == "running" else {**implied, **_NO_LEASE}
 
 

@@ -46,7 +46,10 @@ class Absent(Exception):
 
 
 def examine() -> Iterator[Check]:
-    """Every check, each as soon as it is done. If the database fails, checks that need it are left out."""
+    """Every check, each as soon as it is done, since one may wait for a server that does not answer.
+
+    If the database fails, checks that need it are left out.
+    """
     try:
         settings = get_settings()
     except BadSettings as error:

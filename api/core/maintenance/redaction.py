@@ -1,6 +1,7 @@
 """Removes quotes of a deleted file's rows from the errors and events of jobs.
 
-An event keeps its number, its code and its figures. Only text that quoted rows is replaced. Nothing here commits.
+An event keeps its number, its code and its figures. Only text that quoted rows is replaced. Texts quote rows at all
+because "'contnet' is not a key of a message" is what helps to mend a file (docs/decisions/0039). Nothing here commits.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +18,11 @@ _OF_ANY_FILE = ("unsupported_model",)
 
 
 def redact_quotes(session: Session, file_ids: Collection[str]) -> None:
-    """Remove quotes of these files from errors and events of the jobs that used them. Safe to repeat."""
+    """Remove quotes of these files from errors and events of the jobs that used them.
+
+    Safe to repeat, because a crash before the files are noted as cleared does it again.
+    """
+    # Jobs are looked up by their project, too, because they are indexed by it and not by their files.
     projects = select(File.project_id).where(File.id.in_(file_ids), File.purpose != "fine-tune-results")
     used = or_(
         Job.training_file_id.in_(file_ids),

@@ -1,9 +1,12 @@
 """The base models that the operator allows, from one TOML file. No other model can be trained.
 
+It is an allow-list, so that no name in a request ever leads to a download (docs/decisions/0006).
+
 An entry carries the facts that a request is checked against (target modules and their shapes), so
 the web process never opens a model. `lorainit models inspect` writes an entry. Every process reads the file when it
 starts, and does not start with a bad one. A file that changes later is used if `lorainit serve` would start with it.
-Otherwise it is refused with a line in the log, and the previous entries stay in effect.
+Otherwise it is refused with a line in the log, and the previous entries stay in effect, because a mistake in a file
+must not stop a running service.
 """
 
 from collections.abc import Iterable
@@ -213,6 +216,8 @@ def require(name: str) -> Entry:
 
 def place(lora: Lora, entry: Entry) -> Lora:
     """`lora` with its target modules spelled out, checked against the model's shapes, and with what it leaves out.
+
+    An entry may be wrong, so the run checks again with the model in hand.
 
     Raises:
         InvalidValue: a target that is unknown or cannot carry a LoRA, a rank above `max_r` or above a named matrix's

@@ -1,4 +1,7 @@
-"""Reads the catalogue file, and reports its errors with file, line, model and field."""
+"""Reads the catalogue file, and reports its errors with file, line, model and field.
+
+Neither the TOML parser nor pydantic knows the line of a value, so it is searched in the text.
+"""
 
 import re
 import stat

@@ -113,7 +113,7 @@ def delete(session: Session, attempt: RequestIdentity, name: str) -> list[str]:
     found = _find_named(session, attempt.caller.project_id, name, lock=True)
     if found is None:
         raise _unknown(name)
-    if found.deleted_at is not None:
+    if found.deleted_at is not None:  # no error if it repeats a delete, because the answer to that one may be lost
         if was_deleted_by(attempt, found.deleted_at, found.deleted_by, at=now(session)):
             return []
         raise _unknown(name)

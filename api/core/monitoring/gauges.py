@@ -1,4 +1,7 @@
-"""The state of the service in the database at this moment, in one short read: the queue, the runs, the workers."""
+"""The state of the service in the database at this moment, in one short read: the queue, the runs, the workers.
+
+It is read from the database, because no process knows all of it: jobs run in workers, and any API process may be asked.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ class Snapshot:
 
 def take_snapshot(session: Session) -> Snapshot:
     """Read everything. Ended jobs are not counted here: the counters have them."""
+    # `is_open` beside a status changes no result, but without it the partial index of open jobs would not be used.
     queued, is_open = has_status(Job, "queued"), Job.finished_at.is_(None)
     by_status = select(Job.status, func.count()).where(is_open).group_by(Job.status)
     found: dict[str, int] = dict(session.execute(by_status).all())

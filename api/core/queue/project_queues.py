@@ -60,7 +60,10 @@ def count_before(job: Row, other: Row, *conditions: ColumnElement[bool], most: C
 
 @cache
 def select_queues() -> Select[str | None]:
-    """The queues in which a job waits, and a row without a name."""
+    """The queues in which a job waits, and a row without a name.
+
+    Each step looks up the next name in the index, because DISTINCT would read all waiting jobs.
+    """
     job = aliased(Job)
     lowest = select(func.min(job.queue).label("name")).where(has_status(job, "queued"))
     found = lowest.cte("queues", recursive=True)

@@ -1,7 +1,7 @@
 """The Celery message that wakes a worker: it carries the id of a job and means "there is work".
 
 A message that is lost or sent twice does no harm: the job's row decides, and the reconciler sends lost messages again.
-Send it after the commit, never before.
+Send it after the commit, never before, because a worker that is faster than the commit would find nothing to claim.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def _configuration() -> dict[str, Any]:
     return {
         "broker_url": get_settings().broker_url,
         "task_serializer": "json",
-        "accept_content": ["json"],
+        "accept_content": ["json"],  # never pickle, because reading one runs code
         "task_ignore_result": True,  # the job's row has the result; a result backend would be a second copy
         # Redis redelivers late-acknowledged messages, so a long job would start twice. We acknowledge
         # early and let the lease bring a lost job back.

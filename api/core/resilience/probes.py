@@ -22,7 +22,10 @@ Found = TypeVar("Found")
 
 
 class Probe(Generic[Found]):
-    """The checks of one dependency by this process. `check` raises if it does not work; `found` is its last result."""
+    """The checks of one dependency by this process. `check` raises if it does not work; `found` is its last result.
+
+    Many callers share one check, so that a crowd of health checks is no load on the dependency.
+    """
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ class File(Base):
     expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     deleted_by: Mapped[str | None] = mapped_column(String(64))
-    # Deleted, and the bytes are gone too.
+    # Deleted, and the bytes are gone too. A column of its own, because clearing may fail and is then tried again.
     cleared_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     # How often a check of its rows was begun (`api.core.files.validation`), and until when no
     # other check may begin.

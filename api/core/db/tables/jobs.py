@@ -120,10 +120,11 @@ class Job(Base):
     lease_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
     attempts: Mapped[int] = mapped_column(Integer)
     started_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    # The outbox: a queued job with notified_at NULL has not been announced to the workers yet.
+    # The outbox: a queued job with notified_at NULL has not been announced to the workers yet. It is a column of the
+    # job, so that a job and the fact that it has to be announced are committed together.
     notified_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     event_count: Mapped[int] = mapped_column(Integer)
-    # The trace of the request that ordered it (W3C), None without one.
+    # The trace of the request that ordered it (W3C), so that any worker can continue it; None without one.
     traceparent: Mapped[str | None] = mapped_column(String(64))
 
     # What came of it.

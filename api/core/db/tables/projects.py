@@ -22,7 +22,7 @@ class Project(Base):
 
 
 class ApiKey(Base):
-    """A key of one project; only its SHA-256 is kept."""
+    """A key of one project; only its SHA-256 is kept, so that nobody who reads the database can use it."""
 
     __tablename__ = "api_keys"
     __table_args__ = (CheckConstraint(f"role IN {ROLES}", name="role"),)

@@ -81,7 +81,10 @@ class Event(Base):
 
 
 class Metric(Base):
-    """One optimizer step of the attempt that counts; `values` holds the numbers, None if not finite."""
+    """One optimizer step of the attempt that counts; `values` holds the numbers, None if not finite.
+
+    `lease_token` is that attempt's, so that its numbers are completed and those of a lost attempt are overwritten.
+    """
 
     __tablename__ = "metrics"
 

@@ -9,7 +9,10 @@ from api.core.db.database import Base, Json, UTCDateTime
 
 
 class Counter(Base):
-    """A number that only grows, for /metrics. It is written in the transaction of what it counts."""
+    """A number that only grows, for /metrics.
+
+    It is written in the transaction of what it counts, so that a write which lost its lease counts nothing.
+    """
 
     __tablename__ = "counters"
 
