@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("api", "worker", "lorainit", "migrations", "docs", "benchmarks", "tests", "examples")
 PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
 BLOCK = re.compile(r"^```python title=(\S+)(?: in=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPEC = re.compile(r"^```json title=(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+READ_SPEC = "import sys; from lorainit.config.spec import RunSpec; RunSpec.model_validate_json(sys.argv[1])"
 COMMAND = re.compile(r"^\.venv/bin/python -m pytest (.+)$", re.MULTILINE)
 
 
@@ -64,7 +66,7 @@ def test_the_page_can_be_followed_to_its_end(copy: Copy) -> None:
     written = copy.run("-m", "docs.generate")
     assert (written.returncode, written.stdout, written.stderr) == (0, "", "")
     files = [word for command in COMMAND.findall(PAGE) for word in command.split() if word.endswith(".py")]
-    assert len(files) == 8
+    assert len(files) == 9
     files.remove("tests/lorainit/test_battery.py")  # it trains the method in dozens of combinations: a minute
     told = copy.run(
         "-m",
@@ -81,6 +83,13 @@ def test_the_page_can_be_followed_to_its_end(copy: Copy) -> None:
     assert re.search(r"^\d{2,} passed", told.stdout, re.MULTILINE), told.stdout
     listed = copy.run("-m", "api.cli", "methods")
     assert re.search(r"^halves +weight +rank 2r +Starts from half", listed.stdout, re.MULTILINE), listed.stdout
+
+
+def test_the_spec_of_its_training_is_one(copy: Copy) -> None:
+    ((path, spec),) = SPEC.findall(PAGE)
+    assert f"-m lorainit {path} " in PAGE
+    read = copy.run("-c", READ_SPEC, spec)
+    assert (read.returncode, read.stderr) == (0, "")
 
 
 def test_it_touches_as_many_files_as_contributing_says(copy: Copy) -> None:
