@@ -14,9 +14,9 @@ from api.routes.download import BYTES, download
 from api.routes.query import After, Empty, Limit10000, Text
 from api.routes.upload import SCHEMA, StoredDep, UploadDep
 from api.schemas.file import FileObject, compute_fingerprint, make_file_object
-from api.schemas.wire import IDEMPOTENT_RESPONSES, Deleted, Page, make_page
+from api.schemas.wire import IDEMPOTENT_RESPONSES, V1_RESPONSES, Deleted, Page, make_page
 
-router = APIRouter(prefix="/v1", tags=["files"])
+router = APIRouter(prefix="/v1", tags=["files"], responses=V1_RESPONSES)
 
 
 @router.post("/files", openapi_extra=SCHEMA, response_model=FileObject, responses=IDEMPOTENT_RESPONSES)

@@ -16,9 +16,9 @@ from api.core.resilience.probes import Probe
 from api.core.settings import get_settings
 from api.core.singleton import singleton
 from api.http.threads import run_in_health_thread
-from api.schemas.wire import Wire
+from api.schemas.wire import OTHER_RESPONSES, Wire
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], responses=OTHER_RESPONSES)
 DATABASE_SECONDS = 1.0  # for which a result is reused, so that many clients cost one query
 
 

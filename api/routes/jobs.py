@@ -26,9 +26,9 @@ from api.routes.query import After, Empty, Limit100, Limit1000, Text
 from api.schemas.event import CheckpointObject, EventObject, make_checkpoint_object, make_event_object
 from api.schemas.job import JobObject, make_job_object
 from api.schemas.job_request import MAX_LABELS, JobRequest
-from api.schemas.wire import IDEMPOTENT_RESPONSES, Page, as_json, make_page
+from api.schemas.wire import IDEMPOTENT_RESPONSES, V1_RESPONSES, Page, as_json, make_page
 
-router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody)
+router = APIRouter(prefix="/v1", tags=["fine-tuning jobs"], route_class=BoundedBody, responses=V1_RESPONSES)
 JOBS = "/fine_tuning/jobs"
 # The schema of one event, because OpenAPI 3.1 cannot describe a stream of them.
 _EVENT = {

@@ -14,9 +14,14 @@ from api.dependencies import AdminDep, Reading, Writing
 from api.http.bodies import BoundedBody
 from api.routes.query import After, Limit100
 from api.schemas.key import KeyObject, KeyRequest, NewKeyObject, make_key_object, make_new_key_object
-from api.schemas.wire import Deleted, Page, make_page
+from api.schemas.wire import V1_RESPONSES, Deleted, Page, make_page
 
-router = APIRouter(prefix="/v1/organization/projects/{project_id}", tags=["API keys"], route_class=BoundedBody)
+router = APIRouter(
+    prefix="/v1/organization/projects/{project_id}",
+    tags=["API keys"],
+    route_class=BoundedBody,
+    responses=V1_RESPONSES,
+)
 
 
 @router.post("/api_keys")

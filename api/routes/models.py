@@ -15,10 +15,10 @@ from api.http.threads import run_in_search_thread
 from api.routes.clear import clear
 from api.routes.query import After, Empty, Limit1000, Text
 from api.schemas.model import MethodObject, ModelObject, make_method_object, make_model_object
-from api.schemas.wire import Deleted, Page, as_json, make_page, stream_list
+from api.schemas.wire import V1_RESPONSES, Deleted, Page, as_json, make_page, stream_list
 from lorainit.config.inits import INITS
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], responses=V1_RESPONSES)
 Base = Annotated[Text | None, Empty, Query(description="A base model: fills in rates and availability.")]
 Search = Annotated[Text | None, Empty, Query(description="Only models with this in their name, in any case.")]
 Rank = Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Empty, Query()]

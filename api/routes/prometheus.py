@@ -10,8 +10,9 @@ from prometheus_client import generate_latest
 from api.core.settings import get_settings
 from api.errors import Unauthenticated
 from api.http.exposition import CONTENT_TYPE
+from api.schemas.wire import OTHER_RESPONSES
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], responses=OTHER_RESPONSES)
 # Headers that a proxy on this host adds: with them the connection is local, but the caller is not.
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 

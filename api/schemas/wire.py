@@ -58,6 +58,11 @@ class ErrorBody(Wire):
     error: ErrorDetail
 
 
+# What the routes below /v1 and the others may answer, whatever they do. A route lists its own answers itself.
+V1_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 429, 500, 503)
+}
+OTHER_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (500, 503)}
 # Answers of the idempotent routes (`api.core.access.idempotency`).
 IDEMPOTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "The first request with this identity is still being carried out."}

@@ -17,7 +17,7 @@ from sqlalchemy.pool import QueuePool
 
 from api.core.access import keys
 from api.core.db import database, migrate
-from api.core.files import files
+from api.core.files import files, storage
 from api.core.files.storage import CHUNK, BreakerStorage, Storage, StorageSilent, get_storage, make_storage
 from api.core.resilience.breaker import PROBE_SECONDS, SILENCE_SECONDS, Breaker
 from api.core.settings import Settings, get_settings
@@ -177,10 +177,11 @@ class Hanging:
 
 
 @pytest.fixture
-def frozen(lab: Lab, tmp_path: Path) -> Iterator[Frozen]:
+def frozen(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Frozen]:
     made = Frozen(make_storage((tmp_path / "storage").as_uri(), Settings()))
     answering = BreakerStorage(cast(Storage, Hanging(made)), made.breaker)
-    lab.client.app.dependency_overrides[get_storage] = lambda: answering  # type: ignore[attr-defined]
+    monkeypatch.setattr(storage, "make_storage", lambda *_: answering)
+    get_storage.cache_clear()
     yield made
     made.thawed.set()
 
