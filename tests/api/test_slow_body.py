@@ -4,33 +4,23 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from api.core.access import keys
-from api.core.db.database import session_scope
-from tests import servers
 from tests.api.conftest import JOBS, JSONL
+from tests.api.test_connections import limited
 from tests.api.test_server import HEAD, TAIL, Server
 from tests.promises import within
 
 PATIENCE = 0.5
 
 
-@pytest.fixture
-def server(service: None, tmp_path: Path, database_url: str) -> Iterator[Server]:
-    with session_scope() as session:
-        _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="test")
-        session.commit()
-    environment = {
-        "LORAINIT_STATE_DIR": str(tmp_path),
-        "LORAINIT_DATABASE_URL": database_url,
-        "LORAINIT_BODY_SECONDS": str(PATIENCE),
-    }
-    with servers.web(environment, log=tmp_path / "web.log") as url:
-        yield Server(url, secret, tmp_path)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Nothing here is a matter of the database: it is SQLite."""
+    with limited(tmp_path_factory.mktemp("slow"), body_seconds=PATIENCE) as (server, _):
+        yield server
 
 
 def begin(server: Server, path: str, kind: str, size: int) -> socket.socket:

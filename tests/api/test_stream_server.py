@@ -9,27 +9,29 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
+from pathlib import Path
 
 import psutil
 import pytest
 from sqlalchemy import select
 
-from api.core.access import keys
 from api.core.db.database import now, session_scope
-from api.core.db.tables import Event, Job
+from api.core.db.tables import Event, Job, Project
 from api.core.jobs import events, jobs
+from tests import servers
 from tests.api.conftest import JOBS
-from tests.api.test_server import Server, eventually
-from tests.api.test_server import server as server  # a fixture
+from tests.api.test_server import Server, eventually, server, web
 from tests.promises import within
 from tests.things import a_running_job
+
+__all__ = ["server", "web"]  # fixtures
 
 
 @pytest.fixture
 def running(server: Server) -> str:
     """A job at work, of the project that the server's key belongs to."""
     with session_scope() as session:
-        job, _ = a_running_job(session, keys.get_or_create_project(session, "lab"))
+        job, _ = a_running_job(session, session.get_one(Project, server.project))
         session.commit()
         return job.id
 
@@ -79,13 +81,17 @@ def test_a_stream_cut_twenty_times_in_mid_run_misses_and_doubles_nothing(server:
     assert seen == story
 
 
-def test_a_server_that_stops_ends_an_open_stream_cleanly_and_at_once(server: Server, running: str) -> None:
-    (process,) = [one for one in psutil.Process().children() if "api.server" in one.cmdline()]
-    with opened(server, running) as reply:
-        assert reply.readline() == b"retry: 3000\n"
-        started = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        rest = reply.read()  # raises if the stream is broken off instead of ended
+def test_a_server_that_stops_ends_an_open_stream_cleanly_and_at_once(
+    server: Server, running: str, tmp_path: Path
+) -> None:
+    before = psutil.Process().children()
+    with servers.web({}, log=tmp_path / "web.log") as url:
+        (process,) = [one for one in psutil.Process().children() if one not in before]
+        with opened(Server(url, server.project, server.secret, tmp_path), running) as reply:
+            assert reply.readline() == b"retry: 3000\n"
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            rest = reply.read()  # raises if the stream is broken off instead of ended
     assert time.monotonic() - started < within(2)
     assert b"[DONE]" not in rest
 
