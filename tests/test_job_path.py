@@ -1,8 +1,8 @@
 """One job's path through the real thing: read this first.
 
 A web process, a reconciler, a Celery worker and a Valkey broker are started as a user would have
-them, once on SQLite and once on PostgreSQL. A stock `openai` client orders an adapter on a tiny random
-model; stock PEFT loads what comes back.
+them, on SQLite. A stock `openai` client orders an adapter on a tiny random model; stock PEFT loads what
+comes back. tests/test_secrets.py asks the same of a job on PostgreSQL.
 """
 
 import csv
@@ -181,9 +181,14 @@ def _is_a_run(process: psutil.Process) -> bool:
 @pytest.fixture(scope="module")
 def trained(started: Stack) -> FineTuningJob:
     """A job that has succeeded."""
-    created = started.create({"init": "loram", "r": 4})
+    return train(started)
+
+
+def train(stack: Stack) -> FineTuningJob:
+    """Order a job, and wait until it has succeeded."""
+    created = stack.create({"init": "loram", "r": 4})
     assert created.status == "validating_files"
-    return started.wait(created.id, "succeeded")
+    return stack.wait(created.id, "succeeded")
 
 
 def metrics_of(stack: Stack, job: FineTuningJob) -> list[dict[str, str]]:
@@ -191,10 +196,13 @@ def metrics_of(stack: Stack, job: FineTuningJob) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(stack.client.files.content(job.result_files[0]).text)))
 
 
+@ON_ONE_DATABASE  # on PostgreSQL: tests/test_secrets.py
 def test_a_job_is_ordered_and_trained(stack: Stack, trained: FineTuningJob) -> None:
-    job = trained
+    assert_tells_what_ran(stack, trained)
 
-    # It says what ran, and the numbers are there as events, metrics file and checkpoints.
+
+def assert_tells_what_ran(stack: Stack, job: FineTuningJob) -> None:
+    """It says what ran, and the numbers are there as events, metrics file and checkpoints."""
     assert job.error is None
     assert job.lora["init"]["method"] == "loram"  # type: ignore[attr-defined]
     assert job.init_report["function_preserving"] is True  # type: ignore[attr-defined]

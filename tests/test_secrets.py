@@ -20,7 +20,7 @@ from api.core.db.database import session_scope
 from api.core.settings import Settings
 from tests import servers
 from tests.conftest import forget
-from tests.test_job_path import Stack, running, tiny_base
+from tests.test_job_path import Stack, assert_tells_what_ran, running, tiny_base, train
 
 __all__ = ["tiny_base"]
 PASSWORDS = {name: f"planted-{name}-swordfish" for name in ("database", "broker", "storage", "hosted")}
@@ -72,8 +72,8 @@ def test_no_log_no_event_and_no_row_of_a_run_holds_a_secret(stack: tuple[Stack, 
         f"/organization/projects/{_project()}/api_keys", cast_to=object, body={"name": "ci", "role": "member"}
     )
     planted = [*PASSWORDS.values(), *(key.split("-", 3)[3] for key in (secret, _value(made)))]  # may hold a "-" itself
-    good = service.create({"r": 4})
-    assert service.wait(good.id, "succeeded").status == "succeeded"
+    good = train(service)
+    assert_tells_what_ran(service, good)  # as on SQLite, in tests/test_job_path.py
     bad = service.client.files.create(file=("bad.jsonl", io.BytesIO(b"{}\n")), purpose="fine-tune").id
     failed = service.client.fine_tuning.jobs.create(model="tiny", training_file=bad)
     assert service.wait(failed.id, "failed").status == "failed"
