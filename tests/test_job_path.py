@@ -396,7 +396,7 @@ def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None
 @ON_ONE_DATABASE
 def test_a_job_that_loses_one_of_its_two_processes_is_tried_again(stack: Stack) -> None:
     """From its last checkpoint: nobody knows why the process was killed, and the job is not to blame."""
-    job = stack.create({"init": "kaiming", "r": 4}, rows=32, devices=2, n_epochs=30, checkpoint_interval=10)
+    job = stack.create({"init": "kaiming", "r": 4}, rows=32, devices=2, n_epochs=50, checkpoint_interval=10)
     deadline = time.monotonic() + PATIENCE
     while not list(stack.client.fine_tuning.jobs.checkpoints.list(job.id)):
         assert time.monotonic() < deadline, stack.log("worker")
