@@ -127,7 +127,7 @@ def catalogue(tiny: Path, hub_environment: dict[str, str]) -> Path:
     path = tiny.parent / "catalogue.toml"
     shell = {"env": environment(**hub_environment), "cwd": tiny.parent}
     entries = [
-        lorainit("models", "inspect", source, "--id", name, **shell)
+        called("models", "inspect", source, "--id", name, **shell)
         for source, name in (("model", "tiny"), ("Lab/Mixture", "tiny-moe"))
     ]
     assert all(entry.returncode == 0 for entry in entries), entries
