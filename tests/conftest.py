@@ -28,9 +28,14 @@ from api.core.files import storage
 from api.core.models import catalogue
 from api.core.queue import positions, queue
 from tests import servers
-from tests.side_by_side import pytest_collection_modifyitems, pytest_xdist_auto_num_workers
+from tests.side_by_side import (
+    pytest_collection_modifyitems,
+    pytest_xdist_auto_num_workers,
+    pytest_xdist_make_scheduler,
+)
 
-__all__ = ["pytest_collection_modifyitems", "pytest_xdist_auto_num_workers"]  # pytest finds its hooks here
+# pytest finds its hooks here
+__all__ = ["pytest_collection_modifyitems", "pytest_xdist_auto_num_workers", "pytest_xdist_make_scheduler"]
 
 
 def pytest_collection_finish() -> None:

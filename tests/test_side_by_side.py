@@ -42,6 +42,18 @@ def test_files_are_handed_out_longest_first_and_a_new_one_last() -> None:
     assert order_of(found) == ["b1", "b2", "a1", "a2", "n1"]
 
 
+def test_files_that_share_a_service_stay_together_and_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "TOGETHER", ("a/",))
+    found = [SimpleNamespace(nodeid=nodeid) for nodeid in ("b.py::1", "c.py::1", "a/1.py::1", "a/2.py::1", "a/1.py::2")]
+    side_by_side.sort_longest_first(found, {"a/1.py": 2, "b.py": 3, "a/2.py": 2})  # type: ignore[arg-type]
+    assert [item.nodeid for item in found] == ["a/1.py::1", "a/2.py::1", "a/1.py::2", "b.py::1", "c.py::1"]
+    assert [side_by_side.unit_of(nodeid) for nodeid in ("a/1.py::1", "a/2.py::1", "b.py::1")] == ["a/", "a/", "b.py"]
+
+
+def test_folders_that_stay_together_exist() -> None:
+    assert [folder for folder in side_by_side.TOGETHER if not (quick.ROOT / folder).is_dir()] == []
+
+
 def test_one_process_keeps_the_order_of_pytest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "seconds.json").write_text('{"b.py": 70}')
     monkeypatch.setattr(side_by_side, "SECONDS", tmp_path / "seconds.json")
