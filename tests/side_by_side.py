@@ -5,7 +5,7 @@ pytest finds these hooks through tests/conftest.py. docs/decisions/0063
 """
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def sort_longest_first(items: list[pytest.Item], seconds: Mapping[str, float]) -> None:
     """Whole units, the one that takes longest first; those that nobody has timed come last."""
-    units = Counter[str]()
+    units = defaultdict[str, float](float)
     for file, took in seconds.items():
         units[unit_of(file)] += took
     items.sort(key=lambda item: -units[unit_of(item.nodeid)])
