@@ -11,6 +11,7 @@ import platform
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -253,6 +254,7 @@ def package_versions() -> dict[str, str | None]:
     return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
+@cache  # because a run asks five times, and each answer is read and parsed from a file
 def _version(name: str) -> str | None:
     try:
         return version(name)

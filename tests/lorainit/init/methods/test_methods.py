@@ -26,10 +26,12 @@ def weight(m=48, n=64, seed=0):
     return U[:, :k] @ torch.diag(1 / torch.arange(1.0, k + 1)) @ V[:, :k].T
 
 
-def factors(method, W, rank=8, scale=1.0, seed=0, **parameters):
+def factors(method, W, rank=8, scale=1.0, seed=0, known=None, **parameters):
+    """The factors of a method; `known`: the evidence it is given, by default something for every need."""
     config = INITS[method].model_validate({"method": method, **parameters})
     generator = torch.Generator().manual_seed(seed)
-    return METHODS[method](W, evidence(*W.shape), rank=rank, scale=scale, config=config, generator=generator)
+    known = known or evidence(*W.shape)
+    return METHODS[method](W, known, rank=rank, scale=scale, config=config, generator=generator)
 
 
 def evidence(m, n, k=16):
@@ -93,7 +95,7 @@ def test_another_seed_gives_another_start(method):
 
 
 def test_kaiming_is_uniform_within_one_over_root_in():
-    found = factors("kaiming", torch.zeros(8, 4096), rank=16)
+    found = factors("kaiming", torch.zeros(8, 4096), rank=16, known=Evidence())
     assert found.A.abs().max() <= 4096**-0.5
     assert float(found.A.var()) * 3 * 4096 == pytest.approx(1, rel=0.02)
     assert float(found.A.norm(dim=1).mean()) == pytest.approx(0.577, abs=2e-3)
@@ -101,7 +103,7 @@ def test_kaiming_is_uniform_within_one_over_root_in():
 
 
 def test_gaussian_has_standard_deviation_one_over_r():
-    found = factors("gaussian", torch.zeros(8, 4096), rank=16)
+    found = factors("gaussian", torch.zeros(8, 4096), rank=16, known=Evidence())
     assert float(found.A.std()) * 16 == pytest.approx(1, rel=0.02)
     assert not found.B.any()
 
