@@ -253,16 +253,15 @@ def test_export_has_the_stated_rank_and_the_same_scale(case):
 
 
 RELOAD = """
-import json, sys, warnings
+import copy, json, sys, warnings
 import torch
 warnings.simplefilter("ignore")
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 torch.manual_seed(12345)
-found = {}
-for name, (base, quantized, adapter, batch, expected, dtype, low) in json.loads(sys.stdin.read()).items():
-    dtype, options = getattr(torch, dtype), {}
+def load_base(base, quantized, dtype):
+    options = {}
     if quantized:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         options = {"quantization_config": config}
@@ -270,6 +269,13 @@ for name, (base, quantized, adapter, batch, expected, dtype, low) in json.loads(
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # or bitsandbytes rounds to bf16, and asks for 32 outputs
+    return base
+bases, found = {}, {}
+for name, (base, quantized, adapter, batch, expected, dtype, low) in json.loads(sys.stdin.read()).items():
+    key = base, quantized, getattr(torch, dtype)
+    if key not in bases:
+        bases[key] = load_base(*key)
+    base = copy.deepcopy(bases[key])
     model = PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=low).eval()
     batch, expected = load_file(batch), load_file(expected)["logits"]
     with torch.no_grad():
