@@ -23,9 +23,15 @@ from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import run, run_together
 from lorainit.runtime import devices
+from tests.lorainit.conftest import measure_nothing
 from tests.lorainit.export.test_check import K, Q, in_config, in_file
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _measure_nothing(monkeypatch):
+    measure_nothing(monkeypatch)
 
 
 def go(spec, out):
