@@ -1,6 +1,7 @@
 """What cannot be initialized ends with a code, the module and the reason; nothing is replaced by something else."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit, UnsupportedModel
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import run
-from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
+from tests.lorainit.conftest import chat, make_tokenizer, only_training, tiny_llama, write_rows
 
 UP = "model.layers.1.mlp.up_proj"
 GRADIENT = ["lora_ga", "lora_one"]
@@ -18,9 +19,12 @@ DATA = ["lora_ga", "lora_one", "eva", "corda"]
 
 @pytest.fixture
 def refused(spec, tmp_path):
-    """Run on a base of which one weight was changed; what it was refused with. No adapter may be there."""
+    """Run on a base of which one weight was changed; what it was refused with. No adapter may be there.
 
-    def start(init, *, change=None, module=UP, sides=(32, 48), **overrides) -> LorainitError:
+    `proven`: PEFT is tried before, as in every run. What only the initialization finds needs no trial.
+    """
+
+    def start(init, *, change=None, module=UP, sides=(32, 48), proven=False, **overrides) -> LorainitError:
         model = tiny_llama(*sides)
         if change is not None:
             with torch.no_grad():
@@ -29,7 +33,7 @@ def refused(spec, tmp_path):
         make_tokenizer().save_pretrained(tmp_path / "base")
         lora = {"init": init} | overrides.pop("lora", {})
         source = {"source": str(tmp_path / "base")}
-        with pytest.raises(LorainitError) as caught:
+        with nullcontext() if proven else only_training(), pytest.raises(LorainitError) as caught:
             run(spec(model=source, lora=lora, **overrides), tmp_path / "out", lambda event: None)
         assert not (tmp_path / "out" / "adapter").exists()
         return caught.value
@@ -37,9 +41,28 @@ def refused(spec, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("module", [UP, "model.embed_tokens", "model.norm"])
+@pytest.mark.parametrize(
+    ("module", "value", "quantization"),
+    [
+        (UP, math.nan, None),
+        (UP, math.inf, "nf4"),
+        ("model.embed_tokens", math.inf, None),
+        ("model.embed_tokens", math.nan, "nf4"),
+        ("model.norm", math.nan, None),
+        ("model.norm", math.inf, "nf4"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (UP, math.inf, None),
+                (UP, math.nan, "nf4"),
+                ("model.embed_tokens", math.nan, None),
+                ("model.embed_tokens", math.inf, "nf4"),
+                ("model.norm", math.inf, None),
+                ("model.norm", math.nan, "nf4"),
+            ]
+        ),
+    ],
+)
 def test_weight_that_is_not_finite(refused, module, value, quantization):
     def change(weight):
         weight.view(-1)[0] = value
@@ -52,7 +75,8 @@ def test_weight_that_is_not_finite(refused, module, value, quantization):
 
 @pytest.mark.parametrize("init", ["kaiming", "lora_one", "eva"])
 def test_base_that_overflows_on_the_rows(refused, init):
-    error = refused(init, change=lambda weight: weight.fill_(3e38), lora={"target_modules": ["down_proj"]})
+    lora = {"target_modules": ["down_proj"]}
+    error = refused(init, change=lambda weight: weight.fill_(3e38), lora=lora, proven=True)
     assert isinstance(error, UnsupportedModel)
     assert "the first training rows are not finite" in error.message
     assert error.param == "model"

@@ -10,6 +10,7 @@ from lorainit.config.errors import Stopped
 from lorainit.config.events import Checkpoint, Done, Metrics, Stage, Tick
 from lorainit.context import RunRequest
 from lorainit.run import run, run_together
+from tests.lorainit.conftest import only_training
 
 pytestmark = pytest.mark.usefixtures("training_only")
 
@@ -57,20 +58,32 @@ def log_of(folder: Path):
     return [{name: json.loads(line)[name] for name in kept} for line in lines]
 
 
+@pytest.fixture(scope="module")
+def whole(spec, rows):
+    return spec(data={"validation": str(rows)}, training=FAR, micro_batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def straight(whole, tmp_path_factory):
+    """The folder of the run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    with only_training():
+        run(whole, folder, lambda _: None)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("when", "at"),
     [(in_step(2), 1), (in_step(4), 3), (while_evaluating_after(2), 2), (while_evaluating_after(4), 4)],
     ids=["in step 2", "in step 4", "evaluating after step 2", "evaluating after the last step"],
 )
-def test_stopped_and_resumed_run_is_the_run_that_was_never_stopped(spec, rows, tmp_path, when, at):
-    whole = spec(data={"validation": str(rows)}, training=FAR, micro_batch_size=2)
-    straight = run(whole, tmp_path / "straight", lambda _: None)
+def test_stopped_and_resumed_run_is_the_run_that_was_never_stopped(whole, straight, tmp_path, when, at):
     (left,) = stopping(whole, tmp_path / "stopped", when)
     assert left.step == at
     resumed = run(whole.model_copy(update={"resume_from": left.path}), tmp_path / "resumed", lambda _: None)
     name = "adapter_model.safetensors"
-    assert (Path(resumed.adapter) / name).read_bytes() == (Path(straight.adapter) / name).read_bytes()
-    assert log_of(tmp_path / "resumed") == log_of(tmp_path / "straight")
+    assert (Path(resumed.adapter) / name).read_bytes() == (straight / "adapter" / name).read_bytes()
+    assert log_of(tmp_path / "resumed") == log_of(straight)
 
 
 def test_stop_before_the_first_step_is_over_leaves_nothing(spec, tmp_path):

@@ -12,6 +12,8 @@ from lorainit.progress import ProgressDisplay
 from lorainit.run import run
 from lorainit.train import adapter_trainer
 
+pytestmark = pytest.mark.usefixtures("training_only")
+
 
 def log(path, losses):
     rows = [{"step": step, "full_valid_loss": loss} for step, loss in losses.items()]
