@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from functools import cache
 
 import pytest
 import torch
@@ -91,10 +92,21 @@ FORMS = {
 
 
 @pytest.fixture(scope="module", params=FORMS)
-def download(request, bases, tmp_path_factory):
+def download(request, downloads):
     """An adapter in each form, far from its start or one step away: its effect and its folder."""
-    folder = tmp_path_factory.mktemp("download")
-    return exported(bases["llama"], folder, **FORMS[request.param]), folder
+    return downloads(request.param)
+
+
+@pytest.fixture(scope="module")
+def downloads(bases, tmp_path_factory):
+    """Makes the download of a form, once."""
+
+    @cache
+    def make_download(form):
+        folder = tmp_path_factory.mktemp("download")
+        return exported(bases["llama"], folder, **FORMS[form]), folder
+
+    return make_download
 
 
 def in_file(change):
@@ -141,9 +153,22 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_download_that_differs_in_one_respect_does_not_pass(bases, download, tmp_path, mutant):
-    effect, right = download
+def is_usual(form, mutant):
+    """Each mutant of a form is tried far from the start or young, in turn; the other of the two is slow."""
+    place, turn = list(FORMS).index(form), list(MUTANTS).index(mutant)
+    return place // 3 == (place % 3 + turn) % 2
+
+
+@pytest.mark.parametrize(
+    ("form", "mutant"),
+    [
+        pytest.param(form, mutant, marks=() if is_usual(form, mutant) else pytest.mark.slow)
+        for form in FORMS
+        for mutant in MUTANTS
+    ],
+)
+def test_a_download_that_differs_in_one_respect_does_not_pass(bases, downloads, tmp_path, form, mutant):
+    effect, right = downloads(form)
     folder = shutil.copytree(right, tmp_path / "wrong")
     MUTANTS[mutant](folder)
     result = checked(bases["llama"], folder, effect)
@@ -257,14 +282,21 @@ MIXTURE_MUTANTS = {
 }
 
 
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
+def mixture(request, tmp_path_factory):
+    """A mixture, the effect of a young adapter on it, and the adapter's download."""
+    folder = tmp_path_factory.mktemp("mixture")
+    base = make(request.param, folder / "base")
+    return base, exported(base, folder / "right", dtype=BF16, targets=EXPERTS, step=YOUNG), folder / "right"
+
+
 @pytest.mark.parametrize("mutant", MIXTURE_MUTANTS)
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_in_bf16_a_mixture_that_differs_in_one_respect_does_not_pass(tmp_path, kind, mutant):
-    base = make(kind, tmp_path / "base")
-    effect = exported(base, tmp_path / "adapter", dtype=BF16, targets=EXPERTS, step=YOUNG)
+def test_in_bf16_a_mixture_that_differs_in_one_respect_does_not_pass(mixture, tmp_path, mutant):
+    base, effect, right = mixture
+    folder = shutil.copytree(right, tmp_path / "wrong")
     change, name = MIXTURE_MUTANTS[mutant]
-    in_file(change)(tmp_path / "adapter")
-    assert checked(base, tmp_path / "adapter", effect, dtype=BF16)["message"].startswith(f"{name}: what it adds")
+    in_file(change)(folder)
+    assert checked(base, folder, effect, dtype=BF16)["message"].startswith(f"{name}: what it adds")
 
 
 NF4 = {"quantization": "nf4"}
