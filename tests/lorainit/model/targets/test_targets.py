@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from lorainit.model.layers.weight import shape_of
 from lorainit.model.layout import choose_layout
 from lorainit.model.load import build_skeleton, load_model
 from lorainit.model.targets import peft_support
+from lorainit.model.targets import targets as targets_module
 from lorainit.model.targets.names import pattern_of
 from lorainit.model.targets.targets import describe, find_targets, resolve, survey
 from lorainit.run import run
@@ -105,6 +107,14 @@ def skeletons(tmp_path_factory):
     return of
 
 
+@pytest.fixture(scope="module")
+def surveyed_once():
+    """Each model is surveyed once, and not for each of hundreds of names that are resolved in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets_module, "survey", cache(survey))
+        yield
+
+
 def entry_of(targets, left_out=()):
     """A catalogue entry with these facts."""
     facts = {"targets": targets, "left_out": list(left_out)}
@@ -121,7 +131,7 @@ def test_layers_of_each_group_and_those_that_get_none(skeletons, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind):
+def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind, surveyed_once):
     model = skeletons(kind)
     targets, left_out = describe(model)
     entry = entry_of(targets, left_out)
@@ -138,7 +148,7 @@ def test_a_server_and_the_engine_adapt_the_same_layers(skeletons, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skeletons, kind):
+def test_every_end_of_a_full_name_means_the_same_over_rest_as_in_the_engine(skeletons, kind, surveyed_once):
     model = skeletons(kind)
     targets, left_out = describe(model)
     entry = entry_of(targets, left_out)
