@@ -22,7 +22,7 @@ from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
 from lorainit.run import run, run_together
-from tests.lorainit.conftest import chat, make_tokenizer, write_rows
+from tests.lorainit.conftest import chat, make_tokenizer, only_training, write_rows
 
 pytestmark = pytest.mark.usefixtures("training_only")
 
@@ -152,9 +152,24 @@ def poison(who, step, field="A"):
     return listen
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """How a run ends alone; each is run once."""
+    ends = {}
+
+    def end_of(spec):
+        key = spec.model_dump_json()
+        if key not in ends:
+            with only_training():
+                ends[key] = run(spec, tmp_path_factory.mktemp("alone"), lambda event: None)
+        return ends[key]
+
+    return end_of
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("field", ["A", "B"])
-def test_one_poisoned_adapter_ends_and_the_others_never_notice(spec, tmp_path, monkeypatch, precision, field):
+def test_one_poisoned_adapter_ends_and_the_others_never_notice(spec, alone, tmp_path, monkeypatch, precision, field):
     """In bf16 all adapters stand in one product, where 0·NaN would reach everybody's rows."""
     listen = poison(1, step=2, field=field)
     from lorainit.train import loop as module
@@ -173,7 +188,7 @@ def test_one_poisoned_adapter_ends_and_the_others_never_notice(spec, tmp_path, m
     assert isinstance(ends[1], NonFiniteLoss)
     assert ends[1].message.startswith("Step 3: ")
     for who in (0, 2):
-        solo = run(specs[who], tmp_path / f"solo-{who}", lambda event: None)
+        solo = alone(specs[who])
         if precision == "fp32":
             assert same_adapter(ends[who], solo)
         else:
