@@ -318,6 +318,7 @@ def test_scale_of_peft_drifts_with_the_rank_under_rslora_and_ours_does_not(bases
     assert {layer.scale for layer in adapted_layers(context.model).values()} == {lora.scaling} == {asked}
 
 
+@pytest.mark.usefixtures("training_only")
 @pytest.mark.parametrize(("base", "written"), [("llama", "padded"), ("llama", "pattern"), ("gpt2", "padded")])
 def test_run_starts_as_the_base_and_its_export_reloads(spec, tmp_path, base, written):
     done = run(spec(base, lora={"init": {"method": "eva", "export_ranks": written}}), tmp_path, lambda event: None)
