@@ -328,6 +328,7 @@ def test_preheat_that_learned_nothing_is_refused_naming_the_module(bases, rows):
 # --- a whole run -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("training_only")
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_run_starts_as_the_base_with_a_fresh_optimizer_on_the_first_batch(spec, tmp_path, monkeypatch, base):
     made = []
@@ -349,6 +350,7 @@ def test_run_starts_as_the_base_with_a_fresh_optimizer_on_the_first_batch(spec, 
     assert next(e.train_loss for e in events if e.kind == "metrics") == pytest.approx(first, rel=1e-6)
 
 
+@pytest.mark.usefixtures("training_only")
 def test_run_that_continues_begins_with_the_batch_after_the_preheat(spec, tmp_path):
     """Twelve rows, batches of five: after one preheat step comes the second batch, resumed or not."""
     init = {"method": "hrp", "preheat_rank": 8, "preheat_steps": 1}
@@ -372,6 +374,7 @@ def test_run_that_continues_begins_with_the_batch_after_the_preheat(spec, tmp_pa
     )
 
 
+@pytest.mark.usefixtures("training_only")
 def test_run_that_carries_starts_ahead_and_says_so(spec, tmp_path):
     init = {"method": "hrp", "preheat_rank": 8, "preheat_steps": 8, "preheat_learning_rate": 0.01, "b_init": "carry"}
     done = run(spec(lora={"init": init}, training={"max_steps": 1}), tmp_path, lambda event: None)
