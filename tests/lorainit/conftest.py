@@ -206,7 +206,7 @@ def only_training():
 
 def measure_nothing(patch: pytest.MonkeyPatch) -> None:
     """Let runs not measure how well a download can be served: a third of a tiny run."""
-    patch.setattr(fidelity, "held_out", lambda *_: fidelity.HeldOut("training", []))
+    patch.setattr(fidelity, "choose_held_out", lambda *_: fidelity.HeldOut("training", []))
 
 
 @pytest.fixture
