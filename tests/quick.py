@@ -3,7 +3,8 @@
     python -m tests.quick [--base main] [--list]
 
 A test belongs to `lorainit/data/formats/rows.py` if its file is named `test_rows.py` or `test_rows_....py`, or imports
-it. After 45 seconds of tests no further one begins, and what was left out is said. It replaces no `make test`.
+it. An initialization method has its cases in the tests of all methods, too. After 45 seconds of tests no further one
+begins, and what was left out is said. It replaces no `make test`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,26 @@ CORE = (
     "tests/lorainit/test_imports.py",
     "tests/deploy/test_documents.py",
 )
+# What every method has to do. The battery comes last, because it trains an adapter for each of its cases.
+OF_EVERY_METHOD = (
+    "tests/lorainit/init/methods/test_methods.py",
+    "tests/lorainit/test_identity.py",
+    "tests/lorainit/test_dora.py",
+    "tests/lorainit/test_battery.py",
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tests of a file: those that have this word in their names, or all of them if it is empty."""
+
+    file: str
+    word: str = ""
+
+    def has(self, nodeid: str) -> bool:
+        """Whether a test belongs to it. `eva` is a word of `test_eva[llama-eva]`, and none of `test_evaluation`."""
+        file, _, name = nodeid.partition("::")
+        return file == self.file and bool(re.search(rf"(?<![a-z]){self.word}(?![a-z])", name))
 
 
 def git(*arguments: str) -> list[str]:
@@ -63,21 +85,32 @@ def tests_of(file: str, among: dict[str, str]) -> Iterator[str]:
     yield from (test for test, text in among.items() if re.search(imports, text))
 
 
+def cases_of(file: str) -> Iterator[Choice]:
+    """The cases of a changed initialization method in the tests of all methods; of what methods share, all cases."""
+    if method := re.fullmatch(r"lorainit/init/methods/(\w+)\.py", file):
+        word = "" if method[1].startswith("_") else method[1]
+        yield from (Choice(test, word) for test in OF_EVERY_METHOD)
+
+
+def choose(files: Sequence[str], among: dict[str, str]) -> list[Choice]:
+    """What runs for these changed files, in this order: their own tests, the cases of methods, a few of everything."""
+    own = [Choice(test) for file in files for test in tests_of(file, among)]
+    cases = [choice for file in files for choice in cases_of(file)]
+    return list(dict.fromkeys([*own, *cases, *(Choice(file) for file in CORE)]))
+
+
 class TimeLimit:
-    """A plugin of pytest: tests in the order of their files, none of which begins when `seconds` are over.
+    """A plugin of pytest: the chosen tests in the order of `choices`, none of which begins when `seconds` are over."""
 
-    Args:
-        files: as `pytest` is given them.
-    """
-
-    def __init__(self, files: Sequence[str], seconds: float) -> None:
-        self._files, self._seconds, self._deadline = list(files), seconds, 0.0
+    def __init__(self, choices: Sequence[Choice], seconds: float) -> None:
+        self._choices, self._seconds, self._deadline = choices, seconds, 0.0
         self.left = Counter[str]()
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """File after file, where pytest would run all tests on one kind of database first."""
-        items.sort(key=lambda item: self._files.index(file_of(item)))
+        """Choice after choice, where pytest would run all tests on one kind of database first."""
+        chosen = {item.nodeid: item for choice in self._choices for item in items if choice.has(item.nodeid)}
+        items[:] = chosen.values()
 
     def pytest_collection_finish(self) -> None:
         """The time begins: however long the imports took, some tests run."""
@@ -110,11 +143,10 @@ def main() -> int:
     parser.add_argument("--base", default="main", help="the branch or commit to compare with")
     parser.add_argument("--list", action="store_true", help="only say which files would run")
     options = parser.parse_args()
-    among = test_files()
-    wanted = [test for file in changed(options.base) for test in tests_of(file, among)]
-    files = list(dict.fromkeys([*wanted, *CORE]))
-    print(*files, sep="\n", flush=True)
-    return 0 if options.list else pytest.main(["-q", *files], plugins=[TimeLimit(files, SECONDS)])
+    choices = choose(changed(options.base), test_files())
+    print(*(f"{choice.file} {choice.word}".rstrip() for choice in choices), sep="\n", flush=True)
+    files = dict.fromkeys(choice.file for choice in choices)
+    return 0 if options.list else pytest.main(["-q", *files], plugins=[TimeLimit(choices, SECONDS)])
 
 
 if __name__ == "__main__":

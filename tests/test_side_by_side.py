@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests import quick, side_by_side
+from tests.quick import Choice
 
 GIB = 1 << 30
 AMONG = {
@@ -77,21 +78,41 @@ def test_tests_belong_to_a_file_by_name_or_because_they_import_it(file: str, tes
     assert list(quick.tests_of(file, AMONG)) == [f"tests/{test}" for test in tests]
 
 
-def test_files_of_the_core_exist() -> None:
-    assert [file for file in quick.CORE if not (quick.ROOT / file).exists()] == []
+def test_files_that_every_quick_run_or_every_method_names_exist() -> None:
+    assert [file for file in (*quick.CORE, *quick.OF_EVERY_METHOD) if not (quick.ROOT / file).exists()] == []
 
 
-def test_a_quick_run_takes_file_after_file_in_the_order_given() -> None:
-    found = items("a1", "b1", "a2", "b2")
-    quick.TimeLimit(["b.py", "a.py"], inf).pytest_collection_modifyitems(found)
-    assert order_of(found) == ["b1", "b2", "a1", "a2"]
+def test_a_method_that_changed_has_its_cases_in_the_tests_of_all_methods() -> None:
+    cases = [Choice(file, "eva") for file in quick.OF_EVERY_METHOD]
+    own = {"tests/test_eva.py": ""}
+    wanted = [Choice("tests/test_eva.py"), *cases, *map(Choice, quick.CORE)]
+    assert quick.choose(["lorainit/init/methods/eva.py"], own) == wanted
+
+
+def test_what_methods_share_has_all_cases_of_those_tests() -> None:
+    assert list(quick.cases_of("lorainit/init/methods/_linalg.py")) == [*map(Choice, quick.OF_EVERY_METHOD)]
+
+
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [("test_start[llama-eva+dora]", True), ("test_eva_counts", True), ("test_evaluation[pissa]", False)],
+)
+def test_a_choice_has_the_tests_of_its_file_that_name_its_word(name: str, has: bool) -> None:
+    assert Choice("a.py", "eva").has(f"a.py::{name}") == has
+    assert not Choice("b.py", "eva").has(f"a.py::{name}")
+
+
+def test_a_quick_run_takes_choice_after_choice_and_only_what_was_chosen() -> None:
+    found = items("a1", "b1", "a2", "b2", "c1")
+    quick.TimeLimit([Choice("a.py", "a2"), Choice("b.py"), Choice("a.py")], inf).pytest_collection_modifyitems(found)
+    assert order_of(found) == ["a2", "b1", "b2", "a1"]
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(inf, {}), (0, {"a.py": 2})])
 def test_a_quick_run_begins_no_test_after_its_time_and_counts_what_it_left(
     seconds: float, left: dict[str, int]
 ) -> None:
-    limit, item = quick.TimeLimit(["a.py"], seconds), SimpleNamespace(nodeid="a.py::test")
+    limit, item = quick.TimeLimit([Choice("a.py")], seconds), SimpleNamespace(nodeid="a.py::test")
     limit.pytest_collection_finish()
     is_left = [limit.pytest_runtest_protocol(item) for _ in range(2)]  # type: ignore[arg-type]
     assert (is_left, limit.left) == ([bool(left) or None] * 2, left)
