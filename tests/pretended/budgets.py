@@ -18,13 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.pretended import device, engine
+from tests.pretended import device, engine, layouts
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 BASE = "counted"
 Budget = dict[str, int]
+# What is counted: from the first of two moments to the second. Of steps the third, when optimizers have their state.
+MOMENTS = {
+    "a step": ("metrics of step 2", "metrics of step 3"),
+    "an evaluation": ("evaluating after step 1", "training after step 1"),
+    "a checkpoint": ("metrics of step 3", "checkpoint of step 3"),
+}
+# The evaluation and the checkpoint of the first one have budgets of their own.
 CASES: dict[str, dict[str, Any]] = {
-    "bf16": {},
+    "bf16": {"validation": True, "eval_interval": 2, "micro_batch_size": 4, "checkpoint_interval": 3},
     "fp32": {"precision": "fp32"},
     "preconditioned AdamW": {"optimizer": {"name": "adamw_preconditioned"}},
     "LoRA+": {"optimizer": {"name": "adamw_lora_plus", "ratio": 16}},
@@ -34,30 +41,25 @@ CASES: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "two micro-batches": {"micro_batch_size": 2},
     "three adapters": {"members": 3},
-    "an evaluation": {"counted": "evaluation", "validation": True, "eval_interval": 2, "micro_batch_size": 4},
-    "a checkpoint": {"counted": "checkpoint", "checkpoint_interval": 2},
-}
-# What is counted: from the first of two moments to the second. Of steps the third, when optimizers have their state.
-MOMENTS = {
-    "step": ("metrics of step 2", "metrics of step 3"),
-    "evaluation": ("evaluating after step 1", "training after step 1"),
-    "checkpoint": ("metrics of step 2", "checkpoint of step 2"),
 }
 FEW, MORE = 1, 2  # layers
 
 
-def count(case: str, folder: Path) -> Budget:
+def count(case: str, folder: Path) -> dict[str, Budget]:
     """On two layers with seven adapted matrices each; `... a layer` is what the second one adds."""
     few, more = (_counted(case, folder, layers=layers) for layers in (FEW, MORE))
-    each = {f"{what} a layer": (more[what] - few[what]) // (MORE - FEW) for what in more}
-    return {**more, **each}
+    return {case if name == "a step" else name: _with_layer(few[name], more[name]) for name in more}
+
+
+def _with_layer(few: Budget, more: Budget) -> Budget:
+    return {**more, **{f"{what} a layer": (more[what] - few[what]) // (MORE - FEW) for what in more}}
 
 
 class _Watch:
-    """What was counted at each moment of a run, which ends when both of two have been."""
+    """What was counted at each moment of a run, which ends when all that is wanted has been."""
 
-    def __init__(self, first: str, last: str) -> None:
-        self.first, self.last, self.seen = first, last, dict[str, device.Tally]()
+    def __init__(self, wanted: Sequence[str]) -> None:
+        self.wanted, self.seen = {name: MOMENTS[name] for name in wanted}, dict[str, device.Tally]()
         self._step = 0
 
     def hear(self, event: Any) -> None:
@@ -69,15 +71,18 @@ class _Watch:
             self._note(f"{event.kind} of step {event.step}")
         elif event.kind == "stage":
             self._note(f"{event.stage} after step {self._step}")
-        elif event.kind == "tick" and self.last in self.seen:
+        elif event.kind == "tick" and all(last in self.seen for _, last in self.wanted.values()):
             raise Stopped("All is counted.")
 
     def _note(self, moment: str) -> None:
         self.seen.setdefault(moment, replace(device.tally()))
 
-    def between(self) -> Budget:
-        """What was counted between the two."""
-        before, after = self.seen[self.first], self.seen[self.last]
+    def budgets(self) -> dict[str, Budget]:
+        """What was counted between each two moments that are wanted."""
+        return {name: self._between(first, last) for name, (first, last) in self.wanted.items()}
+
+    def _between(self, first: str, last: str) -> Budget:
+        before, after = self.seen[first], self.seen[last]
         return {
             "launches": after.launches - before.launches,
             "waits": after.waits - before.waits,
@@ -85,8 +90,8 @@ class _Watch:
         }
 
 
-def _counted(case: str, folder: Path, *, layers: int) -> Budget:
-    """Of a run on a base of so many layers; nothing before and after the case's two moments is counted."""
+def _counted(case: str, folder: Path, *, layers: int) -> dict[str, Budget]:
+    """Of a run on a base of so many layers; nothing before, between and after the moments is counted."""
     from benchmarks.gpu import jobs
     from lorainit.config.errors import Stopped
     from lorainit.context import RunRequest
@@ -94,7 +99,7 @@ def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     from tests.lorainit.conftest import no_early_check
 
     asked = dict(CASES[case])
-    watch = _Watch(*MOMENTS[asked.pop("counted", "step")])
+    watch = _Watch([*MOMENTS] if "validation" in asked else ["a step"])
     members = asked.pop("members", 1)
     lora = {"init": "kaiming", "r": 4, **asked.pop("lora", {})}
     more = {key: asked.pop(key) for key in ("micro_batch_size", "precision") if key in asked}
@@ -107,7 +112,7 @@ def _counted(case: str, folder: Path, *, layers: int) -> Budget:
     requests = [RunRequest(spec, out / f"{n}", listeners[n]) for n, spec in enumerate(specs)]
     with suppress(Stopped), no_early_check():
         list(run_together(requests))
-    return watch.between()
+    return watch.budgets()
 
 
 def _day(folder: Path, *, layers: int) -> Any:
@@ -130,8 +135,8 @@ def counted(cases: Sequence[str]) -> dict[str, Budget]:
     import lorainit.run  # noqa: F401
 
     gc.freeze()  # a run collects garbage, and need not look at all that was imported
-    with tempfile.TemporaryDirectory() as folder, device.switched_on():
-        return {case: count(case, Path(folder)) for case in cases}
+    with tempfile.TemporaryDirectory() as folder, device.switched_on(), layouts.tried_once():
+        return {name: budget for case in cases for name, budget in count(case, Path(folder)).items()}
 
 
 def accept(found: dict[str, Budget], known: dict[str, Budget]) -> dict[str, Budget]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretended.budgets import CASES, Budget, accept, known
+from tests.pretended.budgets import CASES, MOMENTS, Budget, accept, known, main
 
 ROOT = Path(__file__).parents[2]
 ROSE = (
@@ -21,16 +21,11 @@ FELL = (
 )
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: its `lorainit` is not ours."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    called = [sys.executable, "-m", "tests.pretended.budgets", *arguments]
-    return subprocess.run(called, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-
-
 def counted() -> dict[str, Budget]:
-    """All cases."""
-    done = command()
+    """All cases, in a process of its own: its `lorainit` is not ours."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    called = [sys.executable, "-m", "tests.pretended.budgets"]
+    done = subprocess.run(called, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[-2000:]
     found: dict[str, Budget] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -49,12 +44,14 @@ def hold(found: dict[str, Budget], kept: dict[str, Budget]) -> None:
 
 
 def test_no_part_of_a_run_asks_more_of_a_gpu_than_it_did() -> None:
-    hold(counted(), known())
+    found, kept = counted(), known()
+    assert found.keys() == kept.keys()
+    hold(found, kept)
 
 
 def test_no_layer_makes_the_host_wait_or_sends_it_anything_but_into_a_checkpoint() -> None:
     kept = known()
-    assert kept.keys() == CASES.keys()
+    assert kept.keys() == {*CASES, *MOMENTS} - {"a step"}
     waiting = {case for case, budget in kept.items() if budget["waits a layer"] or budget["bytes across a layer"]}
     assert waiting == {"a checkpoint"}
 
@@ -68,13 +65,26 @@ def test_what_rose_is_named_and_never_accepted() -> None:
         hold({"bf16": {"launches": 5, "waits": 1}}, kept)
 
 
-def test_the_counting_command_says_what_it_takes() -> None:
-    done = command("--help")
-    assert done.returncode == 0
-    assert "three adapters" in " ".join(done.stdout.split())
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str) -> tuple[object, str]:
+    """The exit code of a command that counts nothing, and what it says."""
+    monkeypatch.setattr(sys, "argv", ["budgets", argument])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    return ended.value.code, " ".join((said.out + said.err).split())
 
 
-def test_the_counting_command_refuses_a_case_that_is_none() -> None:
-    done = command("nonesuch")
-    assert done.returncode == 2
-    assert "there is no case 'nonesuch'" in done.stderr
+def test_the_counting_command_says_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = told(monkeypatch, capsys, "--help")
+    assert code == 0
+    assert "three adapters" in said
+
+
+def test_the_counting_command_refuses_a_case_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = told(monkeypatch, capsys, "nonesuch")
+    assert code == 2
+    assert "there is no case 'nonesuch'" in said
