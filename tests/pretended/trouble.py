@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tests.pretended import device, engine
+from tests.pretended import device, engine, layouts
 
 if TYPE_CHECKING:  # the engine is read only when it is to take the device for CUDA
     from benchmarks.gpu.day import Day
@@ -128,11 +128,11 @@ def _in_backward(day: "Day", how: How, wanted: str, words: str) -> str:
     from tests.lorainit.conftest import only_training
 
     told = list[str]()
-    for stage in BACKWARD:
-        trouble = Trouble(how, at=3, stage=stage, backward=True)
-        with only_training():
+    with only_training(), layouts.tried_once():  # "loading" comes first, and tries the layout itself
+        for stage in BACKWARD:
+            trouble = Trouble(how, at=3, stage=stage, backward=True)
             (end,) = ends_of(_specs(day, "gradients", max_steps=1), day.folder / stage, trouble)
-        told.append(words if end == wanted and trouble.struck == stage else f"**{stage}: {end} {trouble.struck}**")
+            told.append(words if end == wanted and trouble.struck == stage else f"**{stage}: {end} {trouble.struck}**")
     return "; ".join(told)
 
 
