@@ -42,7 +42,7 @@ def held(stream, event):
     write(stream, event)
     where[:] = [event.stage] if event.kind == "stage" else where
     if where == [stage] and event.kind == by:
-        Path("held").touch()
+        Path("in-its-stage").touch()  # not `held`, which is the lock of a folder (worker.host.scratch)
         time.sleep(600)
 program._write_event = held
 sys.exit(program.main())
@@ -114,7 +114,7 @@ def test_a_job_cancelled_in_a_stage_of_its_run_frees_its_worker(
     program = (sys.executable, "-c", HELD, stage, by)
     environment.setattr(tasks, "run_child", partial(run_child, program=program))
     folder = get_settings().scratch() / lab.ids[0]
-    cancelled_once(lab, lambda: list(folder.glob("attempt-*/held")), lambda: tasks.run_job("ftjob-x"))
+    cancelled_once(lab, lambda: list(folder.glob("attempt-*/in-its-stage")), lambda: tasks.run_job("ftjob-x"))
 
 
 def training_key(lab: Lab) -> str:
