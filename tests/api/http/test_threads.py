@@ -18,7 +18,7 @@ def test_searches_take_turns_and_polls_do_not_wait_for_them(monkeypatch: pytest.
     """One of several pairs may look through many rows, and a member may send many at once."""
     lab = a_lab()
     busy, most, lock = 0, 0, threading.Lock()
-    page = jobs.lookup.page
+    page = jobs.lookup.list_page
 
     def slow(*arguments: object, metadata: dict[str, str], **others: object) -> object:
         nonlocal busy, most

@@ -344,7 +344,7 @@ def test_a_row_is_rendered_two_or_three_times_however_many_turns_it_has(
 @pytest.mark.parametrize("kind", KINDS)
 def test_completion_goes_on_from_its_prompt(kind: str) -> None:
     tokenizer = KINDS[kind](TEMPLATE)
-    ids, trained, _ = Encoder(tokenizer).pair("ASSISTANT: ", "Two")
+    ids, trained, _ = Encoder(tokenizer).encode_pair("ASSISTANT: ", "Two")
     prompt = tokenizer("ASSISTANT: ").input_ids
     assert ids[: len(prompt)].tolist() == prompt
     assert trained.tolist() == [False] * len(prompt) + [True] * (len(ids) - len(prompt))

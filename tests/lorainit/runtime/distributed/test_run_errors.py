@@ -109,7 +109,7 @@ STAGES = {
     "no space": (outputs, "write_metrics", OSError(28, "full", "x"), lambda out: out.name == "0", "disk_full"),
     "observing it": (outputs, "observe_adapter", MEMORY, of_the_first, "out_of_memory"),
     "verifying it": (outputs, "verify", BUG, of_the_first, "internal_error"),
-    "its last word": (outputs, "resources", BUG, of_the_first, "internal_error"),
+    "its last word": (outputs, "measure_resources", BUG, of_the_first, "internal_error"),
 }
 
 
