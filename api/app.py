@@ -21,10 +21,10 @@ from api.http.exposition import Requests, make_registry
 from api.http.streams import Streams
 from api.middleware import RequestMiddleware
 from api.planned_routes import RouteTable
-from api.routes import files, health, jobs, keys, models, prometheus
+from api.routes import experiments, files, health, jobs, keys, models, prometheus
 
 # Routers are tried in this order, so the one with the most requests comes first.
-ROUTERS = (jobs.router, files.router, models.router, keys.router, health.router, prometheus.router)
+ROUTERS = (jobs.router, experiments.router, files.router, models.router, keys.router, health.router, prometheus.router)
 
 
 @asynccontextmanager

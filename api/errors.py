@@ -118,6 +118,7 @@ CODES: Mapping[str, tuple[int, ...]] = {
     "project_not_found": (404,),
     "key_not_found": (404,),
     "fine_tune_not_found": (404,),
+    "experiment_not_found": (404,),
     "file_not_found": (400, 404),
     "model_not_found": (404,),
     "model_not_available": (400,),

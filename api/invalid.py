@@ -32,6 +32,8 @@ OWN_CODES = (
     "unsupported_init_method",
 )
 
+_INITS = ("lora.init", "grid.init")  # where a request names an initialization
+
 _SENTENCES = {
     "missing": "is required",
     "extra_forbidden": "is not a known field",
@@ -124,7 +126,7 @@ def _path(error: Details, body: Any) -> str:
 def _code(same: Sequence[Details], path: str) -> str:
     kinds = [error["type"] for error in same]
     if kinds[0] == "union_tag_invalid":
-        return "unsupported_init_method" if path.startswith("lora.init") else "invalid_value"
+        return "unsupported_init_method" if path.startswith(_INITS) else "invalid_value"
     if kinds[0] in _CODES:
         return _CODES[kinds[0]]
     plain = [kind for kind in kinds if not kind.endswith("_type") and kind not in ("literal_error", "int_from_float")]

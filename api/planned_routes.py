@@ -15,7 +15,6 @@ PLANNED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"/v1/uploads(/.*)?", "Uploading in parts"),
         (r"/v1/fine_tuning/jobs/plan", "Planning a job"),
         (rf"{_JOB}/metrics", "The metrics series of a job"),
-        (r"/v1/experiments(/.*)?", "Experiments"),
         (r"/v1/(chat/)?completions", "Chat with a fine-tuned model"),
         (r"/v1/webhook_(endpoints|event_types)(/.*)?", "Webhooks"),
         (r"/v1/organization/.*", "This part of the administration"),

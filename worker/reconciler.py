@@ -3,8 +3,8 @@
     python -m worker.reconciler
 
 It requeues jobs of silent workers, checks the rows of new files, admits jobs whose files are checked, notifies workers
-of queued jobs, and writes result files of cancelled jobs. It is not Celery beat, because that needs the broker, whose
-lost messages this loop sends again.
+of queued jobs, moves experiments on, and writes result files of cancelled jobs. It is not Celery beat, because that
+needs the broker, whose lost messages this loop sends again.
 
 One query every `LORAINIT_RECONCILE_SECONDS` finds out which chores have work, and wakes them. After a chore that did
 something the next query follows at once: when a file is checked, its jobs are admitted and workers notified without a
@@ -24,6 +24,7 @@ from sqlalchemy.exc import OperationalError
 
 from api.core.db.database import plain_connection, session_scope
 from api.core.db.tables import Job
+from api.core.experiments import advance
 from api.core.files.storage import get_storage
 from api.core.jobs import admission, jobs, metrics
 from api.core.logs import configure, get_logger
@@ -100,6 +101,20 @@ def announce() -> bool:
     return bool(waiting)
 
 
+def advance_experiments() -> bool:
+    """Bring experiments up to date, in one transaction each; True if there were some."""
+    with session_scope(read_only=True) as session:
+        due = advance.find_due(session)
+    return any(_for_each(due, _advance))
+
+
+def _advance(experiment_id: str) -> bool:
+    with session_scope() as session:
+        advance.advance(session, experiment_id)
+        session.commit()
+    return True
+
+
 def write_result_files() -> bool:
     """Write the result files of ended jobs that have none; True if there were some."""
     with session_scope(read_only=True) as session:
@@ -134,13 +149,23 @@ def _for_each(items: Sequence[Item], do: Callable[[Item], bool]) -> list[bool]:
     return results
 
 
-CHORES: tuple[Chore, ...] = (recover, admit, announce, write_result_files, *LANES, janitor.clear, *janitor.PAUSES)
+CHORES: tuple[Chore, ...] = (
+    recover,
+    admit,
+    announce,
+    advance_experiments,
+    write_result_files,
+    *LANES,
+    janitor.clear,
+    *janitor.PAUSES,
+)
 # The chores for each kind of pending work (`pending.PendingWork`).
 WOKEN: Mapping[str, Sequence[Chore]] = {
     "lost": [recover],
     "validating": [admit],
     "queued": [announce],
     "unwritten": [write_result_files],
+    "experiments": [advance_experiments],
     "unchecked": LANES,
     "uncleared": [janitor.clear],
 }

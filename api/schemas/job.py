@@ -155,7 +155,7 @@ def make_job_object(view: JobView) -> JobObject:
         on_row_error=job.on_row_error,
         append_eos=job.append_eos,
         deterministic=job.deterministic,
-        experiment_id=None,
+        experiment_id=job.experiment_id,
         queue_position=view.position.position if view.position else None,
         queue_reason=view.position.reason if view.position else None,
         estimated_start=None,

@@ -39,7 +39,7 @@ class Deleted(Wire):
     """The answer to a delete."""
 
     id: str
-    object: Literal["file", "model", "organization.project.api_key.deleted"]
+    object: Literal["experiment", "file", "model", "organization.project.api_key.deleted"]
     deleted: Literal[True] = True
 
 

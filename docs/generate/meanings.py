@@ -8,6 +8,7 @@ ANSWERS = {
     "project_not_found": "There is no project of this id.",
     "key_not_found": "There is no API key of this id in the project.",
     "fine_tune_not_found": "There is no job of this id in the key's project.",
+    "experiment_not_found": "There is no experiment of this id in the key's project.",
     "file_not_found": "There is no file of this id in the key's project; 400 where a body names it, 404 in a path.",
     "model_not_found": "There is no base model, adapter or checkpoint of this name.",
     "model_not_available": "The base model is not in this server's catalogue: `GET /v1/models` lists what is.",

@@ -5,6 +5,7 @@ Also the export check of the finished adapter.
 
 import gc
 import json
+import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -267,6 +268,8 @@ def measure_resources(run: Run) -> dict[str, Any]:
     return {
         "gpu_name": gpu,
         "gpus": gpus,
+        "processor": platform.machine(),
+        "packages": devices.package_versions(),
         "gpu_seconds": round(gpus * seconds, 1),
         "init_gpu_seconds": run.report.summary["seconds"] if gpu else 0.0,
         "peak_memory_bytes": devices.peak_memory_bytes(),

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, Select, tuple_
 from sqlalchemy.orm import Session
 
-from api.core.db.tables import ApiKey, File, Job
+from api.core.db.tables import ApiKey, Experiment, File, Job
 from api.core.errors import InvalidValue
 
-R = TypeVar("R", ApiKey, File, Job)
+R = TypeVar("R", ApiKey, Experiment, File, Job)
 Query = TypeVar("Query", bound=Select[Any])
 Found = TypeVar("Found")
 

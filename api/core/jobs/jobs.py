@@ -291,11 +291,17 @@ def cancel(session: Session, job: Job) -> Job:
     """
     row = lock_job(session, job)
     if row.status not in FINAL_STATUSES:
-        here, token = job_with_status(job.id, row.status), Job.lease_token + 1
-        change_status(session, here, "cancelled", "The job was cancelled", lease_token=token)
+        cancel_open(session, job)
     elif row.status != "cancelled":
         raise WrongState(
             f"Job {job.id} has already {row.status}; it can no longer be cancelled.", code="invalid_job_state"
         )
     session.refresh(job)
     return job
+
+
+def cancel_open(session: Session, job: Job, message: str = "The job was cancelled") -> None:
+    """Cancel a job whose row is locked and that has not ended."""
+    change_status(
+        session, [Job.id == job.id, Job.finished_at.is_(None)], "cancelled", message, lease_token=Job.lease_token + 1
+    )

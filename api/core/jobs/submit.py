@@ -54,8 +54,12 @@ class Order:
     echoed: EchoedFields = field(default_factory=EchoedFields)
 
 
-def submit(session: Session, project_id: str, order: Order) -> Job:
+def submit(session: Session, project_id: str, order: Order, *, experiment_id: str | None = None) -> Job:
     """A new job, status `validating_files`.
+
+    Args:
+        experiment_id: the experiment that it is a cell of. Such a job is not counted against the quota here, because
+            the quota of all cells is checked together.
 
     Raises:
         Refusal: the model, a file, the adapter's shape or a feature cannot be used, or too many jobs wait.
@@ -84,7 +88,8 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
     _require_agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
     for name, file in found.items():
         _require_no_known_error(file, name, order)
-    scheduling.require_queue_quota(session, project_id)
+    if experiment_id is None:
+        scheduling.require_queue_quota(session, project_id)
     job = Job(
         id=new_id("ftjob-"),
         project_id=project_id,
@@ -110,6 +115,7 @@ def submit(session: Session, project_id: str, order: Order) -> Job:
         attempts=0,
         event_count=0,
         traceparent=traces.find_traceparent(),
+        experiment_id=experiment_id,
     )
     return jobs.create(session, job)
 

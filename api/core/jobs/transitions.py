@@ -109,6 +109,7 @@ def _implied_columns(status: str, at: datetime) -> dict[str, Any]:
     """The columns that follow from a status. The error of a failed job is given by the caller."""
     ended = at if status in FINAL_STATUSES else None  # a failed job that is resumed has no end any more
     implied: dict[str, Any] = {"status": status, "finished_at": ended, "error": None, "csv_due": None}
+    implied["experiment_due"] = case((Job.experiment_id.is_not(None), literal(at, UTCDateTime)))
     if ended is not None:
         implied["csv_due"] = case((Job.result_file_id.is_(None), literal(ended, UTCDateTime)))
     if status == "queued":

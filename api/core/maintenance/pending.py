@@ -18,6 +18,7 @@ class PendingWork(NamedTuple):
     queued: bool  # jobs, so workers may have to be notified
     unwritten: bool  # ended jobs whose numbers wait to become their result file
     unchecked: bool  # files that no reconciler checks now
+    experiments: bool  # with a job that has changed its status
     uncleared: bool  # deleted files and checkpoints whose bytes may still be there
 
 
@@ -42,7 +43,7 @@ def _text(dialect: Dialect) -> str:
     return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-def _look(postgres: bool) -> Select[bool, bool, bool, bool, bool, bool]:
+def _look(postgres: bool) -> Select[bool, bool, bool, bool, bool, bool, bool]:
     # SQLite keeps times as text.
     at = func.now() if postgres else func.strftime("%Y-%m-%d %H:%M:%f", "now", type_=UTCDateTime)
     deleted = (_some(kind.id, kind.deleted_at.is_not(None), kind.cleared_at.is_(None)) for kind in (File, Checkpoint))
@@ -52,9 +53,10 @@ def _look(postgres: bool) -> Select[bool, bool, bool, bool, bool, bool]:
         _some(Job.id, has_status(Job, "queued")),
         _some(Job.id, Job.csv_due.is_not(None)),
         _some(File.id, *validation.unclaimed_conditions(at)),
+        _some(Job.id, Job.experiment_due.is_not(None)),
         or_(*deleted),
     )
 
 
-def _some(column: SQLColumnExpression[str], *conditions: ColumnElement[bool]) -> Exists:
+def _some(column: SQLColumnExpression[Any], *conditions: ColumnElement[bool]) -> Exists:
     return select(column).where(*conditions).exists()

@@ -117,11 +117,11 @@ def count_startable(session: Session, project_id: str, *, wanted: int) -> int:
     return min(wanted, limit - (session.scalar(running) or 0))
 
 
-def require_queue_quota(session: Session, project_id: str) -> None:
-    """Refuse one more waiting job of a project that has as many as it may.
+def require_queue_quota(session: Session, project_id: str, *, adding: int = 1) -> None:
+    """Refuse `adding` more waiting jobs of a project if it would have more than it may.
 
     Raises:
-        QuotaExceeded: `LORAINIT_PROJECT_QUEUED` of them wait already.
+        QuotaExceeded: more than `LORAINIT_PROJECT_QUEUED` of them would wait.
     """
     limit = get_settings().project_queued
     if not limit:
@@ -129,8 +129,11 @@ def require_queue_quota(session: Session, project_id: str) -> None:
     lock_project(session, project_id)
     waiting = (Job.status.in_(("validating_files", "queued", "paused")), Job.finished_at.is_(None))
     count = session.scalar(select(func.count()).where(Job.project_id == project_id, *waiting)) or 0
-    if count >= limit:
-        message = f"{count} jobs of this project are waiting, and {limit} may. Wait for one to start, or cancel one."
+    if count + adding > limit:
+        more = "" if adding == 1 else f", {adding} more are asked for"
+        message = (
+            f"{count} jobs of this project are waiting{more}, and {limit} may. Wait for one to start, or cancel one."
+        )
         raise QuotaExceeded(message, code="queue_full")
 
 

@@ -4,6 +4,7 @@ Everything that a tenant owns carries `project_id`. Import tables from here: for
 SQLAlchemy has to know all of them.
 """
 
+from api.core.db.tables.experiments import EXPERIMENT_STATUSES, Cell, Experiment
 from api.core.db.tables.files import File, is_unchecked
 from api.core.db.tables.jobs import (
     FINAL_STATUSES,
@@ -21,16 +22,19 @@ from api.core.db.tables.results import Adapter, Checkpoint, Event, Metric
 from api.core.db.tables.service import Counter, StoragePeriod, Worker
 
 __all__ = [
+    "EXPERIMENT_STATUSES",
     "FINAL_STATUSES",
     "JOB_STATUSES",
     "ROLES",
     "SHOWN",
     "Adapter",
     "ApiKey",
+    "Cell",
     "Checkpoint",
     "Counter",
     "Creation",
     "Event",
+    "Experiment",
     "File",
     "Job",
     "JobLabel",

@@ -72,6 +72,7 @@ class Job(Base):
             "ix_jobs_unnotified", "queue", "status", "notified_at", where="status = 'queued' AND notified_at IS NULL"
         ),
         _partial("ix_jobs_csv_due", "csv_due", where="csv_due IS NOT NULL"),
+        _partial("ix_jobs_experiment_due", "experiment_id", where="experiment_due IS NOT NULL"),
         _partial("ix_jobs_unlabelled", "project_id", "created_at", "id", where="metadata IS NULL"),
     )
 
@@ -108,6 +109,11 @@ class Job(Base):
     not_before: Mapped[datetime | None] = mapped_column(UTCDateTime)
     # A request, not a state: whoever runs the job leaves it `paused` instead of `queued`.
     pause_requested: Mapped[bool] = mapped_column(server_default=false())
+
+    # The experiment that it is a cell of; no foreign key, because SQLite would copy the whole table to add one.
+    experiment_id: Mapped[str | None] = mapped_column(String(64), index=True)
+    # Another outbox: since when a change of status waits for the experiment to take note of it; None once it has.
+    experiment_due: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
     # Who may be trained with it (`api.core.queue.groups`), from admission on; None = it runs alone.
     group_key: Mapped[str | None] = mapped_column(String(64))
@@ -181,6 +187,7 @@ _HIDDEN = {
     "event_count",
     "traceparent",
     "csv_due",
+    "experiment_due",
 }
 _NAMES = [name for name, _ in Job.__mapper__.column_attrs.items() if name not in _HIDDEN]
 SHOWN = [getattr(Job, name).label(name) for name in _NAMES]

@@ -1,0 +1,248 @@
+"""Experiments: create, find, list, cancel and delete. Nothing here commits.
+
+An experiment is a set of ordinary jobs. `advance` moves it on whenever one of them has changed its status.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import delete as sql_delete
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from api.core.db import paging
+from api.core.db.database import now
+from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job
+from api.core.errors import InvalidValue, NotFound, Refusal, WrongState
+from api.core.experiments.grid import MAX_CELLS, GridCell, list_cells
+from api.core.ids import new_id
+from api.core.jobs import jobs
+from api.core.jobs.submit import Order, submit
+from api.core.jobs.transitions import change_status, job_with_status
+from api.core.models import catalogue
+from api.core.queue import scheduling
+from lorainit.config.resolve import base_learning_rate
+from lorainit.config.spec import Lora
+
+Treatment = tuple[int, int]  # the place of an initialization in the grid, and a rank
+OWN_LABELS = ("experiment_id", "cell")  # the metadata that each job of an experiment gets
+# The rates of a grid that asks for none: within a factor of 3 of the usual one, where tuned rates were found so far.
+AUTO_FACTORS = (1 / 3, 1.0, 3.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentOrder:
+    """What a caller asks for. Its types and ranges are checked already.
+
+    `job`: the order that all cells share. `loras`: the adapter of each treatment, by the place of its initialization in
+    the grid and by rank. `inits`: the initializations as they are shown. `rates`: None = around the rate that the
+    catalogue has for each initialization.
+    """
+
+    name: str
+    job: Order
+    loras: Mapping[Treatment, Lora]
+    inits: Sequence[dict[str, Any]]
+    ranks: Sequence[int]
+    rates: Sequence[float] | None
+    seeds: Sequence[int]
+    objective: Mapping[str, str]
+    metadata: dict[str, str] | None
+    max_parallel: int | None
+
+
+def create(session: Session, project_id: str, order: ExperimentOrder) -> Experiment:
+    """A new experiment and all its jobs, or none of them.
+
+    Raises:
+        Refusal: a cell could never run, or the jobs are too many. It names the cell and the field of `job`.
+    """
+    cells = _lay_out(order)
+    if len(cells) > MAX_CELLS:
+        text = f"grid: {len(cells)} jobs are more than an experiment may have, {MAX_CELLS}."
+        raise InvalidValue(text, code="invalid_value", param="grid")
+    scheduling.require_queue_quota(session, project_id, adding=len(cells))
+    experiment = Experiment(
+        id=new_id("exp_"),
+        project_id=project_id,
+        created_at=now(session),
+        finished_at=None,
+        status="queued",
+        name=order.name,
+        labels=order.metadata,
+        request=_make_request(order),
+        max_parallel=order.max_parallel,
+    )
+    session.add(experiment)
+    session.flush()
+    for cell in cells:
+        job = _submit(session, experiment, cell, order)
+        released = order.max_parallel is None or cell.number < order.max_parallel
+        if not released:
+            _hold(session, job, experiment)
+        session.add(
+            Cell(
+                experiment_id=experiment.id,
+                number=cell.number,
+                job_id=job.id,
+                name=cell.name,
+                init=cell.init,
+                rank=cell.rank,
+                learning_rate=cell.learning_rate,
+                seed=cell.seed,
+                released=released,
+                outcome=None,
+            )
+        )
+    session.flush()
+    return experiment
+
+
+def _lay_out(order: ExperimentOrder) -> list[GridCell]:
+    try:
+        model = catalogue.require(order.job.model).reference()
+    except Refusal as refusal:
+        raise type(refusal)(refusal.message, code=refusal.code, param=f"job.{refusal.param}") from refusal
+    first = order.ranks[0]
+    rates = [
+        order.rates or _choose_rates(base_learning_rate(model, order.loras[init, first].resolved()[0].method))
+        for init in range(len(order.inits))
+    ]
+    return list_cells(order.inits, ranks=order.ranks, rates=rates, seeds=order.seeds)
+
+
+def _choose_rates(usual: float) -> list[float]:
+    """Rates around the usual one of an initialization, rounded to two digits as the usual one is."""
+    return [float(f"{usual * factor:.1e}") for factor in AUTO_FACTORS]
+
+
+def _make_request(order: ExperimentOrder) -> dict[str, Any]:
+    rates = "auto" if order.rates is None else list(order.rates)
+    grid = {"init": list(order.inits), "learning_rates": rates, "seeds": list(order.seeds), "ranks": list(order.ranks)}
+    return {"grid": grid, "objective": dict(order.objective)}
+
+
+def _submit(session: Session, experiment: Experiment, cell: GridCell, order: ExperimentOrder) -> Job:
+    labels = {**(order.job.metadata or {}), "experiment_id": experiment.id, "cell": cell.name}
+    job = replace(
+        order.job,
+        metadata=labels,
+        seed=cell.seed,
+        lora=order.loras[cell.init, cell.rank],
+        training=order.job.training.model_copy(update={"learning_rate": cell.learning_rate}),
+    )
+    try:
+        return submit(session, experiment.project_id, job, experiment_id=experiment.id)
+    except Refusal as refusal:
+        raise _name_cell(refusal, cell) from refusal
+
+
+def _name_cell(refusal: Refusal, cell: GridCell) -> Refusal:
+    """The same refusal, for a caller who sent a grid and not this job."""
+    param = f"job.{refusal.param}" if refusal.param else "job"
+    return type(refusal)(f"Cell {cell.name} could not run: {refusal.message}", code=refusal.code, param=param)
+
+
+def _hold(session: Session, job: Job, experiment: Experiment) -> None:
+    """Pause a new job until other jobs of the experiment have ended."""
+    message = f"The job waits: experiment {experiment.id} runs at most {experiment.max_parallel} jobs at once"
+    change_status(session, job_with_status(job.id, "validating_files"), "paused", message)
+
+
+def find(session: Session, project_id: str, experiment_id: str) -> Experiment:
+    """An experiment of this project.
+
+    Raises:
+        NotFound: there is none with this id.
+    """
+    experiment = session.get(Experiment, experiment_id) if "\x00" not in experiment_id else None
+    if experiment is None or experiment.project_id != project_id:
+        raise unknown_experiment(experiment_id)
+    return experiment
+
+
+def unknown_experiment(experiment_id: str) -> NotFound:
+    """The error for an experiment that does not exist."""
+    return NotFound(f"Could not find experiment: {experiment_id}", code="experiment_not_found", param="experiment_id")
+
+
+def page(session: Session, project_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Experiment], bool]:
+    """Newest first, `limit` of them after the experiment `after`; True when there are more."""
+    query = select(Experiment).where(Experiment.project_id == project_id)
+    return paging.page(session, query, Experiment, project_id=project_id, after=after, limit=limit)
+
+
+def lock(session: Session, experiment_id: str) -> Experiment | None:
+    """The experiment, locked against other changes of its status; None if it is gone.
+
+    Whoever locks an experiment and its jobs locks the experiment first, so that two of them never wait for each other.
+    """
+    wanted = select(Experiment).where(Experiment.id == experiment_id).with_for_update()
+    return session.scalar(wanted.execution_options(populate_existing=True))
+
+
+def read_cells(session: Session, experiment_id: str) -> Sequence[Cell]:
+    """The cells in the order of the grid."""
+    return session.scalars(select(Cell).where(Cell.experiment_id == experiment_id).order_by(Cell.number)).all()
+
+
+def count_statuses(session: Session, experiment_ids: Sequence[str]) -> dict[str, dict[str, int]]:
+    """For each experiment: how many of its jobs have each status. Jobs that were removed are counted by outcome."""
+    found: dict[str, dict[str, int]] = {one: {} for one in experiment_ids}
+    status = func.coalesce(Job.status, Cell.outcome["status"].as_string(), "cancelled")
+    rows = session.execute(
+        select(Cell.experiment_id, status, func.count())
+        .outerjoin(Job, Job.id == Cell.job_id)
+        .where(Cell.experiment_id.in_(experiment_ids))
+        .group_by(Cell.experiment_id, status)
+    )
+    for experiment_id, name, count in rows:
+        found[experiment_id][name] = count
+    return found
+
+
+def cancel(session: Session, experiment: Experiment) -> Experiment:
+    """Cancel all jobs that have not ended. Cancelling a cancelled experiment changes nothing.
+
+    Raises:
+        WrongState: the experiment has already succeeded or failed.
+    """
+    locked = lock(session, experiment.id)
+    if locked is None:
+        raise unknown_experiment(experiment.id)
+    if locked.status in ("succeeded", "failed"):
+        raise WrongState(
+            f"Experiment {locked.id} has already {locked.status}; it can no longer be cancelled.",
+            code="invalid_job_state",
+        )
+    for job in _list_open_jobs(session, locked.id):
+        jobs.cancel_open(session, job)
+    if locked.status != "cancelled":
+        locked.status, locked.finished_at = "cancelled", now(session)
+    session.flush()
+    return locked
+
+
+def _list_open_jobs(session: Session, experiment_id: str) -> Sequence[Job]:
+    # In the order of their ids, so that two transactions that lock several of them do not wait for each other.
+    wanted = select(Job).where(Job.experiment_id == experiment_id, Job.status.not_in(FINAL_STATUSES)).order_by(Job.id)
+    return session.scalars(wanted.with_for_update().execution_options(populate_existing=True)).all()
+
+
+def delete(session: Session, experiment: Experiment) -> None:
+    """Remove the experiment and its table. Its jobs and their adapters stay; they belong to no experiment then.
+
+    Raises:
+        WrongState: it has not ended.
+    """
+    locked = lock(session, experiment.id)
+    if locked is None:
+        raise unknown_experiment(experiment.id)
+    if locked.finished_at is None:
+        raise WrongState(f"Experiment {locked.id} has not ended: cancel it first.", code="invalid_job_state")
+    mine = update(Job).where(Job.experiment_id == locked.id).values(experiment_id=None, experiment_due=None)
+    session.execute(mine.execution_options(synchronize_session=False))
+    session.execute(sql_delete(Cell).where(Cell.experiment_id == locked.id))
+    session.delete(locked)
+    session.flush()

@@ -1,0 +1,245 @@
+"""Which initialization is better, from the results of an experiment. Numbers only: no database, no HTTP.
+
+The statistical model (docs/decisions/0073): a result is the sum of what its treatment contributes, what its seed
+contributes, and noise. A treatment is one initialization at one rank; a cell is one treatment at one learning rate. All
+cells are run with the same seeds, and a seed fixes the order of the rows, so seeds are the blocks of a randomized block
+design: differences are taken within a seed, and what makes a seed easy or hard drops out.
+
+Each treatment stands in the table with its best rate. Choosing the best of several rates makes every treatment look
+better than it is, so two treatments count as different only if they differ by more than the range that as many equal
+cells as the whole grid would show in 95 % of experiments (Tukey's studentized range over all cells). Then, whatever the
+true means are, at most 5 % of experiments contain a wrong "better": if A is not truly better than B, the claim
+"A is better than B" needs that a cell of A lies that far below the truly best cell of B.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from statistics import fmean, stdev, variance
+from typing import Literal
+
+Goal = Literal["min", "max"]
+CONFIDENCE = 0.95
+RELIABLE_SEEDS = 3  # with fewer, the noise is estimated from so little that its estimate is of no use
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one run; `value` None: it failed, was stopped, or its objective was not finite."""
+
+    treatment: Hashable
+    learning_rate: float
+    seed: int
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of one cell over its seeds. `std`: the sample standard deviation; `ci95`: Student's interval of the
+    mean. Both are None for fewer than 2 results."""
+
+    n: int
+    mean: float
+    std: float | None
+    min: float
+    max: float
+    ci95: Interval | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a treatment is behind the best one, by their common seeds; above 0 when `mean` favours the best one.
+
+    `ci95`: Student's interval of this one difference. `family_ci95`: the interval that holds together with those of all
+    other comparisons of the experiment; it decides whether the two are tied. None where the noise is unknown.
+    """
+
+    n: int
+    mean: float
+    ci95: Interval | None
+    family_ci95: Interval | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A treatment at its best rate."""
+
+    treatment: Hashable
+    learning_rate: float | None
+    values: Mapping[int, float]  # by seed
+    summary: Summary | None
+    by_rate: Mapping[float, Summary | None]
+    at_edge: bool
+    failed_runs: int
+    difference: Difference | None  # None for the best one
+    tied_with_best: bool
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The treatments from the best to the worst; those with fewer than two finished seeds stand last.
+
+    `noise`: the standard deviation of a result without its treatment's and its seed's part, None if unknown;
+    `degrees`: the degrees of freedom of that estimate; `cells`: how many cells the best ones were chosen from.
+    """
+
+    rows: Sequence[Row]
+    noise: float | None
+    degrees: int
+    cells: int
+
+
+def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
+    """Rank the treatments of an experiment by the mean of their best rate."""
+    sign = 1.0 if goal == "min" else -1.0
+    cells = _collect(results)
+    best = {treatment: _choose_rate(rates, sign) for treatment, rates in cells.items()}
+    chosen = {treatment: rates[best[treatment]] for treatment, rates in cells.items()}
+    order = sorted(chosen, key=lambda treatment: _sort_key(chosen[treatment], sign))
+    compared = [treatment for treatment in order if len(chosen[treatment]) >= 2]
+    noise, degrees = _estimate_noise([chosen[treatment] for treatment in compared])
+    count = sum(bool(values) for treatment in compared for values in cells[treatment].values())
+    failed = dict.fromkeys(cells, 0)
+    for result in results:
+        failed[result.treatment] += _finite(result.value) is None
+    rows = []
+    for place, treatment in enumerate(order):
+        values, rates = chosen[treatment], cells[treatment]
+        difference = None
+        if place and len(compared) > 1 and treatment in compared:
+            difference = _compare(chosen[order[0]], values, sign, noise=noise, degrees=degrees, cells=count)
+        rows.append(
+            Row(
+                treatment=treatment,
+                learning_rate=best[treatment] if values else None,
+                values=values,
+                summary=summarize(values.values()),
+                by_rate={rate: summarize(rates[rate].values()) for rate in sorted(rates)},
+                at_edge=best[treatment] in (min(rates), max(rates)),
+                failed_runs=failed[treatment],
+                difference=difference,
+                tied_with_best=place == 0 or _is_tied(difference, values),
+            )
+        )
+    return Ranking(rows, noise, degrees, count)
+
+
+def _is_tied(difference: Difference | None, values: Mapping[int, float]) -> bool:
+    """Whether nothing shows that it is worse. A treatment without any result is tied with nobody."""
+    if not values:
+        return False
+    return difference is None or difference.family_ci95 is None or 0.0 in difference.family_ci95
+
+
+def _collect(results: Sequence[Result]) -> dict[Hashable, dict[float, dict[int, float]]]:
+    """The finite values by treatment, rate and seed; a rate at which everything failed has none."""
+    cells: dict[Hashable, dict[float, dict[int, float]]] = {}
+    for result in results:
+        values = cells.setdefault(result.treatment, {}).setdefault(result.learning_rate, {})
+        if (value := _finite(result.value)) is not None:
+            values[result.seed] = value
+    return cells
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _choose_rate(rates: Mapping[float, Mapping[int, float]], sign: float) -> float:
+    """The rate with the best mean, among those with the most finished seeds.
+
+    A rate at which a seed failed would otherwise be judged by the seeds that went well. Of equal rates the lowest.
+    """
+    most = max(len(values) for values in rates.values())
+    candidates = [rate for rate in sorted(rates) if len(rates[rate]) == most]
+    return min(candidates, key=lambda rate: sign * fmean(rates[rate].values())) if most else candidates[0]
+
+
+def _sort_key(values: Mapping[int, float], sign: float) -> tuple[int, float]:
+    shortage = 0 if len(values) >= 2 else 2 - len(values)
+    return shortage, sign * fmean(values.values()) if values else 0.0
+
+
+def summarize(values: Iterable[float]) -> Summary | None:
+    """Mean, spread and Student's interval; None without a value."""
+    found = list(values)
+    if not found:
+        return None
+    mean, std = fmean(found), stdev(found) if len(found) > 1 else None
+    interval = None if std is None else _around(mean, _student(len(found) - 1) * std / math.sqrt(len(found)))
+    return Summary(len(found), mean, std, min(found), max(found), interval)
+
+
+def _estimate_noise(treatments: Sequence[Mapping[int, float]]) -> tuple[float | None, int]:
+    """The noise of one result and its degrees of freedom, from the best cells of the treatments.
+
+    It is half the mean variance of the differences of all pairs. If every treatment has every seed, that is exactly the
+    residual mean square of the two-way analysis of variance without interaction, with (k - 1)(n - 1) degrees.
+    """
+    pairs = [_differences(one, other) for one, other in combinations(treatments, 2)]
+    usable = [list(pair) for pair in pairs if len(pair) >= 2]
+    if not usable or len(usable) < len(pairs):
+        return None, 0
+    seeds = min(len(pair) for pair in usable)
+    return math.sqrt(fmean(variance(pair) for pair in usable) / 2), (len(treatments) - 1) * (seeds - 1)
+
+
+def _differences(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
+    return [other[seed] - one[seed] for seed in sorted(one.keys() & other.keys())]
+
+
+def _compare(
+    best: Mapping[int, float],
+    other: Mapping[int, float],
+    sign: float,
+    *,
+    noise: float | None,
+    degrees: int,
+    cells: int,
+) -> Difference | None:
+    found = [sign * value for value in _differences(best, other)]
+    if not found:
+        return None
+    mean, n = fmean(found), len(found)
+    if n < 2:
+        return Difference(n, mean, None, None)
+    own = stdev(found)
+    single = _around(mean, _student(n - 1) * own / math.sqrt(n))
+    if noise is None:
+        return Difference(n, mean, single, None)
+    # The pair's own noise where it is larger, because one treatment may be less steady than the others.
+    spread = max(noise, own / math.sqrt(2))
+    return Difference(n, mean, single, _around(mean, studentized_range(cells, degrees) * spread / math.sqrt(n)))
+
+
+def _around(middle: float, half: float) -> Interval:
+    return Interval(middle - half, middle + half)
+
+
+@lru_cache
+def _student(degrees: int) -> float:
+    """The factor of Student's two-sided interval."""
+    from scipy.stats import t  # here, because importing it takes a second
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, degrees))
+
+
+@lru_cache(maxsize=1024)
+def studentized_range(groups: int, degrees: int) -> float:
+    """The range that `groups` equal means exceed in 5 % of experiments, in standard errors of a mean (Tukey 1949)."""
+    from scipy.stats import studentized_range as distribution
+
+    return float(distribution.ppf(CONFIDENCE, groups, degrees))

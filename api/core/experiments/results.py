@@ -1,0 +1,140 @@
+"""The results of an experiment: its ranking with costs, its comparison card, and what they mean in words."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any, cast
+
+from api.core.db.tables import Cell, Experiment
+from api.core.experiments import card, outcome, words
+from api.core.experiments.experiments import Treatment
+from api.core.experiments.grid import name_inits
+from api.core.experiments.ranking import Ranking, Result, Row, rank
+
+COSTS = ("init_seconds", "train_seconds", "gpu_seconds", "peak_memory_bytes")
+SIZES = ("trainable_parameters", "export_rank", "adapter_bytes")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is known of an experiment so far, from the cells that have ended."""
+
+    experiment: Experiment
+    cells: Sequence[Cell]
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """The treatments of which a cell has ended, the best first."""
+        objective = self.experiment.request["objective"]
+        found = [
+            Result(
+                _treatment(cell),
+                cell.learning_rate,
+                cell.seed,
+                outcome.find_value(
+                    cell.outcome, metric=objective["metric"], goal=objective["goal"], at=objective["at"]
+                ),
+            )
+            for cell in self.ended
+        ]
+        return rank(found, goal=objective["goal"])
+
+    @cached_property
+    def ended(self) -> list[Cell]:
+        """The cells whose job has ended."""
+        return [cell for cell in self.cells if cell.outcome is not None]
+
+    @cached_property
+    def names(self) -> dict[Treatment, str]:
+        """A name for each treatment; the rank is part of it only if the grid has several."""
+        grid = self.experiment.request["grid"]
+        names, several = name_inits(grid["init"]), len(grid["ranks"]) > 1
+        return {_treatment(cell): names[cell.init] + (f" r{cell.rank}" if several else "") for cell in self.cells}
+
+    @cached_property
+    def curves(self) -> dict[tuple[Any, float | None, int], Sequence[Mapping[str, Any]]]:
+        """The validation curve of each cell that has succeeded."""
+        return {
+            (_treatment(cell), cell.learning_rate, cell.seed): cell.outcome["curve"]
+            for cell in self.cells
+            if cell.outcome is not None and cell.outcome["status"] == "succeeded"
+        }
+
+    @cached_property
+    def baseline(self) -> Treatment:
+        """What others are compared with for speed: `kaiming` if it is in the grid, otherwise its first entry."""
+        grid = self.experiment.request["grid"]
+        plain = (place for place, init in enumerate(grid["init"]) if init["method"] == words.BASELINE)
+        return next(plain, 0), grid["ranks"][0]
+
+    @property
+    def summary(self) -> list[str]:
+        """What the results mean, in sentences."""
+        return words.describe(self.ranking, names=self.names, curves=self.curves, baseline=self.baseline)
+
+    @property
+    def card(self) -> dict[str, Any] | None:
+        """The comparison card."""
+        found = [
+            (cell.seed, cell.name, cell.outcome["same"])
+            for cell in self.ended
+            if cell.outcome is not None and cell.outcome["status"] == "succeeded"
+        ]
+        return card.make_card(found, self.ranking, self.names)
+
+    def list_chosen(self, row: Row) -> list[Cell]:
+        """The cells of a treatment at its best rate, in the order of the seeds in the grid."""
+        return [cell for cell in self.cells if (_treatment(cell), cell.learning_rate) == _key(row)]
+
+    def find_cost(self, row: Row) -> dict[str, float | None]:
+        """The mean cost of a treatment's runs at its best rate; of memory the most."""
+        found = [cell.outcome for cell in self.list_chosen(row) if cell.outcome is not None]
+        means = {name: _mean([one[name] for one in found]) for name in COSTS}
+        peaks = [one["peak_memory_bytes"] for one in found if one["peak_memory_bytes"] is not None]
+        return {**means, "peak_memory_bytes": max(peaks, default=None)}
+
+    def find_sizes(self, row: Row) -> dict[str, int | None]:
+        """Trained parameters, rank and size of the download of a treatment."""
+        found = [cell.outcome for cell in self.list_chosen(row) if cell.outcome is not None]
+        return {name: next((one[name] for one in found if one[name] is not None), None) for name in SIZES}
+
+    def find_speed(self, row: Row) -> dict[str, float | None]:
+        """The part of the baseline's steps, tokens and seconds after which its final loss is reached; means over seeds.
+
+        None where not every seed reaches it. Seconds include the initialization.
+        """
+        start = next((one for one in self.ranking.rows if one.treatment == self.baseline), None)
+        if start is None or start.summary is None or row.summary is None:
+            return dict.fromkeys(("steps", "tokens", "seconds"))
+        found = {}
+        for name, of in (("steps", "step"), ("tokens", "tokens"), ("seconds", "seconds")):
+            curves = self.curves if of != "seconds" else self._curves_with_start
+            shares = words.find_shares(row, start, curves, of=of)
+            found[name] = fmean(shares) if shares and len(shares) == len(start.values) else None
+        return found
+
+    @cached_property
+    def _curves_with_start(self) -> dict[tuple[Any, float | None, int], Sequence[Mapping[str, Any]]]:
+        """As `curves`, with the seconds of the initialization added to those of training."""
+        before: dict[tuple[Any, float | None, int], float] = {
+            (_treatment(cell), cell.learning_rate, cell.seed): (cell.outcome or {}).get("init_seconds") or 0.0
+            for cell in self.cells
+        }
+        return {
+            key: [{**point, "seconds": point["seconds"] + before[key]} for point in curve]
+            for key, curve in self.curves.items()
+        }
+
+
+def _treatment(cell: Cell) -> Treatment:
+    return cell.init, cell.rank
+
+
+def _key(row: Row) -> tuple[Treatment, float | None]:
+    return cast(Treatment, row.treatment), row.learning_rate
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
