@@ -3,15 +3,17 @@
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 
 from api.core.access.idempotency import run_idempotent
 from api.core.access.keys import require_admin
 from api.core.experiments import experiments
+from api.core.experiments.report import make_report
+from api.core.experiments.results import Results
 from api.dependencies import CallerDep, IdentityDep, Reading, Writing
 from api.http.bodies import BoundedBody
 from api.routes.query import After, Limit100
-from api.schemas.experiment import ExperimentObject, experiment_object
+from api.schemas.experiment import ExperimentObject, experiment_object, plan_of
 from api.schemas.experiment_request import ExperimentRequest
 from api.schemas.wire import IDEMPOTENT_RESPONSES, V1_RESPONSES, Deleted, Page, make_page
 
@@ -53,6 +55,17 @@ def list_experiments(
 def retrieve(experiment_id: str, caller: CallerDep, session: Reading) -> ExperimentObject:
     """One experiment, with the results of the jobs that have ended."""
     return _object(session, caller.project_id, experiment_id)
+
+
+@router.get(EXPERIMENTS + "/{experiment_id}/report", response_class=HTMLResponse)
+def report(experiment_id: str, caller: CallerDep, session: Reading) -> HTMLResponse:
+    """The results as one HTML file that needs nothing else."""
+    found = experiments.find(session, caller.project_id, experiment_id)
+    results = Results(found, experiments.read_cells(session, found.id))
+    page = make_report(results, status=found.status, plan=plan_of(found))
+    # The page has no scripts, and the header makes sure that nothing in it is taken for one.
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return HTMLResponse(page, headers={"content-security-policy": policy})
 
 
 @router.post(EXPERIMENTS + "/{experiment_id}/cancel")

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from api.core.db.tables import Cell, Experiment
-from api.core.experiments.experiments import Treatment
+from api.core.experiments.experiments import AUTO_FACTORS, Treatment
+from api.core.experiments.power import describe_plan
 from api.core.experiments.ranking import Difference, Interval, Row, Summary
 from api.core.experiments.results import Results
 from api.schemas.wire import Element, Wire, to_unix, to_unix_or_none
@@ -101,7 +102,10 @@ class ExperimentRow(Wire):
 
 
 class ExperimentObject(Element):
-    """An experiment. `results` grows while it runs; `summary` says in sentences what they mean."""
+    """An experiment. `results` grows while it runs; `summary` says in sentences what they mean.
+
+    `plan`: what the experiment will be able to tell with its number of seeds.
+    """
 
     id: str
     object: Literal["experiment"] = "experiment"
@@ -111,11 +115,13 @@ class ExperimentObject(Element):
     status: str
     project_id: str
     metadata: dict[str, str] | None
+    job: dict[str, Any]
     grid: dict[str, Any]
     objective: dict[str, str]
     max_parallel: int | None
     job_counts: JobCounts
     error: None
+    plan: str
     summary: list[str]
     results: list[ExperimentRow]
     card: dict[str, Any] | None
@@ -133,15 +139,25 @@ def experiment_object(experiment: Experiment, cells: Sequence[Cell], counts: Map
         status=experiment.status,
         project_id=experiment.project_id,
         metadata=experiment.labels,
+        job=request["job"],
         grid=request["grid"],
         objective=request["objective"],
         max_parallel=experiment.max_parallel,
         job_counts=_count(counts),
         error=None,
+        plan=plan_of(experiment),
         summary=found.summary,
         results=[_row(found, row, place) for place, row in enumerate(found.ranking.rows, start=1)],
         card=found.card,
     )
+
+
+def plan_of(experiment: Experiment) -> str:
+    """What the experiment will be able to tell, in a sentence."""
+    grid = experiment.request["grid"]
+    treatments = len(grid["init"]) * len(grid["ranks"])
+    rates = len(AUTO_FACTORS) if grid["learning_rates"] == "auto" else len(grid["learning_rates"])
+    return describe_plan(treatments=treatments, cells=treatments * rates, seeds=len(grid["seeds"]))
 
 
 def _count(counts: Mapping[str, int]) -> JobCounts:

@@ -175,6 +175,7 @@ class ExperimentRequest(Strict):
         return ExperimentOrder(
             name=self.name,
             job=replace(job, group=self.job.shares_passes),
+            given=self.job.model_dump(mode="json", exclude_unset=True),
             loras=self.loras(),
             inits=[init.model_dump(mode="json", exclude_none=True) for init in self.grid.init],
             ranks=self.grid.ranks or [self.job.lora.r],

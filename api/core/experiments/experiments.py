@@ -35,13 +35,14 @@ AUTO_FACTORS = (1 / 3, 1.0, 3.0)
 class ExperimentOrder:
     """What a caller asks for. Its types and ranges are checked already.
 
-    `job`: the order that all cells share. `loras`: the adapter of each treatment, by the place of its initialization in
-    the grid and by rank. `inits`: the initializations as they are shown. `rates`: None = around the rate that the
-    catalogue has for each initialization.
+    `job`: the order that all cells share; `given`: the same as the caller wrote it. `loras`: the adapter of each
+    treatment. `inits`: the initializations as they are shown. `rates`: None = around the rate that the catalogue has
+    for each initialization.
     """
 
     name: str
     job: Order
+    given: Mapping[str, Any]
     loras: Mapping[Treatment, Lora]
     inits: Sequence[dict[str, Any]]
     ranks: Sequence[int]
@@ -120,7 +121,7 @@ def _choose_rates(usual: float) -> list[float]:
 def _make_request(order: ExperimentOrder) -> dict[str, Any]:
     rates = "auto" if order.rates is None else list(order.rates)
     grid = {"init": list(order.inits), "learning_rates": rates, "seeds": list(order.seeds), "ranks": list(order.ranks)}
-    return {"grid": grid, "objective": dict(order.objective)}
+    return {"job": dict(order.given), "grid": grid, "objective": dict(order.objective)}
 
 
 def _submit(session: Session, experiment: Experiment, cell: GridCell, order: ExperimentOrder) -> Job:

@@ -109,13 +109,13 @@ class Results:
             return dict.fromkeys(("steps", "tokens", "seconds"))
         found = {}
         for name, of in (("steps", "step"), ("tokens", "tokens"), ("seconds", "seconds")):
-            curves = self.curves if of != "seconds" else self._curves_with_start
+            curves = self.curves if of != "seconds" else self.curves_with_start
             shares = words.find_shares(row, start, curves, of=of)
             found[name] = fmean(shares) if shares and len(shares) == len(start.values) else None
         return found
 
     @cached_property
-    def _curves_with_start(self) -> dict[tuple[Any, float | None, int], Sequence[Mapping[str, Any]]]:
+    def curves_with_start(self) -> dict[tuple[Any, float | None, int], Sequence[Mapping[str, Any]]]:
         """As `curves`, with the seconds of the initialization added to those of training."""
         before: dict[tuple[Any, float | None, int], float] = {
             (_treatment(cell), cell.learning_rate, cell.seed): (cell.outcome or {}).get("init_seconds") or 0.0

@@ -8,6 +8,7 @@ from api.core.experiments.outcome import find_crossing
 from api.core.experiments.ranking import Ranking, Row
 
 BASELINE = "kaiming"  # what PEFT does without a choice; compared with it, speed is what people ask about
+ALIKE = 0.67, 1.5  # two best rates within this factor are called equal, because grids are coarser
 
 
 def describe(
@@ -31,9 +32,13 @@ def describe(
     start = next((row for row in rows if row.treatment == baseline), None)
     if start is None:
         return found
+    whom = names[start.treatment]
     for row in rows:
-        if row is not start:
-            found += [*_describe_rate(row, start, names), *_describe_speed(row, start, names, curves)]
+        parts = (
+            [_describe_rate(row, start, whom), _describe_speed(row, start, curves, whom)] if row is not start else []
+        )
+        if any(parts):
+            found.append(f"{names[row.treatment]} {' and '.join(filter(None, parts))}.")
     return found
 
 
@@ -52,30 +57,26 @@ def _describe_winner(rows: Sequence[Row], names: Mapping[Any, str]) -> str:
     return f"{best} is better than {against}, beyond noise; {along} {verb} not distinguishable from {best}."
 
 
-def _describe_rate(row: Row, start: Row, names: Mapping[Any, str]) -> list[str]:
+def _describe_rate(row: Row, start: Row, whom: str) -> str:
     if not row.learning_rate or not start.learning_rate:
-        return []
+        return ""
     factor = row.learning_rate / start.learning_rate
-    if 0.67 < factor < 1.5:
-        return []
+    if ALIKE[0] < factor < ALIKE[1]:
+        return ""
     times = f"{factor:.2g} times" if factor > 1 else f"1/{1 / factor:.2g} of"
-    return [f"{names[row.treatment]} needs {times} the learning rate of {names[start.treatment]}."]
+    return f"needs {times} {whom}'s learning rate"
 
 
 def _describe_speed(
-    row: Row,
-    start: Row,
-    names: Mapping[Any, str],
-    curves: Mapping[tuple[Any, float | None, int], Sequence[Mapping[str, Any]]],
-) -> list[str]:
+    row: Row, start: Row, curves: Mapping[tuple[Any, float | None, int], Sequence[Mapping[str, Any]]], whom: str
+) -> str:
     shares = find_shares(row, start, curves, of="step")
     if not shares:
-        return []
+        return ""
     share, seeds = fmean(shares), len(start.values)
-    who, whom = names[row.treatment], names[start.treatment]
     if len(shares) < seeds:
-        return [f"{who} reaches {whom}'s final loss for {len(shares)} of {seeds} seeds."]
-    return [f"{who} reaches {whom}'s final loss in {share:.0%} of its steps."] if share < 1 else []
+        return f"reaches {whom}'s final loss for {len(shares)} of {seeds} seeds"
+    return f"reaches {whom}'s final loss in {share:.0%} of its steps" if share < 1 else ""
 
 
 def find_shares(

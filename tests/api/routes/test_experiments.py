@@ -241,7 +241,7 @@ def with_checkpoint(taken: Any) -> None:
         ({"grid": {**GRID, "init": ["kaiming", "kaiming"]}}, "invalid_value", "grid.init"),
         ({"grid": {**GRID, "init": ["nonsense"]}}, "unsupported_init_method", "grid.init[0].method"),
         ({"grid": {**GRID, "init": ["auto"]}}, "invalid_value", "grid.init[0]"),
-        ({"grid": {**GRID, "learning_rates": [2.0]}}, "invalid_value", "grid.learning_rates"),
+        ({"grid": {**GRID, "learning_rates": [2.0]}}, "invalid_value", "grid.learning_rates[0]"),
         ({"grid": {**GRID, "seeds": list(range(32)), "learning_rates": [k * 1e-5 for k in range(1, 9)]}},
          "invalid_value", "grid"),
         ({"job": {"seed": 1}}, "invalid_value", "job.seed"),
@@ -338,3 +338,18 @@ def test_cells_on_different_machines_are_not_comparable(lab: Lab, session: Sessi
     assert card["comparable"] is False
     assert [one["field"] for one in card["differences"]] == ["gpu_name"]
     assert "gpu_name differs" in card["warnings"][0]
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(lab: Lab) -> None:
+    made = create(lab, name="<b>bold</b>")
+    before = lab.client.get(f"{EXPERIMENTS}/{made['id']}/report")
+    assert before.status_code == 200 and "<svg" not in before.text
+    stub_worker.run_all(losses)
+    read(lab, made["id"])
+    reply = lab.client.get(f"{EXPERIMENTS}/{made['id']}/report")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert reply.text.count("<svg") == 2
+    assert "&lt;b&gt;bold&lt;/b&gt;" in reply.text and "<b>bold" not in reply.text
+    assert "<script" not in reply.text and 'src="http' not in reply.text
+    assert "pissa is better than kaiming" in reply.text or "No difference beyond noise" in reply.text
+    assert reply.text == lab.client.get(f"{EXPERIMENTS}/{made['id']}/report").text
