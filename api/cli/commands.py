@@ -20,7 +20,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from api.cli import client as remote
-from api.cli import keys, tables
+from api.cli import compare, keys, tables
 from api.cli.client import Problem
 from api.cli.console import err, out
 from api.cli.local import EXAMPLES, State, configure, explain
@@ -68,6 +68,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="What a server offers, and base models of your own.")
 app.add_typer(keys.app, name="keys", rich_help_panel="Service")
+app.add_typer(compare.app)
 app.add_typer(models_app, name="models", rich_help_panel="Service")
 
 
