@@ -46,7 +46,9 @@ def only_one_rate(treatment: int, rate: int) -> float:
 
 def print_null(experiments: int, seed: int) -> None:
     print("No true difference: share of experiments with a wrong claim\n")
-    print("| treatments | rates | seeds | ours, all cells equal | ours, one good rate each | Holm, one good rate each |")
+    print(
+        "| treatments | rates | seeds | ours, all cells equal | ours, one good rate each | Holm, one good rate each |"
+    )
     print("|---|---|---|---|---|---|")
     for design in NULLS:
         equal = gapped = holm = 0
@@ -76,14 +78,12 @@ def print_power(experiments: int, seed: int) -> None:
                 rows = {row.treatment: row for row in rank(found).rows}
                 ours += rows[0].difference is None and not rows[1].tied_with_best
                 holm += (0, 1) in claims_of_holm(found)
-            promised = find_power(difference, treatments=treatments, cells=treatments * rates, seeds=seeds)
-            print(
-                f"| {seeds} | {difference:.0f} | {ours / experiments:.1%} | {holm / experiments:.1%} | {promised:.1%} |",
-                flush=True,
-            )
+            promised = find_power(difference, treatments=treatments, rates=rates, seeds=seeds)
+            shares = " | ".join(f"{share:.1%}" for share in (ours / experiments, holm / experiments, promised))
+            print(f"| {seeds} | {difference:.0f} | {shares} |", flush=True)
     print("\nDifference that four of five experiments find, 6 treatments at 3 rates:")
     for seeds in (2, 3, 4, 5, 7, 10, 20):
-        print(f"  {seeds:2d} seeds: {find_detectable(treatments=6, cells=18, seeds=seeds)} deviations")
+        print(f"  {seeds:2d} seeds: {find_detectable(treatments=6, rates=3, seeds=seeds)} deviations")
 
 
 def main() -> None:

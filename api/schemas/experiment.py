@@ -157,7 +157,7 @@ def plan_of(experiment: Experiment) -> str:
     grid = experiment.request["grid"]
     treatments = len(grid["init"]) * len(grid["ranks"])
     rates = len(AUTO_FACTORS) if grid["learning_rates"] == "auto" else len(grid["learning_rates"])
-    return describe_plan(treatments=treatments, cells=treatments * rates, seeds=len(grid["seeds"]))
+    return describe_plan(treatments=treatments, rates=rates, seeds=len(grid["seeds"]))
 
 
 def _count(counts: Mapping[str, int]) -> JobCounts:

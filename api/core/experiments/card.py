@@ -29,7 +29,6 @@ def make_card(
         "same": {"row_order": "per seed", **same},
         "differences": [{"field": found["field"], "values": found["values"]} for found in differences],
         "selection": SELECTION.format(rates=_describe_counts(ranking.rows)),
-        "compared_cells": ranking.cells,
         "noise": ranking.noise,
         "warnings": warnings + _find_warnings(ranking, names),
     }
@@ -82,6 +81,9 @@ def _find_warnings(ranking: Ranking, names: Mapping[Any, str]) -> list[str]:
         found.append(f"fewer than 2 seeds have finished for {which}: ranked last and compared with nothing")
     if any(2 <= row.summary.n < RELIABLE_SEEDS for row in ended if row.summary):
         found.append(f"fewer than {RELIABLE_SEEDS} seeds: the spread between seeds is unreliable")
+    if ranking.unsteady:
+        which = ", ".join(sorted(names[treatment] for treatment in ranking.unsteady))
+        found.append(f"the results of {which} vary far more between seeds than the others: compared by those alone")
     failed = sum(row.failed_runs for row in rows)
     if failed:
         found.append(f"{failed} runs failed or were cancelled; their cells count for nothing")

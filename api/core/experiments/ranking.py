@@ -5,11 +5,12 @@ contributes, and noise. A treatment is one initialization at one rank; a cell is
 cells are run with the same seeds, and a seed fixes the order of the rows, so seeds are the blocks of a randomized block
 design: differences are taken within a seed, and what makes a seed easy or hard drops out.
 
-Each treatment stands in the table with its best rate. Choosing the best of several rates makes every treatment look
-better than it is, so two treatments count as different only if they differ by more than the range that as many equal
-cells as the whole grid would show in 95 % of experiments (Tukey's studentized range over all cells). Then, whatever the
-true means are, at most 5 % of experiments contain a wrong "better": if A is not truly better than B, the claim
-"A is better than B" needs that a cell of A lies that far below the truly best cell of B.
+Each treatment stands in the table with its best rate. Two treatments count as different only if they differ by more
+than the best cells of equally good treatments do in 95 % of experiments (`critical_range`). So at most 5 % of
+experiments contain a wrong "better", although the best of several rates was chosen.
+
+The noise is supposed to be the same for all treatments, because a few seeds tell too little about each alone. A
+treatment whose results vary much more is called unsteady, and is compared by its own differences alone.
 """
 
 import math
@@ -20,8 +21,10 @@ from itertools import combinations
 from statistics import fmean, stdev, variance
 from typing import Literal
 
+from api.core.experiments.critical_range import CONFIDENCE, find_critical_range
+
 Goal = Literal["min", "max"]
-CONFIDENCE = 0.95
+UNSTEADY = 3.0  # times the others' noise; by chance one treatment in a hundred shows that much with 3 seeds
 RELIABLE_SEEDS = 3  # with fewer, the noise is estimated from so little that its estimate is of no use
 
 
@@ -93,13 +96,15 @@ class Ranking:
     """The treatments from the best to the worst; those with fewer than two finished seeds stand last.
 
     `noise`: the standard deviation of a result without its treatment's and its seed's part, None if unknown;
-    `degrees`: the degrees of freedom of that estimate; `cells`: how many cells the best ones were chosen from.
+    `degrees`: the degrees of freedom of that estimate; `critical`: how many standard errors of a mean count as a
+    difference, None if the noise is unknown. `unsteady`: the treatments whose results vary far more than the others'.
     """
 
     rows: Sequence[Row]
     noise: float | None
     degrees: int
-    cells: int
+    critical: float | None
+    unsteady: frozenset[Hashable]
 
 
 def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
@@ -111,7 +116,9 @@ def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
     order = sorted(chosen, key=lambda treatment: _sort_key(chosen[treatment], sign))
     compared = [treatment for treatment in order if len(chosen[treatment]) >= 2]
     noise, degrees = _estimate_noise([chosen[treatment] for treatment in compared])
-    count = sum(bool(values) for treatment in compared for values in cells[treatment].values())
+    rates_tried = max((sum(map(bool, cells[treatment].values())) for treatment in compared), default=0)
+    critical = None if noise is None else find_critical_range(len(compared), rates_tried, degrees)
+    unsteady = _find_unsteady({treatment: chosen[treatment] for treatment in compared}) if critical else frozenset()
     failed = dict.fromkeys(cells, 0)
     for result in results:
         failed[result.treatment] += _finite(result.value) is None
@@ -120,7 +127,12 @@ def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
         values, rates = chosen[treatment], cells[treatment]
         difference = None
         if place and len(compared) > 1 and treatment in compared:
-            difference = _compare(chosen[order[0]], values, sign, noise=noise, degrees=degrees, cells=count)
+            alone = None
+            if unsteady & {order[0], treatment}:
+                alone = find_critical_range(
+                    len(compared), rates_tried, max(1, _count_seeds(chosen, order[0], treatment) - 1)
+                )
+            difference = _compare(chosen[order[0]], values, sign, noise=noise, critical=critical, alone=alone)
         rows.append(
             Row(
                 treatment=treatment,
@@ -134,7 +146,7 @@ def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
                 tied_with_best=place == 0 or _is_tied(difference, values),
             )
         )
-    return Ranking(rows, noise, degrees, count)
+    return Ranking(rows, noise, degrees, critical, unsteady)
 
 
 def _is_tied(difference: Difference | None, values: Mapping[int, float]) -> bool:
@@ -197,6 +209,28 @@ def _estimate_noise(treatments: Sequence[Mapping[int, float]]) -> tuple[float | 
     return math.sqrt(fmean(variance(pair) for pair in usable) / 2), (len(treatments) - 1) * (seeds - 1)
 
 
+def _find_unsteady(treatments: Mapping[Hashable, Mapping[int, float]]) -> frozenset[Hashable]:
+    """The treatments with `UNSTEADY` times the noise of the others, if there are at least three treatments.
+
+    A variance of differences is the sum of two noises, so what a treatment adds to those of the others is its own.
+    """
+    pairs = {
+        frozenset(pair): variance(_differences(treatments[pair[0]], treatments[pair[1]]))
+        for pair in combinations(treatments, 2)
+    }
+    found = set()
+    for treatment in treatments if len(treatments) > 2 else ():
+        others = fmean(value for pair, value in pairs.items() if treatment not in pair) / 2
+        own = fmean(value for pair, value in pairs.items() if treatment in pair) - others
+        if own > UNSTEADY**2 * others:
+            found.add(treatment)
+    return frozenset(found)
+
+
+def _count_seeds(chosen: Mapping[Hashable, Mapping[int, float]], one: Hashable, other: Hashable) -> int:
+    return len(chosen[one].keys() & chosen[other].keys())
+
+
 def _differences(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
     return [other[seed] - one[seed] for seed in sorted(one.keys() & other.keys())]
 
@@ -207,8 +241,8 @@ def _compare(
     sign: float,
     *,
     noise: float | None,
-    degrees: int,
-    cells: int,
+    critical: float | None,
+    alone: float | None,
 ) -> Difference | None:
     found = [sign * value for value in _differences(best, other)]
     if not found:
@@ -218,11 +252,11 @@ def _compare(
         return Difference(n, mean, None, None)
     own = stdev(found)
     single = _around(mean, _student(n - 1) * own / math.sqrt(n))
-    if noise is None:
+    if noise is None or critical is None:
         return Difference(n, mean, single, None)
-    # The pair's own noise where it is larger, because one treatment may be less steady than the others.
-    spread = max(noise, own / math.sqrt(2))
-    return Difference(n, mean, single, _around(mean, studentized_range(cells, degrees) * spread / math.sqrt(n)))
+    # The pair's own noise where it is larger, because one treatment may be somewhat less steady than the others.
+    half = critical * max(noise, own / math.sqrt(2)) if alone is None else alone * own / math.sqrt(2)
+    return Difference(n, mean, single, _around(mean, half / math.sqrt(n)))
 
 
 def _around(middle: float, half: float) -> Interval:
@@ -235,11 +269,3 @@ def _student(degrees: int) -> float:
     from scipy.stats import t  # here, because importing it takes a second
 
     return float(t.ppf((1 + CONFIDENCE) / 2, degrees))
-
-
-@lru_cache(maxsize=1024)
-def studentized_range(groups: int, degrees: int) -> float:
-    """The range that `groups` equal means exceed in 5 % of experiments, in standard errors of a mean (Tukey 1949)."""
-    from scipy.stats import studentized_range as distribution
-
-    return float(distribution.ppf(CONFIDENCE, groups, degrees))

@@ -14,7 +14,7 @@ TRIALS = 400
 @pytest.mark.parametrize("difference", [1.0, 2.0, 3.0, 4.0])
 def test_the_power_is_that_of_simulated_experiments(seeds: int, difference: float) -> None:
     """One treatment is better than all others by the difference, and is compared with one of them."""
-    expected = find_power(difference, treatments=5, cells=5, seeds=seeds)
+    expected = find_power(difference, treatments=5, rates=1, seeds=seeds)
     found = count_claims(
         Design(5, 1, seeds),
         experiments=TRIALS,
@@ -25,22 +25,22 @@ def test_the_power_is_that_of_simulated_experiments(seeds: int, difference: floa
 
 
 def test_more_seeds_find_smaller_differences() -> None:
-    found = [find_detectable(treatments=6, cells=24, seeds=seeds) for seeds in (3, 5, 10)]
+    found = [find_detectable(treatments=6, rates=4, seeds=seeds) for seeds in (3, 5, 10)]
     assert all(value is not None for value in found)
     assert found == sorted(found, reverse=True)  # type: ignore[type-var]
 
 
 def test_more_rates_need_larger_differences() -> None:
-    one, four = (find_detectable(treatments=6, cells=cells, seeds=5) for cells in (6, 24))
+    one, four = (find_detectable(treatments=6, rates=rates, seeds=5) for rates in (1, 4))
     assert one is not None and four is not None and one < four
 
 
 def test_one_seed_finds_nothing() -> None:
-    assert find_detectable(treatments=6, cells=24, seeds=1) is None
-    assert "at least 3 seeds" in describe_plan(treatments=6, cells=24, seeds=1)
+    assert find_detectable(treatments=6, rates=4, seeds=1) is None
+    assert "at least 3 seeds" in describe_plan(treatments=6, rates=4, seeds=1)
 
 
 def test_the_plan_says_what_more_seeds_would_bring() -> None:
-    text = describe_plan(treatments=6, cells=24, seeds=3)
+    text = describe_plan(treatments=6, rates=4, seeds=3)
     assert text.startswith("With 3 seeds, a difference of ")
     assert "with 5" in text and "with 10" in text
