@@ -23,7 +23,7 @@ from typing import NamedTuple, TextIO
 
 from pydantic import ValidationError
 
-from lorainit.config.errors import DeviceSilent, Dropped, LorainitError, Stopped
+from lorainit.config.errors import DeviceSilent, Dropped, HaltReached, LorainitError, Stopped
 from lorainit.config.events import Event, Failed, OnEvent
 from lorainit.config.sources import LOCAL, is_root
 from lorainit.config.spec import RunSpec
@@ -167,7 +167,7 @@ def _run_to_an_end(
         ]
         for who, end in run_together(requests):
             open_runs.discard(who)
-            if isinstance(end, LorainitError) and not isinstance(end, Dropped):
+            if isinstance(end, LorainitError) and not isinstance(end, Dropped | HaltReached):
                 on_event(_to_failed_event(who, end))
                 failed = True
     except (Stopped, KeyboardInterrupt):

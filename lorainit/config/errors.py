@@ -16,6 +16,7 @@ errors that only the operator of the machine can remove.
     ├── HostFailed             (operator: a disk fails, or the host allows no more open files or processes)
     ├── DeviceSilent           (transient: a process of the run has ended or does not answer the others)
     ├── UnusableDevice         (operator: the machine has GPUs, but CUDA cannot use them)
+    ├── HaltReached            (no failure: the run has reached the step at which it was to wait for a decision)
     ├── Dropped                (no failure: one run of a group now belongs to another worker or to nobody)
     └── Stopped                (no failure: somebody asked the run to stop)
 """
@@ -184,6 +185,10 @@ class UnusableDevice(LorainitError):
     """
 
     code = "device_failed"
+
+
+class HaltReached(LorainitError):
+    """The run has reached `RunSpec.stop_after` and has written a checkpoint, from which it can be resumed."""
 
 
 class Dropped(LorainitError):

@@ -138,6 +138,13 @@ class Done(_Event):
     warnings: list[Warned] = []
 
 
+class Halted(_Event):
+    """The run has reached `RunSpec.stop_after`. The checkpoint of this step was reported before."""
+
+    kind: Literal["halted"] = "halted"
+    step: int
+
+
 class Failed(_Event):
     """The run ended with an error that the caller should see. `may_pass`: another attempt may succeed."""
 
@@ -149,7 +156,7 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Stage | Tick | Message | Plan | Metrics | Checkpoint | InitReport | Done | Failed,
+    Stage | Tick | Message | Plan | Metrics | Checkpoint | InitReport | Done | Halted | Failed,
     Field(discriminator="kind"),
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)

@@ -263,6 +263,8 @@ class RunSpec(Strict):
     use again: initializations, tokenized files and digests, at most `cache_limit_bytes` together (0 = none).
     `micro_batch_size`, `tokens_per_pass`: the most rows and tokens of a forward pass, null = chosen for speed and
     memory; with `resume_from`, null = as in the interrupted run.
+    `stop_after`: the share of its steps after which the run evaluates, writes a checkpoint and ends, to be resumed
+    later; never before the warm-up is over. null = the run goes to its end.
     `devices`: how many processes of this host share each step's rows, one per GPU; `python -m lorainit` starts them.
     """
 
@@ -278,6 +280,7 @@ class RunSpec(Strict):
     cache: str | None = None
     cache_limit_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     resume_from: str | None = None
+    stop_after: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def refuse_to_share_what_cannot_be_shared(self) -> "RunSpec":

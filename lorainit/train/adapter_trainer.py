@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorainit.config.errors import NonFiniteLoss, UpdateOutOfMemory
-from lorainit.config.events import Checkpoint, Metrics, Stage, Tick
+from lorainit.config.errors import HaltReached, NonFiniteLoss, UpdateOutOfMemory
+from lorainit.config.events import Checkpoint, Halted, Metrics, Stage, Tick
 from lorainit.config.resolve import steps_per_epoch, total_steps
 from lorainit.context import Run
 from lorainit.data.batches import split_into_batches
@@ -61,6 +61,7 @@ class AdapterTrainer:
         self.total = total_steps(recipe, rows=rows)
         self.per_epoch = steps_per_epoch(rows, recipe.batch_size)
         self.warmup = math.ceil(recipe.warmup_ratio * self.total)
+        self._halt_at = find_halt(run.spec.stop_after, total=self.total, warmup=self.warmup)
         # Batches at the beginning of the run's order of rows that are skipped, because the initialization used them.
         self.skip = run.lora.method.batches_used(run.report.summary)
         self.parameters = run.parameters
@@ -209,6 +210,9 @@ class AdapterTrainer:
         """Evaluate if it is due, log the step, and write a checkpoint if it is due.
 
         The log comes before the checkpoint, since the checkpoint contains a copy of it.
+
+        Raises:
+            HaltReached: this was the step at which the run is to stop.
         """
         recipe, valid = self.run.training, self.run.valid
         found = evaluate(valid.samples) if valid and self._is_due(recipe.eval_interval) else {}
@@ -219,6 +223,9 @@ class AdapterTrainer:
         self._log(metrics)
         if self.world.is_rank0 and self._is_due(recipe.checkpoint_interval):
             self._write_checkpoint(metrics)
+        if self.step == self._halt_at:
+            self.run.emit(Halted(step=self.step))
+            raise HaltReached(f"The run halts after step {self.step}, as it was asked to.")
 
     def save(self) -> None:
         """Write a checkpoint of the steps that were made, unless the last one has all of them.
@@ -270,7 +277,7 @@ class AdapterTrainer:
 
     def _is_due(self, interval: int | str) -> bool:
         assert isinstance(interval, int)
-        return self.is_over or self.step % interval == 0
+        return self.is_over or self.step % interval == 0 or self.step == self._halt_at
 
     def _metrics(self, **found: float) -> Metrics:
         return Metrics(
@@ -310,6 +317,17 @@ class AdapterTrainer:
 def clip(run: Run) -> Tensor:
     """Clip the gradients of the run's adapter to `max_grad_norm` (None = no limit). Returns their norm before."""
     return torch.nn.utils.clip_grad_norm_(run.parameters, run.training.max_grad_norm or math.inf)
+
+
+def find_halt(share: float | None, *, total: int, warmup: int) -> int | None:
+    """The step after which a run halts that is to stop after this share of its steps; None if it goes to its end.
+
+    It is behind the warm-up, because losses in it say little about the rate that is reached at its end.
+    """
+    if share is None:
+        return None
+    step = max(math.ceil(share * total), warmup + 1)
+    return step if step < total else None
 
 
 def _not_finite(what: str) -> NonFiniteLoss:

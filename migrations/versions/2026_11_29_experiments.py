@@ -64,6 +64,8 @@ def upgrade() -> None:
     )
     op.add_column("jobs", sa.Column("experiment_id", sa.String(64), nullable=True))
     op.add_column("jobs", sa.Column("experiment_due", UTCDateTime(), nullable=True))
+    op.add_column("jobs", sa.Column("stop_after", sa.Double(), nullable=True))
+    op.add_column("jobs", sa.Column("halted_at", sa.Integer(), nullable=True))
     op.create_index(op.f("ix_jobs_experiment_id"), "jobs", ["experiment_id"])
     op.create_index("ix_jobs_experiment_due", "jobs", ["experiment_id"], postgresql_where=DUE, sqlite_where=DUE)
 
@@ -72,6 +74,8 @@ def downgrade() -> None:
     op.drop_index("ix_jobs_experiment_due", "jobs")
     op.drop_index(op.f("ix_jobs_experiment_id"), "jobs")
     with op.batch_alter_table("jobs") as jobs:
+        jobs.drop_column("halted_at")
+        jobs.drop_column("stop_after")
         jobs.drop_column("experiment_due")
         jobs.drop_column("experiment_id")
     op.drop_table("cells")

@@ -73,6 +73,7 @@ def prepare(job: Job, lease: Lease, folder: Path, storage: Storage) -> Path:
         cache=str(get_settings().models()),
         cache_limit_bytes=get_settings().init_cache_bytes,
         resume_from=resume,
+        stop_after=job.stop_after,
     )
     path = folder / "spec.json"
     path.write_text(spec.model_dump_json(indent=2))

@@ -21,7 +21,7 @@ from api.core.files.storage import Storage, get_storage
 from api.core.jobs.jobs import Lease
 from api.core.logs import get_logger
 from api.core.settings import get_settings
-from lorainit.config.events import Checkpoint, Done, Event, Failed
+from lorainit.config.events import Checkpoint, Done, Event, Failed, Halted
 from worker.child.supervisor import Outcome, RunPaths
 from worker.host import disk_space, scratch
 from worker.job import artifacts, outcomes, path_redaction
@@ -92,9 +92,9 @@ class JobWriter:
         return self._submit(self._prepare)
 
     def write_event(self, event: Event) -> None:
-        """Write an event of the child. `Done` or `Failed` ends the job at once, while other jobs of the run go on."""
+        """Write an event of the child. `Done`, `Failed` or `Halted` ends the job's run at once, while others go on."""
         event = path_redaction.redact_paths(event, self._names)
-        if isinstance(event, Done | Failed):
+        if isinstance(event, Done | Failed | Halted):
             self._ended.set()
             self._submit(partial(self._end, event))
         else:
@@ -155,13 +155,15 @@ class JobWriter:
             store = partial(artifacts.store_checkpoint, self._job, self._lease, event, self._folder, self._storage)
             self._retry(store)
 
-    def _end(self, end: Done | Failed) -> None:
+    def _end(self, end: Done | Failed | Halted) -> None:
         self._retry(self._recorder.flush)
         if isinstance(end, Done):
             folder, progress = self._folder, self._recorder.progress
             store = partial(artifacts.store_result, self._job, self._lease, end, folder, self._storage, progress)
             self._retry(store)
             log.info("succeeded")
+        elif isinstance(end, Halted):
+            self._retry(partial(outcomes.halt, self._lease, end.step))
         else:
             self._retry(partial(outcomes.end_as_reported, self._job, self._lease, end))
         self._keeper.close()

@@ -49,6 +49,14 @@ def end_as_reported(job: Job, lease: Lease, failed: Failed) -> None:
         fail(lease, Failure(failed.code, failed.message + figures, translate_field(failed.param)))
 
 
+def halt(lease: Lease, step: int) -> None:
+    """`paused` at the step at which the job was to wait for its experiment's decision."""
+    with session_scope() as session:
+        if jobs.halt(session, lease, step):
+            log.info("halted", step=step)
+        session.commit()
+
+
 def end_without_report(job: Job, lease: Lease, outcome: Outcome, reason: str) -> None:
     """The child ended and reported nothing about the job.
 

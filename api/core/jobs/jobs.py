@@ -190,6 +190,13 @@ def release(session: Session, lease: Lease, reason: str) -> bool:
     return _requeue(session, lease, reason, attempts=Job.attempts - 1)
 
 
+def halt(session: Session, lease: Lease, step: int) -> bool:
+    """`running` → `paused`, because the run has reached the step at which it was to wait; not counted as an attempt."""
+    message = f"Halted after step {step}: the experiment compares its jobs here"
+    values = {"attempts": Job.attempts - 1, "halted_at": step}
+    return change_status(session, lease.conditions(), "paused", message, **values) is not None
+
+
 def retry_alone(session: Session, lease: Lease, reason: str) -> bool:
     """`running` → `queued` for another attempt alone: `groups` starts no group with a job that has run before."""
     return _requeue(session, lease, reason, then="the job will be tried again alone", level="warn")

@@ -65,8 +65,11 @@ def is_pause_requested(session: Session, lease: Lease) -> bool:
     return bool(session.scalar(select(Job.pause_requested).where(*lease.conditions())))
 
 
-def resume(session: Session, job: Job) -> Job:
+def resume(session: Session, job: Job, *, stop_after: float | None = None) -> Job:
     """`paused` or `failed` → `queued`, or `validating_files` if its files were never checked. Others stay as they are.
+
+    Args:
+        stop_after: where a job that was halted halts next; None = it goes to its end.
 
     Raises:
         WrongState: the job is still pausing, has ended for good, or would only fail again.
@@ -86,12 +89,12 @@ def resume(session: Session, job: Job) -> Job:
         raise WrongState(f"Job {job.id} cannot be resumed: {resumability.reason}.", code="job_not_resumable")
     if row.status == "failed":  # a paused job counts as waiting already
         scheduling.require_queue_quota(session, job.project_id)
-    _requeue(session, job, resumability)
+    _requeue(session, job, resumability, stop_after)
     session.refresh(job)
     return job
 
 
-def _requeue(session: Session, job: Job, resumability: Resumability) -> None:
+def _requeue(session: Session, job: Job, resumability: Resumability, stop_after: float | None) -> None:
     where = "the start" if resumability.from_step is None else f"step {resumability.from_step}"
     here = job_with_status(job.id, job.status)
     if job.priority_time is None:
@@ -99,7 +102,11 @@ def _requeue(session: Session, job: Job, resumability: Resumability) -> None:
         return
     priority_time = scheduling.compute_priority_time(now(session))
     message = f"Job resumed: it goes on from {where}"
-    change_status(session, here, "queued", message, priority_time=priority_time, lost_runs=0, not_before=None)
+    # Whoever resumes a halted job by hand wants it to go on; its experiment gives it the next halt itself.
+    again = {"lost_runs": 0, "not_before": None, "halted_at": None}
+    if job.halted_at is not None:
+        again["stop_after"] = stop_after
+    change_status(session, here, "queued", message, priority_time=priority_time, **again)
 
 
 def check_resumable(session: Session, jobs: Iterable[ShownJob]) -> dict[str, Resumability]:

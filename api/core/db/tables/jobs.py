@@ -112,6 +112,9 @@ class Job(Base):
 
     # The experiment that it is a cell of; no foreign key, because SQLite would copy the whole table to add one.
     experiment_id: Mapped[str | None] = mapped_column(String(64), index=True)
+    # The share of its steps after which a run pauses by itself; None = never. `halted_at`: the step at which it did.
+    stop_after: Mapped[float | None] = mapped_column(Double)
+    halted_at: Mapped[int | None] = mapped_column(Integer)
     # Another outbox: since when a change of status waits for the experiment to take note of it; None once it has.
     experiment_due: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
@@ -188,6 +191,8 @@ _HIDDEN = {
     "traceparent",
     "csv_due",
     "experiment_due",
+    "stop_after",
+    "halted_at",
 }
 _NAMES = [name for name, _ in Job.__mapper__.column_attrs.items() if name not in _HIDDEN]
 SHOWN = [getattr(Job, name).label(name) for name in _NAMES]
