@@ -93,6 +93,7 @@ class ExperimentRow(Wire):
     by_learning_rate: list[RateSummary]
     learning_rate_at_edge: bool
     failed_runs: int
+    stopped_at_step: int | None
     cost: Cost
     to_baseline_loss: Speed
     trainable_parameters: int | None
@@ -118,6 +119,8 @@ class ExperimentObject(Element):
     job: dict[str, Any]
     grid: dict[str, Any]
     objective: dict[str, str]
+    schedule: str
+    decisions: list[dict[str, Any]]
     max_parallel: int | None
     job_counts: JobCounts
     error: None
@@ -142,6 +145,8 @@ def experiment_object(experiment: Experiment, cells: Sequence[Cell], counts: Map
         job=request["job"],
         grid=request["grid"],
         objective=request["objective"],
+        schedule=request["schedule"],
+        decisions=experiment.decisions,
         max_parallel=experiment.max_parallel,
         job_counts=_count(counts),
         error=None,
@@ -182,6 +187,7 @@ def _row(found: Results, row: Row, place: int) -> ExperimentRow:
         by_learning_rate=[_rate(rate, summary) for rate, summary in row.by_rate.items()],
         learning_rate_at_edge=row.at_edge,
         failed_runs=row.failed_runs,
+        stopped_at_step=found.find_stop(row),
         cost=Cost.model_validate(found.find_cost(row)),
         to_baseline_loss=Speed.model_validate(found.find_speed(row)),
         job_ids=[cell.job_id for cell in chosen],

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from api.core.experiments.experiments import OWN_LABELS, ExperimentOrder, Treatment
+from api.core.experiments.experiments import OWN_LABELS, ExperimentOrder, Schedule, Treatment
 from api.invalid import find_first_fault
 from api.schemas.job_request import LORA_LABEL, LORA_PARAM, MAX_LABELS, JobRequest, Labels, LoraOrder
 from lorainit.config.inits import Automatic, Init
@@ -138,6 +138,9 @@ class ExperimentRequest(Strict):
     job: ExperimentJob
     grid: Grid
     objective: Objective = Objective()
+    schedule: Schedule = Field(
+        "full", description="`halving`: cells that are far behind are stopped early; what is shown of them is partial."
+    )
     max_parallel: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="The most jobs of this experiment that run at once; null = as many as the project may."
     )
@@ -182,6 +185,7 @@ class ExperimentRequest(Strict):
             rates=None if self.grid.learning_rates == "auto" else self.grid.learning_rates,
             seeds=self.grid.seeds,
             objective=self.objective.model_dump(),
+            schedule=self.schedule,
             metadata=self.metadata,
             max_parallel=self.max_parallel,
         )

@@ -29,6 +29,7 @@ def upgrade() -> None:
         sa.Column("metadata", Json, nullable=True),
         sa.Column("request", Json, nullable=False),
         sa.Column("max_parallel", sa.Integer(), nullable=True),
+        sa.Column("decisions", Json, nullable=False),
         sa.CheckConstraint(
             "status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name=op.f("ck_experiments_status")
         ),
@@ -50,6 +51,7 @@ def upgrade() -> None:
         sa.Column("learning_rate", sa.Double(), nullable=False),
         sa.Column("seed", sa.Integer(), nullable=False),
         sa.Column("released", sa.Boolean(), nullable=False),
+        sa.Column("stopped_at", sa.Integer(), nullable=True),
         sa.Column("outcome", Json, nullable=True),
         sa.ForeignKeyConstraint(["experiment_id"], ["experiments.id"], name=op.f("fk_cells_experiment_id_experiments")),
         sa.PrimaryKeyConstraint("experiment_id", "number", name=op.f("pk_cells")),

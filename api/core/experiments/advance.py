@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job
-from api.core.experiments import experiments, outcome
+from api.core.experiments import experiments, outcome, rungs
 from api.core.jobs import pauses
 
 
@@ -42,6 +42,7 @@ def advance(session: Session, experiment_id: str) -> bool:
     for cell in cells:
         _store_outcome(session, cell, jobs.get(cell.job_id))
     _release_waiting(session, experiment, cells, jobs)
+    rungs.decide(session, experiment, cells, jobs)
     _write_status(session, experiment, cells, _read_jobs(session, experiment_id))
     session.flush()
     return True
@@ -68,7 +69,7 @@ def _release_waiting(session: Session, experiment: Experiment, cells: Sequence[C
     """Let as many waiting jobs start as others have ended, in the order of the grid."""
     if experiment.finished_at is not None or experiment.max_parallel is None:
         return
-    open_ones = [cell for cell in cells if cell.released and _is_open(jobs.get(cell.job_id))]
+    open_ones = [cell for cell in cells if cell.released and _is_busy(jobs.get(cell.job_id))]
     waiting = [cell for cell in cells if not cell.released]
     for cell in waiting[: max(0, experiment.max_parallel - len(open_ones))]:
         cell.released = True
@@ -77,8 +78,9 @@ def _release_waiting(session: Session, experiment: Experiment, cells: Sequence[C
             pauses.resume(session, job)
 
 
-def _is_open(job: Job | None) -> bool:
-    return job is not None and job.status not in FINAL_STATUSES
+def _is_busy(job: Job | None) -> bool:
+    """Whether a job still runs or will; one that waits at a rung leaves its place to others."""
+    return job is not None and job.status not in FINAL_STATUSES and job.halted_at is None
 
 
 def _write_status(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs: Mapping[str, Job]) -> None:

@@ -5,7 +5,7 @@ An experiment is a set of ordinary jobs. `advance` moves it on whenever one of t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import func, select, update
@@ -15,6 +15,7 @@ from api.core.db import paging
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job
 from api.core.errors import InvalidValue, NotFound, Refusal, WrongState
+from api.core.experiments import halving
 from api.core.experiments.grid import MAX_CELLS, GridCell, list_cells
 from api.core.ids import new_id
 from api.core.jobs import jobs
@@ -25,6 +26,7 @@ from api.core.queue import scheduling
 from lorainit.config.resolve import base_learning_rate
 from lorainit.config.spec import Lora
 
+Schedule = Literal["full", "halving"]
 Treatment = tuple[int, int]  # the place of an initialization in the grid, and a rank
 OWN_LABELS = ("experiment_id", "cell")  # the metadata that each job of an experiment gets
 # The rates of a grid that asks for none: within a factor of 3 of the usual one, where tuned rates were found so far.
@@ -49,6 +51,7 @@ class ExperimentOrder:
     rates: Sequence[float] | None
     seeds: Sequence[int]
     objective: Mapping[str, str]
+    schedule: Schedule
     metadata: dict[str, str] | None
     max_parallel: int | None
 
@@ -63,6 +66,9 @@ def create(session: Session, project_id: str, order: ExperimentOrder) -> Experim
     if len(cells) > MAX_CELLS:
         text = f"grid: {len(cells)} jobs are more than an experiment may have, {MAX_CELLS}."
         raise InvalidValue(text, code="invalid_value", param="grid")
+    if order.schedule == "halving" and len(cells) < halving.MIN_CELLS * len(order.seeds):
+        text = f"schedule 'halving' needs at least {halving.MIN_CELLS} cells of each seed: use 'full'."
+        raise InvalidValue(text, code="invalid_value", param="schedule")
     scheduling.require_queue_quota(session, project_id, adding=len(cells))
     experiment = Experiment(
         id=new_id("exp_"),
@@ -74,6 +80,7 @@ def create(session: Session, project_id: str, order: ExperimentOrder) -> Experim
         labels=order.metadata,
         request=_make_request(order),
         max_parallel=order.max_parallel,
+        decisions=[],
     )
     session.add(experiment)
     session.flush()
@@ -93,6 +100,7 @@ def create(session: Session, project_id: str, order: ExperimentOrder) -> Experim
                 learning_rate=cell.learning_rate,
                 seed=cell.seed,
                 released=released,
+                stopped_at=None,
                 outcome=None,
             )
         )
@@ -121,7 +129,7 @@ def _choose_rates(usual: float) -> list[float]:
 def _make_request(order: ExperimentOrder) -> dict[str, Any]:
     rates = "auto" if order.rates is None else list(order.rates)
     grid = {"init": list(order.inits), "learning_rates": rates, "seeds": list(order.seeds), "ranks": list(order.ranks)}
-    return {"job": dict(order.given), "grid": grid, "objective": dict(order.objective)}
+    return {"job": dict(order.given), "grid": grid, "objective": dict(order.objective), "schedule": order.schedule}
 
 
 def _submit(session: Session, experiment: Experiment, cell: GridCell, order: ExperimentOrder) -> Job:
@@ -134,7 +142,8 @@ def _submit(session: Session, experiment: Experiment, cell: GridCell, order: Exp
         training=order.job.training.model_copy(update={"learning_rate": cell.learning_rate}),
     )
     try:
-        return submit(session, experiment.project_id, job, experiment_id=experiment.id)
+        stop_after = halving.find_next_rung(0) if order.schedule == "halving" else None
+        return submit(session, experiment.project_id, job, experiment_id=experiment.id, stop_after=stop_after)
     except Refusal as refusal:
         raise _name_cell(refusal, cell) from refusal
 

@@ -30,12 +30,13 @@ RELIABLE_SEEDS = 3  # with fewer, the noise is estimated from so little that its
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one run; `value` None: it failed, was stopped, or its objective was not finite."""
+    """What came of one run. `value` None: it failed, or its objective was not finite, or it was `stopped` early."""
 
     treatment: Hashable
     learning_rate: float
     seed: int
     value: float | None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,13 @@ def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
     order = sorted(chosen, key=lambda treatment: _sort_key(chosen[treatment], sign))
     compared = [treatment for treatment in order if len(chosen[treatment]) >= 2]
     noise, degrees = _estimate_noise([chosen[treatment] for treatment in compared])
-    rates_tried = max((sum(map(bool, cells[treatment].values())) for treatment in compared), default=0)
-    critical = None if noise is None else find_critical_range(len(compared), rates_tried, degrees)
+    # All that were tried, because those that were stopped early were part of the choice, too.
+    tried, rates_tried = len(cells), max((len(rates) for rates in cells.values()), default=0)
+    critical = None if noise is None else find_critical_range(tried, rates_tried, degrees)
     unsteady = _find_unsteady({treatment: chosen[treatment] for treatment in compared}) if critical else frozenset()
     failed = dict.fromkeys(cells, 0)
     for result in results:
-        failed[result.treatment] += _finite(result.value) is None
+        failed[result.treatment] += _finite(result.value) is None and not result.stopped
     rows = []
     for place, treatment in enumerate(order):
         values, rates = chosen[treatment], cells[treatment]
@@ -129,9 +131,7 @@ def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
         if place and len(compared) > 1 and treatment in compared:
             alone = None
             if unsteady & {order[0], treatment}:
-                alone = find_critical_range(
-                    len(compared), rates_tried, max(1, _count_seeds(chosen, order[0], treatment) - 1)
-                )
+                alone = find_critical_range(tried, rates_tried, max(1, _count_seeds(chosen, order[0], treatment) - 1))
             difference = _compare(chosen[order[0]], values, sign, noise=noise, critical=critical, alone=alone)
         rows.append(
             Row(

@@ -35,6 +35,7 @@ class Results:
                 outcome.find_value(
                     cell.outcome, metric=objective["metric"], goal=objective["goal"], at=objective["at"]
                 ),
+                stopped=cell.stopped_at is not None,
             )
             for cell in self.ended
         ]
@@ -86,6 +87,12 @@ class Results:
     def list_chosen(self, row: Row) -> list[Cell]:
         """The cells of a treatment at its best rate, in the order of the seeds in the grid."""
         return [cell for cell in self.cells if (_treatment(cell), cell.learning_rate) == _key(row)]
+
+    def find_stop(self, row: Row) -> int | None:
+        """The last step that a treatment reached if the schedule stopped all its cells; None if one went to its end."""
+        mine = [cell for cell in self.cells if _treatment(cell) == row.treatment]
+        steps = [cell.stopped_at for cell in mine if cell.stopped_at is not None]
+        return max(steps) if len(steps) == len(mine) else None
 
     def find_cost(self, row: Row) -> dict[str, float | None]:
         """The mean cost of a treatment's runs at its best rate; of memory the most."""

@@ -54,12 +54,20 @@ class Order:
     echoed: EchoedFields = field(default_factory=EchoedFields)
 
 
-def submit(session: Session, project_id: str, order: Order, *, experiment_id: str | None = None) -> Job:
+def submit(
+    session: Session,
+    project_id: str,
+    order: Order,
+    *,
+    experiment_id: str | None = None,
+    stop_after: float | None = None,
+) -> Job:
     """A new job, status `validating_files`.
 
     Args:
         experiment_id: the experiment that it is a cell of. Such a job is not counted against the quota here, because
             the quota of all cells is checked together.
+        stop_after: the share of its steps after which it halts.
 
     Raises:
         Refusal: the model, a file, the adapter's shape or a feature cannot be used, or too many jobs wait.
@@ -116,6 +124,7 @@ def submit(session: Session, project_id: str, order: Order, *, experiment_id: st
         event_count=0,
         traceparent=traces.find_traceparent(),
         experiment_id=experiment_id,
+        stop_after=stop_after,
     )
     return jobs.create(session, job)
 

@@ -6,11 +6,15 @@ import pytest
 from scipy.stats import t as student
 from sqlalchemy.orm import Session
 
+from api.core.db.database import session_scope
 from api.core.db.tables import Job
+from lorainit.config.events import Metrics
 from tests import stub_worker
 from tests.api.conftest import JOBS, JSONL, Lab, mark, refused
 from tests.things import MODEL
 from worker import reconciler
+from worker.job import outcomes
+from worker.job.progress import EventRecorder
 
 EXPERIMENTS = "/v1/experiments"
 GRID = {"init": ["kaiming", {"method": "pissa", "niter": 16}], "learning_rates": [1e-4, 2e-4], "seeds": [1, 2]}
@@ -353,3 +357,83 @@ def test_the_report_is_one_page_that_needs_nothing_else(lab: Lab) -> None:
     assert "<script" not in reply.text and 'src="http' not in reply.text
     assert "pissa is better than kaiming" in reply.text or "No difference beyond noise" in reply.text
     assert reply.text == lab.client.get(f"{EXPERIMENTS}/{made['id']}/report").text
+
+
+def halt(taken: Any, valid: stub_worker.Validation) -> None:
+    """A run that reaches the step at which it has to wait: a tenth of its steps further each time."""
+    job, lease = taken
+    step = round(100 * (job.stop_after or 1.0))
+    recorder = EventRecorder(lease)
+    loss = valid(job, step)
+    both = {"valid_loss": loss, "full_valid_loss": loss}
+    recorder.add(Metrics(step=step, total_steps=100, epoch=1.0, tokens=step, seconds=float(step), **both))
+    recorder.flush()
+    outcomes.halt(lease, step)
+
+
+def test_halving_stops_what_is_far_behind_and_lets_the_best_go_to_their_end(lab: Lab) -> None:
+    grid = {"init": ["kaiming", "pissa", "olora"], "learning_rates": [1e-4, 2e-4], "seeds": [1, 2]}
+    made = create(lab, grid=grid, schedule="halving")
+    quality = {"kaiming": 0.0, "pissa": 0.1, "olora": 0.2}
+
+    def loss(job: Job, step: int) -> float:
+        rate = job.recipe["training"]["learning_rate"]
+        return 3.0 - 0.01 * step + quality[job.recipe["lora"]["init"]["method"]] + (0.02 if rate > 1e-4 else 0.0)
+
+    trained = 0
+    for _ in range(8):
+        stub_worker.tidy()
+        while (taken := stub_worker.claim()) is not None:
+            trained += 1
+            if taken[0].stop_after is None:
+                stub_worker.train(*taken, steps=100, valid=loss)
+            else:
+                halt(taken, loss)
+        while reconciler.advance_experiments():
+            pass
+    shown = read(lab, made["id"])
+    assert shown["status"] == "succeeded"
+    assert [(decision["rung"], decision["step"]) for decision in shown["decisions"]] == [
+        (0.1, 10),
+        (0.3, 30),
+        (0.6, 60),
+    ]
+    kept = [[(cell["treatment"][0], cell["learning_rate"]) for cell in decision["cells"] if cell["kept"]]
+            for decision in shown["decisions"]]  # fmt: skip
+    assert kept == [[(0, 1e-4), (0, 2e-4)]] * 3
+    assert trained == 12 + 3 * 4
+    best, *others = shown["results"]
+    assert (best["name"], best["learning_rate"], best["stopped_at_step"], best["failed_runs"]) == (
+        "kaiming",
+        1e-4,
+        None,
+        0,
+    )
+    assert {(row["name"], row["stopped_at_step"], row["failed_runs"]) for row in others} == {
+        ("pissa", 10, 0),
+        ("olora", 10, 0),
+    }
+    assert shown["job_counts"]["succeeded"] == 4 and shown["job_counts"]["cancelled"] == 8
+
+
+def test_a_halted_job_that_somebody_resumes_goes_to_its_end(lab: Lab) -> None:
+    grid = {"init": ["kaiming", "pissa", "olora"], "learning_rates": [1e-4], "seeds": [1]}
+    create(lab, grid=grid, schedule="halving")
+    stub_worker.tidy()
+    taken = stub_worker.claim()
+    assert taken is not None
+    halt(taken, losses_of_all)
+    job = lab.client.get(f"{JOBS}/{taken[0].id}").json()
+    assert job["status"] == "paused"
+    assert lab.client.post(f"{JOBS}/{job['id']}/resume").json()["status"] == "queued"
+    with session_scope() as session:
+        assert session.get_one(Job, job["id"]).stop_after is None
+
+
+def losses_of_all(job: Job, step: int) -> float:
+    return 3.0 - 0.01 * step
+
+
+def test_two_cells_are_not_halved(lab: Lab) -> None:
+    request = a_request(lab, grid={**GRID, "learning_rates": [1e-4]}, schedule="halving")
+    refused(lab.client.post(EXPERIMENTS, json=request), 400, "invalid_value", "schedule")

@@ -31,6 +31,8 @@ class Experiment(Base):
     labels: Mapped[dict[str, str] | None] = mapped_column("metadata", Json)
     request: Mapped[dict[str, Any]] = mapped_column(Json)
     max_parallel: Mapped[int | None] = mapped_column(Integer)
+    # What was decided at each rung (`api.core.experiments.halving`), in order; empty without that schedule.
+    decisions: Mapped[list[Any]] = mapped_column(Json)
 
 
 class Cell(Base):
@@ -63,4 +65,6 @@ class Cell(Base):
     seed: Mapped[int] = mapped_column(Integer)
     # False: the job is paused until the experiment's limit of parallel jobs lets it start.
     released: Mapped[bool] = mapped_column()
+    # The step after which the schedule stopped it; None = it was not stopped.
+    stopped_at: Mapped[int | None] = mapped_column(Integer)
     outcome: Mapped[dict[str, Any] | None] = mapped_column(Json)

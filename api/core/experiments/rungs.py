@@ -1,0 +1,76 @@
+"""Carries out what `halving` decides: at a rung, some jobs of an experiment go on and the others are cancelled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job, Metric
+from api.core.experiments.experiments import Treatment
+from api.core.experiments.halving import RUNGS, Standing, choose_survivors, find_next_rung
+from api.core.jobs import jobs as changes
+from api.core.jobs import pauses
+
+Key = tuple[Treatment, float]
+
+
+def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs: Mapping[str, Job]) -> None:
+    """Once every job that has not ended waits at the rung, let the best go on and cancel the others.
+
+    Each decision is kept with its numbers in `experiment.decisions`.
+    """
+    if experiment.finished_at is not None or experiment.request["schedule"] != "halving":
+        return
+    if any(not cell.released for cell in cells):
+        return
+    open_cells = [cell for cell in cells if cell.job_id in jobs and jobs[cell.job_id].status not in FINAL_STATUSES]
+    if not open_cells or any(jobs[cell.job_id].halted_at is None for cell in open_cells):
+        return
+    standings = _read_standings(session, experiment, open_cells, jobs)
+    kept = {(one.treatment, one.learning_rate) for one in choose_survivors(list(standings.values()))}
+    passed = len(experiment.decisions)
+    record = [
+        {
+            "treatment": list(key[0]),
+            "learning_rate": key[1],
+            "mean": standing.mean if standing.losses else None,
+            "seeds": len(standing.losses),
+            "kept": key in kept,
+        }
+        for key, standing in sorted(standings.items(), key=lambda item: item[1].mean)
+    ]
+    steps = [jobs[cell.job_id].halted_at for cell in open_cells]
+    experiment.decisions = [*experiment.decisions, {"rung": RUNGS[passed], "step": max(steps), "cells": record}]
+    for cell in open_cells:
+        job = jobs[cell.job_id]
+        if _key(cell) in kept:
+            pauses.resume(session, job, stop_after=find_next_rung(passed + 1))
+        else:
+            cell.stopped_at = job.halted_at
+            text = f"Stopped by its experiment's schedule after step {job.halted_at}: others are far ahead"
+            changes.cancel_open(session, job, text)
+
+
+def _read_standings(
+    session: Session, experiment: Experiment, cells: Sequence[Cell], jobs: Mapping[str, Job]
+) -> dict[Key, Standing]:
+    """Where each cell stands, with the losses of its seeds at the step at which they were halted."""
+    metric, sign = experiment.request["objective"]["metric"], _sign(experiment)
+    found: dict[Key, dict[int, float]] = {}
+    for cell in cells:
+        losses = found.setdefault(_key(cell), {})
+        job = jobs[cell.job_id]
+        at = select(Metric.values).where(Metric.job_id == job.id, Metric.step == job.halted_at)
+        values: dict[str, Any] = session.scalar(at) or {}
+        if values.get(metric) is not None:
+            losses[cell.seed] = sign * values[metric]
+    return {key: Standing(key[0], key[1], losses) for key, losses in found.items()}
+
+
+def _sign(experiment: Experiment) -> float:
+    return 1.0 if experiment.request["objective"]["goal"] == "min" else -1.0
+
+
+def _key(cell: Cell) -> Key:
+    return (cell.init, cell.rank), cell.learning_rate
