@@ -102,6 +102,13 @@ class ExperimentRow(Wire):
     job_ids: list[str]
 
 
+class Confirmation(Wire):
+    """The leaders and the baseline on fresh seeds, at the rates that the grid found best for them."""
+
+    summary: list[str]
+    results: list[ExperimentRow]
+
+
 class ExperimentObject(Element):
     """An experiment. `results` grows while it runs; `summary` says in sentences what they mean.
 
@@ -120,6 +127,9 @@ class ExperimentObject(Element):
     grid: dict[str, Any]
     objective: dict[str, str]
     schedule: str
+    extend: bool
+    max_jobs: int
+    confirm_seeds: int
     decisions: list[dict[str, Any]]
     max_parallel: int | None
     job_counts: JobCounts
@@ -127,6 +137,7 @@ class ExperimentObject(Element):
     plan: str
     summary: list[str]
     results: list[ExperimentRow]
+    confirmation: Confirmation | None
     card: dict[str, Any] | None
 
 
@@ -146,13 +157,17 @@ def experiment_object(experiment: Experiment, cells: Sequence[Cell], counts: Map
         grid=request["grid"],
         objective=request["objective"],
         schedule=request["schedule"],
+        extend=request["extend"],
+        max_jobs=request["max_jobs"],
+        confirm_seeds=request["confirm_seeds"],
         decisions=experiment.decisions,
         max_parallel=experiment.max_parallel,
         job_counts=_count(counts),
         error=None,
         plan=plan_of(experiment),
         summary=found.summary,
-        results=[_row(found, row, place) for place, row in enumerate(found.ranking.rows, start=1)],
+        results=_rows(found),
+        confirmation=_confirmation(found),
         card=found.card,
     )
 
@@ -170,6 +185,15 @@ def _count(counts: Mapping[str, int]) -> JobCounts:
     for status, count in counts.items():
         shown[_COUNTED.get(status, status)] += count
     return JobCounts(**{**shown, "total": sum(counts.values())})
+
+
+def _confirmation(found: Results) -> Confirmation | None:
+    fresh = found.confirmation
+    return None if fresh is None else Confirmation(summary=fresh.summary, results=_rows(fresh))
+
+
+def _rows(found: Results) -> list[ExperimentRow]:
+    return [_row(found, row, place) for place, row in enumerate(found.ranking.rows, start=1)]
 
 
 def _row(found: Results, row: Row, place: int) -> ExperimentRow:

@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from api.core.experiments.experiments import OWN_LABELS, ExperimentOrder, Schedule, Treatment
+from api.core.experiments.grid import MAX_CELLS
 from api.invalid import find_first_fault
 from api.schemas.job_request import LORA_LABEL, LORA_PARAM, MAX_LABELS, JobRequest, Labels, LoraOrder
 from lorainit.config.inits import Automatic, Init
@@ -141,6 +142,13 @@ class ExperimentRequest(Strict):
     schedule: Schedule = Field(
         "full", description="`halving`: cells that are far behind are stopped early; what is shown of them is partial."
     )
+    extend: bool = Field(False, description="Add rates where a best one lies at the edge of the grid.")
+    max_jobs: Annotated[int, Field(ge=1, le=MAX_CELLS)] = Field(
+        MAX_CELLS, description="The most jobs of this experiment, those that `extend` adds included."
+    )
+    confirm_seeds: Annotated[int, Field(ge=0, le=MAX_SEEDS)] = Field(
+        0, description="On how many fresh seeds the leaders and the baseline are run in the end."
+    )
     max_parallel: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="The most jobs of this experiment that run at once; null = as many as the project may."
     )
@@ -186,6 +194,9 @@ class ExperimentRequest(Strict):
             seeds=self.grid.seeds,
             objective=self.objective.model_dump(),
             schedule=self.schedule,
+            extend=self.extend,
+            max_jobs=self.max_jobs,
+            confirm_seeds=self.confirm_seeds,
             metadata=self.metadata,
             max_parallel=self.max_parallel,
         )

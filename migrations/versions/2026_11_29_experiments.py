@@ -50,6 +50,7 @@ def upgrade() -> None:
         sa.Column("rank", sa.Integer(), nullable=False),
         sa.Column("learning_rate", sa.Double(), nullable=False),
         sa.Column("seed", sa.Integer(), nullable=False),
+        sa.Column("phase", sa.String(16), nullable=False),
         sa.Column("released", sa.Boolean(), nullable=False),
         sa.Column("stopped_at", sa.Integer(), nullable=True),
         sa.Column("outcome", Json, nullable=True),

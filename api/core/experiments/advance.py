@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job
-from api.core.experiments import experiments, outcome, rungs
+from api.core.experiments import experiments, growth, outcome, rungs
 from api.core.jobs import pauses
 
 
@@ -43,6 +43,10 @@ def advance(session: Session, experiment_id: str) -> bool:
         _store_outcome(session, cell, jobs.get(cell.job_id))
     _release_waiting(session, experiment, cells, jobs)
     rungs.decide(session, experiment, cells, jobs)
+    session.flush()
+    if growth.grow(session, experiment, cells, _read_jobs(session, experiment_id)):
+        session.flush()
+        cells = experiments.read_cells(session, experiment_id)
     _write_status(session, experiment, cells, _read_jobs(session, experiment_id))
     session.flush()
     return True

@@ -39,7 +39,8 @@ class ExperimentOrder:
 
     `job`: the order that all cells share; `given`: the same as the caller wrote it. `loras`: the adapter of each
     treatment. `inits`: the initializations as they are shown. `rates`: None = around the rate that the catalogue has
-    for each initialization.
+    for each initialization. `extend`: add rates where a best one lies at the edge, up to `max_jobs` jobs.
+    `confirm_seeds`: on how many fresh seeds the leaders are run in the end.
     """
 
     name: str
@@ -52,6 +53,9 @@ class ExperimentOrder:
     seeds: Sequence[int]
     objective: Mapping[str, str]
     schedule: Schedule
+    extend: bool
+    max_jobs: int
+    confirm_seeds: int
     metadata: dict[str, str] | None
     max_parallel: int | None
 
@@ -63,8 +67,9 @@ def create(session: Session, project_id: str, order: ExperimentOrder) -> Experim
         Refusal: a cell could never run, or the jobs are too many. It names the cell and the field of `job`.
     """
     cells = _lay_out(order)
-    if len(cells) > MAX_CELLS:
-        text = f"grid: {len(cells)} jobs are more than an experiment may have, {MAX_CELLS}."
+    if len(cells) > min(MAX_CELLS, order.max_jobs):
+        most = f"max_jobs, {order.max_jobs}" if order.max_jobs < MAX_CELLS else f"an experiment may have, {MAX_CELLS}"
+        text = f"grid: {len(cells)} jobs are more than {most}."
         raise InvalidValue(text, code="invalid_value", param="grid")
     if order.schedule == "halving" and len(cells) < halving.MIN_CELLS * len(order.seeds):
         text = f"schedule 'halving' needs at least {halving.MIN_CELLS} cells of each seed: use 'full'."
@@ -99,6 +104,7 @@ def create(session: Session, project_id: str, order: ExperimentOrder) -> Experim
                 rank=cell.rank,
                 learning_rate=cell.learning_rate,
                 seed=cell.seed,
+                phase="grid",
                 released=released,
                 stopped_at=None,
                 outcome=None,
@@ -129,7 +135,10 @@ def _choose_rates(usual: float) -> list[float]:
 def _make_request(order: ExperimentOrder) -> dict[str, Any]:
     rates = "auto" if order.rates is None else list(order.rates)
     grid = {"init": list(order.inits), "learning_rates": rates, "seeds": list(order.seeds), "ranks": list(order.ranks)}
-    return {"job": dict(order.given), "grid": grid, "objective": dict(order.objective), "schedule": order.schedule}
+    return {
+        "job": dict(order.given), "grid": grid, "objective": dict(order.objective), "schedule": order.schedule,
+        "extend": order.extend, "max_jobs": order.max_jobs, "confirm_seeds": order.confirm_seeds,
+    }  # fmt: skip
 
 
 def _submit(session: Session, experiment: Experiment, cell: GridCell, order: ExperimentOrder) -> Job:

@@ -44,6 +44,8 @@ def make_report(found: Results, *, status: str, plan: str) -> str:
         "<h2>Initializations</h2>",
         _table(found),
     ]
+    if found.confirmation is not None:
+        parts += ["<h2>Leaders on fresh seeds</h2>", _list(found.confirmation.summary), _table(found.confirmation)]
     if found.curves:
         parts += ["<h2>Validation loss</h2>", "<p>Mean over seeds at each initialization's best learning rate;"]
         parts += ["the band is one standard deviation between seeds.</p>", _draw(_plot_curves, found)]
@@ -112,7 +114,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _command(found: Results) -> str:
     request = found.experiment.request
-    body = {"name": found.experiment.name, **{name: request[name] for name in ("job", "grid", "objective")}}
+    body = {"name": found.experiment.name, **{name: request[name] for name in ("job", "grid", "objective", "schedule")}}
     grid = {key: value for key, value in body["grid"].items() if value is not None}
     text = json.dumps({**body, "grid": grid}, indent=2)
     call = 'curl "$OPENAI_BASE_URL/experiments" -H "Authorization: Bearer $OPENAI_API_KEY"'

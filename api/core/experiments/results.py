@@ -22,6 +22,7 @@ class Results:
 
     experiment: Experiment
     cells: Sequence[Cell]
+    confirms: bool = False  # whether `cells` are those of the confirmation
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -38,8 +39,15 @@ class Results:
                 stopped=cell.stopped_at is not None,
             )
             for cell in self.ended
+            if self.confirms or cell.phase != "confirmation"
         ]
         return rank(found, goal=objective["goal"])
+
+    @cached_property
+    def confirmation(self) -> "Results | None":
+        """The same for the leaders on fresh seeds; None if they were not run."""
+        fresh = [cell for cell in self.cells if cell.phase == "confirmation"]
+        return Results(self.experiment, fresh, confirms=True) if fresh and not self.confirms else None
 
     @cached_property
     def ended(self) -> list[Cell]:
@@ -86,7 +94,8 @@ class Results:
 
     def list_chosen(self, row: Row) -> list[Cell]:
         """The cells of a treatment at its best rate, in the order of the seeds in the grid."""
-        return [cell for cell in self.cells if (_treatment(cell), cell.learning_rate) == _key(row)]
+        cells = [cell for cell in self.cells if self.confirms or cell.phase != "confirmation"]
+        return [cell for cell in cells if (_treatment(cell), cell.learning_rate) == _key(row)]
 
     def find_stop(self, row: Row) -> int | None:
         """The last step that a treatment reached if the schedule stopped all its cells; None if one went to its end."""

@@ -1,5 +1,6 @@
 """Experiments over HTTP: what is admitted, what is refused, and what the table says when jobs end."""
 
+import math
 from typing import Any
 
 import pytest
@@ -437,3 +438,62 @@ def losses_of_all(job: Job, step: int) -> float:
 def test_two_cells_are_not_halved(lab: Lab) -> None:
     request = a_request(lab, grid={**GRID, "learning_rates": [1e-4]}, schedule="halving")
     refused(lab.client.post(EXPERIMENTS, json=request), 400, "invalid_value", "schedule")
+
+
+def run_to_its_end(lab: Lab, experiment_id: str, valid: stub_worker.Validation) -> dict[str, Any]:
+    for _ in range(10):
+        stub_worker.run_all(valid)
+        shown = read(lab, experiment_id)
+        if shown["status"] in ("succeeded", "failed"):
+            return shown
+    raise AssertionError("it never ended")
+
+
+def best_at_one_hundredth(job: Job, step: int) -> float:
+    """A loss whose best rate is 0.01 for pissa and 0.0001 for kaiming."""
+    rate, method = job.recipe["training"]["learning_rate"], job.recipe["lora"]["init"]["method"]
+    return 3.0 - 0.1 * step + 0.1 * abs(math.log10(rate) + (2.0 if method == "pissa" else 4.0)) + 0.001 * (job.seed % 3)
+
+
+def test_a_grid_is_extended_where_a_best_rate_lies_at_its_edge(lab: Lab) -> None:
+    grid = {"init": ["kaiming", "pissa"], "learning_rates": [1e-5, 1e-4, 1e-3], "seeds": [1, 2]}
+    made = create(lab, grid=grid, extend=True)
+    shown = run_to_its_end(lab, made["id"], best_at_one_hundredth)
+    pissa, kaiming = (next(row for row in shown["results"] if row["name"] == name) for name in ("pissa", "kaiming"))
+    assert [one["learning_rate"] for one in pissa["by_learning_rate"]] == [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+    assert (pissa["learning_rate"], pissa["learning_rate_at_edge"]) == (1e-2, False)
+    assert len(kaiming["by_learning_rate"]) == 3
+    assert shown["job_counts"]["total"] == 12 + 4
+    assert "3 to 5 rates" in shown["card"]["selection"]
+    job = lab.client.get(f"{JOBS}/{pissa['job_ids'][0]}").json()
+    assert job["metadata"]["cell"] == "pissa/0.01/1"
+    assert job["method"]["supervised"]["hyperparameters"]["learning_rate"] == 1e-2
+
+
+def test_an_extension_stays_within_its_budget(lab: Lab) -> None:
+    grid = {"init": ["pissa"], "learning_rates": [1e-5, 1e-4], "seeds": [1, 2]}
+    shown = run_to_its_end(lab, create(lab, grid=grid, extend=True, max_jobs=7)["id"], best_at_one_hundredth)
+    assert shown["job_counts"]["total"] == 6
+    assert shown["results"][0]["learning_rate_at_edge"] is True
+
+
+def test_the_leaders_and_the_baseline_are_run_again_on_fresh_seeds(lab: Lab) -> None:
+    grid = {"init": ["kaiming", "pissa", "olora"], "learning_rates": [1e-4], "seeds": [1, 2, 3]}
+
+    def loss(job: Job, step: int) -> float:
+        worse = {"kaiming": 0.5, "pissa": 0.0, "olora": 1.0}[job.recipe["lora"]["init"]["method"]]
+        return 3.0 - 0.1 * step + worse + 0.001 * ((job.seed * 7 + len(job.recipe["lora"]["init"]["method"])) % 5)
+
+    shown = run_to_its_end(lab, create(lab, grid=grid, confirm_seeds=4)["id"], loss)
+    assert [row["objective"]["n"] for row in shown["results"]] == [3, 3, 3]
+    fresh = shown["confirmation"]["results"]
+    assert [(row["name"], row["objective"]["n"]) for row in fresh] == [("pissa", 4), ("kaiming", 4)]
+    seeds = {lab.client.get(f"{JOBS}/{job}").json()["seed"] for row in fresh for job in row["job_ids"]}
+    assert seeds == {4, 5, 6, 7}
+    assert "pissa is better than kaiming" in shown["confirmation"]["summary"][0]
+    assert shown["job_counts"]["total"] == 9 + 8
+
+
+def test_a_grid_above_its_own_budget_is_refused(lab: Lab) -> None:
+    error = refused(lab.client.post(EXPERIMENTS, json=a_request(lab, max_jobs=7)), 400, "invalid_value", "grid")
+    assert "max_jobs, 7" in error["message"]

@@ -63,6 +63,8 @@ class Cell(Base):
     rank: Mapped[int] = mapped_column(Integer)
     learning_rate: Mapped[float] = mapped_column(Double)
     seed: Mapped[int] = mapped_column(Integer)
+    # Why it exists: "grid", "extension" or "confirmation" (`api.core.experiments.growth`).
+    phase: Mapped[str] = mapped_column(String(16))
     # False: the job is paused until the experiment's limit of parallel jobs lets it start.
     released: Mapped[bool] = mapped_column()
     # The step after which the schedule stopped it; None = it was not stopped.
