@@ -61,7 +61,8 @@ def _find_spreads(degrees: int) -> "Array":
     import numpy as np
     from scipy.stats import chi2
 
-    return np.sqrt(chi2.ppf((np.arange(SPREADS) + 0.5) / SPREADS, degrees) / degrees)
+    spreads: Array = np.sqrt(chi2.ppf((np.arange(SPREADS) + 0.5) / SPREADS, degrees) / degrees)
+    return spreads
 
 
 def _find_share(treatments: int, flexible: int, rates: int, distances: "Array") -> float:

@@ -40,7 +40,7 @@ def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
         }
         for key, standing in sorted(standings.items(), key=lambda item: item[1].mean)
     ]
-    steps = [jobs[cell.job_id].halted_at for cell in open_cells]
+    steps = [jobs[cell.job_id].halted_at or 0 for cell in open_cells]
     experiment.decisions = [*experiment.decisions, {"rung": RUNGS[passed], "step": max(steps), "cells": record}]
     for cell in open_cells:
         job = jobs[cell.job_id]

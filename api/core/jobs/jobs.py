@@ -193,8 +193,8 @@ def release(session: Session, lease: Lease, reason: str) -> bool:
 def halt(session: Session, lease: Lease, step: int) -> bool:
     """`running` → `paused`, because the run has reached the step at which it was to wait; not counted as an attempt."""
     message = f"Halted after step {step}: the experiment compares its jobs here"
-    values = {"attempts": Job.attempts - 1, "halted_at": step}
-    return change_status(session, lease.conditions(), "paused", message, **values) is not None
+    moved = change_status(session, lease.conditions(), "paused", message, attempts=Job.attempts - 1, halted_at=step)
+    return moved is not None
 
 
 def retry_alone(session: Session, lease: Lease, reason: str) -> bool:

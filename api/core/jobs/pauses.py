@@ -103,10 +103,17 @@ def _requeue(session: Session, job: Job, resumability: Resumability, stop_after:
     priority_time = scheduling.compute_priority_time(now(session))
     message = f"Job resumed: it goes on from {where}"
     # Whoever resumes a halted job by hand wants it to go on; its experiment gives it the next halt itself.
-    again = {"lost_runs": 0, "not_before": None, "halted_at": None}
-    if job.halted_at is not None:
-        again["stop_after"] = stop_after
-    change_status(session, here, "queued", message, priority_time=priority_time, **again)
+    change_status(
+        session,
+        here,
+        "queued",
+        message,
+        priority_time=priority_time,
+        lost_runs=0,
+        not_before=None,
+        halted_at=None,
+        stop_after=job.stop_after if job.halted_at is None else stop_after,
+    )
 
 
 def check_resumable(session: Session, jobs: Iterable[ShownJob]) -> dict[str, Resumability]:
