@@ -142,7 +142,7 @@ def _describe_counts(shown: Mapping[str, Any]) -> Text:
 
 
 def _draw(shown: Mapping[str, Any]) -> Any:
-    return tables.table(COLUMNS, [_cells(row) for row in shown["results"]])
+    return tables.make_table(COLUMNS, [_cells(row) for row in shown["results"]])
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

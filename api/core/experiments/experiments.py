@@ -121,7 +121,7 @@ def _lay_out(order: ExperimentOrder) -> list[GridCell]:
         raise type(refusal)(refusal.message, code=refusal.code, param=f"job.{refusal.param}") from refusal
     first = order.ranks[0]
     rates = [
-        order.rates or _choose_rates(base_learning_rate(model, order.loras[init, first].resolved()[0].method))
+        order.rates or _choose_rates(base_learning_rate(model, order.loras[init, first].resolve()[0].method))
         for init in range(len(order.inits))
     ]
     return list_cells(order.inits, ranks=order.ranks, rates=rates, seeds=order.seeds)
@@ -189,7 +189,7 @@ def unknown_experiment(experiment_id: str) -> NotFound:
 def page(session: Session, project_id: str, *, after: str | None, limit: int) -> tuple[Sequence[Experiment], bool]:
     """Newest first, `limit` of them after the experiment `after`; True when there are more."""
     query = select(Experiment).where(Experiment.project_id == project_id)
-    return paging.page(session, query, Experiment, project_id=project_id, after=after, limit=limit)
+    return paging.read_page(session, query, Experiment, project_id=project_id, after=after, limit=limit)
 
 
 def lock(session: Session, experiment_id: str) -> Experiment | None:
