@@ -86,7 +86,6 @@ def test_an_id_with_a_slash_is_answered_in_a_sentence(client: TestClient) -> Non
         ("POST", "/v1/uploads"),
         ("POST", f"{JOBS}/plan"),
         ("GET", f"{JOBS}/ftjob-x/metrics"),
-        ("GET", "/v1/experiments"),
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
         ("GET", "/v1/webhook_endpoints"),
