@@ -23,7 +23,7 @@ from worker.job.progress import EventRecorder, LeaseLost
 from worker.maintenance import row_checks
 
 PRECISION = "training.precision"
-Validation = Callable[[Job, int], float]
+Validation = Callable[[Job, int], float | None]
 
 
 def tidy() -> None:
@@ -79,8 +79,9 @@ def train(
     recorder.add(Message(message="Initialized", data={"kind": "init"}))
     recorder.add(Stage(stage="training", message="Training"))
     for step in range(steps + 1):
-        if valid is not None:
-            loss, same = valid(job, step), {"step": step, "total_steps": steps, "epoch": float(step)}
+        loss = None if valid is None else valid(job, step)
+        if loss is not None:
+            same = {"step": step, "total_steps": steps, "epoch": float(step)}
             both = {"valid_loss": loss, "full_valid_loss": loss, "valid_mean_token_accuracy": 0.5}
             recorder.add(Metrics(**same, tokens=10 * step, seconds=0.1 * step, **both))
         if not step:
@@ -140,9 +141,10 @@ def run_all(valid: Validation | None = None) -> int:
     count = 0
     while (taken := claim()) is not None:
         job, lease = taken
-        label = (job.labels or {}).get("stub")
+        labels = job.labels or {}
+        label = labels.get("stub")
         try:
-            if label == "fail":
+            if label == "fail" or (label is not None and label == f"fail {labels.get('cell')}"):
                 fail(lease)
             elif label != "hold":
                 train(job, lease, steps=45 if label == "long" else 3, nan_at=2 if label == "nan" else None, valid=valid)
@@ -152,11 +154,20 @@ def run_all(valid: Validation | None = None) -> int:
     return count
 
 
+def pretend_loss(job: Job, step: int) -> float | None:
+    """A validation loss that depends on what was ordered; None without a validation file."""
+    if job.validation_file_id is None:
+        return None
+    method, rate = job.recipe["lora"]["init"]["method"], job.recipe["training"]["learning_rate"]
+    return 3.0 - 0.2 * step + 0.01 * len(method) + 10.0 * rate + 0.1 * (job.seed % 5)
+
+
 def run(stop: threading.Event) -> None:
     """Work until told to stop."""
     while not stop.is_set():
         with suppress(FileNotFoundError):  # a file deleted while its rows were being read
-            run_all()
+            run_all(pretend_loss)
+        reconciler.advance_experiments()
         stop.wait(0.1)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 
+import experiments
 import files
 import jobs
 import models
@@ -20,7 +21,7 @@ import stream
 import transport
 from harness import CHECKS, Seen
 
-MODULES = (transport, files, jobs, retries, models, stream)  # importing them fills CHECKS
+MODULES = (transport, experiments, files, jobs, retries, models, stream)  # importing them fills CHECKS
 
 
 def run(number: str) -> Seen:
