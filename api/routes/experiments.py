@@ -19,6 +19,9 @@ from api.schemas.wire import IDEMPOTENT_RESPONSES, V1_RESPONSES, Deleted, Page, 
 
 router = APIRouter(prefix="/v1", tags=["experiments"], route_class=BoundedBody, responses=V1_RESPONSES)
 EXPERIMENTS = "/experiments"
+PAGE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The report.", "content": {"text/html": {"schema": {"type": "string"}}}}
+}
 
 
 @router.post(EXPERIMENTS, response_model=ExperimentObject, responses=IDEMPOTENT_RESPONSES)
@@ -57,8 +60,8 @@ def retrieve(experiment_id: str, caller: CallerDep, session: Reading) -> Experim
     return _object(session, caller.project_id, experiment_id)
 
 
-@router.get(EXPERIMENTS + "/{experiment_id}/report", response_class=HTMLResponse)
-def report(experiment_id: str, caller: CallerDep, session: Reading) -> HTMLResponse:
+@router.get(EXPERIMENTS + "/{experiment_id}/report", response_class=Response, responses=PAGE)
+def report(experiment_id: str, caller: CallerDep, session: Reading) -> Response:
     """The results as one HTML file that needs nothing else."""
     found = experiments.find(session, caller.project_id, experiment_id)
     results = Results(found, experiments.read_cells(session, found.id))

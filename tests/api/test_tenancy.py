@@ -16,10 +16,11 @@ from starlette.routing import Route
 
 from api.core.access import keys
 from tests import stub_worker
-from tests.api.conftest import JOBS, Lab
+from tests.api.conftest import JOBS, JSONL, Lab
 from tests.things import MODEL
 
 PUBLIC = {"/healthz", "/readyz", "/metrics", "/openapi.json"}
+EXPERIMENTS = "/v1/experiments"
 # Path and query parameters that name nothing a project owns.
 PLAIN = {"method", "limit", "purpose", "order", "r", "idempotency-key"}
 # JSON bodies by path: what is sent, and the fields in it that name something of a project.
@@ -27,6 +28,14 @@ BODIES: Mapping[str, tuple[dict[str, Any], Sequence[str]]] = {
     JOBS: (
         {"model": MODEL, "training_file": "own"},
         ("model", "training_file", "validation_file", "lora.init.calibration_file"),
+    ),
+    EXPERIMENTS: (
+        {
+            "name": "compared",
+            "job": {"model": MODEL, "training_file": "own", "validation_file": "own 2"},
+            "grid": {"init": ["kaiming"], "learning_rates": [1e-4], "seeds": [1]},
+        },
+        ("job.model", "job.training_file", "job.validation_file", "grid.init.calibration_file"),
     ),
     "/v1/organization/projects/{project_id}/api_keys": ({"name": "another"}, ()),
 }
@@ -46,7 +55,11 @@ class Things:
 
 
 def things_of(lab: Lab, session: Session, *, suffix: str) -> Things:
-    rows = lab.upload()["id"]
+    rows, valid = lab.upload()["id"], lab.upload(JSONL * 2)["id"]
+    grid = {"init": ["kaiming"], "learning_rates": [1e-4], "seeds": [1]}
+    cell = {"model": MODEL, "training_file": rows, "validation_file": valid}
+    made = lab.client.post(EXPERIMENTS, json={"name": suffix, "job": cell, "grid": grid})
+    assert made.status_code == 200, made.text
     job = lab.order(rows, suffix=suffix, metadata={"note": suffix})["id"]
     stub_worker.run_all()
     shown = lab.client.get(f"{JOBS}/{job}").json()
@@ -56,8 +69,9 @@ def things_of(lab: Lab, session: Session, *, suffix: str) -> Things:
     key, _ = keys.create_key(session, lab.project, name=suffix)
     session.commit()
     ids = {
-        "file_id": [rows, *shown["result_files"]],
+        "file_id": [rows, valid, *shown["result_files"]],
         "fine_tuning_job_id": [job],
+        "experiment_id": [made.json()["id"]],
         "model": [shown["fine_tuned_model"], checkpoint["fine_tuned_model_checkpoint"]],
         "checkpoint": [checkpoint["id"]],
         "event": [events[0]["id"]],
@@ -108,6 +122,8 @@ def assert_hidden(lab: Lab, verb: str, path: str, foreign: str, **request: Any) 
     def other(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: other(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [other(item) for item in value]
         return value.replace(foreign, never_was(foreign)) if isinstance(value, str) else value
 
     unknown = lab.client.request(verb, other(path), **other(request))
@@ -130,13 +146,24 @@ def holes(body: dict[str, Any], field: str, value: str) -> dict[str, Any]:
     """`body` with `value` at the dotted `field`."""
     if field == "lora.init.calibration_file":
         return {**body, "lora": {"init": {"method": "eva", "calibration_file": value}}}
+    if field == "grid.init.calibration_file":
+        return {**body, "grid": {**body["grid"], "init": [{"method": "eva", "calibration_file": value}]}}
+    if field.startswith("job."):
+        return {**body, "job": {**body["job"], field.removeprefix("job."): value}}
     return {**body, field: value}
+
+
+def own_files(value: Any, files: Sequence[str]) -> Any:
+    """`value` with one's own files where "own" and "own 2" stand, at any depth."""
+    if isinstance(value, dict):
+        return {key: own_files(item, files) for key, item in value.items()}
+    return {"own": files[0], "own 2": files[1]}.get(value, value) if isinstance(value, str) else value
 
 
 def test_every_route_hides_what_belongs_to_another_project(
     app: Any, admin: Lab, stranger: Lab, theirs: Things, mine: Things
 ) -> None:
-    looks = ["/v1/files", JOBS, "/v1/models", f"/v1/organization/projects/{stranger.project.id}/api_keys"]
+    looks = ["/v1/files", JOBS, EXPERIMENTS, "/v1/models", f"/v1/organization/projects/{stranger.project.id}/api_keys"]
     before = [stranger.client.get(path).json() for path in looks]
     walked = set()
     for route in every_route(app.routes):
@@ -173,7 +200,7 @@ def test_a_body_reaches_nothing_of_another_project(app: Any, admin: Lab, theirs:
             if "application/json" not in operation.get("requestBody", {}).get("content", {}):
                 continue
             body, fields = BODIES[path]  # KeyError: say there which of the new body's fields name something
-            body = {key: own["file_id"] if value == "own" else value for key, value in body.items()}
+            body = own_files(body, mine.ids["file_id"])
             for field, foreign in product(fields, theirs.every()):
                 assert_hidden(admin, verb.upper(), fill(path, own), foreign, json=holes(body, field, foreign))
 

@@ -159,7 +159,8 @@ def _submit(session: Session, experiment: Experiment, cell: GridCell, order: Exp
 
 def _name_cell(refusal: Refusal, cell: GridCell) -> Refusal:
     """The same refusal, for a caller who sent a grid and not this job."""
-    param = f"job.{refusal.param}" if refusal.param else "job"
+    init, field = f"grid.init[{cell.init}]", refusal.param or ""
+    param = field.replace("lora.init", init, 1) if field.startswith("lora.init") else f"job.{field}".rstrip(".")
     return type(refusal)(f"Cell {cell.name} could not run: {refusal.message}", code=refusal.code, param=param)
 
 
