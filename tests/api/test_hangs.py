@@ -29,6 +29,8 @@ from tests.things import MODEL
 
 IN_TIME = 5.0  # on an idle machine
 
+EXPERIMENTS = "/v1/experiments"
+
 
 # --- no session is open while storage reads or writes ------------------------------------------------
 
@@ -81,11 +83,21 @@ def everything(lab: Lab) -> Iterator[tuple[str, str]]:
     yield from [("POST", f"{JOBS}/{held}/{verb}") for verb in ("pause", "cancel")]
     paused = lab.order()["id"]
     yield from [("POST", f"{JOBS}/{paused}/{verb}") for verb in ("pause", "resume")]
+    compared = lab.client.post(EXPERIMENTS, json=an_experiment(lab)).json()["id"]
+    yield from [("POST", EXPERIMENTS), ("GET", EXPERIMENTS)]
+    yield from [("GET", f"{EXPERIMENTS}/{compared}{rest}") for rest in ("", "/report")]
+    yield from [("POST", f"{EXPERIMENTS}/{compared}/cancel"), ("DELETE", f"{EXPERIMENTS}/{compared}")]
     yield from [("GET", "/v1/models"), ("GET", f"/v1/models/{MODEL}"), ("GET", "/v1/lora/methods")]
     yield from [("GET", "/v1/lora/methods/pissa"), ("POST", own), ("GET", own), ("GET", f"{own}/{key}")]
     yield from [("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics")]
     yield from [("DELETE", f"/v1/models/{done['fine_tuned_model']}"), ("DELETE", f"/v1/files/{file}")]
     yield ("DELETE", f"{own}/{key}")
+
+
+def an_experiment(lab: Lab) -> dict[str, Any]:
+    job = {"model": MODEL, "training_file": lab.upload()["id"], "validation_file": lab.upload(JSONL * 2)["id"]}
+    grid = {"init": ["kaiming"], "learning_rates": [1e-4], "seeds": [1]}
+    return {"name": "compared", "job": job, "grid": grid}
 
 
 def ask(lab: Lab, verb: str, path: str) -> Any:
@@ -97,6 +109,8 @@ def ask(lab: Lab, verb: str, path: str) -> Any:
     body = {JOBS: {"model": MODEL, "training_file": ""}}.get(path) if verb == "POST" else None
     if body is not None:
         body["training_file"] = lab.upload()["id"]
+    if (verb, path) == ("POST", EXPERIMENTS):
+        body = an_experiment(lab)
     if verb == "POST" and path.endswith("/api_keys"):
         body = {"name": "one more"}
     return lab.client.request(verb, path, json=body)
