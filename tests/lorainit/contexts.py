@@ -60,7 +60,7 @@ def run_of(
         sha256="", make_batch=lambda samples: collate(samples, pad=pad),
     )  # fmt: skip
     return Run(
-        spec=SimpleNamespace(seed=seed, data=SimpleNamespace(append_eos=False)),
+        spec=SimpleNamespace(seed=seed, stop_after=None, data=SimpleNamespace(append_eos=False)),
         out=out,
         emit=emit or (lambda event: None),
         base=base,
