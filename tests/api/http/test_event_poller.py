@@ -1,11 +1,13 @@
 """One look for all streams: what it costs does not grow with them, and none of them is held up by another."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from sqlalchemy.orm import Session
 
+from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from api.http import event_poller, streams
 from api.http.event_poller import EventPoller, NewEvents, StreamPosition
@@ -22,8 +24,20 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def session(service: None) -> Iterator[Session]:
+    """A session that really commits, because streams look at the database in threads of their own meanwhile.
+
+    In the one transaction that other tests share, the end of a look would take back what was written during it.
+    """
+    with session_scope() as session:
+        yield session
+
+
+@pytest.fixture
 def running(session: Session) -> Job:
-    return a_running_job(session, a_project(session))[0]
+    job, _ = a_running_job(session, a_project(session))
+    session.commit()
+    return job
 
 
 def test_a_look_for_fifty_streams_takes_no_more_statements_than_for_one(running: Job) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -128,10 +128,22 @@ def test_a_job_of_nobody_is_unknown(lab: Lab) -> None:
 
 
 @pytest.fixture
+def session(service: None) -> Iterator[Session]:
+    """A session that really commits, because streams look at the database in threads of their own meanwhile.
+
+    In the one transaction that other tests share, the end of a look would take back what was written during it.
+    """
+    with session_scope() as session:
+        yield session
+
+
+@pytest.fixture
 def running(session: Session, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A job at work, and streams that look often."""
     monkeypatch.setattr(event_poller, "BEAT_SECONDS", 0.01)
-    return a_running_job(session, a_project(session))[0]
+    job, _ = a_running_job(session, a_project(session))
+    session.commit()
+    return job
 
 
 def say(session: Session, job: Job, text: str) -> None:
