@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lorainit.config.errors import Stopped
-from lorainit.config.events import Checkpoint, Done, Metrics, Stage, Tick
+from lorainit.config.errors import HaltReached, Stopped
+from lorainit.config.events import Checkpoint, Done, Halted, Metrics, Stage, Tick
 from lorainit.context import RunRequest
 from lorainit.run import run, run_together
+from lorainit.train.adapter_trainer import find_halt
 from tests.lorainit.conftest import only_training
 
 pytestmark = pytest.mark.usefixtures("training_only")
@@ -114,3 +115,43 @@ def test_every_member_of_a_group_is_saved(spec, tmp_path):
     assert [[e.step for e in events if isinstance(e, Checkpoint)] for events in told.values()] == [[2], [2]]
     assert all(earlier <= later for earlier, later in pairwise(steps_of(told[0])))
     assert not any(isinstance(event, Done) for events in told.values() for event in events)
+
+
+def halting(spec, out):
+    """Run until the run halts by itself; its events."""
+    events = []
+    with pytest.raises(HaltReached):
+        run(spec, out, events.append)
+    return events
+
+
+def test_a_run_that_halts_at_its_share_evaluates_there_and_goes_on_to_the_very_same_end(whole, straight, tmp_path):
+    events = halting(whole.model_copy(update={"stop_after": 0.6}), tmp_path / "halted")
+    (left,) = [event for event in events if isinstance(event, Checkpoint)]
+    assert events[-1] == Halted(step=3) and left.step == 3
+    assert [event.step for event in events if isinstance(event, Metrics) and event.full_valid_loss][-1] == 3
+    resumed = run(whole.model_copy(update={"resume_from": left.path}), tmp_path / "resumed", lambda _: None)
+    name = "adapter_model.safetensors"
+    assert (Path(resumed.adapter) / name).read_bytes() == (straight / "adapter" / name).read_bytes()
+
+
+def test_a_resumed_run_does_not_halt_at_a_share_that_it_has_passed(whole, tmp_path):
+    events = halting(whole.model_copy(update={"stop_after": 0.6}), tmp_path / "halted")
+    (left,) = [event for event in events if isinstance(event, Checkpoint)]
+    again = whole.model_copy(update={"resume_from": left.path, "stop_after": 0.6})
+    assert isinstance(run(again, tmp_path / "resumed", lambda _: None), Done)
+
+
+def test_one_run_of_a_group_halts_and_the_other_goes_on(whole, tmp_path):
+    specs = [whole.model_copy(update={"stop_after": 0.5}), whole.model_copy(update={"seed": 1})]
+    requests = [RunRequest(one, tmp_path / str(who), lambda _: None) for who, one in enumerate(specs)]
+    ends = dict(run_together(requests))
+    assert isinstance(ends[0], HaltReached) and isinstance(ends[1], Done)
+
+
+@pytest.mark.parametrize(
+    ("share", "total", "warmup", "step"),
+    [(None, 100, 3, None), (0.1, 100, 3, 10), (0.1, 100, 20, 21), (0.99, 100, 3, 99), (0.9, 2, 1, None)],
+)
+def test_a_run_halts_behind_its_warm_up_and_before_its_end(share, total, warmup, step):
+    assert find_halt(share, total=total, warmup=warmup) == step
