@@ -30,7 +30,8 @@ from lorainit.config.spec import BaseModelRef, RunSpec
 from lorainit.run import run
 from tests import stub_worker
 from tests.lorainit.conftest import bases, chat, make_tokenizer, tokenizer
-from tests.test_job_path import Stack, folder, stack, started, tiny_base
+from tests.stack import Stack
+from tests.test_job_path import folder, stack, started, tiny_base
 from tests.things import MODEL
 from worker.host import caches, scratch
 from worker.job import artifacts, outcomes

@@ -15,7 +15,8 @@ from sqlalchemy import update
 
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
-from tests.test_job_path import Stack, children_of, folder, stack, started, tiny_base, wait_for
+from tests.stack import Stack, children_of, wait_for
+from tests.test_job_path import folder, stack, started, tiny_base
 
 __all__ = ["folder", "stack", "started", "tiny_base"]  # fixtures
 

@@ -20,7 +20,8 @@ from api.core.db.database import session_scope
 from api.core.settings import Settings
 from tests import servers
 from tests.conftest import forget
-from tests.test_job_path import Stack, assert_tells_what_ran, running, tiny_base, train
+from tests.stack import Stack
+from tests.test_job_path import assert_tells_what_ran, running, tiny_base, train
 
 __all__ = ["tiny_base"]
 PASSWORDS = {name: f"planted-{name}-swordfish" for name in ("database", "broker", "storage", "hosted")}

@@ -18,12 +18,12 @@ from api.cli import client as remote
 from api.cli import tables
 from api.cli.client import Problem
 from api.cli.console import err, out
+from api.cli.watch import Reconnect
 
 POLL_SECONDS = 2.0
 VALIDATION_SHARE = 10  # one of so many rows is kept for validation if the caller gives no file for it
 MOST_VALIDATION_ROWS = 1000  # because every evaluation reads all of them
 COLUMNS = ("init", "rate", "loss", "±", "behind", "95 %", "steps to baseline", "init s", "train s", "download")
-ENDED = ("succeeded", "failed", "cancelled")
 
 app = typer.Typer()
 
@@ -113,18 +113,23 @@ def _follow(client: OpenAI, experiment_id: str, report: Path | None) -> None:
 
 
 def _watch(client: OpenAI, experiment_id: str) -> dict[str, Any]:
-    """Show the table while it fills; the experiment when it has ended. A server that is away is waited for."""
+    """Show the table while it fills; the experiment when it has ended. A server that answered before is waited for.
+
+    Raises:
+        OpenAIError: the server never answered, or not for two minutes.
+    """
     with Live(console=err, auto_refresh=False, transient=True) as live:
-        shown: dict[str, Any] | None = None
-        while shown is None or shown["status"] not in ENDED:
+        reconnect, shown = Reconnect(live.console), dict[str, Any]()
+        while shown.get("status") not in remote.FINAL:
             try:
                 shown = _retrieve(client, experiment_id)
-            except (APIConnectionError, InternalServerError):
-                if shown is None:
-                    raise
-            else:
-                live.update(Group(_describe_counts(shown), _draw(shown)), refresh=True)
-            if shown["status"] not in ENDED:
+            except (APIConnectionError, InternalServerError) as error:
+                reconnect.note_error(error)
+                time.sleep(POLL_SECONDS)
+                continue
+            reconnect.note_answer()
+            live.update(Group(_describe_counts(shown), _draw(shown)), refresh=True)
+            if shown["status"] not in remote.FINAL:
                 time.sleep(POLL_SECONDS)
     out.print(_draw(shown), soft_wrap=False)
     return shown

@@ -30,7 +30,7 @@ def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
     seen = 0
     with _bar(console) as bar:
         task = bar.add_task("", total=100.0, numbers="", eta="")
-        reconnect, wait = _Reconnect(bar.console), _Wait(bar.console)
+        reconnect, wait = Reconnect(bar.console), _Wait(bar.console)
         while True:
             try:
                 job = retrieve(client, job_id)
@@ -51,7 +51,7 @@ def watch(client: OpenAI, job_id: str, console: Console) -> FineTuningJob:
             time.sleep(POLL_SECONDS)
 
 
-class _Reconnect:
+class Reconnect:
     """Decides how long to wait for a server that stopped answering, and prints that it waits."""
 
     def __init__(self, console: Console) -> None:

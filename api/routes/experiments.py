@@ -13,7 +13,7 @@ from api.core.experiments.results import Results
 from api.dependencies import CallerDep, IdentityDep, Reading, Writing
 from api.http.bodies import BoundedBody
 from api.routes.query import After, Limit100
-from api.schemas.experiment import ExperimentObject, experiment_object, plan_of
+from api.schemas.experiment import ExperimentObject, make_experiment_object
 from api.schemas.experiment_request import ExperimentRequest
 from api.schemas.wire import IDEMPOTENT_RESPONSES, V1_RESPONSES, Deleted, Page, make_page
 
@@ -51,7 +51,7 @@ def list_experiments(
     rows, more = experiments.page(session, caller.project_id, after=after, limit=limit or 20)
     counts = experiments.count_statuses(session, [row.id for row in rows])
     # No results, because the curves of all cells of twenty experiments would fill the memory.
-    return make_page([experiment_object(row, (), counts[row.id]) for row in rows], has_more=more)
+    return make_page([make_experiment_object(row, (), counts[row.id]) for row in rows], has_more=more)
 
 
 @router.get(EXPERIMENTS + "/{experiment_id}")
@@ -65,7 +65,7 @@ def report(experiment_id: str, caller: CallerDep, session: Reading) -> Response:
     """The results as one HTML file that needs nothing else."""
     found = experiments.find(session, caller.project_id, experiment_id)
     results = Results(found, experiments.read_cells(session, found.id))
-    page = make_report(results, status=found.status, plan=plan_of(found))
+    page = make_report(results, status=found.status)
     # The page has no scripts, and the header makes sure that nothing in it is taken for one.
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return HTMLResponse(page, headers={"content-security-policy": policy})
@@ -91,7 +91,7 @@ def delete(experiment_id: str, caller: CallerDep, session: Writing) -> Deleted:
 def _object(session: Reading, project_id: str, experiment_id: str) -> ExperimentObject:
     found = experiments.find(session, project_id, experiment_id)
     counts = experiments.count_statuses(session, [found.id])[found.id]
-    return experiment_object(found, experiments.read_cells(session, found.id), counts)
+    return make_experiment_object(found, experiments.read_cells(session, found.id), counts)
 
 
 def _shown(session: Writing, project_id: str, experiment_id: str) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from api.core.db.tables import Cell, Experiment
-from api.core.experiments.experiments import AUTO_FACTORS, Treatment
-from api.core.experiments.power import describe_plan
+from api.core.experiments.experiments import Treatment
 from api.core.experiments.ranking import Difference, Interval, Row, Summary
 from api.core.experiments.results import Results
 from api.schemas.wire import Element, Wire, to_unix, to_unix_or_none
@@ -141,7 +140,9 @@ class ExperimentObject(Element):
     card: dict[str, Any] | None
 
 
-def experiment_object(experiment: Experiment, cells: Sequence[Cell], counts: Mapping[str, int]) -> ExperimentObject:
+def make_experiment_object(
+    experiment: Experiment, cells: Sequence[Cell], counts: Mapping[str, int]
+) -> ExperimentObject:
     """A row, its cells and the statuses of its jobs, as the caller sees them."""
     found = Results(experiment, cells)
     request = experiment.request
@@ -164,20 +165,12 @@ def experiment_object(experiment: Experiment, cells: Sequence[Cell], counts: Map
         max_parallel=experiment.max_parallel,
         job_counts=_count(counts),
         error=None,
-        plan=plan_of(experiment),
+        plan=request["plan"],
         summary=found.summary,
         results=_rows(found),
         confirmation=_confirmation(found),
         card=found.card,
     )
-
-
-def plan_of(experiment: Experiment) -> str:
-    """What the experiment will be able to tell, in a sentence."""
-    grid = experiment.request["grid"]
-    treatments = len(grid["init"]) * len(grid["ranks"])
-    rates = len(AUTO_FACTORS) if grid["learning_rates"] == "auto" else len(grid["learning_rates"])
-    return describe_plan(treatments=treatments, rates=rates, seeds=len(grid["seeds"]))
 
 
 def _count(counts: Mapping[str, int]) -> JobCounts:

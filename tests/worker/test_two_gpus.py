@@ -13,7 +13,7 @@ from api.core.files.storage import get_storage
 from api.core.queue import workers
 from tests import servers
 from tests.conftest import forget
-from tests.test_job_path import QUIET, wait_for
+from tests.stack import QUIET, wait_for
 from tests.things import a_file, a_project, a_queued_job
 
 WORKER = ["-m", "celery", "-A", "tests.worker.two_gpus", "worker"]

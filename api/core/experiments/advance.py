@@ -43,11 +43,8 @@ def advance(session: Session, experiment_id: str) -> bool:
         _store_outcome(session, cell, jobs.get(cell.job_id))
     _release_waiting(session, experiment, cells, jobs)
     rungs.decide(session, experiment, cells, jobs)
-    session.flush()
-    if growth.grow(session, experiment, cells, _read_jobs(session, experiment_id)):
-        session.flush()
-        cells = experiments.read_cells(session, experiment_id)
-    _write_status(session, experiment, cells, _read_jobs(session, experiment_id))
+    if not growth.grow(session, experiment, cells, jobs):
+        _write_status(session, experiment, cells, jobs)
     session.flush()
     return True
 

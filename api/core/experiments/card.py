@@ -29,7 +29,7 @@ def make_card(
         "same": {"row_order": "per seed", **same},
         "differences": [{"field": found["field"], "values": found["values"]} for found in differences],
         "selection": SELECTION.format(rates=_describe_counts(ranking.rows)),
-        "noise": ranking.noise,
+        "noise": ranking.noise.deviation if ranking.noise else None,
         "warnings": warnings + _find_warnings(ranking, names),
     }
 

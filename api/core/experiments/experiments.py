@@ -17,9 +17,10 @@ from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job
 from api.core.errors import InvalidValue, NotFound, Refusal, WrongState
 from api.core.experiments import halving
 from api.core.experiments.grid import MAX_CELLS, GridCell, list_cells
+from api.core.experiments.power import describe_plan
 from api.core.ids import new_id
 from api.core.jobs import jobs
-from api.core.jobs.submit import Order, submit
+from api.core.jobs.submit import Order, submit, submit_copy
 from api.core.jobs.transitions import change_status, job_with_status
 from api.core.models import catalogue
 from api.core.queue import scheduling
@@ -74,6 +75,7 @@ def create(session: Session, project_id: str, order: ExperimentOrder) -> Experim
     if order.schedule == "halving" and len(cells) < halving.MIN_CELLS * len(order.seeds):
         text = f"schedule 'halving' needs at least {halving.MIN_CELLS} cells of each seed: use 'full'."
         raise InvalidValue(text, code="invalid_value", param="schedule")
+    request = _make_request(order)  # before the lock, because computing the plan may take a second or two
     scheduling.require_queue_quota(session, project_id, adding=len(cells))
     experiment = Experiment(
         id=new_id("exp_"),
@@ -83,14 +85,18 @@ def create(session: Session, project_id: str, order: ExperimentOrder) -> Experim
         status="queued",
         name=order.name,
         labels=order.metadata,
-        request=_make_request(order),
+        request=request,
         max_parallel=order.max_parallel,
         decisions=[],
     )
     session.add(experiment)
     session.flush()
+    first_jobs: dict[Treatment, Job] = {}
     for cell in cells:
-        job = _submit(session, experiment, cell, order)
+        # The checks of a job cost several queries, and cells of one treatment differ in nothing that is checked.
+        first = first_jobs.get((cell.init, cell.rank))
+        job = _submit(session, experiment, cell, order, like=first)
+        first_jobs.setdefault((cell.init, cell.rank), job)
         released = order.max_parallel is None or cell.number < order.max_parallel
         if not released:
             _hold(session, job, experiment)
@@ -133,15 +139,34 @@ def _choose_rates(usual: float) -> list[float]:
 
 
 def _make_request(order: ExperimentOrder) -> dict[str, Any]:
+    """What is shown of the request, with what the experiment will be able to find."""
     rates = "auto" if order.rates is None else list(order.rates)
+    plan = describe_plan(treatments=len(order.loras), rates=len(order.rates or AUTO_FACTORS), seeds=len(order.seeds))
     grid = {"init": list(order.inits), "learning_rates": rates, "seeds": list(order.seeds), "ranks": list(order.ranks)}
     return {
-        "job": dict(order.given), "grid": grid, "objective": dict(order.objective), "schedule": order.schedule,
-        "extend": order.extend, "max_jobs": order.max_jobs, "confirm_seeds": order.confirm_seeds,
+        "plan": plan, "job": dict(order.given), "grid": grid, "objective": dict(order.objective),
+        "schedule": order.schedule, "extend": order.extend, "max_jobs": order.max_jobs, "confirm_seeds": order.confirm_seeds,
     }  # fmt: skip
 
 
-def _submit(session: Session, experiment: Experiment, cell: GridCell, order: ExperimentOrder) -> Job:
+def _submit(
+    session: Session, experiment: Experiment, cell: GridCell, order: ExperimentOrder, *, like: Job | None
+) -> Job:
+    """The job of a cell: a copy of `like`, a job of the same treatment, or the first one, which is checked.
+
+    Raises:
+        Refusal: it could never run.
+    """
+    stop_after = halving.find_next_rung(0) if order.schedule == "halving" else None
+    if like is not None:
+        return submit_copy(
+            session,
+            like,
+            seed=cell.seed,
+            learning_rate=cell.learning_rate,
+            labels={"cell": cell.name},
+            stop_after=stop_after,
+        )
     labels = {**(order.job.metadata or {}), "experiment_id": experiment.id, "cell": cell.name}
     job = replace(
         order.job,
@@ -151,7 +176,6 @@ def _submit(session: Session, experiment: Experiment, cell: GridCell, order: Exp
         training=order.job.training.model_copy(update={"learning_rate": cell.learning_rate}),
     )
     try:
-        stop_after = halving.find_next_rung(0) if order.schedule == "halving" else None
         return submit(session, experiment.project_id, job, experiment_id=experiment.id, stop_after=stop_after)
     except Refusal as refusal:
         raise _name_cell(refusal, cell) from refusal

@@ -5,28 +5,20 @@ A new cell's job is a copy of a job of the same treatment with another rate or s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from sqlalchemy.orm import Session
 
-from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job
 from api.core.experiments.experiments import Treatment
 from api.core.experiments.grid import GridCell, list_cells
 from api.core.experiments.ranking import Row
 from api.core.experiments.results import Results
-from api.core.ids import new_id
-from api.core.jobs import jobs
+from api.core.jobs.submit import submit_copy
 from lorainit.config.spec import HIGHEST_RATE, LOWEST_RATE
 
 Phase = Literal["grid", "extension", "confirmation"]
 STEP = 3.0  # from a single rate to the next one; otherwise the grid's own step is taken
-# What a copy keeps of its job: what was ordered, and nothing of what came of it.
-_ORDERED = (
-    "project_id", "model", "training_file_id", "validation_file_id", "suffix", "integrations", "recipe", "choices",
-    "priority", "on_row_error", "append_eos", "deterministic", "wants_group", "devices", "queue", "traceparent",
-    "experiment_id",
-)  # fmt: skip
 
 
 def grow(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs_by_id: dict[str, Job]) -> bool:
@@ -120,7 +112,7 @@ def _add(
     if like is None:
         return False
     experiment = found.experiment
-    job = _copy(session, like, cell)
+    job = submit_copy(session, like, seed=cell.seed, learning_rate=cell.learning_rate, labels={"cell": cell.name})
     session.add(
         Cell(
             experiment_id=experiment.id, number=number, job_id=job.id, name=cell.name, init=cell.init, rank=cell.rank,
@@ -128,23 +120,3 @@ def _add(
         )
     )  # fmt: skip
     return True
-
-
-def _copy(session: Session, like: Job, cell: GridCell) -> Job:
-    kept = {name: getattr(like, name) for name in _ORDERED}
-    training = {**kept["recipe"]["training"], "learning_rate": cell.learning_rate, "learning_rate_multiplier": "auto"}
-    labels: dict[str, Any] = {**(like.labels or {}), "cell": cell.name}
-    return jobs.create(
-        session,
-        Job(
-            **{**kept, "recipe": {**kept["recipe"], "training": training}},
-            id=new_id("ftjob-"),
-            created_at=now(session),
-            status="validating_files",
-            seed=cell.seed,
-            labels=labels,
-            lease_token=0,
-            attempts=0,
-            event_count=0,
-        ),
-    )

@@ -1,6 +1,5 @@
 """What an ended job contributes to its experiment, as JSON. It is kept with the cell, so the job may be removed."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -84,17 +83,13 @@ def find_value(outcome: Mapping[str, Any] | None, *, metric: str, goal: str, at:
     """
     if outcome is None or outcome["status"] != "succeeded":
         return None
-    values = [point[metric] for point in outcome["curve"] if point["step"] > 0]
+    values: list[float | None] = [point[metric] for point in outcome["curve"] if point["step"] > 0]
     if not values or values[-1] is None:
         return None
     if at == "final":
-        return _finite(values[-1])
+        return values[-1]
     known = [value for value in values if value is not None]
-    return _finite(min(known) if goal == "min" else max(known))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return min(known) if goal == "min" else max(known)
 
 
 def find_crossing(curve: Sequence[Mapping[str, Any]], *, level: float, of: str) -> float | None:

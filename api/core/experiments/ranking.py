@@ -14,6 +14,7 @@ treatment whose results vary much more is called unsteady, and is compared by it
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ from typing import Literal
 from api.core.experiments.critical_range import CONFIDENCE, find_critical_range
 
 Goal = Literal["min", "max"]
+Cells = dict[Hashable, dict[float, dict[int, float]]]  # the finite values by treatment, rate and seed
 UNSTEADY = 3.0  # times the others' noise; by chance one treatment in a hundred shows that much with 3 seeds
 RELIABLE_SEEDS = 3  # with fewer, the noise is estimated from so little that its estimate is of no use
 
@@ -93,18 +95,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """How much a result varies apart from what its treatment and its seed contribute.
+
+    `deviation`: its standard deviation; `degrees`: the degrees of freedom of that estimate; `critical`: how many
+    standard errors of a mean count as a difference.
+    """
+
+    deviation: float
+    degrees: int
+    critical: float
+
+
+@dataclass(frozen=True)
 class Ranking:
     """The treatments from the best to the worst; those with fewer than two finished seeds stand last.
 
-    `noise`: the standard deviation of a result without its treatment's and its seed's part, None if unknown;
-    `degrees`: the degrees of freedom of that estimate; `critical`: how many standard errors of a mean count as a
-    difference, None if the noise is unknown. `unsteady`: the treatments whose results vary far more than the others'.
+    `noise` is None if it cannot be estimated. `unsteady`: the treatments whose results vary far more than the others'.
     """
 
     rows: Sequence[Row]
-    noise: float | None
-    degrees: int
-    critical: float | None
+    noise: Noise | None
     unsteady: frozenset[Hashable]
 
 
@@ -115,38 +126,30 @@ def rank(results: Sequence[Result], *, goal: Goal = "min") -> Ranking:
     best = {treatment: _choose_rate(rates, sign) for treatment, rates in cells.items()}
     chosen = {treatment: rates[best[treatment]] for treatment, rates in cells.items()}
     order = sorted(chosen, key=lambda treatment: _sort_key(chosen[treatment], sign))
-    compared = [treatment for treatment in order if len(chosen[treatment]) >= 2]
-    noise, degrees = _estimate_noise([chosen[treatment] for treatment in compared])
-    # All that were tried, because those that were stopped early were part of the choice, too.
-    tried, rates_tried = len(cells), max((len(rates) for rates in cells.values()), default=0)
-    critical = None if noise is None else find_critical_range(tried, rates_tried, degrees)
-    unsteady = _find_unsteady({treatment: chosen[treatment] for treatment in compared}) if critical else frozenset()
-    failed = dict.fromkeys(cells, 0)
-    for result in results:
-        failed[result.treatment] += _finite(result.value) is None and not result.stopped
+    compared = {treatment: chosen[treatment] for treatment in order if len(chosen[treatment]) >= 2}
+    noise = _estimate_noise(list(compared.values()), cells)
+    unsteady = _find_unsteady(compared) if noise else frozenset()
+    failed = Counter(one.treatment for one in results if _finite(one.value) is None and not one.stopped)
     rows = []
     for place, treatment in enumerate(order):
-        values, rates = chosen[treatment], cells[treatment]
         difference = None
-        if place and len(compared) > 1 and treatment in compared:
-            alone = None
-            if unsteady & {order[0], treatment}:
-                alone = find_critical_range(tried, rates_tried, max(1, _count_seeds(chosen, order[0], treatment) - 1))
-            difference = _compare(chosen[order[0]], values, sign, noise=noise, critical=critical, alone=alone)
+        if place and treatment in compared:
+            pair_noise = None if unsteady & {order[0], treatment} else noise
+            difference = _compare(chosen[order[0]], chosen[treatment], sign, noise=pair_noise, cells=cells)
         rows.append(
             Row(
                 treatment=treatment,
-                learning_rate=best[treatment] if values else None,
-                values=values,
-                summary=summarize(values.values()),
-                by_rate={rate: summarize(rates[rate].values()) for rate in sorted(rates)},
-                at_edge=best[treatment] in (min(rates), max(rates)),
+                learning_rate=best[treatment] if chosen[treatment] else None,
+                values=chosen[treatment],
+                summary=summarize(chosen[treatment].values()),
+                by_rate={rate: summarize(values.values()) for rate, values in sorted(cells[treatment].items())},
+                at_edge=best[treatment] in (min(cells[treatment]), max(cells[treatment])),
                 failed_runs=failed[treatment],
                 difference=difference,
-                tied_with_best=place == 0 or _is_tied(difference, values),
+                tied_with_best=place == 0 or _is_tied(difference, chosen[treatment]),
             )
         )
-    return Ranking(rows, noise, degrees, critical, unsteady)
+    return Ranking(rows, noise, unsteady)
 
 
 def _is_tied(difference: Difference | None, values: Mapping[int, float]) -> bool:
@@ -156,9 +159,9 @@ def _is_tied(difference: Difference | None, values: Mapping[int, float]) -> bool
     return difference is None or difference.family_ci95 is None or 0.0 in difference.family_ci95
 
 
-def _collect(results: Sequence[Result]) -> dict[Hashable, dict[float, dict[int, float]]]:
+def _collect(results: Sequence[Result]) -> Cells:
     """The finite values by treatment, rate and seed; a rate at which everything failed has none."""
-    cells: dict[Hashable, dict[float, dict[int, float]]] = {}
+    cells: Cells = {}
     for result in results:
         values = cells.setdefault(result.treatment, {}).setdefault(result.learning_rate, {})
         if (value := _finite(result.value)) is not None:
@@ -195,18 +198,26 @@ def summarize(values: Iterable[float]) -> Summary | None:
     return Summary(len(found), mean, std, min(found), max(found), interval)
 
 
-def _estimate_noise(treatments: Sequence[Mapping[int, float]]) -> tuple[float | None, int]:
-    """The noise of one result and its degrees of freedom, from the best cells of the treatments.
+def _estimate_noise(compared: Sequence[Mapping[int, float]], cells: Cells) -> Noise | None:
+    """The noise of one result, from the best cells of the treatments; None if some pair has no two seeds in common.
 
     It is half the mean variance of the differences of all pairs. If every treatment has every seed, that is exactly the
     residual mean square of the two-way analysis of variance without interaction, with (k - 1)(n - 1) degrees.
     """
-    pairs = [_differences(one, other) for one, other in combinations(treatments, 2)]
-    usable = [list(pair) for pair in pairs if len(pair) >= 2]
-    if not usable or len(usable) < len(pairs):
-        return None, 0
-    seeds = min(len(pair) for pair in usable)
-    return math.sqrt(fmean(variance(pair) for pair in usable) / 2), (len(treatments) - 1) * (seeds - 1)
+    pairs = [_differences(one, other) for one, other in combinations(compared, 2)]
+    if not pairs or any(len(pair) < 2 for pair in pairs):
+        return None
+    degrees = (len(compared) - 1) * (min(map(len, pairs)) - 1)
+    deviation = math.sqrt(fmean(variance(pair) for pair in pairs) / 2)
+    return Noise(deviation, degrees, _find_critical_range(cells, degrees))
+
+
+def _find_critical_range(cells: Cells, degrees: int) -> float:
+    """The critical range for all treatments and rates that were tried.
+
+    Those that were stopped early count, too, because they were part of the choice.
+    """
+    return find_critical_range(len(cells), max(map(len, cells.values())), degrees)
 
 
 def _find_unsteady(treatments: Mapping[Hashable, Mapping[int, float]]) -> frozenset[Hashable]:
@@ -227,23 +238,18 @@ def _find_unsteady(treatments: Mapping[Hashable, Mapping[int, float]]) -> frozen
     return frozenset(found)
 
 
-def _count_seeds(chosen: Mapping[Hashable, Mapping[int, float]], one: Hashable, other: Hashable) -> int:
-    return len(chosen[one].keys() & chosen[other].keys())
-
-
 def _differences(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
     return [other[seed] - one[seed] for seed in sorted(one.keys() & other.keys())]
 
 
 def _compare(
-    best: Mapping[int, float],
-    other: Mapping[int, float],
-    sign: float,
-    *,
-    noise: float | None,
-    critical: float | None,
-    alone: float | None,
+    best: Mapping[int, float], other: Mapping[int, float], sign: float, *, noise: Noise | None, cells: Cells
 ) -> Difference | None:
+    """How far one treatment is behind the best one; None if they have no seed in common.
+
+    Args:
+        noise: of all treatments; None = the pair is compared by its own noise alone.
+    """
     found = [sign * value for value in _differences(best, other)]
     if not found:
         return None
@@ -252,10 +258,11 @@ def _compare(
         return Difference(n, mean, None, None)
     own = stdev(found)
     single = _around(mean, _student(n - 1) * own / math.sqrt(n))
-    if noise is None or critical is None:
-        return Difference(n, mean, single, None)
-    # The pair's own noise where it is larger, because one treatment may be somewhat less steady than the others.
-    half = critical * max(noise, own / math.sqrt(2)) if alone is None else alone * own / math.sqrt(2)
+    if noise is None:
+        half = _find_critical_range(cells, n - 1) * own / math.sqrt(2)
+    else:
+        # The pair's own noise where it is larger, because one treatment may be somewhat less steady than the others.
+        half = noise.critical * max(noise.deviation, own / math.sqrt(2))
     return Difference(n, mean, single, _around(mean, half / math.sqrt(n)))
 
 

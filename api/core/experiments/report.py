@@ -31,7 +31,7 @@ svg { max-width: 100%; height: auto; }
 """
 
 
-def make_report(found: Results, *, status: str, plan: str) -> str:
+def make_report(found: Results, *, status: str) -> str:
     """The whole report as HTML. It can be made at any time; what has not ended yet is missing in it."""
     name, card = html.escape(found.experiment.name), found.card
     warnings = [] if card is None else card["warnings"]
@@ -40,7 +40,7 @@ def make_report(found: Results, *, status: str, plan: str) -> str:
         f"<p>Experiment {html.escape(found.experiment.id)}, {html.escape(status)}: {len(found.ended)} of"
         f" {len(found.cells)} jobs have ended.</p>",
         *(f'<p class="warning">{html.escape(_sentence(warning))}</p>' for warning in warnings),
-        _list(found.summary or [plan]),
+        _list(found.summary or [found.experiment.request["plan"]]),
         "<h2>Initializations</h2>",
         _table(found),
     ]

@@ -129,6 +129,47 @@ def submit(
     return jobs.create(session, job)
 
 
+# What a copy has in common with its job: what was ordered, and nothing of what came of it.
+_ORDERED = (
+    "project_id", "model", "training_file_id", "validation_file_id", "suffix", "integrations", "choices", "priority",
+    "on_row_error", "append_eos", "deterministic", "wants_group", "devices", "queue", "traceparent", "experiment_id",
+)  # fmt: skip
+
+
+def submit_copy(
+    session: Session,
+    like: Job,
+    *,
+    seed: int,
+    learning_rate: float,
+    labels: dict[str, str],
+    stop_after: float | None = None,
+) -> Job:
+    """A new job of the same experiment with another seed, rate and `stop_after`.
+
+    Nothing is checked again, so it is for values that are checked already.
+
+    Args:
+        labels: pairs of metadata that replace those of `like`; its other pairs are kept.
+    """
+    rates = {"learning_rate": learning_rate, "learning_rate_multiplier": "auto"}
+    recipe = {**like.recipe, "training": {**like.recipe["training"], **rates}}
+    job = Job(
+        **{name: getattr(like, name) for name in _ORDERED},
+        id=new_id("ftjob-"),
+        created_at=now(session),
+        status="validating_files",
+        seed=seed,
+        labels={**(like.labels or {}), **labels},
+        recipe=recipe,
+        stop_after=stop_after,
+        lease_token=0,
+        attempts=0,
+        event_count=0,
+    )
+    return jobs.create(session, job)
+
+
 def _require_agreeing_rates(training: Hyperparameters, base: float) -> None:
     """Refuse a multiplier that leads to a rate out of range, or to another rate than the absolute one beside it.
 

@@ -1,59 +1,15 @@
-"""Experiments over HTTP: what is admitted, what is refused, and what the table says when jobs end."""
+"""Experiments over HTTP: a set of jobs, the table when they end, cancelling, deleting and the report."""
 
-import math
 from typing import Any
 
 import pytest
 from scipy.stats import t as student
 from sqlalchemy.orm import Session
 
-from api.core.db.database import session_scope
 from api.core.db.tables import Job
-from lorainit.config.events import Metrics
 from tests import stub_worker
-from tests.api.conftest import JOBS, JSONL, Lab, mark, refused
-from tests.things import MODEL
-from worker import reconciler
-from worker.job import outcomes
-from worker.job.progress import EventRecorder
-
-EXPERIMENTS = "/v1/experiments"
-GRID = {"init": ["kaiming", {"method": "pissa", "niter": 16}], "learning_rates": [1e-4, 2e-4], "seeds": [1, 2]}
-
-
-def a_request(lab: Lab, **fields: Any) -> dict[str, Any]:
-    """An experiment of 2 x 2 x 2 jobs."""
-    job = {
-        "model": MODEL,
-        "training_file": lab.upload()["id"],
-        "validation_file": lab.upload(JSONL * 2)["id"],
-        "lora": {"r": 8},
-        **fields.pop("job", {}),
-    }
-    return {"name": "inits on support data", "job": job, "grid": GRID, **fields}
-
-
-def create(lab: Lab, **fields: Any) -> dict[str, Any]:
-    reply = lab.client.post(EXPERIMENTS, json=a_request(lab, **fields))
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
-def read(lab: Lab, experiment_id: str) -> dict[str, Any]:
-    while reconciler.advance_experiments():
-        pass
-    reply = lab.client.get(f"{EXPERIMENTS}/{experiment_id}")
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
-def losses(job: Job, step: int) -> float:
-    """pissa is better by 0.1 and best at the lower rate; seeds differ by 1, and results by a little noise."""
-    start = 3.0 + job.seed
-    method, rate = job.recipe["lora"]["init"]["method"], job.recipe["training"]["learning_rate"]
-    gain = {"pissa": 0.4, "kaiming": 0.3}[method] - (0.02 if (rate > 1e-4) == (method == "pissa") else 0.0)
-    noise = 0.001 * ((job.seed * 7 + int(rate * 1e5) + len(method)) % 3)
-    return start - gain * step + noise
+from tests.api.conftest import JOBS, Lab, refused
+from tests.api.routes.compared import EXPERIMENTS, GRID, a_request, create, losses, read
 
 
 def test_an_experiment_is_a_set_of_ordinary_jobs(lab: Lab) -> None:
@@ -184,27 +140,6 @@ def test_experiments_of_the_project_are_listed_without_results(lab: Lab, strange
         )
 
 
-def test_no_more_jobs_run_at_once_than_the_experiment_may(lab: Lab) -> None:
-    made = create(lab, max_parallel=3)
-    stub_worker.tidy()
-    claimed = 0
-    ended = 0
-    while ended < 8:
-        running = []
-        while (taken := stub_worker.claim()) is not None:
-            running.append(taken)
-        assert 0 < len(running) <= 3
-        claimed += len(running)
-        for one in running:
-            stub_worker.train(*one, valid=losses)
-            ended += 1
-        while reconciler.advance_experiments():
-            pass
-        stub_worker.tidy()
-    assert claimed == 8
-    assert read(lab, made["id"])["status"] == "succeeded"
-
-
 def test_a_job_resumed_after_its_end_counts_when_it_ends_again(lab: Lab) -> None:
     made = create(lab, grid={**GRID, "init": ["kaiming"], "learning_rates": [1e-4]})
     stub_worker.tidy()
@@ -236,56 +171,6 @@ def with_checkpoint(taken: Any) -> None:
         event = Checkpoint(step=1, path=str(folder / "step"), metrics={"step": 1, "train_loss": 1.0})
         artifacts.store_checkpoint(job, lease, event, folder, get_storage())
     stub_worker.fail(lease, "out_of_memory")
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "param"),
-    [
-        ({"grid": {**GRID, "seeds": [1, 1]}}, "invalid_value", "grid.seeds"),
-        ({"grid": {**GRID, "init": []}}, "invalid_value", "grid.init"),
-        ({"grid": {**GRID, "init": ["kaiming", "kaiming"]}}, "invalid_value", "grid.init"),
-        ({"grid": {**GRID, "init": ["nonsense"]}}, "unsupported_init_method", "grid.init[0].method"),
-        ({"grid": {**GRID, "init": ["auto"]}}, "invalid_value", "grid.init[0]"),
-        ({"grid": {**GRID, "learning_rates": [2.0]}}, "invalid_value", "grid.learning_rates[0]"),
-        ({"grid": {**GRID, "seeds": list(range(32)), "learning_rates": [k * 1e-5 for k in range(1, 9)]}},
-         "invalid_value", "grid"),
-        ({"job": {"seed": 1}}, "invalid_value", "job.seed"),
-        ({"job": {"suffix": "a"}}, "invalid_value", "job.suffix"),
-        ({"job": {"validation_file": None}}, "missing_required_parameter", "job.validation_file"),
-        ({"job": {"lora": {"init": "pissa"}}}, "invalid_value", "job.lora.init"),
-        ({"job": {"hyperparameters": {"learning_rate": 1e-4}}}, "invalid_value",
-         "job.method.supervised.hyperparameters.learning_rate"),
-        ({"job": {"metadata": {str(k): "" for k in range(15)}}}, "invalid_value", "job.metadata"),
-        ({"job": {"lora": {"use_dora": True}}}, "unsupported_combination", "grid.init[1]"),
-        ({"job": {"model": "nothing"}}, "model_not_available", "job.model"),
-        ({"objective": {"goal": "max"}}, "invalid_value", "objective.goal"),
-        ({"max_parallel": 0}, "invalid_value", "max_parallel"),
-        ({"unknown": 1}, "unknown_parameter", "unknown"),
-    ],
-)  # fmt: skip
-def test_what_could_never_run_is_refused_before_any_job_exists(
-    lab: Lab, change: dict[str, Any], code: str, param: str
-) -> None:
-    request = a_request(lab, **change)
-    error = refused(lab.client.post(EXPERIMENTS, json=request), 400, code, param)
-    assert lab.client.get(JOBS).json()["data"] == []
-    assert error["message"]
-
-
-def test_a_cell_that_could_never_run_is_named(lab: Lab, session: Session) -> None:
-    request = a_request(lab)
-    mark(session, request["job"]["training_file"], status="error", status_details="line 1 is no JSON")
-    error = refused(lab.client.post(EXPERIMENTS, json=request), 400, "invalid_training_file", "job.training_file")
-    assert "kaiming/0.0001/1" in error["message"]
-
-
-def test_all_cells_or_none_fit_into_the_queue(lab: Lab, environment: pytest.MonkeyPatch) -> None:
-    environment.setenv("LORAINIT_PROJECT_QUEUED", "7")
-    from api.core.settings import get_settings
-
-    get_settings.cache_clear()
-    refused(lab.client.post(EXPERIMENTS, json=a_request(lab)), 429, "queue_full")
-    assert lab.client.get(JOBS).json()["data"] == []
 
 
 def test_the_same_request_again_makes_no_second_experiment(lab: Lab) -> None:
@@ -358,142 +243,3 @@ def test_the_report_is_one_page_that_needs_nothing_else(lab: Lab) -> None:
     assert "<script" not in reply.text and 'src="http' not in reply.text
     assert "pissa is better than kaiming" in reply.text or "No difference beyond noise" in reply.text
     assert reply.text == lab.client.get(f"{EXPERIMENTS}/{made['id']}/report").text
-
-
-def halt(taken: Any, valid: stub_worker.Validation) -> None:
-    """A run that reaches the step at which it has to wait: a tenth of its steps further each time."""
-    job, lease = taken
-    step = round(100 * (job.stop_after or 1.0))
-    recorder = EventRecorder(lease)
-    loss = valid(job, step)
-    both = {"valid_loss": loss, "full_valid_loss": loss}
-    recorder.add(Metrics(step=step, total_steps=100, epoch=1.0, tokens=step, seconds=float(step), **both))
-    recorder.flush()
-    outcomes.halt(lease, step)
-
-
-def test_halving_stops_what_is_far_behind_and_lets_the_best_go_to_their_end(lab: Lab) -> None:
-    grid = {"init": ["kaiming", "pissa", "olora"], "learning_rates": [1e-4, 2e-4], "seeds": [1, 2]}
-    made = create(lab, grid=grid, schedule="halving")
-    quality = {"kaiming": 0.0, "pissa": 0.1, "olora": 0.2}
-
-    def loss(job: Job, step: int) -> float:
-        rate = job.recipe["training"]["learning_rate"]
-        return 3.0 - 0.01 * step + quality[job.recipe["lora"]["init"]["method"]] + (0.02 if rate > 1e-4 else 0.0)
-
-    trained = 0
-    for _ in range(8):
-        stub_worker.tidy()
-        while (taken := stub_worker.claim()) is not None:
-            trained += 1
-            if taken[0].stop_after is None:
-                stub_worker.train(*taken, steps=100, valid=loss)
-            else:
-                halt(taken, loss)
-        while reconciler.advance_experiments():
-            pass
-    shown = read(lab, made["id"])
-    assert shown["status"] == "succeeded"
-    assert [(decision["rung"], decision["step"]) for decision in shown["decisions"]] == [
-        (0.1, 10),
-        (0.3, 30),
-        (0.6, 60),
-    ]
-    kept = [[(cell["treatment"][0], cell["learning_rate"]) for cell in decision["cells"] if cell["kept"]]
-            for decision in shown["decisions"]]  # fmt: skip
-    assert kept == [[(0, 1e-4), (0, 2e-4)]] * 3
-    assert trained == 12 + 3 * 4
-    best, *others = shown["results"]
-    assert (best["name"], best["learning_rate"], best["stopped_at_step"], best["failed_runs"]) == (
-        "kaiming",
-        1e-4,
-        None,
-        0,
-    )
-    assert {(row["name"], row["stopped_at_step"], row["failed_runs"]) for row in others} == {
-        ("pissa", 10, 0),
-        ("olora", 10, 0),
-    }
-    assert shown["job_counts"]["succeeded"] == 4 and shown["job_counts"]["cancelled"] == 8
-
-
-def test_a_halted_job_that_somebody_resumes_goes_to_its_end(lab: Lab) -> None:
-    grid = {"init": ["kaiming", "pissa", "olora"], "learning_rates": [1e-4], "seeds": [1]}
-    create(lab, grid=grid, schedule="halving")
-    stub_worker.tidy()
-    taken = stub_worker.claim()
-    assert taken is not None
-    halt(taken, losses_of_all)
-    job = lab.client.get(f"{JOBS}/{taken[0].id}").json()
-    assert job["status"] == "paused"
-    assert lab.client.post(f"{JOBS}/{job['id']}/resume").json()["status"] == "queued"
-    with session_scope() as session:
-        assert session.get_one(Job, job["id"]).stop_after is None
-
-
-def losses_of_all(job: Job, step: int) -> float:
-    return 3.0 - 0.01 * step
-
-
-def test_two_cells_are_not_halved(lab: Lab) -> None:
-    request = a_request(lab, grid={**GRID, "learning_rates": [1e-4]}, schedule="halving")
-    refused(lab.client.post(EXPERIMENTS, json=request), 400, "invalid_value", "schedule")
-
-
-def run_to_its_end(lab: Lab, experiment_id: str, valid: stub_worker.Validation) -> dict[str, Any]:
-    for _ in range(10):
-        stub_worker.run_all(valid)
-        shown = read(lab, experiment_id)
-        if shown["status"] in ("succeeded", "failed"):
-            return shown
-    raise AssertionError("it never ended")
-
-
-def best_at_one_hundredth(job: Job, step: int) -> float:
-    """A loss whose best rate is 0.01 for pissa and 0.0001 for kaiming."""
-    rate, method = job.recipe["training"]["learning_rate"], job.recipe["lora"]["init"]["method"]
-    return 3.0 - 0.1 * step + 0.1 * abs(math.log10(rate) + (2.0 if method == "pissa" else 4.0)) + 0.001 * (job.seed % 3)
-
-
-def test_a_grid_is_extended_where_a_best_rate_lies_at_its_edge(lab: Lab) -> None:
-    grid = {"init": ["kaiming", "pissa"], "learning_rates": [1e-5, 1e-4, 1e-3], "seeds": [1, 2]}
-    made = create(lab, grid=grid, extend=True)
-    shown = run_to_its_end(lab, made["id"], best_at_one_hundredth)
-    pissa, kaiming = (next(row for row in shown["results"] if row["name"] == name) for name in ("pissa", "kaiming"))
-    assert [one["learning_rate"] for one in pissa["by_learning_rate"]] == [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
-    assert (pissa["learning_rate"], pissa["learning_rate_at_edge"]) == (1e-2, False)
-    assert len(kaiming["by_learning_rate"]) == 3
-    assert shown["job_counts"]["total"] == 12 + 4
-    assert "3 to 5 rates" in shown["card"]["selection"]
-    job = lab.client.get(f"{JOBS}/{pissa['job_ids'][0]}").json()
-    assert job["metadata"]["cell"] == "pissa/0.01/1"
-    assert job["method"]["supervised"]["hyperparameters"]["learning_rate"] == 1e-2
-
-
-def test_an_extension_stays_within_its_budget(lab: Lab) -> None:
-    grid = {"init": ["pissa"], "learning_rates": [1e-5, 1e-4], "seeds": [1, 2]}
-    shown = run_to_its_end(lab, create(lab, grid=grid, extend=True, max_jobs=7)["id"], best_at_one_hundredth)
-    assert shown["job_counts"]["total"] == 6
-    assert shown["results"][0]["learning_rate_at_edge"] is True
-
-
-def test_the_leaders_and_the_baseline_are_run_again_on_fresh_seeds(lab: Lab) -> None:
-    grid = {"init": ["kaiming", "pissa", "olora"], "learning_rates": [1e-4], "seeds": [1, 2, 3]}
-
-    def loss(job: Job, step: int) -> float:
-        worse = {"kaiming": 0.5, "pissa": 0.0, "olora": 1.0}[job.recipe["lora"]["init"]["method"]]
-        return 3.0 - 0.1 * step + worse + 0.001 * ((job.seed * 7 + len(job.recipe["lora"]["init"]["method"])) % 5)
-
-    shown = run_to_its_end(lab, create(lab, grid=grid, confirm_seeds=4)["id"], loss)
-    assert [row["objective"]["n"] for row in shown["results"]] == [3, 3, 3]
-    fresh = shown["confirmation"]["results"]
-    assert [(row["name"], row["objective"]["n"]) for row in fresh] == [("pissa", 4), ("kaiming", 4)]
-    seeds = {lab.client.get(f"{JOBS}/{job}").json()["seed"] for row in fresh for job in row["job_ids"]}
-    assert seeds == {4, 5, 6, 7}
-    assert "pissa is better than kaiming" in shown["confirmation"]["summary"][0]
-    assert shown["job_counts"]["total"] == 9 + 8
-
-
-def test_a_grid_above_its_own_budget_is_refused(lab: Lab) -> None:
-    error = refused(lab.client.post(EXPERIMENTS, json=a_request(lab, max_jobs=7)), 400, "invalid_value", "grid")
-    assert "max_jobs, 7" in error["message"]

@@ -92,8 +92,8 @@ def test_the_noise_is_the_residual_of_the_two_way_analysis_of_variance() -> None
         values[row, column] - row_means[row] - column_means[column] + overall for row in rows for column in columns
     ]
     ranking = rank(found)
-    assert ranking.degrees == 12
-    assert ranking.noise == pytest.approx(math.sqrt(sum(value**2 for value in residuals) / 12))
+    assert ranking.noise is not None and ranking.noise.degrees == 12
+    assert ranking.noise.deviation == pytest.approx(math.sqrt(sum(value**2 for value in residuals) / 12))
 
 
 def test_two_treatments_at_one_rate_are_compared_by_students_paired_test() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 import warnings
 from functools import cache
 
@@ -13,12 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from api.cli.tables import format_catalogue_entry
 from api.core.errors import InvalidValue
 from api.core.models import catalogue
 from lorainit.config.errors import LorainitError, RankTooLarge, UnknownTarget, UnsupportedInit
 from lorainit.config.events import Message, Plan
-from lorainit.config.model_facts import ModelFacts, Target
 from lorainit.config.paths import expand_names, matches
 from lorainit.config.spec import Lora, RunSpec
 from lorainit.export.peft_adapter import export
@@ -340,16 +337,6 @@ def test_a_run_says_what_it_leaves_out_and_the_plan_has_it(rows, tmp_path):
     assert manifest["lora"]["left_out"][0]["name"] == "shared_expert_gate"
 
 
-def test_the_printed_entry_is_a_catalogue_entry(tmp_path):
-    folder = make("qwen2_moe", tmp_path / "base")
-    facts = inspect(str(folder), cache=tmp_path)
-    path = tmp_path / "models.toml"
-    path.write_text(format_catalogue_entry(facts, model_id="moe", given=False))
-    entry = catalogue.load(path)["moe"]
-    assert (entry.targets, entry.left_out) == (facts.targets, facts.left_out)
-    assert "shared_expert_gate" in path.read_text()
-
-
 def test_an_entry_of_an_older_version_is_read_and_refused_where_its_names_mean_two_groups():
     old = [("c_attn", "attention", 96), ("c_proj", "attention", 32), ("c_proj", "mlp", 32)]
     targets = [{"name": n, "group": g, "out_features": out, "in_features": 32, "count": 2} for n, g, out in old]
@@ -395,10 +382,3 @@ def test_a_mask_without_numbers_is_not_kept():
     with FakeTensorMode(), pytest.raises(AssertionError):
         attention._mask(8, 0, None, torch.float32)
     assert attention._mask(8, 0, None, torch.float32)[0].tolist() == [0.0, *[-torch.inf] * 7]
-
-
-def test_the_printed_entry_says_every_letter_of_a_path_as_toml_does():
-    path = '/bases/emoji \U0001f642 \x7f "quoted" \\ ü'
-    layer = Target(name="q_proj", group="attention", out_features=8, in_features=8, count=1)
-    facts = ModelFacts(root="local:x", source=path, max_length=8, chat=False, targets=[layer])
-    assert tomllib.loads(format_catalogue_entry(facts, model_id="x", given=True))["models"][0]["source"] == path
