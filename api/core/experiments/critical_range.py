@@ -1,6 +1,6 @@
 """How far apart the best cells of equally good treatments lie by chance: the distance that counts as a difference.
 
-Each treatment stands in the table with the best of its learning rates, and choosing the best of several flatters it.
+Each treatment stands in the table with the best of its learning rates, and so looks better than it is.
 With one rate the distance is Tukey's studentized range (1949). With several, the treatments' values are minima of
 normal variables, and the distance is the 95 % quantile of the range of such minima, in standard errors of a mean.
 

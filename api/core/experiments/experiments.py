@@ -145,7 +145,8 @@ def _make_request(order: ExperimentOrder) -> dict[str, Any]:
     grid = {"init": list(order.inits), "learning_rates": rates, "seeds": list(order.seeds), "ranks": list(order.ranks)}
     return {
         "plan": plan, "job": dict(order.given), "grid": grid, "objective": dict(order.objective),
-        "schedule": order.schedule, "extend": order.extend, "max_jobs": order.max_jobs, "confirm_seeds": order.confirm_seeds,
+        "schedule": order.schedule, "extend": order.extend, "max_jobs": order.max_jobs,
+        "confirm_seeds": order.confirm_seeds,
     }  # fmt: skip
 
 

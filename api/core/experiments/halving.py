@@ -15,7 +15,7 @@ from statistics import fmean
 RUNGS = (0.1, 0.3, 0.6)  # shares of a run's steps
 KEPT = 1 / 3  # of the cells, at each rung
 LEAST = 2  # cells that go on, so that the last comparison is one of whole runs
-NEARLY = 0.01  # nats: about the noise of a loss, so the higher of two rates is not dropped for it
+NEARLY = 0.01  # nats; a smaller difference may be noise between seeds, so it does not decide between two rates
 MIN_CELLS = 3  # of one seed; fewer are not worth a schedule
 
 

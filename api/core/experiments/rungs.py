@@ -48,7 +48,7 @@ def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
             pauses.resume(session, job, stop_after=find_next_rung(passed + 1))
         else:
             cell.stopped_at = job.halted_at
-            text = f"Stopped by its experiment's schedule after step {job.halted_at}: others are far ahead"
+            text = f"Stopped after step {job.halted_at} by its experiment's schedule: other cells have better results"
             changes.cancel_open(session, job, text)
 
 
