@@ -3,6 +3,7 @@
 Everything that the web process shows of a run is written by the worker's own code.
 """
 
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from api.core.models import catalogue
 from lorainit.config.events import Checkpoint, Done, InitReport, Message, Metrics, Plan, Stage, Warned
 from lorainit.config.spec import Choice, Lora
 from worker import reconciler
-from worker.job import artifacts
+from worker.job import artifacts, outcomes
 from worker.job.progress import EventRecorder, LeaseLost
 from worker.maintenance import row_checks
 
@@ -30,7 +31,8 @@ def tidy() -> None:
     """Check every uploaded file and admit every job that waits for one."""
     while sum(lane() for lane in row_checks.LANES):
         pass
-    reconciler.admit()
+    while reconciler.admit():
+        pass
 
 
 def claim() -> tuple[Job, Lease] | None:
@@ -118,6 +120,23 @@ def train(
             warnings=list(warnings),
         )
         artifacts.store_result(job, lease, done, folder, get_storage(), recorder.progress)
+
+
+def halt(job: Job, lease: Lease, *, steps: int, valid: Validation) -> None:
+    """Tell a run of `steps` steps that waits at the share of them that its job names, with a checkpoint."""
+    assert job.stop_after is not None
+    step = math.ceil(job.stop_after * steps)
+    recorder = EventRecorder(lease)
+    loss = valid(job, step)
+    both = {"valid_loss": loss, "full_valid_loss": loss}
+    recorder.add(Metrics(step=step, total_steps=steps, epoch=1.0, tokens=step, seconds=float(step), **both))
+    recorder.flush()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _adapter(folder / "step")
+        event = Checkpoint(step=step, path=str(folder / "step"), metrics={"step": step, "full_valid_loss": loss})
+        artifacts.store_checkpoint(job, lease, event, folder, get_storage())
+    outcomes.halt(lease, step)
 
 
 def _adapter(checkpoint: Path) -> Path:

@@ -25,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 from api.core.db.database import plain_connection, session_scope
 from api.core.db.tables import Job
 from api.core.experiments import advance
+from api.core.experiments.auto.consider import consider
 from api.core.files.storage import get_storage
 from api.core.jobs import admission, jobs, metrics
 from api.core.logs import configure, get_logger
@@ -78,7 +79,7 @@ def admit() -> bool:
 
 def _consider(job_id: str) -> bool:
     with session_scope() as session:
-        verdict = admission.consider(session, job_id)
+        verdict = consider(session, job_id)
         session.commit()
     log.info("considered", job_id=job_id, verdict=verdict)
     return verdict != "waiting"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from api.core import logs
 from api.core.db.database import session_scope
-from api.core.jobs import admission
+from api.core.experiments.auto.consider import consider
 from api.core.queue import notify, queue
 from api.http.threads import run_in_broker_thread
 
@@ -31,7 +31,7 @@ class JobAnnouncer:
         log = logs.get_logger(__name__).bind(job_id=job_id)
         try:
             with session_scope() as session:
-                admission.consider(session, job_id)
+                consider(session, job_id)
                 notification = notify.find_notification(session, job_id)
                 session.commit()
             if notification is not None and self._clock() >= self._paused_until:

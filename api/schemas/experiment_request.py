@@ -190,7 +190,7 @@ class ExperimentRequest(Strict):
             loras=self.loras(),
             inits=[init.model_dump(mode="json", exclude_none=True) for init in self.grid.init],
             ranks=self.grid.ranks or [self.job.lora.r],
-            rates=None if self.grid.learning_rates == "auto" else self.grid.learning_rates,
+            rates=None if self.grid.learning_rates == "auto" else [self.grid.learning_rates] * len(self.grid.init),
             seeds=self.grid.seeds,
             objective=self.objective.model_dump(),
             schedule=self.schedule,

@@ -10,14 +10,15 @@ from pydantic import Field
 from api.core.db.tables import ShownJob, shown_status
 from api.core.fields import translate_choice
 from api.core.jobs.lookup import JobView, Result
-from api.core.jobs.submit import PRIORITIES
+from api.core.jobs.submit import PRIORITY_NAMES
 from api.core.models import catalogue
 from api.core.queue import scheduling
 from api.core.settings import get_settings
 from api.schemas.wire import Element, Wire, replace_non_finite, to_unix, to_unix_or_none
+from lorainit.config.inits import Automatic
 from lorainit.config.spec import Lora
 
-PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
+_FOLLOW_FROM_INIT = ("scaling", "modules", "trainable_parameters", "trainable_parameters_estimated")
 
 
 class JobError(Wire):
@@ -157,7 +158,7 @@ def make_job_object(view: JobView) -> JobObject:
         deterministic=job.deterministic,
         experiment_id=job.experiment_id,
         queue_position=view.position.position if view.position else None,
-        queue_reason=view.position.reason if view.position else None,
+        queue_reason=view.position.reason if view.position else _explain_choice(job),
         estimated_start=None,
         resume=Resume(possible=resumability.possible, from_step=resumability.from_step, reason=resumability.reason),
         progress=progress,
@@ -168,6 +169,14 @@ def make_job_object(view: JobView) -> JobObject:
         warnings=[JobWarning.model_validate(found) for found in replace_non_finite(job.warnings) or []],
         adapter=_adapter(job, view.result) if view.result else None,
     )
+
+
+def _explain_choice(job: ShownJob) -> str | None:
+    """Why a job whose initialization is being chosen does not run yet."""
+    if job.status != "validating_files" or job.recipe["lora"]["init"]["method"] != "auto":
+        return None
+    found = job.experiment_id
+    return f"Experiment {found} tries candidates for the initialization on the job's rows." if found else None
 
 
 def _resources(job: ShownJob) -> dict[str, Any]:
@@ -193,6 +202,8 @@ def _training(job: ShownJob, decided: Sequence[dict[str, Any]]) -> dict[str, Any
 def _lora(job: ShownJob, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The resolved adapter: what was requested, what follows from it, and what we chose."""
     lora, entry = _read(orjson.dumps(job.recipe["lora"])), catalogue.find(job.model)
+    if isinstance(lora.init, Automatic):  # candidates are being tried, or the files are not checked yet
+        return {**job.recipe["lora"], **dict.fromkeys(_FOLLOW_FROM_INIT), "rank_pattern": {}, "auto": []}
     modules, parameters = catalogue.count_parameters(lora, entry) if entry else (None, None)
     plan, report = job.plan or {}, job.init_report or {}
     init = {**job.recipe["lora"]["init"]}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from api.core.jobs.submit import PRIORITIES
+from api.core.jobs.submit import PRIORITIES, Priority
 from api.core.queue import scheduling
 from docs.generate.svg import Drawing
 
@@ -68,10 +68,15 @@ def queue() -> Drawing:
 
 
 # Project, hours waited, priority, its place among the jobs that its project runs or has waiting.
-WAITING = (("A", 3.0, "low", 1), ("B", 1.5, "normal", 1), ("B", 1.0, "normal", 2), ("C", 0.2, "high", 2))
+WAITING: tuple[tuple[str, float, Priority, int], ...] = (
+    ("A", 3.0, "low", 1),
+    ("B", 1.5, "normal", 1),
+    ("B", 1.0, "normal", 2),
+    ("C", 0.2, "high", 2),
+)
 
 
-def _due(project: str, waited: float, priority: str, place: int) -> tuple[float, str]:
+def _due(project: str, waited: float, priority: Priority, place: int) -> tuple[float, str]:
     """Hours until the job is due, as `api.core.queue.scheduling` computes it with a step of one hour, and its name."""
     due = scheduling.compute_due_time(-waited - PRIORITIES[priority], place, 1.0)
     return due, f"project {project}, {priority} priority, waits {waited:g} h, place {place} of its project"

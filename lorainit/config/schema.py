@@ -49,9 +49,10 @@ def limit_size(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def refusal(
-    param: str, message: str, *, code: Literal["unsupported_combination", "not_supported"] = "unsupported_combination"
-) -> PydanticCustomError:
+RefusalCode = Literal["unsupported_combination", "not_supported", "invalid_value"]
+
+
+def refusal(param: str, message: str, *, code: RefusalCode = "unsupported_combination") -> PydanticCustomError:
     """An error that names the field at fault; `not_supported` is for features that a later release may have."""
     # The message is passed as a value, because pydantic would take braces in a template for placeholders.
     return PydanticCustomError(code, "{message}", {"message": message, "param": param})

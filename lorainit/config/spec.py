@@ -8,7 +8,7 @@ The initializations are in `lorainit.config.inits`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from lorainit.config import sources
 from lorainit.config.inits import Automatic, Init, InitConfig, Quantization
@@ -85,6 +85,25 @@ class Lora(Strict):
                 "quantization", f"{self.init.method} needs quantization {wanted} (got {self.quantization!r})."
             )
         return self
+
+    @model_validator(mode="after")
+    def refuse_impossible_candidates(self) -> "Lora":
+        """Refuse an initialization to choose from that does not combine with the rest."""
+        if isinstance(self.init, Automatic):
+            for name in self.init.candidates or ():
+                try:
+                    self.with_init(name)
+                except ValidationError as error:
+                    raise refusal("init.candidates", f"{name}: {error.errors()[0]['msg']}") from error
+        return self
+
+    def with_init(self, method: str) -> "Lora":
+        """The same adapter with another initialization, at its defaults.
+
+        Raises:
+            ValidationError: it does not combine with the rest.
+        """
+        return Lora.model_validate({**self.model_dump(include=set(Lora.model_fields)), "init": {"method": method}})
 
     def resolve(self) -> tuple["Lora", list["Choice"]]:
         """Replace every "auto"; return one `Choice` (param, value, reason) for each of them."""

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job
 from api.core.experiments import experiments, growth, outcome, rungs
+from api.core.experiments.auto.follow import follow
 from api.core.jobs import pauses
 
 
@@ -43,6 +44,7 @@ def advance(session: Session, experiment_id: str) -> bool:
         _store_outcome(session, cell, jobs.get(cell.job_id))
     _release_waiting(session, experiment, cells, jobs)
     rungs.decide(session, experiment, cells, jobs)
+    follow(session, experiment, cells, jobs)
     if not growth.grow(session, experiment, cells, jobs):
         _write_status(session, experiment, cells, jobs)
     session.flush()
@@ -85,8 +87,11 @@ def _is_busy(job: Job | None) -> bool:
 
 
 def _write_status(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs: Mapping[str, Job]) -> None:
-    """`succeeded` once all jobs have ended and one has succeeded. A cancelled experiment stays cancelled."""
-    if experiment.status == "cancelled":
+    """`succeeded` once all jobs have ended and one has succeeded. A cancelled experiment stays cancelled.
+
+    An experiment that chooses for a job ends with the choice (`follow`).
+    """
+    if experiment.status == "cancelled" or (experiment.request.get("probe") and experiment.finished_at is not None):
         return
     statuses = [
         jobs[cell.job_id].status if cell.job_id in jobs else (cell.outcome or {}).get("status") for cell in cells

@@ -25,9 +25,10 @@ from api.core.jobs.transitions import change_status, job_with_status
 from api.core.models import catalogue
 from api.core.queue import scheduling
 from lorainit.config.resolve import base_learning_rate
-from lorainit.config.spec import Lora
+from lorainit.config.spec import BaseModelRef, Lora
 
 Schedule = Literal["full", "halving"]
+ShownSchedule = Literal["full", "halving", "probe"]
 Treatment = tuple[int, int]  # the place of an initialization in the grid, and a rank
 OWN_LABELS = ("experiment_id", "cell")  # the metadata that each job of an experiment gets
 # The rates of a grid that asks for none: within a factor of 3 of the usual one, where tuned rates were found so far.
@@ -35,13 +36,26 @@ AUTO_FACTORS = (1 / 3, 1.0, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """That an experiment chooses the initialization of a job (`api.core.experiments.auto`).
+
+    `looks`: the shares of the job's steps after which candidates are compared. `text`: what is tried, as a sentence.
+    """
+
+    job_id: str
+    looks: Sequence[float]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentOrder:
     """What a caller asks for. Its types and ranges are checked already.
 
     `job`: the order that all cells share; `given`: the same as the caller wrote it. `loras`: the adapter of each
-    treatment. `inits`: the initializations as they are shown. `rates`: None = around the rate that the catalogue has
-    for each initialization. `extend`: add rates where a best one lies at the edge, up to `max_jobs` jobs.
-    `confirm_seeds`: on how many fresh seeds the leaders are run in the end.
+    treatment. `inits`: the initializations as they are shown. `rates`: of each initialization; None = around the rate
+    that the catalogue has for it. `extend`: add rates where a best one lies at the edge, up to `max_jobs` jobs.
+    `confirm_seeds`: on how many fresh seeds the leaders are run in the end. `probe`: for which job an initialization is
+    chosen by this experiment, if for one.
     """
 
     name: str
@@ -50,15 +64,16 @@ class ExperimentOrder:
     loras: Mapping[Treatment, Lora]
     inits: Sequence[dict[str, Any]]
     ranks: Sequence[int]
-    rates: Sequence[float] | None
+    rates: Sequence[Sequence[float]] | None
     seeds: Sequence[int]
     objective: Mapping[str, str]
-    schedule: Schedule
+    schedule: ShownSchedule
     extend: bool
     max_jobs: int
     confirm_seeds: int
     metadata: dict[str, str] | None
     max_parallel: int | None
+    probe: Probe | None = None
 
 
 def create(session: Session, project_id: str, order: ExperimentOrder) -> Experiment:
@@ -76,7 +91,8 @@ def create(session: Session, project_id: str, order: ExperimentOrder) -> Experim
         text = f"schedule 'halving' needs at least {halving.MIN_CELLS} cells of each seed: use 'full'."
         raise InvalidValue(text, code="invalid_value", param="schedule")
     request = _make_request(order)  # before the lock, because computing the plan may take a second or two
-    scheduling.require_queue_quota(session, project_id, adding=len(cells))
+    if order.probe is None:  # otherwise the job that it is for has been counted
+        scheduling.require_queue_quota(session, project_id, adding=len(cells))
     experiment = Experiment(
         id=new_id("exp_"),
         project_id=project_id,
@@ -126,28 +142,47 @@ def _lay_out(order: ExperimentOrder) -> list[GridCell]:
     except Refusal as refusal:
         raise type(refusal)(refusal.message, code=refusal.code, param=f"job.{refusal.param}") from refusal
     first = order.ranks[0]
-    rates = [
-        order.rates or _choose_rates(base_learning_rate(model, order.loras[init, first].resolve()[0].method))
+    rates = order.rates or [
+        [choose_rate(_find_usual_rate(model, order.loras[init, first]), factor) for factor in AUTO_FACTORS]
         for init in range(len(order.inits))
     ]
     return list_cells(order.inits, ranks=order.ranks, rates=rates, seeds=order.seeds)
 
 
-def _choose_rates(usual: float) -> list[float]:
-    """Rates around the usual one of an initialization, rounded to two digits as the usual one is."""
-    return [float(f"{usual * factor:.1e}") for factor in AUTO_FACTORS]
+def _find_usual_rate(model: BaseModelRef, lora: Lora) -> float:
+    return base_learning_rate(model, lora.resolve()[0].method)
+
+
+def choose_rate(usual: float, factor: float) -> float:
+    """A rate near the usual one of an initialization, rounded to two digits as the usual one is."""
+    return float(f"{usual * factor:.1e}")
 
 
 def _make_request(order: ExperimentOrder) -> dict[str, Any]:
     """What is shown of the request, with what the experiment will be able to find."""
-    rates = "auto" if order.rates is None else list(order.rates)
-    plan = describe_plan(treatments=len(order.loras), rates=len(order.rates or AUTO_FACTORS), seeds=len(order.seeds))
+    first = None if order.rates is None else list(order.rates[0])
+    same = order.rates is not None and all(list(rates) == first for rates in order.rates)
+    rates = first if same else "auto"
+    plan = (
+        order.probe.text
+        if order.probe
+        else describe_plan(treatments=len(order.loras), rates=len(first or AUTO_FACTORS), seeds=len(order.seeds))
+    )
     grid = {"init": list(order.inits), "learning_rates": rates, "seeds": list(order.seeds), "ranks": list(order.ranks)}
     return {
         "plan": plan, "job": dict(order.given), "grid": grid, "objective": dict(order.objective),
         "schedule": order.schedule, "extend": order.extend, "max_jobs": order.max_jobs,
         "confirm_seeds": order.confirm_seeds,
+        "probe": None if order.probe is None else {"job_id": order.probe.job_id, "looks": list(order.probe.looks)},
     }  # fmt: skip
+
+
+def list_rungs(request: Mapping[str, Any]) -> Sequence[float]:
+    """The shares of the steps at which the cells of an experiment wait to be compared, in order."""
+    if request.get("probe"):
+        looks: Sequence[float] = request["probe"]["looks"]
+        return looks
+    return halving.RUNGS if request["schedule"] == "halving" else ()
 
 
 def _submit(
@@ -158,7 +193,7 @@ def _submit(
     Raises:
         Refusal: it could never run.
     """
-    stop_after = halving.find_next_rung(0) if order.schedule == "halving" else None
+    stop_after = next(iter(list_rungs(experiment.request)), None)
     if like is not None:
         return submit_copy(
             session,
@@ -271,7 +306,8 @@ def cancel(session: Session, experiment: Experiment) -> Experiment:
 
 def _list_open_jobs(session: Session, experiment_id: str) -> Sequence[Job]:
     # In the order of their ids, so that two transactions that lock several of them do not wait for each other.
-    wanted = select(Job).where(Job.experiment_id == experiment_id, Job.status.not_in(FINAL_STATUSES)).order_by(Job.id)
+    cells = select(Cell.job_id).where(Cell.experiment_id == experiment_id)  # not the job that a probe is for
+    wanted = select(Job).where(Job.id.in_(cells), Job.status.not_in(FINAL_STATUSES)).order_by(Job.id)
     return session.scalars(wanted.with_for_update().execution_options(populate_existing=True)).all()
 
 

@@ -51,11 +51,6 @@ def _find_next_rate(one: Standing, order: Sequence[Standing]) -> Standing | None
     return min(higher, key=lambda other: other.learning_rate, default=None)
 
 
-def find_next_rung(passed: int) -> float | None:
-    """The share of the steps at which the next rung lies; None after the last one."""
-    return RUNGS[passed] if passed < len(RUNGS) else None
-
-
 def find_cost(cells: int, *, rungs: Sequence[float] = RUNGS) -> float:
     """What `cells` cells cost under this schedule, in whole runs."""
     cost, before, left = 0.0, 0.0, cells

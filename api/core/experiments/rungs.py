@@ -1,4 +1,4 @@
-"""Carries out what `halving` decides: at a rung, some jobs of an experiment go on and the others are cancelled."""
+"""Carries out what `halving` or `probe` decides: at a rung, some jobs of an experiment go on, others are cancelled."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,8 +7,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job, Metric
-from api.core.experiments.experiments import Treatment
-from api.core.experiments.halving import RUNGS, Standing, choose_survivors, find_next_rung
+from api.core.experiments.auto import probe
+from api.core.experiments.experiments import Treatment, list_rungs
+from api.core.experiments.halving import Standing, choose_survivors
 from api.core.jobs import jobs as changes
 from api.core.jobs import pauses
 
@@ -18,9 +19,11 @@ Key = tuple[Treatment, float]
 def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs: Mapping[str, Job]) -> None:
     """Once every job that has not ended waits at the rung, let the best go on and cancel the others.
 
-    Each decision is kept with its numbers in `experiment.decisions`.
+    Each decision is kept with its numbers in `experiment.decisions`. Who is the best at the last rung of a probe stays
+    paused, because the job that the probe is for goes on in its place (`api.core.experiments.auto`).
     """
-    if experiment.finished_at is not None or experiment.request["schedule"] != "halving":
+    rungs, passed = list_rungs(experiment.request), len(experiment.decisions)
+    if experiment.finished_at is not None or passed >= len(rungs):
         return
     if any(not cell.released for cell in cells):
         return
@@ -28,8 +31,8 @@ def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
     if not open_cells or any(jobs[cell.job_id].halted_at is None for cell in open_cells):
         return
     standings = _read_standings(session, experiment, open_cells, jobs)
-    kept = {(one.treatment, one.learning_rate) for one in choose_survivors(list(standings.values()))}
-    passed = len(experiment.decisions)
+    survivors = _choose_survivors(experiment, list(standings.values()), is_last=passed + 1 == len(rungs))
+    kept = {(one.treatment, one.learning_rate) for one in survivors}
     record = [
         {
             "treatment": list(key[0]),
@@ -41,15 +44,22 @@ def decide(session: Session, experiment: Experiment, cells: Sequence[Cell], jobs
         for key, standing in sorted(standings.items(), key=lambda item: item[1].mean)
     ]
     steps = [jobs[cell.job_id].halted_at or 0 for cell in open_cells]
-    experiment.decisions = [*experiment.decisions, {"rung": RUNGS[passed], "step": max(steps), "cells": record}]
+    experiment.decisions = [*experiment.decisions, {"rung": rungs[passed], "step": max(steps), "cells": record}]
     for cell in open_cells:
         job = jobs[cell.job_id]
         if _key(cell) in kept:
-            pauses.resume(session, job, stop_after=find_next_rung(passed + 1))
+            if not experiment.request.get("probe") or passed + 1 < len(rungs):
+                pauses.resume(session, job, stop_after=rungs[passed + 1] if passed + 1 < len(rungs) else None)
         else:
             cell.stopped_at = job.halted_at
             text = f"Stopped after step {job.halted_at} by its experiment's schedule: other cells have better results"
             changes.cancel_open(session, job, text)
+
+
+def _choose_survivors(experiment: Experiment, standings: list[Standing], *, is_last: bool) -> list[Standing]:
+    if not experiment.request.get("probe"):
+        return choose_survivors(standings)
+    return probe.sort_candidates(standings)[: 1 if is_last else probe.LEFT]
 
 
 def _read_standings(

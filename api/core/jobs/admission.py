@@ -23,11 +23,11 @@ from lorainit.config.errors import LorainitError
 from lorainit.config.resolve import resolve
 from lorainit.config.spec import Hyperparameters, Lora
 
-Verdict = Literal["queued", "failed", "waiting"]
+Verdict = Literal["queued", "failed", "waiting", "trying"]
 
 
 def find_ready(session: Session, *, limit: int = 100) -> Sequence[str]:
-    """Ids of jobs whose files have all been checked, oldest first."""
+    """Ids of jobs whose files have all been checked, oldest first. Those for which candidates are tried are not."""
     unchecked = select(File.id).where(is_unchecked())
     return session.scalars(
         select(Job.id)
@@ -37,14 +37,28 @@ def find_ready(session: Session, *, limit: int = 100) -> Sequence[str]:
             Job.training_file_id.not_in(unchecked),
             or_(Job.validation_file_id.is_(None), Job.validation_file_id.not_in(unchecked)),
             or_(Job.calibration_file_id.is_(None), Job.calibration_file_id.not_in(unchecked)),
+            or_(Job.experiment_id.is_(None), Job.recipe["lora"]["init"]["method"].as_string() != "auto"),
         )
         .order_by(Job.created_at)
         .limit(limit)
     ).all()
 
 
+def has_automatic_init(job: Job) -> bool:
+    """Whether the initialization of a job has still to be chosen (`api.core.experiments.auto`)."""
+    found: bool = job.recipe["lora"]["init"]["method"] == "auto"
+    return found
+
+
+def has_usable_files(session: Session, job: Job) -> bool:
+    """Whether all files of a job have been checked and can be used."""
+    files = _find_files(session, job)
+    checked = all(file.status != "uploaded" for file in files.values())
+    return checked and not any(_find_failure(file, field, job) for field, file in files.items())
+
+
 def consider(session: Session, job_id: str) -> Verdict:
-    """Admit or reject a job whose files have been checked; "waiting" while one has not.
+    """Admit or reject a job whose files have been checked; "waiting" while one has not, or its init is not chosen.
 
     A file is looked at again, although `submit` has done so, because it may have been deleted or checked since.
     """
@@ -56,6 +70,8 @@ def consider(session: Session, job_id: str) -> Verdict:
         return "waiting"
     failures = (_find_failure(file, field, job) for field, file in files.items())
     failure = next((found for found in failures if found), None)
+    if failure is None and has_automatic_init(job):
+        return "waiting"
     if failure is None:
         failure = _resolve(session, job, rows=(files["training_file"].validation or {})["valid_rows"])
     if failure is None:

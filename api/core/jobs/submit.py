@@ -6,6 +6,7 @@ The catalogue has the shapes of all layers for that, since this process must not
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,11 +24,13 @@ from api.core.jobs.echoed import EchoedFields, require_matching
 from api.core.models import catalogue
 from api.core.queue import scheduling
 from api.core.settings import get_settings
-from lorainit.config.inits import CalibratedConfig
+from lorainit.config.inits import Automatic, CalibratedConfig
 from lorainit.config.resolve import base_learning_rate
-from lorainit.config.spec import HIGHEST_RATE, LOWEST_RATE, Hyperparameters, Lora, explain_no_sharding
+from lorainit.config.spec import HIGHEST_RATE, LOWEST_RATE, Choice, Hyperparameters, Lora, explain_no_sharding
 
-PRIORITIES = {"low": 0, "normal": 1, "high": 2}
+Priority = Literal["low", "normal", "high"]
+PRIORITIES: dict[Priority, int] = {"low": 0, "normal": 1, "high": 2}
+PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
 CALIBRATION_FILE = "lora.init.calibration_file"
 _RATES = "method.supervised.hyperparameters"
 
@@ -44,7 +47,7 @@ class Order:
     metadata: dict[str, str] | None
     lora: Lora
     training: Hyperparameters
-    priority: Literal["low", "normal", "high"]
+    priority: Priority
     on_row_error: Literal["fail", "skip"]
     append_eos: bool
     deterministic: bool
@@ -94,6 +97,12 @@ def submit(
     lora = catalogue.place(lora, entry)
     require_matching(order.echoed, lora, entry)
     _require_agreeing_rates(order.training, base_learning_rate(entry.reference(), lora.method))
+    if isinstance(order.lora.init, Automatic):
+        _require_possible_candidates(order.lora, entry)
+        if order.validation_file is None:
+            choices = explain_rule(choices, "without a validation file nothing can be compared")
+        else:  # chosen later, by what the rows show (`api.core.experiments.auto`)
+            lora, choices = order.lora, []
     for name, file in found.items():
         _require_no_known_error(file, name, order)
     if experiment_id is None:
@@ -190,6 +199,23 @@ def _require_agreeing_rates(training: Hyperparameters, base: float) -> None:
             code="invalid_value",
             param=f"{_RATES}.learning_rate_multiplier",
         )
+
+
+def _require_possible_candidates(lora: Lora, entry: catalogue.Entry) -> None:
+    """Refuse a method to choose from that this model cannot have."""
+    assert isinstance(lora.init, Automatic)
+    for place, name in enumerate(lora.init.candidates or ()):
+        try:
+            catalogue.place(lora.with_init(name).resolve()[0], entry)
+        except InvalidValue as refusal:
+            param = f"lora.init.candidates[{place}]"
+            raise InvalidValue(f"{name}: {refusal.message}", code=refusal.code, param=param) from refusal
+
+
+def explain_rule(choices: Sequence[Choice], why: str) -> list[Choice]:
+    """The choices of `Lora.resolve` for an automatic initialization, with the reason why no row decides."""
+    first, *others = choices
+    return [first.model_copy(update={"reason": f"by rule, because {why}: {first.reason}"}), *others]
 
 
 def _find_base(session: Session, project_id: str, name: str) -> catalogue.Entry:

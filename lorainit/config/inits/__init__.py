@@ -8,11 +8,11 @@ made (`quantized`). Every class in these files is found by itself, so a new one 
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, field_validator
 
 from lorainit.config.inits import data, plain, quantized, weights
 from lorainit.config.inits.base import CalibratedConfig, ExportRank, ExportRanks, InitConfig, Method, Need, Quantization
-from lorainit.config.schema import Strict
+from lorainit.config.schema import Auto, Strict, refusal
 
 __all__ = [
     "INITS",
@@ -27,11 +27,36 @@ __all__ = [
     "Quantization",
 ]
 
+MethodName = Annotated[str, StringConstraints(max_length=64)]
+
 
 class Automatic(Strict):
-    """Let the server choose the initialization; the job reports the choice and its reason."""
+    """Let the server choose the initialization, and the learning rate unless one is given.
+
+    The service tries a few of both on the job's own rows (`api.core.experiments.auto`). `candidates`: the methods it
+    may choose from, null = its own list; of equally good ones it takes the first. `probe_steps`: the most optimizer
+    steps that may be spent on those that are not chosen, "auto" = a quarter of the job's steps. Without the service, or
+    where there is nothing to compare by, `Lora.resolve` chooses by a rule.
+    """
 
     method: Literal["auto"] = "auto"
+    candidates: Annotated[list[MethodName], Field(min_length=2, max_length=8, fail_fast=True)] | None = None
+    probe_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
+
+    @field_validator("candidates")
+    @classmethod
+    def can_be_tried(cls, names: list[str] | None) -> list[str] | None:
+        """Refuse a method that is named twice, does not exist, or trains before its start."""
+        for place, name in enumerate(names or []):
+            if name in (names or [])[:place]:
+                raise refusal("", f"candidates holds {name!r} twice: each method once.", code="invalid_value")
+            if name not in INITS:
+                text = f"candidates[{place}] {name!r} is no initialization: {', '.join(INITS)}."
+                raise refusal("", text, code="invalid_value")
+            if INITS[name].facts.needs == "preheat":
+                text = f"{name} trains before its start, which costs more steps than trying it may: leave it out."
+                raise refusal("", text)
+        return names
 
 
 def _defined_in(module: ModuleType) -> dict[str, type[InitConfig]]:

@@ -1,17 +1,13 @@
 """Which jobs of an experiment run when: limits, halving, extension and confirmation."""
 
 import math
-from typing import Any
 
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
-from lorainit.config.events import Metrics
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab
 from tests.api.routes.compared import create, losses, read, run_to_its_end
 from worker import reconciler
-from worker.job import outcomes
-from worker.job.progress import EventRecorder
 
 
 def test_no_more_jobs_run_at_once_than_the_experiment_may(lab: Lab) -> None:
@@ -35,18 +31,6 @@ def test_no_more_jobs_run_at_once_than_the_experiment_may(lab: Lab) -> None:
     assert read(lab, made["id"])["status"] == "succeeded"
 
 
-def halt(taken: Any, valid: stub_worker.Validation) -> None:
-    """A run that reaches the step at which it has to wait: a tenth of its steps further each time."""
-    job, lease = taken
-    step = round(100 * (job.stop_after or 1.0))
-    recorder = EventRecorder(lease)
-    loss = valid(job, step)
-    both = {"valid_loss": loss, "full_valid_loss": loss}
-    recorder.add(Metrics(step=step, total_steps=100, epoch=1.0, tokens=step, seconds=float(step), **both))
-    recorder.flush()
-    outcomes.halt(lease, step)
-
-
 def test_halving_stops_what_is_far_behind_and_lets_the_best_go_to_their_end(lab: Lab) -> None:
     grid = {"init": ["kaiming", "pissa", "olora"], "learning_rates": [1e-4, 2e-4], "seeds": [1, 2]}
     made = create(lab, grid=grid, schedule="halving")
@@ -64,7 +48,7 @@ def test_halving_stops_what_is_far_behind_and_lets_the_best_go_to_their_end(lab:
             if taken[0].stop_after is None:
                 stub_worker.train(*taken, steps=100, valid=loss)
             else:
-                halt(taken, loss)
+                stub_worker.halt(*taken, steps=100, valid=loss)
         while reconciler.advance_experiments():
             pass
     shown = read(lab, made["id"])
@@ -98,7 +82,7 @@ def test_a_halted_job_that_somebody_resumes_goes_to_its_end(lab: Lab) -> None:
     stub_worker.tidy()
     taken = stub_worker.claim()
     assert taken is not None
-    halt(taken, losses_of_all)
+    stub_worker.halt(*taken, steps=100, valid=losses_of_all)
     job = lab.client.get(f"{JOBS}/{taken[0].id}").json()
     assert job["status"] == "paused"
     assert lab.client.post(f"{JOBS}/{job['id']}/resume").json()["status"] == "queued"

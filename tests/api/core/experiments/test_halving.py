@@ -2,7 +2,7 @@
 
 import math
 
-from api.core.experiments.halving import Standing, choose_survivors, find_cost, find_next_rung
+from api.core.experiments.halving import Standing, choose_survivors, find_cost
 
 
 def cell(treatment: str, rate: float, *losses: float) -> Standing:
@@ -32,7 +32,3 @@ def test_of_two_neighbouring_rates_that_are_nearly_equal_the_higher_goes_on() ->
 
 def test_twenty_four_cells_cost_less_than_six_whole_runs() -> None:
     assert find_cost(24) < 6
-
-
-def test_after_the_last_rung_cells_go_to_their_end() -> None:
-    assert [find_next_rung(passed) for passed in range(4)] == [0.1, 0.3, 0.6, None]
