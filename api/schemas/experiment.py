@@ -111,7 +111,8 @@ class Confirmation(Wire):
 class ExperimentObject(Element):
     """An experiment. `results` grows while it runs; `summary` says in sentences what they mean.
 
-    `plan`: what the experiment will be able to tell with its number of seeds.
+    `plan`: what the experiment will be able to tell with its number of seeds. `chooses_for`: the job for which it
+    chooses the initialization (`lora.init` "auto"); null for one that somebody asked for.
     """
 
     id: str
@@ -129,6 +130,7 @@ class ExperimentObject(Element):
     extend: bool
     max_jobs: int
     confirm_seeds: int
+    chooses_for: str | None
     decisions: list[dict[str, Any]]
     max_parallel: int | None
     job_counts: JobCounts
@@ -161,6 +163,7 @@ def make_experiment_object(
         extend=request["extend"],
         max_jobs=request["max_jobs"],
         confirm_seeds=request["confirm_seeds"],
+        chooses_for=(request.get("probe") or {}).get("job_id"),
         decisions=experiment.decisions,
         max_parallel=experiment.max_parallel,
         job_counts=_count(counts),

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from api.core.db.tables import Cell, Experiment
 from api.core.experiments import card, outcome, words
+from api.core.experiments.auto import probe
 from api.core.experiments.experiments import Treatment
 from api.core.experiments.grid import name_inits
 from api.core.experiments.ranking import Ranking, Result, Row, rank
@@ -63,11 +64,11 @@ class Results:
 
     @cached_property
     def curves(self) -> dict[tuple[Any, float | None, int], Sequence[Mapping[str, Any]]]:
-        """The validation curve of each cell that has succeeded."""
+        """The validation curve of each cell that has succeeded, or was stopped by the schedule."""
         return {
             (_treatment(cell), cell.learning_rate, cell.seed): cell.outcome["curve"]
             for cell in self.cells
-            if cell.outcome is not None and cell.outcome["status"] == "succeeded"
+            if cell.outcome is not None and (cell.outcome["status"] == "succeeded" or cell.stopped_at is not None)
         }
 
     @cached_property
@@ -80,6 +81,8 @@ class Results:
     @property
     def summary(self) -> list[str]:
         """What the results mean, in sentences."""
+        if self.experiment.request.get("probe"):
+            return [probe.list_losses(probe.describe_candidates(self.experiment.request, self.experiment.decisions))]
         return words.describe(self.ranking, names=self.names, curves=self.curves, baseline=self.baseline)
 
     @property

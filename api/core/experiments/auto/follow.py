@@ -4,15 +4,14 @@ Nothing here commits. `advance` calls `follow` whenever the job or a candidate h
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sqlalchemy import insert, literal, select
 from sqlalchemy.orm import Session
 
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Cell, Checkpoint, Experiment, File, Job, Metric
+from api.core.experiments.auto import probe
 from api.core.experiments.auto.choice import INIT, settle, take_by_rule
-from api.core.experiments.grid import name_inits
 from api.core.jobs import admission, checkpoints, events, pauses
 from api.core.jobs import jobs as changes
 from lorainit.config.spec import Choice, Lora
@@ -74,9 +73,11 @@ def _decide(
 def _adopt(session: Session, experiment: Experiment, job: Job, cell: Cell, best: Job) -> None:
     """Give the job the initialization, the rate, the numbers and the checkpoint of the best candidate."""
     lora = Lora.model_validate(best.recipe["lora"])
-    found = _describe(experiment)
+    found = probe.describe_candidates(experiment.request, experiment.decisions)
     method, step = lora.method.method, best.halted_at or 0
-    reason = f"best of {len(found)} candidates on the job's rows (experiment {experiment.id}): {_list_losses(found)}"
+    reason = (
+        f"best of {len(found)} candidates on the job's rows (experiment {experiment.id}): {probe.list_losses(found)}"
+    )
     settle(
         job,
         lora,
@@ -93,43 +94,14 @@ def _adopt(session: Session, experiment: Experiment, job: Job, cell: Cell, best:
         session.get_one(File, row.file_id).filename = f"{job.id}-step-{row.step}.tar"
     cell.stopped_at = step
     changes.cancel_open(session, best, f"Job {job.id} goes on from here, with this job's checkpoint")
-    others = sum(one["steps"] for one in found if one["name"] != cell.name)
+    others = sum(one["steps"] for one in found[1:])
     message = (
-        f"Initialization chosen: {method} at learning rate {cell.learning_rate:g}. {_list_losses(found)}. The job goes"
-        f" on from step {step}; the other candidates cost {others} steps"
+        f"Initialization chosen: {method} at learning rate {cell.learning_rate:g}. {probe.list_losses(found)}."
+        f" The job goes on from step {step}; the other candidates cost {others} steps"
     )
     data = {"kind": "init_choice", "experiment_id": experiment.id, "candidates": found, "steps": others}
     events.append(session, job.id, message, at=now(session), data=data)
     session.flush()
-
-
-def _describe(experiment: Experiment) -> list[dict[str, Any]]:
-    """Each candidate with its last loss and the step at which it had it, the best first."""
-    names = name_inits(experiment.request["grid"]["init"])
-    seed = experiment.request["grid"]["seeds"][0]
-    last: dict[str, dict[str, Any]] = {}
-    for decision in experiment.decisions:
-        for place, one in enumerate(decision["cells"]):
-            name = f"{names[one['treatment'][0]]}/{one['learning_rate']:g}/{seed}"
-            facts = {"name": name, "init": names[one["treatment"][0]], "learning_rate": one["learning_rate"]}
-            last[name] = {
-                **facts,
-                "valid_loss": one["mean"],
-                "steps": decision["step"],
-                "kept": one["kept"],
-                "place": place,
-            }
-    found = sorted(last.values(), key=lambda one: (-one["steps"], not one["kept"], one["place"]))
-    return [{key: value for key, value in one.items() if key not in ("kept", "place")} for one in found]
-
-
-def _list_losses(found: Sequence[Mapping[str, Any]]) -> str:
-    return "; ".join(
-        f"{one['init']} at {one['learning_rate']:g}: "
-        + ("no loss" if one["valid_loss"] is None else f"validation loss {one['valid_loss']:.4f}")
-        + f" after {one['steps']} steps"
-        for one in found
-    )
 
 
 def _stop(session: Session, jobs: Sequence[Job], text: str) -> None:

@@ -6,10 +6,12 @@ numbers below come from: docs/decisions/0076.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
+from api.core.experiments.grid import name_inits
 from api.core.experiments.halving import NEARLY, Standing
 
 BUDGET = 0.25  # of the job's steps, spent on candidates that are not chosen
@@ -107,3 +109,37 @@ def sort_candidates(standings: Sequence[Standing]) -> list[Standing]:
 def _by_cost(one: Standing) -> tuple[int, float]:
     assert isinstance(one.treatment, tuple)
     return one.treatment[0], -one.learning_rate
+
+
+# --- what was found ------------------------------------------------------------------------------------------
+
+
+def describe_candidates(request: Mapping[str, Any], decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each candidate of an experiment with its last loss and the step at which it had it, the best first."""
+    names = name_inits(request["grid"]["init"])
+    last: dict[tuple[int, float], dict[str, Any]] = {}
+    for decision in decisions:
+        for one in decision["cells"]:
+            place, rate = one["treatment"][0], one["learning_rate"]
+            last[place, rate] = {
+                "init": names[place],
+                "learning_rate": rate,
+                "valid_loss": one["mean"],
+                "steps": decision["step"],
+                "kept": one["kept"],
+            }
+    return sorted(last.values(), key=_by_place)
+
+
+def _by_place(one: Mapping[str, Any]) -> tuple[int, bool, float]:
+    return -one["steps"], not one["kept"], math.inf if one["valid_loss"] is None else one["valid_loss"]
+
+
+def list_losses(found: Sequence[Mapping[str, Any]]) -> str:
+    """The same as one sentence."""
+    return "; ".join(
+        f"{one['init']} at {one['learning_rate']:g}: "
+        + ("no loss" if one["valid_loss"] is None else f"validation loss {one['valid_loss']:.4f}")
+        + f" after {one['steps']} steps"
+        for one in found
+    )
