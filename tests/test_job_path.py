@@ -305,3 +305,21 @@ def test_a_job_that_loses_one_of_its_two_processes_is_tried_again(stack: Stack) 
     companion.kill()
     assert stack.wait(job.id, "succeeded").error is None
     assert_started_anew_after_every(stack.messages(job.id), "was killed (signal 9)")
+
+
+@ON_ONE_DATABASE
+def test_a_job_with_an_automatic_initialization_is_what_a_plain_one_with_that_choice_is(stack: Stack) -> None:
+    """It goes on from its best candidate's checkpoint, so every step has the numbers of an uninterrupted run."""
+    automatic = {"method": "auto", "candidates": ["kaiming", "loram"], "probe_steps": 16}
+    chosen = stack.wait(stack.create({"init": automatic, "r": 4}, max_steps=24).id, "succeeded")
+    init = chosen.lora["init"]["method"]  # type: ignore[attr-defined]
+    assert init in automatic["candidates"]
+    plain = stack.wait(stack.create({"init": init, "r": 4}, max_steps=24).id, "succeeded")
+    found, expected = metrics_of(stack, chosen), metrics_of(stack, plain)
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == [str(step) for step in range(25)]
+    for name in ("train_loss", "learning_rate", "tokens"):
+        values = [(float(one[name]), float(other[name])) for one, other in zip(found[1:], expected[1:], strict=True)]
+        assert all(one == pytest.approx(other, rel=1e-4) for one, other in values), name
+    assert float(found[-1]["full_valid_loss"]) == pytest.approx(float(expected[-1]["full_valid_loss"]), rel=1e-4)
+    computed = [text for text in stack.messages(chosen.id) if text.startswith("Fine-tuning job started")]
+    assert len(computed) == 1 and any("goes on from step" in text for text in stack.messages(chosen.id))
