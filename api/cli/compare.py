@@ -48,6 +48,14 @@ def compare(
     batch: Annotated[int | None, Option(help="Effective batch size in rows.")] = None,
     every: Annotated[int | None, Option(help="Steps between two evaluations; default: once per epoch.")] = None,
     parallel: Annotated[int | None, Option(help="The most jobs that run at once.")] = None,
+    halving: Annotated[
+        bool, Option("--halving", help="Stop what is far behind early, for a quarter of the cost.")
+    ] = False,
+    extend: Annotated[
+        bool, Option("--extend", help="Add rates where a best one lies at the edge of the grid.")
+    ] = False,
+    confirm: Annotated[int, Option(min=0, max=32, help="Run the leaders again on so many fresh seeds.")] = 0,
+    most: Annotated[int | None, Option(min=1, max=256, help="The most jobs, those of --extend included.")] = None,
     name: Annotated[str | None, Option(help="Name of the experiment; default: the file's.")] = None,
     report: Annotated[Path | None, Option(help="Where to write the HTML report; default: EXPERIMENT.html.")] = None,
     detach: Annotated[bool, Option("--detach", help="Print the experiment's id and do not wait.")] = False,
@@ -76,7 +84,10 @@ def compare(
             "seeds": list(range(1, seeds + 1)),
             **({"ranks": ranks} if len(ranks) > 1 else {}),
         },
-        **({} if parallel is None else {"max_parallel": parallel}),
+        "schedule": "halving" if halving else "full",
+        "extend": extend,
+        "confirm_seeds": confirm,
+        **{key: value for key, value in {"max_parallel": parallel, "max_jobs": most}.items() if value is not None},
     }
     made: Any = client.post("/experiments", body=body, cast_to=object)
     err.print(made["plan"], style="dim")

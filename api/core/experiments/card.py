@@ -11,13 +11,18 @@ BY_SEED = ("trained_tokens",)
 
 
 def make_card(
-    cells: Sequence[tuple[int, str, Mapping[str, Any]]], ranking: Ranking, names: Mapping[Any, str]
+    cells: Sequence[tuple[int, str, Mapping[str, Any]]],
+    ranking: Ranking,
+    names: Mapping[Any, str],
+    *,
+    has_ended: bool = True,
 ) -> dict[str, Any] | None:
     """The card of an experiment; None before any cell has succeeded.
 
     Args:
         cells: seed, name and facts (`outcome["same"]`) of each cell that has succeeded.
         names: a name for each treatment.
+        has_ended: whether no further cell will end; before, nobody is warned of cells that are missing.
     """
     if not cells:
         return None
@@ -30,7 +35,7 @@ def make_card(
         "differences": [{"field": found["field"], "values": found["values"]} for found in differences],
         "selection": SELECTION.format(rates=_describe_counts(ranking.rows)),
         "noise": ranking.noise.deviation if ranking.noise else None,
-        "warnings": warnings + _find_warnings(ranking, names),
+        "warnings": warnings + _find_warnings(ranking, names, has_ended=has_ended),
     }
 
 
@@ -63,11 +68,11 @@ def _describe_counts(rows: Sequence[Row]) -> str:
     return f"{min(counts)} to {max(counts)} rates (more where a best rate lay at the edge of the grid), the same seeds"
 
 
-def _find_warnings(ranking: Ranking, names: Mapping[Any, str]) -> list[str]:
+def _find_warnings(ranking: Ranking, names: Mapping[Any, str], *, has_ended: bool) -> list[str]:
     rows, found = ranking.rows, list[str]()
     ended = [row for row in rows if row.summary is not None]
     edge = [row for row in ended if row.at_edge]
-    few = [row for row in rows if row.summary is None or row.summary.n < 2]
+    few = [row for row in rows if has_ended and (row.summary is None or row.summary.n < 2)]
     if edge and len(edge) == len(ended):
         rates = max(len(row.by_rate) for row in edge)
         found.append(
@@ -79,7 +84,7 @@ def _find_warnings(ranking: Ranking, names: Mapping[Any, str]) -> list[str]:
     if few:
         which = ", ".join(names[row.treatment] for row in few)
         found.append(f"fewer than 2 seeds have finished for {which}: ranked last and compared with nothing")
-    if any(2 <= row.summary.n < RELIABLE_SEEDS for row in ended if row.summary):
+    if has_ended and any(2 <= row.summary.n < RELIABLE_SEEDS for row in ended if row.summary):
         found.append(f"fewer than {RELIABLE_SEEDS} seeds: the spread between seeds is unreliable")
     if ranking.unsteady:
         which = ", ".join(sorted(names[treatment] for treatment in ranking.unsteady))

@@ -93,7 +93,8 @@ class Results:
             for cell in self.ended
             if cell.outcome is not None and cell.outcome["status"] == "succeeded"
         ]
-        return card.make_card(found, self.ranking, self.names)
+        has_ended = self.experiment.finished_at is not None
+        return card.make_card(found, self.ranking, self.names, has_ended=has_ended)
 
     def list_chosen(self, row: Row) -> list[Cell]:
         """The cells of a treatment at its best rate, in the order of the seeds in the grid."""

@@ -102,6 +102,17 @@ def test_an_experiment_may_be_left_to_itself(server: FakeServer, tmp_path: Path)
     assert done.exit_code == 0 and "exp_1" in done.output
     (body,) = server.bodies
     assert body["grid"]["ranks"] == [8, 16] and body["grid"]["learning_rates"] == "auto"
+    assert (body["schedule"], body["extend"], body["confirm_seeds"], "max_jobs" in body) == ("full", False, 0, False)
+
+
+def test_a_comparison_may_stop_early_grow_and_be_confirmed(server: FakeServer, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n" * 30)
+    more = ("--halving", "--extend", "--confirm", "2", "--most", "40")
+    done = run("compare", str(rows), "-m", "base", "--init", "kaiming", "--detach", *more)
+    assert done.exit_code == 0, done.output
+    (body,) = server.bodies
+    assert (body["schedule"], body["extend"], body["confirm_seeds"], body["max_jobs"]) == ("halving", True, 2, 40)
 
 
 def test_a_rate_that_is_no_number_is_refused(server: FakeServer, tmp_path: Path) -> None:
