@@ -63,11 +63,20 @@ def _decide(
         _adopt(session, experiment, owner, best, open_jobs[0])
         _end(session, experiment, "succeeded")
     elif not open_jobs:
-        codes = sorted({job.error["code"] for cell in cells if (job := jobs.get(cell.job_id)) and job.error})
-        why = f"they failed with {', '.join(codes)}" if codes else f"experiment {experiment.id} was cancelled"
-        take_by_rule(session, owner, f"none of the candidates was compared, since {why}")
+        why, ended = _explain_no_winner(experiment, [jobs[cell.job_id] for cell in cells if cell.job_id in jobs])
+        take_by_rule(session, owner, f"no candidate could be chosen, since {why}")
         if experiment.finished_at is None:
-            _end(session, experiment, "failed" if codes else "cancelled")
+            _end(session, experiment, ended)
+
+
+def _explain_no_winner(experiment: Experiment, candidates: Sequence[Job]) -> tuple[str, str]:
+    """Why no candidate is left, and the status of the experiment."""
+    codes = sorted({job.error["code"] for job in candidates if job.error})
+    if codes:
+        return f"they failed with {', '.join(codes)}", "failed"
+    if experiment.decisions:
+        return "none had a finite validation loss", "failed"
+    return f"experiment {experiment.id} was cancelled", "cancelled"
 
 
 def _adopt(session: Session, experiment: Experiment, job: Job, cell: Cell, best: Job) -> None:
