@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from api.core.experiments import halving as schedule
 from api.core.jobs.submit import PRIORITIES, Priority
 from api.core.queue import scheduling
 from docs.generate.svg import Drawing
@@ -258,6 +259,29 @@ def rounding() -> Drawing:
     return drawing
 
 
+def halving() -> Drawing:
+    """How far each of 24 cells runs with `"schedule": "halving"`."""
+    cells, left, width, top = 24, 40, 560, 76
+    ends = (*schedule.RUNGS, 1.0)
+    counts = schedule.list_counts(cells)
+    drawing = Drawing("Halving: how far each of 24 cells runs", width=660, height=290)
+    drawing.text(20, 28, "Halving: how far each of 24 cells runs", kind="bold")
+    for number in range(cells):
+        end = max(share for share, count in zip(ends, counts, strict=True) if number < count)
+        kind = "good" if end == 1.0 else "still"
+        drawing.box(left, top + 7 * number, width=width * end, height=5, kind=kind)
+    for share, count in zip(ends, counts, strict=True):
+        x = left + width * share
+        drawing.text(x, top + 7 * cells + 20, f"{share:.0%}", anchor="middle")
+        drawing.text(x - 6, 56, f"{count} run up to here" if share > 0.2 else f"{count}", anchor="end")
+    drawing.text(left, top + 7 * cells + 38, "of the steps; the best cells are at the top")
+    cost = schedule.find_cost(cells)
+    drawing.text(
+        20, 282, f"Together they cost {cost:.1f} whole runs instead of {cells}. Who is stopped keeps its checkpoint."
+    )
+    return drawing
+
+
 DRAWINGS: Mapping[str, Callable[[], Drawing]] = {
     "job": job,
     "queue": queue,
@@ -269,4 +293,5 @@ DRAWINGS: Mapping[str, Callable[[], Drawing]] = {
     "experts": experts,
     "export": export,
     "rounding": rounding,
+    "halving": halving,
 }

@@ -10,6 +10,7 @@ two neighbouring rates of one initialization the higher one is kept where the lo
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 RUNGS = (0.1, 0.3, 0.6)  # shares of a run's steps
@@ -51,10 +52,15 @@ def _find_next_rate(one: Standing, order: Sequence[Standing]) -> Standing | None
     return min(higher, key=lambda other: other.learning_rate, default=None)
 
 
+def list_counts(cells: int, *, rungs: Sequence[float] = RUNGS) -> list[int]:
+    """How many of `cells` cells are left up to each rung, and after the last one."""
+    counts = [cells]
+    for _ in rungs:
+        counts.append(min(counts[-1], max(LEAST, math.ceil(counts[-1] * KEPT))))
+    return counts
+
+
 def find_cost(cells: int, *, rungs: Sequence[float] = RUNGS) -> float:
     """What `cells` cells cost under this schedule, in whole runs."""
-    cost, before, left = 0.0, 0.0, cells
-    for rung in rungs:
-        cost, before = cost + left * (rung - before), rung
-        left = min(left, max(LEAST, math.ceil(left * KEPT)))
-    return cost + left * (1 - before)
+    shares = [after - before for before, after in pairwise((0.0, *rungs, 1.0))]
+    return sum(count * share for count, share in zip(list_counts(cells, rungs=rungs), shares, strict=True))
