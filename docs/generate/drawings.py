@@ -264,7 +264,7 @@ def halving() -> Drawing:
     cells, left, width, top = 24, 40, 560, 76
     ends = (*schedule.RUNGS, 1.0)
     counts = schedule.list_counts(cells)
-    drawing = Drawing("Halving: how far each of 24 cells runs", width=660, height=290)
+    drawing = Drawing("Halving: how far each of 24 cells runs", width=660, height=320)
     drawing.text(20, 28, "Halving: how far each of 24 cells runs", kind="bold")
     for number in range(cells):
         end = max(share for share, count in zip(ends, counts, strict=True) if number < count)
@@ -277,7 +277,7 @@ def halving() -> Drawing:
     drawing.text(left, top + 7 * cells + 38, "of the steps; the best cells are at the top")
     cost = schedule.find_cost(cells)
     drawing.text(
-        20, 282, f"Together they cost {cost:.1f} whole runs instead of {cells}. Who is stopped keeps its checkpoint."
+        20, 308, f"Together they cost {cost:.1f} whole runs instead of {cells}. Who is stopped keeps its checkpoint."
     )
     return drawing
 
