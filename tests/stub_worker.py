@@ -127,7 +127,7 @@ def halt(job: Job, lease: Lease, *, steps: int, valid: Validation) -> None:
     assert job.stop_after is not None
     step = math.ceil(job.stop_after * steps)
     recorder = EventRecorder(lease)
-    loss = valid(job, step)
+    loss = valid(job, step)  # None = it is not finite
     both = {"valid_loss": loss, "full_valid_loss": loss}
     recorder.add(Metrics(step=step, total_steps=steps, epoch=1.0, tokens=step, seconds=float(step), **both))
     recorder.flush()

@@ -67,10 +67,24 @@ class Cost(Wire):
     peak_memory_bytes: int | None
 
 
+class Losses(Wire):
+    """Mean validation losses over the seeds, at the row's learning rate.
+
+    `at_equal_*`: after as many steps, tokens or seconds as the cheapest of the rows' runs had. What an initialization
+    spends before training counts there: preheating as steps and tokens, its seconds as seconds.
+    """
+
+    final: float | None = None
+    best: float | None = None
+    at_equal_steps: float | None = None
+    at_equal_tokens: float | None = None
+    at_equal_seconds: float | None = None
+
+
 class Speed(Wire):
     """The part of the baseline's steps, tokens and seconds after which its final validation loss is reached.
 
-    Seconds include the initialization. Null if not every seed reaches it.
+    What the initialization spends counts, as in `Losses`. Null if not every seed reaches it.
     """
 
     steps: float | None
@@ -93,6 +107,7 @@ class ExperimentRow(Wire):
     learning_rate_at_edge: bool
     failed_runs: int
     stopped_at_step: int | None
+    valid_loss: Losses
     cost: Cost
     to_baseline_loss: Speed
     trainable_parameters: int | None
@@ -208,6 +223,7 @@ def _row(found: Results, row: Row, place: int) -> ExperimentRow:
         learning_rate_at_edge=row.at_edge,
         failed_runs=row.failed_runs,
         stopped_at_step=found.find_stop(row),
+        valid_loss=_losses(found.find_losses(row)),
         cost=Cost.model_validate(found.find_cost(row)),
         to_baseline_loss=Speed.model_validate(found.find_speed(row)),
         job_ids=[cell.job_id for cell in chosen],
@@ -226,6 +242,10 @@ def _summary(summary: Summary | None) -> ObjectiveSummary | None:
         max=_round(summary.max),
         ci95=_interval(summary.ci95),
     )
+
+
+def _losses(losses: Mapping[str, float | None]) -> Losses:
+    return Losses(**{name: None if loss is None else _round(loss) for name, loss in losses.items()})
 
 
 def _rate(rate: float, summary: Summary | None) -> RateSummary:

@@ -68,8 +68,9 @@ def _list(sentences: Sequence[str]) -> str:
 
 def _table(found: Results) -> str:
     columns = (
-        "rank", "initialization", "learning rate", "objective", "behind the best", "95 % interval", "steps to baseline",
-        "init s", "train s", "parameters", "download", "failed",
+        "rank", "initialization", "learning rate", "objective", "behind the best", "95 % interval", "final loss",
+        "at equal tokens", "at equal seconds", "steps to baseline", "init s", "train s", "parameters", "download",
+        "failed",
     )  # fmt: skip
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(found, row, place)) + "</tr>"
@@ -80,7 +81,7 @@ def _table(found: Results) -> str:
 
 def _cells(found: Results, row: Row, place: int) -> list[str]:
     cost, sizes, speed = found.find_cost(row), found.find_sizes(row), found.find_speed(row)
-    name, difference, interval = _name(found, row), row.difference, None
+    name, difference, interval, losses = _name(found, row), row.difference, None, found.find_losses(row)
     if difference is not None:
         interval = difference.family_ci95
     tied = " (tied)" if row.tied_with_best and place > 1 else ""
@@ -91,6 +92,9 @@ def _cells(found: Results, row: Row, place: int) -> list[str]:
         "" if row.summary is None else f"{row.summary.mean:.4f}" + _spread(row.summary.std),
         "" if difference is None else f"{difference.mean:.4f}",
         "" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}",
+        _number(losses["final"], 4),
+        _number(losses.get("at_equal_tokens"), 4),
+        _number(losses.get("at_equal_seconds"), 4),
         "" if speed["steps"] is None else f"{speed['steps']:.0%}",
         _number(cost["init_seconds"], 1),
         _number(cost["train_seconds"], 1),
@@ -147,6 +151,7 @@ def _plot_curves(found: Results, figure: "Figure") -> None:
     for axes, (of, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES, strict=True):
         for row in found.ranking.rows:
             _plot_curve(found, row, axes, of)
+        _plot_stopped(found, axes, of)
         axes.set_xlabel(label)
     figure.axes[0].set_ylabel("validation loss")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -154,8 +159,7 @@ def _plot_curves(found: Results, figure: "Figure") -> None:
 
 
 def _plot_curve(found: Results, row: Row, axes: "Axes", of: str) -> None:
-    curves = found.curves_with_start if of == "seconds" else found.curves
-    mine = [curves[row.treatment, row.learning_rate, seed] for seed in row.values]
+    mine = [found.curves_with_start[row.treatment, row.learning_rate, seed] for seed in row.values]
     points = list(zip(*(_known(curve) for curve in mine), strict=False))
     if not points:
         return
@@ -167,6 +171,16 @@ def _plot_curve(found: Results, row: Row, axes: "Axes", of: str) -> None:
         bands = [stdev([point["valid_loss"] for point in group]) for group in points]
         low, high = [a - b for a, b in zip(y, bands, strict=True)], [a + b for a, b in zip(y, bands, strict=True)]
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _plot_stopped(found: Results, axes: "Axes", of: str) -> None:
+    """The runs that the schedule stopped, thin, one by one."""
+    for cell in found.cells:
+        key = (cell.init, cell.rank), cell.learning_rate, cell.seed
+        points = _known(found.curves_with_start.get(key, ())) if cell.stopped_at is not None else []
+        if points:
+            x, y = [point[of] for point in points], [point["valid_loss"] for point in points]
+            axes.plot(x, y, color=_colour(found, key[0]), linewidth=0.7, marker=".", markersize=3)
 
 
 def _known(curve: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

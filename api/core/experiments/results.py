@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from api.core.db.tables import Cell, Experiment
-from api.core.experiments import card, outcome, words
+from api.core.experiments import budgets, card, outcome, words
 from api.core.experiments.auto import probe
 from api.core.experiments.experiments import Treatment
 from api.core.experiments.grid import name_inits
@@ -122,29 +122,56 @@ class Results:
     def find_speed(self, row: Row) -> dict[str, float | None]:
         """The part of the baseline's steps, tokens and seconds after which its final loss is reached; means over seeds.
 
-        None where not every seed reaches it. Seconds include the initialization.
+        None where not every seed reaches it. What the initialization cost counts.
         """
         start = next((one for one in self.ranking.rows if one.treatment == self.baseline), None)
         if start is None or start.summary is None or row.summary is None:
             return dict.fromkeys(("steps", "tokens", "seconds"))
         found = {}
         for name, of in (("steps", "step"), ("tokens", "tokens"), ("seconds", "seconds")):
-            curves = self.curves if of != "seconds" else self.curves_with_start
-            shares = words.find_shares(row, start, curves, of=of)
+            shares = words.find_shares(row, start, self.curves_with_start, of=of)
             found[name] = fmean(shares) if shares and len(shares) == len(start.values) else None
         return found
 
     @cached_property
     def curves_with_start(self) -> dict[tuple[Any, float | None, int], Sequence[Mapping[str, Any]]]:
-        """As `curves`, with the seconds of the initialization added to those of training."""
-        before: dict[tuple[Any, float | None, int], float] = {
-            (_treatment(cell), cell.learning_rate, cell.seed): (cell.outcome or {}).get("init_seconds") or 0.0
-            for cell in self.cells
+        """As `curves`, with what the initialization cost before training (`budgets`)."""
+        found: dict[tuple[Any, float | None, int], Mapping[str, Any]] = {
+            (_treatment(cell), cell.learning_rate, cell.seed): cell.outcome or {} for cell in self.cells
         }
         return {
-            key: [{**point, "seconds": point["seconds"] + before[key]} for point in curve]
+            key: budgets.count_start(
+                curve, batches=found[key].get("start_batches") or 0, seconds=found[key].get("init_seconds") or 0.0
+            )
             for key, curve in self.curves.items()
         }
+
+    @cached_property
+    def equal_budgets(self) -> dict[str, float | None]:
+        """The steps, tokens and seconds that every row's runs had, initialization included."""
+        chosen = [curve for row in self.ranking.rows for curve in self._list_curves(row)]
+        return {name: budgets.find_limit(chosen, of=of) for name, of in budgets.BUDGETS.items()}
+
+    def find_losses(self, row: Row) -> dict[str, float | None]:
+        """Mean validation losses of a row at its best rate: the last, the best, and those at equal budgets.
+
+        None where a seed has none.
+        """
+        curves = self._list_curves(row)
+        last = [curve[-1]["valid_loss"] for curve in curves if curve]
+        best = [min((point["valid_loss"] for point in curve[1:]), default=None) for curve in curves]
+        equal = {
+            name: [budgets.find_loss(curve, at=limit, of=budgets.BUDGETS[name]) for curve in curves]
+            for name, limit in self.equal_budgets.items()
+            if limit is not None
+        }
+        found = {"final": last, "best": best, **{f"at_equal_{name}": losses for name, losses in equal.items()}}
+        return {name: None if None in losses else _mean(losses) for name, losses in found.items()}
+
+    def _list_curves(self, row: Row) -> list[Sequence[Mapping[str, Any]]]:
+        """The curves of a row's runs at its best rate that went to their end, initialization included."""
+        keys = [(row.treatment, row.learning_rate, seed) for seed in row.values]
+        return [self.curves_with_start[key] for key in keys if key in self.curves_with_start]
 
 
 def _treatment(cell: Cell) -> Treatment:

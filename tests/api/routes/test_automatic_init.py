@@ -236,7 +236,7 @@ def test_if_every_candidate_fails_the_rule_chooses_and_names_the_codes(lab: Lab)
 
 def test_if_no_candidate_has_a_finite_loss_the_rule_chooses(lab: Lab) -> None:
     job = order(lab)
-    work(lambda _job, _step: float("nan"), until=job["id"])
+    work(lambda _job, _step: None, until=job["id"])
     shown = show(lab, job)
     assert "finite" in chosen(shown)["lora.init"]["reason"]
     assert read(lab, shown["experiment_id"])["status"] == "failed"
