@@ -1,0 +1,118 @@
+"""An experiment of 24 jobs through kill -9, a broker that forgets everything, and a restart of the whole service.
+
+Its table is the one of an undisturbed experiment, bit for bit. PostgreSQL, Valkey and real runs on a tiny random base.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from api.core.access import keys
+from api.core.db import database as db
+from api.core.db import migrate
+from api.core.db.database import session_scope
+from tests import servers
+from tests.conftest import forget
+from tests.stack import FINAL, PATIENCE, Stack, children_of, wait_for
+from tests.test_job_path import running, tiny_base
+
+__all__ = ["tiny_base"]
+GRID = {"init": ["kaiming", "loram", "pissa", "eva"], "learning_rates": [1e-3, 1e-2], "seeds": [1, 2, 3]}
+COSTS = ("cost", "job_ids", "to_baseline_loss", "valid_loss")  # they hold seconds or ids, which differ between any two
+
+
+@pytest.fixture
+def service(
+    monkeypatch: pytest.MonkeyPatch, postgres_server: str, tiny_base: Path, tmp_path: Path
+) -> Iterator[tuple[str, str]]:
+    """Settings of a service that can be started again and again: an API key, and the broker's address."""
+    with ExitStack() as exits:
+        broker = exits.enter_context(servers.valkey())
+        for name, value in {
+            "LORAINIT_STATE_DIR": str(tmp_path),
+            "LORAINIT_DATABASE_URL": servers.new_database(postgres_server, "experiment"),
+            "LORAINIT_BROKER_URL": broker,
+            "LORAINIT_CATALOGUE": str(tiny_base / "catalogue.toml"),
+            "LORAINIT_REQUESTS_PER_MINUTE": "60000",
+            "LORAINIT_LEASE_SECONDS": "15",
+        }.items():
+            monkeypatch.setenv(name, value)
+        forget()
+        exits.callback(forget)
+        migrate.upgrade(db.get_engine())
+        with session_scope() as session:
+            _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="t")
+            session.commit()
+        yield secret, broker
+
+
+def order(stack: Stack, training: str, validation: str) -> str:
+    recipe = {"n_epochs": 2, "batch_size": 8, "checkpoint_interval": 1}
+    job = {
+        "model": "tiny",
+        "training_file": training,
+        "validation_file": validation,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": recipe}},
+        "lora": {"r": 4},
+        "resources": {"group": False},  # cells in one forward pass are equal up to rounding only
+    }
+    made: Any = stack.client.post("/experiments", cast_to=object, body={"name": "n", "job": job, "grid": GRID})
+    return str(made["id"])
+
+
+def read(stack: Stack, experiment_id: str) -> dict[str, Any]:
+    found: Any = stack.client.get(f"/experiments/{experiment_id}", cast_to=object)
+    return dict(found)
+
+
+def wait(stack: Stack, experiment_id: str, *, succeeded: int) -> dict[str, Any]:
+    deadline = time.monotonic() + 4 * PATIENCE
+    while (shown := read(stack, experiment_id))["job_counts"]["succeeded"] < succeeded or (
+        succeeded == 24 and shown["status"] not in FINAL
+    ):
+        assert time.monotonic() < deadline and not shown["job_counts"]["failed"], stack.log("worker")
+        time.sleep(0.2)
+    return shown
+
+
+def table(shown: dict[str, Any]) -> dict[str, Any]:
+    rows = [{name: value for name, value in row.items() if name not in COSTS} for row in shown["results"]]
+    losses = [row["valid_loss"][name] for row in shown["results"] for name in ("final", "best")]
+    return {"rows": rows, "losses": losses, "noise": shown["card"]["noise"], "same": shown["card"]["same"]}
+
+
+@pytest.mark.slow
+def test_a_killed_worker_a_wiped_broker_and_a_restart_change_no_number(
+    service: tuple[str, str], tmp_path: Path
+) -> None:
+    secret, broker = service
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with running(secret, logs) as stack:
+        files = stack.upload(24), stack.upload(4)
+        undisturbed = wait(stack, order(stack, *files), succeeded=24)
+        disturbed = order(stack, *files)
+        wait(stack, disturbed, succeeded=3)
+        runs = wait_for(lambda: children_of(stack.processes["worker"]))
+        stack.processes["worker"].kill()
+        stack.processes["worker"].wait()
+        assert runs
+        stack.start_worker()
+        wait(stack, disturbed, succeeded=8)
+        with redis.Redis.from_url(broker) as server:
+            server.flushall()
+        wait(stack, disturbed, succeeded=14)
+        for process in stack.processes.values():
+            process.kill()
+    with running(secret, logs) as stack:
+        shown = wait(stack, disturbed, succeeded=24)
+        cells = stack.client.fine_tuning.jobs.list(limit=100, metadata={"experiment_id": disturbed})
+        lost = [job.id for job in cells if any("worker was lost" in text for text in stack.messages(job.id))]
+    assert shown["status"] == undisturbed["status"] == "succeeded"
+    assert table(shown) == table(undisturbed)
+    assert lost, "neither the kill nor the restart met a run"
