@@ -31,12 +31,15 @@ from benchmarks.train_plan import (  # noqa: E402
     NAMES,
     ONCE,
     OURS,
+    QUALITY,
     ROUND,
     TRYOUTS,
     Rival,
     Work,
     order,
 )
+from benchmarks.train_quality import RIVAL, measure_init, measure_rival  # noqa: E402
+from lorainit.config.inits import INITS  # noqa: E402
 
 PLACE = "bench-train"  # in docs/speed.md
 Key = tuple[str, str, int]  # part of the benchmark, contender or setting, round
@@ -101,6 +104,24 @@ class Bench:
         for precision in OURS.values():
             self.run((CURVE, precision, 0), precision, replace(self.work, steps=CURVE_STEPS))
 
+    def quality(self) -> None:
+        """How long each initialization takes to the loss that TRL's defaults end with."""
+        work = replace(self.work, steps=CURVE_STEPS)
+        plain = [name for name, kind in INITS.items() if None in kind.facts.quantization]
+        for name in (RIVAL, *plain):
+            key = (QUALITY, name, 0)
+            if key in self.found:
+                continue
+            out = self.temporary / f"{QUALITY}-{name}"
+            try:
+                place = self.place(work)
+                row = measure_rival(work, place, out) if name == RIVAL else measure_init(work, name, place, out)
+            except Failed as error:
+                row = {"skipped": str(error)}
+            print(f"{QUALITY:7} {name:34} {row.get('skipped') or row.get('loss') or row['curve'][-1]}", flush=True)
+            self.found[key] = row
+            keep(self.args.results, key, row)
+
 
 def measured(who: Rival | str, work: Work, place: Place, out: Path, *, judged: bool) -> Row:
     """One run of a rival, or of ours in a precision; `judged`: with its adapter's held-out loss."""
@@ -164,6 +185,8 @@ def main() -> None:
         bench.rounds(lambda name: args.only is None or name in args.only)
         if args.only is None or CURVE in args.only:
             bench.curve()
+        if args.only is None or QUALITY in args.only:
+            bench.quality()
     text = report(bench.found, bench.work, warmup=args.warmup, threads=args.threads)
     print("\n" + text)
     if args.write:
@@ -180,7 +203,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--threads", type=int, help="threads of every contender (default: its own choice)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds one run may take")
-    parser.add_argument("--only", nargs="+", choices=[*NAMES, CURVE], help="these contenders, or the loss curve")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*NAMES, CURVE, QUALITY], help="these contenders, the curve, or time to quality"
+    )
     parser.add_argument("--results", type=Path, help="JSON lines; a call that is cut off goes on from them")
     parser.add_argument("--write", type=Path, help="put the figures into this page")
     return parser.parse_args()

@@ -41,22 +41,12 @@ class Place:
 
 def ours(work: Work, precision: str, place: Place, out: Path) -> dict[str, Any]:
     """`python -m lorainit`, as a user starts it; times and tokens come from its events."""
-    out.mkdir(parents=True)
     wanted = spec(
         work, precision, base=(place.rows / "base").resolve(), rows=place.rows / "train.jsonl", cache=out / "cache"
     )
-    (out / "spec.json").write_text(json.dumps(wanted))
-    reading, writing = os.pipe()
-    command = [sys.executable, "-m", "lorainit", out / "spec.json", out / "run", "--events-fd", str(writing)]
-    with _running(command, place, out, machine=True, fds=(writing,)) as child:
-        os.close(writing)
-        with os.fdopen(reading) as stream:
-            seen = list(_watched(stream, child.pid))
-        started = child.started
+    seen, started = run_ours(wanted, place, out)
     metrics = [event for event in seen if event["kind"] == "metrics" and event["train_loss"] is not None]
     done = seen[-1]
-    if done["kind"] != "done":
-        raise Failed(f"its last event is {done}")
     rows = json.loads((place.rows / "rows.json").read_text())
     return {
         "seconds": _steps([event["seconds"] for event in metrics]),
@@ -69,6 +59,26 @@ def ours(work: Work, precision: str, place: Place, out: Path) -> dict[str, Any]:
         "peak": done["resources"]["peak_memory_bytes"],
         "adapter": done["adapter"],
     }
+
+
+def run_ours(wanted: dict[str, Any], place: Place, out: Path) -> tuple[list[dict[str, Any]], float]:
+    """The events of `python -m lorainit` (`_watched`), and the moment at which its process was started.
+
+    Raises:
+        Failed: it did not succeed.
+    """
+    out.mkdir(parents=True)
+    (out / "spec.json").write_text(json.dumps(wanted))
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "lorainit", out / "spec.json", out / "run", "--events-fd", str(writing)]
+    with _running(command, place, out, machine=True, fds=(writing,)) as child:
+        os.close(writing)
+        with os.fdopen(reading) as stream:
+            seen = list(_watched(stream, child.pid))
+        started = child.started
+    if not seen or seen[-1]["kind"] != "done":
+        raise Failed(f"its last event is {seen[-1] if seen else 'none'}")
+    return seen, started
 
 
 def rival(work: Work, who: Rival, place: Place, out: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.train_figures import MIB, Goal, Row, by_round, goals, ratio, speed
-from benchmarks.train_plan import CURVE, NAMES, ROUND, TRYOUTS, Work
+from benchmarks.train_plan import CURVE, NAMES, QUALITY, ROUND, TRYOUTS, Work
+from benchmarks.train_quality import make_table
 
 Key = tuple[str, str, int]
 ISA = {"amx_bf16": "AMX with bf16", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
@@ -44,6 +45,11 @@ def report(found: dict[Key, Row], work: Work, *, warmup: int, threads: int | Non
         [_headline(found.values(), work, warmup=warmup, threads=threads, rounds=rounds)],
         ["### Speed, memory, loss", "", *_speeds(runs, warmup=warmup), *_skipped(found)],
         ["### Goals", "", *_goals(goals(runs, curve, warmup=warmup))],
+        [
+            "### Time to quality",
+            "",
+            *make_table({name: row for (part, name, _), row in found.items() if part == QUALITY}),
+        ],
         ["### Competitors' settings, tried before the rounds", "", *_tryouts(found, warmup=warmup)],
     ]
     return "\n\n".join("\n".join(part) for part in parts)

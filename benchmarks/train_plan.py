@@ -84,7 +84,8 @@ OURS = {"ours-bf16": "bf16", "ours-fp32": "fp32"}
 # Measured once and not in every round: without the allocator settings its steps take several times as long.
 ONCE = "trl-as-installed"
 ROUND = ["ours-bf16", "trl-defaults", "trl-tuned", "hf-bf16", "hf-fp32", "ours-fp32"]
-CURVE = "curve"
+CURVE, QUALITY = "curve", "quality"
+EVALUATIONS = 16  # of a run of `QUALITY`
 NAMES = {
     "ours-bf16": "Lorainit, bf16",
     "ours-fp32": "Lorainit, fp32",
@@ -118,6 +119,18 @@ def spec(work: Work, precision: str, *, base: Path, rows: Path, cache: Path) -> 
         },
         "seed": work.seed,
         "cache": str(cache),
+    }
+
+
+def quality_spec(work: Work, init: str, *, base: Path, rows: Path, cache: Path) -> dict[str, Any]:
+    """A run with one of our initializations as we recommend it: its own rate, alpha and schedule."""
+    plain = spec(work, "bf16", base=base, rows=rows / "train.jsonl", cache=cache)
+    kept = {name: plain["training"][name] for name in ("n_epochs", "batch_size", "max_length", "precision")}
+    return {
+        **plain,
+        "data": {"training": str(rows / "train.jsonl"), "validation": str(rows / "valid.jsonl")},
+        "lora": {"init": init, "r": work.r},
+        "training": {**kept, "eval_interval": max(1, work.steps // EVALUATIONS)},
     }
 
 

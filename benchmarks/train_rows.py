@@ -3,7 +3,8 @@
     python benchmarks/train_rows.py DATA OUT ROWS SEED MAX_LENGTH CACHE
 
 `OUT/train.jsonl` has the first ROWS usable rows of GSM8K's training file as chats, `OUT/rows.json` their token ids
-and labels in the order in which our loop takes them, `OUT/held.json` the test rows; `OUT/base` is a link to SmolLM2.
+and labels in the order in which our loop takes them, `OUT/held.json` the test rows; `OUT/valid.jsonl` and
+`OUT/valid.json` have these rows whole; `OUT/base` is a link to SmolLM2.
 """
 
 import json
@@ -37,9 +38,15 @@ def prepare(base: Path, data: Path, out: Path, *, rows: int, seed: int, max_leng
     train = _usable(_chats(data / "train.jsonl"), out / "train.jsonl", tokenizer, rows=rows, length=max_length)
     taken = [train.samples[i] for i in order_rows(train, seed=seed, epoch=0)]
     (out / "rows.json").write_text(json.dumps([row(sample) for sample in taken]))
-    tests = _write(out / "test.jsonl", _chats(data / "test.jsonl")[:TEST_ROWS])
+    chats = _chats(data / "test.jsonl")[:TEST_ROWS]
+    tests = _write(out / "test.jsonl", chats)
     judged = load(tests, tokenizer, max_length=max_length, on_row_error="skip").samples
-    (out / "held.json").write_text(json.dumps(held_out([row(sample) for sample in judged], held)))
+    kept = held_out([row(sample) for sample in judged], held)
+    (out / "held.json").write_text(json.dumps(kept))
+    # The same rows whole, for a run of ours to evaluate and for the judge of a rival's adapter (`train_quality`).
+    whole = judged[: len(kept)]
+    _write(out / "valid.jsonl", [chats[sample.line - 1] for sample in whole])
+    (out / "valid.json").write_text(json.dumps([row(sample) for sample in whole]))
 
 
 def _chats(path: Path) -> list[dict[str, Any]]:
