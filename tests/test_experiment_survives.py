@@ -3,12 +3,14 @@
 Its table is the one of an undisturbed experiment, bit for bit. PostgreSQL, Valkey and real runs on a tiny random base.
 """
 
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 
@@ -80,6 +82,15 @@ def wait(stack: Stack, experiment_id: str, *, succeeded: int) -> dict[str, Any]:
     return shown
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """As if the machine had failed: the process and all below it, so that no run can end what it has begun."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    for one in (process, *below):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
 def table(shown: dict[str, Any]) -> dict[str, Any]:
     rows = [{name: value for name, value in row.items() if name not in COSTS} for row in shown["results"]]
     losses = [row["valid_loss"][name] for row in shown["results"] for name in ("final", "best")]
@@ -98,17 +109,16 @@ def test_a_killed_worker_a_wiped_broker_and_a_restart_change_no_number(
         undisturbed = wait(stack, order(stack, *files), succeeded=24)
         disturbed = order(stack, *files)
         wait(stack, disturbed, succeeded=3)
-        runs = wait_for(lambda: children_of(stack.processes["worker"]))
-        stack.processes["worker"].kill()
-        stack.processes["worker"].wait()
-        assert runs
+        wait_for(lambda: children_of(stack.processes["worker"]))
+        kill(stack.processes["worker"])
         stack.start_worker()
         wait(stack, disturbed, succeeded=8)
         with redis.Redis.from_url(broker) as server:
             server.flushall()
         wait(stack, disturbed, succeeded=14)
+        wait_for(lambda: children_of(stack.processes["worker"]))
         for process in stack.processes.values():
-            process.kill()
+            kill(process)
     with running(secret, logs) as stack:
         shown = wait(stack, disturbed, succeeded=24)
         cells = stack.client.fine_tuning.jobs.list(limit=100, metadata={"experiment_id": disturbed})

@@ -97,10 +97,7 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
         base = catalogue.require(job.model)
         training, choices = resolve(training, rows=rows, model=base.reference(), method=lora.method)
     except (Refusal, LorainitError) as refusal:
-        # The model may have left the catalogue since the order. Another refusal is a fault of ours, because `submit`
-        # has checked the order.
-        code = "unsupported_model" if refusal.code == "model_not_available" else "internal_error"
-        return Failure(code, refusal.message, translate_field(refusal.param))
+        return make_failure(refusal)
     recipe = {"lora": job.recipe["lora"], "training": training.model_dump(mode="json")}
     all_choices = [*job.choices, *(translate_choice(choice.model_dump(mode="json")) for choice in choices)]
     key = (
@@ -110,6 +107,16 @@ def _resolve(session: Session, job: Job, *, rows: int) -> Failure | None:
     )
     jobs.admit(session, job.id, recipe=recipe, choices=all_choices, group_key=key)
     return None
+
+
+def make_failure(refusal: Refusal | LorainitError) -> Failure:
+    """Why an accepted job cannot run after all.
+
+    The model may have left the catalogue since the order. Another refusal is a fault of ours, because `submit` has
+    checked the order.
+    """
+    code = "unsupported_model" if refusal.code == "model_not_available" else "internal_error"
+    return Failure(code, refusal.message, translate_field(refusal.param))
 
 
 def _find_failure(file: File, field: str, job: Job) -> Failure | None:

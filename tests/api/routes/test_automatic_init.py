@@ -8,6 +8,7 @@ from sqlalchemy import select
 from api.core.db.database import session_scope
 from api.core.db.tables import Job, Metric
 from api.core.jobs import checkpoints
+from api.core.models import catalogue
 from tests import stub_worker
 from tests.api.conftest import JOBS, JSONL, Lab
 from tests.api.routes.compared import EXPERIMENTS, create, losses, read, run_to_its_end
@@ -258,6 +259,17 @@ def test_a_job_that_chooses_does_not_use_up_the_places_of_other_jobs(lab: Lab) -
     stub_worker.tidy()
     assert show(lab, second)["status"] == "queued"
     assert show(lab, first)["status"] == "validating_files"
+
+
+def test_a_model_that_leaves_the_catalogue_before_the_choice_fails_the_job(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = order(lab)
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "find", lambda _name: None)
+        stub_worker.tidy()
+    shown = show(lab, job)
+    assert (shown["status"], shown["error"]["code"]) == ("failed", "unsupported_model")
 
 
 def test_an_earlier_experiment_on_the_same_rows_decides(lab: Lab) -> None:

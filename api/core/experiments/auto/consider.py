@@ -19,10 +19,12 @@ from api.core.experiments.auto import history, probe
 from api.core.experiments.auto.choice import INIT, settle, take_by_rule
 from api.core.experiments.experiments import ExperimentOrder, Probe, choose_rate
 from api.core.jobs import admission, events
+from api.core.jobs import jobs as changes
 from api.core.jobs.submit import PRIORITY_NAMES, Order
 from api.core.jobs.transitions import lock_job
 from api.core.models import catalogue
 from api.core.queue import scheduling
+from lorainit.config.errors import LorainitError
 from lorainit.config.inits import Automatic, InitConfig
 from lorainit.config.resolve import base_learning_rate, resolve, total_steps
 from lorainit.config.spec import Choice, Hyperparameters, Lora
@@ -35,7 +37,11 @@ def consider(session: Session, job_id: str) -> admission.Verdict:
         lock_job(session, job)  # because the web process and the reconciler may both come to choose
         session.refresh(job)
         if _waits_for_choice(job):
-            _choose(session, job)
+            try:
+                _choose(session, job)
+            except (Refusal, LorainitError) as refusal:
+                changes.reject(session, job.id, admission.make_failure(refusal))
+                return "failed"
             if job.experiment_id is not None:
                 return "trying"
     return admission.consider(session, job_id)
