@@ -45,7 +45,7 @@ def _rows(name: str, gsm8k: Path | None) -> tuple[list[dict[str, Any]], list[dic
     if name == "gsm8k":
         if gsm8k is None:
             raise ValueError("Say where GSM8K's train.jsonl and test.jsonl are: --data FOLDER.")
-        return _maths(gsm8k / "train.jsonl"), _maths(gsm8k / "test.jsonl")
+        return read_maths(gsm8k / "train.jsonl"), read_maths(gsm8k / "test.jsonl")
     if name == "examples":
         return _lines(ROOT / "examples/train.jsonl"), _lines(ROOT / "examples/validation.jsonl")
     rows = instructions()
@@ -56,7 +56,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _maths(path: Path) -> list[dict[str, Any]]:
+def read_maths(path: Path) -> list[dict[str, Any]]:
+    """The short problems of a file of GSM8K, as conversations."""
     pairs = ((row["question"], row["answer"]) for row in _lines(path))
     return [_chat(question, answer) for question, answer in pairs if len(question) + len(answer) <= LONGEST]
 

@@ -1,0 +1,1 @@
+"""Measures every initialization on real data with the service itself: docs/evidence.md."""

@@ -1,0 +1,142 @@
+"""Has the service run the experiments, one after the other, and keeps what each job showed as soon as it has ended.
+
+Everything can be interrupted: experiments and jobs are in the service's state folder, what was read of them is in the
+results' folder, and both are looked at before anything is asked for.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from openai import APIConnectionError, InternalServerError, OpenAI
+
+from benchmarks.evidence import collect, store
+from benchmarks.evidence.plan import LABEL, Study, compute_digest
+from benchmarks.evidence.rows import compute_sha256
+from benchmarks.evidence.store import Measured
+
+LOOK_SECONDS = 10.0  # between two looks at a running experiment
+
+Report = Callable[[str], None]
+
+
+class Connection(Protocol):
+    """A service that may be restarted while it is asked."""
+
+    def connect(self) -> OpenAI:
+        """A client of its present address."""
+
+    def keep_up(self) -> None:
+        """Restart it if it has ended."""
+
+
+class OtherRequest(Exception):
+    """An experiment of an earlier plan is still running; the message says which."""
+
+
+def measure(
+    service: Connection, studies: Sequence[Study], rows: tuple[Path, Path], results: Path, *, report: Report,
+    machine: str, nice: int,
+) -> None:  # fmt: skip
+    """Run all experiments to their ends.
+
+    Args:
+        rows: the training and the validation file.
+        results: the folder of what was measured.
+        machine, nice: what is written down of where this runs.
+
+    Raises:
+        OtherRequest: an earlier plan's experiment is in the way.
+    """
+    names = [compute_sha256(path) for path in rows]
+    for study in studies:
+        digest = compute_digest(study.make_request(*names))
+        measured = store.load(results, study.key)
+        if measured is None or measured.digest != digest:
+            measured = Measured(study.key, digest, study.planned, machine=machine, nice=nice)
+        while not _look(service, study, rows, measured, results, report):
+            service.keep_up()
+            time.sleep(LOOK_SECONDS)
+
+
+def _look(
+    service: Connection, study: Study, rows: tuple[Path, Path], measured: Measured, results: Path, report: Report
+) -> bool:
+    """Bring the results up to date; True if the experiment has ended. A service that does not answer is asked later."""
+    try:
+        client = service.connect()
+        shown = find_or_create(client, study, rows, measured.digest)
+        return update(client, study, shown, measured, results, report)
+    except (APIConnectionError, InternalServerError, OSError, ValueError) as error:
+        report(f"the service does not answer ({type(error).__name__}); asking again")
+        return False
+
+
+def find_or_create(client: OpenAI, study: Study, rows: tuple[Path, Path], digest: str) -> dict[str, Any]:
+    """The experiment with this very request; it is created if there is none.
+
+    Raises:
+        OtherRequest: an experiment of this name and another request has not ended.
+    """
+    name = study.make_request("", "")["name"]
+    mine = [one for one in _list_experiments(client) if one["name"] == name]
+    for one in mine:
+        if (one["metadata"] or {}).get(LABEL) == digest and one["status"] != "cancelled":
+            found: Any = client.get(f"/experiments/{one['id']}", cast_to=object)
+            return dict(found)
+    for one in mine:
+        if one["finished_at"] is None:
+            raise OtherRequest(f"{one['id']} ({name}) has another request and has not ended: cancel it first.")
+    files = [find_or_upload(client, path) for path in rows]
+    body = {**study.make_request(*files), "metadata": {LABEL: digest}}
+    made: Any = client.post("/experiments", body=body, cast_to=object)
+    return dict(made)
+
+
+def _list_experiments(client: OpenAI) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    while True:
+        after = f"&after={found[-1]['id']}" if found else ""
+        page: Any = client.get(f"/experiments?limit=100{after}", cast_to=object)
+        found += page["data"]
+        if not page["has_more"]:
+            return found
+
+
+def find_or_upload(client: OpenAI, path: Path) -> str:
+    """The id of a file with these bytes; it is uploaded if there is none."""
+    digest = compute_sha256(path)
+    for file in client.files.list(purpose="fine-tune"):
+        if (file.model_extra or {}).get("sha256") == digest:
+            return file.id
+    return client.files.create(file=path, purpose="fine-tune").id
+
+
+def update(
+    client: OpenAI, study: Study, shown: dict[str, Any], measured: Measured, results: Path, report: Report
+) -> bool:
+    """Read the jobs that have ended since the last look; True if the experiment has ended and all were read."""
+    counts = shown["job_counts"]
+    ended = sum(counts[status] for status in collect.ENDED)
+    measured.total, measured.status = counts["total"], shown["status"]
+    known = measured.job_ids
+    if ended > len(known):
+        for job in collect.list_jobs(client, shown["id"]):
+            if job.status in collect.ENDED and job.id not in known:
+                cell = collect.read_cell(client, job, study.inits)
+                measured.add(cell)
+                report(_describe(study, cell, measured))
+    done = shown["finished_at"] is not None and len(measured.cells) == counts["total"]
+    if len(measured.cells) != len(known) or done:
+        store.save(measured, results)
+    return done
+
+
+def _describe(study: Study, cell: dict[str, Any], measured: Measured) -> str:
+    place = f"{study.key} {len(measured.cells)}/{measured.total}"
+    what = f"{study.names[cell['init']]} at {cell['rate']:g}, seed {cell['seed']}"
+    if cell["status"] != "succeeded":
+        return f"{place}: {what} {cell['status']} ({cell['error']})"
+    seconds = sum(value or 0.0 for value in cell["stage_seconds"].values())
+    return f"{place}: {what}: {cell['losses'][0]:.4f} -> {cell['losses'][-1]:.4f} in {seconds:.0f} s"
