@@ -1,4 +1,4 @@
-"""What an ended job showed, read over HTTP and made small: its curve, its costs and what it has in common with others."""
+"""What an ended job showed, read over HTTP and made small: its curve, its costs, what it has in common with others."""
 
 import csv
 import io

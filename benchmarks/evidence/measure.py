@@ -5,7 +5,8 @@ results' folder, and both are looked at before anything is asked for.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,33 +32,37 @@ class Connection(Protocol):
         """Restart it if it has ended."""
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where something is measured: the machine in words, and the niceness beside other programs."""
+
+    machine: str
+    nice: int
+
+
 class OtherRequest(Exception):
     """An experiment of an earlier plan is still running; the message says which."""
 
 
 def measure(
-    service: Connection, studies: Sequence[Study], rows: tuple[Path, Path], results: Path, *, report: Report,
-    machine: str, nice: int,
-) -> None:  # fmt: skip
-    """Run all experiments to their ends.
+    service: Connection, study: Study, rows: tuple[Path, Path], results: Path, *, report: Report, where: Where
+) -> None:
+    """Run an experiment to its end, or what is left of it.
 
     Args:
         rows: the training and the validation file.
         results: the folder of what was measured.
-        machine, nice: what is written down of where this runs.
 
     Raises:
         OtherRequest: an earlier plan's experiment is in the way.
     """
-    names = [compute_sha256(path) for path in rows]
-    for study in studies:
-        digest = compute_digest(study.make_request(*names))
-        measured = store.load(results, study.key)
-        if measured is None or measured.digest != digest:
-            measured = Measured(study.key, digest, study.planned, machine=machine, nice=nice)
-        while not _look(service, study, rows, measured, results, report):
-            service.keep_up()
-            time.sleep(LOOK_SECONDS)
+    digest = compute_digest(study.make_request(*(compute_sha256(path) for path in rows)))
+    measured = store.load(results, study.key)
+    if measured is None or measured.digest != digest:
+        measured = Measured(study.key, digest, study.planned, machine=where.machine, nice=where.nice)
+    while not _look(service, study, rows, measured, results, report):
+        service.keep_up()
+        time.sleep(LOOK_SECONDS)
 
 
 def _look(

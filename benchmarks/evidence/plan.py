@@ -12,7 +12,7 @@ from typing import Any
 from lorainit.config.inits import INITS
 
 MODEL = "smollm2-135m-instruct"
-STEPS, BATCH, RANK = 60, 4, 16
+STEPS, BATCH, RANK = 50, 4, 16
 EVALUATIONS = 10  # of a run, beside the one before step 1: halving looks at 10 %, 30 % and 60 % of the steps
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (1, 2, 3)

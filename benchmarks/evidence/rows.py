@@ -19,7 +19,9 @@ def write_rows(gsm8k: Path, folder: Path) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = (("train", TRAINING_ROWS), ("test", HELD_OUT_ROWS))
-    first, second = (_write(read_maths(gsm8k / f"{part}.jsonl"), count, folder / f"{part}.jsonl") for part, count in wanted)
+    first, second = (
+        _write(read_maths(gsm8k / f"{part}.jsonl"), count, folder / f"{part}.jsonl") for part, count in wanted
+    )
     return first, second
 
 

@@ -9,17 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from openai import OpenAI, OpenAIError
 
 from api.embedded.children import Child, read_tail
 
 START_SECONDS = 600.0  # generous, because it may run at the lowest priority on a busy machine
 # One job at a time, so that its seconds are its own. Checkpoints of ended jobs are of no use here and fill the disk. A
-# worker that is starved for a minute must not be taken for a dead one.
-SETTINGS = {"WORKER_SLOTS": "1", "KEEP_CHECKPOINTS": "1", "CHECKPOINT_DAYS": "0.01", "LEASE_SECONDS": "120"}
+# worker that waits long for a processor must not be taken for a dead one. A job that is stopped often must not fail.
+SETTINGS = {
+    "WORKER_SLOTS": "1",
+    "KEEP_CHECKPOINTS": "1",
+    "CHECKPOINT_DAYS": "0.01",
+    "LEASE_SECONDS": "300",
+    "MAX_ATTEMPTS": "1000",
+}
 
 
 class NoService(Exception):
@@ -29,8 +36,8 @@ class NoService(Exception):
 class Service:
     """The running service. `connect` is called again and again, because a service that was restarted has a new port."""
 
-    def __init__(self, state: Path) -> None:
-        self.state = state.resolve()
+    def __init__(self, state: Path, nice: int) -> None:
+        self.state, self.nice = state.resolve(), nice
         self._environment = _make_environment(self.state)
         self._log = self.state / "logs" / "serve.log"
         command = [sys.executable, "-m", "api.cli", "serve", "--port", "0"]
@@ -49,7 +56,7 @@ class Service:
         self._child.start()
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
-            self.keep_up()
+            self._restart()
             if time.monotonic() > deadline:
                 raise NoService(f"The service does not start:\n{read_tail(self._log)}")
             time.sleep(1.0)
@@ -64,13 +71,17 @@ class Service:
         return OpenAI(base_url=url, api_key=self._key_file.read_text().strip())
 
     def keep_up(self) -> None:
-        """Start it again if it has ended."""
-        if (news := self._child.restart_if_ended()) is not None:
-            print(news, file=sys.stderr, flush=True)
+        """Start it again if it has ended, and keep its processes at the wanted priority."""
+        self._restart()
+        lower_priority(self.nice)  # not before it is up, because it gives up if its start takes minutes
 
     def stop(self) -> None:
         """End it in order: a running job writes a checkpoint first."""
         self._child.stop()
+
+    def _restart(self) -> None:
+        if (news := self._child.restart_if_ended()) is not None:
+            print(news, file=sys.stderr, flush=True)
 
     def _answers(self) -> bool:
         try:
@@ -99,6 +110,19 @@ class Service:
         return done.stdout
 
 
+def lower_priority(nice: int) -> None:
+    """Give way to other programs of this machine, if `nice` is above 0.
+
+    Linux shares the processor between sessions first (autogroups), and the parts of a service have sessions of their
+    own. So a process's own niceness counts for nothing against other sessions, and each session's is set here.
+    """
+    for process in psutil.Process().children(recursive=True) if nice else ():
+        group = Path(f"/proc/{process.pid}/autogroup")
+        with suppress(OSError):  # it has ended, or this kernel has no autogroups
+            if not group.read_text().rstrip().endswith(f"nice {nice}"):
+                group.write_text(str(nice))
+
+
 def _make_environment(state: Path) -> Mapping[str, str]:
     # The shell may be set up for other servers, which must not be used.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LORAINIT_", "OPENAI_"))}
@@ -107,13 +131,13 @@ def _make_environment(state: Path) -> Mapping[str, str]:
 
 
 @contextmanager
-def run_service(state: Path) -> Iterator[Service]:
-    """The service, up for the length of the block.
+def run_service(state: Path, *, nice: int = 0) -> Iterator[Service]:
+    """The service, up for the length of the block; `nice`: its priority beside other programs, 19 the lowest.
 
     Raises:
         NoService: it does not come up.
     """
-    service = Service(state)
+    service = Service(state, nice)
     try:
         service.start()
         yield service
