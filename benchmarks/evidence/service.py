@@ -3,6 +3,7 @@
 It ends with this process, however that ends. Started again on the same folder, it goes on with the jobs that ran.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -137,9 +138,24 @@ def run_service(state: Path, *, nice: int = 0) -> Iterator[Service]:
     Raises:
         NoService: it does not come up.
     """
-    service = Service(state, nice)
-    try:
-        service.start()
-        yield service
-    finally:
-        service.stop()
+    with _locked(state):
+        service = Service(state, nice)
+        try:
+            service.start()
+            yield service
+        finally:
+            service.stop()
+
+
+@contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """Refuse a second measurement on the same folder. However this process ends, the lock ends with it."""
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (state / "evidence.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise NoService(
+                f"A measurement with {state} is running already; stop it or give another --state."
+            ) from error
+        yield
