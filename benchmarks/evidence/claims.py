@@ -93,8 +93,8 @@ def _distance(evidence: Evidence, one: str, other: str, *, factor: float) -> flo
     pairs = [
         (curve, evidence.curves.get((other, (rate or 0.0) * factor, seed))) for (_, rate, seed), curve in mine.items()
     ]
-    study = next(study for study in evidence.studies if one in study.names)
-    if len(mine) < study.planned or any(second is None for _, second in pairs):
+    planned = sum(study.planned for study in evidence.studies if one in study.names)
+    if not mine or len(mine) < planned or any(second is None for _, second in pairs):
         return None
     return fmean(
         abs(a["valid_loss"] - b["valid_loss"])

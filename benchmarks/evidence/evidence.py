@@ -111,8 +111,8 @@ class Evidence:
         """A treatment at its best rate if that is known: two seeds of every rate of its grid have ended."""
         rows = (self.everything if ranking is None else ranking).rows
         row = next((row for row in rows if row.treatment == name), None)
-        study = next(study for study in self.studies if name in study.names)
-        if row is None or row.summary is None:
+        study = next((study for study in self.studies if name in study.names), None)
+        if study is None or row is None or row.summary is None:
             return None
         seeds = [0 if (found := row.by_rate.get(rate)) is None else found.n for rate in study.rates]
         # At some rates a run may diverge; those that ended without a loss are known, too.
@@ -131,9 +131,11 @@ class Evidence:
         if len(found) < MIN_SEEDS:
             return None
         rates = max(len(first.by_rate), len(second.by_rate))
-        # The pair's own noise where it is larger, as in the service's ranking.
-        noise = max(ranking.noise.deviation, stdev(found) / math.sqrt(2))
-        half = find_critical_range(2, rates, ranking.noise.degrees) * noise / math.sqrt(len(found))
+        # As in the service's ranking: the pair's own noise where it is larger, or one of the two is unsteady.
+        noise, degrees = max(ranking.noise.deviation, stdev(found) / math.sqrt(2)), ranking.noise.degrees
+        if ranking.unsteady & {one, other}:
+            noise, degrees = stdev(found) / math.sqrt(2), len(found) - 1
+        half = find_critical_range(2, rates, degrees) * noise / math.sqrt(len(found))
         mean = fmean(found)
         return Comparison(one, other, len(found), mean, Interval(mean - half, mean + half))
 

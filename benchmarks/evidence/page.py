@@ -1,5 +1,6 @@
 """docs/evidence.md, from what was measured so far."""
 
+import math
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
@@ -8,14 +9,14 @@ from api.core.experiments.ranking import Ranking, Row
 from benchmarks.evidence import claims
 from benchmarks.evidence.evidence import MIN_SEEDS, Evidence
 from benchmarks.evidence.plan import BATCH, EVALUATIONS, MODEL, RANK, STEPS, Study
-from benchmarks.evidence.replays import GOAL_CELLS, GOAL_COST, GOAL_SHARE, collect_curves, run_replays
+from benchmarks.evidence.replays import describe_replays
 from benchmarks.evidence.rows import HELD_OUT_ROWS, TRAINING_ROWS
 from benchmarks.evidence.verdicts import CONFIRMED, NOT_CONFIRMED, UNMEASURED, UNTESTABLE
 from benchmarks.rates_rows import LONGEST
 
 COMMAND = "make evidence DATA=folder"
 PAGE_COMMAND = "python -m benchmarks.evidence --page-only"
-REPLAYS = 1000
+REPLAY_COMMAND = "python -m benchmarks.evidence.replays"
 CAPTIONS = {
     "order": "Every initialization at its own best learning rate",
     "rates": "Loss by learning rate; grey: kaiming",
@@ -38,7 +39,7 @@ def make_page(evidence: Evidence, pictures: Sequence[str]) -> str:
         CLAIMS_HEAD,
         _list_claims(evidence),
         "## Would halving have kept the winner?",
-        _describe_replays(evidence),
+        f"{describe_replays(evidence)} (`{REPLAY_COMMAND}`)",
         "## How it was measured",
         _describe_method(evidence),
         "## What is missing",
@@ -81,11 +82,31 @@ def _learn(evidence: Evidence) -> list[str]:
     known = [name for name in first.names if evidence.find(name) is not None]
     if len(known) < len(first.names):
         left = len(first.names) - len(known)
-        return [f"Nothing yet: {left} of {len(first.names)} initializations lack {MIN_SEEDS} seeds at every rate."]
+        return [
+            f"Nothing certain yet: {left} of {len(first.names)} initializations lack {MIN_SEEDS} seeds at every rate,"
+            " so the noise is not known.",
+            *_learn_from_one_seed(evidence),
+        ]
     ranking = evidence.rank([first.key])
     gap = claims.tuned_gap(evidence)
     names = {row.treatment: str(row.treatment) for row in ranking.rows}
     return [gap.why, *words.describe(ranking, names=names, curves=evidence.curves, baseline="kaiming")]
+
+
+def _learn_from_one_seed(evidence: Evidence) -> Iterator[str]:
+    """How far apart initializations lie at shared rates and at their own, once the first seed is complete."""
+    first = evidence.studies[0]
+    losses = {run.key: run.loss for run in evidence.runs if run.study == first.key}
+    seed = first.seeds[0]
+    if any((name, rate, seed) not in losses for name in first.names for rate in first.rates):
+        return
+    by_rate = {rate: [losses[name, rate, seed] or math.inf for name in first.names] for rate in first.rates}
+    best = [min(values) for values in zip(*by_rate.values(), strict=True)]
+    shared = ", ".join(f"{max(found) / min(found) - 1:.1%} at {rate:g}" for rate, found in by_rate.items())
+    yield (
+        f"Of one seed: at one learning rate for all, initializations lie within {shared}; each at the best of these"
+        f" rates for it, within {max(best) / min(best) - 1:.1%}."
+    )
 
 
 # --- tables ----------------------------------------------------------------------------------------
@@ -101,7 +122,10 @@ def _tables(evidence: Evidence) -> Iterator[str]:
     yield _table(evidence, evidence.rank([first.key]), [first])
     variants = [study for study in others if "quantization" not in study.lora]
     quantized = [study for study in others if "quantization" in study.lora]
-    yield "### Variants, beside kaiming and their own initialization without them"
+    yield (
+        "### Variants, beside kaiming and their own initialization without them\n\n"
+        "The best is the best of all treatments in full precision, those of the table above included."
+    )
     wanted = {"kaiming", *(name for study in variants for name in study.names)}
     wanted |= {init["method"] for study in variants for init in study.inits}
     yield _table(evidence, evidence.everything, variants, only=wanted)
@@ -160,23 +184,6 @@ def _list_claims(evidence: Evidence) -> str:
     lines = ["| claim | from | | figures |", "|---|---|---|---|"]
     lines += [f"| {claim.text} | {claim.source} | **{verdict.said}** | {verdict.why} |" for claim, verdict in found]
     return head + "\n\n" + "\n".join(lines)
-
-
-def _describe_replays(evidence: Evidence) -> str:
-    first = evidence.studies[0]
-    noise = evidence.rank([first.key]).noise
-    if not evidence.is_complete(first) or noise is None:
-        return f"Not known yet: the experiment on {first.title} is incomplete."
-    curves = collect_curves(evidence.curves, first.names)
-    found = run_replays(curves, noise, count=REPLAYS)
-    goal = f"at least {GOAL_SHARE:.0%} at {GOAL_COST:g} whole runs for {GOAL_CELLS} cells"
-    return (
-        f"{found.count:,} replays, each of {found.cells} cells (8 random initializations, 3 neighbouring rates) on the"
-        f" measured curves. Halving cost {found.cost:.1f} whole runs for each seed. It kept the winner in"
-        f" {found.kept:.1%}, and a cell within noise of it ({found.noise:.4f} nats) in {found.within:.1%}. In the worst"
-        f" replay its choice was {found.worst:.4f} nats behind. The goal, {goal}, is"
-        f" {'met' if found.meets_goal else 'missed'} (`python -m benchmarks.halving_replays`)."
-    )
 
 
 # --- how, and what is missing ----------------------------------------------------------------------

@@ -1,23 +1,28 @@
 """Would halving have kept the winner? Complete experiments are replayed on the curves that were measured.
 
+    python -m benchmarks.evidence.replays [--docs FOLDER] [--count 1000] [--seed 0]
+
 A replay takes a random part of an experiment's treatments and rates, stops cells at the rungs as the service does
 (`api.core.experiments.halving`), and compares what is left with what all whole runs say.
 """
 
+import argparse
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from api.core.experiments.halving import RUNGS, Standing, choose_survivors
 from api.core.experiments.ranking import Noise
-from benchmarks.evidence.evidence import Curve
+from benchmarks.evidence.evidence import Curve, Evidence, load_evidence
 
 Cell = tuple[str, float]  # a treatment at a learning rate
 Curves = Mapping[Cell, Mapping[int, Curve]]  # of each cell, by seed
 GOAL_SHARE, GOAL_COST, GOAL_CELLS = 0.9, 6.0, 24
 TREATMENTS, RATES = 8, 3  # of a replay, as the goal has them
+COUNT = 1000
 
 
 @dataclass(frozen=True)
@@ -113,3 +118,34 @@ def collect_curves(curves: Mapping[tuple[str, float | None, int], Curve], names:
             found.setdefault((name, rate), {})[seed] = curve
     most = max(map(len, found.values()), default=0)
     return {cell: seeds for cell, seeds in found.items() if len(seeds) == most}
+
+
+def describe_replays(evidence: Evidence, *, count: int = COUNT, seed: int = 0) -> str:
+    """What replays of the first experiment say, in sentences."""
+    first = evidence.studies[0]
+    noise = evidence.rank([first.key]).noise
+    if not evidence.is_complete(first) or noise is None:
+        return f"Not known yet: the experiment on {first.title} is incomplete."
+    found = run_replays(collect_curves(evidence.curves, first.names), noise, count=count, seed=seed)
+    goal = f"at least {GOAL_SHARE:.0%} at {GOAL_COST:g} whole runs for {GOAL_CELLS} cells"
+    near = f"a cell within noise of it ({found.noise:.4f} nats) in {found.within:.1%}"
+    return (
+        f"{found.count:,} replays, each of {found.cells} cells ({TREATMENTS} random initializations, {RATES}"
+        f" neighbouring rates) on the measured curves. Halving cost {found.cost:.1f} whole runs for each seed. It"
+        f" kept the winner in {found.kept:.1%}, and {near}. In the worst"
+        f" replay its choice was {found.worst:.4f} nats behind. The goal, {goal}, is"
+        f" {'met' if found.meets_goal else 'missed'}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[2] / "docs")
+    parser.add_argument("--count", type=int, default=COUNT)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(describe_replays(load_evidence(options.docs / "evidence"), count=options.count, seed=options.seed))
+
+
+if __name__ == "__main__":
+    main()
