@@ -11,7 +11,7 @@ LOCKED := $(PIP) install --require-hashes --no-deps
 # Processes of `make test`; each runs whole files: docs/decisions/0063
 N ?= auto
 
-.PHONY: help setup demo serve test test-times test-quick test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates bench-load bench-start gpu-day docs clean
+.PHONY: help setup demo serve test test-times test-quick test-slow zoo chaos check lint audit lock licences bench-api bench-init bench-train bench-rates evidence bench-load bench-start gpu-day docs clean
 
 help:
 	@echo "make demo       train, download and check a LoRA adapter through the whole service"
@@ -32,6 +32,7 @@ help:
 	@echo "make bench-init seconds and memory of every initialization beside stock PEFT's (minutes)"
 	@echo "make bench-train DATA=folder-of-gsm8k  training speed and memory beside TRL and HF Trainer (about half an hour)"
 	@echo "make bench-rates DATA=folder-of-gsm8k  does every initialization's default rate help on three data sets? (hours); ONLY= SEEDS="
+	@echo "make evidence DATA=folder-of-gsm8k  every initialization compared by the service itself: docs/evidence.md (hours; goes on where it was stopped); ONLY= STATE= NICE="
 	@echo "make bench-load do fifty clients slow a worker down, and what do streams and recording cost? (minutes)"
 	@echo "make gpu-day    on a machine with a GPU: is everything right there, and how fast (ten minutes)"
 	@echo "make docs       write what the code knows into the documents: settings, error codes, methods, rates, pictures"
@@ -124,6 +125,12 @@ bench-rates: setup
 	@test -n '$(DATA)' || { echo "Say where GSM8K's train.jsonl and test.jsonl are: make bench-rates DATA=folder"; exit 1; }
 	$(BIN)/python benchmarks/bench_rates.py --data '$(DATA)' $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(if $(ONLY),--only $(ONLY),--write docs/rates.md)
+
+# Goes on where it was interrupted. ONLY is a list of experiments; NICE=19 gives way to other programs.
+evidence: setup
+	@test -n '$(DATA)' || { echo "Say where GSM8K's train.jsonl and test.jsonl are: make evidence DATA=folder"; exit 1; }
+	$(BIN)/python -m benchmarks.evidence --data '$(DATA)' $(if $(STATE),--state '$(STATE)') $(if $(NICE),--nice $(NICE)) \
+	  $(if $(ONLY),--only $(ONLY))
 
 # From a claimed job to its first step, beside a process from scratch.
 bench-start: setup

@@ -18,7 +18,9 @@ def list_jobs(client: OpenAI, experiment_id: str) -> list[FineTuningJob]:
     return list(client.fine_tuning.jobs.list(metadata={"experiment_id": experiment_id}, limit=100))
 
 
-def read_cell(client: OpenAI, job: FineTuningJob, inits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def read_cell(
+    client: OpenAI, job: FineTuningJob, inits: Sequence[Mapping[str, Any]], *, machine: str
+) -> dict[str, Any]:
     """The cell of a job that has ended. `seconds` of a run that was interrupted are those of its last attempt only."""
     found = job.model_dump(mode="json")
     resources, report, adapter = found["resources"], found["init_report"] or {}, found["adapter"] or {}
@@ -42,7 +44,7 @@ def read_cell(client: OpenAI, job: FineTuningJob, inits: Sequence[Mapping[str, A
         "adapter_bytes": adapter.get("bytes"),
         "finished_at": found["finished_at"],
         "job_id": found["id"],
-        "same": _read_same(found),
+        "same": {**_read_same(found), "machine": machine},
     }
 
 

@@ -13,6 +13,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from api.core.experiments import outcome, words
+from api.core.experiments.card import make_card
 from api.core.experiments.critical_range import find_critical_range
 from api.core.experiments.ranking import Interval, Ranking, Result, Row, rank
 from benchmarks.evidence import store
@@ -169,6 +170,18 @@ class Evidence:
         return len(self.runs), sum(
             self.measured[study.key].total if study.key in self.measured else study.planned for study in self.studies
         )
+
+    @property
+    def differences(self) -> list[str]:
+        """What differed between cells although it should not, such as the machine or a version, in sentences."""
+        names = {name: name for study in self.studies for name in study.names}
+        cells = [
+            (run.cell["seed"], run.name, self.measured[run.study].facts[run.cell["facts"]])
+            for run in self.runs
+            if run.cell["status"] == "succeeded"
+        ]
+        found = make_card(cells, self.everything, names)
+        return [] if found is None else found["warnings"][: len(found["differences"])]
 
     def is_complete(self, study: Study) -> bool:
         """Whether an experiment has ended and every cell was read."""

@@ -59,22 +59,22 @@ def measure(
     digest = compute_digest(study.make_request(*(compute_sha256(path) for path in rows)))
     measured = store.load(results, study.key)
     if measured is None or measured.digest != digest:
-        measured = Measured(study.key, digest, study.planned, machine=where.machine, nice=where.nice)
-    while not _look(service, study, rows, measured, results, report):
+        measured = Measured(study.key, digest, study.planned)
+    measured.nice = max(measured.nice, where.nice)
+    keeper = Keeper(study, measured, results, where.machine, report)
+    while not _look(service, keeper, rows):
         service.keep_up()
         time.sleep(LOOK_SECONDS)
 
 
-def _look(
-    service: Connection, study: Study, rows: tuple[Path, Path], measured: Measured, results: Path, report: Report
-) -> bool:
+def _look(service: Connection, keeper: "Keeper", rows: tuple[Path, Path]) -> bool:
     """Bring the results up to date; True if the experiment has ended. A service that does not answer is asked later."""
     try:
         client = service.connect()
-        shown = find_or_create(client, study, rows, measured.digest)
-        return update(client, study, shown, measured, results, report)
-    except (APIConnectionError, InternalServerError, OSError, ValueError) as error:
-        report(f"the service does not answer ({type(error).__name__}); asking again")
+        shown = find_or_create(client, keeper.study, rows, keeper.measured.digest)
+        return keeper.update(client, shown)
+    except (APIConnectionError, InternalServerError, OSError) as error:
+        keeper.report(f"the service does not answer ({type(error).__name__}); asking again")
         return False
 
 
@@ -118,30 +118,48 @@ def find_or_upload(client: OpenAI, path: Path) -> str:
     return client.files.create(file=path, purpose="fine-tune").id
 
 
-def update(
-    client: OpenAI, study: Study, shown: dict[str, Any], measured: Measured, results: Path, report: Report
-) -> bool:
-    """Read the jobs that have ended since the last look; True if the experiment has ended and all were read."""
-    counts = shown["job_counts"]
-    ended = sum(counts[status] for status in collect.ENDED)
-    measured.total, measured.status = counts["total"], shown["status"]
-    known = measured.job_ids
-    if ended > len(known):
-        for job in collect.list_jobs(client, shown["id"]):
-            if job.status in collect.ENDED and job.id not in known:
-                cell = collect.read_cell(client, job, study.inits)
-                measured.add(cell)
-                report(_describe(study, cell, measured))
-    done = shown["finished_at"] is not None and len(measured.cells) == counts["total"]
-    if len(measured.cells) != len(known) or done:
-        store.save(measured, results)
-    return done
+@dataclass
+class Keeper:
+    """Keeps what the jobs of one experiment showed, in the folder `results`."""
 
+    study: Study
+    measured: Measured
+    results: Path
+    machine: str
+    report: Report
 
-def _describe(study: Study, cell: dict[str, Any], measured: Measured) -> str:
-    place = f"{study.key} {len(measured.cells)}/{measured.total}"
-    what = f"{study.names[cell['init']]} at {cell['rate']:g}, seed {cell['seed']}"
-    if cell["status"] != "succeeded":
-        return f"{place}: {what} {cell['status']} ({cell['error']})"
-    seconds = sum(value or 0.0 for value in cell["stage_seconds"].values())
-    return f"{place}: {what}: {cell['losses'][0]:.4f} -> {cell['losses'][-1]:.4f} in {seconds:.0f} s"
+    def update(self, client: OpenAI, shown: dict[str, Any]) -> bool:
+        """Read the jobs that have ended since the last look; True if the experiment has ended and all were read."""
+        measured, counts = self.measured, shown["job_counts"]
+        self._require_same_service(shown["id"])
+        measured.total, measured.status, before = counts["total"], shown["status"], len(measured.cells)
+        if sum(counts[status] for status in collect.ENDED) > before:
+            self._read_ended(client, shown["id"])
+        done = shown["finished_at"] is not None and len(measured.cells) == counts["total"]
+        if len(measured.cells) != before or done:
+            store.save(measured, self.results)
+        return done
+
+    def _require_same_service(self, experiment_id: str) -> None:
+        """Forget what another service measured, because this one measures all of it again."""
+        if self.measured.cells and self.measured.experiment != experiment_id:
+            self.report(f"{self.study.key}: {len(self.measured.cells)} cells of another service are replaced")
+            self.measured.cells, self.measured.facts = [], []
+        self.measured.experiment = experiment_id
+
+    def _read_ended(self, client: OpenAI, experiment_id: str) -> None:
+        known = self.measured.job_ids
+        jobs = [job for job in collect.list_jobs(client, experiment_id) if job.status in collect.ENDED]
+        for job in sorted(jobs, key=lambda job: job.finished_at or 0):
+            if job.id not in known:
+                cell = collect.read_cell(client, job, self.study.inits, machine=self.machine)
+                self.measured.add(cell)
+                self.report(self._describe(cell))
+
+    def _describe(self, cell: dict[str, Any]) -> str:
+        place = f"{self.study.key} {len(self.measured.cells)}/{self.measured.total}"
+        what = f"{self.study.names[cell['init']]} at {cell['rate']:g}, seed {cell['seed']}"
+        if cell["status"] != "succeeded":
+            return f"{place}: {what} {cell['status']} ({cell['error']})"
+        seconds = sum(value or 0.0 for value in cell["stage_seconds"].values())
+        return f"{place}: {what}: {cell['losses'][0]:.4f} -> {cell['losses'][-1]:.4f} in {seconds:.0f} s"

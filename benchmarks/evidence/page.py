@@ -67,10 +67,11 @@ def _describe_state(evidence: Evidence) -> str:
     state = f"**{done} of {planned} cells are measured.**{last}"
     if open_ones:
         state += f" These experiments are incomplete, so their figures may change: {', '.join(open_ones)}."
+    where = "[evidence](evidence)" if evidence.measured else "a folder beside it that is empty so far"
     return (
         "Every initialization of Lorainit was trained on real data at several learning rates, by the service itself.\n"
-        f"{state}\n"
-        f"Everything on this page is written by `{COMMAND}` from the files in [evidence](evidence)."
+        f"{' '.join([state, *evidence.differences])}\n"
+        f"Everything on this page is written by `{COMMAND}` from the files in {where}."
     )
 
 
@@ -190,15 +191,16 @@ def _list_claims(evidence: Evidence) -> str:
 
 
 def _describe_method(evidence: Evidence) -> str:
-    where = sorted({found.machine for found in evidence.measured.values() if found.machine})
-    packages = [facts["packages"] for found in evidence.measured.values() for facts in found.facts if facts["packages"]]
-    versions = sorted({", ".join(f"{name} {number}" for name, number in one.items() if number) for one in packages})
+    facts = [facts for found in evidence.measured.values() for facts in found.facts if facts["packages"]]
+    where = sorted({found["machine"] for found in facts})
+    versions = sorted({", ".join(f"{name} {one}" for name, one in found["packages"].items() if one) for found in facts})
     lines = [
         f"{MODEL}, bf16, r = {RANK}, all linear layers, AdamW, cosine, {STEPS} steps of {BATCH} rows, {EVALUATIONS}"
         " evaluations and one before step 1; scale and alpha as each method recommends.",
         f"{TRAINING_ROWS} training and {HELD_OUT_ROWS} held-out rows of GSM8K of at most {LONGEST} characters. A seed"
         " fixes the order of the rows.",
-        "The length was chosen so that a cell takes about a minute on two quiet cores.",
+        "The length was chosen from the tokens per second of [speed.md](speed.md), so that a cell takes about 80"
+        " seconds on two quiet cores, evaluations and the check of the download included. The table has what cells took.",
         "The best of the evaluations counts. A rate was added where the best one lay at the edge of the grid.",
         "The ranking is the service's own ([how it decides](decisions/0073-what-counts-as-different.md)).",
     ]

@@ -12,15 +12,16 @@ class Measured:
     """What is known of one experiment.
 
     `digest`: of its request (`plan.compute_digest`); cells of another request are never mixed with it. `total`: jobs
-    that the experiment has, those included that were added at the edges of the grid. `machine`, `nice`: where and at
-    which priority it was measured. `facts`: what cells have in common; each cell has the place of its own.
+    that the experiment has, those included that were added at the edges of the grid. `experiment`: its id in the
+    service that measured it. `nice`: the lowest priority at which it ran. `facts`: what cells have in common; each cell
+    has the place of its own.
     """
 
     key: str
     digest: str
     total: int
     status: str = "queued"
-    machine: str = ""
+    experiment: str = ""
     nice: int = 0
     facts: list[dict[str, Any]] = field(default_factory=list)
     cells: list[dict[str, Any]] = field(default_factory=list)
