@@ -200,7 +200,7 @@ def _describe_method(evidence: Evidence) -> str:
         f"{TRAINING_ROWS} training and {HELD_OUT_ROWS} held-out rows of GSM8K of at most {LONGEST} characters. A seed"
         " fixes the order of the rows.",
         "The length was chosen from the tokens per second of [speed.md](speed.md), so that a cell takes about 80"
-        " seconds on two quiet cores, evaluations and the check of the download included. The table has what cells took.",
+        " seconds on two quiet cores, evaluations and the check of the download included. The table has what it took.",
         "The best of the evaluations counts. A rate was added where the best one lay at the edge of the grid.",
         "The ranking is the service's own ([how it decides](decisions/0073-what-counts-as-different.md)).",
     ]
