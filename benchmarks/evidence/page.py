@@ -69,7 +69,7 @@ def _describe_state(evidence: Evidence) -> str:
         state += f" These experiments are incomplete, so their figures may change: {', '.join(open_ones)}."
     where = "[evidence](evidence)" if evidence.measured else "a folder beside it that is empty so far"
     return (
-        "Every initialization of Lorainit was trained on real data at several learning rates, by the service itself.\n"
+        "Here the service itself trains every initialization of Lorainit on real data, at several learning rates.\n"
         f"{' '.join([state, *evidence.differences])}\n"
         f"Everything on this page is written by `{COMMAND}` from the files in {where}."
     )

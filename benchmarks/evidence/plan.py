@@ -132,19 +132,19 @@ STUDIES = (
         inits=[_init("hrp", preheat_rank=RANK), _init("hrp", preheat_rank=2 * RANK)],
     ),
     Study(
-        key="magnitude", title="magnitude: the reference", variant="no clipping", inits=[_init("orthogonal")],
+        key="magnitude", title="orthogonal without clipping", variant="no clipping", inits=[_init("orthogonal")],
         lora={"alpha": float(RANK)}, training=_NO_CLIPPING, rates=_SAME_SIZE, extend=False,
     ),
     # Factors half as large, a scale four times as large, half the rate: every update of s·B·A is as large as before.
     Study(
-        key="magnitude-equal", title="magnitude: changed three times and equal",
+        key="magnitude-equal", title="the same magnitude by other factors, alpha and rates",
         variant="no clipping, alpha x 4, rates / 2", inits=[_init("orthogonal", divisor=20.0)],
         lora={"alpha": 4.0 * RANK}, training=_NO_CLIPPING,
         rates=tuple(rate / 2 for rate in _SAME_SIZE), extend=False,
     ),
     # The same smaller factors and nothing else changed, so its updates are smaller: does that show?
     Study(
-        key="magnitude-unequal", title="magnitude: smaller factors alone", variant="no clipping",
+        key="magnitude-unequal", title="a smaller magnitude by smaller factors alone", variant="no clipping",
         inits=[_init("orthogonal", divisor=20.0)], lora={"alpha": float(RANK)}, training=_NO_CLIPPING,
         rates=_SAME_SIZE, extend=False,
     ),
