@@ -8,7 +8,6 @@ import pytest
 from api.core.experiments import ranking
 from api.core.experiments.halving import RUNGS
 from api.core.experiments.ranking import Noise
-from api.core.experiments.results import Results
 from api.schemas.experiment_request import ExperimentRequest
 from benchmarks.evidence import claims, page, pictures, replays, store
 from benchmarks.evidence import evidence as evidence_module
@@ -127,7 +126,7 @@ def test_what_was_saved_is_loaded_again(tmp_path):
 def test_the_ranking_is_the_services_own():
     found = evidence().everything
     assert [row.treatment for row in found.rows] == ["pissa", "loram", "kaiming"]
-    assert Results.ranking.func.__globals__["rank"] is Evidence.rank.__globals__["rank"]
+    assert evidence_module.rank is ranking.rank
 
 
 def test_a_difference_beyond_noise_is_confirmed_and_its_opposite_is_not():
