@@ -7,8 +7,7 @@ from statistics import fmean
 from benchmarks.evidence.evidence import Evidence
 from benchmarks.evidence.plan import RATES
 from benchmarks.evidence.verdicts import (
-    CONFIRMED,
-    NOT_CONFIRMED,
+    Said,
     Test,
     Verdict,
     better,
@@ -41,7 +40,7 @@ def tuned_gap(evidence: Evidence) -> Verdict:
         return unmeasured()
     best, worst = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
     gap = means[worst] / means[best] - 1
-    said = CONFIRMED if gap <= SMALL_GAP else NOT_CONFIRMED
+    said = Said.CONFIRMED if gap <= SMALL_GAP else Said.NOT_CONFIRMED
     ends = f"from {best} ({means[best]:.4f}) to {worst} ({means[worst]:.4f})"
     told = f"At their own best rates initializations lie within {gap:.1%}, {ends}."
     return Verdict(said, f"{told} {describe_shared_gaps(evidence)}")
@@ -68,7 +67,7 @@ def ahead_at_start(evidence: Evidence) -> Verdict:
     one, other, noise = evidence.find_start("lora_one"), evidence.find_start("lora_ga"), evidence.everything.noise
     if one is None or other is None or noise is None:
         return unmeasured()
-    said = CONFIRMED if other - one > noise.deviation else NOT_CONFIRMED
+    said = Said.CONFIRMED if other - one > noise.deviation else Said.NOT_CONFIRMED
     return Verdict(said, f"Before step 1: lora_one {one:.4f}, lora_ga {other:.4f}.")
 
 
@@ -79,7 +78,7 @@ def equal_magnitude(evidence: Evidence) -> Verdict:
     unequal, noise = _distance(evidence, reference, changed, factor=1.0), evidence.everything.noise
     if equal is None or unequal is None or noise is None:
         return unmeasured()
-    said = CONFIRMED if equal <= noise.deviation < unequal else NOT_CONFIRMED
+    said = Said.CONFIRMED if equal <= noise.deviation < unequal else Said.NOT_CONFIRMED
     return Verdict(
         said,
         f"Factors half as large, alpha four times and the rate half as large: the curves are {equal:.4f} nats apart on"
@@ -112,8 +111,8 @@ def conditioning(evidence: Evidence) -> Verdict:
         return unmeasured()
     before, after = known[: len(ILL)], known[len(ILL) :]
     if not any(one.worse for one in before):
-        return Verdict(NOT_CONFIRMED, f"There is nothing to remove: {' '.join(map(describe, before))}")
-    said = CONFIRMED if not any(one.worse for one in after) else NOT_CONFIRMED
+        return Verdict(Said.NOT_CONFIRMED, f"There is nothing to remove: {' '.join(map(describe, before))}")
+    said = Said.CONFIRMED if not any(one.worse for one in after) else Said.NOT_CONFIRMED
     return Verdict(said, f"Without: {' '.join(map(describe, before))} With: {' '.join(map(describe, after))}")
 
 
@@ -121,7 +120,11 @@ def four_bits(evidence: Evidence) -> Verdict:
     """LoftQ ends lower than LoRA on the same base in four bits."""
     ranking = evidence.rank(["four-bits"])
     found = evidence.compare("loftq + nf4", "kaiming + nf4", ranking)
-    return unmeasured() if found is None else Verdict(CONFIRMED if found.better else NOT_CONFIRMED, describe(found))
+    return (
+        unmeasured()
+        if found is None
+        else Verdict(Said.CONFIRMED if found.better else Said.NOT_CONFIRMED, describe(found))
+    )
 
 
 CLAIMS: Sequence[Claim] = (

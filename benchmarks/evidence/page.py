@@ -11,7 +11,7 @@ from benchmarks.evidence.evidence import MIN_SEEDS, Evidence
 from benchmarks.evidence.plan import BATCH, EVALUATIONS, MODEL, RANK, STEPS, Study
 from benchmarks.evidence.replays import describe_replays
 from benchmarks.evidence.rows import HELD_OUT_ROWS, TRAINING_ROWS
-from benchmarks.evidence.verdicts import CONFIRMED, NOT_CONFIRMED, UNMEASURED, UNTESTABLE
+from benchmarks.evidence.verdicts import Said
 from benchmarks.rates_rows import LONGEST
 
 COMMAND = "make evidence DATA=folder"
@@ -179,8 +179,7 @@ def _number(value: float | None) -> str:
 
 def _list_claims(evidence: Evidence) -> str:
     found = [(claim, claim.test(evidence)) for claim in claims.CLAIMS]
-    counts = [(said, sum(verdict.said == said for _, verdict in found))
-              for said in (CONFIRMED, NOT_CONFIRMED, UNTESTABLE, UNMEASURED)]  # fmt: skip
+    counts = [(said, sum(verdict.said == said for _, verdict in found)) for said in Said]
     head = ", ".join(f"{count} {said}" for said, count in counts) + "."
     lines = ["| claim | from | | figures |", "|---|---|---|---|"]
     lines += [f"| {claim.text} | {claim.source} | **{verdict.said}** | {verdict.why} |" for claim, verdict in found]

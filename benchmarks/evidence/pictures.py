@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from api.core.experiments.ranking import Ranking, Row
 from benchmarks.evidence.evidence import Evidence
@@ -35,7 +35,7 @@ def _render(plot: Plot, evidence: Evidence, ranking: Ranking, height: float) -> 
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.hashsalt": "lorainit", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": CARD,

@@ -2,13 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from enum import StrEnum
 
 from benchmarks.evidence.evidence import Comparison, Evidence
 
-CONFIRMED, NOT_CONFIRMED = "confirmed", "not confirmed"
-UNTESTABLE, UNMEASURED = "not testable here", "not measured yet"
-Said = Literal["confirmed", "not confirmed", "not testable here", "not measured yet"]
+
+class Said(StrEnum):
+    """What became of a claim, as the page says it."""
+
+    CONFIRMED = "confirmed"
+    NOT_CONFIRMED = "not confirmed"
+    UNTESTABLE = "not testable here"
+    UNMEASURED = "not measured yet"
+
+
 MARGIN = 0.01  # of the loss: what counts as "matches", the smaller of the 1 to 2 % of arXiv 2602.04998
 
 
@@ -25,12 +32,12 @@ Test = Callable[[Evidence], Verdict]
 
 def unmeasured(why: str = "Too few of its cells have ended.") -> Verdict:
     """There is not enough to judge."""
-    return Verdict(UNMEASURED, why)
+    return Verdict(Said.UNMEASURED, why)
 
 
 def untestable(why: str) -> Test:
     """A claim that the service has no means to test."""
-    return lambda _: Verdict(UNTESTABLE, why)
+    return lambda _: Verdict(Said.UNTESTABLE, why)
 
 
 def better(one: str, *others: str) -> Test:
@@ -41,7 +48,7 @@ def better(one: str, *others: str) -> Test:
         known = [comparison for comparison in found if comparison is not None]
         if len(known) < len(found):
             return unmeasured()
-        said: Said = CONFIRMED if all(comparison.better for comparison in known) else NOT_CONFIRMED
+        said = Said.CONFIRMED if all(comparison.better for comparison in known) else Said.NOT_CONFIRMED
         return Verdict(said, " ".join(map(describe, known)))
 
     return test
@@ -56,7 +63,7 @@ def matches(one: str, other: str) -> Test:
             return unmeasured()
         margin = MARGIN * row.summary.mean
         told = f"{describe(found)} What counts as equal is {margin:.3f}."
-        return Verdict(CONFIRMED if found.interval.low > -margin else NOT_CONFIRMED, told)
+        return Verdict(Said.CONFIRMED if found.interval.low > -margin else Said.NOT_CONFIRMED, told)
 
     return test
 
@@ -70,9 +77,9 @@ def faster(one: str, other: str, *, share: float) -> Test:
             return unmeasured()
         found = evidence.find_share(one, other)
         if found is None:
-            return Verdict(NOT_CONFIRMED, f"{one} does not reach {other}'s final loss with every seed.")
+            return Verdict(Said.NOT_CONFIRMED, f"{one} does not reach {other}'s final loss with every seed.")
         told = f"{one} reaches {other}'s final loss in {found:.0%} of its steps."
-        return Verdict(CONFIRMED if found <= share else NOT_CONFIRMED, told)
+        return Verdict(Said.CONFIRMED if found <= share else Said.NOT_CONFIRMED, told)
 
     return test
 

@@ -16,7 +16,7 @@ from benchmarks.evidence.evidence import Evidence
 from benchmarks.evidence.plan import EVALUATIONS, STEPS, STUDIES, Study, compute_digest
 from benchmarks.evidence.rows import HELD_OUT_ROWS, TRAINING_ROWS, write_rows
 from benchmarks.evidence.store import Measured
-from benchmarks.evidence.verdicts import CONFIRMED, NOT_CONFIRMED, UNMEASURED, better, faster, matches
+from benchmarks.evidence.verdicts import Said, better, faster, matches
 from lorainit.config.inits import INITS
 
 FACTS = {"packages": {"torch": "2.0"}, "machine": "two cores"}
@@ -98,7 +98,7 @@ def test_every_claim_names_treatments_that_are_measured(monkeypatch):
     full = Evidence({study.key: measure(study, [1.0] * len(study.inits)) for study in STUDIES})
     assert {claims.WELL, *claims.ILL} <= names
     said = {claim.text: claim.test(full).said for claim in claims.CLAIMS}
-    assert [text for text, verdict in said.items() if verdict == UNMEASURED] == [claims.CLAIMS[-1].text]
+    assert [text for text, verdict in said.items() if verdict == Said.UNMEASURED] == [claims.CLAIMS[-1].text]
 
 
 def test_too_few_short_rows_are_refused(tmp_path):
@@ -131,37 +131,37 @@ def test_the_ranking_is_the_services_own():
 
 def test_a_difference_beyond_noise_is_confirmed_and_its_opposite_is_not():
     found = evidence()
-    assert better("pissa", "kaiming")(found).said == CONFIRMED
-    assert better("kaiming", "pissa")(found).said == NOT_CONFIRMED
+    assert better("pissa", "kaiming")(found).said == Said.CONFIRMED
+    assert better("kaiming", "pissa")(found).said == Said.NOT_CONFIRMED
 
 
 def test_a_difference_within_noise_is_not_confirmed():
     verdict = better("loram", "pissa")(evidence())
-    assert verdict.said == NOT_CONFIRMED
+    assert verdict.said == Said.NOT_CONFIRMED
     assert verdict.why.startswith("No difference beyond noise between loram and pissa")
 
 
 def test_two_match_if_their_difference_is_small_noise_included():
-    assert matches("loram", "pissa")(evidence()).said == CONFIRMED
-    assert matches("kaiming", "pissa")(evidence()).said == NOT_CONFIRMED
-    assert matches("loram", "pissa")(evidence(noise=0.05)).said == NOT_CONFIRMED
+    assert matches("loram", "pissa")(evidence()).said == Said.CONFIRMED
+    assert matches("kaiming", "pissa")(evidence()).said == Said.NOT_CONFIRMED
+    assert matches("loram", "pissa")(evidence(noise=0.05)).said == Said.NOT_CONFIRMED
 
 
 def test_a_lower_end_is_reached_in_a_part_of_the_steps():
     found = evidence()
-    assert faster("pissa", "kaiming", share=0.9)(found).said == CONFIRMED
-    assert faster("pissa", "kaiming", share=0.5)(found).said == NOT_CONFIRMED
+    assert faster("pissa", "kaiming", share=0.9)(found).said == Said.CONFIRMED
+    assert faster("pissa", "kaiming", share=0.5)(found).said == Said.NOT_CONFIRMED
     assert (
         faster("kaiming", "pissa", share=0.9)(found).why == "kaiming does not reach pissa's final loss with every seed."
     )
 
 
 def test_nothing_is_compared_before_two_seeds_of_every_rate_have_ended():
-    assert better("pissa", "kaiming")(evidence(seeds=(1,))).said == UNMEASURED
+    assert better("pissa", "kaiming")(evidence(seeds=(1,))).said == Said.UNMEASURED
     part = measure(SMALL[0], FOUND.values(), seeds=(1, 2), status="running")
     part.cells.pop()
-    assert better("pissa", "loram")(Evidence({"initializations": part}, SMALL)).said == UNMEASURED
-    assert better("pissa", "kaiming")(Evidence({"initializations": part}, SMALL)).said == CONFIRMED
+    assert better("pissa", "loram")(Evidence({"initializations": part}, SMALL)).said == Said.UNMEASURED
+    assert better("pissa", "kaiming")(Evidence({"initializations": part}, SMALL)).said == Said.CONFIRMED
 
 
 def test_a_rate_at_which_runs_diverge_is_known_too():
@@ -169,7 +169,7 @@ def test_a_rate_at_which_runs_diverge_is_known_too():
     broken = [cell(one["init"], one["rate"], one["seed"], 0.0, status="failed") if one["rate"] == 3e-3 else one
               for one in measured.cells]  # fmt: skip
     measured.cells = [{**one, "facts": 0} for one in broken]
-    assert better("pissa", "kaiming")(Evidence({"initializations": measured}, SMALL)).said == CONFIRMED
+    assert better("pissa", "kaiming")(Evidence({"initializations": measured}, SMALL)).said == Said.CONFIRMED
 
 
 def test_seconds_of_interrupted_runs_are_left_out():
