@@ -19,7 +19,7 @@ PAGE_COMMAND = "python -m benchmarks.evidence --page-only"
 REPLAY_COMMAND = "python -m benchmarks.evidence.replays"
 CAPTIONS = {
     "order": "Every initialization at its own best learning rate",
-    "rates": "Loss by learning rate; grey: kaiming",
+    "rates": "Loss by learning rate, up to that of the untrained base; grey: kaiming",
     "curves": "Loss by step at the best learning rate; grey: kaiming",
     "cost": "Loss against the seconds of the initialization",
 }

@@ -66,9 +66,12 @@ def _plot_order(_evidence: Evidence, ranking: Ranking, figure: "Figure") -> None
     axes.set_xlabel("best validation loss (dot: mean, bar: 95 % interval beside the best, strokes: seeds)")
 
 
-def _plot_rates(_evidence: Evidence, ranking: Ranking, figure: "Figure") -> None:
-    """The loss of each initialization by learning rate, with kaiming's in grey behind it."""
-    reference = _find(ranking, BASELINE)
+def _plot_rates(evidence: Evidence, ranking: Ranking, figure: "Figure") -> None:
+    """The loss of each initialization by learning rate, with kaiming's in grey behind it.
+
+    What ends worse than the untrained base is cut off, because it would flatten everything else.
+    """
+    reference, start = _find(ranking, BASELINE), evidence.find_start(BASELINE)
 
     def plot(axes: "Axes", row: Row) -> None:
         for one, colour in ((reference, REFERENCE), (row, MAIN)):
@@ -77,6 +80,9 @@ def _plot_rates(_evidence: Evidence, ranking: Ranking, figure: "Figure") -> None
         axes.set_xscale("log")
 
     _plot_small(ranking.rows, figure, plot, "learning rate", "best validation loss")
+    if start is not None:
+        first = figure.axes[0]
+        first.set_ylim(top=min(first.get_ylim()[1], start))  # of all, because they share it
 
 
 def _plot_curves(evidence: Evidence, ranking: Ranking, figure: "Figure") -> None:

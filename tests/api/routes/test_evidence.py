@@ -23,7 +23,7 @@ from worker import reconciler
 pytestmark = ON_ONE_DATABASE
 STUDY = Study(
     key="small", title="two initializations", inits=[{"method": "kaiming"}, {"method": "pissa"}],
-    rates=(1e-4, 3e-4), seeds=(1, 2), extend=False,
+    rates=(3e-4,), seeds=(1, 2), extend=False,
 )  # fmt: skip
 WHERE = Where("two cores", 19)
 
@@ -84,9 +84,9 @@ def list_experiments(lab: Lab) -> list[dict[str, Any]]:
 
 def test_every_cell_is_measured_with_its_curve_and_its_costs(lab: Lab, rows: tuple[Path, Path], tmp_path: Path) -> None:
     found = run(lab, rows, tmp_path / "results")
-    assert (found.status, found.total, len(found.cells), found.nice) == ("succeeded", 8, 8, 19)
+    assert (found.status, found.total, len(found.cells), found.nice) == ("succeeded", 4, 4, 19)
     assert {(cell["init"], cell["rate"], cell["seed"]) for cell in found.cells} == {
-        (init, rate, seed) for init in (0, 1) for rate in (1e-4, 3e-4) for seed in (1, 2)
+        (init, 3e-4, seed) for init in (0, 1) for seed in (1, 2)
     }
     cell = next(cell for cell in found.cells if (cell["init"], cell["rate"], cell["seed"]) == (1, 3e-4, 2))
     assert cell["steps"] == [0, 1, 2, 3]
@@ -98,7 +98,7 @@ def test_every_cell_is_measured_with_its_curve_and_its_costs(lab: Lab, rows: tup
 
 def test_jobs_run_one_at_a_time_seed_by_seed(lab: Lab, rows: tuple[Path, Path], tmp_path: Path) -> None:
     found = run(lab, rows, tmp_path / "results")
-    assert [cell["seed"] for cell in found.cells] == [1] * 4 + [2] * 4
+    assert [cell["seed"] for cell in found.cells] == [1, 1, 2, 2]
     with session_scope() as session:
         assert not any(job.wants_group for job in session.query(Job))
 
@@ -111,17 +111,17 @@ def test_a_stopped_measurement_goes_on_with_what_is_left(lab: Lab, rows: tuple[P
     folder, done = tmp_path / "results", []
 
     def work() -> None:
-        if len(done) == 3:
+        if len(done) == 2:
             raise Stopped
         done.append(run_one())
 
     with pytest.raises(Stopped):
         run(lab, rows, folder, work=work)
     before = store.load(folder, "small")
-    assert before is not None and 0 < len(before.cells) < 8
+    assert before is not None and 0 < len(before.cells) < 4
     after = run(lab, rows, folder)
     assert after.cells[: len(before.cells)] == before.cells
-    assert len(after.job_ids) == len(after.cells) == 8
+    assert len(after.job_ids) == len(after.cells) == 4
     assert len(list_experiments(lab)) == 1
     assert len(lab.client.get("/v1/files?purpose=fine-tune").json()["data"]) == 2
 
@@ -148,10 +148,10 @@ def test_other_rows_are_another_experiment_whose_cells_replace_the_first(
 def test_what_another_service_measured_is_replaced(lab: Lab, rows: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "results"
     first = run(lab, rows, folder)
-    store.save(replace(first, experiment="exp_elsewhere", cells=first.cells[:3]), folder)
+    store.save(replace(first, experiment="exp_elsewhere", cells=first.cells[:2]), folder)
     again = run(lab, rows, folder)
     assert again.experiment == first.experiment
-    assert len(again.cells) == 8
+    assert len(again.cells) == 4
 
 
 def test_an_unfinished_experiment_with_another_request_is_refused(
@@ -179,7 +179,7 @@ def test_a_failed_job_is_a_cell_too(lab: Lab, rows: tuple[Path, Path], tmp_path:
     assert {(cell["status"], cell["error"], len(cell["losses"])) for cell in failed} == {
         ("failed", "non_finite_loss", 0)
     }
-    assert len(failed) == 4
+    assert len(failed) == 2
 
 
 def test_a_service_that_does_not_answer_is_asked_again(lab: Lab, rows: tuple[Path, Path], tmp_path: Path) -> None:
@@ -195,4 +195,4 @@ def test_a_service_that_does_not_answer_is_asked_again(lab: Lab, rows: tuple[Pat
     connection.connect = fail_first
     measure.measure(connection, STUDY, rows, tmp_path / "results", report=said.append, where=WHERE)
     assert said[0] == "the service does not answer (FileNotFoundError); asking again"
-    assert len(said) == 9
+    assert len(said) == 5
