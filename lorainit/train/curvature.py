@@ -129,7 +129,8 @@ def extreme_eigenvalues(around: Surroundings, gradient: Tensor, *, products: int
 
 
 def _normalized(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
+    unit: Tensor = vector / vector.norm()
+    return unit
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
