@@ -2,10 +2,10 @@
 
 import time
 
+from benchmarks.rate_first_update import measure_first_update, surroundings
 from benchmarks.rate_records import RATES, Measures
 from lorainit.context import Run
 from lorainit.data.dataset import Sample
-from lorainit.train.first_update import measure_first_update, surroundings
 
 
 def first_rows(run: Run) -> list[Sample]:

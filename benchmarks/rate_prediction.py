@@ -3,7 +3,7 @@
     python -m benchmarks.rate_prediction --data GSM8K [--only kaiming pissa ...] [--sets gsm8k examples] [--seeds 0]
                                          [--results FOLDER] [--judge]
 
-For each initialization on each data set it measures the start (`lorainit.train.first_update`) and sweeps rates
+For each initialization on each data set it measures the start (`benchmarks.rate_first_update`) and sweeps rates
 (`rate_cells`), and prints how well each form of `rate_fit` predicts. Results are kept in FOLDER, and a call that is cut
 off goes on from them. `--judge` only prints what the results in FOLDER come to.
 """

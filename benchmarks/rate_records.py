@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one start, on the rows of its first step, in the terms of `lorainit.train.first_update`.
+    """Of one start, on the rows of its first step, in the terms of `benchmarks.rate_first_update`.
 
     `largest`, `smallest`, `residual`: of the eigenvalues. `line`: the loss on the same rows after one update at each of
     `RATES`. `seconds`: without `line`.

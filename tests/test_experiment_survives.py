@@ -84,8 +84,8 @@ def wait(stack: Stack, experiment_id: str, *, succeeded: int) -> dict[str, Any]:
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """As if the machine had failed: the process and all below it, so that no run can end what it has begun."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    for one in (process, *below):
+    first = psutil.Process(process.pid)
+    for one in (first, *first.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()

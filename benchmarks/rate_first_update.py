@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.rate_curvature import NATS, Extremes, Surroundings, curvature_along, extreme_eigenvalues, flatten
 from lorainit.config.errors import InitFailed
 from lorainit.context import Run
 from lorainit.data.batches import split_into_batches
@@ -24,7 +25,6 @@ from lorainit.model.layers.group import AdapterSlots
 from lorainit.model.layers.layer import LoRALinear
 from lorainit.model.layers.weight import weight_of
 from lorainit.train.adapter_trainer import clip
-from lorainit.train.curvature import NATS, Extremes, Surroundings, curvature_along, extreme_eigenvalues, flatten
 from lorainit.train.optimizers import make_optimizer
 
 PRODUCTS, SEED = 5, 0  # of the search for eigenvalues

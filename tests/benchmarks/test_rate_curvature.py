@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
+from benchmarks import rate_first_update as first_update
+from benchmarks.rate_curvature import extreme_eigenvalues, flatten
+from benchmarks.rate_first_update import measure_first_update, surroundings
 from lorainit.config.errors import InitFailed
 from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data.reader import load
@@ -15,11 +18,10 @@ from lorainit.init.initialize import initialize
 from lorainit.model.layers.layer import attach, detach
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
-from lorainit.train import first_update
-from lorainit.train.curvature import extreme_eigenvalues, flatten
-from lorainit.train.first_update import measure_first_update, surroundings
-from tests.lorainit.conftest import make_tokenizer
+from tests.lorainit.conftest import bases, make_tokenizer, rows, tokenizer
 from tests.lorainit.contexts import CPU, run_of
+
+__all__ = ["bases", "rows", "tokenizer"]  # fixtures
 
 TARGETS = {"llama": ["down_proj"], "gpt2": ["c_attn"]}
 
