@@ -65,6 +65,19 @@ def valkey_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama and a tokenizer, `model`, and a catalogue that offers it, `catalogue.toml`."""
+    from tests.catalogues import describe_base
+    from tests.lorainit.conftest import make_tokenizer, tiny_llama  # which loads torch
+
+    folder = tmp_path_factory.mktemp("tiny")
+    for part in (tiny_llama(), make_tokenizer()):
+        part.save_pretrained(folder / "model")
+    (folder / "catalogue.toml").write_text(describe_base(folder / "model", model_id="tiny", root="tests/tiny"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The URL of the migrated database of a kind, which is made once: files of tests take turns with the two kinds."""
 

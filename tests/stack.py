@@ -87,7 +87,12 @@ class Stack:
 
 def children_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The training processes below a worker."""
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if _is_a_run(child)]
+    return runs_below(psutil.Process(process.pid))
+
+
+def runs_below(process: psutil.Process) -> list[psutil.Process]:
+    """The training processes among the descendants of a process."""
+    return [child for child in process.children(recursive=True) if _is_a_run(child)]
 
 
 def _is_a_run(process: psutil.Process) -> bool:

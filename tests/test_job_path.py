@@ -25,7 +25,7 @@ from api.core.access import keys
 from api.core.db.database import session_scope
 from tests import servers
 from tests.conftest import empty, forget, point_at
-from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama
+from tests.lorainit.conftest import chat
 from tests.promises import within
 from tests.stack import PATIENCE, Stack, children_of, family, wait_for, words_of
 from tests.things import ON_ONE_DATABASE
@@ -35,27 +35,6 @@ from tests.things import ON_ONE_DATABASE
 def folder(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Path:
     """Where the service keeps its files and its logs."""
     return tmp_path_factory.mktemp("service")
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a two-layer Llama and a tokenizer, and a catalogue that offers it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_llama().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    made = subprocess.run(
-        [sys.executable, "-m", "lorainit", "inspect", str(folder / "model")], check=True, capture_output=True, text=True
-    )
-    facts = json.loads(made.stdout)
-    targets = ",\n".join(
-        "{ " + ", ".join(f"{name} = {json.dumps(value)}" for name, value in target.items()) + " }"
-        for target in facts["targets"]
-    )
-    (folder / "catalogue.toml").write_text(
-        f'[[models]]\nid = "tiny"\nroot = "tests/tiny"\nsource = "{folder / "model"}"\n'
-        f"max_length = {facts['max_length']}\nchat = true\ntargets = [\n{targets}\n]\n"
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from sqlalchemy import select
 
 from api.core.db.database import session_scope
 from api.core.db.tables import Adapter, Event, File, Job, Project
+from api.core.devices.run_environment import make_environment_without_secrets
 from api.core.files.storage import get_storage
 from api.core.jobs import jobs, metrics
 from api.core.settings import get_settings
 from tests.things import a_file, a_project, a_queued_job
+from tests.worker import warm_child
 from worker import tasks
+from worker.child import warm
 from worker.child.supervisor import run_child
 
 
@@ -92,6 +95,32 @@ def lab(service: None, environment: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     yield Lab(tmp_path, environment)
     await_what_was_left_alone()
     assert not list(get_settings().scratch().glob("ftjob-*")), "a scratch folder was left behind"
+
+
+@pytest.fixture(scope="session")
+def warm_process() -> Iterator[warm.WarmProcess]:
+    """A process that has loaded torch, from which the runs of all tests are forked (tests/worker/warm_child.py)."""
+    process = warm.WarmProcess((sys.executable, "-m", warm_child.__name__))
+    make_ready(process)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def before_run(environment: pytest.MonkeyPatch, warm_process: warm.WarmProcess) -> Callable[[str], None]:
+    """Runs of this worker are forked, and do what they are given first."""
+    make_ready(warm_process)  # a test may have ended it
+    environment.setattr(warm, "get_warm_process", lambda: warm_process)
+    return partial(environment.setenv, warm_child.BEFORE_RUN)
+
+
+def make_ready(process: warm.WarmProcess) -> None:
+    """Start it, unless it runs, and wait until it has loaded everything."""
+    process.prepare(make_environment_without_secrets())
+    deadline = time.monotonic() + 300
+    while not process.is_ready():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
 
 
 def await_what_was_left_alone() -> None:

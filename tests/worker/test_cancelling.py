@@ -1,15 +1,13 @@
 """A cancelled job is gone from its worker within five seconds, whatever it was doing there.
 
-The real training process is held in each of its stages by a wrapper around it, storage by a stand-in that is
-slow or hangs; the worker and the cancelling are as they are.
+The real training process is held in each of its stages by what it does first (warm_child.py), storage by a stand-in
+that is slow or hangs; the worker and the cancelling are as they are.
 """
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,28 +22,25 @@ from api.core.files.storage import get_storage
 from api.core.settings import get_settings
 from tests.lorainit.conftest import chat
 from tests.promises import within
-from tests.test_job_path import tiny_base as tiny_base  # a fixture
+from tests.stack import runs_below
 from tests.worker.conftest import Lab, await_what_was_left_alone, when
 from worker import tasks
-from worker.child.supervisor import run_child
 from worker.job import artifacts, job_writer, leased_storage, outcomes
 
 LIMIT = 5.0
-# The real program, which stays where it says for the first time that it is in a stage, or a tick further.
+# The run stays where it says for the first time that it is in a stage, or a tick further.
 HELD = """
-import sys, time
+import time
 from pathlib import Path
 from lorainit import __main__ as program
-stage, by, where = sys.argv.pop(1), sys.argv.pop(1), []
-write = program._write_event
+where, write = [], program._write_event
 def held(stream, event):
     write(stream, event)
     where[:] = [event.stage] if event.kind == "stage" else where
-    if where == [stage] and event.kind == by:
+    if where == [{stage!r}] and event.kind == {by!r}:
         Path("in-its-stage").touch()  # not `held`, which is the lock of a folder (worker.host.scratch)
         time.sleep(600)
 program._write_event = held
-sys.exit(program.main())
 """
 
 
@@ -68,15 +63,13 @@ def cancelled_once(lab: Lab, busy: Callable[[], Any], run: Callable[[], None]) -
         lab.cancel(1)
         at.append(time.monotonic())
 
-    others = set(psutil.Process().children(recursive=True))  # servers of other tests
     canceller = when(busy, cancel)
     run()
     canceller.join()
     assert time.monotonic() - at[0] < within(LIMIT), "the worker's slot was not free in time"
     assert lab.statuses() == ["cancelled"]
     assert lab.story(1)[-1] == "The job was cancelled"
-    children = set(psutil.Process().children(recursive=True)) - others
-    assert not [one for one in children if "lorainit" in " ".join(one.cmdline())]
+    assert not runs_below(psutil.Process())
     with session_scope() as session:
         assert session.get(Adapter, lab.ids[0]) is None
 
@@ -99,7 +92,13 @@ def cancelled_once(lab: Lab, busy: Callable[[], Any], run: Callable[[], None]) -
     ],
 )
 def test_a_job_cancelled_in_a_stage_of_its_run_frees_its_worker(
-    lab: Lab, environment: pytest.MonkeyPatch, tiny_base: Path, stage: str, by: str, method: str
+    lab: Lab,
+    environment: pytest.MonkeyPatch,
+    before_run: Callable[[str], None],
+    tiny_base: Path,
+    stage: str,
+    by: str,
+    method: str,
 ) -> None:
     environment.setenv("LORAINIT_CATALOGUE", str(tiny_base / "catalogue.toml"))
     get_settings.cache_clear()
@@ -111,8 +110,7 @@ def test_a_job_cancelled_in_a_stage_of_its_run_frees_its_worker(
         job.model, job.validation_file_id = "tiny", job.training_file_id
         session.commit()
     get_storage().put(training_key(lab), iter([rows.encode()]))
-    program = (sys.executable, "-c", HELD, stage, by)
-    environment.setattr(tasks, "run_child", partial(run_child, program=program))
+    before_run(HELD.format(stage=stage, by=by))
     folder = get_settings().scratch() / lab.ids[0]
     cancelled_once(lab, lambda: list(folder.glob("attempt-*/in-its-stage")), lambda: tasks.run_job("ftjob-x"))
 

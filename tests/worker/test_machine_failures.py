@@ -1,12 +1,11 @@
 """A machine that fails while an adapter is verified fails no job: it goes back to the queue, and is verified elsewhere.
 
-The worker, the database, the storage and the child are real; one thing in the child fails (failing_child.py).
+The worker, the database, the storage and the child are real; one thing in the child fails (run_failures.py).
 """
 
 import errno
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,15 +20,11 @@ from api.core.models import catalogue
 from api.core.settings import get_settings
 from lorainit.config.spec import Hyperparameters, Lora
 from tests.lorainit.conftest import chat
-from tests.test_job_path import tiny_base
 from tests.things import ON_ONE_DATABASE, a_file, a_project, a_queued_job
-from tests.worker import failing_child
 from tests.worker.conftest import Lab
 from worker import gpu_health, tasks
-from worker.child import supervisor
 from worker.job import artifacts, retry
 
-__all__ = ["tiny_base"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("service"), ON_ONE_DATABASE]
 RECIPE = {
     "lora": Lora.model_validate({"init": "kaiming", "r": 2, "target_modules": ["q_proj"]})
@@ -37,21 +32,19 @@ RECIPE = {
     .model_dump(mode="json"),
     "training": Hyperparameters(max_steps=2, batch_size=4, learning_rate=1e-2).model_dump(mode="json"),
 }
-BEFORE_TRAINING, DOWNLOAD = "1", "2"
-Worker = Callable[[str, str], Job]
+BEFORE_TRAINING, DOWNLOAD = 1, 2
+Worker = Callable[..., Job]
 
 
 @pytest.fixture
-def worker(environment: pytest.MonkeyPatch, tiny_base: Path) -> Worker:
+def worker(environment: pytest.MonkeyPatch, before_run: Callable[[str], None], tiny_base: Path) -> Worker:
     """A worker with one queued job, on a machine that fails so in that check; returns what became of the job."""
     gpu_health._of.cache_clear()
-    settings = {"CATALOGUE": str(tiny_base / "catalogue.toml"), "KEEP_WARM": "false", "RETRY_SECONDS": "0"}
+    settings = {"CATALOGUE": str(tiny_base / "catalogue.toml"), "RETRY_SECONDS": "0"}
     for name, value in settings.items():
         environment.setenv(f"LORAINIT_{name}", value)
-    environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     get_settings.cache_clear()
     catalogue.forget()
-    environment.setattr(supervisor, "PROGRAM", (sys.executable, "-m", failing_child.__name__))
     rows = "".join(json.dumps(chat(f"What is {n}?", f"It is {n} and {n}")) + "\n" for n in range(8))
     with session_scope() as session:
         project = a_project(session)
@@ -60,9 +53,8 @@ def worker(environment: pytest.MonkeyPatch, tiny_base: Path) -> Worker:
         job_id = a_queued_job(session, project, file=file, model="tiny", recipe=RECIPE).id
         session.commit()
 
-    def run(fails: str, check: str = "") -> Job:
-        environment.setenv("FAILS", fails)
-        environment.setenv("CHECK", check)
+    def run(fails: str = "", check: int = 0) -> Job:
+        before_run(f"from tests.worker import run_failures\nrun_failures.fail_in({check}, {fails!r})" if fails else "")
         tasks.run_job(job_id)
         with session_scope() as session:
             return session.get_one(Job, job_id)
@@ -103,7 +95,7 @@ def test_a_machine_that_fails_while_the_download_is_checked_is_no_verdict_on_the
 
 def test_a_download_whose_check_crashed_is_checked_by_the_next_run(worker: Worker) -> None:
     assert worker("abort", DOWNLOAD).status == "queued"
-    job = worker("")  # type: ignore[call-arg]
+    job = worker()
     assert job.status == "succeeded", job.error
     assert job.export_check["passed"]  # type: ignore[index]
 

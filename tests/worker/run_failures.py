@@ -1,20 +1,12 @@
-"""The real child of a worker on a machine that fails while an adapter is verified, in the way that FAILS names.
-
-In the environment: FAILS, empty where nothing fails; CHECK, the number of the check that it fails in. The first one
-comes before the first step, the second one is that of the download.
-"""
+"""What fails in a real run of a worker while an adapter is verified; called in the process of the run."""
 
 import itertools
 import mmap
 import os
 import signal
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from lorainit import __main__
-from lorainit.runtime import process_tuning
 
 
 def report(words: str) -> None:
@@ -41,21 +33,15 @@ WAYS = {
 }
 
 
-def fail_when_compared() -> None:
-    from lorainit.export import check
+def fail_in(check: int, way: str) -> None:
+    """Fail in that way in the check of this number: 1 is before the first step, 2 is that of the download."""
+    from lorainit.export import check as module
 
-    compare, numbers = check._compare, itertools.count(1)
+    compare, numbers = module._compare, itertools.count(1)
 
     def compared(*args: Any, **named: Any) -> Any:
-        if next(numbers) == int(os.environ["CHECK"]):
-            WAYS[os.environ["FAILS"]]()
+        if next(numbers) == check:
+            WAYS[way]()
         return compare(*args, **named)
 
-    check._compare = compared
-
-
-if __name__ == "__main__":
-    if os.environ["FAILS"]:
-        process_tuning.tune_process()  # before anything else loads torch
-        fail_when_compared()
-    sys.exit(__main__.main())
+    module._compare = compared
