@@ -20,7 +20,7 @@ from tests.lorainit.conftest import chat
 WORKER = ["-m", "celery", "-A", "worker.app", "worker"]
 QUIET = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
 FINAL = ("succeeded", "failed", "cancelled")
-PATIENCE = 300  # seconds until a test gives up hope, on however busy a machine
+PATIENCE = 900  # seconds until a test gives up hope, on however busy a machine
 
 
 class Stack:

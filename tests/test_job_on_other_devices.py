@@ -16,9 +16,9 @@ from sqlalchemy import update
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from tests.stack import Stack, children_of, wait_for
-from tests.test_job_path import folder, stack, started, tiny_base
+from tests.test_job_path import folder, stack, started
 
-__all__ = ["folder", "stack", "started", "tiny_base"]  # fixtures
+__all__ = ["folder", "stack", "started"]  # fixtures
 
 FIGURES = ("train_loss", "train_mean_token_accuracy", "valid_loss", "full_valid_loss")
 

@@ -1,34 +1,35 @@
 """One job's path through the real thing: read this first.
 
 A web process, a reconciler, a Celery worker and a Valkey broker are started as a user would have
-them, on SQLite. A stock `openai` client orders an adapter on a tiny random model; stock PEFT loads what
-comes back. tests/test_secrets.py asks the same of a job on PostgreSQL.
+them, on PostgreSQL, with a secret planted wherever one can stand. A stock `openai` client orders an adapter on a tiny
+random model; stock PEFT loads what comes back. In the end the secrets are in no log, event or row
+(tests/secrets_of_a_run.py). The whole service on SQLite: tests/api/cli.
 """
 
 import csv
 import io
 import json
-import subprocess
-import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from openai.types.fine_tuning import FineTuningJob
 from sqlalchemy import Engine
 
 from api.core.access import keys
 from api.core.db.database import session_scope
-from tests import servers
+from tests import secrets_of_a_run, servers
 from tests.conftest import empty, forget, point_at
 from tests.lorainit.conftest import chat
 from tests.promises import within
 from tests.stack import PATIENCE, Stack, children_of, family, wait_for, words_of
-from tests.things import ON_ONE_DATABASE
+from tests.things import ON_ONE_DATABASE, ON_POSTGRESQL
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +39,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def started(database_url: str, engine: Engine, valkey_url: str, tiny_base: Path, folder: Path) -> Iterator[Stack]:
-    """One service for all tests of a kind of database."""
-    with pytest.MonkeyPatch.context() as patch:
-        point_at(patch, database_url, folder)
-        patch.setenv("LORAINIT_BROKER_URL", valkey_url)
+def started(database_url: str, engine: Engine, tiny_base: Path, folder: Path) -> Iterator[Stack]:
+    """One service for all tests of a kind of database. Its client's key is that of an admin."""
+    with pytest.MonkeyPatch.context() as patch, servers.valkey() as broker:
+        point_at(patch, secrets_of_a_run.with_password(database_url), folder)
+        for name, value in {**secrets_of_a_run.plant(broker), "LORAINIT_LOG_LEVEL": "debug"}.items():
+            patch.setenv(name, value)
         patch.setenv("LORAINIT_CATALOGUE", str(tiny_base / "catalogue.toml"))
         patch.setenv("LORAINIT_LEASE_SECONDS", "600")  # none runs out, however busy the machine is
         patch.setenv("LORAINIT_DEVICES_PER_JOB", "3")
         with session_scope() as session:
-            _, secret = keys.create_key(session, keys.get_or_create_project(session, "lab"), name="test")
+            project = keys.get_or_create_project(session, "lab")
+            _, secret = keys.create_key(session, project, name="test", role="admin")
             session.commit()
         with running(secret, folder) as service:
             yield service
@@ -79,14 +82,9 @@ def running(secret: str, logs: Path) -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def trained(started: Stack) -> FineTuningJob:
     """A job that has succeeded."""
-    return train(started)
-
-
-def train(stack: Stack) -> FineTuningJob:
-    """Order a job, and wait until it has succeeded."""
-    created = stack.create({"init": "loram", "r": 4})
+    created = started.create({"init": "loram", "r": 4})
     assert created.status == "validating_files"
-    return stack.wait(created.id, "succeeded")
+    return started.wait(created.id, "succeeded")
 
 
 def metrics_of(stack: Stack, job: FineTuningJob) -> list[dict[str, str]]:
@@ -94,13 +92,10 @@ def metrics_of(stack: Stack, job: FineTuningJob) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(stack.client.files.content(job.result_files[0]).text)))
 
 
-@ON_ONE_DATABASE  # on PostgreSQL: tests/test_secrets.py
+@ON_POSTGRESQL  # on SQLite: tests/api/cli/test_commands.py
 def test_a_job_is_ordered_and_trained(stack: Stack, trained: FineTuningJob) -> None:
-    assert_tells_what_ran(stack, trained)
-
-
-def assert_tells_what_ran(stack: Stack, job: FineTuningJob) -> None:
     """It says what ran, and the numbers are there as events, metrics file and checkpoints."""
+    job = trained
     assert job.error is None
     assert job.lora["init"]["method"] == "loram"  # type: ignore[attr-defined]
     assert job.init_report["function_preserving"] is True  # type: ignore[attr-defined]
@@ -114,7 +109,7 @@ def assert_tells_what_ran(stack: Stack, job: FineTuningJob) -> None:
     assert job.fine_tuned_model in [model.id for model in stack.client.models.list()]
 
 
-@ON_ONE_DATABASE
+@ON_POSTGRESQL
 def test_the_download_is_a_plain_peft_adapter_and_holds_the_validation_loss_of_its_job(
     stack: Stack, trained: FineTuningJob, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -126,33 +121,27 @@ def test_the_download_is_a_plain_peft_adapter_and_holds_the_validation_loss_of_i
 
 
 def loss_with_stock_peft(base: Path, adapter: Path) -> float:
-    """Mean loss over the trained tokens of the four validation rows, in a process that knows only PEFT."""
-    script = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base, adapter = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-total = count = 0
-for n in range(4):
-    asked = [{"role": "user", "content": f"What is {n}?"}]
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(prompt + f"It is {n} and {n}<|im_end|>", return_tensors="pt", add_special_tokens=False).input_ids
-    skip = len(tokenizer(prompt, add_special_tokens=False).input_ids)
-    with torch.no_grad():
-        losses = torch.nn.functional.cross_entropy(model(ids).logits[0, skip - 1:-1], ids[0, skip:], reduction="none")
-    total, count = total + losses.sum().item(), count + len(losses)
-print(total / count)
-"""
-    ran = subprocess.run(
-        [sys.executable, "-c", script, str(base), str(adapter)], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return float(ran.stdout.splitlines()[-1])
+    """Mean loss over the trained tokens of the four validation rows, as PEFT and transformers alone compute it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT uses an old name of transformers
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    losses: list[float] = []
+    for n in range(4):
+        asked = [{"role": "user", "content": f"What is {n}?"}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        text = prompt + f"It is {n} and {n}<|im_end|>"
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        skip = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        with torch.no_grad():
+            logits = model(ids).logits[0, skip - 1 : -1]
+        losses += torch.nn.functional.cross_entropy(logits, ids[0, skip:], reduction="none").tolist()
+    return sum(losses) / len(losses)
 
 
-@ON_ONE_DATABASE
+@ON_POSTGRESQL
 def test_cancel_stops_the_training_process_within_five_seconds(stack: Stack) -> None:
     job = stack.create({"init": "kaiming", "r": 4}, n_epochs=50, batch_size=1)
     stack.wait(job.id, "running")
@@ -190,7 +179,8 @@ def assert_started_anew_after_every(story: list[str], loss: str) -> None:
     assert story.count("Fine-tuning job started") == 1 + lost, story
 
 
-@ON_ONE_DATABASE  # on PostgreSQL: tests/chaos/test_repairs.py
+@pytest.mark.slow  # with a script in the run's place, on PostgreSQL: tests/chaos/test_repairs.py
+@ON_ONE_DATABASE
 def test_a_killed_worker_loses_no_job(stack: Stack) -> None:
     stack.stop_worker()
     worker = stack.start_worker(LORAINIT_LEASE_SECONDS="6")
@@ -205,16 +195,7 @@ def test_a_killed_worker_loses_no_job(stack: Stack) -> None:
     assert not any(run.is_running() for run in runs)
 
 
-@ON_ONE_DATABASE
-def test_a_worker_that_is_asked_to_leave_gives_its_job_back(stack: Stack) -> None:
-    job = stack.create({"init": "kaiming", "r": 4}, n_epochs=50, batch_size=1)
-    stack.wait(job.id, "running")
-    stack.stop_worker()
-    again = stack.wait(job.id, "queued")
-    assert again.resources is None or again.resources.get("attempts", 0) == 0  # type: ignore[attr-defined]
-
-
-@ON_ONE_DATABASE
+@ON_POSTGRESQL
 def test_a_run_that_cannot_work_fails_with_code_and_field(stack: Stack) -> None:
     rows = json.dumps(chat("Say <|im_end|> please", "no")) + "\n"
     file = stack.client.files.create(file=("bad.jsonl", io.BytesIO(rows.encode())), purpose="fine-tune")
@@ -226,7 +207,7 @@ def test_a_run_that_cannot_work_fails_with_code_and_field(stack: Stack) -> None:
     assert "Traceback" not in json.dumps(failed.to_dict())
 
 
-@ON_ONE_DATABASE
+@ON_POSTGRESQL
 def test_grouped_jobs_train_in_one_process_and_each_ends_on_its_own(stack: Stack) -> None:
     """Three wait behind a running one; one of them is cancelled while they train."""
     first = stack.create({"init": "kaiming", "r": 4}, n_epochs=20)
@@ -249,6 +230,7 @@ def test_grouped_jobs_train_in_one_process_and_each_ends_on_its_own(stack: Stack
     stack.wait(stack.create({"init": "gaussian", "r": 2}).id, "succeeded")
 
 
+@pytest.mark.slow  # processes of one run: tests/lorainit/runtime/distributed; that they start: test_warm.py
 @ON_ONE_DATABASE
 def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None:
     """Ends like any other, and when it is cancelled both processes go."""
@@ -271,6 +253,7 @@ def test_a_job_on_two_devices_is_two_processes_and_one_job(stack: Stack) -> None
     assert not left
 
 
+@pytest.mark.slow  # the run ends as the process that fell: test_world.py; the job goes back: test_machine_failures.py
 @ON_ONE_DATABASE
 def test_a_job_that_loses_one_of_its_two_processes_is_tried_again(stack: Stack) -> None:
     """From its last checkpoint: nobody knows why the process was killed, and the job is not to blame."""
@@ -286,7 +269,7 @@ def test_a_job_that_loses_one_of_its_two_processes_is_tried_again(stack: Stack) 
     assert_started_anew_after_every(stack.messages(job.id), "was killed (signal 9)")
 
 
-@ON_ONE_DATABASE
+@ON_POSTGRESQL
 def test_a_job_with_an_automatic_initialization_is_what_a_plain_one_with_that_choice_is(stack: Stack) -> None:
     """It goes on from its best candidate's checkpoint, so every step has the numbers of an uninterrupted run."""
     automatic = {"method": "auto", "candidates": ["kaiming", "loram"], "probe_steps": 16}
@@ -302,3 +285,32 @@ def test_a_job_with_an_automatic_initialization_is_what_a_plain_one_with_that_ch
     assert float(found[-1]["full_valid_loss"]) == pytest.approx(float(expected[-1]["full_valid_loss"]), rel=1e-4)
     computed = [text for text in stack.messages(chosen.id) if text.startswith("Fine-tuning job started")]
     assert len(computed) == 1 and any("goes on from step" in text for text in stack.messages(chosen.id))
+
+
+@ON_POSTGRESQL
+def test_a_worker_that_is_asked_to_leave_gives_its_job_back(stack: Stack) -> None:
+    job = stack.create({"init": "kaiming", "r": 4}, n_epochs=50, batch_size=1)
+    stack.wait(job.id, "running")
+    stack.stop_worker()
+    again = stack.wait(job.id, "queued")
+    assert again.resources is None or again.resources.get("attempts", 0) == 0  # type: ignore[attr-defined]
+
+
+@ON_POSTGRESQL
+def test_no_log_no_event_and_no_row_of_a_run_holds_a_secret(started: Stack, trained: FineTuningJob) -> None:
+    """The last test of the file, since it breaks the service: errors are where secrets get out."""
+    planted = [*secrets_of_a_run.PASSWORDS.values(), *secrets_of_a_run.keys_of(started)]
+    bad = started.client.files.create(file=("bad.jsonl", io.BytesIO(b"{}\n")), purpose="fine-tune").id
+    failed = started.client.fine_tuning.jobs.create(model="tiny", training_file=bad)
+    assert started.wait(failed.id, "failed").status == "failed"
+    secrets_of_a_run.be_refused(started)
+    secrets_of_a_run.break_things(started)
+
+    texts = {path.name: path.read_text("utf-8", "replace") for path in started.logs.iterdir() if path.is_file()}
+    assert trained.id in texts["worker"]
+    assert "rate_limit_suspended" in texts["web"] and "unhandled" in texts["web"]  # the errors were really logged
+    rows = list(secrets_of_a_run.rows())
+    found = {f"{name}: {text[:300]}" for name, text in texts.items() for word in planted if word in text}
+    found |= {row[:300] for row in rows for word in planted if word in row}
+    assert found == set()
+    assert any(trained.id in row for row in rows)

@@ -13,6 +13,8 @@ from lorainit.config.spec import Hyperparameters, Lora
 
 # For a test that asks the database only what other tests ask both kinds: twice would say nothing new.
 ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+# For a test of a whole service, of whose kind others run on SQLite.
+ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 MODEL = "smollm2-135m-instruct"
 CHECKED = {
     "kind": "chat",

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 
 import httpx2
+import pytest
 from redis import Redis
 
 from api.core.queue.workers import FRESH
@@ -86,14 +87,16 @@ def test_cancel_ends_the_training_process_within_five_seconds(town: Town) -> Non
     assert town.lines(job)[-1][0] < cancelled + within(CANCEL_SECONDS)
 
 
-def test_an_order_repeated_through_kill_9_of_the_web_process_is_one_job(town: Town) -> None:
-    body = {**next(stub_orders(seed=6, steps=(10, 10))), "training_file": town.file}
+@pytest.mark.parametrize("moments", [(0.01, 0.02), pytest.param((0.0, 0.01, 0.02, 0.03), marks=pytest.mark.slow)])
+def test_an_order_repeated_through_kill_9_of_the_web_process_is_one_job(town: Town, moments: tuple[float, ...]) -> None:
+    seed, once = 6 + len(moments), f"once-{len(moments)}"
+    body = {**next(stub_orders(seed=seed, steps=(10, 10))), "training_file": town.file}
     answers: set[str] = set()
-    for moment in range(4):
-        killer = threading.Timer(moment * 0.01, lambda: [one.kill() for one in town.fleet.parents("api")])
+    for moment in moments:
+        killer = threading.Timer(moment, lambda: [one.kill() for one in town.fleet.parents("api")])
         killer.start()
         with suppress(httpx2.HTTPError):
-            headers = {"idempotency-key": "once"}
+            headers = {"idempotency-key": once}
             answers.add(town.client.post("/fine_tuning/jobs", json=body, headers=headers).json()["id"])
         killer.join()
         town.until(town.fleet.is_up, seconds=300)

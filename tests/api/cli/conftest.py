@@ -1,14 +1,16 @@
 """`lorainit serve` as a person starts it, on a tiny model; the command line as a child process and in this one."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,6 +18,10 @@ from openai import OpenAI
 from typer.testing import CliRunner
 
 from api.cli import client, commands, console
+from lorainit import __main__ as library
+from lorainit.model import sandbox
+from lorainit.model.inspect import inspect
+from lorainit.runtime.refusal import as_unsupported
 from tests import hub, servers
 from tests.conftest import forget
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
@@ -34,7 +40,7 @@ def lorainit(
     """Run one command to its end, in a process of its own."""
     command = [sys.executable, "-m", "api.cli", *arguments]
     return subprocess.run(
-        command, env=env or environment(), cwd=cwd, capture_output=True, text=True, check=False, timeout=200
+        command, env=env or environment(), cwd=cwd, capture_output=True, text=True, check=False, timeout=900
     )
 
 
@@ -42,7 +48,7 @@ def called(
     *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """The same command in this process, which saves the second that Python and its imports take: for what it says and
-    does, where nothing depends on its being a process.
+    does, where nothing depends on its being a process. A base in a folder is inspected here, too.
     """
     umask = os.umask(0o077)
     os.umask(umask)
@@ -50,6 +56,7 @@ def called(
         for stream in (console.out, console.err):
             patch.setattr(stream, "_width", console._PIPE_COLUMNS)
         clients, connect = list[OpenAI](), client.connect
+        patch.setattr(commands.subprocess, "run", _run)
         patch.setattr(client, "connect", lambda: clients.append(connect()) or clients[-1])
         if cwd is not None:
             patch.chdir(cwd)
@@ -64,6 +71,27 @@ def called(
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+
+_run_in_a_process = subprocess.run
+
+
+def _run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    """`subprocess.run`, but `python -m lorainit inspect` runs here, unless it has to know of another hub from its
+    start.
+    """
+    if command[1:4] != ["-m", "lorainit", "inspect"] or "HF_ENDPOINT" in os.environ:
+        return _run_in_a_process(command, **options)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sandbox, "_run_child", _inspect)
+        code = library.main(command[3:])
+    return subprocess.CompletedProcess(command, code, output.getvalue().encode())
+
+
+def _inspect(command: list[str]) -> dict[str, Any]:
+    """What the confined process of the sandbox finds: `... inspect SOURCE --cache FOLDER --confined`."""
+    with as_unsupported("The base model cannot be inspected"):
+        return inspect(command[4], cache=Path(command[6])).model_dump(mode="json")
 
 
 @dataclass
@@ -125,10 +153,9 @@ def hub_environment(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def catalogue(tiny: Path, hub_environment: dict[str, str]) -> Path:
     """A catalogue that offers a tiny model and a tiny mixture of a hub, written by `lorainit models inspect`."""
     path = tiny.parent / "catalogue.toml"
-    shell = {"env": environment(**hub_environment), "cwd": tiny.parent}
     entries = [
-        called("models", "inspect", source, "--id", name, **shell)
-        for source, name in (("model", "tiny"), ("Lab/Mixture", "tiny-moe"))
+        called("models", "inspect", source, "--id", name, env=environment(**more), cwd=tiny.parent)
+        for source, name, more in (("model", "tiny", {}), ("Lab/Mixture", "tiny-moe", hub_environment))
     ]
     assert all(entry.returncode == 0 for entry in entries), entries
     path.write_text("\n".join(entry.stdout for entry in entries))

@@ -26,7 +26,7 @@ def nobody() -> Iterator[int]:
 
 def run(*command: str, out: int, err: int = subprocess.PIPE, **more: str) -> subprocess.CompletedProcess[str]:
     env = environment(PYTHONUNBUFFERED="", **more)
-    return subprocess.run(command, stdout=out, stderr=err, env=env, text=True, check=False, timeout=100)
+    return subprocess.run(command, stdout=out, stderr=err, env=env, text=True, check=False, timeout=900)
 
 
 def at_server(served: Served, *arguments: str, out: int, err: int = subprocess.PIPE) -> tuple[int, str]:
@@ -46,6 +46,7 @@ def test_doctor_ends_quietly(nobody: int, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (CLOSED, "")
 
 
+@pytest.mark.slow  # the program whose help and whose refusal do so
 def test_doctor_of_a_run_ends_quietly(nobody: int) -> None:
     done = run(*ENGINE, "doctor", out=nobody)
     assert (done.returncode, done.stderr) == (CLOSED, "")
@@ -57,11 +58,14 @@ def test_facts_of_a_base_end_quietly(nobody: int, tiny: Path) -> None:
     assert (done.returncode, done.stderr) == (CLOSED, "")
 
 
-@pytest.mark.parametrize("command", ["list", "models list", "methods"])
+@pytest.mark.parametrize(
+    "command", ["list", *(pytest.param(it, marks=pytest.mark.slow) for it in ("models list", "methods"))]
+)
 def test_what_a_server_is_asked_ends_quietly(served: Served, nobody: int, command: str) -> None:
     assert at_server(served, *command.split(), out=nobody) == (CLOSED, "")
 
 
+@pytest.mark.slow  # the program whose `migrate` does so
 def test_keys_end_quietly(served: Served, nobody: int) -> None:
     assert at_server(served, "keys", "list", "--state", str(served.state), out=nobody) == (CLOSED, "")
 

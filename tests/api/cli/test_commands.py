@@ -34,16 +34,16 @@ def test_an_order_is_followed_and_its_adapter_downloaded(served: Served, rows: P
     assert "Step 3/3: training loss=" in done.stderr
     assert "succeeded: ft:tiny:local:cli:" in done.stderr
 
-    listed = served.run_alone("list").stdout
+    listed = served.run("list").stdout
     assert listed.splitlines()[1].split()[:6] == [job, "succeeded", "100", "tiny", "loram", "4"]
 
     folder = tmp_path / "adapter"
-    assert served.run_alone("download", job, str(folder)).stdout.strip() == str(folder)
+    assert served.run("download", job, str(folder)).stdout.strip() == str(folder)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8  # 2r: the start is subtracted
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     names_no_model_of_a_hub(folder)
-    assert "exists already" in one_error(served.run_alone("download", job, str(folder)))
-    assert "has already succeeded" in one_error(served.run_alone("cancel", job))
+    assert "exists already" in one_error(served.run("download", job, str(folder)))
+    assert "has already succeeded" in one_error(served.run("cancel", job))
 
 
 def names_no_model_of_a_hub(adapter: Path) -> None:
@@ -81,7 +81,13 @@ def test_an_order_may_ask_for_a_group_and_an_end_token(served: Served, rows: Pat
             assert shown.append_eos is wanted  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("text", ['{"messages": []}\n' * 3, "a,b\n1,2\n", "[1]", "\x00", "\n\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"messages": []}\n' * 3,
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("a,b\n1,2\n", "[1]", "\x00", "\n\n")),
+    ],
+)  # what is no row: tests/lorainit/data
 def test_a_file_that_is_no_training_file_is_exit_code_1_with_its_reason(
     text: str, served: Served, rows: Path, tmp_path: Path
 ) -> None:
@@ -191,7 +197,7 @@ def test_a_key_for_a_service_that_never_ran_is_refused(tmp_path: Path) -> None:
 
 
 def test_migrations_lead_to_the_tables_in_code() -> None:
-    assert lorainit("migrate", "--check").stdout.strip() == "migrations and tables agree"
+    assert called("migrate", "--check").stdout.strip() == "migrations and tables agree"
 
 
 def test_migrations_are_undone_down_to_a_revision_and_done_again(tmp_path: Path) -> None:
@@ -204,7 +210,7 @@ def test_migrations_are_undone_down_to_a_revision_and_done_again(tmp_path: Path)
 
 
 def test_a_model_that_is_none_gets_no_entry(tmp_path: Path) -> None:
-    done = lorainit("models", "inspect", str(tmp_path), "--id", "x")
+    done = called("models", "inspect", str(tmp_path), "--id", "x")
     assert done.returncode == 1
     assert done.stdout == ""
     assert "cannot be used as a base model" in done.stderr
@@ -214,13 +220,14 @@ def test_a_model_that_is_none_gets_no_entry(tmp_path: Path) -> None:
 def test_the_doctor_says_what_a_run_would_choose_here_and_changes_nothing_where_no_service_was_started(
     tmp_path: Path,
 ) -> None:
-    done = lorainit("doctor", "--state", str(tmp_path / "new"))
+    done = called("doctor", "--state", str(tmp_path / "new"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fp32 products" in done.stdout
     assert "absent  database" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # with an examination that is made up: tests/api/cli/test_doctor.py
 def test_the_doctor_tells_programs_the_same(tmp_path: Path) -> None:
     report = json.loads(lorainit("doctor", "--json", "--state", str(tmp_path / "new")).stdout)
     assert {"ok", "checks", "machine", "packages", "choices"} == set(report)

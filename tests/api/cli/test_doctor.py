@@ -13,7 +13,7 @@ from api.core.devices.examination import Unanswered
 from lorainit.system.bounded_command import CommandResult
 from tests.conftest import forget
 
-pytestmark = pytest.mark.usefixtures("service")
+pytestmark = [pytest.mark.usefixtures("service"), pytest.mark.one_database]
 
 CHOICE = {"name": "threads", "value": "2", "why": "there are two"}
 FACTS: dict[str, Any] = {"platform": "Linux", "usable_cpus": 2, "cpus": 2, "memory_bytes": 2**30, "gpus": []}

@@ -46,6 +46,7 @@ def log_of(client: OpenAI, job: FineTuningJob) -> list[tuple[str, str, str]]:
     return [(row["step"], row["train_loss"], row["train_accuracy"]) for row in csv.DictReader(text.splitlines())]
 
 
+@pytest.mark.slow  # what the worker does: tests/worker/test_pausing.py; the bits: tests/lorainit/test_stop.py
 def test_a_job_paused_in_the_middle_ends_as_if_it_had_not_been(
     client: OpenAI, order: Callable[[], FineTuningJob], served: Served
 ) -> None:

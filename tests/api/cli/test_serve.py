@@ -129,19 +129,12 @@ def test_an_api_that_falls_comes_back_on_its_port(served: Served) -> None:
     assert "starting it again" in served.output.read_text()
 
 
-def test_sigterm_ends_the_whole_tree_in_seconds(tmp_path: Path) -> None:
+def test_kill_9_takes_the_whole_tree_and_sigterm_ends_what_serves_the_folder_again(
+    tmp_path: Path,
+) -> None:
     with serving(tmp_path / "state") as service:
         pids = tree(service.process.pid)
         assert len(pids) >= 6  # parent, broker, reconciler, worker and its pool child, API
-        service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(within(20)) == 0
-        assert gone(pids, seconds=within(1))
-        assert not (service.state / "service.json").exists()
-
-
-def test_kill_9_takes_the_whole_tree_and_the_folder_serves_again(tmp_path: Path) -> None:
-    with serving(tmp_path / "state") as service:
-        pids = tree(service.process.pid)
         service.process.kill()
         assert gone(pids, seconds=within(5))
     with serving(tmp_path / "state") as again:
@@ -149,3 +142,8 @@ def test_kill_9_takes_the_whole_tree_and_the_folder_serves_again(tmp_path: Path)
         assert again.key == ""
         assert "API keys exist already" in again.output.read_text()
         assert list(openai.OpenAI(base_url=again.url, api_key=service.key).models.list())
+        pids = tree(again.process.pid)
+        again.process.send_signal(signal.SIGTERM)
+        assert again.process.wait(within(20)) == 0
+        assert gone(pids, seconds=within(1))
+        assert not (again.state / "service.json").exists()
