@@ -38,6 +38,13 @@ from tests.side_by_side import (
 __all__ = ["pytest_collection_modifyitems", "pytest_xdist_auto_num_workers", "pytest_xdist_make_scheduler"]
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What is marked `one_database` runs on PostgreSQL only among the slow tests."""
+    kind = getattr(item, "callspec", None) and item.callspec.params.get("database_url")  # type: ignore[attr-defined]
+    if kind == "postgresql" and item.get_closest_marker("one_database"):
+        item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     """Keep imported objects from garbage collection: to walk them took half of a tiny run."""
     gc.collect()

@@ -15,6 +15,7 @@ from api.errors import CODES, STATUS
 from api.invalid import OWN_CODES
 from tests.api.conftest import JOBS, Lab, refused
 
+pytestmark = pytest.mark.one_database
 SOURCES = sorted(Path(api.__file__).parent.rglob("*.py"))
 
 

@@ -60,6 +60,9 @@ def ask(case: Case, authorization: str) -> Any:
     return case.call()
 
 
+@pytest.mark.parametrize(  # PostgreSQL is the stricter of the two about what it is given
+    "database_url", ["postgresql", pytest.param("sqlite", marks=pytest.mark.slow)], indirect=True
+)
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_no_request_with_a_key_makes_a_server_error_or_an_undocumented_answer(
     app: Any, admin: Lab, lab: Lab, session: Session, mode: GenerationMode

@@ -13,6 +13,7 @@ from api.core.files.storage import get_storage
 from tests import stub_worker
 from tests.api.conftest import JOBS, JSONL, Lab, refused
 
+pytestmark = pytest.mark.one_database
 OUT_OF_PLACE = [
     "../../../etc/passwd", "..\\..\\boot.ini", "/etc/passwd", "a/../../b", "%2e%2e%2fb", "~root/.ssh/id", "con", ".",
     "..", "$(id)", "a\nb", "a;b", "\u202e.jsonl", "x" * 255,

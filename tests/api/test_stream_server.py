@@ -24,6 +24,7 @@ from tests.api.test_server import Server, eventually, server, web
 from tests.promises import within
 from tests.things import a_running_job
 
+pytestmark = pytest.mark.one_database
 __all__ = ["server", "web"]  # fixtures
 
 

@@ -19,6 +19,7 @@ from tests import stub_worker
 from tests.api.conftest import JOBS, JSONL, Lab
 from tests.things import MODEL
 
+pytestmark = pytest.mark.one_database
 PUBLIC = {"/healthz", "/readyz", "/metrics", "/openapi.json"}
 EXPERIMENTS = "/v1/experiments"
 # Path and query parameters that name nothing a project owns.

@@ -120,6 +120,7 @@ def training_key(lab: Lab) -> str:
         return session.get_one(File, lab.job(1).training_file_id).storage_key
 
 
+@pytest.mark.one_database
 def test_a_job_cancelled_in_the_queue_is_never_run(lab: Lab) -> None:
     lab.cancel(1)
     lab.run("raise SystemExit('nobody may start this')")
@@ -179,6 +180,7 @@ def slow(lab: Lab, environment: pytest.MonkeyPatch) -> Iterator[Callable[..., Sl
         storage.close()
 
 
+@pytest.mark.one_database
 @pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "trickles"])
 @pytest.mark.parametrize(
     ("method", "key", "script"),
@@ -198,6 +200,7 @@ def test_a_job_cancelled_in_a_transfer_frees_its_worker(
         assert session.scalars(select(Checkpoint.id)).all() == []
 
 
+@pytest.mark.one_database
 def test_a_job_cancelled_while_its_failure_is_written_frees_its_worker(
     lab: Lab, slow: Callable[..., Slow], environment: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +215,7 @@ def test_a_job_cancelled_while_its_failure_is_written_frees_its_worker(
     cancelled_once(lab, storage.busy.is_set, lambda: lab.run(DONE))
 
 
+@pytest.mark.one_database
 @pytest.mark.parametrize(("method", "script"), [("read", DONE), ("put", DONE)])
 def test_a_transfer_of_a_cancelled_job_ends_and_leaves_nothing(
     lab: Lab, slow: Callable[..., Slow], method: str, script: str

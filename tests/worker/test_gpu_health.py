@@ -20,6 +20,7 @@ from worker import app, gpu_health, tasks
 from worker.child.supervisor import Outcome
 from worker.host import scratch
 
+pytestmark = pytest.mark.one_database
 FAILS = "for i in range(len(members)): failed(i, 'device_failed')"
 BROKEN = Failed(code="device_failed", message="The GPU failed.", param=None)
 

@@ -20,7 +20,7 @@ from tests.promises import within
 from tests.worker.conftest import Lab, when
 from worker.job import artifacts
 
-pytestmark = pytest.mark.usefixtures("service")
+pytestmark = [pytest.mark.usefixtures("service"), pytest.mark.one_database]
 
 
 # --- when all goes well -------------------------------------------------------------------------

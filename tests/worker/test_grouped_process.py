@@ -21,7 +21,7 @@ from worker import tasks
 from worker.app import drain_file
 from worker.job import artifacts
 
-pytestmark = pytest.mark.usefixtures("service")
+pytestmark = [pytest.mark.usefixtures("service"), pytest.mark.one_database]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ from worker.child import supervisor
 from worker.host import memory
 from worker.job import retry
 
+pytestmark = pytest.mark.one_database
+
+
 # A child that does as a run does: asked to leave, it writes a checkpoint, tells it and goes.
 LEAVING = """
     import signal

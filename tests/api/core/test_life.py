@@ -29,6 +29,7 @@ from api.core.settings import get_settings
 from tests.api.core.life import ATTEMPTS, LEASE, LIMIT, Life, next_up
 from tests.things import a_file, a_job, a_project
 
+pytestmark = pytest.mark.one_database
 PLENTY = settings(
     max_examples=40,
     stateful_step_count=40,

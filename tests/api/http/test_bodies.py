@@ -16,6 +16,7 @@ from api.schemas.job_request import JobRequest
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import MODEL
 
+pytestmark = pytest.mark.one_database
 ORDER = {"model": MODEL, "training_file": "file-x"}
 KEYS = {f"k{number}": 1 for number in range(20_000)}
 NUMBERS = [1] * 50_000

@@ -23,6 +23,8 @@ from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import a_project, a_running_job
 
+pytestmark = pytest.mark.one_database
+
 
 def blocks(text: str) -> list[dict[str, str]]:
     """Fields of each block. A heartbeat is no block and is followed by no blank line."""

@@ -8,6 +8,8 @@ from sqlalchemy.orm import Session
 from tests.api.conftest import JOBS, Lab, mark, refused
 from tests.api.routes.compared import EXPERIMENTS, GRID, a_request
 
+pytestmark = pytest.mark.one_database
+
 
 @pytest.mark.parametrize(
     ("change", "code", "param"),

@@ -2,12 +2,16 @@
 
 import math
 
+import pytest
+
 from api.core.db.database import session_scope
 from api.core.db.tables import Job
 from tests import stub_worker
 from tests.api.conftest import JOBS, Lab
 from tests.api.routes.compared import create, losses, read, run_to_its_end
 from worker import reconciler
+
+pytestmark = pytest.mark.one_database
 
 
 def test_no_more_jobs_run_at_once_than_the_experiment_may(lab: Lab) -> None:

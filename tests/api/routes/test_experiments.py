@@ -58,6 +58,7 @@ def test_the_table_is_what_the_jobs_metrics_say(lab: Lab) -> None:
     assert [jobs[one]["seed"] for one in best] == [jobs[one]["seed"] for one in other] == [1, 2, 3]
 
 
+@pytest.mark.one_database
 def test_differences_are_paired_by_seed(lab: Lab) -> None:
     made = create(lab, grid={**GRID, "learning_rates": [1e-4], "seeds": [1, 2, 3]})
     by = {("kaiming", 1): 5.0, ("kaiming", 2): 6.1, ("kaiming", 3): 7.0}
@@ -73,6 +74,7 @@ def test_differences_are_paired_by_seed(lab: Lab) -> None:
     assert not second["tied_with_best"]
 
 
+@pytest.mark.one_database
 def test_a_failed_cell_counts_and_the_ranking_is_still_there(lab: Lab) -> None:
     made = create(lab)
     jobs = lab.client.get(JOBS, params={"metadata[cell]": "pissa/0.0001/1"}).json()["data"]
@@ -106,6 +108,7 @@ def test_cancelling_ends_every_job_that_has_not_ended(lab: Lab) -> None:
     assert stub_worker.run_all() == 0
 
 
+@pytest.mark.one_database
 def test_an_ended_experiment_is_not_cancelled(lab: Lab) -> None:
     made = create(lab)
     stub_worker.run_all(losses)
@@ -173,6 +176,7 @@ def with_checkpoint(taken: Any) -> None:
     stub_worker.fail(lease, "out_of_memory")
 
 
+@pytest.mark.one_database
 def test_the_same_request_again_makes_no_second_experiment(lab: Lab) -> None:
     request, headers = a_request(lab), {"Idempotency-Key": "once"}
     first = lab.client.post(EXPERIMENTS, json=request, headers=headers)
@@ -182,6 +186,7 @@ def test_the_same_request_again_makes_no_second_experiment(lab: Lab) -> None:
     assert len(lab.client.get(JOBS, params={"limit": 100}).json()["data"]) == 8
 
 
+@pytest.mark.one_database
 def test_rates_may_be_left_to_the_server(lab: Lab) -> None:
     made = create(lab, grid={**GRID, "learning_rates": "auto"})
     jobs = lab.client.get(JOBS, params={"metadata[experiment_id]": made["id"], "limit": 100}).json()["data"]
@@ -194,6 +199,7 @@ def test_rates_may_be_left_to_the_server(lab: Lab) -> None:
     assert rates == {"kaiming": [3.3e-4, 1e-3, 3e-3], "pissa": [6.7e-5, 2e-4, 6e-4]}
 
 
+@pytest.mark.one_database
 def test_ranks_are_an_axis_of_the_grid(lab: Lab) -> None:
     made = create(lab, grid={**GRID, "ranks": [4, 8], "learning_rates": [1e-4]})
     stub_worker.run_all(losses)
@@ -203,6 +209,7 @@ def test_ranks_are_an_axis_of_the_grid(lab: Lab) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.one_database
 def test_the_card_says_what_was_the_same_and_what_was_not(lab: Lab) -> None:
     made = create(lab)
     stub_worker.run_all(losses)
@@ -215,6 +222,7 @@ def test_the_card_says_what_was_the_same_and_what_was_not(lab: Lab) -> None:
     assert any("spread" in warning for warning in card["warnings"])
 
 
+@pytest.mark.one_database
 def test_cells_on_different_machines_are_not_comparable(lab: Lab, session: Session) -> None:
     made = create(lab)
     stub_worker.tidy()
@@ -230,6 +238,7 @@ def test_cells_on_different_machines_are_not_comparable(lab: Lab, session: Sessi
     assert "gpu_name differs" in card["warnings"][0]
 
 
+@pytest.mark.one_database
 def test_the_report_is_one_page_that_needs_nothing_else(lab: Lab) -> None:
     made = create(lab, name="<b>bold</b>")
     before = lab.client.get(f"{EXPERIMENTS}/{made['id']}/report")

@@ -18,6 +18,7 @@ from api.core.files.storage import get_storage
 from api.core.settings import get_settings
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused
 
+pytestmark = pytest.mark.one_database
 FIELDS = {
     "id", "object", "bytes", "created_at", "expires_at", "filename", "purpose", "status", "status_details", "sha256",
     "validation",

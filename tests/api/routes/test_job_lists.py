@@ -6,6 +6,7 @@ import pytest
 
 from tests.api.conftest import JOBS, Lab, refused
 
+pytestmark = pytest.mark.one_database
 LABELS: dict[str, dict[str, str] | None] = {
     "plain": {"team": "a b/c"},
     "two": {"team": "a b/c", "env": "dev"},

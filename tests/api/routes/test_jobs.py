@@ -22,6 +22,9 @@ from tests.api.conftest import JOBS, Lab, mark, refused
 from tests.promises import within
 from tests.things import MODEL, a_queued_job, a_worker
 
+pytestmark = pytest.mark.one_database
+
+
 # Section by section: everything a job object always has.
 FIELDS = {
     "id", "object", "created_at", "finished_at", "model", "fine_tuned_model", "organization_id", "status",

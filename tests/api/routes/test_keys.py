@@ -13,6 +13,8 @@ from api.core.db.tables import ApiKey
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import MODEL
 
+pytestmark = pytest.mark.one_database
+
 
 def keys_path(lab: Lab, key_id: str = "") -> str:
     return f"/v1/organization/projects/{lab.project.id}/api_keys" + (f"/{key_id}" if key_id else "")

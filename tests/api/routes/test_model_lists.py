@@ -17,6 +17,7 @@ from api.core.models import registry
 from tests.api.conftest import Lab, refused
 from tests.things import MODEL, a_project, an_adapter
 
+pytestmark = pytest.mark.one_database
 NEWEST = datetime(2026, 11, 28, tzinfo=UTC)
 
 

@@ -13,6 +13,7 @@ from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, Traces, refused
 from tests.things import MODEL
 
+pytestmark = pytest.mark.one_database
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FIELDS = {
     "id", "object", "created", "owned_by", "shutdown_date", "type", "parent", "root", "fine_tuning_job_id",

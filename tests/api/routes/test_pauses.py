@@ -14,6 +14,8 @@ from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, mark, refused
 from tests.things import MODEL
 
+pytestmark = pytest.mark.one_database
+
 
 def post(lab: Lab, job: dict[str, Any], verb: str) -> Any:
     return lab.client.post(f"{JOBS}/{job['id']}/{verb}", headers={"content-type": "application/json"})

@@ -10,6 +10,7 @@ from lorainit.data.formats.file_report import check_file
 from tests.api.conftest import JOBS, JSONL, Lab, Traces, mark, refused
 from tests.things import MODEL, ON_ONE_DATABASE, a_queued_job
 
+pytestmark = pytest.mark.one_database
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 LORA_LABEL = "metadata.lora_config"
 HYPER = "method.supervised.hyperparameters"

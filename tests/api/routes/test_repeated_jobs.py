@@ -16,6 +16,7 @@ from tests import stub_worker
 from tests.api.conftest import JOBS, Lab, refused
 from tests.things import MODEL, ON_ONE_DATABASE
 
+pytestmark = pytest.mark.one_database
 OPTIMIZERS = [
     {"name": "adamw"}, {"name": "adamw_preconditioned", "damping": 1e-3}, {"name": "adamw_lora_plus", "ratio": 4.0},
 ]  # fmt: skip

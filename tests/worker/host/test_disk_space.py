@@ -23,6 +23,7 @@ from worker import reconciler
 from worker.host import disk_space, reservations, scratch
 from worker.job import artifacts, retry
 
+pytestmark = pytest.mark.one_database
 GIB = 2**30
 WORKS = "until(lambda: held(0)); step(0, 1); done(0)"
 STORE = "Generic LocalFileSystem error: Unable to copy data to file: No space left on device (os error 28)"

@@ -13,7 +13,7 @@ import pytest
 from api.core.settings import get_settings
 from worker.host import scratch
 
-pytestmark = pytest.mark.usefixtures("environment")
+pytestmark = [pytest.mark.usefixtures("environment"), pytest.mark.one_database]
 
 
 def a_folder(name: str, *, seconds_old: float = 3600) -> Path:

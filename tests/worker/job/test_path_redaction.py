@@ -20,6 +20,7 @@ from tests.worker.conftest import Lab
 from tests.zoo.bases import make
 from worker.job import path_redaction
 
+pytestmark = pytest.mark.one_database
 ABSOLUTE = re.compile(r"(?:^|[\s'\"(=])/\w+/")
 
 

@@ -19,7 +19,7 @@ from tests.things import a_job, a_project, a_running_job
 from worker.job import progress
 from worker.job.progress import EventRecorder, LeaseLost
 
-pytestmark = pytest.mark.usefixtures("service")
+pytestmark = [pytest.mark.usefixtures("service"), pytest.mark.one_database]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from worker.job import retry
 from worker.job.progress import LeaseLost
 from worker.job.retry import retry_until_lost
 
+pytestmark = pytest.mark.one_database
 GONE = OperationalError("SELECT 1", {}, Exception("connection refused"))
 
 
