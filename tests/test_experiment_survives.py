@@ -21,9 +21,8 @@ from api.core.db.database import session_scope
 from tests import servers
 from tests.conftest import forget
 from tests.stack import FINAL, PATIENCE, Stack, children_of, wait_for
-from tests.test_job_path import running, tiny_base
+from tests.test_job_path import running
 
-__all__ = ["tiny_base"]
 GRID = {"init": ["kaiming", "loram", "pissa", "eva"], "learning_rates": [1e-3, 1e-2], "seeds": [1, 2, 3]}
 COSTS = ("cost", "job_ids", "to_baseline_loss", "valid_loss")  # they hold seconds or ids, which differ between any two
 
