@@ -10,6 +10,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import cache
 
 import bitsandbytes
 import pytest
@@ -42,13 +43,18 @@ from lorainit.model.targets.four_bits import FourBits, choose_four_bits
 from lorainit.model.targets.targets import find_linear_layers, find_targets
 from lorainit.run import run
 from lorainit.runtime import devices
-from tests.lorainit.conftest import make_tokenizer
+from tests.lorainit.conftest import make_tokenizer, only_training
 from tests.zoo.bases import make
 
 pytestmark = pytest.mark.usefixtures("training_only")
 
 CPU = torch.device("cpu")
 BASES = ["wide-llama", "wide-gpt2"]
+
+
+def slow(*values):
+    """A case of the slow tier."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def nf4(folder, dtype=torch.float32):
@@ -61,6 +67,12 @@ def bits(model):
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory):
+    """The folder of a base of the zoo, which is made once."""
+    return cache(lambda kind: make(kind, tmp_path_factory.mktemp("bases") / kind))
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +138,9 @@ def test_rows_that_are_not_whole_blocks_are_refused(bases):
     assert caught.value.param == "lora.quantization"
 
 
-def test_the_layers_that_carry_a_lora_are_those_of_the_base_in_full_precision(tmp_path):
+def test_the_layers_that_carry_a_lora_are_those_of_the_base_in_full_precision(base_of):
     """Jamba reads a weight past its layer, and only its bias when it is quantized."""
-    folder = make("jamba", tmp_path / "jamba")
+    folder = base_of("jamba")
     found = []
     for quantization in ("nf4", None):
         peft_support._refusals.cache_clear()
@@ -201,9 +213,9 @@ def loaded_as_the_card_says(folder, tmp_path):
     return names["base"]
 
 
-@pytest.mark.parametrize("kind", ["gemma3n", "mamba2"])
-def test_a_base_that_cannot_be_repacked_for_a_cpu_runs_as_the_card_says(kind, tmp_path):
-    base = loaded_as_the_card_says(make(kind, tmp_path / kind), tmp_path).eval()
+@pytest.mark.parametrize("kind", [slow("gemma3n"), "mamba2"])
+def test_a_base_that_cannot_be_repacked_for_a_cpu_runs_as_the_card_says(kind, base_of, tmp_path):
+    base = loaded_as_the_card_says(base_of(kind), tmp_path).eval()
     ids = torch.arange(8)[None] + 5
     with torch.no_grad():
         assert base(input_ids=ids).logits.isfinite().all()
@@ -218,10 +230,10 @@ def test_the_card_of_a_base_that_can_be_repacked_does_not_speak_of_it(bases):
     assert not choose_four_bits(build_skeleton(bases["wide-llama"])).unpackable
 
 
-@pytest.mark.parametrize("kind", ["gemma3n", "gemma3-vision", "mamba", "zamba2", "qwen2_moe"])
-def test_the_card_says_how_to_load_the_very_base(kind, tmp_path):
+@pytest.mark.parametrize("kind", [slow("gemma3n"), "gemma3-vision", "mamba", slow("zamba2"), "qwen2_moe"])
+def test_the_card_says_how_to_load_the_very_base(kind, base_of, tmp_path):
     """Bit for bit; Gemma 3n, Gemma 3 with its tower and Mamba have layers that cannot be in four bits."""
-    folder = make(kind, tmp_path / kind)
+    folder = base_of(kind)
     model, stock = nf4(folder), loaded_as_the_card_says(folder, tmp_path)
     assert bits(model) == bits(stock)
     assert any(quantize.is_quantized(module) for module in model.modules())
@@ -232,25 +244,25 @@ def test_the_card_says_how_to_load_the_very_base(kind, tmp_path):
     [
         ("gemma3-vision", "vision_tower", "language_model"),
         ("mamba", "out_proj", "in_proj"),
-        ("gemma3n", "correction_coefs", "modality_router"),
+        slow("gemma3n", "correction_coefs", "modality_router"),
     ],
 )
-def test_only_what_gets_no_lora_and_cannot_be_in_four_bits_is_left(tmp_path, kind, kept, quantized):
-    model = nf4(make(kind, tmp_path / kind))
+def test_only_what_gets_no_lora_and_cannot_be_in_four_bits_is_left(base_of, kind, kept, quantized):
+    model = nf4(base_of(kind))
     layers = {name: quantize.is_quantized(module) for name, module in find_linear_layers(model).items()}
     assert not any(held for name, held in layers.items() if kept in name)
     assert all(held for name, held in layers.items() if quantized in name)
 
 
-def test_where_nothing_has_to_be_left_the_base_is_loaded_as_usual(tmp_path):
+def test_where_nothing_has_to_be_left_the_base_is_loaded_as_usual(base_of):
     """Routers and gates get no LoRA, and are quantized, as everybody's are."""
-    held = choose_four_bits(build_skeleton(make("qwen2_moe", tmp_path / "base")))
+    held = choose_four_bits(build_skeleton(base_of("qwen2_moe")))
     assert (held.skip, held.kept) == (None, [])
 
 
-def test_a_run_says_which_layers_are_not_in_four_bits(spec, tmp_path):
-    source = {"source": str(make("gemma3-vision", tmp_path / "base"))}
-    events = go(spec(model=source, lora={"init": "kaiming", "quantization": "nf4"}), tmp_path / "out")
+def test_a_run_says_which_layers_are_not_in_four_bits(spec, base_of, tmp_path):
+    lora, source = {"init": "kaiming", "quantization": "nf4"}, {"source": str(base_of("gemma3-vision"))}
+    events = go(spec(model=source, lora=lora, training={"max_steps": 1}), tmp_path / "out")
     (told,) = [e for e in events if isinstance(e, Message) and e.message.startswith("Not in four bits")]
     assert "vision" in told.message
     manifest = json.loads((tmp_path / "out/adapter/manifest.json").read_text())
@@ -304,9 +316,10 @@ def go(spec, out):
 @pytest.mark.parametrize(
     ("init", "base"),
     [
-        *((init, "wide-llama") for init in ("kaiming", "pissa", "lora_one", "loftq")),
+        ("lora_one", "wide-llama"),
         ("loftq", "wide-gpt2"),
-        *(pytest.param(init, "wide-gpt2", marks=pytest.mark.slow) for init in ("kaiming", "pissa", "lora_one")),
+        *(slow(init, "wide-llama") for init in ("kaiming", "pissa", "loftq")),
+        *(slow(init, "wide-gpt2") for init in ("kaiming", "pissa", "lora_one")),
     ],
 )
 def test_a_run_trains_exports_and_says_on_which_base(spec, rows, tmp_path, base, init):
@@ -325,11 +338,6 @@ def test_a_run_trains_exports_and_says_on_which_base(spec, rows, tmp_path, base,
     assert 'bnb_4bit_quant_type="nf4"' in card
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["fan_in_fan_out"] == (base == "wide-gpt2")
-
-
-def test_the_adapter_of_a_full_precision_base_does_not_speak_of_nf4(spec, tmp_path):
-    go(spec(), tmp_path)
-    assert "NF4" not in (tmp_path / "adapter/README.md").read_text()
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -376,21 +384,37 @@ def test_two_processes_train_what_one_trains(spec, tmp_path):
     assert all(torch.allclose(tensor, theirs[name], rtol=1e-4, atol=2e-6) for name, tensor in ours.items())
 
 
-def test_the_cache_does_not_mix_bases(spec, tmp_path):
-    """The same weights, targets and rows: only the base's form differs."""
+@pytest.fixture(scope="module")
+def with_a_cache(spec, tmp_path_factory):
+    """A run on the base in full precision, then two on it in NF4: the folder, and whether each began with the cache.
+
+    The same weights, targets and rows: only the base's form differs.
+    """
+    folder = tmp_path_factory.mktemp("cache")
 
     def cached(quantization, out):
         lora = {"init": {"method": "lora_one", "samples": 4}, "quantization": quantization}
-        events = go(spec("wide-llama", lora=lora, cache=str(tmp_path / "cache")), tmp_path / out)
-        (report,) = [e.report for e in events if isinstance(e, InitReport)]
+        one = spec("wide-llama", lora=lora, cache=str(folder / "cache"), training={"max_steps": 1})
+        (report,) = [e.report for e in go(one, folder / out) if isinstance(e, InitReport)]
         return report["cached"]
 
-    assert [cached(None, "1"), cached("nf4", "2"), cached("nf4", "3")] == [False, False, True]
+    with only_training():
+        return folder, [cached(None, "full"), cached("nf4", "first"), cached("nf4", "second")]
 
 
-def test_a_base_that_does_not_run_in_four_bits_is_refused(spec, tmp_path, monkeypatch):
+def test_the_cache_does_not_mix_bases(with_a_cache):
+    _, cached = with_a_cache
+    assert cached == [False, False, True]
+
+
+def test_the_adapter_of_a_full_precision_base_does_not_speak_of_nf4(with_a_cache):
+    folder, _ = with_a_cache
+    assert "NF4" not in (folder / "full/adapter/README.md").read_text()
+
+
+def test_a_base_that_does_not_run_in_four_bits_is_refused(spec, base_of, tmp_path, monkeypatch):
     """As Mamba does not, whose kernels read weights past their layers, if all of them were in four bits."""
     monkeypatch.setattr(load_module, "choose_four_bits", lambda model: FourBits([], None))
-    source = {"source": str(make("mamba", tmp_path / "mamba"))}
+    source = {"source": str(base_of("mamba"))}
     with pytest.raises(UnsupportedModel, match="does not run with its layers in nf4"):
         run(spec(model=source, lora={"init": "kaiming", "quantization": "nf4"}), tmp_path / "out", lambda event: None)
