@@ -5,6 +5,7 @@ SiLU rounds the numbers at the end of a tensor, which fill no vector, in another
 """
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,18 +28,23 @@ from tests.lorainit.conftest import chat, make_tokenizer, only_training, write_r
 pytestmark = pytest.mark.usefixtures("training_only")
 
 ALIKE = {"micro_batch_size": 2}
-# As unlike as members may be: method, rank, scale, targets, seed, rate, decay, steps, dropout, DoRA, optimizer.
+# As unlike as members may be: method, rank, scale, targets, seed, rows, rate, decay, steps, dropout, DoRA, optimizer.
 UNLIKE = {
-    "loram": {"lora": {"init": "loram", "r": 4}},
-    "kaiming, few targets": {"lora": {"init": "kaiming", "r": 2, "dropout": 0.2, "target_modules": "attention"}},
+    "loram, preconditioned": {
+        "lora": {"init": "loram", "r": 4},
+        "training": {"optimizer": {"name": "adamw_preconditioned", "damping": 1e-4}},
+    },
     "pissa, seed": {"lora": {"init": "pissa", "r": 8, "alpha": 3.0}, "seed": 5},
     "lora_ga, decay": {
         "lora": {"init": {"method": "lora_ga", "samples": 4}},
         "training": {"weight_decay": 0.1, "learning_rate": 3e-3, "max_steps": 6},
     },
-    "eva": {"lora": {"init": {"method": "eva", "samples": 4}}, "training": {"max_steps": 2}},
-    "preconditioned": {"training": {"optimizer": {"name": "adamw_preconditioned", "damping": 1e-4}}},
+    "eva, few targets": {
+        "lora": {"init": {"method": "eva", "samples": 4}, "r": 2, "dropout": 0.2, "target_modules": "attention"},
+        "training": {"max_steps": 2},
+    },
 }
+KAIMING = {"lora": {"init": "kaiming", "r": 2, "dropout": 0.2, "target_modules": "attention"}}
 
 
 def together(specs, folder, listen=None):
@@ -72,65 +78,86 @@ def losses(events):
     return [(e.step, e.train_loss, e.grad_norm, e.full_valid_loss) for e in events if isinstance(e, Metrics)]
 
 
-def test_every_member_ends_with_the_bits_it_has_alone(spec, rows, tmp_path):
-    data = {"data": {"validation": str(rows)}}
-    specs = [spec("wide-llama", **ALIKE, **data, **change) for change in UNLIKE.values()]
-    ends, events = together(specs, tmp_path / "group")
-    for who, one in enumerate(specs):
-        heard = []
-        solo = run(one, tmp_path / f"solo-{who}", heard.append)
-        assert losses(events[who]) == losses(heard)
-        assert len(losses(heard)) > 2
-        assert same_adapter(ends[who], solo), list(UNLIKE)[who]
-        assert ends[who].export_check["passed"]
-        assert events[who][-1] == ends[who]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """How a run ends alone; each is run once."""
+    ends = {}
+
+    def end_of(spec):
+        key = spec.model_dump_json()
+        if key not in ends:
+            with only_training():
+                ends[key] = run(spec, tmp_path_factory.mktemp("alone"), lambda event: None)
+        return ends[key]
+
+    return end_of
+
+
+@pytest.fixture(scope="module")
+def unlike(spec, rows, tmp_path_factory):
+    """Members as unlike as may be: their specs, how they ended, their events, and all events in their order.
+
+    One learns from rows of its own.
+    """
+    folder = tmp_path_factory.mktemp("unlike")
+    other = [chat(f"Count {i}", "one two three " * (1 + i % 3)) for i in range(9)]
+    specs = [spec("wide-llama", **ALIKE, data={"validation": str(rows)}, **change) for change in UNLIKE.values()]
+    data = specs[1].data.model_copy(update={"training": str(write_rows(folder / "other.jsonl", other))})
+    specs[1] = specs[1].model_copy(update={"data": data})
+    order = []
+    with only_training():
+        ends, events = together(specs, folder, lambda who, event: order.append((who, type(event), step_of(event))))
+    return specs, ends, events, order
+
+
+def step_of(event):
+    return getattr(event, "step", None)
+
+
+@pytest.mark.parametrize("who", range(len(UNLIKE)), ids=list(UNLIKE))
+def test_every_member_ends_with_the_bits_it_has_alone(unlike, who, tmp_path):
+    specs, ends, events, _ = unlike
+    heard = []
+    solo = run(specs[who], tmp_path, heard.append)
+    assert losses(events[who]) == losses(heard)
+    assert len(losses(heard)) > 2
+    assert same_adapter(ends[who], solo)
+    assert ends[who].export_check["passed"]
+    assert events[who][-1] == ends[who]
+
+
+def test_who_has_fewer_steps_is_done_while_the_others_train(unlike):
+    *_, order = unlike
+    assert order.index((3, Done, None)) < order.index((0, Metrics, 3))
 
 
 @pytest.mark.parametrize(
     "specs",
     [
-        [{"base": "wide-gpt2", **change} for change in UNLIKE.values()],
+        [{"base": "wide-gpt2", **change} for change in (KAIMING, UNLIKE["pissa, seed"])],
         [{"base": "wide-llama", "lora": {"init": "kaiming", "use_dora": True}}, {"base": "wide-llama"}],
+        pytest.param([{"base": "wide-gpt2", **change} for change in UNLIKE.values()], marks=pytest.mark.slow),
     ],
-    ids=["gpt2", "dora"],
+    ids=["gpt2", "dora", "gpt2, unlike"],
 )
-def test_where_sums_are_formed_in_another_order_members_end_close(spec, tmp_path, specs):
+def test_where_sums_are_formed_in_another_order_members_end_close(spec, alone, tmp_path, specs):
     """GPT-2's layers, and DoRA, whose rows go alone."""
     specs = [spec(**{**ALIKE, **change}) for change in specs]
     ends, _ = together(specs, tmp_path / "group")
     for who, one in enumerate(specs):
-        two = factors(run(one, tmp_path / f"solo-{who}", lambda event: None))
+        two = factors(alone(one))
         for name, tensor in factors(ends[who]).items():
             assert torch.allclose(tensor, two[name], atol=2e-6), name
 
 
-def test_members_may_learn_from_other_rows(spec, tmp_path):
-    other = write_rows(tmp_path / "other.jsonl", [chat(f"Count {i}", "one two three " * (1 + i % 3)) for i in range(9)])
-    specs = [spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE, data={"training": str(other)})]
-    ends, _ = together(specs, tmp_path / "group")
-    for who, one in enumerate(specs):
-        assert same_adapter(ends[who], run(one, tmp_path / f"solo-{who}", lambda event: None))
-
-
-def test_who_has_fewer_steps_is_done_while_the_others_train(spec, tmp_path):
-    order = []
-    specs = [
-        spec("wide-llama", **ALIKE, training={"max_steps": 6}),
-        spec("wide-llama", **ALIKE, training={"max_steps": 2}),
-    ]
-    together(specs, tmp_path, lambda who, event: order.append((who, type(event), getattr(event, "step", None))))
-    assert order.index((1, Done, None)) < order.index((0, Metrics, 3))
-
-
-def test_a_member_goes_on_from_its_own_checkpoint(spec, tmp_path):
+def test_a_member_goes_on_from_its_own_checkpoint(spec, alone, tmp_path):
     """One resumes at step 2, the other starts: both end as if never disturbed."""
-    one, two = spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE, seed=3)
-    whole = run(one, tmp_path / "whole", lambda event: None)
-    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000002"
+    one, two = spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE, seed=1)
+    checkpoint = Path(alone(one).adapter).parent / "checkpoints" / "step-000002"
     ends, events = together([one.model_copy(update={"resume_from": str(checkpoint)}), two], tmp_path / "group")
     assert [e.step for e in events[0] if isinstance(e, Checkpoint)] == [4]
-    assert same_adapter(ends[0], whole)
-    assert same_adapter(ends[1], run(two, tmp_path / "solo", lambda event: None))
+    assert same_adapter(ends[0], alone(one))
+    assert same_adapter(ends[1], alone(two))
 
 
 # --- what one does wrong -------------------------------------------------------------------------
@@ -152,23 +179,10 @@ def poison(who, step, field="A"):
     return listen
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """How a run ends alone; each is run once."""
-    ends = {}
-
-    def end_of(spec):
-        key = spec.model_dump_json()
-        if key not in ends:
-            with only_training():
-                ends[key] = run(spec, tmp_path_factory.mktemp("alone"), lambda event: None)
-        return ends[key]
-
-    return end_of
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("field", ["A", "B"])
+@pytest.mark.parametrize(
+    ("precision", "field"),
+    [("fp32", "B"), ("bf16", "A"), ("bf16", "B"), pytest.param("fp32", "A", marks=pytest.mark.slow)],
+)
 def test_one_poisoned_adapter_ends_and_the_others_never_notice(spec, alone, tmp_path, monkeypatch, precision, field):
     """In bf16 all adapters stand in one product, where 0·NaN would reach everybody's rows."""
     listen = poison(1, step=2, field=field)
@@ -206,7 +220,7 @@ def test_a_member_whose_file_is_bad_fails_before_the_others_train(spec, tmp_path
     assert not losses(events[1])
 
 
-def test_a_dropped_member_costs_the_others_nothing(spec, tmp_path):
+def test_a_dropped_member_costs_the_others_nothing(spec, alone, tmp_path):
     def drop(who, event):
         if who == 0 and isinstance(event, Metrics) and event.step == 2:
             raise Dropped("Nobody waits for it.")
@@ -214,7 +228,7 @@ def test_a_dropped_member_costs_the_others_nothing(spec, tmp_path):
     specs = [spec("wide-llama", **ALIKE), spec("wide-llama", **ALIKE, seed=1)]
     ends, _ = together(specs, tmp_path / "group", drop)
     assert isinstance(ends[0], Dropped)
-    assert same_adapter(ends[1], run(specs[1], tmp_path / "solo", lambda event: None))
+    assert same_adapter(ends[1], alone(specs[1]))
 
 
 @pytest.mark.parametrize(
