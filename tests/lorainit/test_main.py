@@ -196,40 +196,41 @@ def test_lease_that_is_past_stops_the_run_even_while_it_loads(child, tmp_path):
 
 
 PARENT = """
-import subprocess, sys
-child = subprocess.Popen(sys.argv[1:], pass_fds=[int(sys.argv[-1])])
-print(child.pid, flush=True)
-sys.stdin.read()
+import os, subprocess, sys, warnings
+warnings.simplefilter("default")
+*arguments, named = sys.argv[1:]
+# Its events go where errors go, which is a file: no pipe that breaks ends it.
+command = [sys.executable, "-m", "lorainit", *arguments, "--events-fd", "2"]
+child = subprocess.Popen(command, env=dict(os.environ))
+with open(named, "w") as file:
+    file.write(str(child.pid))
+child.wait()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_child_dies_with_its_supervisor(spec, tmp_path):
-    path = tmp_path / "spec.json"
+    path, log, named = tmp_path / "spec.json", tmp_path / "out" / "metrics.jsonl", tmp_path / "child"
     path.write_text(spec(**LONG).model_dump_json())
-    reader, writer = os.pipe()  # read here, so that no broken pipe ends the child
-    command = [sys.executable, "-m", "lorainit", str(path), str(tmp_path / "out"), "--events-fd", str(writer)]
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        pass_fds=[writer], env=ENVIRONMENT,
-    )  # fmt: skip
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        pid = int(parent.stdout.readline())
-        try:
-            while read_until(stream, Stage).stage != "training":
-                pass
-            assert alive(pid)
-            parent.kill()
-            parent.wait()
-            deadline = time.monotonic() + 120
-            while alive(pid) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert not alive(pid)
-        finally:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
-            parent.communicate()  # closes the pipes that the child shared
+    parent = Forked([path, tmp_path / "out", named], code=PARENT, env=ENVIRONMENT)
+    wait_for(lambda: parent.poll() is not None or log.exists())
+    assert parent.poll() is None, parent.communicate()[1]
+    pid = int(named.read_text())
+    try:
+        assert alive(pid)
+        parent.kill()
+        parent.communicate()
+        wait_for(lambda: not alive(pid))
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition, seconds=600):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "that did not happen"
+        time.sleep(0.05)
 
 
 def alive(pid):
