@@ -17,45 +17,69 @@ from lorainit.config.events import Failed
 from lorainit.run import run
 from lorainit.runtime.distributed.launch import PeerProcesses
 from lorainit.system import shared_memory, watchdog
+from tests.lorainit.conftest import only_training
 from tests.lorainit.forked import Forked
 from tests.servers import free_port
 
-
-def by_torchrun(command):
-    """Two processes in the environment that torchrun gives them."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(command, env={**os.environ, **world, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+SPOILED = "import atexit, os, sys\natexit.register(os.abort)\n"
 
 
-def by_ourselves(command):
-    """One process, which starts the other."""
-    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
-
-
-@pytest.fixture(scope="module", params=[by_torchrun, by_ourselves])
-def both(spec, rows, tmp_path_factory, request):
-    """The folder of one run alone and by two processes, whose interpreters cannot be taken down.
+def by_ourselves(arguments):
+    """One process, which starts the other. Their interpreters cannot be taken down.
 
     As where Gloo's threads end the process with SIGABRT on the way; here something does so always.
-    Five rows a step in pieces of two: one process has two pieces, the other one.
     """
-    folder = tmp_path_factory.mktemp("both")
-    one = spec(
+    return [subprocess.Popen([sys.executable, "-m", "lorainit", *arguments], stderr=subprocess.PIPE, text=True)]
+
+
+def by_torchrun(arguments):
+    """Two processes in the environment that torchrun gives them."""
+    return [Forked(arguments, env=environment) for environment in torchruns()]
+
+
+def by_torchrun_from_scratch(arguments):
+    """The same, with interpreters that cannot be taken down."""
+    command = [sys.executable, "-m", "lorainit", *arguments]
+    return [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in torchruns()]
+
+
+def torchruns():
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return [{**os.environ, **world, "RANK": str(rank)} for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def asked(spec, rows):
+    """Five rows a step in pieces of two: one process has two pieces, the other one."""
+    return spec(
         micro_batch_size=2, data={"validation": str(rows)}, lora={"init": "pissa", "r": 4},
         training={"max_steps": 4, "eval_interval": 2},
     )  # fmt: skip
-    run(one, folder / "alone", lambda event: None)
+
+
+@pytest.fixture(scope="module")
+def alone(asked, tmp_path_factory):
+    """The folder of what one process makes of it."""
+    folder = tmp_path_factory.mktemp("alone")
+    with only_training():
+        run(asked, folder, lambda event: None)
+    return folder
+
+
+@pytest.fixture(
+    scope="module", params=[by_ourselves, by_torchrun, pytest.param(by_torchrun_from_scratch, marks=pytest.mark.slow)]
+)
+def both(asked, tmp_path_factory, request):
+    """The folder of the run by two processes, their exit codes and what they said."""
+    folder = tmp_path_factory.mktemp("both")
     file = folder / "spec.json"
-    file.write_text(one.model_copy(update={"devices": 2}).model_dump_json())
-    (folder / "sitecustomize.py").write_text("import atexit, os, sys\natexit.register(os.abort)\n")
+    file.write_text(asked.model_copy(update={"devices": 2}).model_dump_json())
+    (folder / "sitecustomize.py").write_text(SPOILED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-        processes = request.param([sys.executable, "-m", "lorainit", str(file), str(folder / "shared")])
+        processes = request.param([str(file), str(folder / "shared")])
     said = [process.communicate(timeout=600)[1] for process in processes]
-    return folder, [process.returncode for process in processes], said
+    return folder / "shared", [process.returncode for process in processes], said
 
 
 def test_a_run_that_is_done_stays_done_where_the_interpreter_cannot_be_taken_down(both):
@@ -63,15 +87,15 @@ def test_a_run_that_is_done_stays_done_where_the_interpreter_cannot_be_taken_dow
     assert set(codes) == {0}, said
 
 
-def test_two_processes_train_what_one_trains(both):
+def test_two_processes_train_what_one_trains(both, alone):
     folder, _, said = both
     assert "".join(said).count("Adapter:") == 1
-    assert not list(folder.glob("shared/rendezvous*"))
-    ours, theirs = (load_file(folder / who / "adapter" / "adapter_model.safetensors") for who in ("shared", "alone"))
+    assert not list(folder.glob("rendezvous*"))
+    ours, theirs = (load_file(where / "adapter" / "adapter_model.safetensors") for where in (folder, alone))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=2e-6), name
-    logs = [(folder / who / "metrics.jsonl").read_text().splitlines() for who in ("shared", "alone")]
+    logs = [(where / "metrics.jsonl").read_text().splitlines() for where in (folder, alone)]
     assert len(logs[0]) == len(logs[1]) == 5
     for line, expected in zip(*(map(json.loads, log) for log in logs), strict=True):
         for name in ("step", "tokens", "epoch"):
@@ -112,18 +136,6 @@ def wait(condition, seconds=600):
         time.sleep(0.05)
 
 
-def test_a_process_that_dies_takes_its_run_with_it_by_the_same_signal(two):
-    """Whoever watches the run then knows whether it was killed from outside, and does not wait for the next sum.
-
-    By SIGKILL one of three processes dies below.
-    """
-    leading, other = two
-    other.send_signal(signal.SIGSEGV)
-    _, said = leading.communicate(timeout=600)
-    assert leading.returncode == -signal.SIGSEGV
-    assert "process 1 of this run ended with exit code -11" in said
-
-
 def test_what_one_process_alone_finds_wrong_is_the_runs_error(spec, rows, tmp_path):
     """The spec is a pipe, from which the second process reads of a file that is none."""
     good, pipe, nothing = spec(devices=2), tmp_path / "spec.json", tmp_path / "none.jsonl"
@@ -161,7 +173,10 @@ def process_that(out, rank, *, says=None, how="sys.exit(1)", message="m"):
 def test_of_several_that_end_the_one_that_others_followed_is_the_cause(tmp_path, says, how, expected):
     """The others say only that somebody is gone."""
     followers = {rank: process_that(tmp_path, rank, says="internal_error") for rank in (1, 3)}
-    others = PeerProcesses([followers[1], process_that(tmp_path, 2, says=says, how=how), followers[3]], tmp_path)
+    processes = [followers[1], process_that(tmp_path, 2, says=says, how=how), followers[3]]
+    for process in processes:
+        process.wait()  # however long a busy machine takes to start them
+    others = PeerProcesses(processes, tmp_path)
     loss = others.find_failure()
     assert (loss.code, loss.event and loss.event.code) == expected
     others.close()
@@ -182,13 +197,14 @@ def test_processes_that_end_well_or_are_none_are_no_loss(tmp_path):
     others.close()
 
 
-def test_of_three_processes_none_is_left_when_one_is_killed(spec, tmp_path):
+def test_of_three_processes_none_is_left_when_one_dies_and_the_run_ends_by_the_same_signal(spec, tmp_path):
+    """Whoever watches the run then knows whether it was killed from outside, and does not wait for the next sum."""
     with training(spec(devices=3, micro_batch_size=1, training=ENDLESS), tmp_path) as (leading, others):
         assert len(others) == 2
-        others[0].kill()
+        others[0].send_signal(signal.SIGSEGV)
         _, said = leading.communicate(timeout=600)
-        assert leading.returncode == -signal.SIGKILL
-        assert "of this run ended with exit code -9" in said
+        assert leading.returncode == -signal.SIGSEGV
+        assert "of this run ended with exit code -11" in said
         wait(lambda: not any(is_there(other) for other in others))
 
 
