@@ -12,17 +12,34 @@ from lorainit.context import RunRequest
 from lorainit.init.evidence import inputs, moments
 from lorainit.run import run, run_together
 from lorainit.train import adapter_trainer
+from tests.lorainit.conftest import only_training
 from tests.lorainit.ranks import run_ranks
 from tests.lorainit.shortage import TOKENS, Memory, adapter, after, close, told, until_export
 
 pytestmark = pytest.mark.usefixtures("training_only")
 
 
-@pytest.mark.parametrize("limit", [80, 40])
+@pytest.fixture(scope="module")
+def plainly(tmp_path_factory):
+    """How a run ends whose memory suffices, and its events; each is run once."""
+    ended = {}
+
+    def end_of(spec):
+        key = spec.model_dump_json()
+        if key not in ended:
+            heard = []
+            with only_training():
+                ended[key] = run(spec, tmp_path_factory.mktemp("plain"), heard.append), heard
+        return ended[key]
+
+    return end_of
+
+
+@pytest.mark.parametrize("limit", [pytest.param(80, marks=pytest.mark.slow), 40])
 def test_memory_that_runs_out_in_the_middle_halves_passes_and_the_step_is_done_again(
-    wanted, tmp_path, monkeypatch, limit
+    wanted, plainly, tmp_path, monkeypatch, limit
 ):
-    plain = run(wanted(), tmp_path / "plain", lambda event: None)
+    plain, _ = plainly(wanted())
     memory, heard = Memory(monkeypatch), []
     cut = run(wanted(), tmp_path / "cut", after(2, memory, heard, limit=limit))
     facts = told(heard)
@@ -39,7 +56,7 @@ def test_memory_that_stays_away_in_the_middle_ends_the_run(wanted, tmp_path, mon
     assert 1 <= len(told(heard)) <= 3, "passes of single rows are not halved"
 
 
-@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("members", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_memory_that_runs_out_in_a_short_step_leaves_passes_of_half_of_what_rows_make(
     wanted, tmp_path, monkeypatch, members
 ):
@@ -120,8 +137,10 @@ def once(monkeypatch, owner, name, *, step, times=1):
 DROPS = {"lora": {"init": "kaiming", "r": 2, "dropout": 0.2}}
 
 
-def test_sums_that_run_out_of_memory_are_made_of_the_same_step_again_with_the_same_bits(wanted, tmp_path, monkeypatch):
-    plain = run(wanted(**DROPS), tmp_path / "plain", lambda event: None)
+def test_sums_that_run_out_of_memory_are_made_of_the_same_step_again_with_the_same_bits(
+    wanted, plainly, tmp_path, monkeypatch
+):
+    plain, _ = plainly(wanted(**DROPS))
     once(monkeypatch, adapter_trainer.AdapterTrainer, "_sums", step=2)
     heard = []
     cut = run(wanted(**DROPS), tmp_path / "cut", heard.append)
@@ -131,17 +150,12 @@ def test_sums_that_run_out_of_memory_are_made_of_the_same_step_again_with_the_sa
     assert [event.step for event in heard if isinstance(event, Metrics) and event.train_loss] == [1, 2, 3, 4]
 
 
-def test_of_a_group_one_whose_sums_run_out_of_memory_does_its_own_step_again(wanted, tmp_path, monkeypatch):
-    specs = [wanted(seed=seed, **DROPS) for seed in (1, 2)]
-
-    def ends(name):
-        heard = [[], []]
-        requests = [RunRequest(s, tmp_path / name / f"{n}", heard[n].append) for n, s in enumerate(specs)]
-        return dict(run_together(requests)), heard
-
-    plain, _ = ends("plain")
+def test_of_a_group_one_whose_sums_run_out_of_memory_does_its_own_step_again(wanted, plainly, tmp_path, monkeypatch):
+    specs, heard = [wanted(**DROPS), wanted(seed=2, **DROPS)], [[], []]
+    plain = [plainly(one)[0] for one in specs]
     once(monkeypatch, adapter_trainer.AdapterTrainer, "_sums", step=2)
-    cut, heard = ends("cut")
+    requests = [RunRequest(s, tmp_path / f"{n}", heard[n].append) for n, s in enumerate(specs)]
+    cut = dict(run_together(requests))
     assert all(close(adapter(cut[who]), adapter(plain[who])) for who in (0, 1))
     assert [len(told(events)) for events in heard] == [1, 0]
 
@@ -152,7 +166,7 @@ def test_sums_that_run_out_of_memory_twice_are_out_of_memory(wanted, tmp_path, m
         run(wanted(), tmp_path / "out", lambda event: None)
 
 
-@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("members", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_update_that_runs_out_of_memory_says_so_and_that_it_may_pass(wanted, tmp_path, monkeypatch, members):
     class Short:
         def __init__(self, optimizer):
@@ -191,15 +205,14 @@ def evaluated(heard):
     return [event.full_valid_loss for event in heard if isinstance(event, Metrics) and event.full_valid_loss]
 
 
-@pytest.mark.parametrize("limit", [100, 50])
+@pytest.mark.parametrize("limit", [pytest.param(100, marks=pytest.mark.slow), 50])
 def test_an_evaluation_that_runs_out_of_memory_is_done_again_and_gives_the_same_number(
-    wanted, rows, tmp_path, monkeypatch, limit
+    wanted, rows, plainly, tmp_path, monkeypatch, limit
 ):
     """Training, which fitted, keeps its passes, and so its bits."""
     one = wanted(data={"validation": str(rows)}, training={"batch_size": 4, "eval_interval": 2}, micro_batch_size=8)
-    straight, heard = [], []
-    plain = run(one, tmp_path / "plain", straight.append)
-    memory = Memory(monkeypatch)
+    plain, straight = plainly(one)
+    memory, heard = Memory(monkeypatch), []
     cut = run(one, tmp_path / "cut", until_export(memory, after(1, memory, heard, looking=limit)))
     facts = told(heard)
     assert {fact["stage"] for fact in facts} == {"evaluating"}
