@@ -41,7 +41,19 @@ CASES: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "two micro-batches": {"micro_batch_size": 2},
     "three adapters": {"members": 3},
-}
+    "options at once": {
+        "precision": "fp32",
+        "optimizer": {"name": "adamw_preconditioned"},
+        "lora": {"use_dora": True, "dropout": 0.1},
+        "gradient_checkpointing": True,
+        "micro_batch_size": 2,
+    },
+    "adapters at once": {
+        "members": 2, "optimizer": {"name": "adamw_lora_plus", "ratio": 16}, "lora": {"init": "pissa"},
+    },
+}  # fmt: skip
+# Of `make test`. What rises in any other case rises in one of these as well; the others tell which option it was.
+QUICK = ("bf16", "options at once", "adapters at once")
 FEW, MORE = 1, 2  # layers
 
 
