@@ -136,7 +136,15 @@ def test_same_spec_gives_the_same_bits(spec, tmp_path):
     assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
-@pytest.mark.parametrize("most", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"tokens_per_pass": 70}], ids=str)
+@pytest.mark.parametrize(
+    "most",
+    [
+        {"micro_batch_size": 3},
+        {"tokens_per_pass": 70},
+        pytest.param({"micro_batch_size": 1}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_how_a_step_is_cut_into_passes_does_not_change_the_result(spec, plain, tmp_path, most):
     events, whole = plain
     pieces = go(spec(**most), tmp_path)
@@ -162,7 +170,11 @@ class Enough(Exception):
     pass
 
 
-@pytest.mark.parametrize("lora", [{"init": "loram"}, {"init": "kaiming", "dropout": 0.2}], ids=["loram", "dropout"])
+@pytest.mark.parametrize(
+    "lora",
+    [pytest.param({"init": "loram"}, marks=pytest.mark.slow), {"init": "kaiming", "dropout": 0.2}],
+    ids=["loram", "dropout"],
+)
 def test_resumed_run_ends_with_the_same_bits(spec, rows, tmp_path, lora):
     options = {"lora": lora, "data": {"validation": str(rows)}, "training": {"max_steps": 6}}
     whole, first, second = tmp_path / "whole", tmp_path / "first", tmp_path / "second"
