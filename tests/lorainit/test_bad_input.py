@@ -13,30 +13,40 @@ from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, only_training, tiny_llama, write_rows
 
 UP = "model.layers.1.mlp.up_proj"
+
+
+def slow(*values):
+    """A case of the slow tier."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 GRADIENT = ["lora_ga", "lora_one"]
 DATA = ["lora_ga", "lora_one", "eva", "corda"]
 
 
 @pytest.fixture
-def refused(spec, tmp_path):
+def refused(spec, bases, tmp_path):
     """Run on a base of which one weight was changed; what it was refused with. No adapter may be there.
 
     `proven`: PEFT is tried before, as in every run. What only the initialization finds needs no trial.
     """
 
     def start(init, *, change=None, module=UP, sides=(32, 48), proven=False, **overrides) -> LorainitError:
-        model = tiny_llama(*sides)
-        if change is not None:
-            with torch.no_grad():
-                change(model.get_submodule(module).weight)
-        model.save_pretrained(tmp_path / "base")
-        make_tokenizer().save_pretrained(tmp_path / "base")
+        base = bases["llama"] if change is None else changed(change, module, sides)
         lora = {"init": init} | overrides.pop("lora", {})
-        source = {"source": str(tmp_path / "base")}
+        source = {"source": str(base)}
         with nullcontext() if proven else only_training(), pytest.raises(LorainitError) as caught:
             run(spec(model=source, lora=lora, **overrides), tmp_path / "out", lambda event: None)
         assert not (tmp_path / "out" / "adapter").exists()
         return caught.value
+
+    def changed(change, module, sides):
+        model = tiny_llama(*sides)
+        with torch.no_grad():
+            change(model.get_submodule(module).weight)
+        model.save_pretrained(tmp_path / "base")
+        make_tokenizer().save_pretrained(tmp_path / "base")
+        return tmp_path / "base"
 
     return start
 
@@ -44,20 +54,20 @@ def refused(spec, tmp_path):
 @pytest.mark.parametrize(
     ("module", "value", "quantization"),
     [
-        (UP, math.nan, None),
         (UP, math.inf, "nf4"),
         ("model.embed_tokens", math.inf, None),
-        ("model.embed_tokens", math.nan, "nf4"),
         ("model.norm", math.nan, None),
-        ("model.norm", math.inf, "nf4"),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            slow(*case)
             for case in [
+                (UP, math.nan, None),
                 (UP, math.inf, None),
                 (UP, math.nan, "nf4"),
                 ("model.embed_tokens", math.nan, None),
+                ("model.embed_tokens", math.nan, "nf4"),
                 ("model.embed_tokens", math.inf, "nf4"),
                 ("model.norm", math.inf, None),
+                ("model.norm", math.inf, "nf4"),
                 ("model.norm", math.nan, "nf4"),
             ]
         ),
@@ -73,8 +83,9 @@ def test_weight_that_is_not_finite(refused, module, value, quantization):
     assert error.param == "model"
 
 
-@pytest.mark.parametrize("init", ["kaiming", "lora_one", "eva"])
+@pytest.mark.parametrize("init", ["kaiming", slow("lora_one"), slow("eva")])
 def test_base_that_overflows_on_the_rows(refused, init):
+    """The trial with PEFT finds it, before the initialization has looked at anything."""
     lora = {"target_modules": ["down_proj"]}
     error = refused(init, change=lambda weight: weight.fill_(3e38), lora=lora, proven=True)
     assert isinstance(error, UnsupportedModel)
@@ -105,7 +116,7 @@ def test_weight_without_the_directions_a_method_takes(refused, init, change, cod
     assert text in error.message
 
 
-@pytest.mark.parametrize("init", ["kaiming", "lora_one", "eva", "hrp"])
+@pytest.mark.parametrize("init", ["kaiming", slow("lora_one"), slow("eva"), "hrp"])
 def test_rank_above_the_smaller_side(refused, init):
     error = refused(init, lora={"r": 17, "target_modules": ["q_proj", "k_proj"]})
     assert isinstance(error, RankTooLarge)
@@ -121,7 +132,7 @@ def test_method_that_needs_more_directions_than_the_rank(refused, init):
     assert error.param == "lora.init"
 
 
-@pytest.mark.parametrize("init", DATA)
+@pytest.mark.parametrize("init", ["eva", *(slow(name) for name in DATA if name != "eva")])
 def test_calibration_file_without_a_usable_row(refused, tmp_path, init):
     rows = write_rows(tmp_path / "calibration.jsonl", ["not a row"])
     error = refused(init, data={"calibration": str(rows)})
