@@ -4,7 +4,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -103,18 +103,18 @@ def _budget(day: Day) -> str:
     jobs, has = Jobs(day), device.memory
     gc.collect()
     training = {"batch_size": 12, "max_steps": 4, "checkpoint_interval": 2}
-    with mock.patch.object(memory, "PROBED", 64), mock.patch.object(memory, "STEP", 8):
+    small = mock.patch.object(memory, "PROBED", 64), mock.patch.object(memory, "STEP", 8)
+    with small[0], small[1], only_training(), layouts.tried_once():
         has.peak = has.held
         wide, _ = jobs.run(jobs.spec(training=training, precision="fp32"))
         enough, has.limit = has.limit, has.peak * 4 // 5
-        with only_training(), layouts.tried_once():
-            narrow, heard = jobs.run(jobs.spec(training=training, precision="fp32"))
-            point = next(event for event in heard if isinstance(event, Checkpoint) and event.step == 2)
-            again = jobs.spec(training=training, precision="fp32", resume_from=point.path)
-            with mock.patch.object(memory, "SHARE", 0.7):  # what would be measured now is something else
-                rest, _ = jobs.run(again)
-            has.limit = enough
-            elsewhere, _ = jobs.run(again)
+        narrow, heard = jobs.run(jobs.spec(training=training, precision="fp32"))
+        point = next(event for event in heard if isinstance(event, Checkpoint) and event.step == 2)
+        again = jobs.spec(training=training, precision="fp32", resume_from=point.path)
+        with mock.patch.object(memory, "SHARE", 0.7):  # what would be measured now is something else
+            rest, _ = jobs.run(again)
+        has.limit = enough
+        elsewhere, _ = jobs.run(again)
     runs = [done.resources for done in (wide, narrow, rest, elsewhere)]
     most, fits, kept, anew = (used["tokens_per_pass"] for used in runs)
     held_to = fits == kept < 300 < most == anew and not any(used["oom_retries"] for used in runs)
@@ -157,9 +157,8 @@ def _run_together(day: Day, name: str, specs: list[RunSpec], on_event: Callable[
 _BROKEN = "CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA` for assertions."
 
 
-def _fails_while_it_verifies(day: Day) -> str:
+def _fails_while_it_verifies(day: Day, *, moments: Sequence[tuple[int, str, int]]) -> str:
     """The GPU fails at several moments of both checks of a download, in a run alone and in one of two."""
-    moments = ((1, "initializing", 0), (1, "initializing", 30), (1, "verifying", 0), (2, "verifying", 1))
     jobs = Jobs(day)
     specs = [jobs.spec(training={"max_steps": steps, "batch_size": 2}) for steps in (1, 2)]
     with layouts.tried_once():
@@ -236,7 +235,12 @@ PRETENDED: dict[str, Case] = {
     "no kernel for packed rows": _padded,
     "token budget": _budget,
     "group without room for two bases": _short_of_memory,
-    "a GPU that fails while it verifies": _fails_while_it_verifies,
+    "a GPU that fails while it verifies": partial(
+        _fails_while_it_verifies, moments=[(1, "initializing", 30), (2, "verifying", 1)]
+    ),
+    "a GPU that fails as a check begins": partial(
+        _fails_while_it_verifies, moments=[(1, "initializing", 0), (1, "verifying", 0)]
+    ),
     "no memory in a backward pass": trouble.no_memory_in_backward,
     "no memory in any backward pass": trouble.never_memory_in_backward,
     "a GPU that fails in a backward pass": trouble.fails_in_backward,
