@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lorainit.config.spec import RunSpec
 from lorainit.model.source import tokenizer_files
 from lorainit.run import run
 from tests.lorainit.conftest import chat, make_tokenizer, only_training, tiny_gpt2, tiny_llama, write_rows
-from tests.readers import arithmetic
+from tests.readers import arithmetic, read_peft
 from tests.readers.environments import python_of
 from tests.zoo import bases as zoo
 
@@ -47,6 +47,9 @@ CASES = {
     "pissa-gpt2": _asked("pissa", "gpt2"),
     "kaiming-dora-gpt2": _asked("kaiming", "gpt2", use_dora=True),
 }
+# Of the slow tier: their files have the form of kaiming's or of pissa's, whatever the numbers in them.
+SLOW = {"gaussian", "orthogonal", "hrp", "milora", "olora", "loram", "corda", "lora_ga"}
+USUAL = [name for name in CASES if name not in SLOW]
 # On experts and attention: only few readers take these. PiSSA's download is of rank 2r.
 MIXTURES = {
     kind: _asked("pissa", kind, target_modules=["q_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj"])
@@ -56,6 +59,16 @@ MIXTURES = {
 PLAIN = [
     name for name, (base, lora) in CASES.items() if base == "llama" and "dora" not in name and "pattern" not in name
 ]
+
+
+def slowly(names: Iterable[str]) -> list[Any]:
+    """Cases by name, those of the slow tier marked."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
+def same_tier(name: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that run when `name` does: so many downloads are trained and read, and no others."""
+    return [other for other in names if (other in SLOW) == (name in SLOW)]
 
 
 @dataclass(frozen=True)
@@ -115,9 +128,16 @@ def download(reader_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 
 def peft_logits(reader: str | None, cases: dict[str, Download], out: Path) -> dict[str, torch.Tensor]:
-    """Logits of these downloads by the PEFT of this environment (None = ours), in a process of its own."""
+    """Logits of these downloads by the PEFT of this environment, in a process of its own; by ours (None), in this one.
+
+    That ours reads a download in a new process, too, tests/test_job_path.py asks.
+    """
     asked = {name: [str(one.base), str(one.folder)] for name, one in cases.items()}
-    ask(reader, "read_peft.py", {"cases": asked, "ids": IDS, "out": str(out)})
+    wanted = {"cases": asked, "ids": IDS, "out": str(out)}
+    if reader is None:
+        read_peft.read(wanted)
+    else:
+        ask(reader, "read_peft.py", wanted)
     return load_file(out)
 
 

@@ -3,13 +3,14 @@
 import json
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.readers import gguf_files
-from tests.readers.conftest import IDS, PLAIN, Download, ask
+from tests.readers.conftest import IDS, PLAIN, Download, ask, same_tier, slowly
 from tests.readers.environments import python_of
 
 # The first test trains the downloads and may have to make an environment.
@@ -35,28 +36,38 @@ def reader() -> str:
 
 
 @pytest.fixture(scope="module")
-def by_llama_cpp(reader: str, download: Get, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Log-probabilities by the base ("base") and by every download, from one process."""
-    folder = tmp_path_factory.mktemp("gguf")
-    base, adapters = folder / "base.gguf", {}
-    gguf_files.write_base(download("kaiming").base, base)
-    for name in PLAIN:
-        adapters[name] = str(folder / f"{name}.gguf")
-        gguf_files.write_adapter(download(name).base, download(name).folder, Path(adapters[name]))
-    asked = {"base": str(base), "adapters": adapters, "ids": IDS, "vocabulary": 320, "out": str(folder / "found.json")}
-    ask(reader, "read_llama_cpp.py", asked)
-    return {name: torch.tensor(values) for name, values in json.loads((folder / "found.json").read_text()).items()}
+def by_llama_cpp(
+    reader: str, download: Get, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Log-probabilities by the base ("base") and by the downloads of a case's tier, from one process."""
+
+    @cache
+    def read(*names: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path_factory.mktemp("gguf")
+        base, adapters = folder / "base.gguf", {}
+        gguf_files.write_base(download("kaiming").base, base)
+        for name in names:
+            adapters[name] = str(folder / f"{name}.gguf")
+            gguf_files.write_adapter(download(name).base, download(name).folder, Path(adapters[name]))
+        out = folder / "found.json"
+        asked = {"base": str(base), "adapters": adapters, "ids": IDS, "vocabulary": 320, "out": str(out)}
+        ask(reader, "read_llama_cpp.py", asked)
+        return {name: torch.tensor(values) for name, values in json.loads(out.read_text()).items()}
+
+    return lambda name: read(*same_tier(name, PLAIN))
 
 
-def test_base_is_the_base(by_llama_cpp: dict[str, torch.Tensor], download: Get) -> None:
-    assert float((by_llama_cpp["base"] - logprobs(download("kaiming").untouched)).abs().max()) < NATS
+Read = Callable[[str], dict[str, torch.Tensor]]
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_llama_cpp_reads_the_download_as_peft_does(
-    name: str, by_llama_cpp: dict[str, torch.Tensor], download: Get
-) -> None:
+def test_base_is_the_base(by_llama_cpp: Read, download: Get) -> None:
+    found = by_llama_cpp("kaiming")["base"]
+    assert float((found - logprobs(download("kaiming").untouched)).abs().max()) < NATS
+
+
+@pytest.mark.parametrize("name", slowly(PLAIN))
+def test_llama_cpp_reads_the_download_as_peft_does(name: str, by_llama_cpp: Read, download: Get) -> None:
     one = download(name)
     moved = float((logprobs(one.expected) - logprobs(one.untouched)).abs().max())
     assert moved > 20 * NATS  # a wrong scale would show
-    assert float((by_llama_cpp[name] - logprobs(one.expected)).abs().max()) < NATS
+    assert float((by_llama_cpp(name)[name] - logprobs(one.expected)).abs().max()) < NATS

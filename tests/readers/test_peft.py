@@ -13,7 +13,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from transformers import AutoModelForCausalLM
 
 from tests.readers import arithmetic
-from tests.readers.conftest import CASES, IDS, PLAIN, Download, peft_logits
+from tests.readers.conftest import CASES, IDS, PLAIN, SLOW, USUAL, Download, peft_logits, same_tier, slowly
 
 # The first test trains the downloads and may have to make an environment.
 pytestmark = pytest.mark.timeout(1200)
@@ -30,32 +30,32 @@ READERS = {
 
 
 @pytest.fixture(scope="module")
-def by_peft(download: Get, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], dict[str, torch.Tensor]]:
-    """What a PEFT makes of every case, read by one process when it is first asked for."""
+def by_peft(download: Get, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None, str], torch.Tensor]:
+    """What a PEFT makes of a case; those of a tier are read together when the first is asked for."""
     folder = tmp_path_factory.mktemp("logits")
 
     @cache
-    def of(reader: str | None) -> dict[str, torch.Tensor]:
-        cases = {name: download(name) for name in READERS[reader]}
-        return peft_logits(reader, cases, folder / f"{reader}.safetensors")
+    def read(reader: str | None, *names: str) -> dict[str, torch.Tensor]:
+        out = folder / f"{reader}-{names[0]}.safetensors"
+        return peft_logits(reader, {name: download(name) for name in names}, out)
 
-    return of
+    return lambda reader, name: read(reader, *same_tier(name, READERS[reader]))[name]
 
 
 @pytest.mark.parametrize(
     ("reader", "name"),
     [
-        pytest.param(reader, name, marks=[pytest.mark.slow] if reader == "peft-0.12" else [])
+        pytest.param(reader, name, marks=[pytest.mark.slow] if reader == "peft-0.12" or name in SLOW else [])
         for reader, names in READERS.items()
         for name in names
     ],
 )
 def test_download_does_what_its_numbers_say(
-    reader: str | None, name: str, by_peft: Callable[[str | None], dict[str, torch.Tensor]], download: Get
+    reader: str | None, name: str, by_peft: Callable[[str | None, str], torch.Tensor], download: Get
 ) -> None:
     one = download(name)
     assert float((one.expected - one.untouched).abs().max()) > 0.5  # the adapter does something
-    assert float((by_peft(reader)[name] - one.expected).abs().max()) < EXACT
+    assert float((by_peft(reader, name) - one.expected).abs().max()) < EXACT
 
 
 def on_base(one: Download, adapter: str) -> PeftModel:
@@ -70,7 +70,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=torch.tensor([IDS])).logits[0]
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if name != "kaiming"])
+@pytest.mark.parametrize("name", slowly(name for name in PLAIN if name != "kaiming"))
 def test_weighted_sum_with_another_download_is_the_sum_of_both(name: str, download: Get) -> None:
     one, other = download(name), download("kaiming")
     model = on_base(one, "one")
@@ -81,7 +81,7 @@ def test_weighted_sum_with_another_download_is_the_sum_of_both(name: str, downlo
     assert float((logits(model) - wanted).abs().max()) < EXACT
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if name != "kaiming"])
+@pytest.mark.parametrize("name", slowly(name for name in PLAIN if name != "kaiming"))
 def test_download_is_swapped_in_for_another_one(name: str, download: Get) -> None:
     one, other = download(name), download("kaiming")
     model = on_base(other, "default")
@@ -109,7 +109,7 @@ def test_padded_and_patterned_ranks_are_the_same_adapter(download: Get) -> None:
 
 
 def test_config_has_no_key_that_the_oldest_peft_does_not_know(download: Get) -> None:
-    keys = set.union(*(set(json.loads((download(n).folder / "adapter_config.json").read_text())) for n in CASES))
+    keys = set.union(*(set(json.loads((download(n).folder / "adapter_config.json").read_text())) for n in USUAL))
     assert keys == {
         "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout",
         "target_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",

@@ -12,6 +12,7 @@ from lorainit.config.errors import UnsupportedModel
 from lorainit.model.load import load_tokenizer
 from lorainit.model.source import tokenizer_files
 from tests.lorainit.conftest import make_tokenizer
+from tests.readers import read_tokenizer
 from tests.readers.conftest import Download, ask
 from tests.readers.environments import LAST_TRANSFORMERS_4, OLDEST_TRANSFORMERS
 
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.timeout(1200)
 TEXTS = ["the cat sat on two mats , is it ?", "<|im_start|>user\nWhat is two?<|im_end|>\n", "  a  b ' s .  ä 猫"]
 MESSAGES = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "four"}]
 READERS = {"transformers-4": LAST_TRANSFORMERS_4, "oldest": OLDEST_TRANSFORMERS, None: None}
+OFTEN = [None, "oldest", pytest.param("transformers-4", marks=pytest.mark.slow)]  # which is between the two
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +39,10 @@ def folders(download: Callable[[str], Download], tmp_path_factory: pytest.TempPa
     return {"download": download("kaiming").folder, "smollm2": out}
 
 
-@pytest.mark.parametrize("reader", READERS, ids=lambda r: r or "newest")
+@pytest.mark.parametrize("reader", OFTEN, ids=lambda r: r or "newest")
 def test_tokenizer_is_the_same_in_every_transformers(reader: str | None, folders: dict[str, Path]) -> None:
     asked = {"folders": {n: str(f) for n, f in folders.items()}, "texts": TEXTS, "messages": MESSAGES}
-    told = json.loads(ask(reader, "read_tokenizer.py", asked))
+    told = json.loads(ask(reader, "read_tokenizer.py", asked)) if reader else read_tokenizer.read(asked)
     assert READERS[reader] in (None, told["version"])
     for name, folder in folders.items():
         ours = load_tokenizer(folder)
