@@ -109,7 +109,7 @@ def test_merging_loses_it_too_where_the_base_is_stored_in_bf16(trained):
     assert said.message.endswith("Serve it in fp32, merged or not.")
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_strongly_trained_adapter_is_kept_either_way(trained, name):
     facts, said, _ = trained(name, GROWN)
     assert facts["base_loss"] - facts["trained_loss"] > 1
@@ -117,7 +117,7 @@ def test_a_strongly_trained_adapter_is_kept_either_way(trained, name):
     assert said.level == "info"
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"init": "pissa"}, {"init": "eva"}], ids=str)
+@pytest.mark.parametrize("lora", [{}, {"init": "eva", "use_dora": True}, {"init": "pissa"}], ids=str)
 def test_merged_in_fp32_is_the_trained_model(trained, lora):
     facts, _, _ = trained("fp32", GROWN if not lora else {**GROWN, "max_steps": 8}, **lora)
     assert facts["base_loss"] - facts["trained_loss"] > 0.3
@@ -157,20 +157,24 @@ def test_a_run_in_bf16_measures_one_format_and_trains_float32_factors(trained):
     assert {tensor.dtype for tensor in load_file(adapter / "adapter_model.safetensors").values()} == {FP32}
 
 
-def test_an_nf4_run_measures_the_base_it_was_trained_on_and_says_why_nothing_is_merged(spec, rows, tmp_path):
+@pytest.fixture(scope="module")
+def on_four_bits(spec, rows, tmp_path_factory):
+    """The facts of a run on a base in NF4 with validation rows."""
     lora, training = {"init": "kaiming", "quantization": "nf4"}, {**GROWN, "checkpoint_interval": 100}
-    done = run(spec("wide-llama", lora=lora, training=training), tmp_path, silent)
-    facts = done.export_check["fidelity"]
+    asked = spec("wide-llama", lora=lora, training=training, data={"validation": str(rows)})
+    return run(asked, tmp_path_factory.mktemp("nf4"), silent).export_check["fidelity"]
+
+
+def test_an_nf4_run_measures_the_base_it_was_trained_on_and_says_why_nothing_is_merged(on_four_bits):
+    facts = on_four_bits
     assert facts["base_loss"] - facts["trained_loss"] > 1
     assert facts["kept_unmerged_bf16"] == pytest.approx(1, abs=0.05)
     assert facts["missing"].keys() == {"merged_fp32_loss", "merged_bf16_loss", "kept_merged_bf16"}
     assert all("four bits" in reason for reason in facts["missing"].values())
 
 
-def test_validation_rows_are_used_where_there_are_some(spec, rows, tmp_path):
-    done = run(spec(data={"validation": str(rows)}), tmp_path, silent)
-    facts = done.export_check["fidelity"]
-    assert (facts["data"], facts["rows"]) == ("validation", 12)
+def test_validation_rows_are_used_where_there_are_some(on_four_bits):
+    assert (on_four_bits["data"], on_four_bits["rows"]) == ("validation", 12)
 
 
 # --- merging ------------------------------------------------------------------------------------
