@@ -13,6 +13,7 @@ from lorainit.runtime import matmul, process_tuning, settings
 from lorainit.runtime.matmul import OneDnnMeasurement, choose_fp32_library, use_threads
 from lorainit.runtime.process_tuning import cpu_quota, usable_cpus
 from lorainit.runtime.settings import Setting
+from tests.lorainit.forked import Forked
 
 GIVEN = ("OMP_", "MALLOC_", "PYTORCH_")
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(GIVEN)}
@@ -95,7 +96,8 @@ def test_rounding_to_bf16_is_far_above_the_threshold(precision, monkeypatch):
 
 
 ROUNDING = """
-import sys
+import sys, warnings
+warnings.simplefilter("default")
 from lorainit import __main__
 from lorainit.runtime import matmul, process_tuning
 process_tuning.processor_vendor = lambda: "AuthenticAMD"
@@ -108,10 +110,9 @@ print(code, matmul.torch.get_float32_matmul_precision())
 def test_a_child_whose_check_fails_trains_in_true_fp32_and_says_so(spec, tmp_path):
     path = tmp_path / "spec.json"
     path.write_text(spec(training={"max_steps": 1}).model_dump_json())
-    command = [sys.executable, "-c", ROUNDING, str(path), str(tmp_path / "out")]
-    environment = {**CLEAN, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout.split() == ["0", "highest"], done.stderr
+    child = Forked([path, tmp_path / "out"], code=ROUNDING, env={**CLEAN, "OMP_NUM_THREADS": "1"})
+    told, errors = child.communicate(timeout=600)
+    assert told.split() == ["0", "highest"], errors
     manifest = json.loads((tmp_path / "out" / "adapter" / "manifest.json").read_text())
     assert manifest["hardware"]["settings"]["fp32 products"] == "default"
 
@@ -235,6 +236,7 @@ def test_doctor_speaks_json_and_the_environment_wins():
     assert found["fp32 products"] in ("default", "oneDNN")
 
 
+@pytest.mark.slow
 def test_the_same_machine_chooses_the_same_again():
     assert values(doctor("--json")) == values(doctor("--json"))
 
