@@ -258,9 +258,14 @@ def test_layers_without_rank_stay_bare(model, probe):
 @pytest.mark.parametrize(
     ("base", "optimizer"),
     [
-        *(("llama", optimizer) for optimizer in OPTIMIZERS),
         ("gpt2", "adamw"),
-        *(pytest.param("gpt2", optimizer, marks=pytest.mark.slow) for optimizer in OPTIMIZERS if optimizer != "adamw"),
+        ("llama", "adamw_preconditioned"),
+        *(
+            pytest.param(base, optimizer, marks=pytest.mark.slow)
+            for base in ("llama", "gpt2")
+            for optimizer in OPTIMIZERS
+            if (base, optimizer) not in (("gpt2", "adamw"), ("llama", "adamw_preconditioned"))
+        ),
     ],
 )
 def test_run_trains_magnitudes_and_goes_on_from_a_checkpoint_with_the_same_bits(

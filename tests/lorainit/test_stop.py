@@ -75,7 +75,12 @@ def straight(whole, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("when", "at"),
-    [(in_step(2), 1), (in_step(4), 3), (while_evaluating_after(2), 2), (while_evaluating_after(4), 4)],
+    [
+        (in_step(2), 1),
+        pytest.param(in_step(4), 3, marks=pytest.mark.slow),
+        (while_evaluating_after(2), 2),
+        (while_evaluating_after(4), 4),
+    ],
     ids=["in step 2", "in step 4", "evaluating after step 2", "evaluating after the last step"],
 )
 def test_stopped_and_resumed_run_is_the_run_that_was_never_stopped(whole, straight, tmp_path, when, at):

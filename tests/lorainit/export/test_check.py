@@ -245,9 +245,12 @@ ZOO = {
     **dict.fromkeys(["mixtral", "qwen3_moe", "gpt_oss"], EXPERTS),
     "deepseek_v3": ["experts.gate_up_proj", "experts.down_proj", "o_proj"],
 }
+USUAL = ("gemma3", "mpt", "opt", "mixtral", "gpt_oss", "deepseek_v3")
 
 
-@pytest.mark.parametrize("kind", ZOO)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.slow) for kind in ZOO]
+)
 def test_in_bf16_the_right_download_passes_whatever_the_run_rounds(tmp_path, kind):
     """Mixtures choose other experts for some tokens in two bf16 computations; in these numbers they do not."""
     base = make(kind, tmp_path / "base")
@@ -299,12 +302,21 @@ def test_in_bf16_a_mixture_that_differs_in_one_respect_does_not_pass(mixture, tm
 NF4 = {"quantization": "nf4"}
 
 
+EVERY = [
+    {}, {"init": "pissa"}, {"use_dora": True}, {"init": "eva"}, NF4, {"init": "pissa", **NF4}, {"init": "eva", **NF4},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "lora",
-    [{}, {"init": "pissa"}, {"use_dora": True}, {"init": "eva"}, NF4, {"init": "pissa", **NF4}, {"init": "eva", **NF4}],
+    ("base", "lora"),
+    [
+        # Each kind of layer and each of these in turn: the rest is slow.
+        (base, lora) if turn % 2 == place else pytest.param(base, lora, marks=pytest.mark.slow)
+        for place, base in enumerate(("wide-llama", "wide-gpt2"))
+        for turn, lora in enumerate(EVERY)
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("base", ["wide-llama", "wide-gpt2"])
 def test_the_right_download_passes_on_either_kind_of_layer_whole_or_in_four_bits(bases, tmp_path, base, lora):
     """With EVA's mixed ranks too; the difference form has twice the rank."""
     effect = exported(bases[base], tmp_path, **lora)

@@ -55,7 +55,13 @@ def test_of_several_layers_none_is_blamed_when_the_gpu_fails_in_the_search_for_t
         run(spec(), tmp_path, lambda event: None)
 
 
-@pytest.mark.parametrize("look", ["PEFT loading the adapter", "the comparison", "what serving keeps"])
+@pytest.mark.parametrize(
+    "look",
+    [
+        "the comparison",
+        *(pytest.param(look, marks=pytest.mark.slow) for look in ("PEFT loading the adapter", "what serving keeps")),
+    ],
+)
 def test_a_gpu_that_fails_while_one_of_several_is_verified_is_no_verdict_on_any(spec, tmp_path, monkeypatch, look):
     monkeypatch.setattr(*LOOKS[look], broken)
     with no_early_check(), pytest.raises(UnusableDevice):

@@ -156,7 +156,11 @@ def numbers(folder):
     return {path.parent.name: load_file(path) for path in folder.glob("checkpoints/*/state.safetensors")}, timeless
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(o, marks=() if o["name"] == "adamw" or "update" in o else pytest.mark.slow) for o in OPTIMIZERS],
+    ids=str,
+)
 def test_a_run_ends_with_the_bits_that_it_has_without_a_try(wanted, rows, tmp_path, monkeypatch, optimizer):
     one = wanted(
         lora={"init": "kaiming", "dropout": 0.2},
