@@ -20,6 +20,8 @@ from tests.lorainit.stock_peft import SameMask
 
 RATE, CLIP = 1e-2, 0.5
 METHODS = {name: {"method": name} for name in sorted(INITS) if name != "loftq"}  # which needs a quantized base
+# To a step these are as kaiming or as pissa, which is subtracted.
+ALIKE = {"gaussian", "orthogonal", "hrp", "milora", "olora", "corda"}
 
 
 def initialized(spec, tmp_path, **overrides):
@@ -108,15 +110,25 @@ def one_step(job, base, tmp_path):
     return distance(*([t.detach()[m] for t, m in zip(one, meant, strict=True)] for one in (ours, theirs)))
 
 
-@pytest.mark.parametrize("base", ["llama", "gpt2"])
-@pytest.mark.parametrize("init", METHODS.values(), ids=METHODS)
+def is_slow(init, base):
+    return init in ALIKE or (base == "gpt2" and init not in ("kaiming", "pissa"))
+
+
+@pytest.mark.parametrize(
+    ("init", "base"),
+    [
+        pytest.param(init, base, marks=pytest.mark.slow if is_slow(init, base) else ())
+        for init in METHODS
+        for base in ("llama", "gpt2")
+    ],
+)
 def test_one_step_is_stock_pefts(spec, bases, tmp_path, base, init):
-    job = initialized(spec, tmp_path, base=base, lora={"init": init, "r": 4}, micro_batch_size=2)
+    job = initialized(spec, tmp_path, base=base, lora={"init": METHODS[init], "r": 4}, micro_batch_size=2)
     assert one_step(job, bases[base], tmp_path) < 1e-6
 
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
-@pytest.mark.parametrize("init", ["kaiming", "orthogonal"])
+@pytest.mark.parametrize("init", ["kaiming", pytest.param("orthogonal", marks=pytest.mark.slow)])
 def test_one_step_with_dropout_is_stock_pefts(spec, bases, tmp_path, base, init):
     """Row by row, where both draw the same mask."""
     lora = {"init": init, "r": 4, "dropout": 0.3}

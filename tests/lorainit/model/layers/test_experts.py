@@ -34,8 +34,8 @@ from tests.zoo.bases import KINDS, make
 pytestmark = pytest.mark.usefixtures("training_only")
 
 KIND = [name for name, kind in KINDS.items() if kind.family == "mixture" and not kind.missing]
-NAMED = {"mixtral", "qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4", "olmoe"}
-PLAIN = {"gaussian", "orthogonal", "milora", "olora"}  # as kaiming or pissa, to what stands around them
+NAMED = {"mixtral", "qwen3_next", "gpt_oss", "deepseek_v3", "llama4"}
+PLAIN = {"gaussian", "orthogonal", "milora", "olora", "kaiming", "loram"}  # as pissa, to what stands around them
 CPU, SCALE = torch.device("cpu"), 0.5
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 TRAINING = {"max_steps": 3, "batch_size": 5, "learning_rate": 1e-3, "precision": "fp32"}
@@ -97,7 +97,7 @@ def loss_of(model):
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("kind", KIND)
+@pytest.mark.parametrize("kind", slowly(KIND, quick=lambda kind: kind in NAMED))
 def test_untouched_experts_compute_what_stock_ones_do(folders, kind):
     with torch.no_grad():
         wanted = stock(folders(kind))(input_ids=tokens()).logits
@@ -132,8 +132,20 @@ def test_values_and_gradients_of_adapted_experts_are_those_of_stock_peft(folders
     assert compared == len(layers)
 
 
-@pytest.mark.parametrize("ranks", ["padded", "pattern"])
-@pytest.mark.parametrize("wanted", [["experts.gate_up_proj"], ["experts.down_proj"], PARAMETERS])
+@pytest.mark.parametrize(
+    ("wanted", "ranks"),
+    [
+        (["experts.gate_up_proj"], "pattern"),
+        (["experts.down_proj"], "padded"),
+        (PARAMETERS, "padded"),
+        *(
+            pytest.param(wanted, ranks, marks=pytest.mark.slow)
+            for wanted, ranks in (
+                (["experts.gate_up_proj"], "padded"), (["experts.down_proj"], "pattern"), (PARAMETERS, "pattern"),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_experts_of_several_ranks_and_one_projection_alone_are_read_as_they_are(folders, wanted, ranks, tmp_path):
     model = installed(folders("mixtral"))
     layers = adapted(model, wanted, rank=lambda name, number: number % 4 if "layers.1" in name else min(number, 2))
@@ -324,7 +336,7 @@ OWN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", slowly(OWN, quick=lambda kind: kind != "longcat_flash"))
 def test_experts_that_run_in_a_way_of_their_own_are_told_with_their_share(kind):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(OWN[kind])
