@@ -160,23 +160,29 @@ def test_a_run_of_ours_shows_what_a_step_costs_a_processor():
 # --- our own side --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def place(tmp_path):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
     """A tiny base, and six prepared rows."""
-    base = tmp_path / "base"
+    folder = tmp_path_factory.mktemp("place")
+    base, data = folder / "base", folder / "data"
     tiny_llama().save_pretrained(base)
     make_tokenizer().save_pretrained(base)
-    data = tmp_path / "data"
     data.mkdir()
     rows = [{"question": f"What is {i} and {i}?", "answer": i * "It is four. "} for i in range(1, 9)]
     for name in ("train.jsonl", "test.jsonl"):
         (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(base, data, tmp_path / "rows", rows=6, seed=0, max_length=64, held=20)
-    return Place(tmp_path / "rows", competitors=tmp_path, limit=120.0, threads=1)
+    prepare(base, data, folder / "rows", rows=6, seed=0, max_length=64, held=20)
+    return Place(folder / "rows", competitors=folder, limit=600.0, threads=1)
 
 
-def test_our_own_run_is_measured_through_the_front_door(place, tmp_path):
-    found = ours(Work(steps=3, batch=2, r=2, max_length=64), "fp32", place, tmp_path / "out")
+@pytest.fixture(scope="module")
+def found(place, tmp_path_factory):
+    """What was measured of a run of ours of three steps, whose adapter was judged."""
+    work = Work(steps=3, batch=2, r=2, max_length=64)
+    return measured_run("fp32", work, place, tmp_path_factory.mktemp("run") / "out", judged=True)
+
+
+def test_our_own_run_is_measured_through_the_front_door(found):
     assert [len(found[name]) for name in ("seconds", "tokens", "trained", "losses")] == [3, 3, 3, 3]
     assert all(0 < trained < tokens for trained, tokens in zip(found["trained"], found["tokens"], strict=True))
     assert min(found["seconds"]) > 0 and found["first_step"] > found["seconds"][0]
@@ -185,13 +191,12 @@ def test_our_own_run_is_measured_through_the_front_door(place, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
-def test_adapter_is_judged_by_stock_pefts_loss_over_the_held_out_rows(place, tmp_path):
-    row = measured_run("fp32", Work(steps=3, batch=2, r=2, max_length=64), place, tmp_path / "out", judged=True)
+def test_adapter_is_judged_by_stock_pefts_loss_over_the_held_out_rows(place, found):
     base = AutoModelForCausalLM.from_pretrained(place.rows / "base", dtype="float32")
-    model = PeftModel.from_pretrained(base, row["adapter"]).eval()
+    model = PeftModel.from_pretrained(base, found["adapter"]).eval()
     held = json.loads((place.rows / "held.json").read_text())
     total = sum(_stock_loss(model, held_row) for held_row in held)
-    assert row["held_out"] == pytest.approx(total / 20, rel=1e-5)
+    assert found["held_out"] == pytest.approx(total / 20, rel=1e-5)
 
 
 @torch.no_grad()
