@@ -15,6 +15,7 @@ PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
 BLOCK = re.compile(r"^```python title=(\S+)(?: in=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPEC = re.compile(r"^```json title=(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 READ_SPEC = "import sys; from lorainit.config.spec import RunSpec; RunSpec.model_validate_json(sys.argv[1])"
+OWN = "tests/lorainit/init/methods/test_halves.py"
 COMMAND = re.compile(r"^\.venv/bin/python -m pytest (.+)$", re.MULTILINE)
 
 
@@ -57,7 +58,9 @@ def _write(copy: Copy, path: str, table: str, block: str) -> None:
         file.write_text(block)
 
 
-def test_the_page_can_be_followed_to_its_end(copy: Copy) -> None:
+@pytest.fixture(scope="module")
+def followed(copy: Copy) -> Copy:
+    """The copy after its documents were generated and the new page was written."""
     begun = copy.run("-m", "docs.generate")
     assert begun.returncode == 1
     assert begun.stderr == "docs/methods/halves.md says 'To be written.': write it.\n"
@@ -65,24 +68,30 @@ def test_the_page_can_be_followed_to_its_end(copy: Copy) -> None:
     page.write_text(page.read_text().replace("To be written.", "Written."))
     written = copy.run("-m", "docs.generate")
     assert (written.returncode, written.stdout, written.stderr) == (0, "", "")
+    return copy
+
+
+def test_the_page_can_be_followed_to_its_end(followed: Copy) -> None:
+    require_passed(followed, OWN)
+    listed = followed.run("-m", "api.cli", "methods")
+    assert re.search(r"^halves +weight +rank 2r +Starts from half", listed.stdout, re.MULTILINE), listed.stdout
+
+
+@pytest.mark.slow
+def test_its_method_does_what_every_method_has_to_do(followed: Copy) -> None:
     files = [word for command in COMMAND.findall(PAGE) for word in command.split() if word.endswith(".py")]
     assert len(files) == 9
     files.remove("tests/lorainit/test_battery.py")  # it trains the method in dozens of combinations: a minute
-    told = copy.run(
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        *files,
-        "-k",
-        "halves or initializations or registry or README.md",
-    )
+    told = require_passed(followed, *files, "-k", "halves or initializations or registry or README.md")
+    assert re.search(r"^\d{2,} passed", told, re.MULTILINE), told
+
+
+def require_passed(copy: Copy, *asked: str) -> str:
+    """What pytest says of these tests, none of which may fail or be skipped."""
+    told = copy.run("-m", "pytest", "-p", "no:cacheprovider", "-q", *asked)
     assert told.returncode == 0, told.stdout
     assert "test_every_method" not in told.stdout  # nothing is listed that failed or was skipped
-    assert re.search(r"^\d{2,} passed", told.stdout, re.MULTILINE), told.stdout
-    listed = copy.run("-m", "api.cli", "methods")
-    assert re.search(r"^halves +weight +rank 2r +Starts from half", listed.stdout, re.MULTILINE), listed.stdout
+    return told.stdout
 
 
 def test_the_spec_of_its_training_is_one(copy: Copy) -> None:
