@@ -39,10 +39,10 @@ def day(tmp_path):
 
 
 def cases():
-    """The child starts whole processes, as tests/lorainit/test_main.py does. `jobs-gpt2` is `jobs-llama` on another
-    base, and `nf4` and `options` are like some of the cases.
+    """The child starts whole processes, as tests/lorainit/test_main.py does; `jobs-gpt2` is `jobs-llama` on a base that
+    tests/lorainit trains throughout.
     """
-    slow = ("child", "options", "jobs-gpt2", "nf4")
+    slow = ("child", "options", "jobs-gpt2")
     return [pytest.param(s, id=s.name, marks=pytest.mark.slow if s.name in slow else ()) for s in SECTIONS]
 
 
