@@ -76,7 +76,7 @@ def ours_on_the_model(name: str, r: int, cache: str) -> dict[str, Any]:
     from lorainit.config.spec import Hyperparameters, Lora
     from lorainit.data.batches import collate
     from lorainit.init import report as init_report
-    from lorainit.init.evidence.collect import collect
+    from lorainit.init.collectors.collect import collect
     from lorainit.init.initialize import initialize
     from lorainit.init.methods import METHODS
     from lorainit.model.targets.targets import find_targets
@@ -195,7 +195,7 @@ def decompositions(gradients: list[Any], r: int) -> dict[str, Any]:
     """Top-r of all gradients: our SVD as it is and cut off after two iterations, and PEFT LoRA-GA's settings."""
     import torch
 
-    from lorainit.init.methods._linalg import randomized_svd
+    from lorainit.init.linalg import randomized_svd
 
     def ours(niter: int) -> list[Any]:
         generator = torch.Generator().manual_seed(0)

@@ -90,7 +90,7 @@ def test_a_method_that_changed_has_its_cases_in_the_tests_of_all_methods() -> No
 
 
 def test_what_methods_share_has_all_cases_of_those_tests() -> None:
-    assert list(quick.cases_of("lorainit/init/methods/_linalg.py")) == [*map(Choice, quick.OF_EVERY_METHOD)]
+    assert list(quick.cases_of("lorainit/init/linalg.py")) == [*map(Choice, quick.OF_EVERY_METHOD)]
 
 
 @pytest.mark.parametrize(

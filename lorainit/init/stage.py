@@ -15,8 +15,8 @@ from lorainit.context import Report, Run
 from lorainit.data.batches import Batch, collate, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.init.cache import Cache, data_digest
+from lorainit.init.collectors.collect import collect
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import CachedStart, initialize
 from lorainit.init.report import mean_loss
 from lorainit.model.base import open_disk_cache

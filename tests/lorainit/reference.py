@@ -7,7 +7,7 @@ from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.context import Run
 from lorainit.data.batches import Budget
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence.line_search import compute_calibration_loss
+from lorainit.init.collectors.line_search import compute_calibration_loss
 from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, attach
 from lorainit.model.layers.weight import weight_of

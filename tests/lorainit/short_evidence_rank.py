@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lorainit.config.spec import RunSpec
-from lorainit.init.evidence import gradients, inputs, preheat
+from lorainit.init.collectors import gradients, inputs, preheat
 from lorainit.run import run
 from lorainit.runtime.distributed.launch import RENDEZVOUS, end_process
 from tests.lorainit.shortage import told

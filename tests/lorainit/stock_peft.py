@@ -8,7 +8,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 from lorainit.data.batches import collate
-from lorainit.init.evidence.collect import collect
+from lorainit.init.collectors.collect import collect
 from lorainit.init.initialize import initialize
 from lorainit.model.forward.loss import sum_losses
 from tests.lorainit.reference import context, eight_rows, tiny

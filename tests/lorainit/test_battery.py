@@ -23,7 +23,7 @@ from lorainit.config.spec import Hyperparameters, Lora
 from lorainit.data.batches import collate
 from lorainit.data.reader import load
 from lorainit.export.peft_adapter import export
-from lorainit.init.evidence.collect import collect
+from lorainit.init.collectors.collect import collect
 from lorainit.init.initialize import initialize
 from lorainit.model.forward.loss import logits_of, sum_losses
 from lorainit.model.layers.layer import adapted_layers, attach, detach, disable_adapters

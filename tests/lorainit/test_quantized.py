@@ -30,7 +30,7 @@ from lorainit.export import model_card
 from lorainit.export.check import check, make_prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
-from lorainit.init.evidence.gradients import compute_mean_gradients
+from lorainit.init.collectors.gradients import compute_mean_gradients
 from lorainit.init.initialize import initialize
 from lorainit.model import load as load_module
 from lorainit.model.forward.loss import logits_of

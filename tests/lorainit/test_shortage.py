@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from lorainit.config.errors import OutOfMemory, UpdateOutOfMemory
 from lorainit.config.events import Checkpoint, Done, Message, Metrics
 from lorainit.context import RunRequest
-from lorainit.init.evidence import inputs, moments
+from lorainit.init.collectors import inputs, moments
 from lorainit.run import run, run_together
 from lorainit.train import adapter_trainer
 from tests.lorainit.conftest import only_training

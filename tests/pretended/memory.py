@@ -99,7 +99,7 @@ def main(folder: Path, names: list[str]) -> None:
     from benchmarks.gpu import jobs
     from benchmarks.gpu.day import Day
     from lorainit.context import RunRequest
-    from lorainit.init.evidence import memory as evidence
+    from lorainit.init.collectors import memory as evidence
     from lorainit.model import memory
     from lorainit.run import run_together
     from lorainit.train import memory as training

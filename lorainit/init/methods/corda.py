@@ -4,7 +4,7 @@ Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of LLMs", arXiv 2
 the authors' code on purpose: padding does not count, the damping has a limit, and A and B start with equal norms by
 default. In the authors' code the norms depend on the scale of C: c²·C makes B c times larger and A c times smaller.
 That scale has no meaning, because the inputs are divided by their largest signed entry. `balance` "authors" keeps it.
-The second moments come from `lorainit.init.evidence.moments`.
+The second moments come from `lorainit.init.collectors.moments`.
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -15,7 +15,7 @@ from torch import Tensor
 from lorainit.config.errors import InitFailed
 from lorainit.config.inits.data import CorDA
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import last_alive, symmetric
+from lorainit.init.linalg import last_alive, symmetric
 from lorainit.init.norms import norm
 from lorainit.model.layers.factors import Factors
 

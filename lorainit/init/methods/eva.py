@@ -1,7 +1,7 @@
 """EVA: A starts in the principal directions of the layer's inputs.
 
-Paischer et al., "Explained Variance Adaptation", arXiv 2410.07170, section 3. The directions and the rank of each layer
-are found in `lorainit.init.evidence.directions`; a layer of rank 0 gets no adapter. The scale s is calculated from the
+Paischer et al., "Explained Variance Adaptation", arXiv 2410.07170, section 3. `lorainit.init.collectors.directions`
+finds the directions and the rank of each layer; a layer of rank 0 gets no adapter. The scale s is calculated from the
 rank that was asked for and is the same in all layers, also with rsLoRA.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lorainit.config.errors import InitFailed
 from lorainit.config.inits.data import EVA
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import count_alive
+from lorainit.init.linalg import count_alive
 from lorainit.model.layers.factors import Factors
 
 # Directions below this share of the strongest count as zero, because they are rounding errors of a float32 SVD.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorainit.config.inits.plain import Gaussian
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import normal
+from lorainit.init.linalg import normal
 from lorainit.model.layers.factors import Factors
 
 

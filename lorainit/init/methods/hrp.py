@@ -5,7 +5,7 @@ reconstruction**: we read the abstracts and the first lines of the introduction.
 paper, and know of no code by the authors. From the paper: train a LoRA of a higher rank for a few steps, take the main
 singular vectors of its product, and start the main LoRA in these directions. The rest is our inference or choice: B = 0
 and an unchanged base, the *right* singular vectors for A, orthonormal rows times `c`, a new optimizer and the data from
-the start for the main run, and everything about the preheat itself (`lorainit.init.evidence.preheat`).
+the start for the main run, and everything about the preheat itself (`lorainit.init.collectors.preheat`).
 """
 
 # ruff: noqa: ARG001 - every method has the same signature, whether it needs all of it or not
@@ -18,7 +18,7 @@ from torch import Tensor
 from lorainit.config.errors import InitFailed
 from lorainit.config.inits.data import HRP
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import count_alive, normal
+from lorainit.init.linalg import count_alive, normal
 from lorainit.model.layers.factors import Factors
 
 # Directions of the preheated product below this share of the top singular value count as zero: they are rounding.

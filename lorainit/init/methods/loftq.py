@@ -17,7 +17,7 @@ from torch import Tensor
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits.quantized import LoftQ
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import randomized_svd, symmetric
+from lorainit.init.linalg import randomized_svd, symmetric
 from lorainit.init.norms import norm
 from lorainit.model.layers.factors import Factors
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.inits.data import LoRAGA
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import numerical_rank, randomized_svd
+from lorainit.init.linalg import numerical_rank, randomized_svd
 from lorainit.model.layers.factors import Factors
 
 NITER = 16  # the most blocks; the SVD ends earlier when it has converged

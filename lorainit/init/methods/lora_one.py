@@ -13,7 +13,7 @@ from torch import Tensor
 from lorainit.config.errors import InitFailed
 from lorainit.config.inits.data import LoRAOne
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import numerical_rank, randomized_svd
+from lorainit.init.linalg import numerical_rank, randomized_svd
 from lorainit.model.layers.factors import Factors
 
 GAMMA = {"v3": 128.0, "v1": 64.0}  # the authors' commands

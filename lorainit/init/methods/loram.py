@@ -14,7 +14,7 @@ from torch import Tensor
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits.weights import LoRAM, MiLoRA, OLoRA, PiSSA
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import normal
+from lorainit.init.linalg import normal
 from lorainit.init.methods.milora import milora
 from lorainit.init.methods.olora import olora
 from lorainit.init.methods.pissa import pissa

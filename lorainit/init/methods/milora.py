@@ -11,7 +11,7 @@ from torch import Tensor
 from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits.weights import MiLoRA
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import last_alive, symmetric
+from lorainit.init.linalg import last_alive, symmetric
 from lorainit.model.layers.factors import Factors
 
 # Singular values up to this share of the top one count as zero. It is above 3e-7, because a float32 SVD returns 1e-7 to

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorainit.config.inits.weights import PiSSA
 from lorainit.init.evidence import Evidence
-from lorainit.init.methods._linalg import randomized_svd, symmetric
+from lorainit.init.linalg import randomized_svd, symmetric
 from lorainit.model.layers.factors import Factors
 
 

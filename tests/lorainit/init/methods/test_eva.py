@@ -17,10 +17,10 @@ from lorainit.data.batches import collate
 from lorainit.export.check import check, make_prompts
 from lorainit.export.effect import observe
 from lorainit.export.peft_adapter import export
+from lorainit.init.collectors import directions as eva_directions
+from lorainit.init.collectors.collect import collect
+from lorainit.init.collectors.pca import PCA, has_converged, spread_ranks
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence import directions as eva_directions
-from lorainit.init.evidence.collect import collect
-from lorainit.init.evidence.pca import PCA, has_converged, spread_ranks
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import adapted_layers, detach

@@ -14,10 +14,10 @@ from lorainit.config.errors import InitFailed, NonFiniteLoss, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.config.inits.data import HRP
 from lorainit.data.batches import collate
+from lorainit.init.collectors import preheat as module
+from lorainit.init.collectors.collect import collect
+from lorainit.init.collectors.preheat import preheat_steps
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence import preheat as module
-from lorainit.init.evidence.collect import collect
-from lorainit.init.evidence.preheat import preheat_steps
 from lorainit.init.initialize import initialize
 from lorainit.init.methods import METHODS
 from lorainit.init.methods.hrp import right_directions

@@ -11,8 +11,8 @@ from lorainit.config.events import InitReport, Message
 from lorainit.config.inits.quantized import LoftQ
 from lorainit.data.batches import collate
 from lorainit.data.reader import load
+from lorainit.init.collectors.collect import collect
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import _rise, initialize
 from lorainit.init.methods import METHODS
 from lorainit.model.forward.loss import logits_of

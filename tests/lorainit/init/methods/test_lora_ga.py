@@ -12,8 +12,8 @@ from lorainit.config.errors import UnsupportedInit
 from lorainit.config.inits.data import LoRAGA
 from lorainit.data.batches import collate
 from lorainit.export.peft_adapter import export
+from lorainit.init.collectors.collect import collect
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence.collect import collect
 from lorainit.init.initialize import initialize
 from lorainit.init.methods.lora_ga import _largest_entry, lora_ga
 from lorainit.model.forward.loss import logits_of, sum_losses

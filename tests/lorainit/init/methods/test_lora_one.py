@@ -12,8 +12,9 @@ from lorainit.config.inits.data import LoRAOne
 from lorainit.config.rates import SIZES
 from lorainit.config.resolve import base_learning_rate
 from lorainit.config.spec import BaseModelRef, Lora
-from lorainit.init.evidence import Evidence, line_search
-from lorainit.init.evidence.collect import collect
+from lorainit.init.collectors import line_search
+from lorainit.init.collectors.collect import collect
+from lorainit.init.evidence import Evidence
 from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.layers.factors import Factors
 from lorainit.run import run

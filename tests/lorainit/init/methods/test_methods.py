@@ -10,8 +10,8 @@ from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.inits import INITS
 from lorainit.init import methods
 from lorainit.init.evidence import Evidence
+from lorainit.init.linalg import numerical_rank, randomized_svd
 from lorainit.init.methods import METHODS
-from lorainit.init.methods._linalg import numerical_rank, randomized_svd
 from lorainit.init.norms import norm, row_norms
 
 SCALES = [0.25, 1.0, 2.0, math.sqrt(8)]

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample
+from lorainit.init.collectors.collect import collect
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence.collect import collect
 from lorainit.init.methods import METHODS
 from lorainit.model.layers.layer import LoRALinear, adapted_layers
 from lorainit.model.layers.weight import weight_of

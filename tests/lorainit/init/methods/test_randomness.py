@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorainit.config.inits import INITS
-from lorainit.init.evidence.collect import collect
+from lorainit.init.collectors.collect import collect
 from lorainit.init.methods import METHODS
 from tests.lorainit.contexts import make_context
 from tests.lorainit.init.methods.test_methods import evidence, weight

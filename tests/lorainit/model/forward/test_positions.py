@@ -11,7 +11,7 @@ from lorainit.context import RunRequest
 from lorainit.data.batches import Budget, any_length, collate, pack, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.data.reader import load
-from lorainit.init.evidence.gradients import compute_mean_gradients
+from lorainit.init.collectors.gradients import compute_mean_gradients
 from lorainit.model.forward.loss import row_losses, sum_losses_by_adapter
 from lorainit.model.forward.positions import forget_lengths, regime_of
 from lorainit.model.layout import choose_layout

@@ -17,7 +17,7 @@ from lorainit.config.spec import Lora, RunSpec
 from lorainit.context import RunRequest
 from lorainit.data.batches import collate
 from lorainit.export.peft_adapter import export
-from lorainit.init.evidence.collect import collect
+from lorainit.init.collectors.collect import collect
 from lorainit.init.methods import METHODS
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.inspect import inspect

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorainit.init.methods._linalg import randomized_svd
+from lorainit.init.linalg import randomized_svd
 from lorainit.init.norms import norm
 
 NITER = 4

@@ -10,8 +10,9 @@ from lorainit.config.events import Tick
 from lorainit.config.inits.data import CorDA
 from lorainit.context import Run
 from lorainit.data.batches import split_into_batches
-from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.inputs import choose_calibration_rows, collect_inputs, find_shared_inputs
+from lorainit.init.collectors import memory
+from lorainit.init.collectors.inputs import choose_calibration_rows, collect_inputs, find_shared_inputs
+from lorainit.init.evidence import Evidence
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of
 from lorainit.model.targets.names import list_first

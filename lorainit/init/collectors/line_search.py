@@ -21,8 +21,8 @@ from lorainit.config.inits.data import LoRAOne
 from lorainit.context import Run
 from lorainit.data.batches import Budget, Regime, any_length, collate, split_into_batches
 from lorainit.data.dataset import Sample
+from lorainit.init.collectors.gradients import collect_gradients, split_rows
 from lorainit.init.evidence import Evidence, StepSearch
-from lorainit.init.evidence.gradients import collect_gradients, split_rows
 from lorainit.init.methods.lora_one import lora_one
 from lorainit.model.forward.loss import row_losses
 from lorainit.model.layers.layer import LoRALinear, adapted_layers, attach

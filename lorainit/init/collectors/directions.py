@@ -8,9 +8,10 @@ from lorainit.config.inits.data import EVA
 from lorainit.context import Run
 from lorainit.data.batches import split_into_batches
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.inputs import choose_calibration_rows, collect_inputs, find_shared_inputs
-from lorainit.init.evidence.pca import PCA, has_converged, spread_ranks
+from lorainit.init.collectors import memory
+from lorainit.init.collectors.inputs import choose_calibration_rows, collect_inputs, find_shared_inputs
+from lorainit.init.collectors.pca import PCA, has_converged, spread_ranks
+from lorainit.init.evidence import Evidence
 from lorainit.init.methods.eva import alive_directions
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of

@@ -9,9 +9,9 @@ from torch import nn
 from lorainit.config.errors import InitFailed, UnsupportedInit
 from lorainit.config.events import Message, Tick
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence import moments
-from lorainit.init.evidence.collect import collect
-from lorainit.init.evidence.inputs import find_shared_inputs
+from lorainit.init.collectors import moments
+from lorainit.init.collectors.collect import collect
+from lorainit.init.collectors.inputs import find_shared_inputs
 from tests.lorainit.contexts import make_context, state
 
 METHODS = ["eva", "corda"]

@@ -5,7 +5,7 @@ import torch
 
 from lorainit.config.errors import OutOfMemory
 from lorainit.config.events import Message
-from lorainit.init.evidence.collect import collect
+from lorainit.init.collectors.collect import collect
 from lorainit.runtime import devices
 from tests.lorainit.contexts import make_context
 from tests.zoo.bases import make

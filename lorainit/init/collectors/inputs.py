@@ -15,7 +15,7 @@ from lorainit.config.inits.data import EVA, CorDA
 from lorainit.context import Run
 from lorainit.data.batches import collate
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence.rows import warn_few_rows
+from lorainit.init.collectors.rows import warn_few_rows
 from lorainit.model.forward.loss import logits_of
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.targets.names import list_first

@@ -1,8 +1,6 @@
 """Evidence: what a method uses beside the weight of the layer, such as a gradient or statistics of the inputs.
 
-A method declares what it needs in `lorainit.config.inits`. `collect` collects it once per run, before the first layer
-is initialized, because the model has no adapters then. A method gets only the `Evidence` of its own layer. The model is
-unchanged afterwards: no hook, gradient or adapter is left, and its mode is the same.
+The functions in `lorainit.init.collectors` collect it. A method gets only the `Evidence` of its own layer.
 """
 
 import math

@@ -20,8 +20,9 @@ from lorainit.config.inits.data import HRP
 from lorainit.context import Run
 from lorainit.data.batches import collate, split_into_batches
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence import Evidence, memory
-from lorainit.init.methods._linalg import normal
+from lorainit.init.collectors import memory
+from lorainit.init.evidence import Evidence
+from lorainit.init.linalg import normal
 from lorainit.init.methods.hrp import alive_directions
 from lorainit.model.forward.loss import forward_backward
 from lorainit.model.layers.experts import ExpertLinear

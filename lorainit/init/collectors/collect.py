@@ -5,13 +5,13 @@ from typing import Any
 
 from lorainit.config.inits import InitConfig
 from lorainit.context import Run
+from lorainit.init.collectors.directions import collect_principal_directions
+from lorainit.init.collectors.gradients import collect_gradients
+from lorainit.init.collectors.line_search import collect_for_lora_one
+from lorainit.init.collectors.moments import collect_second_moments
+from lorainit.init.collectors.originals import open_original_weights
+from lorainit.init.collectors.preheat import preheat
 from lorainit.init.evidence import Evidence
-from lorainit.init.evidence.directions import collect_principal_directions
-from lorainit.init.evidence.gradients import collect_gradients
-from lorainit.init.evidence.line_search import collect_for_lora_one
-from lorainit.init.evidence.moments import collect_second_moments
-from lorainit.init.evidence.originals import open_original_weights
-from lorainit.init.evidence.preheat import preheat
 
 COLLECTORS: dict[str, Callable[[Any, Run], dict[str, Evidence]]] = {
     "loftq": open_original_weights,

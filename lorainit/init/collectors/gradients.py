@@ -18,8 +18,9 @@ from lorainit.config.inits.data import LoRAGA, LoRAOne
 from lorainit.context import Run
 from lorainit.data.batches import Budget, Regime, any_length, collate, split_into_batches
 from lorainit.data.dataset import Sample
-from lorainit.init.evidence import Evidence, memory
-from lorainit.init.evidence.rows import warn_few_rows
+from lorainit.init.collectors import memory
+from lorainit.init.collectors.rows import warn_few_rows
+from lorainit.init.evidence import Evidence
 from lorainit.model.forward.loss import NEXT_TOKEN, Objective, backward
 from lorainit.model.layers.experts import ExpertLinear
 from lorainit.model.layers.weight import shape_of

@@ -10,9 +10,9 @@ from lorainit.config.events import Message, Tick
 from lorainit.data.batches import Budget, collate, split_into_batches
 from lorainit.data.dataset import Sample
 from lorainit.data.reader import load
-from lorainit.init.evidence import gradients
-from lorainit.init.evidence.collect import collect
-from lorainit.init.evidence.gradients import compute_mean_gradients
+from lorainit.init.collectors import gradients
+from lorainit.init.collectors.collect import collect
+from lorainit.init.collectors.gradients import compute_mean_gradients
 from lorainit.model.forward.loss import row_losses, sum_losses
 from lorainit.model.load import load_model
 from lorainit.model.targets.targets import find_targets
