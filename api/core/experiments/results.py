@@ -7,8 +7,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from api.core.db.tables import Cell, Experiment
-from api.core.experiments import budgets, card, outcome, words
-from api.core.experiments.auto import probe
+from api.core.experiments import budgets, card, outcome, probe, words
 from api.core.experiments.experiments import Treatment
 from api.core.experiments.grid import name_inits
 from api.core.experiments.ranking import Ranking, Result, Row, rank

@@ -7,7 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.core.db.tables import FINAL_STATUSES, Cell, Experiment, Job, Metric
-from api.core.experiments.auto import probe
+from api.core.experiments import probe
 from api.core.experiments.experiments import Treatment, list_rungs
 from api.core.experiments.halving import Standing, choose_survivors
 from api.core.jobs import jobs as changes

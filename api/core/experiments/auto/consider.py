@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from api.core.db.database import now
 from api.core.db.tables import File, Job
 from api.core.errors import Refusal
-from api.core.experiments import experiments
-from api.core.experiments.auto import history, probe
+from api.core.experiments import experiments, probe
+from api.core.experiments.auto import history
 from api.core.experiments.auto.choice import INIT, settle, take_by_rule
 from api.core.experiments.experiments import ExperimentOrder, Probe, choose_rate
 from api.core.jobs import admission, events

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from api.core.db.database import now
 from api.core.db.tables import FINAL_STATUSES, Cell, Checkpoint, Experiment, File, Job, Metric
-from api.core.experiments.auto import probe
+from api.core.experiments import probe
 from api.core.experiments.auto.choice import INIT, settle, take_by_rule
 from api.core.jobs import admission, checkpoints, events, pauses
 from api.core.jobs import jobs as changes

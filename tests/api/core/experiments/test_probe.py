@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.core.experiments.auto import probe
+from api.core.experiments import probe
 from api.core.experiments.halving import Standing
 from lorainit.config.inits import INITS
 
