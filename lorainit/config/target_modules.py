@@ -128,9 +128,8 @@ def _find_obstacle(lora: Lora, target: Target) -> tuple[LorainitError, str] | No
             "PEFT has no DoRA for experts" if target.experts else "PEFT adapts it as a parameter, and has no DoRA there"
         )
         return UnsupportedInit(f"lora.use_dora does not fit {shape}: {why}.", param="lora.use_dora"), why
-    if target.experts and lora.init.method == "loftq":
-        why = "NF4 leaves experts in the run's own precision, so there is nothing for LoftQ to correct"
-        return UnsupportedInit(f"lora.init 'loftq' does not fit {shape}: {why}.", param="lora.init"), why
+    if target.experts and not isinstance(lora.init, Automatic) and (why := lora.init.refuses_experts):
+        return UnsupportedInit(f"lora.init {lora.init.method!r} does not fit {shape}: {why}.", param="lora.init"), why
     if lora.r > target.smaller_side:
         message = f"lora.r {lora.r} is larger than the smaller side ({target.smaller_side}) of {shape}."
         why = f"a matrix of that name is smaller than the rank, {lora.r}"

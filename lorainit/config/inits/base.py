@@ -47,11 +47,13 @@ class InitConfig(Strict):
 
     A method overrides the members below where it differs. The code that runs methods asks these members and never
     tests for a method's name, so that a new method needs no change there. `remedy`: advice for the case that a start
-    which changes the model made its loss worse.
+    which changes the model made its loss worse. `refuses_experts`: why the method cannot start the matrices of
+    experts; empty if it can.
     """
 
     facts: ClassVar[Method]
     remedy: ClassVar[str] = ""
+    refuses_experts: ClassVar[str] = ""
     seed: Seed | None = None
     if TYPE_CHECKING:  # a field of each initialization, with its name as the only value
 

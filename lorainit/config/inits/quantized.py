@@ -25,6 +25,7 @@ class LoftQ(InitConfig):
         quantization=("nf4",),
     )
     remedy = "A larger r corrects more of the quantization; kaiming starts as the NF4 base itself."
+    refuses_experts = "NF4 leaves experts in the run's own precision, so there is nothing for LoftQ to correct"
     method: Literal["loftq"]
     bits: Literal[4, 8] = 4
     iterations: Annotated[int, Field(ge=1, le=10)] = 1
