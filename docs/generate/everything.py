@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import rates_page
-from docs.generate import errors, methods, plots, settings
+from docs.generate import architecture, errors, methods, plots, settings
 from docs.generate.drawings import DRAWINGS
 from docs.generate.marks import put
 from lorainit.config.inits import INITS
@@ -17,6 +17,8 @@ PICTURES = ROOT / "docs" / "pictures"
 
 SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "initializations", methods.overview),
+    ("docs/architecture.md", "imports", architecture.imports),
+    ("docs/architecture.md", "folders", architecture.folders),
     ("docs/settings.md", "settings", settings.settings),
     ("docs/errors.md", "answers", errors.of_answers),
     ("docs/errors.md", "jobs", errors.of_jobs),

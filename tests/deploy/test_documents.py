@@ -124,15 +124,6 @@ def test_every_decision_has_a_number_of_its_own_and_stands_in_the_list() -> None
     assert len({name[:4] for name in pages}) == len(pages)
 
 
-def test_the_architecture_counts_the_files_of_every_folder() -> None:
-    told = re.findall(r"^\| `([a-z_/]+/)` \| (\d+) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    assert len(told) > 40
-    files = {
-        folder: len([path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]) for folder, _ in told
-    }
-    assert {folder: int(count) for folder, count in told} == files
-
-
 def test_ci_runs_the_readmes_test_command() -> None:
     assert "exec make test\n" in (ROOT / ".ci" / "run").read_text()
     assert "`make test`" in README
