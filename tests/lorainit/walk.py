@@ -1,15 +1,19 @@
 """Which files of the library a row passes on its way to its loss, found by looking at every call of one small run.
 
 `python -m tests.lorainit.walk` prints them in order, with the functions that are handed a row. A file counts if one of
-its functions is given or returns a row, as text, `Row`, `Sample` or `Batch`, alone or in a list, while the training
-file is read and from the beginning of the training to the first step's loss.
+its functions is given or returns a row while the training file is read, or from the beginning of the training to the
+first step's loss. A row is here a text that contains what a message of the file says, the value that a line of the file
+stands for, a `Row`, `Sample` or `Batch`, a list of these, or a `Dataset`. Hidden states and lists of token ids are no
+rows: the modules of the model and the parts of a loss are not counted.
 """
 
+import json
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,13 +23,13 @@ from lorainit.config.errors import Stopped
 from lorainit.config.events import Event, Metrics
 from lorainit.config.spec import RunSpec
 from lorainit.data.batches import Batch
-from lorainit.data.dataset import Sample
+from lorainit.data.dataset import Dataset, Sample
 from lorainit.data.formats.rows import BadRow, Row
 from lorainit.data.reader import Encoded, _Draft
 from tests.lorainit.conftest import chat, make_tokenizer, tiny_llama, write_rows
 
 ROOT = f"{Path(library.__file__).parent}/"
-ROWS = (Row, BadRow, Sample, Batch, _Draft, Encoded)
+ROWS = (Row, BadRow, Sample, Batch, Dataset, _Draft, Encoded)
 BEGINS, ENDS = (
     ("load_cached", "train"),
     ("load_cached", "forward_backward"),
@@ -88,11 +92,19 @@ def followed(walk: Walk) -> Iterator[dict[str, list[str]]]:
         sys.setprofile(before)
 
 
-def is_row(value: Any, depth: int = 0) -> bool:
-    """Whether a value is a row, or a list of rows, or of lists of rows."""
+def is_row(value: Any, said: Collection[str], depth: int = 0) -> bool:
+    """Whether a value is a row, or a list of rows, or of lists of rows; `said`: what the messages of the file say."""
+    if isinstance(value, str):
+        return any(text in value for text in said)
     if isinstance(value, ROWS) or (isinstance(value, dict) and "messages" in value):
         return True
-    return type(value) in (list, tuple) and depth < 3 and bool(value) and is_row(value[0], depth + 1)
+    return type(value) in (list, tuple) and depth < 3 and bool(value) and is_row(value[0], said, depth + 1)
+
+
+def read_messages(file: str) -> frozenset[str]:
+    """What the messages of a training file say."""
+    rows = map(json.loads, Path(file).read_text().splitlines())
+    return frozenset(message["content"] for row in rows for message in row["messages"])
 
 
 def walk(spec: RunSpec, out: Path) -> dict[str, list[str]]:
@@ -102,7 +114,8 @@ def walk(spec: RunSpec, out: Path) -> dict[str, list[str]]:
         if isinstance(event, Metrics):
             raise Stopped("That is all that is looked at.")
 
-    with followed(Walk(ROOT, is_row, begins=BEGINS, ends=ENDS)) as found, suppress(Stopped):
+    is_followed = partial(is_row, said=read_messages(spec.data.training))
+    with followed(Walk(ROOT, is_followed, begins=BEGINS, ends=ENDS)) as found, suppress(Stopped):
         library.run(spec, out, listen)
     return found
 
