@@ -152,7 +152,7 @@ def _digest(sample: Sample) -> bytes:
 def _report_data(data: Dataset, param: str, on_event: OnEvent) -> None:
     skipped = data.rows - len(data.samples)
     text = f"{len(data.samples)} of {data.rows} rows of the {name_of(param)} are used"
-    text += f", {data.trained_tokens} trained tokens per pass"
+    text += f", {data.trained_tokens} trained tokens per epoch"
     text += f", {data.truncated} rows cut at the maximum length" if data.truncated else ""
     facts = {
         "file": param,

@@ -43,7 +43,7 @@ def compare(
         Path | None, Option(help="Validation rows; default: every tenth training row is kept for it.")
     ] = None,
     r: Annotated[str, Option("--r", help="Rank, or several separated by commas.")] = "16",
-    epochs: Annotated[int | None, Option(help="Passes over the training rows.")] = None,
+    epochs: Annotated[int | None, Option(help="Epochs: how often each training row is used.")] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None,
     batch: Annotated[int | None, Option(help="Effective batch size in rows.")] = None,
     every: Annotated[int | None, Option(help="Steps between two evaluations; default: once per epoch.")] = None,

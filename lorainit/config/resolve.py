@@ -92,7 +92,7 @@ def _epochs(rows: int) -> tuple[int, str]:
         return min(25, math.ceil(100 / rows)), f"{rows} rows are few: enough epochs to see 100 of them"
     if 3 * rows > 25_000:
         return max(1, 25_000 // rows), f"{rows} rows are many: at most 25000 of them in all"
-    return 3, "three passes over the data"
+    return 3, "three epochs, unless the rows are few or many"
 
 
 def _batch_size(rows: int) -> int:
