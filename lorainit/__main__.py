@@ -320,6 +320,8 @@ def _inspect(arguments: list[str]) -> int:
     # For our own use: `sandbox.inspect` starts this command again with the option, in a process with limits.
     parser.add_argument("--confined", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if _lacks_torch("A base model cannot be inspected here"):
+        return FAILED
     from lorainit.model import sandbox
 
     if args.confined:
@@ -342,8 +344,7 @@ def _doctor(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lorainit doctor", description="What runs find on this machine.")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(arguments)
-    if importlib.util.find_spec("torch") is None:
-        print("Nothing can be trained here: torch is not installed.", file=sys.stderr)  # noqa: T201
+    if _lacks_torch("Nothing can be trained here"):
         return FAILED
     from lorainit.runtime import doctor
     from lorainit.system import doctor_text, driver
@@ -356,6 +357,14 @@ def _doctor(arguments: list[str]) -> int:
     print(doctor.as_json(found) if args.json else doctor_text.as_text(found))  # noqa: T201
     # A program that asks for JSON finds the trouble there, so for it exit code 1 means that the command itself failed.
     return FAILED if found["machine"]["gpu_trouble"] and not args.json else 0
+
+
+def _lacks_torch(consequence: str) -> bool:
+    """Whether torch is not installed; if so, print what follows from that."""
+    if importlib.util.find_spec("torch") is not None:
+        return False
+    print(f"{consequence}: torch is not installed.", file=sys.stderr)  # noqa: T201
+    return True
 
 
 if __name__ == "__main__":

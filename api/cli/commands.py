@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,6 +169,8 @@ def models_inspect(
         raise Problem(f"--id must be letters, digits, '.', '_' and '-', at most 128 (got {model_id[:80]!r}).")
     if root is not None and not is_root(root):
         raise Problem(f"--root must be OWNER/NAME, or {LOCAL}NAME of a base that is on no hub (got {root[:80]!r}).")
+    if find_spec("torch") is None:
+        raise Problem("a base model is inspected with torch, which is not installed here: run this where a worker runs.")
     command = [sys.executable, "-m", "lorainit", "inspect", source, *([] if root is None else [f"--root={root}"])]
     answer = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if answer.returncode:
@@ -200,7 +203,7 @@ def submit(
     dora: Annotated[bool, Option("--dora", help="Train magnitudes too (DoRA).")] = False,
     validation: Annotated[Path | None, Option(help="Validation rows.")] = None,
     lr: Annotated[float | None, Option(help="Absolute peak learning rate.")] = None,
-    epochs: Annotated[int | None, Option(help="Passes over the training rows.")] = None,
+    epochs: Annotated[int | None, Option(help="Epochs: how often each training row is used.")] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps; overrides --epochs.")] = None,
     batch: Annotated[int | None, Option(help="Effective batch size in rows.")] = None,
     append_eos: Annotated[

@@ -132,6 +132,12 @@ def test_only_the_settings_say_how_many_processes_a_worker_has_and_where_it_list
     assert not {"-c", "-Q", "-P", "--autoscale"} & set(worker["command"])
 
 
+def test_what_a_worker_fetches_from_a_hub_is_kept_in_its_volume() -> None:
+    worker = SERVICES["worker"]
+    (folder,) = (volume.partition(":")[2] for volume in worker["volumes"])
+    assert Path(worker["environment"]["HF_HOME"]).is_relative_to(folder)
+
+
 def test_processes_of_one_job_have_room_to_exchange_gradients() -> None:
     assert re.fullmatch(r"[1-9]\d*gb", SERVICES["worker"]["shm_size"])
 

@@ -30,7 +30,8 @@ def test_the_worker_is_that_of_the_whole_service() -> None:
 def test_it_is_told_all_that_the_worker_of_the_whole_service_is() -> None:
     of_the_api = {"LORAINIT_REQUESTS_PER_MINUTE"}
     assert set(SERVICES["worker"]["environment"]) - of_the_api <= set(WORKER["environment"])
-    for name in ("LORAINIT_WORKER_SLOTS", "LORAINIT_WORKER_DEVICE", "LORAINIT_WORKER_QUEUES"):
+    of_both = ("LORAINIT_WORKER_SLOTS", "LORAINIT_WORKER_DEVICE", "LORAINIT_WORKER_QUEUES", "HF_HOME", "HF_TOKEN")
+    for name in of_both:
         assert WORKER["environment"][name] == SERVICES["worker"]["environment"][name]
 
 
@@ -41,7 +42,7 @@ def test_every_setting_named_exists() -> None:
 
 def test_compose_stops_where_an_address_or_a_secret_is_missing() -> None:
     variables = dict(re.findall(r"\$\{(\w+)([^}]*)\}", TEXT))
-    assert {name for name, rest in variables.items() if not rest.startswith((":?", "?"))} == {"S3_REGION"}
+    assert {name for name, rest in variables.items() if not rest.startswith((":?", "?"))} == {"S3_REGION", "HF_TOKEN"}
     assert {name for name, rest in variables.items() if rest.startswith("?")} == {"S3_ENDPOINT"}  # empty is AWS
 
 

@@ -102,6 +102,17 @@ def test_a_demo_without_torch_says_what_is_missing(python: Path, tmp_path: Path)
     assert done.stderr.startswith("error: the demo needs torch")
 
 
+@pytest.mark.parametrize("source", ["OWNER/NAME", "."])
+def test_inspecting_a_base_without_torch_is_refused_with_one_sentence(
+    python: Path, source: str, tmp_path: Path
+) -> None:
+    command = [str(python), "-m", "api.cli", "models", "inspect", source, "--id", "mine"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: a base model is inspected with torch, which is not installed here")
+    assert done.stderr.count("\n") == 1
+
+
 def test_this_suite_itself_runs_with_torch() -> None:
     # Otherwise the tests above would prove nothing about the separation.
     code = "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)"
