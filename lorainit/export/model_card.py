@@ -34,7 +34,7 @@ def write(
     on_hub = not root.startswith(LOCAL)
     # `base_model` is left out if the base is on no hub, because a hub would look for a model of that name.
     header, place = (f"base_model: {root}\n", root) if on_hub else ("", "path/to/the/base")
-    if gguf and not on_hub:
+    if gguf:  # even if the root is on a hub, because nothing was checked on the weights there
         place, options = "path/to/the/folder/of/the/file", f', gguf_file="{gguf}"{options}'
     where = "" if on_hub else _LOCAL_CARD
     where += _GGUF_CARD.format(gguf=gguf) if gguf else ""
@@ -75,9 +75,8 @@ what the initialization did to each layer.
 _LOCAL_CARD = """The base model is on no hub: take the very folder or file that the adapter was trained on.
 `manifest.json` has the SHA-256 of its weights. """
 _GGUF_CARD = """
-It was trained on the weights of `{gguf}`, brought back to full precision, and checked on them. `from_pretrained` with
-the folder of that file and `gguf_file="{gguf}"` loads those, and needs the package `gguf`; weights of a hub that were
-never quantized are others.
+It was trained on the weights of `{gguf}`, brought back to full precision, and checked on them. The lines above load
+those, which needs the package `gguf`. Weights of a hub that were never quantized differ, and nothing was checked on them.
 
 """
 _EXPERTS_CARD = """

@@ -39,16 +39,12 @@ def test_a_job_on_a_gguf_file_is_what_its_card_says(tiny: Path, root: str | None
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == (root or "local:tiny")
     card = (adapter / "README.md").read_text()
-    assert 'gguf_file="tiny.gguf"' in card
     folder = {"path/to/the/folder/of/the/file": str(shop), "path/to/this/folder": str(adapter)}
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert code is not None
     text = code[1]
     for said, meant in folder.items():
         text = text.replace(said, meant)
-    if root is not None:  # whose weights on the hub are others, as the card says
-        assert f'from_pretrained("{root}")' in text
-        return
     found: dict[str, PeftModel] = {}
     exec(text, found)
     (converted,) = (tmp_path / "state" / "models").glob("tiny-*")
