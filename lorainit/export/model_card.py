@@ -76,7 +76,7 @@ _LOCAL_CARD = """The base model is on no hub: take the very folder or file that 
 `manifest.json` has the SHA-256 of its weights. """
 _GGUF_CARD = """
 It was trained on the weights of `{gguf}`, brought back to full precision, and checked on them. The lines above load
-those, which needs the package `gguf`. Weights of a hub that were never quantized differ, and nothing was checked on them.
+those, which needs the package `gguf`. Weights of a hub that were never quantized differ: nothing was checked on them.
 
 """
 _EXPERTS_CARD = """
