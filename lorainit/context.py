@@ -96,7 +96,7 @@ class Run:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process speaks and writes for all processes of the run."""
+        """Whether this process emits events and writes files for all processes of the run."""
         return self.base.world.is_rank0
 
     def any_rank(self, flag: bool) -> bool:

@@ -111,9 +111,11 @@ def _try_export(run: Run) -> dict[str, Any] | None:
             f" these target modules, so nothing was trained: {result['message']}."
         )
     facts = {name: result[name] for name in _FACTS} | {"versions": _versions()}
+    largest = facts["max_module_difference"]
+    found = f"they differ by at most {largest:.1g} of what they add" if largest else "there is no difference"
     text = (
         f"Stock PEFT {facts['versions']['peft']} reads what this run will export: {facts['modules']} layers were"
-        f" compared one by one, and differ by at most {facts['max_module_difference']:.1g} of what they add"
+        f" compared one by one, and {found}"
     )
     run.emit(Message(message=text, data={"kind": "export", "proof": facts}))
     return facts

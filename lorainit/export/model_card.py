@@ -81,7 +81,7 @@ those, which needs the package `gguf`. Weights of a hub that were never quantize
 """
 _EXPERTS_CARD = """
 It is on experts too (`target_parameters`), and few readers know that. PEFT does from 0.20 on, with transformers 5;
-with transformers 4 the experts are left out with a mere warning. vLLM leaves them out without a word where it has
+with transformers 4 the experts are left out with only a warning. vLLM leaves them out without an error where it has
 other names for a layer (Mixtral, for one), and llama.cpp's conversion refuses them. For readers other than PEFT merge
 it into the base first (`model.merge_and_unload()`).
 

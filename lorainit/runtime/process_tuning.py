@@ -61,7 +61,7 @@ def keep_compiled_kernels(cache: str | None) -> None:
 def settings_event() -> Message:
     """The recorded settings as an event of kind `machine`."""
     found = settings.list_recorded()
-    text = "This machine: " + "; ".join(f"{one.name} = {one.value}" for one in found)
+    text = "Process settings: " + "; ".join(f"{one.name} = {one.value}" for one in found)
     choices = [{"name": one.name, "value": one.value, "why": one.why, **one.measured} for one in found]
     return Message(message=text, data={"kind": "machine", "choices": choices})
 

@@ -245,7 +245,7 @@ def test_others_add_to_the_record_and_the_event_tells_all(record):
     settings.record(Setting("attention", "grouped", "fastest here", {"ratio": 1.3}))
     assert settings.values() == {"attention": "grouped"}
     event = process_tuning.settings_event()
-    assert event.message == "This machine: attention = grouped"
+    assert event.message == "Process settings: attention = grouped"
     assert event.data == {
         "kind": "machine",
         "choices": [{"name": "attention", "value": "grouped", "why": "fastest here", "ratio": 1.3}],
